@@ -1,0 +1,29 @@
+"""commpress: distributed training in PyTorch that sends 10 to 1000 times fewer bytes.
+
+    session = commpress.attach(ddp_model, "topk(0.01)|int4")
+    ...                                # train as before
+    print(session.report())            # bytes and seconds, against a dense exchange
+"""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from commpress.comm.codecs import Codec, parse
+from commpress.comm.meter import Report
+from commpress.comm.plan import Plan
+from commpress.comm.session import Session
+
+if TYPE_CHECKING:
+    from commpress.hooks import attach as attach
+
+__version__ = version("commpress")
+__all__ = ["Codec", "Plan", "Report", "Session", "__version__", "attach", "parse"]
+
+
+def __getattr__(name: str) -> Any:
+    # the library does not know the hooks; only this name leads there, when it is asked for
+    if name == "attach":
+        from commpress.hooks import attach
+
+        return attach
+    raise AttributeError(f"module 'commpress' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The traffic: codecs, exchanges, feedback, their order, and what they cost. Knows no framework wrapper."""

@@ -1,0 +1,50 @@
+"""Codecs and their specs: `parse("topk(0.01)|int4")`. One file a family; a new one is added to FAMILIES."""
+
+import re
+
+from commpress.comm.codecs.base import Codec
+from commpress.comm.codecs.cast import BFloat16, Float16, Identity
+from commpress.comm.codecs.integer import Int4, Int8
+from commpress.comm.codecs.sign import Sign
+from commpress.comm.codecs.topk import TopK
+
+FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Int8, Int4, Sign, TopK)
+WORDS = {family.word: family for family in FAMILIES}
+
+_STAGE = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(\s*([^()]*?)\s*\))?\s*")
+
+__all__ = ["Codec", "parse", "WORDS"]
+
+
+def parse(spec: str | Codec) -> Codec:
+    """The codec that a spec names; a codec is handed back as it is.
+
+    `word` or `word(number)`, and behind a sparse stage, after `|`, the codec of its values. `str(parse(s))` is canonical.
+    Raises ValueError with the spec and what was expected, TypeError if it is not a string.
+    """
+    if isinstance(spec, Codec):
+        return spec
+    if not isinstance(spec, str):
+        raise TypeError(f"a spec is a string such as 'topk(0.01)|int4', got {type(spec).__name__}: {spec!r}")
+    first, *rest = spec.split("|", 1)
+    match = _STAGE.fullmatch(first)
+    if match is None:
+        raise ValueError(f"spec {spec!r}: cannot read {first!r}, expected a word such as int4 or topk(0.01)")
+    word, argument = match.groups()
+    if word not in WORDS:
+        raise ValueError(f"spec {spec!r}: unknown codec {word!r}, known: {', '.join(WORDS)}")
+    family = WORDS[word]
+    if family is not TopK:
+        if argument is not None:
+            raise ValueError(f"spec {spec!r}: {word} takes no argument, got ({argument})")
+        if rest:
+            raise ValueError(f"spec {spec!r}: only the values of topk(...) can be coded in turn, not those of {word}")
+        return family()
+    try:
+        ratio = float(argument or "")
+    except ValueError:
+        raise ValueError(f"spec {spec!r}: topk takes the kept share, as in topk(0.01), got ({argument or ''})") from None
+    values = parse(rest[0]) if rest else Identity()
+    if isinstance(values, TopK):
+        raise ValueError(f"spec {spec!r}: the values of topk(...) cannot be sparsified again")
+    return TopK(ratio, values)

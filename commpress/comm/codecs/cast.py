@@ -1,0 +1,71 @@
+"""Casts: every value in 16 bits (`bf16`, `fp16`), or in its own 32 (`none`). Sums of payloads are payloads: linear.
+
+Payload: [ x0 | x1 | ... ], 2 or 4 bytes a value, zero-padded to a multiple of 4 bytes.
+Relative error of a value in the normal range: at most 2^-8 for bf16 (range as float32), 2^-11 for fp16 (largest 65504,
+beyond it Inf; below 6e-8 zero). torch's own conversions already run at memory speed, so the definition is the loop.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from commpress.comm.codecs.base import Codec, padded
+
+
+@dataclass(frozen=True)
+class Identity(Codec):
+    """`none`: float32 as it is; float64 is rounded to it. (A dense exchange of `none` sums the tensor's own dtype.)
+
+    >>> parse("none").encode(torch.ones(2)).numel()
+    8
+    """
+
+    word: ClassVar[str] = "none"
+    exchange: ClassVar[str] = "all_reduce"
+    lossy: ClassVar[bool] = False
+    sum_dtype: ClassVar[torch.dtype | None] = torch.float32
+
+    def nbytes(self, n: int) -> int:
+        return 4 * n
+
+    def define_encode(self, x: Tensor) -> Tensor:
+        return x.clone().view(torch.uint8)
+
+    def define_decode(self, payload: Tensor, n: int) -> Tensor:
+        return payload.view(torch.float32).clone()
+
+
+class HalfCast(Codec):
+    """The two 16-bit casts; `sum_dtype` says which."""
+
+    exchange: ClassVar[str] = "all_reduce"
+
+    def nbytes(self, n: int) -> int:
+        return padded(2 * n)
+
+    def define_encode(self, x: Tensor) -> Tensor:
+        payload = torch.zeros(self.nbytes(x.numel()), dtype=torch.uint8, device=x.device)
+        payload[: 2 * x.numel()].view(self.sum_dtype).copy_(x)
+        return payload
+
+    def define_decode(self, payload: Tensor, n: int) -> Tensor:
+        assert self.sum_dtype is not None
+        return payload[: 2 * n].view(self.sum_dtype).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class BFloat16(HalfCast):
+    """`bf16`: 8 bits of mantissa, float32's range. The cast of choice."""
+
+    word: ClassVar[str] = "bf16"
+    sum_dtype: ClassVar[torch.dtype | None] = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Float16(HalfCast):
+    """`fp16`: 11 bits of mantissa, a small range: a gradient beyond 65504 becomes Inf."""
+
+    word: ClassVar[str] = "fp16"
+    sum_dtype: ClassVar[torch.dtype | None] = torch.float16

@@ -1,0 +1,94 @@
+"""Sign with a magnitude per block (Seide et al., Interspeech 2014; Karimireddy et al., arXiv:1901.09847):
+x ~ s * sign(x), s = mean|x| over 1024 values.
+
+Payload of n values in B = ceil(n / 1024) blocks, zero-padded to a multiple of 4 bytes:
+
+    [ s_0 .. s_(B-1) : float32 ][ signs of block 0 ][ signs of block 1 ] ...
+
+Bit p of byte j of a block of m values is the sign bit of value p * ceil(m / 8) + j. 1.03 bits a value.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from commpress.comm.codecs.base import Bytes, Codec, Floats, padded
+from commpress.comm.kernels import cpu
+
+BLOCK = cpu.SIGN_BLOCK
+LANES = cpu.SIGN_LANES
+
+
+@dataclass(frozen=True)
+class Sign(Codec):
+    """`sign`: 31 times smaller than float32. Wants error feedback.
+
+    The squared error of a block is sum x^2 - (sum|x|)^2 / m: never more than the block's own squares. A block of equal
+    magnitudes is exact; one that holds NaN or Inf decodes to NaN.
+
+    >>> parse("sign").nbytes(1024)
+    132
+    """
+
+    word: ClassVar[str] = "sign"
+    granularity: ClassVar[int] = BLOCK
+
+    def nbytes(self, n: int) -> int:
+        return padded(4 * -(-n // BLOCK) + n // BLOCK * (BLOCK // 8) + -(-(n % BLOCK) // 8))
+
+    def define_encode(self, x: Tensor) -> Tensor:
+        n, blocks = x.numel(), -(-x.numel() // BLOCK)
+        lanes = pad(x.abs(), (0, blocks * BLOCK - n)).view(blocks, BLOCK // LANES, LANES)
+        total = lanes[:, 0].clone()  # the order of this sum is part of the format
+        for k in range(1, BLOCK // LANES):
+            total += lanes[:, k]
+        while total.shape[1] > 1:
+            half = total.shape[1] // 2
+            total = total[:, :half] + total[:, half:]
+        sizes = torch.full((blocks,), float(BLOCK), device=x.device)
+        if n % BLOCK:
+            sizes[-1] = n % BLOCK
+        scale = total[:, 0] * (torch.ones_like(sizes) / sizes)
+        scale = torch.where(scale.isfinite(), scale, torch.nan)
+        negative = x.view(torch.int32) < 0
+        full = negative[: n // BLOCK * BLOCK].view(-1, 8, BLOCK // 8)
+        tail = negative[n // BLOCK * BLOCK :]
+        tail = pad(tail, (0, -tail.numel() % 8)).view(1, 8, -1)
+        signs = torch.cat([_pack_planes(full), _pack_planes(tail)])
+        payload = torch.cat([scale.view(torch.uint8), signs])
+        return pad(payload, (0, self.nbytes(n) - payload.numel()))
+
+    def define_decode(self, payload: Tensor, n: int) -> Tensor:
+        blocks = -(-n // BLOCK)
+        scale = payload[: 4 * blocks].view(torch.float32).repeat_interleave(BLOCK)[:n]
+        signs = payload[4 * blocks :]
+        full = signs[: n // BLOCK * (BLOCK // 8)].view(-1, 1, BLOCK // 8)
+        tail = signs[full.numel() : full.numel() + -(-(n % BLOCK) // 8)].view(1, 1, -1)
+        negative = torch.cat([_unpack_planes(full), _unpack_planes(tail)])[:n]
+        return torch.where(negative, -scale, scale)
+
+    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
+        cpu.sign_encode(x, residual, payload.view(np.float32), payload)
+
+    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
+        cpu.sign_mean(payloads.view(np.float32), payloads, count, self.nbytes(out.size), out)
+
+    def loop_recode(self, payloads: Bytes, count: int, n: int, residual: Floats, payload: Bytes) -> None:
+        source = (payloads.view(np.float32), payloads, count, self.nbytes(n))
+        cpu.sign_recode(*source, residual, payload.view(np.float32), payload, n)
+
+
+def _pack_planes(bits: Tensor) -> Tensor:
+    """bool [blocks, 8, width] -> uint8 [blocks * width]; plane p gives bit p."""
+    weights = (1 << torch.arange(8, device=bits.device)).view(1, 8, 1)
+    return (bits * weights).sum(dim=1).to(torch.uint8).view(-1)
+
+
+def _unpack_planes(packed: Tensor) -> Tensor:
+    """uint8 [blocks, 1, width] -> bool [blocks * 8 * width]."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device).view(1, 8, 1)
+    return (packed >> places & 1).bool().view(-1)

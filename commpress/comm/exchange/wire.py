@@ -1,0 +1,68 @@
+"""One process group as seen by an exchange: who is there, and messages between all pairs at once.
+
+Point-to-point messages, not collectives, carry the payloads: any lengths, no copies, both directions of a link in use, and
+under Gloo a third less time than all_gather for the same bytes. Each message has its own tag, so none is taken for another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Transfer:
+    """Messages that are on their way. `last` says that the bucket starts no further ones."""
+
+    works: list[Any]
+    sent: int
+    received: int
+    last: bool
+
+    def wait(self) -> None:
+        """Return when all is received and the sent memory may be reused; raises what the process group raises."""
+        for work in self.works:
+            work.wait()
+
+
+@dataclass
+class Wire:
+    """A process group; `rank` and `world_size` are this process's within it."""
+
+    group: dist.ProcessGroup
+    rank: int = field(init=False)
+    world_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rank = dist.get_rank(self.group)
+        self.world_size = dist.get_world_size(self.group)
+        # NCCL has no tags; there a group of messages is started as one operation instead
+        self._grouped = dist.get_backend(self.group) == "nccl"
+
+    def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], tag: int, last: bool) -> Transfer:
+        """Start sending `sends[r]` to every other rank r and receiving `receives[r]` from it; empty ones do not travel."""
+        peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
+        incoming = [r for r in reversed(peers) if receives[r].numel()]
+        outgoing = [r for r in peers if sends[r].numel()]
+        if self._grouped:
+            operations = [dist.P2POp(dist.irecv, receives[r], group=self.group, group_peer=r) for r in incoming]
+            operations += [dist.P2POp(dist.isend, sends[r], group=self.group, group_peer=r) for r in outgoing]
+            works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
+        else:
+            works = [dist.irecv(receives[r], group=self.group, tag=tag, group_src=r) for r in incoming]
+            works += [dist.isend(sends[r], group=self.group, tag=tag, group_dst=r) for r in outgoing]
+        sent, received = (sum(t[r].nbytes for r in ranks) for t, ranks in ((sends, outgoing), (receives, incoming)))
+        return Transfer(works, sent, received, last)
+
+    def all_reduce(self, x: Tensor) -> Transfer:
+        """Start the group's own sum of `x`, in place. A ring sends 2 (W - 1) / W of the tensor."""
+        work = dist.all_reduce(x, group=self.group, async_op=True)
+        crossing = ring_bytes(x.nbytes, self.world_size)
+        return Transfer([work], crossing, crossing, last=True)
+
+
+def ring_bytes(nbytes: int, world_size: int) -> int:
+    """What each rank sends when a tensor of `nbytes` is all-reduced in a ring: 2 (W - 1) / W of it."""
+    return 2 * (world_size - 1) * nbytes // world_size

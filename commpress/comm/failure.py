@@ -1,0 +1,57 @@
+"""What becomes of an error: the exchange ends on every rank, and every rank says whose fault it was and why.
+
+The rank that fails leaves its reason in the store and closes the group's connections; the others find their connections
+closed, look into the store and report the same reason. If nothing stands there, the peer itself is gone.
+"""
+
+import contextlib
+import time
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 0.5
+"""Seconds to wait for the reason of a peer that closed its connections."""
+
+
+class ExchangeError(RuntimeError):
+    """An exchange failed here or on another rank; the gradients of this step are not to be used."""
+
+
+class FailureBoard:
+    """Where the ranks of one process group leave the reason of the first failure."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._rank = dist.get_rank(group)
+        self._key = f"commpress/failure/{group.group_name}"
+        self._store = dist.distributed_c10d._get_default_store()
+
+    def end(self, error: BaseException) -> ExchangeError:
+        """Close the group for good and return the error that this rank's user shall see."""
+        own = f"rank {self._rank}: {type(error).__name__}: {error}"
+        lost_peer = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+        try:
+            if lost_peer:
+                reason = self._posted() or f"rank {self._rank}, which lost another rank: {error}"
+            else:
+                reason = own
+                self._store.set(self._key, own)
+        except RuntimeError as gone:  # the store went down with the rank that kept it
+            reason = f"{own} (and the store that would say more is gone: {gone})"
+        self._abort()
+        return ExchangeError(f"commpress: the gradient exchange failed on {reason}")
+
+    def _posted(self) -> str:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if self._store.check([self._key]):
+                return f"{self._store.get(self._key).decode()} (reported by rank {self._rank})"
+            time.sleep(PATIENCE / 10)
+        return ""
+
+    def _abort(self) -> None:
+        """Close the connections, so that peers fail at once instead of waiting for the group's timeout."""
+        on_cpu = dist.get_backend(self._group) == "gloo"
+        with contextlib.suppress(Exception):  # a group that cannot be aborted fails by its timeout
+            (self._group._get_backend(torch.device("cpu")) if on_cpu else self._group).abort()

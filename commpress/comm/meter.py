@@ -1,0 +1,113 @@
+"""Bytes and seconds: what a dense exchange would have sent, what was sent, and where the time went.
+
+Bytes are those that this rank handed to its process group for other ranks. The dense figure is a ring all-reduce of the
+same buckets in their own dtype, 2 (W - 1) / W of their size, which is what DDP does without a hook.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+PHASES = ("encode", "wire", "decode")
+
+
+@dataclass
+class Row:
+    """One bucket over all steps so far. Bytes and seconds are sums."""
+
+    bucket: int
+    values: int
+    dtype: str
+    spec: str
+    exchange: str
+    reason: str
+    steps: int = 0
+    dense_bytes: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+
+@dataclass
+class Report:
+    """What one rank sent and saved. `ratio` is dense over sent bytes.
+
+    `seconds`: `encode` and `decode` are the codec's, `wire` from the start of a transfer until it was there (transfers
+    overlap each other and the codec), `exposed` the part that training waited for after its last gradient was ready, and
+    `hidden` the part of the exchanges that ran while backward went on.
+    """
+
+    spec: str
+    rank: int
+    world_size: int
+    steps: int
+    dense_bytes: int
+    sent_bytes: int
+    received_bytes: int
+    seconds: dict[str, float]
+    rows: list[Row]
+
+    @property
+    def ratio(self) -> float:
+        """Dense over sent bytes; 1.0 if nothing had to be sent."""
+        return self.dense_bytes / self.sent_bytes if self.sent_bytes else 1.0
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it as plain numbers, strings, lists and dicts."""
+        return {**asdict(self), "ratio": self.ratio}
+
+    def write_json(self, path: str | Path) -> None:
+        """Write `to_dict()` to a file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        each = max(self.steps, 1)
+        table = Table(title=f"commpress {self.spec}: rank {self.rank} of {self.world_size}, {self.steps} steps")
+        table.add_column("bucket")
+        for name in ("values", "dense MB/step", "sent MB/step", "ratio", "encode ms", "wire ms", "decode ms"):
+            table.add_column(name, justify="right")
+        table.add_column("how")
+        for row in self.rows:
+            ratio = row.dense_bytes / row.sent_bytes if row.sent_bytes else 1.0
+            how = f"not compressed: {row.reason}" if row.reason else f"{row.spec} by {row.exchange}"
+            mb = (f"{b / 1e6 / max(row.steps, 1):.3f}" for b in (row.dense_bytes, row.sent_bytes))
+            ms = (f"{row.seconds[p] * 1e3 / max(row.steps, 1):.2f}" for p in PHASES)
+            name = f"{row.bucket} ({row.steps} steps)" if row.steps != self.steps else str(row.bucket)
+            table.add_row(name, f"{row.values:,}", *mb, f"{ratio:.1f}", *ms, how)
+        table.add_section()
+        mb = (f"{b / 1e6 / each:.3f}" for b in (self.dense_bytes, self.sent_bytes))
+        ms = (f"{self.seconds[p] * 1e3 / each:.2f}" for p in PHASES)
+        after, hidden = (self.seconds[k] * 1e3 / each for k in ("exposed", "hidden"))
+        table.add_row("all", "", *mb, f"{self.ratio:.1f}", *ms, f"{hidden:.2f} ms hidden, {after:.2f} ms exposed")
+        text = StringIO()
+        Console(file=text, width=132).print(table)
+        return text.getvalue()
+
+
+class Meter:
+    """Adds up what the sequencer reports; one writer at a time (the sequencer's)."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[object, ...], Row] = {}
+        self.steps = 0
+        self.exposed = 0.0
+        self.hidden = 0.0
+
+    def row(self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str) -> Row:
+        """The row of a bucket; a bucket that was laid out anew gets a new one."""
+        key = (bucket, values, dtype, spec)
+        if key not in self.rows:
+            self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason)
+        return self.rows[key]
+
+    def report(self, spec: str, rank: int, world_size: int) -> Report:
+        """The sums so far."""
+        rows = [Row(**{**asdict(row)}) for row in self.rows.values()]
+        seconds = {phase: sum(row.seconds[phase] for row in rows) for phase in PHASES}
+        seconds |= {"exposed": self.exposed, "hidden": self.hidden}
+        dense, sent, received = (sum(getattr(r, f"{k}_bytes") for r in rows) for k in ("dense", "sent", "received"))
+        return Report(spec, rank, world_size, self.steps, dense, sent, received, seconds, rows)

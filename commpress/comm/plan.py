@@ -1,0 +1,60 @@
+"""Which codec and exchange for which tensor. What is not compressed has a reason, which stands in the report."""
+
+from dataclasses import asdict, dataclass
+
+from commpress.comm.codecs import Codec, parse
+from commpress.comm.exchange import EXCHANGES
+
+FEWEST_VALUES = 256
+"""A bucket below this travels dense: one small message either way."""
+
+DENSE = parse("none")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to one bucket. `reason` says why it is not compressed, and is empty if it is."""
+
+    codec: Codec
+    exchange: str
+    feedback: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One spec for all buckets, its exchange, and whether lossy codecs get error feedback.
+
+    Raises ValueError if the exchange is unknown or does not fit the codec.
+    """
+
+    codec: Codec
+    exchange: str
+    error_feedback: bool = True
+
+    @classmethod
+    def of(cls, spec: str | Codec, exchange: str | None = None, error_feedback: bool = True) -> "Plan":
+        """The plan for a spec; `exchange=None` takes the one that suits its codec."""
+        codec = parse(spec)
+        name = exchange or codec.exchange
+        if name not in EXCHANGES:
+            raise ValueError(f"unknown exchange {name!r}, known: {', '.join(EXCHANGES)}")
+        if name == "all_reduce" and codec.sum_dtype is None:
+            raise ValueError(f"payloads of {codec} cannot be summed, so it cannot use all_reduce; leave exchange out")
+        return cls(codec, name, error_feedback)
+
+    def choose(self, n: int, itemsize: int, world_size: int) -> Choice:
+        """What to do with a bucket of n values of `itemsize` bytes."""
+        if world_size == 1:
+            return Choice(DENSE, "all_reduce", False, "one rank: nothing to send")
+        if not self.codec.lossy:
+            return Choice(self.codec, self.exchange, False, "spec is none")
+        if n < FEWEST_VALUES:
+            return Choice(DENSE, "all_reduce", False, f"fewer than {FEWEST_VALUES} values")
+        if self.codec.nbytes(n) >= n * itemsize:
+            return Choice(DENSE, "all_reduce", False, f"payload would be no smaller than {itemsize} bytes a value")
+        return Choice(self.codec, self.exchange, self.error_feedback)
+
+    def settings(self) -> dict[str, object]:
+        """What all ranks must agree on."""
+        return {**asdict(self), "codec": str(self.codec)}

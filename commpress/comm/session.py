@@ -1,0 +1,245 @@
+"""A session: one plan at work on one process group. Buckets go in, futures of their means come out.
+
+It knows no framework. `submit` takes a flat gradient and the names and sizes of the parameters in it; the hooks in
+`commpress.hooks` translate. What must survive a restart is in `state_dict`.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.agreement import require_agreement
+from commpress.comm.codecs import Codec
+from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Wire
+from commpress.comm.exchange.two_shot import chunk_bounds
+from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.feedback import Feedback, Segments
+from commpress.comm.meter import Meter, Report
+from commpress.comm.plan import Plan
+from commpress.comm.sequencer import Job, Sequencer
+
+STATE_VERSION = 1
+WARM_UP_VALUES = 3000
+"""Enough for full blocks and a tail of every codec."""
+
+
+class GradScaler(Protocol):
+    """What is needed of `torch.amp.GradScaler`."""
+
+    def get_scale(self) -> float:
+        """The factor by which the loss is multiplied now."""
+
+
+@dataclass
+class Held:
+    """A bucket that waits until all of its step are there."""
+
+    bucket: Tensor
+    segments: Segments
+    index: int
+    future: "torch.futures.Future[Any]"
+
+
+class Session:
+    """What `commpress.attach` returns. Collective: every rank of `group` makes one at the same point.
+
+    `group` is the process group of the data-parallel ranks and `device` where the gradients live. Ranks whose spec, settings,
+    parameters or library version differ all raise ValueError with both values.
+    """
+
+    def __init__(
+        self,
+        spec: str | Codec,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        exchange: str | None = None,
+        error_feedback: bool = True,
+        grad_scaler: GradScaler | None = None,
+        parameters: Segments = (),
+    ) -> None:
+        self.plan = _agree(spec, exchange, error_feedback, parameters, group, device)
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.device = device
+        self._scaler, self._scale = grad_scaler, 1.0
+        self._feedback = Feedback(self.world_size)
+        self._meter = Meter()
+        self._tags = itertools.count(0, TAGS_PER_BUCKET)
+        self._restored: list[Segments] = []
+        self._held: list[Held] = []
+        self._starts_step = True
+        if self.world_size > 1:
+            # on CPU a group of our own: what the user sends on theirs cannot get between our transfers
+            ours = _sibling(group) if device.type == "cpu" else group
+            self._wire = Wire(ours)
+            self._sequencer = Sequencer(ours, device, self._meter)
+            warm_up(self.plan.codec, device)
+
+    def submit(self, bucket: Tensor, segments: Segments, index: int, last: bool) -> torch.futures.Future[Tensor]:
+        """Replace `bucket` ([n], contiguous, any float dtype) by its mean over the ranks, in the background.
+
+        `segments` names the parameters in it, `index` its place among the buckets, `last` ends the step. The future holds
+        `bucket`; waiting for it raises RuntimeError if the exchange failed on any rank. Same order on every rank.
+        """
+        if self._starts_step:
+            self._follow_scale()
+        self._starts_step = last
+        future: torch.futures.Future[Any] = torch.futures.Future(
+            devices=None if self.device.type == "cpu" else [self.device]
+        )
+        if self._restored:
+            self._held.append(Held(bucket, segments, index, future))
+            if last:
+                self._release()
+        else:
+            self._start(bucket, segments, index, last, lambda error: future.set_result(error or bucket))
+        return future.then(_result)  # no collective hangs on it: it only raises what the exchange raised
+
+    def report(self) -> Report:
+        """Bytes and seconds so far, on this rank."""
+        return self._meter.report(str(self.plan.codec), self.rank, self.world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Memories and layout of this rank (every rank saves its own). Call it between steps."""
+        return {
+            "version": STATE_VERSION,
+            "settings": self.plan.settings(),
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "scale": self._scale,
+            "buckets": self._feedback.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` saved on the same rank, before the first step; training goes on bit for bit.
+
+        DDP lays its buckets out anew after a restart. The first step is exchanged in the saved layout all the same.
+        Raises ValueError if the state belongs to another version, plan, rank or world size.
+        """
+        expected = {
+            "version": STATE_VERSION,
+            "settings": self.plan.settings(),
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+        for key, value in expected.items():
+            if state.get(key) != value:
+                raise ValueError(f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}")
+        self._scale = float(state["scale"])
+        self._feedback.load_state_dict(state["buckets"], self.device)
+        self._restored = list(self._feedback.memories)
+
+    def _start(
+        self, bucket: Tensor, segments: Segments, index: int, last: bool, finished: Callable[[BaseException | None], None]
+    ) -> None:
+        n, W = bucket.numel(), self.world_size
+        choice = self.plan.choose(n, bucket.element_size(), W)
+        dtype = str(bucket.dtype).removeprefix("torch.")
+        row = self._meter.row(index, n, dtype, str(choice.codec), choice.exchange, choice.reason)
+        if W == 1:
+            row.steps += 1
+            self._meter.steps += last
+            finished(None)
+            return
+        chunk = None
+        if choice.exchange == "two_shot":
+            cuts = chunk_bounds(n, W, choice.codec.granularity)
+            chunk = (cuts[self.rank], cuts[self.rank + 1])
+        memory = self._feedback.memory(segments, choice.feedback, chunk, self.device)
+        exchange = EXCHANGES[choice.exchange](bucket, choice.codec, memory, self._wire, next(self._tags))
+        self._sequencer.submit(Job(bucket, exchange, row, ring_bytes(bucket.nbytes, W), last, finished))
+
+    def _release(self) -> None:
+        """Exchange the first step after a restart in the layout in which the memories were saved."""
+        held, layouts = self._held, self._restored
+        self._held, self._restored = [], []
+        if {h.segments for h in held} == set(layouts):
+            for h in held:
+                self._start(h.bucket, h.segments, h.index, h is held[-1], lambda e, h=h: h.future.set_result(e or h.bucket))
+            return
+        places: dict[str, Tensor] = {}
+        for h in held:
+            places |= zip((n for n, _ in h.segments), h.bucket.split([n for _, n in h.segments]), strict=True)
+        saved = {name: n for layout in layouts for name, n in layout}
+        if saved != {name: part.numel() for name, part in places.items()}:
+            odd = sorted(set(saved.items()) ^ {(name, part.numel()) for name, part in places.items()})[0]
+            raise ValueError(f"cannot restore: parameter {odd[0]!r} of {odd[1]} values is not both saved and in the model")
+        waiting = len(layouts)
+
+        def finished(error: BaseException | None, layout: Segments, flat: Tensor) -> None:
+            nonlocal waiting
+            for (name, _), part in zip(layout, flat.split([n for _, n in layout]), strict=True):
+                places[name].copy_(part)
+            waiting -= 1
+            if waiting == 0 or error is not None:
+                for h in held:
+                    if not h.future.done():
+                        h.future.set_result(error or h.bucket)
+
+        for index, layout in enumerate(layouts):
+            flat = torch.cat([places[name] for name, _ in layout])
+            end = index == len(layouts) - 1
+            self._start(flat, layout, index, end, lambda e, layout=layout, flat=flat: finished(e, layout, flat))
+
+    def _follow_scale(self) -> None:
+        """Memories hold gradients times the loss scale; when that changes they change with it."""
+        if self._scaler is not None and (scale := float(self._scaler.get_scale())) != self._scale:
+            self._feedback.rescale(scale / self._scale)
+            self._scale = scale
+
+
+def warm_up(codec: Codec, device: torch.device) -> None:
+    """Compile a codec's loops now, not in the middle of the first step."""
+    x = torch.linspace(-1, 1, WARM_UP_VALUES, device=device)
+    residual = torch.zeros_like(x)
+    payload = codec.encode(x)
+    codec.encode(x, residual)
+    codec.recode(payload.repeat(2), WARM_UP_VALUES, 2, residual)
+    codec.recode(payload.repeat(2), WARM_UP_VALUES, 2)
+    codec.mean(payload.repeat(2), WARM_UP_VALUES, 2)
+
+
+def _agree(
+    spec: str | Codec,
+    exchange: str | None,
+    error_feedback: bool,
+    parameters: Segments,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> Plan:
+    try:
+        plan = Plan.of(spec, exchange, error_feedback)
+    except (ValueError, TypeError) as error:
+        require_agreement({"error": str(error)}, group, device)
+        raise
+    settings = {
+        "spec": str(plan.codec),
+        "exchange": plan.exchange,
+        "error_feedback": error_feedback,
+        "commpress version": version("commpress"),
+        "parameters": f"{len(parameters)} with {sum(n for _, n in parameters)} values",
+    }
+    require_agreement(settings, group, device)
+    return plan
+
+
+def _sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A new group of the same ranks and timeout. Collective over those ranks only."""
+    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="commpress")
+
+
+def _result(future: "torch.futures.Future[Any]") -> Tensor:
+    value = future.value()
+    if isinstance(value, BaseException):
+        raise value
+    assert isinstance(value, Tensor)
+    return value

@@ -1,0 +1,94 @@
+"""DistributedDataParallel, by its communication hook.
+
+DDP calls the hook in backward, in the order of the buckets, the same on every rank; it hands over a flat gradient of one
+dtype that the hook must replace by its mean, and waits for all futures before backward returns. It calls nothing under
+`no_sync`. After the first backward it lays its buckets out anew. A hook cannot be taken off or replaced.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commpress.comm.codecs import Codec
+from commpress.comm.feedback import Segments
+from commpress.comm.session import GradScaler, Session
+
+
+class CommState:
+    """State for `ddp.register_comm_hook(CommState("int4"), comm_hook)`. `session` is there after the first backward.
+
+    `group` is the process group that the DDP module was given (default: the default group). The first backward compares
+    the ranks' specs and compiles the loops; `attach` does both beforehand and knows the parameters' names, so prefer it.
+    """
+
+    def __init__(
+        self,
+        spec: str | Codec,
+        group: dist.ProcessGroup | None = None,
+        *,
+        exchange: str | None = None,
+        error_feedback: bool = True,
+        grad_scaler: GradScaler | None = None,
+    ) -> None:
+        self.session: Session | None = None
+        self._names: dict[Tensor, str] = {}
+        self._arguments = (spec, group, exchange, error_feedback, grad_scaler)
+
+    def start(self, device: torch.device, names: dict[Tensor, str]) -> Session:
+        """Make the session. Collective."""
+        spec, group, exchange, error_feedback, grad_scaler = self._arguments
+        self._names = names
+        self.session = Session(
+            spec,
+            group or dist.group.WORLD,
+            device,
+            exchange=exchange,
+            error_feedback=error_feedback,
+            grad_scaler=grad_scaler,
+            parameters=tuple((name, p.numel()) for p, name in names.items()),
+        )
+        return self.session
+
+    def segments(self, parameters: list[Tensor]) -> Segments:
+        """Names and sizes of a bucket's parameters; without a model they are numbered in the order of their first use."""
+        for p in parameters:
+            self._names.setdefault(p, f"parameter {len(self._names)}")
+        return tuple((self._names[p], p.numel()) for p in parameters)
+
+
+def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The hook: the bucket's mean over the ranks, compressed."""
+    gradient = bucket.buffer()
+    session = state.session or state.start(gradient.device, {})
+    return session.submit(gradient, state.segments(bucket.parameters()), bucket.index(), bucket.is_last())
+
+
+def attach(
+    model: DistributedDataParallel,
+    spec: str | Codec,
+    *,
+    exchange: str | None = None,
+    error_feedback: bool = True,
+    grad_scaler: GradScaler | None = None,
+) -> Session:
+    """Register the hook on `model` and return its session. Collective over the model's process group.
+
+    `exchange` names one of `two_shot`, `all_gather`, `all_reduce` instead of the codec's own choice. `grad_scaler` is the
+    `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale. Raises ValueError on all ranks
+    if a spec is unknown or the ranks differ, RuntimeError if the model already has a hook.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in _trained(model.module)}
+    device = next(iter(names)).device
+    state = CommState(
+        spec, model.process_group, exchange=exchange, error_feedback=error_feedback, grad_scaler=grad_scaler
+    )
+    session = state.start(device, names)
+    model.register_comm_hook(state, comm_hook)
+    return session
+
+
+def _trained(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

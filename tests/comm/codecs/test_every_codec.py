@@ -1,0 +1,70 @@
+"""Every codec against every check of the battery, and that the battery knows every codec."""
+
+import doctest
+from collections.abc import Callable
+from importlib import import_module
+
+import pytest
+import torch
+from battery import CODEC_CHECKS, EXAMPLES, SPECS, defined_encode, same, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from commpress.comm.codecs import FAMILIES, WORDS, Codec, parse
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("check", CODEC_CHECKS, ids=lambda check: check.__name__)
+def test_codec(spec: str, check: Callable[[Codec], None]) -> None:
+    check(parse(spec))
+
+
+def test_the_battery_knows_every_family() -> None:
+    assert {parse(spec).word for spec in SPECS} == set(WORDS)
+
+
+def test_the_battery_lists_every_check() -> None:
+    import battery
+
+    def is_check(thing: object) -> bool:
+        return getattr(thing, "__module__", "") == "battery" and getattr(thing, "__annotations__", {}) == {
+            "codec": Codec,
+            "return": None,
+        }
+
+    assert set(CODEC_CHECKS) == {thing for thing in vars(battery).values() if is_check(thing)}
+
+
+def any_floats(n: int) -> st.SearchStrategy[NDArray]:  # type: ignore[type-arg]
+    """float32 arrays of n values: a few values many times over, NaN and Inf among them."""
+    return hnp.arrays("float32", n, elements=st.floats(width=32), fill=st.sampled_from([0.0, -1.0, 1.0, 1e-30]))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@EXAMPLES
+@given(st.data())
+def test_loops_equal_the_definition_on_anything(spec: str, data: st.DataObject) -> None:
+    codec = parse(spec)
+    n = data.draw(st.integers(1, 600))
+    x = torch.from_numpy(data.draw(any_floats(n)))
+    before = torch.from_numpy(data.draw(any_floats(n))).nan_to_num(0.5, 1.0, -1.0)
+    assert torch.equal(codec.encode(x), defined_encode(codec, x)[0])
+
+    payload, after = defined_encode(codec, x, before)
+    residual = before.clone()
+    assert after is not None
+    assert torch.equal(codec.encode(x, residual), payload)
+    assert same_bits(residual, after)
+    assert same(codec.decode(payload, n), codec.define_decode(payload, n))
+
+
+MODULES = sorted({family.__module__ for family in FAMILIES})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_in_the_docstrings_run(module: str) -> None:
+    result = doctest.testmod(import_module(module), extraglobs={"parse": parse, "torch": torch})
+    assert result.attempted > 0
+    assert result.failed == 0
