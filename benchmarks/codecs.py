@@ -72,7 +72,9 @@ def main() -> None:
             times[key].append(seconds(call))
     copy = statistics.median(copies)
     actions = ("encode", "feedback", "decode", "mean of 4", "recode 4")
-    title = f"{x.numel() * 4 / 1e6:.0f} MB float32, one thread of {cpu_name()}, torch {torch.__version__}: memory copies"
+    title = (
+        f"{x.numel() * 4 / 1e6:.0f} MB float32, one thread of {cpu_name()}, torch {torch.__version__}: memory copies"
+    )
     table = Table(title=f"{title} ({copy * 1e3:.2f} ms each)")
     for name in ("spec", "bits a value", *actions):
         table.add_column(name, justify="left" if name == "spec" else "right")

@@ -1,8 +1,8 @@
 """commpress: distributed training in PyTorch that sends 10 to 1000 times fewer bytes.
 
-    session = commpress.attach(ddp_model, "topk(0.01)|int4")
-    ...                                # train as before
-    print(session.report())            # bytes and seconds, against a dense exchange
+session = commpress.attach(ddp_model, "topk(0.01)|int4")
+...                                # train as before
+print(session.report())            # bytes and seconds, against a dense exchange
 """
 
 from importlib.metadata import version

@@ -6,7 +6,9 @@ import torch
 import torch.distributed as dist
 
 
-def gather_settings(settings: dict[str, object], group: dist.ProcessGroup, device: torch.device) -> list[dict[str, object]]:
+def gather_settings(
+    settings: dict[str, object], group: dist.ProcessGroup, device: torch.device
+) -> list[dict[str, object]]:
     """Every rank's settings (JSON values), in the order of the ranks. Collective."""
     world_size = dist.get_world_size(group)
     own = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8).to(device)

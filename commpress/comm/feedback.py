@@ -52,9 +52,7 @@ class Feedback:
         self.homes: dict[str, Segments] = {}
         """The layout in which each parameter's residual stands now."""
 
-    def memory(
-        self, segments: Segments, feedback: bool, chunk: tuple[int, int] | None, device: torch.device
-    ) -> Memory:
+    def memory(self, segments: Segments, feedback: bool, chunk: tuple[int, int] | None, device: torch.device) -> Memory:
         """The memory of the bucket that holds these parameters. A new layout takes over what was kept for them.
 
         `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding.
@@ -116,7 +114,9 @@ class Feedback:
         self.homes.clear()
         for saved in state:
             segments = tuple((str(name), int(n)) for name, n in saved["segments"])
-            residual, second = (None if saved[k] is None else saved[k].to(device).clone() for k in ("residual", "second"))
+            residual, second = (
+                None if saved[k] is None else saved[k].to(device).clone() for k in ("residual", "second")
+            )
             self.memories[segments] = Memory(residual, second, int(saved["start"]))
             if residual is not None:
                 self.homes.update((name, segments) for name, _ in segments)

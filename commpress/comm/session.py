@@ -130,13 +130,20 @@ class Session:
         }
         for key, value in expected.items():
             if state.get(key) != value:
-                raise ValueError(f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}")
+                raise ValueError(
+                    f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}"
+                )
         self._scale = float(state["scale"])
         self._feedback.load_state_dict(state["buckets"], self.device)
         self._restored = list(self._feedback.memories)
 
     def _start(
-        self, bucket: Tensor, segments: Segments, index: int, last: bool, finished: Callable[[BaseException | None], None]
+        self,
+        bucket: Tensor,
+        segments: Segments,
+        index: int,
+        last: bool,
+        finished: Callable[[BaseException | None], None],
     ) -> None:
         n, W = bucket.numel(), self.world_size
         choice = self.plan.choose(n, bucket.element_size(), W)
@@ -161,7 +168,9 @@ class Session:
         self._held, self._restored = [], []
         if {h.segments for h in held} == set(layouts):
             for h in held:
-                self._start(h.bucket, h.segments, h.index, h is held[-1], lambda e, h=h: h.future.set_result(e or h.bucket))
+                self._start(
+                    h.bucket, h.segments, h.index, h is held[-1], lambda e, h=h: h.future.set_result(e or h.bucket)
+                )
             return
         places: dict[str, Tensor] = {}
         for h in held:
@@ -169,7 +178,9 @@ class Session:
         saved = {name: n for layout in layouts for name, n in layout}
         if saved != {name: part.numel() for name, part in places.items()}:
             odd = sorted(set(saved.items()) ^ {(name, part.numel()) for name, part in places.items()})[0]
-            raise ValueError(f"cannot restore: parameter {odd[0]!r} of {odd[1]} values is not both saved and in the model")
+            raise ValueError(
+                f"cannot restore: parameter {odd[0]!r} of {odd[1]} values is not both saved and in the model"
+            )
         waiting = len(layouts)
 
         def finished(error: BaseException | None, layout: Segments, flat: Tensor) -> None:

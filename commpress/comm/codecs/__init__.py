@@ -13,7 +13,7 @@ WORDS = {family.word: family for family in FAMILIES}
 
 _STAGE = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(\s*([^()]*?)\s*\))?\s*")
 
-__all__ = ["Codec", "parse", "WORDS"]
+__all__ = ["WORDS", "Codec", "parse"]
 
 
 def parse(spec: str | Codec) -> Codec:
@@ -43,7 +43,9 @@ def parse(spec: str | Codec) -> Codec:
     try:
         ratio = float(argument or "")
     except ValueError:
-        raise ValueError(f"spec {spec!r}: topk takes the kept share, as in topk(0.01), got ({argument or ''})") from None
+        raise ValueError(
+            f"spec {spec!r}: topk takes the kept share, as in topk(0.01), got ({argument or ''})"
+        ) from None
     values = parse(rest[0]) if rest else Identity()
     if isinstance(values, TopK):
         raise ValueError(f"spec {spec!r}: the values of topk(...) cannot be sparsified again")

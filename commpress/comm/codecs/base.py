@@ -74,9 +74,7 @@ class Codec(ABC):
         values = x.detach().to(torch.float32)
         if x.device.type == "cpu":
             payload[-4:].zero_()
-            self.loop_encode(
-                values.numpy(), NO_FLOATS if residual is None else residual.numpy(), payload.numpy()
-            )
+            self.loop_encode(values.numpy(), NO_FLOATS if residual is None else residual.numpy(), payload.numpy())
         else:
             self._defined_encode(values, residual, payload)
         return payload

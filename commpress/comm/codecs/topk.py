@@ -9,7 +9,7 @@ k: with l = floor(log2(n / k)), the l low bits of each, packed, and p >> l in un
 each section zero-padded to a multiple of 4 bytes. 8.6 bits a position at 1 %; log2 of n over k, the least, is 8.1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -35,7 +35,7 @@ class TopK(Codec):
     """
 
     ratio: float
-    values: Codec = Identity()
+    values: Codec = field(default_factory=Identity)
 
     word: ClassVar[str] = "topk"
     exchange: ClassVar[str] = "all_gather"

@@ -1,0 +1,23 @@
+"""The `commpress` command: train, demo, report. Under torchrun: `torchrun --no-python ... commpress train ...`."""
+
+import sys
+
+
+def main() -> None:
+    """The console script. Ends with a sentence if the packages of the `launch` extra are not installed."""
+    try:
+        import plotly  # noqa: F401  the report's
+        import typer
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the commpress command needs {error.name}: pip install 'commpress[launch]'")
+    from commpress.launch import demo, report, train
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+    app.command("train")(train.command)
+    app.command("demo")(demo.command)
+    app.command("report")(report.command)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The whole thing in a few minutes on one machine: one small GPT, trained on two ranks, uncompressed and compressed.
+
+python -m commpress.launch.demo
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from commpress.launch import checkpoint, report
+
+SPECS = {"none": "none", "int4": "int4", "topk-int4": "topk(0.01)|int4"}
+"""Folder and spec of each run."""
+MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 128, "batch": 4}
+TRAINING = {"lr": 2e-3, "warmup-steps": 30, "eval-batches": 16, "seed": 0, "threads": 1}
+LIMIT_SECONDS = 600.0
+GRACE_SECONDS = 40.0
+"""torchrun gives its ranks 30 seconds to end."""
+LAST_LINES = 30
+
+
+class DemoError(Exception):
+    """A training run of the demo failed."""
+
+
+def demo(out: Path, steps: int) -> Path:
+    """Train once for each spec, print the table, and return the path of the HTML report. Raises DemoError."""
+    console = Console()
+    records = []
+    started = time.monotonic()
+    for folder, spec in SPECS.items():
+        console.print(f"\n[bold]{len(records) + 1} of {len(SPECS)}[/bold]", spec, highlight=False, markup=True)
+        records.append(train(out / folder, spec, steps))
+    console.print()
+    console.print(results(records))
+    console.print(
+        "Sparse gradients under Adam lose loss by their nature: Adam divides by a variance of what arrives.",
+        style="dim",
+    )
+    path = out / "report.html"
+    path.write_text(report.page(records), encoding="utf-8")
+    console.print(
+        f"{time.monotonic() - started:.0f} s in all. Report: {path.resolve()}", soft_wrap=True, highlight=False
+    )
+    return path
+
+
+def train(out: Path, spec: str, steps: int) -> dict[str, Any]:
+    """One run of the training program on two ranks of this machine, shown live; its record. Raises DemoError."""
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.clear(out)
+    record, errors = out / "record.json", out / "stderr.log"
+    record.unlink(missing_ok=True)
+    flags = {**MODEL, **TRAINING, "compress": spec, "steps": steps, "eval-every": max(1, steps // 5), "out": out}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
+        *("-m", "commpress.launch.train"),
+        *(str(part) for name, value in flags.items() for part in (f"--{name}", value)),
+    ]
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
+    with errors.open("wb") as log:
+        # what it prints goes to this terminal, so that its progress bar lives; its errors are shown if it fails
+        child = subprocess.Popen(command, stderr=log, env=environment, start_new_session=True)
+        try:
+            code = child.wait(LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise DemoError(f"{spec}: not done after {LIMIT_SECONDS:.0f} s, killed\n{tail(errors)}") from None
+        finally:
+            end(child)
+    if code != 0:
+        raise DemoError(f"{spec}: the training program ended with code {code}\n{tail(errors)}")
+    return report.read(record)
+
+
+def results(records: list[dict[str, Any]]) -> Table:
+    """The demo's table: a row a spec."""
+    head, *rows = report.summary([(r["settings"]["compress"], r) for r in records])
+    first = records[0]
+    table = Table(title=f"{first['parameters'] / 1e6:.1f} M parameters, {first['world_size']} ranks, one machine")
+    for name in head:
+        table.add_column(name, justify="left" if name == "spec" else "right", no_wrap=name == "spec")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def end(child: "subprocess.Popen[bytes]") -> None:
+    """End a child and all that it started, if it still runs: politely first, so that torchrun ends its ranks itself."""
+    if child.poll() is not None:
+        return
+    family = descendants(child.pid)
+    child.send_signal(signal.SIGTERM)
+    try:
+        child.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that they started."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(child): int(parent) for child, parent in (line.split() for line in listing.splitlines())}
+    found = [pid]
+    for ancestor in found:
+        found += [child for child, parent in parents.items() if parent == ancestor]
+    return found[1:]
+
+
+def tail(path: Path) -> str:
+    """The last lines of a log."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-LAST_LINES:])
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def interrupted(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends the demo as Ctrl-C does: through its finally blocks."""
+    raise KeyboardInterrupt
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Folder for the three runs and the report.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 250,
+) -> None:
+    """Train a small GPT on two local ranks with none, int4 and topk(0.01)|int4, and compare."""
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        demo(out, steps)
+    except DemoError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """`python -m commpress.launch.demo`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()
+
+
+if __name__ == "__main__":
+    main()

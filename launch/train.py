@@ -1,0 +1,559 @@
+"""Train a byte-level GPT on any number of ranks, its gradients compressed. One file, to read and to change.
+
+    torchrun --nproc-per-node 2 -m commpress.launch.train --compress "topk(0.01)|int4"
+
+Without torchrun it trains on one rank. Ctrl-C or SIGTERM: all ranks stop after the same step and leave a checkpoint.
+`--resume` goes on from there; on CPU, bit for bit as if nothing had happened.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import commpress
+from commpress.launch import checkpoint, data
+from commpress.launch.model import GPT, Shape
+
+BETAS = (0.9, 0.95)
+CLIP_NORM = 1.0
+FINAL_LR = 0.1
+"""Where the cosine ends, as a share of --lr."""
+CURVE_ROWS = 1000
+"""About as many rows the loss curve gets, however long the run is."""
+PLAIN_LINES = 20
+"""Lines of progress in all where the output is not a terminal."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says; each field is the flag of that name."""
+
+    compress: str = "int4"
+    data: Path | None = None
+    layers: int = 6
+    width: int = 384
+    heads: int = 6
+    context: int = 256
+    batch: int = 8
+    accumulate: int = 1
+    steps: int = 1000
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    eval_every: int = 100
+    eval_batches: int = 16
+    seed: int = 0
+    out: Path | None = None
+    checkpoint_every: int = 0
+    resume: bool = False
+    threads: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.layers, self.width, self.heads, self.context)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written: --out, or runs/ and the spec without its punctuation."""
+        return self.out or Path("runs", re.sub(r"[^a-z0-9.]+", "-", self.compress).strip("-"))
+
+
+STEERING = (
+    *("compress", "layers", "width", "heads", "context", "batch", "accumulate"),
+    *("steps", "lr", "warmup_steps", "weight_decay", "seed"),
+)
+"""The settings that decide where training goes; --resume needs them unchanged."""
+
+
+class TrainingError(Exception):
+    """Training cannot start or go on. Every rank meets it alike, so rank 0 alone says it."""
+
+
+def train(settings: Settings) -> bool:
+    """Train, and write record.json and checkpoints into `settings.folder`. Returns False if it was asked to stop early.
+
+    Collective: joins the ranks that torchrun started (or is a single one), unless a process group is already there.
+    Raises TrainingError on all ranks, ValueError or OSError on a rank that cannot read its part of a checkpoint.
+    """
+    check(settings)
+    out = settings.folder
+    if not settings.resume and checkpoint.exists(out):
+        raise TrainingError(f"{out} holds the checkpoint of a run: go on with --resume, or give another --out")
+
+    with process_group() as device, stop_signals() as stop:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        torch.set_num_threads(settings.threads or default_threads())
+        torch.manual_seed(settings.seed)
+
+        with said_by_rank_0():
+            text = data.load(settings.data)
+            data.require_context(text, settings.context)
+            data.require_same_text(text, device)
+        own_windows = data.generator(settings.seed, rank)
+
+        model = GPT(settings.shape).to(device)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        with said_by_rank_0():
+            session = commpress.attach(ddp, settings.compress)
+        optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr, betas=BETAS, fused=True)
+
+        identity = {
+            **{name: getattr(settings, name) for name in STEERING},
+            "world_size": world_size,
+            "text": list(text.fingerprint),
+        }
+        done = 0  # optimizer steps so far, over all restarts
+        durations: list[float] = []  # seconds of each
+        curve: list[dict[str, Any]] = []
+        before = Traffic()  # what earlier starts of this run sent
+        if settings.resume:
+            with said_by_rank_0():
+                state = checkpoint.load_shared(out)
+                require_identity(state["identity"], identity, out)
+            own = checkpoint.load_own(out, state["step"], rank)
+            done, curve, before = state["step"], state["curve"], Traffic(**state["traffic"])
+            durations = state["durations"].tolist()
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            session.load_state_dict(own["session"])
+            own_windows.set_state(own["windows"])
+            set_random_states(own["random"])
+            if done == settings.steps:
+                say(f"{out} is already at step {done} of {settings.steps}: nothing left to do")
+                return True
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+
+        def save() -> None:
+            shared = {
+                "identity": identity,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "durations": torch.tensor(durations, dtype=torch.float64),
+                "curve": curve,
+                "traffic": asdict(before + Traffic.of(session.report())),
+            }
+            own = {"session": session.state_dict(), "windows": own_windows.get_state(), "random": random_states()}
+            checkpoint.save(out, done, rank, shared, own)
+
+        def note(train_loss: float | None, validation_loss: float | None) -> None:
+            traffic = before + Traffic.of(session.report())
+            curve.append(
+                {
+                    "step": done,
+                    "train_loss": train_loss,
+                    "validation_loss": validation_loss,
+                    "seconds": sum(durations),
+                    "sent_bytes": traffic.sent_bytes,
+                    "dense_bytes": traffic.dense_bytes,
+                }
+            )
+
+        def record() -> None:
+            if rank == 0:
+                report = session.report()
+                write_record(out, settings, text, model, device, durations, curve, report, before + Traffic.of(report))
+
+        parameters = sum(p.numel() for p in model.parameters())
+        say(
+            f"{parameters / 1e6:.1f} M parameters, {settings.compress}, {world_size} ranks "
+            f"({dist.get_backend()}, {device.type}, {torch.get_num_threads()} threads each), "
+            f"{len(text.train) / 1e6:.1f} MB of text from {text.source}"
+            + (f", {text.skipped} files skipped that are not text" if text.skipped else "")
+            + (f"; going on at step {done}" if done else "")
+        )
+        if done == 0:
+            note(None, validate(model, text.validation, settings, device))
+
+        with display(settings, done) as show:
+            stopping = False
+            while done < settings.steps and not stopping:
+                started = time.perf_counter()
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(done, settings)
+                loss = torch.zeros((), device=device)
+                for part in range(settings.accumulate):
+                    x, y = data.sample(text.train, settings.batch, settings.context, own_windows)
+                    # only the last part's backward synchronises the gradients
+                    with contextlib.nullcontext() if part == settings.accumulate - 1 else ddp.no_sync():
+                        part_loss = cross_entropy(ddp(x.to(device)), y.to(device)) / settings.accumulate
+                        part_loss.backward()  # type: ignore[no-untyped-call]
+                    loss += part_loss.detach()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                # one small exchange a step: the mean loss to show, and whether any rank was asked to stop
+                together = torch.stack([loss.double() / world_size, torch.tensor(float(stop), device=device).double()])
+                dist.all_reduce(together)
+                train_loss, stopping = together[0].item(), together[1].item() > 0
+                if not math.isfinite(train_loss) or not math.isfinite(norm.item()):
+                    raise TrainingError(
+                        f"step {done + 1}: the loss is {train_loss} and the gradient's norm {norm.item()}, "
+                        f"expected finite numbers; --lr {settings.lr} is probably too high"
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
+                done += 1
+                durations.append(time.perf_counter() - started)
+
+                due = done == settings.steps or (settings.eval_every > 0 and done % settings.eval_every == 0)
+                validation_loss = validate(model, text.validation, settings, device) if due else None
+                if due or done % math.ceil(settings.steps / CURVE_ROWS) == 0:
+                    note(train_loss, validation_loss)
+                show.step(done, train_loss, validation_loss, durations, before + Traffic.of(session.report()))
+                if due:
+                    record()
+                if (
+                    stopping
+                    or done == settings.steps
+                    or (settings.checkpoint_every > 0 and done % settings.checkpoint_every == 0)
+                ):
+                    save()
+
+        if done < settings.steps:
+            record()
+            say(f"stopped at step {done} of {settings.steps}; the same command with --resume goes on from {out}")
+        else:
+            say(str(session.report()).rstrip())
+            say(
+                f"validation loss {curve[-1]['validation_loss']:.4f} after {done} steps; "
+                f"record in {out / 'record.json'}"
+            )
+        return done == settings.steps
+
+
+def check(settings: Settings) -> None:
+    """Raises TrainingError for settings that no run can have."""
+    try:
+        commpress.parse(settings.compress)
+        Shape(settings.layers, settings.width, settings.heads, settings.context)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+    least: dict[str, float] = {"batch": 1, "accumulate": 1, "steps": 1, "eval_batches": 1, "threads": 1}
+    least |= {"warmup_steps": 0, "weight_decay": 0, "eval_every": 0, "checkpoint_every": 0, "lr": 0}
+    for name, minimum in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= minimum:
+            raise TrainingError(f"--{name.replace('_', '-')} {value}: expected at least {minimum:g}")
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """For the update after `step` updates: linear warm-up, then a cosine down to FINAL_LR."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    part = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.lr * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """Matrices decay, biases and norms do not."""
+    return [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats a byte of logits [batch, time, 256] against int64 [batch, time]."""
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def validate(model: nn.Module, text: Tensor, settings: Settings, device: torch.device) -> float:
+    """Mean loss in nats a byte over --eval-batches times --batch fixed windows, split over the ranks. Collective."""
+    starts = data.validation_starts(text, settings.eval_batches * settings.batch, settings.context)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    model.eval()
+    mine = starts[dist.get_rank() :: dist.get_world_size()]
+    for part in mine.split(settings.batch):
+        if len(part):
+            x, y = (t.to(device) for t in data.windows(text, part, settings.context))
+            total += torch.tensor([cross_entropy(model(x), y).item() * len(part), len(part)], device=device)
+    model.train()
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes and seconds of this rank, added up over all starts of a run."""
+
+    dense_bytes: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    encode: float = 0.0
+    wire: float = 0.0
+    decode: float = 0.0
+    exposed: float = 0.0
+
+    @classmethod
+    def of(cls, report: commpress.Report) -> "Traffic":
+        phases = {name: report.seconds[name] for name in ("encode", "wire", "decode", "exposed")}
+        return cls(report.dense_bytes, report.sent_bytes, report.received_bytes, **phases)
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    @property
+    def ratio(self) -> float:
+        return self.dense_bytes / self.sent_bytes if self.sent_bytes else 1.0
+
+
+def write_record(
+    out: Path,
+    settings: Settings,
+    text: data.Text,
+    model: nn.Module,
+    device: torch.device,
+    durations: list[float],
+    curve: list[dict[str, Any]],
+    report: commpress.Report,
+    traffic: Traffic,
+) -> None:
+    """Write record.json: what ran, where, and what was measured. Bytes and seconds of communication are rank 0's."""
+    record = {
+        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()},
+        "text": {"source": text.source, "bytes": text.fingerprint[0], "files": text.files, "skipped": text.skipped},
+        "world_size": dist.get_world_size(),
+        "backend": dist.get_backend(),
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps_done": len(durations),
+        "final_validation_loss": curve[-1]["validation_loss"] if len(durations) == settings.steps else None,
+        "median_step_seconds": statistics.median(durations),
+        "traffic": {**asdict(traffic), "ratio": traffic.ratio},
+        "report": report.to_dict(),  # since the last start only
+        "curve": curve,
+    }
+    checkpoint.write_atomically(out / "record.json", lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the run ran on."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux says more
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        processor = found[1] if found else processor
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor,
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+    }
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """An equal share of this host's cores for each of its ranks."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The default process group, joined if need be and then left again, and this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield device
+        return
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:  # torchrun
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+class Stop:
+    """Becomes true when this process is asked to end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def __float__(self) -> float:
+        return float(self.asked)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turn Ctrl-C and SIGTERM into a flag. A second one changes nothing: torchrun sends one more of its own."""
+    stop = Stop()
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def said_by_rank_0() -> Iterator[None]:
+    """Around what fails on all ranks alike if it fails."""
+    try:
+        yield
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+
+
+def require_identity(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Raises ValueError that names the first setting in which the checkpoint and this run differ, and both values."""
+    for name, value in now.items():
+        if saved[name] != value:
+            flag = {"world_size": "a world size of", "text": "a text of (bytes, CRC-32)"}.get(name)
+            flag = flag or f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"--resume: the run in {out} has {flag} {saved[name]}, this one {flag} {value}; both must be the same"
+            )
+
+
+def random_states() -> dict[str, Tensor]:
+    """Of torch's own generators in this process."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """Restore what `random_states` returned."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def say(line: str) -> None:
+    """Print a line on rank 0."""
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+class Display:
+    """Progress on rank 0: a bar in a terminal, else a line now and then. Other ranks show nothing."""
+
+    def __init__(self, settings: Settings, bar: Progress | None) -> None:
+        self.settings, self.bar = settings, bar
+        self.sent = 0
+        self.validation = ""
+        self.task = bar.add_task(settings.compress, total=settings.steps, figures="") if bar else None
+
+    def step(
+        self, done: int, loss: float, validation_loss: float | None, durations: list[float], traffic: Traffic
+    ) -> None:
+        s = self.settings
+        sent, self.sent = traffic.sent_bytes - self.sent, traffic.sent_bytes
+        if validation_loss is not None:
+            self.validation = f" val {validation_loss:.3f}"
+        speed = dist.get_world_size() * s.batch * s.accumulate * s.context / statistics.median(durations[-PLAIN_LINES:])
+        figures = (
+            f"loss {loss:.3f}{self.validation} {speed / 1e3:.1f}k tokens/s"
+            f" {sent / 1e6:.3f} MB/step {traffic.ratio:.1f}x less"
+        )
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, figures=figures)
+        elif done == s.steps or validation_loss is not None or done % math.ceil(s.steps / PLAIN_LINES) == 0:
+            say(f"step {done}/{s.steps}  {figures}")
+
+
+@contextlib.contextmanager
+def display(settings: Settings, done: int) -> Iterator[Display]:
+    """How training is shown on this rank."""
+    if dist.get_rank() == 0 and sys.stdout.isatty():
+        columns = (
+            BarColumn(bar_width=None),  # what is left of the terminal's width
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, expand=True) as bar:
+            yield Display(settings, bar)
+    else:
+        yield Display(settings, None)
+
+
+def command(
+    compress: Annotated[
+        str, typer.Option(help="Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...")
+    ] = "int4",
+    data: Annotated[
+        Path | None, typer.Option(help="A file, or a folder of text files. Default: Python's own source.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = Settings.layers,
+    width: Annotated[int, typer.Option(help="Width of the residual path.")] = Settings.width,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = Settings.heads,
+    context: Annotated[int, typer.Option(help="Bytes a window.")] = Settings.context,
+    batch: Annotated[int, typer.Option(help="Windows a rank and backward.")] = Settings.batch,
+    accumulate: Annotated[int, typer.Option(help="Backwards a step; gradients travel once.")] = Settings.accumulate,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
+    lr: Annotated[float, typer.Option(help="Highest learning rate (AdamW, then a cosine).")] = Settings.lr,
+    warmup_steps: Annotated[int, typer.Option(help="Steps until it is reached.")] = Settings.warmup_steps,
+    weight_decay: Annotated[float, typer.Option(help="Of the matrices.")] = Settings.weight_decay,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between validations; 0: first and last.")
+    ] = Settings.eval_every,
+    eval_batches: Annotated[
+        int, typer.Option(help="Batches of held-out text, all ranks together.")
+    ] = Settings.eval_batches,
+    seed: Annotated[int, typer.Option(help="Of the weights and the windows.")] = Settings.seed,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/ and the spec.")] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints; 0: at the end, or when asked to stop.")
+    ] = Settings.checkpoint_every,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads a rank. Default: the host's cores, shared out.")
+    ] = None,
+) -> None:
+    """Train a byte-level GPT with compressed gradients, alone or under torchrun."""
+    settings = Settings(**locals())
+    rank = os.environ.get("RANK", "0")
+    try:
+        train(settings)
+    except TrainingError as error:
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except (ValueError, OSError) as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """`python -m commpress.launch.train`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+"""Every exchange, over real Gloo ranks, against the same algorithm computed in one process from the codecs' definitions."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from battery import gradient
+from ranks import run
+from torch import Tensor
+
+from commpress.comm.codecs import Codec, parse
+from commpress.comm.exchange import EXCHANGES, Wire
+from commpress.comm.exchange.two_shot import chunk_bounds
+from commpress.comm.feedback import Memory
+from commpress.comm.session import Session
+
+PAIRS: tuple[tuple[str, str | None], ...] = (
+    ("int8", None),
+    ("int4", None),
+    ("sign", None),
+    ("topk(0.01)", None),
+    ("topk(0.1)", None),
+    ("topk(0.1)|int4", None),
+    ("topk(0.01)|int8", None),
+    ("topk(0.05)|sign", None),
+    ("topk(0.02)|bf16", None),
+    ("int8", "all_gather"),
+    ("int4", "all_gather"),
+    ("sign", "all_gather"),
+    ("bf16", "all_gather"),
+    ("none", "all_gather"),
+    ("topk(0.01)", "two_shot"),
+    ("topk(0.1)|int4", "two_shot"),
+    ("fp16", "two_shot"),
+    ("bf16", "two_shot"),
+    ("none", "two_shot"),
+)
+"""Spec and exchange (None: the codec's own) of the battery. A new one is one line here."""
+SUMMED = ("none", "bf16", "fp16")
+WORLD_SIZES = (2, 3, 4)
+LENGTHS = (257, 1000, 5000, 70_001)
+"""257 int values are two blocks and 1000 signs are one: there some ranks own an empty chunk."""
+TINY = (1, 2, 3, 5, 17, 100)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STEPS = 3
+CPU = torch.device("cpu")
+
+
+def values(n: int, rank: int, step: int, dtype: torch.dtype) -> Tensor:
+    """What a rank contributes: a mean that all share and its own noise."""
+    return (gradient(n, 17 * step) + gradient(n, 1000 * (rank + 1) + step)).to(dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor, so that NaN and the sign of zero compare too."""
+    return x.contiguous().view(torch.uint8)
+
+
+# --- the same algorithms in one process --------------------------------------------------------------------------
+
+
+@dataclass
+class Simulated:
+    """The memories of all ranks for one bucket."""
+
+    residuals: list[Tensor]
+    seconds: list[Tensor] = field(default_factory=list)
+
+
+def encoded(codec: Codec, x: Tensor, residual: Tensor | None) -> Tensor:
+    """What the definition sends for x + residual; the residual becomes what that misses."""
+    if x.numel() == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    total = x.float() if residual is None else x.float() + residual
+    payload = codec.define_encode(total)
+    if residual is not None:
+        residual.copy_(total - codec.define_decode(payload, x.numel()))
+    return payload
+
+
+def mean_of(codec: Codec, payloads: list[Tensor], n: int) -> Tensor:
+    """The decoded payloads, each divided by their number, summed in the order of the ranks."""
+    mean = torch.zeros(n)
+    for r, payload in enumerate(payloads if n else []):
+        part = codec.define_decode(payload, n) * (1.0 / len(payloads))
+        mean = part if r == 0 else mean + part
+    return mean
+
+
+def simulated(codec: Codec, exchange: str, inputs: list[Tensor], kept: Simulated | None) -> Tensor:
+    """The float32 mean that `exchange` must give for the ranks' inputs; `kept` is brought up to date."""
+    n, W = inputs[0].numel(), len(inputs)
+    residuals: list[Tensor | None] = [None] * W if kept is None else list(kept.residuals)
+    if exchange == "all_gather":
+        return mean_of(codec, [encoded(codec, x, e) for x, e in zip(inputs, residuals, strict=True)], n)
+    parts = []
+    for r, part in enumerate(chunks(n, W, codec.granularity)):
+        rows = [encoded(codec, x[part], e if e is None else e[part]) for x, e in zip(inputs, residuals, strict=True)]
+        mean = mean_of(codec, rows, part.stop - part.start)
+        sent = encoded(codec, mean, None if kept is None else kept.seconds[r])
+        parts.append(codec.define_decode(sent, mean.numel()) if mean.numel() else mean)
+    return torch.cat(parts)
+
+
+def chunks(n: int, world_size: int, granularity: int) -> list[slice]:
+    """The chunk of each rank: whole blocks, shared out evenly, the tail to the last."""
+    blocks = -(-n // granularity)
+    cuts = [min(n, blocks * r // world_size * granularity) for r in range(world_size + 1)]
+    return [slice(cuts[r], cuts[r + 1]) for r in range(world_size)]
+
+
+def zeros(codec: Codec, exchange: str, n: int, world_size: int) -> Simulated | None:
+    """Empty memories as a session starts with them."""
+    if not codec.lossy:
+        return None
+    parts = chunks(n, world_size, codec.granularity) if exchange == "two_shot" else []
+    return Simulated([torch.zeros(n) for _ in range(world_size)], [torch.zeros(p.stop - p.start) for p in parts])
+
+
+# --- what the ranks do -------------------------------------------------------------------------------------------
+
+
+def exchanged(spec: str, exchange: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """STEPS steps with a bucket of each length: means and memories by step and bucket, and the report's rows."""
+    session = Session(spec, dist.group.WORLD, CPU, exchange=exchange)
+    means, memories = [], []
+    for step in range(STEPS):
+        futures = []
+        for index, n in enumerate(LENGTHS):
+            x = values(n, session.rank, step, dtype)
+            futures.append(session.submit(x, ((f"p{n}", n),), index, last=n == LENGTHS[-1]))
+        means.append([future.wait() for future in futures])
+        memories.append(session.state_dict()["buckets"])
+    return {"means": means, "memories": memories, "rows": session.report().to_dict()["rows"]}
+
+
+def tiny(spec: str, exchange: str) -> list[list[Tensor]]:
+    """Lengths at which a plan would not compress, through the exchange itself: the means by length and step."""
+    wire, codec, tags = Wire(dist.group.WORLD), parse(spec), 0
+    means = []
+    for n in TINY:
+        part = chunks(n, wire.world_size, codec.granularity)[wire.rank]
+        memory = Memory()
+        if codec.lossy:
+            memory.residual, memory.second = torch.zeros(n), torch.zeros(part.stop - part.start)
+        means.append([])
+        for step in range(STEPS):
+            x = values(n, wire.rank, step, torch.float32)
+            for transfer in EXCHANGES[exchange](x, codec, memory, wire, tags):
+                if transfer is not None:
+                    transfer.wait()
+            tags += 2
+            means[-1].append(x)
+    return means
+
+
+def summed(spec: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Means by all_reduce and what the group's own sum of the rounded gradients gives, for each length and step."""
+    codec, group = parse(spec), dist.group.WORLD
+    session, pairs = Session(spec, group, CPU), []
+    share = 1.0 / session.world_size
+    for index, n in enumerate(LENGTHS):
+        residual = torch.zeros(n)
+        for step in range(STEPS):
+            x = values(n, session.rank, step, dtype)
+            if codec.lossy and codec.nbytes(n) < x.nbytes:
+                assert codec.sum_dtype is not None
+                total = x.float() + residual
+                expected = total.to(codec.sum_dtype)
+                residual = total - expected.float()
+            else:
+                expected = x.clone()
+            expected *= share
+            dist.all_reduce(expected)
+            pairs.append((session.submit(x, ((f"p{n}", n),), index, last=True).wait(), expected.to(dtype)))
+    return pairs
+
+
+def alone(spec: str, exchange: str | None) -> dict[str, Any]:
+    """One rank: what comes back, whether it is the tensor that went in, threads and report."""
+    session = Session(spec, dist.group.WORLD, CPU, exchange=exchange)
+    x = values(5000, 0, 0, torch.float32)
+    result = session.submit(x, (("p", 5000),), 0, last=True).wait()
+    return {
+        "result": result.clone(),
+        "same memory": result.data_ptr() == x.data_ptr(),
+        "threads": [t.name for t in threading.enumerate() if "commpress" in t.name],
+        "report": session.report().to_dict(),
+    }
+
+
+def in_a_subgroup(spec: str) -> list[Tensor] | None:
+    """Ranks 0 and 2 of three exchange; rank 1 has nothing to do with it."""
+    group = dist.new_group([0, 2])
+    if dist.get_rank() == 1:
+        return None
+    session = Session(spec, group, CPU)
+    return [
+        session.submit(values(5000, session.rank, step, torch.float32), (("p", 5000),), 0, last=True).wait()
+        for step in range(STEPS)
+    ]
+
+
+def among_other_messages(spec: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Exchanges while the user's own collectives and messages are under way on the same group and tags."""
+    session = Session(spec, dist.group.WORLD, CPU)
+    me, W = session.rank, session.world_size
+    means, others = [], []
+    for step in range(STEPS):
+        future = session.submit(values(70_001, me, step, torch.float32), (("p", 70_001),), 0, last=True)
+        theirs, got = torch.full((1000,), float(me + step)), torch.empty(1000)
+        sending = dist.isend(theirs, (me + 1) % W, tag=step)
+        dist.recv(got, (me - 1) % W, tag=step)
+        sending.wait()
+        dist.all_reduce(got)
+        others.append(got)
+        means.append(future.wait())
+    return means, others
+
+
+# --- the battery -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(("spec", "exchange"), PAIRS)
+def test_means_memories_and_bytes_are_those_of_the_algorithm(
+    spec: str, exchange: str | None, world_size: int, dtype: torch.dtype
+) -> None:
+    codec = parse(spec)
+    name = exchange or codec.exchange
+    ranks = run(world_size, exchanged, spec, exchange, dtype)
+    for index, n in enumerate(LENGTHS):
+        if codec.lossy and codec.nbytes(n) >= n * dtype.itemsize:
+            continue  # travels dense: test_plan, and test_all_reduce_is_the_groups_own_sum for the values
+        kept = zeros(codec, name, n, world_size)
+        for step in range(STEPS):
+            inputs = [values(n, r, step, dtype) for r in range(world_size)]
+            before = contribution(kept)
+            expected = simulated(codec, name, inputs, kept)
+            where = f"{n} values in step {step}"
+            for rank, got in enumerate(ranks):
+                mean, memory = got["means"][step][index], got["memories"][step][index]
+                assert mean.dtype == dtype
+                assert torch.equal(bits(mean), bits(expected.to(dtype))), f"rank {rank}, {where}"
+                if kept is None:
+                    assert memory["residual"] is None
+                    continue
+                assert torch.equal(bits(memory["residual"]), bits(kept.residuals[rank])), f"rank {rank}, {where}"
+                if name == "two_shot":
+                    assert torch.equal(bits(memory["second"]), bits(kept.seconds[rank])), f"rank {rank}, {where}"
+            if kept is not None:
+                # error feedback loses nothing: what went in came out or is remembered
+                offered = before + torch.stack(inputs).double().mean(dim=0)
+                kept_or_given = expected.double() + contribution(kept)
+                assert (offered - kept_or_given).abs().max() <= 1e-6 * torch.stack(inputs).double().abs().max()
+        for rank, got in enumerate(ranks):
+            row = got["rows"][index]
+            sent, received = crossing(codec, name, n, world_size, rank)
+            assert (row["steps"], row["spec"], row["exchange"], row["values"]) == (STEPS, spec, name, n)
+            assert (row["sent_bytes"], row["received_bytes"]) == (STEPS * sent, STEPS * received)
+            assert row["dense_bytes"] == STEPS * (2 * (world_size - 1) * n * dtype.itemsize // world_size)
+
+
+def contribution(kept: Simulated | None) -> Tensor:
+    """What the memories will add to means to come: the mean of the first ones and the second ones in their places."""
+    if kept is None:
+        return torch.zeros(())
+    total = torch.stack(kept.residuals).double().mean(dim=0)
+    return total + torch.cat(kept.seconds).double() if kept.seconds else total
+
+
+def crossing(codec: Codec, exchange: str, n: int, world_size: int, rank: int) -> tuple[int, int]:
+    """Bytes that a rank sends and receives for one bucket."""
+    if exchange == "all_gather":
+        return (world_size - 1) * codec.nbytes(n), (world_size - 1) * codec.nbytes(n)
+    sizes = [codec.nbytes(part.stop - part.start) for part in chunks(n, world_size, codec.granularity)]
+    both = sum(sizes) - sizes[rank] + (world_size - 1) * sizes[rank]
+    return both, both
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("exchange", ["two_shot", "all_gather"])
+@pytest.mark.parametrize("spec", ["none", "bf16", "int8", "int4", "sign", "topk(0.1)", "topk(0.1)|int4"])
+def test_lengths_below_the_number_of_ranks(spec: str, exchange: str, world_size: int) -> None:
+    codec = parse(spec)
+    ranks = run(world_size, tiny, spec, exchange)
+    for index, n in enumerate(TINY):
+        kept = zeros(codec, exchange, n, world_size)
+        for step in range(STEPS):
+            inputs = [values(n, r, step, torch.float32) for r in range(world_size)]
+            expected = simulated(codec, exchange, inputs, kept)
+            for rank, means in enumerate(ranks):
+                assert torch.equal(bits(means[index][step]), bits(expected)), f"rank {rank}, {n} values, step {step}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("spec", SUMMED)
+def test_all_reduce_is_the_groups_own_sum(spec: str, world_size: int, dtype: torch.dtype) -> None:
+    ranks = run(world_size, summed, spec, dtype)
+    for place in range(len(LENGTHS) * STEPS):
+        first = ranks[0][place][0]
+        for mean, expected in (pairs[place] for pairs in ranks):
+            assert torch.equal(bits(mean), bits(expected))
+            assert torch.equal(bits(mean), bits(first))
+
+
+@pytest.mark.parametrize(("spec", "exchange"), [*PAIRS, *((spec, None) for spec in SUMMED)])
+def test_one_rank_gets_its_own_gradient_back(spec: str, exchange: str | None) -> None:
+    (got,) = run(1, alone, spec, exchange)
+    assert torch.equal(bits(got["result"]), bits(values(5000, 0, 0, torch.float32)))
+    assert got["same memory"]
+    assert got["threads"] == []
+    report = got["report"]
+    assert (report["steps"], report["sent_bytes"], report["ratio"]) == (1, 0, 1.0)
+    assert report["rows"][0]["reason"] == "one rank: nothing to send"
+
+
+@pytest.mark.parametrize("spec", ["int4", "topk(0.01)"])
+def test_a_subgroup_exchanges_among_its_own_ranks(spec: str) -> None:
+    ranks = run(3, in_a_subgroup, spec)
+    codec = parse(spec)
+    kept = zeros(codec, codec.exchange, 5000, 2)
+    for step in range(STEPS):
+        inputs = [values(5000, r, step, torch.float32) for r in range(2)]
+        expected = simulated(codec, codec.exchange, inputs, kept)
+        assert torch.equal(bits(ranks[0][step]), bits(expected))
+        assert torch.equal(bits(ranks[2][step]), bits(expected))
+    assert ranks[1] is None
+
+
+@pytest.mark.parametrize("spec", ["none", "int4", "topk(0.01)"])
+def test_messages_of_the_user_do_not_get_between(spec: str) -> None:
+    ranks = run(3, among_other_messages, spec)
+    codec = parse(spec)
+    kept = zeros(codec, codec.exchange, 70_001, 3)
+    for step in range(STEPS):
+        inputs = [values(70_001, r, step, torch.float32) for r in range(3)]
+        for means, others in ranks:
+            assert torch.equal(others[step], torch.full((1000,), 3.0 + 3 * step))
+            assert torch.equal(bits(means[step]), bits(ranks[0][0][step]))
+        if spec == "none":
+            torch.testing.assert_close(ranks[0][0][step], torch.stack(inputs).mean(dim=0))
+        else:
+            assert torch.equal(bits(ranks[0][0][step]), bits(simulated(codec, codec.exchange, inputs, kept)))
+
+
+@pytest.mark.parametrize("granularity", [1, 256, 1024])
+def test_chunks_cover_the_bucket_in_whole_blocks_of_equal_number(granularity: int) -> None:
+    for n in (0, 1, 255, 256, 257, 1000, 5000, 70_001):
+        for world_size in (1, 2, 3, 4, 7, 64):
+            cuts = chunk_bounds(n, world_size, granularity)
+            assert len(cuts) == world_size + 1
+            assert cuts == sorted(cuts)
+            assert (cuts[0], cuts[-1]) == (0, n)
+            assert all(cut % granularity == 0 or cut == n for cut in cuts)
+            blocks = [-(-(cuts[r + 1] - cuts[r]) // granularity) for r in range(world_size)]
+            assert max(blocks) - min(blocks) <= 1

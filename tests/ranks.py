@@ -1,0 +1,192 @@
+"""Real ranks for tests: a pool of processes that stay from test to test, since importing torch takes seconds.
+
+    results = run(3, function, *args)       # function(*args) on ranks 0, 1, 2, each in a Gloo group of three
+
+`function` is a module-level function of the test module. An exception on any rank fails the test with its traceback.
+"""
+
+import atexit
+import contextlib
+import datetime
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+AFTERMATH = 3.0
+"""Seconds that the other ranks get to say what they saw once one has failed."""
+
+
+class RankError(AssertionError):
+    """A rank raised, ended or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Died:
+    """What stands in the results of a `fresh` run for a rank whose process ended."""
+
+    exitcode: int | None
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+
+
+_pool: list[_Worker] = []
+
+
+def run(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60,
+    group_timeout: float = 20,
+    fresh: bool = False,
+    tcp: bool = False,
+) -> list[Any]:
+    """Call `function(*args)` on each of `world_size` ranks of a new default group; return the results by rank.
+
+    Raises RankError if a rank raises, if its process ends, or after `timeout` seconds. With `fresh` the processes are not
+    used again, and a rank that ends has `Died` for its result. `tcp` keeps the store in rank 0's process, not in a file.
+    """
+    _grow(world_size)
+    workers = _pool[:world_size]
+    with tempfile.TemporaryDirectory(prefix="commpress-ranks-") as folder:
+        url = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{folder}/store"
+        call = pickle.dumps((function, args))
+        for rank, worker in enumerate(workers):
+            worker.pipe.send_bytes(pickle.dumps((sys.path, url, rank, world_size, group_timeout, call)))
+        try:
+            results = _collect(workers, time.monotonic() + timeout, timeout, may_die=fresh)
+        except BaseException:  # Ctrl-C too: the ranks are in the middle of something
+            close()
+            raise
+        if fresh:
+            close()
+        return results
+
+
+def close() -> None:
+    """End all ranks. The next `run` starts new ones."""
+    for worker in _pool:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.process.pid, signal.SIGKILL)
+    for worker in _pool:
+        worker.process.join()
+        worker.pipe.close()
+    _pool.clear()
+
+
+atexit.register(close)
+
+
+def _grow(world_size: int) -> None:
+    if any(not worker.process.is_alive() for worker in _pool):
+        close()
+    context = multiprocessing.get_context("spawn")
+    while len(_pool) < world_size:
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there,), daemon=True)
+        process.start()
+        there.close()
+        _pool.append(_Worker(process, here))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _collect(workers: list[_Worker], deadline: float, timeout: float, may_die: bool) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    ranks = {worker.pipe: rank for rank, worker in enumerate(workers)}
+    while len(results) + len(failures) < len(workers):
+        waiting = [pipe for pipe, rank in ranks.items() if rank not in results and rank not in failures]
+        ready = multiprocessing.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = ranks[pipe]  # type: ignore[index]
+            try:
+                good, value = pickle.loads(workers[rank].pipe.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                workers[rank].process.join(AFTERMATH)
+                good, value = may_die, Died(workers[rank].process.exitcode)
+            if good:
+                results[rank] = value
+            else:
+                failures[rank] = f"rank {rank} of {len(workers)}: {value}"
+                deadline = min(deadline, time.monotonic() + AFTERMATH)
+    silent = [rank for rank in range(len(workers)) if rank not in results and rank not in failures]
+    if failures:
+        tail = f"\n(without an answer by then: ranks {silent})" if silent else ""
+        raise RankError("\n".join(failures[rank] for rank in sorted(failures)) + tail)
+    if silent:
+        for rank in silent:
+            os.kill(workers[rank].process.pid, signal.SIGUSR1)  # prints where its threads stand
+        time.sleep(1)
+        raise RankError(f"ranks {silent} of {len(workers)} gave no answer in {timeout} s (their stacks are on stderr)")
+    return [results[rank] for rank in range(len(workers))]
+
+
+def _serve(pipe: Connection) -> None:
+    """What a rank's process does: calls, one after another, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            path, url, rank, world_size, group_timeout, call = pickle.loads(pipe.recv_bytes())
+            sys.path[:] = path
+            try:
+                answer = pickle.dumps((True, _called(url, rank, world_size, group_timeout, call)))
+            except BaseException:
+                answer = pickle.dumps((False, traceback.format_exc()))
+            pipe.send_bytes(answer)
+
+
+def _called(url: str, rank: int, world_size: int, group_timeout: float, call: bytes) -> Any:
+    torch.manual_seed(0)
+    dist.init_process_group(
+        "gloo",
+        init_method=url,
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=group_timeout),
+    )
+    try:
+        function, args = pickle.loads(call)
+        return function(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def outcome(action: Callable[[], Any]) -> str:
+    """What `action()` raises, as "Type: message"; "" if it returns."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
