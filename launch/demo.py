@@ -3,7 +3,9 @@
 python -m commpress.launch.demo
 """
 
+import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,9 +13,10 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +24,7 @@ from commpress.launch import checkpoint, report
 
 SPECS = {"none": "none", "int4": "int4", "topk-int4": "topk(0.01)|int4"}
 """Folder and spec of each run."""
-MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 128, "batch": 4}
+MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 64, "batch": 4}
 TRAINING = {"lr": 2e-3, "warmup-steps": 30, "eval-batches": 16, "seed": 0, "threads": 1}
 LIMIT_SECONDS = 600.0
 GRACE_SECONDS = 40.0
@@ -36,7 +39,7 @@ class DemoError(Exception):
 def demo(out: Path, steps: int) -> Path:
     """Train once for each spec, print the table, and return the path of the HTML report. Raises DemoError."""
     console = Console()
-    records = []
+    records: list[report.Record] = []
     started = time.monotonic()
     for folder, spec in SPECS.items():
         console.print(f"\n[bold]{len(records) + 1} of {len(SPECS)}[/bold]", spec, highlight=False, markup=True)
@@ -55,7 +58,7 @@ def demo(out: Path, steps: int) -> Path:
     return path
 
 
-def train(out: Path, spec: str, steps: int) -> dict[str, Any]:
+def train(out: Path, spec: str, steps: int) -> report.Record:
     """One run of the training program on two ranks of this machine, shown live; its record. Raises DemoError."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.clear(out)
@@ -84,15 +87,19 @@ def train(out: Path, spec: str, steps: int) -> dict[str, Any]:
     return report.read(record)
 
 
-def results(records: list[dict[str, Any]]) -> Table:
+def results(records: list[report.Record]) -> Table:
     """The demo's table: a row a spec."""
     head, *rows = report.summary([(r["settings"]["compress"], r) for r in records])
     first = records[0]
-    table = Table(title=f"{first['parameters'] / 1e6:.1f} M parameters, {first['world_size']} ranks, one machine")
-    for name in head:
-        table.add_column(name, justify="left" if name == "spec" else "right", no_wrap=name == "spec")
+    table = Table(
+        title=f"{first['parameters'] / 1e6:.1f} M parameters, {first['world_size']} ranks, {first['steps_done']} steps",
+        box=box.SIMPLE_HEAD,
+    )
+    shown = [i for i, name in enumerate(head) if name != "steps"]  # the same for all, and 80 columns are few
+    for i in shown:
+        table.add_column(head[i], justify="right" if i else "left", no_wrap=not i)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[i] for i in shown))
     return table
 
 
@@ -101,17 +108,16 @@ def end(child: "subprocess.Popen[bytes]") -> None:
     if child.poll() is not None:
         return
     family = descendants(child.pid)
-    child.send_signal(signal.SIGTERM)
     try:
-        child.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_SECONDS)
+    finally:  # also if a second Ctrl-C ends the waiting
         child.kill()
         child.wait()
-    for pid in family:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
@@ -125,8 +131,10 @@ def descendants(pid: int) -> list[int]:
 
 
 def tail(path: Path) -> str:
-    """The last lines of a log."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-LAST_LINES:])
+    """The last lines of a log before torchrun's own, which say less."""
+    log = path.read_text(errors="replace")
+    said = re.split(r"^[EW]\d{4} .*/torch/distributed/elastic/", log, maxsplit=1, flags=re.MULTILINE)[0]
+    return "\n".join((said.strip() or log).splitlines()[-LAST_LINES:])
 
 
 def free_port() -> int:

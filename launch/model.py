@@ -54,7 +54,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.down(gelu(self.up(self.norm2(x))))
+        y: Tensor = x + self.down(gelu(self.up(self.norm2(x))))
+        return y
 
 
 class GPT(nn.Module):

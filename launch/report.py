@@ -97,7 +97,7 @@ def titles(records: Sequence[Record]) -> list[str]:
 
 def summary(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
     """The table of results, its head first. "to none" is the loss less that of the first run whose spec is none."""
-    head = ["spec", "steps", "dense MB/step", "sent MB/step", "ratio", "median ms/step", "validation loss", "to none"]
+    head = ["spec", "steps", "dense MB/step", "sent MB/step", "ratio", "median ms/step", "held-out loss", "to none"]
     base = next((r["final_validation_loss"] for _, r in runs if r["settings"]["compress"] == "none"), None)
     rows = []
     for name, r in runs:

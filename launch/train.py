@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 -m commpress.launch.train --compress "topk(0.01)|int4"
 
-Without torchrun it trains on one rank. Ctrl-C or SIGTERM: all ranks stop after the same step and leave a checkpoint.
-`--resume` goes on from there; on CPU, bit for bit as if nothing had happened.
+Without torchrun it trains on one rank. Ctrl-C or SIGTERM: all ranks stop after the same step and leave a checkpoint (and
+torchrun itself, which passes the signal on, ends with a traceback of its own). `--resume` goes on from there; on CPU, bit
+for bit as if nothing had happened.
 """
 
 import contextlib
@@ -197,7 +198,7 @@ def train(settings: Settings) -> bool:
                     # only the last part's backward synchronises the gradients
                     with contextlib.nullcontext() if part == settings.accumulate - 1 else ddp.no_sync():
                         part_loss = cross_entropy(ddp(x.to(device)), y.to(device)) / settings.accumulate
-                        part_loss.backward()  # type: ignore[no-untyped-call]
+                        part_loss.backward()
                     loss += part_loss.detach()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
                 # one small exchange a step: the mean loss to show, and whether any rank was asked to stop
@@ -387,7 +388,7 @@ def process_group() -> Iterator[torch.device]:
     if "RANK" in os.environ:  # torchrun
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         yield device
     finally:

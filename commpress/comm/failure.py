@@ -21,8 +21,8 @@ class ExchangeError(RuntimeError):
 class FailureBoard:
     """Where the ranks of one process group leave the reason of the first failure."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._backend = group._get_backend(device)
         self._rank = dist.get_rank(group)
         self._key = f"commpress/failure/{group.group_name}"
         self._store = dist.distributed_c10d._get_default_store()
@@ -52,6 +52,5 @@ class FailureBoard:
 
     def _abort(self) -> None:
         """Close the connections, so that peers fail at once instead of waiting for the group's timeout."""
-        on_cpu = dist.get_backend(self._group) == "gloo"
         with contextlib.suppress(Exception):  # a group that cannot be aborted fails by its timeout
-            (self._group._get_backend(torch.device("cpu")) if on_cpu else self._group).abort()
+            self._backend.abort()

@@ -58,7 +58,7 @@ class Feedback:
         `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding.
         """
         found = self.memories.get(segments)
-        if found is not None:
+        if found is not None and (found.residual is None or all(self.homes[name] == segments for name, _ in segments)):
             return found
         created = Memory()
         if feedback:
@@ -76,12 +76,13 @@ class Feedback:
         for name, n in segments:
             places[name] = slice(at, at + n)
             at += n
-        for old in {self.homes[name] for name in places if name in self.homes}:
+        homes = {name: self.homes[name] for name in places if name in self.homes}
+        for old in set(homes.values()):
             memory, at = self.memories[old], 0
             memory.fold(self.world_size)
             assert memory.residual is not None
             for name, n in old:
-                if name in places and self.homes[name] == old:
+                if homes.get(name) == old:
                     residual[places[name]] = memory.residual[at : at + n]
                     memory.residual[at : at + n] = 0
                     self.homes[name] = segments

@@ -50,7 +50,7 @@ class Sequencer:
     """Runs the jobs of one process group, until it is collected or the program ends."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, meter: Meter) -> None:
-        self._lines = _Lines(FailureBoard(group), meter)
+        self._lines = _Lines(FailureBoard(group, device), meter)
         self._stream = None if device.type == "cpu" else torch.Stream(device)
         if self._stream is None:
             threads = [

@@ -67,6 +67,7 @@ class Session:
         self.plan = _agree(spec, exchange, error_feedback, parameters, group, device)
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
+        self._parameters = dict(parameters)
         self._scaler, self._scale = grad_scaler, 1.0
         self._feedback = Feedback(self.world_size)
         self._meter = Meter()
@@ -77,7 +78,7 @@ class Session:
         if self.world_size > 1:
             # on CPU a group of our own: what the user sends on theirs cannot get between our transfers
             ours = _sibling(group) if device.type == "cpu" else group
-            self._wire = Wire(ours)
+            self._wire = Wire(ours, device)
             self._sequencer = Sequencer(ours, device, self._meter)
             warm_up(self.plan.codec, device)
 
@@ -133,6 +134,9 @@ class Session:
                 raise ValueError(
                     f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}"
                 )
+        saved = {str(name): int(n) for bucket in state["buckets"] for name, n in bucket["segments"]}
+        if self._parameters and saved:
+            _require_same_parameters(saved, self._parameters)
         self._scale = float(state["scale"])
         self._feedback.load_state_dict(state["buckets"], self.device)
         self._restored = list(self._feedback.memories)
@@ -176,11 +180,7 @@ class Session:
         for h in held:
             places |= zip((n for n, _ in h.segments), h.bucket.split([n for _, n in h.segments]), strict=True)
         saved = {name: n for layout in layouts for name, n in layout}
-        if saved != {name: part.numel() for name, part in places.items()}:
-            odd = sorted(set(saved.items()) ^ {(name, part.numel()) for name, part in places.items()})[0]
-            raise ValueError(
-                f"cannot restore: parameter {odd[0]!r} of {odd[1]} values is not both saved and in the model"
-            )
+        _require_same_parameters(saved, {name: part.numel() for name, part in places.items()})
         waiting = len(layouts)
 
         def finished(error: BaseException | None, layout: Segments, flat: Tensor) -> None:
@@ -214,6 +214,15 @@ def warm_up(codec: Codec, device: torch.device) -> None:
     codec.recode(payload.repeat(2), WARM_UP_VALUES, 2, residual)
     codec.recode(payload.repeat(2), WARM_UP_VALUES, 2)
     codec.mean(payload.repeat(2), WARM_UP_VALUES, 2)
+
+
+def _require_same_parameters(saved: dict[str, int], present: dict[str, int]) -> None:
+    for name in sorted(saved.keys() | present.keys()):
+        if saved.get(name) != present.get(name):
+            raise ValueError(
+                f"cannot restore: parameter {name!r} has {saved.get(name, 'no')} values in the saved state, "
+                f"{present.get(name, 'no')} in the model"
+            )
 
 
 def _agree(

@@ -45,20 +45,23 @@ def test_a_link_has_its_rate() -> None:
 def test_a_delay_is_there_or_refused() -> None:
     """Kernels without netem exist; then the lab says so instead of leaving the delay out."""
     before = namespaces()
+    refusal = ""
     try:
         with lab.network(2, "100mbit", "20ms") as hosts:
             transfer = ["ip", "netns", "exec", hosts[0].namespace, sys.executable, "-c", TRANSFER, hosts[1].namespace]
             done = subprocess.run(transfer, capture_output=True, text=True, timeout=60, check=True)
-            assert float(done.stdout) <= 8 * 3 / 0.08  # four delays pass before the answer to the last byte is here
+            megabits = float(done.stdout)
     except RuntimeError as error:
-        assert "no sch_netem" in str(error)
+        refusal = str(error)
+    # four delays pass before the answer to the last byte is here
+    assert "no sch_netem" in refusal if refusal else megabits <= 8 * 3 / 0.08
     assert namespaces() == before
 
 
 @needs_lab
 def test_a_failing_rank_ends_the_others_and_leaves_nothing() -> None:
     before = namespaces()
-    script = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit(3); time.sleep(5)"
+    script = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit(3); time.sleep(1)"
     done = run_lab("2", "1gbit", "--", sys.executable, "-c", script)
     assert done.returncode == 3
     assert namespaces() == before

@@ -46,7 +46,4 @@ def parse(spec: str | Codec) -> Codec:
         raise ValueError(
             f"spec {spec!r}: topk takes the kept share, as in topk(0.01), got ({argument or ''})"
         ) from None
-    values = parse(rest[0]) if rest else Identity()
-    if isinstance(values, TopK):
-        raise ValueError(f"spec {spec!r}: the values of topk(...) cannot be sparsified again")
-    return TopK(ratio, values)
+    return TopK(ratio, parse(rest[0]) if rest else Identity())

@@ -32,7 +32,7 @@ class Codec(ABC):
     """The exchange that suits this codec if the plan names none."""
     lossy: ClassVar[bool] = True
     granularity: ClassVar[int] = 1
-    """A tensor may be cut at multiples of this many values without changing what is decoded."""
+    """Where two_shot cuts: at multiples of the block, so that no block is cut in two."""
     sum_dtype: ClassVar[torch.dtype | None] = None
     """For a linear codec the dtype in which payloads may be summed; else None."""
 
@@ -173,6 +173,8 @@ def _check_values(x: Tensor, name: str, n: int | None = None, dtype: torch.dtype
 def _check_payload(payload: Tensor, codec: Codec, n: int, count: int = 1) -> None:
     if n < 0:
         raise ValueError(f"{codec}: the number of values must not be negative, got {n}")
+    if count < 1:
+        raise ValueError(f"{codec}: the number of payloads must be at least 1, got {count}")
     size = count * codec.nbytes(n)
     if payload.dtype != torch.uint8 or payload.dim() != 1 or payload.numel() != size or not payload.is_contiguous():
         raise ValueError(

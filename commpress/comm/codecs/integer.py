@@ -28,7 +28,8 @@ class BlockInteger(Codec):
     """int8 and int4; `bits` says which.
 
     Error of a value: at most scale / 2 = max|x| / 254 or max|x| / 14 of its block (and float32's rounding). A block whose
-    magnitudes all lie below 2^-100 decodes to 0; one that holds NaN or Inf decodes to NaN.
+    magnitudes all lie below 2^-100 decodes to 0; one that holds NaN or Inf decodes to NaN. (The very largest float32 may
+    round up to Inf.)
     """
 
     bits: ClassVar[int]

@@ -27,8 +27,8 @@ LANES = cpu.SIGN_LANES
 class Sign(Codec):
     """`sign`: 31 times smaller than float32. Wants error feedback.
 
-    The squared error of a block is sum x^2 - (sum|x|)^2 / m: never more than the block's own squares. A block of equal
-    magnitudes is exact; one that holds NaN or Inf decodes to NaN.
+    The squared error of a block is sum x^2 - (sum|x|)^2 / m: never more than the block's own squares, and 0 (to rounding)
+    if all magnitudes are equal. A block that holds NaN or Inf, or whose sum overflows float32, decodes to NaN.
 
     >>> parse("sign").nbytes(1024)
     132

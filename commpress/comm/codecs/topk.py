@@ -26,7 +26,8 @@ from commpress.comm.kernels import cpu
 class TopK(Codec):
     """`topk(ratio)` keeps exactly max(1, round(ratio * n)) of n values, and of those exactly the largest magnitudes.
 
-    Where several equal the k-th largest, the kept ones are spread evenly over their positions: none is favoured.
+    Where several equal the k-th largest, the kept ones are spread evenly over their positions, and under feedback none
+    waits for longer than n / k steps (rounded up).
     NaN counts as larger than Inf, Inf as larger than all else, so both arrive. Wants error feedback.
 
     >>> codec = parse("topk(0.5)")
@@ -41,6 +42,8 @@ class TopK(Codec):
     exchange: ClassVar[str] = "all_gather"
 
     def __post_init__(self) -> None:
+        if isinstance(self.values, TopK):
+            raise ValueError(f"topk({self.ratio})|{self.values}: the values of topk(...) cannot be sparsified again")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"topk({self.ratio}): the kept share must be in (0, 1], got {self.ratio}")
 
@@ -93,8 +96,7 @@ class TopK(Codec):
 
     def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
         k, low_bits, high_at, values_at = self._sections(x.size)
-        index, value = np.empty(k, np.int64), np.empty(k, np.float32)
-        cpu.topk_select(x, residual, k, index, value)
+        index, value = cpu.topk_select(x, residual, k)
         payload[:values_at] = 0
         cpu.ef_encode(index, low_bits, payload[:high_at], payload[high_at:values_at])
         self.values.loop_encode(value, NO_FLOATS, payload[values_at:])

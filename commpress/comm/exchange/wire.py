@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -32,21 +33,20 @@ class Wire:
     """A process group; `rank` and `world_size` are this process's within it."""
 
     group: dist.ProcessGroup
+    device: torch.device
     rank: int = field(init=False)
     world_size: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.rank = dist.get_rank(self.group)
         self.world_size = dist.get_world_size(self.group)
-        # NCCL has no tags; there a group of messages is started as one operation instead
-        self._grouped = dist.get_backend(self.group) == "nccl"
 
     def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], tag: int, last: bool) -> Transfer:
         """Start sending `sends[r]` to every other rank r and receiving `receives[r]` from it; empty ones do not travel."""
         peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
         incoming = [r for r in reversed(peers) if receives[r].numel()]
         outgoing = [r for r in peers if sends[r].numel()]
-        if self._grouped:
+        if self.device.type != "cpu":  # NCCL has no tags; it takes all messages as one operation instead
             operations = [dist.P2POp(dist.irecv, receives[r], group=self.group, group_peer=r) for r in incoming]
             operations += [dist.P2POp(dist.isend, sends[r], group=self.group, group_peer=r) for r in outgoing]
             works: list[Any] = dist.batch_isend_irecv(operations) if operations else []

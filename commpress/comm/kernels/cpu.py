@@ -7,7 +7,10 @@ The formulas and layouts stand in `commpress/comm/codecs`; what stands here is h
 - magnitudes are compared through their bits, which orders finite < Inf < NaN and vectorises without fastmath;
 - rounding is one addition: the low bits of `x * inv + 1.5 * 2**23 + offset` are the code, half to even;
 - halves (or eighths) of a block are packed together, not neighbours, so that packing vectorises;
-- a block is addressed by slices of fixed start: `range(start, stop, step)` and bare offsets keep LLVM from vectorising.
+- a block is addressed by slices of fixed start: `range(start, stop, step)` and bare offsets keep LLVM from vectorising;
+- a full block has loops of its own, of constant length: with a length known at run time alone they cost half as much again;
+- all loops stand in this one file, because Numba's cache looks at the time stamp of a loop's own file only;
+- integers are cast back after every operation: Numba widens int32 to int64, which halves the width of a vector.
 """
 
 from collections.abc import Callable
@@ -22,10 +25,20 @@ SIGN_LANES = 64
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY_BITS = np.int32(0x7F800000)
-NAN_BITS = np.int32(0x7FC00000)
+NAN = np.float32(np.nan)
+LARGEST = np.finfo(np.float32).max
 FLUSH = np.float32(2.0**-100)
 ROUND = np.float32(1.5 * 2**23)
+KEEP_BLOCK = 256
 BINS = 2048
+
+GATHER = np.uint64(0x0102040810204080)
+"""Times eight bytes that are 0 or 1, this moves them to the eight bits of the highest byte."""
+ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+PLACES = np.array(
+    [sum(p << 8 * i for i, p in enumerate(p for p in range(8) if byte >> p & 1)) for byte in range(256)], np.uint64
+)
+"""Byte i of entry `byte`: where the i-th one of its bits stands."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,85 +51,236 @@ def loop(function: F) -> F:
         return njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
+def part(function: F) -> F:
+    """A piece of a loop, to be inlined wherever it is used."""
+    return njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[no-any-return]
+
+
+# --- blocks ------------------------------------------------------------------------------------------------------
+
+
+@part
+def _load(x, residual, a, block):
+    """a := x (+ residual), a full block or the last one, behind which `a` is filled with zeros. Returns the largest
+    magnitude's bits."""
+    top = np.int32(0)
+    if x.size < block:
+        for j in range(x.size):
+            a[j] = x[j] + residual[j] if residual.size else x[j]
+            top = max(top, np.int32(np.float32(a[j]).view(np.int32) & MAGNITUDE))
+        a[x.size :] = np.float32(0)
+    elif residual.size:
+        for j in range(block):
+            a[j] = x[j] + residual[j]
+            top = max(top, np.int32(np.float32(a[j]).view(np.int32) & MAGNITUDE))
+    else:
+        for j in range(block):
+            a[j] = x[j]
+            top = max(top, np.int32(np.float32(a[j]).view(np.int32) & MAGNITUDE))
+    return top
+
+
+# --- bf16 and fp16 -----------------------------------------------------------------------------------------------
+
+
+@part
+def _to_bfloat16(value):
+    """The bits of the bfloat16 nearest to a float32, half to even (as uint32, in whose vectors the loops compute)."""
+    bits = np.float32(value).view(np.uint32)
+    odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+    half = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    return half if value == value else np.uint32(0x7FC0)
+
+
+@part
+def _from_bfloat16(half):
+    """The float32 of a bfloat16's bits."""
+    return np.uint32(half << np.uint32(16)).view(np.float32)
+
+
+@part
+def _to_float16(value):
+    """The bits of the float16 nearest to a float32, half to even: below 2**-14, where float16 is denormal, the addition
+    of 0.5 rounds, since one unit of its last place is then float16's smallest denormal, 2**-24."""
+    bits = np.float32(value).view(np.uint32)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
+    rebased = np.uint32(magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + odd)
+    normal = min(np.uint32(rebased >> np.uint32(13)), np.uint32(0x7C00))
+    tiny = np.uint32(np.float32(np.abs(value) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000))
+    half = tiny if magnitude < np.uint32(0x38800000) else normal
+    sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+    return np.uint32(half | sign) if value == value else np.uint32(0x7E00)
+
+
+@part
+def _from_float16(half):
+    """The float32 of a float16's bits: a denormal is its integer times 2**-24; Inf and NaN need the exponent 255."""
+    magnitude = np.uint32(half & np.uint32(0x7FFF))
+    shifted = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23))
+    special = np.uint32(shifted + np.uint32(112 << 23))
+    tiny = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24)).view(np.uint32)
+    bits = special if magnitude >= np.uint32(0x7C00) else (tiny if magnitude < np.uint32(0x400) else shifted)
+    sign = np.uint32(np.uint32(half & np.uint32(0x8000)) << np.uint32(16))
+    return np.uint32(bits | sign).view(np.float32)
+
+
+def _cast_loops(to_half, from_half):
+    """`encode` and `mean` of the cast that these two make; `halves` holds its payloads as 16-bit words."""
+
+    @loop
+    def encode(x, residual, halves):
+        if residual.size:
+            for i in range(x.size):
+                total = x[i] + residual[i]
+                half = to_half(total)
+                halves[i] = np.uint16(half)
+                lost = total - from_half(half)
+                residual[i] = lost if np.abs(lost) <= LARGEST else residual[i]  # not NaN, not Inf
+        else:
+            for i in range(x.size):
+                halves[i] = np.uint16(to_half(x[i]))
+
+    @loop
+    def mean(halves, W, row, out):
+        n = out.size
+        share = np.float32(1.0 / W)
+        for o in range(0, n, 1024):  # a block at a time: its sum stays in the L1 cache
+            ob = out[o : min(o + 1024, n)]
+            for w in range(W):
+                hb = halves[w * row + o : w * row + o + ob.size]
+                if w:
+                    for j in range(ob.size):
+                        ob[j] += from_half(np.uint32(hb[j])) * share
+                else:
+                    for j in range(ob.size):
+                        ob[j] = from_half(np.uint32(hb[j])) * share
+
+    return encode, mean
+
+
+bfloat16_encode, bfloat16_mean = _cast_loops(_to_bfloat16, _from_bfloat16)
+float16_encode, float16_mean = _cast_loops(_to_float16, _from_float16)
+
+
 # --- int8 and int4 -----------------------------------------------------------------------------------------------
 
 
-@loop
-def _int_write(a, t, b, blocks, bits, residual, pf, pu):  # type: ignore[no-untyped-def]
-    """Encode the block `b` that stands in `a` (m values), leave what was lost in `residual` (m values or none)."""
-    m = a.size
-    ai, ti = a.view(np.int32), t.view(np.int32)
-    top = np.int32(0)
-    for j in range(m):
-        top = max(top, ai[j] & MAGNITUDE)
-    levels = np.float32(127) if bits == 8 else np.float32(7)
-    offset = np.int32(128) if bits == 8 else np.int32(8)
-    ti[0] = top
-    peak = t[0]
+@part
+def _int_round(a, top, t, levels, magic, residual):
+    """Leave the codes of the block `a` in the low bits of `t` and what they miss in `residual`; return the scale.
+
+    `a` and `t` hold INT_BLOCK values, `residual` as many, or those of the last block, or none; `top` are the bits of the
+    largest magnitude."""
     if top >= INFINITY_BITS:  # the block decodes to NaN; its residual stays as it was
-        ti[0] = NAN_BITS
-        pf[b] = t[0]
-    elif peak < FLUSH:
-        pf[b] = np.float32(0)
-    else:
-        pf[b] = peak / levels
-    magic = ROUND + np.float32(offset)
-    if top >= INFINITY_BITS or peak < FLUSH:
-        for j in range(m):
+        for j in range(INT_BLOCK):
             t[j] = magic
-        if top < INFINITY_BITS:
-            for j in range(residual.size):
-                residual[j] = a[j]
-    else:
-        inv = levels / peak
-        scale = pf[b]
-        for j in range(m):
-            t[j] = a[j] * inv + magic
-        for j in range(residual.size):
+        return NAN
+    peak = np.int32(top).view(np.float32)
+    scale, inverse = np.float32(0), np.float32(0)
+    if peak >= FLUSH:
+        scale, inverse = peak / levels, levels / peak
+    for j in range(INT_BLOCK):
+        t[j] = a[j] * inverse + magic
+    if residual.size == INT_BLOCK and peak < LARGEST / np.float32(2):
+        for j in range(INT_BLOCK):
             residual[j] = a[j] - (t[j] - magic) * scale
-    start = 4 * blocks
-    if bits == 8:
-        codes = pu[start + b * INT_BLOCK : start + b * INT_BLOCK + m]
-        for j in range(m):
-            codes[j] = np.uint8(ti[j] & np.int32(255))
     else:
-        half = (m + 1) // 2
-        if m % 2:
-            t[m] = magic
-        codes = pu[start + b * (INT_BLOCK // 2) : start + b * (INT_BLOCK // 2) + half]
-        high = ti[half : 2 * half]
-        for j in range(half):
-            codes[j] = np.uint8((ti[j] & np.int32(15)) | ((high[j] & np.int32(15)) << np.int32(4)))
+        for j in range(residual.size):
+            lost = a[j] - (t[j] - magic) * scale
+            if np.isfinite(lost):  # the largest code times the scale may round to Inf
+                residual[j] = lost
+    return scale
+
+
+@part
+def _int_write(a, top, t, m, b, blocks, bits, residual, pf, pu):
+    """Encode the block `b` in `a` (INT_BLOCK values, zeros behind the m real ones), leave in `residual` what was lost."""
+    levels = np.float32(127) if bits == 8 else np.float32(7)
+    magic = ROUND + np.float32(128) if bits == 8 else ROUND + np.float32(8)
+    pf[b] = _int_round(a, top, t, levels, magic, residual)
+    ti = t.view(np.int32)
+    if bits == 8:
+        start = 4 * blocks + b * INT_BLOCK
+        if m == INT_BLOCK:
+            codes = pu[start : start + INT_BLOCK]
+            for j in range(INT_BLOCK):
+                codes[j] = np.uint8(ti[j] & np.int32(255))
+        else:
+            for j in range(m):
+                pu[start + j] = np.uint8(ti[j] & np.int32(255))
+    else:
+        start = 4 * blocks + b * (INT_BLOCK // 2)
+        if m == INT_BLOCK:
+            codes = pu[start : start + INT_BLOCK // 2]
+            for j in range(INT_BLOCK // 2):
+                low, high = ti[j] & np.int32(15), ti[j + INT_BLOCK // 2] & np.int32(15)
+                codes[j] = np.uint8(np.int32(low) | np.int32(np.int32(high) << np.int32(4)))
+        else:
+            half = (m + 1) // 2
+            for j in range(half):
+                pu[start + j] = np.uint8((ti[j] & 15) | ((ti[j + half] & 15) << 4))
+
+
+@part
+def _int_add(scale, share, codes, bits, out):
+    """Add the values of a full block, times `share`, to `out`. One loop a half, or LLVM gives up."""
+    if bits == 8:
+        for j in range(INT_BLOCK):
+            out[j] += np.float32(np.int32(np.int32(codes[j]) - np.int32(128))) * scale * share
+    else:
+        upper = out[INT_BLOCK // 2 :]
+        for j in range(INT_BLOCK // 2):
+            out[j] += np.float32(np.int32(np.int32(codes[j] & np.uint8(15)) - np.int32(8))) * scale * share
+        for j in range(INT_BLOCK // 2):
+            upper[j] += np.float32(np.int32(np.int32(codes[j] >> np.uint8(4)) - np.int32(8))) * scale * share
+
+
+@part
+def _int_set(scale, share, codes, bits, out):
+    """Put the values of a full block, times `share`, into `out`."""
+    if bits == 8:
+        for j in range(INT_BLOCK):
+            out[j] = np.float32(np.int32(np.int32(codes[j]) - np.int32(128))) * scale * share
+    else:
+        upper = out[INT_BLOCK // 2 :]
+        for j in range(INT_BLOCK // 2):
+            out[j] = np.float32(np.int32(np.int32(codes[j] & np.uint8(15)) - np.int32(8))) * scale * share
+        for j in range(INT_BLOCK // 2):
+            upper[j] = np.float32(np.int32(np.int32(codes[j] >> np.uint8(4)) - np.int32(8))) * scale * share
 
 
 @loop
-def _int_read(scale, share, codes, bits, add, out):  # type: ignore[no-untyped-def]
-    """Decode one block into `out` (m values) or add it there, times `share`. One loop a half, or LLVM gives up."""
+def _int_tail(scale, share, codes, bits, add, out):
+    """Either of the two for the last block, which is shorter."""
     m = out.size
-    if bits == 8:
-        if add:
-            for j in range(m):
-                out[j] += np.float32(np.int32(codes[j]) - np.int32(128)) * scale * share
+    half = (m + 1) // 2
+    for j in range(m):
+        if bits == 8:
+            code = np.int32(codes[j]) - np.int32(128)
         else:
-            for j in range(m):
-                out[j] = np.float32(np.int32(codes[j]) - np.int32(128)) * scale * share
-    else:
-        half = (m + 1) // 2
-        upper = out[half:]
-        if add:
-            for j in range(half):
-                out[j] += np.float32(np.int32(codes[j] & np.uint8(15)) - np.int32(8)) * scale * share
-            for j in range(m - half):
-                upper[j] += np.float32(np.int32(codes[j] >> np.uint8(4)) - np.int32(8)) * scale * share
+            code = np.int32(codes[j] & 15 if j < half else codes[j - half] >> 4) - np.int32(8)
+        value = np.float32(code) * scale * share
+        out[j] = out[j] + value if add else value
+
+
+@part
+def _int_read(pf, pu, W, row, b, blocks, bits, share, out):
+    """The mean of the block `b` of W payloads, into `out` (the values of that block)."""
+    size = INT_BLOCK * bits // 8
+    for w in range(W):
+        at = w * row + 4 * blocks + b * size
+        scale, codes = pf[w * (row // 4) + b], pu[at : at + size]
+        if out.size < INT_BLOCK:
+            _int_tail(scale, share, codes, bits, w > 0, out)
+        elif w > 0:
+            _int_add(scale, share, codes, bits, out)
         else:
-            for j in range(half):
-                out[j] = np.float32(np.int32(codes[j] & np.uint8(15)) - np.int32(8)) * scale * share
-            for j in range(m - half):
-                upper[j] = np.float32(np.int32(codes[j] >> np.uint8(4)) - np.int32(8)) * scale * share
+            _int_set(scale, share, codes, bits, out)
 
 
 @loop
-def int_encode(x, residual, pf, pu, bits):  # type: ignore[no-untyped-def]
+def int_encode(x, residual, pf, pu, bits):
     """Codes and scales of `x + residual`; the residual becomes what they miss."""
     n = x.size
     blocks = (n + INT_BLOCK - 1) // INT_BLOCK
@@ -124,64 +288,60 @@ def int_encode(x, residual, pf, pu, bits):  # type: ignore[no-untyped-def]
     t = np.empty(INT_BLOCK, np.float32)
     for b in range(blocks):
         o = b * INT_BLOCK
-        m = min(INT_BLOCK, n - o)
-        xb, ab = x[o : o + m], a[:m]
-        if residual.size:
-            rb = residual[o : o + m]
-            for j in range(m):
-                ab[j] = xb[j] + rb[j]
-            _int_write(ab, t, b, blocks, bits, rb, pf, pu)
-        else:
-            for j in range(m):
-                ab[j] = xb[j]
-            _int_write(ab, t, b, blocks, bits, residual, pf, pu)
+        xb, rb = x[o : o + INT_BLOCK], residual[o : o + INT_BLOCK]  # rb is empty without feedback
+        top = _load(xb, rb, a, INT_BLOCK)
+        _int_write(a, top, t, xb.size, b, blocks, bits, rb, pf, pu)
 
 
 @loop
-def int_mean(pf, pu, W, row, bits, out):  # type: ignore[no-untyped-def]
+def int_mean(pf, pu, W, row, bits, out):
     """The mean of W payloads."""
-    n = out.size
-    blocks = (n + INT_BLOCK - 1) // INT_BLOCK
+    blocks = (out.size + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
     for b in range(blocks):
-        o = b * INT_BLOCK
-        m = min(INT_BLOCK, n - o)
-        ob = out[o : o + m]
-        for w in range(W):
-            at = w * row + 4 * blocks + b * (INT_BLOCK * bits // 8)
-            _int_read(pf[w * (row // 4) + b], share, pu[at : at + INT_BLOCK], bits, w > 0, ob)
+        _int_read(pf, pu, W, row, b, blocks, bits, share, out[b * INT_BLOCK : (b + 1) * INT_BLOCK])
 
 
 @loop
-def int_recode(pf, pu, W, row, bits, residual, qf, qu, n):  # type: ignore[no-untyped-def]
+def int_recode(pf, pu, W, row, bits, residual, qf, qu, n):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
     blocks = (n + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
+    mean = np.empty(INT_BLOCK, np.float32)
     a = np.empty(INT_BLOCK, np.float32)
     t = np.empty(INT_BLOCK, np.float32)
     for b in range(blocks):
         o = b * INT_BLOCK
         m = min(INT_BLOCK, n - o)
-        ab = a[:m]
-        for w in range(W):
-            at = w * row + 4 * blocks + b * (INT_BLOCK * bits // 8)
-            _int_read(pf[w * (row // 4) + b], share, pu[at : at + INT_BLOCK], bits, w > 0, ab)
-        if residual.size:
-            rb = residual[o : o + m]
-            for j in range(m):
-                ab[j] += rb[j]
-            _int_write(ab, t, b, blocks, bits, rb, qf, qu)
-        else:
-            _int_write(ab, t, b, blocks, bits, residual, qf, qu)
+        rb = residual[o : o + INT_BLOCK]
+        _int_read(pf, pu, W, row, b, blocks, bits, share, mean[:m])
+        top = _load(mean[:m], rb, a, INT_BLOCK)
+        _int_write(a, top, t, m, b, blocks, bits, rb, qf, qu)
 
 
 # --- sign --------------------------------------------------------------------------------------------------------
 
 
-@loop
-def _sign_write(a, acc, m, b, blocks, residual, pf, pu):  # type: ignore[no-untyped-def]
-    """Encode the block `b` in `a` (SIGN_BLOCK values, zeros behind the m real ones)."""
-    ai = a.view(np.int32)
+@part
+def _sign_pack(ai, m, codes):
+    """Bit p of byte j: the sign of value p * ceil(m / 8) + j."""
+    if m == SIGN_BLOCK:
+        codes = codes[: SIGN_BLOCK // 8]
+        for j in range(SIGN_BLOCK // 8):
+            byte = np.uint32(0)
+            for p in range(8):
+                byte |= (np.uint32(ai[p * (SIGN_BLOCK // 8) + j]) >> np.uint32(31 - p)) & np.uint32(1 << p)
+            codes[j] = np.uint8(byte)
+    else:
+        width = (m + 7) // 8
+        codes[:width] = 0
+        for i in range(m):
+            codes[i % width] |= np.uint8((ai[i] < 0) << (i // width))
+
+
+@part
+def _sign_write(a, acc, m, b, blocks, residual, pf, pu):
+    """Encode the block `b` in `a` (SIGN_BLOCK values, zeros behind the m real ones), leave in `residual` what was lost."""
     for lane in range(SIGN_LANES):
         acc[lane] = np.abs(a[lane])
     for k in range(1, SIGN_BLOCK // SIGN_LANES):
@@ -196,53 +356,45 @@ def _sign_write(a, acc, m, b, blocks, residual, pf, pu):  # type: ignore[no-unty
     scale = acc[0] * (np.float32(1) / np.float32(m))
     if np.isfinite(scale):
         pf[b] = scale
-        for j in range(residual.size):
-            residual[j] = a[j] - np.copysign(scale, a[j])
+        if residual.size == SIGN_BLOCK:
+            for j in range(SIGN_BLOCK):
+                residual[j] = a[j] - np.copysign(scale, a[j])
+        else:
+            for j in range(residual.size):
+                residual[j] = a[j] - np.copysign(scale, a[j])
     else:  # the block decodes to NaN; its residual stays as it was
-        acc.view(np.int32)[0] = NAN_BITS
-        pf[b] = acc[0]
-    width = (m + 7) // 8
+        pf[b] = NAN
     start = 4 * blocks + b * (SIGN_BLOCK // 8)
-    codes = pu[start : start + width]
-    if m == SIGN_BLOCK:
-        for j in range(SIGN_BLOCK // 8):
-            byte = np.uint32(0)
-            for p in range(8):
-                byte |= (np.uint32(ai[p * (SIGN_BLOCK // 8) + j]) >> np.uint32(31 - p)) & np.uint32(1 << p)
-            codes[j] = np.uint8(byte)
-    else:
-        for j in range(width):
-            byte = np.uint32(0)
-            for p in range(8):
-                if p * width + j < m:
-                    byte |= (np.uint32(ai[p * width + j]) >> np.uint32(31 - p)) & np.uint32(1 << p)
-            codes[j] = np.uint8(byte)
+    _sign_pack(a.view(np.int32), m, pu[start : start + SIGN_BLOCK // 8])
 
 
-@loop
-def _sign_read(scale, codes, add, out):  # type: ignore[no-untyped-def]
-    """Decode one block into `out` (m values), or add it there."""
+@part
+def _sign_read(pf, pu, W, row, b, blocks, share, out):
+    """The mean of the block `b` of W payloads, into `out` (the values of that block)."""
     m = out.size
     width = (m + 7) // 8
-    one = np.empty(1, np.float32)
-    one[0] = scale
-    bits = one.view(np.int32)[0]
-    oi = out.view(np.int32)
-    for p in range(8):
-        if p * width < m:
-            plane = out[p * width : min((p + 1) * width, m)]
-            raw = oi[p * width : min((p + 1) * width, m)]
-            if add:
-                for j in range(plane.size):
-                    negative = np.int32((codes[j] >> np.uint8(p)) & np.uint8(1))
-                    plane[j] += scale * np.float32(np.int32(1) - (negative + negative))
-            else:
-                for j in range(raw.size):
-                    raw[j] = bits | (np.int32((codes[j] >> np.uint8(p)) & np.uint8(1)) << np.int32(31))
+    for w in range(W):
+        at = w * row + 4 * blocks + b * (SIGN_BLOCK // 8)
+        scale = pf[w * (row // 4) + b] * share
+        if m == SIGN_BLOCK:
+            codes = pu[at : at + SIGN_BLOCK // 8]
+            for p in range(8):
+                bit = np.uint8(1 << p)
+                plane = out[p * (SIGN_BLOCK // 8) : (p + 1) * (SIGN_BLOCK // 8)]
+                if w:
+                    for j in range(SIGN_BLOCK // 8):
+                        plane[j] += -scale if codes[j] & bit else scale
+                else:
+                    for j in range(SIGN_BLOCK // 8):
+                        plane[j] = -scale if codes[j] & bit else scale
+        else:
+            for i in range(m):
+                value = -scale if pu[at + i % width] >> (i // width) & 1 else scale
+                out[i] = out[i] + value if w else value
 
 
 @loop
-def sign_encode(x, residual, pf, pu):  # type: ignore[no-untyped-def]
+def sign_encode(x, residual, pf, pu):
     """Signs and magnitudes of `x + residual`; the residual becomes what they miss."""
     n = x.size
     blocks = (n + SIGN_BLOCK - 1) // SIGN_BLOCK
@@ -250,225 +402,245 @@ def sign_encode(x, residual, pf, pu):  # type: ignore[no-untyped-def]
     acc = np.empty(SIGN_LANES, np.float32)
     for b in range(blocks):
         o = b * SIGN_BLOCK
-        m = min(SIGN_BLOCK, n - o)
-        if m < SIGN_BLOCK:
-            a[:] = np.float32(0)
-        xb = x[o : o + m]
-        if residual.size:
-            rb = residual[o : o + m]
-            for j in range(m):
-                a[j] = xb[j] + rb[j]
-            _sign_write(a, acc, m, b, blocks, rb, pf, pu)
-        else:
-            for j in range(m):
-                a[j] = xb[j]
-            _sign_write(a, acc, m, b, blocks, residual, pf, pu)
+        xb, rb = x[o : o + SIGN_BLOCK], residual[o : o + SIGN_BLOCK]
+        _load(xb, rb, a, SIGN_BLOCK)
+        _sign_write(a, acc, xb.size, b, blocks, rb, pf, pu)
 
 
 @loop
-def sign_mean(pf, pu, W, row, out):  # type: ignore[no-untyped-def]
+def sign_mean(pf, pu, W, row, out):
     """The mean of W payloads."""
-    n = out.size
-    blocks = (n + SIGN_BLOCK - 1) // SIGN_BLOCK
+    blocks = (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
     for b in range(blocks):
-        o = b * SIGN_BLOCK
-        m = min(SIGN_BLOCK, n - o)
-        ob = out[o : o + m]
-        for w in range(W):
-            at = w * row + 4 * blocks + b * (SIGN_BLOCK // 8)
-            _sign_read(pf[w * (row // 4) + b] * share, pu[at : at + SIGN_BLOCK // 8], w > 0, ob)
+        _sign_read(pf, pu, W, row, b, blocks, share, out[b * SIGN_BLOCK : (b + 1) * SIGN_BLOCK])
 
 
 @loop
-def sign_recode(pf, pu, W, row, residual, qf, qu, n):  # type: ignore[no-untyped-def]
+def sign_recode(pf, pu, W, row, residual, qf, qu, n):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
     blocks = (n + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
+    mean = np.empty(SIGN_BLOCK, np.float32)
     a = np.empty(SIGN_BLOCK, np.float32)
     acc = np.empty(SIGN_LANES, np.float32)
     for b in range(blocks):
         o = b * SIGN_BLOCK
         m = min(SIGN_BLOCK, n - o)
-        if m < SIGN_BLOCK:
-            a[:] = np.float32(0)
-        for w in range(W):
-            at = w * row + 4 * blocks + b * (SIGN_BLOCK // 8)
-            _sign_read(pf[w * (row // 4) + b] * share, pu[at : at + SIGN_BLOCK // 8], w > 0, a[:m])
-        if residual.size:
-            rb = residual[o : o + m]
-            for j in range(m):
-                a[j] += rb[j]
-            _sign_write(a, acc, m, b, blocks, rb, qf, qu)
-        else:
-            _sign_write(a, acc, m, b, blocks, residual, qf, qu)
+        rb = residual[o : o + SIGN_BLOCK]
+        _sign_read(pf, pu, W, row, b, blocks, share, mean[:m])
+        _load(mean[:m], rb, a, SIGN_BLOCK)
+        _sign_write(a, acc, m, b, blocks, rb, qf, qu)
 
 
 # --- top-k -------------------------------------------------------------------------------------------------------
 
 
 @loop
-def kth_largest(bits, k):  # type: ignore[no-untyped-def]
-    """The k-th largest of non-negative int32 (1 <= k <= size): histograms of 11, 11 and 9 bits."""
-    low, width = np.int64(0), np.int64(31)
-    rank = np.int64(k)
-    counts = np.zeros(BINS, np.int64)
-    while width > 0:
-        step = min(np.int64(11), width)
-        width -= step
+def kth_largest(raw, k, low=0):
+    """The k-th largest magnitude of the float32 bits `raw`, as bits; at least k of them must reach `low`.
+
+    A histogram of BINS bins between `low` and the largest finds the bin that holds it, the next one splits that bin."""
+    base, span, rank = np.int64(low), np.int64(0), np.int64(k)
+    top = np.int32(0)
+    for i in range(raw.size):
+        top = max(top, np.int32(raw[i] & MAGNITUDE))
+    span = np.int64(top) - base
+    counts = np.empty(BINS, np.int64)
+    while True:
+        shift = np.int64(0)
+        while span >> shift >= BINS:
+            shift += 1
         counts[:] = 0
-        bins = np.int64(1) << step
-        for i in range(bits.size):
-            bin_ = (np.int64(bits[i]) - low) >> width
-            if bin_ >= 0 and bin_ < bins:
-                counts[bin_] += 1
-        b = bins - 1
+        for i in range(raw.size):
+            above = np.int64(raw[i] & MAGNITUDE) - base
+            if above >= 0:
+                counts[np.uint64(above) >> np.uint64(shift)] += 1
+        b = BINS - 1
         while counts[b] < rank:
             rank -= counts[b]
             b -= 1
-        low += b << width
-    return np.int32(low)
+        if shift == 0:
+            return np.int32(base + b)
+        inside = np.empty(counts[b], np.int32)
+        c = 0
+        for i in range(raw.size):
+            if (np.int64(raw[i] & MAGNITUDE) - base) >> shift == b:
+                inside[c] = raw[i]
+                c += 1
+        raw = inside
+        base += b << shift
+        span = (np.int64(1) << shift) - 1
 
 
 @loop
-def _sampled_threshold(x, residual, ratio):  # type: ignore[no-untyped-def]
+def _sampled_threshold(x, residual, ratio):
     """Magnitude bits that a little more than `ratio` of the values reach, from one value in each of `m` strata.
 
     The place within a stratum is hashed, since a fixed stride can follow the columns of a matrix. Returns the
-    threshold and how many values are expected to reach it."""
+    threshold and more values than can be expected to reach it."""
     n = x.size
-    m = min(n, max(4096, min(32768, n // 64)))
-    sample = np.empty(m, np.int32)
-    one = np.empty(1, np.float32)
-    raw = one.view(np.int32)
+    m = min(n, max(4096, min(16384, n // 64)))
+    width, rest = n // m, n % m
+    sample = np.empty(m, np.float32)
+    start, carry = np.int64(0), np.int64(0)
     for s in range(m):
-        lo = s * n // m
-        hi = (s + 1) * n // m
-        i = lo + (np.int64(s) * 2654435761 % 4294967296) % (hi - lo)
-        one[0] = x[i] + residual[i] if residual.size else x[i]
-        sample[s] = raw[0] & MAGNITUDE
+        carry += rest
+        size = width + np.int64(carry >= m)
+        carry -= m * np.int64(carry >= m)
+        hashed = np.uint64(s) * np.uint64(0x9E3779B97F4A7C15)
+        hashed = np.uint64((hashed ^ (hashed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(40)
+        i = start + (np.int64(hashed) * size >> 24)
+        sample[s] = x[i] + residual[i] if residual.size else x[i]
+        start += size
     want = m * ratio
     rank = min(m, np.int64(want + 4.0 * np.sqrt(want)) + 2)
-    return max(kth_largest(sample, rank), np.int32(1)), np.int64(rank) * n // m
+    threshold = max(kth_largest(sample.view(np.int32), rank, np.int32(0)), np.int32(1))
+    return threshold, np.int64((1.5 * rank + 6.0 * np.sqrt(rank) + 6.0) * (n / m)) + 1
 
 
 @loop
-def _collect(x, residual, threshold, index, value, room):  # type: ignore[no-untyped-def]
+def _spare(a, old, o, spared):
+    """Note in `spared` the old residual of the values of the block `a` at `o` that are NaN or Inf."""
+    for j in range(old.size):
+        if not np.isfinite(a[j]):
+            spared[o + j] = old[j]
+
+
+@part
+def _positions(a, threshold, mark, dense, o, index, at):
+    """Write to `index[at:]` where the magnitudes of the block `a` (KEEP_BLOCK values from `o` on) reach `threshold`.
+
+    Eight comparisons make a byte, and a table says where its ones stand; eight entries are written, the first of them
+    count. No branch depends on the values, unless few are kept: then most bytes are 0 and passed over."""
+    ai = a.view(np.int32)
+    words = mark.view(np.uint64)
+    for j in range(KEEP_BLOCK):
+        mark[j] = np.uint8((ai[j] & MAGNITUDE) >= threshold)
+    for w in range(KEEP_BLOCK // 8):
+        if dense or words[w]:
+            byte = np.uint64(words[w] * GATHER) >> np.uint64(56)
+            ones = PLACES[byte]
+            first = o + 8 * w
+            eight = index[at : at + 8]
+            for i in range(8):
+                eight[i] = first + np.int64((ones >> np.uint64(8 * i)) & np.uint64(255))
+            at += np.int64(ONES[byte])
+    return at
+
+
+@loop
+def _collect(x, residual, threshold, room):
     """One pass: residual := x + residual, and where its magnitude reaches `threshold`, position and value.
 
-    Counts all, stores the first `room`. Returns the count and the old residual where a value is NaN or Inf
-    (an array as long as x; empty where there was none)."""
+    Counts all, stores the first `room` (at least). Returns positions, values, the count, and the old residual where
+    the sum is NaN or Inf (an array as long as x; empty where there was none)."""
     n = x.size
-    blocks = (n + 255) // 256
     feedback = residual.size > 0
-    mark = np.zeros(256, np.uint8)
-    words = mark.view(np.uint64)
-    old = np.empty(256, np.float32)
-    local = np.empty(256, np.float32)
+    mark = np.empty(KEEP_BLOCK, np.uint8)
+    total = np.zeros(KEEP_BLOCK, np.float32)
+    index = np.empty(room + KEEP_BLOCK + 8, np.int64)
+    value = np.empty(room + KEEP_BLOCK, np.float32)
     spared = np.empty(0, np.float32)
-    last = np.int64(room)
-    c = np.int64(0)
-    for b in range(blocks):
-        o = b * 256
-        m = min(256, n - o)
-        xb = x[o : o + m]
+    dense = room > n // 32
+    count, at = np.int64(0), np.int64(0)
+    for b in range((n + KEEP_BLOCK - 1) // KEEP_BLOCK):
+        o = b * KEEP_BLOCK
+        xb, rb = x[o : o + KEEP_BLOCK], residual[o : o + KEEP_BLOCK]
+        a = xb
+        top = np.int32(0)
+        if feedback or xb.size < KEEP_BLOCK:
+            top = _load(xb, rb, total, KEEP_BLOCK)
+            a = total
+        end = _positions(a, threshold, mark, dense, o, index, at)
+        for i in range(at, end):
+            value[i] = a[index[i] - o]
+        count += end - at
+        at = min(end, room)
         if feedback:
-            a = residual[o : o + m]
-            for j in range(m):
-                old[j] = a[j]
-            for j in range(m):
-                a[j] = xb[j] + a[j]
-        else:
-            a = local[:m]
-            for j in range(m):
-                a[j] = xb[j]
-        ai = a.view(np.int32)
-        if m < 256:
-            mark[:] = 0
-        for j in range(m):
-            mark[j] = np.uint8((ai[j] & MAGNITUDE) >= threshold)
-        for w in range((m + 7) // 8):
-            if words[w]:
-                for j in range(8 * w, min(8 * w + 8, m)):
-                    at = min(c, last)
-                    index[at] = o + j
-                    value[at] = a[j]
-                    c += np.int64(mark[j])
-                    if feedback and (ai[j] & MAGNITUDE) >= INFINITY_BITS:
-                        if spared.size == 0:
-                            spared = np.zeros(n, np.float32)
-                        spared[o + j] = old[j]
-    return c, spared
+            if top >= INFINITY_BITS:
+                if spared.size == 0:
+                    spared = np.zeros(n, np.float32)
+                _spare(a, rb, o, spared)
+            if rb.size == KEEP_BLOCK:
+                for j in range(KEEP_BLOCK):
+                    rb[j] = a[j]
+            else:
+                for j in range(rb.size):
+                    rb[j] = a[j]
+    return index, value, count, spared
 
 
 @loop
-def _keep(bits, threshold, above, k, kept):  # type: ignore[no-untyped-def]
-    """Mark in `kept` all bits above the threshold and, of those equal to it, an evenly spread choice of k - above."""
+def _keep(raw, threshold, above, k, kept):
+    """Note in `kept` where the k largest magnitudes of `raw` stand: the `above` ones that exceed the threshold and, of
+    those equal to it, an evenly spread choice. No branch depends on the values: each place is written, and written over
+    by the next one if it is not kept."""
     ties = np.int64(0)
-    for i in range(bits.size):
-        ties += np.int64(bits[i] == threshold)
+    for i in range(raw.size):
+        ties += np.int64((raw[i] & MAGNITUDE) == threshold)
     need = k - above
-    t = np.int64(0)
-    c = 0
-    for i in range(bits.size):
-        if bits[i] > threshold:
-            kept[c] = i
-            c += 1
-        elif bits[i] == threshold:
-            if (t + 1) * need // ties > t * need // ties:
-                kept[c] = i
-                c += 1
-            t += 1
+    c, share = np.int64(0), np.int64(0)
+    for i in range(raw.size):
+        magnitude = np.int32(raw[i] & MAGNITUDE)
+        share += need * np.int64(magnitude == threshold)  # tie t is kept where (t + 1) * need / ties passes an integer
+        take = share >= ties
+        share -= ties * np.int64(take)
+        kept[c] = i
+        c += np.int64(take or magnitude > threshold)
+        if c == k:
+            break
 
 
 @loop
-def topk_select(x, residual, k, index, value):  # type: ignore[no-untyped-def]
+def _largest(raw, threshold, k):
+    """Where the k largest magnitudes of `raw` stand, of which the smallest is `threshold`."""
+    above = np.int64(0)
+    for i in range(raw.size):
+        above += np.int64((raw[i] & MAGNITUDE) > threshold)
+    kept = np.empty(k, np.int64)
+    _keep(raw, threshold, above, k, kept)
+    return kept
+
+
+@loop
+def topk_select(x, residual, k):
     """Positions (ascending) and values of the k largest magnitudes of `x + residual`; the residual becomes that sum,
     but keeps its old value where the sum is NaN or Inf.
 
     A sampled threshold lets a few more than k through in one pass, and the k largest of those are the k largest of all.
     Where the sample was wrong (too few or far too many came through) the threshold is found over everything."""
     n = x.size
-    threshold, expected = _sampled_threshold(x, residual, k / n)
-    room = min(n, expected + expected // 2 + 1024)
-    ci = np.empty(room + 1, np.int64)
-    cv = np.empty(room + 1, np.float32)
-    c, spared = _collect(x, residual, threshold, ci, cv, room)
-    if c < k or c > room:
+    threshold, room = _sampled_threshold(x, residual, k / n)
+    room = min(n, room)
+    index, value, count, spared = _collect(x, residual, threshold, room)
+    if k <= count <= room:
+        raw = value[:count].view(np.int32)
+        kept = _largest(raw, kth_largest(raw, k, threshold), k)
+        for i in range(k):
+            value[i] = value[kept[i]]
+            index[i] = index[kept[i]]
+    else:
         whole = residual if residual.size else x
-        bits = np.empty(n, np.int32)
         raw = whole.view(np.int32)
-        for i in range(n):
-            bits[i] = raw[i] & MAGNITUDE
-        exact = kth_largest(bits, k)
-        above = np.int64(0)
-        for i in range(n):
-            above += np.int64(bits[i] > exact)
-        _keep(bits, exact, above, k, index)
+        if count > room:
+            exact = kth_largest(raw, k, threshold)
+        elif threshold > 1:
+            exact = kth_largest(raw, k, np.int32(0))
+        else:  # all that is not 0 came through, and is fewer than k
+            exact = np.int32(0)
+        index = _largest(raw, exact, k)
+        value = np.empty(k, np.float32)
         for i in range(k):
             value[i] = whole[index[i]]
-    else:
-        bits = np.empty(c, np.int32)
-        raw = cv.view(np.int32)
-        for i in range(c):
-            bits[i] = raw[i] & MAGNITUDE
-        exact = kth_largest(bits, k)
-        above = np.int64(0)
-        for i in range(c):
-            above += np.int64(bits[i] > exact)
-        _keep(bits, exact, above, k, index)
-        for i in range(k):
-            value[i] = cv[index[i]]
-            index[i] = ci[index[i]]
-    if spared.size:
-        raw = residual.view(np.int32)
-        for i in range(n):
-            if (raw[i] & MAGNITUDE) >= INFINITY_BITS:
-                residual[i] = spared[i]
+    for i in range(spared.size):
+        if not np.isfinite(residual[i]):
+            residual[i] = spared[i]
+    return index[:k], value[:k]
 
 
 @loop
-def topk_settle(x, residual, index, value, decoded):  # type: ignore[no-untyped-def]
+def topk_settle(x, residual, index, value, decoded):
     """The residual of the kept entries once their values are coded: value - decoded; what it was where that is NaN."""
     for i in range(index.size):
         lost = value[i] - decoded[i]
@@ -479,10 +651,12 @@ def topk_settle(x, residual, index, value, decoded):  # type: ignore[no-untyped-
 
 
 @loop
-def ef_encode(index, low_bits, low, high):  # type: ignore[no-untyped-def]
-    """Elias-Fano of ascending positions: `low_bits` of each packed in `low`, the rest unary in `high` (both zeroed)."""
+def ef_encode(index, low_bits, low, high):
+    """Elias-Fano of ascending positions: `low_bits` of each packed in `low`, the rest unary in `high` (both zeroed).
+    A byte is gathered in a register: in memory, each of its bits would wait for the one before."""
     mask = (np.int64(1) << low_bits) - 1
     store, filled, at = np.uint64(0), np.int64(0), np.int64(0)
+    unary, byte = np.int64(0), np.int64(0)
     for i in range(index.size):
         p = index[i]
         if low_bits:
@@ -494,39 +668,48 @@ def ef_encode(index, low_bits, low, high):  # type: ignore[no-untyped-def]
                 filled -= 8
                 at += 1
         bit = (p >> low_bits) + i
-        high[bit >> 3] |= np.uint8(1 << (bit & 7))
+        if bit >> 3 != byte:
+            high[byte] = np.uint8(unary)
+            unary, byte = np.int64(0), bit >> 3
+        unary |= np.int64(1) << (bit & 7)
+    high[byte] = np.uint8(unary)
     if filled:
         low[at] = np.uint8(store & np.uint64(255))
 
 
 @loop
-def ef_decode(low_bits, low, high, index):  # type: ignore[no-untyped-def]
-    """Positions back from Elias-Fano; reads as many as `index` holds."""
+def ef_decode(low_bits, low, high, index):
+    """Positions back from Elias-Fano; returns how many there are, fills `index` and no more."""
     k = index.size
     i = np.int64(0)
     for byte in range(high.size):
         v = high[byte]
-        if v:
+        if i + 8 <= k:  # eight are written, those of the bits that are set count
+            first, ones = 8 * byte - i, PLACES[v]
+            eight = index[i : i + 8]
+            for j in range(8):
+                eight[j] = (first - j + np.int64((ones >> np.uint64(8 * j)) & np.uint64(255))) << low_bits
+            i += np.int64(ONES[v])
+        elif v:
             for bit in range(8):
                 if i < k:
                     index[i] = (byte * 8 + bit - i) << low_bits
                     i += np.int64((v >> np.uint8(bit)) & np.uint8(1))
-    if low_bits:
-        mask = np.uint64((np.int64(1) << low_bits) - 1)
-        store, filled, at = np.uint64(0), np.int64(0), np.int64(0)
-        for j in range(k):
-            while filled < low_bits:
-                store |= np.uint64(low[at]) << np.uint64(filled)
-                filled += 8
-                at += 1
-            index[j] += np.int64(store & mask)
-            store >>= np.uint64(low_bits)
-            filled -= low_bits
+    mask = np.uint64((np.int64(1) << low_bits) - 1)
+    store, filled, at = np.uint64(0), np.int64(0), np.int64(0)
+    for j in range(k):
+        while filled < low_bits:
+            store |= np.uint64(low[at]) << np.uint64(filled)
+            filled += 8
+            at += 1
+        index[j] += np.int64(store & mask)
+        store >>= np.uint64(low_bits)
+        filled -= low_bits
     return i
 
 
 @loop
-def scatter_add(index, value, share, out):  # type: ignore[no-untyped-def]
+def scatter_add(index, value, share, out):
     """out[index] += value * share; a position beyond `out` is passed over."""
     n = out.size
     for i in range(index.size):

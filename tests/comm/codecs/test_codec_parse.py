@@ -105,7 +105,7 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str) -> None:
         ("int4(3)", "spec 'int4(3)': int4 takes no argument, got (3)"),
         ("int4()", "spec 'int4()': int4 takes no argument, got ()"),
         ("int4|int8", "spec 'int4|int8': only the values of topk(...) can be coded in turn, not those of int4"),
-        ("topk(0.1)|topk(0.1)", "spec 'topk(0.1)|topk(0.1)': the values of topk(...) cannot be sparsified again"),
+        ("topk(0.1)|topk(0.1)", "topk(0.1)|topk(0.1): the values of topk(...) cannot be sparsified again"),
         ("", "spec '': cannot read ''"),
         ("  ", "spec '  ': cannot read '  '"),
         ("INT4", "spec 'INT4': cannot read 'INT4', expected a word such as int4 or topk(0.01)"),

@@ -1,0 +1,99 @@
+"""Sums by bucket, their ratio, and the three forms of a report: text, dict, JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from commpress.comm.meter import PHASES, Meter, Report
+
+
+def metered() -> Meter:
+    """Two steps: one bucket compressed, one too small."""
+    meter = Meter()
+    for _ in range(2):
+        large = meter.row(0, 100_000, "float32", "int4", "two_shot", "")
+        small = meter.row(1, 10, "float32", "none", "all_reduce", "fewer than 256 values")
+        for row, dense, sent in ((large, 400_000, 51_600), (small, 40, 40)):
+            row.steps += 1
+            row.dense_bytes += dense
+            row.sent_bytes += sent
+            row.received_bytes += sent + 4
+        large.seconds["encode"] += 0.25
+        large.seconds["wire"] += 0.5
+        small.seconds["wire"] += 0.125
+        meter.steps += 1
+        meter.exposed += 0.0625
+        meter.hidden += 2.0
+    return meter
+
+
+def test_a_row_is_found_again_and_a_bucket_laid_out_anew_gets_a_new_one() -> None:
+    meter = Meter()
+    first = meter.row(0, 1000, "float32", "int4", "two_shot", "")
+    assert meter.row(0, 1000, "float32", "int4", "two_shot", "") is first
+    others = [
+        meter.row(1, 1000, "float32", "int4", "two_shot", ""),
+        meter.row(0, 1001, "float32", "int4", "two_shot", ""),
+        meter.row(0, 1000, "bfloat16", "int4", "two_shot", ""),
+        meter.row(0, 1000, "float32", "none", "all_reduce", "spec is none"),
+    ]
+    assert len({id(row) for row in (first, *others)}) == 5
+
+
+def test_report_adds_up_its_rows() -> None:
+    report = metered().report("int4", 1, 2)
+    assert (report.spec, report.rank, report.world_size, report.steps) == ("int4", 1, 2, 2)
+    assert report.dense_bytes == 2 * 400_040
+    assert report.sent_bytes == 2 * 51_640
+    assert report.received_bytes == 2 * 51_648
+    assert report.ratio == pytest.approx(400_040 / 51_640)
+    assert report.seconds == {"encode": 0.5, "wire": 1.25, "decode": 0.0, "exposed": 0.125, "hidden": 4.0}
+
+
+def test_ratio_is_one_where_nothing_was_sent() -> None:
+    assert Meter().report("int4", 0, 1).ratio == 1.0
+
+
+def test_a_report_does_not_change_afterwards() -> None:
+    meter = metered()
+    report = meter.report("int4", 0, 2)
+    row = meter.row(0, 100_000, "float32", "int4", "two_shot", "")
+    row.sent_bytes += 1000
+    row.seconds["encode"] += 1.0
+    assert report.rows[0].sent_bytes == 2 * 51_600
+    assert report.rows[0].seconds["encode"] == 0.5
+
+
+def test_text_says_how_and_why_not() -> None:
+    text = str(metered().report("int4", 0, 2))
+    assert "commpress int4: rank 0 of 2, 2 steps" in text
+    assert "int4 by two_shot" in text
+    assert "not compressed: fewer than 256 values" in " ".join(text.replace("│", " ").split())
+    assert "100,000" in text
+    assert "0.400" in text  # MB a step, dense
+    assert "0.052" in text  # MB a step, sent
+    assert "7.7" in text  # the ratio
+    assert "2000.00 ms hidden, 62.50 ms" in text
+
+
+def test_text_of_a_bucket_that_was_not_there_in_every_step() -> None:
+    meter = metered()
+    meter.row(0, 5000, "float32", "int4", "two_shot", "").steps += 1
+    assert "0 (1 steps)" in str(meter.report("int4", 0, 2))
+
+
+def test_text_before_the_first_step() -> None:
+    assert "0 steps" in str(Meter().report("sign", 0, 4))
+
+
+def test_json_holds_all_of_it(tmp_path: Path) -> None:
+    report = metered().report("topk(0.01)|int4", 0, 2)
+    path = tmp_path / "report.json"
+    report.write_json(path)
+    read = json.loads(path.read_text())
+    assert read == report.to_dict()
+    assert read["ratio"] == report.ratio
+    assert [row["reason"] for row in read["rows"]] == ["", "fewer than 256 values"]
+    assert set(read["rows"][0]["seconds"]) == set(PHASES)
+    assert isinstance(report, Report)

@@ -1,0 +1,86 @@
+"""Which bucket gets which codec and exchange, and what the reason says if none."""
+
+import pytest
+
+from commpress.comm.codecs import parse
+from commpress.comm.exchange import EXCHANGES
+from commpress.comm.plan import FEWEST_VALUES, Plan
+
+SPECS = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.1)|int4")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_codecs_own_exchange_if_none_is_named(spec: str) -> None:
+    plan = Plan.of(spec)
+    assert plan.codec == parse(spec)
+    assert plan.exchange == plan.codec.exchange
+    assert plan.error_feedback
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("exchange", list(EXCHANGES))
+def test_a_named_exchange_is_taken_if_it_fits(spec: str, exchange: str) -> None:
+    if exchange == "all_reduce" and spec not in ("none", "bf16", "fp16"):
+        with pytest.raises(ValueError, match=r"cannot be summed.*all_reduce") as caught:
+            Plan.of(spec, exchange)
+        assert spec in str(caught.value)
+    else:
+        assert Plan.of(spec, exchange).choose(100_000, 4, 3).exchange == exchange
+
+
+def test_an_unknown_exchange_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown exchange 'ring', known: all_reduce, two_shot, all_gather"):
+        Plan.of("int4", "ring")
+
+
+def test_a_codec_or_a_spec() -> None:
+    assert Plan.of(parse("int4")) == Plan.of("int4")
+    with pytest.raises(ValueError, match="int5"):
+        Plan.of("int5")
+    with pytest.raises(TypeError, match="int"):
+        Plan.of(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", [1, 1000, 100_000])
+def test_one_rank_sends_nothing(spec: str, n: int) -> None:
+    choice = Plan.of(spec).choose(n, 4, 1)
+    assert choice.reason == "one rank: nothing to send"
+    assert not choice.codec.lossy
+    assert not choice.feedback
+
+
+def test_none_says_so() -> None:
+    choice = Plan.of("none", "two_shot").choose(100_000, 4, 2)
+    assert (str(choice.codec), choice.exchange, choice.reason) == ("none", "two_shot", "spec is none")
+    assert not choice.feedback
+
+
+@pytest.mark.parametrize("spec", SPECS[1:])
+def test_a_tiny_bucket_travels_dense(spec: str) -> None:
+    below, enough = (Plan.of(spec).choose(n, 4, 2) for n in (FEWEST_VALUES - 1, FEWEST_VALUES))
+    assert (str(below.codec), below.exchange, below.feedback) == ("none", "all_reduce", False)
+    assert below.reason == "fewer than 256 values"
+    assert (enough.codec, enough.reason, enough.feedback) == (parse(spec), "", True)
+
+
+@pytest.mark.parametrize(("spec", "itemsize", "dense"), [
+    ("bf16", 2, True), ("fp16", 2, True), ("bf16", 4, False), ("topk(1)", 4, True), ("topk(0.5)", 2, True),
+    ("topk(0.5)", 4, False), ("int8", 2, False), ("topk(1)", 8, False),
+])  # fmt: skip
+def test_a_payload_that_would_not_be_smaller_is_not_sent(spec: str, itemsize: int, dense: bool) -> None:
+    choice = Plan.of(spec).choose(10_000, itemsize, 2)
+    assert (parse(spec).nbytes(10_000) >= 10_000 * itemsize) == dense
+    assert str(choice.codec) == ("none" if dense else spec)
+    assert choice.reason == (f"payload would be no smaller than {itemsize} bytes a value" if dense else "")
+
+
+def test_feedback_can_be_left_out() -> None:
+    assert not Plan.of("int4", error_feedback=False).choose(10_000, 4, 2).feedback
+
+
+def test_settings_are_plain_values_that_differ_where_plans_do() -> None:
+    plans = [Plan.of("int4"), Plan.of("int8"), Plan.of("int4", "all_gather"), Plan.of("int4", error_feedback=False)]
+    settings = [plan.settings() for plan in plans]
+    assert settings[0] == {"codec": "int4", "exchange": "two_shot", "error_feedback": True}
+    assert all(a != b for i, a in enumerate(settings) for b in settings[:i])

@@ -1,0 +1,34 @@
+"""Started by torchrun: each spec is trained without a break, and again with a break and --resume. argv: folder, specs..."""
+
+import signal
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from commpress.launch import data, train
+
+TINY = {"layers": 2, "width": 64, "heads": 2, "context": 32, "batch": 4, "steps": 30, "lr": 5e-3}
+EVALS = {"warmup_steps": 4, "eval_every": 10, "eval_batches": 4, "checkpoint_every": 7, "seed": 3, "threads": 1}
+STOPPED_AT = 11
+
+folder = Path(sys.argv[1])
+dist.init_process_group("gloo")
+for i, spec in enumerate(sys.argv[2:]):
+    whole, cut = ({**TINY, **EVALS, "compress": spec, "out": folder / f"{name}{i}"} for name in ("whole", "cut"))
+    assert train.train(train.Settings(**whole))
+
+    drawn, sample = 0, data.sample
+
+    def interrupted(*arguments, sample=sample):  # Ctrl-C reaches one rank only, in the middle of a step
+        global drawn
+        drawn += 1
+        if drawn == STOPPED_AT and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGINT)
+        return sample(*arguments)
+
+    data.sample = interrupted
+    assert not train.train(train.Settings(**cut))
+    data.sample = sample
+    assert train.train(train.Settings(**cut, resume=True))
+dist.destroy_process_group()

@@ -1,0 +1,261 @@
+"""The training program: real runs on two ranks under torchrun, and single-rank ones in this process."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+from commpress.launch import checkpoint, demo, train
+
+SPECS = ("none", "int4", "topk(0.1)|int4")
+TINY = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "steps": 4, "warmup_steps": 1, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text, so that single-rank runs start at once."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    return path
+
+
+def torchrun(*arguments: object) -> "subprocess.Popen[str]":
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-addr", "127.0.0.1", "--master-port", str(demo.free_port())),
+        *map(str, arguments),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(child: "subprocess.Popen[str]", seconds: float) -> str:
+    """Wait for the end; its output. It is never left running."""
+    try:
+        return child.communicate(timeout=seconds)[0]
+    finally:
+        demo.end(child)
+
+
+def alone(tmp_path: Path, text: Path, **changes: object) -> bool:
+    """A run on one rank, in this process."""
+    return train.train(train.Settings(**{**TINY, "data": text, "out": tmp_path / "run", **changes}))
+
+
+def cli(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(train.command)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """whole0, cut0, whole1, ...: each spec without a break, and stopped at step 11 of 30 and resumed."""
+    folder = tmp_path_factory.mktemp("runs")
+    child = torchrun(Path(__file__).with_name("resume_worker.py"), folder, *SPECS)
+    output = finish(child, 80)
+    assert child.returncode == 0, output
+    assert "stopped at step 11 of 30" in output
+    return folder
+
+
+@pytest.mark.parametrize("i", range(len(SPECS)), ids=SPECS)
+def test_the_loss_falls_and_the_record_says_what_happened(runs: Path, i: int) -> None:
+    record = json.loads((runs / f"whole{i}" / "record.json").read_text())
+    curve = record["curve"]
+    assert [row["step"] for row in curve] == list(range(31))
+    validations = {row["step"]: row["validation_loss"] for row in curve if row["validation_loss"] is not None}
+    assert list(validations) == [0, 10, 20, 30]
+    assert validations[0] == pytest.approx(5.55, abs=0.05)  # log 256: it knows nothing yet
+    assert validations[30] < validations[0] - 1
+    assert record["final_validation_loss"] == validations[30]
+    assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(curve))
+    assert record["settings"]["compress"] == SPECS[i]
+    assert (record["world_size"], record["backend"], record["steps_done"]) == (2, "gloo", 30)
+    assert record["report"]["steps"] == 30
+    assert record["median_step_seconds"] > 0
+    assert record["machine"]["cores"] >= 1
+    # a ring all-reduce over two ranks sends each gradient once
+    assert curve[-1]["dense_bytes"] == record["traffic"]["dense_bytes"] == 30 * 4 * record["parameters"]
+    assert record["traffic"]["ratio"] == pytest.approx((1, 7.8, 34)[i], rel=0.1)
+
+
+@pytest.mark.parametrize("i", range(len(SPECS)), ids=SPECS)
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Path, i: int) -> None:
+    whole, cut = (checkpoint.load_shared(runs / f"{name}{i}") for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 30
+    for kind in ("model", "optimizer"):
+        torch.testing.assert_close(whole[kind], cut[kind], rtol=0, atol=0)
+    for a, b in zip(whole["curve"], cut["curve"], strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    for rank in range(2):
+        a, b = (checkpoint.load_own(runs / f"{name}{i}", 30, rank) for name in ("whole", "cut"))
+        assert torch.equal(a["windows"], b["windows"])
+
+
+def test_resume_needs_the_same_run(runs: Path, text: Path) -> None:
+    saved = json.loads((runs / "whole1" / "record.json").read_text())["settings"]
+    same = {**saved, "data": None, "out": runs / "whole1", "resume": True}
+    for change, message in (
+        ({"compress": "int8"}, "--compress int4, this one --compress int8"),
+        ({"width": 32}, "--width 64, this one --width 32"),
+        ({"warmup_steps": 5}, "--warmup-steps 4, this one --warmup-steps 5"),
+        ({}, "world size of 2, this one a world size of 1"),
+    ):
+        with pytest.raises(train.TrainingError, match=message):
+            train.train(train.Settings(**{**same, **change}))
+
+
+def test_interrupting_torchrun_leaves_a_checkpoint_and_no_process(tmp_path: Path, text: Path) -> None:
+    flags = {**TINY, "steps": 300, "data": text, "out": tmp_path, "compress": "int4"}
+    arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+    child = torchrun("-m", "commpress.launch.train", *arguments)
+    try:
+        assert child.stdout is not None
+        until = time.monotonic() + 40
+        while not child.stdout.readline().startswith("step "):
+            assert time.monotonic() < until
+            assert child.poll() is None
+        family = demo.descendants(child.pid)
+        assert len(family) >= 2
+        child.send_signal(signal.SIGINT)
+    finally:
+        output = finish(child, 30)
+    found = re.search(r"stopped at step (\d+) of 300", output)
+    assert found, output
+    state = checkpoint.load_shared(tmp_path)
+    assert 0 < state["step"] == int(found[1]) < 300
+    assert not [pid for pid in family if running(pid)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "record.json", f"step-{state['step']:08d}"]
+    for rank in range(2):
+        checkpoint.load_own(tmp_path, state["step"], rank)
+
+
+def running(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def test_one_rank_without_torchrun(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert alone(tmp_path, text)
+    assert "1 ranks" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["world_size"] == 1
+    assert record["traffic"]["sent_bytes"] == 0
+    with pytest.raises(train.TrainingError, match="holds the checkpoint of a run: go on with --resume"):
+        alone(tmp_path, text)
+    assert alone(tmp_path, text, resume=True)
+    assert "already at step 4 of 4" in capsys.readouterr().out
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, text: Path) -> None:
+    for name, sizes in (("whole", {"batch": 4}), ("parts", {"batch": 2, "accumulate": 2})):
+        alone(tmp_path, text, out=tmp_path / name, eval_batches=8 // sizes["batch"], **sizes)
+    whole, parts = (checkpoint.load_shared(tmp_path / name) for name in ("whole", "parts"))
+    for a, b in zip(whole["curve"], parts["curve"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(train.TrainingError, match=r"step \d+: the loss is .*expected finite numbers; --lr 1e\+30"):
+        alone(tmp_path, text, lr=1e30, steps=20)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compress", "int5"], "unknown codec 'int5'"),
+        (["--width", 30, "--heads", 4], "--width 30 --heads 4: the width must be a multiple of the heads"),
+        (["--layers", 0], "--layers 0: expected at least 1"),
+        (["--steps", 0], "--steps 0: expected at least 1"),
+        (["--lr", "nan"], "--lr nan: expected at least 0"),
+        (["--resume"], "no checkpoint in"),
+        (["--data", "no/such/file"], "--data no/such/file: there is no such file or folder"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_sentence(tmp_path: Path, flags: list[object], message: str) -> None:
+    result = cli("--out", tmp_path / "out", *flags)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = cli("--out", tmp_path / "out", "--data", tmp_path / "empty")
+    assert result.exit_code == 1
+    assert "expected text, found 0 bytes in 0 text files (0 skipped)" in result.stderr
+
+
+def test_files_that_are_not_text_are_skipped_and_counted(tmp_path: Path, text: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "deeper" / "text.txt").write_bytes(text.read_bytes())
+    (folder / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    flags = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = cli("--out", tmp_path / "out", "--data", folder, *flags)
+    assert result.exit_code == 0, result.output
+    assert "1 files skipped that are not text" in result.stdout
+
+
+def test_checkpoints_of_two_steps_are_never_paired(tmp_path: Path, text: Path) -> None:
+    alone(tmp_path, text)
+    folder = tmp_path / "run" / "step-00000004"
+    state = torch.load(folder / "session-rank0.pt", weights_only=True)
+    torch.save({**state, "step": 3}, folder / "session-rank0.pt")
+    with pytest.raises(ValueError, match="was written at step 3, expected that of step-00000004"):
+        alone(tmp_path, text, resume=True)
+    (folder / "session-rank0.pt").unlink()
+    with pytest.raises(ValueError, match=r"session-rank0\.pt is missing"):
+        alone(tmp_path, text, resume=True)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def torn(f: "checkpoint.BinaryIO") -> None:
+        f.write(b"half of it")
+        raise OSError("the disk is full")
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="the disk is full"):
+        checkpoint.write_atomically(path, torn)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_ending_a_child_ends_what_it_started() -> None:
+    child = subprocess.Popen(["bash", "-c", "sleep 100 & sleep 100"])
+    try:
+        until = time.monotonic() + 10
+        while len(family := demo.descendants(child.pid)) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(family) == 2
+    finally:
+        demo.end(child)
+    assert child.poll() is not None
+    assert not [pid for pid in family if running(pid)]
+
+
+def test_a_demo_run_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(demo.DemoError, match=r"ended with code 1\nerror: .*unknown codec 'int5'"):
+        demo.train(tmp_path, "int5", 3)
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path) -> Iterator[None]:
+    path = demo.demo(tmp_path, 3)
+    assert "topk(0.01)|int4" in path.read_text()
