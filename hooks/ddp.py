@@ -43,7 +43,7 @@ class CommState:
         self._names = names
         self.session = Session(
             spec,
-            group or dist.group.WORLD,
+            group or dist.distributed_c10d._get_default_group(),
             device,
             exchange=exchange,
             error_feedback=error_feedback,
@@ -59,7 +59,7 @@ class CommState:
         return tuple((self._names[p], p.numel()) for p in parameters)
 
 
-def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """The hook: the bucket's mean over the ranks, compressed."""
     gradient = bucket.buffer()
     session = state.session or state.start(gradient.device, {})

@@ -31,7 +31,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: #1e293b; margin: 0 auto; pa
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #cbd5e1; text-align: right; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
-.figure {{ height: 26rem; margin: 1rem 0; }}
+.figure {{ margin: 1rem 0; }}
 </style>
 </head>
 <body>
@@ -97,7 +97,7 @@ def titles(records: Sequence[Record]) -> list[str]:
 
 def summary(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
     """The table of results, its head first. "to none" is the loss less that of the first run whose spec is none."""
-    head = ["spec", "steps", "dense MB/step", "sent MB/step", "ratio", "median ms/step", "held-out loss", "to none"]
+    head = ["spec", "steps", "dense MB/step", "sent MB/step", "ratio", "median ms/step", "val. loss", "to none"]
     base = next((r["final_validation_loss"] for _, r in runs if r["settings"]["compress"] == "none"), None)
     rows = []
     for name, r in runs:
@@ -191,7 +191,10 @@ def styled(figure: go.Figure, title: str) -> go.Figure:
 def as_html(figure: go.Figure, first: bool) -> str:
     """A figure as a part of a page; the first of a page carries plotly's script."""
     html: str = figure.to_html(
-        full_html=False, include_plotlyjs=first, config={"responsive": True, "displaylogo": False}
+        full_html=False,
+        include_plotlyjs=first,
+        default_height="440px",
+        config={"responsive": True, "displaylogo": False},
     )
     return html
 

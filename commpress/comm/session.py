@@ -7,6 +7,7 @@ It knows no framework. `submit` takes a flat gradient and the names and sizes of
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -99,7 +100,7 @@ class Session:
             if last:
                 self._release()
         else:
-            self._start(bucket, segments, index, last, lambda error: future.set_result(error or bucket))
+            self._start(bucket, segments, index, last, partial(_settle, future, bucket))
         return future.then(_result)  # no collective hangs on it: it only raises what the exchange raised
 
     def report(self) -> Report:
@@ -172,9 +173,7 @@ class Session:
         self._held, self._restored = [], []
         if {h.segments for h in held} == set(layouts):
             for h in held:
-                self._start(
-                    h.bucket, h.segments, h.index, h is held[-1], lambda e, h=h: h.future.set_result(e or h.bucket)
-                )
+                self._start(h.bucket, h.segments, h.index, h is held[-1], partial(_settle, h.future, h.bucket))
             return
         places: dict[str, Tensor] = {}
         for h in held:
@@ -183,7 +182,7 @@ class Session:
         _require_same_parameters(saved, {name: part.numel() for name, part in places.items()})
         waiting = len(layouts)
 
-        def finished(error: BaseException | None, layout: Segments, flat: Tensor) -> None:
+        def finished(layout: Segments, flat: Tensor, error: BaseException | None) -> None:
             nonlocal waiting
             for (name, _), part in zip(layout, flat.split([n for _, n in layout]), strict=True):
                 places[name].copy_(part)
@@ -191,12 +190,12 @@ class Session:
             if waiting == 0 or error is not None:
                 for h in held:
                     if not h.future.done():
-                        h.future.set_result(error or h.bucket)
+                        _settle(h.future, h.bucket, error)
 
         for index, layout in enumerate(layouts):
             flat = torch.cat([places[name] for name, _ in layout])
             end = index == len(layouts) - 1
-            self._start(flat, layout, index, end, lambda e, layout=layout, flat=flat: finished(e, layout, flat))
+            self._start(flat, layout, index, end, partial(finished, layout, flat))
 
     def _follow_scale(self) -> None:
         """Memories hold gradients times the loss scale; when that changes they change with it."""
@@ -254,7 +253,13 @@ def _sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     options = getattr(group._get_backend(torch.device("cpu")), "options", None)
     timeout = getattr(options, "_timeout", None)
     ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="commpress")
+    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="commpress")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _settle(future: "torch.futures.Future[Any]", bucket: Tensor, error: BaseException | None) -> None:
+    future.set_result(error or bucket)
 
 
 def _result(future: "torch.futures.Future[Any]") -> Tensor:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -256,6 +255,6 @@ def test_a_demo_run_that_fails_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo(tmp_path: Path) -> Iterator[None]:
+def test_the_demo(tmp_path: Path) -> None:
     path = demo.demo(tmp_path, 3)
     assert "topk(0.01)|int4" in path.read_text()

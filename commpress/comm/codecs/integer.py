@@ -69,7 +69,7 @@ class BlockInteger(Codec):
             rest = codes[full.numel() : full.numel() + -(-tail // 2)]
             full = torch.cat([full & 15, full >> 4], dim=1).view(-1)
             codes = torch.cat([full, rest & 15, rest >> 4])
-        values = codes[:n].to(torch.float32) - offset
+        values: Tensor = codes[:n].to(torch.float32) - offset
         return values * scale.repeat_interleave(BLOCK)[:n]
 
     def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:

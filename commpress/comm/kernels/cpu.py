@@ -125,42 +125,58 @@ def _from_float16(half):
     return np.uint32(bits | sign).view(np.float32)
 
 
-def _cast_loops(to_half, from_half):
-    """`encode` and `mean` of the cast that these two make; `halves` holds its payloads as 16-bit words."""
-
-    @loop
-    def encode(x, residual, halves):
-        if residual.size:
-            for i in range(x.size):
-                total = x[i] + residual[i]
-                half = to_half(total)
-                halves[i] = np.uint16(half)
-                lost = total - from_half(half)
-                residual[i] = lost if np.abs(lost) <= LARGEST else residual[i]  # not NaN, not Inf
-        else:
-            for i in range(x.size):
-                halves[i] = np.uint16(to_half(x[i]))
-
-    @loop
-    def mean(halves, W, row, out):
-        n = out.size
-        share = np.float32(1.0 / W)
-        for o in range(0, n, 1024):  # a block at a time: its sum stays in the L1 cache
-            ob = out[o : min(o + 1024, n)]
-            for w in range(W):
-                hb = halves[w * row + o : w * row + o + ob.size]
-                if w:
-                    for j in range(ob.size):
-                        ob[j] += from_half(np.uint32(hb[j])) * share
-                else:
-                    for j in range(ob.size):
-                        ob[j] = from_half(np.uint32(hb[j])) * share
-
-    return encode, mean
+@part
+def _cast_encode(x, residual, halves, to_half, from_half):
+    if residual.size:
+        for i in range(x.size):
+            total = x[i] + residual[i]
+            half = to_half(total)
+            halves[i] = np.uint16(half)
+            lost = total - from_half(half)
+            residual[i] = lost if np.abs(lost) <= LARGEST else residual[i]  # not NaN, not Inf
+    else:
+        for i in range(x.size):
+            halves[i] = np.uint16(to_half(x[i]))
 
 
-bfloat16_encode, bfloat16_mean = _cast_loops(_to_bfloat16, _from_bfloat16)
-float16_encode, float16_mean = _cast_loops(_to_float16, _from_float16)
+@part
+def _cast_mean(halves, W, row, out, from_half):
+    n = out.size
+    share = np.float32(1.0 / W)
+    for o in range(0, n, 1024):  # a block at a time: its sum stays in the L1 cache
+        ob = out[o : min(o + 1024, n)]
+        for w in range(W):
+            hb = halves[w * row + o : w * row + o + ob.size]
+            if w:
+                for j in range(ob.size):
+                    ob[j] += from_half(np.uint32(hb[j])) * share
+            else:
+                for j in range(ob.size):
+                    ob[j] = from_half(np.uint32(hb[j])) * share
+
+
+@loop
+def bfloat16_encode(x, residual, halves):
+    """The bfloat16 of `x + residual`; the residual becomes what they miss."""
+    _cast_encode(x, residual, halves, _to_bfloat16, _from_bfloat16)
+
+
+@loop
+def float16_encode(x, residual, halves):
+    """The float16 of `x + residual`; the residual becomes what they miss."""
+    _cast_encode(x, residual, halves, _to_float16, _from_float16)
+
+
+@loop
+def bfloat16_mean(halves, W, row, out):
+    """The mean of W payloads of `row` 16-bit words each."""
+    _cast_mean(halves, W, row, out, _from_bfloat16)
+
+
+@loop
+def float16_mean(halves, W, row, out):
+    """The mean of W payloads of `row` 16-bit words each."""
+    _cast_mean(halves, W, row, out, _from_float16)
 
 
 # --- int8 and int4 -----------------------------------------------------------------------------------------------
