@@ -55,40 +55,42 @@ class Feedback:
     def memory(self, segments: Segments, feedback: bool, chunk: tuple[int, int] | None, device: torch.device) -> Memory:
         """The memory of the bucket that holds these parameters. A new layout takes over what was kept for them.
 
-        `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding.
+        `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding. Without
+        feedback there is a residual only if something was taken over; a dense exchange sends it along and drops it.
         """
         found = self.memories.get(segments)
-        if found is not None and (found.residual is None or all(self.homes[name] == segments for name, _ in segments)):
+        if found is not None and all(self.homes[name] == segments for name, _ in segments):
             return found
         created = Memory()
-        if feedback:
-            created.residual = torch.zeros(sum(n for _, n in segments), dtype=torch.float32, device=device)
-            self._take_over(segments, created.residual)
-            self.homes.update((name, segments) for name, _ in segments)
-            if chunk is not None:
-                created.start = chunk[0]
-                created.second = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32, device=device)
+        residual = torch.zeros(sum(n for _, n in segments), dtype=torch.float32, device=device)
+        if self._take_over(segments, residual) or feedback:
+            created.residual = residual
+        if feedback and chunk is not None:
+            created.start = chunk[0]
+            created.second = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32, device=device)
         self.memories[segments] = created
+        self.homes.update((name, segments) for name, _ in segments)
         return created
 
-    def _take_over(self, segments: Segments, residual: Tensor) -> None:
-        places, at = {}, 0
+    def _take_over(self, segments: Segments, residual: Tensor) -> bool:
+        """Move what other layouts keep for these parameters into `residual`; drop the layouts that hold no more."""
+        places, at, found = {}, 0, False
         for name, n in segments:
             places[name] = slice(at, at + n)
             at += n
-        homes = {name: self.homes[name] for name in places if name in self.homes}
+        homes = {name: self.homes.pop(name) for name in places if name in self.homes}
         for old in set(homes.values()):
             memory, at = self.memories[old], 0
             memory.fold(self.world_size)
-            assert memory.residual is not None
             for name, n in old:
-                if homes.get(name) == old:
+                if memory.residual is not None and homes.get(name) == old:
                     residual[places[name]] = memory.residual[at : at + n]
                     memory.residual[at : at + n] = 0
-                    self.homes[name] = segments
+                    found = True
                 at += n
             if old not in self.homes.values():
                 del self.memories[old]
+        return found
 
     def rescale(self, factor: float) -> None:
         """Multiply all memories, as when the loss scale by which gradients are multiplied changes."""
@@ -119,5 +121,4 @@ class Feedback:
                 None if saved[k] is None else saved[k].to(device).clone() for k in ("residual", "second")
             )
             self.memories[segments] = Memory(residual, second, int(saved["start"]))
-            if residual is not None:
-                self.homes.update((name, segments) for name, _ in segments)
+            self.homes.update((name, segments) for name, _ in segments)

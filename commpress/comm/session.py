@@ -108,7 +108,11 @@ class Session:
         return self._meter.report(str(self.plan.codec), self.rank, self.world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Memories and layout of this rank (every rank saves its own). Call it between steps."""
+        """Memories and layout of this rank (every rank saves its own). Call it between steps.
+
+        DDP lays out its buckets anew between its first and its second step. A state that is saved just there goes on
+        with the first layout: nothing is lost, but not bit for bit.
+        """
         return {
             "version": STATE_VERSION,
             "settings": self.plan.settings(),

@@ -21,6 +21,9 @@ def all_reduce(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) ->
     """Replace `x` ([n], any float dtype) by its mean over the ranks."""
     assert codec.sum_dtype is not None
     if not codec.lossy:
+        if memory.residual is not None:  # what a lossy codec kept before: dense, all of it can go
+            x.add_(memory.residual)
+            memory.residual = None
         x.mul_(1.0 / wire.world_size)
         yield None
         yield wire.all_reduce(x)
