@@ -86,7 +86,11 @@ def attach(
         spec, model.process_group, exchange=exchange, error_feedback=error_feedback, grad_scaler=grad_scaler
     )
     session = state.start(device, names)
-    model.register_comm_hook(state, comm_hook)
+    try:
+        model.register_comm_hook(state, comm_hook)
+    except RuntimeError:
+        state.session = None  # DDP keeps the state that it refuses; the threads shall end all the same
+        raise
     return session
 
 

@@ -188,5 +188,3 @@ def outcome(action: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-

@@ -4,10 +4,8 @@ The rank that fails leaves its reason in the store and closes the group's connec
 closed, look into the store and report the same reason. If nothing stands there, the peer itself is gone.
 """
 
-import contextlib
 import time
 
-import torch
 import torch.distributed as dist
 
 PATIENCE = 0.5
@@ -21,14 +19,13 @@ class ExchangeError(RuntimeError):
 class FailureBoard:
     """Where the ranks of one process group leave the reason of the first failure."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._backend = group._get_backend(device)
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self._rank = dist.get_rank(group)
         self._key = f"commpress/failure/{group.group_name}"
         self._store = dist.distributed_c10d._get_default_store()
 
-    def end(self, error: BaseException) -> ExchangeError:
-        """Close the group for good and return the error that this rank's user shall see."""
+    def explain(self, error: BaseException) -> ExchangeError:
+        """Post what happened here, or find what was posted, and return the error that this rank's user shall see."""
         own = f"rank {self._rank}: {type(error).__name__}: {error}"
         lost_peer = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
         try:
@@ -39,7 +36,6 @@ class FailureBoard:
                 self._store.set(self._key, own)
         except RuntimeError as gone:  # the store went down with the rank that kept it
             reason = f"{own} (and the store that would say more is gone: {gone})"
-        self._abort()
         return ExchangeError(f"commpress: the gradient exchange failed on {reason}")
 
     def _posted(self) -> str:
@@ -49,8 +45,3 @@ class FailureBoard:
                 return f"{self._store.get(self._key).decode()} (reported by rank {self._rank})"
             time.sleep(PATIENCE / 10)
         return ""
-
-    def _abort(self) -> None:
-        """Close the connections, so that peers fail at once instead of waiting for the group's timeout."""
-        with contextlib.suppress(Exception):  # a group that cannot be aborted fails by its timeout
-            self._backend.abort()

@@ -1,6 +1,6 @@
 """Which codec and exchange for which tensor. What is not compressed has a reason, which stands in the report."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.exchange import EXCHANGES
@@ -25,36 +25,41 @@ class Choice:
 class Plan:
     """One spec for all buckets, its exchange, and whether lossy codecs get error feedback.
 
-    Raises ValueError if the exchange is unknown or does not fit the codec.
+    Without an exchange the codec's own is taken, except that between two ranks `all_gather` stands in for `two_shot`: it
+    sends as many bytes, in one step, and encodes once. Raises ValueError if the exchange is unknown or does not fit the codec.
     """
 
     codec: Codec
-    exchange: str
+    exchange: str | None = None
     error_feedback: bool = True
 
     @classmethod
     def of(cls, spec: str | Codec, exchange: str | None = None, error_feedback: bool = True) -> "Plan":
         """The plan for a spec; `exchange=None` takes the one that suits its codec."""
         codec = parse(spec)
-        name = exchange or codec.exchange
-        if name not in EXCHANGES:
-            raise ValueError(f"unknown exchange {name!r}, known: {', '.join(EXCHANGES)}")
-        if name == "all_reduce" and codec.sum_dtype is None:
+        if exchange is not None and exchange not in EXCHANGES:
+            raise ValueError(f"unknown exchange {exchange!r}, known: {', '.join(EXCHANGES)}")
+        if exchange == "all_reduce" and codec.sum_dtype is None:
             raise ValueError(f"payloads of {codec} cannot be summed, so it cannot use all_reduce; leave exchange out")
-        return cls(codec, name, error_feedback)
+        return cls(codec, exchange, error_feedback)
 
     def choose(self, n: int, itemsize: int, world_size: int) -> Choice:
         """What to do with a bucket of n values of `itemsize` bytes."""
         if world_size == 1:
             return Choice(DENSE, "all_reduce", False, "one rank: nothing to send")
         if not self.codec.lossy:
-            return Choice(self.codec, self.exchange, False, "spec is none")
+            return Choice(self.codec, self._exchange(world_size), False, "spec is none")
         if n < FEWEST_VALUES:
             return Choice(DENSE, "all_reduce", False, f"fewer than {FEWEST_VALUES} values")
         if self.codec.nbytes(n) >= n * itemsize:
             return Choice(DENSE, "all_reduce", False, f"payload would be no smaller than {itemsize} bytes a value")
-        return Choice(self.codec, self.exchange, self.error_feedback)
+        return Choice(self.codec, self._exchange(world_size), self.error_feedback)
+
+    def _exchange(self, world_size: int) -> str:
+        if self.exchange is None and self.codec.exchange == "two_shot" and world_size == 2:
+            return "all_gather"
+        return self.exchange or self.codec.exchange
 
     def settings(self) -> dict[str, object]:
         """What all ranks must agree on."""
-        return {**asdict(self), "codec": str(self.codec)}
+        return {"codec": str(self.codec), "exchange": self.exchange, "error_feedback": self.error_feedback}

@@ -10,7 +10,7 @@ starts, awaits and decodes their transfers, both in that order:
 All transfers of a bucket start before the first of the next; only its last one is awaited later. On an accelerator
 everything is enqueued on a side stream in the caller's thread, and streams wait for each other instead of threads.
 
-An error ends the exchange for good: the group is aborted, so that no peer waits for us, and every rank's future fails.
+An error ends the exchange for good: the group is closed, so that no peer waits for us, and every rank's future fails.
 """
 
 import contextlib
@@ -22,10 +22,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.exchange import Transfer
+from commpress.comm.exchange import Transfer, Wire
 from commpress.comm.failure import FailureBoard
 from commpress.comm.meter import Meter, Row
 
@@ -49,9 +48,9 @@ class Job:
 class Sequencer:
     """Runs the jobs of one process group, until it is collected or the program ends."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, meter: Meter) -> None:
-        self._lines = _Lines(FailureBoard(group, device), meter)
-        self._stream = None if device.type == "cpu" else torch.Stream(device)
+    def __init__(self, wire: Wire, meter: Meter) -> None:
+        self._lines = _Lines(wire, meter)
+        self._stream = None if wire.device.type == "cpu" else torch.Stream(wire.device)
         if self._stream is None:
             threads = [
                 threading.Thread(target=work, args=(self._lines,), name=f"commpress {name}", daemon=True)
@@ -71,23 +70,28 @@ class Sequencer:
         with self._stream:
             job.bucket.record_stream(self._stream)
             try:
+                if self._lines.error is not None:
+                    raise self._lines.error
                 for transfer in job.exchange:
                     if transfer is not None:
                         self._lines.count(job, transfer)
                         transfer.wait()
                 self._lines.finish(job, None)
             except Exception as error:
-                self._lines.fail(job, error)
+                self._lines.note(error)
+                self._lines.end([job])
 
 
 class _Lines:
     """What the two threads share. They hold this and not the sequencer, so that the sequencer can be collected."""
 
-    def __init__(self, board: FailureBoard, meter: Meter) -> None:
-        self.board, self.meter = board, meter
+    def __init__(self, wire: Wire, meter: Meter) -> None:
+        self.wire, self.meter = wire, meter
+        self.board = FailureBoard(wire.group)
         self.encoding: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.sending: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
+        self.closed = False
         self.busy_since = 0.0
 
     def count(self, job: Job, transfer: Transfer) -> None:
@@ -106,10 +110,27 @@ class _Lines:
             self.busy_since = 0.0
         job.finished(error)
 
-    def fail(self, job: Job, error: BaseException) -> None:
+    def note(self, error: BaseException) -> None:
+        """Remember the first error; it ends the exchange."""
         if self.error is None:
-            self.error = self.board.end(error)
-        self.finish(job, self.error)
+            self.error = self.board.explain(error)
+
+    def end(self, jobs: list[Job]) -> None:
+        """Close the connections and fail these jobs. A transfer that is still held anywhere keeps them open."""
+        if not self.closed:
+            self.closed = True
+            self.wire.close()
+        for job in jobs:
+            self.finish(job, self.error)
+
+
+@dataclass
+class _Flight:
+    """A bucket whose last transfer is on its way."""
+
+    job: Job
+    transfer: Transfer
+    started: float
 
 
 def _stop(lines: _Lines, threads: list[threading.Thread]) -> None:
@@ -127,51 +148,59 @@ def _encode_line(lines: _Lines) -> None:
                 with _timed(job.row, "encode"):
                     next(job.exchange)
             except Exception as error:
-                lines.fail(job, error)
-                continue
+                lines.note(error)  # the other thread, which holds the transfers, ends the job
         lines.sending.put(job)
     lines.sending.put(None)
 
 
 def _wire_line(lines: _Lines) -> None:
-    flying: tuple[Job, Transfer, float] | None = None  # the bucket whose last transfer is on its way
+    flying: list[_Flight] = []  # at most one
     while True:
-        if flying is not None and lines.sending.empty():
-            _land(lines, *flying)
-            flying = None
-        job = lines.sending.get()
-        if job is None:
-            return
+        job, failed = None, False
         try:
-            if lines.error is not None:
-                raise lines.error
-            while True:
-                with _timed(job.row, "encode"):
-                    transfer = next(job.exchange)
-                assert transfer is not None
-                started = time.perf_counter()
-                lines.count(job, transfer)
-                if flying is not None:
-                    _land(lines, *flying)
-                    flying = None
-                if transfer.last:
-                    flying = (job, transfer, started)
-                    break
-                transfer.wait()
-                job.row.seconds["wire"] += time.perf_counter() - started
+            if flying and lines.sending.empty():
+                _land(lines, flying)
+            job = lines.sending.get()
+            if job is None:
+                return
+            if lines.error is None:
+                _take_off(lines, job, flying)
+            else:
+                failed = True
         except Exception as error:
-            lines.fail(job, error)
+            lines.note(error)
+            failed = True
+        if failed:  # outside the handler: the error's frames hold transfers
+            ended = [flight.job for flight in flying] + ([] if job is None else [job])
+            flying.clear()
+            lines.end(ended)
 
 
-def _land(lines: _Lines, job: Job, transfer: Transfer, started: float) -> None:
-    try:
+def _take_off(lines: _Lines, job: Job, flying: list[_Flight]) -> None:
+    """Start all transfers of a bucket and await all but the last; that one flies. Land the bucket before it meanwhile."""
+    while True:
+        with _timed(job.row, "encode"):
+            transfer = next(job.exchange)
+        assert transfer is not None
+        started = time.perf_counter()
+        lines.count(job, transfer)
+        _land(lines, flying)
+        if transfer.last:
+            flying.append(_Flight(job, transfer, started))
+            return
         transfer.wait()
         job.row.seconds["wire"] += time.perf_counter() - started
-        with _timed(job.row, "decode"):
-            next(job.exchange, None)
-        lines.finish(job, None)
-    except Exception as error:
-        lines.fail(job, error)
+
+
+def _land(lines: _Lines, flying: list[_Flight]) -> None:
+    """Await the bucket that flies, if there is one, and decode it."""
+    for flight in flying:
+        flight.transfer.wait()
+        flight.job.row.seconds["wire"] += time.perf_counter() - flight.started
+        with _timed(flight.job.row, "decode"):
+            next(flight.job.exchange, None)
+        lines.finish(flight.job, None)
+    flying.clear()
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ class Session:
             # on CPU a group of our own: what the user sends on theirs cannot get between our transfers
             ours = _sibling(group) if device.type == "cpu" else group
             self._wire = Wire(ours, device)
-            self._sequencer = Sequencer(ours, device, self._meter)
+            self._sequencer = Sequencer(self._wire, self._meter)
             warm_up(self.plan.codec, device)
 
     def submit(self, bucket: Tensor, segments: Segments, index: int, last: bool) -> torch.futures.Future[Tensor]:

@@ -15,6 +15,7 @@ from commpress.comm.codecs import Codec, parse
 from commpress.comm.exchange import EXCHANGES, Wire
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.feedback import Memory
+from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 
 PAIRS: tuple[tuple[str, str | None], ...] = (
@@ -32,6 +33,9 @@ PAIRS: tuple[tuple[str, str | None], ...] = (
     ("sign", "all_gather"),
     ("bf16", "all_gather"),
     ("none", "all_gather"),
+    ("int8", "two_shot"),
+    ("int4", "two_shot"),
+    ("sign", "two_shot"),
     ("topk(0.01)", "two_shot"),
     ("topk(0.1)|int4", "two_shot"),
     ("fp16", "two_shot"),
@@ -235,7 +239,7 @@ def among_other_messages(spec: str) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize(("spec", "exchange"), PAIRS)
 def test_means_memories_and_bytes_are_those_of_the_algorithm(spec: str, exchange: str | None, world_size: int) -> None:
     codec = parse(spec)
-    name = exchange or codec.exchange
+    name = Plan.of(spec, exchange).choose(100_000, 4, world_size).exchange
     ranks = run(world_size, exchanged, spec, exchange)
     for index, (n, dtype) in enumerate(BUCKETS):
         if codec.lossy and codec.nbytes(n) >= n * dtype.itemsize:
@@ -327,10 +331,11 @@ def test_one_rank_gets_its_own_gradient_back(spec: str, exchange: str | None) ->
 def test_a_subgroup_exchanges_among_its_own_ranks(spec: str) -> None:
     ranks = run(3, in_a_subgroup, spec)
     codec = parse(spec)
-    kept = zeros(codec, codec.exchange, 5000, 2)
+    exchange = Plan.of(spec).choose(100_000, 4, 2).exchange
+    kept = zeros(codec, exchange, 5000, 2)
     for step in range(STEPS):
         inputs = [values(5000, r, step, torch.float32) for r in range(2)]
-        expected = simulated(codec, codec.exchange, inputs, kept)
+        expected = simulated(codec, exchange, inputs, kept)
         assert torch.equal(bits(ranks[0][step]), bits(expected))
         assert torch.equal(bits(ranks[2][step]), bits(expected))
     assert ranks[1] is None

@@ -117,7 +117,9 @@ def test_a_new_layout_in_the_order_of_another_rank_is_the_same() -> None:
         fill(feedback)
         for new in order:
             memory(feedback, 1, new)
-        results.append([feedback.memories[layout("e", "c")].residual, feedback.memories[layout("b", "d", "a")].residual])
+        results.append(
+            [feedback.memories[layout("e", "c")].residual, feedback.memories[layout("b", "d", "a")].residual]
+        )
     for one, other in zip(*results, strict=True):
         assert one is not None
         assert torch.equal(one, other)

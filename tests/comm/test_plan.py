@@ -10,11 +10,15 @@ SPECS = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.1
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_codecs_own_exchange_if_none_is_named(spec: str) -> None:
+@pytest.mark.parametrize("world_size", [2, 3, 64])
+def test_the_codecs_own_exchange_if_none_is_named(spec: str, world_size: int) -> None:
+    """Two ranks that would use two_shot use all_gather: as many bytes, one step fewer."""
     plan = Plan.of(spec)
     assert plan.codec == parse(spec)
-    assert plan.exchange == plan.codec.exchange
     assert plan.error_feedback
+    own = plan.codec.exchange
+    expected = "all_gather" if own == "two_shot" and world_size == 2 else own
+    assert plan.choose(100_000, 4, world_size).exchange == expected
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -82,5 +86,5 @@ def test_feedback_can_be_left_out() -> None:
 def test_settings_are_plain_values_that_differ_where_plans_do() -> None:
     plans = [Plan.of("int4"), Plan.of("int8"), Plan.of("int4", "all_gather"), Plan.of("int4", error_feedback=False)]
     settings = [plan.settings() for plan in plans]
-    assert settings[0] == {"codec": "int4", "exchange": "two_shot", "error_feedback": True}
+    assert settings[0] == {"codec": "int4", "exchange": None, "error_feedback": True}
     assert all(a != b for i, a in enumerate(settings) for b in settings[:i])

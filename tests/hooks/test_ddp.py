@@ -435,7 +435,7 @@ def test_report_of_a_training(tmp_path: Path) -> None:
             ratio = row["dense_bytes"] / row["sent_bytes"]
             assert (ratio == 1.0) if row["reason"] else (ratio > 6)
             assert row["seconds"]["wire"] > 0
-        assert "int4 by two_shot" in got["text"]
+        assert "int4 by all_gather" in got["text"]
         assert "not compressed: fewer than 256 values" in unwrapped(got["text"])
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == report
 

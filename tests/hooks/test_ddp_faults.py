@@ -75,7 +75,7 @@ def bad_restore() -> list[str]:
 
 
 @pytest.mark.parametrize(("method", "world_size", "bad_rank"), [
-    ("loop_encode", 2, 0), ("loop_encode", 3, 1), ("loop_recode", 2, 1), ("loop_mean", 2, 0),
+    ("loop_encode", 2, 0), ("loop_encode", 3, 1), ("loop_recode", 3, 1), ("loop_mean", 2, 0),
 ])  # fmt: skip
 def test_an_exception_in_a_codec_reaches_every_rank_with_its_reason(
     method: str, world_size: int, bad_rank: int
