@@ -241,7 +241,7 @@ def _agree(
     except (ValueError, TypeError) as error:
         require_agreement({"error": str(error)}, group, device)
         raise
-    settings = {
+    settings: dict[str, object] = {
         "spec": str(plan.codec),
         "exchange": plan.exchange,
         "error_feedback": error_feedback,
