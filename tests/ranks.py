@@ -1,4 +1,4 @@
-"""Real ranks for tests: a pool of processes that stay from test to test, since importing torch takes seconds.
+"""Real ranks for tests: a pool of processes that stay from test to test, forked from a clean one that has imported torch.
 
     results = run(3, function, *args)       # function(*args) on ranks 0, 1, 2, each in a Gloo group of three
 
@@ -49,6 +49,8 @@ class _Worker:
 
 
 _pool: list[_Worker] = []
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.nn.parallel", "torch.optim", "numba"])  # nothing that is under test
 
 
 def run(
@@ -99,10 +101,9 @@ atexit.register(close)
 def _grow(world_size: int) -> None:
     if any(not worker.process.is_alive() for worker in _pool):
         close()
-    context = multiprocessing.get_context("spawn")
     while len(_pool) < world_size:
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there,), daemon=True)
+        here, there = _context.Pipe()
+        process = _context.Process(target=_serve, args=(there,), daemon=True)
         process.start()
         there.close()
         _pool.append(_Worker(process, here))
