@@ -40,7 +40,7 @@ bench-steps: $(INSTALLED)
 	  $(RUN)/python -m commpress.launch.lab 2 $$rate -- $(RUN)/python benchmarks/step_time.py || exit 1; done
 	@echo "== 100mbit"
 	@$(RUN)/python -m commpress.launch.lab 2 100mbit -- \
-	  $(RUN)/python benchmarks/step_time.py --rounds 3 --steps 2 ddp int4 sign 'topk(0.01)' 'topk(0.01)|int4'
+	  $(RUN)/python benchmarks/step_time.py --rounds 3 --steps 2 ddp int8 int4 sign 'topk(0.01)|int4'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

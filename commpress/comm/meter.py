@@ -106,7 +106,7 @@ class Meter:
 
     def report(self, spec: str, rank: int, world_size: int) -> Report:
         """The sums so far."""
-        rows = [Row(**{**asdict(row)}) for row in self.rows.values()]
+        rows = [Row(**asdict(row)) for row in self.rows.values()]
         seconds = {phase: sum(row.seconds[phase] for row in rows) for phase in PHASES}
         seconds |= {"exposed": self.exposed, "hidden": self.hidden}
         dense, sent, received = (sum(getattr(r, f"{k}_bytes") for r in rows) for k in ("dense", "sent", "received"))
