@@ -92,7 +92,8 @@ class _Lines:
         self.sending: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
         self.closed = False
-        self.busy_since = 0.0
+        self.busy = 0.0  # seconds of this step in which a bucket was under way
+        self.landed = 0.0  # when the last one was done
 
     def count(self, job: Job, transfer: Transfer) -> None:
         job.row.sent_bytes += transfer.sent
@@ -101,13 +102,15 @@ class _Lines:
     def finish(self, job: Job, error: BaseException | None) -> None:
         job.row.steps += 1
         job.row.dense_bytes += job.dense_bytes
-        self.busy_since = self.busy_since or job.submitted
+        now = time.perf_counter()
+        self.busy += now - max(job.submitted, self.landed)
+        self.landed = now
         if job.last:
-            now = time.perf_counter()
+            exposed = now - job.submitted
             self.meter.steps += 1
-            self.meter.exposed += now - job.submitted
-            self.meter.hidden += job.submitted - self.busy_since
-            self.busy_since = 0.0
+            self.meter.exposed += exposed
+            self.meter.hidden += self.busy - exposed
+            self.busy = 0.0
         job.finished(error)
 
     def note(self, error: BaseException) -> None:
