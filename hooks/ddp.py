@@ -5,6 +5,8 @@ dtype that the hook must replace by its mean, and waits for all futures before b
 `no_sync`. After the first backward it lays its buckets out anew. A hook cannot be taken off or replaced.
 """
 
+import time
+import weakref
 from typing import Any
 
 import torch
@@ -91,7 +93,35 @@ def attach(
     except RuntimeError:
         state.session = None  # DDP keeps the state that it refuses; the threads shall end all the same
         raise
+    _watch(model, session)
     return session
+
+
+def _watch(model: DistributedDataParallel, session: Session) -> None:
+    """Tell the session's timeline of forward and of the start of backward."""
+    started = [0.0]
+    told = weakref.ref(session)  # the model must not keep the session's threads alive
+
+    def before(module: nn.Module, arguments: Any) -> None:
+        started[0] = time.perf_counter()
+
+    def after(module: nn.Module, arguments: Any, output: Any) -> None:
+        session = told()
+        if session is not None and session.recording:
+            session.note("forward", started[0])
+            if (tensor := _differentiable(output)) is not None:
+                tensor.register_hook(lambda gradient: session.backward_starts())
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after)
+
+
+def _differentiable(output: Any) -> Tensor | None:
+    """The first tensor in a model's output that backward can start from."""
+    if isinstance(output, Tensor):
+        return output if output.requires_grad else None
+    inside = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return next((found for part in inside if (found := _differentiable(part)) is not None), None)
 
 
 def _trained(module: nn.Module) -> list[tuple[str, Any]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from commpress.comm.timeline import Span, Timeline
+
 PHASES = ("encode", "wire", "decode")
 
 
@@ -96,6 +98,13 @@ class Meter:
         self.steps = 0
         self.exposed = 0.0
         self.hidden = 0.0
+        self.timeline: Timeline | None = None
+        """Where spans are kept, while somebody wants them."""
+
+    def note(self, span: Span) -> None:
+        """Keep a span if a timeline is being recorded."""
+        if (timeline := self.timeline) is not None:
+            timeline.spans.append(span)
 
     def row(self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str) -> Row:
         """The row of a bucket; a bucket that was laid out anew gets a new one."""

@@ -23,10 +23,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from commpress.comm.exchange import Transfer, Wire
 from commpress.comm.failure import FailureBoard
 from commpress.comm.meter import Meter, Row
+from commpress.comm.timeline import Span
 
 STOP_SECONDS = 5.0
 
@@ -38,6 +40,7 @@ class Job:
     bucket: Tensor
     exchange: Iterator[Transfer | None]
     row: Row
+    step: int
     dense_bytes: int
     last: bool
     """Whether it is the last bucket of its backward."""
@@ -72,14 +75,27 @@ class Sequencer:
             try:
                 if self._lines.error is not None:
                     raise self._lines.error
-                for transfer in job.exchange:
-                    if transfer is not None:
-                        self._lines.count(job, transfer)
-                        transfer.wait()
+                self._enqueue(job)
                 self._lines.finish(job, None)
             except Exception as error:
                 self._lines.note(error)
                 self._lines.end([job])
+
+    def _enqueue(self, job: Job) -> None:
+        phase = "encode"
+        while True:
+            with record_function(f"commpress::{phase}"):
+                transfer = next(job.exchange, _DONE)
+            if transfer is _DONE:
+                return
+            if isinstance(transfer, Transfer):
+                self._lines.count(job, transfer)
+                with record_function("commpress::wire"):
+                    transfer.wait()
+                phase = "decode" if transfer.last else "encode"
+
+
+_DONE = object()
 
 
 class _Lines:
@@ -94,6 +110,26 @@ class _Lines:
         self.closed = False
         self.busy = 0.0  # seconds of this step in which a bucket was under way
         self.landed = 0.0  # when the last one was done
+
+    @contextlib.contextmanager
+    def timed(self, job: Job, phase: str) -> Iterator[None]:
+        """Time the codec's work on a bucket."""
+        start = time.perf_counter()
+        with record_function(f"commpress::{phase}"):
+            yield
+        self.took(job, phase, start)
+
+    def wait(self, job: Job, transfer: Transfer, started: float) -> None:
+        """Await a transfer that started then."""
+        with record_function("commpress::wire"):
+            transfer.wait()
+        self.took(job, "wire", started)
+
+    def took(self, job: Job, phase: str, start: float) -> None:
+        """Note that a phase of a bucket lasted from then until now."""
+        end = time.perf_counter()
+        job.row.seconds[phase] += end - start
+        self.meter.note(Span(phase, job.step, job.row.bucket, start, end))
 
     def count(self, job: Job, transfer: Transfer) -> None:
         job.row.sent_bytes += transfer.sent
@@ -110,6 +146,7 @@ class _Lines:
             self.meter.steps += 1
             self.meter.exposed += exposed
             self.meter.hidden += self.busy - exposed
+            self.meter.note(Span("exposed", job.step, None, job.submitted, now))
             self.busy = 0.0
         job.finished(error)
 
@@ -148,7 +185,7 @@ def _encode_line(lines: _Lines) -> None:
     while (job := lines.encoding.get()) is not None:
         if lines.error is None:
             try:
-                with _timed(job.row, "encode"):
+                with lines.timed(job, "encode"):
                     next(job.exchange)
             except Exception as error:
                 lines.note(error)  # the other thread, which holds the transfers, ends the job
@@ -182,7 +219,7 @@ def _wire_line(lines: _Lines) -> None:
 def _take_off(lines: _Lines, job: Job, flying: list[_Flight]) -> None:
     """Start all transfers of a bucket and await all but the last; that one flies. Land the bucket before it meanwhile."""
     while True:
-        with _timed(job.row, "encode"):
+        with lines.timed(job, "encode"):
             transfer = next(job.exchange)
         assert transfer is not None
         started = time.perf_counter()
@@ -191,23 +228,14 @@ def _take_off(lines: _Lines, job: Job, flying: list[_Flight]) -> None:
         if transfer.last:
             flying.append(_Flight(job, transfer, started))
             return
-        transfer.wait()
-        job.row.seconds["wire"] += time.perf_counter() - started
+        lines.wait(job, transfer, started)
 
 
 def _land(lines: _Lines, flying: list[_Flight]) -> None:
     """Await the bucket that flies, if there is one, and decode it."""
     for flight in flying:
-        flight.transfer.wait()
-        flight.job.row.seconds["wire"] += time.perf_counter() - flight.started
-        with _timed(flight.job.row, "decode"):
+        lines.wait(flight.job, flight.transfer, flight.started)
+        with lines.timed(flight.job, "decode"):
             next(flight.job.exchange, None)
         lines.finish(flight.job, None)
     flying.clear()
-
-
-@contextlib.contextmanager
-def _timed(row: Row, phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    row.seconds[phase] += time.perf_counter() - start

@@ -4,8 +4,10 @@ It knows no framework. `submit` takes a flat gradient and the names and sizes of
 `commpress.hooks` translate. What must survive a restart is in `state_dict`.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -24,6 +26,7 @@ from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.meter import Meter, Report
 from commpress.comm.plan import Plan
 from commpress.comm.sequencer import Job, Sequencer
+from commpress.comm.timeline import Span, Timeline
 
 STATE_VERSION = 1
 WARM_UP_VALUES = 3000
@@ -76,6 +79,8 @@ class Session:
         self._restored: list[Segments] = []
         self._held: list[Held] = []
         self._starts_step = True
+        self._step = 0
+        self._backward_started: float | None = None
         if self.world_size > 1:
             # on CPU a group of our own: what the user sends on theirs cannot get between our transfers
             ours = _sibling(group) if device.type == "cpu" else group
@@ -92,6 +97,8 @@ class Session:
         if self._starts_step:
             self._follow_scale()
         self._starts_step = last
+        if last and self._backward_started is not None:
+            self.note("backward", self._backward_started)
         future: torch.futures.Future[Any] = torch.futures.Future(
             devices=None if self.device.type == "cpu" else [self.device]
         )
@@ -101,11 +108,38 @@ class Session:
                 self._release()
         else:
             self._start(bucket, segments, index, last, partial(_settle, future, bucket))
+        self._step += last
         return future.then(_result)  # no collective hangs on it: it only raises what the exchange raised
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
         return self._meter.report(str(self.plan.codec), self.rank, self.world_size)
+
+    @contextlib.contextmanager
+    def timeline(self) -> Iterator[Timeline]:
+        """Record when what happened while the block runs: `with session.timeline() as t: ...; t.write("trace.json")`.
+
+        Enter and leave it between steps.
+        """
+        self._meter.timeline = Timeline(self.rank)
+        self._backward_started = None
+        try:
+            yield self._meter.timeline
+        finally:
+            self._meter.timeline = None
+
+    @property
+    def recording(self) -> bool:
+        """Whether a timeline is being recorded."""
+        return self._meter.timeline is not None
+
+    def note(self, phase: str, start: float) -> None:
+        """For hooks: `forward` of this step lasted from `start` (`time.perf_counter`) until now."""
+        self._meter.note(Span(phase, self._step, None, start, time.perf_counter()))
+
+    def backward_starts(self) -> None:
+        """For hooks: backward starts now. It ends with the step's last bucket."""
+        self._backward_started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """Memories and layout of this rank (every rank saves its own). Call it between steps.
@@ -169,7 +203,7 @@ class Session:
             chunk = (cuts[self.rank], cuts[self.rank + 1])
         memory = self._feedback.memory(segments, choice.feedback, chunk, self.device)
         exchange = EXCHANGES[choice.exchange](bucket, choice.codec, memory, self._wire, next(self._tags))
-        self._sequencer.submit(Job(bucket, exchange, row, ring_bytes(bucket.nbytes, W), last, finished))
+        self._sequencer.submit(Job(bucket, exchange, row, self._step, ring_bytes(bucket.nbytes, W), last, finished))
 
     def _release(self) -> None:
         """Exchange the first step after a restart in the layout in which the memories were saved."""
