@@ -1,14 +1,14 @@
 """One order of collectives on every rank, while backward goes on.
 
-Buckets arrive in the order in which DDP hands them out, the same on every rank. On CPU one thread encodes them and another
-starts, awaits and decodes their transfers, both in that order:
+Buckets arrive in the order in which DDP hands them out, the same on every rank. On CPU one thread encodes them and starts
+their first transfers, another awaits those, starts the ones that follow, and decodes, both in that order:
 
-    encoder   [encode 0][encode 1]   [encode 2]
-    wire         |=send 0=|-|=spread 0=|=send 1=|-|=spread 1=| ...      - is recode
-    decode                                [decode 0]             ...    while bucket 1 is on the wire
+    encode thread   [encode 0][encode 1]         [encode 2]
+    network                   |== send 0 ==|== send 1 ==|=2=|= send 2 =| ...
+    wire thread                             [recode 0]  [decode 0][recode 1] ...
 
-All transfers of a bucket start before the first of the next; only its last one is awaited later. On an accelerator
-everything is enqueued on a side stream in the caller's thread, and streams wait for each other instead of threads.
+So a bucket is on its way as soon as it is encoded. On an accelerator everything is enqueued on a side stream in the
+caller's thread, and streams wait for each other instead of threads.
 
 An error ends the exchange for good: the group is closed, so that no peer waits for us, and every rank's future fails.
 """
@@ -38,7 +38,7 @@ class Job:
     """One bucket's exchange. `finished(error)` is called once, when the mean is in the bucket or cannot be."""
 
     bucket: Tensor
-    exchange: Iterator[Transfer | None]
+    exchange: Iterator[Transfer]
     row: Row
     step: int
     dense_bytes: int
@@ -88,11 +88,11 @@ class Sequencer:
                 transfer = next(job.exchange, _DONE)
             if transfer is _DONE:
                 return
-            if isinstance(transfer, Transfer):
-                self._lines.count(job, transfer)
-                with record_function("commpress::wire"):
-                    transfer.wait()
-                phase = "decode" if transfer.last else "encode"
+            assert isinstance(transfer, Transfer)
+            self._lines.count(job, transfer)
+            with record_function("commpress::wire"):
+                transfer.wait()
+            phase = "decode" if transfer.last else "encode"
 
 
 _DONE = object()
@@ -105,8 +105,9 @@ class _Lines:
         self.wire, self.meter = wire, meter
         self.board = FailureBoard(wire.group)
         self.encoding: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.sending: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.flying: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
+        self.noting = threading.Lock()
         self.closed = False
         self.busy = 0.0  # seconds of this step in which a bucket was under way
         self.landed = 0.0  # when the last one was done
@@ -118,12 +119,6 @@ class _Lines:
         with record_function(f"commpress::{phase}"):
             yield
         self.took(job, phase, start)
-
-    def wait(self, job: Job, transfer: Transfer, started: float) -> None:
-        """Await a transfer that started then."""
-        with record_function("commpress::wire"):
-            transfer.wait()
-        self.took(job, "wire", started)
 
     def took(self, job: Job, phase: str, start: float) -> None:
         """Note that a phase of a bucket lasted from then until now."""
@@ -152,8 +147,9 @@ class _Lines:
 
     def note(self, error: BaseException) -> None:
         """Remember the first error; it ends the exchange."""
-        if self.error is None:
-            self.error = self.board.explain(error)
+        with self.noting:
+            if self.error is None:
+                self.error = self.board.explain(error)
 
     def end(self, jobs: list[Job]) -> None:
         """Close the connections and fail these jobs. A transfer that is still held anywhere keeps them open."""
@@ -166,11 +162,25 @@ class _Lines:
 
 @dataclass
 class _Flight:
-    """A bucket whose last transfer is on its way."""
+    """A bucket and its transfer that is on the way; none if something failed."""
 
     job: Job
-    transfer: Transfer
-    started: float
+    transfer: Transfer | None = None
+    started: float = 0.0
+
+    def go_on(self, lines: _Lines) -> None:
+        """Do the codec's work up to the next transfer, and start it."""
+        with lines.timed(self.job, "encode"):
+            self.transfer = next(self.job.exchange)
+        self.started = time.perf_counter()
+        lines.count(self.job, self.transfer)
+
+    def arrive(self, lines: _Lines) -> None:
+        """Wait until the transfer has arrived."""
+        assert self.transfer is not None
+        with record_function("commpress::wire"):
+            self.transfer.wait()
+        lines.took(self.job, "wire", self.started)
 
 
 def _stop(lines: _Lines, threads: list[threading.Thread]) -> None:
@@ -183,59 +193,72 @@ def _stop(lines: _Lines, threads: list[threading.Thread]) -> None:
 
 def _encode_line(lines: _Lines) -> None:
     while (job := lines.encoding.get()) is not None:
-        if lines.error is None:
-            try:
-                with lines.timed(job, "encode"):
-                    next(job.exchange)
-            except Exception as error:
-                lines.note(error)  # the other thread, which holds the transfers, ends the job
-        lines.sending.put(job)
-    lines.sending.put(None)
+        lines.flying.put(_encoded(lines, job))
+        del job  # what it holds shall not outlive it while this thread waits for the next
+    lines.flying.put(None)
+
+
+def _encoded(lines: _Lines, job: Job) -> _Flight:
+    flight = _Flight(job)
+    if lines.error is None:
+        try:
+            flight.go_on(lines)
+        except Exception as error:
+            lines.note(error)  # the other thread ends the job
+    return flight
 
 
 def _wire_line(lines: _Lines) -> None:
-    flying: list[_Flight] = []  # at most one
+    landing: list[_Flight] = []  # at most one: a bucket on its last transfer
     while True:
-        job, failed = None, False
+        flight, failed = None, False
         try:
-            if flying and lines.sending.empty():
-                _land(lines, flying)
-            job = lines.sending.get()
-            if job is None:
+            if landing and lines.flying.empty():
+                _land(lines, landing)
+            flight = lines.flying.get()
+            if flight is None:
                 return
             if lines.error is None:
-                _take_off(lines, job, flying)
+                _fly(lines, flight, landing)
             else:
                 failed = True
         except Exception as error:
             lines.note(error)
             failed = True
         if failed:  # outside the handler: the error's frames hold transfers
-            ended = [flight.job for flight in flying] + ([] if job is None else [job])
-            flying.clear()
-            lines.end(ended)
+            _crash(lines, landing + ([] if flight is None else [flight]))
+            landing.clear()
 
 
-def _take_off(lines: _Lines, job: Job, flying: list[_Flight]) -> None:
-    """Start all transfers of a bucket and await all but the last; that one flies. Land the bucket before it meanwhile."""
-    while True:
-        with lines.timed(job, "encode"):
-            transfer = next(job.exchange)
-        assert transfer is not None
-        started = time.perf_counter()
-        lines.count(job, transfer)
-        _land(lines, flying)
-        if transfer.last:
-            flying.append(_Flight(job, transfer, started))
-            return
-        lines.wait(job, transfer, started)
+def _fly(lines: _Lines, flight: _Flight, landing: list[_Flight]) -> None:
+    """Land the bucket before this one, then bring this one to its last transfer."""
+    _land(lines, landing)
+    while flight.transfer is not None and not flight.transfer.last:
+        flight.arrive(lines)
+        flight.go_on(lines)
+    landing.append(flight)
 
 
-def _land(lines: _Lines, flying: list[_Flight]) -> None:
-    """Await the bucket that flies, if there is one, and decode it."""
-    for flight in flying:
-        lines.wait(flight.job, flight.transfer, flight.started)
+def _land(lines: _Lines, landing: list[_Flight]) -> None:
+    """Await the last transfer of the bucket that is about to land, if there is one, and decode it."""
+    for flight in landing:
+        flight.arrive(lines)
         with lines.timed(flight.job, "decode"):
             next(flight.job.exchange, None)
         lines.finish(flight.job, None)
-    flying.clear()
+    landing.clear()
+
+
+def _crash(lines: _Lines, flights: list[_Flight]) -> None:
+    """Let go of all transfers, those in the queue, too, so that the connections close; then fail the jobs."""
+    ends = False
+    while not lines.flying.empty():
+        queued = lines.flying.get()
+        ends = ends or queued is None
+        flights += [] if queued is None else [queued]
+    if ends:
+        lines.flying.put(None)
+    jobs = [flight.job for flight in flights]
+    for flight in flights:
+        flight.transfer = None
+    lines.end(jobs)

@@ -1,7 +1,7 @@
 """How the ranks' payloads become one mean, the same bits on every rank. One file an algorithm.
 
-An exchange is a generator over one bucket: it encodes, yields None, then starts and yields each `Transfer` in turn, is
-resumed when that has arrived, and leaves the mean in the bucket. So the sequencer decides when, the exchange only what.
+An exchange is a generator over one bucket: it encodes, starts and yields each `Transfer` in turn, is resumed when that has
+arrived, and leaves the mean in the bucket. So the sequencer decides when, the exchange only what.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from commpress.comm.exchange.two_shot import two_shot
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
 
-Exchange = Callable[[Tensor, Codec, Memory, Wire, int], Iterator[Transfer | None]]
+Exchange = Callable[[Tensor, Codec, Memory, Wire, int], Iterator[Transfer]]
 
 EXCHANGES: dict[str, Exchange] = {"all_reduce": all_reduce, "two_shot": two_shot, "all_gather": all_gather}
 TAGS_PER_BUCKET = 2

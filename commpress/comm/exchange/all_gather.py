@@ -16,12 +16,11 @@ from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
 
 
-def all_gather(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> Iterator[Transfer | None]:
+def all_gather(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> Iterator[Transfer]:
     """Replace `x` ([n], any float dtype) by its mean over the ranks."""
     me, W, size = wire.rank, wire.world_size, codec.nbytes(x.numel())
     gathered = memory.buffer("gathered", W * size, x.device)
     rows = gathered.split(size)
     codec.encode(x, memory.residual, out=rows[me])
-    yield None
     yield wire.swap([rows[me]] * W, rows, tag, last=True)
     codec.mean(gathered, x.numel(), W, out=x)

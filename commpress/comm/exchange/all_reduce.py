@@ -17,7 +17,7 @@ from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
 
 
-def all_reduce(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> Iterator[Transfer | None]:
+def all_reduce(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> Iterator[Transfer]:
     """Replace `x` ([n], any float dtype) by its mean over the ranks."""
     assert codec.sum_dtype is not None
     if not codec.lossy:
@@ -25,13 +25,11 @@ def all_reduce(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) ->
             x.add_(memory.residual)
             memory.residual = None
         x.mul_(1.0 / wire.world_size)
-        yield None
         yield wire.all_reduce(x)
         return
     payload = memory.buffer("payload", codec.nbytes(x.numel()), x.device)
     codec.encode(x, memory.residual, out=payload)
     values = payload[: x.numel() * codec.sum_dtype.itemsize].view(codec.sum_dtype)
     values.mul_(1.0 / wire.world_size)
-    yield None
     yield wire.all_reduce(values)
     codec.decode(payload, x.numel(), out=x)

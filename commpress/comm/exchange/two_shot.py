@@ -24,7 +24,7 @@ def chunk_bounds(n: int, world_size: int, granularity: int) -> list[int]:
     return [min(n, blocks * r // world_size * granularity) for r in range(world_size)] + [n]
 
 
-def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> Iterator[Transfer | None]:
+def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> Iterator[Transfer]:
     """Replace `x` ([n], any float dtype) by its mean over the ranks."""
     me, W = wire.rank, wire.world_size
     cuts = chunk_bounds(x.numel(), W, codec.granularity)
@@ -35,8 +35,6 @@ def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> I
     for r in range(W):
         part = slice(cuts[r], cuts[r + 1])
         codec.encode(x[part], None if memory.residual is None else memory.residual[part], out=outgoing[r])
-    yield None
-
     gathered = memory.buffer("gathered", W * sizes[me], x.device)
     rows = gathered.split(sizes[me]) if sizes[me] else (gathered,) * W
     rows[me].copy_(outgoing[me])
