@@ -1,11 +1,15 @@
-# make demo | test | test-slow | check | bench-codecs | bench-steps      each installs what it needs, once, into .venv
+# make demo | test | test-slow | check | bench | bench-quick | bench-codecs      each installs what it needs, once, into .venv
 PYTHON ?= python3
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
 INSTALLED := $(VENV)/installed
 TYPES := build/types
+RECORDS := runs/bench
+LAB := $(RUN)/python -m commpress.launch.lab
+STEPS := $(RUN)/python benchmarks/training.py
+FEW := --only 'plain DDP' 'torch fp16' 'PowerSGD rank 4' int8 int4 sign 'topk(0.01)|int4'
 
-.PHONY: demo test test-slow check bench-codecs bench-steps clean
+.PHONY: demo test test-slow check bench bench-quick bench-codecs clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (torch first: about a minute)"
@@ -35,12 +39,33 @@ check: $(INSTALLED)
 bench-codecs: $(INSTALLED)
 	@$(RUN)/python benchmarks/codecs.py
 
-bench-steps: $(INSTALLED)
-	@for rate in 10gbit 1gbit; do echo "== $$rate"; \
-	  $(RUN)/python -m commpress.launch.lab 2 $$rate -- $(RUN)/python benchmarks/step_time.py || exit 1; done
-	@echo "== 100mbit"
-	@$(RUN)/python -m commpress.launch.lab 2 100mbit -- \
-	  $(RUN)/python benchmarks/step_time.py --rounds 3 --steps 2 ddp int8 int4 sign 'topk(0.01)|int4'
+# as root, or the links are loopback (and it says so); under 5 minutes
+bench-quick: $(INSTALLED)
+	@mkdir -p $(RECORDS)
+	@$(LAB) 2 1gbit -- $(STEPS) $(FEW) --rounds 3 --json $(RECORDS)/quick-1gbit.json
+	@$(LAB) 2 100mbit -- $(STEPS) $(FEW) --rounds 1 --steps 2 --json $(RECORDS)/quick-100mbit.json
+	@$(RUN)/python -m commpress.launch.cli report $(RECORDS)/quick.html $(RECORDS)/quick-*.json
+
+# the README's tables and pictures, under 40 minutes
+bench: $(INSTALLED)
+	@mkdir -p $(RECORDS)
+	@$(RUN)/python benchmarks/codecs.py
+	@for rate in 10gbit 1gbit; do $(LAB) 2 $$rate -- $(STEPS) --json $(RECORDS)/steps-$$rate.json || exit 1; done
+	@$(LAB) 2 100mbit -- $(STEPS) --rounds 2 --steps 2 --json $(RECORDS)/steps-100mbit.json
+	@$(LAB) 2 1gbit --delay 20ms -- $(STEPS) $(FEW) --rounds 3 --json $(RECORDS)/steps-1gbit-20ms.json
+	@$(LAB) 2 100mbit --delay 20ms -- $(STEPS) $(FEW) --rounds 2 --steps 2 --json $(RECORDS)/steps-100mbit-20ms.json
+	@$(LAB) 4 1gbit -- $(STEPS) $(FEW) --rounds 3 --json $(RECORDS)/steps-4-1gbit.json
+	@$(LAB) 4 100mbit -- $(STEPS) $(FEW) --rounds 1 --steps 2 --json $(RECORDS)/steps-4-100mbit.json
+	@$(LAB) 2 1gbit -- $(RUN)/python benchmarks/bandwidth.py --json $(RECORDS)/bandwidth-1gbit.json
+	@$(RUN)/torchrun --nproc-per-node 2 benchmarks/training.py --loss 150 --json $(RECORDS)/losses.json
+	@$(RUN)/python -m commpress.launch.cli explain --check $(RECORDS)/steps-*.json
+	@rm -rf $(RECORDS)/train
+	@$(LAB) 2 1gbit -- $(RUN)/python -m commpress.launch.train --compress int4 --layers 5 --width 528 --heads 8 \
+	  --context 64 --batch 2 --steps 20 --eval-every 0 --timeline 10 --out $(RECORDS)/train
+	@$(RUN)/python benchmarks/picture.py docs/step_time.svg $(RECORDS)/steps-10gbit.json $(RECORDS)/steps-1gbit.json \
+	  $(RECORDS)/steps-100mbit.json
+	@$(RUN)/python -m commpress.launch.cli report $(RECORDS)/report.html $(RECORDS)/steps-*.json $(RECORDS)/losses.json \
+	  $(RECORDS)/train/record.json $(RECORDS)/train/timeline.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The `commpress` command: train, demo, report, lab. Under torchrun: `torchrun --no-python ... commpress train ...`."""
+"""The `commpress` command: train, demo, report, lab, explain. Under torchrun: `torchrun --no-python ... commpress train`."""
 
 import sys
 
@@ -10,13 +10,14 @@ def main() -> None:
         import typer
     except ModuleNotFoundError as error:
         sys.exit(f"error: the commpress command needs {error.name}: pip install 'commpress[launch]'")
-    from commpress.launch import demo, lab, report, train
+    from commpress.launch import demo, explain, lab, report, train
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
     app.command("train")(train.command)
     app.command("demo")(demo.command)
     app.command("report")(report.command)
     app.command("lab")(lab.main)
+    app.command("explain")(explain.command)
     app()
 
 

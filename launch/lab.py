@@ -1,12 +1,17 @@
-"""A network of any speed on one machine: N hosts as Linux network namespaces, joined by a bridge over shaped links.
+"""A network of any speed on one machine: hosts as Linux network namespaces, joined by a switch over shaped links.
 
-    python -m commpress.launch.lab 2 1gbit -- python benchmarks/step_time.py
+    commpress lab 2 1gbit --ranks-per-host 2 --delay 10ms --loss 0.1% -- python benchmarks/training.py
 
-         h0 eth0 ===\\          each === is a veth pair; both of its ends send through `tc tbf` at the rate,
-         h1 eth0 ====[bridge]   and through `netem` if there is a delay. The command runs once on every host
-         h2 eth0 ===/           as one rank, with torchrun's environment. The kernel counts the bytes.
+         h0 [ rank 0  rank 1 ] eth0 ===\\          each === is a veth pair; both of its ends send through `tc tbf`
+         h1 [ rank 2  rank 3 ] eth0 ====[switch]   at the rate. Ranks of one host share its namespace: what they say
+         h2 [ rank 4  rank 5 ] eth0 ===/           to each other goes over its loopback, unshaped, as inside a node.
 
-Needs root, `ip` and `tc` (Debian: iproute2). Namespaces and processes are gone afterwards, also on Ctrl-C and errors.
+The command runs once a rank, with torchrun's environment and the network in LAB_LINK (JSON). Delay and loss are from
+host to host, one way. Where the kernel has no sch_netem, `relay.py` makes the delay and takes the switch's place. Loss is
+a packet filter in front of each host, behind the point where the kernel has cut its segments into packets of 1,500 bytes.
+
+Needs root, `ip` and `tc` (Debian: iproute2); else the command runs on the machine's own loopback. Namespaces and processes
+are gone afterwards, also on Ctrl-C, SIGTERM and errors; what a killed lab left behind, the next one removes.
 """
 
 import contextlib
@@ -15,35 +20,125 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from commpress.launch import relay
+from commpress.launch.demo import free_port
 
 PORT = 29511
 BURST = "256kb"
 """tbf's bucket: a little more than the largest segment that the kernel hands down, so that a link reaches its rate."""
-_RATE = re.compile(r"\d+(\.\d+)?[kmg]?bit")
-_DELAY = re.compile(r"\d+(\.\d+)?(us|ms|s)")
+PATIENCE = 20.0
+"""Seconds that the other ranks get to fail by themselves, and to say why, after one has failed."""
+FAREWELL = 5.0
+"""Seconds between SIGTERM and SIGKILL for a rank that is to end."""
+MTU = 1500
+RELAY_LIMIT = 1e9
+"""Bits a second that a relay may be asked for. On 2 busy cores of an AMD EPYC, one on each of two links and both directions
+at once, it carried 0.9 of 1 Gbit/s for a fifth of a core a host, but only 1.5 of 2 Gbit/s, where the bridge carries 1.8."""
+_RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg]?bit)")
+_DELAY = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s)")
+_LOSS = re.compile(r"(\d+(?:\.\d+)?)(%)")
+_UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "%": 1e-2}
+_CAPABILITIES = 1 << 12 | 1 << 21
+"""CAP_NET_ADMIN and CAP_SYS_ADMIN."""
+_OWN = re.compile(r"cp(\d+)(?:sw|h\d+)")
+"""Names of a lab's namespaces; the number is the process that made them."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a rank finds in LAB_LINK. Raises ValueError for a number, rate, delay or loss that makes no sense."""
+
+    hosts: int
+    rate: str
+    """As 100mbit, 1gbit, of each host's link and in each direction."""
+    delay: str = "0ms"
+    """As 20ms, from host to host, one way."""
+    loss: str = "0%"
+    """As 0.1%, the share of IP packets that do not arrive."""
+    ranks_per_host: int = 1
+    shaped: bool = True
+    """False: the machine's own loopback, and the rate is no promise."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.hosts <= 200:
+            raise ValueError(f"hosts {self.hosts}: expected 1 to 200")
+        if not 1 <= self.ranks_per_host <= 200:
+            raise ValueError(f"ranks per host {self.ranks_per_host}: expected 1 to 200")
+        if self.shaped and not ((rate := _RATE.fullmatch(self.rate)) and float(rate[1]) > 0):
+            raise ValueError(f"rate {self.rate!r}: expected a number above 0 and kbit, mbit or gbit, such as 1gbit")
+        if not _DELAY.fullmatch(self.delay):
+            raise ValueError(f"delay {self.delay!r}: expected a number and us, ms or s, such as 20ms")
+        if not ((loss := _LOSS.fullmatch(self.loss)) and float(loss[1]) < 100):
+            raise ValueError(f"loss {self.loss!r}: expected a percentage below 100, such as 0.1%")
+
+    @property
+    def bits_per_second(self) -> float:
+        """The rate as a number."""
+        return _number(_RATE, self.rate)
+
+    @property
+    def delay_seconds(self) -> float:
+        """The delay as a number."""
+        return _number(_DELAY, self.delay)
+
+    @property
+    def lost_share(self) -> float:
+        """The loss as a number in [0, 1)."""
+        return _number(_LOSS, self.loss)
 
 
 @dataclass(frozen=True)
 class Host:
-    """One host of the lab: its rank, its namespace and its address."""
+    """One host of the lab: its place in the list, its namespace and address. No namespace: this machine itself."""
 
-    rank: int
+    index: int
     namespace: str
     address: str
+    relay: int = 0
+    """The process that delays what it sends; 0 if there is none."""
 
-    def counters(self) -> tuple[int, int]:
-        """Bytes that its interface has sent and received, by the kernel's count."""
-        text = _run("ip", "-n", self.namespace, "-s", "-j", "link", "show", "eth0")
+    def counters(self, device: str = "eth0") -> tuple[int, int]:
+        """Bytes that its interface has sent and received, by the kernel's count; `lo` is what stayed inside the host."""
+        text = _run("ip", "-n", self.namespace, "-s", "-j", "link", "show", device)
         stats = json.loads(text)[0]["stats64"]
         return int(stats["tx"]["bytes"]), int(stats["rx"]["bytes"])
+
+    def lost(self) -> int:
+        """Packets that were lost on their way to it, by the kernel's count."""
+        queues = json.loads(_run("tc", "-n", self.namespace, "-s", "-j", "qdisc", "show", "dev", "eth0"))
+        return sum(int(queue["drops"]) for queue in queues if queue["kind"] == "clsact")
+
+    def relay_seconds(self) -> float:
+        """Seconds of a core that its relay has taken so far."""
+        if not self.relay:
+            return 0.0
+        fields = Path(f"/proc/{self.relay}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def joining(world_size: int) -> dict[str, Any]:
+    """What joins the ranks of this program: what the lab wrote into LAB_LINK, else that it is no link of the lab's."""
+    elsewhere = {"hosts": None, "ranks_per_host": world_size, "rate": "unshaped", "delay": "0ms", "loss": "0%"}
+    said = os.environ.get("LAB_LINK")
+    return dict(json.loads(said)) if said else {**elsewhere, "shaped": False}
+
+
+def sent_by_kernel() -> int:
+    """Bytes that the host of this rank has sent over its link so far, by the kernel's count; 0 where no lab shapes it."""
+    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
+    return int(counter.read_text()) if joining(1)["shaped"] else 0
 
 
 def missing() -> str:
@@ -51,85 +146,187 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "a network lab needs root, for network namespaces"
     absent = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
-    return f"a network lab needs {' and '.join(absent)} (Debian: apt-get install iproute2)" if absent else ""
+    if absent:
+        return f"a network lab needs {' and '.join(absent)} (Debian: apt-get install iproute2)"
+    held = re.search(r"^CapEff:\s*(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if held and int(held[1], 16) & _CAPABILITIES != _CAPABILITIES:
+        return "a network lab needs the capabilities NET_ADMIN and SYS_ADMIN, which this container's root does not have"
+    return ""
 
 
 @contextlib.contextmanager
-def network(hosts: int, rate: str, delay: str = "0ms") -> Iterator[list[Host]]:
-    """Hosts joined by links of `rate` (as 100mbit, 1gbit) with `delay` (as 20ms) in each direction, while the block runs.
+def network(link: Link) -> Iterator[list[Host]]:
+    """The hosts of `link`, joined by its links, while the block runs.
 
-    Raises ValueError for a rate, delay or number that makes no sense, RuntimeError without root or tools.
+    Raises RuntimeError without root or tools, for what this kernel cannot do, and for a rate that the relay cannot carry.
     """
-    if hosts < 1 or hosts > 200:
-        raise ValueError(f"hosts {hosts}: expected 1 to 200")
-    if not _RATE.fullmatch(rate):
-        raise ValueError(f"rate {rate!r}: expected a number and kbit, mbit or gbit, such as 1gbit")
-    if not _DELAY.fullmatch(delay):
-        raise ValueError(f"delay {delay!r}: expected a number and us, ms or s, such as 20ms")
     if reason := missing():
         raise RuntimeError(reason)
+    for name in _orphans():
+        _remove(name)
     tag = f"cp{os.getpid()}"
-    switch, made = f"{tag}sw", [Host(r, f"{tag}h{r}", f"10.90.0.{r + 1}") for r in range(hosts)]
+    switch, hosts = f"{tag}sw", [Host(i, f"{tag}h{i}", f"10.90.0.{i + 1}") for i in range(link.hosts)]
+    relays: list[subprocess.Popen[str]] = []
     try:
         _run("ip", "netns", "add", switch)
-        _run("ip", "-n", switch, "link", "add", "br0", "type", "bridge")
-        _run("ip", "-n", switch, "link", "set", "br0", "up")
-        for host in made:
-            _connect(host, switch, rate, delay)
-        yield made
+        relayed = link.delay_seconds > 0 and not _has_netem(switch)
+        if relayed and link.bits_per_second > RELAY_LIMIT:
+            raise RuntimeError(
+                f"delay {link.delay} at {link.rate}: this kernel cannot delay packets (no sch_netem), and the relay that "
+                f"does it instead carries at most {RELAY_LIMIT / 1e9:g}gbit"
+            )
+        if not relayed:
+            _run("ip", "-n", switch, "link", "add", "br0", "type", "bridge")
+            _run("ip", "-n", switch, "link", "set", "br0", "up")
+        for host in hosts:
+            _connect(host, switch, link, relayed)
+        if relayed:
+            relays.extend(_relays(switch, link))
+            hosts = [replace(host, relay=process.pid) for host, process in zip(hosts, relays, strict=True)]
+        yield hosts
     finally:
-        for name in (*(h.namespace for h in made), switch):
-            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL, check=False)
+        with _undisturbed():
+            for process in relays:
+                process.terminate()
+            for process in relays:
+                process.wait()
+            for name in (*(host.namespace for host in hosts), switch):
+                _remove(name)
 
 
-def run(command: Sequence[str], hosts: Sequence[Host], timeout: float | None = None) -> int:
-    """Run `command` as one rank on each host; returns the worst exit code. A rank that fails ends the others."""
+def run(command: Sequence[str], link: Link, hosts: Sequence[Host], timeout: float | None = None) -> int:
+    """Run `command` on `hosts` as the ranks of `link`; returns the worst exit code. A rank that fails ends the others."""
     ranks: list[subprocess.Popen[bytes]] = []
     deadline = None if timeout is None else time.monotonic() + timeout
+    shared = {
+        **{"WORLD_SIZE": link.hosts * link.ranks_per_host, "LOCAL_WORLD_SIZE": link.ranks_per_host},
+        **{"MASTER_ADDR": hosts[0].address, "MASTER_PORT": PORT if link.shaped else free_port()},
+        **{"GLOO_SOCKET_IFNAME": "eth0" if link.shaped else _loopback(), "LAB_LINK": json.dumps(asdict(link))},
+    }
     try:
-        for host in hosts:
-            place = {"RANK": host.rank, "WORLD_SIZE": len(hosts), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-            meeting = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": "eth0"}
-            environment = {"OMP_NUM_THREADS": "1", **os.environ, **{k: str(v) for k, v in (place | meeting).items()}}
-            inside = ["ip", "netns", "exec", host.namespace, *command]
+        for number in range(link.hosts * link.ranks_per_host):
+            index, local_rank = divmod(number, link.ranks_per_host)
+            place = {**shared, "RANK": number, "LOCAL_RANK": local_rank}
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, **{k: str(v) for k, v in place.items()}}
+            namespace = hosts[index].namespace
+            inside = ["ip", "netns", "exec", namespace, *command] if namespace else command
             ranks.append(subprocess.Popen(inside, env=environment, start_new_session=True))
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.returncode for rank in ranks if rank.poll() is not None):
-                with contextlib.suppress(subprocess.TimeoutExpired):  # the others should fail by themselves and say why
-                    for rank in ranks:
-                        rank.wait(timeout=20)
+        while None in (codes := [rank.poll() for rank in ranks]):
+            if any(codes):
+                _wait(ranks, PATIENCE)
                 break
             if deadline is not None and time.monotonic() > deadline:
                 print(f"lab: not done after {timeout} s, ending all ranks", file=sys.stderr)
                 return 124
             time.sleep(0.05)
-        return max((abs(rank.poll() or 0) if rank.poll() is not None else 1) for rank in ranks)
+        return max(1 if rank.poll() is None else abs(rank.returncode) for rank in ranks)
     finally:
+        with _undisturbed():
+            for sign, seconds in ((signal.SIGTERM, FAREWELL), (signal.SIGKILL, None)):
+                for rank in ranks:
+                    if rank.poll() is None:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(rank.pid, sign)
+                _wait(ranks, seconds)
+
+
+def _wait(ranks: Sequence["subprocess.Popen[bytes]"], seconds: float | None) -> None:
+    """Until all have ended, `seconds` at most."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    with contextlib.suppress(subprocess.TimeoutExpired):
         for rank in ranks:
-            if rank.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(rank.pid, signal.SIGKILL)
-                rank.wait()
+            rank.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
 
-def _connect(host: Host, switch: str, rate: str, delay: str) -> None:
-    """A veth pair from a host to the switch, shaped at both ends."""
-    port = f"p{host.rank}"
+def _connect(host: Host, switch: str, link: Link, relayed: bool) -> None:
+    """A veth pair from a host to the switch, shaped at both ends; what the host receives is delayed and thinned out."""
+    port = f"p{host.index}"
+    inside, outside = ("ip", "-n", host.namespace), ("ip", "-n", switch)
+    address = relay.mac(host.index)
     _run("ip", "netns", "add", host.namespace)
-    _run("ip", "link", "add", "eth0", "netns", host.namespace, "type", "veth", "peer", "name", port, "netns", switch)
-    _run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/16", "dev", "eth0")
-    _run("ip", "-n", host.namespace, "link", "set", "lo", "up")
-    _run("ip", "-n", host.namespace, "link", "set", "eth0", "up")
-    _run("ip", "-n", switch, "link", "set", port, "master", "br0")
-    _run("ip", "-n", switch, "link", "set", port, "up")
+    _run(*inside, "link", "add", "eth0", "address", address, "type", "veth", "peer", "name", port, "netns", switch)
+    _run(*inside, "addr", "add", f"{host.address}/16", "dev", "eth0")
+    _run(*inside, "link", "set", "lo", "up")
+    _run(*inside, "link", "set", "eth0", "up")
+    if not relayed:
+        _run(*outside, "link", "set", port, "master", "br0")
+    _run(*outside, "link", "set", port, "up")
     for namespace, device in ((host.namespace, "eth0"), (switch, port)):
-        shape = ("tc", "-n", namespace, "qdisc", "add", "dev", device)
-        _run(*shape, "root", "handle", "1:", "tbf", "rate", rate, "burst", BURST, "latency", "100ms")
-        if not re.fullmatch(r"0(\.0+)?(us|ms|s)", delay):
-            try:
-                _run(*shape, "parent", "1:1", "handle", "10:", "netem", "delay", delay, "limit", "10000")
-            except RuntimeError as error:
-                raise RuntimeError(f"delay {delay}: this kernel cannot delay packets (no sch_netem): {error}") from None
+        shape = ("root", "handle", "1:", "tbf", "rate", link.rate, "burst", BURST, "latency", "100ms")
+        _run("tc", "-n", namespace, "qdisc", "add", "dev", device, *shape)
+    if link.delay_seconds and not relayed:
+        late = ("parent", "1:1", "handle", "10:", "netem", "delay", link.delay, "limit", "100000")
+        _run("tc", "-n", switch, "qdisc", "add", "dev", port, *late)
+    if link.lost_share:
+        # the kernel cuts its segments of 64 KB behind the shaping, so that single packets arrive and are lost
+        _run(*outside, "link", "set", port, "gso_max_size", str(MTU))
+        # load 32 random bits (SKF_AD_RANDOM); below the threshold: drop (TC_ACT_SHOT), else: let pass (TC_ACT_UNSPEC)
+        program = f"4,32 0 0 4294963256,53 0 1 {round(link.lost_share * 2**32)},6 0 0 4294967295,6 0 0 2"
+        filter_ = ("filter", "add", "dev", "eth0", "ingress", "protocol", "ip", "bpf", "da", "bytecode", program)
+        _run("tc", "-n", host.namespace, "qdisc", "add", "dev", "eth0", "clsact")
+        try:
+            _run("tc", "-n", host.namespace, *filter_)
+        except RuntimeError as error:
+            raise RuntimeError(f"loss {link.loss}: this kernel cannot drop packets (no cls_bpf): {error}") from None
+
+
+def _has_netem(switch: str) -> bool:
+    """Whether this kernel can delay packets by itself. Tries it on the switch's own loopback, which nothing uses."""
+    probe = ("qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")
+    return subprocess.run(["tc", "-n", switch, *probe], stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def _relays(switch: str, link: Link) -> Iterator["subprocess.Popen[str]"]:
+    """The started relays, one a host; they end with the switch at the latest."""
+    python = ("ip", "netns", "exec", switch, sys.executable, "-IS", relay.__file__)
+    for index in range(link.hosts):
+        command = [*python, str(link.delay_seconds), str(index), str(link.hosts)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        yield process
+        if process.stdout is None or process.stdout.readline() != "up\n":
+            raise RuntimeError(f"delay {link.delay}: the relay of host {index} did not start")
+
+
+def _orphans() -> list[str]:
+    """Namespaces of labs that are no longer there."""
+    made = ((entry.name, _OWN.fullmatch(entry.name)) for entry in Path("/var/run/netns").glob("cp*"))
+    return [name for name, own in made if own and not Path("/proc", own[1]).exists()]
+
+
+def _remove(namespace: str) -> None:
+    """End what runs in a namespace and delete it. Nothing happens if there is none of that name."""
+    found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
+    for process in found.stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "del", namespace], stderr=subprocess.DEVNULL, check=False)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM change nothing until the block is done, also not for programs that it starts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _number(pattern: re.Pattern[str], text: str) -> float:
+    """What a rate, delay or loss says, in bits a second, seconds or as a share."""
+    found = pattern.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r} is not a number with its unit")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _loopback() -> str:
+    """The name of this machine's loopback interface."""
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 
 def _run(*command: str) -> str:
@@ -140,30 +337,51 @@ def _run(*command: str) -> str:
 
 
 def main(
-    hosts: Annotated[int, typer.Argument(help="how many hosts, one rank on each")],
+    hosts: Annotated[int, typer.Argument(help="how many hosts")],
     rate: Annotated[str, typer.Argument(help="speed of each link: 100mbit, 1gbit, ...")],
-    command: Annotated[list[str], typer.Argument(help="after --, the command that each host runs")],
-    delay: Annotated[str, typer.Option(help="one-way delay of each link")] = "0ms",
+    command: Annotated[list[str], typer.Argument(help="after --, the command that each rank runs")],
+    delay: Annotated[str, typer.Option(help="from host to host, one way: 20ms, ...")] = "0ms",
+    loss: Annotated[str, typer.Option(help="share of packets that do not arrive: 0.1%, ...")] = "0%",
+    ranks_per_host: Annotated[int, typer.Option(help="ranks that share a host and its link")] = 1,
 ) -> None:
-    """Run a command as one rank on each of several hosts joined by links of a given speed, and count the bytes."""
+    """Run a command as the ranks of several hosts, joined by links of a given speed, and count the bytes."""
 
-    def end(signum: int, frame: object) -> None:
+    def end(number: int, frame: object) -> None:
         raise KeyboardInterrupt  # SIGTERM too cleans up
 
     signal.signal(signal.SIGTERM, end)
     try:
-        with network(hosts, rate, delay) as made:
-            code = run(command, made)
-            for host in made:
-                sent, received = host.counters()
-                print(f"host {host.rank}: {sent / 1e6:.2f} MB sent, {received / 1e6:.2f} MB received, by the kernel")
-    except (ValueError, RuntimeError) as error:
+        link = Link(hosts, rate, delay, loss, ranks_per_host)
+        code = _on_loopback(command, link, reason) if (reason := missing()) else _on_network(command, link)
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"lab: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("lab: interrupted", file=sys.stderr)
         code = 130
     raise typer.Exit(code)
+
+
+def _on_network(command: Sequence[str], link: Link) -> int:
+    with network(link) as hosts:
+        if hosts[0].relay:
+            print("lab: no sch_netem in this kernel; a relay in user space makes the delay", file=sys.stderr)
+        code = run(command, link, hosts)
+        for host in hosts:
+            sent, received = host.counters()
+            line = f"host {host.index}: {sent / 1e6:.2f} MB sent, {received / 1e6:.2f} MB received, by the kernel"
+            line += f"; {host.lost()} packets lost on their way to it" if link.lost_share else ""
+            print(line + (f"; its relay took {host.relay_seconds():.1f} s of a core" if host.relay else ""))
+    return code
+
+
+def _on_loopback(command: Sequence[str], wanted: Link, reason: str) -> int:
+    link = Link(wanted.hosts, "loopback", ranks_per_host=wanted.ranks_per_host, shaped=False)
+    ranks = link.hosts * link.ranks_per_host
+    print(f"lab: {reason}; the command runs as {ranks} ranks on this machine's loopback, unshaped", file=sys.stderr)
+    code = run(command, link, [Host(index, "", "127.0.0.1") for index in range(link.hosts)])
+    print(f"{ranks} ranks on loopback: figures above are those of this machine, not of {wanted.rate} links ({reason})")
+    return code
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import re
 import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
-from commpress.launch import checkpoint, data
+from commpress.launch import checkpoint, data, scalars
 from commpress.launch.model import GPT, Shape
 
 BETAS = (0.9, 0.95)
@@ -41,6 +42,8 @@ FINAL_LR = 0.1
 """Where the cosine ends, as a share of --lr."""
 CURVE_ROWS = 1000
 """About as many rows the loss curve gets, however long the run is."""
+TIMELINE_AFTER = 5
+"""Steps before --timeline records: DDP lays its buckets out anew, caches warm up."""
 PLAIN_LINES = 20
 """Lines of progress in all where the output is not a terminal."""
 
@@ -68,6 +71,8 @@ class Settings:
     checkpoint_every: int = 0
     resume: bool = False
     threads: int | None = None
+    tensorboard: bool = False
+    timeline: int = 0
 
     @property
     def shape(self) -> Shape:
@@ -101,7 +106,7 @@ def train(settings: Settings) -> bool:
     if not settings.resume and checkpoint.exists(out):
         raise TrainingError(f"{out} holds the checkpoint of a run: go on with --resume, or give another --out")
 
-    with process_group() as device, stop_signals() as stop:
+    with process_group() as device, stop_signals() as stop, contextlib.ExitStack() as closing:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         torch.set_num_threads(settings.threads or default_threads())
         torch.manual_seed(settings.seed)
@@ -110,6 +115,8 @@ def train(settings: Settings) -> bool:
             text = data.load(settings.data)
             data.require_context(text, settings.context)
             data.require_same_text(text, device)
+            if settings.tensorboard:
+                scalars.require(device)
         own_windows = data.generator(settings.seed, rank)
 
         model = GPT(settings.shape).to(device)
@@ -144,6 +151,10 @@ def train(settings: Settings) -> bool:
                 return True
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
+        board = None
+        if settings.tensorboard and rank == 0:
+            board = scalars.Scalars(out / "tensorboard", done, sum(durations), asdict(before))
+            closing.callback(board.close)
 
         def save() -> None:
             shared = {
@@ -169,6 +180,8 @@ def train(settings: Settings) -> bool:
                     "dense_bytes": traffic.dense_bytes,
                 }
             )
+            if board:
+                board.note(curve[-1], optimizer.param_groups[0]["lr"], asdict(traffic))
 
         def record() -> None:
             if rank == 0:
@@ -186,9 +199,14 @@ def train(settings: Settings) -> bool:
         if done == 0:
             note(None, validate(model, text.validation, settings, device))
 
+        recording = contextlib.ExitStack()
+        timeline, first_recorded = None, done + TIMELINE_AFTER
+
         with display(settings, done) as show:
             stopping = False
             while done < settings.steps and not stopping:
+                if settings.timeline and done == first_recorded:
+                    timeline = recording.enter_context(session.timeline())
                 started = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(done, settings)
@@ -214,6 +232,11 @@ def train(settings: Settings) -> bool:
                 optimizer.zero_grad()
                 done += 1
                 durations.append(time.perf_counter() - started)
+                if timeline and (stopping or done in (settings.steps, first_recorded + settings.timeline)):
+                    recording.close()
+                    if rank == 0:
+                        timeline.write(out / "timeline.json")
+                    timeline = None
 
                 due = done == settings.steps or (settings.eval_every > 0 and done % settings.eval_every == 0)
                 validation_loss = validate(model, text.validation, settings, device) if due else None
@@ -229,6 +252,8 @@ def train(settings: Settings) -> bool:
                 ):
                     save()
 
+        if settings.timeline and done <= first_recorded:
+            say(f"no timeline: it starts {TIMELINE_AFTER} steps after the start, and this run had no more than that")
         if done < settings.steps:
             record()
             say(f"stopped at step {done} of {settings.steps}; the same command with --resume goes on from {out}")
@@ -249,7 +274,7 @@ def check(settings: Settings) -> None:
     except ValueError as error:
         raise TrainingError(str(error)) from None
     least: dict[str, float] = {"batch": 1, "accumulate": 1, "steps": 1, "eval_batches": 1, "threads": 1}
-    least |= {"warmup_steps": 0, "weight_decay": 0, "eval_every": 0, "checkpoint_every": 0, "lr": 0}
+    least |= {"warmup_steps": 0, "weight_decay": 0, "eval_every": 0, "checkpoint_every": 0, "lr": 0, "timeline": 0}
     for name, minimum in least.items():
         value = getattr(settings, name)
         if value is not None and not value >= minimum:
@@ -412,6 +437,9 @@ class Stop:
 def stop_signals() -> Iterator[Stop]:
     """Turn Ctrl-C and SIGTERM into a flag. A second one changes nothing: torchrun sends one more of its own."""
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals belong to the program that called, as under Ray Train
+        return
     earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
@@ -534,6 +562,11 @@ def command(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads a rank. Default: the host's cores, shared out.")
     ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars to OUT/tensorboard.")] = False,
+    timeline: Annotated[
+        int,
+        typer.Option(help="Steps whose phases go to OUT/timeline.json, for ui.perfetto.dev and `commpress report`."),
+    ] = Settings.timeline,
 ) -> None:
     """Train a byte-level GPT with compressed gradients, alone or under torchrun."""
     settings = Settings(**locals())

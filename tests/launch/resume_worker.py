@@ -16,7 +16,7 @@ folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
 for i, spec in enumerate(sys.argv[2:]):
     whole, cut = ({**TINY, **EVALS, "compress": spec, "out": folder / f"{name}{i}"} for name in ("whole", "cut"))
-    assert train.train(train.Settings(**whole))
+    assert train.train(train.Settings(**whole, timeline=3))
 
     drawn, sample = 0, data.sample
 

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import report_samples
 import typer
 from typer.testing import CliRunner
 
-from commpress.launch import report
+from commpress.launch import figures, records, report
 
 TRAFFIC = {"received_bytes": 1, "encode": 0.1, "wire": 0.2, "decode": 0.05, "exposed": 0.1}
 
@@ -72,3 +73,135 @@ def test_the_command_line(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, [str(out), str(bad)])
     assert failed.exit_code == 1
     assert "not a run's record.json" in failed.stderr
+
+
+def sections(html: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", html)
+
+
+def test_only_sections_for_which_there_is_data_appear(tmp_path: Path) -> None:
+    paths = report_samples.write(tmp_path)
+    for kind, expected in {
+        "steps0": ["Step time against bandwidth"],
+        "losses": ["Loss against bytes"],
+        "trace-rank0": ["Timeline of a step"],
+        "run0": ["Loss against bytes", "Loss against time", "Bytes and seconds a step", "Settings and machine"],
+    }.items():
+        assert sections(report.page([report.read(tmp_path / f"{kind}.json")])) == expected
+    assert len(sections(report.page([report.read(path) for path in paths]))) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"what": "weather"}, "expected one of a run's record.json, a record of step times, .* found none of them"),
+        ({"machine": ...}, "not a record of step times, it has no 'machine'"),
+        ({"rows": [{"name": "int4", "kind": "commpress"}]}, "not a record of step times: row 0, it has no 'seconds'"),
+        ({"link": {"hosts": 2}}, "the link, it has no 'ranks_per_host'"),
+        ({"link": {**report_samples.step_times(2, "fast", 1.0)["link"]}}, "rate 'fast': expected a number and bit"),
+    ],
+)
+def test_a_file_that_is_none_is_named_with_the_reason(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    changed = {**report_samples.step_times(2, "1gbit", 1e3), **change}
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
+    with pytest.raises(ValueError, match=rf"some\.json: .*{message}"):
+        report.read(path)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"traceEvents": [{"ph": "X", "name": "aten::add", "ts": 0, "dur": 1}]}'])
+def test_other_json_is_none_either(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"some\.json: (expected one of|not a timeline of a session: no span of forward)"
+    ):
+        report.read(path)
+
+
+def test_step_times_are_sorted_by_rate_and_repeated_ones_are_their_median() -> None:
+    measured = [report_samples.step_times(2, rate, mbit) for rate, mbit in (("1gbit", 1e3), ("100mbit", 1e2))]
+    again = [json.loads(json.dumps(measured[1])) for _ in range(2)]
+    again[0]["rows"][1]["ratio"], again[1]["rows"][1]["ratio"] = 900.0, 17.0
+    ratios, _ = report.ratios_by_rate([*measured, *again])
+    slow, fast = (m["rows"][1]["ratio"] for m in measured[::-1])
+    assert ratios["plain DDP"] == {1e8: max(slow, 17.0), 1e9: fast}
+    assert list(ratios["plain DDP"]) == [1e8, 1e9]
+    assert "bf16 hook" not in ratios
+    html = report.page(measured)
+    assert "RuntimeError: bf16 is not supported by Gloo" in html
+    assert html.count("<td>bf16 hook</td>") == 1  # the same reason on both links
+
+
+def test_delays_and_hosts_have_figures_of_their_own() -> None:
+    links = [(2, "1gbit", 1e3, "0ms"), (2, "100mbit", 1e2, "0ms"), (2, "1gbit", 1e3, "20ms"), (4, "1gbit", 1e3, "0ms")]
+    html = report.page([report_samples.step_times(*link) for link in links])
+    assert re.findall(r"<h3>(.*? ranks.*?)</h3>", html) == [
+        "2 hosts, 2 ranks",
+        "2 hosts, 2 ranks, 20ms delay",
+        "4 hosts, 4 ranks",
+    ]
+    assert html.count('class="plotly-graph-div"') == 3
+
+
+def test_time_to_a_loss_is_its_steps_times_the_step_of_each_link() -> None:
+    losses, measured = report_samples.losses(), report_samples.step_times(2, "100mbit", 1e2)
+    html = report.page([losses, measured])
+    ddp = next(row for row in losses["rows"] if row["name"] == "plain DDP")
+    seconds = next(row["seconds"] for row in measured["rows"] if row["name"] == "plain DDP")
+    assert (
+        f"<td>plain DDP</td><td>{ddp['steps_to_target']}</td><td>{ddp['steps_to_target'] * seconds:,.1f}</td>" in html
+    )
+    assert "<td>topk(0.01)</td><td></td><td>not reached</td>" in html
+    # step times of another number of ranks say nothing about these losses
+    assert "Loss against time" not in report.page([losses, report_samples.step_times(4, "100mbit", 1e2)])
+
+
+def test_ours_are_strong_and_others_grey_and_dashed() -> None:
+    look = figures.looks([("no communication", "floor"), ("plain DDP", "torch"), ("int4", "commpress"), ("x", "peer")])
+    assert look["int4"].dash == look["no communication"].dash == "solid"
+    assert look["int4"].colour in figures.COLOURS
+    for name in ("plain DDP", "x"):
+        assert look[name].dash != "solid"
+        assert look[name].colour in figures.GREYS
+        assert look[name].width < look["int4"].width
+
+
+def test_buckets_of_the_first_layout_are_in_the_table_only() -> None:
+    runs = [(name, report_samples.run(name, bits)) for name, bits in (("int8", 8.0), ("int4", 4.0))]
+    html = "".join(report.bytes_by_bucket(runs, figures.looks((name, "commpress") for name, _ in runs)))
+    assert html.count("<td>16,800,000</td><td>1</td>") == 2
+    drawn = json.loads(re.search(r"Plotly\.newPlot\(\s*\S+\s*(\[.*?\]),\s*\{\"template", html, re.DOTALL)[1])
+    assert [trace["name"] for trace in drawn] == ["dense", "int8", "int4"]
+    assert drawn[0]["x"] == ["0", "1", "2", "3"]
+    assert drawn[0]["y"] == [4 * n for n in (400_000, 6_500_000, 6_500_000, 3_400_000)]
+    assert drawn[1]["y"] == [400_000, 6_500_000, 6_500_000, 3_400_000]
+    assert drawn[2]["hovertext"][:2] == ["not compressed: small", "int4 by two_shot"]
+
+
+def test_a_timeline_has_a_trace_a_phase_and_shows_the_median_step() -> None:
+    record = report_samples.timeline()
+    by_step = {step: [e for e in records.spans(record) if e["args"]["step"] == step] for step in range(5)}
+    lengths = {step: report.lasted(events) for step, events in by_step.items()}
+    assert lengths == pytest.approx({0: 217, 1: 227.5, 2: 220.5, 3: 231, 4: 224})
+    chosen = report.three_steps(lengths)
+    assert chosen == {"median: step 4, 224 ms": 4, "fastest: step 0, 217 ms": 0, "slowest: step 3, 231 ms": 3}
+    assert report.three_steps({7: 10.0}) == {"median: step 7, 10 ms": 7}
+    steps = {label: [report.block(e, by_step[s][0]["ts"]) for e in by_step[s]] for label, s in chosen.items()}
+    figure = figures.timeline(steps, {0: "training", 1: "encode", 2: "wire", 3: "wire", 4: "decode"})
+    assert [trace.name for trace in figure.data] == list(records.SPANS)
+    wire = figure.data[3]
+    assert len(wire.x) == 12
+    assert len(set(wire.y)) == 2  # transfers that overlap lie beside each other
+    assert wire.base[0] == pytest.approx(85)
+    assert wire.hovertext[0] == "bucket 0, step 4, 19.20 ms"
+    assert len(figure.layout.updatemenus[0].buttons) == 3
+
+
+@pytest.mark.parametrize(
+    ("rate", "bits", "name"),
+    [("100mbit", 1e8, "100 Mbit/s"), ("2.5Gbit", 2.5e9, "2.5 Gbit/s"), ("500kbit", 5e5, "500 kbit/s")],
+)
+def test_rates(rate: str, bits: float, name: str) -> None:
+    assert records.bits(rate) == bits
+    assert records.bandwidth(bits) == name

@@ -105,6 +105,19 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Path, i: int) -> No
         assert torch.equal(a["windows"], b["windows"])
 
 
+def test_the_timeline_holds_the_phases_of_the_asked_steps(runs: Path) -> None:
+    events = json.loads((runs / "whole1" / "timeline.json").read_text())["traceEvents"]
+    phases = {(event["args"]["step"], event["name"]) for event in events if event["ph"] == "X"}
+    each = ("forward", "backward", "encode", "wire", "decode", "exposed")
+    assert phases == set(itertools.product((5, 6, 7), each))
+
+
+def test_a_run_too_short_for_a_timeline_says_so(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert alone(tmp_path, text, timeline=2)
+    assert "no timeline: it starts 5 steps after the start" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "timeline.json").exists()
+
+
 def test_resume_needs_the_same_run(runs: Path, text: Path) -> None:
     saved = json.loads((runs / "whole1" / "record.json").read_text())["settings"]
     same = {**saved, "data": None, "out": runs / "whole1", "resume": True}

@@ -1,0 +1,355 @@
+"""Seconds a training step takes on a link of a given speed, commpress against all that a user could take instead.
+
+Run it as one rank on each of two hosts (as root; network namespaces joined by shaped links), or under torchrun:
+
+    python -m commpress.launch.lab 2 1gbit -- python benchmarks/training.py [SPEC ...] [--only NAME ...] [--json FILE]
+
+A byte-level GPT of 17 M parameters on the standard library's source, batch 2 x 64, SGD with momentum, one thread a rank.
+Every row has its own copy of the model (0.3 to 0.5 GB a rank); rows take turns of a few steps, so a noisy machine shifts
+all. `no communication` is DDP with torch's noop_hook: a row is its median step and the ratio to that one's in the same run.
+
+With --loss STEPS it trains every row instead, one after another, from the same weights on the same windows: held-out loss
+against steps and bytes. That does not depend on the link; time to a loss is its steps times the median step above.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peers import ABSENT, Attached, Way, backward, counted, probe, ways
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import commpress
+from commpress.launch import data
+from commpress.launch.lab import joining, sent_by_kernel
+from commpress.launch.model import GPT, Shape
+from commpress.launch.train import cores, machine
+
+SHAPE = Shape(layers=5, width=528, heads=8, context=64)
+BATCH = 2
+SPECS = ("int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
+FLOOR, DENSE = "no communication", "plain DDP"
+WARM_UP = 4
+"""Steps before the clock starts: DDP lays its buckets out anew after the first, torch's PowerSGD begins in the third."""
+
+LOSS_ROWS = (DENSE, "PowerSGD rank 4")
+"""What is trained with --loss besides commpress, unless --only says otherwise."""
+RATE, RATES = 0.05, {"sign": 0.01, "topk": 0.1}
+"""Highest learning rate: that of rows whose names begin so, and of all others. The best by held-out loss after 80 steps of
+
+             0.01   0.015  0.03   0.05   0.1    0.3
+plain DDP           2.935  2.852  2.813  2.946  3.639    (int8 and int4 take its rate)
+PowerSGD 4                 2.868         2.872           (0.05 lies between)
+sign         3.227         3.320         4.350
+topk(0.01)|int4            3.093         3.045  3.017    (0.3 rises first: 3.880 after 40)
+topk(0.001)|int4                         3.177  3.234
+"""
+RISE, FINAL = 20, 0.1
+"""Steps until the highest rate, and where the cosine ends as a share of it."""
+CLIP = 1.0
+EVERY, HELD_OUT = 20, 32
+"""Steps between two validations, and their windows."""
+
+
+class Variant:
+    """One model under one way of averaging its gradients."""
+
+    def __init__(self, way: Way, bucket_mb: float, text: Tensor, rate: float) -> None:
+        torch.manual_seed(0)
+        self.way, self.text = way, text
+        self.model = DistributedDataParallel(GPT(SHAPE), bucket_cap_mb=way.bucket_mb or bucket_mb)
+        self.attached: Attached = way.attach(self.model)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9, fused=True)
+        self.windows = data.generator(0, dist.get_rank())
+        self.times: list[float] = []
+        self.kernel_bytes: list[int] = []
+        self.sent_bytes: list[float] = []
+        self.started: commpress.Report | None = None
+
+    def step(self, rate: float | None = None) -> None:
+        """One step from a common start; with a rate, the gradient's norm is clipped and that rate taken."""
+        x, y = data.sample(self.text, BATCH, SHAPE.context, self.windows)
+        dist.barrier()
+        before, start = sent_by_kernel(), time.perf_counter()
+        with counted() as sent:
+            backward(self.model, self.attached, x, y)
+            if rate is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+                self.optimizer.param_groups[0]["lr"] = rate
+            self.optimizer.step()
+            self.attached.after_step()
+            self.optimizer.zero_grad()
+        self.times.append(time.perf_counter() - start)
+        self.kernel_bytes.append(sent_by_kernel() - before)
+        self.sent_bytes.append(sum(sent) + self.attached.uncounted)
+
+    def warm_up(self) -> None:
+        """Steps that do not count."""
+        for _ in range(WARM_UP):
+            self.step()
+        self.times.clear()
+        self.kernel_bytes.clear()
+        self.sent_bytes.clear()
+        if self.attached.session is not None:
+            self.started = self.attached.session.report()
+
+    def total_sent(self) -> float:
+        """Bytes of this rank so far: those of the session's report, or of what was handed to torch.distributed."""
+        session = self.attached.session
+        return float(session.report().sent_bytes) if session is not None else sum(self.sent_bytes)
+
+    def row(self, floor: float) -> dict[str, Any]:
+        """The row of a step-time record. `floor` is the median step of the row without communication."""
+        times = by_period(self.times, self.way.period)
+        row: dict[str, Any] = {"name": self.way.name, "kind": self.way.kind, "seconds": statistics.median(times)}
+        row["quartiles"] = statistics.quantiles(times, method="inclusive") if len(times) > 1 else times * 3
+        row["ratio"] = row["seconds"] / floor
+        row["tokens_per_second"] = tokens_per_step() / row["seconds"]
+        row["sent_bytes"] = statistics.median(by_period(self.sent_bytes, self.way.period))
+        row["kernel_bytes"] = statistics.median(by_period(self.kernel_bytes, self.way.period))
+        row["phases"] = None
+        if self.attached.session is not None and self.started is not None:
+            before, after = self.started, self.attached.session.report()
+            steps = after.steps - before.steps
+            row["sent_bytes"] = (after.sent_bytes - before.sent_bytes) / steps
+            row["phases"] = {k: (v - before.seconds[k]) / steps for k, v in after.seconds.items()}
+        return row | {"error": ""}
+
+
+def by_period(values: Sequence[float], period: int) -> list[float]:
+    """Means over what repeats."""
+    return [statistics.mean(values[i : i + period]) for i in range(0, len(values) - period + 1, period)]
+
+
+def tokens_per_step() -> int:
+    """Of all ranks together."""
+    return dist.get_world_size() * BATCH * SHAPE.context
+
+
+def chosen_ways(specs: list[str], only: list[str] | None, always: str, default: Sequence[str] | None) -> list[Way]:
+    """The rows that are asked for, `always` among them. Raises ValueError for a name that no row has."""
+    table = {way.name: way for way in ways(specs)}
+    for name in only or ():
+        if name not in table and name not in ABSENT:
+            raise ValueError(f"--only {name!r}: expected a row's name, one of {', '.join((*table, *ABSENT))}")
+    names = only or (*(default or table), *specs)
+    return [way for name, way in table.items() if name == always or name in names]
+
+
+def probed(rows: list[Way]) -> dict[str, str]:
+    """Why rows do not run, by name. Collective: rank 0 tries them on two processes of its own."""
+    reasons: list[dict[str, str]] = [{}]
+    if dist.get_rank() == 0:
+        reasons = [{way.name: reason for way in rows if way.probed and (reason := probe(way))}]
+    dist.broadcast_object_list(reasons)
+    return reasons[0]
+
+
+def time_steps(rows: list[Way], rounds: int, steps: int, bucket_mb: float, text: Tensor) -> list[dict[str, Any]]:
+    """All rows in turn: so many rounds of so many steps each."""
+    variants = [Variant(way, bucket_mb, text, rate=0.01) for way in rows]
+    for variant in variants:
+        variant.warm_up()
+    for _ in range(rounds):
+        for variant in variants:
+            for _ in range(-(-steps // variant.way.period) * variant.way.period):
+                variant.step()
+    floor = statistics.median(next(v for v in variants if v.way.name == FLOOR).times)
+    return [variant.row(floor) for variant in variants]
+
+
+def train(way: Way, steps: int, bucket_mb: float, text: data.Text) -> dict[str, Any]:
+    """The row of a loss record."""
+    highest = next((rate for prefix, rate in RATES.items() if way.name.startswith(prefix)), RATE)
+    variant = Variant(way, bucket_mb, text.train, highest)
+    row: dict[str, Any] = {"name": way.name, "kind": way.kind, "lr": highest, "steps": [], "loss": [], "sent_bytes": []}
+    for done in range(steps + 1):
+        if done % EVERY == 0 or done == steps:
+            loss = held_out_loss(variant.model.module, text.validation)
+            if not math.isfinite(loss):
+                return row | {"error": f"the held-out loss is {loss} at step {done}"}
+            row["steps"].append(done)
+            row["loss"].append(loss)
+            row["sent_bytes"].append(variant.total_sent())
+        if done < steps:
+            variant.step(highest * share(done, steps))
+    return row | {"error": ""}
+
+
+def share(step: int, steps: int) -> float:
+    """Of the highest rate, for the update after `step` updates: a linear rise, then a cosine."""
+    part = max(0, step - RISE) / max(1, steps - RISE)
+    return min(1.0, (step + 1) / RISE) * (FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, text: Tensor) -> float:
+    """Nats a byte over fixed windows, the mean over the ranks' models and their shares of the windows. Collective."""
+    mine = data.validation_starts(text, HELD_OUT, SHAPE.context)[dist.get_rank() :: dist.get_world_size()]
+    x, y = data.windows(text, mine, SHAPE.context)
+    total = torch.tensor(
+        [nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() * len(mine), len(mine)]
+    )
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def steps_to(target: float, row: dict[str, Any]) -> int | None:
+    """The first validated step at which a row's loss is as low as the target."""
+    return next((step for step, loss in zip(row["steps"], row["loss"], strict=True) if loss <= target), None)
+
+
+def described() -> dict[str, Any]:
+    """What ran and on what: the head of both records."""
+    here = machine(torch.device("cpu"))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(SHAPE).parameters())
+    return {
+        "link": joining(dist.get_world_size()),
+        "machine": f"{here['processor']}, {here['cores']} cores",
+        "torch": torch.__version__.partition("+")[0],
+        "world_size": dist.get_world_size(),
+        "model": f"GPT, {SHAPE.layers} layers, {SHAPE.width} wide",
+        "parameters": parameters,
+        "tokens_per_step": tokens_per_step(),
+    }
+
+
+def title(record: dict[str, Any]) -> str:
+    """One line over the table."""
+    joined = record["link"]
+    conditions = ", ".join(
+        [joined["rate"]]
+        + ([f"delay {joined['delay']}"] if joined["delay"] != "0ms" else [])
+        + ([f"loss {joined['loss']}"] if joined["loss"] != "0%" else [])
+        + ([f"{joined['hosts']} hosts x {joined['ranks_per_host']} ranks"] if joined["hosts"] else [])
+    )
+    ranks = record["world_size"]
+    crowded = f" on {cores()} cores: they share them, so all figures are too high" if ranks > cores() else ""
+    return f"{record['parameters'] / 1e6:.1f} M parameters, {ranks} ranks{crowded}; {conditions}; {record['machine']}"
+
+
+def print_steps(record: dict[str, Any]) -> None:
+    """The table of a step-time record, what did not run, and the answer."""
+    table = Table(title=title(record), caption="encode to exposed: ms a step")
+    table.add_column("", no_wrap=True)
+    for name in ("s a\nstep", "quartiles", "against\nnone", "tokens\na second", "MB\nclaimed", "MB by\nkernel"):
+        table.add_column(name, justify="right")
+    for name in ("encode", "wire", "decode", "exposed"):
+        table.add_column(name, justify="right")
+    ran = [row for row in record["rows"] if not row["error"]]
+    for row in ran:
+        low, _, high = row["quartiles"]
+        phases = (
+            [f"{row['phases'][k] * 1e3:.0f}" for k in ("encode", "wire", "decode", "exposed")] if row["phases"] else []
+        )
+        mb = [f"{row[k] / 1e6:.2f}" for k in ("sent_bytes", "kernel_bytes")]
+        times = [
+            f"{row['seconds']:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            f"{row['ratio']:.2f}x",
+            f"{row['tokens_per_second']:.0f}",
+        ]
+        table.add_row(row["name"], *times, *mb, *phases)
+    console = Console(width=144)
+    console.print(table)
+    print_failures(record)
+    ours = min((r for r in ran if r["kind"] == "commpress"), key=lambda r: r["seconds"], default=None)
+    other = min((r for r in ran if r["kind"] in ("torch", "peer")), key=lambda r: r["seconds"], default=None)
+    if ours is not None:
+        answer = f"closest to no communication: {ours['name']}, {ours['ratio']:.2f}x"
+        if other is not None:
+            answer += f"; best of the others: {other['name']}, {other['ratio']:.2f}x,"
+            answer += f" takes {other['seconds'] / ours['seconds']:.2f} times as long"
+        print(answer)
+
+
+def print_failures(record: dict[str, Any]) -> None:
+    """Rows that have no figures, and why."""
+    for row in record["rows"]:
+        if row["error"]:
+            print(f"  {row['name']}: {row['error']}")
+
+
+def print_losses(record: dict[str, Any]) -> None:
+    """The table of a loss record and the answer."""
+    table = Table(
+        title=f"{record['parameters'] / 1e6:.1f} M parameters, {record['world_size']} ranks, {record['machine']}"
+    )
+    for name in ("", "rate", "held-out loss", f"steps to {record['target']:.2f}", "MB a step"):
+        table.add_column(name, justify="right" if name else "left")
+    ran = [row for row in record["rows"] if row.get("steps")]
+    for row in ran:
+        reached = "never" if row["steps_to_target"] is None else str(row["steps_to_target"])
+        mb = row["sent_bytes"][-1] / max(1, row["steps"][-1]) / 1e6
+        table.add_row(row["name"], f"{row['lr']:g}", f"{row['loss'][-1]:.3f}", reached, f"{mb:.3f}")
+    Console(width=144).print(table)
+    print_failures(record)
+    there = [r for r in ran if r["kind"] == "commpress" and r["steps_to_target"] is not None]
+    if there:
+        least = min(there, key=lambda r: r["sent_bytes"][r["steps"].index(r["steps_to_target"])])
+        print(f"fewest bytes to {record['target']:.2f}: {least['name']}, in {least['steps_to_target']} steps")
+
+
+def main() -> None:
+    """Measure, print the table on rank 0 and write the record."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("specs", nargs="*", default=list(SPECS), help=f"default: {' '.join(SPECS)}")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="rows to measure, by the names in the table")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--steps", type=int, default=3, help="steps of one row before the next takes its turn")
+    options.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb")
+    options.add_argument("--loss", type=int, metavar="STEPS", help="train every row for so many steps instead")
+    options.add_argument("--json", type=Path)
+    chosen = options.parse_args()
+    losses = chosen.loss is not None
+    specs = [str(commpress.parse(spec)) for spec in chosen.specs]
+    try:
+        rows = chosen_ways(specs, chosen.only, DENSE if losses else FLOOR, LOSS_ROWS if losses else None)
+    except ValueError as error:
+        options.error(str(error))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    reasons = probed(rows)
+    running = [way for way in rows if way.name not in reasons]
+    failed = [{"name": way.name, "kind": way.kind, "error": reasons[way.name]} for way in rows if way.name in reasons]
+    failed += [
+        {"name": name, "kind": "peer", "error": reason}
+        for name, reason in ABSENT.items()
+        if (name in chosen.only if chosen.only else not losses)
+    ]
+    text = data.load(None)
+    record = described()
+    if losses:
+        results = [train(way, chosen.loss, chosen.bucket_mb, text) for way in running]
+        dense = results[0]
+        target = min(
+            loss for step, loss in zip(dense["steps"], dense["loss"], strict=True) if step <= chosen.loss * 2 / 3
+        )
+        results = [row | {"steps_to_target": steps_to(target, row)} for row in results]
+        record = {"what": "losses", **record, "target": target, "rows": results + failed}
+    else:
+        results = time_steps(running, chosen.rounds, chosen.steps, chosen.bucket_mb, text.train)
+        taken = {"steps": chosen.rounds * chosen.steps, "bucket_mb": chosen.bucket_mb}
+        record = {"what": "step times", **record, **taken, "rows": results + failed}
+    if dist.get_rank() == 0:
+        (print_losses if losses else print_steps)(record)
+        if chosen.json:
+            chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

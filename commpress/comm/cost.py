@@ -1,0 +1,349 @@
+"""What an exchange costs before it runs: bytes, seconds, and the bandwidth above which compressing no longer pays.
+
+    a transfer = bytes / bandwidth + rounds x latency        a codec = values x seconds a value, on one core
+
+A step is simulated bucket by bucket: backward, the sequencer's two lines and the link run side by side, and those that need
+a core share the ones that the rank has. Pure functions: no process group, and nothing is measured here.
+"""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import NormalDist
+
+from commpress.comm.exchange.two_shot import chunk_bounds
+from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.plan import Choice, Plan
+
+BACKWARD = 2 / 3
+"""Backward's share of a step without communication: a layer's backward computes twice what its forward does."""
+FRAME = 1514 / 1448
+"""Bytes on an Ethernet link for each byte of ours: TCP with time stamps, frames of 1500 bytes."""
+SLOWEST, FASTEST = 1e3, 1e15
+"""Where the break-even bandwidth is looked for, in bytes a second."""
+PRECISION = 0.01
+"""How near it is found, as a share of it."""
+MOST_BUCKETS = 100
+"""So many are simulated at each try: more change little, but each try lasts longer."""
+EPSILON = 1e-12
+"""Seconds of work that are none: what rounding leaves."""
+DENSE = Plan.of("none")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds a value that one core takes for a codec."""
+
+    encode: float
+    """With error feedback, if the codec wants it."""
+    mean: tuple[float, float]
+    """Of one payload, and of each further one."""
+    recode: tuple[float, float]
+    """Of one payload, and of each further one: the middle of `two_shot`."""
+    add: float = 0.0
+    """Adding two payloads of a linear codec, as the group does in an all-reduce."""
+
+    def scaled(self, factor: float) -> "Speed":
+        """The speed on cores that take `factor` times as long."""
+        mean, recode = ((one * factor, more * factor) for one, more in (self.mean, self.recode))
+        return Speed(self.encode * factor, mean, recode, self.add * factor)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Who exchanges and over what."""
+
+    world_size: int
+    bandwidth: float
+    """Bytes a second of a host's link, in each direction at once."""
+    latency: float = 0.0
+    """Seconds from host to host, one way."""
+    ranks_per_host: int = 1
+    cores: float = math.inf
+    """Cores of one rank. Backward uses all of them, and what else needs one takes its fair share. Infinite: backward runs
+    on an accelerator, or cores are left over, and nothing takes anything from it."""
+    stack: float = 0.0
+    """Core-seconds a byte that the operating system takes to send or receive."""
+    lines: bool = True
+    """Buckets overlap each other in the sequencer's two lines (CPU), or run one after another on a stream (accelerator)."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One transfer of a bucket: what a rank sends and receives, what crosses its host's link in one direction."""
+
+    sent: int
+    received: int
+    crossing: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A predicted step: its seconds, those that training waits for after backward, and the bytes that a rank sends."""
+
+    seconds: float
+    exposed: float
+    sent_bytes: int
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------
+
+
+def layout(values: int, bucket_bytes: float, itemsize: int = 4) -> list[int]:
+    """Values of each bucket in the order in which backward fills them, all full but the last. Raises ValueError."""
+    size = int(bucket_bytes // itemsize)
+    if values < 1 or size < 1:
+        raise ValueError(f"{values} values in buckets of {bucket_bytes} bytes: expected at least one value in each")
+    return [size] * (values // size) + [values % size] * (values % size > 0)
+
+
+@lru_cache(maxsize=4096)
+def messages(
+    choice: Choice, n: int, itemsize: int, world_size: int, rank: int = 0, ranks_per_host: int = 1
+) -> tuple[Message, ...]:
+    """The transfers of one bucket of n values on one rank, byte for byte those of `commpress.comm.exchange`."""
+    W, codec = world_size, choice.codec
+    if W == 1:
+        return ()
+    if choice.exchange == "all_reduce":
+        assert codec.sum_dtype is not None
+        size = ring_bytes(n * (codec.sum_dtype.itemsize if codec.lossy else itemsize), W)
+        # a ring in the order of the ranks leaves a host once
+        return (Message(size, size, size if ranks_per_host < W else 0, 2 * (W - 1)),)
+    if choice.exchange == "all_gather":
+        pairs = [((W - 1) * codec.nbytes(n),) * 2]
+    else:
+        cuts = chunk_bounds(n, W, codec.granularity)
+        sizes = [codec.nbytes(cuts[r + 1] - cuts[r]) for r in range(W)]
+        to_owners, own = sum(sizes) - sizes[rank], (W - 1) * sizes[rank]
+        pairs = [(to_owners, own), (own, to_owners)]
+    abroad = ranks_per_host * max(0, W - ranks_per_host) / (W - 1)
+    return tuple(Message(sent, received, max(sent, received) * abroad, 1) for sent, received in pairs)
+
+
+def sent_bytes(plan: Plan, buckets: Sequence[int], world_size: int, rank: int = 0, itemsize: int = 4) -> int:
+    """Bytes that a rank sends in one step."""
+    choices = ((plan.choose(n, itemsize, world_size), n) for n in buckets)
+    return sum(m.sent for choice, n in choices for m in messages(choice, n, itemsize, world_size, rank))
+
+
+def feedback_bytes(plan: Plan, buckets: Sequence[int], world_size: int, itemsize: int = 4) -> int:
+    """Bytes of memory that error feedback keeps on a rank."""
+    kept = 0
+    for n in buckets:
+        choice = plan.choose(n, itemsize, world_size)
+        chunk = -(-n // world_size) if choice.exchange == "two_shot" else 0
+        kept += 4 * (n + chunk) * choice.feedback
+    return kept
+
+
+# --- seconds -----------------------------------------------------------------------------------------------------
+
+
+def step(
+    plan: Plan, buckets: Sequence[int], speed: Speed, cluster: Cluster, compute: float = 0.0, itemsize: int = 4
+) -> Step:
+    """A step whose computation alone takes `compute` seconds; with 0 it is the communication alone, all buckets ready at once.
+
+    `buckets` are the numbers of values in each. A plan of `none` is plain DDP.
+    """
+    W = cluster.world_size
+    if W == 1:
+        return Step(compute, 0.0, 0)
+    backward = BACKWARD * compute
+    jobs = [
+        _job(plan.choose(n, itemsize, W), n, itemsize, speed, cluster, backward * n / sum(buckets)) for n in buckets
+    ]
+    end = _Simulation(jobs, cluster).run()
+    filled = jobs[-1].fill.finished
+    assert filled is not None
+    return Step(compute - backward + end, end - filled, sent_bytes(plan, buckets, W, 0, itemsize))
+
+
+def slowest(median: float, upper_quartile: float, world_size: int) -> float:
+    """The median of the slowest of W ranks, for which all wait in an exchange: the 0.5^(1/W) quantile of one rank's seconds.
+
+    Between the quantiles that are known, and beyond, as a normal distribution has them.
+    """
+    normal = NormalDist()
+    spread = normal.inv_cdf(0.5 ** (1 / world_size)) / normal.inv_cdf(0.75)
+    return median + max(0.0, upper_quartile - median) * spread
+
+
+def break_even(
+    plan: Plan,
+    buckets: Sequence[int],
+    speed: Speed,
+    dense: Speed,
+    cluster: Cluster,
+    compute: float = 0.0,
+    itemsize: int = 4,
+) -> float | None:
+    """Bytes a second at which a dense step takes as long as one of this plan; on faster links dense is faster.
+
+    Infinite if no link is fast enough for that, None if the plan is faster on none. `cluster.bandwidth` does not matter.
+    Of very many buckets several are simulated as one, with their latencies.
+    """
+    joined = -(-len(buckets) // MOST_BUCKETS)
+    buckets = [sum(buckets[i : i + joined]) for i in range(0, len(buckets), joined)]
+    cluster = replace(cluster, latency=cluster.latency * joined)
+
+    def gain(bandwidth: float) -> float:
+        there = replace(cluster, bandwidth=bandwidth)
+        plain = step(DENSE, buckets, dense, there, compute, itemsize)
+        return plain.seconds - step(plan, buckets, speed, there, compute, itemsize).seconds
+
+    low, high = SLOWEST, FASTEST
+    if gain(high) >= 0:
+        return math.inf
+    if gain(low) <= 0:
+        return None
+    while high / low > 1 + PRECISION:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if gain(middle) > 0 else (low, middle)
+    return math.sqrt(low * high)
+
+
+@dataclass(eq=False)
+class _Work:
+    """What takes `seconds` once it is started, if each of its threads gets the share `need` of a core."""
+
+    seconds: float
+    need: float = 1.0
+    threads: float = 1.0
+    latency: float = 0.0
+    """How long after a transfer is through the link its last byte arrives."""
+    finished: float | None = None
+    """When it was done."""
+
+
+@dataclass
+class _Job:
+    """One bucket: backward fills it, the codec and the link work on it in this order."""
+
+    fill: _Work
+    encode: _Work
+    transfers: list[_Work]
+    recode: _Work
+    decode: _Work
+
+
+def _job(choice: Choice, n: int, itemsize: int, speed: Speed, cluster: Cluster, fill: float) -> _Job:
+    W, summed = cluster.world_size, choice.exchange == "all_reduce"
+    transfers = []
+    for message in messages(choice, n, itemsize, W, 0, cluster.ranks_per_host):
+        busy = cluster.stack * (message.sent + message.received) + summed * speed.add * n * (W - 1) / W
+        seconds = max(message.crossing * FRAME / cluster.bandwidth, busy)
+        latency = message.rounds * cluster.latency if message.crossing else 0.0
+        transfers.append(_Work(seconds, busy / seconds if seconds else 0.0, latency=latency))
+    (one, more), payloads = speed.mean, W if choice.exchange == "all_gather" else 1
+    decode = n * (one + (payloads - 1) * more) if choice.codec.lossy or not summed else 0.0
+    recode = -(-n // W) * (speed.recode[0] + (W - 1) * speed.recode[1])
+    threads = max(1.0, cluster.cores) if cluster.cores < math.inf else 1.0
+    return _Job(_Work(fill, threads=threads), _Work(n * speed.encode), transfers, _Work(recode), _Work(decode))
+
+
+class _Simulation:
+    """Backward, the lines of `sequencer.py` and the link. A line is a generator of the works that it waits for."""
+
+    def __init__(self, jobs: Sequence[_Job], cluster: Cluster) -> None:
+        self.jobs, self.cluster = jobs, cluster
+        self.now = 0.0
+        self.going: list[_Work] = []
+        self.link: deque[_Work] = deque()
+
+    def run(self) -> float:
+        """When the last mean is there."""
+        lines = [self.backward(), *([self.encoder(), self.wire()] if self.cluster.lines else [self.stream()])]
+        waiting = {line: next(line) for line in lines}
+        while waiting:
+            self.go_on()
+            for line in list(waiting):
+                while line in waiting and waiting[line].finished is not None:
+                    following = next(line, None)
+                    if following is None:
+                        del waiting[line]
+                    else:
+                        waiting[line] = following
+        return self.now
+
+    def backward(self) -> Iterator[_Work]:
+        for job in self.jobs:
+            yield self.start(job.fill)
+
+    def encoder(self) -> Iterator[_Work]:
+        for job in self.jobs:
+            yield job.fill
+            yield self.start(job.encode)
+            self.link.append(job.transfers[0])
+
+    def wire(self) -> Iterator[_Work]:
+        landing: list[_Job] = []  # at most one
+        for job in self.jobs:
+            if job.encode.finished is None:
+                yield from self.land(landing)
+            yield job.encode
+            yield from self.land(landing)
+            for before, transfer in itertools.pairwise(job.transfers):
+                yield from self.arrival(before)
+                yield self.start(job.recode)
+                self.link.append(transfer)
+            landing.append(job)
+        yield from self.land(landing)
+
+    def stream(self) -> Iterator[_Work]:
+        for job in self.jobs:
+            yield job.fill
+            yield self.start(job.encode)
+            for i, transfer in enumerate(job.transfers):
+                if i:
+                    yield self.start(job.recode)
+                self.link.append(transfer)
+                yield from self.arrival(transfer)
+            yield self.start(job.decode)
+
+    def land(self, landing: list[_Job]) -> Iterator[_Work]:
+        while landing:
+            job = landing.pop()
+            yield from self.arrival(job.transfers[-1])
+            yield self.start(job.decode)
+
+    def arrival(self, transfer: _Work) -> Iterator[_Work]:
+        yield transfer
+        assert transfer.finished is not None
+        yield self.start(_Work(max(0.0, transfer.finished + transfer.latency - self.now), need=0.0))
+
+    def start(self, work: _Work) -> _Work:
+        self.going.append(work)
+        return work
+
+    def go_on(self) -> None:
+        """Let time pass until the first of what is under way is done; the link carries one transfer after another."""
+        works = [*self.going, *itertools.islice(self.link, 1)]
+        level = _level(works, self.cluster.cores)
+        speeds = [min(1.0, level / work.need) if work.need else 1.0 for work in works]
+        passed = min(work.seconds / speed for work, speed in zip(works, speeds, strict=True))
+        self.now += passed
+        for work, speed in zip(works, speeds, strict=True):
+            work.seconds -= passed * speed
+            if work.seconds <= EPSILON:
+                work.finished = self.now
+                if self.link and work is self.link[0]:
+                    self.link.popleft()
+                else:
+                    self.going.remove(work)
+
+
+def _level(works: Sequence[_Work], cores: float) -> float:
+    """The share of a core that a thread gets at most, so that those who need less get all they need."""
+    left, threads = cores, sum(work.threads for work in works)
+    for work in sorted(works, key=lambda w: w.need):
+        if work.need * threads > left:
+            return left / threads
+        left -= work.need * work.threads
+        threads -= work.threads
+    return 1.0

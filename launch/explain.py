@@ -1,0 +1,449 @@
+"""What compressing would bring on a cluster, without running it: bytes, seconds, and the bandwidth up to which it pays.
+
+    commpress explain --params 7e9 --world 64 --bandwidth 10gbit --spec int4 --step-seconds 2.5
+    commpress explain --check steps.json        # the same model against measured steps of `benchmarks/training.py`
+
+The model is `commpress/comm/cost.py`. How fast the codecs are, it measures here, in about a second.
+"""
+
+import json
+import math
+import re
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from commpress.comm.codecs import Codec, parse
+from commpress.comm.cost import Cluster, Speed, break_even, feedback_bytes, layout, slowest, step
+from commpress.comm.plan import Plan
+from commpress.comm.session import warm_up
+from commpress.launch.train import machine
+
+SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
+VALUES = 2**22
+"""Length of the gradient that codecs are timed with: more than the cache of one core."""
+REPEATS = 5
+SOCKET_BYTES = 2**26
+DAY = 86400.0
+BUCKET = 2**20
+"""What DDP calls a megabyte in `bucket_cap_mb`."""
+LINKS = {"loopback": math.inf, "unshaped": math.inf}
+"""Rates of a record that are no number: then the cores are what limits."""
+DENSE_ROWS = ("plain ddp", "ddp", "none")
+_MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+_NUMBER = r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)"
+
+
+# --- what people type --------------------------------------------------------------------------------------------
+
+
+def number(text: str, name: str, pattern: str, expected: str) -> re.Match[str]:
+    """`text` split by a pattern; ValueError with the value and what was expected if it does not fit or is 0."""
+    match = re.fullmatch(_NUMBER + pattern, text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"{name} {text!r}: expected {expected}")
+    return match
+
+
+def count(text: str) -> int:
+    """`7e9`, `7b`, `350m`, `350000000` as a number of parameters."""
+    match = number(text, "params", "([kmbt]?)", "a number of parameters, such as 7e9, 7b or 350m")
+    return max(1, round(float(match[1]) * _MULTIPLES[match[2]]))
+
+
+def rate(text: str) -> float:
+    """`10gbit`, `100mbit` in bytes a second."""
+    match = number(text, "bandwidth", "([kmgt]?)bit", "a number and kbit, mbit or gbit, such as 10gbit")
+    return float(match[1]) * _MULTIPLES[match[2]] / 8
+
+
+def delay(text: str) -> float:
+    """`20ms`, `0ms`, `50us`, `1s` in seconds."""
+    if re.fullmatch(r"0(\.0*)?(us|ms|s)", text.strip().lower()):
+        return 0.0
+    match = number(text, "delay", "(us|ms|s)", "a number and us, ms or s, such as 20ms")
+    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
+
+
+# --- how fast this machine is ------------------------------------------------------------------------------------
+
+
+def measure(codec: Codec, device: torch.device) -> Speed:
+    """Time a codec on one core of this machine, or on its accelerator, as the exchanges use it."""
+    n = VALUES
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
+    if not codec.lossy:  # dense: divided by the number of ranks, and summed by the group
+        return Speed(_seconds(lambda: x.mul_(1.0), device) / n, (0.0, 0.0), (0.0, 0.0), _adding(x, x.clone(), device))
+    warm_up(codec, device)
+    residual, out = torch.zeros_like(x), torch.empty_like(x)
+    payload = codec.encode(x)
+    four = payload.repeat(4)
+    encode = _seconds(lambda: codec.encode(x, residual, payload), device)
+    counts = [four[: k * payload.numel()] for k in (1, 4)]
+    mean = [_seconds(partial(codec.mean, p, n, k, out), device) for p, k in zip(counts, (1, 4), strict=True)]
+    recode = [0.0, 0.0]
+    add = 0.0
+    if codec.exchange == "two_shot":
+        calls = [partial(codec.recode, p, n, k, residual, payload) for p, k in zip(counts, (1, 4), strict=True)]
+        recode = [_seconds(call, device) for call in calls]
+    if codec.sum_dtype is not None:
+        values = payload[: n * codec.sum_dtype.itemsize].view(codec.sum_dtype)
+        encode += _seconds(lambda: values.mul_(1.0), device)
+        add = _adding(values, values.clone(), device)
+    each = [(first / n, max(0.0, fourth - first) / 3 / n) for first, fourth in (mean, recode)]
+    return Speed(encode / n, each[0], each[1], add)
+
+
+def _adding(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> float:
+    return _seconds(lambda: a.add_(b), device) / a.numel()
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The least of a few calls after a first one; on CPU the thread's own time, so that what else runs here does not count."""
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    times = []
+    for _ in range(REPEATS + 1):
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        start = clock()
+        call()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(clock() - start)
+    return min(times[1:])
+
+
+def socket_seconds() -> float:
+    """Core-seconds that this system takes to send or to receive a byte, measured over loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+    chunk = bytearray(2**20)
+
+    def send() -> None:
+        for _ in range(SOCKET_BYTES // len(chunk)):
+            sender.sendall(chunk)
+
+    with sender, receiver:
+        start = time.process_time()
+        thread = threading.Thread(target=send)
+        thread.start()
+        buffer, left = bytearray(2**20), SOCKET_BYTES
+        while left:
+            left -= receiver.recv_into(buffer, min(left, len(buffer)))
+        thread.join()
+    return (time.process_time() - start) / SOCKET_BYTES / 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured here: the speed of `none` and of each spec in seconds a value, and of sockets."""
+
+    device: str
+    speeds: dict[str, Speed]
+    stack: float
+
+    @classmethod
+    def here(cls, specs: Sequence[str], device: torch.device) -> "Measured":
+        """Measure this machine."""
+        here, threads = machine(device), torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            speeds = {spec: measure(parse(spec), device) for spec in ("none", *specs)}
+        finally:
+            torch.set_num_threads(threads)
+        if device.type == "cpu":
+            return cls(f"one core of this machine ({here['processor']})", speeds, socket_seconds())
+        return cls(f"the {here['accelerator']} of this machine", speeds, 0.0)
+
+
+# --- predictions -------------------------------------------------------------------------------------------------
+
+
+def predicted(
+    specs: Sequence[str],
+    values: int,
+    bucket_bytes: float,
+    cluster: Cluster,
+    compute: float | None,
+    measured: Measured,
+) -> list[dict[str, Any]]:
+    """A row for dense and for each spec. Seconds, bytes a rank and step; `step_seconds` and savings need `compute`."""
+    buckets = layout(values, bucket_bytes)
+    rows: list[dict[str, Any]] = []
+    for spec in dict.fromkeys(("none", *specs)):
+        plan = Plan.of(spec)
+        speed = measured.speeds[spec]
+        alone = step(plan, buckets, speed, cluster)
+        row: dict[str, Any] = {
+            "spec": str(plan.codec),
+            "exchange": plan.choose(buckets[0], 4, cluster.world_size).exchange,
+            "sent_bytes": alone.sent_bytes,
+            "communication_seconds": alone.seconds,
+            "feedback_bytes": feedback_bytes(plan, buckets, cluster.world_size),
+        }
+        row["ratio"] = rows[0]["sent_bytes"] / row["sent_bytes"] if rows and row["sent_bytes"] else 1.0
+        if compute is not None:
+            whole = step(plan, buckets, speed, cluster, compute)
+            row |= {"step_seconds": whole.seconds, "exposed_seconds": whole.exposed}
+            plain = rows[0] if rows else row
+            steps = DAY / plain["step_seconds"]
+            row["saved_bytes_a_day"] = steps * cluster.world_size * (plain["sent_bytes"] - row["sent_bytes"])
+            row["saved_hours_a_day"] = 24 * (1 - row["step_seconds"] / plain["step_seconds"])
+        if plan.codec.lossy:
+            row["break_even"] = break_even(plan, buckets, speed, measured.speeds["none"], cluster, compute or 0.0)
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], title: str, known: bool) -> Table:
+    """The rows as a table; `known` says whether the seconds of a step are."""
+    made = Table(title=title, box=box.SIMPLE_HEAD)
+    names = ["spec", "exchange", "a step", "ratio", "communication"]
+    names += ["step", "saved a day", "hours a day"] if known else []
+    for i, name in enumerate((*names, "pays below", "feedback")):
+        made.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in rows:
+        cells = [row["spec"] if row["spec"] != "none" else "plain DDP", row["exchange"]]
+        cells += [size(row["sent_bytes"]), f"{row['ratio']:.1f}", f"{row['communication_seconds']:.3g} s"]
+        if known:
+            cells += [f"{row['step_seconds']:.3g} s", f"{row['saved_bytes_a_day'] / 1e12:,.1f} TB"]
+            cells.append(f"{row['saved_hours_a_day']:.1f}")
+        pays = bits(row["break_even"]) if "break_even" in row else ""
+        made.add_row(*cells, pays, size(row["feedback_bytes"]) if row["feedback_bytes"] else "")
+    return made
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people write them: 7.11 GB."""
+    name, unit = next((n, u) for n, u in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 0)) if nbytes >= u)
+    return f"{nbytes / (unit or 1):.3g} {name}"
+
+
+def bits(bandwidth: float | None) -> str:
+    """A break-even bandwidth in words."""
+    if bandwidth is None:
+        return "never"
+    if bandwidth == math.inf:
+        return "any link"
+    unit, name = next(
+        (u, n) for u, n in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0, "")) if bandwidth * 8 >= u
+    )
+    return f"{bandwidth * 8 / (unit or 1):.3g} {name}bit/s"
+
+
+# --- against measured steps --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One row of a step-time record: what was predicted and what was measured, in seconds."""
+
+    link: str
+    name: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """The prediction's error as a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+
+def compared(record: dict[str, Any], measured: Measured) -> list[Compared]:
+    """Predictions for a record's plain DDP and commpress rows, from its floor row. Raises ValueError if it is no record.
+
+    All ranks are taken to run on one machine, as in the lab, and to share its cores. What waits for the slowest of W ranks
+    starts from the floor's 0.5^(1/W) quantile. Links with loss are not predicted.
+    """
+    try:
+        where, W, values = record["link"], int(record["world_size"]), int(record["parameters"])
+        (floor,) = (row for row in record["rows"] if row["kind"] == "floor")
+        rows = [row for row in record["rows"] if row.get("seconds") and _spec(row)]
+        cores = int(re.search(r"(\d+) cores", record["machine"])[1])  # type: ignore[index]
+        bandwidth = LINKS[where["rate"]] if where["rate"] in LINKS else rate(where["rate"])
+        lossless = re.fullmatch(r"0(\.0*)?%", where["loss"]) is not None
+        compute = slowest(floor["seconds"], floor["quartiles"][2], W)
+        cluster = Cluster(
+            W, bandwidth, delay(where["delay"]), where["ranks_per_host"], max(1.0, cores / W), measured.stack
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a step-time record with a row of kind floor: {type(error).__name__}: {error}") from None
+    if not lossless:
+        return []
+    crowding = max(1.0, W / cores)  # more ranks than cores: each gets that much less of one
+    cluster = Cluster(**{**vars(cluster), "stack": measured.stack * crowding})
+    buckets = layout(values, record.get("bucket_mb", 25.0) * BUCKET)
+    found = []
+    for row in rows:
+        spec = _spec(row)
+        seconds = step(Plan.of(spec), buckets, measured.speeds[spec].scaled(crowding), cluster, compute).seconds
+        found.append(Compared(f"{W} ranks, {where['rate']}, {where['delay']}", row["name"], seconds, row["seconds"]))
+    return found
+
+
+def _spec(row: dict[str, Any]) -> str:
+    """The spec that predicts a row; "" if none does."""
+    if row["kind"] == "commpress":
+        return str(row["name"])
+    return "none" if row["kind"] == "torch" and str(row["name"]).lower() in DENSE_ROWS else ""
+
+
+def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compared], str]:
+    """All predictions for these files, and a sentence with their median and worst error. Raises ValueError."""
+    if not records:
+        raise ValueError("--check: expected at least one step-time record, got none")
+    read = []
+    for path in records:
+        try:
+            read.append((path, json.loads(path.read_text())))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read as a step-time record: {error}") from None
+    specs = {_spec(row) for _, record in read for row in _rows(record)} - {"", "none"}
+    measured = Measured.here(sorted(specs), device)
+    found = []
+    for path, record in read:
+        try:
+            found += compared(record, measured)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if not found:
+        return found, "no row of these records can be predicted"
+    worst = max(found, key=lambda c: abs(c.error))
+    median = statistics.median(abs(c.error) for c in found)
+    return found, (
+        f"median error {median:.0%} over {len(found)} rows, worst {worst.error:+.0%} ({worst.name} on {worst.link}); "
+        f"codec speed: {measured.device}, now"
+    )
+
+
+def _rows(record: Any) -> list[dict[str, Any]]:
+    rows = record.get("rows", []) if isinstance(record, dict) else []
+    return [row for row in rows if isinstance(row, dict) and {"kind", "name"} <= row.keys()]
+
+
+def check_table(found: Sequence[Compared]) -> Table:
+    """Predicted against measured seconds, a line a row."""
+    made = Table(title="seconds a step: predicted and measured", box=box.SIMPLE_HEAD)
+    for name in ("link", "row", "predicted", "measured", "error"):
+        made.add_column(name, justify="left" if name in ("link", "row") else "right")
+    for c in found:
+        made.add_row(c.link, c.name, f"{c.predicted:.3f}", f"{c.measured:.3f}", f"{c.error:+.0%}")
+    return made
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def command(
+    records: Annotated[list[Path] | None, typer.Argument(metavar="[RECORD.json...]", help="With --check.")] = None,
+    params: Annotated[str, typer.Option(help="Trained parameters: 7e9, 7b, 350m.")] = "",
+    world: Annotated[int, typer.Option(help="Ranks.")] = 0,
+    bandwidth: Annotated[str, typer.Option(help="Of each host's link: 10gbit, 100mbit.")] = "",
+    spec: Annotated[
+        list[str] | None, typer.Option(help="May be given several times. Default: the common ones.")
+    ] = None,
+    step_seconds: Annotated[float | None, typer.Option(help="Of a step without communication.")] = None,
+    delay_: Annotated[str, typer.Option("--delay", help="From host to host, one way: 20ms.")] = "0ms",
+    bucket_mb: Annotated[float, typer.Option(help="DDP's bucket_cap_mb.")] = 25.0,
+    ranks_per_host: Annotated[int, typer.Option(help="Ranks that share a host and its link.")] = 1,
+    cores: Annotated[int, typer.Option(help="CPU cores of a host. Default: as many as here.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the codecs run and are timed: cpu or cuda.")] = "cpu",
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare with step-time records instead.")] = False,
+) -> None:
+    """Predict bytes, seconds and break-even bandwidth of compressing, without running it."""
+    try:
+        where = _device(device)
+        if check:
+            found, sentence = checked(records or [], where)
+            _print(check_table(found))
+            _say(sentence)
+            if json_ is not None:
+                figures = [{**vars(c), "error": c.error} for c in found]
+                json_.write_text(
+                    json.dumps({"what": "predictions", "rows": figures, "answer": sentence}, indent=2) + "\n"
+                )
+            return
+        if records:
+            raise ValueError(f"{records[0]}: records are read with --check only")
+        specs = [str(parse(s)) for s in spec or SPECS]
+        _require(world >= 2, f"world {world}: expected the number of ranks, at least 2 (one alone sends nothing)")
+        _require(1 <= ranks_per_host <= world, f"ranks-per-host {ranks_per_host}: expected 1 to {world}, the ranks")
+        _require(bucket_mb > 0, f"bucket-mb {bucket_mb}: expected a number above 0")
+        _require(cores >= 0, f"cores {cores}: expected a number above 0")
+        _require(step_seconds is None or step_seconds > 0, f"step-seconds {step_seconds}: expected a number above 0")
+        values, each, latency = count(params), rate(bandwidth), delay(delay_)
+        measured = Measured.here(specs, where)
+    except (ValueError, TypeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    own = (cores or machine(where)["cores"]) / ranks_per_host if where.type == "cpu" else math.inf
+    cluster = Cluster(world, each, latency, ranks_per_host, own, measured.stack, lines=where.type == "cpu")
+    rows = predicted(specs, values, bucket_mb * BUCKET, cluster, step_seconds, measured)
+    _print(table(rows, f"{params} parameters, {world} ranks, {bandwidth} links", step_seconds is not None))
+    for sentence in assumptions(measured, cluster, step_seconds):
+        _say(sentence)
+    if json_ is not None:
+        about: dict[str, Any] = {
+            "params": values,
+            "world": world,
+            "bandwidth": each,
+            "latency": latency,
+            "bucket_mb": bucket_mb,
+        }
+        about |= {"ranks_per_host": ranks_per_host, "cores": own if where.type == "cpu" else None}
+        about |= {"step_seconds": step_seconds, "codecs": {s: vars(v) for s, v in measured.speeds.items()}}
+        plain = [{**row, "break_even": bits(row["break_even"])} if "break_even" in row else row for row in rows]
+        record = {"what": "explain", **about, "device": measured.device, "stack": measured.stack, "rows": plain}
+        json_.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> list[str]:
+    """What the figures rest on, in sentences."""
+    said = [f"Bytes: sent by a rank in a step. Codec speed: measured now on {measured.device}."]
+    if compute is None:
+        said.append("Communication alone, every bucket ready at once: what a step takes needs --step-seconds.")
+    else:
+        shared = f"{cluster.cores:g} cores a rank, which backward uses and shares with codec and sockets"
+        said.append(
+            f"A step computes {compute:g} s, two thirds of it backward, behind which buckets are exchanged; "
+            + ("backward runs on the accelerator." if cluster.cores == math.inf else f"{shared}.")
+        )
+        said.append("A day: 24 h of dense training, all ranks together; hours: how much sooner its steps are done.")
+    said.append("Pays below: the bandwidth at which dense takes as long; on faster links plain DDP is faster.")
+    return said
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r}: expected cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': this machine has no GPU that torch can use, expected cpu")
+    return torch.device(name)
+
+
+def _require(good: bool, otherwise: str) -> None:
+    if not good:
+        raise ValueError(otherwise)
+
+
+def _print(made: Table) -> None:
+    console = Console()
+    Console(width=max(console.width, 128)).print(made)
+
+
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,142 @@
+"""The JSON files that a report is made of, recognised by what is in them, and what their links are called.
+
+Runs are those of `commpress.launch.train`, step times and losses those of `benchmarks/training.py`, timelines the traces
+of `session.timeline`.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+"""What a JSON file holds."""
+
+RUN, STEP_TIMES, LOSSES, TIMELINE = "run", "step times", "losses", "timeline"
+NEEDED = {
+    RUN: ("settings", "traffic", "curve", "steps_done", "median_step_seconds", "machine", "world_size", "backend"),
+    STEP_TIMES: ("link", "machine", "torch", "world_size", "model", "parameters", "tokens_per_step", "steps", "rows"),
+    LOSSES: ("world_size", "model", "parameters", "tokens_per_step", "target", "rows"),
+    TIMELINE: ("traceEvents",),
+}
+NEEDED_IN_A_ROW = {
+    STEP_TIMES: ("name", "kind", "seconds", "quartiles", "ratio", "tokens_per_second"),
+    LOSSES: ("name", "kind", "steps", "loss", "sent_bytes", "steps_to_target"),
+}
+NEEDED_IN_A_LINK = ("hosts", "ranks_per_host", "rate", "delay", "loss", "shaped")
+CALLED = {
+    RUN: "a run's record.json",
+    STEP_TIMES: "a record of step times",
+    LOSSES: "a record of losses",
+    TIMELINE: "a timeline",
+}
+SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
+"""What the spans of a timeline are called."""
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+def read(path: Path) -> Record:
+    """A file that a report can show. Raises ValueError, which names the file, for any other."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a run's record.json or another JSON file: {error}") from error
+    try:
+        found = kind(record)
+        require(record, found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    # a trace does not say what it is of: its name has to
+    return {**record, "file": str(path)} if found == TIMELINE else dict(record)
+
+
+def kind(record: Any) -> str:
+    """RUN, STEP_TIMES, LOSSES or TIMELINE. Raises ValueError for none of them."""
+    if isinstance(record, dict):
+        if record.get("what") in (STEP_TIMES, LOSSES):
+            return str(record["what"])
+        if "traceEvents" in record:
+            return TIMELINE
+        if "settings" in record or "traffic" in record:
+            return RUN
+    raise ValueError(f"expected one of {', '.join(CALLED.values())}, found none of them")
+
+
+def require(record: Record, found: str) -> None:
+    """Raises ValueError that says what a record of that kind lacks."""
+
+    def has(part: Any, keys: Iterable[str], called: str) -> None:
+        missing = [key for key in keys if not isinstance(part, dict) or key not in part]
+        if missing:
+            raise ValueError(f"not {called}, it has no {missing[0]!r}")
+
+    called = CALLED[found]
+    has(record, NEEDED[found], called)
+    if found in NEEDED_IN_A_ROW:
+        for i, row in enumerate(record["rows"]):
+            failed = isinstance(row, dict) and row.get("error")
+            has(row, ("name", "kind") if failed else NEEDED_IN_A_ROW[found], f"{called}: row {i}")
+    if found == STEP_TIMES:
+        has(record["link"], NEEDED_IN_A_LINK, f"{called}: the link")
+        if record["link"]["shaped"]:
+            bits(record["link"]["rate"])
+    if found == TIMELINE and not spans(record):
+        raise ValueError(f"not {called} of a session: no span of {', '.join(SPANS)} that has a step")
+
+
+def spans(record: Record) -> list[Record]:
+    """The spans of a trace that are a session's."""
+    return [
+        event
+        for event in record["traceEvents"]
+        if event.get("ph") == "X" and event.get("name") in SPANS and "step" in event.get("args", {})
+    ]
+
+
+def ran(row: Record) -> bool:
+    """Whether a row of a benchmark has figures."""
+    return not row.get("error")
+
+
+def model_name(record: Record) -> str:
+    """The model of a benchmark of losses, and on how many ranks."""
+    return f"{record['model']}, {record['parameters'] / 1e6:.1f} M parameters, {record['world_size']} ranks"
+
+
+def conditions(record: Record) -> str:
+    """All of a link but its bandwidth."""
+    link, ranks = record["link"], f"{record['world_size']} ranks"
+    if not link["shaped"]:
+        return f"{ranks}, {link['rate']}"
+    return ", ".join([f"{link['hosts']} hosts, {ranks}", *impairments(link)])
+
+
+def link_name(link: Record, hosts: bool = False) -> str:
+    """1 Gbit/s, and what else is special about it; its hosts if asked for."""
+    if not link["shaped"]:
+        return str(link["rate"])
+    name = bandwidth(bits(link["rate"]))
+    if hosts:
+        each = "" if link["ranks_per_host"] == 1 else f" of {link['ranks_per_host']} ranks"
+        name += f", {link['hosts']} hosts{each}"
+    return ", ".join([name, *impairments(link)])
+
+
+def impairments(link: Record) -> list[str]:
+    """A link's delay and loss, if it has them."""
+    return [f"{link[key]} {key}" for key in ("delay", "loss") if float(str(link[key]).rstrip("nmus%") or 0)]
+
+
+def bits(rate: str) -> float:
+    """Bits a second of a link's rate: "2.5gbit" -> 2.5e9. Raises ValueError for what is no rate."""
+    found = re.fullmatch(r"(\d+\.?\d*)([kmgt]?)bit", rate.strip().lower())
+    if not found or not float(found[1]):
+        raise ValueError(f"rate {rate!r}: expected a number and bit, kbit, mbit, gbit or tbit, as in '100mbit'")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def bandwidth(rate: float) -> str:
+    """1e9 -> "1 Gbit/s" """
+    unit = next(u for u in reversed(UNITS) if rate >= UNITS[u])
+    return f"{rate / UNITS[unit]:g} {'k' if unit == 'k' else unit.upper()}bit/s"

@@ -1,0 +1,71 @@
+"""Scalars for TensorBoard: what record.json's curve holds, and the seconds of each phase, written while training runs.
+
+Everything that is "a step" (MB, seconds) is the mean since the row before, so the sums agree with record.json.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PHASES = ("encode", "wire", "decode", "exposed")
+
+
+def require(device: torch.device) -> None:
+    """Raises ValueError on all ranks if rank 0, which alone writes, cannot import tensorboard. Collective."""
+    reason = ""
+    if dist.get_rank() == 0:
+        try:
+            from torch.utils import tensorboard  # noqa: F401
+        except ImportError as error:
+            reason = str(error)
+    missing = torch.tensor(len(reason), device=device)
+    dist.broadcast(missing, 0)
+    if missing.item():
+        reason = reason or "rank 0 cannot import it"
+        raise ValueError(f"--tensorboard needs tensorboard ({reason}): pip install 'commpress[tensorboard]'")
+
+
+@dataclasses.dataclass
+class Scalars:
+    """Writes into `folder`, in which a resumed run goes on after step `done`: later steps of an earlier start are hidden.
+
+    `seconds` and `traffic` (bytes, and seconds by phase) are totals of the run, here those at step `done`.
+    """
+
+    folder: Path
+    done: int
+    seconds: float
+    traffic: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.done + 1 if self.done else 0)
+
+    def note(self, row: Mapping[str, Any], lr: float, traffic: Mapping[str, float]) -> None:
+        """A row of the curve with the learning rate of its last update and the totals so far; on disk at once."""
+        values = {"loss/train": row["train_loss"], "loss/validation": row["validation_loss"]}
+        steps = row["step"] - self.done
+        if steps:  # nothing has travelled yet at step 0
+            added = {name: value - self.traffic[name] for name, value in traffic.items()}
+            sent, dense = added["sent_bytes"], added["dense_bytes"]
+            values |= {
+                "learning rate": lr,
+                "traffic/MB a step": sent / 1e6 / steps,
+                "traffic/ratio": dense / sent if sent else 1.0,
+                "seconds/step": (row["seconds"] - self.seconds) / steps,
+                **{f"seconds/{phase}": added[phase] / steps for phase in PHASES},
+            }
+        for name, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, row["step"])
+        self.writer.flush()
+        self.done, self.seconds, self.traffic = row["step"], row["seconds"], traffic
+
+    def close(self) -> None:
+        """Close the file."""
+        self.writer.close()

@@ -1,0 +1,145 @@
+"""The bandwidth benchmark runs, its figures fit together, and it refuses to time a codec that moves garbage."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from ranks import outcome, run
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import bandwidth  # noqa: E402
+
+from commpress.comm.codecs import Codec  # noqa: E402
+from commpress.comm.codecs.base import Bytes, Floats  # noqa: E402
+from commpress.comm.codecs.integer import Int8  # noqa: E402
+from commpress.comm.plan import Plan  # noqa: E402
+
+ROW = {
+    *("size", "spec", "exchange", "seconds", "quartiles", "sent_bytes", "kernel_bytes"),
+    *("algorithm_bandwidth", "bus_bandwidth", "ratio"),
+}
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The benchmark on two ranks of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [
+        *torchrun,
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(port),
+        str(ROOT / "benchmarks" / "bandwidth.py"),
+    ]
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_it_runs_and_its_figures_fit_together(tmp_path: Path) -> None:
+    path = tmp_path / "bandwidth.json"
+    done = started("bf16", "int4", "topk(0.01)|int4", "--to", "1mb", "--repeats", "2", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    assert record["what"] == "bandwidth"
+    assert (record["world_size"], record["backend"], record["link"]["shaped"]) == (2, "gloo", False)
+    assert set(record["link"]) == {"hosts", "ranks_per_host", "rate", "delay", "loss", "shaped"}
+    exchanges = {"dense": {"all_reduce"}, "bf16": {"all_reduce", "two_shot", "all_gather"}}
+    exchanges |= {spec: {"two_shot", "all_gather"} for spec in ("int4", "topk(0.01)|int4")}
+    for size in (2**16, 2**18, 2**20):
+        rows = [row for row in record["rows"] if row["size"] == size]
+        assert {s: {row["exchange"] for row in rows if row["spec"] == s} for s in exchanges} == exchanges
+        assert len(rows) == 8
+        for row in rows:
+            assert set(row) == ROW
+            assert row["algorithm_bandwidth"] == pytest.approx(size / row["seconds"])
+            assert row["bus_bandwidth"] == row["algorithm_bandwidth"]  # 2 (W - 1) / W is 1 for two ranks
+            if (row["spec"], row["exchange"]) == ("int4", "all_gather"):
+                assert row["sent_bytes"] == Plan.of("int4").codec.nbytes(size // 4)
+            assert row["kernel_bytes"] is None  # on loopback the counter is that of all ranks
+    assert len(record["rows"]) == 24
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("faster than dense: bf16 ")
+    assert all(spec in last for spec in ("int4", "topk(0.01)|int4"))
+
+
+def test_senseless_sizes_are_refused() -> None:
+    assert bandwidth.size_of("64kb") == 2**16
+    assert bandwidth.size_of("1MB") == 2**20
+    assert (bandwidth.shown(2**16), bandwidth.shown(2**28), bandwidth.shown(5)) == ("64 KB", "256 MB", "5 B")
+    with pytest.raises(Exception, match=r"size 'large'.*such as 64kb"):
+        bandwidth.size_of("large")
+
+
+@dataclass(frozen=True)
+class Garbled(Int8):
+    """int8 whose loop decodes one value of each block wrongly."""
+
+    word: ClassVar[str] = "int8"
+
+    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
+        super().loop_mean(payloads, count, out)
+        out[7::256] += 0.25
+
+
+@dataclass(frozen=True)
+class Empty(Int8):
+    """A codec that sends nothing of use, and owns up to it: its memories hold all."""
+
+    word: ClassVar[str] = "int8"
+
+    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
+        payload[:] = 0
+        if residual.size:
+            residual += x
+
+    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
+        out[:] = 0
+
+
+@dataclass(frozen=True)
+class Own(Int8):
+    """A codec that decodes differently on every rank."""
+
+    word: ClassVar[str] = "int8"
+
+    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
+        super().loop_mean(payloads, count, out)
+        out[0] += 1e-6 * torch.distributed.get_rank()
+
+
+def measured(codec: Codec | str) -> str:
+    return outcome(lambda: bandwidth.measure([codec], [2**16, 2**18], 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("codec", "complaint"),
+    [
+        (Garbled(), "a value is off by 0.25 beyond what error feedback remembers"),
+        (Empty(), "what was left out is as large as the gradient"),
+        (Own(), "the ranks hold different bits"),
+    ],
+)
+def test_garbage_is_not_timed(codec: Codec, complaint: str) -> None:
+    for said in run(2, measured, codec):
+        assert said.startswith("GarbageError: int8 by two_shot, 64 KB: ")
+        assert complaint in said
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_is_sound_passes(world_size: int) -> None:
+    for spec in ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.05)|sign"):
+        assert run(world_size, measured, spec) == [""] * world_size

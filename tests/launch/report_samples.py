@@ -1,0 +1,157 @@
+"""Made-up records of every kind that a report takes, as the training program, the benchmarks and sessions write them."""
+
+import json
+import math
+from pathlib import Path
+
+from commpress.launch import report
+
+SPECS = ("int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
+BITS = dict(zip(SPECS, (8.125, 4.125, 1.031, 0.406, 0.127, 0.016), strict=True))
+OTHERS = {
+    "plain DDP": ("torch", 32.0),
+    "fp16 hook": ("torch", 16.0),
+    "PowerSGD rank 1 hook, one bucket": ("torch", 0.9),
+    "PowerSGD rank 4": ("peer", 0.25),
+}
+PARAMETERS = 16_800_000
+
+
+def run(spec: str, bits: float) -> report.Record:
+    """A run of 300 steps."""
+    sent, dense = int(PARAMETERS * bits / 8), PARAMETERS * 4
+    curve = [
+        {
+            "step": step,
+            "train_loss": None if step == 0 else 2.2 + 3.4 * math.exp(-step / 60) + 0.06 * math.sin(step * 1.7),
+            "validation_loss": None if step % 50 else 2.25 + 3.3 * math.exp(-step / 60) + 0.3 / (bits + 1),
+            "seconds": step * (0.1 + bits / 100),
+            "sent_bytes": step * sent,
+            "dense_bytes": step * dense,
+        }
+        for step in range(301)
+    ]
+    reason = "spec is none" if spec == "none" else ""
+    row = {"dtype": "float32", "spec": spec, "exchange": "two_shot"}
+    sizes = [(0, PARAMETERS, 1), *((i, v, 299) for i, v in enumerate((400_000, 6_500_000, 6_500_000, 3_400_000)))]
+    rows = [
+        {
+            **row,
+            **{"bucket": bucket, "values": values, "steps": steps, "dense_bytes": values * 4 * steps},
+            **{
+                "sent_bytes": int(values * bits / 8) * steps,
+                "reason": "small" if bucket == 0 and steps > 1 else reason,
+            },
+        }
+        for bucket, values, steps in sizes
+    ]
+    return {
+        "settings": {"compress": spec, "steps": 300, "out": f"runs/{spec}"},
+        "traffic": {
+            **{"dense_bytes": 300 * dense, "sent_bytes": 300 * sent, "ratio": dense / sent},
+            **{"encode": 2.1, "wire": 30 * bits / 8, "decode": 1.3, "exposed": 12 * bits / 32},
+        },
+        "report": {"rows": rows},
+        "curve": curve,
+        "steps_done": 300,
+        "median_step_seconds": 0.1 + bits / 100,
+        "final_validation_loss": curve[-1]["validation_loss"],
+        "machine": {"processor": "AMD EPYC"},
+        "world_size": 2,
+        "backend": "gloo",
+        "parameters": PARAMETERS,
+    }
+
+
+MODEL = {"model": "GPT, 5 layers, 528 wide", "parameters": PARAMETERS, "tokens_per_step": 256}
+
+
+def step_times(hosts: int, rate: str, megabits: float | None, delay: str = "0ms") -> report.Record:
+    """Step times of a link; of loopback without `megabits`."""
+    floor = 0.24
+    rows: list[report.Record] = []
+    kinds = {spec: ("commpress", bits) for spec, bits in BITS.items()}
+    for name, (kind, bits) in {"no communication": ("floor", 0.0), **OTHERS, **kinds}.items():
+        seconds = floor + (0.0 if kind == "floor" else 0.05) + PARAMETERS * bits / (megabits or 4e4) / 1e6
+        rows.append(
+            {
+                **{"name": name, "kind": kind, "seconds": seconds, "quartiles": [seconds * f for f in (0.95, 1, 1.1)]},
+                **{"ratio": seconds / floor, "tokens_per_second": 256 / seconds, "kernel_bytes": 1e6 * bits},
+                "sent_bytes": int(PARAMETERS * bits / 8) if kind == "commpress" else None,
+                "phases": {"encode": 0.03, "wire": 0.1, "decode": 0.02, "exposed": 0.05, "hidden": 0.1}
+                if kind == "commpress"
+                else None,
+                "error": "",
+            }
+        )
+    error = "RuntimeError: bf16 is not supported by Gloo: " + "a reason that goes on and on, " * 6
+    rows.append({"name": "bf16 hook", "kind": "torch", "error": error})
+    shaped = megabits is not None
+    link = {"hosts": hosts, "ranks_per_host": 1, "rate": rate, "delay": delay, "loss": "0%", "shaped": shaped}
+    machine = {"machine": "AMD EPYC, 2 cores", "torch": "2.13.0", "steps": 15, "world_size": hosts}
+    return {"what": "step times", "link": link, **machine, **MODEL, "rows": rows}
+
+
+def losses() -> report.Record:
+    """Losses over 300 steps."""
+    steps = list(range(0, 301, 20))
+    rows: list[report.Record] = []
+    for name, (kind, bits) in {**OTHERS, **{spec: ("commpress", bits) for spec, bits in BITS.items()}}.items():
+        if name != "fp16 hook":
+            loss = [2.4 + 3.2 * math.exp(-step / 80) + 0.4 / (1 + 4 * bits) for step in steps]
+            rows.append(
+                {
+                    **{"name": name, "kind": kind, "steps": steps, "loss": loss, "error": ""},
+                    "sent_bytes": [step * int(PARAMETERS * bits / 8) for step in steps],
+                    "steps_to_target": next((step for step, x in zip(steps, loss, strict=True) if x < 2.6), None),
+                }
+            )
+    return {"what": "losses", "world_size": 2, "target": 2.6, **MODEL, "rows": rows}
+
+
+def timeline() -> report.Record:
+    """Five steps of twelve buckets, of which two are on the wire at a time."""
+    lines = ("training", "encode", "wire", "wire", "decode")
+    events: list[report.Record] = [
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": name}}
+        for tid, name in enumerate(lines)
+    ]
+
+    def span(name: str, tid: int, step: int, start: float, length: float, **bucket: int) -> None:
+        where = {"pid": 0, "tid": tid, "ts": start * 1e3, "dur": length * 1e3}
+        events.append({"ph": "X", "name": name, **where, "args": {"step": step, **bucket}})
+
+    for step in range(5):
+        start, slow = step * 400.0, 1 + 0.1 * (step * 3 % 5)
+        span("forward", 0, step, start, 60)
+        span("backward", 0, step, start + 62, 120)
+        for bucket in range(12):
+            at = start + 80 + 10 * bucket
+            span("encode", 1, step, at, 5, bucket=bucket)
+            span("wire", 2 + bucket % 2, step, at + 5, 16 * slow, bucket=bucket)
+            span("decode", 4, step, at + 5 + 16 * slow, 3, bucket=bucket)
+        span("exposed", 0, step, start + 182, 35 * slow)
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def write(folder: Path) -> list[Path]:
+    """One of each kind of file that a report takes, and several of most."""
+    records = {
+        **{
+            f"run{i}": run(spec, bits)
+            for i, (spec, bits) in enumerate({"none": 32.0, **BITS}.items())
+            if i in (0, 2, 5)
+        },
+        **{
+            f"steps{i}": step_times(2, *link)
+            for i, link in enumerate((("100mbit", 100.0), ("300mbit", 300.0), ("1gbit", 1e3), ("10gbit", 1e4)))
+        },
+        "delay": step_times(2, "1gbit", 1e3, "20ms"),
+        "delay2": step_times(2, "100mbit", 1e2, "20ms"),
+        "loopback": step_times(4, "loopback", None),
+        "losses": losses(),
+        "trace-rank0": timeline(),
+    }
+    for name, record in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    return [folder / f"{name}.json" for name in records]

