@@ -5,7 +5,7 @@ Run it as one rank on each of two hosts (as root; network namespaces joined by s
     python -m commpress.launch.lab 2 1gbit -- python benchmarks/training.py [SPEC ...] [--only NAME ...] [--json FILE]
 
 A byte-level GPT of 17 M parameters on the standard library's source, batch 2 x 64, SGD with momentum, one thread a rank.
-Every row has its own copy of the model (0.3 to 0.5 GB a rank); rows take turns of a few steps, so a noisy machine shifts
+Every row has its own copy of the model (about 0.3 GB); rows take turns of a few steps, so a noisy machine shifts
 all. `no communication` is DDP with torch's noop_hook: a row is its median step and the ratio to that one's in the same run.
 
 With --loss STEPS it trains every row instead, one after another, from the same weights on the same windows: held-out loss
@@ -15,7 +15,6 @@ against steps and bytes. That does not depend on the link; time to a loss is its
 import argparse
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
