@@ -43,7 +43,7 @@ bench-codecs: $(INSTALLED)
 bench-quick: $(INSTALLED)
 	@mkdir -p $(RECORDS)
 	@$(LAB) 2 1gbit -- $(STEPS) $(FEW) --rounds 3 --json $(RECORDS)/quick-1gbit.json
-	@$(LAB) 2 100mbit -- $(STEPS) $(FEW) --rounds 1 --steps 2 --json $(RECORDS)/quick-100mbit.json
+	@$(LAB) 2 100mbit -- $(STEPS) $(FEW) --rounds 2 --steps 2 --json $(RECORDS)/quick-100mbit.json
 	@$(RUN)/python -m commpress.launch.cli report $(RECORDS)/quick.html $(RECORDS)/quick-*.json
 
 # the README's tables and pictures, under 40 minutes
@@ -55,7 +55,7 @@ bench: $(INSTALLED)
 	@$(LAB) 2 1gbit --delay 20ms -- $(STEPS) $(FEW) --rounds 3 --json $(RECORDS)/steps-1gbit-20ms.json
 	@$(LAB) 2 100mbit --delay 20ms -- $(STEPS) $(FEW) --rounds 2 --steps 2 --json $(RECORDS)/steps-100mbit-20ms.json
 	@$(LAB) 4 1gbit -- $(STEPS) $(FEW) --rounds 3 --json $(RECORDS)/steps-4-1gbit.json
-	@$(LAB) 4 100mbit -- $(STEPS) $(FEW) --rounds 1 --steps 2 --json $(RECORDS)/steps-4-100mbit.json
+	@$(LAB) 4 100mbit -- $(STEPS) $(FEW) --rounds 2 --steps 2 --json $(RECORDS)/steps-4-100mbit.json
 	@$(LAB) 2 1gbit -- $(RUN)/python benchmarks/bandwidth.py --to 64mb --json $(RECORDS)/bandwidth-1gbit.json
 	@$(RUN)/torchrun --nproc-per-node 2 benchmarks/training.py --loss 150 --json $(RECORDS)/losses.json
 	@$(RUN)/python -m commpress.launch.cli explain --check $(RECORDS)/steps-*.json

@@ -37,7 +37,7 @@ PROBE = Shape(layers=2, width=64, heads=4, context=32)
 """A model that is done in no time and has several buckets of PROBE_BUCKET_MB."""
 PROBE_BUCKET_MB = 0.1
 PROBE_STEPS = 30
-PROBE_SECONDS = 15.0
+PROBE_SECONDS = 40.0
 REASON = 200
 """Characters of a reason at most."""
 LOCAL_STEPS = 4

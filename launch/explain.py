@@ -285,7 +285,7 @@ def compared(record: dict[str, Any], measured: Measured) -> list[Compared]:
         return []
     crowding = max(1.0, W / cores)  # more ranks than cores: each gets that much less of one
     cluster = Cluster(**{**vars(cluster), "stack": measured.stack * crowding})
-    buckets = layout(values, record.get("bucket_mb", 25.0) * BUCKET)
+    buckets = layout(values, (record.get("bucket_mb") or 25.0) * BUCKET)
     found = []
     for row in rows:
         spec = _spec(row)

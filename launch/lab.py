@@ -36,8 +36,9 @@ from commpress.launch import relay
 from commpress.launch.demo import free_port
 
 PORT = 29511
-BURST = "256kb"
-"""tbf's bucket: a little more than the largest segment that the kernel hands down, so that a link reaches its rate."""
+BURST, BURST_SECONDS = 72_000, 200e-6
+"""tbf's bucket in bytes: a little more than the largest segment that the kernel hands down, or what the link carries in that
+time, if more: so a link reaches its rate (95 % of it as payload), and no more than a bucket goes out unshaped after a pause."""
 PATIENCE = 20.0
 """Seconds that the other ranks get to fail by themselves, and to say why, after one has failed."""
 FAREWELL = 5.0
@@ -89,6 +90,11 @@ class Link:
         return _number(_RATE, self.rate)
 
     @property
+    def burst(self) -> int:
+        """Bytes that may go out at once after a pause."""
+        return max(BURST, round(self.bits_per_second / 8 * BURST_SECONDS))
+
+    @property
     def delay_seconds(self) -> float:
         """The delay as a number."""
         return _number(_DELAY, self.delay)
@@ -131,8 +137,9 @@ class Host:
 def joining(world_size: int) -> dict[str, Any]:
     """What joins the ranks of this program: what the lab wrote into LAB_LINK, else that it is no link of the lab's."""
     elsewhere = {"hosts": None, "ranks_per_host": world_size, "rate": "unshaped", "delay": "0ms", "loss": "0%"}
+    elsewhere |= {"shaped": False, "relayed": False}
     said = os.environ.get("LAB_LINK")
-    return dict(json.loads(said)) if said else {**elsewhere, "shaped": False}
+    return dict(json.loads(said)) if said else elsewhere
 
 
 def sent_by_kernel() -> int:
@@ -201,7 +208,10 @@ def run(command: Sequence[str], link: Link, hosts: Sequence[Host], timeout: floa
     shared = {
         **{"WORLD_SIZE": link.hosts * link.ranks_per_host, "LOCAL_WORLD_SIZE": link.ranks_per_host},
         **{"MASTER_ADDR": hosts[0].address, "MASTER_PORT": PORT if link.shaped else free_port()},
-        **{"GLOO_SOCKET_IFNAME": "eth0" if link.shaped else _loopback(), "LAB_LINK": json.dumps(asdict(link))},
+        **{
+            "GLOO_SOCKET_IFNAME": "eth0" if link.shaped else _loopback(),
+            "LAB_LINK": json.dumps({**asdict(link), "relayed": hosts[0].relay > 0}),
+        },
     }
     try:
         for number in range(link.hosts * link.ranks_per_host):
@@ -252,7 +262,7 @@ def _connect(host: Host, switch: str, link: Link, relayed: bool) -> None:
         _run(*outside, "link", "set", port, "master", "br0")
     _run(*outside, "link", "set", port, "up")
     for namespace, device in ((host.namespace, "eth0"), (switch, port)):
-        shape = ("root", "handle", "1:", "tbf", "rate", link.rate, "burst", BURST, "latency", "100ms")
+        shape = ("root", "handle", "1:", "tbf", "rate", link.rate, "burst", str(link.burst), "latency", "100ms")
         _run("tc", "-n", namespace, "qdisc", "add", "dev", device, *shape)
     if link.delay_seconds and not relayed:
         late = ("parent", "1:1", "handle", "10:", "netem", "delay", link.delay, "limit", "100000")

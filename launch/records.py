@@ -125,7 +125,9 @@ def link_name(link: Record, hosts: bool = False) -> str:
 
 def impairments(link: Record) -> list[str]:
     """A link's delay and loss, if it has them."""
-    return [f"{link[key]} {key}" for key in ("delay", "loss") if float(str(link[key]).rstrip("nmus%") or 0)]
+    made = {"delay": " by a relay on the same cores"} if link.get("relayed") else {}
+    there = (key for key in ("delay", "loss") if float(str(link[key]).rstrip("nmus%") or 0))
+    return [f"{link[key]} {key}{made.get(key, '')}" for key in there]
 
 
 def bits(rate: str) -> float:

@@ -246,7 +246,7 @@ def loss_against_time(
             steps = row["steps_to_target"]
             times = (seconds.get(row["name"]) for seconds in links.values())
             cells = ("" if s is None else "not reached" if steps is None else f"{steps * s:,.1f}" for s in times)
-            reached.append([row["name"], "" if steps is None else str(steps), *cells])
+            reached.append([row["name"], "" if steps is None else f"{steps:.0f}", *cells])
         parts += [
             f"<h3>{escape(model_name(r))}</h3>",
             "<p>Steps times the median step on each link.</p>",

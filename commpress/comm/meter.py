@@ -38,9 +38,9 @@ class Row:
 class Report:
     """What one rank sent and saved. `ratio` is dense over sent bytes.
 
-    `seconds`: `encode` and `decode` are the codec's, `wire` from the start of a transfer until it was there (transfers
-    overlap each other and the codec), `exposed` the part that training waited for after its last gradient was ready, and
-    `hidden` the part of the exchanges that ran while backward went on.
+    `seconds`: `encode` and `decode` are the codec's, `wire` from the start of a transfer until it was there and a thread was
+    free to go on with it (transfers overlap each other and the codec), `exposed` the part that training waited for after
+    its last gradient was ready, and `hidden` the part of the exchanges that ran while backward went on.
     """
 
     spec: str

@@ -84,13 +84,13 @@ class Sequencer:
     def _enqueue(self, job: Job) -> None:
         phase = "encode"
         while True:
-            with record_function(f"commpress::{phase}"):
+            with self._lines.timed(job, phase):
                 transfer = next(job.exchange, _DONE)
             if transfer is _DONE:
                 return
             assert isinstance(transfer, Transfer)
             self._lines.count(job, transfer)
-            with record_function("commpress::wire"):
+            with self._lines.timed(job, "wire"):
                 transfer.wait()
             phase = "decode" if transfer.last else "encode"
 

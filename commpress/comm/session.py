@@ -99,6 +99,7 @@ class Session:
         self._starts_step = last
         if last and self._backward_started is not None:
             self.note("backward", self._backward_started)
+            self._backward_started = None
         future: torch.futures.Future[Any] = torch.futures.Future(
             devices=None if self.device.type == "cpu" else [self.device]
         )

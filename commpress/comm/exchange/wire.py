@@ -33,7 +33,7 @@ class Transfer:
 class Wire:
     """A process group; `rank` and `world_size` are this process's within it."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     device: torch.device
     rank: int = field(init=False)
     world_size: int = field(init=False)
@@ -44,25 +44,32 @@ class Wire:
 
     def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], tag: int, last: bool) -> Transfer:
         """Start sending `sends[r]` to every other rank r and receiving `receives[r]` from it; empty ones do not travel."""
+        group = self._open_group()
         peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
         incoming = [r for r in reversed(peers) if receives[r].numel()]
         outgoing = [r for r in peers if sends[r].numel()]
         if self.device.type != "cpu":  # NCCL has no tags; it takes all messages as one operation instead
-            operations = [dist.P2POp(dist.irecv, receives[r], group=self.group, group_peer=r) for r in incoming]
-            operations += [dist.P2POp(dist.isend, sends[r], group=self.group, group_peer=r) for r in outgoing]
+            operations = [dist.P2POp(dist.irecv, receives[r], group=group, group_peer=r) for r in incoming]
+            operations += [dist.P2POp(dist.isend, sends[r], group=group, group_peer=r) for r in outgoing]
             works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
         else:
-            works = [dist.irecv(receives[r], group=self.group, tag=tag, group_src=r) for r in incoming]
-            works += [dist.isend(sends[r], group=self.group, tag=tag, group_dst=r) for r in outgoing]
+            works = [dist.irecv(receives[r], group=group, tag=tag, group_src=r) for r in incoming]
+            works += [dist.isend(sends[r], group=group, tag=tag, group_dst=r) for r in outgoing]
         sent, received = (sum(t[r].nbytes for r in ranks) for t, ranks in ((sends, outgoing), (receives, incoming)))
         return Transfer(works, sent, received, last)
+
+    def _open_group(self) -> dist.ProcessGroup:
+        """The group. Once closed it is None, which torch would take for the default group, the user's own."""
+        if (group := self.group) is None:
+            raise RuntimeError("the connections are closed")
+        return group
 
     def close(self) -> None:
         """Close the connections, so that peers fail at once instead of waiting for the group's timeout.
 
         Gloo's `abort` leaves its sockets open; they close with the last reference to the group and to work in flight.
         """
-        group, self.group = self.group, None  # type: ignore[assignment]
+        group, self.group = self.group, None
         with contextlib.suppress(Exception):  # what cannot be closed fails by its timeout
             if self.device.type == "cpu":
                 dist.destroy_process_group(group)
@@ -71,7 +78,7 @@ class Wire:
 
     def all_reduce(self, x: Tensor) -> Transfer:
         """Start the group's own sum of `x`, in place. A ring sends 2 (W - 1) / W of the tensor."""
-        work = dist.all_reduce(x, group=self.group, async_op=True)
+        work = dist.all_reduce(x, group=self._open_group(), async_op=True)
         crossing = ring_bytes(x.nbytes, self.world_size)
         return Transfer([work], crossing, crossing, last=True)
 
