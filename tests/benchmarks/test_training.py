@@ -167,9 +167,9 @@ def test_a_loss_record_holds_what_it_promises(tmp_path: Path) -> None:
 
 def test_steps_to_a_loss_are_counted_between_validations() -> None:
     row = {"steps": [0, 10, 20], "loss": [5.0, 3.0, 2.0]}
-    assert training.steps_to(5.5, row) == 0
-    assert training.steps_to(2.5, row) == pytest.approx(15)
-    assert training.steps_to(1.9, row) is None
+    assert benchmark().steps_to(5.5, row) == 0
+    assert benchmark().steps_to(2.5, row) == pytest.approx(15)
+    assert benchmark().steps_to(1.9, row) is None
 
 
 def test_an_unknown_row_is_refused_with_the_known_ones() -> None:
