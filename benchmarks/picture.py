@@ -14,7 +14,7 @@ matplotlib.rcParams |= {"svg.hashsalt": "commpress", "font.size": 11}
 
 from matplotlib import pyplot  # noqa: E402  (the backend comes first)
 
-from commpress.launch import records  # noqa: E402
+from commpress.launch import records, units  # noqa: E402
 
 GREY = {"color": "0.4", "markersize": 4}
 SHOWN = {
@@ -52,7 +52,7 @@ def by_rate(paths: list[Path]) -> dict[float, records.Record]:
         first = first or record
         if (record["model"], records.conditions(record)) != (first["model"], records.conditions(first)):
             raise ValueError(f"{path}: expected the model and the links of {paths[0]} but for the rate")
-        found[records.bits(record["link"]["rate"])] = record
+        found[units.rate(record["link"]["rate"])] = record
     return dict(sorted(found.items()))
 
 
@@ -77,7 +77,7 @@ def draw(links: dict[float, records.Record], out: Path) -> None:
     )
     axes.set_ylim(0.8, top * 1.2)
     ticks = [tick for tick in TICKS if tick <= top * 1.2]
-    axes.set_xticks(list(links), [records.bandwidth(rate) for rate in links])
+    axes.set_xticks(list(links), [units.bandwidth(rate) for rate in links])
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

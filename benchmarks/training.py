@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
-from commpress.launch import data
+from commpress.launch import data, records
 from commpress.launch.lab import joining, sent_by_kernel
 from commpress.launch.model import GPT, Shape
-from commpress.launch.train import cores, machine
+from commpress.launch.train import machine
 
 SHAPE = Shape(layers=5, width=528, heads=8, context=64)
 BATCH = 2
@@ -234,20 +234,8 @@ def described() -> dict[str, Any]:
 
 def title(record: dict[str, Any]) -> str:
     """One line over the table."""
-    joined = record["link"]
-    conditions = ", ".join(
-        [joined["rate"]]
-        + (
-            [f"delay {joined['delay']}{' by a relay on these cores' * joined['relayed']}"]
-            if joined["delay"] != "0ms"
-            else []
-        )
-        + ([f"loss {joined['loss']}"] if joined["loss"] != "0%" else [])
-        + ([f"{joined['hosts']} hosts x {joined['ranks_per_host']} ranks"] if joined["hosts"] else [])
-    )
-    ranks = record["world_size"]
-    crowded = f" on {cores()} cores: they share them, so all figures are too high" if ranks > cores() else ""
-    return f"{record['parameters'] / 1e6:.1f} M parameters, {ranks} ranks{crowded}; {conditions}; {record['machine']}"
+    where = f"{record['link']['rate']}, {records.conditions(record)}"
+    return f"{record['parameters'] / 1e6:.1f} M parameters; {where}; {record['machine']}"
 
 
 def print_steps(record: dict[str, Any]) -> None:

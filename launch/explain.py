@@ -29,6 +29,7 @@ from commpress.comm.codecs import Codec, parse
 from commpress.comm.cost import Cluster, Speed, break_even, feedback_bytes, layout, slowest, step
 from commpress.comm.plan import Plan
 from commpress.comm.session import warm_up
+from commpress.launch import units
 from commpress.launch.train import machine
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
@@ -42,39 +43,6 @@ BUCKET = 2**20
 LINKS = {"loopback": math.inf, "unshaped": math.inf}
 """Rates of a record that are no number: then the cores are what limits."""
 DENSE_ROWS = ("plain ddp", "ddp", "none")
-_MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
-_NUMBER = r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)"
-
-
-# --- what people type --------------------------------------------------------------------------------------------
-
-
-def number(text: str, name: str, pattern: str, expected: str) -> re.Match[str]:
-    """`text` split by a pattern; ValueError with the value and what was expected if it does not fit or is 0."""
-    match = re.fullmatch(_NUMBER + pattern, text.strip().lower())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"{name} {text!r}: expected {expected}")
-    return match
-
-
-def count(text: str) -> int:
-    """`7e9`, `7b`, `350m`, `350000000` as a number of parameters."""
-    match = number(text, "params", "([kmbt]?)", "a number of parameters, such as 7e9, 7b or 350m")
-    return max(1, round(float(match[1]) * _MULTIPLES[match[2]]))
-
-
-def rate(text: str) -> float:
-    """`10gbit`, `100mbit` in bytes a second."""
-    match = number(text, "bandwidth", "([kmgt]?)bit", "a number and kbit, mbit or gbit, such as 10gbit")
-    return float(match[1]) * _MULTIPLES[match[2]] / 8
-
-
-def delay(text: str) -> float:
-    """`20ms`, `0ms`, `50us`, `1s` in seconds."""
-    if re.fullmatch(r"0(\.0*)?(us|ms|s)", text.strip().lower()):
-        return 0.0
-    match = number(text, "delay", "(us|ms|s)", "a number and us, ms or s, such as 20ms")
-    return float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[match[2]]
 
 
 # --- how fast this machine is ------------------------------------------------------------------------------------
@@ -238,10 +206,7 @@ def bits(bandwidth: float | None) -> str:
         return "never"
     if bandwidth == math.inf:
         return "any link"
-    unit, name = next(
-        (u, n) for u, n in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0, "")) if bandwidth * 8 >= u
-    )
-    return f"{bandwidth * 8 / (unit or 1):.3g} {name}bit/s"
+    return units.bandwidth(bandwidth * 8)
 
 
 # --- against measured steps --------------------------------------------------------------------------------------
@@ -273,11 +238,11 @@ def compared(record: dict[str, Any], measured: Measured) -> list[Compared]:
         (floor,) = (row for row in record["rows"] if row["kind"] == "floor")
         rows = [row for row in record["rows"] if row.get("seconds") and _spec(row)]
         cores = int(re.search(r"(\d+) cores", record["machine"])[1])  # type: ignore[index]
-        bandwidth = LINKS[where["rate"]] if where["rate"] in LINKS else rate(where["rate"])
-        lossless = re.fullmatch(r"0(\.0*)?%", where["loss"]) is not None
+        bandwidth = LINKS[where["rate"]] if where["rate"] in LINKS else units.rate(where["rate"]) / 8
+        lossless = units.share(where["loss"]) == 0
         compute = slowest(floor["seconds"], floor["quartiles"][2], W)
         cluster = Cluster(
-            W, bandwidth, delay(where["delay"]), where["ranks_per_host"], max(1.0, cores / W), measured.stack
+            W, bandwidth, units.seconds(where["delay"]), where["ranks_per_host"], max(1.0, cores / W), measured.stack
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a step-time record with a row of kind floor: {type(error).__name__}: {error}") from None
@@ -385,7 +350,8 @@ def command(
         _require(bucket_mb > 0, f"bucket-mb {bucket_mb}: expected a number above 0")
         _require(cores >= 0, f"cores {cores}: expected a number above 0")
         _require(step_seconds is None or step_seconds > 0, f"step-seconds {step_seconds}: expected a number above 0")
-        values, each, latency = count(params), rate(bandwidth), delay(delay_)
+        values = units.parameters(params)
+        each, latency = units.rate(bandwidth, "bandwidth") / 8, units.seconds(delay_)
         measured = Measured.here(specs, where)
     except (ValueError, TypeError) as error:
         typer.echo(f"error: {error}", err=True)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from commpress.launch.records import SPANS, Record, bandwidth
+from commpress.launch.records import SPANS, Record
+from commpress.launch.units import bandwidth
 
 INK = "#1e293b"
 COLOURS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#be185d", "#0e7490", "#a16207", "#4338ca")

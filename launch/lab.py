@@ -32,7 +32,7 @@ from typing import Annotated, Any
 
 import typer
 
-from commpress.launch import relay
+from commpress.launch import relay, units
 from commpress.launch.demo import free_port
 
 PORT = 29511
@@ -47,10 +47,6 @@ MTU = 1500
 RELAY_LIMIT = 1e9
 """Bits a second that a relay may be asked for. On 2 busy cores of an AMD EPYC, one on each of two links and both directions
 at once, it carried 0.9 of 1 Gbit/s for a fifth of a core a host, but only 1.5 of 2 Gbit/s, where the bridge carries 1.8."""
-_RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg]?bit)")
-_DELAY = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s)")
-_LOSS = re.compile(r"(\d+(?:\.\d+)?)(%)")
-_UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "%": 1e-2}
 _CAPABILITIES = 1 << 12 | 1 << 21
 """CAP_NET_ADMIN and CAP_SYS_ADMIN."""
 _OWN = re.compile(r"cp(\d+)(?:sw|h\d+)")
@@ -77,17 +73,15 @@ class Link:
             raise ValueError(f"hosts {self.hosts}: expected 1 to 200")
         if not 1 <= self.ranks_per_host <= 200:
             raise ValueError(f"ranks per host {self.ranks_per_host}: expected 1 to 200")
-        if self.shaped and not ((rate := _RATE.fullmatch(self.rate)) and float(rate[1]) > 0):
-            raise ValueError(f"rate {self.rate!r}: expected a number above 0 and kbit, mbit or gbit, such as 1gbit")
-        if not _DELAY.fullmatch(self.delay):
-            raise ValueError(f"delay {self.delay!r}: expected a number and us, ms or s, such as 20ms")
-        if not ((loss := _LOSS.fullmatch(self.loss)) and float(loss[1]) < 100):
-            raise ValueError(f"loss {self.loss!r}: expected a percentage below 100, such as 0.1%")
+        if self.shaped:
+            units.rate(self.rate)
+        units.seconds(self.delay)
+        units.share(self.loss)
 
     @property
     def bits_per_second(self) -> float:
         """The rate as a number."""
-        return _number(_RATE, self.rate)
+        return units.rate(self.rate)
 
     @property
     def burst(self) -> int:
@@ -97,12 +91,12 @@ class Link:
     @property
     def delay_seconds(self) -> float:
         """The delay as a number."""
-        return _number(_DELAY, self.delay)
+        return units.seconds(self.delay)
 
     @property
     def lost_share(self) -> float:
         """The loss as a number in [0, 1)."""
-        return _number(_LOSS, self.loss)
+        return units.share(self.loss)
 
 
 @dataclass(frozen=True)
@@ -324,14 +318,6 @@ def _undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _number(pattern: re.Pattern[str], text: str) -> float:
-    """What a rate, delay or loss says, in bits a second, seconds or as a share."""
-    found = pattern.fullmatch(text)
-    if found is None:
-        raise ValueError(f"{text!r} is not a number with its unit")
-    return float(found[1]) * _UNITS[found[2]]
 
 
 def _loopback() -> str:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from commpress.launch import units
+
 Record = dict[str, Any]
 """What a JSON file holds."""
 
@@ -33,7 +35,6 @@ CALLED = {
 }
 SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 """What the spans of a timeline are called."""
-UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
 def read(path: Path) -> Record:
@@ -80,7 +81,7 @@ def require(record: Record, found: str) -> None:
     if found == STEP_TIMES:
         has(record["link"], NEEDED_IN_A_LINK, f"{called}: the link")
         if record["link"]["shaped"]:
-            bits(record["link"]["rate"])
+            units.rate(record["link"]["rate"])
     if found == TIMELINE and not spans(record):
         raise ValueError(f"not {called} of a session: no span of {', '.join(SPANS)} that has a step")
 
@@ -105,8 +106,11 @@ def model_name(record: Record) -> str:
 
 
 def conditions(record: Record) -> str:
-    """All of a link but its bandwidth."""
+    """All of a link but its bandwidth, and whether the ranks had to share cores."""
     link, ranks = record["link"], f"{record['world_size']} ranks"
+    cores = re.search(r"(\d+) cores", str(record.get("machine", "")))
+    if cores and record["world_size"] > int(cores[1]):
+        ranks += f" on {cores[1]} cores"
     if not link["shaped"]:
         return f"{ranks}, {link['rate']}"
     return ", ".join([f"{link['hosts']} hosts, {ranks}", *impairments(link)])
@@ -116,7 +120,7 @@ def link_name(link: Record, hosts: bool = False) -> str:
     """1 Gbit/s, and what else is special about it; its hosts if asked for."""
     if not link["shaped"]:
         return str(link["rate"])
-    name = bandwidth(bits(link["rate"]))
+    name = units.bandwidth(units.rate(link["rate"]))
     if hosts:
         each = "" if link["ranks_per_host"] == 1 else f" of {link['ranks_per_host']} ranks"
         name += f", {link['hosts']} hosts{each}"
@@ -126,19 +130,5 @@ def link_name(link: Record, hosts: bool = False) -> str:
 def impairments(link: Record) -> list[str]:
     """A link's delay and loss, if it has them."""
     made = {"delay": " by a relay on the same cores"} if link.get("relayed") else {}
-    there = (key for key in ("delay", "loss") if float(str(link[key]).rstrip("nmus%") or 0))
+    there = (key for key, read in (("delay", units.seconds), ("loss", units.share)) if read(link[key]))
     return [f"{link[key]} {key}{made.get(key, '')}" for key in there]
-
-
-def bits(rate: str) -> float:
-    """Bits a second of a link's rate: "2.5gbit" -> 2.5e9. Raises ValueError for what is no rate."""
-    found = re.fullmatch(r"(\d+\.?\d*)([kmgt]?)bit", rate.strip().lower())
-    if not found or not float(found[1]):
-        raise ValueError(f"rate {rate!r}: expected a number and bit, kbit, mbit, gbit or tbit, as in '100mbit'")
-    return float(found[1]) * UNITS[found[2]]
-
-
-def bandwidth(rate: float) -> str:
-    """1e9 -> "1 Gbit/s" """
-    unit = next(u for u in reversed(UNITS) if rate >= UNITS[u])
-    return f"{rate / UNITS[unit]:g} {'k' if unit == 'k' else unit.upper()}bit/s"

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import plotly.offline
 import typer
 
-from commpress.launch import figures, records
+from commpress.launch import figures, records, units
 from commpress.launch.records import LOSSES, RUN, STEP_TIMES, TIMELINE, conditions, link_name, model_name, ran
 from commpress.launch.records import Record as Record  # this and read: for those who import the report alone
 from commpress.launch.records import read as read
@@ -136,7 +136,7 @@ def ratios_by_rate(group: Sequence[Record]) -> tuple[dict[str, dict[float, float
     """{name: {bits a second: ratio}}, and a text for each; rate 0 where links have none. Of repeated runs, medians."""
     found: dict[str, dict[float, list[Record]]] = {}
     for r in group:
-        rate = records.bits(r["link"]["rate"]) if r["link"]["shaped"] else 0.0
+        rate = units.rate(r["link"]["rate"]) if r["link"]["shaped"] else 0.0
         for row in filter(ran, r["rows"]):
             found.setdefault(row["name"], {}).setdefault(rate, []).append(row)
     ratios, hover = {}, {}
@@ -227,7 +227,7 @@ def loss_against_time(
     for r in measured:
         same = [t for t in timed if all(t[key] == r[key] for key in ("world_size", "model", "tokens_per_step"))]
         links: dict[str, dict[str, float]] = {}
-        for t in sorted(same, key=lambda t: records.bits(t["link"]["rate"]) if t["link"]["shaped"] else float("inf")):
+        for t in sorted(same, key=lambda t: units.rate(t["link"]["rate"]) if t["link"]["shaped"] else float("inf")):
             seconds = {row["name"]: row["seconds"] for row in t["rows"] if ran(row)}
             links.setdefault(link_name(t["link"], hosts=True), {}).update(seconds)
         rows = [row for row in r["rows"] if ran(row) and any(row["name"] in seconds for seconds in links.values())]

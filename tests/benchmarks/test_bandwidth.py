@@ -56,7 +56,7 @@ def test_it_runs_and_its_figures_fit_together(tmp_path: Path) -> None:
     record = json.loads(path.read_text())
     assert record["what"] == "bandwidth"
     assert (record["world_size"], record["backend"], record["link"]["shaped"]) == (2, "gloo", False)
-    assert set(record["link"]) == {"hosts", "ranks_per_host", "rate", "delay", "loss", "shaped"}
+    assert set(record["link"]) == {"hosts", "ranks_per_host", "rate", "delay", "loss", "shaped", "relayed"}
     exchanges = {"dense": {"all_reduce"}, "bf16": {"all_reduce", "two_shot", "all_gather"}}
     exchanges |= {spec: {"two_shot", "all_gather"} for spec in ("int4", "topk(0.01)|int4")}
     for size in (2**16, 2**18, 2**20):

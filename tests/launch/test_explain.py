@@ -46,21 +46,16 @@ def record(rate: str = "1gbit", **changes: Any) -> dict[str, Any]:
     return {**whole, "rows": rows, **changes}
 
 
-def test_numbers_as_people_type_them() -> None:
-    assert [explain.count(t) for t in ("7e9", "7b", "7B", "350m", "1.5b", "1000")] == [
-        7_000_000_000, 7_000_000_000, 7_000_000_000, 350_000_000, 1_500_000_000, 1000,
-    ]  # fmt: skip
-    assert [explain.rate(t) * 8 for t in ("10gbit", "100mbit", "2.5Gbit", "800bit")] == [1e10, 1e8, 2.5e9, 800]
-    assert [explain.delay(t) for t in ("0ms", "20ms", "50us", "1s")] == [0, 0.02, pytest.approx(5e-5), 1]
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--params", "many"), "params 'many': expected a number of parameters, such as 7e9, 7b or 350m"),
+        (("--params", "many"), "params 'many': expected a number of parameters above 0, such as 7e9, 7b or 350m"),
         (("--params", ""), "params ''"),
         (("--params", "0"), "params '0'"),
-        (("--bandwidth", "10gb"), "bandwidth '10gb': expected a number and kbit, mbit or gbit, such as 10gbit"),
+        (
+            ("--bandwidth", "10gb"),
+            "bandwidth '10gb': expected a number above 0 and kbit, mbit, gbit or tbit, such as 10gbit",
+        ),
         (("--bandwidth", "0gbit"), "bandwidth '0gbit'"),
         (("--delay", "20"), "delay '20': expected a number and us, ms or s, such as 20ms"),
         (("--world", "1"), "world 1: expected the number of ranks, at least 2"),

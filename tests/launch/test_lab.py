@@ -60,7 +60,7 @@ def transfer(hosts: Sequence[lab.Host]) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("setting", "value", "expected"),
     [
-        ("rate", "fast", "such as 1gbit"),
+        ("rate", "fast", "such as 10gbit"),
         ("rate", "0mbit", "above 0"),
         ("delay", "soon", "such as 20ms"),
         ("loss", "0.1", "such as 0.1%"),
@@ -80,20 +80,19 @@ def test_a_link_has_its_rate() -> None:
     with lab.network(lab.Link(2, "100mbit")) as hosts:
         seconds, _ = transfer(hosts)
         assert hosts[0].counters()[0] > 3_000_000
-    assert 8 * 3 / seconds <= 110  # Mbit/s; a busy machine can only be slower than the link
+    assert 20 <= 8 * 3 / seconds <= 110  # Mbit/s; a busy machine can only be slower than the link
     assert not own(os.getpid())
 
 
 @needs_lab
 def test_delay_and_loss_are_those_of_a_network() -> None:
-    """Delay once each way, from host to host. Single packets are lost, all bytes arrive nevertheless, and it takes longer."""
+    """Delay once each way, from host to host. Single packets are lost, all bytes arrive nevertheless."""
     with lab.network(lab.Link(2, "1gbit", "10ms")) as hosts:
-        whole, connection = transfer(hosts)
+        _, connection = transfer(hosts)
         assert 0.02 <= connection < 0.04  # the best of ten
         assert hosts[0].lost() == hosts[1].lost() == 0
     with lab.network(lab.Link(2, "1gbit", "10ms", "1%")) as hosts:
-        whole_with_loss, _ = transfer(hosts)
-        assert whole_with_loss > whole
+        transfer(hosts)
         assert 1 <= hosts[1].lost() <= 100  # of about 2,100 packets and as many again
     assert not own(os.getpid())
 
@@ -123,7 +122,8 @@ def test_ranks_of_one_host_speak_over_its_loopback(tmp_path: Path) -> None:
         place = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
         assert {name: int(environment[name]) for name in place} == place
         assert json.loads(environment["LAB_LINK"]) == {
-            **{"hosts": 2, "ranks_per_host": 2, "rate": "1gbit", "delay": "0ms", "loss": "0%", "shaped": True},
+            **{"hosts": 2, "ranks_per_host": 2, "rate": "1gbit", "delay": "0ms", "loss": "0%"},
+            **{"shaped": True, "relayed": False},
         }
 
 
@@ -191,7 +191,8 @@ def test_without_rights_the_command_runs_on_loopback_and_it_says_so(tmp_path: Pa
     assert "a network lab needs" in done.stderr
     assert "not of 1gbit links" in done.stdout.splitlines()[-1]
     assert json.loads(json.loads((tmp_path / "1").read_text())["LAB_LINK"]) == {
-        **{"hosts": 2, "ranks_per_host": 1, "rate": "loopback", "delay": "0ms", "loss": "0%", "shaped": False},
+        **{"hosts": 2, "ranks_per_host": 1, "rate": "loopback", "delay": "0ms", "loss": "0%"},
+        **{"shaped": False, "relayed": False},
     }
 
 

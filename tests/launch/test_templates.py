@@ -1,9 +1,11 @@
 """The cluster templates: what they say is valid there, and the command in them really trains."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ TINY = {
     **{"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "steps": 2},
     **{"warmup-steps": 1, "threads": 1, "eval-every": 0, "eval-batches": 1},
 }
-SLURM = {"SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "70123"}
+SLURM = {"SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_NUM_NODES": "2"}
 SCONTROL = """#!/bin/sh
 [ "$*" = "show hostnames here[1-2]" ] && printf 'localhost\\nother\\n'
 """
@@ -32,6 +34,15 @@ SLURM_NODEID=0 "$@" & first=$!
 SLURM_NODEID=1 "$@" & second=$!
 wait $first && wait $second
 """
+
+
+def free_job() -> int:
+    """The number of a job whose port, 20000 and its last four digits, nobody listens on."""
+    for number in range(os.getpid() % 10_000, 10_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", 20_000 + number))
+            return number
+    raise RuntimeError("no free port from 20000 to 29999")
 
 
 @pytest.fixture
@@ -54,7 +65,7 @@ def test_slurm_trains_on_two_nodes(tmp_path: Path, flags: list[str]) -> None:
     for name, script in {"scontrol": SCONTROL, "srun": SRUN}.items():
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
-    environment = {**os.environ, **SLURM, "PATH": f"{programs}:{os.environ['PATH']}"}
+    environment = {**os.environ, **SLURM, "SLURM_JOB_ID": str(free_job()), "PATH": f"{programs}:{os.environ['PATH']}"}
     environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     done = subprocess.run(
         ["bash", str(tmp_path / "job"), *flags],

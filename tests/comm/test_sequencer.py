@@ -1,0 +1,59 @@
+"""The sequencer: what is on its way while something else is waited for, and what a closed exchange must not do."""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ranks import outcome, run
+
+from commpress.comm.exchange import Wire
+from commpress.comm.session import Session
+
+N = 100_000
+
+
+def one_waits(folder: str) -> tuple[bool, bool]:
+    """Rank 1 submits nothing until rank 0's second bucket is on its way, while its first still waits for rank 1."""
+    session = Session("int8", dist.group.WORLD, torch.device("cpu"))
+    go = Path(folder) / "go"
+    gradients = [torch.full((N,), float(dist.get_rank())) for _ in range(2)]
+    sent, waiting = True, True
+    futures = []
+    if dist.get_rank() == 1:
+        while not go.exists():
+            time.sleep(0.02)
+    for index, gradient in enumerate(gradients):
+        futures.append(session.submit(gradient, ((str(index), N),), index, last=index == 1))
+        time.sleep(0.3)  # whatever waits for the first bucket does so by now
+    if dist.get_rank() == 0:
+        deadline = time.monotonic() + 20
+        while not (sent := session.report().rows[1].sent_bytes > 0) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        waiting = not futures[0].done()
+        go.touch()
+    for future in futures:
+        future.wait()
+    means = [bool(((gradient - 0.5).abs() < 0.01).all()) for gradient in gradients]
+    return sent and all(means), waiting
+
+
+def test_a_bucket_is_on_its_way_while_the_one_before_it_is_waited_for(tmp_path: Path) -> None:
+    assert run(2, one_waits, str(tmp_path)) == [(True, True), (True, True)]
+
+
+def closed() -> tuple[list[str], float]:
+    """What a closed wire says, and a sum on the default group afterwards."""
+    wire = Wire(dist.new_group([0, 1]), torch.device("cpu"))
+    wire.close()
+    x = torch.ones(4)
+    said = [outcome(lambda: wire.all_reduce(x)), outcome(lambda: wire.swap([x, x], [x, x], 0, last=True))]
+    total = torch.tensor(float(dist.get_rank() + 1))
+    dist.all_reduce(total)
+    return said, total.item()
+
+
+def test_a_closed_exchange_sends_nothing_on_the_default_group() -> None:
+    for said, total in run(2, closed):
+        assert said == ["RuntimeError: the connections are closed"] * 2
+        assert total == 3.0
