@@ -103,7 +103,7 @@ class _Lines:
 
     def __init__(self, wire: Wire, meter: Meter) -> None:
         self.wire, self.meter = wire, meter
-        self.board = FailureBoard(wire.group)
+        self.board = FailureBoard(wire.open_group())
         self.encoding: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.flying: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
         self.error: BaseException | None = None

@@ -44,7 +44,7 @@ class Wire:
 
     def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], tag: int, last: bool) -> Transfer:
         """Start sending `sends[r]` to every other rank r and receiving `receives[r]` from it; empty ones do not travel."""
-        group = self._open_group()
+        group = self.open_group()
         peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
         incoming = [r for r in reversed(peers) if receives[r].numel()]
         outgoing = [r for r in peers if sends[r].numel()]
@@ -58,7 +58,7 @@ class Wire:
         sent, received = (sum(t[r].nbytes for r in ranks) for t, ranks in ((sends, outgoing), (receives, incoming)))
         return Transfer(works, sent, received, last)
 
-    def _open_group(self) -> dist.ProcessGroup:
+    def open_group(self) -> dist.ProcessGroup:
         """The group. Once closed it is None, which torch would take for the default group, the user's own."""
         if (group := self.group) is None:
             raise RuntimeError("the connections are closed")
@@ -69,7 +69,7 @@ class Wire:
 
         Gloo's `abort` leaves its sockets open; they close with the last reference to the group and to work in flight.
         """
-        group, self.group = self.group, None
+        group, self.group = self.open_group(), None
         with contextlib.suppress(Exception):  # what cannot be closed fails by its timeout
             if self.device.type == "cpu":
                 dist.destroy_process_group(group)
@@ -78,7 +78,7 @@ class Wire:
 
     def all_reduce(self, x: Tensor) -> Transfer:
         """Start the group's own sum of `x`, in place. A ring sends 2 (W - 1) / W of the tensor."""
-        work = dist.all_reduce(x, group=self._open_group(), async_op=True)
+        work = dist.all_reduce(x, group=self.open_group(), async_op=True)
         crossing = ring_bytes(x.nbytes, self.world_size)
         return Transfer([work], crossing, crossing, last=True)
 
