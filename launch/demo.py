@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from commpress.launch import checkpoint, report
+from commpress.launch.records import Record, read
 
 SPECS = {"none": "none", "int4": "int4", "topk-int4": "topk(0.01)|int4"}
 """Folder and spec of each run."""
@@ -39,7 +40,7 @@ class DemoError(Exception):
 def demo(out: Path, steps: int) -> Path:
     """Train once for each spec, print the table, and return the path of the HTML report. Raises DemoError."""
     console = Console()
-    records: list[report.Record] = []
+    records: list[Record] = []
     started = time.monotonic()
     for folder, spec in SPECS.items():
         console.print(f"\n[bold]{len(records) + 1} of {len(SPECS)}[/bold]", spec, highlight=False, markup=True)
@@ -58,7 +59,7 @@ def demo(out: Path, steps: int) -> Path:
     return path
 
 
-def train(out: Path, spec: str, steps: int) -> report.Record:
+def train(out: Path, spec: str, steps: int) -> Record:
     """One run of the training program on two ranks of this machine, shown live; its record. Raises DemoError."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.clear(out)
@@ -84,10 +85,10 @@ def train(out: Path, spec: str, steps: int) -> report.Record:
             end(child)
     if code != 0:
         raise DemoError(f"{spec}: the training program ended with code {code}\n{tail(errors)}")
-    return report.read(record)
+    return read(record)
 
 
-def results(records: list[report.Record]) -> Table:
+def results(records: list[Record]) -> Table:
     """The demo's table: a row a spec."""
     head, *rows = report.summary([(r["settings"]["compress"], r) for r in records])
     first = records[0]

@@ -3,19 +3,15 @@
     commpress explain --params 7e9 --world 64 --bandwidth 10gbit --spec int4 --step-seconds 2.5
     commpress explain --check steps.json        # the same model against measured steps of `benchmarks/training.py`
 
-The model is `commpress/comm/cost.py`. How fast the codecs are, it measures here, in about a second.
+The model is `commpress/comm/cost.py`. How fast the codecs are, `speed.py` measures here, in about a second.
 """
 
 import json
 import math
 import re
-import socket
 import statistics
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,116 +21,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from commpress.comm.codecs import Codec, parse
-from commpress.comm.cost import Cluster, Speed, break_even, feedback_bytes, layout, slowest, step
+from commpress.comm.codecs import parse
+from commpress.comm.cost import Cluster, break_even, feedback_bytes, layout, slowest, step
 from commpress.comm.plan import Plan
-from commpress.comm.session import warm_up
 from commpress.launch import units
+from commpress.launch.speed import Measured
 from commpress.launch.train import machine
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
-VALUES = 2**22
-"""Length of the gradient that codecs are timed with: more than the cache of one core."""
-REPEATS = 5
-SOCKET_BYTES = 2**26
 DAY = 86400.0
 BUCKET = 2**20
 """What DDP calls a megabyte in `bucket_cap_mb`."""
 LINKS = {"loopback": math.inf, "unshaped": math.inf}
 """Rates of a record that are no number: then the cores are what limits."""
 DENSE_ROWS = ("plain ddp", "ddp", "none")
-
-
-# --- how fast this machine is ------------------------------------------------------------------------------------
-
-
-def measure(codec: Codec, device: torch.device) -> Speed:
-    """Time a codec on one core of this machine, or on its accelerator, as the exchanges use it."""
-    n = VALUES
-    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
-    if not codec.lossy:  # dense: divided by the number of ranks, and summed by the group
-        return Speed(_seconds(lambda: x.mul_(1.0), device) / n, (0.0, 0.0), (0.0, 0.0), _adding(x, x.clone(), device))
-    warm_up(codec, device)
-    residual, out = torch.zeros_like(x), torch.empty_like(x)
-    payload = codec.encode(x)
-    four = payload.repeat(4)
-    encode = _seconds(lambda: codec.encode(x, residual, payload), device)
-    counts = [four[: k * payload.numel()] for k in (1, 4)]
-    mean = [_seconds(partial(codec.mean, p, n, k, out), device) for p, k in zip(counts, (1, 4), strict=True)]
-    recode = [0.0, 0.0]
-    add = 0.0
-    if codec.exchange == "two_shot":
-        calls = [partial(codec.recode, p, n, k, residual, payload) for p, k in zip(counts, (1, 4), strict=True)]
-        recode = [_seconds(call, device) for call in calls]
-    if codec.sum_dtype is not None:
-        values = payload[: n * codec.sum_dtype.itemsize].view(codec.sum_dtype)
-        encode += _seconds(lambda: values.mul_(1.0), device)
-        add = _adding(values, values.clone(), device)
-    each = [(first / n, max(0.0, fourth - first) / 3 / n) for first, fourth in (mean, recode)]
-    return Speed(encode / n, each[0], each[1], add)
-
-
-def _adding(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> float:
-    return _seconds(lambda: a.add_(b), device) / a.numel()
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The least of a few calls after a first one; on CPU the thread's own time, so that what else runs here does not count."""
-    clock = time.thread_time if device.type == "cpu" else time.perf_counter
-    times = []
-    for _ in range(REPEATS + 1):
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        start = clock()
-        call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(clock() - start)
-    return min(times[1:])
-
-
-def socket_seconds() -> float:
-    """Core-seconds that this system takes to send or to receive a byte, measured over loopback."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        sender = socket.create_connection(server.getsockname())
-        receiver, _ = server.accept()
-    chunk = bytearray(2**20)
-
-    def send() -> None:
-        for _ in range(SOCKET_BYTES // len(chunk)):
-            sender.sendall(chunk)
-
-    with sender, receiver:
-        start = time.process_time()
-        thread = threading.Thread(target=send)
-        thread.start()
-        buffer, left = bytearray(2**20), SOCKET_BYTES
-        while left:
-            left -= receiver.recv_into(buffer, min(left, len(buffer)))
-        thread.join()
-    return (time.process_time() - start) / SOCKET_BYTES / 2
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured here: the speed of `none` and of each spec in seconds a value, and of sockets."""
-
-    device: str
-    speeds: dict[str, Speed]
-    stack: float
-
-    @classmethod
-    def here(cls, specs: Sequence[str], device: torch.device) -> "Measured":
-        """Measure this machine."""
-        here, threads = machine(device), torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            speeds = {spec: measure(parse(spec), device) for spec in ("none", *specs)}
-        finally:
-            torch.set_num_threads(threads)
-        if device.type == "cpu":
-            return cls(f"one core of this machine ({here['processor']})", speeds, socket_seconds())
-        return cls(f"the {here['accelerator']} of this machine", speeds, 0.0)
 
 
 # --- predictions -------------------------------------------------------------------------------------------------

@@ -14,9 +14,18 @@ import plotly.offline
 import typer
 
 from commpress.launch import figures, records, units
-from commpress.launch.records import LOSSES, RUN, STEP_TIMES, TIMELINE, conditions, link_name, model_name, ran
-from commpress.launch.records import Record as Record  # this and read: for those who import the report alone
-from commpress.launch.records import read as read
+from commpress.launch.records import (
+    LOSSES,
+    RUN,
+    STEP_TIMES,
+    TIMELINE,
+    Record,
+    conditions,
+    link_name,
+    model_name,
+    ran,
+    read,
+)
 
 PAGE = """<!doctype html>
 <html lang="en">

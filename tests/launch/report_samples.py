@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from commpress.launch import report
+from commpress.launch.records import Record
 
 SPECS = ("int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
 BITS = dict(zip(SPECS, (8.125, 4.125, 1.031, 0.406, 0.127, 0.016), strict=True))
@@ -17,7 +17,7 @@ OTHERS = {
 PARAMETERS = 16_800_000
 
 
-def run(spec: str, bits: float) -> report.Record:
+def run(spec: str, bits: float) -> Record:
     """A run of 300 steps."""
     sent, dense = int(PARAMETERS * bits / 8), PARAMETERS * 4
     curve = [
@@ -66,10 +66,10 @@ def run(spec: str, bits: float) -> report.Record:
 MODEL = {"model": "GPT, 5 layers, 528 wide", "parameters": PARAMETERS, "tokens_per_step": 256}
 
 
-def step_times(hosts: int, rate: str, megabits: float | None, delay: str = "0ms") -> report.Record:
+def step_times(hosts: int, rate: str, megabits: float | None, delay: str = "0ms") -> Record:
     """Step times of a link; of loopback without `megabits`."""
     floor = 0.24
-    rows: list[report.Record] = []
+    rows: list[Record] = []
     kinds = {spec: ("commpress", bits) for spec, bits in BITS.items()}
     for name, (kind, bits) in {"no communication": ("floor", 0.0), **OTHERS, **kinds}.items():
         seconds = floor + (0.0 if kind == "floor" else 0.05) + PARAMETERS * bits / (megabits or 4e4) / 1e6
@@ -92,10 +92,10 @@ def step_times(hosts: int, rate: str, megabits: float | None, delay: str = "0ms"
     return {"what": "step times", "link": link, **machine, **MODEL, "rows": rows}
 
 
-def losses() -> report.Record:
+def losses() -> Record:
     """Losses over 300 steps."""
     steps = list(range(0, 301, 20))
-    rows: list[report.Record] = []
+    rows: list[Record] = []
     for name, (kind, bits) in {**OTHERS, **{spec: ("commpress", bits) for spec, bits in BITS.items()}}.items():
         if name != "fp16 hook":
             loss = [2.4 + 3.2 * math.exp(-step / 80) + 0.4 / (1 + 4 * bits) for step in steps]
@@ -109,10 +109,10 @@ def losses() -> report.Record:
     return {"what": "losses", "world_size": 2, "target": 2.6, **MODEL, "rows": rows}
 
 
-def timeline() -> report.Record:
+def timeline() -> Record:
     """Five steps of twelve buckets, of which two are on the wire at a time."""
     lines = ("training", "encode", "wire", "wire", "decode")
-    events: list[report.Record] = [
+    events: list[Record] = [
         {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": name}}
         for tid, name in enumerate(lines)
     ]

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from commpress.comm import cost
 from commpress.comm.cost import Cluster, Speed
 from commpress.comm.plan import Plan
-from commpress.launch import explain
+from commpress.launch import explain, speed
+from commpress.launch.speed import Measured
 
 SMALL = ("--params", "2m", "--world", "4", "--bandwidth", "1gbit")
 
@@ -21,8 +22,8 @@ SMALL = ("--params", "2m", "--world", "4", "--bandwidth", "1gbit")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds are measured all the same, on less memory."""
-    monkeypatch.setattr(explain, "VALUES", 2**14)
-    monkeypatch.setattr(explain, "SOCKET_BYTES", 2**21)
+    monkeypatch.setattr(speed, "VALUES", 2**14)
+    monkeypatch.setattr(speed, "SOCKET_BYTES", 2**21)
 
 
 def called(*arguments: object) -> Any:
@@ -116,7 +117,7 @@ def test_break_even_in_words() -> None:
 
 
 def test_measured_speeds_are_those_that_a_codec_needs() -> None:
-    here = explain.Measured.here(["int4", "bf16", "topk(0.01)"], torch.device("cpu"))
+    here = Measured.here(["int4", "bf16", "topk(0.01)"], torch.device("cpu"))
     assert here.stack > 0
     assert all(speed.encode > 0 for speed in here.speeds.values())
     assert here.speeds["int4"].recode[0] > 0  # two_shot encodes a second time
@@ -127,7 +128,7 @@ def test_measured_speeds_are_those_that_a_codec_needs() -> None:
 def test_predictions_beside_a_record() -> None:
     """The floor of the record, this machine's speeds, the record's link: rows that cannot be predicted are left out."""
     speed, dense = Speed(1e-9, (5e-10, 2e-10), (8e-10, 2e-10)), Speed(4e-10, (0, 0), (0, 0), 6e-10)
-    here = explain.Measured("a core", {"none": dense, "int4": speed}, 1e-10)
+    here = Measured("a core", {"none": dense, "int4": speed}, 1e-10)
     found = explain.compared(record(), here)
     assert [(c.name, c.measured) for c in found] == [("plain DDP", 0.8), ("int4", 0.4)]
     cluster = Cluster(2, 125e6, cores=1, stack=1e-10)
@@ -144,7 +145,7 @@ def test_predictions_beside_a_record() -> None:
 
 
 def test_links_with_loss_are_not_predicted_and_loopback_has_no_rate() -> None:
-    here = explain.Measured("a core", dict.fromkeys(("none", "int4"), Speed(0, (0, 0), (0, 0))), 0.0)
+    here = Measured("a core", dict.fromkeys(("none", "int4"), Speed(0, (0, 0), (0, 0))), 0.0)
     lossy = record()
     lossy["link"]["loss"] = "0.1%"
     assert explain.compared(lossy, here) == []

@@ -12,11 +12,12 @@ import typer
 from typer.testing import CliRunner
 
 from commpress.launch import figures, records, report
+from commpress.launch.records import Record, read
 
 TRAFFIC = {"received_bytes": 1, "encode": 0.1, "wire": 0.2, "decode": 0.05, "exposed": 0.1}
 
 
-def record(spec: str, sent: int, final: float | None, **changes: object) -> report.Record:
+def record(spec: str, sent: int, final: float | None, **changes: object) -> Record:
     rows = [
         {"step": i, "train_loss": 5.0 - i, "validation_loss": 5.1 - i, "seconds": i / 10, "sent_bytes": i * sent}
         for i in range(3)
@@ -67,7 +68,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert out.read_text().count("int4")
     for path, message in ((bad, "it has no 'traffic'"), (tmp_path / "missing.json", "cannot be read as a run's")):
         with pytest.raises(ValueError, match=message):
-            report.read(path)
+            read(path)
     app = typer.Typer()
     app.command()(report.command)
     failed = CliRunner().invoke(app, [str(out), str(bad)])
@@ -87,8 +88,8 @@ def test_only_sections_for_which_there_is_data_appear(tmp_path: Path) -> None:
         "trace-rank0": ["Timeline of a step"],
         "run0": ["Loss against bytes", "Loss against time", "Bytes and seconds a step", "Settings and machine"],
     }.items():
-        assert sections(report.page([report.read(tmp_path / f"{kind}.json")])) == expected
-    assert len(sections(report.page([report.read(path) for path in paths]))) == 6
+        assert sections(report.page([read(tmp_path / f"{kind}.json")])) == expected
+    assert len(sections(report.page([read(path) for path in paths]))) == 6
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_a_file_that_is_none_is_named_with_the_reason(tmp_path: Path, change: di
     path = tmp_path / "some.json"
     path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
     with pytest.raises(ValueError, match=rf"some\.json: .*{message}"):
-        report.read(path)
+        read(path)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"traceEvents": [{"ph": "X", "name": "aten::add", "ts": 0, "dur": 1}]}'])
@@ -116,7 +117,7 @@ def test_other_json_is_none_either(tmp_path: Path, text: str) -> None:
     with pytest.raises(
         ValueError, match=r"some\.json: (expected one of|not a timeline of a session: no span of forward)"
     ):
-        report.read(path)
+        read(path)
 
 
 def test_step_times_are_sorted_by_rate_and_repeated_ones_are_their_median() -> None:

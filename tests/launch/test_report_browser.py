@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import report_samples
 
-from commpress.launch import report
+from commpress.launch import records, report
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
@@ -147,7 +147,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     path = folder / "report.html"
-    path.write_text(report.page([report.read(file) for file in report_samples.write(folder)]), encoding="utf-8")
+    path.write_text(report.page([records.read(file) for file in report_samples.write(folder)]), encoding="utf-8")
     return path
 
 
