@@ -40,7 +40,8 @@ def run_lab(*arguments: str, prefix: Sequence[str] = (), timeout: float = 150) -
 
 def started_lab(*arguments: str) -> "subprocess.Popen[str]":
     """A lab of two hosts whose ranks run."""
-    script = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+    # one write a rank: both write to one pipe
+    script = [sys.executable, "-c", r"import os, time; os.write(1, b'up\n'); time.sleep(600)"]
     command = [sys.executable, "-m", "commpress.launch.lab", "2", "100mbit", *arguments, "--", *script]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
