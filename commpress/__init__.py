@@ -8,6 +8,7 @@ print(session.report())            # bytes and seconds, against a dense exchange
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from commpress import optim
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.meter import Report
 from commpress.comm.plan import Plan
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from commpress.hooks import attach as attach
 
 __version__ = version("commpress")
-__all__ = ["Codec", "Plan", "Report", "Session", "__version__", "attach", "parse"]
+__all__ = ["Codec", "Plan", "Report", "Session", "__version__", "attach", "optim", "parse"]
 
 
 def __getattr__(name: str) -> Any:

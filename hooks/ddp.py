@@ -14,9 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Segments
 from commpress.comm.session import GradScaler, Session
+from commpress.optim.advice import advise
+from commpress.optim.base import CompressedOptimizer
 
 
 class CommState:
@@ -34,14 +37,15 @@ class CommState:
         exchange: str | None = None,
         error_feedback: bool = True,
         grad_scaler: GradScaler | None = None,
+        optimizer: CompressedOptimizer | None = None,
     ) -> None:
         self.session: Session | None = None
         self._names: dict[Tensor, str] = {}
-        self._arguments = (spec, group, exchange, error_feedback, grad_scaler)
+        self._arguments = (spec, group, exchange, error_feedback, grad_scaler, optimizer)
 
     def start(self, device: torch.device, names: dict[Tensor, str]) -> Session:
         """Make the session. Collective."""
-        spec, group, exchange, error_feedback, grad_scaler = self._arguments
+        spec, group, exchange, error_feedback, grad_scaler, optimizer = self._arguments
         self._names = names
         self.session = Session(
             spec,
@@ -51,6 +55,7 @@ class CommState:
             error_feedback=error_feedback,
             grad_scaler=grad_scaler,
             parameters=tuple((name, p.numel()) for p, name in names.items()),
+            optimizer=optimizer,
         )
         return self.session
 
@@ -72,20 +77,33 @@ def attach(
     model: DistributedDataParallel,
     spec: str | Codec,
     *,
+    optimizer: CompressedOptimizer | None = None,
     exchange: str | None = None,
     error_feedback: bool = True,
     grad_scaler: GradScaler | None = None,
 ) -> Session:
     """Register the hook on `model` and return its session. Collective over the model's process group.
 
+    `optimizer` is one of `commpress.optim`: what it is about to apply travels instead of the gradient. Leave it out for others.
     `exchange` names one of `two_shot`, `all_gather`, `all_reduce` instead of the codec's own choice. `grad_scaler` is the
-    `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale. Raises ValueError on all ranks
-    if a spec is unknown or the ranks differ, RuntimeError if the model already has a hook.
+    `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that
+    it skips moves no state. Raises ValueError on all ranks if a spec is unknown or the ranks differ or the optimizer holds
+    other parameters than the model trains, TypeError for sparse embeddings and for optimizers of other kinds,
+    RuntimeError if the model already has a hook.
     """
     names: dict[Tensor, str] = {p: name for name, p in _trained(model.module)}
     device = next(iter(names)).device
+    refusal = _refusal(model, names, optimizer)
+    if refusal is not None:
+        require_agreement({"error": str(refusal)}, model.process_group, device)
+        raise refusal
     state = CommState(
-        spec, model.process_group, exchange=exchange, error_feedback=error_feedback, grad_scaler=grad_scaler
+        spec,
+        model.process_group,
+        exchange=exchange,
+        error_feedback=error_feedback,
+        grad_scaler=grad_scaler,
+        optimizer=optimizer,
     )
     session = state.start(device, names)
     try:
@@ -94,7 +112,32 @@ def attach(
         state.session = None  # DDP keeps the state that it refuses; the threads shall end all the same
         raise
     _watch(model, session)
+    if optimizer is None:
+        advise(session.plan.codec, set(names))
     return session
+
+
+def _refusal(
+    model: DistributedDataParallel, names: dict[Tensor, str], optimizer: CompressedOptimizer | None
+) -> Exception | None:
+    """Why this rank cannot attach, if it cannot."""
+    for name, module in model.module.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            return TypeError(
+                f"{name}: {type(module).__name__}(sparse=True) has sparse gradients, expected sparse=False"
+            )
+    if optimizer is None:
+        return None
+    if not isinstance(optimizer, CompressedOptimizer):
+        return TypeError(
+            f"optimizer: expected one of commpress.optim, got {type(optimizer).__name__}; others take what arrives "
+            "in p.grad, leave optimizer= out for them"
+        )
+    try:
+        optimizer.bind({name: p for p, name in names.items()}, dist.get_world_size(model.process_group))
+    except ValueError as error:
+        return error
+    return None
 
 
 def _watch(model: DistributedDataParallel, session: Session) -> None:

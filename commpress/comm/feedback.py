@@ -1,6 +1,9 @@
 """Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv:1901.09847): what a lossy codec withheld in one
 step is added to the next one: send Q(g + e), keep e <- g + e - Q(g + e).
 
+Momentum correction (Lin et al., arXiv:1712.01887): under a sparse codec each rank keeps the momentum of its own gradients, and
+that is what is sent; where it was sent, it starts anew (momentum factor masking).
+
 Memories belong to parameters, not to buckets: when the buckets are laid out anew, each parameter's part moves along.
 `two_shot` encodes a second time, on the rank that owns a chunk; what that lost waits there for the next mean (`second`). If
 the owner changes, it goes into the old owner's first memory, times W since a mean divides it by W: nothing is lost.
@@ -13,8 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commpress.comm.codecs import Codec
+
 Segments = tuple[tuple[str, int], ...]
 """The parameters of a bucket in order: (name, number of values)."""
+
+
+KEPT = ("residual", "second", "momentum")
+"""The tensors of a memory."""
 
 
 @dataclass
@@ -27,7 +36,27 @@ class Memory:
     """What the second encoding missed of this rank's chunk: float32 [stop - start]; None if there is none."""
     start: int = 0
     """Where that chunk starts in the bucket."""
+    momentum: Tensor | None = None
+    """The momentum of this rank's gradients: float32 [n]; None without momentum correction."""
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def encode(self, codec: Codec, x: Tensor, part: slice, out: Tensor) -> None:
+        """Encode x[part] and what is remembered of it."""
+        codec.encode(x[part], None if self.residual is None else self.residual[part], out=out)
+        if self.momentum is not None:
+            codec.clear(out, self.momentum[part])
+
+    def keep(self) -> None:
+        """Remember how the memories stand now, for `undo`."""
+        for name in KEPT:
+            if (values := getattr(self, name)) is not None:
+                self.buffer(f"kept {name}", values.nbytes, values.device).view(torch.float32).copy_(values)
+
+    def undo(self) -> None:
+        """Go back to what `keep` saw."""
+        for name in KEPT:
+            if (values := getattr(self, name)) is not None and (kept := self.buffers.get(f"kept {name}")) is not None:
+                values.copy_(kept.view(torch.float32))
 
     def buffer(self, name: str, nbytes: int, device: torch.device) -> Tensor:
         """A uint8 buffer that stays allocated: fresh pages cost more than the codec."""
@@ -52,51 +81,69 @@ class Feedback:
         self.homes: dict[str, Segments] = {}
         """The layout in which each parameter's residual stands now."""
 
-    def memory(self, segments: Segments, feedback: bool, chunk: tuple[int, int] | None, device: torch.device) -> Memory:
+    def memory(
+        self,
+        segments: Segments,
+        feedback: bool,
+        chunk: tuple[int, int] | None,
+        device: torch.device,
+        momentum: bool = False,
+    ) -> Memory:
         """The memory of the bucket that holds these parameters. A new layout takes over what was kept for them.
 
         `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding. Without
         feedback there is a residual only if something was taken over; a dense exchange sends it along and drops it.
+        With `momentum` there is one of this rank's own gradients.
         """
         found = self.memories.get(segments)
-        if found is not None and all(self.homes[name] == segments for name, _ in segments):
-            return found
-        created = Memory()
-        residual = torch.zeros(sum(n for _, n in segments), dtype=torch.float32, device=device)
-        if self._take_over(segments, residual) or feedback:
-            created.residual = residual
-        if feedback and chunk is not None:
-            created.start = chunk[0]
-            created.second = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32, device=device)
-        self.memories[segments] = created
-        self.homes.update((name, segments) for name, _ in segments)
-        return created
+        if found is None or any(self.homes[name] != segments for name, _ in segments):
+            found = self._take_over(segments, device)
+        n = sum(n for _, n in segments)
+        if feedback and found.residual is None:
+            found.residual = torch.zeros(n, dtype=torch.float32, device=device)
+        if feedback and found.second is None and chunk is not None:
+            found.start = chunk[0]
+            found.second = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32, device=device)
+        if momentum and found.momentum is None:
+            found.momentum = torch.zeros(n, dtype=torch.float32, device=device)
+        return found
 
-    def _take_over(self, segments: Segments, residual: Tensor) -> bool:
-        """Move what other layouts keep for these parameters into `residual`; drop the layouts that hold no more."""
-        places, at, found = {}, 0, False
+    def _take_over(self, segments: Segments, device: torch.device) -> Memory:
+        """A new memory that holds what other layouts keep for these parameters; layouts that hold no more are dropped."""
+        created, places, at = Memory(), {}, 0
         for name, n in segments:
             places[name] = slice(at, at + n)
             at += n
         homes = {name: self.homes.pop(name) for name in places if name in self.homes}
-        for old in set(homes.values()):
-            memory, at = self.memories[old], 0
+        for old in dict.fromkeys(homes.values()):
+            memory, start = self.memories[old], 0
             memory.fold(self.world_size)
             for name, n in old:
-                if memory.residual is not None and homes.get(name) == old:
-                    residual[places[name]] = memory.residual[at : at + n]
-                    memory.residual[at : at + n] = 0
-                    found = True
-                at += n
+                if homes.get(name) == old:
+                    for kind in ("residual", "momentum"):
+                        if (source := getattr(memory, kind)) is None:
+                            continue
+                        if getattr(created, kind) is None:
+                            setattr(created, kind, torch.zeros(at, dtype=torch.float32, device=device))
+                        getattr(created, kind)[places[name]] = source[start : start + n]
+                        source[start : start + n] = 0
+                start += n
             if old not in self.homes.values():
                 del self.memories[old]
-        return found
+        self.memories[segments] = created
+        self.homes.update((name, segments) for name, _ in segments)
+        return created
+
+    def undo(self) -> None:
+        """Take back the last exchange: its mean was not used."""
+        for memory in self.memories.values():
+            memory.undo()
 
     def rescale(self, factor: float) -> None:
         """Multiply all memories, as when the loss scale by which gradients are multiplied changes."""
         for memory in self.memories.values():
-            for kept in (memory.residual, memory.second):
-                if kept is not None:
+            for name in KEPT:
+                if (kept := getattr(memory, name)) is not None:
                     kept.mul_(factor)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -104,9 +151,8 @@ class Feedback:
         return [
             {
                 "segments": [[name, n] for name, n in segments],
-                "residual": None if memory.residual is None else memory.residual.clone(),
-                "second": None if memory.second is None else memory.second.clone(),
                 "start": memory.start,
+                **{k: None if (values := getattr(memory, k)) is None else values.clone() for k in KEPT},
             }
             for segments, memory in self.memories.items()
         ]
@@ -117,8 +163,8 @@ class Feedback:
         self.homes.clear()
         for saved in state:
             segments = tuple((str(name), int(n)) for name, n in saved["segments"])
-            residual, second = (
-                None if saved[k] is None else saved[k].to(device).clone() for k in ("residual", "second")
-            )
-            self.memories[segments] = Memory(residual, second, int(saved["start"]))
+            memory = self.memories[segments] = Memory(start=int(saved["start"]))
+            for name in KEPT:
+                if saved[name] is not None:
+                    setattr(memory, name, saved[name].to(device).clone())
             self.homes.update((name, segments) for name, _ in segments)

@@ -33,6 +33,13 @@ class Row:
     received_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
+    @property
+    def how(self) -> str:
+        """What was done with it, or why it was not compressed."""
+        if self.exchange == "none":
+            return f"not sent: {self.reason}"
+        return f"not compressed: {self.reason}" if self.reason else f"{self.spec} by {self.exchange}"
+
 
 @dataclass
 class Report:
@@ -75,11 +82,10 @@ class Report:
         table.add_column("how")
         for row in self.rows:
             ratio = row.dense_bytes / row.sent_bytes if row.sent_bytes else 1.0
-            how = f"not compressed: {row.reason}" if row.reason else f"{row.spec} by {row.exchange}"
             mb = (f"{b / 1e6 / max(row.steps, 1):.3f}" for b in (row.dense_bytes, row.sent_bytes))
             ms = (f"{row.seconds[p] * 1e3 / max(row.steps, 1):.2f}" for p in PHASES)
             name = f"{row.bucket} ({row.steps} steps)" if row.steps != self.steps else str(row.bucket)
-            table.add_row(name, f"{row.values:,}", *mb, f"{ratio:.1f}", *ms, how)
+            table.add_row(name, f"{row.values:,}", *mb, f"{ratio:.1f}", *ms, row.how)
         table.add_section()
         mb = (f"{b / 1e6 / each:.3f}" for b in (self.dense_bytes, self.sent_bytes))
         ms = (f"{self.seconds[p] * 1e3 / each:.2f}" for p in PHASES)
@@ -107,8 +113,8 @@ class Meter:
             timeline.spans.append(span)
 
     def row(self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str) -> Row:
-        """The row of a bucket; a bucket that was laid out anew gets a new one."""
-        key = (bucket, values, dtype, spec)
+        """The row of a bucket; a bucket that was laid out anew, or is treated anew, gets a new one."""
+        key = (bucket, values, dtype, spec, exchange, reason)
         if key not in self.rows:
             self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason)
         return self.rows[key]

@@ -1,9 +1,13 @@
 """Which codec and exchange for which tensor. What is not compressed has a reason, which stands in the report."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.exchange import EXCHANGES
+from commpress.comm.feedback import Memory
 
 FEWEST_VALUES = 256
 """A bucket below this travels dense: one small message either way."""
@@ -19,6 +23,20 @@ class Choice:
     exchange: str
     feedback: bool
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What an optimizer wants done with a bucket in this step: `codec` codes it.
+
+    With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare` makes
+    of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own.
+    """
+
+    codec: Codec | None
+    reason: str = ""
+    prepare: Callable[[Tensor, Memory], None] | None = None
+    momentum: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,10 +61,15 @@ class Plan:
             raise ValueError(f"payloads of {codec} cannot be summed, so it cannot use all_reduce; leave exchange out")
         return cls(codec, exchange, error_feedback)
 
-    def choose(self, n: int, itemsize: int, world_size: int) -> Choice:
-        """What to do with a bucket of n values of `itemsize` bytes."""
+    def choose(self, n: int, itemsize: int, world_size: int, treatment: Treatment | None = None) -> Choice:
+        """What to do with a bucket of n values of `itemsize` bytes; an optimizer may want its own treatment."""
         if world_size == 1:
             return Choice(DENSE, "all_reduce", False, "one rank: nothing to send")
+        if treatment is not None:
+            if treatment.reason:
+                return Choice(DENSE, "none" if treatment.codec is None else "all_reduce", False, treatment.reason)
+            assert treatment.codec is not None
+            return replace(self, codec=treatment.codec).choose(n, itemsize, world_size)
         if not self.codec.lossy:
             return Choice(self.codec, self._exchange(world_size), False, "spec is none")
         if n < FEWEST_VALUES:

@@ -162,7 +162,7 @@ class _Lines:
 
 @dataclass
 class _Flight:
-    """A bucket and its transfer that is on the way; none if something failed."""
+    """A bucket and its transfer that is on the way; none if nothing is to be sent, or something failed."""
 
     job: Job
     transfer: Transfer | None = None
@@ -171,9 +171,10 @@ class _Flight:
     def go_on(self, lines: _Lines) -> None:
         """Do the codec's work up to the next transfer, and start it."""
         with lines.timed(self.job, "encode"):
-            self.transfer = next(self.job.exchange)
+            self.transfer = next(self.job.exchange, None)
         self.started = time.perf_counter()
-        lines.count(self.job, self.transfer)
+        if self.transfer is not None:
+            lines.count(self.job, self.transfer)
 
     def arrive(self, lines: _Lines) -> None:
         """Wait until the transfer has arrived."""
@@ -242,9 +243,10 @@ def _fly(lines: _Lines, flight: _Flight, landing: list[_Flight]) -> None:
 def _land(lines: _Lines, landing: list[_Flight]) -> None:
     """Await the last transfer of the bucket that is about to land, if there is one, and decode it."""
     for flight in landing:
-        flight.arrive(lines)
-        with lines.timed(flight.job, "decode"):
-            next(flight.job.exchange, None)
+        if flight.transfer is not None:
+            flight.arrive(lines)
+            with lines.timed(flight.job, "decode"):
+                next(flight.job.exchange, None)
         lines.finish(flight.job, None)
     landing.clear()
 

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
-from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Wire
+from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire, skip_together, stay
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.feedback import Feedback, Segments
+from commpress.comm.feedback import Feedback, Memory, Segments
 from commpress.comm.meter import Meter, Report
-from commpress.comm.plan import Plan
+from commpress.comm.plan import Choice, Plan, Treatment
 from commpress.comm.sequencer import Job, Sequencer
 from commpress.comm.timeline import Span, Timeline
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 WARM_UP_VALUES = 3000
 """Enough for full blocks and a tail of every codec."""
 
@@ -38,6 +38,34 @@ class GradScaler(Protocol):
 
     def get_scale(self) -> float:
         """The factor by which the loss is multiplied now."""
+
+
+class Behind(Protocol):
+    """What a session asks of an optimizer that is compressed behind its preconditioner (`commpress.optim`)."""
+
+    has_local_steps: bool
+    """Whether a step may leave buckets on their rank."""
+
+    def start(self, scale: float) -> bool:
+        """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
+
+    def treat(self, segments: Segments, codec: Codec) -> Treatment:
+        """What to do with a bucket of these parameters in this step; the same on every rank."""
+
+    def receive(self, bucket: Tensor, segments: Segments) -> None:
+        """This bucket will hold what was exchanged when backward is over."""
+
+    def standing(self) -> dict[str, object]:
+        """What all ranks must agree on now, as JSON values."""
+
+    def unproven(self) -> bool:
+        """Whether `standing` is new since the ranks compared it."""
+
+    def own_state(self) -> dict[str, Any]:
+        """What of its state is this rank's own."""
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Restore what `own_state` returned."""
 
 
 @dataclass
@@ -67,10 +95,14 @@ class Session:
         error_feedback: bool = True,
         grad_scaler: GradScaler | None = None,
         parameters: Segments = (),
+        optimizer: Behind | None = None,
     ) -> None:
         self.plan = _agree(spec, exchange, error_feedback, parameters, group, device)
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
+        self._group = group
+        self._optimizer = optimizer
+        self._bad: list[bool] = []  # whether the buckets of this step hold NaN or Inf; under a loss scale
         self._parameters = dict(parameters)
         self._scaler, self._scale = grad_scaler, 1.0
         self._feedback = Feedback(self.world_size)
@@ -95,8 +127,10 @@ class Session:
         `bucket`; waiting for it raises RuntimeError if the exchange failed on any rank. Same order on every rank.
         """
         if self._starts_step:
-            self._follow_scale()
+            self._start_step()
         self._starts_step = last
+        if self._optimizer is not None:
+            self._optimizer.receive(bucket, segments)
         if last and self._backward_started is not None:
             self.note("backward", self._backward_started)
             self._backward_started = None
@@ -154,6 +188,7 @@ class Session:
             "rank": self.rank,
             "world_size": self.world_size,
             "scale": self._scale,
+            "optimizer": None if self._optimizer is None else self._optimizer.own_state(),
             "buckets": self._feedback.state_dict(),
         }
 
@@ -180,6 +215,25 @@ class Session:
         self._scale = float(state["scale"])
         self._feedback.load_state_dict(state["buckets"], self.device)
         self._restored = list(self._feedback.memories)
+        if self._optimizer is not None and state["optimizer"] is not None:
+            self._optimizer.load_own_state(state["optimizer"])
+
+    def _start_step(self) -> None:
+        if self._optimizer is None:
+            self._follow_scale()
+            return
+        self._bad = []
+        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        if not self._optimizer.start(scale):
+            if self._scaler is None:
+                raise RuntimeError(
+                    "commpress: two backward passes have exchanged gradients without optimizer.step() between them. Put all "
+                    "but the last backward of a step under model.no_sync(); with a GradScaler pass grad_scaler= to attach"
+                )
+            self._feedback.undo()
+        self._follow_scale()
+        if self._optimizer.unproven():
+            require_agreement(self._optimizer.standing(), self._group, self.device)
 
     def _start(
         self,
@@ -190,21 +244,40 @@ class Session:
         finished: Callable[[BaseException | None], None],
     ) -> None:
         n, W = bucket.numel(), self.world_size
-        choice = self.plan.choose(n, bucket.element_size(), W)
+        treatment = Treatment(self.plan.codec)
+        if self._optimizer is not None:
+            treatment = self._optimizer.treat(segments, self.plan.codec)
+        choice = self.plan.choose(n, bucket.element_size(), W, treatment)
         dtype = str(bucket.dtype).removeprefix("torch.")
         row = self._meter.row(index, n, dtype, str(choice.codec), choice.exchange, choice.reason)
-        if W == 1:
-            row.steps += 1
-            self._meter.steps += last
-            finished(None)
-            return
         chunk = None
         if choice.exchange == "two_shot":
             cuts = chunk_bounds(n, W, choice.codec.granularity)
             chunk = (cuts[self.rank], cuts[self.rank + 1])
-        memory = self._feedback.memory(segments, choice.feedback, chunk, self.device)
-        exchange = EXCHANGES[choice.exchange](bucket, choice.codec, memory, self._wire, next(self._tags))
+        memory = self._feedback.memory(segments, choice.feedback, chunk, self.device, treatment.momentum)
+        exchange = self._exchange(bucket, choice, treatment, memory, last)
+        if W == 1:
+            next(exchange, None)
+            row.steps += 1
+            self._meter.steps += last
+            finished(None)
+            return
         self._sequencer.submit(Job(bucket, exchange, row, self._step, ring_bytes(bucket.nbytes, W), last, finished))
+
+    def _exchange(
+        self, bucket: Tensor, choice: Choice, treatment: Treatment, memory: Memory, last: bool
+    ) -> Iterator[Transfer]:
+        if treatment.codec is None or self.world_size == 1:
+            exchange = stay()
+        else:
+            # an exact mean of gradients does not send along what is remembered of momenta
+            used = Memory() if treatment.reason and treatment.prepare is None else memory
+            exchange = EXCHANGES[choice.exchange](bucket, choice.codec, used, self._wire, next(self._tags))
+        if self._optimizer is None:
+            return exchange
+        if self._scaler is not None and self._optimizer.has_local_steps and self.world_size > 1:
+            exchange = skip_together(bucket, self._bad, last, self._wire, exchange)
+        return _prepared(treatment, bucket, memory, self._scaler is not None, exchange)
 
     def _release(self) -> None:
         """Exchange the first step after a restart in the layout in which the memories were saved."""
@@ -241,6 +314,17 @@ class Session:
         if self._scaler is not None and (scale := float(self._scaler.get_scale())) != self._scale:
             self._feedback.rescale(scale / self._scale)
             self._scale = scale
+
+
+def _prepared(
+    treatment: Treatment, bucket: Tensor, memory: Memory, may_undo: bool, exchange: Iterator[Transfer]
+) -> Iterator[Transfer]:
+    """Make of the gradient what is sent, in the thread that encodes, and send it."""
+    if may_undo:
+        memory.keep()
+    if treatment.prepare is not None:
+        treatment.prepare(bucket, memory)
+    yield from exchange
 
 
 def warm_up(codec: Codec, device: torch.device) -> None:

@@ -122,6 +122,13 @@ class Codec(ABC):
             self._defined_encode(self._defined_mean(payloads, n, count), residual, payload)
         return payload
 
+    def clear(self, payload: Tensor, values: Tensor) -> None:
+        """Set `values` (float32 [n]) to 0 at the places that the payload of n values names.
+
+        A codec that names none, since it sends all values, leaves them alone.
+        """
+        return
+
     # The loops, on CPU memory. A family with loops of its own overrides these three.
 
     def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:

@@ -85,14 +85,28 @@ class TopK(Codec):
         return torch.cat([_pack_bits(low), _pack_bits(high), self.values.define_encode(x[index])])
 
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
+        k, _, _, values_at = self._sections(n)
+        x = torch.zeros(n, dtype=torch.float32, device=payload.device)
+        x[self._positions(payload, n)] = self.values.define_decode(payload[values_at:], k)
+        return x
+
+    def _positions(self, payload: Tensor, n: int) -> Tensor:
+        """The ascending positions that a payload of n values holds: int64 [k]."""
         k, low_bits, high_at, values_at = self._sections(n)
         high = _unpack_bits(payload[high_at:values_at]).nonzero().view(-1)
         index = high - torch.arange(k, device=payload.device) << low_bits
         low = _unpack_bits(payload[:high_at])[: k * low_bits].view(k, low_bits)
-        index += (low << torch.arange(low_bits, device=payload.device)).sum(dim=1)
-        x = torch.zeros(n, dtype=torch.float32, device=payload.device)
-        x[index] = self.values.define_decode(payload[values_at:], k)
-        return x
+        return index + (low << torch.arange(low_bits, device=payload.device)).sum(dim=1)
+
+    def clear(self, payload: Tensor, values: Tensor) -> None:
+        k, low_bits, high_at, values_at = self._sections(values.numel())
+        if values.device.type == "cpu":
+            index = np.empty(k, np.int64)
+            coded = payload.numpy()
+            cpu.ef_decode(low_bits, coded[:high_at], coded[high_at:values_at], index)
+            values[torch.from_numpy(index)] = 0
+        else:
+            values[self._positions(payload, values.numel())] = 0
 
     def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
         k, low_bits, high_at, values_at = self._sections(x.size)

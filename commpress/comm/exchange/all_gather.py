@@ -21,6 +21,6 @@ def all_gather(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) ->
     me, W, size = wire.rank, wire.world_size, codec.nbytes(x.numel())
     gathered = memory.buffer("gathered", W * size, x.device)
     rows = gathered.split(size)
-    codec.encode(x, memory.residual, out=rows[me])
+    memory.encode(codec, x, slice(None), out=rows[me])
     yield wire.swap([rows[me]] * W, rows, tag, last=True)
     codec.mean(gathered, x.numel(), W, out=x)

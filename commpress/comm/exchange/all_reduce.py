@@ -28,7 +28,7 @@ def all_reduce(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) ->
         yield wire.all_reduce(x)
         return
     payload = memory.buffer("payload", codec.nbytes(x.numel()), x.device)
-    codec.encode(x, memory.residual, out=payload)
+    memory.encode(codec, x, slice(None), out=payload)
     values = payload[: x.numel() * codec.sum_dtype.itemsize].view(codec.sum_dtype)
     values.mul_(1.0 / wire.world_size)
     yield wire.all_reduce(values)

@@ -33,8 +33,7 @@ def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> I
 
     outgoing = memory.buffer("outgoing", sum(sizes), x.device).split(sizes)
     for r in range(W):
-        part = slice(cuts[r], cuts[r + 1])
-        codec.encode(x[part], None if memory.residual is None else memory.residual[part], out=outgoing[r])
+        memory.encode(codec, x, slice(cuts[r], cuts[r + 1]), out=outgoing[r])
     gathered = memory.buffer("gathered", W * sizes[me], x.device)
     rows = gathered.split(sizes[me]) if sizes[me] else (gathered,) * W
     rows[me].copy_(outgoing[me])

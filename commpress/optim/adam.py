@@ -1,0 +1,205 @@
+"""AdamW that freezes its variance after a warm-up: what 1-bit Adam and 0/1 Adam have in common.
+
+While it warms up it is AdamW on exact mean gradients. Then d = sqrt(v) + eps stands, and with it Adam is linear:
+
+    n <- beta1 n + (1 - beta1) g / d        p <- p - lr n
+
+The ranks send n, not the momentum m = n d of the papers: coded in blocks, coordinates of any variance are then of one size,
+feedback stays exact when d changes, and a coordinate that never had a gradient cannot be thrown out by its neighbours' noise.
+
+No gradient g / d counts for more than sqrt(W / (1 - beta2)). Adam's own variance, which holds the gradient itself, bounds it
+by the same without the W; the gradient of one of W ranks is up to sqrt(W) times as noisy as their mean.
+"""
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from commpress.comm.codecs import Codec, parse
+from commpress.comm.feedback import Memory, Segments
+from commpress.comm.plan import Treatment
+from commpress.optim import loops
+from commpress.optim.base import CompressedOptimizer, Parameters, within
+
+SETTLED = 0.96
+"""The variance has settled when its sum changes by less than this ratio in 1 / (1 - beta2) steps (1-bit Adam, section 7.1)."""
+
+
+class FrozenAdamW(CompressedOptimizer):
+    """`warmup_steps` of AdamW, or as many as it takes until the variance has settled (None).
+
+    State of a parameter: as AdamW's `step`, `exp_avg`, `exp_avg_sq` in the warm-up; then `exp_avg` is n in units of `unit`, a
+    power of two that gives it about the size of the momentum, and `inverse` is unit / d.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        warmup_steps: int | None,
+        warmup_spec: str,
+    ) -> None:
+        within("lr", float(lr), 0)
+        within("betas[0]", betas[0], 0, 1)
+        within("betas[1]", betas[1], 0, 1)
+        within("eps", eps, 0)
+        within("weight_decay", weight_decay, 0)
+        if warmup_steps is not None:
+            within("warmup_steps", warmup_steps, 1)
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"warmup_steps": warmup_steps, "warmup_spec": str(parse(warmup_spec))}
+        # these four are the optimizer's, not a group's; here they are saved with the groups
+        super().__init__(params, {**defaults, "steps": 0, "frozen_at": 0, "unit": 1.0, "variance": 0.0})
+
+        self._settling: list[dict[str, Any]] = []
+
+    def start(self, scale: float) -> bool:
+        self._settling = []
+        return super().start(scale)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the warm-up is over."""
+        return bool(self.param_groups[0]["frozen_at"])
+
+    def phase(self) -> object:
+        return self.param_groups[0]["frozen_at"]
+
+    def standing(self) -> dict[str, object]:
+        bits = 0
+        for p, _ in self._places.values():
+            if (kept := self.state[p].get("inverse")) is not None:
+                bits += int(loops.flat(kept)[0].view(torch.uint8).sum(dtype=torch.int64))
+        return {**super().standing(), "frozen variance (sum of its bits)": bits}
+
+    def treat(self, segments: Segments, codec: Codec) -> Treatment:
+        if not self.frozen:
+            codec = parse(self.param_groups[0]["warmup_spec"])
+            return Treatment(codec, "" if codec.lossy else "the variance warms up")
+        return self.treat_frozen(segments, codec)
+
+    @abstractmethod
+    def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
+        """What to do with a bucket after the warm-up."""
+
+    def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
+        if self.frozen:
+            self.apply_frozen(updates)
+            for state in self._settling:
+                state["settled"] = True
+        else:
+            self._apply_warm_up(updates)
+        for group in self.param_groups:
+            group["steps"] += 1
+        if not self.frozen and self._is_settled():
+            self._freeze()
+
+    @abstractmethod
+    def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
+        """A step after the warm-up."""
+
+    def limit(self, group: dict[str, Any]) -> float:
+        """The most that one gradient counts for, in units of n."""
+        unit: float = group["unit"]
+        return unit * math.sqrt(self._world_size / (1 - group["betas"][1]))
+
+    def _apply_warm_up(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
+        for group in self.param_groups:
+            mine = [(p, p.grad) for p, of, _ in updates.values() if of is group and p.grad is not None]
+            if not mine:
+                continue
+            parameters, gradients = [p for p, _ in mine], [g for _, g in mine]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
+            kept = [[self.state[p][k] for p in parameters] for k in ("exp_avg", "exp_avg_sq", "step")]
+            beta1, beta2 = group["betas"]
+            settings = {k: group[k] for k in ("lr", "weight_decay", "eps")}
+            adamw(
+                parameters,
+                gradients,
+                kept[0],
+                kept[1],
+                [],
+                kept[2],
+                fused=parameters[0].device.type in ("cpu", "cuda"),
+                amsgrad=False,
+                maximize=False,
+                beta1=beta1,
+                beta2=beta2,
+                **settings,
+            )
+
+    def _is_settled(self) -> bool:
+        first = self.param_groups[0]
+        if first["warmup_steps"] is not None:
+            return bool(first["steps"] >= first["warmup_steps"])
+        if first["steps"] % max(1, round(1 / (1 - first["betas"][1]))):
+            return False
+        sums = [s["exp_avg_sq"].sum(dtype=torch.float64) for s in self.state.values()]
+        now = float(sum(sums)) if sums else 0.0
+        least, most = sorted((float(first["variance"]), now))
+        for group in self.param_groups:
+            group["variance"] = now
+        return least > 0 and least >= SETTLED * most
+
+    def _freeze(self) -> None:
+        """d from now on, n from the momentum so far, both without Adam's bias."""
+        squares = [0.0, 0.0]
+        for p, group in self._places.values():
+            state = self.state[p]
+            if not state:  # had no gradient yet
+                state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            beta1, beta2 = group["betas"]
+            steps = max(1.0, float(state["step"]))
+            mean = state["exp_avg"] / (1 - beta1**steps)
+            state["inverse"] = self.inverse(state["exp_avg_sq"] / (1 - beta2**steps), group)
+            state["exp_avg"] = mean * state["inverse"]
+            state["settled"] = False
+            squares[0] += float(mean.square().sum(dtype=torch.float64))
+            squares[1] += float(state["exp_avg"].square().sum(dtype=torch.float64))
+        unit = 2.0 ** round(0.5 * math.log2(squares[0] / squares[1])) if min(squares) > 0 else 1.0
+        for p, _ in self._places.values():
+            self.state[p]["inverse"] *= unit
+            self.state[p]["exp_avg"] *= unit
+        for group in self.param_groups:
+            group["unit"], group["frozen_at"] = unit, group["steps"]
+
+    def inverse(self, variance: Tensor, group: dict[str, Any]) -> Tensor:
+        """1 / d of a variance without bias. Where there has been no gradient, d is the tensor's own mean size."""
+        root = variance.sqrt()
+        scaled: Tensor = 1 / (torch.where(root > 0, root, variance.mean().sqrt()) + group["eps"])
+        return scaled
+
+    def settle(self, memory: Memory, segments: Segments) -> None:
+        """At a bucket's first exchange after the warm-up: what feedback kept of gradients becomes what it keeps of n."""
+        states = [self.state[self._places[name][0]] for name, _ in segments]
+        if states[0]["settled"]:
+            return
+        if memory.residual is not None:
+            memory.fold(self._world_size)
+            for (name, _), part, state in zip(
+                segments, memory.residual.split([n for _, n in segments]), states, strict=True
+            ):
+                part.mul_(loops.flat(state["inverse"])[0]).mul_(1 - self._places[name][1]["betas"][0])
+        self._settling += states  # a step that is skipped leaves them as they were
+
+    def blend(self, bucket: Tensor, segments: Segments) -> None:
+        """bucket <- beta1 n + (1 - beta1) g / d, in place, times the loss scale as the gradients are."""
+        for (name, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
+            p, group = self._places[name]
+            state = self.state[p]
+            beta1, scale = group["betas"][0], self._scale
+            loops.blend(part, state["inverse"], state["exp_avg"], self.limit(group) * scale, 1 - beta1, beta1 * scale)

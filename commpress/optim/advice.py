@@ -1,0 +1,41 @@
+"""A word to those who compress gradients to a bit or less a value, and step with Adam."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from commpress.comm.codecs import Codec
+from commpress.optim.base import CompressedOptimizer
+
+FEW_BITS = 2.0
+"""A value; below it a codec is too coarse for what is squared and divided by."""
+MANY = 1 << 20
+ADAPTIVE = ("adam", "rmsprop", "adagrad", "adadelta", "adafactor", "lamb", "nadam")
+"""Names of optimizers that divide by a variance of what arrives contain one of these."""
+
+
+def advise(codec: Codec, parameters: set[Tensor]) -> None:
+    """Warn once, at the first step of an optimizer of these parameters, if it is adaptive and the codec is coarse."""
+    bits = 8 * codec.nbytes(MANY) / MANY
+    if bits >= FEW_BITS:
+        return
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not any(p in parameters for group in optimizer.param_groups for p in group["params"]):
+            return
+        handle.remove()
+        name = type(optimizer).__name__
+        if isinstance(optimizer, CompressedOptimizer) or not any(word in name.lower() for word in ADAPTIVE):
+            return
+        warnings.warn(
+            f"commpress: {codec} leaves {bits:.2g} bits of a gradient's value, and {name} divides by the root of a variance "
+            "of what arrives, which undoes error feedback: measured losses are in the README, 'Which spec?'. Under Adam take "
+            "int8 or int4, or send what Adam applies: opt = commpress.optim.OneBitAdamW(...), "
+            "commpress.attach(model, spec, optimizer=opt)",
+            stacklevel=2,
+        )
+
+    handle = register_optimizer_step_pre_hook(before)

@@ -1,0 +1,148 @@
+"""What all compressed optimizers have in common: they are told of every bucket, and step on what was exchanged."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commpress.comm.codecs import Codec
+from commpress.comm.feedback import Segments
+from commpress.comm.plan import Treatment
+from commpress.optim import loops
+
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+
+
+class CompressedOptimizer(torch.optim.Optimizer):
+    """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes. It does not step before it is attached.
+
+    Between backward and `step`, a parameter's `grad` holds what `step` will apply: the mean gradient while it warms up, then
+    the mean of what the ranks sent; after a local step, this rank's own gradient.
+    """
+
+    has_local_steps = False
+
+    def __init__(self, params: Parameters, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self._places: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by name: a parameter and its group
+        self._received: list[tuple[Tensor, Segments]] = []
+        self._awaits_step = False
+        self._world_size = 1
+        self._scale = 1.0
+        self._proven: object = None
+
+    # what a session asks of it
+
+    def bind(self, parameters: dict[str, Tensor], world_size: int) -> None:
+        """The parameters that are exchanged, by name. Raises ValueError if they are not those that this optimizer holds."""
+        groups = {p: group for group in self.param_groups for p in group["params"] if p.requires_grad}
+        for name, p in parameters.items():
+            if p not in groups:
+                raise ValueError(f"parameter {name!r} is trained, but the optimizer does not hold it")
+        if strangers := groups.keys() - set(parameters.values()):
+            shapes = ", ".join(str(tuple(p.shape)) for p in strangers)
+            raise ValueError(f"the optimizer holds {len(strangers)} parameters that the model does not train: {shapes}")
+        self._places = {name: (p, groups[p]) for name, p in parameters.items()}
+        self._world_size = world_size
+        loops.warm_up()
+
+    def start(self, scale: float) -> bool:
+        """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
+        used, self._awaits_step = not self._awaits_step, True
+        self._received, self._scale = [], scale
+        return used
+
+    @abstractmethod
+    def treat(self, segments: Segments, codec: Codec) -> Treatment:
+        """What to do with a bucket of these parameters in this step; the same on every rank."""
+
+    def receive(self, bucket: Tensor, segments: Segments) -> None:
+        """This bucket will hold what was exchanged when backward is over."""
+        self._received.append((bucket, segments))
+
+    def standing(self) -> dict[str, object]:
+        """What all ranks must agree on now, as JSON values."""
+        groups = [{k: plain(v) for k, v in group.items() if k != "params"} for group in self.param_groups]
+        return {"optimizer": type(self).__name__, "optimizer's groups": groups}
+
+    def unproven(self) -> bool:
+        """Whether a phase begins, or a state was loaded, since the ranks compared their standing."""
+        before, self._proven = self._proven, self.phase()
+        return before != self._proven
+
+    def phase(self) -> object:
+        """What changes when a phase begins."""
+        return None
+
+    def own_state(self) -> dict[str, Any]:
+        """What of its state is this rank's own; nothing, unless it takes local steps."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Restore what `own_state` returned."""
+
+    # what a training script asks of it
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Apply what the last backward exchanged.
+
+        Raises RuntimeError if it is not attached, or if no backward has exchanged anything since the last step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        name = type(self).__name__
+        if not self._places:
+            raise RuntimeError(f"{name} is not attached: commpress.attach(ddp_model, spec, optimizer=optimizer)")
+        if not self._awaits_step:
+            if all(p.grad is None for p, _ in self._places.values()):
+                return loss
+            raise RuntimeError(
+                f"{name}.step(): no backward has exchanged gradients since the last step (all in no_sync?)"
+            )
+        late = self._late()
+        updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]] = {}
+        for key, (p, group) in self._places.items():
+            if p.grad is not None and p.grad.is_sparse:
+                raise TypeError(f"{name}: the gradient of {key!r} is sparse, expected a dense one")
+            updates[key] = (p, group, p.grad if p.grad is not None else late.get(key))
+        self.apply(updates)
+        self._awaits_step, self._received = False, []
+        return loss
+
+    @abstractmethod
+    def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
+        """One step: parameter, group and what was exchanged of it, by name."""
+
+    def _late(self) -> dict[str, Tensor]:
+        """What was exchanged of parameters that no rank used: DDP gives them no `grad`."""
+        if all(p.grad is not None for p, _ in self._places.values()):
+            return {}
+        parts: dict[str, Tensor] = {}
+        for bucket, segments in self._received:
+            for (key, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
+                if (p := self._places[key][0]).grad is None:
+                    parts[key] = part.as_strided(p.shape, p.stride()) / self._scale  # in DDP's order of a bucket
+        return parts
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; the ranks compare their standing at the next backward."""
+        super().load_state_dict(state_dict)
+        self._proven = None
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        self._places = {name: (p, groups[p]) for name, (p, _) in self._places.items()}
+
+
+def plain(value: Any) -> Any:
+    """A setting of a group as a JSON value."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def within(name: str, value: float, least: float, below: float = float("inf")) -> None:
+    """Raises ValueError unless least <= value < below."""
+    if not least <= value < below:
+        raise ValueError(f"{name} {value}: expected a number in [{least:g}, {below:g})")

@@ -1,0 +1,172 @@
+"""The optimizers' passes over memory: on CPU memory in float32 one loop each (Numba), elsewhere plain torch.
+
+Tensors of one call have one shape and are dense in one order. Both ways agree to rounding.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from commpress.comm.kernels.cpu import loop
+
+
+def blend(x: Tensor, inverse: Tensor, average: Tensor, limit: float, fresh: float, kept: float) -> None:
+    """x <- fresh * clip(x * inverse, limit) + kept * average, in place. NaN and Inf stay what they are."""
+    tensors = flat(x, inverse, average)
+    if _loopable(tensors):
+        _blend(*(t.numpy() for t in tensors), *_scalars(limit, fresh, kept))
+        return
+    x, inverse, average = tensors
+    scaled = x * inverse
+    clipped = torch.where(scaled.isfinite(), scaled.clamp(-limit, limit), scaled)
+    x.copy_(fresh * clipped + kept * average)
+
+
+def advance(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:
+    """p <- keep * p - rate * update, average <- update, in place."""
+    tensors = flat(p, update, average)
+    if _loopable(tensors):
+        _advance(*(t.numpy() for t in tensors), *_scalars(keep, rate))
+        return
+    p, update, average = tensors
+    p.mul_(keep).add_(update, alpha=-rate)
+    average.copy_(update)
+
+
+def wander(
+    g: Tensor,
+    inverse: Tensor,
+    average: Tensor,
+    total: Tensor,
+    anchor: Tensor,
+    p: Tensor,
+    limit: float,
+    beta: float,
+    keep: float,
+    rate: float,
+    decay: float,
+) -> None:
+    """A local step: average <- beta * average + (1 - beta) * clip(g * inverse, limit), total <- keep * total + rate * average,
+    p <- decay * anchor - total, in place."""
+    tensors = flat(g, inverse, average, total, anchor, p)
+    if _loopable(tensors):
+        _wander(*(t.numpy() for t in tensors), *_scalars(limit, beta, keep, rate, decay))
+        return
+    g, inverse, average, total, anchor, p = tensors
+    average.mul_(beta).add_((g * inverse).clamp_(-limit, limit), alpha=1 - beta)
+    total.mul_(keep).add_(average, alpha=rate)
+    p.copy_(decay * anchor - total)
+
+
+def meet(
+    p: Tensor, update: Tensor, average: Tensor, total: Tensor, anchor: Tensor, decay: float, weight: float
+) -> None:
+    """A sync: anchor <- decay * anchor - weight * update, p <- anchor, average <- update, total <- 0, in place."""
+    tensors = flat(p, update, average, total, anchor)
+    if _loopable(tensors):
+        _meet(*(t.numpy() for t in tensors), *_scalars(decay, weight))
+        return
+    p, update, average, total, anchor = tensors
+    anchor.mul_(decay).add_(update, alpha=-weight)
+    p.copy_(anchor)
+    average.copy_(update)
+    total.zero_()
+
+
+def stand(p: Tensor, anchor: Tensor, total: Tensor, decay: float) -> None:
+    """p <- decay * anchor - total: where `wander` left it, bit for bit."""
+    tensors = flat(p, anchor, total)
+    if _loopable(tensors):
+        _stand(*(t.numpy() for t in tensors), *_scalars(decay))
+        return
+    p, anchor, total = tensors
+    p.copy_(decay * anchor - total)
+
+
+def correct(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, nesterov: bool) -> None:
+    """x <- x + decay * p, momentum <- beta * momentum + x, x <- momentum (Nesterov's: x + beta * momentum), in place."""
+    tensors = flat(x, momentum, p)
+    if _loopable(tensors):
+        _correct(*(t.numpy() for t in tensors), *_scalars(beta, decay), nesterov)
+        return
+    x, momentum, p = tensors
+    x.add_(p, alpha=decay)
+    momentum.mul_(beta).add_(x)
+    x.copy_(x + beta * momentum if nesterov else momentum)
+
+
+def warm_up() -> None:
+    """Compile the loops now, not in the middle of a step."""
+    x, y, z, p, q, r = (torch.ones(1) for _ in range(6))
+    blend(x, y, z, 1.0, 0.5, 0.5)
+    advance(x, y, z, 1.0, 1.0)
+    wander(x, y, z, p, q, r, 1.0, 0.5, 1.0, 1.0, 1.0)
+    meet(x, y, z, p, q, 1.0, 1.0)
+    stand(x, y, z, 1.0)
+    correct(x, y, z, 0.5, 0.5, False)
+
+
+def flat(*tensors: Tensor) -> list[Tensor]:
+    """Each as [n], in the order of its memory."""
+    return [
+        t.detach().view(-1) if t.is_contiguous() else t.detach().as_strided((t.numel(),), (1,), t.storage_offset())
+        for t in tensors
+    ]
+
+
+def _scalars(*values: float) -> tuple[np.float32, ...]:
+    """So that no loop computes in float64."""
+    return tuple(np.float32(value) for value in values)
+
+
+def _loopable(tensors: list[Tensor]) -> bool:
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+@loop
+def _blend(x, inverse, average, limit, fresh, kept):
+    for i in range(x.size):
+        scaled = x[i] * inverse[i]
+        clipped = min(max(scaled, -limit), limit)
+        finite = np.abs(scaled) <= np.float32(3.4028235e38)
+        x[i] = fresh * (clipped if finite else scaled) + kept * average[i]
+
+
+@loop
+def _advance(p, update, average, keep, rate):
+    for i in range(p.size):
+        p[i] = keep * p[i] - rate * update[i]
+        average[i] = update[i]
+
+
+@loop
+def _wander(g, inverse, average, total, anchor, p, limit, beta, keep, rate, decay):
+    fresh = np.float32(1) - beta
+    for i in range(p.size):
+        clipped = min(max(g[i] * inverse[i], -limit), limit)
+        average[i] = beta * average[i] + fresh * clipped
+        total[i] = keep * total[i] + rate * average[i]
+        p[i] = decay * anchor[i] - total[i]
+
+
+@loop
+def _meet(p, update, average, total, anchor, decay, weight):
+    for i in range(p.size):
+        anchor[i] = decay * anchor[i] - weight * update[i]
+        p[i] = anchor[i]
+        average[i] = update[i]
+        total[i] = np.float32(0)
+
+
+@loop
+def _stand(p, anchor, total, decay):
+    for i in range(p.size):
+        p[i] = decay * anchor[i] - total[i]
+
+
+@loop
+def _correct(x, momentum, p, beta, decay, nesterov):
+    for i in range(x.size):
+        g = x[i] + decay * p[i]
+        momentum[i] = beta * momentum[i] + g
+        x[i] = g + beta * momentum[i] if nesterov else momentum[i]

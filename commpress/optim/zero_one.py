@@ -1,0 +1,220 @@
+"""0/1 Adam (Lu et al., arXiv:2202.06009) with decoupled weight decay: local steps between syncs.
+
+After the warm-up every rank steps on its own gradients and adds up what it has applied; from `anchor`, the values of the last
+sync, the same on all ranks,
+
+    u <- (1 - lr wd) u + lr n        p = decay anchor - u        decay <- (1 - lr wd) decay, weight likewise as u for n = 1
+
+A sync sends u / weight, the mean n since the last one, and all go on from decay * anchor - weight * mean, with n = mean.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commpress.comm.codecs import Codec
+from commpress.comm.feedback import Memory, Segments
+from commpress.comm.plan import DENSE, Treatment
+from commpress.optim import loops
+from commpress.optim.adam import FrozenAdamW
+from commpress.optim.base import Parameters, within
+
+OWN = ("exp_avg", "total")
+"""What a rank has of its own between two syncs: n and u."""
+
+
+@dataclass(frozen=True)
+class Growing:
+    """Syncs every `first` steps, and twice as rarely after each `steps` further ones, up to every `last`."""
+
+    steps: int
+    first: int = 1
+    last: int = 16
+
+    def __post_init__(self) -> None:
+        within("Growing.steps", self.steps, 1)
+        within("Growing.first", self.first, 1)
+        within("Growing.last", self.last, self.first)
+
+    def interval(self, step: int) -> int:
+        """Steps between syncs, `step` steps after the warm-up."""
+        return int(min(self.last, self.first << min(step // self.steps, 62)))
+
+
+@dataclass(frozen=True)
+class Sync:
+    """What this step makes of a parameter's local ones: `keep` is 1 - lr wd, `weight` that of all since the last sync, and
+    `share` this step's part of it."""
+
+    keep: float
+    weight: float
+    share: float
+
+
+class ZeroOneAdamW(FrozenAdamW):
+    """AdamW with local steps: each bucket is exchanged every `sync_every` steps, a part of the buckets in every step.
+
+    `sync_every` is a number of steps or a `Growing` one. `warmup_steps` and `warmup_spec` as in OneBitAdamW. `refresh_every` is
+    the paper's kappa: the variance goes on learning from exact mean gradients at steps that lie 1, 2, 4, ... apart, kappa
+    times each, as far as they lie behind the warm-up; 0 leaves it frozen.
+
+    A parameter holds the same bits on all ranks after each of its syncs, and drifts in between. `with optimizer.synced():`
+    shows the model as of its parameters' last syncs, the same on every rank: to validate, and to save. Raises ValueError
+    for a setting out of range.
+    """
+
+    has_local_steps = True
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        sync_every: int | Growing = 4,
+        warmup_steps: int | None = None,
+        warmup_spec: str = "none",
+        refresh_every: int = 0,
+    ) -> None:
+        if isinstance(sync_every, int):
+            within("sync_every", sync_every, 1)
+            sync_every = Growing(1, sync_every, sync_every)
+        within("refresh_every", refresh_every, 0)
+        super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec)
+        for group in [self.defaults, *self.param_groups]:
+            group |= {"sync_every": list(vars(sync_every).values()), "refresh_every": refresh_every}
+        self._seen = 0  # values in the buckets of this step so far
+        self._syncing: dict[str, Sync] = {}
+
+    def start(self, scale: float) -> bool:
+        self._seen, self._syncing = 0, {}
+        return super().start(scale)
+
+    def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
+        every = Growing(*self.param_groups[0]["sync_every"])
+        step = self.param_groups[0]["steps"] - self.param_groups[0]["frozen_at"]
+        interval = every.interval(step)
+        # where a bucket lies among all says in which of the steps it is its turn
+        place = self._seen * interval // sum(p.numel() for p, _ in self._places.values())
+        self._seen += sum(n for _, n in segments)
+        if self._refreshes():
+            return Treatment(DENSE, "the variance is refreshed")
+        if (step + 1 + place) % interval:
+            return Treatment(None, "a local step")
+        self._syncing |= {name: self._sync(name) for name, _ in segments}
+
+        def prepare(bucket: Tensor, memory: Memory) -> None:
+            self.settle(memory, segments)
+            for (name, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
+                p, group = self._places[name]
+                state, sync, beta1 = self.state[p], self._syncing[name], group["betas"][0]
+                fresh, kept = sync.share * (1 - beta1), sync.share * beta1 * self._scale
+                loops.blend(part, state["inverse"], state["exp_avg"], self.limit(group) * self._scale, fresh, kept)
+                if sync.share < 1:
+                    part.add_(
+                        loops.flat(state["total"])[0], alpha=sync.keep * group["unit"] / sync.weight * self._scale
+                    )
+
+        return Treatment(codec, prepare=prepare)
+
+    def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
+        refreshes = self._refreshes()
+        for name, (p, group, update) in updates.items():
+            if update is None:
+                continue
+            state = self.state[p]
+            if (sync := self._syncing.get(name)) is not None:
+                state["decay"] *= sync.keep
+                loops.meet(
+                    p,
+                    update,
+                    state["exp_avg"],
+                    state["total"],
+                    state["anchor"],
+                    state["decay"],
+                    sync.weight / group["unit"],
+                )
+                state["decay"], state["weight"] = 1.0, 0.0
+                continue
+            if refreshes:
+                self._refresh(state, update, group)
+            sync = self._sync(name)
+            state["decay"] *= sync.keep
+            state["weight"] = sync.weight
+            loops.wander(
+                *(update, state["inverse"], state["exp_avg"], state["total"], state["anchor"], p),
+                limit=self.limit(group),
+                beta=group["betas"][0],
+                keep=sync.keep,
+                rate=float(group["lr"]) / group["unit"],
+                decay=state["decay"],
+            )
+
+    @contextlib.contextmanager
+    def synced(self) -> Iterator[None]:
+        """While the block runs, every parameter has the value of its last sync, the same bits on all ranks."""
+        drifted = [state for state in self.state.values() if "anchor" in state]
+        parameters = [p for p, state in self.state.items() if "anchor" in state]
+        with torch.no_grad():
+            for p, state in zip(parameters, drifted, strict=True):
+                p.copy_(state["anchor"])
+            try:
+                yield
+            finally:
+                for p, state in zip(parameters, drifted, strict=True):
+                    loops.stand(p, state["anchor"], state["total"], state["decay"])
+
+    def own_state(self) -> dict[str, Any]:
+        if not self.frozen:
+            return {}
+        return {name: {k: self.state[p][k].clone() for k in OWN} for name, (p, _) in self._places.items()}
+
+    @torch.no_grad()
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        for name, own in state.items():
+            p, _ = self._places[name]
+            if "anchor" not in self.state[p]:
+                raise ValueError("cannot restore: load the optimizer's state before the session's")
+            for k in OWN:
+                self.state[p][k].copy_(own[k])
+            loops.stand(p, self.state[p]["anchor"], self.state[p]["total"], self.state[p]["decay"])
+
+    def _sync(self, name: str) -> "Sync":
+        p, group = self._places[name]
+        lr, state = float(group["lr"]), self.state[p]
+        keep = 1 - lr * group["weight_decay"]
+        weight = keep * state["weight"] + lr
+        return Sync(keep, weight, lr / weight if weight else 1.0)
+
+    def _freeze(self) -> None:
+        super()._freeze()
+        for p, group in self._places.values():
+            state = self.state[p]
+            state |= {"anchor": p.detach().clone(), "total": torch.zeros_like(p), "decay": 1.0, "weight": 0.0}
+            if not group["refresh_every"]:
+                del state["exp_avg_sq"]  # has become `inverse`
+
+    def _refreshes(self) -> bool:
+        """Whether this step is one of 0/1 Adam's T_v."""
+        kappa, step = self.param_groups[0]["refresh_every"], self.param_groups[0]["steps"]
+        if not kappa:
+            return False
+        power = int(math.log2(step / kappa + 1))
+        return bool((step - kappa * (2**power - 1)) % 2**power == 0)
+
+    def _refresh(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> None:
+        beta2 = group["betas"][1]
+        state["step"] += 1
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        before = state["inverse"]
+        state["inverse"] = group["unit"] * self.inverse(
+            state["exp_avg_sq"] / (1 - beta2 ** float(state["step"])), group
+        )
+        state["exp_avg"].mul_(state["inverse"] / before)
