@@ -7,8 +7,10 @@ While it warms up it is AdamW on exact mean gradients. Then d = sqrt(v) + eps st
 The ranks send n, not the momentum m = n d of the papers: coded in blocks, coordinates of any variance are then of one size,
 feedback stays exact when d changes, and a coordinate that never had a gradient cannot be thrown out by its neighbours' noise.
 
-No gradient g / d counts for more than sqrt(W / (1 - beta2)). Adam's own variance, which holds the gradient itself, bounds it
-by the same without the W; the gradient of one of W ranks is up to sqrt(W) times as noisy as their mean.
+No gradient g / d counts for more than 2 sqrt(W): Adam's own variance holds the gradient itself and so bounds it, a frozen one
+does not; the gradient of one of W ranks is up to sqrt(W) times as noisy as their mean. (A GPT of 0.9 M parameters, two ranks,
+`sign`, 500 steps of which 75 warm up; held-out loss of dense AdamW 2.052, with bounds of 1.0 to 1000 times the root:
+1.0 2.127, 1.4 2.089, 2.0 2.079, 3.0 2.077, 6.3 2.096, 1000 2.122; between seeds about 0.02.)
 """
 
 import math
@@ -108,7 +110,7 @@ class FrozenAdamW(CompressedOptimizer):
     def limit(self, group: dict[str, Any]) -> float:
         """The most that one gradient counts for, in units of n."""
         unit: float = group["unit"]
-        return unit * math.sqrt(self._world_size / (1 - group["betas"][1]))
+        return 2 * unit * math.sqrt(self._world_size)
 
     def _apply_warm_up(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         for group in self.param_groups:

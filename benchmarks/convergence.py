@@ -1,0 +1,377 @@
+"""What compression costs in loss: the same training by each way of compressing it, against the bytes that it sent.
+
+    torchrun --nproc-per-node 2 benchmarks/convergence.py runs/convergence [--only NAME ...] [--picture OUT.svg]
+    python -m commpress.launch.lab 2 10gbit -- python benchmarks/convergence.py runs/convergence        # bytes by kernel, too
+
+A byte-level GPT of 0.9 M parameters on the standard library's source, by AdamW, and a convolutional net on scikit-learn's
+digits (8 x 8 pixels: small), by SGD with momentum. Each way gets the learning rate that is best of four after 500 steps of seed
+0; then 1,500 steps, three seeds for those that matter most and one for the rest. Each finished run is a file of JSON in the
+folder, and is not run again: stop it when you like. An hour and a half on 2 cores; `--show` prints what is there.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peers import counted
+from powersgd import PowerSGD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import commpress
+from commpress.launch import data
+from commpress.launch.lab import sent_by_kernel
+from commpress.launch.model import GPT, Shape
+from commpress.launch.train import machine
+from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
+
+SHAPE, BATCH = Shape(layers=4, width=128, heads=4, context=64), 4
+BETAS, DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+IMAGES = 32
+"""Digits a rank and step."""
+SEARCH, STEPS = 500, 1500
+SEEDS = (0, 1, 2)
+RISE, FINAL = 0.05, 0.1
+"""The rate rises for this share of the steps, and falls by a cosine to this share of the highest."""
+WARM_UP = 2 / 15
+"""The share of the steps in which the compressed optimizers warm up."""
+WARM_UP_SPEC = "int4"
+EVERY, HELD_OUT = 100, 64
+"""Steps between two validations, and their windows."""
+RATES = {"GPT": (1.5e-3, 3e-3, 5e-3, 8e-3), "digits": (0.01, 0.03, 0.1, 0.3)}
+DENSE = {"GPT": "AdamW", "digits": "SGD"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A row of the table: how a task is trained. `options` are those of its optimizer."""
+
+    name: str
+    task: str
+    optimizer: str
+    spec: str | None = None
+    seeds: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def zero_one(spec: str, every: int, seeds: int = 1, **options: Any) -> Way:
+    """ZeroOneAdamW with a spec."""
+    name = f"ZeroOneAdamW {spec} every {every}"
+    return Way(name, "GPT", "ZeroOneAdamW", spec, seeds, {"sync_every": every, **options})
+
+
+WAYS = (
+    Way("AdamW", "GPT", "AdamW", seeds=3),
+    Way("OneBitAdamW sign", "GPT", "OneBitAdamW", "sign", 3),
+    zero_one("sign", 4, 3),
+    Way("OneBitAdamW topk(0.1)|sign", "GPT", "OneBitAdamW", "topk(0.1)|sign", 3),
+    zero_one("topk(0.1)|sign", 4, 3),
+    Way("AdamW, int4 gradients", "GPT", "AdamW", "int4", 3),
+    Way("AdamW, int8 gradients", "GPT", "AdamW", "int8"),
+    Way("AdamW, topk(0.01)|int4 gradients", "GPT", "AdamW", "topk(0.01)|int4"),
+    Way("AdamW, PowerSGD rank 4", "GPT", "AdamW", "PowerSGD"),
+    zero_one("sign", 8),
+    zero_one("topk(0.03)|sign", 8),
+    Way("SGD", "digits", "SGD", seeds=3),
+    Way("SGD, topk(0.01) gradients", "digits", "SGD", "topk(0.01)", 3),
+    Way("DGC topk(0.01)", "digits", "DGC", "topk(0.01)", 3),
+    Way("SGD, topk(0.001) gradients", "digits", "SGD", "topk(0.001)", 3),
+    Way("DGC topk(0.001)", "digits", "DGC", "topk(0.001)", 3),
+)
+
+
+class Text:
+    """The byte-level GPT."""
+
+    def __init__(self) -> None:
+        self.text = data.load(None)
+
+    def model(self) -> nn.Module:
+        return GPT(SHAPE)
+
+    def loss(self, model: nn.Module, windows: torch.Generator) -> Tensor:
+        x, y = data.sample(self.text.train, BATCH, SHAPE.context, windows)
+        return nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    def held_out(self, model: nn.Module) -> float:
+        """Nats a byte over fixed windows, this rank's share of them."""
+        starts = data.validation_starts(self.text.validation, HELD_OUT, SHAPE.context)
+        x, y = data.windows(self.text.validation, starts[dist.get_rank() :: dist.get_world_size()], SHAPE.context)
+        return float(nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()))
+
+
+class Digits:
+    """1,797 images of 8 x 8 pixels; every fifth is held out."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+        y = torch.tensor(labels)
+        held = torch.arange(len(y)) % 5 == 0
+        self.train, self.test = (x[~held], y[~held]), (x[held], y[held])
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(
+            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10)),
+        )
+
+    def loss(self, model: nn.Module, windows: torch.Generator) -> Tensor:
+        x, y = self.train
+        chosen = torch.randint(len(y), (IMAGES,), generator=windows)
+        # moved by up to a pixel, so that there is something to learn for longer than an epoch
+        shift = torch.randint(-1, 2, (2,), generator=windows).tolist()
+        return nn.functional.cross_entropy(model(x[chosen].roll(shift, (2, 3))), y[chosen])
+
+    def held_out(self, model: nn.Module) -> float:
+        """Mean loss over all held-out images moved in nine ways, this rank's share of them."""
+        x, y = self.test
+        losses = [
+            float(nn.functional.cross_entropy(model(x.roll((i, j), (2, 3))), y)) for i in (-1, 0, 1) for j in (-1, 0, 1)
+        ]
+        return statistics.mean(losses)
+
+
+def optimizer_of(way: Way, model: DistributedDataParallel, steps: int) -> torch.optim.Optimizer:
+    """The optimizer of a way, at any rate."""
+    warm_up = round(WARM_UP * steps)
+    if way.task == "digits":
+        parameters = list(model.parameters())
+        if way.optimizer == "DGC":
+            return DGC(parameters, lr=1.0, momentum=0.9, weight_decay=1e-4, warmup_steps=warm_up, **way.options)
+        return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=1e-4)
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    if way.optimizer == "AdamW":
+        return torch.optim.AdamW(groups, lr=1.0, betas=BETAS, fused=True)
+    kind: Callable[..., torch.optim.Optimizer] = {"OneBitAdamW": OneBitAdamW, "ZeroOneAdamW": ZeroOneAdamW}[
+        way.optimizer
+    ]
+    options = {"warmup_steps": warm_up, "warmup_spec": WARM_UP_SPEC, **way.options}
+    return kind(groups, lr=1.0, betas=BETAS, **options)
+
+
+def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> dict[str, Any]:
+    """One run: its row. Collective."""
+    torch.manual_seed(seed)
+    ddp = DistributedDataParallel(task.model(), gradient_as_bucket_view=way.spec != "PowerSGD")
+    windows = data.generator(seed, dist.get_rank())
+    optimizer = optimizer_of(way, ddp, steps)
+    powersgd = PowerSGD(ddp.parameters(), 4) if way.spec == "PowerSGD" else None
+    behind = optimizer if isinstance(optimizer, commpress.optim.base.CompressedOptimizer) else None
+    session = None if powersgd else commpress.attach(ddp, way.spec or "none", optimizer=behind)
+    counts, row = 0, {"steps": [], "loss": [], "sent_bytes": [], "kernel_bytes": []}  # type: ignore[var-annotated]
+    dense, start, kernel, before = 0, time.perf_counter(), 0, sent_by_kernel()
+    for done in range(steps + 1):
+        if done % EVERY == 0 or done == steps or done == round(WARM_UP * steps):
+            kernel += sent_by_kernel() - before
+            loss = validate(task, ddp.module, optimizer)
+            sent = counts if session is None else session.report().sent_bytes
+            for key, value in (("steps", done), ("loss", loss), ("sent_bytes", sent), ("kernel_bytes", kernel)):
+                row[key].append(value)
+            before = sent_by_kernel()
+            if not math.isfinite(loss):
+                break
+        if done == steps:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share(done, steps)
+        if powersgd is not None:
+            powersgd.carry()
+            with ddp.no_sync():
+                task.loss(ddp, windows).backward()
+            with counted() as each:
+                powersgd.exchange()
+            counts += sum(each)
+        else:
+            task.loss(ddp, windows).backward()
+        if not (behind and getattr(behind, "frozen", True)):  # gradients that are means
+            nn.utils.clip_grad_norm_(ddp.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    values = sum(p.numel() for p in ddp.parameters())
+    dense = 2 * (dist.get_world_size() - 1) * 4 * values // dist.get_world_size()
+    return {
+        **{"name": way.name, "task": way.task, "rate": rate, "seed": seed, "of_steps": steps, "parameters": values},
+        **{"dense_bytes_a_step": dense, "seconds": time.perf_counter() - start, **row},
+        **{"machine": machine(torch.device("cpu"))["processor"], "torch": torch.__version__},
+    }
+
+
+@torch.no_grad()
+def validate(task: Text | Digits, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """The held-out loss, the mean over the ranks. Collective."""
+    model.eval()
+    if isinstance(optimizer, ZeroOneAdamW):
+        with optimizer.synced():
+            loss = task.held_out(model)
+    else:
+        loss = task.held_out(model)
+    model.train()
+    together = torch.tensor(loss, dtype=torch.float64)
+    dist.all_reduce(together)
+    return together.item() / dist.get_world_size()
+
+
+def share(step: int, steps: int) -> float:
+    """Of the highest rate, for the update after `step` updates."""
+    rise = RISE * steps
+    part = max(0.0, step - rise) / (steps - rise)
+    return min(1.0, (step + 1) / rise) * (FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def run_all(folder: Path, ways: Sequence[Way]) -> None:
+    """All runs that are not there yet. Collective."""
+    tasks: dict[str, Text | Digits] = {}
+    for way in ways:
+        task = tasks.get(way.task) or tasks.setdefault(way.task, Text() if way.task == "GPT" else Digits())
+        searched = [once(folder, way, task, rate, SEEDS[0], SEARCH) for rate in RATES[way.task]]
+        best = min(searched, key=lambda row: (not math.isfinite(row["loss"][-1]), row["loss"][-1]))["rate"]
+        for seed in SEEDS[: way.seeds]:
+            once(folder, way, task, best, seed, STEPS)
+
+
+def once(folder: Path, way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> dict[str, Any]:
+    """A run's row: from its file, or trained now and written to it. Rank 0 says whether it is there."""
+    letters = "".join(c if c.isalnum() or c == "." else "-" for c in way.name)
+    path = folder / f"{letters}_{rate:g}_{seed}_{steps}.json"
+    found: list[Any] = [json.loads(path.read_text()) if dist.get_rank() == 0 and path.exists() else None]
+    dist.broadcast_object_list(found)
+    if found[0] is not None:
+        return dict(found[0])
+    row = train(way, task, rate, seed, steps)
+    if dist.get_rank() == 0:
+        path.with_suffix(".tmp").write_text(json.dumps(row) + "\n")
+        path.with_suffix(".tmp").rename(path)
+        print(
+            f"{way.name}: {steps} steps at {rate:g}, seed {seed}: {row['loss'][-1]:.4f}, {row['seconds']:.0f} s",
+            flush=True,
+        )
+    return row
+
+
+def summary(folder: Path) -> list[dict[str, Any]]:
+    """A row a way that has final runs: mean loss, spread, bytes, and the ratio of dense bytes to them."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    rows = []
+    for way in WAYS:
+        final = [run for run in runs if run["name"] == way.name and run["of_steps"] == STEPS]
+        if not final:
+            continue
+        losses = [run["loss"][-1] for run in final]
+        one = final[0]
+        dense, sent = one["dense_bytes_a_step"] * STEPS, one["sent_bytes"][-1]
+        warm = one["steps"].index(round(WARM_UP * STEPS))
+        after = (sent - one["sent_bytes"][warm]) / (STEPS - one["steps"][warm])
+        rows.append(
+            {
+                **{"name": way.name, "task": way.task, "rate": one["rate"], "seeds": len(final)},
+                **{"loss": statistics.mean(losses), "least": min(losses), "most": max(losses)},
+                **{"sent_bytes": sent, "ratio": dense / sent, "ratio_after": one["dense_bytes_a_step"] / after},
+                "kernel": one["kernel_bytes"][-1] / sent if one["kernel_bytes"][-1] else None,
+            }
+        )
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    for task in DENSE:
+        mine = [row for row in rows if row["task"] == task]
+        if not mine:
+            continue
+        dense = next((row["loss"] for row in mine if row["name"] == DENSE[task]), None)
+        table = Table(
+            title=f"{task}: {STEPS} steps, 2 ranks",
+            caption="fewer: dense bytes over those sent, in all and after the warm-up",
+        )
+        for name in (
+            "",
+            "rate",
+            "seeds",
+            "held-out loss",
+            "spread",
+            "against dense",
+            "MB sent",
+            "fewer",
+            "after",
+            "kernel",
+        ):
+            table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+        for row in mine:
+            against = "" if dense is None else f"{row['loss'] / dense - 1:+.2%}"
+            kernel = "" if row["kernel"] is None else f"{row['kernel']:.3f}"
+            spread = f"{row['least']:.3f}-{row['most']:.3f}" if row["seeds"] > 1 else ""
+            figures = (f"{row['loss']:.4f}", spread, against, f"{row['sent_bytes'] / 1e6:.2f}")
+            ratios = (f"{row['ratio']:.1f}", f"{row['ratio_after']:.1f}")
+            table.add_row(row["name"], f"{row['rate']:g}", str(row["seeds"]), *figures, *ratios, kernel)
+        Console(width=150).print(table)
+
+
+def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """The GPT's losses against bytes, as an SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "commpress", "font.size": 11}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
+    mine = [row for row in rows if row["task"] == "GPT"]
+    for row in mine:
+        color = "#1d4ed8" if "One" in row["name"] else "0.3"
+        bars = [[row["loss"] - row["least"]], [row["most"] - row["loss"]]]
+        mb = row["sent_bytes"] / 1e6
+        axes.errorbar(mb, row["loss"], yerr=bars, fmt="o", color=color, capsize=3)
+        axes.annotate(row["name"], (mb, row["loss"]), (4, 5), textcoords="offset points", fontsize=8, color=color)
+    dense = next(row for row in mine if row["name"] == DENSE["GPT"])
+    axes.axhspan(dense["least"], dense["most"], color="0.85")
+    axes.set(xscale="log", xlabel="MB that a rank sent in the whole run", ylabel="held-out loss, nats a byte")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    """Run what is missing and print the table on rank 0."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("folder", type=Path, help="where each finished run is a file")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="rows to run, by the names in the table")
+    options.add_argument("--show", action="store_true", help="run nothing")
+    options.add_argument("--picture", type=Path, metavar="OUT.svg")
+    chosen = options.parse_args()
+    if chosen.only and (unknown := set(chosen.only) - {way.name for way in WAYS}):
+        options.error(f"no row {sorted(unknown)[0]!r}; there are {', '.join(way.name for way in WAYS)}")
+    rank = 0
+    if not chosen.show:
+        warnings.filterwarnings("ignore", message="commpress: ")  # that a row is there to be worse is known
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        chosen.folder.mkdir(parents=True, exist_ok=True)
+        run_all(chosen.folder, [way for way in WAYS if not chosen.only or way.name in chosen.only])
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        rows = summary(chosen.folder)
+        show(rows)
+        if chosen.picture:
+            draw(rows, chosen.picture)
+
+
+if __name__ == "__main__":
+    main()
