@@ -49,7 +49,7 @@ WARM_UP = 2 / 15
 WARM_UP_SPEC = "int4"
 EVERY, HELD_OUT = 100, 64
 """Steps between two validations, and their windows."""
-RATES = {"GPT": (1.5e-3, 3e-3, 5e-3, 8e-3), "digits": (0.01, 0.03, 0.1, 0.3)}
+RATES = {"GPT": (3.5e-4, 7e-4, 1.5e-3, 3e-3), "digits": (0.01, 0.03, 0.1, 0.3)}
 DENSE = {"GPT": "AdamW", "digits": "SGD"}
 
 

@@ -7,7 +7,7 @@ It knows no framework. `submit` takes a flat gradient and the names and sizes of
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Memory, Segments
 from commpress.comm.meter import Meter, Report
 from commpress.comm.plan import Choice, Plan, Treatment
+from commpress.comm.resize import resized
 from commpress.comm.sequencer import Job, Sequencer
 from commpress.comm.timeline import Span, Timeline
 
@@ -48,6 +49,12 @@ class Behind(Protocol):
 
     def start(self, scale: float) -> bool:
         """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
+
+    def waits(self) -> bool:
+        """Whether no bucket of this step may be treated before `measure` has seen them all."""
+
+    def measure(self, gradients: list[Tensor]) -> None:
+        """All buckets of this step."""
 
     def treat(self, segments: Segments, codec: Codec) -> Treatment:
         """What to do with a bucket of these parameters in this step; the same on every rank."""
@@ -137,7 +144,7 @@ class Session:
         future: torch.futures.Future[Any] = torch.futures.Future(
             devices=None if self.device.type == "cpu" else [self.device]
         )
-        if self._restored:
+        if self._restored or (self._optimizer is not None and self._optimizer.waits()):
             self._held.append(Held(bucket, segments, index, future))
             if last:
                 self._release()
@@ -192,12 +199,16 @@ class Session:
             "buckets": self._feedback.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         """Restore what `state_dict` saved on the same rank, before the first step; training goes on bit for bit.
 
-        DDP lays its buckets out anew after a restart. The first step is exchanged in the saved layout all the same.
-        Raises ValueError if the state belongs to another version, plan, rank or world size.
+        The states of all ranks, as a sequence, are good for any number of ranks now: what they had withheld is kept in total.
+        Load a compressed optimizer's own state before. DDP lays its buckets out anew after a restart; the first step is
+        exchanged in the saved layout all the same. Raises ValueError if the state belongs to another version, plan, rank
+        or world size.
         """
+        if not isinstance(state, dict):
+            state = resized(state, self.rank, self.world_size)
         expected = {
             "version": STATE_VERSION,
             "settings": self.plan.settings(),
@@ -280,10 +291,12 @@ class Session:
         return _prepared(treatment, bucket, memory, self._scaler is not None, exchange)
 
     def _release(self) -> None:
-        """Exchange the first step after a restart in the layout in which the memories were saved."""
+        """Exchange a step all of whose buckets are there; the first after a restart in the layout that was saved."""
         held, layouts = self._held, self._restored
         self._held, self._restored = [], []
-        if {h.segments for h in held} == set(layouts):
+        if self._optimizer is not None:
+            self._optimizer.measure([h.bucket for h in held])
+        if not layouts or {h.segments for h in held} == set(layouts):
             for h in held:
                 self._start(h.bucket, h.segments, h.index, h is held[-1], partial(_settle, h.future, h.bucket))
             return

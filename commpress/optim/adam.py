@@ -47,6 +47,7 @@ class FrozenAdamW(CompressedOptimizer):
         weight_decay: float,
         warmup_steps: int | None,
         warmup_spec: str,
+        max_norm: float | None,
     ) -> None:
         within("lr", float(lr), 0)
         within("betas[0]", betas[0], 0, 1)
@@ -58,7 +59,7 @@ class FrozenAdamW(CompressedOptimizer):
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"warmup_steps": warmup_steps, "warmup_spec": str(parse(warmup_spec))}
         # these four are the optimizer's, not a group's; here they are saved with the groups
-        super().__init__(params, {**defaults, "steps": 0, "frozen_at": 0, "unit": 1.0, "variance": 0.0})
+        super().__init__(params, {**defaults, "steps": 0, "frozen_at": 0, "unit": 1.0, "variance": 0.0}, max_norm)
 
         self._settling: list[dict[str, Any]] = []
 
@@ -70,6 +71,9 @@ class FrozenAdamW(CompressedOptimizer):
     def frozen(self) -> bool:
         """Whether the warm-up is over."""
         return bool(self.param_groups[0]["frozen_at"])
+
+    def waits(self) -> bool:
+        return self.frozen and self.param_groups[0]["max_norm"] is not None
 
     def phase(self) -> object:
         return self.param_groups[0]["frozen_at"]
@@ -113,6 +117,8 @@ class FrozenAdamW(CompressedOptimizer):
         return 2 * unit * math.sqrt(self._world_size)
 
     def _apply_warm_up(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
+        if (most := self.param_groups[0]["max_norm"]) is not None:
+            torch.nn.utils.clip_grad_norm_([p for p, _, _ in updates.values()], most)
         for group in self.param_groups:
             mine = [(p, p.grad) for p, of, _ in updates.values() if of is group and p.grad is not None]
             if not mine:
@@ -200,6 +206,7 @@ class FrozenAdamW(CompressedOptimizer):
 
     def blend(self, bucket: Tensor, segments: Segments) -> None:
         """bucket <- beta1 n + (1 - beta1) g / d, in place, times the loss scale as the gradients are."""
+        self.clip(bucket)
         for (name, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
             p, group = self._places[name]
             state = self.state[p]

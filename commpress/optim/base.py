@@ -24,13 +24,16 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     has_local_steps = False
 
-    def __init__(self, params: Parameters, defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
+    def __init__(self, params: Parameters, defaults: dict[str, Any], max_norm: float | None) -> None:
+        if max_norm is not None:
+            within("max_norm", max_norm, 0)
+        super().__init__(params, {**defaults, "max_norm": max_norm})
         self._places: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by name: a parameter and its group
         self._received: list[tuple[Tensor, Segments]] = []
         self._awaits_step = False
         self._world_size = 1
         self._scale = 1.0
+        self._clip = 1.0
         self._proven: object = None
 
     # what a session asks of it
@@ -51,8 +54,30 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def start(self, scale: float) -> bool:
         """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
         used, self._awaits_step = not self._awaits_step, True
-        self._received, self._scale = [], scale
+        self._received, self._scale, self._clip = [], scale, 1.0
         return used
+
+    def waits(self) -> bool:
+        """Whether no bucket of this step may be treated before `measure` has seen them all."""
+        return False
+
+    def measure(self, gradients: list[Tensor]) -> None:
+        """All buckets of this step, which are this rank's own gradients: how much of them counts under `max_norm`.
+
+        A rank may have sqrt(W) times the norm of the mean: so much larger is the noise of one of W (as Deep Gradient
+        Compression, section 3.2, has it for sums).
+        """
+        if (most := self.param_groups[0]["max_norm"]) is not None and self.waits():
+            norm = float(
+                torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+            )
+            bound = most * self._world_size**0.5 * self._scale
+            self._clip = bound / norm if norm > bound and norm < float("inf") else 1.0
+
+    def clip(self, bucket: Tensor) -> None:
+        """Scale a bucket's gradient down to what counts of it."""
+        if self._clip < 1:
+            bucket.mul_(self._clip)
 
     @abstractmethod
     def treat(self, segments: Segments, codec: Codec) -> Treatment:

@@ -29,7 +29,8 @@ class DGC(CompressedOptimizer):
 
     In the first `warmup_steps` a `topk(r)` keeps 1/4, 1/16, ... down to r, a fifth of them each; any other codec's
     place is taken by exact means. Codecs that send every value know no factor masking. `weight_decay` is SGD's, added to the
-    gradient. Raises ValueError for a setting out of range.
+    gradient. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent before
+    backward is over. Raises ValueError for a setting out of range.
     """
 
     def __init__(
@@ -41,17 +42,22 @@ class DGC(CompressedOptimizer):
         *,
         nesterov: bool = False,
         warmup_steps: int = 0,
+        max_norm: float | None = None,
     ) -> None:
         within("lr", float(lr), 0)
         within("momentum", momentum, 0, 1)
         within("weight_decay", weight_decay, 0)
         within("warmup_steps", warmup_steps, 0)
         settings = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, {"lr": lr, **settings, "warmup_steps": warmup_steps, "steps": 0})
+        super().__init__(params, {"lr": lr, **settings, "warmup_steps": warmup_steps, "steps": 0}, max_norm)
+
+    def waits(self) -> bool:
+        return self.param_groups[0]["max_norm"] is not None
 
     def treat(self, segments: Segments, codec: Codec) -> Treatment:
         def prepare(bucket: Tensor, memory: Memory) -> None:
             assert memory.momentum is not None
+            self.clip(bucket)
             sizes = [n for _, n in segments]
             parts = zip(segments, bucket.split(sizes), memory.momentum.split(sizes), strict=True)
             for (name, _), part, momentum in parts:

@@ -87,7 +87,7 @@ def correct(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, n
     """x <- x + decay * p, momentum <- beta * momentum + x, x <- momentum (Nesterov's: x + beta * momentum), in place."""
     tensors = flat(x, momentum, p)
     if _loopable(tensors):
-        _correct(*(t.numpy() for t in tensors), *_scalars(beta, decay), nesterov)
+        _correct(*(t.numpy() for t in tensors), *_scalars(beta, decay, float(nesterov)))
         return
     x, momentum, p = tensors
     x.add_(p, alpha=decay)

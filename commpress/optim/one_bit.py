@@ -20,6 +20,9 @@ class OneBitAdamW(FrozenAdamW):
     Then the variance is frozen; each rank sends, with error feedback, what its momentum over the root of the variance would
     be, and all apply the mean. Replicas hold the same bits.
 
+    `max_norm` clips the mean gradient's norm in the warm-up. After it there is no mean gradient: each rank clips its own, to
+    max_norm sqrt(W), before it is sent, and no bucket is sent before backward is over.
+
     Differs from the paper: what is coded is the momentum over the root of the variance, not the momentum before it; Adam's
     bias is corrected; a single gradient is bounded (`commpress/optim/adam.py` says why). Raises ValueError for a setting
     out of range.
@@ -35,8 +38,9 @@ class OneBitAdamW(FrozenAdamW):
         *,
         warmup_steps: int | None = None,
         warmup_spec: str = "none",
+        max_norm: float | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec)
+        super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
 
     def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
         def prepare(bucket: Tensor, memory: Memory) -> None:

@@ -81,13 +81,14 @@ class ZeroOneAdamW(FrozenAdamW):
         sync_every: int | Growing = 4,
         warmup_steps: int | None = None,
         warmup_spec: str = "none",
+        max_norm: float | None = None,
         refresh_every: int = 0,
     ) -> None:
         if isinstance(sync_every, int):
             within("sync_every", sync_every, 1)
             sync_every = Growing(1, sync_every, sync_every)
         within("refresh_every", refresh_every, 0)
-        super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec)
+        super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
         for group in [self.defaults, *self.param_groups]:
             group |= {"sync_every": list(vars(sync_every).values()), "refresh_every": refresh_every}
         self._seen = 0  # values in the buckets of this step so far
@@ -112,6 +113,7 @@ class ZeroOneAdamW(FrozenAdamW):
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
             self.settle(memory, segments)
+            self.clip(bucket)
             for (name, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
                 p, group = self._places[name]
                 state, sync, beta1 = self.state[p], self._syncing[name], group["betas"][0]
@@ -143,7 +145,9 @@ class ZeroOneAdamW(FrozenAdamW):
                 )
                 state["decay"], state["weight"] = 1.0, 0.0
                 continue
-            if refreshes:
+            if not refreshes:
+                self.clip(update)
+            else:
                 self._refresh(state, update, group)
             sync = self._sync(name)
             state["decay"] *= sync.keep
