@@ -34,7 +34,7 @@ from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
 from commpress.launch.model import GPT, Shape
 from commpress.launch.train import machine
-from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
+from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
 
 SHAPE, BATCH = Shape(layers=4, width=128, heads=4, context=64), 4
 BETAS, DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
@@ -171,7 +171,7 @@ def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> 
     windows = data.generator(seed, dist.get_rank())
     optimizer = optimizer_of(way, ddp, steps)
     powersgd = PowerSGD(ddp.parameters(), 4) if way.spec == "PowerSGD" else None
-    behind = optimizer if isinstance(optimizer, commpress.optim.base.CompressedOptimizer) else None
+    behind = optimizer if isinstance(optimizer, CompressedOptimizer) else None
     session = None if powersgd else commpress.attach(ddp, way.spec or "none", optimizer=behind)
     counts, row = 0, {"steps": [], "loss": [], "sent_bytes": [], "kernel_bytes": []}  # type: ignore[var-annotated]
     dense, start, kernel, before = 0, time.perf_counter(), 0, sent_by_kernel()
@@ -198,7 +198,7 @@ def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> 
             counts += sum(each)
         else:
             task.loss(ddp, windows).backward()
-        if not (behind and getattr(behind, "frozen", True)):  # gradients that are means
+        if behind is None or behind.takes_means:
             nn.utils.clip_grad_norm_(ddp.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -23,8 +23,12 @@ from rich.table import Table
 from commpress.launch import checkpoint, report
 from commpress.launch.records import Record, read
 
-SPECS = {"none": "none", "int4": "int4", "topk-int4": "topk(0.01)|int4"}
-"""Folder and spec of each run."""
+RUNS: dict[str, dict[str, Any]] = {
+    "none": {"compress": "none"},
+    "int4": {"compress": "int4"},
+    "one-bit": {"compress": "sign", "optimizer": "OneBitAdamW", "optimizer-warmup": 50, "warmup-compress": "int4"},
+}
+"""Folder and flags of each run."""
 MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 64, "batch": 4}
 TRAINING = {"lr": 2e-3, "warmup-steps": 30, "eval-batches": 16, "seed": 0, "threads": 1}
 LIMIT_SECONDS = 600.0
@@ -38,18 +42,19 @@ class DemoError(Exception):
 
 
 def demo(out: Path, steps: int) -> Path:
-    """Train once for each spec, print the table, and return the path of the HTML report. Raises DemoError."""
+    """Train once for each of RUNS, print the table, and return the path of the HTML report. Raises DemoError."""
     console = Console()
     records: list[Record] = []
     started = time.monotonic()
-    for folder, spec in SPECS.items():
-        console.print(f"\n[bold]{len(records) + 1} of {len(SPECS)}[/bold]", spec, highlight=False, markup=True)
-        records.append(train(out / folder, spec, steps))
+    for folder, flags in RUNS.items():
+        called = f"{flags.get('optimizer', 'AdamW')} {flags['compress']}"
+        console.print(f"\n[bold]{len(records) + 1} of {len(RUNS)}[/bold]", called, highlight=False, markup=True)
+        records.append(train(out / folder, flags, steps))
     console.print()
     console.print(results(records))
+    warm_up = RUNS["one-bit"]["optimizer-warmup"]
     console.print(
-        "Sparse gradients under Adam lose loss by their nature: Adam divides by a variance of what arrives.",
-        style="dim",
+        f"OneBitAdamW sends int4 gradients for {warm_up} steps, then the signs of what AdamW would apply.", style="dim"
     )
     path = out / "report.html"
     path.write_text(report.page(records), encoding="utf-8")
@@ -59,13 +64,17 @@ def demo(out: Path, steps: int) -> Path:
     return path
 
 
-def train(out: Path, spec: str, steps: int) -> Record:
-    """One run of the training program on two ranks of this machine, shown live; its record. Raises DemoError."""
+def train(out: Path, chosen: dict[str, Any], steps: int) -> Record:
+    """One run of the training program on two ranks of this machine, shown live; its record. Raises DemoError.
+
+    `chosen` are the flags by which this run differs from the others.
+    """
+    spec = chosen["compress"]
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.clear(out)
     record, errors = out / "record.json", out / "stderr.log"
     record.unlink(missing_ok=True)
-    flags = {**MODEL, **TRAINING, "compress": spec, "steps": steps, "eval-every": max(1, steps // 5), "out": out}
+    flags = {**MODEL, **TRAINING, **chosen, "steps": steps, "eval-every": max(1, steps // 5), "out": out}
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
@@ -90,7 +99,7 @@ def train(out: Path, spec: str, steps: int) -> Record:
 
 def results(records: list[Record]) -> Table:
     """The demo's table: a row a spec."""
-    head, *rows = report.summary([(r["settings"]["compress"], r) for r in records])
+    head, *rows = report.summary(list(zip(report.titles(records), records, strict=True)))
     first = records[0]
     table = Table(
         title=f"{first['parameters'] / 1e6:.1f} M parameters, {first['world_size']} ranks, {first['steps_done']} steps",
@@ -155,7 +164,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the three runs and the report.")] = Path("runs/demo"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 250,
 ) -> None:
-    """Train a small GPT on two local ranks with none, int4 and topk(0.01)|int4, and compare."""
+    """Train a small GPT on two local ranks by AdamW, AdamW with int4 gradients and OneBitAdamW, and compare."""
     signal.signal(signal.SIGTERM, interrupted)
     try:
         demo(out, steps)

@@ -324,6 +324,8 @@ def bytes_by_bucket(runs: Sequence[tuple[str, Record]], look: Mapping[str, figur
 
 def how(row: Record) -> str:
     """How a bucket travelled."""
+    if row["exchange"] == "none":
+        return f"not sent: {row['reason']}"
     return f"not compressed: {row['reason']}" if row["reason"] else f"{row['spec']} by {row['exchange']}"
 
 
@@ -404,8 +406,12 @@ def phase_rows(by_step: Mapping[int, Sequence[Record]]) -> list[list[str]]:
 
 
 def titles(records: Sequence[Record]) -> list[str]:
-    """A name for each run: its spec, and where two share one, their folder too."""
-    specs = [str(r["settings"]["compress"]) for r in records]
+    """A name for each run: its spec, after its optimizer unless that is AdamW; where two share one, their folder too."""
+    optimizers = [r["settings"].get("optimizer", "AdamW") for r in records]
+    specs = [
+        str(r["settings"]["compress"]) if optimizer == "AdamW" else f"{optimizer} {r['settings']['compress']}"
+        for r, optimizer in zip(records, optimizers, strict=True)
+    ]
     counts = Counter(specs)
     seen: Counter[str] = Counter()
     names = []

@@ -33,10 +33,13 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
+from commpress import optim
 from commpress.launch import checkpoint, data, scalars
 from commpress.launch.model import GPT, Shape
 
 BETAS = (0.9, 0.95)
+MOMENTUM = 0.9
+"""SGD's and DGC's."""
 CLIP_NORM = 1.0
 FINAL_LR = 0.1
 """Where the cosine ends, as a share of --lr."""
@@ -53,6 +56,10 @@ class Settings:
     """What the command line says; each field is the flag of that name."""
 
     compress: str = "int4"
+    optimizer: str = "AdamW"
+    optimizer_warmup: int | None = None
+    warmup_compress: str = "none"
+    sync_every: int = 4
     data: Path | None = None
     layers: int = 6
     width: int = 384
@@ -81,10 +88,12 @@ class Settings:
     @property
     def folder(self) -> Path:
         """Where the run is written: --out, or runs/ and the spec without its punctuation."""
-        return self.out or Path("runs", re.sub(r"[^a-z0-9.]+", "-", self.compress).strip("-"))
+        name = re.sub(r"[^a-z0-9.]+", "-", self.compress).strip("-")
+        return self.out or Path("runs", name if self.optimizer == Settings.optimizer else f"{self.optimizer}-{name}")
 
 
 STEERING = (
+    *("optimizer", "optimizer_warmup", "warmup_compress", "sync_every"),
     *("compress", "layers", "width", "heads", "context", "batch", "accumulate"),
     *("steps", "lr", "warmup_steps", "weight_decay", "seed"),
 )
@@ -121,9 +130,10 @@ def train(settings: Settings) -> bool:
 
         model = GPT(settings.shape).to(device)
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(model, settings), settings)
+        behind = optimizer if isinstance(optimizer, optim.CompressedOptimizer) else None
         with said_by_rank_0():
-            session = commpress.attach(ddp, settings.compress)
-        optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr, betas=BETAS, fused=True)
+            session = commpress.attach(ddp, settings.compress, optimizer=behind)
 
         identity = {
             **{name: getattr(settings, name) for name in STEERING},
@@ -166,7 +176,8 @@ def train(settings: Settings) -> bool:
                 "traffic": asdict(before + Traffic.of(session.report())),
             }
             own = {"session": session.state_dict(), "windows": own_windows.get_state(), "random": random_states()}
-            checkpoint.save(out, done, rank, shared, own)
+            with same_on_all_ranks(optimizer):
+                checkpoint.save(out, done, rank, shared, own)
 
         def note(train_loss: float | None, validation_loss: float | None) -> None:
             traffic = before + Traffic.of(session.report())
@@ -190,14 +201,19 @@ def train(settings: Settings) -> bool:
 
         parameters = sum(p.numel() for p in model.parameters())
         say(
-            f"{parameters / 1e6:.1f} M parameters, {settings.compress}, {world_size} ranks "
+            f"{parameters / 1e6:.1f} M parameters, {called(settings)}, {world_size} ranks "
             f"({dist.get_backend()}, {device.type}, {torch.get_num_threads()} threads each), "
             f"{len(text.train) / 1e6:.1f} MB of text from {text.source}"
             + (f", {text.skipped} files skipped that are not text" if text.skipped else "")
             + (f"; going on at step {done}" if done else "")
         )
+
+        def held_out() -> float:
+            with same_on_all_ranks(optimizer):
+                return validate(model, text.validation, settings, device)
+
         if done == 0:
-            note(None, validate(model, text.validation, settings, device))
+            note(None, held_out())
 
         recording = contextlib.ExitStack()
         timeline, first_recorded = None, done + TIMELINE_AFTER
@@ -218,14 +234,15 @@ def train(settings: Settings) -> bool:
                         part_loss = cross_entropy(ddp(x.to(device)), y.to(device)) / settings.accumulate
                         part_loss.backward()
                     loss += part_loss.detach()
-                norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-                # one small exchange a step: the mean loss to show, and whether any rank was asked to stop
-                together = torch.stack([loss.double() / world_size, torch.tensor(float(stop), device=device).double()])
+                norm = clip(model, behind)
+                # one small exchange a step: mean loss and norm, and whether any rank was asked to stop
+                asked = torch.tensor(float(stop), device=device).double()
+                together = torch.stack([loss.double() / world_size, norm.double() / world_size, asked])
                 dist.all_reduce(together)
-                train_loss, stopping = together[0].item(), together[1].item() > 0
-                if not math.isfinite(train_loss) or not math.isfinite(norm.item()):
+                train_loss, norm_of_all, stopping = together[0].item(), together[1].item(), together[2].item() > 0
+                if not math.isfinite(train_loss) or not math.isfinite(norm_of_all):
                     raise TrainingError(
-                        f"step {done + 1}: the loss is {train_loss} and the gradient's norm {norm.item()}, "
+                        f"step {done + 1}: the loss is {train_loss} and the gradient's norm {norm_of_all}, "
                         f"expected finite numbers; --lr {settings.lr} is probably too high"
                     )
                 optimizer.step()
@@ -239,7 +256,7 @@ def train(settings: Settings) -> bool:
                     timeline = None
 
                 due = done == settings.steps or (settings.eval_every > 0 and done % settings.eval_every == 0)
-                validation_loss = validate(model, text.validation, settings, device) if due else None
+                validation_loss = held_out() if due else None
                 if due or done % math.ceil(settings.steps / CURVE_ROWS) == 0:
                     note(train_loss, validation_loss)
                 show.step(done, train_loss, validation_loss, durations, before + Traffic.of(session.report()))
@@ -268,17 +285,28 @@ def train(settings: Settings) -> bool:
 
 def check(settings: Settings) -> None:
     """Raises TrainingError for settings that no run can have."""
+    if settings.optimizer not in OPTIMIZERS:
+        raise TrainingError(f"--optimizer {settings.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     try:
         commpress.parse(settings.compress)
+        commpress.parse(settings.warmup_compress)
         Shape(settings.layers, settings.width, settings.heads, settings.context)
     except ValueError as error:
         raise TrainingError(str(error)) from None
     least: dict[str, float] = {"batch": 1, "accumulate": 1, "steps": 1, "eval_batches": 1, "threads": 1}
     least |= {"warmup_steps": 0, "weight_decay": 0, "eval_every": 0, "checkpoint_every": 0, "lr": 0, "timeline": 0}
+    least |= {"optimizer_warmup": 1, "sync_every": 1}
     for name, minimum in least.items():
         value = getattr(settings, name)
         if value is not None and not value >= minimum:
             raise TrainingError(f"--{name.replace('_', '-')} {value}: expected at least {minimum:g}")
+
+
+def called(settings: Settings) -> str:
+    """A run by its spec, and by its optimizer if that is not AdamW."""
+    return (
+        settings.compress if settings.optimizer == Settings.optimizer else f"{settings.optimizer} {settings.compress}"
+    )
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -295,6 +323,49 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
+
+
+def adamw(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)
+
+
+def one_bit(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    return optim.OneBitAdamW(groups, settings.lr, BETAS, **behind_warm_up(settings))
+
+
+def zero_one(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    return optim.ZeroOneAdamW(groups, settings.lr, BETAS, sync_every=settings.sync_every, **behind_warm_up(settings))
+
+
+def sgd(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=MOMENTUM, fused=True)
+
+
+def dgc(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    return optim.DGC(groups, settings.lr, MOMENTUM, warmup_steps=behind_warm_up(settings)["warmup_steps"])
+
+
+OPTIMIZERS = {"AdamW": adamw, "OneBitAdamW": one_bit, "ZeroOneAdamW": zero_one, "SGD": sgd, "DGC": dgc}
+
+
+def behind_warm_up(settings: Settings) -> dict[str, Any]:
+    """How long a compressed optimizer warms up, and by what spec: twice as long as the rate, unless told."""
+    steps = settings.optimizer_warmup or max(1, 2 * settings.warmup_steps)
+    return {"warmup_steps": steps, "warmup_spec": settings.warmup_compress}
+
+
+def clip(model: nn.Module, behind: optim.CompressedOptimizer | None) -> Tensor:
+    """Clip mean gradients at CLIP_NORM; what a compressed optimizer is about to apply is left as it is. Returns the norm."""
+    if behind is None or behind.takes_means:
+        return nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+@contextlib.contextmanager
+def same_on_all_ranks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Show the model as all ranks have it: under ZeroOneAdamW they drift apart between syncs."""
+    with optimizer.synced() if isinstance(optimizer, optim.ZeroOneAdamW) else contextlib.nullcontext():
+        yield
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -494,7 +565,7 @@ class Display:
         self.settings, self.bar = settings, bar
         self.sent = 0
         self.validation = ""
-        self.task = bar.add_task(settings.compress, total=settings.steps, figures="") if bar else None
+        self.task = bar.add_task(called(settings), total=settings.steps, figures="") if bar else None
 
     def step(
         self, done: int, loss: float, validation_loss: float | None, durations: list[float], traffic: Traffic
@@ -534,6 +605,16 @@ def command(
     compress: Annotated[
         str, typer.Option(help="Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...")
     ] = "int4",
+    optimizer: Annotated[
+        str, typer.Option(help="AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies.")
+    ] = Settings.optimizer,
+    optimizer_warmup: Annotated[
+        int | None, typer.Option(help="Steps until those three compress fully. Default: twice --warmup-steps.")
+    ] = None,
+    warmup_compress: Annotated[
+        str, typer.Option(help="Spec of gradients until then, under OneBitAdamW and ZeroOneAdamW: none, int8, int4.")
+    ] = Settings.warmup_compress,
+    sync_every: Annotated[int, typer.Option(help="Steps between syncs of ZeroOneAdamW.")] = Settings.sync_every,
     data: Annotated[
         Path | None, typer.Option(help="A file, or a folder of text files. Default: Python's own source.")
     ] = None,
@@ -544,7 +625,7 @@ def command(
     batch: Annotated[int, typer.Option(help="Windows a rank and backward.")] = Settings.batch,
     accumulate: Annotated[int, typer.Option(help="Backwards a step; gradients travel once.")] = Settings.accumulate,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
-    lr: Annotated[float, typer.Option(help="Highest learning rate (AdamW, then a cosine).")] = Settings.lr,
+    lr: Annotated[float, typer.Option(help="Highest learning rate, before a cosine.")] = Settings.lr,
     warmup_steps: Annotated[int, typer.Option(help="Steps until it is reached.")] = Settings.warmup_steps,
     weight_decay: Annotated[float, typer.Option(help="Of the matrices.")] = Settings.weight_decay,
     eval_every: Annotated[

@@ -7,8 +7,9 @@ Adam divides by the root of a variance that it computes from what arrives, so wh
 divided away when it comes. Behind the division all is linear, and feedback repays in full.
 """
 
+from commpress.optim.base import CompressedOptimizer
 from commpress.optim.dgc import DGC
 from commpress.optim.one_bit import OneBitAdamW
 from commpress.optim.zero_one import Growing, ZeroOneAdamW
 
-__all__ = ["DGC", "Growing", "OneBitAdamW", "ZeroOneAdamW"]
+__all__ = ["DGC", "CompressedOptimizer", "Growing", "OneBitAdamW", "ZeroOneAdamW"]

@@ -68,6 +68,10 @@ class FrozenAdamW(CompressedOptimizer):
         return super().start(scale)
 
     @property
+    def takes_means(self) -> bool:
+        return not self.frozen
+
+    @property
     def frozen(self) -> bool:
         """Whether the warm-up is over."""
         return bool(self.param_groups[0]["frozen_at"])

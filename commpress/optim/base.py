@@ -36,6 +36,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._clip = 1.0
         self._proven: object = None
 
+    @property
+    def takes_means(self) -> bool:
+        """Whether `grad` holds the ranks' mean gradient now, as in a warm-up; what may be clipped as under any optimizer."""
+        return False
+
     # what a session asks of it
 
     def bind(self, parameters: dict[str, Tensor], world_size: int) -> None:
