@@ -1,4 +1,7 @@
-"""Started by torchrun: each spec is trained without a break, and again with a break and --resume. argv: folder, specs..."""
+"""Started by torchrun: each spec is trained without a break, and again with a break and --resume.
+
+argv: folder, and OPTIMIZER:SPEC...
+"""
 
 import signal
 import sys
@@ -14,8 +17,10 @@ STOPPED_AT = 11
 
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
-for i, spec in enumerate(sys.argv[2:]):
-    whole, cut = ({**TINY, **EVALS, "compress": spec, "out": folder / f"{name}{i}"} for name in ("whole", "cut"))
+for i, way in enumerate(sys.argv[2:]):
+    optimizer, _, spec = way.partition(":")
+    chosen = {**TINY, **EVALS, "compress": spec, "optimizer": optimizer}
+    whole, cut = ({**chosen, "out": folder / f"{name}{i}"} for name in ("whole", "cut"))
     assert train.train(train.Settings(**whole, timeline=3))
 
     drawn, sample = 0, data.sample

@@ -1,0 +1,122 @@
+"""A training goes on with another number of ranks: what feedback and momenta held is kept in total."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import outcome, run
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from training import SMALL_BUCKETS, Trained, network, same_training, train
+
+import commpress
+from commpress import optim
+
+OPTIMIZERS = ("OneBitAdamW", "ZeroOneAdamW", "DGC", "SGD")
+SPECS = (("sign", "two_shot"), ("topk(0.1)|int4", None))
+
+
+def started(name: str, spec: str, exchange: str | None) -> tuple[DistributedDataParallel, torch.optim.Optimizer, Any]:
+    """A model, its optimizer and its session."""
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    optimizer: torch.optim.Optimizer
+    if name == "OneBitAdamW":
+        optimizer = optim.OneBitAdamW(ddp.parameters(), lr=0.01, warmup_steps=3)
+    elif name == "ZeroOneAdamW":
+        optimizer = optim.ZeroOneAdamW(ddp.parameters(), lr=0.01, warmup_steps=3, sync_every=4)
+    elif name == "DGC":
+        optimizer = optim.DGC(ddp.parameters(), lr=0.05)
+    else:
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
+    behind = optimizer if isinstance(optimizer, optim.CompressedOptimizer) else None
+    return ddp, optimizer, commpress.attach(ddp, spec, optimizer=behind, exchange=exchange)
+
+
+def before(name: str, spec: str, exchange: str | None, folder: str) -> None:
+    """Ten steps, and what every rank saves."""
+    ddp, optimizer, session = started(name, spec, exchange)
+    train(ddp, range(10), optimizer=optimizer)
+    saved = {"model": ddp.module.state_dict(), "optimizer": optimizer.state_dict(), "session": session.state_dict()}
+    torch.save(saved, f"{folder}/{session.rank}.pt")
+
+
+def after(name: str, spec: str, exchange: str | None, folder: str, ranks: int) -> tuple[dict[str, Any], Trained]:
+    """What this rank has taken over from so many, and four more steps."""
+    states = [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in reversed(range(ranks))]
+    ddp, optimizer, session = started(name, spec, exchange)
+    ddp.module.load_state_dict(states[-1]["model"])
+    optimizer.load_state_dict(states[-1]["optimizer"])
+    session.load_state_dict([state["session"] for state in states])
+    taken = session.state_dict()
+    return taken, train(ddp, range(10, 14), optimizer=optimizer)
+
+
+def refusals(folder: str) -> dict[str, str]:
+    """What is said to states that are not those of all ranks of one run."""
+    states = [torch.load(f"{folder}/{rank}.pt", weights_only=True)["session"] for rank in range(4)]
+    _, _, session = started("OneBitAdamW", "sign", "two_shot")
+    other = {**states[3], "settings": {**states[3]["settings"], "codec": "int4"}}
+    cases = {"none": [], "missing": states[:3], "twice": [*states[:3], states[0]], "other": [*states[:3], other]}
+    return {case: outcome(lambda s=given: session.load_state_dict(s)) for case, given in cases.items()}
+
+
+def totals(states: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
+    """What the next mean will get from the ranks' memories, by bucket."""
+    total: dict[str, Tensor] = {}
+    for state in states:
+        for bucket in state["buckets"]:
+            whole = torch.zeros(sum(n for _, n in bucket["segments"]), dtype=torch.float64)
+            if bucket[key] is not None:
+                whole += bucket[key].double() / len(states)
+            if key == "residual" and bucket["second"] is not None:
+                start = bucket["start"]
+                whole[start : start + bucket["second"].numel()] += bucket["second"].double()
+            name = str(bucket["segments"])
+            total[name] = total[name] + whole if name in total else whole
+    return total
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 3)])
+@pytest.mark.parametrize(("spec", "exchange"), SPECS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_is_lost(name: str, spec: str, exchange: str | None, old: int, new: int, tmp_path: Path) -> None:
+    run(old, before, name, spec, exchange, str(tmp_path))
+    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(old)]
+    results = run(new, after, name, spec, exchange, str(tmp_path), old)
+    states = [taken for taken, _ in results]
+    for key in ("residual", "momentum"):
+        there, here = (totals(of, key) for of in ([s["session"] for s in saved], states))
+        assert there.keys() == here.keys()
+        for bucket in there:
+            torch.testing.assert_close(here[bucket], there[bucket], rtol=1e-5, atol=1e-6)
+        assert any(bool(t.any()) for t in there.values()) == (key == "residual" or name == "DGC")
+    assert not any(bucket["second"] is not None for state in states for bucket in state["buckets"])
+    if name == "ZeroOneAdamW":  # a rank's own drift becomes the mean of all
+        for part, values in states[0]["optimizer"]["0.weight"].items():
+            of_all = torch.stack([s["session"]["optimizer"]["0.weight"][part] for s in saved]).mean(dim=0)
+            assert torch.equal(values, of_all)
+    else:
+        for _, trained in results[1:]:
+            assert same_training(trained, results[0][1])
+
+
+@pytest.mark.parametrize("name", ["OneBitAdamW", "ZeroOneAdamW"])
+def test_as_many_ranks_go_on_with_their_own(name: str, tmp_path: Path) -> None:
+    run(2, before, name, "sign", None, str(tmp_path))
+    for rank, (taken, _) in enumerate(run(2, after, name, "sign", None, str(tmp_path), 2)):
+        saved = torch.load(tmp_path / f"{rank}.pt", weights_only=True)["session"]
+        torch.testing.assert_close(taken["optimizer"], saved["optimizer"], rtol=0, atol=0)
+        for one, other in zip(taken["buckets"], saved["buckets"], strict=True):
+            assert one["segments"] == other["segments"]
+            assert torch.equal(one["residual"], other["residual"])
+
+
+def test_states_that_are_not_all_are_refused(tmp_path: Path) -> None:
+    run(4, before, "OneBitAdamW", "sign", "two_shot", str(tmp_path))
+    for said in run(2, refusals, str(tmp_path)):
+        assert "no states" in said["none"]
+        assert "states of ranks [0, 1, 2], expected one of each of 4" in said["missing"]
+        assert "expected one of each of 4" in said["twice"]
+        assert "rank 3 saved settings" in said["other"]
+        assert all(text.startswith("ValueError: cannot restore: ") for text in said.values())
