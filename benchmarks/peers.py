@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commpress
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.launch.model import GPT, Shape
+from commpress.optim import CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
 
 PROBE = Shape(layers=2, width=64, heads=4, context=32)
 """A model that is done in no time and has several buckets of PROBE_BUCKET_MB."""
@@ -70,6 +71,8 @@ class Attached:
     """A way at work on one model."""
 
     session: commpress.Session | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    """The way's own, if it has one."""
     before_backward: Callable[[], None] = nothing
     after_backward: Callable[[], None] = nothing
     after_step: Callable[[], None] = nothing
@@ -94,8 +97,11 @@ class Way:
     probed: bool = False
 
 
-def ways(specs: list[str]) -> list[Way]:
-    """All rows that can be tried, in the order of the table: the floor, torch's, others', and commpress with these specs."""
+def ways(specs: list[str], adam: bool = False) -> list[Way]:
+    """All rows that can be tried, in the order of the table: the floor, torch's, others', and commpress with these specs.
+
+    With `adam` there are the optimizers that are compressed behind it, too.
+    """
     found = [Way("no communication", "floor", partial(_register, noop_hook)), Way("plain DDP", "torch", _plain)]
     for kind in DDPCommHookType:
         if kind is DDPCommHookType.NOOP:
@@ -110,7 +116,13 @@ def ways(specs: list[str]) -> list[Way]:
     found.append(Way("PowerSGD rank 4", "peer", partial(_powersgd, 4)))
     if find_spec("hivemind") is not None:
         found.append(Way("hivemind uniform 8-bit", "peer", partial(_register, hivemind_hook), probed=True))
-    return found + [Way(spec, "commpress", partial(_commpress, spec)) for spec in specs]
+    found += [Way(spec, "commpress", partial(_commpress, spec)) for spec in specs]
+    if adam:
+        found.append(Way("OneBitAdamW sign", "commpress", partial(_behind, OneBitAdamW, "sign", {})))
+        every = {"sync_every": LOCAL_STEPS}
+        name = f"ZeroOneAdamW sign, every {LOCAL_STEPS} steps"
+        found.append(Way(name, "commpress", partial(_behind, ZeroOneAdamW, "sign", every), period=LOCAL_STEPS))
+    return found
 
 
 def _plain(model: DistributedDataParallel) -> Attached:
@@ -163,6 +175,13 @@ def hivemind_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Futur
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(gradient)
     return done
+
+
+def _behind(
+    kind: Callable[..., CompressedOptimizer], spec: str, options: dict[str, Any], model: DistributedDataParallel
+) -> Attached:
+    optimizer = kind(model.parameters(), lr=1e-4, warmup_steps=2, **options)
+    return Attached(session=commpress.attach(model, spec, optimizer=optimizer), optimizer=optimizer)
 
 
 @contextlib.contextmanager

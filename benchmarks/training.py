@@ -64,12 +64,16 @@ EVERY, HELD_OUT = 10, 32
 class Variant:
     """One model under one way of averaging its gradients."""
 
-    def __init__(self, way: Way, bucket_mb: float | None, text: Tensor, rate: float) -> None:
+    def __init__(self, way: Way, bucket_mb: float | None, text: Tensor, rate: float, adam: bool = False) -> None:
         torch.manual_seed(0)
         self.way, self.text = way, text
         self.model = DistributedDataParallel(GPT(SHAPE), bucket_cap_mb=way.bucket_mb or bucket_mb)
         self.attached: Attached = way.attach(self.model)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9, fused=True)
+        self.optimizer = self.attached.optimizer or (
+            torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+            if adam
+            else torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9, fused=True)
+        )
         self.windows = data.generator(0, dist.get_rank())
         self.times: list[float] = []
         self.kernel_bytes: list[int] = []
@@ -136,9 +140,11 @@ def tokens_per_step() -> int:
     return dist.get_world_size() * BATCH * SHAPE.context
 
 
-def chosen_ways(specs: list[str], only: list[str] | None, always: str, default: Sequence[str] | None) -> list[Way]:
+def chosen_ways(
+    specs: list[str], only: list[str] | None, always: str, default: Sequence[str] | None, adam: bool = False
+) -> list[Way]:
     """The rows that are asked for, `always` among them. Raises ValueError for a name that no row has."""
-    table = {way.name: way for way in ways(specs)}
+    table = {way.name: way for way in ways(specs, adam)}
     for name in only or ():
         if name not in table and name not in ABSENT:
             raise ValueError(f"--only {name!r}: expected a row's name, one of {', '.join((*table, *ABSENT))}")
@@ -155,9 +161,11 @@ def probed(rows: list[Way]) -> dict[str, str]:
     return reasons[0]
 
 
-def time_steps(rows: list[Way], rounds: int, steps: int, bucket_mb: float | None, text: Tensor) -> list[dict[str, Any]]:
+def time_steps(
+    rows: list[Way], rounds: int, steps: int, bucket_mb: float | None, text: Tensor, adam: bool
+) -> list[dict[str, Any]]:
     """All rows in turn: so many rounds of so many steps each."""
-    variants = [Variant(way, bucket_mb, text, rate=0.01) for way in rows]
+    variants = [Variant(way, bucket_mb, text, 0.01, adam) for way in rows]
     for variant in variants:
         variant.warm_up()
     for _ in range(rounds):
@@ -307,12 +315,15 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=3, help="steps of one row before the next takes its turn")
     options.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb; default: DDP's own, 1 MB and then 25")
     options.add_argument("--loss", type=int, metavar="STEPS", help="train every row for so many steps instead")
+    options.add_argument(
+        "--adam", action="store_true", help="AdamW instead of SGD, and rows of the optimizers behind it"
+    )
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
     losses = chosen.loss is not None
     specs = [str(commpress.parse(spec)) for spec in chosen.specs]
     try:
-        rows = chosen_ways(specs, chosen.only, DENSE if losses else FLOOR, LOSS_ROWS if losses else None)
+        rows = chosen_ways(specs, chosen.only, DENSE if losses else FLOOR, LOSS_ROWS if losses else None, chosen.adam)
     except ValueError as error:
         options.error(str(error))
     torch.set_num_threads(1)
@@ -336,8 +347,9 @@ def main() -> None:
         results = [row | {"steps_to_target": steps_to(target, row)} for row in results]
         record = {"what": "losses", **record, "target": target, "rows": results + failed}
     else:
-        results = time_steps(running, chosen.rounds, chosen.steps, chosen.bucket_mb, text.train)
+        results = time_steps(running, chosen.rounds, chosen.steps, chosen.bucket_mb, text.train, chosen.adam)
         taken = {"steps": chosen.rounds * chosen.steps, "bucket_mb": chosen.bucket_mb}
+        taken["optimizer"] = "AdamW" if chosen.adam else "SGD"
         record = {"what": "step times", **record, **taken, "rows": results + failed}
     if dist.get_rank() == 0:
         (print_losses if losses else print_steps)(record)
