@@ -101,6 +101,13 @@ class Feedback:
         n = sum(n for _, n in segments)
         if feedback and found.residual is None:
             found.residual = torch.zeros(n, dtype=torch.float32, device=device)
+        if (
+            found.second is not None
+            and chunk is not None
+            and chunk != (found.start, found.start + found.second.numel())
+        ):
+            found.fold(self.world_size)  # another codec cuts elsewhere
+            found.second = None
         if feedback and found.second is None and chunk is not None:
             found.start = chunk[0]
             found.second = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32, device=device)

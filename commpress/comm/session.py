@@ -294,9 +294,8 @@ class Session:
         """Exchange a step all of whose buckets are there; the first after a restart in the layout that was saved."""
         held, layouts = self._held, self._restored
         self._held, self._restored = [], []
-        if self._optimizer is not None:
-            self._optimizer.measure([h.bucket for h in held])
         if not layouts or {h.segments for h in held} == set(layouts):
+            self._measure([h.bucket for h in held])
             for h in held:
                 self._start(h.bucket, h.segments, h.index, h is held[-1], partial(_settle, h.future, h.bucket))
             return
@@ -305,6 +304,7 @@ class Session:
             places |= zip((n for n, _ in h.segments), h.bucket.split([n for _, n in h.segments]), strict=True)
         saved = {name: n for layout in layouts for name, n in layout}
         _require_same_parameters(saved, {name: part.numel() for name, part in places.items()})
+        flats = [torch.cat([places[name] for name, _ in layout]) for layout in layouts]
         waiting = len(layouts)
 
         def finished(layout: Segments, flat: Tensor, error: BaseException | None) -> None:
@@ -317,10 +317,14 @@ class Session:
                     if not h.future.done():
                         _settle(h.future, h.bucket, error)
 
-        for index, layout in enumerate(layouts):
-            flat = torch.cat([places[name] for name, _ in layout])
+        self._measure(flats)
+        for index, (layout, flat) in enumerate(zip(layouts, flats, strict=True)):
             end = index == len(layouts) - 1
             self._start(flat, layout, index, end, partial(finished, layout, flat))
+
+    def _measure(self, gradients: list[Tensor]) -> None:
+        if self._optimizer is not None:
+            self._optimizer.measure(gradients)
 
     def _follow_scale(self) -> None:
         """Memories hold gradients times the loss scale; when that changes they change with it."""

@@ -137,6 +137,17 @@ class FrozenAdam:
         self.bounded = 0.0
         """The largest share of gradients of a step that were bounded."""
 
+    def lay_out(self, layout: Layout) -> None:
+        """From now on in these buckets; what feedback keeps of a parameter moves along."""
+        kept: list[Tensors] = [{} for _ in range(self.world_size)]
+        for bucket in self.buckets:
+            bucket.fold(self.warm_codec if not self.size else self.codec)
+            for rank, residual in enumerate(bucket.residuals):
+                kept[rank] |= zip(bucket.names, residual.split(bucket.sizes), strict=True)
+        self.buckets = [Bucket(segments, self.world_size) for segments in layout]
+        for bucket in self.buckets:
+            bucket.residuals = [bucket.flat(values) for values in kept]
+
     def step(self, batch: int) -> None:
         """One step of all ranks on a step's batches."""
         own = []
@@ -174,9 +185,7 @@ class FrozenAdam:
         self.anchor = {name: p.clone() for name, p in self.ranks[0].items()}
         for bucket in self.buckets:
             bucket.fold(self.warm_codec)
-            share = bucket.flat(
-                {name: (1 - self._settings(name)[1]) / self.size[name] for name in bucket.names}
-            )
+            share = bucket.flat({name: (1 - self._settings(name)[1]) / self.size[name] for name in bucket.names})
             for residual in bucket.residuals:
                 residual *= share
         for momenta in self.momenta:

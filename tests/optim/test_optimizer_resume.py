@@ -1,0 +1,228 @@
+"""What may interrupt a compressed optimizer leaves no trace: a restart, and a step that a loss scaler skips."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from training import SMALL_BUCKETS, Trained, finite, gradients_of, loss_of, network, parameters_of, same, same_training
+
+import commpress
+from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
+from commpress.optim.base import CompressedOptimizer
+
+WARM_UP = 3
+WAYS: dict[str, dict[str, Any]] = {
+    "one bit": {"warmup_steps": WARM_UP},
+    "one bit after int4": {"warmup_steps": WARM_UP, "warmup_spec": "int4"},
+    "one bit clipped": {"warmup_steps": WARM_UP, "max_norm": 0.3},
+    "zero one": {"warmup_steps": WARM_UP, "sync_every": 4},
+    "zero one refreshed": {"warmup_steps": WARM_UP, "sync_every": 3, "refresh_every": 2},
+    "dgc": {"weight_decay": 0.01},
+    "dgc warming up": {"warmup_steps": 15, "nesterov": True, "max_norm": 0.3},
+}
+"""Settings by name; its first words say which optimizer."""
+
+
+def started(
+    way: str, spec: str, seed: int = 0, exchange: str | None = None, **attaching: Any
+) -> tuple[DistributedDataParallel, CompressedOptimizer, commpress.Session]:
+    """A network, its optimizer in two groups, and its session."""
+    ddp = DistributedDataParallel(network(seed), bucket_cap_mb=SMALL_BUCKETS)
+    kind = {"one": OneBitAdamW, "zero": ZeroOneAdamW, "dgc": DGC}[way.split()[0]]
+    first, rest = list(ddp.module[0].parameters()), list(ddp.module[1:].parameters())
+    lr = 0.1 if kind is DGC else 0.01
+    optimizer = kind([{"params": first, "lr": lr}, {"params": rest, "weight_decay": 0.1}], lr=lr / 2, **WAYS[way])
+    return ddp, optimizer, commpress.attach(ddp, spec, optimizer=optimizer, exchange=exchange, **attaching)
+
+
+def decaying(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """A schedule that is another in each step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.95**step)
+
+
+def trained(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, steps: range
+) -> Trained:
+    """Train; the parameters after every step are what is kept."""
+    history = Trained([])
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        schedule.step()
+        history.gradients += [gradients_of(model), list(parameters_of(model))]
+    history.parameters = parameters_of(model)
+    return history
+
+
+def interrupted(
+    way: str, spec: str, exchange: str | None, at: int, steps: int, folder: str
+) -> tuple[Trained, Trained, Trained, dict[str, Any]]:
+    """Steps unbroken; the same by other objects from a checkpoint on; the same without the session's part of it."""
+    ddp, optimizer, session = started(way, spec, exchange=exchange)
+    whole = trained(ddp, optimizer, decaying(optimizer), range(steps))
+
+    path = f"{folder}/{dist.get_rank()}.pt"
+    ddp, optimizer, session = started(way, spec, exchange=exchange)
+    schedule = decaying(optimizer)
+    before = trained(ddp, optimizer, schedule, range(at))
+    parts = {"model": ddp.module, "optimizer": optimizer, "session": session, "schedule": schedule}
+    torch.save({name: part.state_dict() for name, part in parts.items()}, path)
+    trained(ddp, optimizer, schedule, range(at, at + 2))  # what happens afterwards must not reach the file
+
+    pieced = []
+    for complete in (True, False):
+        state = torch.load(path, weights_only=True)
+        ddp, optimizer, session = started(way, spec, seed=99, exchange=exchange)
+        schedule = decaying(optimizer)
+        ddp.module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        if complete:
+            session.load_state_dict(state["session"])
+        after = trained(ddp, optimizer, schedule, range(at, steps))
+        pieced.append(Trained(after.parameters, before.gradients + after.gradients))
+    return whole, pieced[0], pieced[1], state["session"]
+
+
+@pytest.mark.parametrize(("way", "spec", "exchange", "at", "world_size"), [
+    ("one bit", "sign", None, 2, 2),  # in the warm-up
+    ("one bit", "sign", None, 3, 2),  # at the switch
+    ("one bit", "sign", None, 3, 3),
+    ("one bit", "sign", None, 7, 3),
+    ("one bit", "topk(0.1)|sign", None, 7, 2),
+    ("one bit after int4", "sign", None, 2, 3),
+    ("one bit after int4", "sign", None, 3, 2),
+    ("one bit after int4", "int4", "two_shot", 3, 3),
+    ("one bit clipped", "sign", None, 2, 2),
+    ("one bit clipped", "sign", None, 7, 2),
+    ("zero one", "sign", None, 3, 2),
+    ("zero one", "sign", None, 5, 2),  # between syncs
+    ("zero one", "sign", "two_shot", 6, 3),
+    ("zero one", "topk(0.1)|sign", None, 8, 3),
+    ("zero one", "none", None, 6, 2),
+    ("zero one refreshed", "sign", None, 5, 2),
+    ("zero one refreshed", "sign", None, 7, 3),
+    ("dgc", "topk(0.1)", None, 4, 2),
+    ("dgc", "topk(0.1)|int4", None, 5, 3),
+    ("dgc warming up", "topk(0.01)", None, 5, 2),
+])  # fmt: skip
+def test_resumed_is_unbroken(
+    way: str, spec: str, exchange: str | None, at: int, world_size: int, tmp_path: Path
+) -> None:
+    for whole, pieced, without, saved in run(world_size, interrupted, way, spec, exchange, at, 12, str(tmp_path)):
+        assert len(saved["buckets"]) >= 3  # a new DDP module starts with a single bucket
+        assert same_training(whole, pieced)
+        assert finite(whole.parameters)
+        kept = any(bucket[key] is not None for bucket in saved["buckets"] for key in ("residual", "momentum"))
+        drifts = any(bool(own["total"].any()) for own in (saved["optimizer"] or {}).values())
+        assert not ((kept or drifts) and same_training(whole, without))
+
+
+# a step that a loss scaler skips
+
+
+def scaled_steps(
+    way: str, spec: str, exchange: str | None, steps: Sequence[int], bad: Sequence[int]
+) -> tuple[Trained, list[bool], list[str]]:
+    """Train under a loss scale. At the places `bad` of `steps`, rank 1 has an Inf in its gradient.
+
+    Returns the parameters after each step that was not bad, whether the bad ones changed anything, and what was changed.
+    """
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    ddp, optimizer, session = started(way, spec, exchange=exchange, grad_scaler=scaler)
+    spoils = [False]
+
+    def spoil(gradient: Tensor) -> Tensor | None:
+        if not spoils[0]:
+            return None
+        spoilt = gradient.clone()
+        spoilt.view(-1)[5] = torch.inf
+        return spoilt
+
+    ddp.module[2].weight.register_hook(spoil)
+    history, skipped, moved = Trained([]), [], []
+    for place, step in enumerate(steps):
+        spoils[0] = place in bad and dist.get_rank() == 1
+        before = parameters_of(ddp), copy.deepcopy(optimizer.state_dict()), scaler.get_scale()
+        optimizer.zero_grad()
+        scaler.scale(loss_of(ddp, step)).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
+        if place not in bad:
+            history.gradients.append(list(parameters_of(ddp)))
+            continue
+        skipped.append(scaler.get_scale() == before[2] / 2)
+        if not same(before[0], parameters_of(ddp)):
+            moved.append("parameters")
+        if differences(before[1], optimizer.state_dict()):
+            moved.append("optimizer")
+    history.parameters = parameters_of(ddp)
+    state = session.state_dict()
+    memories = [bucket[key] for bucket in state["buckets"] for key in ("residual", "second", "momentum")]
+    history.extra = [None if kept is None else kept / state["scale"] for kept in memories]
+    return history, skipped, moved
+
+
+def differences(one: Any, other: Any) -> bool:
+    """Whether two nested states differ in any bit."""
+    if isinstance(one, Tensor):
+        return not same([one], [other])
+    if isinstance(one, dict):
+        return one.keys() != other.keys() or any(differences(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) != len(other) or any(differences(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one != other)
+
+
+def with_and_without(
+    way: str, spec: str, exchange: str | None, bad: Sequence[int], steps: int
+) -> tuple[Trained, Trained, list[bool], list[str]]:
+    """A training with bad steps, and one in which those never were."""
+    with_bad, skipped, moved = scaled_steps(way, spec, exchange, range(steps), bad)
+    good = [step for step in range(steps) if step not in bad]
+    without, _, _ = scaled_steps(way, spec, exchange, good, [])
+    return with_bad, without, skipped, moved
+
+
+@pytest.mark.parametrize(("way", "spec", "exchange", "bad", "world_size"), [
+    ("one bit", "sign", None, [2], 2),  # in the warm-up
+    ("one bit", "sign", None, [3], 2),  # the first one behind it
+    ("one bit", "sign", "two_shot", [6, 7], 3),
+    ("one bit", "topk(0.1)|sign", None, [6], 2),
+    ("one bit after int4", "sign", None, [2], 3),
+    ("one bit after int4", "sign", None, [3], 3),
+    ("one bit after int4", "int4", None, [3, 4, 8], 2),
+    ("one bit clipped", "sign", None, [2, 6], 2),
+    ("zero one", "sign", None, [2], 2),
+    ("zero one", "sign", None, [3], 2),  # each of four steps has other buckets for its sync
+    ("zero one", "sign", None, [4], 2),
+    ("zero one", "sign", None, [5], 2),
+    ("zero one", "sign", None, [6, 9], 2),
+    ("zero one", "topk(0.1)|sign", "two_shot", [5, 8], 3),
+    ("zero one refreshed", "sign", None, [4, 5], 2),
+    ("dgc", "topk(0.1)", None, [4], 2),
+    ("dgc", "topk(0.1)", None, [2, 5, 6], 3),
+    ("dgc warming up", "topk(0.01)", None, [4, 7], 2),
+])  # fmt: skip
+def test_a_skipped_step_never_was(way: str, spec: str, exchange: str | None, bad: list[int], world_size: int) -> None:
+    """All scales are powers of two, so the bits are the same whatever the scale is."""
+    results = run(world_size, with_and_without, way, spec, exchange, bad, 12)
+    for with_bad, without, skipped, moved in results:
+        assert skipped == [True] * len(bad)
+        assert moved == []
+        assert all(same(one, other) for one, other in zip(with_bad.gradients, without.gradients, strict=True))
+        assert len(without.gradients) == 12 - len(bad)
+        assert same(with_bad.parameters, without.parameters)
+        assert finite(with_bad.parameters)
+        assert same(with_bad.extra, without.extra)
+    if not way.startswith("zero"):
+        for with_bad, _, _, _ in results[1:]:
+            assert same_training(with_bad, results[0][0])
