@@ -1,4 +1,4 @@
-# make demo | test | test-slow | check | bench | bench-quick | bench-codecs      each installs what it needs, once, into .venv
+# make demo | test | test-slow | check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
 PYTHON ?= python3
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
@@ -8,8 +8,9 @@ RECORDS := runs/bench
 LAB := $(RUN)/python -m commpress.launch.lab
 STEPS := $(RUN)/python benchmarks/training.py
 FEW := --only 'plain DDP' 'torch fp16' 'PowerSGD rank 4' int8 int4 sign 'topk(0.01)|int4'
+ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'ZeroOneAdamW sign, every 4 steps'
 
-.PHONY: demo test test-slow check bench bench-quick bench-codecs clean
+.PHONY: demo test test-slow check bench bench-quick bench-codecs bench-convergence clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (torch first: about a minute)"
@@ -19,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@echo "== training a small language model on 2 ranks: uncompressed, quantised, sparse"
+	@echo "== training a small language model on 2 ranks: uncompressed, quantised, one bit"
 	@$(RUN)/python -m commpress.launch.demo
 
 test: $(INSTALLED)
@@ -66,6 +67,13 @@ bench: $(INSTALLED)
 	  $(RECORDS)/steps-100mbit.json
 	@$(RUN)/python -m commpress.launch.cli report $(RECORDS)/report.html $(RECORDS)/steps-*.json $(RECORDS)/losses.json \
 	  $(RECORDS)/train/record.json $(RECORDS)/train/timeline.json
+
+# losses against bytes, under two hours; stopped, it goes on where it was
+bench-convergence: $(INSTALLED)
+	@mkdir -p $(RECORDS)
+	@$(LAB) 2 10gbit -- $(RUN)/python benchmarks/convergence.py $(RECORDS)/convergence --picture docs/convergence.svg
+	@for rate in 1gbit 100mbit; do \
+	  $(LAB) 2 $$rate -- $(STEPS) $(ADAM) --rounds 5 --steps 4 --json $(RECORDS)/adam-$$rate.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

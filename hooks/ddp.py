@@ -5,6 +5,7 @@ dtype that the hook must replace by its mean, and waits for all futures before b
 `no_sync`. After the first backward it lays its buckets out anew. A hook cannot be taken off or replaced.
 """
 
+import contextlib
 import time
 import weakref
 from typing import Any
@@ -95,7 +96,8 @@ def attach(
     device = next(iter(names)).device
     refusal = _refusal(model, names, optimizer)
     if refusal is not None:
-        require_agreement({"error": str(refusal)}, model.process_group, device)
+        with contextlib.suppress(ValueError):  # what the other ranks raise
+            require_agreement({"error": str(refusal)}, model.process_group, device)
         raise refusal
     state = CommState(
         spec,
@@ -134,7 +136,8 @@ def _refusal(
             "in p.grad, leave optimizer= out for them"
         )
     try:
-        optimizer.bind({name: p for p, name in names.items()}, dist.get_world_size(model.process_group))
+        world_size = dist.get_world_size(model.process_group)
+        optimizer.bind({name: p for p, name in names.items()}, world_size, model.find_unused_parameters)
     except ValueError as error:
         return error
     return None

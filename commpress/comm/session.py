@@ -44,9 +44,6 @@ class GradScaler(Protocol):
 class Behind(Protocol):
     """What a session asks of an optimizer that is compressed behind its preconditioner (`commpress.optim`)."""
 
-    has_local_steps: bool
-    """Whether a step may leave buckets on their rank."""
-
     def start(self, scale: float) -> bool:
         """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
 
@@ -109,7 +106,6 @@ class Session:
         self.device = device
         self._group = group
         self._optimizer = optimizer
-        self._bad: list[bool] = []  # whether the buckets of this step hold NaN or Inf; under a loss scale
         self._parameters = dict(parameters)
         self._scaler, self._scale = grad_scaler, 1.0
         self._feedback = Feedback(self.world_size)
@@ -233,7 +229,6 @@ class Session:
         if self._optimizer is None:
             self._follow_scale()
             return
-        self._bad = []
         scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         if not self._optimizer.start(scale):
             if self._scaler is None:
@@ -266,7 +261,7 @@ class Session:
             cuts = chunk_bounds(n, W, choice.codec.granularity)
             chunk = (cuts[self.rank], cuts[self.rank + 1])
         memory = self._feedback.memory(segments, choice.feedback, chunk, self.device, treatment.momentum)
-        exchange = self._exchange(bucket, choice, treatment, memory, last)
+        exchange = self._exchange(bucket, choice, treatment, memory)
         if W == 1:
             next(exchange, None)
             row.steps += 1
@@ -275,19 +270,17 @@ class Session:
             return
         self._sequencer.submit(Job(bucket, exchange, row, self._step, ring_bytes(bucket.nbytes, W), last, finished))
 
-    def _exchange(
-        self, bucket: Tensor, choice: Choice, treatment: Treatment, memory: Memory, last: bool
-    ) -> Iterator[Transfer]:
-        if treatment.codec is None or self.world_size == 1:
+    def _exchange(self, bucket: Tensor, choice: Choice, treatment: Treatment, memory: Memory) -> Iterator[Transfer]:
+        if self.world_size == 1:
             exchange = stay()
+        elif treatment.codec is None:
+            exchange = stay() if self._scaler is None else skip_together(bucket, self._wire)
         else:
             # an exact mean of gradients does not send along what is remembered of momenta
             used = Memory() if treatment.reason and treatment.prepare is None else memory
             exchange = EXCHANGES[choice.exchange](bucket, choice.codec, used, self._wire, next(self._tags))
         if self._optimizer is None:
             return exchange
-        if self._scaler is not None and self._optimizer.has_local_steps and self.world_size > 1:
-            exchange = skip_together(bucket, self._bad, last, self._wire, exchange)
         return _prepared(treatment, bucket, memory, self._scaler is not None, exchange)
 
     def _release(self) -> None:
@@ -375,7 +368,8 @@ def _agree(
     try:
         plan = Plan.of(spec, exchange, error_feedback)
     except (ValueError, TypeError) as error:
-        require_agreement({"error": str(error)}, group, device)
+        with contextlib.suppress(ValueError):  # what the other ranks raise
+            require_agreement({"error": str(error)}, group, device)
         raise
     settings: dict[str, object] = {
         "spec": str(plan.codec),

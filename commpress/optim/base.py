@@ -22,8 +22,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
     the mean of what the ranks sent; after a local step, this rank's own gradient.
     """
 
-    has_local_steps = False
-
     def __init__(self, params: Parameters, defaults: dict[str, Any], max_norm: float | None) -> None:
         if max_norm is not None:
             within("max_norm", max_norm, 0)
@@ -31,7 +29,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._places: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by name: a parameter and its group
         self._received: list[tuple[Tensor, Segments]] = []
         self._awaits_step = False
-        self._world_size = 1
+        self._world_size, self._may_be_unused = 1, False
         self._scale = 1.0
         self._clip = 1.0
         self._proven: object = None
@@ -43,8 +41,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     # what a session asks of it
 
-    def bind(self, parameters: dict[str, Tensor], world_size: int) -> None:
-        """The parameters that are exchanged, by name. Raises ValueError if they are not those that this optimizer holds."""
+    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool) -> None:
+        """The parameters that are exchanged, by name, and whether a backward may leave some out.
+
+        Raises ValueError if they are not those that this optimizer holds.
+        """
         groups = {p: group for group in self.param_groups for p in group["params"] if p.requires_grad}
         for name, p in parameters.items():
             if p not in groups:
@@ -53,7 +54,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             shapes = ", ".join(str(tuple(p.shape)) for p in strangers)
             raise ValueError(f"the optimizer holds {len(strangers)} parameters that the model does not train: {shapes}")
         self._places = {name: (p, groups[p]) for name, p in parameters.items()}
-        self._world_size = world_size
+        self._world_size, self._may_be_unused = world_size, may_be_unused
         loops.warm_up()
 
     def start(self, scale: float) -> bool:
@@ -104,7 +105,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def phase(self) -> object:
         """What changes when a phase begins."""
-        return None
+        return 0
 
     def own_state(self) -> dict[str, Any]:
         """What of its state is this rank's own; nothing, unless it takes local steps."""
@@ -139,7 +140,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         for key, (p, group) in self._places.items():
             if p.grad is not None and p.grad.is_sparse:
                 raise TypeError(f"{name}: the gradient of {key!r} is sparse, expected a dense one")
-            updates[key] = (p, group, p.grad if p.grad is not None else late.get(key))
+            updates[key] = (p, group, late.get(key, p.grad))
         self.apply(updates)
         self._awaits_step, self._received = False, []
         return loss
@@ -149,13 +150,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """One step: parameter, group and what was exchanged of it, by name."""
 
     def _late(self) -> dict[str, Tensor]:
-        """What was exchanged of parameters that no rank used: DDP gives them no `grad`."""
-        if all(p.grad is not None for p, _ in self._places.values()):
-            return {}
+        """What was exchanged of parameters that no rank used: DDP leaves their `grad` None or 0."""
+        unused = {
+            key
+            for key, (p, _) in self._places.items()
+            if p.grad is None or (self._may_be_unused and not bool(p.grad.any()))
+        }
         parts: dict[str, Tensor] = {}
-        for bucket, segments in self._received:
+        for bucket, segments in self._received if unused else ():
             for (key, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
-                if (p := self._places[key][0]).grad is None:
+                if key in unused:
+                    p = self._places[key][0]
                     parts[key] = part.as_strided(p.shape, p.stride()) / self._scale  # in DDP's order of a bucket
         return parts
 

@@ -11,15 +11,14 @@ from commpress.comm.kernels.cpu import loop
 
 
 def blend(x: Tensor, inverse: Tensor, average: Tensor, limit: float, fresh: float, kept: float) -> None:
-    """x <- fresh * clip(x * inverse, limit) + kept * average, in place. NaN and Inf stay what they are."""
+    """x <- fresh * clip(x * inverse, limit) + kept * average, in place. NaN and Inf become NaN."""
     tensors = flat(x, inverse, average)
     if _loopable(tensors):
         _blend(*(t.numpy() for t in tensors), *_scalars(limit, fresh, kept))
         return
     x, inverse, average = tensors
     scaled = x * inverse
-    clipped = torch.where(scaled.isfinite(), scaled.clamp(-limit, limit), scaled)
-    x.copy_(fresh * clipped + kept * average)
+    x.copy_(fresh * scaled.clamp(-limit, limit) + kept * average + (scaled - scaled))
 
 
 def advance(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:
@@ -128,8 +127,7 @@ def _blend(x, inverse, average, limit, fresh, kept):
     for i in range(x.size):
         scaled = x[i] * inverse[i]
         clipped = min(max(scaled, -limit), limit)
-        finite = np.abs(scaled) <= np.float32(3.4028235e38)
-        x[i] = fresh * (clipped if finite else scaled) + kept * average[i]
+        x[i] = fresh * clipped + kept * average[i] + (scaled - scaled)  # which is 0, or NaN
 
 
 @loop

@@ -68,8 +68,6 @@ class ZeroOneAdamW(FrozenAdamW):
     for a setting out of range.
     """
 
-    has_local_steps = True
-
     def __init__(
         self,
         params: Parameters,

@@ -269,8 +269,9 @@ class Dgc:
         weight_decay: float = 0.0,
         nesterov: bool = False,
         max_norm: float | None = None,
+        masked: bool = True,
     ) -> None:
-        self.model, self.world_size, self.ratio = model, world_size, ratio
+        self.model, self.world_size, self.ratio, self.masked = model, world_size, ratio, masked
         self.lr, self.momentum, self.weight_decay, self.nesterov = lr, momentum, weight_decay, nesterov
         self.max_norm = max_norm
         self.buckets = [Bucket(segments, world_size) for segments in layout]
@@ -294,6 +295,7 @@ class Dgc:
                 mean[at] += total[at] / W
                 residual.copy_(total)
                 residual[at] = 0
-                u[at] = 0
+                if self.masked:
+                    u[at] = 0
             for name, update in bucket.parts(mean, values).items():
                 values[name] -= self.lr * update

@@ -1,5 +1,6 @@
 """1-bit Adam: AdamW first, then what the paper's formula gives, the same bits on every rank."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from commpress.comm.meter import Report
 from commpress.optim import OneBitAdamW
 
 LR, WARM_UP = 0.01, 4
-DEFAULTS = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+DEFAULTS: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 GROUPS: dict[str, dict[str, Any]] = {
     "0": DEFAULTS,
     "2": {**DEFAULTS, "lr": 0.003, "weight_decay": 0.0},
@@ -211,6 +212,21 @@ class Branches(nn.Module):
         return out
 
 
+def unused_with_zeros(set_to_none: bool) -> list[Tensor]:
+    """Parameters of a training in which a branch rests in steps behind the warm-up, its gradient None or zeros."""
+    torch.manual_seed(5)
+    model = Branches()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = OneBitAdamW([p for p in ddp.parameters() if p.requires_grad], lr=LR, warmup_steps=WARM_UP)
+    commpress.attach(ddp, "sign", optimizer=optimizer)
+    for step in range(12):
+        model.uses = "first" if step > WARM_UP and step % 3 == 1 else "both"
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss_of(ddp, step).backward()
+        optimizer.step()
+    return parameters_of(model)
+
+
 def branching(when: str, spec: str, views: bool) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
     """Parameters after each step; the frozen ones before and after. `when` says in which steps a branch is not used.
 
@@ -341,7 +357,7 @@ def test_replicas_hold_the_same_bits(spec: str, world_size: int) -> None:
     for history, report, _ in results:
         assert all(same(one, other) for one, other in zip(history, first, strict=True))
         assert all(finite(parameters) for parameters in history)
-        assert not any(same(a, b) for a, b in zip(history, history[1:], strict=False))
+        assert not any(same(a, b) for a, b in itertools.pairwise(history))
         last = [
             row for row in report.rows if row.values < 6922
         ]  # DDP has laid its buckets out anew after the first step
@@ -396,6 +412,14 @@ def test_parameters_that_are_not_used_or_not_trained(when: str, views: bool) -> 
         assert all(finite(parameters) for parameters in history)
         assert same(before, after)
         assert not same(history[-1][:2], history[0][:2])
+
+
+def test_zeros_that_wait_for_a_gradient_are_none() -> None:
+    """DDP leaves the gradient of what no rank used as it was; what was exchanged of it counts all the same."""
+    one, other = (run(2, unused_with_zeros, set_to_none) for set_to_none in (True, False))
+    assert same(one[0], one[1])
+    assert same(other[0], other[1])
+    assert same(one[0], other[0])
 
 
 def test_a_value_without_gradients_is_not_thrown_about() -> None:

@@ -226,3 +226,48 @@ def test_a_skipped_step_never_was(way: str, spec: str, exchange: str | None, bad
     if not way.startswith("zero"):
         for with_bad, _, _, _ in results[1:]:
             assert same_training(with_bad, results[0][0])
+
+
+class Resting(nn.Module):
+    """A network between two layers that are not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(4, 4)
+        self.layers = network()
+        self.behind = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the network."""
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+def skipped_at_rest(steps: int) -> tuple[list[list[Tensor]], list[float]]:
+    """Parameters, as of their last syncs, and scale after each step, of which each second one has an Inf on rank 1."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Resting()
+    ddp = DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKETS, find_unused_parameters=True)
+    optimizer = ZeroOneAdamW(ddp.parameters(), lr=0.01, warmup_steps=1, sync_every=4)
+    commpress.attach(ddp, "sign", optimizer=optimizer, grad_scaler=scaler)
+    history, scales = [], []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(ddp, step)
+        spoilt = step % 2 == 1 and dist.get_rank() == 1
+        scaler.scale(loss * torch.inf if spoilt else loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
+        with optimizer.synced():
+            history.append(parameters_of(ddp))
+        scales.append(scaler.get_scale())
+    return history, scales
+
+
+def test_all_skip_though_parameters_are_not_used() -> None:
+    results = run(2, skipped_at_rest, 12)
+    for history, scales in results:
+        assert scales == [1024.0 / 2 ** ((step + 1) // 2) for step in range(12)]
+        assert all(same(one, other) for one, other in zip(history, results[0][0], strict=True))
+        assert finite(history[-1])

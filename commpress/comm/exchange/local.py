@@ -1,7 +1,7 @@
 """Steps in which a bucket stays on its rank.
 
-Under a loss scale one number travels all the same: a step that one rank has to skip is skipped by all, as after an exchange,
-where all see the same Inf or NaN. Else the ranks' scales and steps would drift apart.
+Under a loss scale one number a bucket travels all the same: a step that one rank has to skip is skipped by all, as after an
+exchange, where all see the same Inf or NaN. Else the ranks' scales and steps would drift apart.
 """
 
 from collections.abc import Iterator
@@ -17,17 +17,9 @@ def stay() -> Iterator[Transfer]:
     return iter(())
 
 
-def skip_together(
-    x: Tensor, bad: list[bool], last: bool, wire: Wire, exchange: Iterator[Transfer]
-) -> Iterator[Transfer]:
-    """Exchange `x` ([n], any float dtype), but with a NaN in it if it is the step's last bucket and any rank's step is bad.
-
-    `bad` gathers whether this rank's buckets of the step hold NaN or Inf.
-    """
-    bad.append(not bool(x.isfinite().all()))
-    if last:
-        ranks = torch.tensor([float(any(bad))], device=x.device)
-        yield wire.all_reduce(ranks, last=False)
-        if ranks.item():
-            x[0] = torch.nan
-    yield from exchange
+def skip_together(x: Tensor, wire: Wire) -> Iterator[Transfer]:
+    """Leave `x` ([n], any float dtype) as it is, or fill it with NaN on all ranks if it holds NaN or Inf on any."""
+    bad = torch.tensor([float(not bool(x.isfinite().all()))], device=x.device)
+    yield wire.all_reduce(bad)
+    if bad.item():
+        x.fill_(torch.nan)  # all of it: DDP hands on no gradient of a parameter that no rank used

@@ -76,11 +76,11 @@ class Wire:
             else:
                 group._get_backend(self.device).abort()
 
-    def all_reduce(self, x: Tensor, last: bool = True) -> Transfer:
+    def all_reduce(self, x: Tensor) -> Transfer:
         """Start the group's own sum of `x`, in place. A ring sends 2 (W - 1) / W of the tensor."""
         work = dist.all_reduce(x, group=self.open_group(), async_op=True)
         crossing = ring_bytes(x.nbytes, self.world_size)
-        return Transfer([work], crossing, crossing, last)
+        return Transfer([work], crossing, crossing, last=True)
 
 
 def ring_bytes(nbytes: int, world_size: int) -> int:
