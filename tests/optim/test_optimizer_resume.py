@@ -153,7 +153,7 @@ def scaled_steps(
         spoils[0] = place in bad and dist.get_rank() == 1
         before = parameters_of(ddp), copy.deepcopy(optimizer.state_dict()), scaler.get_scale()
         optimizer.zero_grad()
-        scaler.scale(loss_of(ddp, step)).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss_of(ddp, step)).backward()
         scaler.step(optimizer)
         scaler.update()
         if place not in bad:
@@ -256,7 +256,7 @@ def skipped_at_rest(steps: int) -> tuple[list[list[Tensor]], list[float]]:
         optimizer.zero_grad()
         loss = loss_of(ddp, step)
         spoilt = step % 2 == 1 and dist.get_rank() == 1
-        scaler.scale(loss * torch.inf if spoilt else loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss * torch.inf if spoilt else loss).backward()
         scaler.step(optimizer)
         scaler.update()
         with optimizer.synced():
