@@ -137,7 +137,7 @@ class Digits:
         return nn.functional.cross_entropy(model(x[chosen].roll(shift, (2, 3))), y[chosen])
 
     def held_out(self, model: nn.Module) -> float:
-        """Mean loss over all held-out images moved in nine ways, this rank's share of them."""
+        """Mean loss over all held-out images, each moved in nine ways."""
         x, y = self.test
         losses = [
             float(nn.functional.cross_entropy(model(x.roll((i, j), (2, 3))), y)) for i in (-1, 0, 1) for j in (-1, 0, 1)
@@ -174,7 +174,7 @@ def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> 
     behind = optimizer if isinstance(optimizer, CompressedOptimizer) else None
     session = None if powersgd else commpress.attach(ddp, way.spec or "none", optimizer=behind)
     counts, row = 0, {"steps": [], "loss": [], "sent_bytes": [], "kernel_bytes": []}  # type: ignore[var-annotated]
-    dense, start, kernel, before = 0, time.perf_counter(), 0, sent_by_kernel()
+    start, kernel, before = time.perf_counter(), 0, sent_by_kernel()
     for done in range(steps + 1):
         if done % EVERY == 0 or done == steps or done == round(WARM_UP * steps):
             kernel += sent_by_kernel() - before

@@ -38,15 +38,16 @@ class CommState:
         exchange: str | None = None,
         error_feedback: bool = True,
         grad_scaler: GradScaler | None = None,
-        optimizer: CompressedOptimizer | None = None,
     ) -> None:
         self.session: Session | None = None
         self._names: dict[Tensor, str] = {}
-        self._arguments = (spec, group, exchange, error_feedback, grad_scaler, optimizer)
+        self._arguments = (spec, group, exchange, error_feedback, grad_scaler)
 
-    def start(self, device: torch.device, names: dict[Tensor, str]) -> Session:
+    def start(
+        self, device: torch.device, names: dict[Tensor, str], optimizer: CompressedOptimizer | None = None
+    ) -> Session:
         """Make the session. Collective."""
-        spec, group, exchange, error_feedback, grad_scaler, optimizer = self._arguments
+        spec, group, exchange, error_feedback, grad_scaler = self._arguments
         self._names = names
         self.session = Session(
             spec,
@@ -105,9 +106,8 @@ def attach(
         exchange=exchange,
         error_feedback=error_feedback,
         grad_scaler=grad_scaler,
-        optimizer=optimizer,
     )
-    session = state.start(device, names)
+    session = state.start(device, names, optimizer)
     try:
         model.register_comm_hook(state, comm_hook)
     except RuntimeError:
@@ -137,7 +137,8 @@ def _refusal(
         )
     try:
         world_size = dist.get_world_size(model.process_group)
-        optimizer.bind({name: p for p, name in names.items()}, world_size, model.find_unused_parameters)
+        may_be_unused = model.find_unused_parameters or model.static_graph
+        optimizer.bind({name: p for p, name in names.items()}, world_size, may_be_unused)
     except ValueError as error:
         return error
     return None

@@ -26,7 +26,7 @@ from commpress.launch.records import Record, read
 RUNS: dict[str, dict[str, Any]] = {
     "none": {"compress": "none"},
     "int4": {"compress": "int4"},
-    "one-bit": {"compress": "sign", "optimizer": "OneBitAdamW", "optimizer-warmup": 50, "warmup-compress": "int4"},
+    "one-bit": {"compress": "sign", "optimizer": "OneBitAdamW", "warmup-compress": "int4"},
 }
 """Folder and flags of each run."""
 MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 64, "batch": 4}
@@ -52,9 +52,8 @@ def demo(out: Path, steps: int) -> Path:
         records.append(train(out / folder, flags, steps))
     console.print()
     console.print(results(records))
-    warm_up = RUNS["one-bit"]["optimizer-warmup"]
     console.print(
-        f"OneBitAdamW sends int4 gradients for {warm_up} steps, then the signs of what AdamW would apply.", style="dim"
+        "OneBitAdamW warms up on int4 gradients, then sends the signs of what AdamW would apply.", style="dim"
     )
     path = out / "report.html"
     path.write_text(report.page(records), encoding="utf-8")

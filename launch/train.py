@@ -93,11 +93,14 @@ class Settings:
 
 
 STEERING = (
-    *("optimizer", "optimizer_warmup", "warmup_compress", "sync_every"),
-    *("compress", "layers", "width", "heads", "context", "batch", "accumulate"),
+    *("optimizer", "compress", "layers", "width", "heads", "context", "batch", "accumulate"),
     *("steps", "lr", "warmup_steps", "weight_decay", "seed"),
 )
 """The settings that decide where training goes; --resume needs them unchanged."""
+
+
+STEERING_BEHIND = ("optimizer_warmup", "warmup_compress", "sync_every")
+"""Those of OneBitAdamW, ZeroOneAdamW and DGC."""
 
 
 class TrainingError(Exception):
@@ -136,7 +139,7 @@ def train(settings: Settings) -> bool:
             session = commpress.attach(ddp, settings.compress, optimizer=behind)
 
         identity = {
-            **{name: getattr(settings, name) for name in STEERING},
+            **{name: getattr(settings, name) for name in STEERING + (STEERING_BEHIND if behind else ())},
             "world_size": world_size,
             "text": list(text.fingerprint),
         }
@@ -289,10 +292,17 @@ def check(settings: Settings) -> None:
         raise TrainingError(f"--optimizer {settings.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     try:
         commpress.parse(settings.compress)
-        commpress.parse(settings.warmup_compress)
         Shape(settings.layers, settings.width, settings.heads, settings.context)
     except ValueError as error:
         raise TrainingError(str(error)) from None
+    try:
+        commpress.parse(settings.warmup_compress)
+    except ValueError as error:
+        raise TrainingError(f"--warmup-compress: {error}") from None
+    if settings.optimizer_warmup is not None and settings.optimizer_warmup >= settings.steps:
+        raise TrainingError(
+            f"--optimizer-warmup {settings.optimizer_warmup}: expected less than --steps {settings.steps}"
+        )
     least: dict[str, float] = {"batch": 1, "accumulate": 1, "steps": 1, "eval_batches": 1, "threads": 1}
     least |= {"warmup_steps": 0, "weight_decay": 0, "eval_every": 0, "checkpoint_every": 0, "lr": 0, "timeline": 0}
     least |= {"optimizer_warmup": 1, "sync_every": 1}
@@ -349,8 +359,8 @@ OPTIMIZERS = {"AdamW": adamw, "OneBitAdamW": one_bit, "ZeroOneAdamW": zero_one, 
 
 
 def behind_warm_up(settings: Settings) -> dict[str, Any]:
-    """How long a compressed optimizer warms up, and by what spec: twice as long as the rate, unless told."""
-    steps = settings.optimizer_warmup or max(1, 2 * settings.warmup_steps)
+    """How long a compressed optimizer warms up, and by what spec."""
+    steps = settings.optimizer_warmup or max(1, min(2 * settings.warmup_steps, settings.steps // 4))
     return {"warmup_steps": steps, "warmup_spec": settings.warmup_compress}
 
 
@@ -531,11 +541,12 @@ def said_by_rank_0() -> Iterator[None]:
 def require_identity(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Raises ValueError that names the first setting in which the checkpoint and this run differ, and both values."""
     for name, value in now.items():
-        if saved[name] != value:
+        before = saved.get(name, getattr(Settings, name, None))  # an older run may not know a setting of today
+        if before != value:
             flag = {"world_size": "a world size of", "text": "a text of (bytes, CRC-32)"}.get(name)
             flag = flag or f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"--resume: the run in {out} has {flag} {saved[name]}, this one {flag} {value}; both must be the same"
+                f"--resume: the run in {out} has {flag} {before}, this one {flag} {value}; both must be the same"
             )
 
 
@@ -609,7 +620,10 @@ def command(
         str, typer.Option(help="AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies.")
     ] = Settings.optimizer,
     optimizer_warmup: Annotated[
-        int | None, typer.Option(help="Steps until those three compress fully. Default: twice --warmup-steps.")
+        int | None,
+        typer.Option(
+            help="Steps until those three compress fully. Default: twice --warmup-steps, a quarter of --steps at most."
+        ),
     ] = None,
     warmup_compress: Annotated[
         str, typer.Option(help="Spec of gradients until then, under OneBitAdamW and ZeroOneAdamW: none, int8, int4.")

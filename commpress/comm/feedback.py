@@ -51,12 +51,14 @@ class Memory:
         for name in KEPT:
             if (values := getattr(self, name)) is not None:
                 self.buffer(f"kept {name}", values.nbytes, values.device).view(torch.float32).copy_(values)
+            else:
+                self.buffers.pop(f"kept {name}", None)
 
     def undo(self) -> None:
         """Go back to what `keep` saw."""
         for name in KEPT:
-            if (values := getattr(self, name)) is not None and (kept := self.buffers.get(f"kept {name}")) is not None:
-                values.copy_(kept.view(torch.float32))
+            if (kept := self.buffers.get(f"kept {name}")) is not None:
+                setattr(self, name, kept.view(torch.float32).clone())
 
     def buffer(self, name: str, nbytes: int, device: torch.device) -> Tensor:
         """A uint8 buffer that stays allocated: fresh pages cost more than the codec."""

@@ -81,11 +81,11 @@ class Report:
             table.add_column(name, justify="right")
         table.add_column("how")
         for row in self.rows:
-            ratio = row.dense_bytes / row.sent_bytes if row.sent_bytes else 1.0
+            ratio = f"{row.dense_bytes / row.sent_bytes:.1f}" if row.sent_bytes else "-"
             mb = (f"{b / 1e6 / max(row.steps, 1):.3f}" for b in (row.dense_bytes, row.sent_bytes))
             ms = (f"{row.seconds[p] * 1e3 / max(row.steps, 1):.2f}" for p in PHASES)
             name = f"{row.bucket} ({row.steps} steps)" if row.steps != self.steps else str(row.bucket)
-            table.add_row(name, f"{row.values:,}", *mb, f"{ratio:.1f}", *ms, row.how)
+            table.add_row(name, f"{row.values:,}", *mb, ratio, *ms, row.how)
         table.add_section()
         mb = (f"{b / 1e6 / each:.3f}" for b in (self.dense_bytes, self.sent_bytes))
         ms = (f"{self.seconds[p] * 1e3 / each:.2f}" for p in PHASES)

@@ -69,7 +69,9 @@ class Plan:
             if treatment.reason:
                 return Choice(DENSE, "none" if treatment.codec is None else "all_reduce", False, treatment.reason)
             assert treatment.codec is not None
-            return replace(self, codec=treatment.codec).choose(n, itemsize, world_size)
+            fits = self.exchange != "all_reduce" or treatment.codec.sum_dtype is not None
+            exchange = self.exchange if fits else None  # its own, for a codec whose payloads cannot be summed
+            return replace(self, codec=treatment.codec, exchange=exchange).choose(n, itemsize, world_size)
         if not self.codec.lossy:
             return Choice(self.codec, self._exchange(world_size), False, "spec is none")
         if n < FEWEST_VALUES:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
-from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire, skip_together, stay
+from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire, alone, skip_together, stay
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Memory, Segments
@@ -43,6 +43,10 @@ class GradScaler(Protocol):
 
 class Behind(Protocol):
     """What a session asks of an optimizer that is compressed behind its preconditioner (`commpress.optim`)."""
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether what was exchanged last has not been used."""
 
     def start(self, scale: float) -> bool:
         """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
@@ -101,13 +105,13 @@ class Session:
         parameters: Segments = (),
         optimizer: Behind | None = None,
     ) -> None:
-        self.plan = _agree(spec, exchange, error_feedback, parameters, group, device)
+        self._optimizer, self._scaler = optimizer, grad_scaler
+        self.plan = _agree(spec, exchange, error_feedback, parameters, group, device, self._apart())
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
         self._group = group
-        self._optimizer = optimizer
         self._parameters = dict(parameters)
-        self._scaler, self._scale = grad_scaler, 1.0
+        self._scale = 1.0
         self._feedback = Feedback(self.world_size)
         self._meter = Meter()
         self._tags = itertools.count(0, TAGS_PER_BUCKET)
@@ -185,9 +189,11 @@ class Session:
         DDP lays out its buckets anew between its first and its second step. A state that is saved just there goes on
         with the first layout: nothing is lost, but not bit for bit.
         """
+        if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
+            self._feedback.undo()  # the scaler has skipped the step
         return {
             "version": STATE_VERSION,
-            "settings": self.plan.settings(),
+            "settings": {**self.plan.settings(), "optimizer": self._apart()["optimizer"]},
             "rank": self.rank,
             "world_size": self.world_size,
             "scale": self._scale,
@@ -207,7 +213,7 @@ class Session:
             state = resized(state, self.rank, self.world_size)
         expected = {
             "version": STATE_VERSION,
-            "settings": self.plan.settings(),
+            "settings": {**self.plan.settings(), "optimizer": self._apart()["optimizer"]},
             "rank": self.rank,
             "world_size": self.world_size,
         }
@@ -231,10 +237,10 @@ class Session:
             return
         scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         if not self._optimizer.start(scale):
-            if self._scaler is None:
+            if scale >= self._scale:  # a scaler that skips a step lowers its scale
                 raise RuntimeError(
                     "commpress: two backward passes have exchanged gradients without optimizer.step() between them. Put all "
-                    "but the last backward of a step under model.no_sync(); with a GradScaler pass grad_scaler= to attach"
+                    "but the last backward of a step under no_sync(); with a GradScaler pass grad_scaler= to attach"
                 )
             self._feedback.undo()
         self._follow_scale()
@@ -271,13 +277,13 @@ class Session:
         self._sequencer.submit(Job(bucket, exchange, row, self._step, ring_bytes(bucket.nbytes, W), last, finished))
 
     def _exchange(self, bucket: Tensor, choice: Choice, treatment: Treatment, memory: Memory) -> Iterator[Transfer]:
-        if self.world_size == 1:
-            exchange = stay()
-        elif treatment.codec is None:
-            exchange = stay() if self._scaler is None else skip_together(bucket, self._wire)
+        # an exact mean of gradients does not send along what is remembered of momenta
+        used = Memory() if treatment.reason and treatment.prepare is None else memory
+        if treatment.codec is None:
+            exchange = stay() if self._scaler is None or self.world_size == 1 else skip_together(bucket, self._wire)
+        elif self.world_size == 1:
+            exchange = alone(bucket, used)
         else:
-            # an exact mean of gradients does not send along what is remembered of momenta
-            used = Memory() if treatment.reason and treatment.prepare is None else memory
             exchange = EXCHANGES[choice.exchange](bucket, choice.codec, used, self._wire, next(self._tags))
         if self._optimizer is None:
             return exchange
@@ -318,6 +324,11 @@ class Session:
     def _measure(self, gradients: list[Tensor]) -> None:
         if self._optimizer is not None:
             self._optimizer.measure(gradients)
+
+    def _apart(self) -> dict[str, object]:
+        """What else the ranks must agree on."""
+        optimizer = None if self._optimizer is None else type(self._optimizer).__name__
+        return {"optimizer": optimizer, "grad_scaler": self._scaler is not None}
 
     def _follow_scale(self) -> None:
         """Memories hold gradients times the loss scale; when that changes they change with it."""
@@ -364,6 +375,7 @@ def _agree(
     parameters: Segments,
     group: dist.ProcessGroup,
     device: torch.device,
+    more: dict[str, object],
 ) -> Plan:
     try:
         plan = Plan.of(spec, exchange, error_feedback)
@@ -377,6 +389,7 @@ def _agree(
         "error_feedback": error_feedback,
         "commpress version": version("commpress"),
         "parameters": f"{len(parameters)} with {sum(n for _, n in parameters)} values",
+        **more,
     }
     require_agreement(settings, group, device)
     return plan

@@ -1,6 +1,6 @@
 """AdamW that freezes its variance after a warm-up: what 1-bit Adam and 0/1 Adam have in common.
 
-While it warms up it is AdamW on exact mean gradients. Then d = sqrt(v) + eps stands, and with it Adam is linear:
+While it warms up it is AdamW on mean gradients. Then d = sqrt(v) + eps stands, and with it Adam is linear:
 
     n <- beta1 n + (1 - beta1) g / d        p <- p - lr n
 
@@ -24,6 +24,7 @@ from torch.optim.adamw import adamw
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Treatment
+from commpress.comm.session import warm_up
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters, within
 
@@ -63,6 +64,10 @@ class FrozenAdamW(CompressedOptimizer):
 
         self._settling: list[dict[str, Any]] = []
 
+    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool) -> None:
+        super().bind(parameters, world_size, may_be_unused)
+        warm_up(parse(self.param_groups[0]["warmup_spec"]), next(iter(parameters.values())).device)
+
     def start(self, scale: float) -> bool:
         self._settling = []
         return super().start(scale)
@@ -83,11 +88,11 @@ class FrozenAdamW(CompressedOptimizer):
         return self.param_groups[0]["frozen_at"]
 
     def standing(self) -> dict[str, object]:
-        bits = 0
+        total = 0
         for p, _ in self._places.values():
-            if (kept := self.state[p].get("inverse")) is not None:
-                bits += int(loops.flat(kept)[0].view(torch.uint8).sum(dtype=torch.int64))
-        return {**super().standing(), "frozen variance (sum of its bits)": bits}
+            if (kept := self.state.get(p, {}).get("inverse")) is not None:
+                total += int(loops.flat(kept)[0].view(torch.uint8).sum(dtype=torch.int64))
+        return {**super().standing(), "frozen variance (sum of its bytes)": total}
 
     def treat(self, segments: Segments, codec: Codec) -> Treatment:
         if not self.frozen:
@@ -159,7 +164,7 @@ class FrozenAdamW(CompressedOptimizer):
             return bool(first["steps"] >= first["warmup_steps"])
         if first["steps"] % max(1, round(1 / (1 - first["betas"][1]))):
             return False
-        sums = [s["exp_avg_sq"].sum(dtype=torch.float64) for s in self.state.values()]
+        sums = [s["exp_avg_sq"].sum(dtype=torch.float64) for s in self.state.values() if s]
         now = float(sum(sums)) if sums else 0.0
         least, most = sorted((float(first["variance"]), now))
         for group in self.param_groups:
@@ -196,16 +201,17 @@ class FrozenAdamW(CompressedOptimizer):
         return scaled
 
     def settle(self, memory: Memory, segments: Segments) -> None:
-        """At a bucket's first exchange after the warm-up: what feedback kept of gradients becomes what it keeps of n."""
+        """At its first exchange after the warm-up: what feedback kept of a parameter's gradients becomes what it keeps of n."""
         states = [self.state[self._places[name][0]] for name, _ in segments]
-        if states[0]["settled"]:
+        if all(state["settled"] for state in states):
             return
         if memory.residual is not None:
             memory.fold(self._world_size)
             for (name, _), part, state in zip(
                 segments, memory.residual.split([n for _, n in segments]), states, strict=True
             ):
-                part.mul_(loops.flat(state["inverse"])[0]).mul_(1 - self._places[name][1]["betas"][0])
+                if not state["settled"]:
+                    part.mul_(loops.flat(state["inverse"])[0]).mul_(1 - self._places[name][1]["betas"][0])
         self._settling += states  # a step that is skipped leaves them as they were
 
     def blend(self, bucket: Tensor, segments: Segments) -> None:

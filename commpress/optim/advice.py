@@ -13,7 +13,7 @@ from commpress.optim.base import CompressedOptimizer
 FEW_BITS = 2.0
 """A value; below it a codec is too coarse for what is squared and divided by."""
 MANY = 1 << 20
-ADAPTIVE = ("adam", "rmsprop", "adagrad", "adadelta", "adafactor", "lamb", "nadam")
+ADAPTIVE = ("adam", "rmsprop", "adagrad", "adadelta", "adafactor", "lamb")
 """Names of optimizers that divide by a variance of what arrives contain one of these."""
 
 
@@ -22,20 +22,21 @@ def advise(codec: Codec, parameters: set[Tensor]) -> None:
     bits = 8 * codec.nbytes(MANY) / MANY
     if bits >= FEW_BITS:
         return
+    waiting = {id(p) for p in parameters}  # ids, so that the hook keeps no model alive
 
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not any(p in parameters for group in optimizer.param_groups for p in group["params"]):
+        if not any(id(p) in waiting for group in optimizer.param_groups for p in group["params"]):
             return
-        handle.remove()
+        waiting.clear()  # torch walks through its hooks now: none may be removed
         name = type(optimizer).__name__
         if isinstance(optimizer, CompressedOptimizer) or not any(word in name.lower() for word in ADAPTIVE):
             return
         warnings.warn(
             f"commpress: {codec} leaves {bits:.2g} bits of a gradient's value, and {name} divides by the root of a variance "
-            "of what arrives, which undoes error feedback: measured losses are in the README, 'Which spec?'. Under Adam take "
+            "of what arrives, which undoes error feedback: MEASURED. Under Adam take "
             "int8 or int4, or send what Adam applies: opt = commpress.optim.OneBitAdamW(...), "
             "commpress.attach(model, spec, optimizer=opt)",
             stacklevel=2,
         )
 
-    handle = register_optimizer_step_pre_hook(before)
+    register_optimizer_step_pre_hook(before)

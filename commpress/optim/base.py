@@ -18,8 +18,8 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 class CompressedOptimizer(torch.optim.Optimizer):
     """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes. It does not step before it is attached.
 
-    Between backward and `step`, a parameter's `grad` holds what `step` will apply: the mean gradient while it warms up, then
-    the mean of what the ranks sent; after a local step, this rank's own gradient.
+    Between backward and `step`, a parameter's `grad` holds what `step` will apply: the mean of what the ranks sent (while
+    `takes_means`, of their gradients), or, in a local step, this rank's own gradient.
     """
 
     def __init__(self, params: Parameters, defaults: dict[str, Any], max_norm: float | None) -> None:
@@ -53,9 +53,19 @@ class CompressedOptimizer(torch.optim.Optimizer):
         if strangers := groups.keys() - set(parameters.values()):
             shapes = ", ".join(str(tuple(p.shape)) for p in strangers)
             raise ValueError(f"the optimizer holds {len(strangers)} parameters that the model does not train: {shapes}")
+        for name, p in parameters.items():
+            if not dense(p):
+                raise ValueError(
+                    f"parameter {name!r} has strides {p.stride()}, expected memory without gaps or overlaps"
+                )
         self._places = {name: (p, groups[p]) for name, p in parameters.items()}
         self._world_size, self._may_be_unused = world_size, may_be_unused
         loops.warm_up()
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether what was exchanged last has not been used."""
+        return self._awaits_step
 
     def start(self, scale: float) -> bool:
         """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
@@ -168,8 +178,26 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Restore what `state_dict` returned; the ranks compare their standing at the next backward."""
         super().load_state_dict(state_dict)
         self._proven = None
+        for p, state in self.state.items():
+            for key, value in state.items():
+                if key == "step":
+                    state[key] = value.to(p.device, torch.float32)
+                elif isinstance(value, Tensor) and value.stride() != p.stride():
+                    state[key] = torch.empty_like(p, dtype=value.dtype).copy_(
+                        value
+                    )  # the loops want one order of memory
         groups = {p: group for group in self.param_groups for p in group["params"]}
         self._places = {name: (p, groups[p]) for name, (p, _) in self._places.items()}
+
+
+def dense(p: Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps or overlaps, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def plain(value: Any) -> Any:

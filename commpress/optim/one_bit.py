@@ -55,7 +55,6 @@ class OneBitAdamW(FrozenAdamW):
                 continue
             state, lr = self.state[p], float(group["lr"])
             loops.advance(p, update, state["exp_avg"], 1 - lr * group["weight_decay"], lr / group["unit"])
-            state["step"] += 1
 
     def _freeze(self) -> None:
         super()._freeze()

@@ -59,9 +59,9 @@ class Sync:
 class ZeroOneAdamW(FrozenAdamW):
     """AdamW with local steps: each bucket is exchanged every `sync_every` steps, a part of the buckets in every step.
 
-    `sync_every` is a number of steps or a `Growing` one. `warmup_steps` and `warmup_spec` as in OneBitAdamW. `refresh_every` is
-    the paper's kappa: the variance goes on learning from exact mean gradients at steps that lie 1, 2, 4, ... apart, kappa
-    times each, as far as they lie behind the warm-up; 0 leaves it frozen.
+    `sync_every` is a number of steps or a `Growing` one. `warmup_steps`, `warmup_spec`, `max_norm` are as in OneBitAdamW.
+    `refresh_every` is the paper's kappa: the variance goes on learning from exact mean gradients at steps that lie 1, 2, 4,
+    ... apart, kappa times each, as far as they lie behind the warm-up; 0 leaves it frozen.
 
     A parameter holds the same bits on all ranks after each of its syncs, and drifts in between. `with optimizer.synced():`
     shows the model as of its parameters' last syncs, the same on every rank: to validate, and to save. Raises ValueError
@@ -91,6 +91,13 @@ class ZeroOneAdamW(FrozenAdamW):
             group |= {"sync_every": list(vars(sync_every).values()), "refresh_every": refresh_every}
         self._seen = 0  # values in the buckets of this step so far
         self._syncing: dict[str, Sync] = {}
+
+    @property
+    def takes_means(self) -> bool:
+        return not self.frozen or self._refreshes()
+
+    def waits(self) -> bool:
+        return super().waits() and not self._refreshes()
 
     def start(self, scale: float) -> bool:
         self._seen, self._syncing = 0, {}
@@ -125,7 +132,9 @@ class ZeroOneAdamW(FrozenAdamW):
         return Treatment(codec, prepare=prepare)
 
     def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        refreshes = self._refreshes()
+        refreshes, most = self._refreshes(), self.param_groups[0]["max_norm"]
+        if refreshes and most is not None:
+            torch.nn.utils.clip_grad_norm_([p for p, _, _ in updates.values()], most)
         for name, (p, group, update) in updates.items():
             if update is None:
                 continue
@@ -167,9 +176,10 @@ class ZeroOneAdamW(FrozenAdamW):
         with torch.no_grad():
             for p, state in zip(parameters, drifted, strict=True):
                 p.copy_(state["anchor"])
-            try:
-                yield
-            finally:
+        try:
+            yield
+        finally:
+            with torch.no_grad():
                 for p, state in zip(parameters, drifted, strict=True):
                     loops.stand(p, state["anchor"], state["total"], state["decay"])
 
@@ -188,7 +198,7 @@ class ZeroOneAdamW(FrozenAdamW):
                 self.state[p][k].copy_(own[k])
             loops.stand(p, self.state[p]["anchor"], self.state[p]["total"], self.state[p]["decay"])
 
-    def _sync(self, name: str) -> "Sync":
+    def _sync(self, name: str) -> Sync:
         p, group = self._places[name]
         lr, state = float(group["lr"]), self.state[p]
         keep = 1 - lr * group["weight_decay"]

@@ -86,11 +86,10 @@ def unlike(name: str, key: str, values: tuple[Any, Any]) -> str:
 
 
 def other_kinds() -> str:
-    """What the first backward says on ranks of other optimizers."""
+    """What attach says on ranks of other optimizers."""
     ddp = wrapped()
     optimizer = KINDS["OneBitAdamW" if dist.get_rank() else "ZeroOneAdamW"](ddp.parameters())
-    commpress.attach(ddp, "sign", optimizer=optimizer)
-    return outcome(lambda: loss_of(ddp, 0).backward())
+    return outcome(lambda: commpress.attach(ddp, "sign", optimizer=optimizer))
 
 
 def other_checkpoints(name: str, mine: int, seeds: tuple[int, int], steps: tuple[int, int]) -> tuple[str, str]:
@@ -161,8 +160,8 @@ def test_steps_out_of_turn(name: str) -> None:
         for case in ("no_sync", "twice"):
             assert f"RuntimeError: {name}.step(): no backward has exchanged gradients since the last step" in said[case]
         assert "two backward passes have exchanged gradients without optimizer.step()" in said["two backwards"]
-    for said in run(2, steps_out_of_turn, name, True):
-        assert said["two backwards"] == ""
+    for said in run(2, steps_out_of_turn, name, True):  # no skip: the scale is what it was
+        assert "two backward passes have exchanged gradients without optimizer.step()" in said["two backwards"]
 
 
 @pytest.mark.parametrize(("name", "settings", "message"), [

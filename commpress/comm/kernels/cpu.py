@@ -9,7 +9,7 @@ The formulas and layouts stand in `commpress/comm/codecs`; what stands here is h
 - halves (or eighths) of a block are packed together, not neighbours, so that packing vectorises;
 - a block is addressed by slices of fixed start: `range(start, stop, step)` and bare offsets keep LLVM from vectorising;
 - a full block has loops of its own, of constant length: with a length known at run time alone they cost half as much again;
-- all loops stand in this one file, because Numba's cache looks at the time stamp of a loop's own file only;
+- all loops of the codecs stand in this one file, because Numba's cache looks at the time stamp of a loop's own file only;
 - integers are cast back after every operation: Numba widens int32 to int64, which halves the width of a vector.
 """
 
