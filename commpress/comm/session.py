@@ -380,8 +380,7 @@ def _agree(
     try:
         plan = Plan.of(spec, exchange, error_feedback)
     except (ValueError, TypeError) as error:
-        with contextlib.suppress(ValueError):  # what the other ranks raise
-            require_agreement({"error": str(error)}, group, device)
+        require_agreement({"error": str(error)}, group, device)
         raise
     settings: dict[str, object] = {
         "spec": str(plan.codec),
