@@ -13,6 +13,11 @@ from commpress.optim.base import CompressedOptimizer
 FEW_BITS = 2.0
 """A value; below it a codec is too coarse for what is squared and divided by."""
 MANY = 1 << 20
+MEASURED = (
+    "held-out loss of a GPT of 0.9 M parameters after 1,500 steps: AdamW 1.93, with gradients by topk(0.01)|int4 2.31, "
+    "OneBitAdamW by sign 1.94"
+)
+"""By benchmarks/convergence.py."""
 ADAPTIVE = ("adam", "rmsprop", "adagrad", "adadelta", "adafactor", "lamb")
 """Names of optimizers that divide by a variance of what arrives contain one of these."""
 
@@ -33,9 +38,8 @@ def advise(codec: Codec, parameters: set[Tensor]) -> None:
             return
         warnings.warn(
             f"commpress: {codec} leaves {bits:.2g} bits of a gradient's value, and {name} divides by the root of a variance "
-            "of what arrives, which undoes error feedback: MEASURED. Under Adam take "
-            "int8 or int4, or send what Adam applies: opt = commpress.optim.OneBitAdamW(...), "
-            "commpress.attach(model, spec, optimizer=opt)",
+            f"of what arrives, which undoes error feedback ({MEASURED}). Under Adam take int8 or int4, or send what Adam "
+            "applies: opt = commpress.optim.OneBitAdamW(...), commpress.attach(model, spec, optimizer=opt)",
             stacklevel=2,
         )
 
