@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from ranks import run
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import convergence
+import convergence  # noqa: E402
 
 SHORT = ("OneBitAdamW sign", "ZeroOneAdamW sign every 4", "AdamW, PowerSGD rank 4", "DGC topk(0.01)")
 
