@@ -10,7 +10,7 @@ from ranks import run
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import convergence  # noqa: E402
+import convergence
 
 SHORT = ("OneBitAdamW sign", "ZeroOneAdamW sign every 4", "AdamW, PowerSGD rank 4", "DGC topk(0.01)")
 
