@@ -322,25 +322,28 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """The GPT's losses against bytes, as an SVG."""
+    """The GPT's losses against how many times fewer bytes were sent, as an SVG."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "commpress", "font.size": 11}
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
-    mine = [row for row in rows if row["task"] == "GPT"]
-    for row in mine:
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.2))
+    mine = sorted((row for row in rows if row["task"] == "GPT"), key=lambda row: row["ratio_after"])
+    for number, row in enumerate(mine, 1):
         color = "#1d4ed8" if "One" in row["name"] else "0.3"
         bars = [[row["loss"] - row["least"]], [row["most"] - row["loss"]]]
-        mb = row["sent_bytes"] / 1e6
-        axes.errorbar(mb, row["loss"], yerr=bars, fmt="o", color=color, capsize=3)
-        axes.annotate(row["name"], (mb, row["loss"]), (4, 5), textcoords="offset points", fontsize=8, color=color)
+        label = f"{number} {row['name']}"
+        axes.errorbar(row["ratio_after"], row["loss"], yerr=bars, fmt="o", color=color, capsize=3, label=label)
+        axes.annotate(str(number), (row["ratio_after"], row["loss"]), (5, 5), textcoords="offset points", fontsize=9)
     dense = next(row for row in mine if row["name"] == DENSE["GPT"])
     axes.axhspan(dense["least"], dense["most"], color="0.85")
-    axes.set(xscale="log", xlabel="MB that a rank sent in the whole run", ylabel="held-out loss, nats a byte")
+    axes.set(
+        xscale="log", xlabel="times fewer bytes than AdamW, after the warm-up", ylabel="held-out loss, nats a byte"
+    )
     axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})
