@@ -1,0 +1,47 @@
+"""Each pass over memory in its two forms: the Numba loop (float32 on CPU) and plain torch (here in float64)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from commpress.optim import loops
+
+PASSES: dict[str, tuple[int, Callable[[list[Tensor]], None]]] = {
+    "blend": (3, lambda t: loops.blend(*t, limit=1.0, fresh=0.1, kept=0.9)),
+    "advance": (3, lambda t: loops.advance(*t, keep=0.99, rate=0.3)),
+    "wander": (6, lambda t: loops.wander(*t, limit=1.0, beta=0.9, keep=0.99, rate=0.3, decay=0.97)),
+    "meet": (5, lambda t: loops.meet(*t, decay=0.97, weight=1.2)),
+    "stand": (3, lambda t: loops.stand(*t, decay=0.97)),
+    "correct": (3, lambda t: loops.correct(*t, beta=0.9, decay=0.01, nesterov=False)),
+    "correct, Nesterov's": (3, lambda t: loops.correct(*t, beta=0.9, decay=0.01, nesterov=True)),
+}
+"""How many tensors each takes, and the pass."""
+
+
+@pytest.mark.parametrize("order", ["contiguous", "channels last"])
+@pytest.mark.parametrize("name", PASSES)
+def test_both_forms_agree(name: str, order: str) -> None:
+    count, apply = PASSES[name]
+    generator = torch.Generator().manual_seed(0)
+    singles = [2 * torch.randn(3, 5, 7, 4, generator=generator) for _ in range(count)]
+    if order == "channels last":
+        singles = [t.contiguous(memory_format=torch.channels_last) for t in singles]
+    doubles = [t.double() for t in singles]
+    before = [t.clone() for t in singles]
+    apply(singles)
+    apply(doubles)
+    assert any(not torch.equal(a, b) for a, b in zip(singles, before, strict=True))
+    for one, other in zip(singles, doubles, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_not_bounded_away(bad: float, dtype: torch.dtype) -> None:
+    x, inverse, average = (torch.ones(10, dtype=dtype) for _ in range(3))
+    x[3] = bad
+    loops.blend(x, inverse, average, limit=1.0, fresh=0.1, kept=0.9)
+    assert x[3].isnan()
+    assert x.isfinite().sum() == 9
