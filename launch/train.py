@@ -336,22 +336,27 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 
 def adamw(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    """torch's own."""
     return torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)
 
 
 def one_bit(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    """1-bit Adam."""
     return optim.OneBitAdamW(groups, settings.lr, BETAS, **behind_warm_up(settings))
 
 
 def zero_one(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    """0/1 Adam."""
     return optim.ZeroOneAdamW(groups, settings.lr, BETAS, sync_every=settings.sync_every, **behind_warm_up(settings))
 
 
 def sgd(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    """torch's own, with momentum."""
     return torch.optim.SGD(groups, lr=settings.lr, momentum=MOMENTUM, fused=True)
 
 
 def dgc(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    """Deep Gradient Compression."""
     return optim.DGC(groups, settings.lr, MOMENTUM, warmup_steps=behind_warm_up(settings)["warmup_steps"])
 
 
