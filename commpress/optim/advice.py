@@ -1,6 +1,7 @@
 """A word to those who compress gradients to a bit or less a value, and step with Adam."""
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -27,10 +28,16 @@ def advise(codec: Codec, parameters: set[Tensor]) -> None:
     bits = 8 * codec.nbytes(MANY) / MANY
     if bits >= FEW_BITS:
         return
-    waiting = {id(p) for p in parameters}  # ids, so that the hook keeps no model alive
+    waiting = {
+        id(p): weakref.ref(p) for p in parameters
+    }  # the hook must not keep a model alive; ids alone are used again
+
+    def is_ours(p: Tensor) -> bool:
+        known = waiting.get(id(p))
+        return known is not None and known() is p
 
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not any(id(p) in waiting for group in optimizer.param_groups for p in group["params"]):
+        if not any(is_ours(p) for group in optimizer.param_groups for p in group["params"]):
             return
         waiting.clear()  # torch walks through its hooks now: none may be removed
         name = type(optimizer).__name__
