@@ -1,7 +1,8 @@
 """Bytes and seconds: what a dense exchange would have sent, what was sent, and where the time went.
 
-Bytes are those that this rank handed to its process group for other ranks. The dense figure is a ring all-reduce of the
-same buckets in their own dtype, 2 (W - 1) / W of their size, which is what DDP does without a hook.
+Bytes are those that this rank handed to its process group for other ranks. The dense figure is what the framework sends
+without us: of gradients a ring all-reduce of the same buckets in their own dtype, 2 (W - 1) / W of their size; of sharded
+parameters W - 1 shards; of an outer update what DDP would have sent in the steps since the one before.
 """
 
 import json
@@ -15,6 +16,10 @@ from rich.table import Table
 from commpress.comm.timeline import Span, Timeline
 
 PHASES = ("encode", "wire", "decode")
+ROLES = ("gradients", "parameters", "outer", "buffers")
+"""What travels: in every step the gradients and, where parameters are sharded, the parameters; between rounds of local steps
+their outer updates; the buffers that DDP broadcasts."""
+BYTES = ("dense_bytes", "sent_bytes", "received_bytes")
 
 
 @dataclass
@@ -27,6 +32,7 @@ class Row:
     spec: str
     exchange: str
     reason: str
+    role: str = "gradients"
     steps: int = 0
     dense_bytes: int = 0
     sent_bytes: int = 0
@@ -65,9 +71,39 @@ class Report:
         """Dense over sent bytes; 1.0 if nothing had to be sent."""
         return self.dense_bytes / self.sent_bytes if self.sent_bytes else 1.0
 
+    @property
+    def roles(self) -> dict[str, dict[str, int]]:
+        """`dense_bytes`, `sent_bytes` and `received_bytes` of each role that has rows."""
+        return {
+            role: {key: sum(getattr(row, key) for row in mine) for key in BYTES}
+            for role in ROLES
+            if (mine := [row for row in self.rows if row.role == role])
+        }
+
+    @classmethod
+    def together(cls, *reports: "Report") -> "Report":
+        """One report of several sessions on this rank, such as a DDP session and an outer one.
+
+        Raises ValueError if there are none, or if they are of different ranks.
+        """
+        if not reports or len({report.rank for report in reports}) > 1:
+            ranks = sorted({report.rank for report in reports})
+            raise ValueError(f"Report.together: expected reports of one rank, got {len(reports)} of ranks {ranks}")
+        first = max(reports, key=lambda report: report.world_size)
+        sums = {key: sum(getattr(report, key) for report in reports) for key in BYTES}
+        return cls(
+            spec="; ".join(dict.fromkeys(report.spec for report in reports)),
+            rank=first.rank,
+            world_size=first.world_size,
+            steps=max(report.steps for report in reports),
+            seconds={key: sum(report.seconds[key] for report in reports) for key in first.seconds},
+            rows=[row for report in reports for row in report.rows],
+            **sums,
+        )
+
     def to_dict(self) -> dict[str, object]:
         """All of it as plain numbers, strings, lists and dicts."""
-        return {**asdict(self), "ratio": self.ratio}
+        return {**asdict(self), "ratio": self.ratio, "roles": self.roles}
 
     def write_json(self, path: str | Path) -> None:
         """Write `to_dict()` to a file."""
@@ -80,13 +116,19 @@ class Report:
         for name in ("values", "dense MB/step", "sent MB/step", "ratio", "encode ms", "wire ms", "decode ms"):
             table.add_column(name, justify="right")
         table.add_column("how")
+        roles = self.roles
         for row in self.rows:
             ratio = f"{row.dense_bytes / row.sent_bytes:.1f}" if row.sent_bytes else "-"
             mb = (f"{b / 1e6 / max(row.steps, 1):.3f}" for b in (row.dense_bytes, row.sent_bytes))
             ms = (f"{row.seconds[p] * 1e3 / max(row.steps, 1):.2f}" for p in PHASES)
-            name = f"{row.bucket} ({row.steps} steps)" if row.steps != self.steps else str(row.bucket)
+            name = str(row.bucket) if len(roles) == 1 else f"{row.role} {row.bucket}"
+            name += f" ({row.steps} steps)" if row.steps != self.steps else ""
             table.add_row(name, f"{row.values:,}", *mb, ratio, *ms, row.how)
         table.add_section()
+        for role, of in roles.items() if len(roles) > 1 else ():
+            mb = (f"{of[key] / 1e6 / each:.3f}" for key in ("dense_bytes", "sent_bytes"))
+            ratio = f"{of['dense_bytes'] / of['sent_bytes']:.1f}" if of["sent_bytes"] else "-"
+            table.add_row(f"all {role}", "", *mb, ratio, "", "", "", "")
         mb = (f"{b / 1e6 / each:.3f}" for b in (self.dense_bytes, self.sent_bytes))
         ms = (f"{self.seconds[p] * 1e3 / each:.2f}" for p in PHASES)
         after, hidden = (self.seconds[k] * 1e3 / each for k in ("exposed", "hidden"))
@@ -112,11 +154,13 @@ class Meter:
         if (timeline := self.timeline) is not None:
             timeline.spans.append(span)
 
-    def row(self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str) -> Row:
+    def row(
+        self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str, role: str = "gradients"
+    ) -> Row:
         """The row of a bucket; a bucket that was laid out anew, or is treated anew, gets a new one."""
-        key = (bucket, values, dtype, spec, exchange, reason)
+        key = (bucket, values, dtype, spec, exchange, reason, role)
         if key not in self.rows:
-            self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason)
+            self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason, role)
         return self.rows[key]
 
     def report(self, spec: str, rank: int, world_size: int) -> Report:
@@ -124,5 +168,5 @@ class Meter:
         rows = [Row(**asdict(row)) for row in self.rows.values()]
         seconds = {phase: sum(row.seconds[phase] for row in rows) for phase in PHASES}
         seconds |= {"exposed": self.exposed, "hidden": self.hidden}
-        dense, sent, received = (sum(getattr(r, f"{k}_bytes") for r in rows) for k in ("dense", "sent", "received"))
+        dense, sent, received = (sum(getattr(r, key) for r in rows) for key in BYTES)
         return Report(spec, rank, world_size, self.steps, dense, sent, received, seconds, rows)

@@ -97,3 +97,31 @@ def test_json_holds_all_of_it(tmp_path: Path) -> None:
     assert [row["reason"] for row in read["rows"]] == ["", "fewer than 256 values"]
     assert set(read["rows"][0]["seconds"]) == set(PHASES)
     assert isinstance(report, Report)
+
+
+def test_several_sessions_make_one_report_with_the_roles_apart() -> None:
+    outer = Meter()
+    row = outer.row(0, 100_000, "float32", "topk(0.01)|int2", "all_gather", "", "outer")
+    row.steps, row.dense_bytes, row.sent_bytes, row.received_bytes = 1, 800_000, 2_000, 2_000
+    outer.steps = 2
+    both = Report.together(metered().report("int4", 1, 2), outer.report("topk(0.01)|int2", 1, 4))
+    assert (both.spec, both.rank, both.world_size, both.steps) == ("int4; topk(0.01)|int2", 1, 4, 2)
+    assert both.roles == {
+        "gradients": {"dense_bytes": 800_080, "sent_bytes": 103_280, "received_bytes": 103_296},
+        "outer": {"dense_bytes": 800_000, "sent_bytes": 2_000, "received_bytes": 2_000},
+    }
+    assert (both.dense_bytes, both.sent_bytes) == (1_600_080, 105_280)
+    assert both.seconds["encode"] == 0.5
+    text = str(both)
+    assert "all gradients" in text
+    assert "all outer" in text
+    assert "outer 0 (1" in text
+    assert both.to_dict()["roles"] == both.roles
+
+
+def test_reports_of_different_ranks_are_not_one() -> None:
+    one, other = (metered().report("int4", rank, 2) for rank in (0, 1))
+    with pytest.raises(ValueError, match=r"reports of one rank, got 2 of ranks \[0, 1\]"):
+        Report.together(one, other)
+    with pytest.raises(ValueError, match="got 0"):
+        Report.together()
