@@ -38,38 +38,19 @@ class Sign(Codec):
     granularity: ClassVar[int] = BLOCK
 
     def nbytes(self, n: int) -> int:
-        return padded(4 * -(-n // BLOCK) + n // BLOCK * (BLOCK // 8) + -(-(n % BLOCK) // 8))
+        return padded(4 * -(-n // BLOCK) + plane_bytes(n))
 
     def define_encode(self, x: Tensor) -> Tensor:
         n, blocks = x.numel(), -(-x.numel() // BLOCK)
-        lanes = pad(x.abs(), (0, blocks * BLOCK - n)).view(blocks, BLOCK // LANES, LANES)
-        total = lanes[:, 0].clone()  # the order of this sum is part of the format
-        for k in range(1, BLOCK // LANES):
-            total += lanes[:, k]
-        while total.shape[1] > 1:
-            half = total.shape[1] // 2
-            total = total[:, :half] + total[:, half:]
-        sizes = torch.full((blocks,), float(BLOCK), device=x.device)
-        if n % BLOCK:
-            sizes[-1] = n % BLOCK
-        scale = total[:, 0] * (torch.ones_like(sizes) / sizes)
+        scale = block_sum(pad(x.abs(), (0, blocks * BLOCK - n))) * (1 / block_sizes(n, x.device))
         scale = torch.where(scale.isfinite(), scale, torch.nan)
-        negative = x.view(torch.int32) < 0
-        full = negative[: n // BLOCK * BLOCK].view(-1, 8, BLOCK // 8)
-        tail = negative[n // BLOCK * BLOCK :]
-        tail = pad(tail, (0, -tail.numel() % 8)).view(1, 8, -1)
-        signs = torch.cat([_pack_planes(full), _pack_planes(tail)])
-        payload = torch.cat([scale.view(torch.uint8), signs])
+        payload = torch.cat([scale.view(torch.uint8), pack_plane(x.view(torch.int32) < 0)])
         return pad(payload, (0, self.nbytes(n) - payload.numel()))
 
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
         blocks = -(-n // BLOCK)
         scale = payload[: 4 * blocks].view(torch.float32).repeat_interleave(BLOCK)[:n]
-        signs = payload[4 * blocks :]
-        full = signs[: n // BLOCK * (BLOCK // 8)].view(-1, 1, BLOCK // 8)
-        tail = signs[full.numel() : full.numel() + -(-(n % BLOCK) // 8)].view(1, 1, -1)
-        negative = torch.cat([_unpack_planes(full), _unpack_planes(tail)])[:n]
-        return torch.where(negative, -scale, scale)
+        return torch.where(unpack_plane(payload[4 * blocks :], n), -scale, scale)
 
     def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
         cpu.sign_encode(x, residual, payload.view(np.float32), payload)
@@ -82,13 +63,44 @@ class Sign(Codec):
         cpu.sign_recode(*source, residual, payload.view(np.float32), payload, n)
 
 
-def _pack_planes(bits: Tensor) -> Tensor:
-    """bool [blocks, 8, width] -> uint8 [blocks * width]; plane p gives bit p."""
+def block_sum(x: Tensor) -> Tensor:
+    """The sum of each block of float32 [blocks * BLOCK]; its order is part of the format."""
+    lanes = x.view(-1, BLOCK // LANES, LANES)
+    total = lanes[:, 0].clone()
+    for k in range(1, BLOCK // LANES):
+        total += lanes[:, k]
+    while total.shape[1] > 1:
+        half = total.shape[1] // 2
+        total = total[:, :half] + total[:, half:]
+    return total[:, 0]
+
+
+def block_sizes(n: int, device: torch.device) -> Tensor:
+    """How many of n values lie in each block: float32 [blocks]."""
+    sizes = torch.full((-(-n // BLOCK),), float(BLOCK), device=device)
+    if n % BLOCK:
+        sizes[-1] = n % BLOCK
+    return sizes
+
+
+def plane_bytes(n: int) -> int:
+    """The length of one bit for each of n values."""
+    return n // BLOCK * (BLOCK // 8) + -(-(n % BLOCK) // 8)
+
+
+def pack_plane(bits: Tensor) -> Tensor:
+    """bool [n] -> uint8 [plane_bytes(n)], as the layout above has it."""
+    n = bits.numel()
+    full = bits[: n // BLOCK * BLOCK].view(-1, 8, BLOCK // 8)
+    tail = bits[n // BLOCK * BLOCK :]
+    tail = pad(tail, (0, -tail.numel() % 8)).view(1, 8, -1)
     weights = (1 << torch.arange(8, device=bits.device)).view(1, 8, 1)
-    return (bits * weights).sum(dim=1).to(torch.uint8).view(-1)
+    return torch.cat([(part * weights).sum(dim=1).to(torch.uint8).view(-1) for part in (full, tail)])
 
 
-def _unpack_planes(packed: Tensor) -> Tensor:
-    """uint8 [blocks, 1, width] -> bool [blocks * 8 * width]."""
+def unpack_plane(packed: Tensor, n: int) -> Tensor:
+    """The n bits at the start of `packed` (uint8): bool [n]."""
+    full = packed[: n // BLOCK * (BLOCK // 8)].view(-1, 1, BLOCK // 8)
+    tail = packed[full.numel() : plane_bytes(n)].view(1, 1, -1)
     places = torch.arange(8, dtype=torch.uint8, device=packed.device).view(1, 8, 1)
-    return (packed >> places & 1).bool().view(-1)
+    return torch.cat([(part >> places & 1).bool().view(-1) for part in (full, tail)])[:n]

@@ -14,6 +14,7 @@ from commpress.comm.codecs.cast import BFloat16, Float16, Identity
 from commpress.comm.codecs.integer import Int4, Int8
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
+from commpress.comm.codecs.two_bit import Int2
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ from commpress.comm.codecs.topk import TopK
         ("fp16", Float16()),
         ("int8", Int8()),
         ("int4", Int4()),
+        ("int2", Int2()),
         ("sign", Sign()),
         ("topk(0.01)", TopK(0.01)),
         ("topk(1)", TopK(1.0)),

@@ -27,6 +27,8 @@ def documented(spec: str, n: int) -> int:
         low_bits = max(low for low in range(60) if k << low <= n)
         low, high = up(k * low_bits, 32) // 8, up(k + (n >> low_bits) + 1, 32) // 8
         return low + high + documented(second or "none", k)
+    if first == "int2":  # two sizes a block, two planes of bits
+        return up(8 * (up(n, 1024) // 1024) + 2 * (up(n, 8) // 8), 4)
     blocks = {"int8": up(n, 256) // 256, "int4": up(n, 256) // 256, "sign": up(n, 1024) // 1024}
     bits = {"none": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "sign": 1}
     # A block's codes fill whole bytes; all blocks but the last do so by themselves.
@@ -47,7 +49,11 @@ def test_nbytes_of_any_length(spec: str, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "bits"), [("none", 32), ("bf16", 16.001), ("fp16", 16.001), ("int8", 8.13), ("int4", 4.13), ("sign", 1.04)]
+    ("spec", "bits"),
+    [
+        *(("none", 32), ("bf16", 16.001), ("fp16", 16.001), ("int8", 8.13), ("int4", 4.13), ("int2", 2.07)),
+        ("sign", 1.04),
+    ],
 )
 @pytest.mark.parametrize("n", [n for n in EDGES if n >= 10**4])
 def test_bits_a_value(spec: str, bits: float, n: int) -> None:
