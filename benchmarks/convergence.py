@@ -244,7 +244,15 @@ def run_all(folder: Path, ways: Sequence[Way]) -> None:
             once(folder, way, task, best, seed, STEPS)
 
 
-def once(folder: Path, way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> dict[str, Any]:
+def once(
+    folder: Path,
+    way: Any,
+    task: Text | Digits,
+    rate: float,
+    seed: int,
+    steps: int,
+    train: Callable[..., dict[str, Any]] = train,
+) -> dict[str, Any]:
     """A run's row: from its file, or trained now and written to it. Rank 0 says whether it is there."""
     letters = "".join(c if c.isalnum() or c == "." else "-" for c in way.name)
     path = folder / f"{letters}_{rate:g}_{seed}_{steps}.json"
@@ -263,9 +271,14 @@ def once(folder: Path, way: Way, task: Text | Digits, rate: float, seed: int, st
     return row
 
 
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    """All finished runs."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
 def summary(folder: Path) -> list[dict[str, Any]]:
     """A row a way that has final runs: mean loss, spread, bytes, and the ratio of dense bytes to them."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    runs = rows_in(folder)
     rows = []
     for way in WAYS:
         final = [run for run in runs if run["name"] == way.name and run["of_steps"] == STEPS]

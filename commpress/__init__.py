@@ -16,15 +16,19 @@ from commpress.comm.session import Session
 
 if TYPE_CHECKING:
     from commpress.hooks import attach as attach
+    from commpress.hooks import broadcast_parameters as broadcast_parameters
+    from commpress.hooks import diloco as diloco
+    from commpress.hooks import local_sgd as local_sgd
 
 __version__ = version("commpress")
-__all__ = ["Codec", "Plan", "Report", "Session", "__version__", "attach", "optim", "parse"]
+HOOKS = ("attach", "broadcast_parameters", "diloco", "local_sgd")
+__all__ = ["Codec", "Plan", "Report", "Session", "__version__", *HOOKS, "optim", "parse"]
 
 
 def __getattr__(name: str) -> Any:
-    # the library does not know the hooks; only this name leads there, when it is asked for
-    if name == "attach":
-        from commpress.hooks import attach
+    # the library does not know the hooks; only these names lead there, when they are asked for
+    if name in HOOKS:
+        from commpress import hooks
 
-        return attach
+        return getattr(hooks, name)
     raise AttributeError(f"module 'commpress' has no attribute {name!r}")

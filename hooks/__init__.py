@@ -1,26 +1,60 @@
 """commpress for the frameworks that train in parallel: one file a framework. `attach` picks by the model's type."""
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
+from commpress.comm.shards import ShardedSession
 from commpress.hooks import ddp
+from commpress.hooks.broadcast import broadcast_parameters
+from commpress.hooks.outer import diloco, local_sgd
 
-__all__ = ["attach"]
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+__all__ = ["attach", "broadcast_parameters", "diloco", "local_sgd"]
 
 
-def attach(model: nn.Module, spec: str | Codec, **settings: Any) -> Session:
-    """Compress a wrapped model's gradient traffic by `spec`, from the next step on. Collective over its ranks.
+@overload
+def attach(model: nn.Module, spec: str | Codec, **settings: Any) -> Session: ...  # of an engine: or a ShardedSession
+@overload
+def attach(model: "nn.Module | FSDPModule", *, gradients: str | Codec, **settings: Any) -> ShardedSession: ...
+def attach(model: Any, spec: str | Codec | None = None, **settings: Any) -> Session | ShardedSession:
+    """Compress a wrapped model's traffic, from the next step on. Collective over its ranks.
 
-    `model` is a `DistributedDataParallel`; the settings are those of `commpress.hooks.ddp.attach`.
-    Raises TypeError for any other model, ValueError on all ranks if the spec is unknown or the ranks differ.
+    `model` is a `DistributedDataParallel`, whose gradients travel by `spec` (settings: `commpress.hooks.ddp.attach`), or the
+    root of what `fully_shard` took: `attach(model, gradients="int4", parameters="int8")` (`commpress.hooks.fsdp.attach`),
+    or a DeepSpeed engine: `attach(engine, "int4", parameters="int8")` (`commpress.hooks.deepspeed.attach`).
+    Raises TypeError for any other model, ValueError on all ranks if a spec is unknown or the ranks differ.
     """
     if isinstance(model, DistributedDataParallel):
+        if spec is None:
+            raise TypeError('commpress.attach: expected a spec, as in attach(ddp_model, "int4"), got none')
         return ddp.attach(model, spec, **settings)
+    sharding = sys.modules.get("torch.distributed.fsdp")  # slow to import; who has a sharded model has done so
+    if sharding is not None and isinstance(model, sharding.FSDPModule):
+        if spec is not None or "gradients" not in settings:
+            raise TypeError(
+                "commpress.attach: a sharded model has gradients and parameters on the network, expected a spec for each: "
+                f'attach(model, gradients="{spec or "int4"}", parameters="int8")'
+            )
+        from commpress.hooks import fsdp
+
+        return fsdp.attach(model, **settings)
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
+        if spec is None:
+            raise TypeError(
+                'commpress.attach: expected a spec, as in attach(engine, "int4", parameters="int8"), got none'
+            )
+        from commpress.hooks import deepspeed as engines
+
+        return engines.attach(model, spec, **settings)
     raise TypeError(
-        f"commpress.attach: expected a torch.nn.parallel.DistributedDataParallel, got {type(model).__name__}; "
-        "wrap the model first, then attach, then compile if you compile"
+        f"commpress.attach: expected a torch.nn.parallel.DistributedDataParallel, or a model that fully_shard took, got "
+        f"{type(model).__name__}; wrap the model first, then attach, then compile if you compile"
     )

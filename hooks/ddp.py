@@ -19,6 +19,7 @@ from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Segments
 from commpress.comm.session import GradScaler, Session
+from commpress.hooks.broadcast import attach_buffers
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
 
@@ -83,13 +84,15 @@ def attach(
     exchange: str | None = None,
     error_feedback: bool = True,
     grad_scaler: GradScaler | None = None,
+    buffers: str | Codec | None = None,
 ) -> Session:
     """Register the hook on `model` and return its session. Collective over the model's process group.
 
     `optimizer` is one of `commpress.optim`: what it is about to apply travels instead of the gradient. Leave it out for others.
     `exchange` names one of `two_shot`, `all_gather`, `all_reduce` instead of the codec's own choice. `grad_scaler` is the
     `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that
-    it skips moves no state. Raises ValueError on all ranks if a spec is unknown or the ranks differ or the optimizer holds
+    it skips moves no state. `buffers` is a spec for the buffers that DDP broadcasts before each forward; without one DDP sends
+    them, uncounted. Raises ValueError on all ranks if a spec is unknown or the ranks differ or the optimizer holds
     other parameters than the model trains, TypeError for sparse embeddings and for optimizers of other kinds,
     RuntimeError if the model already has a hook.
     """
@@ -113,6 +116,8 @@ def attach(
     except RuntimeError:
         state.session = None  # DDP keeps the state that it refuses; the threads shall end all the same
         raise
+    if buffers is not None:
+        session.beside.append(attach_buffers(model, buffers))
     _watch(model, session)
     if optimizer is None:
         advise(session.plan.codec, set(names))

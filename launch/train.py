@@ -30,11 +30,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 import commpress
 from commpress import optim
-from commpress.launch import checkpoint, data, scalars
+from commpress.launch import checkpoint, data, parallel, scalars
 from commpress.launch.model import GPT, Shape
 
 BETAS = (0.9, 0.95)
@@ -59,7 +58,13 @@ class Settings:
     optimizer: str = "AdamW"
     optimizer_warmup: int | None = None
     warmup_compress: str = "none"
-    sync_every: int = 4
+    sync_every: int | None = None
+    parallel: str = "ddp"
+    parameters: str = "none"
+    outer_lr: float = 0.7
+    outer_momentum: float = 0.6
+    fragments: int = 1
+    delay: int = 0
     data: Path | None = None
     layers: int = 6
     width: int = 384
@@ -89,7 +94,8 @@ class Settings:
     def folder(self) -> Path:
         """Where the run is written: --out, or runs/ and the spec without its punctuation."""
         name = re.sub(r"[^a-z0-9.]+", "-", self.compress).strip("-")
-        return self.out or Path("runs", name if self.optimizer == Settings.optimizer else f"{self.optimizer}-{name}")
+        ways = (self.parallel, Settings.parallel), (self.optimizer, Settings.optimizer)
+        return self.out or Path("runs", "-".join([*(way for way, usual in ways if way != usual), name]))
 
 
 STEERING = (
@@ -101,6 +107,15 @@ STEERING = (
 
 STEERING_BEHIND = ("optimizer_warmup", "warmup_compress", "sync_every")
 """Those of OneBitAdamW, ZeroOneAdamW and DGC."""
+STEERING_WAYS = {
+    "ddp": (),
+    "fsdp": ("parallel", "parameters"),
+    "local_sgd": ("parallel", "sync_every", "fragments", "delay"),
+    "diloco": ("parallel", "sync_every", "fragments", "delay", "outer_lr", "outer_momentum"),
+}
+"""Those of each --parallel."""
+SYNC_EVERY = {"ddp": 4, "local_sgd": 30, "diloco": 30}
+"""Steps between syncs: of ZeroOneAdamW under DDP, and of the others."""
 
 
 class TrainingError(Exception):
@@ -132,14 +147,14 @@ def train(settings: Settings) -> bool:
         own_windows = data.generator(settings.seed, rank)
 
         model = GPT(settings.shape).to(device)
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        optimizer = OPTIMIZERS[settings.optimizer](parameter_groups(model, settings), settings)
-        behind = optimizer if isinstance(optimizer, optim.CompressedOptimizer) else None
+        parameters = sum(p.numel() for p in model.parameters())
         with said_by_rank_0():
-            session = commpress.attach(ddp, settings.compress, optimizer=behind)
+            trained = spread(model, settings)
+        optimizer, session = trained.optimizer, trained.session
 
+        steering = STEERING + (STEERING_BEHIND if isinstance(optimizer, optim.CompressedOptimizer) else ())
         identity = {
-            **{name: getattr(settings, name) for name in STEERING + (STEERING_BEHIND if behind else ())},
+            **{name: getattr(settings, name) for name in dict.fromkeys(steering + STEERING_WAYS[settings.parallel])},
             "world_size": world_size,
             "text": list(text.fingerprint),
         }
@@ -154,9 +169,7 @@ def train(settings: Settings) -> bool:
             own = checkpoint.load_own(out, state["step"], rank)
             done, curve, before = state["step"], state["curve"], Traffic(**state["traffic"])
             durations = state["durations"].tolist()
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            session.load_state_dict(own["session"])
+            trained.load(state, own)
             own_windows.set_state(own["windows"])
             set_random_states(own["random"])
             if done == settings.steps:
@@ -170,16 +183,16 @@ def train(settings: Settings) -> bool:
             closing.callback(board.close)
 
         def save() -> None:
+            together, alone = trained.state()
             shared = {
+                **together,
                 "identity": identity,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
                 "durations": torch.tensor(durations, dtype=torch.float64),
                 "curve": curve,
                 "traffic": asdict(before + Traffic.of(session.report())),
             }
-            own = {"session": session.state_dict(), "windows": own_windows.get_state(), "random": random_states()}
-            with same_on_all_ranks(optimizer):
+            own = {**alone, "windows": own_windows.get_state(), "random": random_states()}
+            with trained.alike():  # what is shared may be the model's own memory
                 checkpoint.save(out, done, rank, shared, own)
 
         def note(train_loss: float | None, validation_loss: float | None) -> None:
@@ -200,9 +213,10 @@ def train(settings: Settings) -> bool:
         def record() -> None:
             if rank == 0:
                 report = session.report()
-                write_record(out, settings, text, model, device, durations, curve, report, before + Traffic.of(report))
+                write_record(
+                    out, settings, text, parameters, device, durations, curve, report, before + Traffic.of(report)
+                )
 
-        parameters = sum(p.numel() for p in model.parameters())
         say(
             f"{parameters / 1e6:.1f} M parameters, {called(settings)}, {world_size} ranks "
             f"({dist.get_backend()}, {device.type}, {torch.get_num_threads()} threads each), "
@@ -212,7 +226,7 @@ def train(settings: Settings) -> bool:
         )
 
         def held_out() -> float:
-            with same_on_all_ranks(optimizer):
+            with trained.alike():
                 return validate(model, text.validation, settings, device)
 
         if done == 0:
@@ -233,11 +247,11 @@ def train(settings: Settings) -> bool:
                 for part in range(settings.accumulate):
                     x, y = data.sample(text.train, settings.batch, settings.context, own_windows)
                     # only the last part's backward synchronises the gradients
-                    with contextlib.nullcontext() if part == settings.accumulate - 1 else ddp.no_sync():
-                        part_loss = cross_entropy(ddp(x.to(device)), y.to(device)) / settings.accumulate
+                    with contextlib.nullcontext() if part == settings.accumulate - 1 else trained.accumulating():
+                        part_loss = cross_entropy(trained.model(x.to(device)), y.to(device)) / settings.accumulate
                         part_loss.backward()
                     loss += part_loss.detach()
-                norm = clip(model, behind)
+                norm = trained.clip(CLIP_NORM)
                 # one small exchange a step: mean loss and norm, and whether any rank was asked to stop
                 asked = torch.tensor(float(stop), device=device).double()
                 together = torch.stack([loss.double() / world_size, norm.double() / world_size, asked])
@@ -251,6 +265,8 @@ def train(settings: Settings) -> bool:
                 optimizer.step()
                 optimizer.zero_grad()
                 done += 1
+                if done == settings.steps and isinstance(trained, parallel.Local):
+                    trained.outer.sync()
                 durations.append(time.perf_counter() - started)
                 if timeline and (stopping or done in (settings.steps, first_recorded + settings.timeline)):
                     recording.close()
@@ -290,22 +306,29 @@ def check(settings: Settings) -> None:
     """Raises TrainingError for settings that no run can have."""
     if settings.optimizer not in OPTIMIZERS:
         raise TrainingError(f"--optimizer {settings.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
+    if settings.parallel not in parallel.WAYS:
+        raise TrainingError(f"--parallel {settings.parallel}: expected one of {', '.join(parallel.WAYS)}")
+    if settings.parallel != "ddp" and settings.optimizer not in ("AdamW", "SGD"):
+        raise TrainingError(f"--optimizer {settings.optimizer} exchanges by itself: expected --parallel ddp")
+    if settings.parallel in ("local_sgd", "diloco") and settings.timeline:
+        raise TrainingError(f"--timeline {settings.timeline}: expected --parallel ddp or fsdp, whose steps have phases")
     try:
         commpress.parse(settings.compress)
         Shape(settings.layers, settings.width, settings.heads, settings.context)
     except ValueError as error:
         raise TrainingError(str(error)) from None
-    try:
-        commpress.parse(settings.warmup_compress)
-    except ValueError as error:
-        raise TrainingError(f"--warmup-compress: {error}") from None
+    for name in ("warmup_compress", "parameters"):
+        try:
+            commpress.parse(getattr(settings, name))
+        except ValueError as error:
+            raise TrainingError(f"--{name.replace('_', '-')}: {error}") from None
     if settings.optimizer_warmup is not None and settings.optimizer_warmup >= settings.steps:
         raise TrainingError(
             f"--optimizer-warmup {settings.optimizer_warmup}: expected less than --steps {settings.steps}"
         )
     least: dict[str, float] = {"batch": 1, "accumulate": 1, "steps": 1, "eval_batches": 1, "threads": 1}
     least |= {"warmup_steps": 0, "weight_decay": 0, "eval_every": 0, "checkpoint_every": 0, "lr": 0, "timeline": 0}
-    least |= {"optimizer_warmup": 1, "sync_every": 1}
+    least |= {"optimizer_warmup": 1, "sync_every": 1, "fragments": 1, "delay": 0, "outer_lr": 0, "outer_momentum": 0}
     for name, minimum in least.items():
         value = getattr(settings, name)
         if value is not None and not value >= minimum:
@@ -313,10 +336,12 @@ def check(settings: Settings) -> None:
 
 
 def called(settings: Settings) -> str:
-    """A run by its spec, and by its optimizer if that is not AdamW."""
-    return (
-        settings.compress if settings.optimizer == Settings.optimizer else f"{settings.optimizer} {settings.compress}"
-    )
+    """A run by its spec, and by what else is not usual about it."""
+    spec = settings.compress
+    if settings.parallel == "fsdp":
+        spec = f"gradients {spec}, parameters {settings.parameters}"
+    ways = (settings.parallel, Settings.parallel), (settings.optimizer, Settings.optimizer)
+    return " ".join([*(way for way, usual in ways if way != usual), spec])
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -347,7 +372,7 @@ def one_bit(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Opt
 
 def zero_one(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
     """0/1 Adam."""
-    return optim.ZeroOneAdamW(groups, settings.lr, BETAS, sync_every=settings.sync_every, **behind_warm_up(settings))
+    return optim.ZeroOneAdamW(groups, settings.lr, BETAS, sync_every=sync_every(settings), **behind_warm_up(settings))
 
 
 def sgd(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
@@ -360,6 +385,27 @@ def dgc(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimiz
     return optim.DGC(groups, settings.lr, MOMENTUM, warmup_steps=behind_warm_up(settings)["warmup_steps"])
 
 
+def spread(model: GPT, settings: Settings) -> parallel.Spread:
+    """The model on all ranks, as --parallel has it, its optimizer and its session. Collective."""
+
+    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
+        return OPTIMIZERS[settings.optimizer](parameter_groups(module, settings), settings)
+
+    if settings.parallel == "fsdp":
+        return parallel.Sharded(model, optimizer, settings.compress, settings.parameters)
+    if settings.parallel == "ddp":
+        return parallel.Replicated(model, optimizer(model), settings.compress)
+    outer: dict[str, Any] = {"every": sync_every(settings), "fragments": settings.fragments, "delay": settings.delay}
+    if settings.parallel == "diloco":
+        outer |= {"lr": settings.outer_lr, "momentum": settings.outer_momentum}
+    return parallel.Local(model, optimizer(model), settings.parallel, settings.compress, outer)
+
+
+def sync_every(settings: Settings) -> int:
+    """Steps between syncs."""
+    return SYNC_EVERY.get(settings.parallel, 1) if settings.sync_every is None else settings.sync_every
+
+
 OPTIMIZERS = {"AdamW": adamw, "OneBitAdamW": one_bit, "ZeroOneAdamW": zero_one, "SGD": sgd, "DGC": dgc}
 
 
@@ -367,20 +413,6 @@ def behind_warm_up(settings: Settings) -> dict[str, Any]:
     """How long a compressed optimizer warms up, and by what spec."""
     steps = settings.optimizer_warmup or max(1, min(2 * settings.warmup_steps, settings.steps // 4))
     return {"warmup_steps": steps, "warmup_spec": settings.warmup_compress}
-
-
-def clip(model: nn.Module, behind: optim.CompressedOptimizer | None) -> Tensor:
-    """Clip mean gradients at CLIP_NORM; what a compressed optimizer is about to apply is left as it is. Returns the norm."""
-    if behind is None or behind.takes_means:
-        return nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-
-
-@contextlib.contextmanager
-def same_on_all_ranks(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Show the model as all ranks have it: under ZeroOneAdamW they drift apart between syncs."""
-    with optimizer.synced() if isinstance(optimizer, optim.ZeroOneAdamW) else contextlib.nullcontext():
-        yield
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -394,11 +426,13 @@ def validate(model: nn.Module, text: Tensor, settings: Settings, device: torch.d
     starts = data.validation_starts(text, settings.eval_batches * settings.batch, settings.context)
     total = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
-    mine = starts[dist.get_rank() :: dist.get_world_size()]
-    for part in mine.split(settings.batch):
-        if len(part):
-            x, y = (t.to(device) for t in data.windows(text, part, settings.context))
-            total += torch.tensor([cross_entropy(model(x), y).item() * len(part), len(part)], device=device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = starts[rank::world_size]
+    for first in range(0, -(-len(starts) // world_size), settings.batch):
+        # as many forwards on every rank: those of a sharded model are collective
+        part = mine[first : first + settings.batch]
+        x, y = (t.to(device) for t in data.windows(text, part if len(part) else starts[:1], settings.context))
+        total += torch.tensor([cross_entropy(model(x), y).item() * len(part), len(part)], device=device)
     model.train()
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -433,7 +467,7 @@ def write_record(
     out: Path,
     settings: Settings,
     text: data.Text,
-    model: nn.Module,
+    parameters: int,
     device: torch.device,
     durations: list[float],
     curve: list[dict[str, Any]],
@@ -448,7 +482,7 @@ def write_record(
         "backend": dist.get_backend(),
         "machine": machine(device),
         "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "steps_done": len(durations),
         "final_validation_loss": curve[-1]["validation_loss"] if len(durations) == settings.steps else None,
         "median_step_seconds": statistics.median(durations),
@@ -633,7 +667,22 @@ def command(
     warmup_compress: Annotated[
         str, typer.Option(help="Spec of gradients until then, under OneBitAdamW and ZeroOneAdamW: none, int8, int4.")
     ] = Settings.warmup_compress,
-    sync_every: Annotated[int, typer.Option(help="Steps between syncs of ZeroOneAdamW.")] = Settings.sync_every,
+    sync_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between syncs: of ZeroOneAdamW (default 4), local_sgd and diloco (default 30)."),
+    ] = Settings.sync_every,
+    parallel: Annotated[
+        str, typer.Option(help="ddp, fsdp (FSDP2), local_sgd or diloco: what travels, and when.")
+    ] = Settings.parallel,
+    parameters: Annotated[
+        str, typer.Option(help="Spec of the parameters that fsdp gathers: none, bf16, int8, int4.")
+    ] = Settings.parameters,
+    outer_lr: Annotated[float, typer.Option(help="Rate of diloco's outer step.")] = Settings.outer_lr,
+    outer_momentum: Annotated[float, typer.Option(help="Momentum of that.")] = Settings.outer_momentum,
+    fragments: Annotated[
+        int, typer.Option(help="Parts of the model that local_sgd and diloco sync at different steps.")
+    ] = Settings.fragments,
+    delay: Annotated[int, typer.Option(help="Steps that training goes on while such a part travels.")] = Settings.delay,
     data: Annotated[
         Path | None, typer.Option(help="A file, or a folder of text files. Default: Python's own source.")
     ] = None,
@@ -668,8 +717,8 @@ def command(
         typer.Option(help="Steps whose phases go to OUT/timeline.json, for ui.perfetto.dev and `commpress report`."),
     ] = Settings.timeline,
 ) -> None:
-    """Train a byte-level GPT with compressed gradients, alone or under torchrun."""
-    settings = Settings(**locals())
+    """Train a byte-level GPT with compressed traffic, alone or under torchrun."""
+    settings = Settings(**locals())  # the flags' names are the settings'
     rank = os.environ.get("RANK", "0")
     try:
         train(settings)

@@ -38,6 +38,8 @@ class Memory:
     """Where that chunk starts in the bucket."""
     momentum: Tensor | None = None
     """The momentum of this rank's gradients: float32 [n]; None without momentum correction."""
+    whole: bool = True
+    """Whether it is the one that holds all of its parameters; not if another layout took some over."""
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def encode(self, codec: Codec, x: Tensor, part: slice, out: Tensor) -> None:
@@ -98,7 +100,7 @@ class Feedback:
         With `momentum` there is one of this rank's own gradients.
         """
         found = self.memories.get(segments)
-        if found is None or any(self.homes[name] != segments for name, _ in segments):
+        if found is None or not found.whole:
             found = self._take_over(segments, device)
         n = sum(n for _, n in segments)
         if feedback and found.residual is None:
@@ -126,6 +128,7 @@ class Feedback:
         homes = {name: self.homes.pop(name) for name in places if name in self.homes}
         for old in dict.fromkeys(homes.values()):
             memory, start = self.memories[old], 0
+            memory.whole = False
             memory.fold(self.world_size)
             for name, n in old:
                 if homes.get(name) == old:
@@ -176,4 +179,7 @@ class Feedback:
             for name in KEPT:
                 if saved[name] is not None:
                     setattr(memory, name, saved[name].to(device).clone())
+            for name, _ in segments:
+                if name in self.homes:
+                    self.memories[self.homes[name]].whole = False
             self.homes.update((name, segments) for name, _ in segments)

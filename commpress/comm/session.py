@@ -41,6 +41,19 @@ class GradScaler(Protocol):
         """The factor by which the loss is multiplied now."""
 
 
+class Beside(Protocol):
+    """Other traffic of the same model: the buffers that DDP broadcasts."""
+
+    def report(self) -> Report:
+        """Bytes and seconds so far, on this rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
 class Behind(Protocol):
     """What a session asks of an optimizer that is compressed behind its preconditioner (`commpress.optim`)."""
 
@@ -90,7 +103,7 @@ class Session:
     """What `commpress.attach` returns. Collective: every rank of `group` makes one at the same point.
 
     `group` is the process group of the data-parallel ranks and `device` where the gradients live. Ranks whose spec, settings,
-    parameters or library version differ all raise ValueError with both values.
+    parameters or library version differ all raise ValueError with both values. `role` is what the report calls the traffic.
     """
 
     def __init__(
@@ -104,8 +117,9 @@ class Session:
         grad_scaler: GradScaler | None = None,
         parameters: Segments = (),
         optimizer: Behind | None = None,
+        role: str = "gradients",
     ) -> None:
-        self._optimizer, self._scaler = optimizer, grad_scaler
+        self._optimizer, self._scaler, self._role = optimizer, grad_scaler, role
         self.plan = _agree(spec, exchange, error_feedback, parameters, group, device, self._apart())
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
@@ -114,6 +128,7 @@ class Session:
         self._scale = 1.0
         self._feedback = Feedback(self.world_size)
         self._meter = Meter()
+        self.beside: list[Beside] = []
         self._tags = itertools.count(0, TAGS_PER_BUCKET)
         self._restored: list[Segments] = []
         self._held: list[Held] = []
@@ -122,15 +137,25 @@ class Session:
         self._backward_started: float | None = None
         if self.world_size > 1:
             # on CPU a group of our own: what the user sends on theirs cannot get between our transfers
-            ours = _sibling(group) if device.type == "cpu" else group
+            ours = sibling(group) if device.type == "cpu" else group
             self._wire = Wire(ours, device)
             self._sequencer = Sequencer(self._wire, self._meter)
             warm_up(self.plan.codec, device)
 
-    def submit(self, bucket: Tensor, segments: Segments, index: int, last: bool) -> torch.futures.Future[Tensor]:
+    def submit(
+        self,
+        bucket: Tensor,
+        segments: Segments,
+        index: int,
+        last: bool,
+        *,
+        treatment: Treatment | None = None,
+        dense_steps: int = 1,
+    ) -> torch.futures.Future[Tensor]:
         """Replace `bucket` ([n], contiguous, any float dtype) by its mean over the ranks, in the background.
 
-        `segments` names the parameters in it, `index` its place among the buckets, `last` ends the step. The future holds
+        `segments` names the parameters in it, `index` its place among the buckets, `last` ends the step. It stands for
+        `dense_steps` dense exchanges in the report. A `treatment` is that of a session without an optimizer. The future holds
         `bucket`; waiting for it raises RuntimeError if the exchange failed on any rank. Same order on every rank.
         """
         if self._starts_step:
@@ -149,13 +174,15 @@ class Session:
             if last:
                 self._release()
         else:
-            self._start(bucket, segments, index, last, partial(_settle, future, bucket))
+            finished = partial(_settle, future, bucket)
+            self._start(bucket, segments, index, last, finished, treatment, dense_steps)
         self._step += last
         return future.then(_result)  # no collective hangs on it: it only raises what the exchange raised
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
-        return self._meter.report(str(self.plan.codec), self.rank, self.world_size)
+        own = self._meter.report(str(self.plan.codec), self.rank, self.world_size)
+        return Report.together(own, *(other.report() for other in self.beside)) if self.beside else own
 
     @contextlib.contextmanager
     def timeline(self) -> Iterator[Timeline]:
@@ -199,6 +226,7 @@ class Session:
             "scale": self._scale,
             "optimizer": None if self._optimizer is None else self._optimizer.own_state(),
             "buckets": self._feedback.state_dict(),
+            "beside": [other.state_dict() for other in self.beside],
         }
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
@@ -224,12 +252,17 @@ class Session:
                 )
         saved = {str(name): int(n) for bucket in state["buckets"] for name, n in bucket["segments"]}
         if self._parameters and saved:
-            _require_same_parameters(saved, self._parameters)
+            gradients = self._role == "gradients"  # in other roles some may not have been exchanged yet
+            present = {name: n for name, n in self._parameters.items() if gradients or name in saved}
+            _require_same_parameters(saved, present)
         self._scale = float(state["scale"])
         self._feedback.load_state_dict(state["buckets"], self.device)
-        self._restored = list(self._feedback.memories)
+        if self._role == "gradients":  # others keep their layout
+            self._restored = list(self._feedback.memories)
         if self._optimizer is not None and state["optimizer"] is not None:
             self._optimizer.load_own_state(state["optimizer"])
+        for other, saved_beside in zip(self.beside, state.get("beside", ()), strict=False):
+            other.load_state_dict(saved_beside)
 
     def _start_step(self) -> None:
         if self._optimizer is None:
@@ -254,14 +287,16 @@ class Session:
         index: int,
         last: bool,
         finished: Callable[[BaseException | None], None],
+        treatment: Treatment | None = None,
+        dense_steps: int = 1,
     ) -> None:
         n, W = bucket.numel(), self.world_size
-        treatment = Treatment(self.plan.codec)
+        treatment = treatment or Treatment(self.plan.codec)
         if self._optimizer is not None:
             treatment = self._optimizer.treat(segments, self.plan.codec)
         choice = self.plan.choose(n, bucket.element_size(), W, treatment)
         dtype = str(bucket.dtype).removeprefix("torch.")
-        row = self._meter.row(index, n, dtype, str(choice.codec), choice.exchange, choice.reason)
+        row = self._meter.row(index, n, dtype, str(choice.codec), choice.exchange, choice.reason, self._role)
         chunk = None
         if choice.exchange == "two_shot":
             cuts = chunk_bounds(n, W, choice.codec.granularity)
@@ -274,7 +309,8 @@ class Session:
             self._meter.steps += last
             finished(None)
             return
-        self._sequencer.submit(Job(bucket, exchange, row, self._step, ring_bytes(bucket.nbytes, W), last, finished))
+        dense = dense_steps * ring_bytes(bucket.nbytes, W)
+        self._sequencer.submit(Job(bucket, exchange, row, self._step, dense, last, finished))
 
     def _exchange(self, bucket: Tensor, choice: Choice, treatment: Treatment, memory: Memory) -> Iterator[Transfer]:
         # an exact mean of gradients does not send along what is remembered of momenta
@@ -285,7 +321,7 @@ class Session:
             exchange = alone(bucket, used)
         else:
             exchange = EXCHANGES[choice.exchange](bucket, choice.codec, used, self._wire, next(self._tags))
-        if self._optimizer is None:
+        if self._optimizer is None and treatment.prepare is None:
             return exchange
         return _prepared(treatment, bucket, memory, self._scaler is not None, exchange)
 
@@ -394,7 +430,7 @@ def _agree(
     return plan
 
 
-def _sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A new group of the same ranks and timeout. Collective over those ranks only."""
     options = getattr(group._get_backend(torch.device("cpu")), "options", None)
     timeout = getattr(options, "_timeout", None)

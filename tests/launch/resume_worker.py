@@ -1,6 +1,6 @@
 """Started by torchrun: each spec is trained without a break, and again with a break and --resume.
 
-argv: folder, and OPTIMIZER:SPEC...
+argv: folder, and PARALLEL:OPTIMIZER:SPEC...
 """
 
 import signal
@@ -14,14 +14,20 @@ from commpress.launch import data, train
 TINY = {"layers": 2, "width": 64, "heads": 2, "context": 32, "batch": 4, "steps": 30, "lr": 5e-3}
 EVALS = {"warmup_steps": 4, "eval_every": 10, "eval_batches": 4, "checkpoint_every": 7, "seed": 3, "threads": 1}
 STOPPED_AT = 11
+MORE = {
+    "fsdp": {"parameters": "int8"},
+    "local_sgd": {"sync_every": 4},
+    "diloco": {"sync_every": 4, "fragments": 2, "delay": 3},
+}
 
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
 for i, way in enumerate(sys.argv[2:]):
-    optimizer, _, spec = way.partition(":")
-    chosen = {**TINY, **EVALS, "compress": spec, "optimizer": optimizer}
+    parallel, optimizer, spec = way.split(":")
+    chosen = {**TINY, **EVALS, "compress": spec, "optimizer": optimizer, "parallel": parallel, **MORE.get(parallel, {})}
+    recorded = 3 if parallel == "ddp" else 0
     whole, cut = ({**chosen, "out": folder / f"{name}{i}"} for name in ("whole", "cut"))
-    assert train.train(train.Settings(**whole, timeline=3))
+    assert train.train(train.Settings(**whole, timeline=recorded))
 
     drawn, sample = 0, data.sample
 

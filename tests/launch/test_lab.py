@@ -210,6 +210,19 @@ def test_the_report_says_what_the_kernel_counts(tmp_path: Path) -> None:
     assert rows["no communication"]["kernel_bytes"] < 0.1e6
 
 
+@needs_lab
+def test_the_kernel_agrees_for_every_way_to_spread_a_model() -> None:
+    """Three hosts, of some MB each: gradients, sharded parameters, outer updates, broadcasts."""
+    done = run_lab("3", "10gbit", "--", sys.executable, str(ROOT / "tests" / "launch" / "kernel_worker.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(ranks) == 3
+    for way in ("ddp", "fsdp", "diloco", "broadcast"):
+        reported, counted = (sum(rank[way][i] for rank in ranks) for i in (0, 1))
+        assert reported > 1e6
+        assert reported == pytest.approx(counted, rel=0.02), way
+
+
 TRANSFER = """
 import hashlib, socket, subprocess, sys, time
 data = hashlib.shake_256(b"seed").digest(3_000_000)

@@ -82,6 +82,23 @@ class Wire:
         crossing = ring_bytes(x.nbytes, self.world_size)
         return Transfer([work], crossing, crossing, last=True)
 
+    def broadcast(self, x: Tensor, source: int) -> Transfer:
+        """Start sending `x` ([n], contiguous) from the rank `source` of the group to all others, in a binomial tree."""
+        work = dist.broadcast(x, group=self.open_group(), group_src=source, async_op=True)
+        return Transfer(
+            [work],
+            x.nbytes * tree_children(self.rank, source, self.world_size),
+            x.nbytes * (self.rank != source),
+            last=True,
+        )
+
+
+def tree_children(rank: int, source: int, world_size: int) -> int:
+    """How many ranks this one sends to in Gloo's binomial tree."""
+    place = (rank - source) % world_size
+    steps = range((world_size - 1).bit_length())
+    return sum(place % 2 ** (i + 1) == 0 and place + 2**i < world_size for i in steps)
+
 
 def ring_bytes(nbytes: int, world_size: int) -> int:
     """What each rank sends when a tensor of `nbytes` is all-reduced in a ring: 2 (W - 1) / W of it."""

@@ -1,0 +1,143 @@
+"""One rank's tensors, sent to all others again and again: parameters to those that only use them, or a module's buffers.
+
+The first time everything is sent exactly. Later float tensors travel as what has changed since, by a codec; the others hold
+the same bits, and the source keeps its own. With the spec `none` all is sent as it is, and all ranks hold the source's bits.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.agreement import require_agreement
+from commpress.comm.codecs import Codec
+from commpress.comm.codecs.base import FLOAT_DTYPES
+from commpress.comm.exchange import Transfer, Wire
+from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
+from commpress.comm.exchange.wire import tree_children
+from commpress.comm.meter import Meter, Report
+from commpress.comm.plan import Plan
+from commpress.comm.sequencer import Job, Sequencer
+from commpress.comm.session import sibling, warm_up
+
+STATE_VERSION = 1
+
+
+class Broadcasts:
+    """The broadcasts of one set of tensors. Collective: all ranks of `group` make one, with tensors of the same names.
+
+    `source` is a rank of `group`, `role` what the report calls the traffic. Raises ValueError on all ranks if a spec is
+    unknown or the ranks differ.
+    """
+
+    def __init__(
+        self,
+        spec: str | Codec,
+        tensors: Mapping[str, Tensor],
+        group: dist.ProcessGroup,
+        *,
+        source: int = 0,
+        role: str = "parameters",
+    ) -> None:
+        self.device = next(iter(tensors.values())).device
+        self.rank, self.world_size, self.source = dist.get_rank(group), dist.get_world_size(group), source
+        try:
+            self.codec = Plan.of(spec, None).codec
+            if not 0 <= source < self.world_size:
+                raise ValueError(f"source {source}: expected a rank of the group, 0 to {self.world_size - 1}")
+        except (ValueError, TypeError) as error:
+            require_agreement({"error": str(error)}, group, self.device)
+            raise
+        kinds = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+        require_agreement({"spec": str(self.codec), "source": source, "tensors": kinds}, group, self.device)
+        self._role, self._meter = role, Meter()
+        floats = [name for name, x in tensors.items() if x.dtype in FLOAT_DTYPES and self.codec.lossy]
+        self._floats, self._others = floats, [name for name in tensors if name not in floats]
+        self._values = sum(tensors[name].numel() for name in floats)
+        self._itemsizes = sum(tensors[name].nbytes for name in floats)
+        self._base: Tensor | None = None
+        if self.world_size > 1:
+            self._wire = Wire(sibling(group) if self.device.type == "cpu" else group, self.device)
+            self._sequencer = Sequencer(self._wire, self._meter)
+            warm_up(self.codec, self.device)
+
+    @torch.no_grad()
+    def send(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make these tensors on all ranks what the source has. Collective. Raises RuntimeError if it failed on any rank."""
+        if self.world_size > 1:
+            waiting = [self._exact(index, tensors[name]) for index, name in enumerate(self._others)]
+            if self._floats:
+                waiting.append(self._floating([tensors[name] for name in self._floats]))
+            for future, put in waiting:
+                result = future.wait()
+                if isinstance(result, BaseException):
+                    raise result
+                put()
+        self._meter.steps += 1
+
+    def report(self) -> Report:
+        """Bytes and seconds so far, on this rank."""
+        return self._meter.report(str(self.codec), self.rank, self.world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The version that was sent last, the same on all ranks."""
+        return {"version": STATE_VERSION, "base": None if self._base is None else self._base.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` saved, on all ranks. Raises ValueError if it is of other tensors."""
+        base = state["base"]
+        if state["version"] != STATE_VERSION or (base is not None and base.numel() != self._values):
+            found = "none" if base is None else base.numel()
+            raise ValueError(
+                f"cannot restore: the saved state has version {state['version']} and {found} values, expected "
+                f"{STATE_VERSION} and {self._values}"
+            )
+        self._base = None if base is None else base.to(self.device).clone()
+
+    def _exact(self, index: int, x: Tensor) -> Any:
+        flat = x.detach().contiguous().view(-1)
+        reason = "spec is none" if not self.codec.lossy else f"{str(x.dtype).removeprefix('torch.')} is no float"
+        future = self._start(index, flat, flat.nbytes, reason, exact_broadcast(flat, self._wire, self.source))
+        return future, partial(x.copy_, flat.view(x.shape))
+
+    def _floating(self, tensors: list[Tensor]) -> Any:
+        flat = torch.cat([x.detach().reshape(-1).to(torch.float32) for x in tensors])
+        index, sizes = len(self._others), [x.numel() for x in tensors]
+        first = self._base is None
+        if self._base is None:
+            self._base = flat.clone()
+            exchange = exact_broadcast(self._base, self._wire, self.source)
+        else:
+            nbytes = self.codec.nbytes(flat.numel()) + len(sizes)
+            payload = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            exchange = broadcast(flat, sizes, self._base, self.codec, payload, self._wire, self.source)
+        reason = "the first time" if first else ""
+        future = self._start(index, flat, self._itemsizes, reason, exchange)
+
+        def put() -> None:
+            if self.rank != self.source:
+                known = self._base if first else flat
+                assert known is not None
+                for x, part in zip(tensors, known.split(sizes), strict=True):
+                    x.copy_(part.view(x.shape))
+
+        return future, put
+
+    def _start(self, index: int, flat: Tensor, nbytes: int, reason: str, exchange: Iterator[Transfer]) -> Any:
+        spec = "none" if reason else str(self.codec)
+        dtype = str(flat.dtype).removeprefix("torch.")
+        row = self._meter.row(index, flat.numel(), dtype, spec, "broadcast", reason, self._role)
+        future: torch.futures.Future[Any] = torch.futures.Future(
+            devices=None if self.device.type == "cpu" else [self.device]
+        )
+        dense = nbytes * tree_children(self.rank, self.source, self.world_size)
+        done = partial(_settle, future)
+        self._sequencer.submit(Job(flat, exchange, row, self._meter.steps, dense, False, done))
+        return future
+
+
+def _settle(future: "torch.futures.Future[Any]", error: BaseException | None) -> None:
+    future.set_result(error)

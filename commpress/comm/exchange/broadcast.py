@@ -1,0 +1,42 @@
+"""broadcast: one rank's values on all ranks, as what has changed since the last time.
+
+    rank 1 (source)  x - base -> p --> 0, 2     base <- base + p'
+    rank 0, 2                                   base <- base + p', x <- base
+
+`base`, the version that was sent last, is the same on all ranks. What a codec withholds stays in x - base and is sent along
+next time, so no other memory is needed. A byte a tensor says whether it has no negative value; then `base` gets none
+either: a variance just above 0 stays one. A binomial tree: nbytes(n) and those bytes travel W - 1 times in all.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from commpress.comm.codecs import Codec
+from commpress.comm.exchange.wire import Transfer, Wire
+
+
+def broadcast(
+    x: Tensor, sizes: Sequence[int], base: Tensor, codec: Codec, payload: Tensor, wire: Wire, source: int
+) -> Iterator[Transfer]:
+    """Make `x` (float32 [n]) on all ranks but the source what is known of the source's; `base` (float32 [n]) follows.
+
+    `sizes` are those of the tensors in `x`, `payload` is uint8 [nbytes(n) + tensors]. The source keeps its own `x`.
+    """
+    coded, positive = payload.split([codec.nbytes(x.numel()), len(sizes)])
+    if wire.rank == source:
+        codec.encode(x - base, out=coded)
+        positive.copy_(torch.stack([(part >= 0).all() for part in x.split(list(sizes))]))
+    yield wire.broadcast(payload, source)
+    base.add_(codec.decode(coded, x.numel()))
+    for part, clamps in zip(base.split(list(sizes)), positive.tolist(), strict=True):
+        if clamps:
+            part.clamp_(min=0)
+    if wire.rank != source:
+        x.copy_(base)
+
+
+def exact_broadcast(x: Tensor, wire: Wire, source: int) -> Iterator[Transfer]:
+    """Make `x` (any dtype) on all ranks the source's, bit for bit."""
+    yield wire.broadcast(x, source)

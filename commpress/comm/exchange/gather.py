@@ -1,0 +1,39 @@
+"""gather: each rank's shard, on every rank. For sharded parameters.
+
+    rank 0  a -> pa --> 1, 2        rank 0  [pa pb pc] -> [a' b' c']
+    rank 1  b -> pb --> 0, 2        rank 1  [pa pb pc] -> [a' b' c']
+    rank 2  c -> pc --> 0, 1        rank 2  [pa pb pc] -> [a' b' c']
+
+Each rank sends (W - 1) * nbytes(m), as many bytes as a ring does. All ranks, the owner of a shard too, decode the bytes that
+were sent: all compute with the same bits. The shard itself stays as it is.
+"""
+
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.codecs import Codec
+from commpress.comm.exchange.wire import Transfer, Wire
+
+
+def gather(shard: Tensor, out: Tensor, codec: Codec, buffer: Tensor, wire: Wire, tag: int) -> Iterator[Transfer]:
+    """Fill `out` ([W * m]) with the ranks' `shard` ([m], which may be this rank's part of `out`); any float dtype.
+
+    `buffer` is uint8 [W * nbytes(m)].
+    """
+    me, W, m = wire.rank, wire.world_size, shard.numel()
+    rows, parts = buffer.split(codec.nbytes(m)), out.split(m)
+    codec.encode(shard, out=rows[me])
+    transfer = wire.swap([rows[me]] * W, rows, tag, last=True)
+    codec.decode(rows[me], m, out=parts[me])  # while it is on its way
+    yield transfer
+    for r in (*range(me), *range(me + 1, W)):
+        codec.decode(rows[r], m, out=parts[r])
+
+
+def native_gather(shard: Tensor, out: Tensor, wire: Wire) -> Iterator[Transfer]:
+    """The group's own all-gather of any dtype. A ring sends W - 1 shards."""
+    work = dist.all_gather_single(out, shard, group=wire.open_group(), async_op=True)
+    crossing = (wire.world_size - 1) * shard.nbytes
+    yield Transfer([work], crossing, crossing, last=True)

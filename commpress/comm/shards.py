@@ -1,0 +1,375 @@
+"""Sharded training: each rank owns a part of every parameter. Gradients go to the owners, parameters come from them.
+
+    backward     full gradient [W m] on each rank   -- reduce_scatter -->   mean of my chunk [m]       int4, error feedback
+    optimizer    my shard [m] in full precision
+    forward      parameters [W m] on each rank      <-- all_gather --       my shard [m]               int8, no feedback
+
+It knows no framework. What is lossy is computed with, never kept: the shards that the optimizer steps stay as they are, and
+all ranks compute with the same decoded bits. What is not compressed takes the group's own collective, whose bits it has.
+
+Feedback holds what was withheld of the whole gradient, on every rank: W m values of float32, as much memory as an unsharded
+copy of the model. Where that is too much, leave it out (`error_feedback=False`).
+"""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.agreement import require_agreement
+from commpress.comm.codecs import Codec
+from commpress.comm.codecs.base import FLOAT_DTYPES
+from commpress.comm.codecs.topk import TopK
+from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire
+from commpress.comm.exchange.gather import gather, native_gather
+from commpress.comm.exchange.reduce_scatter import Op, native_bytes, native_reduce_scatter, over_mean, reduce_scatter
+from commpress.comm.exchange.two_shot import chunk_bounds
+from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.feedback import Feedback, Segments
+from commpress.comm.meter import Meter, Report
+from commpress.comm.plan import Choice, Plan, Treatment
+from commpress.comm.sequencer import Job, Sequencer
+from commpress.comm.session import GradScaler, sibling, warm_up
+from commpress.comm.timeline import Timeline
+
+STATE_VERSION = 1
+MEAN = dist.ReduceOp.AVG
+
+
+class Shards:
+    """The traffic of one process group among whose ranks parameters are sharded. Collective: all of them make one.
+
+    Each call starts one operation in the background and returns at once; all ranks make the same calls in the same order.
+    `index` is the place in the report of what travels together, `reason` says why it shall not be compressed.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, gradients: Plan, parameters: Plan) -> None:
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.device = device
+        self.gradients, self.parameters = gradients, parameters
+        self.feedback = Feedback(self.world_size)
+        self.meter = Meter()
+        self._tags = itertools.count(0, TAGS_PER_BUCKET)
+        self._reductions: dict[int, int] = {}
+        self._free: dict[int, list[Tensor]] = {}
+        self._busy = self._landed = self._exposed = 0.0
+        if self.world_size > 1:
+            # on CPU a group of our own: what the framework sends on its own cannot get between our transfers
+            self._wire = Wire(sibling(group) if device.type == "cpu" else group, device)
+            self._sequencer = Sequencer(self._wire, self.meter)
+            for plan in (gradients, parameters):
+                warm_up(plan.codec, device)
+
+    def reduce_scatter(
+        self, full: Tensor, out: Tensor, segments: Segments, index: int, op: Op = MEAN, reason: str = ""
+    ) -> "Pending":
+        """Fill `out` ([m]) with what `op` (AVG, SUM, PREMUL_SUM) makes of the ranks' chunks of `full` ([W * m]).
+
+        Both contiguous, of one float dtype. `segments` names the parts of `full`: feedback belongs to the names.
+        Raises ValueError if the sizes do not fit.
+        """
+        choice = self._choose(self.gradients, full, out, reason)
+        if self.world_size == 1:
+            exchange, buffer = _alone(full, out, over_mean(op, 1)), None
+        elif choice.codec.lossy:
+            memory = self.feedback.memory(segments, choice.feedback, None, self.device)
+            buffer = self._take((2 * self.world_size - 1) * choice.codec.nbytes(out.numel()))
+            tag = next(self._tags)
+            exchange = reduce_scatter(full, out, op, choice.codec, memory, buffer, self._wire, tag)
+        else:
+            exchange, buffer = native_reduce_scatter(full, out, op, self._wire), None
+        dense = native_bytes(out, self.world_size)
+        return self._start("gradients", "reduce_scatter", choice, full, out, index, dense, exchange, buffer)
+
+    def all_gather(self, shard: Tensor, out: Tensor, index: int, reason: str = "") -> "Pending":
+        """Fill `out` ([W * m]) with the ranks' `shard` ([m], which may be this rank's part of `out`).
+
+        Both contiguous, of one dtype; one that is not a float is not compressed. Raises ValueError if the sizes do not fit.
+        """
+        choice = self._choose(self.parameters, out, shard, reason)
+        if self.world_size == 1:
+            exchange, buffer = _alone(shard, out, 1.0), None
+        elif choice.codec.lossy:
+            buffer = self._take(self.world_size * choice.codec.nbytes(shard.numel()))
+            exchange = gather(shard, out, choice.codec, buffer, self._wire, next(self._tags))
+        else:
+            exchange, buffer = native_gather(shard, out, self._wire), None
+        dense = (self.world_size - 1) * shard.nbytes
+        return self._start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
+
+    def all_reduce(self, x: Tensor, segments: Segments, index: int, op: Op = MEAN, reason: str = "") -> "Pending":
+        """Replace `x` ([n], contiguous, any float dtype) by what `op` makes of the ranks', the same bits on all of them.
+
+        For groups that hold replicas of shards. `segments` names the parts of `x`.
+        """
+        choice = self.gradients.choose(x.numel(), x.element_size(), self.world_size, self._treatment(x, reason))
+        if self.world_size == 1:
+            exchange = _alone(x, x, over_mean(op, 1))
+        elif choice.codec.lossy:
+            chunk = None
+            if choice.exchange == "two_shot":
+                cuts = chunk_bounds(x.numel(), self.world_size, choice.codec.granularity)
+                chunk = (cuts[self.rank], cuts[self.rank + 1])
+            memory = self.feedback.memory(segments, choice.feedback, chunk, self.device)
+            mean = EXCHANGES[choice.exchange](x, choice.codec, memory, self._wire, next(self._tags))
+            exchange = _times(mean, x, over_mean(op, self.world_size))
+        else:
+            exchange = _native_all_reduce(x, op, self._wire)
+        dense = ring_bytes(x.nbytes, self.world_size)
+        return self._start("gradients", choice.exchange, choice, x, x, index, dense, exchange, None)
+
+    def report(self, spec: str, rank: int, world_size: int) -> Report:
+        """Bytes and seconds so far. `exposed` is what training waited for, `hidden` what ran beside it."""
+        self.meter.exposed, self.meter.hidden = self._exposed, max(0.0, self._busy - self._exposed)
+        return self.meter.report(spec, rank, world_size)
+
+    def _choose(self, plan: Plan, full: Tensor, part: Tensor, reason: str) -> Choice:
+        n, W = part.numel(), self.world_size
+        if full.numel() != W * n or full.dtype != part.dtype:
+            raise ValueError(
+                f"{full.numel()} values of {full.dtype} do not make {W} chunks of {n} of {part.dtype}, one a rank"
+            )
+        return plan.choose(n, part.element_size(), W, self._treatment(part, reason, plan))
+
+    def _treatment(self, x: Tensor, reason: str, plan: Plan | None = None) -> Treatment:
+        if not reason and x.dtype not in FLOAT_DTYPES:
+            reason = f"{str(x.dtype).removeprefix('torch.')} is no float"
+        return Treatment((plan or self.gradients).codec, reason)
+
+    def _start(
+        self,
+        role: str,
+        name: str,
+        choice: Choice,
+        whole: Tensor,
+        out: Tensor,
+        index: int,
+        dense_bytes: int,
+        exchange: Iterator[Transfer],
+        buffer: Tensor | None,
+    ) -> "Pending":
+        dtype = str(out.dtype).removeprefix("torch.")
+        row = self.meter.row(index, whole.numel(), dtype, str(choice.codec), name, choice.reason, role)
+        step = self._reductions.get(index, 0)
+        if role == "gradients":
+            self._reductions[index] = step + 1
+            self.meter.steps = max(self.meter.steps, step + 1)
+        pending = Pending(self, out)
+        if out.is_inference():
+            exchange = _in_inference_mode(exchange)
+        if self.world_size == 1:
+            next(exchange, None)
+            row.steps += 1
+            self._finish(pending, None, None)
+        else:
+            finished = partial(self._finish, pending, buffer)
+            self._sequencer.submit(Job(out, exchange, row, step, dense_bytes, False, finished))
+        return pending
+
+    def _finish(self, pending: "Pending", buffer: Tensor | None, error: BaseException | None) -> None:
+        now = time.perf_counter()
+        self._busy += now - max(pending.submitted, self._landed)
+        self._landed = now
+        if buffer is not None and error is None:
+            self._free[buffer.numel()].append(buffer)
+        pending.settle(error)
+
+    def _take(self, nbytes: int) -> Tensor:
+        """A uint8 buffer that nobody uses now. They stay allocated: fresh pages cost more than the codec."""
+        free = self._free.setdefault(nbytes, [])
+        if free:
+            return free.pop()
+        with torch.inference_mode(False):  # it will be written to again in training
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def waited(self, seconds: float) -> None:
+        """Training stood still for so long."""
+        self._exposed += seconds
+
+
+class Pending(dist.Work):
+    """An operation that is under way."""
+
+    def __init__(self, shards: Shards, out: Tensor) -> None:
+        super().__init__()
+        self.submitted = time.perf_counter()
+        self._shards, self._out = shards, out
+        self._future: torch.futures.Future[Any] = torch.futures.Future(
+            devices=None if out.device.type == "cpu" else [out.device]
+        )
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Return when the result is there; on an accelerator the current stream waits for it instead.
+
+        Raises RuntimeError if the operation failed on any rank.
+        """
+        start = time.perf_counter()
+        value = self._future.wait()
+        self._shards.waited(time.perf_counter() - start)
+        if isinstance(value, BaseException):
+            raise value
+        return True
+
+    def settle(self, error: BaseException | None) -> None:
+        """The result is there, or cannot be."""
+        self._future.set_result(error or self._out)
+
+
+class ShardedSession:
+    """What `commpress.attach` returns for sharded models: report and state over one or two groups of ranks.
+
+    `shards` is the traffic among the ranks that share the parameters, `replicas` that among the owners of the same shard, if
+    there are any; `rank` and `world_size` are those of all ranks together. `parameters` is what they agreed on, in words.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shards],
+        gradients: Plan,
+        parameters: Plan,
+        rank: int,
+        world_size: int,
+        holds: str,
+        grad_scaler: GradScaler | None = None,
+    ) -> None:
+        self.shards = tuple(shards)
+        self.gradients, self.parameters = gradients, parameters
+        self.rank, self.world_size = rank, world_size
+        self._holds = holds
+        self._scaler, self._scale = grad_scaler, 1.0
+
+    def report(self) -> Report:
+        """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
+        spec = f"gradients {self.gradients.codec}, parameters {self.parameters.codec}"
+        return Report.together(*(shards.report(spec, self.rank, self.world_size) for shards in self.shards))
+
+    @contextlib.contextmanager
+    def timeline(self) -> Iterator[Timeline]:
+        """Record when what was encoded, sent and decoded while the block runs. Enter and leave it between steps."""
+        timeline = Timeline(self.rank)
+        for shards in self.shards:
+            shards.meter.timeline = timeline
+        try:
+            yield timeline
+        finally:
+            for shards in self.shards:
+                shards.meter.timeline = None
+
+    def follow_scale(self) -> None:
+        """For hooks: a step begins. Memories hold gradients times the loss scale; when that changes they change with it."""
+        if self._scaler is not None and (scale := float(self._scaler.get_scale())) != self._scale:
+            for shards in self.shards:
+                shards.feedback.rescale(scale / self._scale)
+            self._scale = scale
+
+    def state_dict(self) -> dict[str, Any]:
+        """What feedback keeps on this rank (every rank saves its own). Call it between steps."""
+        return {
+            **self._identity(),
+            "scale": self._scale,
+            "memories": [shards.feedback.state_dict() for shards in self.shards],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` saved on the same rank; training goes on bit for bit.
+
+        Raises ValueError if the state belongs to another version, plan, model, rank or number of ranks, TypeError if it is the
+        list of all ranks' states, as other sessions take it.
+        """
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"expected the dict that this rank saved, got a {type(state).__name__}: a sharded state fits no other rank"
+            )
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}"
+                )
+        self._scale = float(state["scale"])
+        for shards, memories in zip(self.shards, state["memories"], strict=True):
+            shards.feedback.load_state_dict(memories, shards.device)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "kind": "sharded",
+            "gradients": self.gradients.settings(),
+            "parameters": self.parameters.settings(),
+            "holds": self._holds,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "groups": [shards.world_size for shards in self.shards],
+        }
+
+
+def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool) -> tuple[Plan, Plan]:
+    """The plans of gradients and of parameters. Raises ValueError or TypeError for a spec that makes none."""
+    made = []
+    for name, spec in (("gradients", gradients), ("parameters", parameters)):
+        try:
+            made.append(Plan.of(spec, None, error_feedback and name == "gradients"))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    if isinstance(made[1].codec, TopK):
+        raise ValueError(
+            f"parameters: {made[1].codec} would make most of them 0; expected none, or a codec that sends all values"
+        )
+    return made[0], made[1]
+
+
+def agree(
+    settings: dict[str, object], groups: Sequence[dist.ProcessGroup], device: torch.device, refusal: Exception | None
+) -> None:
+    """Raise on every rank what one of them has to say: its refusal, or settings that differ. Collective.
+
+    Each of `groups` compares in turn, and hands on what it found: the dimensions of a mesh reach all its ranks.
+    """
+    error = refusal
+    settings = {**settings, "commpress version": version("commpress")}
+    for group in groups:
+        try:
+            require_agreement(settings if error is None else {"error": str(error)}, group, device)
+        except ValueError as found:
+            error = error or found
+    if error is not None:
+        raise error
+
+
+def _alone(x: Tensor, out: Tensor, times: float) -> Iterator[Transfer]:
+    """The mean over a single rank."""
+    if out.data_ptr() != x.data_ptr():
+        out.copy_(x)
+    if times != 1:
+        out.mul_(times)
+    yield from ()
+
+
+def _in_inference_mode(exchange: Iterator[Transfer]) -> Iterator[Transfer]:
+    """Tensors made under inference mode are written to under it alone; it is a mode of each thread."""
+    while True:
+        with torch.inference_mode():
+            transfer = next(exchange, None)
+        if transfer is None:
+            return
+        yield transfer
+        del transfer
+
+
+def _times(exchange: Iterator[Transfer], x: Tensor, times: float) -> Iterator[Transfer]:
+    """What was to be more than a mean."""
+    yield from exchange
+    if times != 1:
+        x.mul_(times)
+
+
+def _native_all_reduce(x: Tensor, op: Op, wire: Wire) -> Iterator[Transfer]:
+    work = dist.all_reduce(x, op=op, group=wire.open_group(), async_op=True)
+    crossing = ring_bytes(x.nbytes, wire.world_size)
+    yield Transfer([work], crossing, crossing, last=True)

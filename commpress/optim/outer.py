@@ -1,0 +1,353 @@
+"""Local steps under an outer optimizer: local SGD (Stich, arXiv:1805.09767), DiLoCo (Douillard et al., arXiv:2311.08105),
+Streaming DiLoCo (Douillard et al., arXiv:2501.18512), SparseLoCo (Sarfi et al., arXiv:2508.15706).
+
+Every worker takes `every` steps of its own from the anchor a, the same bits on all of them; then, with a codec Q and what it
+withheld before, e,
+
+    d <- mean of Q(a - p + decay e)        m <- mu m + d        a <- a - lr (d + mu m)        p <- a
+
+lr = 1 and mu = 0 is local SGD: the mean of the parameters, sent as a difference. The model is synced in fragments, each at a
+step of its own. With a `delay` training goes on while a fragment travels; that many steps later p <- (p + a) / 2.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.agreement import gather_settings, require_agreement
+from commpress.comm.codecs import Codec
+from commpress.comm.feedback import Memory, Segments
+from commpress.comm.meter import Report
+from commpress.comm.plan import Treatment
+from commpress.comm.session import Session
+from commpress.optim.base import within
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class OuterSettings:
+    """`every`: local steps between two syncs of a fragment. `lr`, `momentum`: of the outer Nesterov step. `decay`: the share
+    of what the codec withheld that is sent along next time. `fragments`: parts of the model that sync at different steps.
+    `delay`: steps that a fragment may travel. Raises ValueError for a value out of range."""
+
+    every: int
+    lr: float = 1.0
+    momentum: float = 0.0
+    decay: float = 1.0
+    fragments: int = 1
+    delay: int = 0
+
+    def __post_init__(self) -> None:
+        within("every", self.every, 1)
+        within("lr", self.lr, 0)
+        within("momentum", self.momentum, 0, 1)
+        within("decay", self.decay, 0)
+        within("fragments", self.fragments, 1, self.every + 1)
+        within("delay", self.delay, 0, self.every)
+        if self.decay > 1:
+            raise ValueError(f"decay {self.decay}: expected a number in [0, 1]")
+
+
+@dataclass
+class Fragment:
+    """A part of the model: `parameters` laid flat one behind the other, then zeros up to a multiple of the inner ranks.
+
+    `anchor` is float32 [n], the same on all ranks; `momentum` (float32 [part]) and the exchange are of this rank's `part`.
+    """
+
+    parameters: list[Tensor]
+    segments: Segments
+    offset: int
+    part: slice
+    anchor: Tensor
+    momentum: Tensor
+    synced_at: int = 0
+    due: int = 0
+    mean: "torch.futures.Future[Tensor] | None" = None
+    """What is on its way, or was when the state was saved."""
+    bucket: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def flat(self) -> Tensor:
+        """The parameters as they stand now: float32 [n]."""
+        out = torch.zeros_like(self.anchor)
+        for p, part in zip(self.parameters, self._parts(out), strict=True):
+            part.copy_(p.detach().reshape(-1))
+        return out
+
+    def put(self, values: Tensor, share: float = 1.0) -> None:
+        """Move the parameters to `values` (float32 [n]), or a share of the way."""
+        for p, part in zip(self.parameters, self._parts(values), strict=True):
+            if share == 1:
+                p.copy_(part.view(p.shape))
+            else:
+                p.lerp_(part.view(p.shape).to(p.dtype), share)
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        sizes = [p.numel() for p in self.parameters]
+        return list(flat[: sum(sizes)].split(sizes))
+
+
+class Outer:
+    """Local steps and their outer syncs. Collective over `group`, the workers, and `inner`, the ranks of one worker.
+
+    `parameters` maps names to what is trained, on CPU or an accelerator, any float dtype. At the start all workers get rank
+    0's values, exactly. Call `step` after every optimizer step; on every rank the same number of times. The ranks of a
+    worker hold the same values (a DDP inside a node): each exchanges its part of a fragment with its peers in the other
+    workers, and they share the parts. Raises ValueError on all ranks if a spec is unknown, a setting is out of range, or the
+    ranks differ.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        spec: str | Codec,
+        settings: OuterSettings,
+        group: dist.ProcessGroup,
+        inner: dist.ProcessGroup | None = None,
+    ) -> None:
+        if not parameters:
+            raise ValueError("no parameter is trained: expected a model with at least one that requires a gradient")
+        self.settings = settings
+        self.device = next(iter(parameters.values())).device
+        self._group, self._inner = group, inner if inner is not None and dist.get_world_size(inner) > 1 else None
+        self._steps = 0
+        self._waited = 0.0
+        require_agreement({**vars(settings), "inner ranks": self._inner_size}, group, self.device)
+        self._fragments = self._split(parameters)
+        self._session = Session(
+            spec, group, self.device, parameters=tuple(s for f in self._fragments for s in f.segments), role="outer"
+        )
+        source = dist.get_global_rank(group, 0)
+        with torch.no_grad():
+            for fragment in self._fragments:
+                fragment.anchor = fragment.flat()
+                dist.broadcast(fragment.anchor, source, group=group)
+                fragment.put(fragment.anchor)
+
+    @property
+    def steps(self) -> int:
+        """Local steps so far."""
+        return self._steps
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """A local step was taken: start and finish the syncs that are due. Raises RuntimeError if an exchange failed."""
+        self._steps += 1
+        for index, fragment in enumerate(self._fragments):
+            if fragment.mean is not None and fragment.due == self._steps:
+                self._finish(fragment, 0.5)
+            if (self._steps - fragment.offset) % self.settings.every == 0:
+                self._start(index, fragment)
+                if self.settings.delay == 0:
+                    self._finish(fragment, 1.0)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Sync all fragments now, as at the end of training: then all ranks hold the same bits. Collective."""
+        for fragment in self._fragments:
+            if fragment.mean is not None:
+                self._finish(fragment, 0.5)
+        for index, fragment in enumerate(self._fragments):
+            self._start(index, fragment)
+        for fragment in self._fragments:
+            self._finish(fragment, 1.0)
+
+    @contextlib.contextmanager
+    def synced(self) -> Iterator[None]:
+        """While the block runs, the parameters have the values of the anchor, the same bits on all ranks: to validate."""
+        drifted = [fragment.flat() for fragment in self._fragments]
+        with torch.no_grad():
+            for fragment in self._fragments:
+                fragment.put(fragment.anchor)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for fragment, values in zip(self._fragments, drifted, strict=True):
+                    fragment.put(values)
+
+    def report(self) -> Report:
+        """Bytes and seconds of the outer syncs on this rank. A dense exchange is that of DDP in each of the steps between."""
+        report = self._session.report()
+        seconds = {**report.seconds, "exposed": self._waited}
+        seconds["hidden"] = max(
+            0.0, sum(report.seconds[phase] for phase in ("encode", "wire", "decode")) - self._waited
+        )
+        return replace(report, steps=self._steps, seconds=seconds)
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Anchors, outer momentum, what is on its way, feedback. Every rank saves its own, and its model, which has drifted."""
+        fragments = [
+            {
+                "anchor": fragment.anchor.clone(),
+                "momentum": fragment.momentum.clone(),
+                "synced_at": fragment.synced_at,
+                "due": fragment.due,
+                "mean": None if fragment.mean is None else fragment.mean.wait().clone(),
+            }
+            for fragment in self._fragments
+        ]
+        return {
+            "version": STATE_VERSION,
+            "settings": {**vars(self.settings), "inner ranks": self._inner_size},
+            "steps": self._steps,
+            "fragments": fragments,
+            "session": self._session.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Restore what `state_dict` saved on this rank; None on a rank that has joined. Collective.
+
+        A rank that has joined gets the anchors, momentum and steps of the first rank that has a state, in full precision,
+        and starts from the anchor. Raises ValueError on all ranks if a state does not fit, or if no rank has one.
+        """
+        error = None if state is None else self._unfit(state)
+        steps = None if state is None else int(state["steps"])
+        everyone = gather_settings({"error": error, "steps": steps}, self._group, self.device)
+        for rank, other in enumerate(everyone):
+            if other["error"] is not None:
+                raise ValueError(f"cannot restore: rank {rank}: {other['error']}")
+        holders = [rank for rank, other in enumerate(everyone) if other["steps"] is not None]
+        if not holders:
+            raise ValueError("cannot restore: no rank has a state, expected at least one that has")
+        counts = {everyone[rank]["steps"] for rank in holders}
+        if len(counts) > 1:
+            raise ValueError(f"cannot restore: the ranks' states are of different steps: {sorted(map(str, counts))}")
+        if state is not None:
+            self._steps = int(state["steps"])
+            for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
+                self._restore(fragment, saved)
+            self._session.load_state_dict(state["session"])
+        if len(holders) < len(everyone):
+            self._welcome(holders[0], joined=state is None)
+
+    # how it works
+
+    @property
+    def _inner_size(self) -> int:
+        return 1 if self._inner is None else dist.get_world_size(self._inner)
+
+    def _split(self, parameters: Mapping[str, Tensor]) -> list[Fragment]:
+        """Fragments of about the same size, in the order of the parameters, their syncs spread over `every` steps."""
+        count, total, seen = self.settings.fragments, sum(p.numel() for p in parameters.values()), 0
+        members: list[list[str]] = [[] for _ in range(count)]
+        for name, p in parameters.items():
+            members[min(count - 1, seen * count // max(total, 1))].append(name)
+            seen += p.numel()
+        inner_size, inner_rank = self._inner_size, 0 if self._inner is None else dist.get_rank(self._inner)
+        fragments = []
+        for index, names in enumerate(members):
+            if not names:
+                continue  # fewer parameters than fragments, or a large one that fills several
+            sizes = [parameters[name].numel() for name in names]
+            each = -(-sum(sizes) // inner_size)
+            part = slice(inner_rank * each, (inner_rank + 1) * each)
+            fragments.append(
+                Fragment(
+                    parameters=[parameters[name] for name in names],
+                    segments=_pieces(names, sizes, part),
+                    offset=-(index * self.settings.every // count),
+                    part=part,
+                    anchor=torch.zeros(each * inner_size, dtype=torch.float32, device=self.device),
+                    momentum=torch.zeros(each, dtype=torch.float32, device=self.device),
+                )
+            )
+        return fragments
+
+    def _start(self, index: int, fragment: Fragment) -> None:
+        """Send how far the parameters have gone from the anchor."""
+        fragment.bucket = fragment.anchor[fragment.part] - fragment.flat()[fragment.part]
+        decay = self.settings.decay
+
+        def prepare(bucket: Tensor, memory: Memory) -> None:
+            if decay < 1 and memory.residual is not None:
+                memory.residual.mul_(decay)
+
+        steps = self._steps - fragment.synced_at
+        treatment = Treatment(self._session.plan.codec, prepare=prepare)
+        fragment.mean = self._session.submit(
+            fragment.bucket, fragment.segments, index, last=False, treatment=treatment, dense_steps=steps
+        )
+        fragment.synced_at, fragment.due = self._steps, self._steps + self.settings.delay
+
+    def _finish(self, fragment: Fragment, share: float) -> None:
+        """Step the anchor by what has arrived, and go on from it."""
+        assert fragment.mean is not None
+        start = time.perf_counter()
+        mean = fragment.mean.wait()
+        self._waited += time.perf_counter() - start
+        fragment.mean, fragment.bucket = None, torch.empty(0)
+        lr, momentum = self.settings.lr, self.settings.momentum
+        own = fragment.anchor[fragment.part]
+        if momentum:
+            fragment.momentum.mul_(momentum).add_(mean)
+            own.sub_(mean.add_(fragment.momentum, alpha=momentum), alpha=lr)
+        else:
+            own.sub_(mean, alpha=lr)
+        if self._inner is not None:
+            dist.all_gather_into_tensor(fragment.anchor, own.clone(), group=self._inner)
+        fragment.put(fragment.anchor, share)
+
+    def _unfit(self, state: dict[str, Any]) -> str | None:
+        """Why a state cannot be this run's, if it cannot."""
+        expected = {"version": STATE_VERSION, "settings": {**vars(self.settings), "inner ranks": self._inner_size}}
+        for key, value in expected.items():
+            if state.get(key) != value:
+                return f"the saved state has {key} {state.get(key)!r}, this run has {value!r}"
+        sizes = [fragment.anchor.numel() for fragment in self._fragments]
+        saved = [fragment["anchor"].numel() for fragment in state["fragments"]]
+        return None if saved == sizes else f"the saved fragments have {saved} values, those of this model {sizes}"
+
+    def _restore(self, fragment: Fragment, saved: dict[str, Any]) -> None:
+        fragment.anchor.copy_(saved["anchor"])
+        fragment.momentum.copy_(saved["momentum"])
+        fragment.synced_at, fragment.due = int(saved["synced_at"]), int(saved["due"])
+        fragment.mean = None
+        if saved["mean"] is not None:
+            fragment.mean = torch.futures.Future()
+            fragment.mean.set_result(saved["mean"].to(self.device).clone())
+
+    def _welcome(self, source: int, joined: bool) -> None:
+        """Hand the source's anchors, momentum and steps to all; those that have joined start from the anchors."""
+        root = dist.get_global_rank(self._group, source)
+        about = torch.tensor(
+            [self._steps, *(n for f in self._fragments for n in (f.synced_at, f.due, int(f.mean is not None)))],
+            device=self.device,
+        )
+        dist.broadcast(about, root, group=self._group)
+        self._steps, *of_fragments = about.tolist()
+        for place, fragment in enumerate(self._fragments):
+            fragment.synced_at, fragment.due, flies = of_fragments[3 * place : 3 * place + 3]
+            kept = [fragment.anchor, fragment.momentum]
+            if flies:
+                mean = torch.empty_like(fragment.momentum) if fragment.mean is None else fragment.mean.wait()
+                kept.append(mean)
+                fragment.mean = torch.futures.Future()
+                fragment.mean.set_result(mean)
+            for values in kept:
+                dist.broadcast(values, root, group=self._group)
+            if joined:
+                fragment.put(fragment.anchor)
+
+
+def _pieces(names: list[str], sizes: list[int], part: slice) -> Segments:
+    """What lies in `part` of the parameters laid one behind the other: whole ones, pieces, zeros behind the last."""
+    pieces, at = [], 0
+    for name, size in zip(names, sizes, strict=True):
+        start, stop = max(at, part.start), min(at + size, part.stop)
+        if start < stop:
+            whole = stop - start == size
+            pieces.append((name if whole else f"{name}[{start - at}:{stop - at}]", stop - start))
+        at += size
+    if part.stop > max(at, part.start):
+        pieces.append((f"zeros behind {names[-1]}", part.stop - max(at, part.start)))
+    return tuple(pieces)

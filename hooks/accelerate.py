@@ -1,0 +1,93 @@
+"""Hugging Face Accelerate, by the hook of the DDP module that `prepare` makes.
+
+`accelerator.prepare` wraps the model in DistributedDataParallel and the optimizer in one that steps where gradients are
+exchanged; `accelerator.scaler` is there under fp16. `save_state` calls its hooks on every rank, before it writes; what is
+registered for checkpointing is written by rank 0 alone and read by all, after model and optimizer.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from commpress.comm.codecs import Codec
+from commpress.comm.session import Session
+from commpress.hooks import ddp, rank_files
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def attach(
+    accelerator: "Accelerator",
+    model: nn.Module,
+    spec: str | Codec,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    **settings: Any,
+) -> Session:
+    """Compress the gradients of a prepared model; `save_state` and `load_state` keep the session, a file a rank.
+
+    `model` is what `accelerator.prepare` returned, compiled or not, and `optimizer` one of `commpress.optim`, prepared or not.
+    The accelerator's GradScaler is used if it has one; the settings are the others of `commpress.hooks.ddp.attach`. Collective.
+    Raises TypeError for a model that is not in a DistributedDataParallel, and what `commpress.hooks.ddp.attach` raises.
+    """
+    wrapped = prepared(accelerator, model)
+    session = ddp.attach(wrapped, spec, optimizer=inner(optimizer), grad_scaler=accelerator.scaler, **settings)
+    _Checkpoint(accelerator, session, wrapped).register()
+    return session
+
+
+def prepared(accelerator: "Accelerator", model: nn.Module) -> DistributedDataParallel:
+    """The DDP module in what `accelerator.prepare` returned. Raises TypeError if there is none."""
+    wrapped = getattr(model, "_orig_mod", model)  # torch.compile comes last
+    if isinstance(wrapped, DistributedDataParallel):
+        return wrapped
+    kind = accelerator.distributed_type.value
+    why = f"Accelerate runs as {kind}"
+    if kind == "NO":
+        why = (
+            "Accelerate sees one process: start it by accelerate launch or torchrun, and on CPU say so "
+            "(Accelerator(cpu=True), TrainingArguments(use_cpu=True))"
+        )
+    raise TypeError(
+        f"commpress: expected the DistributedDataParallel that accelerator.prepare makes of a model, got "
+        f"{type(wrapped).__name__}. {why}"
+    )
+
+
+def inner(optimizer: Any) -> Any:
+    """The optimizer in an AcceleratedOptimizer; others as they are."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+class _Checkpoint:
+    """What an accelerator has registered for a session: where to write each rank's file, and when to read it."""
+
+    def __init__(self, accelerator: "Accelerator", session: Session, model: DistributedDataParallel) -> None:
+        self._accelerator, self._session, self._group = accelerator, session, model.process_group
+        place = sum(isinstance(other, _Checkpoint) for other in accelerator._custom_objects)
+        self._name = f"commpress-{place}" if place else "commpress"
+        self._folder = ""
+
+    def register(self) -> None:
+        """Have it called. `load_state_dict` comes last of all, when model and optimizer are there."""
+        self._accelerator.register_save_state_pre_hook(self._save)
+        self._accelerator.register_load_state_pre_hook(self._remember)
+        self._accelerator.register_for_checkpointing(self)
+
+    def _save(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+        rank_files.save(self._session, folder, self._accelerator.step, self._name)
+
+    def _remember(self, models: list[nn.Module], folder: str) -> None:
+        self._folder = folder
+
+    def state_dict(self) -> dict[str, Any]:
+        """What rank 0 writes for all."""
+        return {"files": self._name, "step": self._accelerator.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Read this rank's file. Collective."""
+        if not rank_files.load(self._session, self._group, self._folder, state["step"], state["files"]):
+            raise ValueError(f"cannot restore: no {state['files']}-rank*.pt in {self._folder}")

@@ -1,0 +1,306 @@
+"""DeepSpeed 0.19.8, by standing in for those methods of an engine, or of its ZeRO optimizer, that send.
+
+DeepSpeed has no point for a hook. What sends there is called on every rank in the same order, and what it returns is used at
+once; so ours wait for their results, and only ZeRO 3's gathers run beside the computation:
+
+    ZeRO 0     gradients, at the end of an accumulation:  mean on all ranks               engine.buffered_allreduce_fallback
+    ZeRO 1, 2  gradients (2: in every backward):          each part's mean to its owner   zero.average_tensor
+               parameters, after the owners' step:        from their owner to all         all_gather_dp_groups
+    ZeRO 3     gradients, in every backward:              each part's mean to its owner   zero.__avg_scatter_grads
+               parameters, before a module runs:          from their owner to all         param.all_gather_coalesced
+
+The fp32 values that the optimizer steps stay exact on their owner; all ranks, the owner too, compute with what was decoded.
+ZeRO 1 and 2 keep the parameters from step to step. There the owner sends by how much its exact values differ from those that
+all have: what a coarse spec withholds is part of the next difference, which is error feedback without a memory.
+
+All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
+in is in `zero`, what it sends in `owners`.
+"""
+
+import copy
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from commpress.comm.codecs import Codec
+from commpress.comm.codecs.topk import TopK
+from commpress.comm.plan import Plan
+from commpress.comm.session import Session
+from commpress.comm.shards import ShardedSession, agree
+from commpress.hooks import zero
+from commpress.hooks.owners import Owners
+from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
+from commpress.optim.advice import advise
+
+TESTED = "0.19.8"
+"""The version that this file was tested with; later ones of the same line are taken, too."""
+
+KEYS = ("gradients", "parameters", "exchange", "error_feedback")
+"""Of a `commpress` block in a DeepSpeed config."""
+OPTIMIZERS = {kind.__name__: kind for kind in (OneBitAdamW, ZeroOneAdamW, DGC)}
+GONE = {"OneBitAdam": "OneBitAdamW", "ZeroOneAdam": "ZeroOneAdamW", "OneBitLamb": "OneBitAdamW"}
+"""Optimizers that DeepSpeed had until 0.19.6, and what is nearest to them."""
+
+
+def attach(
+    engine: Any,
+    spec: str | Codec,
+    *,
+    optimizer: CompressedOptimizer | None = None,
+    parameters: str | Codec | None = None,
+    exchange: str | None = None,
+    error_feedback: bool = True,
+) -> Session | ShardedSession:
+    """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
+
+    `spec` is that of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not compressed; with
+    `optimizer` under ZeRO 1 and 2: `spec`). Under ZeRO 3 sparse specs are refused for parameters. `exchange` is for ZeRO 0
+    alone. `optimizer` is one of `commpress.optim` that the engine was given (found by itself if left out): ZeRO 0 takes all,
+    ZeRO 1 and 2 take OneBitAdamW. Returns a `Session` for ZeRO 0, a `ShardedSession` for the others; `engine.commpress` is the
+    same object.
+
+    Raises on all ranks: ValueError if a spec is unknown, the ranks differ, or the engine is set up in a way that is not
+    supported, TypeError for optimizers of other kinds, RuntimeError for another version of DeepSpeed or a second attach.
+    """
+    _require_deepspeed(engine)
+    stage = int(engine.zero_optimization_stage())
+    group, device = engine.seq_data_parallel_group, torch.device(engine.device)
+    if optimizer is None and isinstance(engine.basic_optimizer, CompressedOptimizer):
+        optimizer = engine.basic_optimizer
+    refusal = _refusal(engine, stage, optimizer, exchange)
+    plans: tuple[Plan, Plan] | None = None
+    if refusal is None:
+        try:
+            plans = _plans(stage, spec, parameters, exchange, error_feedback, optimizer)
+        except (ValueError, TypeError) as error:
+            refusal = error
+    names = {p: name for name, p in engine.module.named_parameters() if p.requires_grad and _numel(p)}
+    settings: dict[str, object] = {"ZeRO stage": stage, "optimizer": type(optimizer).__name__ if optimizer else None}
+    settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
+    if plans is not None:
+        settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
+    agree(settings, [group], device, refusal)
+    assert plans is not None
+    engine.commpress = _stand_in(engine, stage, plans, names, optimizer, str(settings["parameters"]))
+    if optimizer is None:
+        stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+        advise(plans[0].codec, set(stepped or engine.optimizer.fp32_partitioned_groups_flat))
+    return engine.commpress  # type: ignore[no-any-return]
+
+
+def _stand_in(
+    engine: Any,
+    stage: int,
+    plans: tuple[Plan, Plan],
+    names: dict[Any, str],
+    optimizer: CompressedOptimizer | None,
+    holds: str,
+) -> Session | ShardedSession:
+    if stage == 0:
+        return zero.attach_replicas(engine, plans[0], names, optimizer)
+    shards = Owners(engine.seq_data_parallel_group, torch.device(engine.device), *plans)
+    if stage == 3:
+        zero.attach_gathered(engine, shards, names)
+    else:
+        assert optimizer is None or isinstance(optimizer, OneBitAdamW)
+        zero.attach_partitions(engine, shards, names, optimizer)
+    return ShardedSession([shards], *plans, shards.rank, shards.world_size, holds)
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize`, for configs with a `commpress` block; `engine.commpress` is the session.
+
+        {"train_micro_batch_size_per_gpu": 8, "commpress": {"gradients": "int4", "parameters": "int8"}, ...}
+
+    The block's keys are those of `attach`, with `gradients` for its spec, which is the only one that must be there.
+    `"optimizer": {"type": "OneBitAdamW", "params": {...}}` makes one of `commpress.optim`, as do ZeroOneAdamW and DGC. Takes
+    and returns what `deepspeed.initialize` does. Raises ValueError for a key that it does not know, and for the optimizers
+    that DeepSpeed no longer has, as well as what `attach` raises. Without a block it is `deepspeed.initialize`.
+    """
+    import deepspeed
+    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+
+    given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
+    config = dict(load_ds_config(_pop_config(given)))
+    block = config.pop("commpress", None)
+    if block is not None:
+        _check_block(block)
+    _use_our_optimizer(config, given)
+    engine, *others = deepspeed.initialize(**given, config=config)
+    if block is not None:
+        attach(engine, block["gradients"], **{key: value for key, value in block.items() if key != "gradients"})
+    return engine, *others
+
+
+def _pop_config(given: dict[str, Any]) -> Any:
+    """Take the config out of the arguments, wherever it is in them."""
+    for key in ("config", "config_params"):
+        if (source := given.pop(key, None)) is not None:
+            return source
+    script: Any = copy.copy(given.get("args"))
+    if (source := getattr(script, "deepspeed_config", None)) is not None:
+        script.deepspeed_config, given["args"] = None, script
+    return source
+
+
+def _use_our_optimizer(config: dict[str, Any], given: dict[str, Any]) -> None:
+    """Have DeepSpeed make the optimizer that the config names, if it is one of `commpress.optim`."""
+    settings, chosen = config.get("optimizer") or {}, given.get("optimizer")
+    name = type(chosen).__name__ if isinstance(chosen, CompressedOptimizer) else settings.get("type")
+    if chosen is None and name in GONE:
+        raise ValueError(
+            f"optimizer type {name!r}: DeepSpeed dropped it in 0.19.7; expected "
+            f'{{"type": "{GONE[name]}", "params": {{..., "warmup_steps": what freeze_step was}}}}'
+        )
+    if chosen is None and name in OPTIMIZERS:
+        given["optimizer"] = partial(_make_optimizer, name, settings.get("params", {}))
+        del config["optimizer"]
+    elif not isinstance(chosen, CompressedOptimizer):
+        return
+    config.setdefault("zero_allow_untested_optimizer", True)
+    if (config.get("bf16") or {}).get("enabled") and not (config.get("zero_optimization") or {}).get("stage"):
+        raise ValueError(
+            f"{name} under ZeRO 0 with bf16: DeepSpeed steps copies of the parameters, and before they can be attached; "
+            "expected float32, or ZeRO 1 or 2"
+        )
+
+
+def _check_block(block: Any) -> None:
+    if not isinstance(block, dict):
+        raise ValueError(f'the "commpress" block is {block!r}, expected an object with some of {", ".join(KEYS)}')
+    for key in block:
+        if key not in KEYS:
+            raise ValueError(f'unknown key {key!r} in the "commpress" block, known: {", ".join(KEYS)}')
+    if "gradients" not in block:
+        raise ValueError('the "commpress" block has no "gradients", expected a spec such as "int4" (or "none")')
+
+
+def _make_optimizer(name: str, settings: dict[str, Any], parameters: Any) -> CompressedOptimizer:
+    try:
+        return OPTIMIZERS[name](parameters, **settings)
+    except TypeError as error:
+        raise ValueError(f"optimizer type {name!r}: {error}") from error
+
+
+# --- what is supported -------------------------------------------------------------------------------------------
+
+
+def _require_deepspeed(engine: Any) -> None:
+    """Raises RuntimeError for other versions than those tested, TypeError for what is no engine."""
+    import deepspeed
+
+    found, expected = _version(deepspeed.__version__), _version(TESTED)
+    if found[:2] != expected[:2] or found < expected:
+        raise RuntimeError(
+            f"commpress.hooks.deepspeed: found DeepSpeed {deepspeed.__version__}, expected {TESTED} or a later "
+            f"{expected[0]}.{expected[1]}.x: what it stands in for is not public, and other versions have it elsewhere"
+        )
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise TypeError(f"expected a deepspeed.DeepSpeedEngine, got {type(engine).__name__}")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in text.split("+")[0].split(".")[:3])
+
+
+def _refusal(engine: Any, stage: int, optimizer: CompressedOptimizer | None, exchange: str | None) -> Exception | None:
+    """Why this rank cannot attach, if it cannot."""
+    if getattr(engine, "commpress", None) is not None:
+        return RuntimeError("commpress.attach: attached already; expected an engine without a session")
+    kind = type(engine.optimizer).__name__
+    scalers = (engine.torch_autocast_z0_gradscaler, getattr(engine.optimizer, "torch_autocast_gradscaler", None))
+    quantised = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+    unsupported = {
+        "an engine without an optimizer": engine.basic_optimizer is None,
+        "pipeline parallelism": engine.pipeline_parallelism,
+        "mixture of experts": engine.has_moe_layers,
+        "sequence parallelism": engine.sequence_parallel_size > 1,
+        "DeepCompile": engine.is_deepcompile_enabled(),
+        "ZenFlow": bool(engine.zenflow),
+        "Muon": "muon" in type(engine.basic_optimizer).__name__.lower(),
+        "offload of the optimizer or of parameters": _offloads(engine.zero_offload_optimizer())
+        or _offloads(engine.zero_offload_param()),
+        "fp16 (feedback would have to follow its loss scale; bf16 has none)": engine.fp16_enabled()
+        or any(scaler is not None for scaler in scalers),
+        "bf16 with float32 gradient accumulation under ZeRO 1 (ZeRO 2 is)": kind == "BF16_Optimizer",
+        "gradient_allreduce_op other than mean": not engine.gradient_average,
+        "zero_hpz_partition_size above 1": stage == 3 and engine.zero_hpz_partition_size() > 1,
+        **{name: stage == 3 and getattr(engine, name)() for name in quantised},
+    }
+    for what, found in unsupported.items():
+        if found:
+            return ValueError(f"commpress.attach: {what} is not supported")
+    for name, module in engine.module.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            return TypeError(
+                f"{name}: {type(module).__name__}(sparse=True) has sparse gradients, expected sparse=False"
+            )
+    if exchange is not None and stage > 0:
+        return ValueError(
+            f"exchange {exchange!r}: ZeRO {stage} sends each part of a gradient to its owner and nowhere else; leave it out"
+        )
+    return None if optimizer is None else _optimizer_refusal(engine, stage, optimizer)
+
+
+def _offloads(settings: Any) -> bool:
+    return settings is not None and str(getattr(settings.device, "value", settings.device)) != "none"
+
+
+def _optimizer_refusal(engine: Any, stage: int, optimizer: Any) -> Exception | None:
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, CompressedOptimizer):
+        return TypeError(
+            f"optimizer: expected one of commpress.optim, got {name}; others take what arrives, leave optimizer= out for them"
+        )
+    if optimizer is not engine.basic_optimizer:
+        return ValueError(
+            f"optimizer: the engine steps another {type(engine.basic_optimizer).__name__}, not this {name}"
+        )
+    if stage == 3:
+        return ValueError(
+            f"{name} under ZeRO 3: expected ZeRO 0, 1 or 2; parameters that come and go have no place for it"
+        )
+    if stage in (1, 2) and not isinstance(optimizer, OneBitAdamW):
+        return ValueError(
+            f"{name} under ZeRO {stage}: each rank has a momentum of its own for every parameter, of which nothing can be "
+            "sharded; expected ZeRO 0 for it, or OneBitAdamW"
+        )
+    if stage in (1, 2) and optimizer.param_groups[0]["max_norm"] is not None:
+        return ValueError(
+            f"max_norm {optimizer.param_groups[0]['max_norm']} under ZeRO {stage}: each bucket leaves before the others are "
+            "known; expected None. DeepSpeed's gradient_clipping clips in the warm-up"
+        )
+    return None
+
+
+def _plans(
+    stage: int,
+    gradients: str | Codec,
+    parameters: str | Codec | None,
+    exchange: str | None,
+    error_feedback: bool,
+    optimizer: CompressedOptimizer | None,
+) -> tuple[Plan, Plan]:
+    """The plans of gradients and of parameters. Raises ValueError or TypeError for a spec that makes none."""
+    plan = Plan.of(gradients, exchange, error_feedback)
+    if stage == 0 and parameters is not None:
+        raise ValueError(f"parameters {str(parameters)!r}: ZeRO 0 sends no parameters; leave it out")
+    if parameters is None:
+        parameters = gradients if optimizer is not None and stage > 0 else "none"
+    try:
+        other = Plan.of(parameters, None, False)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"parameters: {error}") from None
+    if stage == 3 and isinstance(other.codec, TopK):
+        raise ValueError(
+            f"parameters: {other.codec} would make most of them 0; expected none, or a codec that sends all values"
+        )
+    return plan, other
+
+
+def _numel(p: Any) -> int:
+    """Of the whole parameter, wherever its parts are."""
+    return int(getattr(p, "ds_numel", p.numel()))

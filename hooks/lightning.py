@@ -1,0 +1,132 @@
+"""Lightning, by a strategy: DDPStrategy with compressed gradients.
+
+A strategy is what wraps the model and saves and loads checkpoints, on every rank and with their paths; a callback is told of
+none of these. It loads the model before it sets up, the optimizers afterwards. `DDPStrategy(ddp_comm_hook=...)` registers a
+hook on CUDA only and says nothing elsewhere, and keeps no state of it.
+"""
+
+import contextlib
+import os
+import warnings
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.nn.parallel import DistributedDataParallel
+
+from commpress.comm.codecs import Codec
+from commpress.comm.session import Session
+from commpress.hooks import ddp, rank_files
+from commpress.optim.base import CompressedOptimizer
+
+
+class CompressedDDP(DDPStrategy):
+    """`Trainer(strategy=CompressedDDP("int4"))` instead of `strategy="ddp"`. `settings` are those of DDPStrategy, the others
+    those of `commpress.hooks.ddp.attach`.
+
+    If `configure_optimizers` returns one of `commpress.optim`, what it is about to apply travels instead of the gradient.
+    Beside each checkpoint stands a file a rank, `NAME.ckpt.commpress-rank0` and so on, which `fit(ckpt_path=...)` reads.
+    The report is logged when training ends. `session` is there from `on_fit_start` on.
+
+    Raises ValueError for `ddp_comm_*` settings; `fit` raises ValueError on all ranks for an unknown spec, for ranks that
+    differ, for files that do not belong to the checkpoint, and for `gradient_clip_val` or a second optimizer beside a
+    compressed one.
+    """
+
+    def __init__(
+        self,
+        spec: str | Codec,
+        *,
+        exchange: str | None = None,
+        error_feedback: bool = True,
+        buffers: str | Codec | None = None,
+        **settings: Any,
+    ) -> None:
+        if hooks := sorted(name for name in settings if name.startswith("ddp_comm_")):
+            raise ValueError(f"CompressedDDP registers a hook of its own, got {', '.join(hooks)}")
+        super().__init__(**settings)
+        self.session: Session | None = None
+        self._spec = spec
+        self._compression: dict[str, Any] = {"exchange": exchange, "error_feedback": error_feedback, "buffers": buffers}
+        self._loaded_from = ""
+
+    def setup(self, trainer: Trainer) -> None:
+        """Wrap the model, and attach to the wrapper."""
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert isinstance(self.model, DistributedDataParallel)
+            self.session = ddp.attach(
+                self.model,
+                self._spec,
+                optimizer=self._compressed(trainer),
+                grad_scaler=getattr(self.precision_plugin, "scaler", None),
+                **self._compression,
+            )
+
+    def _compressed(self, trainer: Trainer) -> CompressedOptimizer | None:
+        optimizers = [optimizer for optimizer in self.optimizers if isinstance(optimizer, CompressedOptimizer)]
+        if not optimizers:
+            return None
+        name = type(optimizers[0]).__name__
+        if len(self.optimizers) > 1:
+            raise ValueError(
+                f"configure_optimizers returned {len(self.optimizers)} optimizers: {name} must be the only one"
+            )
+        if clip := trainer.gradient_clip_val:
+            raise ValueError(
+                f"gradient_clip_val={clip} would clip what {name} is about to apply, which is no gradient after its warm-up: "
+                f"leave it out and set {name}(..., max_norm={clip})"
+            )
+        return optimizers[0]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write the checkpoint on rank 0, and this rank's file beside it."""
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self.session is not None and "optimizer_states" in checkpoint:  # not weights only
+            state = rank_files.content(self.session, checkpoint["global_step"])
+            self.checkpoint_io.save_checkpoint(state, _beside(filepath, self.session.rank), storage_options)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove the checkpoint on rank 0, and this rank's file beside it."""
+        super().remove_checkpoint(filepath)
+        if self.session is not None:
+            self.checkpoint_io.remove_checkpoint(_beside(filepath, self.session.rank))
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read the checkpoint on every rank."""
+        self._loaded_from = str(checkpoint_path)
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Restore the optimizers, then the session. Collective."""
+        super().load_optimizer_state_dict(checkpoint)
+        assert self.session is not None
+        assert isinstance(self.model, DistributedDataParallel)
+
+        def read(rank: int) -> rank_files.State | None:
+            file: rank_files.State | None = None
+            with contextlib.suppress(FileNotFoundError):
+                file = self.checkpoint_io.load_checkpoint(_beside(self._loaded_from, rank), weights_only=True)
+            return file
+
+        found = rank_files.restore(self.session, self.model.process_group, checkpoint["global_step"], read)
+        if not found and self.session.rank == 0:
+            warnings.warn(
+                f"commpress: {self._loaded_from} was saved without compression; what feedback keeps starts empty",
+                stacklevel=2,
+            )
+
+    def on_train_end(self) -> None:
+        """Say what was sent."""
+        super().on_train_end()
+        if self.session is not None:
+            rank_zero_info(f"\n{self.session.report()}")
+
+
+def _beside(filepath: Any, rank: int) -> str:
+    """Where a rank's file stands beside a checkpoint; beside its target if that is a link, as of `save_last="link"`."""
+    path = str(filepath)
+    return f"{os.path.realpath(path) if os.path.islink(path) else path}.commpress-rank{rank}"

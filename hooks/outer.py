@@ -1,0 +1,113 @@
+"""Local SGD and DiLoCo, by the optimizer's own hook: after each of its steps the outer sync has its turn.
+
+    outer = commpress.diloco(model, optimizer, every=30)        # then train as before
+    with outer.synced(): validate(model)
+
+`register_step_post_hook` is called after every `optimizer.step`; a step that a GradScaler skips does not count. Between
+syncs the replicas are different, and nothing travels.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from commpress.comm.agreement import require_agreement
+from commpress.comm.codecs import Codec
+from commpress.optim.base import CompressedOptimizer
+from commpress.optim.outer import Outer, OuterSettings
+
+
+def local_sgd(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    spec: str | Codec = "int8",
+    *,
+    every: int,
+    fragments: int = 1,
+    delay: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> Outer:
+    """Average the parameters every `every` steps of `optimizer`, as compressed differences from the last average.
+
+    `model` is a plain module, an FSDP2 one, or a DDP whose process group is one worker (a node): then `group` holds the ranks
+    of the same place in all workers. `fragments` and `delay` are as in `diloco`. Collective over all ranks. Raises ValueError
+    on all ranks of `group` for a bad spec or setting or if they differ, TypeError for an optimizer of `commpress.optim`.
+    """
+    return _attach(model, optimizer, spec, group, every=every, fragments=fragments, delay=delay)
+
+
+def diloco(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    spec: str | Codec = "topk(0.03)|int2",
+    *,
+    every: int,
+    lr: float = 0.7,
+    momentum: float = 0.9,
+    decay: float = 1.0,
+    fragments: int = 1,
+    delay: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> Outer:
+    """DiLoCo: every `every` steps an outer Nesterov step (`lr`, `momentum`) on the mean of how far the workers have gone.
+
+    With `momentum=0`, `lr=1` and a `decay` of 0.95 of what the codec withheld it is SparseLoCo. `fragments` parts of the model
+    sync at different steps, and with a `delay` training goes on for so many steps while one travels (Streaming DiLoCo).
+    `model`, `group` and errors are as in `local_sgd`.
+    """
+    settings = {"every": every, "lr": lr, "momentum": momentum, "decay": decay, "fragments": fragments, "delay": delay}
+    return _attach(model, optimizer, spec, group, **settings)
+
+
+def _attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    spec: str | Codec,
+    group: dist.ProcessGroup | None,
+    **settings: Any,
+) -> Outer:
+    outer_group = group or dist.distributed_c10d._get_default_group()
+    inner = model.process_group if isinstance(model, DistributedDataParallel) else None
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    # by the bare module's names: a checkpoint does not depend on what wraps it
+    parameters = {name: _local(p) for name, p in module.named_parameters() if p.requires_grad}
+    try:
+        chosen = OuterSettings(**settings)
+        _check(optimizer, outer_group, inner)
+    except (ValueError, TypeError) as error:
+        device = next(iter(parameters.values()), torch.empty(0)).device
+        with contextlib.suppress(ValueError):  # what the other ranks raise
+            require_agreement({"error": str(error)}, outer_group, device)
+        raise
+    outer = Outer(parameters, spec, chosen, outer_group, inner)
+
+    def stepped(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        outer.step()
+
+    optimizer.register_step_post_hook(stepped)
+    return outer
+
+
+def _check(optimizer: torch.optim.Optimizer, group: dist.ProcessGroup, inner: dist.ProcessGroup | None) -> None:
+    if isinstance(optimizer, CompressedOptimizer):
+        raise TypeError(
+            f"optimizer: {type(optimizer).__name__} exchanges by itself; expected one that takes local steps, such as AdamW"
+        )
+    if inner is not None:
+        shared = set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(inner))
+        if len(shared) > 1:
+            raise ValueError(
+                f"the DDP module and the outer group share ranks {sorted(shared)}: DDP already averages them in every step. "
+                "Give DDP the process group of one worker and `group` the ranks of the same place in all workers, or leave "
+                "DDP out"
+            )
+
+
+def _local(p: Tensor) -> Tensor:
+    """What this rank holds of a parameter."""
+    return p.to_local() if isinstance(p, DTensor) else p

@@ -1,0 +1,237 @@
+"""What ZeRO 1 and 2 send: the gradients of every part to its owner, and the owners' new values to all.
+
+`Owners` is the traffic; `OneBitPartitions` is OneBitAdamW whose state is partitioned likewise. What `zero` has calls them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.agreement import require_agreement
+from commpress.comm.codecs import Codec, parse
+from commpress.comm.exchange import Transfer, Wire
+from commpress.comm.exchange.gather import gather, native_gather
+from commpress.comm.feedback import Memory, Segments
+from commpress.comm.meter import Meter
+from commpress.comm.plan import Choice, Treatment
+from commpress.comm.shards import Pending, Shards
+from commpress.optim import OneBitAdamW, loops
+from commpress.optim.adam import SETTLED
+from commpress.optim.base import plain
+
+
+class Owners(Shards):
+    """Shards of any lengths: ZeRO 1 and 2 cut the parameters of a group, one behind the other, in W equal partitions, whatever
+    lies in a bucket."""
+
+    def to_owners(
+        self,
+        x: Tensor,
+        cuts: Sequence[int],
+        segments: Segments,
+        index: int,
+        choice: Choice,
+        treatment: Treatment,
+        dense: int,
+    ) -> Pending:
+        """Replace x[cuts[rank] : cuts[rank + 1]] by its mean over the ranks. `x` is float32 [cuts[-1]]; what of it belongs to
+        others is undefined afterwards."""
+        memory = self.feedback.memory(segments, choice.feedback, None, self.device)
+        exchange = _to_owners(x, cuts, choice.codec, treatment, memory, self._wire, next(self._tags))
+        return self._start("gradients", "to_owners", choice, x, x, index, dense, exchange, None)
+
+    def differences(self, mine: Tensor, out: Tensor, index: int, codec: Codec, itemsize: int) -> Pending:
+        """Fill `out` ([W * m]) with the ranks' `mine` ([m]), float32 both. `itemsize` is what a parameter takes without us."""
+        choice = replace(self.parameters, codec=codec).choose(mine.numel(), itemsize, self.world_size)
+        buffer: Tensor | None = None
+        if choice.codec.lossy:
+            buffer = self._take(self.world_size * choice.codec.nbytes(mine.numel()))
+            exchange = gather(mine, out, choice.codec, buffer, self._wire, next(self._tags))
+        else:
+            exchange = native_gather(mine, out, self._wire)
+        dense = (self.world_size - 1) * mine.numel() * itemsize
+        return self._start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
+
+    def one_more(self, index: int) -> None:
+        """A reduction by DeepSpeed itself."""
+        self._reductions[index] = self._reductions.get(index, 0) + 1
+        self.meter.steps = max(self.meter.steps, self._reductions[index])
+
+
+def _to_owners(
+    x: Tensor, cuts: Sequence[int], codec: Codec, treatment: Treatment, memory: Memory, wire: Wire, tag: int
+) -> Iterator[Transfer]:
+    """Each rank sends to every other its part, coded: (W - 1) / W * nbytes(n) in all if they are of one length."""
+    if treatment.prepare is not None:
+        treatment.prepare(x, memory)
+    me, W = wire.rank, wire.world_size
+    lengths = [cuts[r + 1] - cuts[r] for r in range(W)]
+    sizes = [codec.nbytes(length) if length else 0 for length in lengths]
+    outgoing = memory.buffer("outgoing", sum(sizes), x.device).split(sizes)
+    gathered = memory.buffer("gathered", W * sizes[me], x.device)
+    rows = gathered.split(sizes[me]) if sizes[me] else (gathered,) * W
+    for r in range(W):
+        if lengths[r]:
+            memory.encode(codec, x, slice(cuts[r], cuts[r + 1]), out=rows[me] if r == me else outgoing[r])
+    yield wire.swap(outgoing, rows, tag, last=True)
+    if lengths[me]:
+        codec.mean(gathered, lengths[me], W, out=x[cuts[me] : cuts[me + 1]])
+
+
+def count(meter: Meter, index: int, n: int, dtype: torch.dtype, how: str, reason: str, role: str, sent: int) -> None:
+    """Note what DeepSpeed has sent by itself."""
+    row = meter.row(index, n, str(dtype).removeprefix("torch."), "none", how, reason, role)
+    row.steps += 1
+    row.dense_bytes += sent
+    row.sent_bytes += sent
+    row.received_bytes += sent
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What of a parameter belongs to one owner: values `start` to `stop` of it, which stand at `at` in group `group`."""
+
+    name: str
+    owner: int
+    place: int
+    """The parameter's place in its bucket."""
+    start: int
+    stop: int
+    group: int
+    at: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass
+class Layout:
+    """A bucket in the order of its owners."""
+
+    index: int
+    pieces: list[Piece]
+    segments: Segments
+    cuts: list[int]
+    x: Tensor
+
+
+class OneBitPartitions:
+    """OneBitAdamW whose momentum n and fp32 values are partitioned. After its warm-up
+
+        rank i sends  (1 - beta1) g_i / d      its owner  n <- beta1 n + mean of what was sent,   p <- (1 - lr wd) p - lr n
+
+    As n is the same for all, what each rank would send of it need not travel: feedback's recursion is that of OneBitAdamW on
+    replicas. d is needed by all, one float32 a value; it stands, and is gathered once.
+    """
+
+    def __init__(self, optimizer: OneBitAdamW, zero: Any, shards: Owners) -> None:
+        self.optimizer = optimizer
+        self._zero, self._shards = zero, shards
+        self._inverse: list[Tensor] = []
+        """unit / d of all parameters of each group, in the order of its partitions: float32 [W * m]."""
+        self._warming = True
+        self._converted: set[str] = set()
+        self._gradients: list[Tensor] = []
+        flats = {f"partition of group {i}": flat for i, flat in enumerate(zero.single_partition_of_fp32_groups)}
+        optimizer.bind(flats, shards.world_size, may_be_unused=False)
+        optimizer._is_settled = self._is_settled  # type: ignore[method-assign]
+
+    def treat(self, layout: Layout) -> Treatment:
+        """What to do with a bucket in this step."""
+        optimizer = self.optimizer
+        if not optimizer.awaits_step:
+            optimizer.start(1.0)
+            self._warming, self._converted = not optimizer.frozen, set()
+            if optimizer.unproven():
+                self._prove()
+        if self._warming:
+            codec = parse(optimizer.param_groups[0]["warmup_spec"])
+            return Treatment(codec, "" if codec.lossy else "the variance warms up")
+        return Treatment(self._shards.gradients.codec, prepare=partial(self._prepare, layout))
+
+    def parameters(self, codec: Codec) -> tuple[Codec, str]:
+        """By what the parameters travel after this step, and why not by the codec that was asked for."""
+        if not self._warming or not codec.lossy:
+            return codec, ""
+        codec = parse(self.optimizer.param_groups[0]["warmup_spec"])
+        return codec, "" if codec.lossy else "the variance warms up"
+
+    def step(self, original: Callable[..., None], group: int) -> None:
+        """DeepSpeed steps group by group; all step with the last."""
+        flats = self._zero.single_partition_of_fp32_groups
+        self._gradients.append(flats[group].grad)
+        if group < len(flats) - 1:
+            return
+        optimizer = self.optimizer
+        for flat, gradient, settings in zip(flats, self._gradients, optimizer.param_groups, strict=True):
+            flat.grad = gradient
+            if not self._warming:
+                gradient.add_(optimizer.state[flat]["exp_avg"], alpha=settings["betas"][0])
+        optimizer.step()
+        for flat in flats:
+            flat.grad = None
+        self._gradients = []
+        if self._warming:  # the state has become another when that was the last step
+            self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _prepare(self, layout: Layout, x: Tensor, memory: Memory) -> None:
+        """x <- (1 - beta1) g / d, and what feedback kept of gradients likewise."""
+        optimizer, flats = self.optimizer, self._zero.single_partition_of_fp32_groups
+        at = 0
+        for piece in layout.pieces:
+            settings, state = optimizer.param_groups[piece.group], optimizer.state[flats[piece.group]]
+            inverse = self._inverse[piece.group][piece.at : piece.at + len(piece)]
+            fresh = 1 - settings["betas"][0]
+            if not state["settled"] and piece.name not in self._converted:
+                self._converted.add(piece.name)
+                if memory.residual is not None:
+                    memory.residual[at : at + len(piece)].mul_(inverse).mul_(fresh)
+                optimizer._settling.append(state)
+            loops.blend(x[at : at + len(piece)], inverse, inverse, optimizer.limit(settings), fresh, 0.0)
+            at += len(piece)
+
+    def _prove(self) -> None:
+        """A phase begins, or a state was loaded: all get the owners' d, in one unit, and compare where they stand."""
+        optimizer, device, group = self.optimizer, self._shards.device, self._zero.dp_process_group
+        self._inverse = []
+        if optimizer.frozen:
+            unit = torch.tensor(optimizer.param_groups[0]["unit"], device=device)
+            dist.all_reduce(unit, dist.ReduceOp.MAX, group)
+            for i, flat in enumerate(self._zero.single_partition_of_fp32_groups):
+                settings, state = optimizer.param_groups[i], optimizer.state[flat]
+                for key in ("inverse", "exp_avg"):
+                    state[key] *= float(unit) / settings["unit"]  # powers of two
+                settings["unit"] = float(unit)
+                whole = torch.empty(self._shards.world_size * flat.numel(), dtype=torch.float32, device=device)
+                dist.all_gather(list(whole.split(flat.numel())), state["inverse"], group)
+                self._inverse.append(whole)
+                sent, why = (self._shards.world_size - 1) * flat.nbytes, "the variance, once, when it stands"
+                count(self._shards.meter, i, whole.numel(), whole.dtype, "gather", why, "parameters", sent)
+        groups = [
+            {k: plain(v) for k, v in g.items() if k not in ("params", "variance")} for g in optimizer.param_groups
+        ]
+        total = sum(int(whole.view(torch.uint8).sum(dtype=torch.int64)) for whole in self._inverse)
+        settings = {"optimizer's groups": groups, "frozen variance (sum of its bytes)": total}
+        require_agreement(settings, group, device)
+
+    def _is_settled(self) -> bool:
+        """OneBitAdamW's own test, by the variance of all partitions."""
+        first = self.optimizer.param_groups[0]
+        if first["warmup_steps"] is not None:
+            return bool(first["steps"] >= first["warmup_steps"])
+        if first["steps"] % max(1, round(1 / (1 - first["betas"][1]))):
+            return False
+        flats = self._zero.single_partition_of_fp32_groups
+        sums = [self.optimizer.state[flat]["exp_avg_sq"].sum(dtype=torch.float64) for flat in flats]
+        now = torch.stack(sums).sum()
+        dist.all_reduce(now, group=self._zero.dp_process_group)
+        least, most = sorted((float(first["variance"]), float(now)))
+        for group in self.optimizer.param_groups:
+            group["variance"] = float(now)
+        return least > 0 and least >= SETTLED * most

@@ -1,0 +1,81 @@
+"""A session's state in frameworks whose checkpoints rank 0 writes alone: a file of each rank's own beside theirs.
+
+    FOLDER/commpress-rank0.pt       {"step": the framework's count, "session": session.state_dict()} of rank 0, and so on
+
+With as many ranks as before a rank reads its own file, so hosts need not see each other's; with another number each reads all.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from commpress.comm.agreement import require_agreement
+from commpress.comm.session import Session
+
+State = dict[str, Any]
+
+
+def content(session: Session, step: int) -> State:
+    """What this rank's file holds; `step` is the framework's count of steps."""
+    return {"step": step, "session": session.state_dict()}
+
+
+def save(session: Session, folder: str | Path, step: int, name: str = "commpress") -> None:
+    """Write this rank's file into the folder of a checkpoint. Not collective."""
+    path = _path(folder, name, session.rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    torch.save(content(session, step), beside)
+    os.replace(beside, path)
+
+
+def load(session: Session, group: dist.ProcessGroup, folder: str | Path, step: int, name: str = "commpress") -> bool:
+    """Restore a session from the folder of a checkpoint, as `restore` does."""
+
+    def read(rank: int) -> State | None:
+        path = _path(folder, name, rank)
+        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+
+    return restore(session, group, step, read)
+
+
+def restore(session: Session, group: dist.ProcessGroup, step: int, read: Callable[[int], State | None]) -> bool:
+    """Restore a session from what `read(rank)` finds of a saved rank. Load model and optimizer first. Collective.
+
+    `group` is the session's process group. Returns False if nothing was saved. Raises ValueError on all ranks if the files
+    are not those of all ranks at this step.
+    """
+    try:
+        own = read(session.rank)
+        first = read(0) if own is None else own
+        saved = 0 if first is None else int(first["session"]["world_size"])
+        found = {session.rank: own} if saved == session.world_size else {rank: read(rank) for rank in range(saved)}
+        states = [_session(file, rank, step) for rank, file in found.items()]
+    except Exception as error:
+        with contextlib.suppress(ValueError):  # what the other ranks raise
+            require_agreement({"error": str(error)}, group, session.device)
+        raise
+    require_agreement({"number of ranks in the checkpoint": saved}, group, session.device)
+    if states:
+        session.load_state_dict(states[0] if saved == session.world_size else states)
+    return bool(states)
+
+
+def _session(file: State | None, rank: int, step: int) -> State:
+    if file is None:
+        raise ValueError(f"cannot restore: the checkpoint has no file of rank {rank} for commpress")
+    if file["step"] != step:
+        raise ValueError(
+            f"cannot restore: rank {rank}'s file for commpress is of step {file['step']}, the checkpoint of step {step}"
+        )
+    state: State = file["session"]
+    return state
+
+
+def _path(folder: str | Path, name: str, rank: int) -> Path:
+    return Path(folder) / f"{name}-rank{rank}.pt"

@@ -1,0 +1,282 @@
+"""DeepSpeed engines of all ZeRO stages, compressed: what DeepSpeed promises holds, however it is set up."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+from torch import Tensor, nn
+from training import CLASSES, INPUTS, WIDTH, network, same
+
+deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+from engines import RANKS, engine, rows, same_on_all_ranks, train, weights  # noqa: E402
+
+import commpress  # noqa: E402
+from commpress.comm.exchange.two_shot import chunk_bounds  # noqa: E402
+from commpress.comm.exchange.wire import ring_bytes  # noqa: E402
+from commpress.comm.plan import FEWEST_VALUES, Plan, Treatment  # noqa: E402
+from commpress.hooks.deepspeed import attach  # noqa: E402
+from commpress.hooks.owners import Owners  # noqa: E402
+
+STEPS = 30
+VALUES = 6922
+"""Parameters of the network."""
+PARTITION = 2308
+"""Of ZeRO 1 and 2 on three ranks; the last has two values that are no parameter."""
+NOISE = 0.06
+"""Between final losses (mean of the last ten): seeds and bucket sizes alone make half of it."""
+
+
+def frozen() -> nn.Module:
+    """A network whose middle layer is not trained."""
+    model = network()
+    model[2].requires_grad_(False)
+    return model
+
+
+SMALL = {"reduce_bucket_size": 3000}
+SETUPS: dict[str, dict[str, Any]] = {
+    "ZeRO 0": {"stage": 0},
+    "ZeRO 0, bf16": {"stage": 0, "bf16": {"enabled": True}},
+    "ZeRO 0, accumulated": {"stage": 0, "gradient_accumulation_steps": 2},
+    "ZeRO 0, frozen": {"stage": 0, "model": frozen},
+    "ZeRO 1": {"stage": 1},
+    "ZeRO 1, several buckets": {"stage": 1, "zero": SMALL},
+    "ZeRO 1, gradients apart": {"stage": 1, "zero": {**SMALL, "contiguous_gradients": False}},
+    "ZeRO 1, accumulated": {"stage": 1, "gradient_accumulation_steps": 2},
+    "ZeRO 2": {"stage": 2},
+    "ZeRO 2, overlapped": {"stage": 2, "zero": {**SMALL, "overlap_comm": True}},
+    "ZeRO 2, without reduce_scatter": {"stage": 2, "zero": {**SMALL, "reduce_scatter": False}},
+    "ZeRO 2, round robin": {"stage": 2, "zero": {"round_robin_gradients": True}},
+    "ZeRO 2, to owners": {"stage": 2, "zero": {**SMALL, "use_multi_rank_bucket_allreduce": False}},
+    "ZeRO 2, aligned": {"stage": 2, "zero": {"parameter_alignment": True}},
+    "ZeRO 2, accumulated": {"stage": 2, "gradient_accumulation_steps": 2},
+    "ZeRO 2, frozen": {"stage": 2, "model": frozen},
+    "ZeRO 2, bf16": {"stage": 2, "bf16": {"enabled": True}},
+    "ZeRO 2, bf16 into float32": {
+        "stage": 2,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero": SMALL,
+    },
+    "ZeRO 3": {"stage": 3},
+    "ZeRO 3, several buckets": {"stage": 3, "zero": {**SMALL, "overlap_comm": True}},
+    "ZeRO 3, without reduce_scatter": {"stage": 3, "zero": {**SMALL, "reduce_scatter": False}},
+    "ZeRO 3, accumulated": {"stage": 3, "gradient_accumulation_steps": 2},
+    "ZeRO 3, frozen": {"stage": 3, "model": frozen},
+    "ZeRO 3, bf16": {"stage": 3, "bf16": {"enabled": True}},
+}
+
+
+def final(losses: list[float]) -> float:
+    """The mean over all ranks of the last ten."""
+    mean = torch.tensor(losses[-10:]).mean()
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
+
+
+def compressed_and_plain(names: list[str]) -> list[dict[str, Any]]:
+    """Train these setups plain, by `none`, and by int4 gradients and int8 parameters."""
+    found = []
+    for name in names:
+        setup, steps = SETUPS[name], range(STEPS)
+        plain, none, coded = engine(**setup), engine(**setup), engine(**setup)
+        exact = attach(none, "none")
+        session = attach(coded, "int4", **({"parameters": "int8"} if setup["stage"] else {}))
+        losses = [final(train(e, steps)) for e in (plain, none, coded)]
+        trained = [weights(e) for e in (plain, none, coded)]
+        kept = all(bool(t.isfinite().all()) for t in trained[2])
+        unchanged = same(trained[2][2:4], [p.to(trained[2][2].dtype) for p in list(network().parameters())[2:4]])
+        found.append(
+            {
+                "name": name,
+                "losses": losses,
+                "none is plain": same(trained[0], trained[1]),
+                "replicas agree": same_on_all_ranks(trained[2]) and kept,
+                "frozen kept": unchanged or setup.get("model") is not frozen,
+                "none": exact.report().to_dict(),
+                "coded": session.report().to_dict(),
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_training_is_deepspeeds_own(stage: int) -> None:
+    names = [name for name, setup in SETUPS.items() if setup["stage"] == stage]
+    for ranks in zip(*run(RANKS, compressed_and_plain, names, timeout=240), strict=True):
+        for found in ranks:
+            name, losses = found["name"], found["losses"]
+            assert found["none is plain"], name
+            assert found["replicas agree"], name
+            assert found["frozen kept"], name
+            assert abs(losses[2] - losses[0]) < NOISE, (name, losses)
+            assert losses[0] < 2.1, (name, losses)  # it has learned something: the first loss is 2.4
+            none, coded = found["none"], found["coded"]
+            assert none["dense_bytes"] == none["sent_bytes"] > 0, name
+            assert {row["reason"] for row in none["rows"]} == {"spec is none"}, name
+            least = 4 if "bf16" not in name else 2.5
+            assert coded["ratio"] > least, (name, coded["ratio"])
+            for row in coded["rows"]:
+                small = row["values"] < 256 * RANKS or "read as a whole" in row["reason"]
+                assert (row["reason"] == "") or small, (name, row)
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(stage: int, gradients: str, parameters: str | None) -> tuple[int, int, int, int]:
+    """Sent and dense bytes of gradients, then of parameters, in ten steps."""
+    e = engine(stage)
+    session = attach(e, gradients, parameters=parameters)
+    train(e, range(10))
+    return tuple(  # type: ignore[return-value]
+        sum(getattr(row, kind) for row in rows(session, role))
+        for role in ("gradients", "parameters")
+        for kind in ("sent_bytes", "dense_bytes")
+    )
+
+
+def test_zero_1_and_2_send_each_part_once() -> None:
+    int4, sign = commpress.parse("int4"), commpress.parse("sign")
+    for stage in (1, 2):
+        of_ranks = run(RANKS, bytes_of, stage, "int4", "sign", timeout=120)
+        for rank, (sent, dense, sent_parameters, dense_parameters) in enumerate(of_ranks):
+            parts = [PARTITION, PARTITION, VALUES - 2 * PARTITION]
+            assert sent == 10 * sum(int4.nbytes(n) for owner, n in enumerate(parts) if owner != rank)
+            assert dense == 10 * ring_bytes(4 * VALUES, RANKS)  # DeepSpeed all-reduces
+            assert sent_parameters == 10 * 2 * sign.nbytes(PARTITION)
+            assert dense_parameters == 10 * 2 * 4 * PARTITION
+
+
+def test_zero_0_and_3_send_what_the_spec_says() -> None:
+    int4, int8 = commpress.parse("int4"), commpress.parse("int8")
+    cuts = chunk_bounds(VALUES, RANKS, int4.granularity)
+    chunks = [int4.nbytes(stop - start) for start, stop in itertools.pairwise(cuts)]
+    for rank, (sent, dense, *none) in enumerate(run(RANKS, bytes_of, 0, "int4", None)):
+        assert sent == 10 * (sum(chunks) - chunks[rank] + 2 * chunks[rank])  # two shots
+        assert dense == 10 * ring_bytes(4 * VALUES, RANKS)
+        assert none == [0, 0]
+    gathers = 11  # a step gathers once for forward and backward; the first one, without a trace, once more
+    small = [-(-n // RANKS) for n in (WIDTH, WIDTH, CLASSES)]
+    large = [-(-n // RANKS) for n in (INPUTS * WIDTH, WIDTH * WIDTH, WIDTH * CLASSES)]
+    assert large[-1] < FEWEST_VALUES  # a part of the last layer
+    exact = sum(small) + large.pop()
+    for sent, dense, sent_parameters, dense_parameters in run(RANKS, bytes_of, 3, "int4", "int8"):
+        assert sent == 10 * 2 * int4.nbytes(exact + sum(large))
+        assert dense == 10 * 2 * 2 * 4 * (exact + sum(large))  # Gloo's reduce-scatter is an all-reduce
+        assert sent_parameters == gathers * 2 * (sum(int8.nbytes(n) for n in large) + 4 * exact)
+        assert dense_parameters == gathers * 2 * 4 * (sum(large) + exact)
+
+
+# --- what is withheld is sent later ------------------------------------------------------------------------------
+
+
+def owners_sum(cuts: list[int]) -> list[float]:
+    """By how much the sums of means and of what was sent differ: with what memory holds, and without."""
+    rank, W = dist.get_rank(), dist.get_world_size()
+    plan = Plan.of("sign", None, True)
+    owners = Owners(dist.distributed_c10d._get_default_group(), torch.device("cpu"), plan, Plan.of("none"))
+    n = cuts[-1]
+    treatment = Treatment(plan.codec)
+    mine = slice(cuts[rank], cuts[rank + 1])
+    true, sent = torch.zeros(n), torch.zeros(n)
+    for step in range(8):
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        x = torch.randn(n, generator=generator)
+        total = x.clone()
+        dist.all_reduce(total)
+        true += total / W
+        choice = plan.choose(n, 4, W, treatment)
+        owners.to_owners(x, cuts, (("p", n),), 0, choice, treatment, 0).wait()
+        sent[mine] += x[mine]
+    kept = owners.feedback.memories[(("p", n),)].residual
+    assert kept is not None
+    held = kept.clone()
+    dist.all_reduce(held)
+    lost, accounted = (true - sent)[mine], (true - sent - held / W)[mine]
+    return [float(t.abs().max()) if t.numel() else 0.0 for t in (lost, accounted)]
+
+
+@pytest.mark.parametrize("cuts", [[0, 700, 1400, 2100], [0, 0, 1500, 1501], [0, 3000, 3000, 3000]])
+def test_nothing_is_lost_on_the_way_to_owners(cuts: list[int]) -> None:
+    found = run(RANKS, owners_sum, cuts)
+    assert max(lost for lost, _ in found) > 0.1
+    assert max(accounted for _, accounted in found) < 1e-4
+
+
+def replicas_catch_up(spec: str) -> list[float]:
+    """How far the parameters that all compute with are from the exact ones, while the optimizer stands still."""
+    e = engine(1)
+    attach(e, "int4", parameters=spec)
+    train(e, range(10))
+    zero = e.optimizer
+    distances = []
+    for group in e.basic_optimizer.param_groups:
+        group["lr"] = 0.0
+    for step in range(80):
+        mine = zero.parallel_partitioned_bit16_groups[0][dist.get_rank()]
+        distances.append(float((mine - zero.single_partition_of_fp32_groups[0].detach()).norm()))
+        train(e, [step])
+    return distances
+
+
+@pytest.mark.parametrize("spec", ["sign", "topk(0.1)|int8"])
+def test_replicas_reach_the_exact_parameters(spec: str) -> None:
+    for distances in run(RANKS, replicas_catch_up, spec, timeout=120):
+        assert distances[0] > 0.1
+        assert distances[-1] < 0.1 * distances[0]
+
+
+# --- what ZeRO 3 computes with -----------------------------------------------------------------------------------
+
+
+class Watched(nn.Linear):
+    """A layer that keeps what it computed with."""
+
+    seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.weight.detach().clone()
+        return super().forward(x)
+
+
+def watched() -> nn.Module:
+    """Three layers, of which the middle one is watched."""
+    model = network()
+    model[2] = Watched(WIDTH, WIDTH)
+    with torch.no_grad():
+        model[2].weight.copy_(network()[2].weight)
+        model[2].bias.copy_(network()[2].bias)
+    return model
+
+
+def computed_with() -> list[Any]:
+    """The exact weight, and what forward saw: at first, in a later pass of the same step, and without a gradient."""
+    e = engine(3, {"stage3_prefetch_bucket_size": 10_000}, model=watched)
+    attach(e, "int4", parameters="int8")
+    train(e, range(3))
+    if dist.get_rank() == RANKS - 1:
+        e.module[2].weight.ds_tensor[-2:] = torch.nan  # what pads it, which DeepSpeed never writes
+    exact, seen = weights(e)[2], []
+    for _ in range(3):
+        e(torch.ones(2, INPUTS)).sum().backward()  # no step: the parameters stay
+        seen.append(e.module[2].seen)
+    with torch.no_grad():
+        e(torch.ones(2, INPUTS))
+    return [exact, *seen, e.module[2].seen]
+
+
+def test_zero_3_computes_with_what_was_decoded() -> None:
+    of_ranks = run(RANKS, computed_with)
+    exact, *seen = of_ranks[0]
+    codec, size = commpress.parse("int8"), -(-WIDTH * WIDTH // RANKS)
+    padded = nn.functional.pad(exact.view(-1), (0, RANKS * size - exact.numel()))
+    parts = [codec.decode(codec.encode(part), size) for part in padded.split(size)]
+    decoded = torch.cat(parts)[: exact.numel()]
+    assert all(torch.equal(weight.view(-1), decoded) for weight in seen)
+    assert not torch.equal(exact.view(-1), decoded)
+    assert all(same(of_rank, of_ranks[0]) for of_rank in of_ranks)

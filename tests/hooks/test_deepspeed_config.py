@@ -1,0 +1,238 @@
+"""DeepSpeed's JSON with a `commpress` block, and what is said where something does not fit."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import outcome, run
+from torch import nn
+from training import network, same
+
+deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+from engines import RANKS, config, engine, fresh, same_on_all_ranks, train, weights  # noqa: E402
+
+from commpress.comm.codecs.integer import Int4  # noqa: E402
+from commpress.comm.shards import ShardedSession  # noqa: E402
+from commpress.hooks.deepspeed import attach, initialize  # noqa: E402
+
+BLOCK = {"gradients": "int4", "parameters": "int8"}
+ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
+
+# --- the block ---------------------------------------------------------------------------------------------------
+
+
+def by_config(folder: str) -> list[Any]:
+    """The same training by attach, and by a block in a dict, a file, and a file that the script's arguments name."""
+    settings = config(1, **ADAMW, commpress=BLOCK)
+    path = Path(folder) / f"{dist.get_rank()}.json"
+    path.write_text(json.dumps(settings))
+    fresh()
+    arguments = argparse.Namespace(deepspeed_config=str(path), local_rank=dist.get_rank())
+    ways: list[dict[str, Any]] = [{"config": settings}, {"config": str(path)}, {"args": arguments}]
+    engines = [initialize(model=network(), **way)[0] for way in ways]
+    first = deepspeed.initialize(model=network(), config=config(1, **ADAMW))[0]
+    attach(first, "int4", parameters="int8")
+    for e in (first, *engines):
+        train(e, range(5))
+    plain, *nothing = initialize(None, network(), config=config(1, **ADAMW))
+    return [
+        [same(weights(first), weights(e)) for e in engines],
+        [e.commpress.report().ratio > 7 for e in engines],
+        [isinstance(e.commpress, ShardedSession) for e in engines],
+        "commpress" in settings and arguments.deepspeed_config == str(path),
+        getattr(plain, "commpress", None),
+        len(nothing),
+    ]
+
+
+def test_a_block_in_the_config_is_attach(tmp_path: Path) -> None:
+    for equal, saved, sessions, kept, plain, others in run(RANKS, by_config, str(tmp_path), timeout=120):
+        assert equal == saved == sessions == [True] * 3
+        assert kept, "the caller's config has changed"
+        assert plain is None
+        assert others == 3
+
+
+def optimizer_by_config() -> list[Any]:
+    """OneBitAdamW under ZeRO 2, by nothing but a config."""
+    made = {"type": "OneBitAdamW", "params": {"lr": 1e-2, "warmup_steps": 5, "warmup_spec": "int4"}}
+    settings = config(2, optimizer=made, commpress={"gradients": "sign"})
+    del settings["zero_allow_untested_optimizer"]
+    fresh()
+    e = initialize(model=network(), config=settings)[0]
+    train(e, range(12))
+    optimizer = e.basic_optimizer
+    return [type(optimizer).__name__, optimizer.frozen, same_on_all_ranks(weights(e))]
+
+
+def test_an_optimizer_in_the_config_is_ours() -> None:
+    assert all(found == ["OneBitAdamW", True, True] for found in run(RANKS, optimizer_by_config))
+
+
+def bad_configs() -> list[str]:
+    """What is said about blocks and optimizers that nobody knows."""
+    fresh()
+    made = [
+        {"commpress": {"gradient": "int4"}},
+        {"commpress": {"parameters": "int8"}},
+        {"commpress": "int4"},
+        {"commpress": {"gradients": "int5"}},
+        {"commpress": {"gradients": "int4", "parameters": "topk"}},
+        {"optimizer": {"type": "OneBitAdam", "params": {"freeze_step": 100}}},
+        {"optimizer": {"type": "OneBitAdamW", "params": {"freeze_step": 100}}, "commpress": BLOCK},
+    ]
+    return [outcome(lambda m=m: initialize(model=network(), config={**config(1, **ADAMW), **m})) for m in made]
+
+
+def test_bad_configs_say_what_is_wrong() -> None:
+    of_ranks = run(RANKS, bad_configs)
+    key, missing, kind, spec, other, gone, setting = of_ranks[0]
+    assert key.startswith("ValueError: unknown key 'gradient' in the \"commpress\" block, known: gradients, parameters")
+    assert 'the "commpress" block has no "gradients"' in missing
+    assert "the \"commpress\" block is 'int4', expected an object" in kind
+    assert "int5" in spec
+    assert "parameters: " in other
+    assert "optimizer type 'OneBitAdam': DeepSpeed dropped it in 0.19.7" in gone
+    assert '"type": "OneBitAdamW"' in gone
+    assert "optimizer type 'OneBitAdamW'" in setting
+    assert "freeze_step" in setting
+    assert all(said == of_ranks[0] for said in of_ranks)
+
+
+# --- engines that do not fit -------------------------------------------------------------------------------------
+
+
+class Sparse(nn.Module):
+    """An embedding whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8, sparse=True)
+
+
+def unsupported() -> list[str]:
+    """What attach says to them."""
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    twice = engine(0)
+    attach(twice, "int4")
+    wide = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    said = [
+        outcome(lambda: attach(network(), "int4")),
+        outcome(lambda: attach(twice, "int4")),
+        outcome(lambda: attach(engine(1), "int4", exchange="two_shot")),
+        outcome(lambda: attach(engine(0), "int4", parameters="int8")),
+        outcome(lambda: attach(engine(3), "int4", parameters="topk(0.1)")),
+        outcome(lambda: attach(engine(0), "int4", exchange="three_shot")),
+        outcome(lambda: attach(engine(2, offload, zero_force_ds_cpu_optimizer=False), "int4")),
+        outcome(lambda: attach(engine(1, **wide), "int4")),
+        outcome(lambda: attach(engine(0, model=Sparse), "int4")),
+        outcome(lambda: attach(engine(0, gradient_allreduce_op="sum"), "int4")),
+    ]
+    real, deepspeed.__version__ = deepspeed.__version__, "0.20.1"
+    try:
+        said.append(outcome(lambda: attach(engine(1), "int4")))
+        deepspeed.__version__ = "0.19.7"
+        said.append(outcome(lambda: attach(engine(1), "int4")))
+    finally:
+        deepspeed.__version__ = real
+    return said
+
+
+def test_what_is_not_supported_is_refused() -> None:
+    of_ranks = run(RANKS, unsupported, timeout=120)
+    expected = (
+        "TypeError: expected a deepspeed.DeepSpeedEngine, got Sequential",
+        "RuntimeError: commpress.attach: attached already",
+        "ValueError: exchange 'two_shot': ZeRO 1 sends each part of a gradient to its owner and nowhere else",
+        "ValueError: parameters 'int8': ZeRO 0 sends no parameters",
+        "ValueError: parameters: topk(0.1) would make most of them 0",
+        "ValueError: unknown exchange 'three_shot'",
+        "ValueError: commpress.attach: offload of the optimizer or of parameters is not supported",
+        "ValueError: commpress.attach: bf16 with float32 gradient accumulation under ZeRO 1 (ZeRO 2 is) is not supported",
+        "TypeError: table: Embedding(sparse=True) has sparse gradients",
+        "ValueError: commpress.attach: gradient_allreduce_op other than mean is not supported",
+        "RuntimeError: commpress.hooks.deepspeed: found DeepSpeed 0.20.1, expected 0.19.8 or a later 0.19.x",
+        "RuntimeError: commpress.hooks.deepspeed: found DeepSpeed 0.19.7, expected 0.19.8",
+    )
+    for said in of_ranks:
+        for message, start in zip(said, expected, strict=True):
+            assert message.startswith(start), message
+
+
+def disagreeing() -> list[str]:
+    """Each rank wants something else."""
+    rank = dist.get_rank()
+    wishes: list[dict[str, Any]] = [
+        {"spec": "int4" if rank else "int8"},
+        {"spec": "int4", "parameters": "sign" if rank else "int8"},
+        {"spec": "int4", "error_feedback": rank != 1},
+        {"spec": "int4" if rank else "int5"},
+    ]
+    return [outcome(lambda w=w: attach(engine(1), **w)) for w in wishes]
+
+
+def test_ranks_that_differ_all_raise() -> None:
+    for spec, parameters, feedback, unknown in run(RANKS, disagreeing, timeout=120):
+        assert "int8" in spec
+        assert "int4" in spec
+        assert "all ranks must use the same gradients' plan" in spec
+        assert "all ranks must use the same parameters' plan" in parameters
+        assert "rank 1 has gradients' plan" in feedback
+        assert "int5" in unknown
+
+
+# --- faults ------------------------------------------------------------------------------------------------------
+
+
+def raising(*_: Any) -> None:
+    """A loop that does not work."""
+    raise ArithmeticError("the kernel is broken")
+
+
+def failing(stage: int) -> str:
+    """The codec of rank 1 breaks in the third step."""
+    e = engine(stage, {"reduce_bucket_size": 3000})
+    attach(e, "int4")
+    train(e, range(2))
+    sound = Int4.loop_encode
+    if dist.get_rank() == 1:
+        Int4.loop_encode = raising  # type: ignore[method-assign,assignment]
+    try:
+        return outcome(lambda: train(e, range(2, 4)))
+    finally:
+        Int4.loop_encode = sound  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_broken_codec_ends_backward_on_all_ranks(stage: int) -> None:
+    for said in run(RANKS, failing, stage):
+        assert "the gradient exchange failed on rank 1: ArithmeticError: the kernel is broken" in said
+
+
+# --- one rank ----------------------------------------------------------------------------------------------------
+
+
+def alone() -> list[tuple[bool, bool, set[str]]]:
+    """A single rank; not ZeRO 3, of which the other ranks of later tests would know nothing."""
+    found = []
+    for stage in range(3):
+        plain, coded = engine(stage), engine(stage)
+        session = attach(coded, "int4", **({"parameters": "int8"} if stage else {}))
+        for e in (plain, coded):
+            train(e, range(5))
+        report = session.report()
+        found.append(
+            (same(weights(plain), weights(coded)), report.sent_bytes == 0, {row.reason for row in report.rows})
+        )
+    return found
+
+
+def test_one_rank_has_nothing_to_send() -> None:
+    for bits, silent, reasons in run(1, alone)[0]:
+        assert bits
+        assert silent
+        assert reasons == {"one rank: nothing to send"}

@@ -1,0 +1,270 @@
+"""Compressed optimizers under DeepSpeed: OneBitAdamW at ZeRO 0, 1 and 2, the others at ZeRO 0."""
+
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import outcome, run
+from torch import Tensor
+from training import network, same
+
+deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+from engines import RANKS, adamw, engine, rows, same_on_all_ranks, train, weights  # noqa: E402
+
+from commpress.hooks.deepspeed import attach, initialize  # noqa: E402
+from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW  # noqa: E402
+
+STEPS, WARM = 60, 15
+Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+def one_bit(parameters: Iterable[Tensor], **settings: Any) -> OneBitAdamW:
+    """OneBitAdamW with a short warm-up."""
+    return OneBitAdamW(parameters, lr=1e-2, **{"warmup_steps": WARM, **settings})  # type: ignore[arg-type]
+
+
+def in_groups(parameters: Iterable[Tensor], **settings: Any) -> OneBitAdamW:
+    """Vectors without weight decay, as is usual."""
+    alike: dict[bool, list[Tensor]] = {True: [], False: []}
+    for p in parameters:
+        alike[p.dim() > 1].append(p)
+    groups = [{"params": alike[True]}, {"params": alike[False], "weight_decay": 0.0}]
+    return one_bit(groups, **settings)  # type: ignore[arg-type]
+
+
+def coded_warm_up(parameters: Iterable[Tensor]) -> OneBitAdamW:
+    """Gradients by int4 in the warm-up, the test's short one."""
+    return one_bit(parameters, warmup_spec="int4", warmup_steps=3)
+
+
+def final(losses: list[float]) -> float:
+    """The mean over all ranks of the last ten."""
+    mean = torch.tensor(losses[-10:]).mean()
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
+
+
+SETUPS: dict[str, dict[str, Any]] = {
+    "ZeRO 0": {"stage": 0},
+    "ZeRO 1": {"stage": 1},
+    "ZeRO 1, groups": {"stage": 1, "optimizer": in_groups},
+    "ZeRO 2": {"stage": 2, "zero": {"reduce_bucket_size": 3000}},
+    "ZeRO 2, bf16": {"stage": 2, "bf16": {"enabled": True}},
+    "ZeRO 2, accumulated": {"stage": 2, "gradient_accumulation_steps": 2},
+}
+
+
+def trained(names: list[str]) -> list[dict[str, Any]]:
+    """AdamW by DeepSpeed itself, then OneBitAdamW by `sign`, in each of these setups."""
+    found = []
+    for name in names:
+        setup = {"optimizer": one_bit, **SETUPS[name]}
+        steps = range(STEPS * setup.get("gradient_accumulation_steps", 1))
+        dense, coded = engine(**{**setup, "optimizer": adamw}), engine(**setup)
+        session = attach(coded, "sign")
+        losses = [final(train(e, steps)) for e in (dense, coded)]
+        optimizer = coded.basic_optimizer
+        held = sum(t.numel() for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+        found.append(
+            {
+                "name": name,
+                "losses": losses,
+                "agree": same_on_all_ranks(weights(coded)),
+                "frozen at": optimizer.param_groups[0]["frozen_at"],
+                "held": held,
+                "how": {(row.role, row.spec, row.reason, row.steps) for row in session.report().rows},
+            }
+        )
+    return found
+
+
+def test_one_bit_adamw_trains_at_every_stage_that_it_knows() -> None:
+    for ranks in zip(*run(RANKS, trained, list(SETUPS), timeout=240), strict=True):
+        for found in ranks:
+            name, (dense, coded) = found["name"], found["losses"]
+            assert found["agree"], name
+            assert found["frozen at"] == WARM, name
+            assert coded < dense + 0.15, (name, dense, coded)
+            if name != "ZeRO 0":  # n, d and a step: a third of what a rank of ZeRO 0 holds
+                assert found["held"] < 2.1 * 2310, (name, found["held"])
+            sent = {(role, spec) for role, spec, reason, _ in found["how"] if not reason}
+            roles = ("gradients",) if name == "ZeRO 0" else ("gradients", "parameters")
+            assert sent == {(role, "sign") for role in roles}, (name, sent)
+            reasons = {reason for _, _, reason, _ in found["how"]} - {"", "fewer than 256 values"}
+            once = set() if name == "ZeRO 0" else {"the variance, once, when it stands"}
+            assert reasons == {"the variance warms up"} | once, name
+            assert all(steps == 1 for _, _, reason, steps in found["how"] if reason in once), name
+
+
+def same_steps() -> list[float]:
+    """By how much ZeRO 1 and 2 differ from ZeRO 0 where nothing is rounded away."""
+    flat = []
+    for stage, zero in ((0, {}), (1, {}), (2, {"reduce_bucket_size": 3000})):
+        e = engine(stage, zero, optimizer=in_groups)
+        attach(e, "topk(1)")  # a payload that would be no smaller: means are exact
+        train(e, range(WARM + 10))
+        flat.append(torch.cat([p.view(-1) for p in weights(e)]))
+    start = torch.cat([p.detach().view(-1) for p in network().parameters()])
+    return [float((other - flat[0]).norm() / (flat[0] - start).norm()) for other in flat[1:]]
+
+
+def test_partitions_step_as_replicas_do() -> None:
+    for differences in run(RANKS, same_steps, timeout=120):
+        assert all(difference < 1e-3 for difference in differences), differences
+
+
+def settled() -> list[tuple[int, float]]:
+    """When the variance has settled by the paper's test, and its sum then, at ZeRO 0 and 1."""
+    found = []
+    for stage in (0, 1):
+        e = engine(stage, optimizer=lambda p: OneBitAdamW(p, lr=1e-6, betas=(0.9, 0.9)))
+        attach(e, "sign")
+        train(e, [0] * 60)  # one batch, so that the variance becomes a constant
+        group = e.basic_optimizer.param_groups[0]
+        found.append((group["frozen_at"], group["variance"]))
+    return found
+
+
+def test_the_variance_settles_on_all_ranks_at_once() -> None:
+    of_ranks = run(RANKS, settled, timeout=120)
+    for (replicas, whole), (partitions, together) in of_ranks:
+        assert replicas == partitions == 40  # the sums at 30 and 40 steps are the first that differ by less than 4 %
+        assert together == pytest.approx(whole, rel=1e-3)
+
+
+def clipped(stage: int) -> tuple[float, float]:
+    """Norms of one step's update under a tiny `gradient_clipping`, in the warm-up and after it; SGD-like, by a huge eps."""
+    e = engine(stage, optimizer=lambda p: one_bit(p, warmup_steps=2, eps=1e3, weight_decay=0.0), gradient_clipping=1e-3)
+    attach(e, "int8")
+    moved = []
+    for step in range(6):
+        before = weights(e)
+        train(e, [step])
+        moved.append(sum(float((a - b).square().sum()) for a, b in zip(before, weights(e), strict=True)) ** 0.5)
+    return moved[0], moved[-1]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_clipping_ends_with_the_warm_up(stage: int) -> None:
+    for first, last in run(RANKS, clipped, stage):
+        assert first < 1.01 * 1e-2 * 1e-3 / 1e3  # lr * clip / eps
+        assert last > 100 * first
+
+
+# --- the others --------------------------------------------------------------------------------------------------
+
+
+def others() -> list[Any]:
+    """ZeroOneAdamW and DGC at ZeRO 0."""
+    found: list[Any] = []
+    e = engine(0, optimizer=lambda p: ZeroOneAdamW(p, lr=1e-2, warmup_steps=WARM, sync_every=4))
+    session = attach(e, "sign")
+    loss = final(train(e, range(STEPS)))
+    drifted = same_on_all_ranks(weights(e))
+    with e.basic_optimizer.synced():
+        found.append((loss, drifted, same_on_all_ranks(weights(e)), {row.how for row in rows(session, "gradients")}))
+    e = engine(0, optimizer=lambda p: DGC(p, lr=0.1, max_norm=5.0))
+    session = attach(e, "topk(0.1)|int4")
+    loss = final(train(e, range(STEPS)))
+    found.append((loss, same_on_all_ranks(weights(e)), session.report().ratio))
+    return found
+
+
+def test_zero_one_adamw_and_dgc_at_zero_0() -> None:
+    for (loss, drifted, synced, how), (dgc, agree, ratio) in run(RANKS, others, timeout=120):
+        assert loss < 0.9
+        assert not drifted
+        assert synced
+        assert "not sent: a local step" in how
+        assert dgc < 1.6
+        assert agree
+        assert ratio > 15
+
+
+def refused() -> list[str]:
+    """What does not work, in its own words."""
+    found = []
+    for stage, make in (
+        (1, lambda p: ZeroOneAdamW(p, warmup_steps=5)),
+        (2, lambda p: DGC(p)),
+        (1, lambda p: one_bit(p, max_norm=1.0)),
+        (3, one_bit),
+    ):
+        e = engine(stage, optimizer=make)
+        found.append(outcome(lambda e=e: attach(e, "sign")))
+    block = {"commpress": {"gradients": "sign"}, "bf16": {"enabled": True}}
+    found.append(outcome(lambda: engine(0, optimizer=one_bit, start=initialize, **block)))
+    found.append(outcome(lambda: attach(engine(1), "sign", optimizer=one_bit(network().parameters()))))
+    found.append(outcome(lambda: attach(engine(1), "sign", optimizer=adamw(network().parameters()))))  # type: ignore[arg-type]
+    return found
+
+
+def test_what_is_not_possible_says_so() -> None:
+    of_ranks = run(RANKS, refused, timeout=120)
+    zero_one, dgc, norm, stage, copies, another, torchs = of_ranks[0]
+    assert "ZeroOneAdamW under ZeRO 1: each rank has a momentum of its own for every parameter" in zero_one
+    assert "DGC under ZeRO 2" in dgc
+    assert "max_norm 1.0 under ZeRO 1: each bucket leaves before the others are known" in norm
+    assert "OneBitAdamW under ZeRO 3: expected ZeRO 0, 1 or 2" in stage
+    assert "OneBitAdamW under ZeRO 0 with bf16: DeepSpeed steps copies of the parameters" in copies
+    assert "the engine steps another AdamW, not this OneBitAdamW" in another
+    assert "expected one of commpress.optim, got AdamW" in torchs
+    assert all(found == of_ranks[0] for found in of_ranks)
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+RESUMED: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "ZeRO 0": ({"stage": 0}, "int4", None),
+    "ZeRO 1": ({"stage": 1}, "int4", "sign"),
+    "ZeRO 2": ({"stage": 2, "zero": {"reduce_bucket_size": 3000}}, "sign", "int8"),
+    "ZeRO 2, bf16": ({"stage": 2, "bf16": {"enabled": True}}, "int4", "sign"),
+    "ZeRO 3": ({"stage": 3}, "int4", "int8"),
+    "OneBitAdamW, ZeRO 0": ({"stage": 0, "optimizer": coded_warm_up}, "sign", None),
+    "OneBitAdamW, ZeRO 1": ({"stage": 1, "optimizer": coded_warm_up}, "sign", None),
+    "OneBitAdamW, ZeRO 2, between its phases": (
+        {"stage": 2, "optimizer": lambda p: one_bit(p, warmup_spec="int4", warmup_steps=6)},
+        "sign",
+        None,
+    ),
+    "ZeroOneAdamW, ZeRO 0": (
+        {"stage": 0, "optimizer": lambda p: ZeroOneAdamW(p, lr=1e-2, warmup_steps=3, sync_every=2)},
+        "sign",
+        None,
+    ),
+}
+
+
+def resumed(folder: str) -> list[tuple[str, bool, bool]]:
+    """Whether a run goes on as the unbroken one, with and without the session's state."""
+    found = []
+    for name, (setup, gradients, parameters) in RESUMED.items():
+        e = engine(**setup)
+        session = attach(e, gradients, parameters=parameters)
+        train(e, range(6))
+        e.save_checkpoint(folder, tag=name)
+        state = copy.deepcopy(session.state_dict())
+        train(e, range(6, 10))
+        again, without = engine(**setup), engine(**setup)
+        kept = attach(again, gradients, parameters=parameters)
+        attach(without, gradients, parameters=parameters)
+        for restarted in (again, without):
+            restarted.load_checkpoint(folder, tag=name)
+        kept.load_state_dict(state)
+        for restarted in (again, without):
+            train(restarted, range(6, 10))
+        unbroken = weights(e)
+        found.append((name, same(unbroken, weights(again)), same(unbroken, weights(without))))
+    return found
+
+
+def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path) -> None:
+    for found in run(RANKS, resumed, str(tmp_path), timeout=240):
+        for name, with_state, without in found:
+            assert with_state, name
+            assert not without, f"{name}: the session's state makes no difference"

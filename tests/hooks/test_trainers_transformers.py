@@ -1,0 +1,217 @@
+"""The Trainer of Transformers on two ranks: a small BERT, accumulation, checkpoints, both ways to give it an optimizer."""
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import close, outcome, run
+from trainers import blocks, flat, forget, launched, payload_bytes
+
+from commpress.optim import OneBitAdamW, ZeroOneAdamW
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_of_our_own() -> Iterator[None]:
+    """What the library leaves in its processes ends with them."""
+    yield
+    close()
+
+
+ARGUMENTS: dict[str, Any] = {
+    "use_cpu": True,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "ddp_bucket_cap_mb": 1,
+}
+
+
+def bert() -> Any:
+    """Two layers, dropout as it comes."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    return BertForSequenceClassification(BertConfig(vocab_size=40, num_labels=2, max_position_embeddings=12, **shape))
+
+
+def sentences(count: int = 512) -> list[dict[str, Any]]:
+    """Tokens, and whether more of them are above than below the middle."""
+    tokens = torch.randint(0, 40, (count, 11), generator=torch.Generator().manual_seed(7))
+    return [{"input_ids": t, "labels": int((t >= 20).sum() > 5)} for t in tokens]
+
+
+def trainer(folder: str, steps: int, spec: str | None = "int4", **settings: Any) -> tuple[Any, Any]:
+    """A Trainer with a fresh model, and its callback."""
+    from transformers import Trainer, TrainingArguments
+
+    from commpress.hooks.transformers import Compression
+
+    kind = settings.pop("optimizer", None)
+    arguments = {**ARGUMENTS, "output_dir": folder, "max_steps": steps, **settings}
+    given: dict[str, Any] = {}
+    model = bert()
+    if kind == "by class":
+        given["optimizer_cls_and_kwargs"] = (OneBitAdamW, {"lr": 2e-3, "warmup_steps": 4, "max_norm": 1.0})
+    elif kind is not None:
+        optimizer = ZeroOneAdamW(model.parameters(), lr=2e-3, warmup_steps=3, sync_every=2)
+        given["optimizers"] = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.98**step))
+    made = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=sentences(), **given)
+    callback = None
+    if spec is not None:
+        callback = Compression(made, spec)
+        made.add_callback(callback)
+    return made, callback
+
+
+def result(made: Any, callback: Any) -> dict[str, Any]:
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    report = None if callback is None else callback.session.report().to_dict()
+    return {"losses": losses, "parameters": flat(made.model.parameters()), "report": report}
+
+
+def trained(folder: str, steps: int, spec: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    with launched():
+        made, callback = trainer(folder, steps, spec, **settings)
+        made.train()
+        return result(made, callback)
+
+
+def interrupted(folder: str, at: int, steps: int, spec: str, settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Unbroken with checkpoints; from the first of them by a new Trainer; from it without our files; the warning then."""
+    settings = {**settings, "save_strategy": "steps", "save_steps": at}
+    with launched():
+        made, callback = trainer(folder, steps, spec, **settings)
+        made.train()
+        whole = result(made, callback)
+
+        resumed, callback = trainer(f"{folder}-resumed", steps, spec, **settings)
+        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{at}")
+        pieced = result(resumed, callback)
+
+        dist.barrier()
+        (Path(folder) / f"checkpoint-{at}" / f"commpress-rank{dist.get_rank()}.pt").unlink()
+        dist.barrier()
+        empty, callback = trainer(f"{folder}-without", steps, spec, **settings)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            empty.train(resume_from_checkpoint=f"{folder}/checkpoint-{at}")
+        said = [str(w.message) for w in caught if "commpress" in str(w.message)]
+        return whole, pieced, {**result(empty, callback), "said": said}
+
+
+def again(folder: str) -> tuple[Any, ...]:
+    """train() twice by one Trainer, the second time from the last checkpoint; the state then, and what was saved."""
+    with launched():
+        made, callback = trainer(folder, 3, save_strategy="steps", save_steps=3)
+        made.train()
+        first = callback.session
+        saved = first.state_dict()
+        made.args.max_steps = 5
+        made.train(resume_from_checkpoint=True)
+        return first is callback.session, first.report().steps, saved["buckets"][0]["residual"].abs().sum() > 0
+
+
+def refusals(folder: str) -> dict[str, str]:
+    with launched():
+        clipped, _ = trainer(folder, 2, "sign", optimizer="by class")
+        twice, _ = trainer(folder, 2)
+        from commpress.hooks.transformers import Compression
+
+        twice.add_callback(Compression(twice, "int4"))
+        unknown, _ = trainer(folder, 2, "int3")
+        said = {"clipped": outcome(clipped.train), "unknown": outcome(unknown.train), "twice": outcome(twice.train)}
+    return said
+
+
+def alone(folder: str) -> str:
+    forget()
+    made, _ = trainer(folder, 2)
+    said = outcome(made.train)
+    forget()
+    return said
+
+
+def follow_the_page(folder: str) -> dict[str, Any]:
+    """Run the blocks of the page, one after another, and say what they leave."""
+    with launched():
+        names: dict[str, Any] = {"model": bert(), "dataset": sentences(64), "folder": folder}
+        for block in blocks("Transformers"):
+            exec(compile(block, "docs/trainers.md", "exec"), names)
+        return {"parameters": flat(names["model"].parameters())}
+
+
+def test_a_training_sends_what_the_spec_says_and_learns_as_without(tmp_path: Path) -> None:
+    steps = 40
+    plain = run(2, trained, str(tmp_path / "plain"), steps, None, {}, timeout=120)
+    ours = run(2, trained, str(tmp_path / "ours"), steps, "int4", {}, timeout=120)
+    for one, other in (plain, ours):
+        assert torch.equal(one["parameters"], other["parameters"])
+    for dense, coded in zip(plain, ours, strict=True):
+        end, start, without = (sum(x) / 8 for x in (coded["losses"][-8:], coded["losses"][:8], dense["losses"][-8:]))
+        assert end < 0.9 * start
+        assert end == pytest.approx(without, rel=0.1)
+        report = coded["report"]
+        assert report["steps"] == steps  # two backwards each
+        assert report["sent_bytes"] == payload_bytes(report, "int4")
+        assert {row["reason"] for row in report["rows"]} == {""}
+    written = json.loads((tmp_path / "ours" / "commpress.json").read_text())
+    assert written == ours[0]["report"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [
+        ("int4", {}),
+        ("sign", {"optimizer": "by class", "max_grad_norm": 0.0}),
+        ("sign", {"optimizer": "by object", "max_grad_norm": 0.0, "bf16": True}),
+    ],
+)
+def test_resume_from_checkpoint_goes_on_as_unbroken(spec: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    ranks = run(2, interrupted, folder, 5, 9, spec, settings, timeout=120)
+    for rank, (whole, pieced, without) in enumerate(ranks):
+        assert torch.equal(whole["parameters"], pieced["parameters"])
+        assert whole["losses"] == pieced["losses"]
+        assert not torch.equal(whole["parameters"], without["parameters"])
+        assert len(without["said"]) == (rank == 0)
+    if "bf16" not in settings:  # the other's replicas have not synced by then
+        assert torch.equal(ranks[0][0]["parameters"], ranks[1][0]["parameters"])
+
+
+def test_a_second_train_goes_on_with_the_session(tmp_path: Path) -> None:
+    for same, steps, kept in run(2, again, str(tmp_path), timeout=120):
+        assert same
+        assert steps == 5
+        assert kept
+
+
+def test_what_cannot_be_attached_says_why_on_all_ranks(tmp_path: Path) -> None:
+    for said in run(2, refusals, str(tmp_path), timeout=120):
+        assert said["clipped"].startswith("ValueError: max_grad_norm=1.0 would clip what OneBitAdamW is about to apply")
+        assert said["unknown"].startswith("ValueError: ")
+        assert "unknown" in said["unknown"]
+        assert said["twice"].startswith("RuntimeError: ")
+    (said,) = run(1, alone, str(tmp_path), timeout=120)
+    assert "got BertForSequenceClassification. Accelerate sees one process" in said
+
+
+def test_the_page(tmp_path: Path) -> None:
+    one, other = run(2, follow_the_page, str(tmp_path), timeout=120)
+    assert torch.equal(one["parameters"], other["parameters"])
+    assert json.loads((tmp_path / "commpress.json").read_text())["sent_bytes"] > 0

@@ -1,0 +1,401 @@
+"""Local SGD and DiLoCo against the same in plain torch, and what they promise: one anchor on all ranks, resume, joiners."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import outcome, run
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from training import batch, loss_of, network, parameters_of, same, sgd
+
+import commpress
+from commpress.optim import OneBitAdamW
+from commpress.optim.outer import Outer, OuterSettings
+
+EVERY, STEPS = 4, 14
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int | None = None) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+
+
+def started(spec: str, seed: int | None = None, **settings: Any) -> tuple[nn.Module, torch.optim.Optimizer, Outer]:
+    """A network of this rank's own, its AdamW and its outer syncs."""
+    model = network(dist.get_rank() if seed is None else seed)
+    optimizer = adamw(model)
+    return model, optimizer, commpress.diloco(model, optimizer, spec, **{"every": EVERY, **settings})
+
+
+class Reference:
+    """DiLoCo by all workers in one process; what a codec withholds is kept by worker and fragment."""
+
+    def __init__(self, spec: str, workers: int, settings: OuterSettings) -> None:
+        self.codec, self.settings = commpress.parse(spec), settings
+        self.models = [network(0) for _ in range(workers)]
+        self.optimizers = [adamw(model) for model in self.models]
+        names = [name for name, _ in self.models[0].named_parameters()]
+        sizes = [p.numel() for p in self.models[0].parameters()]
+        self.members: list[list[int]] = [[] for _ in range(settings.fragments)]
+        for i in range(len(names)):
+            place = sum(sizes[:i]) * settings.fragments // sum(sizes)
+            self.members[place].append(i)
+        self.order = [f for f in range(settings.fragments) if self.members[f]]
+        self.anchors = [self.flat(0, f) if f in self.order else torch.empty(0) for f in range(settings.fragments)]
+        self.momenta = [torch.zeros_like(anchor) for anchor in self.anchors]
+        self.withheld = [[torch.zeros_like(anchor) for anchor in self.anchors] for _ in range(workers)]
+        self.flying: dict[int, tuple[int, Tensor]] = {}
+
+    def flat(self, worker: int, fragment: int) -> Tensor:
+        parameters = list(self.models[worker].parameters())
+        return torch.cat([parameters[i].detach().reshape(-1) for i in self.members[fragment]])
+
+    def train(self, steps: int) -> None:
+        for step in range(steps):
+            for worker, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
+                take_steps(model, optimizer, range(step, step + 1), worker)
+            for fragment in self.order:
+                if fragment in self.flying and self.flying[fragment][0] == step + 1:
+                    self.land(fragment, 0.5)
+                if (step + 1 + fragment * self.settings.every // self.settings.fragments) % self.settings.every == 0:
+                    self.send(fragment, step + 1)
+                    if not self.settings.delay:
+                        self.land(fragment, 1.0)
+
+    def send(self, fragment: int, step: int) -> None:
+        decoded = []
+        for worker in range(len(self.models)):
+            kept = self.withheld[worker][fragment]
+            delta = self.anchors[fragment] - self.flat(worker, fragment)
+            if self.codec.lossy:
+                delta = delta + self.settings.decay * kept
+                sent = self.codec.define_decode(self.codec.define_encode(delta), delta.numel())
+                kept.copy_(delta - sent)
+                delta = sent
+            decoded.append(delta / len(self.models))
+        self.flying[fragment] = (step + self.settings.delay, torch.stack(decoded).sum(dim=0))
+
+    def land(self, fragment: int, share: float) -> None:
+        _, mean = self.flying.pop(fragment)
+        momentum = self.momenta[fragment]
+        momentum.mul_(self.settings.momentum).add_(mean)
+        self.anchors[fragment] -= self.settings.lr * (mean + self.settings.momentum * momentum)
+        for model in self.models:
+            parameters, at = list(model.parameters()), 0
+            for i in self.members[fragment]:
+                p = parameters[i]
+                target = self.anchors[fragment][at : at + p.numel()].view(p.shape)
+                p.data.lerp_(target, share) if share < 1 else p.data.copy_(target)
+                at += p.numel()
+
+
+def trained(spec: str, settings: dict[str, Any]) -> list[Tensor]:
+    model, optimizer, _ = started(spec, **settings)
+    take_steps(model, optimizer, range(STEPS))
+    return parameters_of(model)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "spec", "settings"),
+    [
+        (2, "none", {"lr": 1.0, "momentum": 0.0}),
+        (3, "none", {"lr": 0.7, "momentum": 0.9}),
+        (2, "int8", {"lr": 0.7, "momentum": 0.9}),
+        (2, "topk(0.1)|int2", {"lr": 1.0, "momentum": 0.0, "decay": 0.95}),
+        (3, "topk(0.1)|int2", {"lr": 1.0, "momentum": 0.0, "decay": 0.95}),
+        (2, "none", {"lr": 0.7, "momentum": 0.9, "fragments": 2}),
+        (3, "topk(0.1)", {"lr": 0.7, "momentum": 0.5, "fragments": 3, "delay": 2}),
+        (2, "none", {"lr": 0.7, "momentum": 0.9, "delay": 3}),
+    ],
+)
+def test_equals_the_reference(world_size: int, spec: str, settings: dict[str, Any]) -> None:
+    """To rounding: the codecs' own is amplified by AdamW and by what falls on the other side of a threshold."""
+    reference = Reference(spec, world_size, OuterSettings(every=EVERY, **settings))
+    reference.train(STEPS)
+    for rank, mine in enumerate(run(world_size, trained, spec, settings)):
+        for ours, theirs in zip(mine, parameters_of(reference.models[rank]), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def local_sgd_every_step() -> tuple[list[Tensor], list[Tensor]]:
+    rank = dist.get_rank()
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    commpress.local_sgd(model, optimizer, "none", every=1)
+    ddp = DistributedDataParallel(network())
+    take_steps(model, optimizer, range(5), rank)
+    take_steps(ddp, torch.optim.SGD(ddp.parameters(), lr=0.1), range(5), rank)
+    return parameters_of(model), parameters_of(ddp)
+
+
+def test_local_sgd_in_every_step_is_data_parallel() -> None:
+    for mine, ddp in run(2, local_sgd_every_step):
+        for ours, theirs in zip(mine, ddp, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def synced_and_drifted(spec: str, settings: dict[str, Any]) -> tuple[list[Tensor], ...]:
+    model, optimizer, outer = started(spec, **settings)
+    take_steps(model, optimizer, range(EVERY + 2))
+    drifted = parameters_of(model)
+    with outer.synced():
+        shown = parameters_of(model)
+    back = parameters_of(model)
+    outer.sync()
+    return drifted, shown, back, parameters_of(model)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("spec", "settings"), [("int8", {}), ("topk(0.05)|int2", {"fragments": 2}), ("sign", {"delay": 1}), ("bf16", {})]
+)
+def test_replicas_hold_the_same_bits_after_a_sync(world_size: int, spec: str, settings: dict[str, Any]) -> None:
+    results = run(world_size, synced_and_drifted, spec, settings)
+    drifted, shown, back, synced = zip(*results, strict=True)
+    assert all(same(shown[0], other) and same(synced[0], final) for other, final in zip(shown, synced, strict=True))
+    assert not same(drifted[0], drifted[1])
+    assert all(same(before, after) for before, after in zip(drifted, back, strict=True))
+    assert not same(shown[0], drifted[0])
+
+
+def learns(spec: str) -> tuple[float, float]:
+    """The held-out loss before and after."""
+    model, optimizer, outer = started(spec, every=10, lr=0.7, momentum=0.6)
+
+    def loss() -> float:
+        x, y = batch(10**6, 0, 2000)
+        with torch.no_grad(), outer.synced():
+            return float(nn.functional.cross_entropy(model(x), y))
+
+    before = loss()
+    take_steps(model, optimizer, range(100))
+    outer.sync()
+    return before, loss()
+
+
+@pytest.mark.parametrize("spec", ["none", "int4", "topk(0.03)|int2"])
+def test_learns(spec: str) -> None:
+    for before, after in run(2, learns, spec):
+        assert before > 2.2
+        assert after < 0.85
+
+
+def bytes_sent(spec: str, settings: dict[str, Any]) -> tuple[commpress.Report, int]:
+    model, optimizer, outer = started(spec, **settings)
+    take_steps(model, optimizer, range(2 * EVERY))
+    outer.sync()
+    return outer.report(), sum(p.numel() for p in model.parameters())
+
+
+def test_the_report_has_the_bytes_against_those_of_ddp_in_the_same_steps() -> None:
+    report, n = run(3, bytes_sent, "topk(0.1)|int2", {})[0]
+    codec = commpress.parse("topk(0.1)|int2")
+    assert report.steps == 2 * EVERY
+    assert [(row.role, row.spec, row.exchange, row.steps) for row in report.rows] == [
+        ("outer", "topk(0.1)|int2", "all_gather", 3)
+    ]
+    assert report.sent_bytes == 3 * 2 * codec.nbytes(n)
+    assert report.dense_bytes == 2 * EVERY * (2 * 2 * 4 * n // 3)
+    assert report.roles["outer"]["sent_bytes"] == report.sent_bytes
+
+
+def interrupted(spec: str, settings: dict[str, Any], at: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters of a run without a break, and of one that was saved after `at` steps and went on in new objects."""
+    model, optimizer, outer = started(spec, **settings)
+    take_steps(model, optimizer, range(at))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), outer.state_dict()))
+    take_steps(model, optimizer, range(at, STEPS))
+    whole = parameters_of(model)
+    model, optimizer, outer = started(spec, seed=7, **settings)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    outer.load_state_dict(saved[2])
+    take_steps(model, optimizer, range(at, STEPS))
+    return whole, parameters_of(model)
+
+
+@pytest.mark.parametrize("at", [3, 5, 8, 9])
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [("topk(0.1)|int2", {}), ("int4", {"fragments": 2}), ("topk(0.1)", {"fragments": 2, "delay": 2})],
+)
+def test_resumes_bit_for_bit(at: int, spec: str, settings: dict[str, Any]) -> None:
+    for whole, resumed in run(2, interrupted, spec, settings, at):
+        assert same(whole, resumed)
+
+
+def joined(settings: dict[str, Any]) -> tuple[list[Tensor], ...]:
+    """Rank 1 is new: it loads nothing, and all go on together."""
+    model, optimizer, outer = started("topk(0.1)|int2", **settings)
+    take_steps(model, optimizer, range(EVERY + 1))
+    state = copy.deepcopy(outer.state_dict())
+    anchor = [fragment["anchor"] for fragment in state["fragments"]]
+    model, optimizer, outer = started("topk(0.1)|int2", seed=9, **settings)
+    outer.load_state_dict(None if dist.get_rank() == 1 else state)
+    first = torch.cat([p.reshape(-1) for p in parameters_of(model)])
+    take_steps(model, optimizer, range(EVERY + 1, STEPS))
+    outer.sync()
+    return anchor, [first], parameters_of(model)
+
+
+@pytest.mark.parametrize("settings", [{}, {"fragments": 2, "delay": 3}])
+def test_a_rank_that_joins_gets_the_anchor_in_full_precision(settings: dict[str, Any]) -> None:
+    results = run(3, joined, settings)
+    anchor = torch.cat(results[0][0])
+    assert torch.equal(results[1][1][0], anchor)
+    assert all(same(results[0][2], other[2]) for other in results)
+
+
+def nobody_has_a_state() -> str:
+    _, _, outer = started("none")
+    return outcome(lambda: outer.load_state_dict(None))
+
+
+def wrong_state() -> str:
+    _, _, outer = started("none")
+    state = outer.state_dict()
+    if dist.get_rank() == 1:
+        state["settings"]["every"] = 99
+    return outcome(lambda: outer.load_state_dict(state))
+
+
+def test_states_that_do_not_fit_are_refused_on_all_ranks() -> None:
+    assert set(run(2, nobody_has_a_state)) == {
+        "ValueError: cannot restore: no rank has a state, expected at least one that has"
+    }
+    messages = set(run(2, wrong_state))
+    assert len(messages) == 1
+    assert "rank 1: the saved state has settings {'every': 99" in messages.pop()
+
+
+def workers_of_two(spec: str) -> tuple[list[Tensor], commpress.Report]:
+    """Four ranks: two workers, each a DDP over two ranks."""
+    rank = dist.get_rank()
+    inner = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    outer_group = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+    ddp = DistributedDataParallel(network(), process_group=inner)
+    optimizer = adamw(ddp)
+    outer = commpress.diloco(ddp, optimizer, spec, every=EVERY, group=outer_group)
+    take_steps(ddp, optimizer, range(STEPS))
+    outer.sync()
+    return parameters_of(ddp), outer.report()
+
+
+@pytest.mark.parametrize("spec", ["none", "topk(0.1)|int2"])
+def test_a_ddp_inside_each_worker(spec: str) -> None:
+    results = run(4, workers_of_two, spec)
+    assert all(same(results[0][0], parameters) for parameters, _ in results)
+    n = sum(p.numel() for p in results[0][0])
+    half = -(-n // 2)
+    for _, report in results:  # each rank sends its half to its peer in the other worker
+        assert report.sent_bytes == 4 * (4 * half if spec == "none" else commpress.parse(spec).nbytes(half))
+
+
+def workers_of_shards() -> tuple[list[Tensor], list[Tensor]]:
+    """Four ranks: two workers, each an FSDP2 over two ranks. This rank's shards, and the whole parameters."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("workers", "shards"))
+    model = network(seed=mesh.get_local_rank("workers"))
+    fully_shard(model, mesh=mesh["shards"])
+    optimizer = adamw(model)
+    outer = commpress.diloco(model, optimizer, "topk(0.1)|int2", every=EVERY, group=mesh.get_group("workers"))
+    take_steps(model, optimizer, range(STEPS))
+    outer.sync()
+    parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
+    return [p.to_local().detach().clone() for p in parameters], [p.full_tensor().detach().clone() for p in parameters]
+
+
+def test_fsdp2_inside_each_worker() -> None:
+    results = run(4, workers_of_shards)
+    assert len(results[0][1]) == 6
+    assert all(same(results[0][1], whole) for _, whole in results)
+    assert same(results[0][0], results[2][0])
+    assert not same(results[0][0], results[1][0])
+
+
+def in_bfloat16() -> list[Tensor]:
+    model = network().to(torch.bfloat16)
+    optimizer = adamw(model)
+    outer = commpress.local_sgd(model, optimizer, "int8", every=2)
+    for step in range(4):
+        x, y = batch(step, dist.get_rank())
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x.bfloat16()).float(), y).backward()
+        optimizer.step()
+    outer.sync()
+    return parameters_of(model)
+
+
+def test_parameters_in_bfloat16() -> None:
+    one, other = run(2, in_bfloat16)
+    assert same(one, other)
+    assert one[0].dtype == torch.bfloat16
+
+
+def refused(case: str) -> str:
+    model, rank = network(), dist.get_rank()
+    arguments: dict[str, Any] = {"spec": "int8", "every": 4}
+    arguments |= {
+        "every 0": {"every": 0},
+        "too many fragments": {"every": 4, "fragments": 5},
+        "delay": {"delay": 4},
+        "momentum": {"momentum": 1.0},
+        "decay": {"decay": 1.5},
+        "spec": {"spec": "int7"},
+        "ranks differ": {"every": 4 + rank},
+        "one rank's spec": {"spec": "int7" if rank else "int8"},
+    }.get(case, {})
+    optimizer: torch.optim.Optimizer = adamw(model)
+    if case == "compressed optimizer":
+        optimizer = OneBitAdamW(model.parameters(), lr=0.1, warmup_steps=1)
+    if case == "nothing trained":
+        optimizer = sgd(model)
+        model.requires_grad_(False)
+    wrapped = DistributedDataParallel(model) if case == "same group" else model
+    return outcome(lambda: commpress.diloco(wrapped, optimizer, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("every 0", "every 0: expected a number in [1, inf)"),
+        ("too many fragments", "fragments 5: expected a number in [1, 5)"),
+        ("delay", "delay 4: expected a number in [0, 4)"),
+        ("momentum", "momentum 1.0: expected a number in [0, 1)"),
+        ("decay", "decay 1.5: expected a number in [0, 1]"),
+        ("spec", "unknown codec 'int7'"),
+        ("ranks differ", "rank 1 has every 5, rank 0 has 4"),
+        ("one rank's spec", "rank 1: spec 'int7': unknown codec 'int7'"),
+        ("compressed optimizer", "OneBitAdamW exchanges by itself"),
+        ("nothing trained", "no parameter is trained"),
+        ("same group", "the DDP module and the outer group share ranks [0, 1]"),
+    ],
+)
+def test_is_refused_on_all_ranks(case: str, message: str) -> None:
+    assert all(message in said for said in run(2, refused, case))
+
+
+def alone() -> tuple[list[Tensor], list[Tensor]]:
+    model, optimizer, outer = started("int8", lr=1.0, momentum=0.0)
+    take_steps(model, optimizer, range(STEPS))
+    outer.sync()
+    plain = network()
+    take_steps(plain, adamw(plain), range(STEPS))
+    return parameters_of(model), parameters_of(plain)
+
+
+def test_a_single_worker_trains_as_without() -> None:
+    ((mine, plain),) = run(1, alone)
+    for ours, theirs in zip(mine, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
