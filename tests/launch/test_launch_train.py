@@ -76,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """whole0, cut0, whole1, ...: each spec without a break, and stopped at step 11 of 30 and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     child = torchrun(Path(__file__).with_name("resume_worker.py"), folder, *RUNS)
-    output = finish(child, 160)
+    output = finish(child, 250)
     assert child.returncode == 0, output
     assert "stopped at step 11 of 30" in output
     return folder
