@@ -18,7 +18,18 @@ from rich.table import Table
 
 import commpress
 
-SPECS = ("bf16", "fp16", "int8", "int4", "int2", "sign", "topk(0.1)|int4", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
+SPECS = (
+    "bf16",
+    "fp16",
+    "int8",
+    "int4",
+    "int2",
+    "sign",
+    "topk(0.1)|int4",
+    "topk(0.01)",
+    "topk(0.01)|int4",
+    "topk(0.001)|int4",
+)
 
 
 def cpu_name() -> str:
