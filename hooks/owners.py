@@ -17,11 +17,9 @@ from commpress.comm.codecs import Codec, parse
 from commpress.comm.exchange import Transfer, Wire
 from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.meter import Meter
 from commpress.comm.plan import Choice, Treatment
 from commpress.comm.shards import Pending, Shards
 from commpress.optim import OneBitAdamW, loops
-from commpress.optim.adam import SETTLED
 from commpress.optim.base import plain
 
 
@@ -83,15 +81,6 @@ def _to_owners(
         codec.mean(gathered, lengths[me], W, out=x[cuts[me] : cuts[me + 1]])
 
 
-def count(meter: Meter, index: int, n: int, dtype: torch.dtype, how: str, reason: str, role: str, sent: int) -> None:
-    """Note what DeepSpeed has sent by itself."""
-    row = meter.row(index, n, str(dtype).removeprefix("torch."), "none", how, reason, role)
-    row.steps += 1
-    row.dense_bytes += sent
-    row.sent_bytes += sent
-    row.received_bytes += sent
-
-
 @dataclass(frozen=True)
 class Piece:
     """What of a parameter belongs to one owner: values `start` to `stop` of it, which stand at `at` in group `group`."""
@@ -139,7 +128,7 @@ class OneBitPartitions:
         self._gradients: list[Tensor] = []
         flats = {f"partition of group {i}": flat for i, flat in enumerate(zero.single_partition_of_fp32_groups)}
         optimizer.bind(flats, shards.world_size, may_be_unused=False)
-        optimizer._is_settled = self._is_settled  # type: ignore[method-assign]
+        optimizer.add_up = self._over_partitions
 
     def treat(self, layout: Layout) -> Treatment:
         """What to do with a bucket in this step."""
@@ -212,7 +201,7 @@ class OneBitPartitions:
                 dist.all_gather(list(whole.split(flat.numel())), state["inverse"], group)
                 self._inverse.append(whole)
                 sent, why = (self._shards.world_size - 1) * flat.nbytes, "the variance, once, when it stands"
-                count(self._shards.meter, i, whole.numel(), whole.dtype, "gather", why, "parameters", sent)
+                self._shards.meter.by_itself(i, whole.numel(), "float32", "gather", why, "parameters", sent)
         groups = [
             {k: plain(v) for k, v in g.items() if k not in ("params", "variance")} for g in optimizer.param_groups
         ]
@@ -220,18 +209,5 @@ class OneBitPartitions:
         settings = {"optimizer's groups": groups, "frozen variance (sum of its bytes)": total}
         require_agreement(settings, group, device)
 
-    def _is_settled(self) -> bool:
-        """OneBitAdamW's own test, by the variance of all partitions."""
-        first = self.optimizer.param_groups[0]
-        if first["warmup_steps"] is not None:
-            return bool(first["steps"] >= first["warmup_steps"])
-        if first["steps"] % max(1, round(1 / (1 - first["betas"][1]))):
-            return False
-        flats = self._zero.single_partition_of_fp32_groups
-        sums = [self.optimizer.state[flat]["exp_avg_sq"].sum(dtype=torch.float64) for flat in flats]
-        now = torch.stack(sums).sum()
-        dist.all_reduce(now, group=self._zero.dp_process_group)
-        least, most = sorted((float(first["variance"]), float(now)))
-        for group in self.optimizer.param_groups:
-            group["variance"] = float(now)
-        return least > 0 and least >= SETTLED * most
+    def _over_partitions(self, total: Tensor) -> None:
+        dist.all_reduce(total, group=self._zero.dp_process_group)

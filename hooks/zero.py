@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs.base import warm_up
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Plan, Treatment
-from commpress.comm.session import Session, warm_up
+from commpress.comm.session import Session
 from commpress.comm.shards import Pending
-from commpress.hooks.owners import Layout, OneBitPartitions, Owners, Piece, count
+from commpress.hooks.owners import Layout, OneBitPartitions, Owners, Piece
 from commpress.optim import OneBitAdamW
 from commpress.optim.base import CompressedOptimizer, dense
 
@@ -105,11 +106,11 @@ class Replicas:
     def count(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's own mean."""
         original(*args, **kwargs)
-        meter, trained = self.session._meter, self._trained().values()
+        meter, trained = self.session.meter, self._trained().values()
         for index, dtype in enumerate(dict.fromkeys(p.dtype for p in trained)):
             n = sum(p.numel() for p in trained if p.dtype == dtype)
             sent = ring_bytes(n * dtype.itemsize, self.session.world_size)
-            count(meter, index, n, dtype, "all_reduce", "spec is none", "gradients", sent)
+            meter.by_itself(index, n, named(dtype), "all_reduce", "spec is none", "gradients", sent)
         meter.steps += 1
 
     def _trained(self) -> dict[str, Any]:
@@ -195,7 +196,7 @@ class Partitions:
             for piece, part in parts:
                 part.copy_(gradients[piece.place][piece.start : piece.stop])
         if not compressed:
-            count(shards.meter, layout.index, n, dtype, "all_reduce", choice.reason, "gradients", crossing)
+            shards.meter.by_itself(layout.index, n, named(dtype), "all_reduce", choice.reason, "gradients", crossing)
             shards.one_more(layout.index)
             if treatment.prepare is not None:
                 treatment.prepare(layout.x, Memory())
@@ -278,7 +279,7 @@ class Partitions:
             zero.parallel_partitioned_bit16_groups[i][shards.rank].copy_(master.data)
             if self._before is not None:  # else it is not a step that asks for it
                 sent = (shards.world_size - 1) * master.numel() * size
-                count(shards.meter, i, flat.numel(), flat.dtype, "gather", reason, "parameters", sent)
+                shards.meter.by_itself(i, flat.numel(), named(flat.dtype), "gather", reason, "parameters", sent)
         original(**arguments)
 
     def _differences(self, codec: Codec) -> None:
@@ -392,7 +393,7 @@ class Gathered:
         index = self._indices.setdefault(tuple(self._places[id(p)] for p in params), len(self._indices))
         choice = shards.gradients.choose(m, dtype.itemsize, W)
         if choice.reason or not choice.codec.lossy:
-            count(shards.meter, index, W * m, dtype, how, choice.reason, "gradients", crossing)
+            shards.meter.by_itself(index, W * m, named(dtype), how, choice.reason, "gradients", crossing)
             shards.one_more(index)
             return original()
         full = torch.zeros(W, m, dtype=dtype, device=params[0].grad.device)
@@ -462,7 +463,9 @@ class Gathered:
         n, dtype, others = p.ds_tensor.ds_numel, p.ds_tensor.dtype, self.shards.world_size - 1
         reason = reason if self.shards.parameters.codec.lossy else "spec is none"
         sent = others * n * dtype.itemsize
-        count(self.shards.meter, self._places[id(p)], (others + 1) * n, dtype, "gather", reason, "parameters", sent)
+        self.shards.meter.by_itself(
+            self._places[id(p)], (others + 1) * n, named(dtype), "gather", reason, "parameters", sent
+        )
 
 
 def attach_gathered(engine: Any, shards: Owners, names: dict[Tensor, str]) -> None:
@@ -476,3 +479,8 @@ def attach_gathered(engine: Any, shards: Owners, names: dict[Tensor, str]) -> No
     for p in engine.module.parameters():
         p.all_gather_coalesced = partial(gathered.gather, p.all_gather_coalesced)
         p.all_gather = partial(gathered.gather_whole, p.all_gather, p)
+
+
+def named(dtype: torch.dtype) -> str:
+    """As a report has it."""
+    return str(dtype).removeprefix("torch.")

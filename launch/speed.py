@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs.base import warm_up
 from commpress.comm.cost import Speed
-from commpress.comm.session import warm_up
 from commpress.launch.train import machine
 
 VALUES = 2**22

@@ -1,5 +1,6 @@
 """DeepSpeed engines on the ranks of a test: the small network of `training`, the same data and start on every run."""
 
+import gc
 import logging
 import os
 import warnings
@@ -56,7 +57,11 @@ def engine(
 
 
 def fresh() -> None:
-    """Make DeepSpeed forget the process groups of the test before."""
+    """Make DeepSpeed forget the process groups of the test before, and end its engines here.
+
+    An engine imports modules when it is collected; in the middle of another import Python 3.11 fails at that.
+    """
+    gc.collect()
     group = dist.distributed_c10d._get_default_group()
     if not _seen or _seen[-1] is not group:
         _seen[:] = [group]

@@ -16,7 +16,15 @@ from training import batch
 
 import commpress
 from commpress.comm.exchange.two_shot import chunk_bounds
+from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
+MICRO = 8
+"""Examples of a rank in one backward."""
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
+    "one bit": lambda p: OneBitAdamW(p, lr=0.02, warmup_steps=2, max_norm=1.0),
+    "zero one": lambda p: ZeroOneAdamW(p, lr=0.02, warmup_steps=2, sync_every=3),
+}
 DOCS = Path(__file__).parents[1] / "docs" / "trainers.md"
 
 

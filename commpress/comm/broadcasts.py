@@ -14,14 +14,13 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.base import FLOAT_DTYPES
+from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
 from commpress.comm.exchange import Transfer, Wire
 from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
-from commpress.comm.exchange.wire import tree_children
+from commpress.comm.exchange.wire import sibling, tree_children
 from commpress.comm.meter import Meter, Report
 from commpress.comm.plan import Plan
-from commpress.comm.sequencer import Job, Sequencer
-from commpress.comm.session import sibling, warm_up
+from commpress.comm.sequencer import Job, Sequencer, promise
 
 STATE_VERSION = 1
 
@@ -57,7 +56,7 @@ class Broadcasts:
         floats = [name for name, x in tensors.items() if x.dtype in FLOAT_DTYPES and self.codec.lossy]
         self._floats, self._others = floats, [name for name in tensors if name not in floats]
         self._values = sum(tensors[name].numel() for name in floats)
-        self._itemsizes = sum(tensors[name].nbytes for name in floats)
+        self._float_bytes = sum(tensors[name].nbytes for name in floats)
         self._base: Tensor | None = None
         if self.world_size > 1:
             self._wire = Wire(sibling(group) if self.device.type == "cpu" else group, self.device)
@@ -115,7 +114,7 @@ class Broadcasts:
             payload = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             exchange = broadcast(flat, sizes, self._base, self.codec, payload, self._wire, self.source)
         reason = "the first time" if first else ""
-        future = self._start(index, flat, self._itemsizes, reason, exchange)
+        future = self._start(index, flat, self._float_bytes, reason, exchange)
 
         def put() -> None:
             if self.rank != self.source:
@@ -130,14 +129,7 @@ class Broadcasts:
         spec = "none" if reason else str(self.codec)
         dtype = str(flat.dtype).removeprefix("torch.")
         row = self._meter.row(index, flat.numel(), dtype, spec, "broadcast", reason, self._role)
-        future: torch.futures.Future[Any] = torch.futures.Future(
-            devices=None if self.device.type == "cpu" else [self.device]
-        )
+        future = promise(self.device)
         dense = nbytes * tree_children(self.rank, self.source, self.world_size)
-        done = partial(_settle, future)
-        self._sequencer.submit(Job(flat, exchange, row, self._meter.steps, dense, False, done))
+        self._sequencer.submit(Job(flat, exchange, row, self._meter.steps, dense, False, future.set_result))
         return future
-
-
-def _settle(future: "torch.futures.Future[Any]", error: BaseException | None) -> None:
-    future.set_result(error)

@@ -163,6 +163,14 @@ class Meter:
             self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason, role)
         return self.rows[key]
 
+    def by_itself(self, bucket: int, values: int, dtype: str, exchange: str, reason: str, role: str, sent: int) -> None:
+        """What a framework, or a group's own collective, has sent uncompressed, in the caller's thread: `sent` bytes."""
+        row = self.row(bucket, values, dtype, "none", exchange, reason, role)
+        row.steps += 1
+        row.dense_bytes += sent
+        row.sent_bytes += sent
+        row.received_bytes += sent
+
     def report(self, spec: str, rank: int, world_size: int) -> Report:
         """The sums so far."""
         rows = [Row(**asdict(row)) for row in self.rows.values()]

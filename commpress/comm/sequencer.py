@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ class Job:
     """Whether it is the last bucket of its backward."""
     finished: Callable[[BaseException | None], None]
     submitted: float = field(default_factory=time.perf_counter)
+
+
+def promise(device: torch.device) -> "torch.futures.Future[Any]":
+    """A future for the end of a job; on an accelerator it knows the streams of `device`."""
+    return torch.futures.Future(devices=None if device.type == "cpu" else [device])
 
 
 class Sequencer:

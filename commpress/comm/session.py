@@ -19,19 +19,18 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
+from commpress.comm.codecs.base import warm_up
 from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire, alone, skip_together, stay
 from commpress.comm.exchange.two_shot import chunk_bounds
-from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.exchange.wire import ring_bytes, sibling
 from commpress.comm.feedback import Feedback, Memory, Segments
 from commpress.comm.meter import Meter, Report
 from commpress.comm.plan import Choice, Plan, Treatment
 from commpress.comm.resize import resized
-from commpress.comm.sequencer import Job, Sequencer
+from commpress.comm.sequencer import Job, Sequencer, promise
 from commpress.comm.timeline import Span, Timeline
 
 STATE_VERSION = 2
-WARM_UP_VALUES = 3000
-"""Enough for full blocks and a tail of every codec."""
 
 
 class GradScaler(Protocol):
@@ -127,7 +126,7 @@ class Session:
         self._parameters = dict(parameters)
         self._scale = 1.0
         self._feedback = Feedback(self.world_size)
-        self._meter = Meter()
+        self.meter = Meter()
         self.beside: list[Beside] = []
         self._tags = itertools.count(0, TAGS_PER_BUCKET)
         self._restored: list[Segments] = []
@@ -139,7 +138,7 @@ class Session:
             # on CPU a group of our own: what the user sends on theirs cannot get between our transfers
             ours = sibling(group) if device.type == "cpu" else group
             self._wire = Wire(ours, device)
-            self._sequencer = Sequencer(self._wire, self._meter)
+            self._sequencer = Sequencer(self._wire, self.meter)
             warm_up(self.plan.codec, device)
 
     def submit(
@@ -166,9 +165,7 @@ class Session:
         if last and self._backward_started is not None:
             self.note("backward", self._backward_started)
             self._backward_started = None
-        future: torch.futures.Future[Any] = torch.futures.Future(
-            devices=None if self.device.type == "cpu" else [self.device]
-        )
+        future = promise(self.device)
         if self._restored or (self._optimizer is not None and self._optimizer.waits()):
             self._held.append(Held(bucket, segments, index, future))
             if last:
@@ -181,7 +178,7 @@ class Session:
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
-        own = self._meter.report(str(self.plan.codec), self.rank, self.world_size)
+        own = self.meter.report(str(self.plan.codec), self.rank, self.world_size)
         return Report.together(own, *(other.report() for other in self.beside)) if self.beside else own
 
     @contextlib.contextmanager
@@ -190,21 +187,21 @@ class Session:
 
         Enter and leave it between steps.
         """
-        self._meter.timeline = Timeline(self.rank)
+        self.meter.timeline = Timeline(self.rank)
         self._backward_started = None
         try:
-            yield self._meter.timeline
+            yield self.meter.timeline
         finally:
-            self._meter.timeline = None
+            self.meter.timeline = None
 
     @property
     def recording(self) -> bool:
         """Whether a timeline is being recorded."""
-        return self._meter.timeline is not None
+        return self.meter.timeline is not None
 
     def note(self, phase: str, start: float) -> None:
         """For hooks: `forward` of this step lasted from `start` (`time.perf_counter`) until now."""
-        self._meter.note(Span(phase, self._step, None, start, time.perf_counter()))
+        self.meter.note(Span(phase, self._step, None, start, time.perf_counter()))
 
     def backward_starts(self) -> None:
         """For hooks: backward starts now. It ends with the step's last bucket."""
@@ -296,7 +293,7 @@ class Session:
             treatment = self._optimizer.treat(segments, self.plan.codec)
         choice = self.plan.choose(n, bucket.element_size(), W, treatment)
         dtype = str(bucket.dtype).removeprefix("torch.")
-        row = self._meter.row(index, n, dtype, str(choice.codec), choice.exchange, choice.reason, self._role)
+        row = self.meter.row(index, n, dtype, str(choice.codec), choice.exchange, choice.reason, self._role)
         chunk = None
         if choice.exchange == "two_shot":
             cuts = chunk_bounds(n, W, choice.codec.granularity)
@@ -306,7 +303,7 @@ class Session:
         if W == 1:
             next(exchange, None)
             row.steps += 1
-            self._meter.steps += last
+            self.meter.steps += last
             finished(None)
             return
         dense = dense_steps * ring_bytes(bucket.nbytes, W)
@@ -384,17 +381,6 @@ def _prepared(
     yield from exchange
 
 
-def warm_up(codec: Codec, device: torch.device) -> None:
-    """Compile a codec's loops now, not in the middle of the first step."""
-    x = torch.linspace(-1, 1, WARM_UP_VALUES, device=device)
-    residual = torch.zeros_like(x)
-    payload = codec.encode(x)
-    codec.encode(x, residual)
-    codec.recode(payload.repeat(2), WARM_UP_VALUES, 2, residual)
-    codec.recode(payload.repeat(2), WARM_UP_VALUES, 2)
-    codec.mean(payload.repeat(2), WARM_UP_VALUES, 2)
-
-
 def _require_same_parameters(saved: dict[str, int], present: dict[str, int]) -> None:
     for name in sorted(saved.keys() | present.keys()):
         if saved.get(name) != present.get(name):
@@ -428,16 +414,6 @@ def _agree(
     }
     require_agreement(settings, group, device)
     return plan
-
-
-def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A new group of the same ranks and timeout. Collective over those ranks only."""
-    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
-    timeout = getattr(options, "_timeout", None)
-    ranks = dist.get_process_group_ranks(group)
-    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="commpress")
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 def _settle(future: "torch.futures.Future[Any]", bucket: Tensor, error: BaseException | None) -> None:

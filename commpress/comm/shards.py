@@ -25,18 +25,18 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.base import FLOAT_DTYPES
+from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire
 from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.exchange.reduce_scatter import Op, native_bytes, native_reduce_scatter, over_mean, reduce_scatter
 from commpress.comm.exchange.two_shot import chunk_bounds
-from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.exchange.wire import ring_bytes, sibling
 from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.meter import Meter, Report
 from commpress.comm.plan import Choice, Plan, Treatment
-from commpress.comm.sequencer import Job, Sequencer
-from commpress.comm.session import GradScaler, sibling, warm_up
+from commpress.comm.sequencer import Job, Sequencer, promise
+from commpress.comm.session import GradScaler
 from commpress.comm.timeline import Timeline
 
 STATE_VERSION = 1
@@ -201,9 +201,7 @@ class Pending(dist.Work):
         super().__init__()
         self.submitted = time.perf_counter()
         self._shards, self._out = shards, out
-        self._future: torch.futures.Future[Any] = torch.futures.Future(
-            devices=None if out.device.type == "cpu" else [out.device]
-        )
+        self._future = promise(out.device)
 
     def wait(self, timeout: Any = None) -> bool:
         """Return when the result is there; on an accelerator the current stream waits for it instead.

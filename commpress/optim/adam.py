@@ -15,6 +15,7 @@ does not; the gradient of one of W ranks is up to sqrt(W) times as noisy as thei
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs.base import warm_up
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Treatment
-from commpress.comm.session import warm_up
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters, within
 
@@ -63,6 +64,8 @@ class FrozenAdamW(CompressedOptimizer):
         super().__init__(params, {**defaults, "steps": 0, "frozen_at": 0, "unit": 1.0, "variance": 0.0}, max_norm)
 
         self._settling: list[dict[str, Any]] = []
+        self.add_up: Callable[[Tensor], None] = lambda total: None
+        """Makes the sum over this rank's state that over all, in place, where the ranks hold partitions of it."""
 
     def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool) -> None:
         super().bind(parameters, world_size, may_be_unused)
@@ -165,7 +168,9 @@ class FrozenAdamW(CompressedOptimizer):
         if first["steps"] % max(1, round(1 / (1 - first["betas"][1]))):
             return False
         sums = [s["exp_avg_sq"].sum(dtype=torch.float64) for s in self.state.values() if s]
-        now = float(sum(sums)) if sums else 0.0
+        total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+        self.add_up(total)
+        now = float(total)
         least, most = sorted((float(first["variance"]), now))
         for group in self.param_groups:
             group["variance"] = now

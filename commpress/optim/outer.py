@@ -13,7 +13,7 @@ step of its own. With a `delay` training goes on while a fragment travels; that 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class OuterSettings:
             raise ValueError(f"decay {self.decay}: expected a number in [0, 1]")
 
 
-@dataclass
+@dataclass(eq=False)  # one is not another, whatever it holds
 class Fragment:
     """A part of the model: `parameters` laid flat one behind the other, then zeros up to a multiple of the inner ranks.
 
@@ -69,10 +69,8 @@ class Fragment:
     anchor: Tensor
     momentum: Tensor
     synced_at: int = 0
-    due: int = 0
     mean: "torch.futures.Future[Tensor] | None" = None
     """What is on its way, or was when the state was saved."""
-    bucket: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def flat(self) -> Tensor:
         """The parameters as they stand now: float32 [n]."""
@@ -141,7 +139,7 @@ class Outer:
         """A local step was taken: start and finish the syncs that are due. Raises RuntimeError if an exchange failed."""
         self._steps += 1
         for index, fragment in enumerate(self._fragments):
-            if fragment.mean is not None and fragment.due == self._steps:
+            if fragment.mean is not None and self._steps == fragment.synced_at + self.settings.delay:
                 self._finish(fragment, 0.5)
             if (self._steps - fragment.offset) % self.settings.every == 0:
                 self._start(index, fragment)
@@ -190,7 +188,6 @@ class Outer:
                 "anchor": fragment.anchor.clone(),
                 "momentum": fragment.momentum.clone(),
                 "synced_at": fragment.synced_at,
-                "due": fragment.due,
                 "mean": None if fragment.mean is None else fragment.mean.wait().clone(),
             }
             for fragment in self._fragments
@@ -265,7 +262,7 @@ class Outer:
 
     def _start(self, index: int, fragment: Fragment) -> None:
         """Send how far the parameters have gone from the anchor."""
-        fragment.bucket = fragment.anchor[fragment.part] - fragment.flat()[fragment.part]
+        bucket = fragment.anchor[fragment.part] - fragment.flat()[fragment.part]
         decay = self.settings.decay
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
@@ -275,9 +272,9 @@ class Outer:
         steps = self._steps - fragment.synced_at
         treatment = Treatment(self._session.plan.codec, prepare=prepare)
         fragment.mean = self._session.submit(
-            fragment.bucket, fragment.segments, index, last=False, treatment=treatment, dense_steps=steps
+            bucket, fragment.segments, index, last=False, treatment=treatment, dense_steps=steps
         )
-        fragment.synced_at, fragment.due = self._steps, self._steps + self.settings.delay
+        fragment.synced_at = self._steps
 
     def _finish(self, fragment: Fragment, share: float) -> None:
         """Step the anchor by what has arrived, and go on from it."""
@@ -285,7 +282,7 @@ class Outer:
         start = time.perf_counter()
         mean = fragment.mean.wait()
         self._waited += time.perf_counter() - start
-        fragment.mean, fragment.bucket = None, torch.empty(0)
+        fragment.mean = None
         lr, momentum = self.settings.lr, self.settings.momentum
         own = fragment.anchor[fragment.part]
         if momentum:
@@ -294,7 +291,10 @@ class Outer:
         else:
             own.sub_(mean, alpha=lr)
         if self._inner is not None:
-            dist.all_gather_into_tensor(fragment.anchor, own.clone(), group=self._inner)
+            dist.all_gather(list(fragment.anchor.split(own.numel())), own.clone(), group=self._inner)
+            sent, place = (self._inner_size - 1) * own.nbytes, self._fragments.index(fragment)
+            values = fragment.anchor.numel()
+            self._session.meter.by_itself(place, values, "float32", "gather", "inside a worker", "parameters", sent)
         fragment.put(fragment.anchor, share)
 
     def _unfit(self, state: dict[str, Any]) -> str | None:
@@ -310,7 +310,7 @@ class Outer:
     def _restore(self, fragment: Fragment, saved: dict[str, Any]) -> None:
         fragment.anchor.copy_(saved["anchor"])
         fragment.momentum.copy_(saved["momentum"])
-        fragment.synced_at, fragment.due = int(saved["synced_at"]), int(saved["due"])
+        fragment.synced_at = int(saved["synced_at"])
         fragment.mean = None
         if saved["mean"] is not None:
             fragment.mean = torch.futures.Future()
@@ -320,13 +320,13 @@ class Outer:
         """Hand the source's anchors, momentum and steps to all; those that have joined start from the anchors."""
         root = dist.get_global_rank(self._group, source)
         about = torch.tensor(
-            [self._steps, *(n for f in self._fragments for n in (f.synced_at, f.due, int(f.mean is not None)))],
+            [self._steps, *(n for f in self._fragments for n in (f.synced_at, int(f.mean is not None)))],
             device=self.device,
         )
         dist.broadcast(about, root, group=self._group)
         self._steps, *of_fragments = about.tolist()
         for place, fragment in enumerate(self._fragments):
-            fragment.synced_at, fragment.due, flies = of_fragments[3 * place : 3 * place + 3]
+            fragment.synced_at, flies = of_fragments[2 * place : 2 * place + 2]
             kept = [fragment.anchor, fragment.momentum]
             if flies:
                 mean = torch.empty_like(fragment.momentum) if fragment.mean is None else fragment.mean.wait()

@@ -6,20 +6,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import RANKS, engine, rows, same_on_all_ranks, train, weights
 from ranks import run
 from torch import Tensor, nn
 from training import CLASSES, INPUTS, WIDTH, network, same
 
-deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+import commpress
+from commpress.comm.exchange.two_shot import chunk_bounds
+from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.plan import FEWEST_VALUES, Plan, Treatment
+from commpress.hooks.deepspeed import attach
+from commpress.hooks.owners import Owners
 
-from engines import RANKS, engine, rows, same_on_all_ranks, train, weights  # noqa: E402
-
-import commpress  # noqa: E402
-from commpress.comm.exchange.two_shot import chunk_bounds  # noqa: E402
-from commpress.comm.exchange.wire import ring_bytes  # noqa: E402
-from commpress.comm.plan import FEWEST_VALUES, Plan, Treatment  # noqa: E402
-from commpress.hooks.deepspeed import attach  # noqa: E402
-from commpress.hooks.owners import Owners  # noqa: E402
+pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 STEPS = 30
 VALUES = 6922

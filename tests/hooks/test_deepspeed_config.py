@@ -5,19 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch.distributed as dist
+from engines import RANKS, config, engine, fresh, same_on_all_ranks, train, weights
 from ranks import outcome, run
 from torch import nn
 from training import network, same
 
-deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+from commpress.comm.codecs.integer import Int4
+from commpress.comm.shards import ShardedSession
+from commpress.hooks.deepspeed import attach, initialize
 
-from engines import RANKS, config, engine, fresh, same_on_all_ranks, train, weights  # noqa: E402
-
-from commpress.comm.codecs.integer import Int4  # noqa: E402
-from commpress.comm.shards import ShardedSession  # noqa: E402
-from commpress.hooks.deepspeed import attach, initialize  # noqa: E402
+pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 BLOCK = {"gradients": "int4", "parameters": "int8"}
 ADAMW = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}

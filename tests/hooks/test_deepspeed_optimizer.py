@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engines import RANKS, adamw, engine, rows, same_on_all_ranks, train, weights
 from ranks import outcome, run
 from torch import Tensor
 from training import network, same
 
-deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+from commpress.hooks.deepspeed import attach, initialize
+from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
 
-from engines import RANKS, adamw, engine, rows, same_on_all_ranks, train, weights  # noqa: E402
-
-from commpress.hooks.deepspeed import attach, initialize  # noqa: E402
-from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW  # noqa: E402
+pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 STEPS, WARM = 60, 15
 Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]

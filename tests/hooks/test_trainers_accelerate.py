@@ -1,40 +1,21 @@
 """Accelerate's own loop on two ranks: accumulation, clipping, mixed precision, save_state and load_state."""
 
-import importlib.util
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import close, outcome, run
+from ranks import outcome, run
 from torch import nn
 from torch.utils.data import DataLoader
-from trainers import blocks, examples, flat, launched, payload_bytes
+from trainers import MICRO, OPTIMIZERS, blocks, examples, flat, launched, payload_bytes
 from training import SMALL_BUCKETS, batch, network
 
 import commpress
-from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks_of_our_own() -> Iterator[None]:
-    """What the library leaves in its processes ends with them."""
-    yield
-    close()
-
-
-MICRO = 8
-"""Examples of a rank in one backward."""
-OPTIMIZERS: dict[str, Any] = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
-    "one bit": lambda p: OneBitAdamW(p, lr=0.02, warmup_steps=2, max_norm=1.0),
-    "zero one": lambda p: ZeroOneAdamW(p, lr=0.02, warmup_steps=2, sync_every=3),
-}
+pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 
 class Run:

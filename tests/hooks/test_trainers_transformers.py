@@ -1,30 +1,19 @@
 """The Trainer of Transformers on two ranks: a small BERT, accumulation, checkpoints, both ways to give it an optimizer."""
 
-import importlib.util
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import close, outcome, run
+from ranks import outcome, run
 from trainers import blocks, flat, forget, launched, payload_bytes
 
 from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ranks_of_our_own() -> Iterator[None]:
-    """What the library leaves in its processes ends with them."""
-    yield
-    close()
+pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 
 ARGUMENTS: dict[str, Any] = {

@@ -299,8 +299,11 @@ def test_a_ddp_inside_each_worker(spec: str) -> None:
     assert all(same(results[0][0], parameters) for parameters, _ in results)
     n = sum(p.numel() for p in results[0][0])
     half = -(-n // 2)
-    for _, report in results:  # each rank sends its half to its peer in the other worker
-        assert report.sent_bytes == 4 * (4 * half if spec == "none" else commpress.parse(spec).nbytes(half))
+    for _, report in results:  # each rank sends its half to its peer in the other worker, and shares the result inside
+        assert report.roles["parameters"]["sent_bytes"] == 4 * 4 * half
+        assert report.roles["outer"]["sent_bytes"] == 4 * (
+            4 * half if spec == "none" else commpress.parse(spec).nbytes(half)
+        )
 
 
 def workers_of_shards() -> tuple[list[Tensor], list[Tensor]]:

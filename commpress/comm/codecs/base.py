@@ -18,6 +18,8 @@ Bytes = npt.NDArray[np.uint8]
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_FLOATS: Floats = np.empty(0, np.float32)
+WARM_UP_VALUES = 3000
+"""Enough for full blocks and a tail of every codec."""
 
 
 class Codec(ABC):
@@ -161,6 +163,17 @@ class Codec(ABC):
         for r in range(1, count):
             mean += self.define_decode(payloads[r * size : (r + 1) * size], n) * share
         return mean
+
+
+def warm_up(codec: Codec, device: torch.device) -> None:
+    """Compile a codec's loops now, not in the middle of the first step."""
+    x = torch.linspace(-1, 1, WARM_UP_VALUES, device=device)
+    residual = torch.zeros_like(x)
+    payload = codec.encode(x)
+    codec.encode(x, residual)
+    codec.recode(payload.repeat(2), WARM_UP_VALUES, 2, residual)
+    codec.recode(payload.repeat(2), WARM_UP_VALUES, 2)
+    codec.mean(payload.repeat(2), WARM_UP_VALUES, 2)
 
 
 def padded(nbytes: int) -> int:

@@ -93,6 +93,16 @@ class Wire:
         )
 
 
+def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A new group of the same ranks and timeout. Collective over those ranks only."""
+    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    ranks = dist.get_process_group_ranks(group)
+    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="commpress")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def tree_children(rank: int, source: int, world_size: int) -> int:
     """How many ranks this one sends to in Gloo's binomial tree."""
     place = (rank - source) % world_size
