@@ -4,6 +4,7 @@ Prints a line of JSON on each rank: {way: [bytes by the report, bytes by the ker
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -63,5 +64,5 @@ model = GPT(Shape(3, 192, 4, 32))
 reports = []
 kernel = counted(lambda: reports.extend(commpress.broadcast_parameters(model, "int8") for _ in range(3)))
 found["broadcast"] = [reports[-1].sent_bytes, kernel]
-print(json.dumps(found), flush=True)
+os.write(1, f"{json.dumps(found)}\n".encode())  # one write a rank: all have one pipe
 dist.destroy_process_group()
