@@ -100,6 +100,8 @@ def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     ranks = dist.get_process_group_ranks(group)
     group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="commpress")
     assert isinstance(group, dist.ProcessGroup)
+    # a rank that fails at once closes its connections, while others may still be making theirs
+    dist.barrier(group=group)
     return group
 
 
