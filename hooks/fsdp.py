@@ -15,7 +15,7 @@ From what torch keeps private come that process group, the parameters that trave
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from commpress.comm.exchange.reduce_scatter import Op
 from commpress.comm.feedback import Segments
 from commpress.comm.session import GradScaler
 from commpress.comm.shards import Pending, ShardedSession, Shards, agree, plans
+from commpress.comm.survivors import Survivors
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
 
@@ -85,8 +86,16 @@ def attach(
         if unit.replica_group is not None:
             unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit))
     first = held[0]
+
+    def survivors(masks: Mapping[str, Tensor]) -> list[Survivors]:
+        _require_fit(masks, held)
+        return [_of_shards(who, held, masks) for who in shards] + [_of_replicas(who, held, masks) for who in replicas]
+
     session = ShardedSession(
-        [*shards.values(), *replicas.values()], plan[0], plan[1], first.rank, first.world_size, described, grad_scaler
+        *([*shards.values(), *replicas.values()], plan[0], plan[1], first.rank, first.world_size, described),
+        grad_scaler=grad_scaler,
+        survivors=survivors,
+        groups=[*inner.values(), *outer.values()],
     )
     _watch(model, session)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()})
@@ -126,6 +135,25 @@ class Unit:
         """What wants gradients now: names, and how many values of each a rank has, padding included."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
         return tuple((name, p.padded_sharded_param_size.numel()) for name, p in named if p.sharded_param.requires_grad)
+
+    def gathered(self) -> Segments:
+        """The parts of what FSDP gathers, as `full` has them: all parameters, trained or not."""
+        named = zip(self.names, self.group.fsdp_params, strict=True)
+        parts = tuple((name, p.padded_sharded_param_size.numel()) for name, p in named)
+        return self.full(parts, dist.get_world_size(self.shard_groups[0]))
+
+    def chunks(self, name: str, mask: Tensor) -> list[Tensor]:
+        """The mask of each rank's shard of a parameter: bool [n], padding included."""
+        p = self.group.fsdp_params[self.names.index(name)]
+        dim, size = p.fsdp_placement.dim, p.padded_sharded_param_size
+        parts = mask.split(size[dim], dim)
+        chunks = []
+        for rank in range(dist.get_world_size(self.shard_groups[0])):
+            chunk = torch.zeros(size, dtype=torch.bool, device=mask.device)
+            if rank < len(parts):
+                chunk.narrow(dim, 0, parts[rank].size(dim)).copy_(parts[rank])
+            chunks.append(chunk.flatten())
+        return chunks
 
     def follow(self) -> None:
         """Note which parameters get a gradient: FSDP reduces those alone, and does not say which they are."""
@@ -228,7 +256,10 @@ class Gather:
         """Gather `input_tensor` ([m]) into `output_tensor` ([W * m])."""
         who = ranks(group)
         again = "" if who == ranks(self._unit.shard_groups[0]) else AGAIN
-        work = self._shards[who].all_gather(input_tensor, output_tensor, self._unit.index, again)
+        segments = () if again else self._unit.gathered()
+        if sum(n for _, n in segments) != output_tensor.numel():
+            segments = ()  # of mixed dtypes, as bytes
+        work = self._shards[who].all_gather(input_tensor, output_tensor, self._unit.index, again, segments)
         if async_op or output_tensor.device.type == "cpu":
             return work
         work.wait()
@@ -273,6 +304,41 @@ class Replicas(dist.ProcessGroup):
         (x,) = tensors
         parts, reason = self._unit.reduced(x.numel(), ends=True)
         return self._shards.all_reduce(x, parts, self._unit.index, opts.reduceOp, reason)
+
+
+def _require_fit(masks: Mapping[str, Tensor], held: list[Unit]) -> None:
+    """Raises ValueError for a mask of no parameter, or of another shape."""
+    shapes = {name: p._orig_size for unit in held for name, p in zip(unit.names, unit.group.fsdp_params, strict=True)}
+    for name, mask in masks.items():
+        if (shape := shapes.get(name)) != mask.shape:
+            expected = "no such parameter" if shape is None else tuple(shape)
+            raise ValueError(f"mask of {name!r}: shape {tuple(mask.shape)}, the model has {expected}")
+
+
+def _of_shards(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> Survivors:
+    """What masks keep of the traffic among the ranks `who`, which share parameters: a part a rank, all of one length."""
+    parts: dict[str, Tensor] = {}
+    together = []
+    for unit in held:
+        for name in unit.names if ranks(unit.shard_groups[0]) == who else ():
+            if name in masks:
+                own = {f"{name}[{r}]": chunk for r, chunk in enumerate(unit.chunks(name, masks[name]))}
+                parts |= own
+                together.append(list(own))
+    return Survivors(parts, together)
+
+
+def _of_replicas(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> Survivors:
+    """What masks keep of the traffic among the ranks `who`, which own the same shard."""
+    return Survivors(
+        {
+            name: unit.chunks(name, masks[name])[dist.get_rank(unit.shard_groups[0])]
+            for unit in held
+            if unit.replica_group is not None and ranks(unit.replica_group) == who
+            for name in unit.names
+            if name in masks
+        }
+    )
 
 
 def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer | None) -> Exception | None:

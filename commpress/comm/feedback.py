@@ -17,10 +17,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-
-Segments = tuple[tuple[str, int], ...]
-"""The parameters of a bucket in order: (name, number of values)."""
-
+from commpress.comm.survivors import Segments, Survivors
 
 KEPT = ("residual", "second", "momentum")
 """The tensors of a memory."""
@@ -28,7 +25,7 @@ KEPT = ("residual", "second", "momentum")
 
 @dataclass
 class Memory:
-    """What is kept from step to step for one bucket of n values."""
+    """What is kept from step to step for one bucket of which n values travel."""
 
     residual: Tensor | None = None
     """What the first encoding missed: float32 [n]; None without feedback."""
@@ -40,6 +37,8 @@ class Memory:
     """The momentum of this rank's gradients: float32 [n]; None without momentum correction."""
     whole: bool = True
     """Whether it is the one that holds all of its parameters; not if another layout took some over."""
+    places: Tensor | None = None
+    """Where these values lie in the bucket: int32 [n]; None if all of it travels."""
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def encode(self, codec: Codec, x: Tensor, part: slice, out: Tensor) -> None:
@@ -84,6 +83,7 @@ class Feedback:
         self.memories: dict[Segments, Memory] = {}
         self.homes: dict[str, Segments] = {}
         """The layout in which each parameter's residual stands now."""
+        self.survivors = Survivors()
 
     def memory(
         self,
@@ -102,7 +102,8 @@ class Feedback:
         found = self.memories.get(segments)
         if found is None or not found.whole:
             found = self._take_over(segments, device)
-        n = sum(n for _, n in segments)
+        found.places = self.survivors.places(segments)
+        n = self.survivors.total(segments)
         if feedback and found.residual is None:
             found.residual = torch.zeros(n, dtype=torch.float32, device=device)
         if (
@@ -123,14 +124,16 @@ class Feedback:
         """A new memory that holds what other layouts keep for these parameters; layouts that hold no more are dropped."""
         created, places, at = Memory(), {}, 0
         for name, n in segments:
-            places[name] = slice(at, at + n)
-            at += n
+            travel = self.survivors.count(name, n)
+            places[name] = slice(at, at + travel)
+            at += travel
         homes = {name: self.homes.pop(name) for name in places if name in self.homes}
         for old in dict.fromkeys(homes.values()):
             memory, start = self.memories[old], 0
             memory.whole = False
             memory.fold(self.world_size)
-            for name, n in old:
+            for name, whole in old:
+                n = self.survivors.count(name, whole)
                 if homes.get(name) == old:
                     for kind in ("residual", "momentum"):
                         if (source := getattr(memory, kind)) is None:
@@ -145,6 +148,17 @@ class Feedback:
         self.memories[segments] = created
         self.homes.update((name, segments) for name, _ in segments)
         return created
+
+    def keep(self, survivors: Survivors) -> None:
+        """From now on these travel: what is remembered of others is dropped, and new ones start at 0."""
+        for segments, memory in self.memories.items():
+            memory.fold(self.world_size)
+            memory.second = None
+            memory.buffers.clear()
+            for name in ("residual", "momentum"):
+                if (values := getattr(memory, name)) is not None:
+                    setattr(memory, name, survivors.repacked(values, segments, self.survivors))
+        self.survivors = survivors
 
     def undo(self) -> None:
         """Take back the last exchange: its mean was not used."""
@@ -170,7 +184,7 @@ class Feedback:
         ]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]], device: torch.device) -> None:
-        """Restore what `state_dict` saved."""
+        """Restore what `state_dict` saved. Raises ValueError if the masks were others."""
         self.memories.clear()
         self.homes.clear()
         for saved in state:
@@ -179,6 +193,12 @@ class Feedback:
             for name in KEPT:
                 if saved[name] is not None:
                     setattr(memory, name, saved[name].to(device).clone())
+            travel, kept = self.survivors.total(segments), memory.residual
+            if kept is not None and kept.numel() != travel:
+                raise ValueError(
+                    f"cannot restore: feedback was saved for {kept.numel()} values of {segments[0][0]!r} and others, now "
+                    f"{travel} travel; restore the masks before"
+                )
             for name, _ in segments:
                 if name in self.homes:
                     self.memories[self.homes[name]].whole = False

@@ -33,6 +33,7 @@ class Row:
     exchange: str
     reason: str
     role: str = "gradients"
+    phase: str = ""
     steps: int = 0
     dense_bytes: int = 0
     sent_bytes: int = 0
@@ -80,6 +81,21 @@ class Report:
             if (mine := [row for row in self.rows if row.role == role])
         }
 
+    @property
+    def phases(self) -> dict[str, dict[str, int]]:
+        """`steps` and the bytes of each phase of a recipe, in order; empty without one."""
+        found: dict[str, dict[str, int]] = {}
+        for row in self.rows if any(row.phase for row in self.rows) else ():
+            sums = found.setdefault(row.phase, {"steps": 0, **dict.fromkeys(BYTES, 0)})
+            sums |= {key: sums[key] + getattr(row, key) for key in BYTES}
+        for phase, sums in found.items():
+            taken: dict[tuple[int, str], int] = {}  # a bucket may be treated in several ways in turn
+            for row in self.rows:
+                if row.phase == phase:
+                    taken[row.bucket, row.role] = taken.get((row.bucket, row.role), 0) + row.steps
+            sums["steps"] = max(taken.values())
+        return found
+
     @classmethod
     def together(cls, *reports: "Report") -> "Report":
         """One report of several sessions on this rank, such as a DDP session and an outer one.
@@ -103,7 +119,7 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """All of it as plain numbers, strings, lists and dicts."""
-        return {**asdict(self), "ratio": self.ratio, "roles": self.roles}
+        return {**asdict(self), "ratio": self.ratio, "roles": self.roles, "phases": self.phases}
 
     def write_json(self, path: str | Path) -> None:
         """Write `to_dict()` to a file."""
@@ -122,6 +138,7 @@ class Report:
             mb = (f"{b / 1e6 / max(row.steps, 1):.3f}" for b in (row.dense_bytes, row.sent_bytes))
             ms = (f"{row.seconds[p] * 1e3 / max(row.steps, 1):.2f}" for p in PHASES)
             name = str(row.bucket) if len(roles) == 1 else f"{row.role} {row.bucket}"
+            name += f", {row.phase}" if row.phase else ""
             name += f" ({row.steps} steps)" if row.steps != self.steps else ""
             table.add_row(name, f"{row.values:,}", *mb, ratio, *ms, row.how)
         table.add_section()
@@ -129,6 +146,10 @@ class Report:
             mb = (f"{of[key] / 1e6 / each:.3f}" for key in ("dense_bytes", "sent_bytes"))
             ratio = f"{of['dense_bytes'] / of['sent_bytes']:.1f}" if of["sent_bytes"] else "-"
             table.add_row(f"all {role}", "", *mb, ratio, "", "", "", "")
+        for phase, of in self.phases.items():
+            mb = (f"{of[key] / 1e6 / max(of['steps'], 1):.3f}" for key in ("dense_bytes", "sent_bytes"))
+            ratio = f"{of['dense_bytes'] / of['sent_bytes']:.1f}" if of["sent_bytes"] else "-"
+            table.add_row(f"all {phase} ({of['steps']} steps)", "", *mb, ratio, "", "", "", "")
         mb = (f"{b / 1e6 / each:.3f}" for b in (self.dense_bytes, self.sent_bytes))
         ms = (f"{self.seconds[p] * 1e3 / each:.2f}" for p in PHASES)
         after, hidden = (self.seconds[k] * 1e3 / each for k in ("exposed", "hidden"))
@@ -146,6 +167,8 @@ class Meter:
         self.steps = 0
         self.exposed = 0.0
         self.hidden = 0.0
+        self.phase = ""
+        """What is going on with the model: the rows of each phase are kept apart."""
         self.timeline: Timeline | None = None
         """Where spans are kept, while somebody wants them."""
 
@@ -158,9 +181,9 @@ class Meter:
         self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str, role: str = "gradients"
     ) -> Row:
         """The row of a bucket; a bucket that was laid out anew, or is treated anew, gets a new one."""
-        key = (bucket, values, dtype, spec, exchange, reason, role)
+        key = (bucket, values, dtype, spec, exchange, reason, role, self.phase)
         if key not in self.rows:
-            self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason, role)
+            self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason, role, self.phase)
         return self.rows[key]
 
     def by_itself(self, bucket: int, values: int, dtype: str, exchange: str, reason: str, role: str, sent: int) -> None:

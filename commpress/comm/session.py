@@ -7,7 +7,7 @@ It knows no framework. `submit` takes a flat gradient and the names and sizes of
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -21,13 +21,15 @@ from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.base import warm_up
 from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire, alone, skip_together, stay
+from commpress.comm.exchange.packed import packed
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes, sibling
 from commpress.comm.feedback import Feedback, Memory, Segments
 from commpress.comm.meter import Meter, Report
-from commpress.comm.plan import Choice, Plan, Treatment
+from commpress.comm.plan import DENSE, Choice, Plan, Treatment
 from commpress.comm.resize import resized
 from commpress.comm.sequencer import Job, Sequencer, promise
+from commpress.comm.survivors import Survivors, in_memory_order, require_same
 from commpress.comm.timeline import Span, Timeline
 
 STATE_VERSION = 2
@@ -55,6 +57,9 @@ class Beside(Protocol):
 
 class Behind(Protocol):
     """What a session asks of an optimizer that is compressed behind its preconditioner (`commpress.optim`)."""
+
+    may_be_masked: bool
+    """Whether a part of a parameter may be left out of the exchange."""
 
     @property
     def awaits_step(self) -> bool:
@@ -132,6 +137,7 @@ class Session:
         self._restored: list[Segments] = []
         self._held: list[Held] = []
         self._starts_step = True
+        self._looks = False
         self._step = 0
         self._backward_started: float | None = None
         if self.world_size > 1:
@@ -175,6 +181,30 @@ class Session:
             self._start(bucket, segments, index, last, finished, treatment, dense_steps)
         self._step += last
         return future.then(_result)  # no collective hangs on it: it only raises what the exchange raised
+
+    def keep(self, masks: Mapping[str, Tensor]) -> None:
+        """From the next step on only what these masks keep travels, without indices; elsewhere the mean is 0. Collective.
+
+        `masks` are bool, of the parameters' shapes and strides, by name; a parameter without one travels whole. Feedback of
+        what they prune is dropped. Call it between steps, and before `load_state_dict`. Raises ValueError on all ranks if
+        the ranks' masks differ or one does not fit, or for an optimizer that keeps a momentum of what travels.
+        """
+        refusal = None
+        if self._optimizer is not None and not self._optimizer.may_be_masked:
+            refusal = f"{type(self._optimizer).__name__} keeps the momentum of all values: expected SGD for masks"
+        for name, mask in masks.items():
+            if (n := self._parameters.get(name)) != mask.numel():
+                refusal = f"mask of {name!r}: {mask.numel()} values, the session has {n or 'no such parameter'}"
+        require_same(masks, self._group, self.device, refusal)
+        self._feedback.keep(Survivors({name: in_memory_order(mask) for name, mask in masks.items()}))
+
+    def look(self, on: bool) -> None:
+        """While on, the exact mean of all values travels, also of those that masks prune: to see which shall grow again."""
+        self._looks = on
+
+    def phase(self, name: str) -> None:
+        """What the report's rows are called by from now on."""
+        self.meter.phase = name
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
@@ -287,13 +317,20 @@ class Session:
         treatment: Treatment | None = None,
         dense_steps: int = 1,
     ) -> None:
-        n, W = bucket.numel(), self.world_size
+        W = self.world_size
         treatment = treatment or Treatment(self.plan.codec)
         if self._optimizer is not None:
             treatment = self._optimizer.treat(segments, self.plan.codec)
+        if self._looks:
+            treatment = Treatment(DENSE, "all values are looked at")
+        n = bucket.numel() if self._looks else self._feedback.survivors.total(segments)
+        if n == 0:
+            treatment = Treatment(None, "nothing is left of it")
         choice = self.plan.choose(n, bucket.element_size(), W, treatment)
         dtype = str(bucket.dtype).removeprefix("torch.")
-        row = self.meter.row(index, n, dtype, str(choice.codec), choice.exchange, choice.reason, self._role)
+        row = self.meter.row(
+            index, bucket.numel(), dtype, str(choice.codec), choice.exchange, choice.reason, self._role
+        )
         chunk = None
         if choice.exchange == "two_shot":
             cuts = chunk_bounds(n, W, choice.codec.granularity)
@@ -312,12 +349,18 @@ class Session:
     def _exchange(self, bucket: Tensor, choice: Choice, treatment: Treatment, memory: Memory) -> Iterator[Transfer]:
         # an exact mean of gradients does not send along what is remembered of momenta
         used = Memory() if treatment.reason and treatment.prepare is None else memory
+        travels, places = bucket, None if self._looks else memory.places
+        if places is not None and (treatment.codec is not None or not places.numel()):
+            nbytes = places.numel() * bucket.element_size()
+            travels = memory.buffer("survivors", nbytes, self.device).view(bucket.dtype)
         if treatment.codec is None:
-            exchange = stay() if self._scaler is None or self.world_size == 1 else skip_together(bucket, self._wire)
+            exchange = stay() if self._scaler is None or self.world_size == 1 else skip_together(travels, self._wire)
         elif self.world_size == 1:
-            exchange = alone(bucket, used)
+            exchange = alone(travels, used)
         else:
-            exchange = EXCHANGES[choice.exchange](bucket, choice.codec, used, self._wire, next(self._tags))
+            exchange = EXCHANGES[choice.exchange](travels, choice.codec, used, self._wire, next(self._tags))
+        if places is not None and travels is not bucket:
+            exchange = packed(bucket, places, travels, exchange)
         if self._optimizer is None and treatment.prepare is None:
             return exchange
         return _prepared(treatment, bucket, memory, self._scaler is not None, exchange)

@@ -14,7 +14,7 @@ copy of the model. Where that is too much, leave it out (`error_feedback=False`)
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -29,6 +29,7 @@ from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire
 from commpress.comm.exchange.gather import gather, native_gather
+from commpress.comm.exchange.packed import packed
 from commpress.comm.exchange.reduce_scatter import Op, native_bytes, native_reduce_scatter, over_mean, reduce_scatter
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes, sibling
@@ -37,10 +38,14 @@ from commpress.comm.meter import Meter, Report
 from commpress.comm.plan import Choice, Plan, Treatment
 from commpress.comm.sequencer import Job, Sequencer, promise
 from commpress.comm.session import GradScaler
+from commpress.comm.survivors import Survivors, require_same
 from commpress.comm.timeline import Timeline
 
 STATE_VERSION = 1
 MEAN = dist.ReduceOp.AVG
+ALIGNED = 64
+"""Bytes: what stands in one buffer starts at multiples of it."""
+LOOKED_AT = "all values are looked at"
 
 
 class Shards:
@@ -55,6 +60,8 @@ class Shards:
         self.device = device
         self.gradients, self.parameters = gradients, parameters
         self.feedback = Feedback(self.world_size)
+        self.looks = False
+        """Whether gradients travel exactly, and those that masks prune with them."""
         self.meter = Meter()
         self._tags = itertools.count(0, TAGS_PER_BUCKET)
         self._reductions: dict[int, int] = {}
@@ -75,33 +82,54 @@ class Shards:
         Both contiguous, of one float dtype. `segments` names the parts of `full`: feedback belongs to the names.
         Raises ValueError if the sizes do not fit.
         """
-        choice = self._choose(self.gradients, full, out, reason)
-        if self.world_size == 1:
-            exchange, buffer = _alone(full, out, over_mean(op, 1)), None
+        W = self.world_size
+        places = None if self.looks else self.feedback.survivors.places(segments)
+        m = out.numel() if places is None else places.numel() // W
+        choice = self._choose(self.gradients, full, out, reason or (LOOKED_AT if self.looks else ""), m)
+        payloads = (2 * W - 1) * choice.codec.nbytes(m) if choice.codec.lossy else 0
+        buffer, all_kept, kept, payload = self._room(places, full, m, payloads)
+        source, target = (full, out) if places is None else (all_kept, kept)
+        if W == 1:
+            exchange = _alone(source, target, over_mean(op, 1))
         elif choice.codec.lossy:
             memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-            buffer = self._take((2 * self.world_size - 1) * choice.codec.nbytes(out.numel()))
             tag = next(self._tags)
-            exchange = reduce_scatter(full, out, op, choice.codec, memory, buffer, self._wire, tag)
+            exchange = reduce_scatter(source, target, op, choice.codec, memory, payload, self._wire, tag)
         else:
-            exchange, buffer = native_reduce_scatter(full, out, op, self._wire), None
-        dense = native_bytes(out, self.world_size)
+            exchange = native_reduce_scatter(source, target, op, self._wire)
+        if places is not None:
+            own = self.feedback.survivors.places(segments[self.rank * len(segments) // W :][: len(segments) // W])
+            assert own is not None
+            exchange = packed(full, places, all_kept, exchange, (out, own, kept))
+        dense = native_bytes(out, W)
         return self._start("gradients", "reduce_scatter", choice, full, out, index, dense, exchange, buffer)
 
-    def all_gather(self, shard: Tensor, out: Tensor, index: int, reason: str = "") -> "Pending":
+    def all_gather(
+        self, shard: Tensor, out: Tensor, index: int, reason: str = "", segments: Segments = ()
+    ) -> "Pending":
         """Fill `out` ([W * m]) with the ranks' `shard` ([m], which may be this rank's part of `out`).
 
-        Both contiguous, of one dtype; one that is not a float is not compressed. Raises ValueError if the sizes do not fit.
+        Both contiguous, of one dtype; one that is not a float is not compressed. `segments` names the parts of `out`, for
+        masks. Raises ValueError if the sizes do not fit.
         """
-        choice = self._choose(self.parameters, out, shard, reason)
-        if self.world_size == 1:
-            exchange, buffer = _alone(shard, out, 1.0), None
+        W = self.world_size
+        places = self.feedback.survivors.places(segments)
+        m = shard.numel() if places is None else places.numel() // W
+        choice = self._choose(self.parameters, out, shard, reason, m)
+        payloads = W * choice.codec.nbytes(m) if choice.codec.lossy else 0
+        buffer, all_kept, kept, payload = self._room(places, out, m, payloads)
+        source, target = (shard, out) if places is None else (kept, all_kept)
+        if W == 1:
+            exchange = _alone(source, target, 1.0)
         elif choice.codec.lossy:
-            buffer = self._take(self.world_size * choice.codec.nbytes(shard.numel()))
-            exchange = gather(shard, out, choice.codec, buffer, self._wire, next(self._tags))
+            exchange = gather(source, target, choice.codec, payload, self._wire, next(self._tags))
         else:
-            exchange, buffer = native_gather(shard, out, self._wire), None
-        dense = (self.world_size - 1) * shard.nbytes
+            exchange = native_gather(source, target, self._wire)
+        if places is not None:
+            own = self.feedback.survivors.places(segments[self.rank * len(segments) // W :][: len(segments) // W])
+            assert own is not None
+            exchange = packed(shard, own, kept, exchange, (out, places, all_kept))
+        dense = (W - 1) * shard.nbytes
         return self._start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
 
     def all_reduce(self, x: Tensor, segments: Segments, index: int, op: Op = MEAN, reason: str = "") -> "Pending":
@@ -109,34 +137,54 @@ class Shards:
 
         For groups that hold replicas of shards. `segments` names the parts of `x`.
         """
-        choice = self.gradients.choose(x.numel(), x.element_size(), self.world_size, self._treatment(x, reason))
+        places = None if self.looks else self.feedback.survivors.places(segments)
+        n = x.numel() if places is None else places.numel()
+        treatment = self._treatment(x, reason or (LOOKED_AT if self.looks else ""))
+        choice = self.gradients.choose(n, x.element_size(), self.world_size, treatment)
+        buffer, _, kept, _ = self._room(places, x, n, 0)
+        travels = x if places is None else kept
         if self.world_size == 1:
-            exchange = _alone(x, x, over_mean(op, 1))
+            exchange = _alone(travels, travels, over_mean(op, 1))
         elif choice.codec.lossy:
             chunk = None
             if choice.exchange == "two_shot":
-                cuts = chunk_bounds(x.numel(), self.world_size, choice.codec.granularity)
+                cuts = chunk_bounds(n, self.world_size, choice.codec.granularity)
                 chunk = (cuts[self.rank], cuts[self.rank + 1])
             memory = self.feedback.memory(segments, choice.feedback, chunk, self.device)
-            mean = EXCHANGES[choice.exchange](x, choice.codec, memory, self._wire, next(self._tags))
-            exchange = _times(mean, x, over_mean(op, self.world_size))
+            mean = EXCHANGES[choice.exchange](travels, choice.codec, memory, self._wire, next(self._tags))
+            exchange = _times(mean, travels, over_mean(op, self.world_size))
         else:
-            exchange = _native_all_reduce(x, op, self._wire)
+            exchange = _native_all_reduce(travels, op, self._wire)
+        if places is not None:
+            exchange = packed(x, places, kept, exchange)
         dense = ring_bytes(x.nbytes, self.world_size)
-        return self._start("gradients", choice.exchange, choice, x, x, index, dense, exchange, None)
+        return self._start("gradients", choice.exchange, choice, x, x, index, dense, exchange, buffer)
 
     def report(self, spec: str, rank: int, world_size: int) -> Report:
         """Bytes and seconds so far. `exposed` is what training waited for, `hidden` what ran beside it."""
         self.meter.exposed, self.meter.hidden = self._exposed, max(0.0, self._busy - self._exposed)
         return self.meter.report(spec, rank, world_size)
 
-    def _choose(self, plan: Plan, full: Tensor, part: Tensor, reason: str) -> Choice:
+    def _choose(self, plan: Plan, full: Tensor, part: Tensor, reason: str, travel: int) -> Choice:
         n, W = part.numel(), self.world_size
         if full.numel() != W * n or full.dtype != part.dtype:
             raise ValueError(
                 f"{full.numel()} values of {full.dtype} do not make {W} chunks of {n} of {part.dtype}, one a rank"
             )
-        return plan.choose(n, part.element_size(), W, self._treatment(part, reason, plan))
+        return plan.choose(travel, part.element_size(), W, self._treatment(part, reason, plan))
+
+    def _room(
+        self, places: Tensor | None, full: Tensor, m: int, payloads: int
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """A buffer, and in it room for what masks keep of W chunks and of one, and for payloads."""
+        each = m * full.element_size() if places is not None else 0
+        cuts = [0, -(-self.world_size * each // ALIGNED) * ALIGNED]
+        cuts += [cuts[1] + -(-each // ALIGNED) * ALIGNED]
+        if not cuts[2] and not payloads:
+            return None, full, full, full
+        buffer = self._take(cuts[2] + payloads)
+        kept = buffer[cuts[1] : cuts[1] + each].view(full.dtype)
+        return buffer, buffer[: self.world_size * each].view(full.dtype), kept, buffer[cuts[2] :]
 
     def _treatment(self, x: Tensor, reason: str, plan: Plan | None = None) -> Treatment:
         if not reason and x.dtype not in FLOAT_DTYPES:
@@ -224,7 +272,8 @@ class ShardedSession:
     """What `commpress.attach` returns for sharded models: report and state over one or two groups of ranks.
 
     `shards` is the traffic among the ranks that share the parameters, `replicas` that among the owners of the same shard, if
-    there are any; `rank` and `world_size` are those of all ranks together. `parameters` is what they agreed on, in words.
+    there are any; `rank` and `world_size` are those of all ranks together. `holds` is what they agreed on, in words.
+    `survivors` makes of masks by parameter what each of `shards` needs to know.
     """
 
     def __init__(
@@ -236,12 +285,45 @@ class ShardedSession:
         world_size: int,
         holds: str,
         grad_scaler: GradScaler | None = None,
+        survivors: Callable[[Mapping[str, Tensor]], list[Survivors]] | None = None,
+        groups: Sequence[dist.ProcessGroup] = (),
     ) -> None:
         self.shards = tuple(shards)
+        self._survivors, self._groups = survivors, tuple(groups)
         self.gradients, self.parameters = gradients, parameters
         self.rank, self.world_size = rank, world_size
         self._holds = holds
         self._scaler, self._scale = grad_scaler, 1.0
+
+    def keep(self, masks: Mapping[str, Tensor]) -> None:
+        """From the next step on only what these masks keep travels, gradients and parameters, without indices. Collective.
+
+        `masks` are bool, of the whole parameters' shapes, by name, the same on all ranks; a parameter without one travels
+        whole. Elsewhere gradients and gathered parameters are 0. Feedback of what they prune is dropped. Call it between
+        steps, and before `load_state_dict`. Raises ValueError on all ranks if the ranks' masks differ or one does not fit,
+        TypeError if this kind of sharding takes none.
+        """
+        if self._survivors is None:
+            raise TypeError("masks: expected DistributedDataParallel or a model that fully_shard took")
+        refusal, survivors = None, []
+        try:
+            survivors = self._survivors(masks)
+        except ValueError as error:
+            refusal = str(error)
+        for group in self._groups:
+            require_same(masks, group, self.shards[0].device, refusal)
+        for shards, those in zip(self.shards, survivors, strict=True):
+            shards.feedback.keep(those)
+
+    def look(self, on: bool) -> None:
+        """While on, exact gradients of all values travel, also of those that masks prune: to see which shall grow again."""
+        for shards in self.shards:
+            shards.looks = on
+
+    def phase(self, name: str) -> None:
+        """What the report's rows are called by from now on."""
+        for shards in self.shards:
+            shards.meter.phase = name
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""

@@ -212,11 +212,15 @@ class FrozenAdamW(CompressedOptimizer):
             return
         if memory.residual is not None:
             memory.fold(self._world_size)
-            for (name, _), part, state in zip(
-                segments, memory.residual.split([n for _, n in segments]), states, strict=True
-            ):
-                if not state["settled"]:
-                    part.mul_(loops.flat(state["inverse"])[0]).mul_(1 - self._places[name][1]["betas"][0])
+            factors = torch.cat(
+                [
+                    torch.ones(n, device=memory.residual.device)
+                    if state["settled"]
+                    else loops.flat(state["inverse"])[0] * (1 - self._places[name][1]["betas"][0])
+                    for (name, n), state in zip(segments, states, strict=True)
+                ]
+            )
+            memory.residual.mul_(factors if memory.places is None else factors[memory.places])
         self._settling += states  # a step that is skipped leaves them as they were
 
     def blend(self, bucket: Tensor, segments: Segments) -> None:

@@ -22,6 +22,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
     `takes_means`, of their gradients), or, in a local step, this rank's own gradient.
     """
 
+    may_be_masked = True
+    """Whether a part of a parameter may be left out of the exchange."""
+
     def __init__(self, params: Parameters, defaults: dict[str, Any], max_norm: float | None) -> None:
         if max_norm is not None:
             within("max_norm", max_norm, 0)

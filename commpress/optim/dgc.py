@@ -33,6 +33,8 @@ class DGC(CompressedOptimizer):
     backward is over. Raises ValueError for a setting out of range.
     """
 
+    may_be_masked = False  # factor masking clears its momenta where values were sent
+
     def __init__(
         self,
         params: Parameters,

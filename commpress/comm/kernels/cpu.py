@@ -581,6 +581,27 @@ def int2_recode(pf, pu, W, row, residual, qf, qu, n):
         _int2_write(a, t, lanes, m, b, blocks, plane, rb, qf, qu)
 
 
+# --- survivors of masks -------------------------------------------------------------------------------------------
+
+
+@loop
+def pack(x, places, out):
+    """out[i] <- x[places[i]], 0 where the place is negative; integers of any width, the bits of the values."""
+    for i in range(places.size):
+        p = places[i]
+        out[i] = x[p] if p >= 0 else 0
+
+
+@loop
+def unpack(packed, places, out):
+    """out <- 0, out[places[i]] <- packed[i] where the place is not negative."""
+    out[:] = 0
+    for i in range(places.size):
+        p = places[i]
+        if p >= 0:
+            out[p] = packed[i]
+
+
 # --- top-k -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,32 @@
+"""packed: an exchange of what masks keep of a bucket. Any codec, no indices.
+
+    rank 0   [a0 . . b0] -> [a0 b0]  \\
+    rank 1   [a1 . . b1] -> [a1 b1]   > exchange -> [A B] -> [A 0 0 B]        the mean; 0 where nothing is kept
+    rank 2   [a2 . . b2] -> [a2 b2]  /
+
+Each rank sends what the exchange sends of the kept values alone.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from commpress.comm.exchange.wire import Transfer
+from commpress.comm.survivors import pack, unpack
+
+
+def packed(
+    x: Tensor,
+    places: Tensor,
+    kept: Tensor,
+    exchange: Iterator[Transfer],
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Iterator[Transfer]:
+    """`exchange` works on `kept` ([k]): before it that is filled from `x` ([n]) at `places` ([k]), behind it spread out again.
+
+    `out` is (result, places, kept) where that is not the same memory.
+    """
+    pack(x, places, kept)
+    yield from exchange
+    result, back, values = (x, places, kept) if out is None else out
+    unpack(values, back, result)

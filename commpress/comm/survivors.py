@@ -1,0 +1,129 @@
+"""Pruned values do not travel: where those lie that masks keep.
+
+    bucket    [a . . b | c . d .]        .: pruned, the same on all ranks
+    packed    [a b c d]                  what travels, at the places 0 3 4 6; the places do not
+
+All ranks have the same masks (they are compared by hash), so nobody needs to be told where a value belongs.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.agreement import require_agreement
+from commpress.comm.kernels import cpu
+
+Segments = tuple[tuple[str, int], ...]
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Survivors:
+    """Where what travels lies in each parameter. `masks` are bool [n], by name, in the order in which buckets hold them.
+
+    A parameter without a mask travels whole. Chunks of one parameter that must be of one length (`chunks`: its names, one a
+    rank) are filled up with zeros to the longest.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None, chunks: list[list[str]] | None = None) -> None:
+        self._in: dict[str, Tensor] = {}
+        self._of: dict[Segments, Tensor | None] = {}
+        for name, mask in (masks or {}).items():
+            self._in[name] = mask.flatten().nonzero().flatten().to(torch.int32)
+        for names in chunks or ():
+            longest = max(self._in[name].numel() for name in names)
+            for name in names:
+                short = longest - self._in[name].numel()
+                self._in[name] = torch.nn.functional.pad(self._in[name], (0, short), value=-1)  # no place: a zero
+        for places in list(self._in.values())[:1]:  # compiles the loops now, not in the middle of a step
+            one = torch.zeros(1, device=places.device)
+            pack(one, torch.zeros(1, dtype=torch.int32, device=places.device), one.clone())
+            unpack(one, torch.zeros(1, dtype=torch.int32, device=places.device), one.clone())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._in
+
+    def count(self, name: str, n: int) -> int:
+        """How many values travel for a parameter of `n`."""
+        return self._in[name].numel() if name in self._in else n
+
+    def total(self, segments: Segments) -> int:
+        """How many travel for a bucket."""
+        return sum(self.count(name, n) for name, n in segments)
+
+    def places(self, segments: Segments) -> Tensor | None:
+        """Where they lie in a bucket of these parameters: int32 [k], -1 for a filling zero; None if all values travel."""
+        if not any(name in self._in for name, _ in segments):
+            return None
+        if segments not in self._of:
+            parts, at = [], 0
+            for name, n in segments:
+                inside = self._in.get(name)
+                if inside is None:
+                    device = next(iter(self._in.values())).device
+                    parts.append(torch.arange(at, at + n, dtype=torch.int32, device=device))
+                else:
+                    parts.append(torch.where(inside < 0, inside, inside + at))
+                at += n
+            self._of[segments] = torch.cat(parts)
+        return self._of[segments]
+
+    def repacked(self, values: Tensor, segments: Segments, before: "Survivors") -> Tensor:
+        """What travelled of a bucket by the masks of `before` ([k]), by these ones: 0 where nothing travelled before."""
+        old, new = before.places(segments), self.places(segments)
+        if old is None and new is None:
+            return values
+        bucket = values
+        if old is not None:
+            bucket = torch.empty(sum(n for _, n in segments), dtype=values.dtype, device=values.device)
+            unpack(values, old, bucket)
+        if new is None:
+            return bucket
+        packed = torch.empty(new.numel(), dtype=values.dtype, device=values.device)
+        pack(bucket, new, packed)
+        return packed
+
+
+def pack(x: Tensor, places: Tensor, out: Tensor) -> None:
+    """out[i] <- x[places[i]], 0 where the place is -1. `x` [n] and `out` [k] of one dtype, `places` int32 [k]."""
+    if x.device.type == "cpu":
+        cpu.pack(_bits(x), places.numpy(), _bits(out))
+    else:
+        torch.index_select(x, 0, places.clamp(min=0), out=out)
+        out.mul_(places >= 0)
+
+
+def unpack(packed: Tensor, places: Tensor, out: Tensor) -> None:
+    """out <- 0, then out[places[i]] <- packed[i] where the place is not -1."""
+    if out.device.type == "cpu":
+        cpu.unpack(_bits(packed), places.numpy(), _bits(out))
+    else:
+        there = places >= 0
+        out.zero_().index_copy_(0, places[there].long(), packed[there])
+
+
+def require_same(
+    masks: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch.device, refusal: str | None = None
+) -> None:
+    """Raise ValueError on every rank, naming the parameter, if a rank has another mask of it than rank 0. Collective.
+
+    `refusal` is what this rank has to say against its masks.
+    """
+    told: dict[str, object] = {"masks of": ", ".join(masks)}
+    for name, mask in masks.items():
+        bits = np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1))
+        hashed = hashlib.blake2b(bits.tobytes(), digest_size=8).hexdigest()
+        told[f"mask of {name}"] = f"{int(mask.sum())} of {mask.numel()} kept, hash {hashed}"
+    require_agreement(told if refusal is None else {"error": refusal}, group, device)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """A tensor as [n], as DDP lays it into a bucket: in the order of its memory. A view, if that has no gaps."""
+    return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
+
+
+def _bits(x: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    return x.detach().view(BITS[x.element_size()]).numpy()  # type: ignore[return-value]
