@@ -2,12 +2,15 @@
 
 `accelerator.prepare` wraps the model in DistributedDataParallel and the optimizer in one that steps where gradients are
 exchanged; `accelerator.scaler` is there under fp16. `save_state` calls its hooks on every rank, before it writes; what is
-registered for checkpointing is written by rank 0 alone and read by all, after model and optimizer.
+registered for checkpointing is written by rank 0 alone and read by all, after model and optimizer. `accelerator.step` is 0 at
+every end of an epoch, so what the files of one checkpoint have in common is a number that rank 0 draws.
 """
 
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,6 +73,7 @@ class _Checkpoint:
         place = sum(isinstance(other, _Checkpoint) for other in accelerator._custom_objects)
         self._name = f"commpress-{place}" if place else "commpress"
         self._folder = ""
+        self._stamp = 0
 
     def register(self) -> None:
         """Have it called. `load_state_dict` comes last of all, when model and optimizer are there."""
@@ -78,14 +82,17 @@ class _Checkpoint:
         self._accelerator.register_for_checkpointing(self)
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
-        rank_files.save(self._session, folder, self._accelerator.step, self._name)
+        drawn = torch.tensor([secrets.randbelow(2**62)], device=self._session.device)
+        dist.broadcast(drawn, dist.get_global_rank(self._group, 0), group=self._group)
+        self._stamp = int(drawn)
+        rank_files.save(self._session, folder, self._stamp, self._name)
 
     def _remember(self, models: list[nn.Module], folder: str) -> None:
         self._folder = folder
 
     def state_dict(self) -> dict[str, Any]:
         """What rank 0 writes for all."""
-        return {"files": self._name, "step": self._accelerator.step}
+        return {"files": self._name, "step": self._stamp}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Read this rank's file. Collective."""

@@ -19,7 +19,7 @@ from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Segments
 from commpress.comm.session import GradScaler, Session
-from commpress.hooks.broadcast import attach_buffers
+from commpress.hooks.broadcast import attach_buffers, buffer_broadcasts
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
 
@@ -111,13 +111,16 @@ def attach(
         grad_scaler=grad_scaler,
     )
     session = state.start(device, names, optimizer)
+    # what may fail comes before the hook, which DDP would keep
+    broadcasts = None if buffers is None else buffer_broadcasts(model, buffers)
     try:
         model.register_comm_hook(state, comm_hook)
     except RuntimeError:
         state.session = None  # DDP keeps the state that it refuses; the threads shall end all the same
         raise
-    if buffers is not None:
-        session.beside.append(attach_buffers(model, buffers))
+    if broadcasts is not None:
+        attach_buffers(model, broadcasts)
+        session.beside.append(broadcasts)
     _watch(model, session)
     if optimizer is None:
         advise(session.plan.codec, set(names))

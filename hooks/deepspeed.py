@@ -13,6 +13,9 @@ The fp32 values that the optimizer steps stay exact on their owner; all ranks, t
 ZeRO 1 and 2 keep the parameters from step to step. There the owner sends by how much its exact values differ from those that
 all have: what a coarse spec withholds is part of the next difference, which is error feedback without a memory.
 
+ZeroOneAdamW and DGC have a momentum of each rank's own, of which nothing can be sharded: under them ZeRO 1 and 2 do what ZeRO 0
+does, on every rank.
+
 All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
 in is in `zero`, what it sends in `owners`.
 """
@@ -57,10 +60,10 @@ def attach(
     """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
 
     `spec` is that of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not compressed; with
-    `optimizer` under ZeRO 1 and 2: `spec`). Under ZeRO 3 sparse specs are refused for parameters. `exchange` is for ZeRO 0
-    alone. `optimizer` is one of `commpress.optim` that the engine was given (found by itself if left out): ZeRO 0 takes all,
-    ZeRO 1 and 2 take OneBitAdamW. Returns a `Session` for ZeRO 0, a `ShardedSession` for the others; `engine.commpress` is the
-    same object.
+    OneBitAdamW under ZeRO 1 and 2: `spec`). Under ZeRO 3 sparse specs are refused for parameters. `optimizer` is one of
+    `commpress.optim` that the engine was given (found by itself if left out), at ZeRO 0 to 2. At ZeRO 1 and 2 OneBitAdamW is
+    sharded; under ZeroOneAdamW and DGC every rank keeps and steps all there is, as at ZeRO 0. There no parameters travel, and
+    `exchange` may be given. Returns a `Session` where ranks keep all, else a `ShardedSession`; `engine.commpress` is the same.
 
     Raises on all ranks: ValueError if a spec is unknown, the ranks differ, or the engine is set up in a way that is not
     supported, TypeError for optimizers of other kinds, RuntimeError for another version of DeepSpeed or a second attach.
@@ -70,11 +73,12 @@ def attach(
     group, device = engine.seq_data_parallel_group, torch.device(engine.device)
     if optimizer is None and isinstance(engine.basic_optimizer, CompressedOptimizer):
         optimizer = engine.basic_optimizer
-    refusal = _refusal(engine, stage, optimizer, exchange)
+    sharded = stage > 0 and (optimizer is None or isinstance(optimizer, OneBitAdamW))
+    refusal = _refusal(engine, stage, sharded, optimizer, exchange)
     plans: tuple[Plan, Plan] | None = None
     if refusal is None:
         try:
-            plans = _plans(stage, spec, parameters, exchange, error_feedback, optimizer)
+            plans = _plans(stage, sharded, spec, parameters, exchange, error_feedback, optimizer)
         except (ValueError, TypeError) as error:
             refusal = error
     names = {p: name for name, p in engine.module.named_parameters() if p.requires_grad and _numel(p)}
@@ -84,23 +88,24 @@ def attach(
         settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
     agree(settings, [group], device, refusal)
     assert plans is not None
-    engine.commpress = _stand_in(engine, stage, plans, names, optimizer, str(settings["parameters"]))
+    if not sharded:
+        engine.commpress = zero.attach_replicas(engine, plans[0], names, optimizer)
+    else:
+        engine.commpress = _shard(engine, stage, plans, names, optimizer, str(settings["parameters"]))
     if optimizer is None:
         stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
         advise(plans[0].codec, set(stepped or engine.optimizer.fp32_partitioned_groups_flat))
     return engine.commpress  # type: ignore[no-any-return]
 
 
-def _stand_in(
+def _shard(
     engine: Any,
     stage: int,
     plans: tuple[Plan, Plan],
     names: dict[Any, str],
     optimizer: CompressedOptimizer | None,
     holds: str,
-) -> Session | ShardedSession:
-    if stage == 0:
-        return zero.attach_replicas(engine, plans[0], names, optimizer)
+) -> ShardedSession:
     shards = Owners(engine.seq_data_parallel_group, torch.device(engine.device), *plans)
     if stage == 3:
         zero.attach_gathered(engine, shards, names)
@@ -206,7 +211,9 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in text.split("+")[0].split(".")[:3])
 
 
-def _refusal(engine: Any, stage: int, optimizer: CompressedOptimizer | None, exchange: str | None) -> Exception | None:
+def _refusal(
+    engine: Any, stage: int, sharded: bool, optimizer: CompressedOptimizer | None, exchange: str | None
+) -> Exception | None:
     """Why this rank cannot attach, if it cannot."""
     if getattr(engine, "commpress", None) is not None:
         return RuntimeError("commpress.attach: attached already; expected an engine without a session")
@@ -238,18 +245,18 @@ def _refusal(engine: Any, stage: int, optimizer: CompressedOptimizer | None, exc
             return TypeError(
                 f"{name}: {type(module).__name__}(sparse=True) has sparse gradients, expected sparse=False"
             )
-    if exchange is not None and stage > 0:
+    if exchange is not None and sharded:
         return ValueError(
             f"exchange {exchange!r}: ZeRO {stage} sends each part of a gradient to its owner and nowhere else; leave it out"
         )
-    return None if optimizer is None else _optimizer_refusal(engine, stage, optimizer)
+    return None if optimizer is None else _optimizer_refusal(engine, stage, sharded, optimizer)
 
 
 def _offloads(settings: Any) -> bool:
     return settings is not None and str(getattr(settings.device, "value", settings.device)) != "none"
 
 
-def _optimizer_refusal(engine: Any, stage: int, optimizer: Any) -> Exception | None:
+def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -> Exception | None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, CompressedOptimizer):
         return TypeError(
@@ -263,12 +270,14 @@ def _optimizer_refusal(engine: Any, stage: int, optimizer: Any) -> Exception | N
         return ValueError(
             f"{name} under ZeRO 3: expected ZeRO 0, 1 or 2; parameters that come and go have no place for it"
         )
-    if stage in (1, 2) and not isinstance(optimizer, OneBitAdamW):
+    if stage > 0 and not sharded and engine.bfloat16_enabled():
         return ValueError(
-            f"{name} under ZeRO {stage}: each rank has a momentum of its own for every parameter, of which nothing can be "
-            "sharded; expected ZeRO 0 for it, or OneBitAdamW"
+            f"{name} under ZeRO {stage} with bf16: every rank steps all parameters, of which DeepSpeed gives it a part in "
+            "float32; expected a float32 model, or OneBitAdamW"
         )
-    if stage in (1, 2) and optimizer.param_groups[0]["max_norm"] is not None:
+    if stage > 0 and not sharded and engine.zero_elastic_checkpoint():
+        return ValueError(f"{name} under ZeRO {stage}: elastic_checkpoint would save a part of its state; leave it out")
+    if sharded and optimizer.param_groups[0]["max_norm"] is not None:
         return ValueError(
             f"max_norm {optimizer.param_groups[0]['max_norm']} under ZeRO {stage}: each bucket leaves before the others are "
             "known; expected None. DeepSpeed's gradient_clipping clips in the warm-up"
@@ -278,6 +287,7 @@ def _optimizer_refusal(engine: Any, stage: int, optimizer: Any) -> Exception | N
 
 def _plans(
     stage: int,
+    sharded: bool,
     gradients: str | Codec,
     parameters: str | Codec | None,
     exchange: str | None,
@@ -286,10 +296,11 @@ def _plans(
 ) -> tuple[Plan, Plan]:
     """The plans of gradients and of parameters. Raises ValueError or TypeError for a spec that makes none."""
     plan = Plan.of(gradients, exchange, error_feedback)
-    if stage == 0 and parameters is not None:
-        raise ValueError(f"parameters {str(parameters)!r}: ZeRO 0 sends no parameters; leave it out")
+    if not sharded and parameters is not None:
+        who = f"{type(optimizer).__name__} under ZeRO {stage}" if stage else "ZeRO 0"
+        raise ValueError(f"parameters {str(parameters)!r}: {who} sends no parameters; leave it out")
     if parameters is None:
-        parameters = gradients if optimizer is not None and stage > 0 else "none"
+        parameters = gradients if optimizer is not None and sharded else "none"
     try:
         other = Plan.of(parameters, None, False)
     except (ValueError, TypeError) as error:

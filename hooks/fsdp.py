@@ -159,7 +159,8 @@ class Unit:
         """Note which parameters get a gradient: FSDP reduces those alone, and does not say which they are."""
 
         def noting(name: str) -> Callable[[Tensor], None]:
-            return lambda parameter: self._touched.add(name)
+            touched = self._touched  # not self: a cycle through autograd is never collected
+            return lambda parameter: touched.add(name)
 
         def behind_first_forward(module: nn.Module, arguments: Any, output: Any) -> None:
             for handle in handles:
@@ -240,15 +241,18 @@ def root(model: Any) -> bool | None:
     return None if found is None else bool(found)
 
 
+def empty(size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for either side of a gather or a reduction."""
+    return torch.empty(*size, dtype=dtype, device=device)
+
+
 class Gather:
     """FSDP's all-gather of one unit."""
 
+    allocate = staticmethod(empty)
+
     def __init__(self, shards: dict[tuple[int, ...], Shards], unit: Unit) -> None:
         self._shards, self._unit = shards, unit
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for both sides of the gather."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -269,12 +273,10 @@ class Gather:
 class Reduce:
     """FSDP's reduce-scatter of one unit."""
 
+    allocate = staticmethod(empty)
+
     def __init__(self, shards: Shards, unit: Unit) -> None:
         self._shards, self._unit = shards, unit
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for either side of the reduction."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Op, async_op: bool = False

@@ -8,6 +8,7 @@ syncs the replicas are different, and nothing travels.
 """
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def local_sgd(
 
     `model` is a plain module, an FSDP2 one, or a DDP whose process group is one worker (a node): then `group` holds the ranks
     of the same place in all workers. `fragments` and `delay` are as in `diloco`. Collective over all ranks. Raises ValueError
-    on all ranks of `group` for a bad spec or setting or if they differ, TypeError for an optimizer of `commpress.optim`.
+    on all ranks of `group` for a bad spec or setting or if they differ, for a `group` whose ranks share a DDP or one model's
+    shards, and for an optimizer that has outer syncs; TypeError for an optimizer of `commpress.optim`.
     """
     return _attach(model, optimizer, spec, group, every=every, fragments=fragments, delay=delay)
 
@@ -75,37 +77,65 @@ def _attach(
     inner = model.process_group if isinstance(model, DistributedDataParallel) else None
     module = model.module if isinstance(model, DistributedDataParallel) else model
     # by the bare module's names: a checkpoint does not depend on what wraps it
-    parameters = {name: _local(p) for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     try:
         chosen = OuterSettings(**settings)
-        _check(optimizer, outer_group, inner)
+        _check(trained, optimizer, outer_group, inner)
     except (ValueError, TypeError) as error:
-        device = next(iter(parameters.values()), torch.empty(0)).device
+        device = next(module.parameters(), torch.empty(0)).device
         with contextlib.suppress(ValueError):  # what the other ranks raise
             require_agreement({"error": str(error)}, outer_group, device)
         raise
-    outer = Outer(parameters, spec, chosen, outer_group, inner)
-
-    def stepped(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
-        outer.step()
-
-    optimizer.register_step_post_hook(stepped)
+    outer = Outer({name: _local(p) for name, p in trained.items()}, spec, chosen, outer_group, inner)
+    optimizer.register_step_post_hook(_Stepped(outer))
     return outer
 
 
-def _check(optimizer: torch.optim.Optimizer, group: dist.ProcessGroup, inner: dist.ProcessGroup | None) -> None:
+class _Stepped:
+    """What an optimizer calls after each of its steps."""
+
+    def __init__(self, outer: Outer) -> None:
+        self._outer = outer
+
+    def __call__(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        self._outer.step()
+
+
+def _check(
+    trained: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup,
+    inner: dist.ProcessGroup | None,
+) -> None:
+    if not trained:
+        raise ValueError("no parameter is trained: expected a model with at least one that requires a gradient")
     if isinstance(optimizer, CompressedOptimizer):
         raise TypeError(
             f"optimizer: {type(optimizer).__name__} exchanges by itself; expected one that takes local steps, such as AdamW"
         )
-    if inner is not None:
-        shared = set(dist.get_process_group_ranks(group)) & set(dist.get_process_group_ranks(inner))
-        if len(shared) > 1:
+    if any(isinstance(hook, _Stepped) for hook in optimizer._optimizer_step_post_hooks.values()):
+        raise ValueError(
+            f"optimizer: this {type(optimizer).__name__} has outer syncs already, expected one without: attach once"
+        )
+    workers = set(dist.get_process_group_ranks(group))
+    if inner is not None and len(shared := workers & set(dist.get_process_group_ranks(inner))) > 1:
+        raise ValueError(
+            f"the DDP module and the outer group share ranks {sorted(shared)}: DDP already averages them in every step. "
+            "Give DDP the process group of one worker and `group` the ranks of the same place in all workers, or leave DDP out"
+        )
+    for name, p in trained.items():
+        if isinstance(p, DTensor) and len(shared := workers & _owners(p)) > 1:
             raise ValueError(
-                f"the DDP module and the outer group share ranks {sorted(shared)}: DDP already averages them in every step. "
-                "Give DDP the process group of one worker and `group` the ranks of the same place in all workers, or leave "
-                "DDP out"
+                f"the sharded model and the outer group share ranks {sorted(shared)}: they hold different parts of {name!r}. "
+                "Give fully_shard the mesh of one worker and `group` the ranks of the same place in all workers"
             )
+
+
+def _owners(p: DTensor) -> set[int]:
+    """The ranks that hold one copy of a parameter between them, this one among them."""
+    here = p.device_mesh.get_coordinate() or [0] * p.device_mesh.ndim
+    part = tuple(at if kind.is_replicate() else slice(None) for kind, at in zip(p.placements, here, strict=True))
+    return set(p.device_mesh.mesh[part].flatten().tolist())
 
 
 def _local(p: Tensor) -> Tensor:

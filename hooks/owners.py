@@ -40,25 +40,20 @@ class Owners(Shards):
         """Replace x[cuts[rank] : cuts[rank + 1]] by its mean over the ranks. `x` is float32 [cuts[-1]]; what of it belongs to
         others is undefined afterwards."""
         memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-        exchange = _to_owners(x, cuts, choice.codec, treatment, memory, self._wire, next(self._tags))
-        return self._start("gradients", "to_owners", choice, x, x, index, dense, exchange, None)
+        exchange = _to_owners(x, cuts, choice.codec, treatment, memory, self.wire, next(self.tags))
+        return self.start("gradients", "to_owners", choice, x, x, index, dense, exchange, None)
 
     def differences(self, mine: Tensor, out: Tensor, index: int, codec: Codec, itemsize: int) -> Pending:
         """Fill `out` ([W * m]) with the ranks' `mine` ([m]), float32 both. `itemsize` is what a parameter takes without us."""
         choice = replace(self.parameters, codec=codec).choose(mine.numel(), itemsize, self.world_size)
         buffer: Tensor | None = None
         if choice.codec.lossy:
-            buffer = self._take(self.world_size * choice.codec.nbytes(mine.numel()))
-            exchange = gather(mine, out, choice.codec, buffer, self._wire, next(self._tags))
+            buffer = self.take(self.world_size * choice.codec.nbytes(mine.numel()))
+            exchange = gather(mine, out, choice.codec, buffer, self.wire, next(self.tags))
         else:
-            exchange = native_gather(mine, out, self._wire)
+            exchange = native_gather(mine, out, self.wire)
         dense = (self.world_size - 1) * mine.numel() * itemsize
-        return self._start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
-
-    def one_more(self, index: int) -> None:
-        """A reduction by DeepSpeed itself."""
-        self._reductions[index] = self._reductions.get(index, 0) + 1
-        self.meter.steps = max(self.meter.steps, self._reductions[index])
+        return self.start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
 
 
 def _to_owners(
@@ -181,7 +176,7 @@ class OneBitPartitions:
                 self._converted.add(piece.name)
                 if memory.residual is not None:
                     memory.residual[at : at + len(piece)].mul_(inverse).mul_(fresh)
-                optimizer._settling.append(state)
+                optimizer.settles([state])
             loops.blend(x[at : at + len(piece)], inverse, inverse, optimizer.limit(settings), fresh, 0.0)
             at += len(piece)
 

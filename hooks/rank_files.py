@@ -2,6 +2,8 @@
 
     FOLDER/commpress-rank0.pt       {"step": the framework's count, "session": session.state_dict()} of rank 0, and so on
 
+A framework without a count has a number of its own for each save in its place.
+
 With as many ranks as before a rank reads its own file, so hosts need not see each other's; with another number each reads all.
 """
 

@@ -34,8 +34,10 @@ KEPT_EVERYWHERE = "small: every rank keeps it (stage3_param_persistence_threshol
 def attach_replicas(
     engine: Any, plan: Plan, names: dict[Tensor, str], optimizer: CompressedOptimizer | None
 ) -> Session:
-    """Stand in for an engine's mean of all gradients."""
+    """Stand in for an engine's mean of all gradients; at ZeRO 1 and 2 for all that shards them, too."""
     if optimizer is not None:
+        if engine.zero_optimization():
+            _hand_back(engine.optimizer)
         optimizer.bind({name: p for p, name in names.items()}, engine.seq_dp_world_size, may_be_unused=False)
         engine.clip_fp32_gradients = partial(_clip_means, engine.clip_fp32_gradients, optimizer)
     session = Session(
@@ -49,6 +51,9 @@ def attach_replicas(
     )
     dense = optimizer is None and not plan.codec.lossy
     replicas = Replicas(engine.module, session)
+    if engine.zero_optimization():
+        _step_all(engine, replicas)
+        return session
     original = engine.buffered_allreduce_fallback
     engine.buffered_allreduce_fallback = partial(replicas.count, original) if dense else replicas.average
     return session
@@ -58,6 +63,44 @@ def _clip_means(original: Callable[[], None], optimizer: CompressedOptimizer) ->
     """`gradient_clipping` is for mean gradients; what a compressed optimizer applies later is none."""
     if optimizer.takes_means:
         original()
+
+
+def _hand_back(zero: Any) -> None:
+    """Give the optimizer the parameters that it was made for. Under ZeRO 1 and 2 it has this rank's partition instead."""
+    for group, parameters in zip(zero.optimizer.param_groups, zero.bit16_groups, strict=True):
+        group["params"] = list(parameters)
+
+
+def _step_all(engine: Any, replicas: "Replicas") -> None:
+    """Have every rank of a ZeRO 1 or 2 engine keep its gradients, and step all parameters.
+
+    What is partitioned all the same: `single_partition_of_fp32_groups`, which checkpoints hold and training does not read.
+    """
+    zero = engine.optimizer
+
+    def keep(*_: Any) -> None:
+        """A gradient is there: it stays where it is."""
+
+    def exchange() -> None:
+        if zero.is_gradient_accumulation_boundary():
+            replicas.average()
+
+    def step(closure: Any = None) -> None:
+        if engine.gradient_clipping() > 0:
+            engine.clip_fp32_gradients()
+        zero.optimizer.step()
+
+    def state_dict(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        parts = (parts[replicas.session.rank] for parts in zero.parallel_partitioned_bit16_groups)
+        for part, master in zip(parts, zero.single_partition_of_fp32_groups, strict=True):
+            master.data.copy_(part)
+        return original()
+
+    zero.process_gradients = zero.reduce_ready_partitions_and_remove_grads = keep
+    zero.overlapping_partition_gradients_reduce_epilogue = exchange
+    zero.finalize_gradient_accumulation_boundary = replicas.average
+    zero.step = step
+    zero.state_dict = partial(state_dict, zero.state_dict)
 
 
 @dataclass
@@ -197,7 +240,7 @@ class Partitions:
                 part.copy_(gradients[piece.place][piece.start : piece.stop])
         if not compressed:
             shards.meter.by_itself(layout.index, n, named(dtype), "all_reduce", choice.reason, "gradients", crossing)
-            shards.one_more(layout.index)
+            shards.reduced(layout.index)
             if treatment.prepare is not None:
                 treatment.prepare(layout.x, Memory())
                 for piece, part in parts:
@@ -394,7 +437,7 @@ class Gathered:
         choice = shards.gradients.choose(m, dtype.itemsize, W)
         if choice.reason or not choice.codec.lossy:
             shards.meter.by_itself(index, W * m, named(dtype), how, choice.reason, "gradients", crossing)
-            shards.one_more(index)
+            shards.reduced(index)
             return original()
         full = torch.zeros(W, m, dtype=dtype, device=params[0].grad.device)
         for p, size, columns in zip(params, sizes, full.split(sizes, dim=1), strict=True):
@@ -455,6 +498,8 @@ class Gathered:
 
         kept = param_list is not None and param_list is self.zero.persistent_parameters
         for q in [p] if param_list is None else param_list:
+            if q.ds_status == ZeroParamStatus.AVAILABLE and not q.ds_persist and not q.ds_active_sub_modules:
+                q.partition()  # a forward without a backward has left what was decoded
             if q.ds_status == ZeroParamStatus.NOT_AVAILABLE:
                 self._note(q, KEPT_EVERYWHERE if kept else "read as a whole, and exact")
         return original(param_list, **settings)

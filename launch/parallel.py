@@ -1,10 +1,14 @@
 """How the training program's model is spread over the ranks: one class a way, all with the same face.
 
-`ddp` replicates the model and averages gradients, `fsdp` shards it (FSDP2), `local_sgd` and `diloco` let each rank take
-steps of its own. What a checkpoint must hold differs with them: what all ranks share, and what one rank alone has.
+`ddp` replicates the model and averages gradients, `fsdp` shards it (FSDP2), `deepspeed` does either (ZeRO 0 to 3), `local_sgd`
+and `diloco` let each rank take steps of its own. What a checkpoint must hold differs with them: what all ranks share, and what
+one rank alone has.
 """
 
 import contextlib
+import logging
+import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commpress
 from commpress import optim
+from commpress.comm.session import Session
 from commpress.launch.model import GPT
 
 State = dict[str, Any]
@@ -41,9 +46,18 @@ class Spread(ABC):
         """While the block runs, the model has the same values on all ranks."""
         return contextlib.nullcontext()
 
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients; the last backward of a step sends them."""
+        loss.backward()
+
     def clip(self, most: float) -> Tensor:
         """Clip the gradients' norm at `most`; returns what it was."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), most)
+
+    def step(self) -> None:
+        """Apply the gradients, and start anew with none."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @abstractmethod
     def state(self) -> tuple[State, State]:
@@ -51,7 +65,7 @@ class Spread(ABC):
 
     @abstractmethod
     def load(self, shared: State, own: State) -> None:
-        """Restore what `state` returned. Collective."""
+        """Restore what `state` returned, but for the session, which comes last: it must know the masks. Collective."""
 
 
 class Replicated(Spread):
@@ -67,15 +81,10 @@ class Replicated(Spread):
         return self.ddp.no_sync()
 
     def alike(self) -> AbstractContextManager[None]:
-        if isinstance(self.optimizer, optim.ZeroOneAdamW):  # under it the ranks drift apart between syncs
-            return self.optimizer.synced()
-        return contextlib.nullcontext()
+        return _synced(self.optimizer)
 
     def clip(self, most: float) -> Tensor:
-        """What a compressed optimizer is about to apply is left as it is."""
-        if self.behind is None or self.behind.takes_means:
-            return super().clip(most)
-        return nn.utils.get_total_norm([p.grad for p in self.bare.parameters() if p.grad is not None])
+        return _clipped(self.bare, self.optimizer, most)
 
     def state(self) -> tuple[State, State]:
         shared = {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -84,7 +93,6 @@ class Replicated(Spread):
     def load(self, shared: State, own: State) -> None:
         self.bare.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])
-        self.session.load_state_dict(own["session"])
 
 
 class Sharded(Spread):
@@ -126,7 +134,102 @@ class Sharded(Spread):
             optim_state_dict=shared["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )
-        self.session.load_state_dict(own["session"])
+
+
+class Engine(Spread):
+    """DeepSpeed: its engine goes backward and steps, and at ZeRO 1 to 3 each rank steps a part of the parameters."""
+
+    def __init__(
+        self, model: GPT, optimizer: torch.optim.Optimizer, stage: int, batch: int, spec: str, parameters: str
+    ) -> None:
+        import deepspeed
+
+        os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher, which it insists on
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, and is for inference
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", r"`torch\.distributed", FutureWarning)  # it calls some by their older names
+        config = {
+            "train_micro_batch_size_per_gpu": batch,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # see `clip`
+            "steps_per_print": 1 << 30,
+        }
+        self.bare, self.stage = model, stage
+        self.model = self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        self.optimizer = self.engine.basic_optimizer
+        # what nobody asked for is left to attach, which knows better under a compressed optimizer
+        wanted = {} if parameters == "none" else {"parameters": parameters}
+        self.session = commpress.attach(self.engine, spec, **wanted)
+        self.replicated = isinstance(self.session, Session)
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        return self._accumulating()
+
+    @contextlib.contextmanager
+    def _accumulating(self) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self.engine.set_gradient_accumulation_boundary(True)
+
+    def alike(self) -> AbstractContextManager[None]:
+        return _synced(self.optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def clip(self, most: float) -> Tensor:
+        """Where no rank has all of the mean gradient, the engine's step clips it; the norm is that of the step before."""
+        if self.replicated:
+            return _clipped(self.bare, self.optimizer, most)
+        self.engine.optimizer.clip_grad = most
+        return torch.tensor(float(self.engine.get_global_grad_norm() or 0.0), device=self.engine.device)
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def state(self) -> tuple[State, State]:
+        own: State = {"session": self.session.state_dict()}
+        if not self.stage:
+            return {"model": self.bare.state_dict(), "optimizer": self.optimizer.state_dict()}, own
+        with self._at_rest() as zero:
+            state = zero.state_dict()
+            own["zero"] = {key: state[key] for key in ZERO_STATE if key in state}
+            return {"model": self._whole()}, own
+
+    def load(self, shared: State, own: State) -> None:
+        if self.stage < 3:
+            self.bare.load_state_dict(shared["model"])
+        if not self.stage:
+            self.optimizer.load_state_dict(shared["optimizer"])
+        else:
+            with self._at_rest() as zero:
+                state = {**zero.state_dict(), **own["zero"]}  # the rest is settings
+                zero.load_state_dict([state] * self.session.world_size, load_from_fp32_weights=True)
+
+    @contextlib.contextmanager
+    def _at_rest(self) -> Iterator[Any]:
+        """The ZeRO optimizer; under ZeRO 3 while the block runs no rank has more than its part of a parameter."""
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            zero.checkpoint_event_prologue()
+        yield zero
+        if self.stage == 3:
+            zero.checkpoint_event_epilogue()
+
+    def _whole(self) -> State:
+        if self.stage < 3:
+            return self.bare.state_dict()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.bare.parameters())):
+            return _copied(self.bare.state_dict())  # type: ignore[no-any-return]
+
+
+ZERO_STATE = ("base_optimizer_state", "single_partition_of_fp32_groups", "optimizer_state_dict", "fp32_flat_groups")
+"""What of a ZeRO optimizer's state changes in training, by DeepSpeed's names for it: two of ZeRO 1 and 2, two of ZeRO 3."""
 
 
 class Local(Spread):
@@ -148,7 +251,18 @@ class Local(Spread):
     def load(self, shared: State, own: State) -> None:
         self.model.load_state_dict(own["model"])
         self.optimizer.load_state_dict(own["optimizer"])
-        self.outer.load_state_dict(own["session"])
+
+
+def _synced(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """While the block runs, replicas have the same values: under 0/1 Adam they drift apart between syncs."""
+    return optimizer.synced() if isinstance(optimizer, optim.ZeroOneAdamW) else contextlib.nullcontext()
+
+
+def _clipped(model: nn.Module, optimizer: torch.optim.Optimizer, most: float) -> Tensor:
+    """Clip mean gradients. What a compressed optimizer is about to apply is left as it is."""
+    if not isinstance(optimizer, optim.CompressedOptimizer) or optimizer.takes_means:
+        return nn.utils.clip_grad_norm_(model.parameters(), most)
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def _copied(state: Any) -> Any:
@@ -156,4 +270,4 @@ def _copied(state: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, torch.clone, state)
 
 
-WAYS = ("ddp", "fsdp", "local_sgd", "diloco")
+WAYS = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")

@@ -78,6 +78,7 @@ def page(files: Sequence[Record]) -> str:
         *step_time(of[STEP_TIMES], look),
         *loss_against_bytes(runs, of[LOSSES], look),
         *loss_against_time(runs, of[LOSSES], of[STEP_TIMES], look),
+        *recipes(runs),
         *traffic(runs, look),
         *timelines(of[TIMELINE]),
     ]
@@ -265,6 +266,22 @@ def loss_against_time(
     return ["<h2>Loss against time</h2>", *parts] if parts else []
 
 
+def recipes(runs: Sequence[tuple[str, Record]]) -> list[str]:
+    """What recipes left, and the bytes of each of their phases."""
+    left = [["run", "pruned", "MB", "times smaller than float32", "held-out loss, read back"]]
+    phases = [["run", "phase", "steps", "dense MB a step", "sent MB a step", "ratio"]]
+    for name, r in runs:
+        if small := r.get("small_model"):
+            size = (megabytes(small["bytes"]), f"{small['times_smaller']:.1f}", f"{small['validation_loss']:.4f}")
+            left.append([name, f"{small['sparsity']:.0%}", *size])
+        for phase, of in r.get("report", {}).get("phases", {}).items():
+            dense, sent = (of[key] / max(of["steps"], 1) for key in ("dense_bytes", "sent_bytes"))
+            ratio = f"{dense / sent:.1f}" if sent else ""
+            phases.append([name, phase, str(of["steps"]), megabytes(dense), megabytes(sent), ratio])
+    parts = ["<h3>Files</h3>", table(left)] * (len(left) > 1) + ["<h3>Phases</h3>", table(phases)] * (len(phases) > 1)
+    return ["<h2>By recipe</h2>", *parts] if parts else []
+
+
 def traffic(runs: Sequence[tuple[str, Record]], look: Mapping[str, figures.Look]) -> list[str]:
     """Bytes and seconds a step, of runs in all and of their buckets."""
     if not runs:
@@ -294,7 +311,7 @@ def traffic_rows(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
 
 def bytes_by_bucket(runs: Sequence[tuple[str, Record]], look: Mapping[str, figures.Look]) -> list[str]:
     """Dense against sent bytes of each bucket, for the runs whose report has buckets that travelled."""
-    rows = [(name, row) for name, r in runs for row in r.get("report", {}).get("rows", ()) if row["dense_bytes"]]
+    rows = [(name, row) for name, r in runs for row in all_phases(r.get("report", {}).get("rows", ()))]
     if not rows:
         return []
     # of two layouts, the one that DDP had for its first step only is left to the table
@@ -320,6 +337,17 @@ def bytes_by_bucket(runs: Sequence[tuple[str, Record]], look: Mapping[str, figur
         for name, row in rows
     ]
     return ["<h3>By bucket</h3>", figure(figures.buckets(dense, sent, look)), numbers(table([head, *body]))]
+
+
+def all_phases(rows: Sequence[Record]) -> list[Record]:
+    """The rows that stand for bytes, those of a bucket that was treated alike in several phases added up."""
+    found: dict[tuple[object, ...], Record] = {}
+    for row in rows:
+        key = (row.get("role"), row["bucket"], row["values"], how(row))
+        before = found.get(key)
+        sums = ("steps", "dense_bytes", "sent_bytes")
+        found[key] = row if before is None else {**row, **{name: before[name] + row[name] for name in sums}}
+    return [row for row in found.values() if row["dense_bytes"]]
 
 
 def how(row: Record) -> str:

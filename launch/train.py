@@ -8,6 +8,7 @@ for bit as if nothing had happened.
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -36,12 +37,17 @@ from commpress import optim
 from commpress.launch import checkpoint, data, parallel, scalars
 from commpress.launch.model import GPT, Shape
 
+if TYPE_CHECKING:
+    from commpress.model import Recipe, Scheduler
+
 BETAS = (0.9, 0.95)
 MOMENTUM = 0.9
 """SGD's and DGC's."""
 CLIP_NORM = 1.0
 FINAL_LR = 0.1
 """Where the cosine ends, as a share of --lr."""
+SMALL = "model.safetensors"
+"""What a recipe leaves: integers, and no pruned weights."""
 CURVE_ROWS = 1000
 """About as many rows the loss curve gets, however long the run is."""
 TIMELINE_AFTER = 5
@@ -61,10 +67,13 @@ class Settings:
     sync_every: int | None = None
     parallel: str = "ddp"
     parameters: str = "none"
+    zero_stage: int = 2
     outer_lr: float = 0.7
     outer_momentum: float = 0.6
     fragments: int = 1
     delay: int = 0
+    recipe: Path | None = None
+    fork: Path | None = None
     data: Path | None = None
     layers: int = 6
     width: int = 384
@@ -94,8 +103,7 @@ class Settings:
     def folder(self) -> Path:
         """Where the run is written: --out, or runs/ and the spec without its punctuation."""
         name = re.sub(r"[^a-z0-9.]+", "-", self.compress).strip("-")
-        ways = (self.parallel, Settings.parallel), (self.optimizer, Settings.optimizer)
-        return self.out or Path("runs", "-".join([*(way for way, usual in ways if way != usual), name]))
+        return self.out or Path("runs", "-".join([*(way.replace(" ", "-") for way in unusual(self)), name]))
 
 
 STEERING = (
@@ -103,6 +111,8 @@ STEERING = (
     *("steps", "lr", "warmup_steps", "weight_decay", "seed"),
 )
 """The settings that decide where training goes; --resume needs them unchanged."""
+MAY_FORK = ("recipe", "steps", "lr")
+"""Those that --fork may change."""
 
 
 STEERING_BEHIND = ("optimizer_warmup", "warmup_compress", "sync_every")
@@ -110,12 +120,13 @@ STEERING_BEHIND = ("optimizer_warmup", "warmup_compress", "sync_every")
 STEERING_WAYS = {
     "ddp": (),
     "fsdp": ("parallel", "parameters"),
+    "deepspeed": ("parallel", "zero_stage", "parameters"),
     "local_sgd": ("parallel", "sync_every", "fragments", "delay"),
     "diloco": ("parallel", "sync_every", "fragments", "delay", "outer_lr", "outer_momentum"),
 }
 """Those of each --parallel."""
-SYNC_EVERY = {"ddp": 4, "local_sgd": 30, "diloco": 30}
-"""Steps between syncs: of ZeroOneAdamW under DDP, and of the others."""
+SYNC_EVERY = {"ddp": 4, "deepspeed": 4, "local_sgd": 30, "diloco": 30}
+"""Steps between syncs: of ZeroOneAdamW under the first two, and of the others."""
 
 
 class TrainingError(Exception):
@@ -129,6 +140,7 @@ def train(settings: Settings) -> bool:
     Raises TrainingError on all ranks, ValueError or OSError on a rank that cannot read its part of a checkpoint.
     """
     check(settings)
+    recipe = None if settings.recipe is None else read_recipe(settings)
     out = settings.folder
     if not settings.resume and checkpoint.exists(out):
         raise TrainingError(f"{out} holds the checkpoint of a run: go on with --resume, or give another --out")
@@ -148,8 +160,12 @@ def train(settings: Settings) -> bool:
 
         model = GPT(settings.shape).to(device)
         parameters = sum(p.numel() for p in model.parameters())
+        scheduler: Scheduler | None = None
         with said_by_rank_0():
-            trained = spread(model, settings)
+            if recipe is None:
+                trained = spread(model, settings)
+            else:
+                trained, scheduler = by_recipe(recipe, model, settings, device)
         optimizer, session = trained.optimizer, trained.session
 
         steering = STEERING + (STEERING_BEHIND if isinstance(optimizer, optim.CompressedOptimizer) else ())
@@ -157,19 +173,26 @@ def train(settings: Settings) -> bool:
             **{name: getattr(settings, name) for name in dict.fromkeys(steering + STEERING_WAYS[settings.parallel])},
             "world_size": world_size,
             "text": list(text.fingerprint),
+            "recipe": None if recipe is None else recipe.to_dict(),
         }
         done = 0  # optimizer steps so far, over all restarts
         durations: list[float] = []  # seconds of each
         curve: list[dict[str, Any]] = []
         before = Traffic()  # what earlier starts of this run sent
-        if settings.resume:
+        small: dict[str, Any] | None = None  # the model as a recipe leaves it
+        if settings.resume or settings.fork is not None:
+            source = settings.fork or out
             with said_by_rank_0():
-                state = checkpoint.load_shared(out)
-                require_identity(state["identity"], identity, out)
-            own = checkpoint.load_own(out, state["step"], rank)
+                state = checkpoint.load_shared(source)
+                free = MAY_FORK if settings.fork is not None else ()
+                require_identity(state["identity"], {k: v for k, v in identity.items() if k not in free}, source)
+            own = checkpoint.load_own(source, state["step"], rank)
             done, curve, before = state["step"], state["curve"], Traffic(**state["traffic"])
             durations = state["durations"].tolist()
             trained.load(state, own)
+            if scheduler is not None:
+                scheduler.load_state_dict(own["scheduler"])
+            session.load_state_dict(own["session"])
             own_windows.set_state(own["windows"])
             set_random_states(own["random"])
             if done == settings.steps:
@@ -192,6 +215,8 @@ def train(settings: Settings) -> bool:
                 "traffic": asdict(before + Traffic.of(session.report())),
             }
             own = {**alone, "windows": own_windows.get_state(), "random": random_states()}
+            if scheduler is not None:
+                own["scheduler"] = scheduler.state_dict()
             with trained.alike():  # what is shared may be the model's own memory
                 checkpoint.save(out, done, rank, shared, own)
 
@@ -213,8 +238,19 @@ def train(settings: Settings) -> bool:
         def record() -> None:
             if rank == 0:
                 report = session.report()
+                traffic = before + Traffic.of(report)
                 write_record(
-                    out, settings, text, parameters, device, durations, curve, report, before + Traffic.of(report)
+                    out,
+                    settings,
+                    text,
+                    parameters,
+                    device,
+                    durations,
+                    curve,
+                    report,
+                    traffic,
+                    identity["recipe"],
+                    small,
                 )
 
         say(
@@ -248,9 +284,12 @@ def train(settings: Settings) -> bool:
                     x, y = data.sample(text.train, settings.batch, settings.context, own_windows)
                     # only the last part's backward synchronises the gradients
                     with contextlib.nullcontext() if part == settings.accumulate - 1 else trained.accumulating():
-                        part_loss = cross_entropy(trained.model(x.to(device)), y.to(device)) / settings.accumulate
-                        part_loss.backward()
-                    loss += part_loss.detach()
+                        x = x.to(device)
+                        output = trained.model(x)
+                        task_loss = cross_entropy(output, y.to(device))
+                        whole_loss = task_loss if scheduler is None else scheduler.loss(task_loss, output, x)
+                        trained.backward(whole_loss / settings.accumulate)
+                    loss += task_loss.detach() / settings.accumulate
                 norm = trained.clip(CLIP_NORM)
                 # one small exchange a step: mean loss and norm, and whether any rank was asked to stop
                 asked = torch.tensor(float(stop), device=device).double()
@@ -262,8 +301,9 @@ def train(settings: Settings) -> bool:
                         f"step {done + 1}: the loss is {train_loss} and the gradient's norm {norm_of_all}, "
                         f"expected finite numbers; --lr {settings.lr} is probably too high"
                     )
-                optimizer.step()
-                optimizer.zero_grad()
+                trained.step()
+                if scheduler is not None:
+                    scheduler.step()
                 done += 1
                 if done == settings.steps and isinstance(trained, parallel.Local):
                     trained.outer.sync()
@@ -278,7 +318,10 @@ def train(settings: Settings) -> bool:
                 validation_loss = held_out() if due else None
                 if due or done % math.ceil(settings.steps / CURVE_ROWS) == 0:
                     note(train_loss, validation_loss)
-                show.step(done, train_loss, validation_loss, durations, before + Traffic.of(session.report()))
+                phase = "" if scheduler is None else told(scheduler)
+                show.step(done, train_loss, validation_loss, durations, before + Traffic.of(session.report()), phase)
+                if done == settings.steps and scheduler is not None:
+                    small = store(out / SMALL, trained, scheduler, text.validation, settings, device)
                 if due:
                     record()
                 if (
@@ -299,6 +342,12 @@ def train(settings: Settings) -> bool:
                 f"validation loss {curve[-1]['validation_loss']:.4f} after {done} steps; "
                 f"record in {out / 'record.json'}"
             )
+            if small is not None:
+                say(
+                    f"{small['sparsity']:.0%} pruned, {small['bytes'] / 1e6:.2f} MB in {out / SMALL}, "
+                    f"{small['times_smaller']:.1f} times smaller than in float32; read back its validation loss is "
+                    f"{small['validation_loss']:.4f}"
+                )
         return done == settings.steps
 
 
@@ -308,10 +357,24 @@ def check(settings: Settings) -> None:
         raise TrainingError(f"--optimizer {settings.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     if settings.parallel not in parallel.WAYS:
         raise TrainingError(f"--parallel {settings.parallel}: expected one of {', '.join(parallel.WAYS)}")
-    if settings.parallel != "ddp" and settings.optimizer not in ("AdamW", "SGD"):
-        raise TrainingError(f"--optimizer {settings.optimizer} exchanges by itself: expected --parallel ddp")
+    if settings.parallel not in ("ddp", "deepspeed") and settings.optimizer not in ("AdamW", "SGD"):
+        raise TrainingError(
+            f"--optimizer {settings.optimizer} exchanges by itself: expected --parallel ddp or deepspeed"
+        )
+    if settings.zero_stage not in range(4):
+        raise TrainingError(f"--zero-stage {settings.zero_stage}: expected 0, 1, 2 or 3")
+    if settings.parallel == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise TrainingError("--parallel deepspeed: found no DeepSpeed, expected it; pip install 'commpress[deepspeed]'")
+    if settings.recipe is not None and settings.parallel not in ("ddp", "fsdp"):
+        raise TrainingError(f"--recipe {settings.recipe}: expected --parallel ddp or fsdp, got {settings.parallel}")
+    if settings.fork is not None and settings.resume:
+        raise TrainingError(
+            f"--fork {settings.fork} starts a run in a new folder, --resume goes on in its own: not both"
+        )
     if settings.parallel in ("local_sgd", "diloco") and settings.timeline:
-        raise TrainingError(f"--timeline {settings.timeline}: expected --parallel ddp or fsdp, whose steps have phases")
+        raise TrainingError(
+            f"--timeline {settings.timeline}: expected --parallel ddp, fsdp or deepspeed, whose steps have phases"
+        )
     try:
         commpress.parse(settings.compress)
         Shape(settings.layers, settings.width, settings.heads, settings.context)
@@ -335,13 +398,95 @@ def check(settings: Settings) -> None:
             raise TrainingError(f"--{name.replace('_', '-')} {value}: expected at least {minimum:g}")
 
 
+def read_recipe(settings: Settings) -> "Recipe":
+    """The recipe of --recipe. Raises TrainingError if it cannot be followed in this run."""
+    if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("torchao") is None:
+        raise TrainingError("--recipe: found no pydantic or torchao, expected both; pip install 'commpress[model]'")
+    from commpress.model import Recipe
+
+    assert settings.recipe is not None
+    try:
+        recipe = Recipe.load(settings.recipe)
+        recipe.require_within(settings.steps)
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"--recipe: {error}") from None
+    if recipe.distil is not None and recipe.distil.teacher is None:
+        raise TrainingError(f"--recipe {settings.recipe}: distil.teacher: missing, expected the folder of a run")
+    return recipe
+
+
+def by_recipe(
+    recipe: "Recipe", model: GPT, settings: Settings, device: torch.device
+) -> "tuple[parallel.Spread, Scheduler]":
+    """As `spread`, and what carries out the recipe. Collective."""
+    from commpress.model import Scheduler, prepare
+
+    prepare(model, recipe)
+    teacher = None if recipe.distil is None else teacher_of(Path(recipe.distil.teacher or ""), settings).to(device)
+    trained = spread(model, settings)
+    return trained, Scheduler(recipe, model, trained.optimizer, session=trained.session, teacher=teacher)
+
+
+def teacher_of(folder: Path, settings: Settings) -> GPT:
+    """The model of another run's checkpoint. Raises ValueError if there is none, or if its context is shorter."""
+    try:
+        state = checkpoint.load_shared(folder)
+    except ValueError:
+        raise ValueError(f"distil.teacher: no checkpoint in {folder}") from None
+    shape = Shape(*(state["identity"][name] for name in ("layers", "width", "heads", "context")))
+    if shape.context < settings.context:
+        raise ValueError(f"distil.teacher: {folder} has a context of {shape.context}, this run {settings.context}")
+    model = GPT(shape)
+    model.load_state_dict(state["model"])
+    return model
+
+
+def store(
+    file: Path, trained: parallel.Spread, scheduler: "Scheduler", text: Tensor, settings: Settings, device: torch.device
+) -> dict[str, Any]:
+    """Write the model as small as the recipe left it, read it back, and validate what was read. Collective."""
+    from commpress.model import prepare, quantization, stored
+
+    with trained.alike():
+        shared, _ = trained.state()
+        if dist.get_rank() == 0:
+            model = GPT(settings.shape)
+            prepare(model, scheduler.recipe)
+            model.load_state_dict(shared["model"])
+            if quantization.is_prepared(model):
+                quantization.enable(model)
+            stored.save(file, model, masks={name: mask.cpu() for name, mask in scheduler.masks.of.items()})
+    dist.barrier()
+    model = GPT(settings.shape)
+    model.load_state_dict(stored.load(file).state_dict())
+    size, dense = file.stat().st_size, 4 * sum(p.numel() for p in model.parameters())
+    return {
+        "bytes": size,
+        "times_smaller": dense / size,
+        "sparsity": scheduler.masks.sparsity,
+        "validation_loss": validate(model.to(device), text, settings, device),
+    }
+
+
+def told(scheduler: "Scheduler") -> str:
+    """A word on what the recipe does now."""
+    pruned = scheduler.masks.sparsity
+    return f" [{scheduler.phase}{f', {pruned:.0%} pruned' if pruned else ''}]"
+
+
 def called(settings: Settings) -> str:
     """A run by its spec, and by what else is not usual about it."""
     spec = settings.compress
-    if settings.parallel == "fsdp":
+    if settings.parallel == "fsdp" or settings.parameters != Settings.parameters:
         spec = f"gradients {spec}, parameters {settings.parameters}"
-    ways = (settings.parallel, Settings.parallel), (settings.optimizer, Settings.optimizer)
-    return " ".join([*(way for way, usual in ways if way != usual), spec])
+    return " ".join([*unusual(settings), spec])
+
+
+def unusual(settings: Settings) -> list[str]:
+    """How the model is spread and its optimizer, where they are not the usual ones."""
+    zero = f" ZeRO {settings.zero_stage}" if settings.parallel == "deepspeed" else ""
+    ways = (settings.parallel + zero, Settings.parallel), (settings.optimizer, Settings.optimizer)
+    return [way for way, usual in ways if way != usual]
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -395,6 +540,9 @@ def spread(model: GPT, settings: Settings) -> parallel.Spread:
         return parallel.Sharded(model, optimizer, settings.compress, settings.parameters)
     if settings.parallel == "ddp":
         return parallel.Replicated(model, optimizer(model), settings.compress)
+    if settings.parallel == "deepspeed":
+        specs = settings.compress, settings.parameters
+        return parallel.Engine(model, optimizer(model), settings.zero_stage, settings.batch, *specs)
     outer: dict[str, Any] = {"every": sync_every(settings), "fragments": settings.fragments, "delay": settings.delay}
     if settings.parallel == "diloco":
         outer |= {"lr": settings.outer_lr, "momentum": settings.outer_momentum}
@@ -473,6 +621,8 @@ def write_record(
     curve: list[dict[str, Any]],
     report: commpress.Report,
     traffic: Traffic,
+    recipe: dict[str, Any] | None,
+    small: dict[str, Any] | None,
 ) -> None:
     """Write record.json: what ran, where, and what was measured. Bytes and seconds of communication are rank 0's."""
     record = {
@@ -487,6 +637,8 @@ def write_record(
         "final_validation_loss": curve[-1]["validation_loss"] if len(durations) == settings.steps else None,
         "median_step_seconds": statistics.median(durations),
         "traffic": {**asdict(traffic), "ratio": traffic.ratio},
+        "recipe": recipe,
+        "small_model": small,
         "report": report.to_dict(),  # since the last start only
         "curve": curve,
     }
@@ -618,7 +770,13 @@ class Display:
         self.task = bar.add_task(called(settings), total=settings.steps, figures="") if bar else None
 
     def step(
-        self, done: int, loss: float, validation_loss: float | None, durations: list[float], traffic: Traffic
+        self,
+        done: int,
+        loss: float,
+        validation_loss: float | None,
+        durations: list[float],
+        traffic: Traffic,
+        phase: str = "",
     ) -> None:
         s = self.settings
         sent, self.sent = traffic.sent_bytes - self.sent, traffic.sent_bytes
@@ -627,7 +785,7 @@ class Display:
         speed = dist.get_world_size() * s.batch * s.accumulate * s.context / statistics.median(durations[-PLAIN_LINES:])
         figures = (
             f"loss {loss:.3f}{self.validation} {speed / 1e3:.1f}k tokens/s"
-            f" {sent / 1e6:.3f} MB/step {traffic.ratio:.1f}x less"
+            f" {sent / 1e6:.3f} MB/step {traffic.ratio:.1f}x less{phase}"
         )
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, figures=figures)
@@ -653,8 +811,11 @@ def display(settings: Settings, done: int) -> Iterator[Display]:
 
 def command(
     compress: Annotated[
-        str, typer.Option(help="Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...")
-    ] = "int4",
+        str | None,
+        typer.Option(
+            help="Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ... Default: the recipe's, or int4."
+        ),
+    ] = None,
     optimizer: Annotated[
         str, typer.Option(help="AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies.")
     ] = Settings.optimizer,
@@ -672,17 +833,28 @@ def command(
         typer.Option(help="Steps between syncs: of ZeroOneAdamW (default 4), local_sgd and diloco (default 30)."),
     ] = Settings.sync_every,
     parallel: Annotated[
-        str, typer.Option(help="ddp, fsdp (FSDP2), local_sgd or diloco: what travels, and when.")
+        str, typer.Option(help="ddp, fsdp (FSDP2), deepspeed, local_sgd or diloco: what travels, and when.")
     ] = Settings.parallel,
     parameters: Annotated[
-        str, typer.Option(help="Spec of the parameters that fsdp gathers: none, bf16, int8, int4.")
+        str, typer.Option(help="Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4.")
     ] = Settings.parameters,
+    zero_stage: Annotated[
+        int,
+        typer.Option(help="Of deepspeed: 0 shards nothing, 1 and 2 what the optimizer keeps, 3 the parameters, too."),
+    ] = Settings.zero_stage,
     outer_lr: Annotated[float, typer.Option(help="Rate of diloco's outer step.")] = Settings.outer_lr,
     outer_momentum: Annotated[float, typer.Option(help="Momentum of that.")] = Settings.outer_momentum,
     fragments: Annotated[
         int, typer.Option(help="Parts of the model that local_sgd and diloco sync at different steps.")
     ] = Settings.fragments,
     delay: Annotated[int, typer.Option(help="Steps that training goes on while such a part travels.")] = Settings.delay,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="What to prune, quantise and distil at which step: a .toml or .yaml file (docs/recipes.md)."),
+    ] = None,
+    fork: Annotated[
+        Path | None, typer.Option(help="Start from this run's checkpoint; --recipe, --steps and --lr may be others.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A file, or a folder of text files. Default: Python's own source.")
     ] = None,
@@ -718,10 +890,10 @@ def command(
     ] = Settings.timeline,
 ) -> None:
     """Train a byte-level GPT with compressed traffic, alone or under torchrun."""
-    settings = Settings(**locals())  # the flags' names are the settings'
+    given = locals()  # the flags' names are the settings'
     rank = os.environ.get("RANK", "0")
     try:
-        train(settings)
+        train(chosen(given))
     except TrainingError as error:
         if rank == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -729,6 +901,23 @@ def command(
     except (ValueError, OSError) as error:
         print(f"error on rank {rank}: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def chosen(given: dict[str, Any]) -> Settings:
+    """The settings of these flags, and of the recipe where it says what travels. Raises TrainingError if both say it."""
+    settings = Settings(**{**given, "compress": given["compress"] or Settings.compress})
+    if settings.recipe is None:
+        return settings
+    traffic = read_recipe(settings).traffic
+    for flag, usual, word in (
+        ("compress", None, traffic.spec),
+        ("parameters", Settings.parameters, traffic.parameters),
+    ):
+        if word is not None and given[flag] not in (usual, word):
+            key = "spec" if flag == "compress" else flag
+            raise TrainingError(f"--{flag} {given[flag]}: the recipe has traffic.{key} {word!r}; leave one of them out")
+        given = given if word is None else {**given, flag: word}
+    return Settings(**{**given, "compress": given["compress"] or Settings.compress})
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """One rank's tensors, sent to all others again and again: parameters to those that only use them, or a module's buffers.
 
 The first time everything is sent exactly. Later float tensors travel as what has changed since, by a codec; the others hold
-the same bits, and the source keeps its own. With the spec `none` all is sent as it is, and all ranks hold the source's bits.
+the same bits, and the source keeps its own. With the spec `none` all is sent as it is, and all ranks hold the source's bits. So
+are float64 tensors, which would lose bits in float32.
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,7 +54,7 @@ class Broadcasts:
         kinds = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
         require_agreement({"spec": str(self.codec), "source": source, "tensors": kinds}, group, self.device)
         self._role, self._meter = role, Meter()
-        floats = [name for name, x in tensors.items() if x.dtype in FLOAT_DTYPES and self.codec.lossy]
+        floats = [name for name, x in tensors.items() if self.codec.lossy and not _not_coded(x.dtype)]
         self._floats, self._others = floats, [name for name in tensors if name not in floats]
         self._values = sum(tensors[name].numel() for name in floats)
         self._float_bytes = sum(tensors[name].nbytes for name in floats)
@@ -63,18 +64,23 @@ class Broadcasts:
             self._sequencer = Sequencer(self._wire, self._meter)
             warm_up(self.codec, self.device)
 
-    @torch.no_grad()
     def send(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make these tensors on all ranks what the source has. Collective. Raises RuntimeError if it failed on any rank."""
+        """Make these tensors on all ranks what the source has. Collective. Raises RuntimeError if it failed on any rank.
+
+        Under `torch.inference_mode()`, too.
+        """
         if self.world_size > 1:
-            waiting = [self._exact(index, tensors[name]) for index, name in enumerate(self._others)]
-            if self._floats:
-                waiting.append(self._floating([tensors[name] for name in self._floats]))
-            for future, put in waiting:
-                result = future.wait()
-                if isinstance(result, BaseException):
-                    raise result
-                put()
+            # what is made under inference mode may not be written to in training, nor by the threads that send
+            with torch.inference_mode(False), torch.no_grad():
+                waiting = [self._exact(index, tensors[name]) for index, name in enumerate(self._others)]
+                if self._floats:
+                    waiting.append(self._floating([tensors[name] for name in self._floats]))
+            with torch.no_grad():
+                for future, put in waiting:
+                    result = future.wait()
+                    if isinstance(result, BaseException):
+                        raise result
+                    put()
         self._meter.steps += 1
 
     def report(self) -> Report:
@@ -98,7 +104,7 @@ class Broadcasts:
 
     def _exact(self, index: int, x: Tensor) -> Any:
         flat = x.detach().contiguous().view(-1)
-        reason = "spec is none" if not self.codec.lossy else f"{str(x.dtype).removeprefix('torch.')} is no float"
+        reason = _not_coded(x.dtype) if self.codec.lossy else "spec is none"
         future = self._start(index, flat, flat.nbytes, reason, exact_broadcast(flat, self._wire, self.source))
         return future, partial(x.copy_, flat.view(x.shape))
 
@@ -133,3 +139,11 @@ class Broadcasts:
         dense = nbytes * tree_children(self.rank, self.source, self.world_size)
         self._sequencer.submit(Job(flat, exchange, row, self._meter.steps, dense, False, future.set_result))
         return future
+
+
+def _not_coded(dtype: torch.dtype) -> str:
+    """Why tensors of this dtype are sent as they are; "" if they are not."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in FLOAT_DTYPES:
+        return f"{name} is no float"
+    return f"{name} has more bits than float32" if dtype.itemsize > 4 else ""

@@ -4,12 +4,20 @@ The rank that fails leaves its reason in the store and closes the group's connec
 closed, look into the store and report the same reason. If nothing stands there, the peer itself is gone.
 """
 
+import re
 import time
 
 import torch.distributed as dist
 
 PATIENCE = 0.5
 """Seconds to wait for the reason of a peer that closed its connections."""
+
+LOST_PEER = re.compile(
+    r"gloo/transport/.*(Connection closed by peer|Read error|writev |Socket (unexpectedly )?closed|[Tt]imed out|timeout)"
+    r"|Application timeout caused pair closure",
+    re.DOTALL,
+)
+"""What Gloo says when a peer's connection is closed, broken or silent; its other errors are this rank's own."""
 
 
 class ExchangeError(RuntimeError):
@@ -27,7 +35,7 @@ class FailureBoard:
     def explain(self, error: BaseException) -> ExchangeError:
         """Post what happened here, or find what was posted, and return the error that this rank's user shall see."""
         own = f"rank {self._rank}: {type(error).__name__}: {error}"
-        lost_peer = isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+        lost_peer = isinstance(error, RuntimeError) and LOST_PEER.search(str(error)) is not None
         try:
             if lost_peer:
                 reason = self._posted() or f"rank {self._rank}, which lost another rank: {error}"

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.survivors import Segments, Survivors
+from commpress.comm.survivors import Segments as Segments
+from commpress.comm.survivors import Survivors
 
 KEPT = ("residual", "second", "momentum")
 """The tensors of a memory."""

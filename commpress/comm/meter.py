@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -89,28 +90,30 @@ class Report:
             sums = found.setdefault(row.phase, {"steps": 0, **dict.fromkeys(BYTES, 0)})
             sums |= {key: sums[key] + getattr(row, key) for key in BYTES}
         for phase, sums in found.items():
-            taken: dict[tuple[int, str], int] = {}  # a bucket may be treated in several ways in turn
-            for row in self.rows:
-                if row.phase == phase:
-                    taken[row.bucket, row.role] = taken.get((row.bucket, row.role), 0) + row.steps
+            mine = [row for row in self.rows if row.phase == phase]
+            taken: dict[int, int] = {}  # a bucket may be treated in several ways in turn
+            for row in [row for row in mine if row.role == "gradients"] or mine:  # parameters are gathered twice a step
+                taken[row.bucket] = taken.get(row.bucket, 0) + row.steps
             sums["steps"] = max(taken.values())
         return found
 
     @classmethod
     def together(cls, *reports: "Report") -> "Report":
-        """One report of several sessions on this rank, such as a DDP session and an outer one.
+        """One report of several sessions of this process, such as a DDP session inside a node and an outer one between nodes.
 
-        Raises ValueError if there are none, or if they are of different ranks.
+        They may be of different groups: the sum is of this rank among all ranks. Raises ValueError if there are none.
         """
-        if not reports or len({report.rank for report in reports}) > 1:
-            ranks = sorted({report.rank for report in reports})
-            raise ValueError(f"Report.together: expected reports of one rank, got {len(reports)} of ranks {ranks}")
+        if not reports:
+            raise ValueError("Report.together: got 0 reports, expected at least one")
         first = max(reports, key=lambda report: report.world_size)
+        rank, world_size = first.rank, first.world_size
+        if dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
         sums = {key: sum(getattr(report, key) for report in reports) for key in BYTES}
         return cls(
             spec="; ".join(dict.fromkeys(report.spec for report in reports)),
-            rank=first.rank,
-            world_size=first.world_size,
+            rank=rank,
+            world_size=world_size,
             steps=max(report.steps for report in reports),
             seconds={key: sum(report.seconds[key] for report in reports) for key in first.seconds},
             rows=[row for report in reports for row in report.rows],
@@ -133,12 +136,11 @@ class Report:
             table.add_column(name, justify="right")
         table.add_column("how")
         roles = self.roles
-        for row in self.rows:
+        for row in _all_phases(self.rows):
             ratio = f"{row.dense_bytes / row.sent_bytes:.1f}" if row.sent_bytes else "-"
             mb = (f"{b / 1e6 / max(row.steps, 1):.3f}" for b in (row.dense_bytes, row.sent_bytes))
             ms = (f"{row.seconds[p] * 1e3 / max(row.steps, 1):.2f}" for p in PHASES)
             name = str(row.bucket) if len(roles) == 1 else f"{row.role} {row.bucket}"
-            name += f", {row.phase}" if row.phase else ""
             name += f" ({row.steps} steps)" if row.steps != self.steps else ""
             table.add_row(name, f"{row.values:,}", *mb, ratio, *ms, row.how)
         table.add_section()
@@ -149,7 +151,7 @@ class Report:
         for phase, of in self.phases.items():
             mb = (f"{of[key] / 1e6 / max(of['steps'], 1):.3f}" for key in ("dense_bytes", "sent_bytes"))
             ratio = f"{of['dense_bytes'] / of['sent_bytes']:.1f}" if of["sent_bytes"] else "-"
-            table.add_row(f"all {phase} ({of['steps']} steps)", "", *mb, ratio, "", "", "", "")
+            table.add_row(phase, "", *mb, ratio, "", "", "", f"{of['steps']} steps")
         mb = (f"{b / 1e6 / each:.3f}" for b in (self.dense_bytes, self.sent_bytes))
         ms = (f"{self.seconds[p] * 1e3 / each:.2f}" for p in PHASES)
         after, hidden = (self.seconds[k] * 1e3 / each for k in ("exposed", "hidden"))
@@ -157,6 +159,19 @@ class Report:
         text = StringIO()
         Console(file=text, width=132).print(table)
         return text.getvalue()
+
+
+def _all_phases(rows: list[Row]) -> list[Row]:
+    """The rows of each bucket and treatment added up over the phases."""
+    found: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        key = (row.bucket, row.values, row.dtype, row.spec, row.exchange, row.reason, row.role)
+        whole = found.setdefault(key, Row(*key))
+        whole.steps += row.steps
+        for name in BYTES:
+            setattr(whole, name, getattr(whole, name) + getattr(row, name))
+        whole.seconds = {phase: whole.seconds[phase] + row.seconds[phase] for phase in PHASES}
+    return list(found.values())
 
 
 class Meter:

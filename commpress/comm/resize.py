@@ -2,6 +2,8 @@
 
 What the ranks keep counts by its mean: old rank i's goes to new rank i mod W', times W' / W. What an owner of a chunk kept of
 a mean counts W-fold. What an optimizer has of its own on each rank becomes the mean of them on all.
+
+Where each rank brings its own state alone (`moved`), what it kept goes with it, times W' / W; that of lost ranks is lost.
 """
 
 from collections.abc import Sequence
@@ -37,12 +39,30 @@ def resized(states: Sequence[State], rank: int, world_size: int) -> State:
         parts = [state["buckets"][place] for state in mine]
         kept = {key: _sum([part[key] for part in parts], share) for key in ("residual", "momentum")}
         for part in parts:
-            if part["second"] is not None and kept["residual"] is not None:
-                owned = kept["residual"][part["start"] : part["start"] + part["second"].numel()]
-                owned.add_(part["second"], alpha=old * share)
+            _give_back(kept["residual"], part, old * share)
         buckets.append({"segments": bucket["segments"], "start": 0, "second": None, **kept})
     own = _mean([by_rank[i]["optimizer"] for i in range(old)])
     return {**by_rank[0], "rank": rank, "world_size": world_size, "buckets": buckets, "optimizer": own}
+
+
+def moved(state: State, rank: int, world_size: int) -> State:
+    """The state that a rank saved, for where it is now: `rank` of `world_size`. What it had withheld counts as before."""
+    old = int(state["world_size"])
+    if (state["rank"], old) == (rank, world_size):
+        return state
+    buckets = []
+    for bucket in state["buckets"]:
+        kept = {key: _sum([bucket[key]], world_size / old) for key in ("residual", "momentum")}
+        _give_back(kept["residual"], bucket, world_size)
+        buckets.append({"segments": bucket["segments"], "start": 0, "second": None, **kept})
+    return {**state, "rank": rank, "world_size": world_size, "buckets": buckets}
+
+
+def _give_back(residual: Tensor | None, bucket: State, times: float) -> None:
+    """Add to a new residual what the owner of a chunk in a saved bucket kept of a mean."""
+    if bucket["second"] is not None and residual is not None:
+        stop = bucket["start"] + bucket["second"].numel()
+        residual[bucket["start"] : stop].add_(bucket["second"], alpha=times)
 
 
 def _sum(parts: Sequence[Tensor | None], share: float) -> Tensor | None:

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -155,13 +155,14 @@ class Session:
         last: bool,
         *,
         treatment: Treatment | None = None,
-        dense_steps: int = 1,
+        dense_bytes: int | None = None,
     ) -> torch.futures.Future[Tensor]:
         """Replace `bucket` ([n], contiguous, any float dtype) by its mean over the ranks, in the background.
 
-        `segments` names the parameters in it, `index` its place among the buckets, `last` ends the step. It stands for
-        `dense_steps` dense exchanges in the report. A `treatment` is that of a session without an optimizer. The future holds
-        `bucket`; waiting for it raises RuntimeError if the exchange failed on any rank. Same order on every rank.
+        `segments` names the parameters in it, `index` its place among the buckets, `last` ends the step. `dense_bytes` is what
+        the report compares with, if not one dense exchange of the bucket. A `treatment` is that of a session without an
+        optimizer. The future holds `bucket`; waiting for it raises RuntimeError if the exchange failed on any rank. Same order
+        on every rank.
         """
         if self._starts_step:
             self._start_step()
@@ -178,7 +179,7 @@ class Session:
                 self._release()
         else:
             finished = partial(_settle, future, bucket)
-            self._start(bucket, segments, index, last, finished, treatment, dense_steps)
+            self._start(bucket, segments, index, last, finished, treatment, dense_bytes)
         self._step += last
         return future.then(_result)  # no collective hangs on it: it only raises what the exchange raised
 
@@ -209,7 +210,8 @@ class Session:
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
         own = self.meter.report(str(self.plan.codec), self.rank, self.world_size)
-        return Report.together(own, *(other.report() for other in self.beside)) if self.beside else own
+        together = Report.together(own, *(other.report() for other in self.beside))
+        return replace(together, rank=self.rank, world_size=self.world_size)
 
     @contextlib.contextmanager
     def timeline(self) -> Iterator[Timeline]:
@@ -266,6 +268,18 @@ class Session:
         """
         if not isinstance(state, dict):
             state = resized(state, self.rank, self.world_size)
+        self.require_own(state)
+        self._scale = float(state["scale"])
+        self._feedback.load_state_dict(state["buckets"], self.device)
+        if self._role == "gradients":  # others keep their layout
+            self._restored = list(self._feedback.memories)
+        if self._optimizer is not None and state["optimizer"] is not None:
+            self._optimizer.load_own_state(state["optimizer"])
+        for other, saved_beside in zip(self.beside, state.get("beside", ()), strict=False):
+            other.load_state_dict(saved_beside)
+
+    def require_own(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state belongs to another version, plan, rank, world size or model."""
         expected = {
             "version": STATE_VERSION,
             "settings": {**self.plan.settings(), "optimizer": self._apart()["optimizer"]},
@@ -282,14 +296,6 @@ class Session:
             gradients = self._role == "gradients"  # in other roles some may not have been exchanged yet
             present = {name: n for name, n in self._parameters.items() if gradients or name in saved}
             _require_same_parameters(saved, present)
-        self._scale = float(state["scale"])
-        self._feedback.load_state_dict(state["buckets"], self.device)
-        if self._role == "gradients":  # others keep their layout
-            self._restored = list(self._feedback.memories)
-        if self._optimizer is not None and state["optimizer"] is not None:
-            self._optimizer.load_own_state(state["optimizer"])
-        for other, saved_beside in zip(self.beside, state.get("beside", ()), strict=False):
-            other.load_state_dict(saved_beside)
 
     def _start_step(self) -> None:
         if self._optimizer is None:
@@ -315,7 +321,7 @@ class Session:
         last: bool,
         finished: Callable[[BaseException | None], None],
         treatment: Treatment | None = None,
-        dense_steps: int = 1,
+        dense_bytes: int | None = None,
     ) -> None:
         W = self.world_size
         treatment = treatment or Treatment(self.plan.codec)
@@ -343,7 +349,7 @@ class Session:
             self.meter.steps += last
             finished(None)
             return
-        dense = dense_steps * ring_bytes(bucket.nbytes, W)
+        dense = ring_bytes(bucket.nbytes, W) if dense_bytes is None else dense_bytes
         self._sequencer.submit(Job(bucket, exchange, row, self._step, dense, last, finished))
 
     def _exchange(self, bucket: Tensor, choice: Choice, treatment: Treatment, memory: Memory) -> Iterator[Transfer]:

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +28,7 @@ from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
 from commpress.comm.codecs.topk import TopK
-from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire
+from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire, stay
 from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.exchange.packed import packed
 from commpress.comm.exchange.reduce_scatter import Op, native_bytes, native_reduce_scatter, over_mean, reduce_scatter
@@ -63,14 +64,15 @@ class Shards:
         self.looks = False
         """Whether gradients travel exactly, and those that masks prune with them."""
         self.meter = Meter()
-        self._tags = itertools.count(0, TAGS_PER_BUCKET)
+        self.tags = itertools.count(0, TAGS_PER_BUCKET)
+        """The first of each exchange's messages."""
         self._reductions: dict[int, int] = {}
         self._free: dict[int, list[Tensor]] = {}
         self._busy = self._landed = self._exposed = 0.0
         if self.world_size > 1:
             # on CPU a group of our own: what the framework sends on its own cannot get between our transfers
-            self._wire = Wire(sibling(group) if device.type == "cpu" else group, device)
-            self._sequencer = Sequencer(self._wire, self.meter)
+            self.wire = Wire(sibling(group) if device.type == "cpu" else group, device)
+            self._sequencer = Sequencer(self.wire, self.meter)
             for plan in (gradients, parameters):
                 warm_up(plan.codec, device)
 
@@ -91,18 +93,20 @@ class Shards:
         source, target = (full, out) if places is None else (all_kept, kept)
         if W == 1:
             exchange = _alone(source, target, over_mean(op, 1))
+        elif m == 0:
+            exchange = stay()
         elif choice.codec.lossy:
             memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-            tag = next(self._tags)
-            exchange = reduce_scatter(source, target, op, choice.codec, memory, payload, self._wire, tag)
+            tag = next(self.tags)
+            exchange = reduce_scatter(source, target, op, choice.codec, memory, payload, self.wire, tag)
         else:
-            exchange = native_reduce_scatter(source, target, op, self._wire)
+            exchange = native_reduce_scatter(source, target, op, self.wire)
         if places is not None:
             own = self.feedback.survivors.places(segments[self.rank * len(segments) // W :][: len(segments) // W])
             assert own is not None
             exchange = packed(full, places, all_kept, exchange, (out, own, kept))
         dense = native_bytes(out, W)
-        return self._start("gradients", "reduce_scatter", choice, full, out, index, dense, exchange, buffer)
+        return self.start("gradients", "reduce_scatter", choice, full, out, index, dense, exchange, buffer)
 
     def all_gather(
         self, shard: Tensor, out: Tensor, index: int, reason: str = "", segments: Segments = ()
@@ -121,16 +125,18 @@ class Shards:
         source, target = (shard, out) if places is None else (kept, all_kept)
         if W == 1:
             exchange = _alone(source, target, 1.0)
+        elif m == 0:
+            exchange = stay()
         elif choice.codec.lossy:
-            exchange = gather(source, target, choice.codec, payload, self._wire, next(self._tags))
+            exchange = gather(source, target, choice.codec, payload, self.wire, next(self.tags))
         else:
-            exchange = native_gather(source, target, self._wire)
+            exchange = native_gather(source, target, self.wire)
         if places is not None:
             own = self.feedback.survivors.places(segments[self.rank * len(segments) // W :][: len(segments) // W])
             assert own is not None
             exchange = packed(shard, own, kept, exchange, (out, places, all_kept))
         dense = (W - 1) * shard.nbytes
-        return self._start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
+        return self.start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
 
     def all_reduce(self, x: Tensor, segments: Segments, index: int, op: Op = MEAN, reason: str = "") -> "Pending":
         """Replace `x` ([n], contiguous, any float dtype) by what `op` makes of the ranks', the same bits on all of them.
@@ -139,26 +145,28 @@ class Shards:
         """
         places = None if self.looks else self.feedback.survivors.places(segments)
         n = x.numel() if places is None else places.numel()
-        treatment = self._treatment(x, reason or (LOOKED_AT if self.looks else ""))
+        treatment = self._treatment(x, reason or (LOOKED_AT if self.looks else ""), n, self.gradients)
         choice = self.gradients.choose(n, x.element_size(), self.world_size, treatment)
         buffer, _, kept, _ = self._room(places, x, n, 0)
         travels = x if places is None else kept
         if self.world_size == 1:
             exchange = _alone(travels, travels, over_mean(op, 1))
+        elif n == 0:
+            exchange = stay()
         elif choice.codec.lossy:
             chunk = None
             if choice.exchange == "two_shot":
                 cuts = chunk_bounds(n, self.world_size, choice.codec.granularity)
                 chunk = (cuts[self.rank], cuts[self.rank + 1])
             memory = self.feedback.memory(segments, choice.feedback, chunk, self.device)
-            mean = EXCHANGES[choice.exchange](travels, choice.codec, memory, self._wire, next(self._tags))
+            mean = EXCHANGES[choice.exchange](travels, choice.codec, memory, self.wire, next(self.tags))
             exchange = _times(mean, travels, over_mean(op, self.world_size))
         else:
-            exchange = _native_all_reduce(travels, op, self._wire)
+            exchange = _native_all_reduce(travels, op, self.wire)
         if places is not None:
             exchange = packed(x, places, kept, exchange)
         dense = ring_bytes(x.nbytes, self.world_size)
-        return self._start("gradients", choice.exchange, choice, x, x, index, dense, exchange, buffer)
+        return self.start("gradients", choice.exchange, choice, x, x, index, dense, exchange, buffer)
 
     def report(self, spec: str, rank: int, world_size: int) -> Report:
         """Bytes and seconds so far. `exposed` is what training waited for, `hidden` what ran beside it."""
@@ -171,7 +179,7 @@ class Shards:
             raise ValueError(
                 f"{full.numel()} values of {full.dtype} do not make {W} chunks of {n} of {part.dtype}, one a rank"
             )
-        return plan.choose(travel, part.element_size(), W, self._treatment(part, reason, plan))
+        return plan.choose(travel, part.element_size(), W, self._treatment(part, reason, travel, plan))
 
     def _room(
         self, places: Tensor | None, full: Tensor, m: int, payloads: int
@@ -181,17 +189,19 @@ class Shards:
         cuts = [0, -(-self.world_size * each // ALIGNED) * ALIGNED]
         cuts += [cuts[1] + -(-each // ALIGNED) * ALIGNED]
         if not cuts[2] and not payloads:
-            return None, full, full, full
-        buffer = self._take(cuts[2] + payloads)
+            return None, full[:0], full[:0], full[:0]
+        buffer = self.take(cuts[2] + payloads)
         kept = buffer[cuts[1] : cuts[1] + each].view(full.dtype)
         return buffer, buffer[: self.world_size * each].view(full.dtype), kept, buffer[cuts[2] :]
 
-    def _treatment(self, x: Tensor, reason: str, plan: Plan | None = None) -> Treatment:
+    def _treatment(self, x: Tensor, reason: str, travel: int, plan: Plan) -> Treatment:
+        if travel == 0:
+            return Treatment(None, "nothing is left of it")
         if not reason and x.dtype not in FLOAT_DTYPES:
             reason = f"{str(x.dtype).removeprefix('torch.')} is no float"
-        return Treatment((plan or self.gradients).codec, reason)
+        return Treatment(plan.codec, reason)
 
-    def _start(
+    def start(
         self,
         role: str,
         name: str,
@@ -203,12 +213,11 @@ class Shards:
         exchange: Iterator[Transfer],
         buffer: Tensor | None,
     ) -> "Pending":
+        """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `take`, is free afterwards."""
         dtype = str(out.dtype).removeprefix("torch.")
+        name = choice.exchange if choice.exchange == "none" else name
         row = self.meter.row(index, whole.numel(), dtype, str(choice.codec), name, choice.reason, role)
-        step = self._reductions.get(index, 0)
-        if role == "gradients":
-            self._reductions[index] = step + 1
-            self.meter.steps = max(self.meter.steps, step + 1)
+        step = self.reduced(index) if role == "gradients" else self._reductions.get(index, 0)
         pending = Pending(self, out)
         if out.is_inference():
             exchange = _in_inference_mode(exchange)
@@ -221,6 +230,13 @@ class Shards:
             self._sequencer.submit(Job(out, exchange, row, step, dense_bytes, False, finished))
         return pending
 
+    def reduced(self, index: int) -> int:
+        """Note a reduction of what has this place in the report; returns how many there were before."""
+        before = self._reductions.get(index, 0)
+        self._reductions[index] = before + 1
+        self.meter.steps = max(self.meter.steps, before + 1)
+        return before
+
     def _finish(self, pending: "Pending", buffer: Tensor | None, error: BaseException | None) -> None:
         now = time.perf_counter()
         self._busy += now - max(pending.submitted, self._landed)
@@ -229,7 +245,7 @@ class Shards:
             self._free[buffer.numel()].append(buffer)
         pending.settle(error)
 
-    def _take(self, nbytes: int) -> Tensor:
+    def take(self, nbytes: int) -> Tensor:
         """A uint8 buffer that nobody uses now. They stay allocated: fresh pages cost more than the codec."""
         free = self._free.setdefault(nbytes, [])
         if free:
@@ -328,7 +344,8 @@ class ShardedSession:
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
         spec = f"gradients {self.gradients.codec}, parameters {self.parameters.codec}"
-        return Report.together(*(shards.report(spec, self.rank, self.world_size) for shards in self.shards))
+        together = Report.together(*(shards.report(spec, self.rank, self.world_size) for shards in self.shards))
+        return replace(together, rank=self.rank, world_size=self.world_size)
 
     @contextlib.contextmanager
     def timeline(self) -> Iterator[Timeline]:

@@ -126,4 +126,4 @@ def in_memory_order(x: Tensor) -> Tensor:
 
 
 def _bits(x: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    return x.detach().view(BITS[x.element_size()]).numpy()  # type: ignore[return-value]
+    return x.detach().view(BITS[x.element_size()]).numpy()

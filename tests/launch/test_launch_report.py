@@ -180,6 +180,17 @@ def test_buckets_of_the_first_layout_are_in_the_table_only() -> None:
     assert drawn[2]["hovertext"][:2] == ["not compressed: small", "int4 by two_shot"]
 
 
+def test_what_a_recipe_left_and_its_phases() -> None:
+    record = report_samples.run("int4", 4.0)
+    first, second = ({**row, "phase": name} for name in ("prune", "pruned") for row in record["report"]["rows"][1:2])
+    phases = {"prune": {"steps": 299, "dense_bytes": 299 * 8_000_000, "sent_bytes": 299 * 1_000_000}}
+    small = {"bytes": 6_300_000, "times_smaller": 10.7, "sparsity": 0.8, "validation_loss": 2.3456}
+    html = report.page([{**record, "report": {"rows": [first, second], "phases": phases}, "small_model": small}])
+    for told in ("By recipe", "80%", "10.7", "2.3456", "prune", "8.0", f"<td>{2 * 299}</td>"):
+        assert told in html, told
+    assert "By recipe" not in report.page([record])
+
+
 def test_a_timeline_has_a_trace_a_phase_and_shows_the_median_step() -> None:
     record = report_samples.timeline()
     by_step = {step: [e for e in records.spans(record) if e["args"]["step"] == step] for step in range(5)}

@@ -222,6 +222,8 @@ def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path, text: Path) -> 
         (["--warmup-compress", "int5"], "unknown codec 'int5'"),
         (["--optimizer", "Adam"], "--optimizer Adam: expected one of AdamW, OneBitAdamW, ZeroOneAdamW, SGD, DGC"),
         (["--sync-every", 0], "--sync-every 0: expected at least 1"),
+        (["--zero-stage", 4], "--zero-stage 4: expected 0, 1, 2 or 3"),
+        (["--parallel", "fsdp", "--optimizer", "DGC"], "DGC exchanges by itself: expected --parallel ddp or deepspeed"),
         (["--width", 30, "--heads", 4], "--width 30 --heads 4: the width must be a multiple of the heads"),
         (["--layers", 0], "--layers 0: expected at least 1"),
         (["--steps", 0], "--steps 0: expected at least 1"),

@@ -5,7 +5,9 @@
 
 `base`, the version that was sent last, is the same on all ranks. What a codec withholds stays in x - base and is sent along
 next time, so no other memory is needed. A byte a tensor says whether it has no negative value; then `base` gets none
-either: a variance just above 0 stays one. A binomial tree: nbytes(n) and those bytes travel W - 1 times in all.
+either: a variance just above 0 stays one. What is not finite at first and stays so (the -inf of an attention mask) does no
+harm. What becomes Inf or NaN later, or ceases to be, is not told: as long as x - base is not finite, the values that the codec
+codes with it, its block, stay on the others as they were. A binomial tree: nbytes(n) and those bytes travel W - 1 times in all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,10 +28,11 @@ def broadcast(
     """
     coded, positive = payload.split([codec.nbytes(x.numel()), len(sizes)])
     if wire.rank == source:
-        codec.encode(x - base, out=coded)
+        codec.encode(torch.where(x == base, 0.0, x - base), out=coded)  # inf - inf is no change
         positive.copy_(torch.stack([(part >= 0).all() for part in x.split(list(sizes))]))
     yield wire.broadcast(payload, source)
-    base.add_(codec.decode(coded, x.numel()))
+    step = codec.decode(coded, x.numel())
+    base.add_(torch.where(step.isfinite(), step, 0.0))  # NaN would stay in base for good
     for part, clamps in zip(base.split(list(sizes)), positive.tolist(), strict=True):
         if clamps:
             part.clamp_(min=0)

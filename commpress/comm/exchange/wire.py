@@ -5,13 +5,17 @@ under Gloo a third less time than all_gather for the same bytes. Each message ha
 """
 
 import contextlib
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_closed: "weakref.WeakKeyDictionary[dist.ProcessGroup, list[str]]" = weakref.WeakKeyDictionary()
+"""By default group: the names of groups of ours that were closed, whose addresses are still in its store."""
 
 
 @dataclass
@@ -72,7 +76,9 @@ class Wire:
         group, self.group = self.open_group(), None
         with contextlib.suppress(Exception):  # what cannot be closed fails by its timeout
             if self.device.type == "cpu":
+                name = group.group_name
                 dist.destroy_process_group(group)
+                _closed.setdefault(dist.distributed_c10d._get_default_group(), []).append(name)
             else:
                 group._get_backend(self.device).abort()
 
@@ -98,11 +104,29 @@ def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
     options = getattr(group._get_backend(torch.device("cpu")), "options", None)
     timeout = getattr(options, "_timeout", None)
     ranks = dist.get_process_group_ranks(group)
-    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="commpress")
+    with _closed_names_taken():
+        group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="commpress")
     assert isinstance(group, dist.ProcessGroup)
     # a rank that fails at once closes its connections, while others may still be making theirs
     dist.barrier(group=group)
     return group
+
+
+@contextlib.contextmanager
+def _closed_names_taken() -> Iterator[None]:
+    """Have torch, which names a group by its ranks and how many groups there are, use no name twice in one store.
+
+    A second group of that name would meet the addresses of the first. The names are as if none had been closed, so it does not
+    matter which ranks know already that one was.
+    """
+    names = dist.distributed_c10d._world.pg_names
+    standing: dict[Any, str] = {object(): name for name in _closed.get(dist.distributed_c10d._get_default_group(), ())}
+    names.update(standing)
+    try:
+        yield
+    finally:
+        for key in standing:
+            del names[key]
 
 
 def tree_children(rank: int, source: int, world_size: int) -> int:

@@ -1,0 +1,443 @@
+"""Distillation (Hinton et al., arXiv:1503.02531): a student that trains learns from a teacher that stays as it is.
+
+L = (1 - weight) * task + weight * T^2 * KL(softmax(y_t / T) || softmax(y_s / T)) + hidden states + attention probabilities
+
+Hidden states are matched as DistilBERT does (cosine; Sanh et al., arXiv:1910.01108) or TinyBERT (mean squares, through a
+learned projection where widths differ; Jiao et al., arXiv:1909.10351); attention probabilities by mean squares or KL.
+"""
+
+import difflib
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, log_softmax
+from torch.utils.hooks import RemovableHandle
+
+from commpress.model.masks import whole
+
+PROJECTIONS = "distillation_projections"
+"""The student's child that `add_projections` makes. `del student.distillation_projections` before the student leaves."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a teacher teaches. Raises ValueError if a setting is out of its range."""
+
+    temperature: float = 2.0
+    """Softens both distributions; 1 leaves them as they are."""
+    weight: float = 0.5
+    """The soft labels' share in [0, 1]; the task's own loss has the rest. At 0 they are not computed."""
+    soft: str = "kl"
+    """`kl`, or `cross_entropy`, which is larger by the teacher's entropy and has the same gradients."""
+    hidden: Mapping[str, str] = field(default_factory=dict)
+    """Student's module -> teacher's module, by the names in `named_modules()`, whose outputs are to be alike."""
+    hidden_loss: str = "mse"
+    """`mse` or `cosine`, the mean over positions and pairs."""
+    hidden_weight: float = 1.0
+    """At 0 nothing is captured."""
+    attention: Mapping[str, str] = field(default_factory=dict)
+    """The same for modules that return `(output, probabilities)`, as Transformers' do under `attn_implementation="eager"`."""
+    attention_loss: str = "mse"
+    """`mse` or `kl`. What a student's attention dropout zeroes costs much under `kl`: set it to 0 there."""
+    attention_weight: float = 1.0
+    """At 0 nothing is captured."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"Distillation(temperature={self.temperature}): expected a number above 0, got {self.temperature}"
+            )
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"Distillation(weight={self.weight}): expected a share in [0, 1], got {self.weight}")
+        for name in ("hidden_weight", "attention_weight"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"Distillation({name}={value}): expected 0 or a number above it, got {value}")
+        for name, known in (
+            ("soft", ("kl", "cross_entropy")),
+            ("hidden_loss", ("mse", "cosine")),
+            ("attention_loss", ("mse", "kl")),
+        ):
+            if (form := getattr(self, name)) not in known:
+                raise ValueError(f"Distillation({name}={form!r}): expected {' or '.join(known)}, got {form!r}")
+
+
+def soft_loss(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, form: str = "kl", positions: Tensor | None = None
+) -> Tensor:
+    """T^2 * KL(softmax(y_t / T) || softmax(y_s / T)), the mean over positions, float32.
+
+    As `cross_entropy`: - T^2 * sum_i y_t,i log y_s,i of the softened probabilities. Logits are [..., classes]; where
+    `positions`, bool [...], is False they are not looked at. Raises ValueError if shapes do not fit.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"soft labels: the student's logits are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: "
+            "expected equal shapes (one vocabulary, one padding)"
+        )
+    if positions is not None:
+        if positions.dtype != torch.bool or positions.shape != student.shape[:-1]:
+            raise ValueError(
+                f"soft labels: expected positions bool {tuple(student.shape[:-1])}, got "
+                f"{str(positions.dtype).removeprefix('torch.')} {tuple(positions.shape)}"
+            )
+        student, teacher = student[positions], teacher[positions]
+    log_s = log_softmax(student.float() / temperature, dim=-1)
+    log_t = log_softmax(teacher.float() / temperature, dim=-1)
+    each = log_t.exp() * (log_t - log_s if form == "kl" else -log_s)
+    return temperature**2 * _mean(each.sum(dim=-1))
+
+
+def hidden_loss(student: Tensor, teacher: Tensor, form: str = "mse", positions: Tensor | None = None) -> Tensor:
+    """Mean of (h_s - h_t)^2, or of 1 - cos(h_s, h_t), over positions, float32. Hidden states are [..., width]."""
+    if positions is not None:
+        student, teacher = student[positions], teacher[positions]
+    if form == "cosine":
+        return _mean(1 - cosine_similarity(student.float(), teacher.float(), dim=-1))
+    return _mean((student.float() - teacher.float()).square())
+
+
+def attention_loss(student: Tensor, teacher: Tensor, form: str = "mse", positions: Tensor | None = None) -> Tensor:
+    """Mean of (a_s - a_t)^2, or of sum_j a_t,j log(a_t,j / a_s,j) over heads and queries, float32.
+
+    Probabilities are [batch, heads, queries, keys] or [batch, queries, keys], `positions` bool [batch, queries].
+    """
+    if positions is not None:
+        student, teacher = student.movedim(-2, 1)[positions], teacher.movedim(-2, 1)[positions]
+    student, teacher = student.float(), teacher.float()
+    if form == "kl":
+        least = torch.finfo(torch.float32).tiny  # a masked key has probability 0 in both
+        return _mean((torch.xlogy(teacher, teacher) - teacher * student.clamp(min=least).log()).sum(dim=-1))
+    return _mean((student - teacher).square())
+
+
+class Distiller:
+    """A teacher beside a student that trains.
+
+        distiller = Distiller(student, teacher, Distillation(temperature=2.0, weight=0.5))
+        output = ddp_student(x)
+        distiller.loss(task_loss, output, x).backward()
+
+    The student is the bare module, the one inside DDP, or what `fully_shard` took in place. The teacher is whole on each
+    rank and never part of the student: it is frozen and in eval mode from here on, its weights equal on all ranks (load
+    it from one file, or compare `fingerprint`). Layers are captured by forward hooks: if one is called several times in a
+    forward the last call counts. Hooks inside an activation checkpoint work if it is not reentrant; outside, on the
+    checkpointed module itself, they always do. A deepcopy of the student is not watched. What replaces a captured
+    module (quantisation, pruning) takes its hook along: make a new Distiller then.
+
+    Raises ValueError for a module name that is unknown and for a teacher that shares parameters with the student.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, settings: Distillation | None = None) -> None:
+        self.teacher = teacher
+        self.settings = s = settings or Distillation()
+        own = {id(p) for p in student.parameters()}
+        if shared := next((name for name, p in teacher.named_parameters() if id(p) in own), None):
+            raise ValueError(f"the teacher's {shared!r} is the student's as well: give it a copy, copy.deepcopy(model)")
+        hidden = s.hidden if s.hidden_weight else {}
+        attention = s.attention if s.attention_weight else {}
+        self._pairs = [("hidden", *pair) for pair in hidden.items()]
+        self._pairs += [("attention", *pair) for pair in attention.items()]
+        at_student = _modules_of(student, "student", [name for _, name, _ in self._pairs])
+        at_teacher = _modules_of(teacher, "teacher", [name for _, _, name in self._pairs])
+        projections = getattr(student, PROJECTIONS, {})
+        self._projected = {name: projections[_key(name)] for name in hidden if _key(name) in projections}
+        self._student = _Captures(student, "student", at_student, [pair[:2] for pair in self._pairs], self._projected)
+        self._teacher = _Captures(teacher, "teacher", at_teacher, [pair[::2] for pair in self._pairs], {})
+        self._parts: dict[str, Tensor] = {}
+        teacher.requires_grad_(False)
+        teacher.eval()
+
+    def loss(
+        self, task_loss: Tensor, student_output: Any, *inputs: Any, positions: Tensor | None = None, **named: Any
+    ) -> Tensor:
+        """The whole loss of the student's last forward, a scalar; the teacher runs on `inputs` and `named`.
+
+        `student_output` is its logits [..., classes] or has them as `.logits`. `labels` are not given to the teacher. Soft
+        labels count where `positions`, bool [...], is True, for instance `positions=labels != -100`; without it, and for
+        layers always, where a `named["attention_mask"]` [batch, time] of the same size is not 0. Means are over this
+        rank's positions, as DDP has it. One loss for each forward.
+
+        Raises ValueError if shapes do not fit, and if a layer has no output or none that leads to the student's parameters;
+        TypeError if an output has no logits.
+        """
+        s = self.settings
+        captured = self._student.take()
+        self._parts = {"task": task_loss.detach()}
+        total = (1 - s.weight) * task_loss
+        if not s.weight and not self._pairs:
+            return total
+        logits = _logits(student_output, "student")
+        self.teacher.eval()  # whoever called train() on it
+        with torch.no_grad():
+            teacher_output = self.teacher(*inputs, **{name: value for name, value in named.items() if name != "labels"})
+        taught = self._teacher.take()
+        mask = named.get("attention_mask")
+        if s.weight:
+            where = _mask_for(mask, logits.shape[:-1]) if positions is None else positions
+            soft = soft_loss(logits, _logits(teacher_output, "teacher"), s.temperature, s.soft, where)
+            total = total + s.weight * self._noted("soft", soft)
+        values: dict[str, list[Tensor]] = {}
+        for kind, mine, theirs in self._pairs:
+            h, target = captured[kind, mine], taught[kind, theirs]
+            self._check(kind, mine, theirs, h, target, logits)
+            if kind == "hidden":
+                value = hidden_loss(h, target, s.hidden_loss, _mask_for(mask, h.shape[:-1]))
+            else:
+                value = attention_loss(h, target, s.attention_loss, _mask_for(mask, h.shape[:1] + h.shape[-2:-1]))
+            values.setdefault(kind, []).append(value)
+        for kind, each in values.items():
+            weight = s.hidden_weight if kind == "hidden" else s.attention_weight
+            total = total + weight * self._noted(kind, torch.stack(each).mean())
+        return total
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The last loss in its parts, without their weights: task, soft, hidden, attention. Waits for the device."""
+        return {name: float(value) for name, value in self._parts.items()}
+
+    def close(self) -> None:
+        """Take the hooks off both models. `loss` is not to be called afterwards."""
+        self._student.close()
+        self._teacher.close()
+
+    def _noted(self, part: str, value: Tensor) -> Tensor:
+        self._parts[part] = value.detach()
+        return value
+
+    def _check(self, kind: str, mine: str, theirs: str, h: Tensor, target: Tensor, logits: Tensor) -> None:
+        if h.shape != target.shape:
+            advice = ""
+            if kind == "hidden" and h.shape[:-1] == target.shape[:-1] and mine not in self._projected:
+                widths = (h.shape[-1], target.shape[-1])
+                advice = f"; add_projections(student, {{{mine!r}: {widths}}}), before it is wrapped, learns the way"
+            raise ValueError(
+                f"{kind} of {mine!r}: the student's is {tuple(h.shape)}, the teacher's ({theirs!r}) "
+                f"{tuple(target.shape)}: expected equal shapes{advice}"
+            )
+        if logits.requires_grad and not h.requires_grad:
+            raise ValueError(
+                f"{kind} of {mine!r}: nothing that is trained leads to it: either all before it is frozen, or it is inside "
+                "a reentrant activation checkpoint; checkpoint with use_reentrant=False"
+            )
+
+
+def add_projections(student: nn.Module, widths: Mapping[str, tuple[int, int]]) -> None:
+    """Give the student a learned linear map for each of these modules, from its width to the teacher's, before hidden states
+    are compared: `add_projections(student, {"blocks.0": (64, 128)})`.
+
+    They are the student's parameters, so call this before the student is wrapped and its optimizer is made: then gradients
+    are exchanged as all others. They are used in the loss alone. So under DDP, which waits for the gradients of all its
+    parameters, each step must have that loss, and `find_unused_parameters` cannot be on.
+    Raises ValueError for an unknown name.
+    """
+    _modules_of(student, "student", list(widths))
+    projections = {_key(name): nn.Linear(inner, outer, bias=False) for name, (inner, outer) in widths.items()}
+    like = next(student.parameters())
+    setattr(student, PROJECTIONS, nn.ModuleDict(projections).to(like.device, like.dtype))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's parameters and buffers with their names, for a checkpoint to know its teacher by."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        x = whole(x).cpu().contiguous()
+        hashed.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        hashed.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def distilbert_from(teacher: Any, layers: Sequence[int]) -> Any:
+    """A `transformers.DistilBertForMaskedLM` that starts as some layers of a `BertForMaskedLM`, as DistilBERT did with 0, 2, 4,
+    ...: its embeddings, these layers in this order, its head.
+
+    DistilBERT has no token types: type 0 goes into the positions, so that all layers together give the teacher's logits.
+    Its modules are `distilbert.transformer.layer.0` (hidden) and `distilbert.transformer.layer.0.attention` where the
+    teacher's are `bert.encoder.layer.0` and `bert.encoder.layer.0.attention.self`.
+    Raises ImportError without Transformers, TypeError for another teacher, ValueError for a layer that it does not have.
+    """
+    try:
+        from transformers import BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+    except ImportError as error:
+        raise ImportError("distilbert_from needs Transformers: pip install 'commpress[model]'") from error
+    if not isinstance(teacher, BertForMaskedLM):
+        raise TypeError(f"distilbert_from: expected a transformers.BertForMaskedLM, got {type(teacher).__name__}")
+    c = teacher.config
+    unknown = [layer for layer in layers if not 0 <= layer < c.num_hidden_layers]
+    if unknown or not layers:
+        raise ValueError(
+            f"distilbert_from(layers={list(layers)}): expected some of the teacher's layers 0 to {c.num_hidden_layers - 1}, "
+            f"got {unknown or 'none'}"
+        )
+    config = DistilBertConfig(
+        vocab_size=c.vocab_size,
+        max_position_embeddings=c.max_position_embeddings,
+        n_layers=len(layers),
+        n_heads=c.num_attention_heads,
+        dim=c.hidden_size,
+        hidden_dim=c.intermediate_size,
+        dropout=c.hidden_dropout_prob,
+        attention_dropout=c.attention_probs_dropout_prob,
+        activation=c.hidden_act,
+        initializer_range=c.initializer_range,
+        pad_token_id=c.pad_token_id,
+        tie_word_embeddings=c.tie_word_embeddings,
+        attn_implementation=c._attn_implementation,
+    )
+    state = teacher.state_dict()
+    embeddings = "bert.embeddings."
+    taken = {
+        f"distilbert.embeddings.{name}": state[embeddings + name]
+        for name in ("word_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias")
+    }
+    taken["distilbert.embeddings.position_embeddings.weight"] = (
+        state[embeddings + "position_embeddings.weight"] + state[embeddings + "token_type_embeddings.weight"][0]
+    )
+    for i, layer in enumerate(layers):
+        for theirs, mine in _BERT_LAYER.items():
+            for part in ("weight", "bias"):
+                name = f"bert.encoder.layer.{layer}.{theirs}.{part}"
+                taken[f"distilbert.transformer.layer.{i}.{mine}.{part}"] = state[name]
+    for theirs, mine in _BERT_HEAD.items():
+        for part in ("weight", "bias"):
+            taken[f"{mine}.{part}"] = state[f"cls.predictions.{theirs}.{part}"]
+    student = DistilBertForMaskedLM(config).to(teacher.device, teacher.dtype)
+    student.load_state_dict(taken)
+    return student
+
+
+_BERT_LAYER = {
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+}
+_BERT_HEAD = {
+    "transform.dense": "vocab_transform",
+    "transform.LayerNorm": "vocab_layer_norm",
+    "decoder": "vocab_projector",
+}
+
+
+class _Captures:
+    """What some modules returned in a model's last forward, by (kind, module name), until it is taken.
+
+    Open from the model's start to its end: what a checkpoint computes again in backward is not kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        who: str,
+        modules: Mapping[str, nn.Module],
+        wanted: Sequence[tuple[str, str]],
+        projections: Mapping[str, nn.Module],
+    ) -> None:
+        self._who, self._wanted = who, wanted
+        self._of: dict[tuple[str, str], Tensor] = {}
+        self._open = False
+        self._handles: list[RemovableHandle] = []
+        if not wanted:
+            return
+
+        # closures, and each knows its module: deepcopy of the model copies neither them nor what they hold
+        def opens(module: nn.Module, args: Any) -> None:
+            if module is model:
+                self._of.clear()
+                self._open = True
+
+        def closes(module: nn.Module, args: Any, output: Any) -> None:
+            if module is model:
+                self._open = False
+
+        self._handles.append(model.register_forward_pre_hook(opens))
+        for kind, name in wanted:
+            self._watch(kind, name, modules[name], projections.get(name) if kind == "hidden" else None)
+        self._handles.append(model.register_forward_hook(closes))
+
+    def _watch(self, kind: str, name: str, watched: nn.Module, projection: nn.Module | None) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if module is not watched:
+                return
+            x = _hidden(output, name) if kind == "hidden" else _attention(output, name)
+            if projection is not None:
+                # here, inside the forward: FSDP2 has gathered the weights, and a checkpoint must find the same operations
+                x = projection(x)
+            if self._open:
+                self._of[kind, name] = x
+
+        self._handles.append(watched.register_forward_hook(hook))
+
+    def take(self) -> dict[tuple[str, str], Tensor]:
+        """All of them, once."""
+        for kind, name in self._wanted:
+            if (kind, name) not in self._of:
+                raise ValueError(
+                    f"{kind} of the {self._who}'s {name!r}: no output since the last loss: expected one forward of the model "
+                    "before each loss, with this module in it, and not replaced since the Distiller was made"
+                )
+        taken, self._of = self._of, {}
+        return taken
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._of.clear()
+
+
+def _modules_of(model: nn.Module, who: str, names: Sequence[str]) -> dict[str, nn.Module]:
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3) or list(known)[1:4]
+            raise ValueError(f"the {who} has no module {name!r}; close to it: {', '.join(map(repr, close))}")
+    return {name: known[name] for name in names}
+
+
+def _hidden(output: Any, name: str) -> Tensor:
+    values = output if isinstance(output, tuple | list) else [output]
+    if first := [value for value in values if isinstance(value, Tensor)][:1]:
+        return first[0]
+    raise TypeError(f"hidden of {name!r}: expected a tensor or a tuple with one, got {type(output).__name__}")
+
+
+def _attention(output: Any, name: str) -> Tensor:
+    if isinstance(output, Tensor) and output.dim() == 4:
+        return output
+    if isinstance(output, tuple | list) and len(output) > 1 and isinstance(output[1], Tensor):
+        return output[1]
+    got = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    if isinstance(output, tuple | list):
+        got = "(" + ", ".join(type(value).__name__ for value in output) + ")"
+    raise TypeError(
+        f"attention of {name!r}: expected (output, probabilities), or probabilities [batch, heads, queries, keys], got "
+        f'{got}; Transformers\' attention modules return them under attn_implementation="eager"'
+    )
+
+
+def _logits(output: Any, who: str) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(f"the {who}'s output: expected logits, or an output that has them, got {type(output).__name__}")
+
+
+def _mask_for(mask: Any, shape: Sequence[int]) -> Tensor | None:
+    return mask != 0 if isinstance(mask, Tensor) and mask.shape == torch.Size(shape) else None
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.sum() / max(x.numel(), 1)  # no positions: 0, still with a graph
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a ModuleDict's keys have no dots

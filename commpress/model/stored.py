@@ -1,0 +1,226 @@
+"""A model as one small file (as Han et al., arXiv:1510.00149, without their Huffman codes): integers, and no pruned weights.
+
+A safetensors file, so any program can read it. Of a tensor `name` of the state dict with n weights, k of them left:
+
+    "name"          not quantised: the tensor, or its k weights in a row
+                    quantised, weight = code * scale: n or k codes, int8 at 8 bits; at 4 bits uint8 [half as many, rounded
+                    up], the first code in the low half of a byte, two's complement
+    "name:scale"    if quantised: [rows, groups]
+    "name:mask"     if only the k are there: uint8 [n / 8, rounded up], a bit a weight in row-major order, the lowest first
+
+The header's metadata, one key, so that equal models give equal files: {"commpress": JSON of {"version": 1, "layout": {name:
+{"shape", "dtype" or "bits", "masked"}}, "shared": {name: the name under which its tensor is}}}.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commpress.model.masks import from_bits, to_bits, whole
+from commpress.model.quantization import Codes, converted_codes, prepared, quantize
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file holds, unpacked, on the CPU; by the names of the state dict."""
+
+    tensors: dict[str, Tensor]
+    """What is not quantised."""
+    integers: dict[str, Codes]
+    """What is."""
+    masks: dict[str, Tensor]
+    """bool, of the weights' shapes: where this is, only the weights that are left are in the file."""
+    shared: dict[str, str]
+    """Further names of tensors that have several."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """For a plain model, with all names: what was quantised as float32, the rest in its own dtype.
+
+        It computes bit for bit what the fake-quantised model does, but for inputs that are int8: those it does not round.
+        """
+        state = self.tensors | {name: codes.dequantized() for name, codes in self.integers.items()}
+        return state | {name: state[first] for name, first in self.shared.items()}
+
+    def write(self, path: str | Path) -> None:
+        """Write the file; whoever reads `path` meanwhile sees the old one or the new one. ImportError without safetensors."""
+        packed: dict[str, Tensor] = {}
+        layout: dict[str, dict[str, Any]] = {}
+        for name, x in (self.tensors | {name: codes.values for name, codes in self.integers.items()}).items():
+            layout[name] = {"shape": list(x.shape), "masked": name in self.masks}
+            if name in self.masks:
+                packed[f"{name}:mask"] = to_bits(self.masks[name])
+                x = x[self.masks[name]]
+            if name in self.integers:
+                layout[name]["bits"] = self.integers[name].bits
+                packed[f"{name}:scale"] = self.integers[name].scale
+                x = _halves(x) if self.integers[name].bits == 4 else x
+            else:
+                layout[name]["dtype"] = _name(x.dtype)
+            packed[name] = x.contiguous()
+        beside = Path(f"{path}.{os.getpid()}.part")
+        header = {"version": VERSION, "layout": layout, "shared": self.shared}
+        try:
+            _safetensors().torch.save_file(packed, beside, {"commpress": json.dumps(header)})
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> Stored:
+    """What `save` writes of a model. Collective if parameters are sharded; then one rank writes.
+
+    Codes are those of a converted model, or those that a prepared one computes with, switched on or not. The rest of
+    `model.state_dict()`, such as biases, norms and buffers, stays as it is. `masks` are by name, as `Masks.of`; one that
+    saves less than its own bits is left out.
+
+    Raises KeyError for a mask of no parameter, ValueError for a mask of another shape or one that prunes a weight that is
+    not 0, for weights to quantise that are not finite, and for anything in the state dict that is no tensor.
+    """
+    state = model.state_dict(keep_vars=True)
+    # only now: state_dict put shards into the places of gathered parameters
+    settings = {id(module.weight): s for _, module, s in prepared(model)}
+    stored, first = Stored({}, {}, {}, {}), dict[int, str]()
+    for name, x in state.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"store: {name!r} of the state dict is no tensor but a {type(x).__name__}")
+        if first.setdefault(id(x), name) != name:
+            stored.shared[name] = first[id(x)]
+            continue
+        codes = converted_codes(x)
+        if codes is None and (s := settings.get(id(x))) is not None:
+            codes = quantize(whole(x), s.bits, s.group)
+        if codes is None:
+            stored.tensors[name] = whole(x).cpu().clone(memory_format=torch.contiguous_format)
+        elif codes.scale.isfinite().all():
+            stored.integers[name] = Codes(codes.values.cpu(), codes.scale.cpu(), codes.bits)
+        else:
+            raise ValueError(f"store: {name!r} has weights that are not finite, and is to be quantised")
+    for name, mask in (masks or {}).items():
+        if name not in state:
+            raise KeyError(f"mask of {name!r}: no such parameter, known: {', '.join(state)}")
+        _keep_mask(stored, stored.shared.get(name, name), mask.cpu())
+    return stored
+
+
+def save(path: str | Path, model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> None:
+    """Store a model whose parameters are whole on this rank. Raises as `encode` does, and ImportError without safetensors.
+
+    At 8 bits a row of weights takes 4 bytes more than it has weights, at 4 bits a group half a byte a weight and 2 bytes:
+    with groups of 32 that is 4.5 bits a weight. A mask takes 1 bit a weight and saves the pruned ones.
+    """
+    encode(model, masks=masks).write(path)
+
+
+def load(path: str | Path) -> Stored:
+    """Read what `save` wrote.
+
+    Raises ValueError if the file is damaged, is none of ours, has another format version, or lacks a tensor or has one with
+    another shape or dtype than its header says; OSError if it cannot be read; ImportError without safetensors.
+    """
+    library = _safetensors()
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except library.SafetensorError as error:
+        raise ValueError(f"{path}: no safetensors file, or damaged: {error}") from error
+    if "commpress" not in metadata:
+        raise ValueError(f"{path}: a safetensors file, but not of commpress")
+    header = json.loads(metadata["commpress"])
+    if header["version"] != VERSION:
+        raise ValueError(f"{path}: format version {header['version']}, expected {VERSION}")
+    stored = Stored({}, {}, {}, header["shared"])
+    for name, how in header["layout"].items():
+        try:
+            _unpack(packed, name, how, stored)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    if packed:
+        raise ValueError(f"{path}: tensors that its header does not explain: {', '.join(sorted(packed))}")
+    return stored
+
+
+def _keep_mask(stored: Stored, name: str, mask: Tensor) -> None:
+    codes = stored.integers.get(name)
+    x = stored.tensors[name] if codes is None else codes.values
+    if mask.dtype != torch.bool or mask.shape != x.shape:
+        raise ValueError(
+            f"mask of {name!r}: expected bool {tuple(x.shape)}, got {_name(mask.dtype)} {tuple(mask.shape)}"
+        )
+    if wrong := int(x[~mask].count_nonzero()):
+        raise ValueError(f"mask of {name!r}: {wrong} weights that it prunes are not 0")
+    bits = 8 * x.element_size() if codes is None else codes.bits
+    if int((~mask).sum()) * bits > mask.numel():
+        stored.masks[name] = mask
+
+
+def _unpack(packed: dict[str, Tensor], name: str, how: Mapping[str, Any], stored: Stored) -> None:
+    """Move a tensor's parts from `packed` into `stored`."""
+    shape = torch.Size(how["shape"])
+    mask = None
+    if how["masked"]:
+        mask = from_bits(_take(packed, f"{name}:mask", torch.uint8, [-(-shape.numel() // 8)]), shape)
+        stored.masks[name] = mask
+    left = shape.numel() if mask is None else int(mask.sum())
+    bits = how.get("bits")
+    if bits == 4:
+        x = _codes(_take(packed, name, torch.uint8, [-(-left // 2)]), left)
+        x = x.view(shape) if mask is None else x
+    else:
+        dtype = torch.int8 if bits == 8 else getattr(torch, how["dtype"])
+        x = _take(packed, name, dtype, list(shape) if mask is None else [left])
+    if mask is not None:
+        x = torch.zeros(shape, dtype=x.dtype).masked_scatter_(mask, x)
+    if bits is None:
+        stored.tensors[name] = x
+        return
+    scale = _take(packed, f"{name}:scale", None, None)
+    if scale.dim() != 2 or scale.shape[0] != shape[0] or shape[1] % scale.shape[1]:
+        raise ValueError(
+            f"{name}:scale: expected groups that divide the rows of {tuple(shape)}, got {tuple(scale.shape)}"
+        )
+    stored.integers[name] = Codes(x, scale, bits)
+
+
+def _take(packed: dict[str, Tensor], key: str, dtype: torch.dtype | None, shape: list[int] | None) -> Tensor:
+    if key not in packed:
+        raise ValueError(f"the tensor {key!r} is missing")
+    x = packed.pop(key)
+    if (dtype is not None and x.dtype != dtype) or (shape is not None and list(x.shape) != shape):
+        raise ValueError(f"{key!r}: expected {_name(dtype)} {shape}, got {_name(x.dtype)} {list(x.shape)}")
+    return x
+
+
+def _halves(codes: Tensor) -> Tensor:
+    """int8 codes of -8 to 7, n of them, as uint8 [n / 2, rounded up]."""
+    nibbles = codes.reshape(-1).view(torch.uint8) & 15
+    low, high = nibbles[::2], nibbles[1::2]
+    packed = low.clone()
+    packed[: high.numel()] |= high << 4
+    return packed
+
+
+def _codes(halves: Tensor, n: int) -> Tensor:
+    """The int8 [n] codes that `_halves` packed."""
+    nibbles = torch.stack((halves & 15, halves >> 4), dim=1).view(-1)[:n]
+    return (nibbles ^ 8).view(torch.int8) - 8
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("stored models need safetensors: pip install 'commpress[model]'") from error
+    return safetensors

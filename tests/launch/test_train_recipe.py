@@ -1,0 +1,195 @@
+"""The training program by a recipe: phases in the record, restarts in each of them, forks, the small file."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import outcome, run
+from torch import nn
+from typer.testing import CliRunner
+
+from commpress.launch import checkpoint, data, train
+from commpress.launch.model import GPT, Shape
+from commpress.model import stored
+
+pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
+
+STEPS = 24
+TINY = {
+    "layers": 1,
+    "width": 64,
+    "heads": 2,
+    "context": 32,
+    "batch": 4,
+    "steps": STEPS,
+    "warmup_steps": 2,
+    "threads": 1,
+}
+COMMON = {**TINY, "lr": 1e-2, "eval_every": 12, "eval_batches": 2}
+RECIPE = """
+[[prune]]
+start = 4
+end = 12
+every = 4
+amount = 0.8
+
+[[quantize]]
+start = 16
+bits = {bits}
+
+[distil]
+start = 2
+teacher = "{teacher}"
+weight = 0.5
+end = 20
+
+[traffic]
+spec = "int4"
+"""
+BREAKS = {"ddp": (2, 10, 14, 18), "fsdp": (10, 18)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, and runs by recipe: in one go, with a break in each phase, and forked."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    for bits in (8, 4):
+        (folder / f"int{bits}.toml").write_text(RECIPE.format(bits=bits, teacher=folder / "teacher"))
+    run(2, train_all, folder, timeout=240)
+    return folder
+
+
+def train_all(folder: Path) -> None:
+    common = {**COMMON, "data": folder / "text.txt"}
+    assert train.train(train.Settings(**{**common, "width": 96, "out": folder / "teacher"}))
+    for way, breaks in BREAKS.items():
+        chosen = {**common, "parallel": way, "recipe": folder / "int8.toml", "compress": "int4"}
+        assert train.train(train.Settings(**chosen, out=folder / way))
+        for step in breaks:
+            cut = train.Settings(**chosen, out=folder / f"{way}{step}")
+            stop_at(step, functools.partial(train.train, cut))
+            assert train.train(train.Settings(**{**vars(cut), "resume": True}))
+    chosen = {
+        **common,
+        "recipe": folder / "int4.toml",
+        "compress": "int4",
+        "out": folder / "fork",
+        "fork": folder / "early",
+    }
+    early = train.Settings(**{**common, "recipe": folder / "int8.toml", "out": folder / "early"})
+    stop_at(14, functools.partial(train.train, early))
+    assert train.train(train.Settings(**chosen))
+
+
+def stop_at(step: int, training: Any) -> None:
+    """Training that is asked to stop on one rank, after `step` steps, as by Ctrl-C."""
+    sample, drawn = data.sample, 0
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal drawn
+        drawn += 1
+        if drawn == step and dist.get_rank() == 1:
+            train.signal.raise_signal(train.signal.SIGINT)
+        return sample(*arguments)
+
+    data.sample = counting
+    try:
+        assert not training()
+    finally:
+        data.sample = sample
+    dist.barrier()
+
+
+@pytest.mark.parametrize("way", BREAKS)
+def test_the_record_tells_phases_and_the_small_file(folder: Path, way: str) -> None:
+    record = json.loads((folder / way / "record.json").read_text())
+    phases = record["report"]["phases"]
+    assert list(phases) == [
+        *("dense", "distil", "prune + distil", "pruned + distil", "pruned + int8 + distil", "pruned + int8"),
+    ]
+    assert [of["steps"] for of in phases.values()] == [2, 2, 8, 4, 4, 4]
+    dense, late = (phases[name]["dense_bytes"] / phases[name]["sent_bytes"] for name in ("dense", "pruned + int8"))
+    assert late > 1.4 * dense
+    small = record["small_model"]
+    assert small["bytes"] == (folder / way / "model.safetensors").stat().st_size
+    assert small["validation_loss"] == pytest.approx(record["final_validation_loss"], abs=1e-6)
+    assert small["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert record["recipe"]["prune"] == [{"start": 4, "end": 12, "every": 4, "amount": 0.8}]
+    weights = stored.load(folder / way / "model.safetensors").state_dict()
+    model = GPT(Shape(1, 64, 2, 32))
+    model.load_state_dict(weights)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):  # codes of 8 bits, most of them 0
+            assert int((module.weight == 0).sum()) > 0.3 * module.weight.numel(), name
+
+
+@pytest.mark.parametrize(("way", "step"), [(way, step) for way, steps in BREAKS.items() for step in steps])
+def test_a_run_that_was_stopped_in_any_phase_ends_the_same(folder: Path, way: str, step: int) -> None:
+    whole, cut = (checkpoint.load_shared(folder / name) for name in (way, f"{way}{step}"))
+    torch.testing.assert_close(whole["model"], cut["model"], rtol=0, atol=0)
+    assert [row["validation_loss"] for row in whole["curve"]] == [row["validation_loss"] for row in cut["curve"]]
+    files = [(folder / name / "model.safetensors").read_bytes() for name in (way, f"{way}{step}")]
+    assert files[0] == files[1]
+
+
+def test_a_fork_goes_on_by_another_recipe(folder: Path) -> None:
+    fork, straight = (checkpoint.load_shared(folder / name) for name in ("fork", "ddp"))
+    assert fork["step"] == STEPS
+    assert [row["train_loss"] for row in fork["curve"]][:17] == [row["train_loss"] for row in straight["curve"]][:17]
+    assert fork["curve"][-1]["validation_loss"] != straight["curve"][-1]["validation_loss"]
+    four, eight = (json.loads((folder / name / "record.json").read_text())["small_model"] for name in ("fork", "ddp"))
+    assert four["bytes"] < 0.85 * eight["bytes"]
+    assert (folder / "early" / "latest").read_text() == "step-00000014\n"  # as it was
+
+
+def refused(folder: Path) -> list[str]:
+    chosen = {**COMMON, "data": folder / "text.txt", "out": folder / "no"}
+    (folder / "none.toml").write_text('[distil]\nteacher = "nowhere"\n')
+    (folder / "late.toml").write_text("[[prune]]\nstart = 4\nend = 99\namount = 0.5\n")
+    (folder / "odd.toml").write_text('[[prune]]\nstart = 4\namount = 0.5\nparameters = ["blocks.9.*"]\n')
+    (folder / "other.toml").write_text("[[prune]]\nstart = 4\namount = 0.5\n")
+    wishes: list[dict[str, Any]] = [
+        {"recipe": folder / "none.toml"},
+        {"recipe": folder / "late.toml"},
+        {"recipe": folder / "odd.toml"},
+        {"recipe": folder / "odd.toml", "parallel": "diloco"},
+        {"recipe": folder / "missing.toml"},
+        {"recipe": folder / "other.toml", "fork": folder / "early"},
+        {"fork": folder / "early", "resume": True},
+        {"fork": folder / "early", "seed": 9},
+    ]
+    return [outcome(lambda w=w: train.train(train.Settings(**chosen, **w))) for w in wishes]
+
+
+def test_what_cannot_be_is_said_on_all_ranks(folder: Path) -> None:
+    for told in run(2, refused, folder):
+        expected = (
+            "distil.teacher: no checkpoint in nowhere",
+            "prune[0].end: 99, but the run has 24 steps",
+            "prune[0].parameters: 'blocks.9.*' matches nothing, known: ",
+            "expected --parallel ddp or fsdp, got diloco",
+            "No such file",
+            "by step 14 the saved run has begun prune[0], this recipe has another there",
+            "not both",
+            "has --seed 0, this one --seed 9",
+        )
+        for sentence, part in zip(told, expected, strict=True):
+            assert part in sentence
+
+
+def test_the_recipe_says_what_travels_unless_a_flag_does(folder: Path) -> None:
+    given = {"compress": None, "parameters": "none", "recipe": folder / "int8.toml", "steps": STEPS}
+    assert train.chosen(given).compress == "int4"
+    assert train.chosen({**given, "recipe": None}).compress == "int4"
+    with pytest.raises(train.TrainingError, match=r"--compress int8: the recipe has traffic\.spec 'int4'"):
+        train.chosen({**given, "compress": "int8"})
+    app = train.typer.Typer()
+    app.command()(train.command)
+    told = CliRunner().invoke(app, ["--recipe", str(folder / "int8.toml"), "--compress", "int8", "--steps", "24"])
+    assert told.exit_code == 1
+    assert "leave one of them out" in told.output
