@@ -221,7 +221,11 @@ class FrozenAdamW(CompressedOptimizer):
                 ]
             )
             memory.residual.mul_(factors if memory.places is None else factors[memory.places])
-        self._settling += states  # a step that is skipped leaves them as they were
+        self.settles(states)
+
+    def settles(self, states: list[dict[str, Any]]) -> None:
+        """Feedback of these parameters is of n from now on, once the step is applied; one that is skipped changes nothing."""
+        self._settling += states
 
     def blend(self, bucket: Tensor, segments: Segments) -> None:
         """bucket <- beta1 n + (1 - beta1) g / d, in place, times the loss scale as the gradients are."""

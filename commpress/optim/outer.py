@@ -22,9 +22,11 @@ from torch import Tensor
 
 from commpress.comm.agreement import gather_settings, require_agreement
 from commpress.comm.codecs import Codec
+from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.meter import Report
 from commpress.comm.plan import Treatment
+from commpress.comm.resize import moved
 from commpress.comm.session import Session
 from commpress.optim.base import within
 
@@ -35,7 +37,7 @@ STATE_VERSION = 1
 class OuterSettings:
     """`every`: local steps between two syncs of a fragment. `lr`, `momentum`: of the outer Nesterov step. `decay`: the share
     of what the codec withheld that is sent along next time. `fragments`: parts of the model that sync at different steps.
-    `delay`: steps that a fragment may travel. Raises ValueError for a value out of range."""
+    `delay`: steps that a fragment may travel. Raises ValueError for a value out of range, or a part of a step."""
 
     every: int
     lr: float = 1.0
@@ -45,6 +47,9 @@ class OuterSettings:
     delay: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("every", "fragments", "delay"):
+            if not isinstance(value := getattr(self, name), int):
+                raise ValueError(f"{name} {value!r}: expected a whole number")
         within("every", self.every, 1)
         within("lr", self.lr, 0)
         within("momentum", self.momentum, 0, 1)
@@ -59,13 +64,15 @@ class OuterSettings:
 class Fragment:
     """A part of the model: `parameters` laid flat one behind the other, then zeros up to a multiple of the inner ranks.
 
-    `anchor` is float32 [n], the same on all ranks; `momentum` (float32 [part]) and the exchange are of this rank's `part`.
+    `anchor` is float32 [n], the same on all ranks; `momentum` (float32 [part]) and the exchange are of this rank's `part`,
+    which takes `dense_bytes` when its gradients are averaged in the model's own dtypes.
     """
 
     parameters: list[Tensor]
     segments: Segments
     offset: int
     part: slice
+    dense_bytes: int
     anchor: Tensor
     momentum: Tensor
     synced_at: int = 0
@@ -95,11 +102,11 @@ class Fragment:
 class Outer:
     """Local steps and their outer syncs. Collective over `group`, the workers, and `inner`, the ranks of one worker.
 
-    `parameters` maps names to what is trained, on CPU or an accelerator, any float dtype. At the start all workers get rank
-    0's values, exactly. Call `step` after every optimizer step; on every rank the same number of times. The ranks of a
-    worker hold the same values (a DDP inside a node): each exchanges its part of a fragment with its peers in the other
-    workers, and they share the parts. Raises ValueError on all ranks if a spec is unknown, a setting is out of range, or the
-    ranks differ.
+    `parameters` maps names to what is trained, at least one tensor, on CPU or an accelerator, any float dtype. At the start
+    all workers get rank 0's values, float64 ones rounded to float32, all others exactly. Call `step` after every optimizer
+    step; on every rank the same number of times. The ranks of a worker hold the same values (a DDP inside a node): each
+    exchanges its part of a fragment with its peers in the other workers, and they share the parts. Raises ValueError on all
+    ranks if a spec is unknown or the ranks differ.
     """
 
     def __init__(
@@ -110,8 +117,6 @@ class Outer:
         group: dist.ProcessGroup,
         inner: dist.ProcessGroup | None = None,
     ) -> None:
-        if not parameters:
-            raise ValueError("no parameter is trained: expected a model with at least one that requires a gradient")
         self.settings = settings
         self.device = next(iter(parameters.values())).device
         self._group, self._inner = group, inner if inner is not None and dist.get_world_size(inner) > 1 else None
@@ -136,7 +141,10 @@ class Outer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """A local step was taken: start and finish the syncs that are due. Raises RuntimeError if an exchange failed."""
+        """A local step was taken: start and finish the syncs that are due.
+
+        Raises RuntimeError if an exchange failed, ValueError on all ranks if they have taken different numbers of steps.
+        """
         self._steps += 1
         for index, fragment in enumerate(self._fragments):
             if fragment.mean is not None and self._steps == fragment.synced_at + self.settings.delay:
@@ -148,7 +156,10 @@ class Outer:
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Sync all fragments now, as at the end of training: then all ranks hold the same bits. Collective."""
+        """Sync all fragments now, as at the end of training: then all ranks hold the same bits. Collective.
+
+        Raises what `step` raises.
+        """
         for fragment in self._fragments:
             if fragment.mean is not None:
                 self._finish(fragment, 0.5)
@@ -160,7 +171,7 @@ class Outer:
     @contextlib.contextmanager
     def synced(self) -> Iterator[None]:
         """While the block runs, the parameters have the values of the anchor, the same bits on all ranks: to validate."""
-        drifted = [fragment.flat() for fragment in self._fragments]
+        drifted = [[p.detach().clone() for p in fragment.parameters] for fragment in self._fragments]
         with torch.no_grad():
             for fragment in self._fragments:
                 fragment.put(fragment.anchor)
@@ -169,7 +180,8 @@ class Outer:
         finally:
             with torch.no_grad():
                 for fragment, values in zip(self._fragments, drifted, strict=True):
-                    fragment.put(values)
+                    for p, value in zip(fragment.parameters, values, strict=True):
+                        p.copy_(value)
 
     def report(self) -> Report:
         """Bytes and seconds of the outer syncs on this rank. A dense exchange is that of DDP in each of the steps between."""
@@ -205,7 +217,8 @@ class Outer:
         """Restore what `state_dict` saved on this rank; None on a rank that has joined. Collective.
 
         A rank that has joined gets the anchors, momentum and steps of the first rank that has a state, in full precision,
-        and starts from the anchor. Raises ValueError on all ranks if a state does not fit, or if no rank has one.
+        and starts from the anchor. The others may have got other places in the group, and the group another size: what they
+        had withheld counts as before. Raises ValueError on all ranks if a state does not fit, or if no rank has one.
         """
         error = None if state is None else self._unfit(state)
         steps = None if state is None else int(state["steps"])
@@ -223,7 +236,7 @@ class Outer:
             self._steps = int(state["steps"])
             for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
                 self._restore(fragment, saved)
-            self._session.load_state_dict(state["session"])
+            self._session.load_state_dict(self._at_this_place(state["session"]))
         if len(holders) < len(everyone):
             self._welcome(holders[0], joined=state is None)
 
@@ -245,15 +258,17 @@ class Outer:
         for index, names in enumerate(members):
             if not names:
                 continue  # fewer parameters than fragments, or a large one that fills several
-            sizes = [parameters[name].numel() for name in names]
-            each = -(-sum(sizes) // inner_size)
+            held = {name: parameters[name] for name in names}
+            each = -(-sum(p.numel() for p in held.values()) // inner_size)
             part = slice(inner_rank * each, (inner_rank + 1) * each)
+            segments, nbytes = _pieces(held, part)
             fragments.append(
                 Fragment(
-                    parameters=[parameters[name] for name in names],
-                    segments=_pieces(names, sizes, part),
+                    parameters=list(held.values()),
+                    segments=segments,
                     offset=-(index * self.settings.every // count),
                     part=part,
+                    dense_bytes=ring_bytes(nbytes, dist.get_world_size(self._group)),
                     anchor=torch.zeros(each * inner_size, dtype=torch.float32, device=self.device),
                     momentum=torch.zeros(each, dtype=torch.float32, device=self.device),
                 )
@@ -262,6 +277,8 @@ class Outer:
 
     def _start(self, index: int, fragment: Fragment) -> None:
         """Send how far the parameters have gone from the anchor."""
+        # ranks of which one has skipped a step would wait for each other, or take one fragment for another
+        require_agreement({"local steps": self._steps, "fragment": index}, self._group, self.device)
         bucket = fragment.anchor[fragment.part] - fragment.flat()[fragment.part]
         decay = self.settings.decay
 
@@ -269,10 +286,10 @@ class Outer:
             if decay < 1 and memory.residual is not None:
                 memory.residual.mul_(decay)
 
-        steps = self._steps - fragment.synced_at
+        dense = (self._steps - fragment.synced_at) * fragment.dense_bytes
         treatment = Treatment(self._session.plan.codec, prepare=prepare)
         fragment.mean = self._session.submit(
-            bucket, fragment.segments, index, last=False, treatment=treatment, dense_steps=steps
+            bucket, fragment.segments, index, last=False, treatment=treatment, dense_bytes=dense
         )
         fragment.synced_at = self._steps
 
@@ -305,7 +322,16 @@ class Outer:
                 return f"the saved state has {key} {state.get(key)!r}, this run has {value!r}"
         sizes = [fragment.anchor.numel() for fragment in self._fragments]
         saved = [fragment["anchor"].numel() for fragment in state["fragments"]]
-        return None if saved == sizes else f"the saved fragments have {saved} values, those of this model {sizes}"
+        if saved != sizes:
+            return f"the saved fragments have {saved} values, those of this model {sizes}"
+        try:
+            self._session.require_own(self._at_this_place(state["session"]))
+        except ValueError as error:
+            return str(error).removeprefix("cannot restore: ")
+        return None
+
+    def _at_this_place(self, session: dict[str, Any]) -> dict[str, Any]:
+        return moved(session, self._session.rank, self._session.world_size)
 
     def _restore(self, fragment: Fragment, saved: dict[str, Any]) -> None:
         fragment.anchor.copy_(saved["anchor"])
@@ -339,15 +365,20 @@ class Outer:
                 fragment.put(fragment.anchor)
 
 
-def _pieces(names: list[str], sizes: list[int], part: slice) -> Segments:
-    """What lies in `part` of the parameters laid one behind the other: whole ones, pieces, zeros behind the last."""
-    pieces, at = [], 0
-    for name, size in zip(names, sizes, strict=True):
+def _pieces(parameters: Mapping[str, Tensor], part: slice) -> tuple[Segments, int]:
+    """What lies in `part` of the parameters laid one behind the other: whole ones, pieces, zeros behind the last.
+
+    And how many bytes of the parameters that is.
+    """
+    pieces, at, nbytes = [], 0, 0
+    for name, p in parameters.items():
+        size = p.numel()
         start, stop = max(at, part.start), min(at + size, part.stop)
         if start < stop:
+            nbytes += (stop - start) * p.element_size()
             whole = stop - start == size
             pieces.append((name if whole else f"{name}[{start - at}:{stop - at}]", stop - start))
         at += size
     if part.stop > max(at, part.start):
-        pieces.append((f"zeros behind {names[-1]}", part.stop - max(at, part.start)))
-    return tuple(pieces)
+        pieces.append((f"zeros behind {name}", part.stop - max(at, part.start)))
+    return tuple(pieces), nbytes

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import outcome, run
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, parameters_of, same, sgd
@@ -236,13 +237,18 @@ def test_dgc_takes_no_masks():
     assert all("DGC keeps the momentum of all values" in text for text in run(2, dgc_refused))
 
 
-def sharded(spec: str, parameters: str) -> tuple[list[torch.Tensor], list[torch.Tensor], dict]:
+def sharded(
+    spec: str, parameters: str, replicas: int = 1
+) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, float]]:
     """FSDP2 with packed traffic, and masked FSDP2 without compression."""
     ends = []
+    mesh = None
+    if replicas > 1:
+        mesh = init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas), mesh_dim_names=("outer", "inner"))
     for attached in (True, False):
         model = network()
-        fully_shard(model[0])
-        fully_shard(model)
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
         masks = masks_of(network(), 0.9)
         session = commpress.attach(model, gradients=spec, parameters=parameters) if attached else None
         if session is not None:
@@ -266,6 +272,14 @@ def test_fsdp_exact_weights_at_fewer_bytes(world_size):
         assert ratios["parameters"] > 4.5
 
 
+def test_replicas_of_shards():
+    for ours, dense, ratios in run(4, sharded, "none", "none", 2):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, dense, strict=True))
+        assert ratios["gradients"] > 4.5
+    results = run(4, sharded, "int4", "int8", 2)
+    assert all(same(ours, results[0][0]) for ours, _, _ in results)
+
+
 def test_fsdp_any_codec_on_top():
     results = run(2, sharded, "int4", "int8")
     assert same(results[0][0], results[1][0])
@@ -273,6 +287,37 @@ def test_fsdp_any_codec_on_top():
     assert results[0][2]["parameters"] > 10
 
 
+def nothing_left() -> tuple[list[torch.Tensor], dict[str, set[str]]]:
+    """One of three units is pruned as a whole, then nothing is."""
+    model = network()
+    for layer in (0, 2, 4):
+        fully_shard(model[layer])
+    fully_shard(model)
+    session = commpress.attach(model, gradients="int4", parameters="int8")
+    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in network()[2].named_parameters(prefix="2")}
+    session.phase("pruned")
+    session.keep(masks)
+    loss_of(model, 0).backward()
+    gradients = [whole(p.grad) for p in model[2].parameters()]
+    session.phase("whole")
+    session.keep({})
+    loss_of(model, 1).backward()
+    how: dict[str, set[str]] = {"pruned": set(), "whole": set()}
+    for row in session.report().rows:
+        how[row.phase] |= {row.how} if row.values == 64 * 65 else set()
+    return [*gradients, *(whole(p.grad) for p in model.parameters())], how
+
+
+def test_fsdp_nothing_is_left_of_a_unit():
+    (one, how), (other, _) = run(2, nothing_left)
+    assert same(one, other)
+    assert not any(bool(g.any()) for g in one[:2])
+    assert all(bool(g.any()) for g in one[2:])
+    assert how == {"pruned": {"not sent: nothing is left of it"}, "whole": {"int4 by reduce_scatter", "int8 by gather"}}
+
+
+@settings(deadline=None)
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(0, 2**31 - 1), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_packed_and_spread_out_again(n, seed, dtype):
     generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import batch, network, parameters_of, same
 
@@ -91,13 +92,14 @@ def test_a_tree_reaches_every_rank_once(world_size: int) -> None:
 
 
 def variances() -> list[Tensor]:
-    """A tensor without negative values, one value of which is tiny beside the changes of the others."""
+    """A tensor without negative values, some of which fall by less than the codec errs."""
     x = {"running_var": torch.full((256,), 1e-6), "mean": torch.zeros(256)}
     sender = Broadcasts("int4", x, dist.distributed_c10d._get_default_group())
     seen = []
     for step in range(8):
         if dist.get_rank() == 0:
-            x["running_var"][::2] = 100.0 / (1 + step)
+            falling = torch.rand(256, generator=torch.Generator().manual_seed(step)) * 100 / (1 + step) ** 2
+            x["running_var"].copy_(falling)
             x["mean"] -= 1.0
         sender.send(x)
         seen += [x["running_var"].clone(), x["mean"].clone()]
@@ -108,6 +110,47 @@ def test_what_has_no_negative_value_gets_none() -> None:
     seen = run(2, variances)[1]
     assert all(bool((var >= 0).all()) for var in seen[::2])
     assert all(bool((mean < 0).all()) for mean in seen[3::2])
+
+
+def not_finite() -> list[dict[str, Tensor]]:
+    """A mask of -inf, and a value that is Inf in the third broadcast of five."""
+    x = {"mask": torch.full((64,), -torch.inf), "p": torch.zeros(4096)}
+    sender = Broadcasts("int8", x, dist.distributed_c10d._get_default_group())
+    seen = []
+    for step in range(5):
+        if dist.get_rank() == 0:
+            x["p"].fill_(step)
+            if step == 2:
+                x["p"][7] = torch.inf
+        sender.send(x)
+        seen.append({name: value.clone() for name, value in x.items()})
+    return seen
+
+
+def test_what_is_not_finite_goes_by() -> None:
+    seen = run(2, not_finite)[1]
+    assert all(torch.equal(step["mask"], torch.full((64,), -torch.inf)) for step in seen)
+    for step, values in enumerate(seen):
+        assert values["p"].isfinite().all()
+        expected = torch.full((4096,), float(step))
+        block = slice(1024, None) if step == 2 else slice(None)  # the block of the Inf stays as it was
+        torch.testing.assert_close(values["p"][block], expected[block], rtol=0.02, atol=0.02)
+    assert seen[2]["p"][7] == seen[1]["p"][7]
+
+
+def in_float64(spec: str) -> tuple[list[Tensor], str]:
+    model = network(seed=dist.get_rank()).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.div_(3)
+    report = commpress.broadcast_parameters(model, spec)
+    return parameters_of(model), report.rows[0].reason
+
+
+def test_float64_parameters_are_exact() -> None:
+    (one, why), (other, _) = run(2, in_float64, "int8")
+    assert same(one, other)
+    assert why == "float64 has more bits than float32"
 
 
 class Normed(nn.Sequential):
@@ -169,8 +212,49 @@ def test_buffers_resume_bit_for_bit() -> None:
     assert run(2, resumed_buffers) == [True, True]
 
 
+def evaluated(mode: str, order: str) -> list[Tensor]:
+    """A DDP module that trains (t) and is evaluated (e): the buffers on this rank."""
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(Normed())
+    commpress.attach(ddp, "none", buffers="int8")
+    for step, what in enumerate(order):
+        ddp.train(what == "t")
+        x, _ = batch(step, dist.get_rank())
+        if what == "t":
+            ddp(x).sum().backward()
+        else:
+            with getattr(torch, mode)():
+                ddp(x)
+    return [b.clone() for b in ddp.buffers()]
+
+
+@pytest.mark.parametrize("order", ["tetet", "ett"])
+def test_a_model_may_be_evaluated_in_inference_mode(order: str) -> None:
+    for one, other in zip(run(2, evaluated, "inference_mode", order), run(2, evaluated, "no_grad", order), strict=True):
+        assert same(one, other)
+
+
+def attached_again() -> tuple[str, str, set[str]]:
+    """A spec of buffers that does not exist, then one that does."""
+    ddp = DistributedDataParallel(Normed())
+    said = [outcome(lambda spec=spec: commpress.attach(ddp, "int4", buffers=spec)) for spec in ("int9", "int8")]  # type: ignore[misc]
+    session = None if said[1] else ddp(batch(0, 0)[0])
+    return said[0], said[1], set() if session is None else {"ran"}
+
+
+def test_an_attach_that_failed_can_be_repeated() -> None:
+    for first, second, ran in run(2, attached_again):
+        assert "unknown codec 'int9'" in first
+        assert second == ""
+        assert ran
+
+
 def refused(case: str) -> str:
     rank = dist.get_rank()
+    if case == "shards":
+        return outcome(lambda: commpress.broadcast_parameters(fully_shard(network()), "none"))
+    if case == "no parameters":
+        return outcome(lambda: commpress.broadcast_parameters(nn.Tanh() if rank else network(), "none"))
     if case == "no buffers":
         return outcome(lambda: commpress.attach(DistributedDataParallel(network()), "none", buffers="int8"))
     if case == "not broadcast":
@@ -188,6 +272,8 @@ def refused(case: str) -> str:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
+        ("shards", "'0.weight' is a DTensor, expected whole parameters on every rank"),
+        ("no parameters", "Tanh has no parameters, expected at least one"),
         ("no buffers", "buffers 'int8': the DDP module has no buffers"),
         ("not broadcast", "was made with broadcast_buffers=False"),
         ("unknown", "unknown codec 'int9'"),

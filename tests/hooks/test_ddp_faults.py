@@ -29,6 +29,25 @@ def failing_codec(method: str, bad_rank: int) -> list[str]:
     return [outcome(lambda step=step: loss_of(ddp, step).backward()) for step in range(2, 6)]
 
 
+def again_after_failure() -> tuple[str, list[str], list[torch.Tensor]]:
+    """What a failed exchange says, what attaching to new modules and a step say then, and where they end."""
+    ddp = DistributedDataParallel(network())
+    commpress.attach(ddp, "int4")
+    coder = type(parse("int4"))
+    sound = coder.loop_encode
+    if dist.get_rank() == 1:
+        coder.loop_encode = raising  # type: ignore[attr-defined]
+    failed = outcome(lambda: loss_of(ddp, 0).backward())
+    coder.loop_encode = sound  # type: ignore[attr-defined]
+    said, ends = [], []
+    for _ in range(2):
+        ddp = DistributedDataParallel(network())
+        time.sleep(0.5 * dist.get_rank())  # rank 0 looks for rank 1 where that was before
+        said.append(outcome(lambda ddp=ddp: commpress.attach(ddp, "int4")))  # type: ignore[misc]
+        ends += [] if said[-1] else train(ddp, range(2)).parameters
+    return failed, said, ends
+
+
 def raising(*_: Any) -> None:
     """A loop that does not work."""
     raise ArithmeticError("the kernel is broken")
@@ -87,6 +106,15 @@ def test_an_exception_in_a_codec_reaches_every_rank_with_its_reason(
         for message in said[unaware:]:  # the first failed backward and all later ones
             assert "RuntimeError" in message or "ExchangeError" in message
             assert f"rank {bad_rank}: ArithmeticError: the kernel is broken" in message
+
+
+def test_another_model_can_be_attached_after_a_failure() -> None:
+    (failed, said, ends), (other_failed, other_said, other_ends) = run(2, again_after_failure, fresh=True)
+    assert "the kernel is broken" in failed
+    assert "the kernel is broken" in other_failed
+    assert said == other_said == ["", ""]
+    assert len(ends) == 12
+    assert all(torch.equal(a, b) for a, b in zip(ends, other_ends, strict=True))
 
 
 @pytest.mark.parametrize(("world_size", "bad_rank", "tcp", "spec"), [

@@ -266,12 +266,14 @@ def computed_with() -> list[Any]:
         seen.append(e.module[2].seen)
     with torch.no_grad():
         e(torch.ones(2, INPUTS))
-    return [exact, *seen, e.module[2].seen]
+    seen.append(e.module[2].seen)  # before it is gathered again, to be read
+    return [exact, weights(e)[2], *seen]
 
 
 def test_zero_3_computes_with_what_was_decoded() -> None:
     of_ranks = run(RANKS, computed_with)
-    exact, *seen = of_ranks[0]
+    exact, read, *seen = of_ranks[0]
+    assert torch.equal(exact, read)
     codec, size = commpress.parse("int8"), -(-WIDTH * WIDTH // RANKS)
     padded = nn.functional.pad(exact.view(-1), (0, RANKS * size - exact.numel()))
     parts = [codec.decode(codec.encode(part), size) for part in padded.split(size)]

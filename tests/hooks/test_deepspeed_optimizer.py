@@ -1,5 +1,6 @@
-"""Compressed optimizers under DeepSpeed: OneBitAdamW at ZeRO 0, 1 and 2, the others at ZeRO 0."""
+"""Compressed optimizers under DeepSpeed at ZeRO 0, 1 and 2: OneBitAdamW sharded, the others as under DDP."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engines import RANKS, adamw, engine, rows, same_on_all_ranks, train, weights
 from ranks import outcome, run
-from torch import Tensor
-from training import network, same
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from training import CLASSES, INPUTS, batch, network, same
+from training import train as train_ddp
 
+from commpress.hooks.ddp import attach as ddp_attach
 from commpress.hooks.deepspeed import attach, initialize
 from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
 
@@ -158,44 +163,135 @@ def test_clipping_ends_with_the_warm_up(stage: int) -> None:
 # --- the others --------------------------------------------------------------------------------------------------
 
 
+def zero_one(parameters: Iterable[Tensor], **settings: Any) -> ZeroOneAdamW:
+    """ZeroOneAdamW with a short warm-up."""
+    return ZeroOneAdamW(parameters, lr=1e-2, **{"warmup_steps": WARM, "sync_every": 4, **settings})  # type: ignore[arg-type]
+
+
+def dgc(parameters: Iterable[Tensor], **settings: Any) -> DGC:
+    """DGC that sends what is clipped to a norm."""
+    return DGC(parameters, lr=0.1, **{"max_norm": 5.0, **settings})  # type: ignore[arg-type]
+
+
 def others() -> list[Any]:
-    """ZeroOneAdamW and DGC at ZeRO 0."""
-    found: list[Any] = []
-    e = engine(0, optimizer=lambda p: ZeroOneAdamW(p, lr=1e-2, warmup_steps=WARM, sync_every=4))
-    session = attach(e, "sign")
-    loss = final(train(e, range(STEPS)))
-    drifted = same_on_all_ranks(weights(e))
-    with e.basic_optimizer.synced():
-        found.append((loss, drifted, same_on_all_ranks(weights(e)), {row.how for row in rows(session, "gradients")}))
-    e = engine(0, optimizer=lambda p: DGC(p, lr=0.1, max_norm=5.0))
-    session = attach(e, "topk(0.1)|int4")
-    loss = final(train(e, range(STEPS)))
-    found.append((loss, same_on_all_ranks(weights(e)), session.report().ratio))
+    """ZeroOneAdamW and DGC at ZeRO 0, 1 and 2: what they learn, and how."""
+    found = []
+    for stage in range(3):
+        e = engine(stage, optimizer=zero_one, gradient_clipping=0.1)
+        session = attach(e, "sign")
+        loss = final(train(e, range(STEPS)))
+        drifted, kept = same_on_all_ranks(weights(e)), {row.how for row in rows(session, "gradients")}
+        with e.basic_optimizer.synced():
+            found.append((loss, drifted, same_on_all_ranks(weights(e)), kept, rows(session, "parameters")))
+        e = engine(stage, optimizer=dgc)
+        session = attach(e, "topk(0.1)|int4")
+        loss = final(train(e, range(STEPS)))
+        found.append((loss, same_on_all_ranks(weights(e)), session.report().ratio))
     return found
 
 
-def test_zero_one_adamw_and_dgc_at_zero_0() -> None:
-    for (loss, drifted, synced, how), (dgc, agree, ratio) in run(RANKS, others, timeout=120):
-        assert loss < 0.9
-        assert not drifted
-        assert synced
-        assert "not sent: a local step" in how
-        assert dgc < 1.6
-        assert agree
-        assert ratio > 15
+def test_zero_one_adamw_and_dgc_at_zero_0_to_2() -> None:
+    for found in run(RANKS, others, timeout=120):
+        for (loss, drifted, synced, how, parameters), (momentum, agree, ratio) in zip(
+            found[::2], found[1::2], strict=True
+        ):
+            assert loss < 0.9
+            assert not drifted
+            assert synced
+            assert "not sent: a local step" in how
+            assert not parameters
+            assert momentum < 1.6
+            assert agree
+            assert ratio > 15
+        assert found[0] == found[2] == found[4]
+        assert found[1] == found[3] == found[5]
+
+
+def matrix() -> nn.Module:
+    """A model of one parameter: DDP and an engine send it in the same order."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(INPUTS, CLASSES, bias=False)
+
+
+OTHERS: dict[str, tuple[Make, str]] = {
+    "ZeroOneAdamW": (lambda p: zero_one(p, warmup_steps=5, sync_every=3, max_norm=0.1), "sign"),
+    "ZeroOneAdamW, refreshed": (lambda p: zero_one(p, warmup_steps=5, warmup_spec="int8", refresh_every=4), "int4"),
+    "DGC": (lambda p: dgc(p, max_norm=0.1, weight_decay=0.01), "topk(0.1)"),
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ZeRO 1": {"stage": 1},
+    "ZeRO 2": {"stage": 2},
+    "ZeRO 2, overlapped": {"stage": 2, "zero": {"overlap_comm": True, "reduce_bucket_size": 100}},
+}
+
+
+def by_ddp_and_engines() -> list[tuple[str, str, bool]]:
+    """Each of these on one matrix, after 21 steps: whether an engine leaves the bits that DDP leaves."""
+    found = []
+    for name, (make, spec) in OTHERS.items():
+        ddp = DistributedDataParallel(matrix())
+        optimizer = make(ddp.parameters())
+        ddp_attach(ddp, spec, optimizer=optimizer)  # type: ignore[arg-type]
+        under_ddp = train_ddp(ddp, range(21), optimizer=optimizer).parameters
+        for way, setup in ENGINES.items():
+            e = engine(**setup, optimizer=make, model=matrix, gradient_clipping=0.0)
+            attach(e, spec)
+            train(e, range(21))
+            found.append((name, way, same(under_ddp, weights(e))))
+    return found
+
+
+def test_an_engine_steps_as_ddp_does_bit_for_bit() -> None:
+    for found in run(2, by_ddp_and_engines, timeout=120):
+        assert all(equal for _, _, equal in found), [case for case in found if not case[2]]
+
+
+def accumulated() -> list[tuple[str, bool]]:
+    """ZeroOneAdamW on gradients of two backwards, in all ways to say so: whether they leave the bits of ZeRO 0."""
+    steps, twice = range(20), {"gradient_accumulation_steps": 2}
+    first = engine(0, optimizer=zero_one, **twice)
+    attach(first, "sign")
+    train(first, steps)
+    found = []
+    for stage in (1, 2):
+        managed, owned, together = (
+            engine(stage, {"reduce_bucket_size": 3000}, optimizer=zero_one, **settings)
+            for settings in (twice, {**twice, "managed_gradient_accumulation": False}, {})
+        )
+        for e in (managed, owned, together):
+            attach(e, "sign")
+        train(managed, steps)
+        for step in steps:
+            for e in (owned, together):
+                e.set_gradient_accumulation_boundary(step % 2 == 1) if e is together else None
+                x, y = batch(step, dist.get_rank())
+                e.backward(nn.functional.cross_entropy(e(x), y) / (2 if e is together else 1))
+                if step % 2:
+                    e.step()
+        ways = {"managed": managed, "owned": owned, "together": together}
+        found += [(f"{stage} {way}", same(weights(first), weights(e))) for way, e in ways.items()]
+    return found
+
+
+def test_accumulated_gradients_are_sent_once() -> None:
+    for found in run(RANKS, accumulated, timeout=120):
+        assert all(equal for _, equal in found), found
 
 
 def refused() -> list[str]:
     """What does not work, in its own words."""
     found = []
     for stage, make in (
-        (1, lambda p: ZeroOneAdamW(p, warmup_steps=5)),
-        (2, lambda p: DGC(p)),
         (1, lambda p: one_bit(p, max_norm=1.0)),
         (3, one_bit),
+        (3, zero_one),
     ):
         e = engine(stage, optimizer=make)
         found.append(outcome(lambda e=e: attach(e, "sign")))
+    found.append(outcome(lambda: attach(engine(2, optimizer=zero_one), "sign", parameters="int8")))
+    found.append(outcome(lambda: attach(engine(1, optimizer=zero_one, bf16={"enabled": True}), "sign")))
+    found.append(outcome(lambda: attach(engine(1, {"elastic_checkpoint": True}, optimizer=zero_one), "sign")))
     block = {"commpress": {"gradients": "sign"}, "bf16": {"enabled": True}}
     found.append(outcome(lambda: engine(0, optimizer=one_bit, start=initialize, **block)))
     found.append(outcome(lambda: attach(engine(1), "sign", optimizer=one_bit(network().parameters()))))
@@ -205,9 +301,11 @@ def refused() -> list[str]:
 
 def test_what_is_not_possible_says_so() -> None:
     of_ranks = run(RANKS, refused, timeout=120)
-    zero_one, dgc, norm, stage, copies, another, torchs = of_ranks[0]
-    assert "ZeroOneAdamW under ZeRO 1: each rank has a momentum of its own for every parameter" in zero_one
-    assert "DGC under ZeRO 2" in dgc
+    norm, stage, other, parameters, bf16, elastic, copies, another, torchs = of_ranks[0]
+    assert "ZeroOneAdamW under ZeRO 3: expected ZeRO 0, 1 or 2" in other
+    assert "parameters 'int8': ZeroOneAdamW under ZeRO 2 sends no parameters" in parameters
+    assert "ZeroOneAdamW under ZeRO 1 with bf16: every rank steps all parameters" in bf16
+    assert "ZeroOneAdamW under ZeRO 1: elastic_checkpoint would save a part of its state" in elastic
     assert "max_norm 1.0 under ZeRO 1: each bucket leaves before the others are known" in norm
     assert "OneBitAdamW under ZeRO 3: expected ZeRO 0, 1 or 2" in stage
     assert "OneBitAdamW under ZeRO 0 with bf16: DeepSpeed steps copies of the parameters" in copies
@@ -231,11 +329,15 @@ RESUMED: dict[str, tuple[dict[str, Any], str, str | None]] = {
         "sign",
         None,
     ),
-    "ZeroOneAdamW, ZeRO 0": (
-        {"stage": 0, "optimizer": lambda p: ZeroOneAdamW(p, lr=1e-2, warmup_steps=3, sync_every=2)},
-        "sign",
-        None,
-    ),
+    **{
+        f"ZeroOneAdamW, ZeRO {stage}": (
+            {"stage": stage, "optimizer": lambda p: zero_one(p, warmup_steps=3, sync_every=2)},
+            "sign",
+            None,
+        )
+        for stage in (0, 2)
+    },
+    "DGC, ZeRO 1": ({"stage": 1, "optimizer": dgc}, "topk(0.1)|int4", None),
 }
 
 
@@ -246,7 +348,9 @@ def resumed(folder: str) -> list[tuple[str, bool, bool]]:
         e = engine(**setup)
         session = attach(e, gradients, parameters=parameters)
         train(e, range(6))
-        e.save_checkpoint(folder, tag=name)
+        local = isinstance(e.basic_optimizer, ZeroOneAdamW)
+        with e.basic_optimizer.synced() if local else contextlib.nullcontext():
+            e.save_checkpoint(folder, tag=name)
         state = copy.deepcopy(session.state_dict())
         train(e, range(6, 10))
         again, without = engine(**setup), engine(**setup)
@@ -267,3 +371,18 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path) -> None:
         for name, with_state, without in found:
             assert with_state, name
             assert not without, f"{name}: the session's state makes no difference"
+
+
+def exported(folder: str) -> bool:
+    """Whether DeepSpeed's tool makes of a checkpoint the weights that all ranks had at their last sync."""
+    e = engine(2, optimizer=lambda p: zero_one(p, warmup_steps=3))
+    attach(e, "sign")
+    train(e, range(6))
+    with e.basic_optimizer.synced():
+        e.save_checkpoint(folder, tag="tag")
+        expected = weights(e)
+    return same(expected, list(get_fp32_state_dict_from_zero_checkpoint(folder, tag="tag").values()))
+
+
+def test_zero_to_fp32_finds_what_all_ranks_step(tmp_path: Path) -> None:
+    assert all(run(RANKS, exported, str(tmp_path)))

@@ -1,8 +1,10 @@
 """The FSDP2 hook in real training: what FSDP promises without us holds with us, whatever it is told to do."""
 
+import gc
 import hashlib
 import itertools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from math import ceil, prod
 from typing import Any
@@ -683,6 +685,22 @@ def test_refusals_are_sentences_and_harm_nothing() -> None:
     assert "is replicated, expected it sharded: use DDP" in one["replicated"]
     assert "has no _fsdp_param_groups where 2.13 has it; expected torch 2.13" in one["other torch"]
     assert one["afterwards"] == "2"
+
+
+def collected() -> list[bool]:
+    """Whether a model and its session are still there when nobody holds them."""
+    model = sharded()
+    session = commpress.attach(model, gradients="int4", parameters="int8")
+    for step in range(2):
+        loss_of(model, step).backward()
+    watched: list[Any] = [weakref.ref(model), weakref.ref(session)]
+    del model, session
+    gc.collect()
+    return [ref() is not None for ref in watched]
+
+
+def test_a_session_ends_with_its_model() -> None:
+    assert run(2, collected) == [[False, False]] * 2
 
 
 def test_a_rank_that_dies_ends_the_others() -> None:

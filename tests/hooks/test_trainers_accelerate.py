@@ -137,13 +137,16 @@ def spoilt(folder: str) -> dict[str, str]:
     said = {}
     with launched():
         own = Path(folder) / f"commpress-rank{dist.get_rank()}.pt"
-        state = torch.load(own, weights_only=True)
         runs = [Run("int4") for _ in range(3)] + [Run("int8")]
-        dist.barrier()
+        files = []
+        for _ in range(2):  # two saves at one step, as at the ends of two epochs
+            runs[0].accelerator.save_state(folder)
+            runs[0].accelerator.wait_for_everyone()
+            files.append(torch.load(own, weights_only=True))
         if dist.get_rank() == 1:
-            torch.save({**state, "step": 99}, own)
+            torch.save(files[0], own)
         dist.barrier()
-        said["another step"] = outcome(lambda: runs[0].accelerator.load_state(folder))
+        said["another save"] = outcome(lambda: runs[0].accelerator.load_state(folder))
         if dist.get_rank() == 1:
             own.unlink()
         dist.barrier()
@@ -152,14 +155,14 @@ def spoilt(folder: str) -> dict[str, str]:
             own.unlink()
         dist.barrier()
         said["all are missing"] = outcome(lambda: runs[2].accelerator.load_state(folder))
-        torch.save(state, own)
+        torch.save(files[1], own)
         dist.barrier()
         said["another spec"] = outcome(lambda: runs[3].accelerator.load_state(folder))
     return said
 
 
-def with_buffers() -> tuple[dict[str, int], bool]:
-    """What DDP's buffers took, and whether they are the same on both ranks."""
+def with_buffers() -> tuple[dict[str, int], torch.Tensor, torch.Tensor]:
+    """What DDP's buffers took, and a running mean before they are brought together and behind it."""
     from accelerate import Accelerator
 
     from commpress.hooks.accelerate import attach
@@ -170,7 +173,9 @@ def with_buffers() -> tuple[dict[str, int], bool]:
         session = attach(accelerator, model, "int4", buffers="bf16")
         for step in range(3):
             model(batch(step, dist.get_rank())[0]).square().mean().backward()
-        return session.report().roles["buffers"], bool(model.module[1].running_mean.any())
+        drifted = model.module[1].running_mean.clone()
+        model(batch(0, 0)[0])  # its start brings the buffers together, then all move alike
+        return session.report().roles["buffers"], drifted, model.module[1].running_mean.clone()
 
 
 def refusals() -> dict[str, str]:
@@ -257,7 +262,7 @@ def test_other_ranks_resume_and_strange_files_are_refused(tmp_path: Path) -> Non
     first, *rest = run(3, resumed_by_others, str(folder), timeout=120)
     assert all(torch.equal(first["parameters"], other["parameters"]) for other in rest)
     for said in run(2, spoilt, str(folder), timeout=120):
-        assert "rank 1's file for commpress is of step 99, the checkpoint of step" in said["another step"]
+        assert "rank 1's file for commpress is of step" in said["another save"]
         assert "no file of rank 1" in said["one is missing"]
         assert "no commpress-rank*.pt in" in said["all are missing"]
         assert "'int4'" in said["another spec"]
@@ -281,9 +286,11 @@ def test_mixed_precision_and_compiled(settings: dict[str, Any]) -> None:
 
 
 def test_settings_reach_the_hook() -> None:
-    for buffers, moved in run(2, with_buffers, timeout=120):
-        assert buffers["sent_bytes"] + buffers["received_bytes"] > 0
-        assert moved
+    ranks = run(2, with_buffers, timeout=120)
+    assert all(buffers["sent_bytes"] + buffers["received_bytes"] > 0 for buffers, _, _ in ranks)
+    (_, one, ours), (_, other, theirs) = ranks
+    assert float((one - other).norm()) > 0.1 * float(one.norm())
+    assert float((ours - theirs).norm()) < 0.01 * float(ours.norm())  # by the rounding of bf16
 
 
 def test_what_cannot_be_attached_says_why_on_all_ranks() -> None:

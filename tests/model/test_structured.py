@@ -273,6 +273,19 @@ def test_a_gated_mlp_loses_pairs_and_rotary_attention_stays() -> None:
     assert model.q.weight.shape == model.v.weight.shape == (16, 16)
 
 
+class Cached(Gated):
+    """Outputs as those of a language model with a cache."""
+
+    def forward(self, x: Tensor) -> dict[str, object]:  # type: ignore[override]
+        return {"logits": super().forward(x), "cache": object(), "inputs": (x, None)}
+
+
+def test_outputs_may_hold_more_than_tensors() -> None:
+    model = Cached()
+    shrink(model, {"x": torch.randn(2, 5, 16)}, 0.25)
+    assert model.up.weight.shape == (48, 16)
+
+
 @pytest.mark.parametrize("fused", [None, "by head"])
 def test_attention_that_is_not_understood_is_refused_and_left_alone(fused: str | None) -> None:
     model = Attention(fused)

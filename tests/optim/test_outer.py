@@ -250,6 +250,56 @@ def joined(settings: dict[str, Any]) -> tuple[list[Tensor], ...]:
     return anchor, [first], parameters_of(model)
 
 
+def saved(spec: str) -> dict[str, Any]:
+    _, _, outer = states_of(spec, range(EVERY + 1))
+    return copy.deepcopy(outer.state_dict())
+
+
+def states_of(spec: str, steps: range) -> tuple[nn.Module, torch.optim.Optimizer, Outer]:
+    model, optimizer, outer = started(spec)
+    take_steps(model, optimizer, steps)
+    return model, optimizer, outer
+
+
+def another_group(spec: str, states: list[dict[str, Any]]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What feedback holds and where the parameters stand once each rank has loaded its own of `states`, and the end."""
+    model, optimizer, outer = started(spec)
+    outer.load_state_dict(states[dist.get_rank()])
+    assert outer.steps == EVERY + 1
+    withheld = sum_withheld([copy.deepcopy(outer.state_dict())])
+    with outer.synced():
+        anchor = torch.cat([p.reshape(-1) for p in parameters_of(model)])
+    take_steps(model, optimizer, range(EVERY + 1, STEPS))
+    outer.sync()
+    return withheld, anchor, parameters_of(model)
+
+
+def sum_withheld(states: list[dict[str, Any]]) -> Tensor:
+    """What these ranks had withheld, as it counts in a mean."""
+    total = torch.zeros(sum(p.numel() for p in network().parameters()))
+    for state in states:
+        for bucket in state["session"]["buckets"]:
+            total += bucket["residual"] / state["session"]["world_size"]
+            if bucket["second"] is not None:
+                total[bucket["start"] :][: bucket["second"].numel()] += bucket["second"]
+    return total
+
+
+@pytest.mark.parametrize(("old", "places"), [(3, [None, 2, 0, 1]), (2, [None, 0]), (3, [0, 2])])
+def test_ranks_may_join_and_leave_and_change_places(old: int, places: list[int | None]) -> None:
+    """`places`: the old rank that each of the ranks was; None for a new one. int8 of three ranks has a second memory."""
+    states = run(old, saved, "int8")
+    holders = [rank for rank in places if rank is not None]
+    results = run(len(places), another_group, "int8", [None if rank is None else states[rank] for rank in places])
+    for _, anchor, end in results:
+        assert torch.equal(anchor, states[0]["fragments"][0]["anchor"])
+        assert same(end, results[0][2])
+    before = sum_withheld([states[rank] for rank in holders])
+    assert before.abs().max() > 0
+    assert all(states[rank]["session"]["buckets"][0]["second"] is not None for rank in holders) == (old > 2)
+    torch.testing.assert_close(sum(withheld for withheld, _, _ in results), before, rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("settings", [{}, {"fragments": 2, "delay": 3}])
 def test_a_rank_that_joins_gets_the_anchor_in_full_precision(settings: dict[str, Any]) -> None:
     results = run(3, joined, settings)
@@ -263,47 +313,56 @@ def nobody_has_a_state() -> str:
     return outcome(lambda: outer.load_state_dict(None))
 
 
-def wrong_state() -> str:
-    _, _, outer = started("none")
-    state = outer.state_dict()
-    if dist.get_rank() == 1:
-        state["settings"]["every"] = 99
-    return outcome(lambda: outer.load_state_dict(state))
+def wrong_states() -> list[str]:
+    said = []
+    for place, key, value in (("settings", "every", 99), ("session", "settings", "strange")):
+        _, _, outer = started("none")
+        state = outer.state_dict()
+        if dist.get_rank() == 1:
+            state[place][key] = value
+        said.append(outcome(lambda outer=outer, state=state: outer.load_state_dict(state)))  # type: ignore[misc]
+    return said
 
 
 def test_states_that_do_not_fit_are_refused_on_all_ranks() -> None:
     assert set(run(2, nobody_has_a_state)) == {
         "ValueError: cannot restore: no rank has a state, expected at least one that has"
     }
-    messages = set(run(2, wrong_state))
-    assert len(messages) == 1
-    assert "rank 1: the saved state has settings {'every': 99" in messages.pop()
+    for settings, session in run(2, wrong_states):
+        assert "rank 1: the saved state has settings {'every': 99" in settings
+        assert "cannot restore: rank 1: the saved state has settings 'strange', this run has {" in session
 
 
-def workers_of_two(spec: str) -> tuple[list[Tensor], commpress.Report]:
-    """Four ranks: two workers, each a DDP over two ranks."""
+def workers_of_two(spec: str) -> tuple[list[Tensor], commpress.Report, commpress.Report]:
+    """Four ranks: two workers, each a DDP over two ranks. The report of the outer syncs, and one of all."""
     rank = dist.get_rank()
     inner = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
     outer_group = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
     ddp = DistributedDataParallel(network(), process_group=inner)
+    session = commpress.attach(ddp, "none")
     optimizer = adamw(ddp)
     outer = commpress.diloco(ddp, optimizer, spec, every=EVERY, group=outer_group)
     take_steps(ddp, optimizer, range(STEPS))
     outer.sync()
-    return parameters_of(ddp), outer.report()
+    return parameters_of(ddp), outer.report(), commpress.Report.together(session.report(), outer.report())
 
 
 @pytest.mark.parametrize("spec", ["none", "topk(0.1)|int2"])
 def test_a_ddp_inside_each_worker(spec: str) -> None:
     results = run(4, workers_of_two, spec)
-    assert all(same(results[0][0], parameters) for parameters, _ in results)
+    assert all(same(results[0][0], parameters) for parameters, _, _ in results)
     n = sum(p.numel() for p in results[0][0])
     half = -(-n // 2)
-    for _, report in results:  # each rank sends its half to its peer in the other worker, and shares the result inside
+    # each rank sends its half to its peer in the other worker, and shares the result inside
+    for rank, (_, report, both) in enumerate(results):
         assert report.roles["parameters"]["sent_bytes"] == 4 * 4 * half
         assert report.roles["outer"]["sent_bytes"] == 4 * (
             4 * half if spec == "none" else commpress.parse(spec).nbytes(half)
         )
+        assert (both.rank, both.world_size) == (rank, 4)
+        assert set(both.roles) == {"gradients", "outer", "parameters"}
+    parts = [report.roles["outer"]["dense_bytes"] for _, report, _ in results[:2]]
+    assert parts == [STEPS * 4 * half, STEPS * 4 * (n - half)]
 
 
 def workers_of_shards() -> tuple[list[Tensor], list[Tensor]]:
@@ -327,7 +386,7 @@ def test_fsdp2_inside_each_worker() -> None:
     assert not same(results[0][0], results[1][0])
 
 
-def in_bfloat16() -> list[Tensor]:
+def in_bfloat16() -> tuple[list[Tensor], commpress.Report]:
     model = network().to(torch.bfloat16)
     optimizer = adamw(model)
     outer = commpress.local_sgd(model, optimizer, "int8", every=2)
@@ -337,13 +396,64 @@ def in_bfloat16() -> list[Tensor]:
         nn.functional.cross_entropy(model(x.bfloat16()).float(), y).backward()
         optimizer.step()
     outer.sync()
-    return parameters_of(model)
+    return parameters_of(model), outer.report()
 
 
 def test_parameters_in_bfloat16() -> None:
-    one, other = run(2, in_bfloat16)
+    (one, report), (other, _) = run(2, in_bfloat16)
     assert same(one, other)
     assert one[0].dtype == torch.bfloat16
+    assert report.dense_bytes == 4 * 2 * sum(p.numel() for p in one)  # what DDP sends of bfloat16 in four steps
+
+
+def in_float64() -> tuple[list[Tensor], list[Tensor]]:
+    model = network().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.div_(3)
+    optimizer = sgd(model)
+    outer = commpress.local_sgd(model, optimizer, "none", every=EVERY)
+    model(batch(0, 0)[0].double()).square().mean().backward()
+    optimizer.step()
+    drifted = parameters_of(model)
+    with outer.synced():
+        assert not same(drifted, parameters_of(model))
+    return drifted, parameters_of(model)
+
+
+def test_float64_parameters_come_back_as_they_were() -> None:
+    for drifted, back in run(2, in_float64):
+        assert same(drifted, back)
+
+
+def scaled(kind: str, fragments: int) -> tuple[str, int]:
+    """Ten steps under a loss scale, one of which rank 0 alone would skip, and a last sync."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    model, optimizer, outer = started("none", every=5, fragments=fragments)
+    scaler = {"own": torch.amp.GradScaler, "shared": ShardedGradScaler}[kind]("cpu", init_scale=64.0)
+
+    def train() -> None:
+        for step in range(10):
+            optimizer.zero_grad()
+            loss = loss_of(model, step) * (torch.inf if step == 3 and dist.get_rank() == 0 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        outer.sync()
+
+    return outcome(train), outer.steps
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_a_step_that_one_rank_skips_is_an_error_on_all(fragments: int) -> None:
+    (one, _), (other, _) = run(2, scaled, "own", fragments)
+    assert one == other
+    assert one.startswith("ValueError: rank 1 has local steps 10, rank 0 has 9")
+
+
+def test_a_step_that_all_ranks_skip_does_not_count() -> None:
+    assert run(2, scaled, "shared", 2) == [("", 9), ("", 9)]
 
 
 def refused(case: str) -> str:
@@ -353,6 +463,7 @@ def refused(case: str) -> str:
         "every 0": {"every": 0},
         "too many fragments": {"every": 4, "fragments": 5},
         "delay": {"delay": 4},
+        "half a step": {"delay": 0.5},
         "momentum": {"momentum": 1.0},
         "decay": {"decay": 1.5},
         "spec": {"spec": "int7"},
@@ -362,9 +473,13 @@ def refused(case: str) -> str:
     optimizer: torch.optim.Optimizer = adamw(model)
     if case == "compressed optimizer":
         optimizer = OneBitAdamW(model.parameters(), lr=0.1, warmup_steps=1)
-    if case == "nothing trained":
+    if case == "nothing trained" or (case == "one rank trains nothing" and rank == 1):
         optimizer = sgd(model)
         model.requires_grad_(False)
+    if case == "twice":
+        commpress.diloco(model, optimizer, "int8", every=4)
+    if case == "shards":
+        optimizer = adamw(fully_shard(model))
     wrapped = DistributedDataParallel(model) if case == "same group" else model
     return outcome(lambda: commpress.diloco(wrapped, optimizer, **arguments))
 
@@ -375,6 +490,7 @@ def refused(case: str) -> str:
         ("every 0", "every 0: expected a number in [1, inf)"),
         ("too many fragments", "fragments 5: expected a number in [1, 5)"),
         ("delay", "delay 4: expected a number in [0, 4)"),
+        ("half a step", "delay 0.5: expected a whole number"),
         ("momentum", "momentum 1.0: expected a number in [0, 1)"),
         ("decay", "decay 1.5: expected a number in [0, 1]"),
         ("spec", "unknown codec 'int7'"),
@@ -382,7 +498,10 @@ def refused(case: str) -> str:
         ("one rank's spec", "rank 1: spec 'int7': unknown codec 'int7'"),
         ("compressed optimizer", "OneBitAdamW exchanges by itself"),
         ("nothing trained", "no parameter is trained"),
+        ("one rank trains nothing", "no parameter is trained"),
         ("same group", "the DDP module and the outer group share ranks [0, 1]"),
+        ("shards", "the sharded model and the outer group share ranks [0, 1]"),
+        ("twice", "this AdamW has outer syncs already"),
     ],
 )
 def test_is_refused_on_all_ranks(case: str, message: str) -> None:

@@ -1,0 +1,178 @@
+"""The training program by DeepSpeed's engine: all ZeRO stages, resumed runs, and what starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engines import fresh
+from ranks import outcome, run
+
+from commpress.launch import checkpoint, data, demo, train
+
+pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
+
+STEPS, STOPPED_AT = 12, 5
+TINY = {
+    "layers": 1,
+    "width": 64,
+    "heads": 2,
+    "context": 32,
+    "batch": 4,
+    "steps": STEPS,
+    "warmup_steps": 2,
+    "threads": 1,
+}
+COMMON = {**TINY, "lr": 1e-2, "eval_every": 6, "eval_batches": 2, "optimizer_warmup": 4, "sync_every": 2}
+RUNS: dict[str, dict[str, Any]] = {
+    "ZeRO 0": {"zero_stage": 0, "compress": "int4"},
+    "ZeRO 1, ZeroOneAdamW": {"zero_stage": 1, "compress": "sign", "optimizer": "ZeroOneAdamW"},
+    "ZeRO 2, OneBitAdamW": {"zero_stage": 2, "compress": "sign", "optimizer": "OneBitAdamW"},
+    "ZeRO 2": {"zero_stage": 2, "compress": "int4", "parameters": "int8"},
+    "ZeRO 2, accumulated": {"zero_stage": 2, "compress": "int4", "batch": 2, "accumulate": 2},
+    # the last: it stays in the process. Two matrices are wide enough for DeepSpeed not to keep them everywhere
+    "ZeRO 3": {"zero_stage": 3, "compress": "int4", "parameters": "int8", "width": 160},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text, so that runs start at once."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    return path
+
+
+def whole_and_cut(folder: Path, text: Path) -> None:
+    """Each of RUNS without a break, and stopped by Ctrl-C on one rank, and resumed."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    fresh()
+    for name, changes in RUNS.items():
+        settings = {**COMMON, "data": text, "parallel": "deepspeed", **changes}
+        whole, cut = ({**settings, "out": folder / name / way} for way in ("whole", "cut"))
+        assert train.train(train.Settings(**whole))
+        sample, drawn = data.sample, 0
+
+        def interrupted(*arguments: Any, sample: Any = sample, last: int = settings.get("accumulate", 1)) -> Any:
+            nonlocal drawn
+            drawn += 1
+            if drawn == STOPPED_AT * last and dist.get_rank() == 1:
+                signal.raise_signal(signal.SIGINT)
+            return sample(*arguments)
+
+        data.sample = interrupted
+        try:
+            assert not train.train(train.Settings(**cut))
+        finally:
+            data.sample = sample
+        dist.barrier()  # rank 0 writes the marker
+        assert checkpoint.load_shared(folder / name / "cut")["step"] == STOPPED_AT
+        assert train.train(train.Settings(**cut, resume=True))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    run(2, whole_and_cut, folder, text, timeout=240)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_loss_falls_and_the_record_says_what_happened(runs: Path, name: str) -> None:
+    record = json.loads((runs / name / "whole" / "record.json").read_text())
+    losses = [row["validation_loss"] for row in record["curve"] if row["validation_loss"] is not None]
+    assert len(losses) == 3
+    assert losses[0] == pytest.approx(5.55, abs=0.1)  # log 256: it knows nothing yet
+    assert losses[2] < losses[0] - 1.5
+    settings, changes = record["settings"], RUNS[name]
+    assert {key: settings[key] for key in changes} == changes
+    assert (settings["parallel"], record["world_size"], record["steps_done"]) == ("deepspeed", 2, STEPS)
+    roles = record["report"]["roles"]
+    for role in ("gradients", "parameters") if "parameters" in changes else ("gradients",):
+        assert roles[role]["sent_bytes"] < 0.6 * roles[role]["dense_bytes"], role
+    backwards = changes.get("accumulate", 1)  # ZeRO 2 sends in each
+    assert roles["gradients"]["dense_bytes"] >= STEPS * backwards * 4 * record["parameters"]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal trees, tensors bit for bit."""
+    (leaves, tree), (others, same) = (torch.utils._pytree.tree_flatten(state) for state in (one, other))
+    assert tree == same
+    for a, b in zip(leaves, others, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Path, name: str) -> None:
+    whole, cut = (checkpoint.load_shared(runs / name / way) for way in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == STEPS
+    torch.testing.assert_close(whole["model"], cut["model"], rtol=0, atol=0)
+    assert_same(whole.get("optimizer"), cut.get("optimizer"))
+    for a, b in zip(whole["curve"], cut["curve"], strict=True):
+        assert (a["train_loss"], a["validation_loss"]) == (b["train_loss"], b["validation_loss"])
+    for rank in range(2):
+        a, b = (checkpoint.load_own(runs / name / way, STEPS, rank) for way in ("whole", "cut"))
+        assert_same(a.get("zero"), b.get("zero"))
+        assert torch.equal(a["windows"], b["windows"])
+
+
+def accumulated(folder: Path, text: Path) -> None:
+    """The same batches in one backward a step and in two, at ZeRO 0, 1 and 2."""
+    fresh()
+    for stage in range(3):
+        for parts in (1, 2):
+            out = folder / f"{stage}-{parts}"
+            changes = {"steps": 4, "batch": 4 // parts, "accumulate": parts, "eval_batches": 2 * parts}
+            chosen = {**TINY, **changes, "compress": "none", "parallel": "deepspeed", "zero_stage": stage}
+            train.train(train.Settings(**chosen, data=text, out=out))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, text: Path) -> None:
+    run(2, accumulated, tmp_path, text, timeout=120)
+    for stage in range(3):
+        whole, parts = (checkpoint.load_shared(tmp_path / f"{stage}-{n}")["curve"] for n in (1, 2))
+        for a, b in zip(whole, parts, strict=True):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4), stage
+
+
+def refused(folder: Path, text: Path) -> list[str]:
+    """What is said about settings that no engine takes."""
+    fresh()
+    chosen = {**TINY, "data": text, "out": folder / "out", "parallel": "deepspeed", "optimizer_warmup": 2}
+    wishes: list[dict[str, Any]] = [
+        {"zero_stage": 0, "parameters": "int8"},
+        {"zero_stage": 3, "optimizer": "OneBitAdamW", "compress": "sign"},
+        {"zero_stage": 4},
+    ]
+    return [outcome(lambda w=w: train.train(train.Settings(**chosen, **w))) for w in wishes]
+
+
+def test_what_no_engine_takes_is_said_in_a_sentence(tmp_path: Path, text: Path) -> None:
+    for replicas, whole, stage in run(2, refused, tmp_path, text):
+        assert "TrainingError: parameters 'int8': ZeRO 0 sends no parameters" in replicas
+        assert "TrainingError: OneBitAdamW under ZeRO 3: expected ZeRO 0, 1 or 2" in whole
+        assert stage == "TrainingError: --zero-stage 4: expected 0, 1, 2 or 3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_either_launcher_starts_it(tmp_path: Path, text: Path, launcher: str) -> None:
+    flags = {**TINY, "parallel": "deepspeed", "data": text, "out": tmp_path / "out", "compress": "int4"}
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+    program = Path(sys.executable).with_name(launcher)
+    ranks = {"torchrun": ["--nproc-per-node", "2", "-m"], "deepspeed": ["--no_local_rank", "--num_accelerators", "2"]}
+    ranks["deepspeed"].append("--module")
+    port = {"torchrun": "--master-port", "deepspeed": "--master_port"}[launcher]
+    command = [program, port, str(demo.free_port()), *ranks[launcher], "commpress.launch.train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PATH"] = f"{program.parent}:{environment['PATH']}"  # the launcher looks for python there
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert (record["world_size"], record["steps_done"]) == (2, STEPS)
