@@ -177,7 +177,7 @@ class _Removal:
         self._graph = torch_pruning.DependencyGraph().build_dependency(
             model,
             inputs,
-            output_transform=lambda output: [x for x in _tensors_in(output) if x.requires_grad],
+            output_transform=lambda output: list(_tensors_in(output)),
             verbose=False,
         )
         if importance == "taylor":
@@ -199,7 +199,7 @@ class _Removal:
         """torch-pruning's groups, each from the first layer whose outputs are in it."""
         seen: set[nn.Module] = set()
         for layer in list(self._graph.module2node):
-            if isinstance(layer, nn.Linear | _ConvNd) and layer not in seen and layer not in self._kept:
+            if isinstance(layer, nn.Linear | _ConvNd) and layer not in seen:
                 function = self._graph.get_pruner_of_module(layer).prune_out_channels
                 if not self._winds(layer, function):
                     every = list(range(self._graph.get_out_channels(layer)))

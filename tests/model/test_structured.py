@@ -208,6 +208,10 @@ def test_what_is_frozen_stays_frozen() -> None:
     model.blocks[0].up.weight.requires_grad_(False)
     shrink(model, TOKENS, 0.25)
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["blocks.0.up.weight"]
+    frozen = gpt().requires_grad_(False)
+    shrink(frozen, TOKENS, 0.25)
+    assert frozen.blocks[0].up.out_features == 96
+    assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_once_more_and_down_to_one() -> None:
