@@ -111,6 +111,7 @@ def attach(
         grad_scaler=grad_scaler,
     )
     session = state.start(device, names, optimizer)
+    session.layouts = {name: (p.shape, p.stride()) for p, name in names.items()}
     # what may fail comes before the hook, which DDP would keep
     broadcasts = None if buffers is None else buffer_broadcasts(model, buffers)
     try:

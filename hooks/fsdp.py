@@ -260,9 +260,7 @@ class Gather:
         """Gather `input_tensor` ([m]) into `output_tensor` ([W * m])."""
         who = ranks(group)
         again = "" if who == ranks(self._unit.shard_groups[0]) else AGAIN
-        segments = () if again else self._unit.gathered()
-        if sum(n for _, n in segments) != output_tensor.numel():
-            segments = ()  # of mixed dtypes, as bytes
+        segments = () if again else self._unit.gathered()  # which do not fit what is gathered as bytes, of mixed dtypes
         work = self._shards[who].all_gather(input_tensor, output_tensor, self._unit.index, again, segments)
         if async_op or output_tensor.device.type == "cpu":
             return work

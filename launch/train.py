@@ -186,12 +186,18 @@ def train(settings: Settings) -> bool:
                 state = checkpoint.load_shared(source)
                 free = MAY_FORK if settings.fork is not None else ()
                 require_identity(state["identity"], {k: v for k, v in identity.items() if k not in free}, source)
+                if settings.fork is not None and scheduler is None and state["identity"].get("recipe"):
+                    raise ValueError(f"--fork {source}: that run has a recipe, this one none; expected --recipe")
+                if settings.fork is not None and state["step"] >= settings.steps:
+                    raise ValueError(f"--fork {source}: it is at step {state['step']}, expected --steps above that")
             own = checkpoint.load_own(source, state["step"], rank)
             done, curve, before = state["step"], state["curve"], Traffic(**state["traffic"])
             durations = state["durations"].tolist()
             trained.load(state, own)
-            if scheduler is not None:
+            if scheduler is not None and "scheduler" in own:
                 scheduler.load_state_dict(own["scheduler"])
+            elif scheduler is not None:
+                scheduler.begin_at(done)
             session.load_state_dict(own["session"])
             own_windows.set_state(own["windows"])
             set_random_states(own["random"])
@@ -335,7 +341,10 @@ def train(settings: Settings) -> bool:
             say(f"no timeline: it starts {TIMELINE_AFTER} steps after the start, and this run had no more than that")
         if done < settings.steps:
             record()
-            say(f"stopped at step {done} of {settings.steps}; the same command with --resume goes on from {out}")
+            instead = " instead of --fork" if settings.fork is not None else ""
+            say(
+                f"stopped at step {done} of {settings.steps}; the same command with --resume{instead} goes on from {out}"
+            )
         else:
             say(str(session.report()).rstrip())
             say(
@@ -408,6 +417,12 @@ def read_recipe(settings: Settings) -> "Recipe":
     try:
         recipe = Recipe.load(settings.recipe)
         recipe.require_within(settings.steps)
+        for key, spec in vars(recipe.traffic).items():
+            if spec is not None:
+                try:
+                    commpress.parse(spec)
+                except ValueError as error:
+                    raise ValueError(f"{settings.recipe}: traffic.{key}: {error}") from None
     except (ValueError, OSError) as error:
         raise TrainingError(f"--recipe: {error}") from None
     if recipe.distil is not None and recipe.distil.teacher is None:

@@ -87,6 +87,10 @@ class Broadcasts:
         """Bytes and seconds so far, on this rank."""
         return self._meter.report(str(self.codec), self.rank, self.world_size)
 
+    def phase(self, name: str) -> None:
+        """What the report's rows are called by from now on."""
+        self._meter.enter(name)
+
     def state_dict(self) -> dict[str, Any]:
         """The version that was sent last, the same on all ranks."""
         return {"version": STATE_VERSION, "base": None if self._base is None else self._base.clone()}

@@ -67,6 +67,8 @@ class Report:
     received_bytes: int
     seconds: dict[str, float]
     rows: list[Row]
+    phase_steps: dict[str, int] = field(default_factory=dict)
+    """How many steps each phase of a recipe took; empty without one."""
 
     @property
     def ratio(self) -> float:
@@ -85,16 +87,10 @@ class Report:
     @property
     def phases(self) -> dict[str, dict[str, int]]:
         """`steps` and the bytes of each phase of a recipe, in order; empty without one."""
-        found: dict[str, dict[str, int]] = {}
-        for row in self.rows if any(row.phase for row in self.rows) else ():
-            sums = found.setdefault(row.phase, {"steps": 0, **dict.fromkeys(BYTES, 0)})
-            sums |= {key: sums[key] + getattr(row, key) for key in BYTES}
-        for phase, sums in found.items():
-            mine = [row for row in self.rows if row.phase == phase]
-            taken: dict[int, int] = {}  # a bucket may be treated in several ways in turn
-            for row in [row for row in mine if row.role == "gradients"] or mine:  # parameters are gathered twice a step
-                taken[row.bucket] = taken.get(row.bucket, 0) + row.steps
-            sums["steps"] = max(taken.values())
+        found = {phase: {"steps": steps, **dict.fromkeys(BYTES, 0)} for phase, steps in self.phase_steps.items()}
+        for row in self.rows:
+            if (sums := found.get(row.phase)) is not None:
+                sums |= {key: sums[key] + getattr(row, key) for key in BYTES}
         return found
 
     @classmethod
@@ -117,6 +113,10 @@ class Report:
             steps=max(report.steps for report in reports),
             seconds={key: sum(report.seconds[key] for report in reports) for key in first.seconds},
             rows=[row for report in reports for row in report.rows],
+            phase_steps={
+                phase: max(report.phase_steps.get(phase, 0) for report in reports)
+                for phase in dict.fromkeys(phase for report in reports for phase in report.phase_steps)
+            },
             **sums,
         )
 
@@ -184,6 +184,7 @@ class Meter:
         self.hidden = 0.0
         self.phase = ""
         """What is going on with the model: the rows of each phase are kept apart."""
+        self._entered: list[tuple[str, int]] = []
         self.timeline: Timeline | None = None
         """Where spans are kept, while somebody wants them."""
 
@@ -191,6 +192,12 @@ class Meter:
         """Keep a span if a timeline is being recorded."""
         if (timeline := self.timeline) is not None:
             timeline.spans.append(span)
+
+    def enter(self, phase: str) -> None:
+        """A phase begins with the next step."""
+        if phase != self.phase:
+            self.phase = phase
+            self._entered.append((phase, self.steps))
 
     def row(
         self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str, role: str = "gradients"
@@ -215,4 +222,9 @@ class Meter:
         seconds = {phase: sum(row.seconds[phase] for row in rows) for phase in PHASES}
         seconds |= {"exposed": self.exposed, "hidden": self.hidden}
         dense, sent, received = (sum(getattr(r, key) for r in rows) for key in BYTES)
-        return Report(spec, rank, world_size, self.steps, dense, sent, received, seconds, rows)
+        phases: dict[str, int] = {}
+        ends = [start for _, start in self._entered[1:]] + [self.steps]
+        for (phase, start), end in zip(self._entered, ends, strict=False):
+            phases[phase] = phases.get(phase, 0) + end - start
+        phases = {phase: steps for phase, steps in phases.items() if steps}
+        return Report(spec, rank, world_size, self.steps, dense, sent, received, seconds, rows, phases)

@@ -48,6 +48,9 @@ class Beside(Protocol):
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
 
+    def phase(self, name: str) -> None:
+        """What the report's rows are called by from now on."""
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart."""
 
@@ -127,12 +130,14 @@ class Session:
         self.plan = _agree(spec, exchange, error_feedback, parameters, group, device, self._apart())
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
-        self._group = group
+        self.group = self._group = group
         self._parameters = dict(parameters)
         self._scale = 1.0
         self._feedback = Feedback(self.world_size)
         self.meter = Meter()
         self.beside: list[Beside] = []
+        self.layouts: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
+        """Shapes and strides of the parameters, for those who know them."""
         self._tags = itertools.count(0, TAGS_PER_BUCKET)
         self._restored: list[Segments] = []
         self._held: list[Held] = []
@@ -196,7 +201,14 @@ class Session:
         for name, mask in masks.items():
             if (n := self._parameters.get(name)) != mask.numel():
                 refusal = f"mask of {name!r}: {mask.numel()} values, the session has {n or 'no such parameter'}"
+            elif (mask.shape, mask.stride()) != (laid := self.layouts.get(name, (mask.shape, mask.stride()))):
+                refusal = (
+                    f"mask of {name!r}: shape {tuple(mask.shape)}, strides {mask.stride()}; the parameter has "
+                    f"{tuple(laid[0])}, {laid[1]}"
+                )
         require_same(masks, self._group, self.device, refusal)
+        if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
+            self._feedback.undo()  # the scaler has skipped the step
         self._feedback.keep(Survivors({name: in_memory_order(mask) for name, mask in masks.items()}))
 
     def look(self, on: bool) -> None:
@@ -205,7 +217,13 @@ class Session:
 
     def phase(self, name: str) -> None:
         """What the report's rows are called by from now on."""
-        self.meter.phase = name
+        self.meter.enter(name)
+        for other in self.beside:
+            other.phase(name)
+
+    def agree(self, settings: Mapping[str, object]) -> None:
+        """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective."""
+        require_agreement(dict(settings), self._group, self.device)
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""

@@ -85,7 +85,7 @@ class Shards:
         Raises ValueError if the sizes do not fit.
         """
         W = self.world_size
-        places = None if self.looks else self.feedback.survivors.places(segments)
+        places = None if self.looks else self._places(segments, full)
         m = out.numel() if places is None else places.numel() // W
         choice = self._choose(self.gradients, full, out, reason or (LOOKED_AT if self.looks else ""), m)
         payloads = (2 * W - 1) * choice.codec.nbytes(m) if choice.codec.lossy else 0
@@ -117,7 +117,7 @@ class Shards:
         masks. Raises ValueError if the sizes do not fit.
         """
         W = self.world_size
-        places = self.feedback.survivors.places(segments)
+        places = self._places(segments, out)
         m = shard.numel() if places is None else places.numel() // W
         choice = self._choose(self.parameters, out, shard, reason, m)
         payloads = W * choice.codec.nbytes(m) if choice.codec.lossy else 0
@@ -143,7 +143,7 @@ class Shards:
 
         For groups that hold replicas of shards. `segments` names the parts of `x`.
         """
-        places = None if self.looks else self.feedback.survivors.places(segments)
+        places = None if self.looks else self._places(segments, x)
         n = x.numel() if places is None else places.numel()
         treatment = self._treatment(x, reason or (LOOKED_AT if self.looks else ""), n, self.gradients)
         choice = self.gradients.choose(n, x.element_size(), self.world_size, treatment)
@@ -180,6 +180,11 @@ class Shards:
                 f"{full.numel()} values of {full.dtype} do not make {W} chunks of {n} of {part.dtype}, one a rank"
             )
         return plan.choose(travel, part.element_size(), W, self._treatment(part, reason, travel, plan))
+
+    def _places(self, segments: Segments, full: Tensor) -> Tensor | None:
+        """Where survivors of masks lie; None if all of it travels, or if these are not the parts of `full`."""
+        fits = sum(n for _, n in segments) == full.numel()
+        return self.feedback.survivors.places(segments) if fits else None
 
     def _room(
         self, places: Tensor | None, full: Tensor, m: int, payloads: int
@@ -326,8 +331,13 @@ class ShardedSession:
             survivors = self._survivors(masks)
         except ValueError as error:
             refusal = str(error)
-        for group in self._groups:
-            require_same(masks, group, self.shards[0].device, refusal)
+        for group in self._groups:  # each hands on what it found: the dimensions of a mesh reach all its ranks
+            try:
+                require_same(masks, group, self.shards[0].device, refusal)
+            except ValueError as error:
+                refusal = refusal or str(error)
+        if refusal is not None:
+            raise ValueError(refusal)
         for shards, those in zip(self.shards, survivors, strict=True):
             shards.feedback.keep(those)
 
@@ -339,7 +349,11 @@ class ShardedSession:
     def phase(self, name: str) -> None:
         """What the report's rows are called by from now on."""
         for shards in self.shards:
-            shards.meter.phase = name
+            shards.meter.enter(name)
+
+    def agree(self, settings: Mapping[str, object]) -> None:
+        """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective."""
+        agree(dict(settings), self._groups, self.shards[0].device, None)
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""

@@ -34,8 +34,11 @@ class Magnitude:
     ) -> None:
         self._parameters = dict(parameters)
 
-    def observe(self) -> None:
-        """Call it in every step after backward (gradients reduced, not scaled) and before the optimizer's step."""
+    def observe(self, scale: float = 1.0) -> None:
+        """Call it in every step after backward, gradients reduced, and before the optimizer's step.
+
+        `scale` is by what a GradScaler has multiplied them.
+        """
 
     def scores(self) -> dict[str, Tensor]:
         """A float32 score for every weight, of the whole parameters' shapes and the same on all ranks; collective."""
@@ -64,11 +67,11 @@ class _OfGradients:
         self._steps = dict.fromkeys(parameters, 0)
 
     @torch.no_grad()
-    def observe(self) -> None:
+    def observe(self, scale: float = 1.0) -> None:
         """As `Magnitude.observe`; a parameter without a gradient is passed over."""
         for name, p in self._parameters.items():
             if p.grad is not None:
-                self._add(local(self._sums[name]), local(p.detach()).float(), local(p.grad).float())
+                self._add(local(self._sums[name]), local(p.detach()).float(), local(p.grad).float(), 1 / scale)
                 self._steps[name] += 1
 
     def state_dict(self) -> State:
@@ -86,8 +89,13 @@ class _OfGradients:
         """As `Magnitude.close`."""
 
     @staticmethod
-    def _add(total: Tensor, w: Tensor, g: Tensor) -> None:
+    def _add(total: Tensor, w: Tensor, g: Tensor, share: float) -> None:
         raise NotImplementedError
+
+    def _seen(self) -> None:
+        for name, steps in self._steps.items():
+            if not steps:
+                raise ValueError(f"{type(self).__name__} of {name!r}: there has been no gradient of it")
 
 
 class Taylor(_OfGradients):
@@ -97,12 +105,13 @@ class Taylor(_OfGradients):
     """
 
     @staticmethod
-    def _add(total: Tensor, w: Tensor, g: Tensor) -> None:
-        total.add_((g * w).abs_())
+    def _add(total: Tensor, w: Tensor, g: Tensor, share: float) -> None:
+        total.add_((g * w).abs_(), alpha=share)
 
     def scores(self) -> dict[str, Tensor]:
-        """As `Magnitude.scores`; 0 before the first gradient."""
-        return {name: whole(total) / max(self._steps[name], 1) for name, total in self._sums.items()}
+        """As `Magnitude.scores`. Raises ValueError, naming the parameter, where there has been no gradient."""
+        self._seen()
+        return {name: whole(total) / self._steps[name] for name, total in self._sums.items()}
 
 
 class Movement(_OfGradients):
@@ -113,11 +122,12 @@ class Movement(_OfGradients):
     """
 
     @staticmethod
-    def _add(total: Tensor, w: Tensor, g: Tensor) -> None:
-        total.addcmul_(g, w, value=-1)
+    def _add(total: Tensor, w: Tensor, g: Tensor, share: float) -> None:
+        total.addcmul_(g, w, value=-share)
 
     def scores(self) -> dict[str, Tensor]:
-        """As `Magnitude.scores`, of either sign."""
+        """As `Magnitude.scores`, of either sign. Raises ValueError, naming the parameter, where there has been no gradient."""
+        self._seen()
         return {name: whole(total).clone() for name, total in self._sums.items()}
 
 
@@ -145,17 +155,20 @@ class Wanda:
             for name, layer in layers.items()
         ]
 
-    def observe(self) -> None:
+    def observe(self, scale: float = 1.0) -> None:
         """As `Magnitude.observe`."""
 
     def scores(self) -> dict[str, Tensor]:
-        """As `Magnitude.scores`; 0 before the first input."""
+        """As `Magnitude.scores`. Raises ValueError, naming the parameter, where all inputs were 0 or there were none."""
         if not self._squares:
             return {}
         squares = torch.cat(list(self._squares.values()))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(squares, group=self._group)
         norms = squares.sqrt().float().split([s.numel() for s in self._squares.values()])
+        for name, norm in zip(self._squares, norms, strict=True):
+            if not bool(norm.any()):
+                raise ValueError(f"Wanda of {name!r}: no input has come by its layer in training mode")
         weights = self._parameters.items()
         return {name: whole(p).float().abs() * norm for (name, p), norm in zip(weights, norms, strict=True)}
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from commpress.model.loops import keep_
+
 
 class Masks:
     """The masks of some of a model's parameters, by name; a parameter without one is whole.
@@ -22,9 +24,11 @@ class Masks:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = dict(parameters)
-        self._pruned: dict[str, Tensor] = {}  # what of this rank's part is not kept
+        self._local: dict[str, Tensor] = {}  # this rank's parts
         self.of: dict[str, Tensor] = {}
         """The masks, in the parameters' order of memory."""
+        self.sparsity = 0.0
+        """The share of the masked parameters' weights that is pruned; 0 without masks."""
 
     def ordered(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """These masks in the parameters' order of memory, as sessions want them.
@@ -45,21 +49,23 @@ class Masks:
     def replace(self, masks: Mapping[str, Tensor]) -> None:
         """Take these masks for those that there were; weights that they prune become 0. Raises as `ordered` does."""
         self.of = self.ordered(masks)
-        self._pruned = {name: part_like(~mask, self._parameters[name]) for name, mask in self.of.items()}
+        self._local = {name: part_like(mask, self._parameters[name]) for name, mask in self.of.items()}
+        total = sum(mask.numel() for mask in self.of.values())
+        self.sparsity = 1 - sum(int(mask.sum()) for mask in self.of.values()) / total if total else 0.0
         self.apply()
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set pruned weights to 0."""
-        for name, pruned in self._pruned.items():
-            local(self._parameters[name]).masked_fill_(pruned, 0)
+        for name, mask in self._local.items():
+            keep_(local(self._parameters[name]), mask)
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Set the gradients of pruned weights to 0."""
-        for name, pruned in self._pruned.items():
+        for name, mask in self._local.items():
             if (gradient := self._parameters[name].grad) is not None:
-                local(gradient).masked_fill_(pruned, 0)
+                keep_(local(gradient), mask)
 
     @torch.no_grad()
     def clean(self, optimizer: torch.optim.Optimizer) -> None:
@@ -67,17 +73,11 @@ class Masks:
 
         `inverse` of the compressed optimizers stays: it is a scale, not a memory, and a weight that grows again needs it.
         """
-        for name, pruned in self._pruned.items():
+        for name, mask in self._local.items():
             p = self._parameters[name]
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.shape == p.shape and key != "inverse":
-                    local(value).masked_fill_(pruned, 0)
-
-    @property
-    def sparsity(self) -> float:
-        """The share of the masked parameters' weights that is pruned; 0 without masks."""
-        total = sum(mask.numel() for mask in self.of.values())
-        return 1 - sum(int(mask.sum()) for mask in self.of.values()) / total if total else 0.0
+                    keep_(local(value), mask)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Each mask as its shape and a uint8 tensor with a bit a weight, the first in the lowest bit."""

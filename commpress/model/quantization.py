@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from commpress.model.distillation import PROJECTIONS
+
 INTEGERS: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
 """By bits, the dtypes that weights are quantised to."""
 
@@ -231,6 +233,7 @@ def converted_codes(w: Any) -> Codes | None:
 def _chosen(model: nn.Module, settings: Quantization) -> dict[str, Any]:
     # by exact type: whoever subclasses Linear, as MultiheadAttention's `out_proj`, may not call its forward
     free = {name: m for name, m in model.named_modules() if name and type(m) in (nn.Linear, nn.Embedding)}
+    free = {name: m for name, m in free.items() if not name.startswith(PROJECTIONS)}  # they leave before the model does
     for glob in settings.layers:
         if not any(fnmatchcase(name, glob) for name in free):
             known = ", ".join(free) or "none"

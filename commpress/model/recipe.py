@@ -78,6 +78,10 @@ class Prune(Part):
             raise ValueError(f"schedule {self.how!r}: expected an amount; {given[0]} is taken at once, without an end")
         if self.how != "one-shot" and self.last == self.start:
             raise ValueError(f"schedule {self.how!r}: expected an end after start, {self.start}")
+        if self.criterion != "magnitude" and self.start == 0:
+            raise ValueError(
+                f"criterion {self.criterion!r}: expected a start above 0, there is nothing to see before step 1"
+            )
         if self.schedule == "one-shot" and self.last > self.start:
             raise ValueError(f"end {self.end}: one-shot changes at start, {self.start}, alone")
         return self

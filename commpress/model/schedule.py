@@ -34,6 +34,9 @@ class Session(Protocol):
 
     world_size: int
 
+    def agree(self, settings: Mapping[str, object]) -> None:
+        """Raise ValueError on all ranks if these differ."""
+
     def keep(self, masks: Mapping[str, Tensor]) -> None:
         """From the next step on only what these masks keep travels."""
 
@@ -80,8 +83,8 @@ class Scheduler:
         self.done = 0
         """Optimizer steps so far."""
         self._session, self._teacher = session, teacher
+        model.state_dict(keep_vars=True)  # FSDP shards what an evaluation has left whole
         self._parameters = dict(model.named_parameters())
-        self._alone = session is None or session.world_size == 1
         sharded = any(isinstance(p, DTensor) for p in self._parameters.values())
         if session is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError(
@@ -97,8 +100,11 @@ class Scheduler:
         self._wanted: dict[str, Tensor] = {}  # mean gradients of pruned weights, in a step that looks at them
         self._looks = False
         self._distiller = self._distilling()  # now, so that a wrong name is told at once
-        hook = optimizer.register_step_pre_hook(lambda *_: self._before_step())
-        self._hooks = [hook]
+        self._agree()
+        self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._before_step())]
+        if type(optimizer).__module__.split(".")[0] not in ("torch", "commpress") or type(optimizer).__name__ == "Muon":
+            # one that may mix a matrix's values moves weights whose gradients are 0
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.masks.apply()))
         self._advance()
 
     @property
@@ -120,7 +126,8 @@ class Scheduler:
         """
         if self._distiller is None:
             for p in getattr(self.model, PROJECTIONS, nn.Module()).parameters():
-                task_loss = task_loss + 0 * p.sum()  # DDP waits for a gradient of all its parameters
+                if not isinstance(p, DTensor):  # DDP waits for a gradient of all its parameters
+                    task_loss = task_loss + 0 * p.sum()
             return task_loss
         return self._distiller.loss(task_loss, output, *inputs, **named_inputs)
 
@@ -135,7 +142,7 @@ class Scheduler:
     def state_dict(self) -> dict[str, Any]:
         """Masks, scores, the recipe and how far it is, and which teacher it was. Each rank saves its own: scores may differ.
 
-        Fake quantisers have no state of their own: which are on follows from the step, their scales from the weights.
+        Of fake quantisers their settings, and which are on: their scales follow from the weights.
         """
         return {
             "version": STATE_VERSION,
@@ -143,6 +150,7 @@ class Scheduler:
             "done": self.done,
             "masks": self.masks.state_dict(),
             "criteria": [None if each is None else each.state_dict() for each in self._criteria],
+            "quantization": quantization.state_dict(self.model),
             "teacher": None if self._teacher is None else fingerprint(self._teacher),
         }
 
@@ -158,21 +166,38 @@ class Scheduler:
                 f"cannot restore: a scheduler's state of version {state.get('version')!r}, not {STATE_VERSION}"
             )
         done = int(state["done"])
-        self._require_same_past(Recipe.of(state["recipe"], "the saved recipe"), done)
+        saved = Recipe.of(state["recipe"], "the saved recipe")
+        self._require_same_past(saved, done)
         now = None if self._teacher is None else fingerprint(self._teacher)
         if state["teacher"] is not None and now is not None and now != state["teacher"]:
             raise ValueError(f"cannot restore: the saved run had a teacher {state['teacher']}, this one has {now}")
         self.done = done
         self._close_criteria()
         self._take(from_state(state["masks"]))
-        for index, saved in enumerate(state["criteria"][: len(self._criteria)]):
-            if saved is not None and self._watches(self.recipe.prune[index]):
+        for index, (entry, before, seen) in enumerate(
+            zip(self.recipe.prune, saved.prune, state["criteria"], strict=False)
+        ):
+            if seen is not None and entry == before:  # another starts anew
                 self._criteria[index] = criterion = self._criterion(index)
-                criterion.load_state_dict(saved)
-        # on are those whose time has come, in a fork by its own recipe; scales follow from the weights
-        for entry in self.recipe.quantize:
-            quantization.enable(self.model, on=entry.start <= done, settings=_settings(entry))
+                criterion.load_state_dict(seen)
+        for index, entry in enumerate(self.recipe.prune):
+            if self._criteria[index] is None and self._watches(entry):
+                self._criteria[index] = self._criterion(index)
+        if self.recipe.quantize == saved.quantize:
+            quantization.load_state_dict(self.model, state["quantization"])
+        else:
+            for late in self.recipe.quantize:
+                quantization.enable(self.model, on=late.start <= done, settings=_settings(late))
         self._announce()
+
+    def begin_at(self, done: int) -> None:
+        """Go on with a run that had no recipe, behind `done` steps. Collective. Raises ValueError as `load_state_dict` does."""
+        self.load_state_dict(
+            {
+                **self.state_dict(),
+                **{"recipe": {}, "done": done, "masks": {}, "criteria": []},
+            }
+        )
 
     def close(self) -> None:
         """Take off all hooks."""
@@ -191,7 +216,9 @@ class Scheduler:
     def _prunable(self) -> list[list[str]]:
         """The parameters of each entry. Raises RecipeError for contradictions."""
         usual = [f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        usual = [name for name in usual if name in self._parameters]  # a tied one has the name of its first place
+        # a tied one has the name of its first place; projections leave before the model does
+        usual = [name for name in usual if name in self._parameters and not name.startswith(PROJECTIONS)]
+        usual = [name for name in usual if self._parameters[name].requires_grad]
         found: list[list[str]] = []
         for index, entry in enumerate(self.recipe.prune):
             names = usual
@@ -205,6 +232,9 @@ class Scheduler:
                         f"prune[{index}].start: {entry.start}, while prune[{before}] prunes {min(shared)!r}, too, until "
                         f"{earlier.last}"
                     )
+            for name in names:
+                if not self._parameters[name].requires_grad:
+                    raise RecipeError(f"prune[{index}].parameters: {name!r} is frozen, expected one that is trained")
             kind = type(self.optimizer).__name__
             if entry.how == "regrow" and hasattr(self.optimizer, "takes_means"):
                 raise RecipeError(f"prune[{index}].schedule: regrow needs mean gradients, {kind} has none")
@@ -213,8 +243,37 @@ class Scheduler:
                     f"prune[{index}].criterion: {entry.criterion} needs gradients that all ranks share; under {kind} each has "
                     "its own between syncs, expected magnitude or wanda"
                 )
+            self._try(index, entry, names)
             found.append(names)
         return found
+
+    def _try(self, index: int, entry: Prune, names: list[str]) -> None:
+        """Raises RecipeError now for what an entry could not do when its time comes."""
+        ones = {name: torch.ones(self._parameters[name].shape) for name in names}
+        try:
+            if entry.pattern is not None:
+                pruning.n_of_m(ones, *entry.n_of_m)
+            elif entry.scope == "row":
+                pruning.by_amount(ones, 0.0, "row")
+        except ValueError as error:
+            raise RecipeError(f"prune[{index}].{'pattern' if entry.pattern else 'scope'}: {error}") from None
+
+    def _agree(self) -> None:
+        """The ranks compare recipe and teacher, and whether masks can be had, before the first step."""
+        for index in range(len(self.recipe.prune)):
+            self._criterion(index).close()
+        if self._session is None:
+            return
+        teacher = None if self._teacher is None else fingerprint(self._teacher)
+        self._session.agree({"recipe": self.recipe.to_dict(), "teacher": teacher})
+        if self.recipe.prune:
+            whole_masks = {
+                name: torch.ones(self._parameters[name].shape, dtype=torch.bool)
+                for names in self._pruned
+                for name in names
+            }
+            self._session.keep(self.masks.ordered(whole_masks))
+            self._session.keep({})
 
     def _distilling(self) -> Distiller | None:
         distil = self.recipe.distil
@@ -255,7 +314,7 @@ class Scheduler:
         self._distil(self._distils)
         self._wanted = {}
         self._looks = any(
-            entry.how == "regrow" and entry.start < self.done + 1 <= entry.last and entry.due(self.done + 1)
+            entry.how == "regrow" and entry.start < self.done + 1 < entry.last and entry.due(self.done + 1)
             for entry in self.recipe.prune
         )
         if self._session is not None:
@@ -269,7 +328,8 @@ class Scheduler:
     def _criterion(self, index: int) -> importance.Criterion:
         kind = importance.CRITERIA[self.recipe.prune[index].criterion]
         try:
-            return kind(self.model, {name: self._parameters[name] for name in self._pruned[index]})
+            parameters = {name: self._parameters[name] for name in self._pruned[index]}
+            return kind(self.model, parameters, getattr(self._session, "group", None))
         except ValueError as error:
             raise RecipeError(f"prune[{index}].criterion: {error}") from None
 
@@ -287,48 +347,49 @@ class Scheduler:
         )  # a GradScaler leaves it to fused ones to skip their step
         if found_inf is not None and bool(found_inf):
             return
+        scale = getattr(self.optimizer, "grad_scale", None)
         for criterion in self._criteria:
             if criterion is not None:
-                criterion.observe()
+                criterion.observe(1.0 if scale is None else float(scale))
         if self._looks:
             regrowing = [
                 names for names, entry in zip(self._pruned, self.recipe.prune, strict=True) if entry.how == "regrow"
             ]
             self._wanted = {
-                name: whole(g)
+                name: whole(g).abs()  # masking p.grad must not reach it
                 for names in regrowing
                 for name in names
                 if (g := self._parameters[name].grad) is not None
             }
-        # a session has masked what it exchanged; not what it looked at, nor the gradients of a local step
-        if self.masks.of and (self._session is None or self._looks or not getattr(self.optimizer, "takes_means", True)):
-            self.masks.apply_to_gradients()
+        self.masks.apply_to_gradients()  # a session has not seen all of them: in a local step, on one rank, in a look
 
     @torch.no_grad()
     def _prune(self, index: int, entry: Prune) -> None:
         names = self._pruned[index]
         now = {name: self.masks.of[name] for name in names if name in self.masks.of}
         criterion = self._criteria[index] or self._criterion(index)
-        with self._alike():  # between syncs of local steps the ranks' weights differ
-            scores = criterion.scores()
+        try:
+            with self._alike():  # between syncs of local steps the ranks' weights differ
+                scores = criterion.scores()
+        except ValueError as error:
+            raise RecipeError(f"prune[{index}].criterion: {error}") from None
         if self._criteria[index] is None:
             criterion.close()
         if entry.threshold is not None:
             masks = pruning.by_threshold(scores, entry.threshold)
         elif entry.pattern is not None:
-            try:
-                masks = pruning.n_of_m(scores, *entry.n_of_m)
-            except ValueError as error:
-                raise RecipeError(f"prune[{index}].pattern: {error}") from None
+            masks = pruning.n_of_m(scores, *entry.n_of_m)
         elif entry.how == "regrow" and self.done > entry.start:
             share = pruning.share_at(self.done, entry.start, entry.last, entry.regrow)
-            masks = pruning.regrow(now, scores, self._wanted, share)
+            self._take({**self.masks.of, **pruning.regrow(now, scores, self._wanted, share)})
+            return
         else:
             assert entry.amount is not None
             schedule = "one-shot" if entry.how == "regrow" else entry.how
             amount = pruning.amount_at(self.done, entry.start, entry.last, entry.amount, schedule)
             masks = pruning.by_amount(scores, amount, entry.scope, keep=now)
-        self._take({**self.masks.of, **masks})
+        # what an entry before this one has pruned stays pruned
+        self._take({**self.masks.of, **{name: mask & now.get(name, mask) for name, mask in masks.items()}})
 
     def _take(self, masks: Mapping[str, Tensor]) -> None:
         """The ranks compare masks first: one that differs changes nothing."""
@@ -344,10 +405,13 @@ class Scheduler:
     def _require_same_past(self, saved: Recipe, done: int) -> None:
         """What was done by now must be what this recipe would have done."""
         for name in ("prune", "quantize"):
-            for index, before in enumerate(getattr(saved, name)):
-                if before.start <= done and list(getattr(self.recipe, name))[index : index + 1] != [before]:
+            before, now = (list(getattr(recipe, name)) for recipe in (saved, self.recipe))
+            for index in range(max(len(before), len(now))):
+                one, other = before[index : index + 1], now[index : index + 1]
+                if one != other and any(entry.start <= done for entry in one + other):
                     raise ValueError(
-                        f"cannot restore: by step {done} the saved run has begun {name}[{index}], this recipe has another there"
+                        f"cannot restore: by step {done} {name}[{index}] has begun, and the saved run's is another than this "
+                        "recipe's"
                     )
 
 

@@ -1,5 +1,6 @@
 """What becomes of errors: they reach backward on every rank, with the rank and the reason, and nobody waits for long."""
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from training import SMALL_BUCKETS, loss_of, network, train
 
 import commpress
 from commpress.comm.codecs import parse
+from commpress.comm.exchange.wire import Wire, sibling
 
 PATIENT = 300.0
 """Timeout of the process group in seconds, far beyond that of the test: whoever waits for it fails the test."""
@@ -39,13 +41,26 @@ def again_after_failure() -> tuple[str, list[str], list[torch.Tensor]]:
         coder.loop_encode = raising  # type: ignore[attr-defined]
     failed = outcome(lambda: loss_of(ddp, 0).backward())
     coder.loop_encode = sound  # type: ignore[attr-defined]
+    del ddp
+    gc.collect()
     said, ends = [], []
     for _ in range(2):
         ddp = DistributedDataParallel(network())
-        time.sleep(0.5 * dist.get_rank())  # rank 0 looks for rank 1 where that was before
         said.append(outcome(lambda ddp=ddp: commpress.attach(ddp, "int4")))  # type: ignore[misc]
         ends += [] if said[-1] else train(ddp, range(2)).parameters
     return failed, said, ends
+
+
+def siblings() -> list[str]:
+    """The names of groups of ours, of which all ranks close the first, one rank the second, none the third."""
+    group, names = dist.distributed_c10d._get_default_group(), []
+    for closing in ((0, 1), (1,), ()):
+        ours = sibling(group)
+        names.append(ours.group_name)
+        if dist.get_rank() in closing:
+            Wire(ours, torch.device("cpu")).close()
+        del ours
+    return names
 
 
 def raising(*_: Any) -> None:
@@ -115,6 +130,13 @@ def test_another_model_can_be_attached_after_a_failure() -> None:
     assert said == other_said == ["", ""]
     assert len(ends) == 12
     assert all(torch.equal(a, b) for a, b in zip(ends, other_ends, strict=True))
+
+
+def test_no_group_has_the_name_of_a_closed_one() -> None:
+    """Under that name the store still has the addresses of the closed one. And all ranks need the same name."""
+    one, other = run(2, siblings)
+    assert one == other
+    assert len(set(one)) == 3
 
 
 @pytest.mark.parametrize(("world_size", "bad_rank", "tcp", "spec"), [

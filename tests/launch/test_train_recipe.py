@@ -84,6 +84,12 @@ def train_all(folder: Path) -> None:
     early = train.Settings(**{**common, "recipe": folder / "int8.toml", "out": folder / "early"})
     stop_at(14, functools.partial(train.train, early))
     assert train.train(train.Settings(**chosen))
+    (folder / "late.toml").write_text("[[prune]]\nstart = 20\namount = 0.5\n")
+    plain = train.Settings(**common, out=folder / "plain")
+    stop_at(15, functools.partial(train.train, plain))
+    assert train.train(
+        train.Settings(**common, recipe=folder / "late.toml", out=folder / "pruned", fork=folder / "plain")
+    )
 
 
 def stop_at(step: int, training: Any) -> None:
@@ -147,23 +153,34 @@ def test_a_fork_goes_on_by_another_recipe(folder: Path) -> None:
     assert (folder / "early" / "latest").read_text() == "step-00000014\n"  # as it was
 
 
+def test_a_run_without_a_recipe_goes_on_by_one(folder: Path) -> None:
+    record = json.loads((folder / "pruned" / "record.json").read_text())
+    assert record["small_model"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert record["steps_done"] == STEPS
+
+
 def refused(folder: Path) -> list[str]:
     chosen = {**COMMON, "data": folder / "text.txt", "out": folder / "no"}
     (folder / "none.toml").write_text('[distil]\nteacher = "nowhere"\n')
-    (folder / "late.toml").write_text("[[prune]]\nstart = 4\nend = 99\namount = 0.5\n")
+    (folder / "long.toml").write_text("[[prune]]\nstart = 4\nend = 99\namount = 0.5\n")
     (folder / "odd.toml").write_text('[[prune]]\nstart = 4\namount = 0.5\nparameters = ["blocks.9.*"]\n')
+    (folder / "short.toml").write_text((folder / "int8.toml").read_text().replace("start = 16", "start = 13"))
+    (folder / "spec.toml").write_text('[traffic]\nspec = "int5"\n')
     (folder / "other.toml").write_text("[[prune]]\nstart = 4\namount = 0.5\n")
     wishes: list[dict[str, Any]] = [
         {"recipe": folder / "none.toml"},
-        {"recipe": folder / "late.toml"},
+        {"recipe": folder / "long.toml"},
         {"recipe": folder / "odd.toml"},
         {"recipe": folder / "odd.toml", "parallel": "diloco"},
         {"recipe": folder / "missing.toml"},
         {"recipe": folder / "other.toml", "fork": folder / "early"},
         {"fork": folder / "early", "resume": True},
-        {"fork": folder / "early", "seed": 9},
+        {"fork": folder / "early", "seed": 9, "recipe": folder / "int8.toml"},
+        {"fork": folder / "early"},
+        {"fork": folder / "early", "recipe": folder / "short.toml", "steps": 14},
+        {"recipe": folder / "spec.toml"},
     ]
-    return [outcome(lambda w=w: train.train(train.Settings(**chosen, **w))) for w in wishes]
+    return [outcome(lambda w=w: train.train(train.Settings(**{**chosen, **w}))) for w in wishes]
 
 
 def test_what_cannot_be_is_said_on_all_ranks(folder: Path) -> None:
@@ -174,9 +191,12 @@ def test_what_cannot_be_is_said_on_all_ranks(folder: Path) -> None:
             "prune[0].parameters: 'blocks.9.*' matches nothing, known: ",
             "expected --parallel ddp or fsdp, got diloco",
             "No such file",
-            "by step 14 the saved run has begun prune[0], this recipe has another there",
+            "by step 14 prune[0] has begun, and the saved run's is another than this recipe's",
             "not both",
             "has --seed 0, this one --seed 9",
+            "that run has a recipe, this one none; expected --recipe",
+            "it is at step 14, expected --steps above that",
+            "traffic.spec: ",
         )
         for sentence, part in zip(told, expected, strict=True):
             assert part in sentence

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, batch, network, parameters_of, same
 
 import commpress
-from commpress.model import Recipe, RecipeError, Scheduler, prepare, quantization
+from commpress.model import Recipe, RecipeError, Scheduler, importance, prepare, quantization
 from commpress.model.masks import whole
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -231,8 +231,21 @@ def test_a_run_forks():
         assert eight[0] == "pruned + int8"
         assert four[1] == eight[1] == pytest.approx(0.8, abs=1e-3)
         assert not same(four[2], eight[2])
-        assert "by step 13 the saved run has begun prune[0], this recipe has another there" in refused
+        assert "by step 13 prune[0] has begun, and the saved run's is another than this recipe's" in refused
         assert "cannot restore: the saved run had a teacher" in teacher
+
+
+def dense_gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
+    """The mean over the ranks of what each one's batch gives, pruned weights and all."""
+    copied = copy.deepcopy(model)
+    x, y = batch(step, dist.get_rank())
+    nn.functional.cross_entropy(copied(x), y).backward()
+    found = {}
+    for name, p in copied.named_parameters():
+        assert p.grad is not None
+        dist.all_reduce(p.grad)
+        found[name] = p.grad / dist.get_world_size()
+    return found
 
 
 def regrown(way: str) -> tuple[list[int], list[Tensor], float]:
@@ -240,10 +253,20 @@ def regrown(way: str) -> tuple[list[int], list[Tensor], float]:
         {"prune": [{"start": 2, "end": 14, "every": 4, "amount": 0.9, "schedule": "regrow", "scope": "local"}]}, way
     )
     kept, masks, moved = [], [], 0.0
-    for _ in range(16):
+    for step in range(16):
         before = {name: mask.clone() for name, mask in made.scheduler.masks.of.items()}
+        gradients = {} if way == "fsdp" or step not in (5, 9) else dense_gradients(made.model, step)
         made.step()
         now = made.scheduler.masks.of
+        for name, mask in now.items():
+            p = made.model.get_parameter(name)
+            for values in (p, *made.optimizer.state[p].values()):
+                assert values.dim() == 0 or not bool(whole(values)[~mask].any()), name
+            if name in gradients:  # those that came had the largest mean gradients of all that were pruned
+                size = gradients[name].abs()
+                came = now[name] & ~before[name]
+                assert bool(came.any())
+                assert float(size[came].min()) >= float(size[~before[name] & ~came].max()), name
         kept.append(sum(int(mask.sum()) for mask in now.values()))
         masks = [mask.clone() for mask in now.values()]
         moved += sum(float((now[name] & ~mask).sum()) for name, mask in before.items())
@@ -259,24 +282,100 @@ def test_weights_grow_again_where_gradients_are_large(way, world_size):
     assert all(same(masks, other) for _, other, _ in results)
 
 
-def drifted() -> str:
-    made = Run({"prune": [{"start": 2, "amount": 0.5}]}, spec="none")
+def drifted(way: str) -> str:
+    made = Run({"prune": [{"start": 2, "amount": 0.5}]}, way, spec="none")
     made.step()
-    if dist.get_rank() == 1:
+    if dist.get_rank() == 1:  # of shards all ranks see the same: there scores go wrong on one
         with torch.no_grad():
-            made.model[2].weight.add_(torch.randn_like(made.model[2].weight))
+            if way == "ddp":
+                made.model[2].weight.add_(torch.randn_like(made.model[2].weight))
+            else:
+                rank_1 = importance.Magnitude.scores
+                importance.Magnitude.scores = lambda self: {name: -s for name, s in rank_1(self).items()}
     return outcome(made.step)
 
 
-def test_a_mask_that_differs_stops_all_ranks_with_its_name():
-    for told in run(2, drifted):
-        assert told.startswith("ValueError: rank 1 has mask of ")
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_mask_that_differs_stops_all_ranks_with_its_name(way):
+    for told in run(2, drifted, way, fresh=True):
+        assert "rank 1 has mask of " in told
         assert "weight" in told
         assert "all ranks must use the same" in told
 
 
 def test_on_several_ranks_a_session_is_needed():
     assert run(2, without_session) == ["ValueError"] * 2
+
+
+def other_files() -> list[str]:
+    """Recipes, and teachers, that differ from rank to rank."""
+    told = [outcome(lambda: Run({"prune": [{**PRUNE, "start": 4 + dist.get_rank()}]}))]
+    model = network()
+    wrapped = DistributedDataParallel(model)
+    session = commpress.attach(wrapped, "none")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    teacher = network(seed=dist.get_rank())
+    recipe = Recipe.of({"distil": {}})
+    told.append(outcome(lambda: Scheduler(recipe, model, optimizer, session=session, teacher=teacher)))
+    dgc = commpress.optim.DGC(model.parameters())
+    behind = commpress.attach(DistributedDataParallel(model), "topk(0.1)", optimizer=dgc)
+    told.append(outcome(lambda: Scheduler(Recipe.of({"prune": [PRUNE]}), model, dgc, session=behind)))
+    return told
+
+
+def test_what_differs_or_cannot_be_is_told_before_the_first_step():
+    for recipe, teacher, dgc in run(2, other_files):
+        assert recipe.startswith("ValueError: rank 1 has recipe {")
+        assert teacher.startswith("ValueError: rank 1 has teacher '")
+        assert "DGC keeps the momentum of all values" in dgc
+
+
+def one_rank_of_fsdp() -> bool:
+    """FSDP2 on one rank calls no collective of ours; after an evaluation its root is whole."""
+    model = network()
+    fully_shard(model[0])
+    fully_shard(model)
+    session = commpress.attach(model, gradients="int4", parameters="int8")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with torch.no_grad():
+        model(batch(0, 0)[0])
+    scheduler = Scheduler(Recipe.of({"prune": [{"start": 1, "amount": 0.8}]}), model, optimizer, session=session)
+    for step in range(4):
+        x, y = batch(step, 0)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return all(not bool(whole(model.get_parameter(name))[~m].any()) for name, m in scheduler.masks.of.items())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_pruned_weights_stay_after_an_evaluation(world_size):
+    assert all(run(world_size, one_rank_of_fsdp))
+
+
+@pytest.mark.parametrize("second", [{"pattern": "2:4"}, {"threshold": 0.0}])
+def test_a_later_entry_revives_nothing(second):
+    alone = Run({"prune": [{"start": 1, "amount": 0.8}, {"start": 3, **second}]}, way="alone")
+    for _ in range(4):
+        alone.step()
+    assert alone.scheduler.masks.sparsity >= 0.799
+    total = sum(int((alone.model.get_parameter(name) == 0).sum()) for name in alone.scheduler.masks.of)
+    assert total >= 0.799 * 6784
+
+
+def test_an_optimizer_that_mixes_values_moves_nothing_that_is_pruned():
+    model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 10, bias=False))
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.01)
+    scheduler = Scheduler(Recipe.of({"prune": [{"start": 1, "amount": 0.8}]}), model, optimizer)
+    for step in range(4):
+        x, y = batch(step, 0)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    for name, mask in scheduler.masks.of.items():
+        assert not bool(model.get_parameter(name)[~mask].any())
 
 
 def without_session() -> str:
@@ -304,7 +403,7 @@ def unprepared() -> str:
         ({"prune": [PRUNE, {"start": 8, "amount": 0.9}]}, "prune[1].start: 8, while prune[0] prunes '0.weight', too"),
         ({"prune": [{"start": 0, "pattern": "2:3"}]}, "prune[0].pattern: "),
         (
-            {"prune": [{"start": 0, "amount": 0.5, "criterion": "wanda", "parameters": ["*.bias"]}]},
+            {"prune": [{"start": 1, "amount": 0.5, "criterion": "wanda", "parameters": ["*.bias"]}]},
             "prune[0].criterion: ",
         ),
         ({"quantize": [{"bits": 4, "group": 48}]}, "quantize[0]: Quantization(group=48): '0' has rows of 32"),
