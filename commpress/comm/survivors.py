@@ -93,7 +93,7 @@ def pack(x: Tensor, places: Tensor, out: Tensor) -> None:
         cpu.pack(_bits(x), places.numpy(), _bits(out))
     else:
         torch.index_select(x, 0, places.clamp(min=0), out=out)
-        out.mul_(places >= 0)
+        out.masked_fill_(places < 0, 0)
 
 
 def unpack(packed: Tensor, places: Tensor, out: Tensor) -> None:

@@ -268,6 +268,33 @@ def test_behind_a_compressed_optimizer(kind):
     assert pruned
 
 
+def disagree_on_a_mesh() -> str:
+    model = network()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner")))
+    session = commpress.attach(model, gradients="int4")
+    return outcome(lambda: session.keep(masks_of(model, seed=int(dist.get_rank() == 3))))
+
+
+def test_a_mesh_stops_as_a_whole():
+    for told in run(4, disagree_on_a_mesh):
+        assert "has mask of 0.weight '" in told
+
+
+def strided() -> str:
+    """A mask in row-major order of a weight that is not."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
+    session = commpress.attach(DistributedDataParallel(model), "int4")
+    masks = {"0.weight": torch.ones(8, 4, 3, 3, dtype=torch.bool)}
+    told = outcome(lambda: session.keep(masks))
+    session.keep(Masks(dict(model.named_parameters())).ordered(masks))
+    return told
+
+
+def test_a_mask_in_another_order_of_memory_is_refused():
+    for told in run(2, strided):
+        assert "mask of '0.weight': shape (8, 4, 3, 3), strides (36, 9, 3, 1); the parameter has (8, 4, 3, 3)" in told
+
+
 def dgc_refused() -> str:
     model = network()
     session = commpress.attach(ddp(model), "topk(0.1)", optimizer=commpress.optim.DGC(model.parameters()))
