@@ -7,6 +7,7 @@ of 0.9 M parameters trains for so many steps instead, and the held-out loss of t
 """
 
 import argparse
+import contextlib
 import gc
 import logging
 import statistics
@@ -26,20 +27,22 @@ from commpress.hooks.deepspeed import attach
 from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
 from commpress.launch.model import GPT, Shape
-from commpress.optim import OneBitAdamW
+from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
 LARGE, BATCH, WARM_UP = Shape(layers=5, width=528, heads=8, context=64), 2, 4
 LOSS_RATE, LOSS_BATCH, SEEDS = 1.5e-3, 4, (0, 1)
-ONE_BIT = "OneBitAdamW sign"
+ONE_BIT, ZERO_ONE = "OneBitAdamW sign", "ZeroOneAdamW sign, every 4"
 WAYS: tuple[tuple[int, str, dict[str, Any] | None], ...] = (
     (0, "DeepSpeed", None),
     (0, "int4", {"spec": "int4"}),
     (0, ONE_BIT, {"spec": "sign"}),
+    (0, ZERO_ONE, {"spec": "sign"}),
     (2, "DeepSpeed", None),
     (2, "int4, parameters none", {"spec": "int4"}),
     (2, "int4, parameters int4", {"spec": "int4", "parameters": "int4"}),
     (2, "int4, parameters sign", {"spec": "int4", "parameters": "sign"}),
     (2, ONE_BIT, {"spec": "sign"}),
+    (2, ZERO_ONE, {"spec": "sign"}),
     (3, "DeepSpeed", None),
     (3, "int4, parameters int8", {"spec": "int4", "parameters": "int8"}),
 )
@@ -49,8 +52,9 @@ def made(stage: int, name: str, attached: dict[str, Any] | None, shape: Shape, w
     """An engine, and its session if it has one."""
     model = GPT(shape)
     settings: dict[str, Any] = {"lr": LOSS_RATE, "betas": convergence.BETAS, "weight_decay": convergence.DECAY}
-    if name == ONE_BIT:
-        optimizer: Any = OneBitAdamW(model.parameters(), warmup_steps=warm_up, warmup_spec="int4", **settings)
+    if name in (ONE_BIT, ZERO_ONE):
+        kind = OneBitAdamW if name == ONE_BIT else ZeroOneAdamW
+        optimizer: Any = kind(model.parameters(), warmup_steps=warm_up, warmup_spec="int4", **settings)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **settings)
     config = {
@@ -72,7 +76,7 @@ def step(engine: Any, text: data.Text, windows: torch.Generator, batch: int) -> 
 
 
 def timed(way: tuple[int, str, dict[str, Any] | None], text: data.Text, rounds: int) -> tuple[str, ...]:
-    """Median seconds and MB a step, after any warm-up of the optimizer."""
+    """Median seconds and MB a step, after any warm-up of the optimizer; with local steps a mean over all of an interval."""
     torch.manual_seed(0)
     engine, session = made(*way, LARGE, WARM_UP // 2, BATCH)
     windows = data.generator(0, dist.get_rank())
@@ -88,7 +92,8 @@ def timed(way: tuple[int, str, dict[str, Any] | None], text: data.Text, rounds: 
     dist.barrier()
     kernel = sent_by_kernel() - kernel
     reported = f"{(session.report().sent_bytes - sent) / rounds / 1e6:.2f}" if session else ""
-    return f"{statistics.median(seconds):.3f}", f"{kernel / rounds / 1e6:.2f}", reported
+    middle = statistics.mean if way[1] == ZERO_ONE else statistics.median
+    return f"{middle(seconds):.3f}", f"{kernel / rounds / 1e6:.2f}", reported
 
 
 def learned(way: tuple[int, str, dict[str, Any] | None], text: data.Text, steps: int) -> tuple[str, ...]:
@@ -104,7 +109,8 @@ def learned(way: tuple[int, str, dict[str, Any] | None], text: data.Text, steps:
             for group in engine.basic_optimizer.param_groups:
                 group["lr"] = LOSS_RATE * convergence.share(done, steps)
             step(engine, text, windows, LOSS_BATCH)
-        with torch.no_grad():
+        synced = getattr(engine.basic_optimizer, "synced", contextlib.nullcontext)
+        with torch.no_grad(), synced():  # replicas drift apart in local steps
             losses.append(f"{float(cross_entropy(engine(x).flatten(0, 1), y.flatten())):.3f}")
         del engine
         gc.collect()
@@ -114,7 +120,7 @@ def learned(way: tuple[int, str, dict[str, Any] | None], text: data.Text, steps:
 def main() -> None:
     """Run all ways and print the table on rank 0."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=5, help="steps of each way")
+    options.add_argument("--rounds", type=int, default=5, help="steps of each way, rounded up to four")
     options.add_argument("--loss", type=int, metavar="STEPS", help="train, and show losses")
     chosen = options.parse_args()
     for name, value in vars(chosen).items():
@@ -131,7 +137,7 @@ def main() -> None:
     for column in ("ZeRO", "", *columns):
         table.add_column(column, justify="right" if column in columns else "left")
     for way in WAYS:
-        figures = learned(way, text, chosen.loss) if chosen.loss else timed(way, text, chosen.rounds)
+        figures = learned(way, text, chosen.loss) if chosen.loss else timed(way, text, -(-chosen.rounds // 4) * 4)
         gc.collect()
         table.add_row(str(way[0]), way[1], *figures)
     if dist.get_rank() == 0:
