@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
-from commpress.comm.shards import ShardedSession
+from commpress.comm.sharded_session import ShardedSession
 from commpress.hooks import ddp
 from commpress.hooks.broadcast import broadcast_parameters
 from commpress.hooks.outer import diloco, local_sgd

@@ -32,7 +32,7 @@ from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
-from commpress.comm.shards import ShardedSession, agree
+from commpress.comm.sharded_session import ShardedSession, agree
 from commpress.hooks import zero
 from commpress.hooks.owners import Owners
 from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW

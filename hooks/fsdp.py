@@ -28,7 +28,8 @@ from commpress.comm.codecs import Codec
 from commpress.comm.exchange.reduce_scatter import Op
 from commpress.comm.feedback import Segments
 from commpress.comm.session import GradScaler
-from commpress.comm.shards import Pending, ShardedSession, Shards, agree, plans
+from commpress.comm.sharded_session import ShardedSession, agree, plans
+from commpress.comm.shards import Pending, Shards
 from commpress.comm.survivors import Survivors
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer

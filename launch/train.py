@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,7 +34,7 @@ from torch.nn import functional
 
 import commpress
 from commpress import optim
-from commpress.launch import checkpoint, data, parallel, scalars
+from commpress.launch import checkpoint, data, parallel, recipes, scalars
 from commpress.launch.model import GPT, Shape
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ MOMENTUM = 0.9
 CLIP_NORM = 1.0
 FINAL_LR = 0.1
 """Where the cosine ends, as a share of --lr."""
-SMALL = "model.safetensors"
-"""What a recipe leaves: integers, and no pruned weights."""
 CURVE_ROWS = 1000
 """About as many rows the loss curve gets, however long the run is."""
 TIMELINE_AFTER = 5
@@ -141,6 +139,8 @@ def train(settings: Settings) -> bool:
     """
     check(settings)
     recipe = None if settings.recipe is None else read_recipe(settings)
+    if recipe is not None:
+        require_traffic(settings, recipe)
     out = settings.folder
     if not settings.resume and checkpoint.exists(out):
         raise TrainingError(f"{out} holds the checkpoint of a run: go on with --resume, or give another --out")
@@ -324,10 +324,11 @@ def train(settings: Settings) -> bool:
                 validation_loss = held_out() if due else None
                 if due or done % math.ceil(settings.steps / CURVE_ROWS) == 0:
                     note(train_loss, validation_loss)
-                phase = "" if scheduler is None else told(scheduler)
+                phase = "" if scheduler is None else recipes.told(scheduler)
                 show.step(done, train_loss, validation_loss, durations, before + Traffic.of(session.report()), phase)
                 if done == settings.steps and scheduler is not None:
-                    small = store(out / SMALL, trained, scheduler, text.validation, settings, device)
+                    model_read, small = recipes.store(out / recipes.SMALL, settings.shape, trained, scheduler)
+                    small["validation_loss"] = validate(model_read.to(device), text.validation, settings, device)
                 if due:
                     record()
                 if (
@@ -353,7 +354,7 @@ def train(settings: Settings) -> bool:
             )
             if small is not None:
                 say(
-                    f"{small['sparsity']:.0%} pruned, {small['bytes'] / 1e6:.2f} MB in {out / SMALL}, "
+                    f"{small['sparsity']:.0%} pruned, {small['bytes'] / 1e6:.2f} MB in {out / recipes.SMALL}, "
                     f"{small['times_smaller']:.1f} times smaller than in float32; read back its validation loss is "
                     f"{small['validation_loss']:.4f}"
                 )
@@ -407,29 +408,6 @@ def check(settings: Settings) -> None:
             raise TrainingError(f"--{name.replace('_', '-')} {value}: expected at least {minimum:g}")
 
 
-def read_recipe(settings: Settings) -> "Recipe":
-    """The recipe of --recipe. Raises TrainingError if it cannot be followed in this run."""
-    if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("torchao") is None:
-        raise TrainingError("--recipe: found no pydantic or torchao, expected both; pip install 'commpress[model]'")
-    from commpress.model import Recipe
-
-    assert settings.recipe is not None
-    try:
-        recipe = Recipe.load(settings.recipe)
-        recipe.require_within(settings.steps)
-        for key, spec in vars(recipe.traffic).items():
-            if spec is not None:
-                try:
-                    commpress.parse(spec)
-                except ValueError as error:
-                    raise ValueError(f"{settings.recipe}: traffic.{key}: {error}") from None
-    except (ValueError, OSError) as error:
-        raise TrainingError(f"--recipe: {error}") from None
-    if recipe.distil is not None and recipe.distil.teacher is None:
-        raise TrainingError(f"--recipe {settings.recipe}: distil.teacher: missing, expected the folder of a run")
-    return recipe
-
-
 def by_recipe(
     recipe: "Recipe", model: GPT, settings: Settings, device: torch.device
 ) -> "tuple[parallel.Spread, Scheduler]":
@@ -437,56 +415,27 @@ def by_recipe(
     from commpress.model import Scheduler, prepare
 
     prepare(model, recipe)
-    teacher = None if recipe.distil is None else teacher_of(Path(recipe.distil.teacher or ""), settings).to(device)
+    teacher = recipes.teacher(recipe, settings.context)
     trained = spread(model, settings)
+    teacher = None if teacher is None else teacher.to(device)
     return trained, Scheduler(recipe, model, trained.optimizer, session=trained.session, teacher=teacher)
 
 
-def teacher_of(folder: Path, settings: Settings) -> GPT:
-    """The model of another run's checkpoint. Raises ValueError if there is none, or if its context is shorter."""
+def read_recipe(settings: Settings) -> "Recipe":
+    """The recipe of --recipe. Raises TrainingError if it cannot be followed in this run."""
+    assert settings.recipe is not None
     try:
-        state = checkpoint.load_shared(folder)
-    except ValueError:
-        raise ValueError(f"distil.teacher: no checkpoint in {folder}") from None
-    shape = Shape(*(state["identity"][name] for name in ("layers", "width", "heads", "context")))
-    if shape.context < settings.context:
-        raise ValueError(f"distil.teacher: {folder} has a context of {shape.context}, this run {settings.context}")
-    model = GPT(shape)
-    model.load_state_dict(state["model"])
-    return model
+        return recipes.read(settings.recipe, settings.steps)
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"--recipe: {error}") from None
 
 
-def store(
-    file: Path, trained: parallel.Spread, scheduler: "Scheduler", text: Tensor, settings: Settings, device: torch.device
-) -> dict[str, Any]:
-    """Write the model as small as the recipe left it, read it back, and validate what was read. Collective."""
-    from commpress.model import prepare, quantization, stored
-
-    with trained.alike():
-        shared, _ = trained.state()
-        if dist.get_rank() == 0:
-            model = GPT(settings.shape)
-            prepare(model, scheduler.recipe)
-            model.load_state_dict(shared["model"])
-            if quantization.is_prepared(model):
-                quantization.enable(model)
-            stored.save(file, model, masks={name: mask.cpu() for name, mask in scheduler.masks.of.items()})
-    dist.barrier()
-    model = GPT(settings.shape)
-    model.load_state_dict(stored.load(file).state_dict())
-    size, dense = file.stat().st_size, 4 * sum(p.numel() for p in model.parameters())
-    return {
-        "bytes": size,
-        "times_smaller": dense / size,
-        "sparsity": scheduler.masks.sparsity,
-        "validation_loss": validate(model.to(device), text, settings, device),
-    }
-
-
-def told(scheduler: "Scheduler") -> str:
-    """A word on what the recipe does now."""
-    pruned = scheduler.masks.sparsity
-    return f" [{scheduler.phase}{f', {pruned:.0%} pruned' if pruned else ''}]"
+def require_traffic(settings: Settings, recipe: "Recipe") -> None:
+    """Raises TrainingError if the settings say other specs than the recipe: neither shall be left out in silence."""
+    for name, key in (("compress", "spec"), ("parameters", "parameters")):
+        wanted, given = getattr(recipe.traffic, key), getattr(settings, name)
+        if wanted is not None and given != wanted:
+            raise TrainingError(f"--{name} {given}: the recipe has traffic.{key} {wanted!r}; leave one of them out")
 
 
 def called(settings: Settings) -> str:
@@ -919,20 +868,16 @@ def command(
 
 
 def chosen(given: dict[str, Any]) -> Settings:
-    """The settings of these flags, and of the recipe where it says what travels. Raises TrainingError if both say it."""
+    """The settings of these flags, and of the recipe where it alone says what travels. Raises TrainingError."""
     settings = Settings(**{**given, "compress": given["compress"] or Settings.compress})
     if settings.recipe is None:
         return settings
     traffic = read_recipe(settings).traffic
-    for flag, usual, word in (
-        ("compress", None, traffic.spec),
-        ("parameters", Settings.parameters, traffic.parameters),
-    ):
-        if word is not None and given[flag] not in (usual, word):
-            key = "spec" if flag == "compress" else flag
-            raise TrainingError(f"--{flag} {given[flag]}: the recipe has traffic.{key} {word!r}; leave one of them out")
-        given = given if word is None else {**given, flag: word}
-    return Settings(**{**given, "compress": given["compress"] or Settings.compress})
+    if given["compress"] is None and traffic.spec is not None:
+        settings = replace(settings, compress=traffic.spec)
+    if given["parameters"] == Settings.parameters and traffic.parameters is not None:
+        settings = replace(settings, parameters=traffic.parameters)
+    return settings
 
 
 def main() -> None:

@@ -130,7 +130,7 @@ class Session:
         self.plan = _agree(spec, exchange, error_feedback, parameters, group, device, self._apart())
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
-        self.group = self._group = group
+        self.group = group
         self._parameters = dict(parameters)
         self._scale = 1.0
         self._feedback = Feedback(self.world_size)
@@ -206,7 +206,7 @@ class Session:
                     f"mask of {name!r}: shape {tuple(mask.shape)}, strides {mask.stride()}; the parameter has "
                     f"{tuple(laid[0])}, {laid[1]}"
                 )
-        require_same(masks, self._group, self.device, refusal)
+        require_same(masks, self.group, self.device, refusal)
         if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
             self._feedback.undo()  # the scaler has skipped the step
         self._feedback.keep(Survivors({name: in_memory_order(mask) for name, mask in masks.items()}))
@@ -223,7 +223,7 @@ class Session:
 
     def agree(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective."""
-        require_agreement(dict(settings), self._group, self.device)
+        require_agreement(dict(settings), self.group, self.device)
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
@@ -329,7 +329,7 @@ class Session:
             self._feedback.undo()
         self._follow_scale()
         if self._optimizer.unproven():
-            require_agreement(self._optimizer.standing(), self._group, self.device)
+            require_agreement(self._optimizer.standing(), self.group, self.device)
 
     def _start(
         self,

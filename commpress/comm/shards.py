@@ -11,23 +11,17 @@ Feedback holds what was withheld of the whole gradient, on every rank: W m value
 copy of the model. Where that is too much, leave it out (`error_feedback=False`).
 """
 
-import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import require_agreement
-from commpress.comm.codecs import Codec
 from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
-from commpress.comm.codecs.topk import TopK
 from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire, stay
 from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.exchange.packed import packed
@@ -38,11 +32,7 @@ from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.meter import Meter, Report
 from commpress.comm.plan import Choice, Plan, Treatment
 from commpress.comm.sequencer import Job, Sequencer, promise
-from commpress.comm.session import GradScaler
-from commpress.comm.survivors import Survivors, require_same
-from commpress.comm.timeline import Timeline
 
-STATE_VERSION = 1
 MEAN = dist.ReduceOp.AVG
 ALIGNED = 64
 """Bytes: what stands in one buffer starts at multiples of it."""
@@ -287,170 +277,6 @@ class Pending(dist.Work):
     def settle(self, error: BaseException | None) -> None:
         """The result is there, or cannot be."""
         self._future.set_result(error or self._out)
-
-
-class ShardedSession:
-    """What `commpress.attach` returns for sharded models: report and state over one or two groups of ranks.
-
-    `shards` is the traffic among the ranks that share the parameters, `replicas` that among the owners of the same shard, if
-    there are any; `rank` and `world_size` are those of all ranks together. `holds` is what they agreed on, in words.
-    `survivors` makes of masks by parameter what each of `shards` needs to know.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[Shards],
-        gradients: Plan,
-        parameters: Plan,
-        rank: int,
-        world_size: int,
-        holds: str,
-        grad_scaler: GradScaler | None = None,
-        survivors: Callable[[Mapping[str, Tensor]], list[Survivors]] | None = None,
-        groups: Sequence[dist.ProcessGroup] = (),
-    ) -> None:
-        self.shards = tuple(shards)
-        self._survivors, self._groups = survivors, tuple(groups)
-        self.gradients, self.parameters = gradients, parameters
-        self.rank, self.world_size = rank, world_size
-        self._holds = holds
-        self._scaler, self._scale = grad_scaler, 1.0
-
-    def keep(self, masks: Mapping[str, Tensor]) -> None:
-        """From the next step on only what these masks keep travels, gradients and parameters, without indices. Collective.
-
-        `masks` are bool, of the whole parameters' shapes, by name, the same on all ranks; a parameter without one travels
-        whole. Elsewhere gradients and gathered parameters are 0. Feedback of what they prune is dropped. Call it between
-        steps, and before `load_state_dict`. Raises ValueError on all ranks if the ranks' masks differ or one does not fit,
-        TypeError if this kind of sharding takes none.
-        """
-        if self._survivors is None:
-            raise TypeError("masks: expected DistributedDataParallel or a model that fully_shard took")
-        refusal, survivors = None, []
-        try:
-            survivors = self._survivors(masks)
-        except ValueError as error:
-            refusal = str(error)
-        for group in self._groups:  # each hands on what it found: the dimensions of a mesh reach all its ranks
-            try:
-                require_same(masks, group, self.shards[0].device, refusal)
-            except ValueError as error:
-                refusal = refusal or str(error)
-        if refusal is not None:
-            raise ValueError(refusal)
-        for shards, those in zip(self.shards, survivors, strict=True):
-            shards.feedback.keep(those)
-
-    def look(self, on: bool) -> None:
-        """While on, exact gradients of all values travel, also of those that masks prune: to see which shall grow again."""
-        for shards in self.shards:
-            shards.looks = on
-
-    def phase(self, name: str) -> None:
-        """What the report's rows are called by from now on."""
-        for shards in self.shards:
-            shards.meter.enter(name)
-
-    def agree(self, settings: Mapping[str, object]) -> None:
-        """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective."""
-        agree(dict(settings), self._groups, self.shards[0].device, None)
-
-    def report(self) -> Report:
-        """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
-        spec = f"gradients {self.gradients.codec}, parameters {self.parameters.codec}"
-        together = Report.together(*(shards.report(spec, self.rank, self.world_size) for shards in self.shards))
-        return replace(together, rank=self.rank, world_size=self.world_size)
-
-    @contextlib.contextmanager
-    def timeline(self) -> Iterator[Timeline]:
-        """Record when what was encoded, sent and decoded while the block runs. Enter and leave it between steps."""
-        timeline = Timeline(self.rank)
-        for shards in self.shards:
-            shards.meter.timeline = timeline
-        try:
-            yield timeline
-        finally:
-            for shards in self.shards:
-                shards.meter.timeline = None
-
-    def follow_scale(self) -> None:
-        """For hooks: a step begins. Memories hold gradients times the loss scale; when that changes they change with it."""
-        if self._scaler is not None and (scale := float(self._scaler.get_scale())) != self._scale:
-            for shards in self.shards:
-                shards.feedback.rescale(scale / self._scale)
-            self._scale = scale
-
-    def state_dict(self) -> dict[str, Any]:
-        """What feedback keeps on this rank (every rank saves its own). Call it between steps."""
-        return {
-            **self._identity(),
-            "scale": self._scale,
-            "memories": [shards.feedback.state_dict() for shards in self.shards],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` saved on the same rank; training goes on bit for bit.
-
-        Raises ValueError if the state belongs to another version, plan, model, rank or number of ranks, TypeError if it is the
-        list of all ranks' states, as other sessions take it.
-        """
-        if not isinstance(state, dict):
-            raise TypeError(
-                f"expected the dict that this rank saved, got a {type(state).__name__}: a sharded state fits no other rank"
-            )
-        for key, value in self._identity().items():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}"
-                )
-        self._scale = float(state["scale"])
-        for shards, memories in zip(self.shards, state["memories"], strict=True):
-            shards.feedback.load_state_dict(memories, shards.device)
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "version": STATE_VERSION,
-            "kind": "sharded",
-            "gradients": self.gradients.settings(),
-            "parameters": self.parameters.settings(),
-            "holds": self._holds,
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "groups": [shards.world_size for shards in self.shards],
-        }
-
-
-def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool) -> tuple[Plan, Plan]:
-    """The plans of gradients and of parameters. Raises ValueError or TypeError for a spec that makes none."""
-    made = []
-    for name, spec in (("gradients", gradients), ("parameters", parameters)):
-        try:
-            made.append(Plan.of(spec, None, error_feedback and name == "gradients"))
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{name}: {error}") from None
-    if isinstance(made[1].codec, TopK):
-        raise ValueError(
-            f"parameters: {made[1].codec} would make most of them 0; expected none, or a codec that sends all values"
-        )
-    return made[0], made[1]
-
-
-def agree(
-    settings: dict[str, object], groups: Sequence[dist.ProcessGroup], device: torch.device, refusal: Exception | None
-) -> None:
-    """Raise on every rank what one of them has to say: its refusal, or settings that differ. Collective.
-
-    Each of `groups` compares in turn, and hands on what it found: the dimensions of a mesh reach all its ranks.
-    """
-    error = refusal
-    settings = {**settings, "commpress version": version("commpress")}
-    for group in groups:
-        try:
-            require_agreement(settings if error is None else {"error": str(error)}, group, device)
-        except ValueError as found:
-            error = error or found
-    if error is not None:
-        raise error
 
 
 def _alone(x: Tensor, out: Tensor, times: float) -> Iterator[Transfer]:

@@ -59,6 +59,9 @@ class Magnitude:
 class _OfGradients:
     """Adds up something of a weight and its gradient, in float32 beside each rank's part of the parameter."""
 
+    _add: Callable[[Tensor, Tensor, Tensor, float], None]
+    """(total, w, g, share): add a step's part to the total, of the gradient `g` times `share`."""
+
     def __init__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None = None
     ) -> None:
@@ -87,10 +90,6 @@ class _OfGradients:
 
     def close(self) -> None:
         """As `Magnitude.close`."""
-
-    @staticmethod
-    def _add(total: Tensor, w: Tensor, g: Tensor, share: float) -> None:
-        raise NotImplementedError
 
     def _seen(self) -> None:
         for name, steps in self._steps.items():

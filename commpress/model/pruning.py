@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SCOPES = ("global", "local", "row")
-SCHEDULES = ("one-shot", "cubic", "constant")
+SCHEDULES = ("one-shot", "cubic")
 
 
 def by_threshold(scores: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
@@ -114,9 +114,9 @@ def share_at(step: int, start: int, end: int, share: float) -> float:
 def amount_at(step: int, start: int, end: int, amount: float, schedule: str) -> float:
     """The share that is to be pruned at a step: 0 before `start`, `amount` from `end` on.
 
-    "one-shot" and "constant": all of it from `start` on. "cubic" (Zhu & Gupta, arXiv:1710.01878), fast at first and then
-    slower: amount * (1 - (1 - (step - start) / (end - start))^3). Raises ValueError for an unknown schedule, an amount
-    outside [0, 1] or an end before the start.
+    "one-shot": all of it from `start` on. "cubic" (Zhu & Gupta, arXiv:1710.01878), fast at first and then slower:
+    amount * (1 - (1 - (step - start) / (end - start))^3). Raises ValueError for an unknown schedule, an amount outside [0, 1]
+    or an end before the start.
     """
     _require_share("amount", amount)
     if schedule not in SCHEDULES:

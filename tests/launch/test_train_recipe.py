@@ -206,8 +206,12 @@ def test_the_recipe_says_what_travels_unless_a_flag_does(folder: Path) -> None:
     given = {"compress": None, "parameters": "none", "recipe": folder / "int8.toml", "steps": STEPS}
     assert train.chosen(given).compress == "int4"
     assert train.chosen({**given, "recipe": None}).compress == "int4"
-    with pytest.raises(train.TrainingError, match=r"--compress int8: the recipe has traffic\.spec 'int4'"):
-        train.chosen({**given, "compress": "int8"})
+    for given_too in (
+        train.chosen({**given, "compress": "int8"}),
+        train.Settings(recipe=folder / "int8.toml", compress="int8"),
+    ):
+        with pytest.raises(train.TrainingError, match=r"--compress int8: the recipe has traffic\.spec 'int4'"):
+            train.train(given_too)
     app = train.typer.Typer()
     app.command()(train.command)
     told = CliRunner().invoke(app, ["--recipe", str(folder / "int8.toml"), "--compress", "int8", "--steps", "24"])

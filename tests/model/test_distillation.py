@@ -20,12 +20,12 @@ from training import same
 
 import commpress
 from commpress.launch.model import GPT, Shape
+from commpress.model.distilbert import distilbert_from
 from commpress.model.distillation import (
     Distillation,
     Distiller,
     add_projections,
     attention_loss,
-    distilbert_from,
     fingerprint,
     hidden_loss,
     soft_loss,

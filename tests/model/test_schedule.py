@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, batch, network, parameters_of, same
 
 import commpress
 from commpress.model import Recipe, RecipeError, Scheduler, importance, prepare, quantization
+from commpress.model.distillation import add_projections
 from commpress.model.masks import whole
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -77,6 +79,17 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.session.load_state_dict(state["session"])
+
+
+def train(scheduler: Scheduler, wrapped: nn.Module, steps: int) -> None:
+    """A plain loop, the same batches on all ranks."""
+    for step in range(steps):
+        x, y = batch(step, 0)
+        output = wrapped(x)
+        scheduler.loss(nn.functional.cross_entropy(output, y), output, x).backward()
+        scheduler.optimizer.step()
+        scheduler.step()
+        scheduler.optimizer.zero_grad()
 
 
 def test_phases_in_a_plain_loop_on_one_rank():
@@ -340,12 +353,7 @@ def one_rank_of_fsdp() -> bool:
     with torch.no_grad():
         model(batch(0, 0)[0])
     scheduler = Scheduler(Recipe.of({"prune": [{"start": 1, "amount": 0.8}]}), model, optimizer, session=session)
-    for step in range(4):
-        x, y = batch(step, 0)
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+    train(scheduler, model, 4)
     return all(not bool(whole(model.get_parameter(name))[~m].any()) for name, m in scheduler.masks.of.items())
 
 
@@ -368,14 +376,115 @@ def test_an_optimizer_that_mixes_values_moves_nothing_that_is_pruned():
     model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 10, bias=False))
     optimizer = torch.optim.Muon(model.parameters(), lr=0.01)
     scheduler = Scheduler(Recipe.of({"prune": [{"start": 1, "amount": 0.8}]}), model, optimizer)
-    for step in range(4):
-        x, y = batch(step, 0)
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+    train(scheduler, model, 4)
     for name, mask in scheduler.masks.of.items():
         assert not bool(model.get_parameter(name)[~mask].any())
+
+
+def phases_of_a_mesh() -> dict[str, Any]:
+    model = network()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    session = commpress.attach(model, gradients="int4")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(Scheduler(Recipe.of({"prune": {"start": 2, "amount": 0.5}}), model, optimizer, session=session), model, 6)
+    return session.report().phases
+
+
+def phases_with_buffers() -> dict[str, Any]:
+    model = nn.Sequential(network(), nn.BatchNorm1d(10))
+    wrapped = DistributedDataParallel(model)
+    session = commpress.attach(wrapped, "int4", buffers="none")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(Scheduler(Recipe.of({"prune": {"start": 2, "amount": 0.5}}), model, optimizer, session=session), wrapped, 6)
+    phases = session.report().phases
+    assert sum(of["sent_bytes"] for of in phases.values()) == session.report().sent_bytes
+    return phases
+
+
+@pytest.mark.parametrize(("made", "world_size"), [(phases_of_a_mesh, 4), (phases_with_buffers, 2)])
+def test_phases_hold_all_bytes_and_count_steps_once(made, world_size):
+    for phases in run(world_size, made):
+        assert {name: of["steps"] for name, of in phases.items()} == {"dense": 2, "pruned": 4}
+
+
+def skipped_step() -> float:
+    """How much of what feedback keeps is lost when masks come behind a step that the scaler has skipped."""
+    model = network()
+    optimizer = commpress.optim.OneBitAdamW(model.parameters(), lr=1e-3, warmup_steps=3)
+    wrapped = DistributedDataParallel(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    session = commpress.attach(wrapped, "sign", optimizer=optimizer, grad_scaler=scaler)
+    masks = {"0.weight": torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) > 0.5}
+    session.keep(masks)
+    before: list[Tensor] = []
+    for step in range(7):
+        optimizer.zero_grad()
+        x, y = batch(step, dist.get_rank())
+        loss = nn.functional.cross_entropy(wrapped(x), y)
+        if step == 6:
+            before = kept(session)
+            loss = loss * float("inf") if dist.get_rank() == 0 else loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    session.keep(masks)
+    return max(float((a - b).abs().max()) for a, b in zip(before, kept(session), strict=True))
+
+
+def kept(session: Any) -> list[Tensor]:
+    return [each["residual"] for each in session.state_dict()["buckets"] if each["residual"] is not None]
+
+
+def test_masks_behind_a_skipped_step_lose_nothing():
+    assert run(2, skipped_step) == [0.0, 0.0]
+
+
+class Inside(nn.Module):
+    """A module that may have children beside those that its forward calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y
+
+
+def test_projections_are_neither_pruned_nor_quantised():
+    student, teacher = Inside(), nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 10))
+    add_projections(student, {"net.0": (64, 96)})
+    recipe = {
+        "prune": {"start": 1, "amount": 0.8},
+        "quantize": {"start": 2},
+        "distil": {"hidden": {"net.0": "0"}, "end": 3},
+    }
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
+    scheduler = Scheduler(Recipe.of(recipe), student, optimizer, teacher=teacher)
+    train(scheduler, student, 5)
+    with pytest.raises(ValueError, match="a Sequential calls all its children"):
+        add_projections(network(), {"0": (64, 96)})
+    assert set(scheduler.masks.of) == {"net.0.weight", "net.2.weight", "net.4.weight"}
+    assert [name for name, *_ in quantization.prepared(student)] == ["net.0", "net.2", "net.4"]
+
+
+def test_scores_do_not_depend_on_the_loss_scale():
+    """A fused optimizer gets scaled gradients, and the scale, from its GradScaler."""
+    masks = []
+    for scale in (1.0, 1024.0):
+        alone = Run({"prune": [{"start": 3, "amount": 0.5, "criterion": "taylor"}]}, way="alone")
+        for step in range(3):
+            alone.optimizer.grad_scale = torch.tensor(scale if step == 1 else 1.0)  # a scaler changes it now and then
+            x, y = batch(step, 0)
+            output = alone.model(x)
+            (nn.functional.cross_entropy(output, y) * alone.optimizer.grad_scale).backward()
+            alone.scheduler._before_step()
+            alone.optimizer.zero_grad()
+            alone.scheduler.step()
+        masks.append(alone.scheduler.masks.of)
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
 
 
 def without_session() -> str:

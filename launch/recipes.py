@@ -1,0 +1,80 @@
+"""Recipes in the training program: the file, the teacher that it names, and the small model that it leaves."""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+import commpress
+from commpress.launch import checkpoint
+from commpress.launch.model import GPT, Shape
+from commpress.launch.parallel import Spread
+
+if TYPE_CHECKING:
+    from commpress.model import Recipe, Scheduler
+
+SMALL = "model.safetensors"
+"""What a recipe leaves in a run's folder: integers, and no pruned weights."""
+
+
+def read(path: Path, steps: int) -> "Recipe":
+    """The recipe of a run of so many steps. Raises ValueError that names the key, OSError if it cannot be read."""
+    if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("torchao") is None:
+        raise ValueError("found no pydantic or torchao, expected both; pip install 'commpress[model]'")
+    from commpress.model import Recipe
+
+    recipe = Recipe.load(path)
+    recipe.require_within(steps)
+    for key, spec in vars(recipe.traffic).items():
+        if spec is not None:
+            try:
+                commpress.parse(spec)
+            except ValueError as error:
+                raise ValueError(f"{path}: traffic.{key}: {error}") from None
+    if recipe.distil is not None and recipe.distil.teacher is None:
+        raise ValueError(f"{path}: distil.teacher: missing, expected the folder of a run")
+    return recipe
+
+
+def teacher(recipe: "Recipe", context: int) -> GPT | None:
+    """The model of the run that the recipe names. Raises ValueError if there is none, or if its context is shorter."""
+    if recipe.distil is None:
+        return None
+    folder = Path(recipe.distil.teacher or "")
+    try:
+        state = checkpoint.load_shared(folder)
+    except ValueError:
+        raise ValueError(f"distil.teacher: no checkpoint in {folder}") from None
+    shape = Shape(*(state["identity"][name] for name in ("layers", "width", "heads", "context")))
+    if shape.context < context:
+        raise ValueError(f"distil.teacher: {folder} has a context of {shape.context}, this run {context}")
+    model = GPT(shape)
+    model.load_state_dict(state["model"])
+    return model
+
+
+def store(file: Path, shape: Shape, trained: Spread, scheduler: "Scheduler") -> tuple[GPT, dict[str, Any]]:
+    """Write the model as small as the recipe left it, and read it back: on the CPU, and what was written. Collective."""
+    from commpress.model import prepare, quantization, stored
+
+    with trained.alike():
+        shared, _ = trained.state()
+        if dist.get_rank() == 0:
+            model = GPT(shape)
+            prepare(model, scheduler.recipe)
+            model.load_state_dict(shared["model"])
+            if quantization.is_prepared(model):
+                quantization.enable(model)
+            stored.save(file, model, masks={name: mask.cpu() for name, mask in scheduler.masks.of.items()})
+    dist.barrier()
+    model = GPT(shape)
+    model.load_state_dict(stored.load(file).state_dict())
+    size, dense = file.stat().st_size, 4 * sum(p.numel() for p in model.parameters())
+    return model, {"bytes": size, "times_smaller": dense / size, "sparsity": scheduler.masks.sparsity}
+
+
+def told(scheduler: "Scheduler") -> str:
+    """A word on what the recipe does now."""
+    pruned = scheduler.masks.sparsity
+    return f" [{scheduler.phase}{f', {pruned:.0%} pruned' if pruned else ''}]"
