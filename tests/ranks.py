@@ -176,6 +176,7 @@ def _called(url: str, rank: int, world_size: int, group_timeout: float, call: by
         timeout=datetime.timedelta(seconds=group_timeout),
     )
     try:
+        dist.barrier()  # a rank that is done early does not go while another still connects to it
         function, args = pickle.loads(call)
         return function(*args)
     finally:

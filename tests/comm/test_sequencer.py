@@ -45,6 +45,7 @@ def test_a_bucket_is_on_its_way_while_the_one_before_it_is_waited_for(tmp_path: 
 def closed() -> tuple[list[str], float]:
     """What a closed wire says, and a sum on the default group afterwards."""
     wire = Wire(dist.new_group([0, 1]), torch.device("cpu"))
+    dist.barrier()  # the other rank has connected, too
     wire.close()
     x = torch.ones(4)
     said = [outcome(lambda: wire.all_reduce(x)), outcome(lambda: wire.swap([x, x], [x, x], 0, last=True))]
