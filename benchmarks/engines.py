@@ -31,7 +31,7 @@ from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
 LARGE, BATCH, WARM_UP = Shape(layers=5, width=528, heads=8, context=64), 2, 4
 LOSS_RATE, LOSS_BATCH, SEEDS = 1.5e-3, 4, (0, 1)
-ONE_BIT, ZERO_ONE = "OneBitAdamW sign", "ZeroOneAdamW sign, every 4"
+ONE_BIT, SHARDED, ZERO_ONE = "OneBitAdamW sign", "OneBitAdamW sign, parameters int4", "ZeroOneAdamW sign, every 4"
 WAYS: tuple[tuple[int, str, dict[str, Any] | None], ...] = (
     (0, "DeepSpeed", None),
     (0, "int4", {"spec": "int4"}),
@@ -42,6 +42,7 @@ WAYS: tuple[tuple[int, str, dict[str, Any] | None], ...] = (
     (2, "int4, parameters int4", {"spec": "int4", "parameters": "int4"}),
     (2, "int4, parameters sign", {"spec": "int4", "parameters": "sign"}),
     (2, ONE_BIT, {"spec": "sign"}),
+    (2, SHARDED, {"spec": "sign", "parameters": "int4"}),
     (2, ZERO_ONE, {"spec": "sign"}),
     (3, "DeepSpeed", None),
     (3, "int4, parameters int8", {"spec": "int4", "parameters": "int8"}),
@@ -52,8 +53,8 @@ def made(stage: int, name: str, attached: dict[str, Any] | None, shape: Shape, w
     """An engine, and its session if it has one."""
     model = GPT(shape)
     settings: dict[str, Any] = {"lr": LOSS_RATE, "betas": convergence.BETAS, "weight_decay": convergence.DECAY}
-    if name in (ONE_BIT, ZERO_ONE):
-        kind = OneBitAdamW if name == ONE_BIT else ZeroOneAdamW
+    if name in (ONE_BIT, SHARDED, ZERO_ONE):
+        kind = ZeroOneAdamW if name == ZERO_ONE else OneBitAdamW
         optimizer: Any = kind(model.parameters(), warmup_steps=warm_up, warmup_spec="int4", **settings)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **settings)

@@ -13,8 +13,9 @@ The fp32 values that the optimizer steps stay exact on their owner; all ranks, t
 ZeRO 1 and 2 keep the parameters from step to step. There the owner sends by how much its exact values differ from those that
 all have: what a coarse spec withholds is part of the next difference, which is error feedback without a memory.
 
-ZeroOneAdamW and DGC have a momentum of each rank's own, of which nothing can be sharded: under them ZeRO 1 and 2 do what ZeRO 0
-does, on every rank.
+What a compressed optimizer codes is the sum of a momentum that all ranks know and their own gradient. So under one ZeRO 1 and 2
+do what ZeRO 0 does, on every rank. OneBitAdamW can be sharded instead, by giving `parameters`: then bare gradients are coded
+and the owners' steps, at some cost in loss.
 
 All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
 in is in `zero`, what it sends in `owners`.
@@ -59,11 +60,11 @@ def attach(
 ) -> Session | ShardedSession:
     """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
 
-    `spec` is that of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not compressed; with
-    OneBitAdamW under ZeRO 1 and 2: `spec`). Under ZeRO 3 sparse specs are refused for parameters. `optimizer` is one of
-    `commpress.optim` that the engine was given (found by itself if left out), at ZeRO 0 to 2. At ZeRO 1 and 2 OneBitAdamW is
-    sharded; under ZeroOneAdamW and DGC every rank keeps and steps all there is, as at ZeRO 0. There no parameters travel, and
-    `exchange` may be given. Returns a `Session` where ranks keep all, else a `ShardedSession`; `engine.commpress` is the same.
+    `spec` is that of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not compressed). Under ZeRO
+    3 sparse specs are refused for parameters. `optimizer` is one of `commpress.optim` that the engine was given (found by
+    itself if left out), at ZeRO 0 to 2. Under it every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no
+    parameters travel, `exchange` may be given. OneBitAdamW with `parameters` is sharded instead, with less memory and a higher
+    loss. Returns a `Session` where ranks keep all, else a `ShardedSession`; `engine.commpress` is the same.
 
     Raises on all ranks: ValueError if a spec is unknown, the ranks differ, or the engine is set up in a way that is not
     supported, TypeError for optimizers of other kinds, RuntimeError for another version of DeepSpeed or a second attach.
@@ -73,7 +74,7 @@ def attach(
     group, device = engine.seq_data_parallel_group, torch.device(engine.device)
     if optimizer is None and isinstance(engine.basic_optimizer, CompressedOptimizer):
         optimizer = engine.basic_optimizer
-    sharded = stage > 0 and (optimizer is None or isinstance(optimizer, OneBitAdamW))
+    sharded = stage > 0 and (optimizer is None or (isinstance(optimizer, OneBitAdamW) and parameters is not None))
     refusal = _refusal(engine, stage, sharded, optimizer, exchange)
     plans: tuple[Plan, Plan] | None = None
     if refusal is None:
@@ -83,6 +84,7 @@ def attach(
             refusal = error
     names = {p: name for name, p in engine.module.named_parameters() if p.requires_grad and _numel(p)}
     settings: dict[str, object] = {"ZeRO stage": stage, "optimizer": type(optimizer).__name__ if optimizer else None}
+    settings["sharded"] = sharded
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
     if plans is not None:
         settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
@@ -273,7 +275,7 @@ def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -
     if stage > 0 and not sharded and engine.bfloat16_enabled():
         return ValueError(
             f"{name} under ZeRO {stage} with bf16: every rank steps all parameters, of which DeepSpeed gives it a part in "
-            "float32; expected a float32 model, or OneBitAdamW"
+            "float32; expected a float32 model, or OneBitAdamW with parameters='int4' or so, which is sharded"
         )
     if stage > 0 and not sharded and engine.zero_elastic_checkpoint():
         return ValueError(f"{name} under ZeRO {stage}: elastic_checkpoint would save a part of its state; leave it out")
@@ -299,10 +301,8 @@ def _plans(
     if not sharded and parameters is not None:
         who = f"{type(optimizer).__name__} under ZeRO {stage}" if stage else "ZeRO 0"
         raise ValueError(f"parameters {str(parameters)!r}: {who} sends no parameters; leave it out")
-    if parameters is None:
-        parameters = gradients if optimizer is not None and sharded else "none"
     try:
-        other = Plan.of(parameters, None, False)
+        other = Plan.of("none" if parameters is None else parameters, None, False)
     except (ValueError, TypeError) as error:
         raise type(error)(f"parameters: {error}") from None
     if stage == 3 and isinstance(other.codec, TopK):

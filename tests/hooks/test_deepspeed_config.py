@@ -16,6 +16,7 @@ from training import network, same
 from commpress.comm.codecs.integer import Int4
 from commpress.comm.sharded_session import ShardedSession
 from commpress.hooks.deepspeed import attach, initialize
+from commpress.optim import OneBitAdamW
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
@@ -172,17 +173,20 @@ def disagreeing() -> list[str]:
         {"spec": "int4", "error_feedback": rank != 1},
         {"spec": "int4" if rank else "int5"},
     ]
-    return [outcome(lambda w=w: attach(engine(1), **w)) for w in wishes]
+    found = [outcome(lambda w=w: attach(engine(1), **w)) for w in wishes]
+    one_bit = engine(1, optimizer=lambda p: OneBitAdamW(p, warmup_steps=3))
+    return [*found, outcome(lambda: attach(one_bit, "sign", parameters="none" if rank else None))]
 
 
 def test_ranks_that_differ_all_raise() -> None:
-    for spec, parameters, feedback, unknown in run(RANKS, disagreeing, timeout=120):
+    for spec, parameters, feedback, unknown, sharded in run(RANKS, disagreeing, timeout=120):
         assert "int8" in spec
         assert "int4" in spec
         assert "all ranks must use the same gradients' plan" in spec
         assert "all ranks must use the same parameters' plan" in parameters
         assert "rank 1 has gradients' plan" in feedback
         assert "int5" in unknown
+        assert "all ranks must use the same sharded" in sharded
 
 
 # --- faults ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Compressed optimizers under DeepSpeed at ZeRO 0, 1 and 2: OneBitAdamW sharded, the others as under DDP."""
+"""Compressed optimizers under DeepSpeed at ZeRO 0, 1 and 2: as under DDP, and OneBitAdamW sharded."""
 
 import contextlib
 import copy
@@ -53,13 +53,16 @@ def final(losses: list[float]) -> float:
     return float(mean) / dist.get_world_size()
 
 
+SHARDED = "sharded"
 SETUPS: dict[str, dict[str, Any]] = {
     "ZeRO 0": {"stage": 0},
-    "ZeRO 1": {"stage": 1},
     "ZeRO 1, groups": {"stage": 1, "optimizer": in_groups},
-    "ZeRO 2": {"stage": 2, "zero": {"reduce_bucket_size": 3000}},
-    "ZeRO 2, bf16": {"stage": 2, "bf16": {"enabled": True}},
-    "ZeRO 2, accumulated": {"stage": 2, "gradient_accumulation_steps": 2},
+    "ZeRO 2": {"stage": 2},
+    "ZeRO 1, sharded": {"stage": 1},
+    "ZeRO 1, groups, sharded": {"stage": 1, "optimizer": in_groups},
+    "ZeRO 2, sharded": {"stage": 2, "zero": {"reduce_bucket_size": 3000}},
+    "ZeRO 2, bf16, sharded": {"stage": 2, "bf16": {"enabled": True}},
+    "ZeRO 2, accumulated, sharded": {"stage": 2, "gradient_accumulation_steps": 2},
 }
 
 
@@ -70,7 +73,7 @@ def trained(names: list[str]) -> list[dict[str, Any]]:
         setup = {"optimizer": one_bit, **SETUPS[name]}
         steps = range(STEPS * setup.get("gradient_accumulation_steps", 1))
         dense, coded = engine(**{**setup, "optimizer": adamw}), engine(**setup)
-        session = attach(coded, "sign")
+        session = attach(coded, "sign", parameters="sign" if SHARDED in name else None)
         losses = [final(train(e, steps)) for e in (dense, coded)]
         optimizer = coded.basic_optimizer
         held = sum(t.numel() for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
@@ -94,13 +97,13 @@ def test_one_bit_adamw_trains_at_every_stage_that_it_knows() -> None:
             assert found["agree"], name
             assert found["frozen at"] == WARM, name
             assert coded < dense + 0.15, (name, dense, coded)
-            if name != "ZeRO 0":  # n, d and a step: a third of what a rank of ZeRO 0 holds
+            if SHARDED in name:  # n, d and a step: a third of what a rank of ZeRO 0 holds
                 assert found["held"] < 2.1 * 2310, (name, found["held"])
             sent = {(role, spec) for role, spec, reason, _ in found["how"] if not reason}
-            roles = ("gradients",) if name == "ZeRO 0" else ("gradients", "parameters")
+            roles = ("gradients", "parameters") if SHARDED in name else ("gradients",)
             assert sent == {(role, "sign") for role in roles}, (name, sent)
             reasons = {reason for _, _, reason, _ in found["how"]} - {"", "fewer than 256 values"}
-            once = set() if name == "ZeRO 0" else {"the variance, once, when it stands"}
+            once = {"the variance, once, when it stands"} if SHARDED in name else set()
             assert reasons == {"the variance warms up"} | once, name
             assert all(steps == 1 for _, _, reason, steps in found["how"] if reason in once), name
 
@@ -110,7 +113,8 @@ def same_steps() -> list[float]:
     flat = []
     for stage, zero in ((0, {}), (1, {}), (2, {"reduce_bucket_size": 3000})):
         e = engine(stage, zero, optimizer=in_groups)
-        attach(e, "topk(1)")  # a payload that would be no smaller: means are exact
+        # payloads that would be no smaller: means are exact
+        attach(e, "topk(1)", parameters="topk(1)" if stage else None)
         train(e, range(WARM + 10))
         flat.append(torch.cat([p.view(-1) for p in weights(e)]))
     start = torch.cat([p.detach().view(-1) for p in network().parameters()])
@@ -127,7 +131,7 @@ def settled() -> list[tuple[int, float]]:
     found = []
     for stage in (0, 1):
         e = engine(stage, optimizer=lambda p: OneBitAdamW(p, lr=1e-6, betas=(0.9, 0.9)))
-        attach(e, "sign")
+        attach(e, "sign", parameters="sign" if stage else None)
         train(e, [0] * 60)  # one batch, so that the variance becomes a constant
         group = e.basic_optimizer.param_groups[0]
         found.append((group["frozen_at"], group["variance"]))
@@ -141,10 +145,10 @@ def test_the_variance_settles_on_all_ranks_at_once() -> None:
         assert together == pytest.approx(whole, rel=1e-3)
 
 
-def clipped(stage: int) -> tuple[float, float]:
+def clipped(stage: int, parameters: str | None) -> tuple[float, float]:
     """Norms of one step's update under a tiny `gradient_clipping`, in the warm-up and after it; SGD-like, by a huge eps."""
     e = engine(stage, optimizer=lambda p: one_bit(p, warmup_steps=2, eps=1e3, weight_decay=0.0), gradient_clipping=1e-3)
-    attach(e, "int8")
+    attach(e, "int8", parameters=parameters)
     moved = []
     for step in range(6):
         before = weights(e)
@@ -153,9 +157,9 @@ def clipped(stage: int) -> tuple[float, float]:
     return moved[0], moved[-1]
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_clipping_ends_with_the_warm_up(stage: int) -> None:
-    for first, last in run(RANKS, clipped, stage):
+@pytest.mark.parametrize(("stage", "parameters"), [(0, None), (2, None), (2, "int8")])
+def test_clipping_ends_with_the_warm_up(stage: int, parameters: str | None) -> None:
+    for first, last in run(RANKS, clipped, stage, parameters):
         assert first < 1.01 * 1e-2 * 1e-3 / 1e3  # lr * clip / eps
         assert last > 100 * first
 
@@ -214,7 +218,9 @@ def matrix() -> nn.Module:
         return nn.Linear(INPUTS, CLASSES, bias=False)
 
 
-OTHERS: dict[str, tuple[Make, str]] = {
+MADE: dict[str, tuple[Make, str]] = {
+    "OneBitAdamW": (lambda p: one_bit(p, warmup_steps=5, max_norm=0.1), "sign"),
+    "OneBitAdamW, settled": (lambda p: one_bit(p, warmup_steps=None, betas=(0.9, 0.8), warmup_spec="int8"), "int4"),
     "ZeroOneAdamW": (lambda p: zero_one(p, warmup_steps=5, sync_every=3, max_norm=0.1), "sign"),
     "ZeroOneAdamW, refreshed": (lambda p: zero_one(p, warmup_steps=5, warmup_spec="int8", refresh_every=4), "int4"),
     "DGC": (lambda p: dgc(p, max_norm=0.1, weight_decay=0.01), "topk(0.1)"),
@@ -229,7 +235,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 def by_ddp_and_engines() -> list[tuple[str, str, bool]]:
     """Each of these on one matrix, after 21 steps: whether an engine leaves the bits that DDP leaves."""
     found = []
-    for name, (make, spec) in OTHERS.items():
+    for name, (make, spec) in MADE.items():
         ddp = DistributedDataParallel(matrix())
         optimizer = make(ddp.parameters())
         ddp_attach(ddp, spec, optimizer=optimizer)  # type: ignore[arg-type]
@@ -288,9 +294,10 @@ def refused() -> list[str]:
         (3, zero_one),
     ):
         e = engine(stage, optimizer=make)
-        found.append(outcome(lambda e=e: attach(e, "sign")))
+        found.append(outcome(lambda e=e: attach(e, "sign", parameters="int4")))
     found.append(outcome(lambda: attach(engine(2, optimizer=zero_one), "sign", parameters="int8")))
-    found.append(outcome(lambda: attach(engine(1, optimizer=zero_one, bf16={"enabled": True}), "sign")))
+    for make in (zero_one, one_bit):
+        found.append(outcome(lambda make=make: attach(engine(1, optimizer=make, bf16={"enabled": True}), "sign")))
     found.append(outcome(lambda: attach(engine(1, {"elastic_checkpoint": True}, optimizer=zero_one), "sign")))
     block = {"commpress": {"gradients": "sign"}, "bf16": {"enabled": True}}
     found.append(outcome(lambda: engine(0, optimizer=one_bit, start=initialize, **block)))
@@ -301,10 +308,12 @@ def refused() -> list[str]:
 
 def test_what_is_not_possible_says_so() -> None:
     of_ranks = run(RANKS, refused, timeout=120)
-    norm, stage, other, parameters, bf16, elastic, copies, another, torchs = of_ranks[0]
+    norm, stage, other, parameters, bf16, one_bit_bf16, elastic, copies, another, torchs = of_ranks[0]
     assert "ZeroOneAdamW under ZeRO 3: expected ZeRO 0, 1 or 2" in other
     assert "parameters 'int8': ZeroOneAdamW under ZeRO 2 sends no parameters" in parameters
     assert "ZeroOneAdamW under ZeRO 1 with bf16: every rank steps all parameters" in bf16
+    assert "OneBitAdamW under ZeRO 1 with bf16: every rank steps all parameters" in one_bit_bf16
+    assert "OneBitAdamW with parameters='int4' or so, which is sharded" in one_bit_bf16
     assert "ZeroOneAdamW under ZeRO 1: elastic_checkpoint would save a part of its state" in elastic
     assert "max_norm 1.0 under ZeRO 1: each bucket leaves before the others are known" in norm
     assert "OneBitAdamW under ZeRO 3: expected ZeRO 0, 1 or 2" in stage
@@ -323,12 +332,15 @@ RESUMED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "ZeRO 2, bf16": ({"stage": 2, "bf16": {"enabled": True}}, "int4", "sign"),
     "ZeRO 3": ({"stage": 3}, "int4", "int8"),
     "OneBitAdamW, ZeRO 0": ({"stage": 0, "optimizer": coded_warm_up}, "sign", None),
-    "OneBitAdamW, ZeRO 1": ({"stage": 1, "optimizer": coded_warm_up}, "sign", None),
-    "OneBitAdamW, ZeRO 2, between its phases": (
-        {"stage": 2, "optimizer": lambda p: one_bit(p, warmup_spec="int4", warmup_steps=6)},
-        "sign",
-        None,
-    ),
+    "OneBitAdamW, ZeRO 1, sharded": ({"stage": 1, "optimizer": coded_warm_up}, "sign", "sign"),
+    **{
+        f"OneBitAdamW, ZeRO 2, between its phases, {parameters}": (
+            {"stage": 2, "optimizer": lambda p: one_bit(p, warmup_spec="int4", warmup_steps=6)},
+            "sign",
+            parameters,
+        )
+        for parameters in (None, "sign")
+    },
     **{
         f"ZeroOneAdamW, ZeRO {stage}": (
             {"stage": stage, "optimizer": lambda p: zero_one(p, warmup_steps=3, sync_every=2)},
