@@ -1,7 +1,8 @@
 """How fast are the codecs, in memory copies of the gradient? `python benchmarks/codecs.py [--mb 26] [--json FILE]`
 
 One thread, float32. Every repetition runs each case once, in turn, between copies of the same gradient; a row is the median
-of its own times over the median copy, so a noisy machine shifts both. "feedback" reads and writes a residual as well.
+of its own times over the median copy, so a noisy machine shifts both. "feedback" reads and writes a residual as well,
+"momentum" makes besides, of the gradient, the momentum over the root of the variance that OneBitAdamW sends.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import commpress
+from commpress.comm.codecs.blend import Blend
 
 SPECS = (
     "bf16",
@@ -49,6 +51,9 @@ def cases(x: torch.Tensor) -> dict[tuple[str, str], Callable[[], object]]:
         four, chunk = payload.repeat(4), torch.empty_like(payload)
         table[spec, "encode"] = lambda c=codec, p=payload: c.encode(x, out=p)
         table[spec, "feedback"] = lambda c=codec, p=payload, r=residual: c.encode(x, r, out=p)
+        update = Blend(torch.ones(n), torch.zeros(n), limit=2.8, fresh=0.1, kept=0.9)
+        gradient = x.clone()  # some codecs leave the update in it
+        table[spec, "momentum"] = lambda c=codec, p=payload, r=residual, b=update, g=gradient: c.encode(g, r, p, b)
         table[spec, "decode"] = lambda c=codec, p=payload, o=out: c.decode(p, n, o)
         table[spec, "mean of 4"] = lambda c=codec, p=four, o=out: c.mean(p, n, 4, o)
         if codec.exchange == "two_shot":
@@ -82,7 +87,7 @@ def main() -> None:
             copies.append(seconds(lambda: target.copy_(x)))
             times[key].append(seconds(call))
     copy = statistics.median(copies)
-    actions = ("encode", "feedback", "decode", "mean of 4", "recode 4")
+    actions = ("encode", "feedback", "momentum", "decode", "mean of 4", "recode 4")
     title = (
         f"{x.numel() * 4 / 1e6:.0f} MB float32, one thread of {cpu_name()}, torch {torch.__version__}: memory copies"
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from commpress.comm.codecs import parse
 from commpress.comm.codecs.base import FLOAT_DTYPES, Codec
+from commpress.comm.codecs.blend import Blend
 from commpress.comm.codecs.topk import TopK
 
 CODECS: dict[str, float] = {
@@ -281,6 +282,19 @@ def mean_of_equal_payloads_is_what_one_decodes_to(codec: Codec) -> None:
 
 
 # --- the checks: feedback, NaN and Inf ---------------------------------------------------------------------------
+
+
+def a_blend_is_coded_as_what_it_makes_of_the_values(codec: Codec) -> None:
+    for n in LENGTHS:
+        blend = Blend(0.5 + normal(n, 1).abs(), normal(n, 2), limit=1.5, fresh=0.1, kept=0.9)
+        for name, x in (tame(n) | wild(n)).items():
+            for before in (None, *memories(x)):
+                values = x.clone()
+                blend.apply(values)
+                after, expected_after = (None if before is None else before.clone() for _ in range(2))
+                expected = codec.encode(values, expected_after)
+                assert torch.equal(codec.encode(x.clone(), after, blend=blend), expected), f"{name}, n = {n}"
+                assert before is None or same_bits(after, expected_after), f"residual of {name}, n = {n}"
 
 
 def residual_is_what_the_payload_misses(codec: Codec) -> None:
@@ -559,6 +573,7 @@ CODEC_CHECKS: tuple[Callable[[Codec], None], ...] = (
     loops_give_the_mean_of_the_definition,
     loops_recode_to_the_bytes_of_the_definition,
     recode_is_encode_of_the_mean,
+    a_blend_is_coded_as_what_it_makes_of_the_values,
     mean_of_equal_payloads_is_what_one_decodes_to,
     residual_is_what_the_payload_misses,
     nan_and_inf_arrive_where_they_stood,

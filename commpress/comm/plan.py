@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs.blend import Blend
 from commpress.comm.exchange import EXCHANGES
 from commpress.comm.feedback import Memory
 
@@ -29,13 +30,14 @@ class Choice:
 class Treatment:
     """What an optimizer wants done with a bucket in this step: `codec` codes it.
 
-    With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare` makes
-    of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own.
+    With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare`, then
+    `blend`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own.
     """
 
     codec: Codec | None
     reason: str = ""
     prepare: Callable[[Tensor, Memory], None] | None = None
+    blend: Blend | None = None
     momentum: bool = False
 
 

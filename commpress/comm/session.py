@@ -385,6 +385,8 @@ class Session:
             exchange = EXCHANGES[choice.exchange](travels, choice.codec, used, self._wire, next(self._tags))
         if places is not None and travels is not bucket:
             exchange = packed(bucket, places, travels, exchange)
+        # where the codec sees the bucket itself, its pass does the blending
+        memory.blend = treatment.blend if choice.codec.lossy and self.world_size > 1 and places is None else None
         if self._optimizer is None and treatment.prepare is None:
             return exchange
         return _prepared(treatment, bucket, memory, self._scaler is not None, exchange)
@@ -445,6 +447,8 @@ def _prepared(
         memory.keep()
     if treatment.prepare is not None:
         treatment.prepare(bucket, memory)
+    if treatment.blend is not None and memory.blend is None:
+        treatment.blend.apply(bucket)
     yield from exchange
 
 

@@ -226,12 +226,3 @@ class FrozenAdamW(CompressedOptimizer):
     def settles(self, states: list[dict[str, Any]]) -> None:
         """Feedback of these parameters is of n from now on, once the step is applied; one that is skipped changes nothing."""
         self._settling += states
-
-    def blend(self, bucket: Tensor, segments: Segments) -> None:
-        """bucket <- beta1 n + (1 - beta1) g / d, in place, times the loss scale as the gradients are."""
-        self.clip(bucket)
-        for (name, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
-            p, group = self._places[name]
-            state = self.state[p]
-            beta1, scale = group["betas"][0], self._scale
-            loops.blend(part, state["inverse"], state["exp_avg"], self.limit(group) * scale, 1 - beta1, beta1 * scale)

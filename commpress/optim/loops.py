@@ -10,17 +10,6 @@ from torch import Tensor
 from commpress.comm.kernels.cpu import loop
 
 
-def blend(x: Tensor, inverse: Tensor, average: Tensor, limit: float, fresh: float, kept: float) -> None:
-    """x <- fresh * clip(x * inverse, limit) + kept * average, in place. NaN and Inf become NaN."""
-    tensors = flat(x, inverse, average)
-    if _loopable(tensors):
-        _blend(*(t.numpy() for t in tensors), *_scalars(limit, fresh, kept))
-        return
-    x, inverse, average = tensors
-    scaled = x * inverse
-    x.copy_(fresh * scaled.clamp(-limit, limit) + kept * average + (scaled - scaled))
-
-
 def advance(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:
     """p <- keep * p - rate * update, average <- update, in place."""
     tensors = flat(p, update, average)
@@ -97,7 +86,6 @@ def correct(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, n
 def warm_up() -> None:
     """Compile the loops now, not in the middle of a step."""
     x, y, z, p, q, r = (torch.ones(1) for _ in range(6))
-    blend(x, y, z, 1.0, 0.5, 0.5)
     advance(x, y, z, 1.0, 1.0)
     wander(x, y, z, p, q, r, 1.0, 0.5, 1.0, 1.0, 1.0)
     meet(x, y, z, p, q, 1.0, 1.0)
@@ -120,14 +108,6 @@ def _scalars(*values: float) -> tuple[np.float32, ...]:
 
 def _loopable(tensors: list[Tensor]) -> bool:
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-
-
-@loop
-def _blend(x, inverse, average, limit, fresh, kept):
-    for i in range(x.size):
-        scaled = x[i] * inverse[i]
-        clipped = min(max(scaled, -limit), limit)
-        x[i] = fresh * clipped + kept * average[i] + (scaled - scaled)  # which is 0, or NaN
 
 
 @loop

@@ -2,14 +2,19 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.codecs.blend import Blend
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Treatment
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters
+
+KEPT = ("inverse", "exp_avg")
+"""The state that every gradient is blended with."""
 
 
 class OneBitAdamW(FrozenAdamW):
@@ -41,13 +46,53 @@ class OneBitAdamW(FrozenAdamW):
         max_norm: float | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
+        self._homes: dict[Segments, tuple[Tensor, Tensor]] = {}
+        """`inverse` and `exp_avg` of a bucket's parameters, float32 [n] each; what stands in the state are views."""
 
     def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
+        """Send beta1 n + (1 - beta1) g / d, times the loss scale as the gradients are."""
+        held = [(self.state[p], group) for p, group in (self._places[name] for name, _ in segments)]
+        first, alike = held[0][1], len({group["betas"][0] for _, group in held}) == 1
+        if alike and all(state["inverse"].dtype == torch.float32 for state, _ in held):
+            blend = self._blend(*self._home(segments), first)  # in the pass that encodes
+        else:
+            blend = None
+
         def prepare(bucket: Tensor, memory: Memory) -> None:
             self.settle(memory, segments)
-            self.blend(bucket, segments)
+            self.clip(bucket)
+            if blend is None:
+                for (state, group), part in zip(held, bucket.split([n for _, n in segments]), strict=True):
+                    inverse, average = loops.flat(state["inverse"], state["exp_avg"])
+                    self._blend(inverse, average, group).apply(part)
 
-        return Treatment(codec, prepare=prepare)
+        return Treatment(codec, prepare=prepare, blend=blend)
+
+    def _blend(self, inverse: Tensor, average: Tensor, group: dict[str, Any]) -> Blend:
+        beta1 = group["betas"][0]
+        return Blend(inverse, average, self.limit(group) * self._scale, 1 - beta1, beta1 * self._scale)
+
+    def _home(self, segments: Segments) -> tuple[Tensor, Tensor]:
+        """Have the state of a bucket's parameters lie one behind the other, as their gradients do."""
+        parts, total = [], 0
+        for name, n in segments:
+            parts.append((self._places[name][0], total))
+            total += n
+        home = self._homes.get(segments)
+        if home is None or any(
+            self.state[p][key].data_ptr() != whole[at:].data_ptr()
+            for key, whole in zip(KEPT, home, strict=True)
+            for p, at in parts
+        ):
+            names = {name for name, _ in segments}
+            self._homes = {of: kept for of, kept in self._homes.items() if names.isdisjoint(name for name, _ in of)}
+            inverse, average = (torch.empty(total, device=parts[0][0].device) for _ in KEPT)
+            home = self._homes[segments] = inverse, average
+            for key, whole in zip(KEPT, home, strict=True):
+                for p, at in parts:
+                    place = whole.as_strided(p.shape, p.stride(), at)
+                    self.state[p][key] = place.copy_(self.state[p][key])
+        return home
 
     def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         for p, group, update in updates.values():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.codecs.blend import Blend
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import DENSE, Treatment
 from commpress.optim import loops
@@ -123,7 +124,8 @@ class ZeroOneAdamW(FrozenAdamW):
                 p, group = self._places[name]
                 state, sync, beta1 = self.state[p], self._syncing[name], group["betas"][0]
                 fresh, kept = sync.share * (1 - beta1), sync.share * beta1 * self._scale
-                loops.blend(part, state["inverse"], state["exp_avg"], self.limit(group) * self._scale, fresh, kept)
+                inverse, average = loops.flat(state["inverse"], state["exp_avg"])
+                Blend(inverse, average, self.limit(group) * self._scale, fresh, kept).apply(part)
                 if sync.share < 1:
                     part.add_(
                         loops.flat(state["total"])[0], alpha=sync.keep * group["unit"] / sync.weight * self._scale

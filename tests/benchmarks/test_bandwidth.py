@@ -19,7 +19,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 import bandwidth  # noqa: E402
 
 from commpress.comm.codecs import Codec  # noqa: E402
-from commpress.comm.codecs.base import Bytes, Floats  # noqa: E402
+from commpress.comm.codecs.base import Bytes  # noqa: E402
+from commpress.comm.codecs.blend import Floats, Source  # noqa: E402
 from commpress.comm.codecs.integer import Int8  # noqa: E402
 from commpress.comm.plan import Plan  # noqa: E402
 
@@ -101,7 +102,7 @@ class Empty(Int8):
 
     word: ClassVar[str] = "int8"
 
-    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
+    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
         payload[:] = 0
         if residual.size:
             residual += x

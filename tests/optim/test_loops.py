@@ -9,7 +9,6 @@ from torch import Tensor
 from commpress.optim import loops
 
 PASSES: dict[str, tuple[int, Callable[[list[Tensor]], None]]] = {
-    "blend": (3, lambda t: loops.blend(*t, limit=1.0, fresh=0.1, kept=0.9)),
     "advance": (3, lambda t: loops.advance(*t, keep=0.99, rate=0.3)),
     "wander": (6, lambda t: loops.wander(*t, limit=1.0, beta=0.9, keep=0.99, rate=0.3, decay=0.97)),
     "meet": (5, lambda t: loops.meet(*t, decay=0.97, weight=1.2)),
@@ -35,13 +34,3 @@ def test_both_forms_agree(name: str, order: str) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(singles, before, strict=True))
     for one, other in zip(singles, doubles, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_is_not_bounded_away(bad: float, dtype: torch.dtype) -> None:
-    x, inverse, average = (torch.ones(10, dtype=dtype) for _ in range(3))
-    x[3] = bad
-    loops.blend(x, inverse, average, limit=1.0, fresh=0.1, kept=0.9)
-    assert x[3].isnan()
-    assert x.isfinite().sum() == 9

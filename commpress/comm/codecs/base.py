@@ -13,7 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Floats = npt.NDArray[np.float32]
+from commpress.comm.codecs.blend import AS_IT_IS, Blend, Floats, Source
+from commpress.comm.kernels import cpu
+
 Bytes = npt.NDArray[np.uint8]
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -58,17 +60,23 @@ class Codec(ABC):
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
         """The definition in plain torch: uint8 [nbytes(n)] -> float32 [n]."""
 
-    def encode(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def encode(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, blend: Blend | None = None
+    ) -> Tensor:
         """Encode `x` ([n], any float dtype), or `x + residual` with error feedback.
 
         `residual` (float32 [n]) becomes what the payload misses, and stays as it was where the payload decodes to NaN or
-        Inf, so that one bad gradient cannot poison it. `out` takes the payload (uint8 [nbytes(n)]).
+        Inf, so that one bad gradient cannot poison it. `out` takes the payload (uint8 [nbytes(n)]). With `blend` it is what
+        that makes of x which is encoded, and x is undefined afterwards.
         Raises TypeError for a dtype that is not a float, ValueError for a wrong shape.
         """
         _check_values(x, "x")
         n = x.numel()
         if residual is not None:
             _check_values(residual, "residual", n, torch.float32)
+        if blend is not None:
+            _check_values(blend.inverse, "blend.inverse", n, torch.float32)
+            _check_values(blend.average, "blend.average", n, torch.float32)
         payload = torch.empty(self.nbytes(n), dtype=torch.uint8, device=x.device) if out is None else out
         _check_payload(payload, self, n)
         if n == 0:
@@ -76,8 +84,12 @@ class Codec(ABC):
         values = x.detach().to(torch.float32)
         if x.device.type == "cpu":
             payload[-4:].zero_()
-            self.loop_encode(values.numpy(), NO_FLOATS if residual is None else residual.numpy(), payload.numpy())
+            source = AS_IT_IS if blend is None else blend.source
+            memory = NO_FLOATS if residual is None else residual.numpy()
+            self.loop_encode(values.numpy(), source, memory, payload.numpy())
         else:
+            if blend is not None:
+                blend.apply(values)
             self._defined_encode(values, residual, payload)
         return payload
 
@@ -133,8 +145,9 @@ class Codec(ABC):
 
     # The loops, on CPU memory. A family with loops of its own overrides these three.
 
-    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
+    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
         """`encode` on CPU memory; an empty residual means no feedback."""
+        cpu.blend(x, source)
         memory = torch.from_numpy(residual) if residual.size else None
         self._defined_encode(torch.from_numpy(x), memory, torch.from_numpy(payload))
 
@@ -146,7 +159,7 @@ class Codec(ABC):
         """`recode` on CPU memory; an empty residual means no feedback."""
         mean = np.empty(n, np.float32)
         self.loop_mean(payloads, count, mean)
-        self.loop_encode(mean, residual, payload)
+        self.loop_encode(mean, AS_IT_IS, residual, payload)
 
     # What the three mean, in terms of the definition.
 
@@ -171,6 +184,7 @@ def warm_up(codec: Codec, device: torch.device) -> None:
     residual = torch.zeros_like(x)
     payload = codec.encode(x)
     codec.encode(x, residual)
+    Blend(x, x, 1.0, 0.5, 0.5).apply(residual)
     codec.recode(payload.repeat(2), WARM_UP_VALUES, 2, residual)
     codec.recode(payload.repeat(2), WARM_UP_VALUES, 2)
     codec.mean(payload.repeat(2), WARM_UP_VALUES, 2)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commpress.comm.codecs.base import Bytes, Codec, Floats, padded
+from commpress.comm.codecs.base import Bytes, Codec, padded
+from commpress.comm.codecs.blend import Floats, Source
 from commpress.comm.kernels import cpu
 
 
@@ -70,7 +71,8 @@ class BFloat16(HalfCast):
     sum_dtype: ClassVar[torch.dtype | None] = torch.bfloat16
     nan: ClassVar[int] = 0x7FC0
 
-    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
+    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
+        cpu.blend(x, source)
         cpu.bfloat16_encode(x, residual, payload.view(np.uint16))
 
     def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
@@ -85,7 +87,8 @@ class Float16(HalfCast):
     sum_dtype: ClassVar[torch.dtype | None] = torch.float16
     nan: ClassVar[int] = 0x7E00
 
-    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
+    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
+        cpu.blend(x, source)
         cpu.float16_encode(x, residual, payload.view(np.uint16))
 
     def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:

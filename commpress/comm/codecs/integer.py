@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import Bytes, Codec, Floats, padded
+from commpress.comm.codecs.base import Bytes, Codec, padded
+from commpress.comm.codecs.blend import Floats, Source
 from commpress.comm.kernels import cpu
 
 BLOCK = cpu.INT_BLOCK
@@ -72,8 +73,8 @@ class BlockInteger(Codec):
         values: Tensor = codes[:n].to(torch.float32) - offset
         return values * scale.repeat_interleave(BLOCK)[:n]
 
-    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
-        cpu.int_encode(x, residual, payload.view(np.float32), payload, self.bits)
+    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
+        cpu.int_encode(x, source, residual, payload.view(np.float32), payload, self.bits)
 
     def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
         cpu.int_mean(payloads.view(np.float32), payloads, count, self.nbytes(out.size), self.bits, out)

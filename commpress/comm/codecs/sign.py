@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import Bytes, Codec, Floats, padded
+from commpress.comm.codecs.base import Bytes, Codec, padded
+from commpress.comm.codecs.blend import Floats, Source
 from commpress.comm.kernels import cpu
 
 BLOCK = cpu.SIGN_BLOCK
@@ -52,8 +53,8 @@ class Sign(Codec):
         scale = payload[: 4 * blocks].view(torch.float32).repeat_interleave(BLOCK)[:n]
         return torch.where(unpack_plane(payload[4 * blocks :], n), -scale, scale)
 
-    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
-        cpu.sign_encode(x, residual, payload.view(np.float32), payload)
+    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
+        cpu.sign_encode(x, source, residual, payload.view(np.float32), payload)
 
     def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
         cpu.sign_mean(payloads.view(np.float32), payloads, count, self.nbytes(out.size), out)

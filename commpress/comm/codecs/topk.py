@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import NO_FLOATS, Bytes, Codec, Floats, padded
+from commpress.comm.codecs.base import NO_FLOATS, Bytes, Codec, padded
+from commpress.comm.codecs.blend import AS_IT_IS, Floats, Source
 from commpress.comm.codecs.cast import Identity
 from commpress.comm.kernels import cpu
 
@@ -108,12 +109,13 @@ class TopK(Codec):
         else:
             values[self._positions(payload, values.numel())] = 0
 
-    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
+    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
+        cpu.blend(x, source)
         k, low_bits, high_at, values_at = self._sections(x.size)
         index, value = cpu.topk_select(x, residual, k)
         payload[:values_at] = 0
         cpu.ef_encode(index, low_bits, payload[:high_at], payload[high_at:values_at])
-        self.values.loop_encode(value, NO_FLOATS, payload[values_at:])
+        self.values.loop_encode(value, AS_IT_IS, NO_FLOATS, payload[values_at:])
         if residual.size:
             decoded = np.empty(k, np.float32)
             self.values.loop_mean(payload[values_at:], 1, decoded)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import Bytes, Codec, Floats, padded
+from commpress.comm.codecs.base import Bytes, Codec, padded
+from commpress.comm.codecs.blend import Floats, Source
 from commpress.comm.codecs.sign import BLOCK, block_sizes, block_sum, pack_plane, plane_bytes, unpack_plane
 from commpress.comm.kernels import cpu
 
@@ -60,8 +61,8 @@ class Int2(Codec):
         size = torch.where(unpack_plane(payload[signs + plane_bytes(n) :], n), high, low)
         return torch.where(unpack_plane(payload[signs:], n), -size, size)
 
-    def loop_encode(self, x: Floats, residual: Floats, payload: Bytes) -> None:
-        cpu.int2_encode(x, residual, payload.view(np.float32), payload)
+    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
+        cpu.int2_encode(x, source, residual, payload.view(np.float32), payload)
 
     def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
         cpu.int2_mean(payloads.view(np.float32), payloads, count, self.nbytes(out.size), out)

@@ -1,7 +1,8 @@
 """The codecs' loops for CPU memory, in Numba: one pass over the gradient, blocks small enough for the L1 cache.
 
 Arrays are 1-D and contiguous. A payload comes twice, as float32 (`pf`) and as bytes (`pu`) of the same memory;
-`W` payloads of one length stand one behind the other (`row` bytes each). An empty `residual` means no feedback.
+`W` payloads of one length stand one behind the other (`row` bytes each). An empty `residual` means no feedback, a `source` of
+empty arrays that x is coded as it is (else what `Blend` makes of it).
 The formulas and layouts stand in `commpress/comm/codecs`; what stands here is how to reach memory speed:
 
 - magnitudes are compared through their bits, which orders finite < Inf < NaN and vectorises without fastmath;
@@ -78,6 +79,38 @@ def _load(x, residual, a, block):
             a[j] = x[j]
             top = max(top, np.int32(np.float32(a[j]).view(np.int32) & MAGNITUDE))
     return top
+
+
+@part
+def _blended(x, inverse, average, limit, fresh, kept):
+    """What a source makes of one value."""
+    scaled = x * inverse
+    return fresh * min(max(scaled, -limit), limit) + kept * average + (scaled - scaled)  # which is 0, or NaN
+
+
+@part
+def _block(x, source, o, size, scratch):
+    """The block of at most `size` values that starts at `o`: of x, or in `scratch` what `source` makes of it."""
+    inverse, average, limit, fresh, kept = source
+    xb = x[o : o + size]
+    if inverse.size:
+        ib, vb = inverse[o : o + size], average[o : o + size]
+        if xb.size == size:
+            for j in range(size):
+                scratch[j] = _blended(xb[j], ib[j], vb[j], limit, fresh, kept)
+        else:
+            for j in range(xb.size):
+                scratch[j] = _blended(xb[j], ib[j], vb[j], limit, fresh, kept)
+        xb = scratch[: xb.size]
+    return xb
+
+
+@loop
+def blend(x, source):
+    """x := what `source` makes of it."""
+    inverse, average, limit, fresh, kept = source
+    for i in range(inverse.size):
+        x[i] = _blended(x[i], inverse[i], average[i], limit, fresh, kept)
 
 
 # --- bf16 and fp16 -----------------------------------------------------------------------------------------------
@@ -296,15 +329,16 @@ def _int_read(pf, pu, W, row, b, blocks, bits, share, out):
 
 
 @loop
-def int_encode(x, residual, pf, pu, bits):
-    """Codes and scales of `x + residual`; the residual becomes what they miss."""
+def int_encode(x, source, residual, pf, pu, bits):
+    """Codes and scales of x + residual; the residual becomes what they miss."""
     n = x.size
     blocks = (n + INT_BLOCK - 1) // INT_BLOCK
     a = np.empty(INT_BLOCK, np.float32)
     t = np.empty(INT_BLOCK, np.float32)
+    scratch = np.empty(INT_BLOCK, np.float32)
     for b in range(blocks):
         o = b * INT_BLOCK
-        xb, rb = x[o : o + INT_BLOCK], residual[o : o + INT_BLOCK]  # rb is empty without feedback
+        xb, rb = _block(x, source, o, INT_BLOCK, scratch), residual[o : o + INT_BLOCK]  # rb is empty without feedback
         top = _load(xb, rb, a, INT_BLOCK)
         _int_write(a, top, t, xb.size, b, blocks, bits, rb, pf, pu)
 
@@ -416,15 +450,16 @@ def _sign_read(pf, pu, W, row, b, blocks, share, out):
 
 
 @loop
-def sign_encode(x, residual, pf, pu):
-    """Signs and magnitudes of `x + residual`; the residual becomes what they miss."""
+def sign_encode(x, source, residual, pf, pu):
+    """Signs and magnitudes of x + residual; the residual becomes what they miss."""
     n = x.size
     blocks = (n + SIGN_BLOCK - 1) // SIGN_BLOCK
     a = np.empty(SIGN_BLOCK, np.float32)
     acc = np.empty(SIGN_LANES, np.float32)
+    scratch = np.empty(SIGN_BLOCK, np.float32)
     for b in range(blocks):
         o = b * SIGN_BLOCK
-        xb, rb = x[o : o + SIGN_BLOCK], residual[o : o + SIGN_BLOCK]
+        xb, rb = _block(x, source, o, SIGN_BLOCK, scratch), residual[o : o + SIGN_BLOCK]
         _load(xb, rb, a, SIGN_BLOCK)
         _sign_write(a, acc, xb.size, b, blocks, rb, pf, pu)
 
@@ -544,14 +579,15 @@ def _int2_read(pf, pu, W, row, b, blocks, plane, share, out):
 
 
 @loop
-def int2_encode(x, residual, pf, pu):
-    """Signs and sizes of `x + residual`; the residual becomes what they miss."""
+def int2_encode(x, source, residual, pf, pu):
+    """Signs and sizes of x + residual; the residual becomes what they miss."""
     blocks, plane = (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(x.size)
     a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     lanes = np.empty((3, SIGN_LANES), np.float32)
+    scratch = np.empty(SIGN_BLOCK, np.float32)
     for b in range(blocks):
         o = b * SIGN_BLOCK
-        xb, rb = x[o : o + SIGN_BLOCK], residual[o : o + SIGN_BLOCK]
+        xb, rb = _block(x, source, o, SIGN_BLOCK, scratch), residual[o : o + SIGN_BLOCK]
         _load(xb, rb, a, SIGN_BLOCK)
         _int2_write(a, t, lanes, xb.size, b, blocks, plane, rb, pf, pu)
 

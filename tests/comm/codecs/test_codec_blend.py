@@ -1,0 +1,56 @@
+"""What an optimizer codes instead of a gradient: the loop and plain torch, values that are not finite, parts of a bucket."""
+
+import pytest
+import torch
+from battery import gradient, normal
+
+from commpress.comm.codecs import parse
+from commpress.comm.codecs.blend import Blend
+
+N = 1000
+
+
+def a_blend(n: int = N) -> Blend:
+    """One whose limit bounds about a third of the values."""
+    return Blend(0.5 + normal(n, 1).abs(), normal(n, 2), limit=1.0, fresh=0.1, kept=0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_it_is_the_stated_formula(dtype: torch.dtype) -> None:
+    blend, x = a_blend(), normal(N).to(dtype)
+    before = x.double().clone()
+    blend.apply(x)
+    scaled = before * blend.inverse.double()
+    assert 0.2 < (scaled.abs() > 1).double().mean() < 0.6
+    expected = 0.1 * scaled.clamp(-1, 1) + 0.9 * blend.average.double()
+    tolerance = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(x.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_is_not_bounded_away(bad: float, dtype: torch.dtype) -> None:
+    x = torch.ones(N, dtype=dtype)
+    x[3] = bad
+    a_blend().apply(x)
+    assert x[3].isnan()
+    assert x.isfinite().sum() == N - 1
+
+
+def test_a_part_is_blended_as_it_is_in_the_whole() -> None:
+    whole, parts = normal(N), normal(N)
+    blend = a_blend()
+    blend.apply(whole)
+    for part in (slice(0, 300), slice(300, N)):
+        blend[part].apply(parts[part])
+    assert torch.equal(parts, whole)
+
+
+def test_one_of_another_length_is_refused() -> None:
+    codec = parse("sign")
+    with pytest.raises(
+        ValueError, match=r"blend.inverse has shape \(999,\).*expected a contiguous 1-D tensor of 1000 values"
+    ):
+        codec.encode(gradient(N), blend=a_blend(N - 1))
+    with pytest.raises(TypeError, match=r"blend.average has dtype torch.float64, expected torch.float32"):
+        codec.encode(gradient(N), blend=Blend(torch.ones(N), torch.ones(N).double(), 1.0, 0.1, 0.9))
