@@ -31,7 +31,8 @@ class Treatment:
     """What an optimizer wants done with a bucket in this step: `codec` codes it.
 
     With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare`, then
-    `blend`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own.
+    `blend`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own. `apart`: what
+    feedback remembers is of another kind, and has no part in it.
     """
 
     codec: Codec | None
@@ -39,6 +40,7 @@ class Treatment:
     prepare: Callable[[Tensor, Memory], None] | None = None
     blend: Blend | None = None
     momentum: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Plan:
             assert treatment.codec is not None
             fits = self.exchange != "all_reduce" or treatment.codec.sum_dtype is not None
             exchange = self.exchange if fits else None  # its own, for a codec whose payloads cannot be summed
-            return replace(self, codec=treatment.codec, exchange=exchange).choose(n, itemsize, world_size)
+            feedback = self.error_feedback and not treatment.apart
+            plan = replace(self, codec=treatment.codec, exchange=exchange, error_feedback=feedback)
+            return plan.choose(n, itemsize, world_size)
         if not self.codec.lossy:
             return Choice(self.codec, self._exchange(world_size), False, "spec is none")
         if n < FEWEST_VALUES:

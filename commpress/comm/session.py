@@ -356,7 +356,7 @@ class Session:
             index, bucket.numel(), dtype, str(choice.codec), choice.exchange, choice.reason, self._role
         )
         chunk = None
-        if choice.exchange == "two_shot":
+        if choice.exchange == "two_shot" and not treatment.apart:
             cuts = chunk_bounds(n, W, choice.codec.granularity)
             chunk = (cuts[self.rank], cuts[self.rank + 1])
         memory = self._feedback.memory(segments, choice.feedback, chunk, self.device, treatment.momentum)
@@ -371,8 +371,8 @@ class Session:
         self._sequencer.submit(Job(bucket, exchange, row, self._step, dense, last, finished))
 
     def _exchange(self, bucket: Tensor, choice: Choice, treatment: Treatment, memory: Memory) -> Iterator[Transfer]:
-        # an exact mean of gradients does not send along what is remembered of momenta
-        used = Memory() if treatment.reason and treatment.prepare is None else memory
+        # a mean of gradients does not send along what is remembered of momenta
+        used = Memory() if treatment.apart or (treatment.reason and treatment.prepare is None) else memory
         travels, places = bucket, None if self._looks else memory.places
         if places is not None and (treatment.codec is not None or not places.numel()):
             nbytes = places.numel() * bucket.element_size()

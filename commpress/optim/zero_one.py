@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.blend import Blend
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.plan import DENSE, Treatment
+from commpress.comm.plan import Treatment
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters, within
@@ -61,8 +61,8 @@ class ZeroOneAdamW(FrozenAdamW):
     """AdamW with local steps: each bucket is exchanged every `sync_every` steps, a part of the buckets in every step.
 
     `sync_every` is a number of steps or a `Growing` one. `warmup_steps`, `warmup_spec`, `max_norm` are as in OneBitAdamW.
-    `refresh_every` is the paper's kappa: the variance goes on learning from exact mean gradients at steps that lie 1, 2, 4,
-    ... apart, kappa times each, as far as they lie behind the warm-up; 0 leaves it frozen.
+    `refresh_every` is the paper's kappa: the variance goes on learning from mean gradients, exact or by `warmup_spec` as in the
+    warm-up, at steps that lie 1, 2, 4, ... apart, kappa times each, as far as they lie behind it; 0 leaves it frozen.
 
     A parameter holds the same bits on all ranks after each of its syncs, and drifts in between. `with optimizer.synced():`
     shows the model as of its parameters' last syncs, the same on every rank: to validate, and to save. Raises ValueError
@@ -112,7 +112,8 @@ class ZeroOneAdamW(FrozenAdamW):
         place = self._seen * interval // sum(p.numel() for p, _ in self._places.values())
         self._seen += sum(n for _, n in segments)
         if self._refreshes():
-            return Treatment(DENSE, "the variance is refreshed")
+            spec = parse(self.param_groups[0]["warmup_spec"])
+            return Treatment(spec, "" if spec.lossy else "the variance is refreshed", apart=True)
         if (step + 1 + place) % interval:
             return Treatment(None, "a local step")
         self._syncing |= {name: self._sync(name) for name, _ in segments}

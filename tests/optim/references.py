@@ -33,6 +33,7 @@ class Bucket:
         self.names, self.sizes = [name for name, _ in segments], [n for _, n in segments]
         self.residuals = [torch.zeros(sum(self.sizes)) for _ in range(world_size)]
         self.seconds: list[Tensor] | None = None
+        self.settled = True
 
     def flat(self, values: Tensors) -> Tensor:
         """These parameters' values, one behind the other."""
@@ -185,9 +186,7 @@ class FrozenAdam:
         self.anchor = {name: p.clone() for name, p in self.ranks[0].items()}
         for bucket in self.buckets:
             bucket.fold(self.warm_codec)
-            share = bucket.flat({name: (1 - self._settings(name)[1]) / self.size[name] for name in bucket.names})
-            for residual in bucket.residuals:
-                residual *= share
+            bucket.settled = False
         for momenta in self.momenta:
             for name, m in momenta.items():
                 beta1 = self._settings(name)[1]
@@ -197,7 +196,12 @@ class FrozenAdam:
         W, behind = self.world_size, self.steps - self.warmup_steps
         refreshes = self.steps in self.refreshes
         if refreshes:
-            mean = {name: torch.stack([g[name] for g in own]).mean(dim=0) for name in own[0]}
+            mean = {}
+            for bucket in self.buckets:  # by the warm-up's codec, without feedback
+                fresh = Bucket(list(zip(bucket.names, bucket.sizes, strict=True)), W)
+                sent = [fresh.flat(g) for g in own]
+                got = fresh.mean(sent, self.warm_codec, self._default_exchange(self.warm_codec))
+                mean |= fresh.parts(got, own[0])
             own = [mean] * W
             self.learnt += 1
             for name, g in mean.items():
@@ -225,6 +229,11 @@ class FrozenAdam:
                 self._sync(bucket)
 
     def _sync(self, bucket: Bucket) -> None:
+        if not bucket.settled:  # what feedback kept of gradients becomes what it keeps of n
+            bucket.settled = True
+            share = bucket.flat({name: (1 - self._settings(name)[1]) / self.size[name] for name in bucket.names})
+            for residual in bucket.residuals:
+                residual *= share
         sent = []
         for rank in range(self.world_size):
             mine = {}

@@ -48,28 +48,33 @@ def against_reference(
     """This rank's parameters in one bucket, and those of the reference, after each step."""
     ddp, optimizer, session = attached(spec, exchange=exchange, bucket_cap_mb=25, **settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    mine = []
+    mine, layouts = [], []
     for step in range(steps):
         mine.append(train(ddp, [step], optimizer=optimizer).parameters)
         scheduler.step()
-    layout = [bucket["segments"] for bucket in session.state_dict()["buckets"]]
-    assert len(layout) == 1
-    used = {row.exchange for row in session.report().rows} - {"all_reduce", "none"} or {"all_reduce"}
+        layouts.append([bucket["segments"] for bucket in session.state_dict()["buckets"]])
+    assert len(layouts[0]) == len(layouts[-1]) == 1
+    used = {row.exchange for row in session.report().rows if row.spec == spec} - {"all_reduce", "none"} or {
+        "all_reduce"
+    }
     reference = FrozenAdam(
         network(),
-        layout,
+        layouts[0],
         dist.get_world_size(),
         spec,
         used.pop(),
         lambda name: SETTINGS,
         warmup_steps=WARM_UP,
         schedule=schedule,
+        warmup_spec=settings.get("warmup_spec", "none"),
         max_norm=settings.get("max_norm"),
         every=settings["sync_every"],
         refreshes=refreshes,
     )
     theirs = []
     for step in range(steps):
+        if step == 1:
+            reference.lay_out(layouts[1])
         reference.step(step)
         theirs.append([p.clone() for p in reference.ranks[dist.get_rank()].values()])
     return list(zip(mine, theirs, strict=True))
@@ -173,6 +178,14 @@ def test_it_is_zero_one_adam_in_other_settings(case: str, spec: str) -> None:
     for steps in run(2, against_reference, spec, None, 23, schedule, settings, refreshes):
         require_equal(steps, spec != "none")
         assert all(finite(mine) for mine, _ in steps)
+
+
+@pytest.mark.parametrize(("spec", "world_size"), [("sign", 2), ("sign", 3), ("topk(0.1)|sign", 3)])
+def test_the_variance_learns_from_coded_gradients(spec: str, world_size: int) -> None:
+    settings = {"sync_every": 3, "refresh_every": 2, "warmup_spec": "int8"}
+    results = run(world_size, against_reference, spec, None, 23, constant, settings, LEARNS)
+    for steps in results:
+        require_equal(steps, lossy=True)
 
 
 @pytest.mark.parametrize("spec", ["none", "sign"])
