@@ -14,8 +14,8 @@ ZeRO 1 and 2 keep the parameters from step to step. There the owner sends by how
 all have: what a coarse spec withholds is part of the next difference, which is error feedback without a memory.
 
 What a compressed optimizer codes is the sum of a momentum that all ranks know and their own gradient. So under one ZeRO 1 and 2
-do what ZeRO 0 does, on every rank. OneBitAdamW can be sharded instead, by giving `parameters`: then bare gradients are coded
-and the owners' steps, at some cost in loss.
+do what ZeRO 0 does, on every rank. OneBitAdamW can be sharded instead, by giving `parameters`: then the owners' steps are
+coded, too, and what all ranks know of the momentum is what they learnt from those.
 
 All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
 in is in `zero`, what it sends in `owners`.
@@ -63,8 +63,8 @@ def attach(
     `spec` is that of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not compressed). Under ZeRO
     3 sparse specs are refused for parameters. `optimizer` is one of `commpress.optim` that the engine was given (found by
     itself if left out), at ZeRO 0 to 2. Under it every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no
-    parameters travel, `exchange` may be given. OneBitAdamW with `parameters` is sharded instead, with less memory and a higher
-    loss. Returns a `Session` where ranks keep all, else a `ShardedSession`; `engine.commpress` is the same.
+    parameters travel, `exchange` may be given. OneBitAdamW with `parameters` is sharded instead: less memory, more bytes.
+    Returns a `Session` where ranks keep all, else a `ShardedSession`; `engine.commpress` is the same.
 
     Raises on all ranks: ValueError if a spec is unknown, the ranks differ, or the engine is set up in a way that is not
     supported, TypeError for optimizers of other kinds, RuntimeError for another version of DeepSpeed or a second attach.

@@ -37,11 +37,12 @@ class Owners(Shards):
         choice: Choice,
         treatment: Treatment,
         dense: int,
+        known: Tensor | None = None,
     ) -> Pending:
         """Replace x[cuts[rank] : cuts[rank + 1]] by its mean over the ranks. `x` is float32 [cuts[-1]]; what of it belongs to
-        others is undefined afterwards."""
+        others is undefined afterwards. `known` ([cuts[-1]], the same on all ranks) is coded along, and taken off the mean."""
         memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-        exchange = _to_owners(x, cuts, choice.codec, treatment, memory, self.wire, next(self.tags))
+        exchange = _to_owners(x, cuts, choice.codec, treatment, known, memory, self.wire, next(self.tags))
         return self.start("gradients", "to_owners", choice, x, x, index, dense, exchange, None)
 
     def differences(self, mine: Tensor, out: Tensor, index: int, codec: Codec, itemsize: int) -> Pending:
@@ -58,11 +59,20 @@ class Owners(Shards):
 
 
 def _to_owners(
-    x: Tensor, cuts: Sequence[int], codec: Codec, treatment: Treatment, memory: Memory, wire: Wire, tag: int
+    x: Tensor,
+    cuts: Sequence[int],
+    codec: Codec,
+    treatment: Treatment,
+    known: Tensor | None,
+    memory: Memory,
+    wire: Wire,
+    tag: int,
 ) -> Iterator[Transfer]:
     """Each rank sends to every other its part, coded: (W - 1) / W * nbytes(n) in all if they are of one length."""
     if treatment.prepare is not None:
         treatment.prepare(x, memory)
+    if known is not None:
+        x.add_(known)
     me, W = wire.rank, wire.world_size
     lengths = [cuts[r + 1] - cuts[r] for r in range(W)]
     sizes = [codec.nbytes(length) if length else 0 for length in lengths]
@@ -74,7 +84,10 @@ def _to_owners(
             memory.encode(codec, x, slice(cuts[r], cuts[r + 1]), out=rows[me] if r == me else outgoing[r])
     yield wire.swap(outgoing, rows, tag, last=True)
     if lengths[me]:
-        codec.mean(gathered, lengths[me], W, out=x[cuts[me] : cuts[me + 1]])
+        mine = slice(cuts[me], cuts[me + 1])
+        codec.mean(gathered, lengths[me], W, out=x[mine])
+        if known is not None:
+            x[mine].sub_(known[mine])
 
 
 @dataclass(frozen=True)
@@ -110,8 +123,10 @@ class OneBitPartitions:
 
         rank i sends  (1 - beta1) g_i / d      its owner  n <- beta1 n + mean of what was sent,   p <- (1 - lr wd) p - lr n
 
-    As n is the same for all, what each rank would send of it need not travel: feedback's recursion is that of OneBitAdamW on
-    replicas. d is needed by all, one float32 a value; it stands, and is gathered once.
+    As n is the same for all, what each rank would send of it need not travel. But a coarse codec loses less of a momentum than
+    of a gradient; so beta1 k is added before the coding and taken off behind it, where k is what all ranks know of n: the last
+    differences of parameters that they were sent, over -lr. d is needed by all, one float32 a value; it stands, and is gathered
+    once.
     """
 
     def __init__(self, optimizer: OneBitAdamW, zero: Any, shards: Owners) -> None:
@@ -119,6 +134,9 @@ class OneBitPartitions:
         self._zero, self._shards = zero, shards
         self._inverse: list[Tensor] = []
         """unit / d of all parameters of each group, in the order of its partitions: float32 [W * m]."""
+        self._known: list[Tensor] = []
+        """k of the same, in units of n: bfloat16 [W * m]."""
+        self._learns = shards.parameters.codec.lossy
         self._warming = True
         self._converted: set[str] = set()
         self._gradients: list[Tensor] = []
@@ -165,6 +183,25 @@ class OneBitPartitions:
             self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
+    def known(self, layout: Layout) -> Tensor | None:
+        """beta1 k of a bucket's values, if there is one."""
+        if self._warming or not self._learns:
+            return None
+        betas = [group["betas"][0] for group in self.optimizer.param_groups]
+        pieces = layout.pieces
+        return torch.cat([self._known[p.group][p.at : p.at + len(p)].float() * betas[p.group] for p in pieces])
+
+    def learn(self, group: int, start: int, differences: Tensor) -> None:
+        """All ranks were sent these differences of parameters: float32 [W, l], each rank's own from its value `start` on."""
+        if self._warming:
+            return
+        settings = self.optimizer.param_groups[group]
+        lr, part = float(settings["lr"]), slice(start, start + differences.shape[1])
+        known = self._known[group].view(self._shards.world_size, -1)[:, part]
+        known.copy_(differences * (-settings["unit"] / lr if lr else 0.0))
+        flat = self._zero.single_partition_of_fp32_groups[group]
+        self.optimizer.state[flat]["known"][part] = known[self._shards.rank]
+
     def _prepare(self, layout: Layout, x: Tensor, memory: Memory) -> None:
         """x <- (1 - beta1) g / d, and what feedback kept of gradients likewise."""
         optimizer, flats = self.optimizer, self._zero.single_partition_of_fp32_groups
@@ -182,28 +219,39 @@ class OneBitPartitions:
             at += len(piece)
 
     def _prove(self) -> None:
-        """A phase begins, or a state was loaded: all get the owners' d, in one unit, and compare where they stand."""
+        """A phase begins, or a state was loaded: all get the owners' d and k, in one unit, and compare where they stand."""
         optimizer, device, group = self.optimizer, self._shards.device, self._zero.dp_process_group
-        self._inverse = []
+        self._inverse, self._known = [], []
         if optimizer.frozen:
             unit = torch.tensor(optimizer.param_groups[0]["unit"], device=device)
             dist.all_reduce(unit, dist.ReduceOp.MAX, group)
             for i, flat in enumerate(self._zero.single_partition_of_fp32_groups):
                 settings, state = optimizer.param_groups[i], optimizer.state[flat]
-                for key in ("inverse", "exp_avg"):
+                if self._learns and "known" not in state:
+                    state["known"] = torch.zeros_like(flat)
+                    self._zero._hp_optimizer_states_linked = False
+                for key in state.keys() & {"inverse", "exp_avg", "known"}:
                     state[key] *= float(unit) / settings["unit"]  # powers of two
                 settings["unit"] = float(unit)
-                whole = torch.empty(self._shards.world_size * flat.numel(), dtype=torch.float32, device=device)
-                dist.all_gather(list(whole.split(flat.numel())), state["inverse"], group)
-                self._inverse.append(whole)
-                sent, why = (self._shards.world_size - 1) * flat.nbytes, "the variance, once, when it stands"
-                self._shards.meter.by_itself(i, whole.numel(), "float32", "gather", why, "parameters", sent)
+                self._inverse.append(self._gathered(state["inverse"], "the variance, once, when it stands", i))
+                if self._learns:
+                    why = "what is known of the momentum, after a start"
+                    self._known.append(self._gathered(state["known"], why, i).bfloat16())
         groups = [
             {k: plain(v) for k, v in g.items() if k not in ("params", "variance")} for g in optimizer.param_groups
         ]
         total = sum(int(whole.view(torch.uint8).sum(dtype=torch.int64)) for whole in self._inverse)
         settings = {"optimizer's groups": groups, "frozen variance (sum of its bytes)": total}
         require_agreement(settings, group, device)
+
+    def _gathered(self, part: Tensor, why: str, index: int) -> Tensor:
+        """All ranks' parts ([m]), one behind the other."""
+        W = self._shards.world_size
+        whole = torch.empty(W * part.numel(), dtype=part.dtype, device=part.device)
+        dist.all_gather(list(whole.split(part.numel())), part, self._zero.dp_process_group)
+        sent = (W - 1) * part.nbytes
+        self._shards.meter.by_itself(index, whole.numel(), "float32", "gather", why, "parameters", sent)
+        return whole
 
     def _over_partitions(self, total: Tensor) -> None:
         dist.all_reduce(total, group=self._zero.dp_process_group)

@@ -246,7 +246,10 @@ class Partitions:
                 for piece, part in parts:
                     gradients[piece.place][piece.start : piece.stop].copy_(part)
             return False
-        shards.to_owners(layout.x, layout.cuts, layout.segments, layout.index, choice, treatment, crossing).wait()
+        known = None if self.behind is None else self.behind.known(layout)
+        shards.to_owners(
+            layout.x, layout.cuts, layout.segments, layout.index, choice, treatment, crossing, known
+        ).wait()
         for piece, part in parts:
             if piece.owner == shards.rank:
                 zero, (_, _, param_id) = self.zero, params[piece.place]
@@ -329,19 +332,19 @@ class Partitions:
         """Send what was stepped minus what all ranks have of it, in pieces, and add what was decoded."""
         zero, shards, index = self.zero, self.shards, 0
         assert self._before is not None
-        ahead: list[tuple[Pending, Tensor, Tensor]] = []
+        ahead: list[tuple[Pending, Tensor, Tensor, int, int]] = []
         for i, flat in enumerate(zero.bit16_groups_flat):
             rows = flat.view(shards.world_size, -1)
             rows[shards.rank].copy_(self._before[i])
-            stepped = zero.single_partition_of_fp32_groups[i].detach()
+            stepped, start = zero.single_partition_of_fp32_groups[i].detach(), 0
             for new, old, place in zip(
                 stepped.split(PIECE), self._before[i].split(PIECE), rows.split(PIECE, dim=1), strict=True
             ):
                 out = torch.empty(place.shape, dtype=torch.float32, device=place.device)
                 difference = new.float() - old.float()
                 pending = shards.differences(difference, out.view(-1), index, codec, flat.element_size())
-                ahead.append((pending, out, place))
-                index += 1
+                ahead.append((pending, out, place, i, start))
+                index, start = index + 1, start + PIECE
                 if len(ahead) > 2:
                     self._arrive(*ahead.pop(0))
         for piece in ahead:
@@ -353,9 +356,11 @@ class Partitions:
                 stop = offset + p.numel()
             flat[stop:].zero_()
 
-    def _arrive(self, pending: Pending, out: Tensor, place: Tensor) -> None:
+    def _arrive(self, pending: Pending, out: Tensor, place: Tensor, group: int, start: int) -> None:
         pending.wait()
         place.add_(out)
+        if self.behind is not None:
+            self.behind.learn(group, start, out)
 
 
 _GATHERS: "weakref.WeakValueDictionary[int, Partitions]" = weakref.WeakValueDictionary()

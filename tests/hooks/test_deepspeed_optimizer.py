@@ -97,13 +97,14 @@ def test_one_bit_adamw_trains_at_every_stage_that_it_knows() -> None:
             assert found["agree"], name
             assert found["frozen at"] == WARM, name
             assert coded < dense + 0.15, (name, dense, coded)
-            if SHARDED in name:  # n, d and a step: a third of what a rank of ZeRO 0 holds
-                assert found["held"] < 2.1 * 2310, (name, found["held"])
+            if SHARDED in name:  # n, what is known of it, d and a step, each of a third
+                assert found["held"] < 3.1 * 2310, (name, found["held"])
             sent = {(role, spec) for role, spec, reason, _ in found["how"] if not reason}
             roles = ("gradients", "parameters") if SHARDED in name else ("gradients",)
             assert sent == {(role, "sign") for role in roles}, (name, sent)
             reasons = {reason for _, _, reason, _ in found["how"]} - {"", "fewer than 256 values"}
-            once = {"the variance, once, when it stands"} if SHARDED in name else set()
+            once = {"the variance, once, when it stands", "what is known of the momentum, after a start"}
+            once = once if SHARDED in name else set()
             assert reasons == {"the variance warms up"} | once, name
             assert all(steps == 1 for _, _, reason, steps in found["how"] if reason in once), name
 
