@@ -174,8 +174,11 @@ def test_zero_0_and_3_send_what_the_spec_says() -> None:
 # --- what is withheld is sent later ------------------------------------------------------------------------------
 
 
-def owners_sum(cuts: list[int]) -> list[float]:
-    """By how much the sums of means and of what was sent differ: with what memory holds, and without."""
+def owners_sum(cuts: list[int], known: bool) -> list[float]:
+    """By how much the sums of means and of what was sent differ: with what memory holds, and without.
+
+    With `known`, something that all ranks know is coded along.
+    """
     rank, W = dist.get_rank(), dist.get_world_size()
     plan = Plan.of("sign", None, True)
     owners = Owners(dist.distributed_c10d._get_default_group(), torch.device("cpu"), plan, Plan.of("none"))
@@ -190,7 +193,8 @@ def owners_sum(cuts: list[int]) -> list[float]:
         dist.all_reduce(total)
         true += total / W
         choice = plan.choose(n, 4, W, treatment)
-        owners.to_owners(x, cuts, (("p", n),), 0, choice, treatment, 0).wait()
+        along = torch.randn(n, generator=torch.Generator().manual_seed(step)) if known else None
+        owners.to_owners(x, cuts, (("p", n),), 0, choice, treatment, 0, along).wait()
         sent[mine] += x[mine]
     kept = owners.feedback.memories[(("p", n),)].residual
     assert kept is not None
@@ -200,9 +204,10 @@ def owners_sum(cuts: list[int]) -> list[float]:
     return [float(t.abs().max()) if t.numel() else 0.0 for t in (lost, accounted)]
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("cuts", [[0, 700, 1400, 2100], [0, 0, 1500, 1501], [0, 3000, 3000, 3000]])
-def test_nothing_is_lost_on_the_way_to_owners(cuts: list[int]) -> None:
-    found = run(RANKS, owners_sum, cuts)
+def test_nothing_is_lost_on_the_way_to_owners(cuts: list[int], known: bool) -> None:
+    found = run(RANKS, owners_sum, cuts, known)
     assert max(lost for lost, _ in found) > 0.1
     assert max(accounted for _, accounted in found) < 1e-4
 

@@ -127,6 +127,21 @@ def test_partitions_step_as_replicas_do() -> None:
         assert all(difference < 1e-3 for difference in differences), differences
 
 
+def what_is_known() -> list[float]:
+    """How near each rank's part of what all know of the momentum is to it: the cosine, by group."""
+    e = engine(2, optimizer=in_groups, zero={"reduce_bucket_size": 3000})
+    attach(e, "sign", parameters="int8")
+    train(e, range(WARM + 10))
+    states = [s for s in e.basic_optimizer.state.values() if s["known"].numel()]
+    return [float(torch.cosine_similarity(s["known"], s["exp_avg"], dim=0)) for s in states]
+
+
+def test_all_learn_the_momentum_from_the_steps_of_its_owners() -> None:
+    for cosines in run(RANKS, what_is_known):
+        assert len(cosines) == 2
+        assert all(cosine > 0.98 for cosine in cosines)
+
+
 def settled() -> list[tuple[int, float]]:
     """When the variance has settled by the paper's test, and its sum then, at ZeRO 0 and 1."""
     found = []

@@ -110,16 +110,15 @@ class TopK(Codec):
             values[self._positions(payload, values.numel())] = 0
 
     def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
-        cpu.blend(x, source)
         k, low_bits, high_at, values_at = self._sections(x.size)
-        index, value = cpu.topk_select(x, residual, k)
+        index, value = cpu.topk_select(x, source, residual, k)
         payload[:values_at] = 0
         cpu.ef_encode(index, low_bits, payload[:high_at], payload[high_at:values_at])
         self.values.loop_encode(value, AS_IT_IS, NO_FLOATS, payload[values_at:])
         if residual.size:
             decoded = np.empty(k, np.float32)
             self.values.loop_mean(payload[values_at:], 1, decoded)
-            cpu.topk_settle(x, residual, index, value, decoded)
+            cpu.topk_settle(x, source, residual, index, value, decoded)
 
     def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
         k, low_bits, high_at, values_at = self._sections(out.size)

@@ -679,11 +679,12 @@ def kth_largest(raw, k, low=0):
 
 
 @loop
-def _sampled_threshold(x, residual, ratio):
+def _sampled_threshold(x, source, residual, ratio):
     """Magnitude bits that a little more than `ratio` of the values reach, from one value in each of `m` strata.
 
     The place within a stratum is hashed, since a fixed stride can follow the columns of a matrix. Returns the
     threshold and more values than can be expected to reach it."""
+    inverse, average, limit, fresh, kept = source
     n = x.size
     m = min(n, max(4096, min(16384, n // 64)))
     width, rest = n // m, n % m
@@ -696,7 +697,8 @@ def _sampled_threshold(x, residual, ratio):
         hashed = np.uint64(s) * np.uint64(0x9E3779B97F4A7C15)
         hashed = np.uint64((hashed ^ (hashed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(40)
         i = start + (np.int64(hashed) * size >> 24)
-        sample[s] = x[i] + residual[i] if residual.size else x[i]
+        value = _blended(x[i], inverse[i], average[i], limit, fresh, kept) if inverse.size else x[i]
+        sample[s] = value + residual[i] if residual.size else value
         start += size
     want = m * ratio
     rank = min(m, np.int64(want + 4.0 * np.sqrt(want)) + 2)
@@ -735,7 +737,7 @@ def _positions(a, threshold, mark, dense, o, index, at):
 
 
 @loop
-def _collect(x, residual, threshold, room):
+def _collect(x, source, residual, threshold, room):
     """One pass: residual := x + residual, and where its magnitude reaches `threshold`, position and value.
 
     Counts all, stores the first `room` (at least). Returns positions, values, the count, and the old residual where
@@ -743,7 +745,7 @@ def _collect(x, residual, threshold, room):
     n = x.size
     feedback = residual.size > 0
     mark = np.empty(KEEP_BLOCK, np.uint8)
-    total = np.zeros(KEEP_BLOCK, np.float32)
+    total, scratch = np.zeros(KEEP_BLOCK, np.float32), np.empty(KEEP_BLOCK, np.float32)
     index = np.empty(room + KEEP_BLOCK + 8, np.int64)
     value = np.empty(room + KEEP_BLOCK, np.float32)
     spared = np.empty(0, np.float32)
@@ -751,7 +753,7 @@ def _collect(x, residual, threshold, room):
     count, at = np.int64(0), np.int64(0)
     for b in range((n + KEEP_BLOCK - 1) // KEEP_BLOCK):
         o = b * KEEP_BLOCK
-        xb, rb = x[o : o + KEEP_BLOCK], residual[o : o + KEEP_BLOCK]
+        xb, rb = _block(x, source, o, KEEP_BLOCK, scratch), residual[o : o + KEEP_BLOCK]
         a = xb
         top = np.int32(0)
         if feedback or xb.size < KEEP_BLOCK:
@@ -809,16 +811,16 @@ def _largest(raw, threshold, k):
 
 
 @loop
-def topk_select(x, residual, k):
+def topk_select(x, source, residual, k):
     """Positions (ascending) and values of the k largest magnitudes of `x + residual`; the residual becomes that sum,
     but keeps its old value where the sum is NaN or Inf.
 
     A sampled threshold lets a few more than k through in one pass, and the k largest of those are the k largest of all.
     Where the sample was wrong (too few or far too many came through) the threshold is found over everything."""
     n = x.size
-    threshold, room = _sampled_threshold(x, residual, k / n)
+    threshold, room = _sampled_threshold(x, source, residual, k / n)
     room = min(n, room)
-    index, value, count, spared = _collect(x, residual, threshold, room)
+    index, value, count, spared = _collect(x, source, residual, threshold, room)
     if k <= count <= room:
         raw = value[:count].view(np.int32)
         kept = _largest(raw, kth_largest(raw, k, threshold), k)
@@ -826,6 +828,8 @@ def topk_select(x, residual, k):
             value[i] = value[kept[i]]
             index[i] = index[kept[i]]
     else:
+        if residual.size == 0:
+            blend(x, source)
         whole = residual if residual.size else x
         raw = whole.view(np.int32)
         if count > room:
@@ -845,14 +849,16 @@ def topk_select(x, residual, k):
 
 
 @loop
-def topk_settle(x, residual, index, value, decoded):
+def topk_settle(x, source, residual, index, value, decoded):
     """The residual of the kept entries once their values are coded: value - decoded; what it was where that is NaN."""
+    inverse, average, limit, fresh, kept = source
     for i in range(index.size):
-        lost = value[i] - decoded[i]
+        lost, at = value[i] - decoded[i], index[i]
         if np.isfinite(lost):
-            residual[index[i]] = lost
+            residual[at] = lost
         elif np.isfinite(value[i]):
-            residual[index[i]] = value[i] - x[index[i]]
+            own = _blended(x[at], inverse[at], average[at], limit, fresh, kept) if inverse.size else x[at]
+            residual[at] = value[i] - own
 
 
 @loop
