@@ -51,7 +51,7 @@ def cases(x: torch.Tensor) -> dict[tuple[str, str], Callable[[], object]]:
         four, chunk = payload.repeat(4), torch.empty_like(payload)
         table[spec, "encode"] = lambda c=codec, p=payload: c.encode(x, out=p)
         table[spec, "feedback"] = lambda c=codec, p=payload, r=residual: c.encode(x, r, out=p)
-        update = Blend(torch.ones(n), torch.zeros(n), limit=2.8, fresh=0.1, kept=0.9)
+        update = Blend(torch.ones(n), x.clone(), limit=2.8, fresh=0.1, kept=0.9)
         gradient = x.clone()  # some codecs leave the update in it
         table[spec, "momentum"] = lambda c=codec, p=payload, r=residual, b=update, g=gradient: c.encode(g, r, p, b)
         table[spec, "decode"] = lambda c=codec, p=payload, o=out: c.decode(p, n, o)

@@ -65,26 +65,24 @@ class Way:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def zero_one(spec: str, every: int, seeds: int = 1, refresh_every: int = 0) -> Way:
+def zero_one(spec: str, every: int, seeds: int = 1, **options: Any) -> Way:
     """ZeroOneAdamW with a spec."""
-    name = f"ZeroOneAdamW {spec} every {every}" + (f", refreshed {refresh_every}" if refresh_every else "")
-    return Way(name, "GPT", "ZeroOneAdamW", spec, seeds, {"sync_every": every, "refresh_every": refresh_every})
+    name = f"ZeroOneAdamW {spec} every {every}"
+    return Way(name, "GPT", "ZeroOneAdamW", spec, seeds, {"sync_every": every, **options})
 
 
 WAYS = (
     Way("AdamW", "GPT", "AdamW", seeds=3),
     Way("OneBitAdamW sign", "GPT", "OneBitAdamW", "sign", 3),
     zero_one("sign", 4, 3),
-    zero_one("sign", 4, 3, refresh_every=4),
-    zero_one("sign", 8, 3, refresh_every=8),
     Way("OneBitAdamW topk(0.1)|sign", "GPT", "OneBitAdamW", "topk(0.1)|sign", 3),
     zero_one("topk(0.1)|sign", 4, 3),
     Way("AdamW, int4 gradients", "GPT", "AdamW", "int4", 3),
     Way("AdamW, int8 gradients", "GPT", "AdamW", "int8"),
     Way("AdamW, topk(0.01)|int4 gradients", "GPT", "AdamW", "topk(0.01)|int4"),
     Way("AdamW, PowerSGD rank 4", "GPT", "AdamW", "PowerSGD"),
-    zero_one("sign", 8),
-    zero_one("topk(0.1)|sign", 8, refresh_every=4),
+    zero_one("sign", 8, 3),
+    zero_one("topk(0.1)|sign", 8, 3),
     zero_one("topk(0.03)|sign", 8),
     Way("SGD", "digits", "SGD", seeds=3),
     Way("SGD, topk(0.01) gradients", "digits", "SGD", "topk(0.01)", 3),

@@ -13,9 +13,9 @@ The fp32 values that the optimizer steps stay exact on their owner; all ranks, t
 ZeRO 1 and 2 keep the parameters from step to step. There the owner sends by how much its exact values differ from those that
 all have: what a coarse spec withholds is part of the next difference, which is error feedback without a memory.
 
-What a compressed optimizer codes is the sum of a momentum that all ranks know and their own gradient. So under one ZeRO 1 and 2
-do what ZeRO 0 does, on every rank. OneBitAdamW can be sharded instead, by giving `parameters`: then the owners' steps are
-coded, too, and what all ranks know of the momentum is what they learnt from those.
+A compressed optimizer codes a momentum that every rank has to know (OneBitAdamW) or that is its own (ZeroOneAdamW, DGC). So
+under one ZeRO 1 and 2 do what ZeRO 0 does, on every rank. OneBitAdamW can be sharded instead, by giving `parameters`: then the
+owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those.
 
 All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
 in is in `zero`, what it sends in `owners`.

@@ -184,8 +184,9 @@ class OneBitPartitions:
         self._zero._lazy_init_hp_params_optimizer_state()
 
     def known(self, layout: Layout) -> Tensor | None:
-        """beta1 k of a bucket's values, if there is one."""
-        if self._warming or not self._learns:
+        """beta1 k of a bucket's values, if there is one. Once a step: what feedback keeps of the coding would grow with each
+        backward of an accumulation, into n and so into the next k."""
+        if self._warming or not self._learns or not self._zero.is_gradient_accumulation_boundary():
             return None
         betas = [group["betas"][0] for group in self.optimizer.param_groups]
         pieces = layout.pieces
@@ -198,7 +199,9 @@ class OneBitPartitions:
         settings = self.optimizer.param_groups[group]
         lr, part = float(settings["lr"]), slice(start, start + differences.shape[1])
         known = self._known[group].view(self._shards.world_size, -1)[:, part]
-        known.copy_(differences * (-settings["unit"] / lr if lr else 0.0))
+        k = differences * (-settings["unit"] / lr if lr else 0.0)
+        # the differences also hold what was withheld before, at another rate; what is no momentum is no knowledge
+        known.copy_(torch.where(k.abs() <= settings["unit"], k, 0.0))
         flat = self._zero.single_partition_of_fp32_groups[group]
         self.optimizer.state[flat]["known"][part] = known[self._shards.rank]
 

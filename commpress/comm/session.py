@@ -385,11 +385,11 @@ class Session:
             exchange = EXCHANGES[choice.exchange](travels, choice.codec, used, self._wire, next(self._tags))
         if places is not None and travels is not bucket:
             exchange = packed(bucket, places, travels, exchange)
-        # where the codec sees the bucket itself, its pass does the blending
-        memory.blend = treatment.blend if choice.codec.lossy and self.world_size > 1 and places is None else None
         if self._optimizer is None and treatment.prepare is None:
             return exchange
-        return _prepared(treatment, bucket, memory, self._scaler is not None, exchange)
+        # where the codec sees the bucket itself, its pass does the blending
+        fused = used if choice.codec.lossy and self.world_size > 1 and places is None else None
+        return _prepared(treatment, bucket, memory, self._scaler is not None, fused, exchange)
 
     def _release(self) -> None:
         """Exchange a step all of whose buckets are there; the first after a restart in the layout that was saved."""
@@ -440,16 +440,26 @@ class Session:
 
 
 def _prepared(
-    treatment: Treatment, bucket: Tensor, memory: Memory, may_undo: bool, exchange: Iterator[Transfer]
+    treatment: Treatment,
+    bucket: Tensor,
+    memory: Memory,
+    may_undo: bool,
+    fused: Memory | None,
+    exchange: Iterator[Transfer],
 ) -> Iterator[Transfer]:
-    """Make of the gradient what is sent, in the thread that encodes, and send it."""
+    """Make of the gradient what is sent, in the thread that encodes, and send it. The blending is left to what encodes with
+    `fused`, if there is one."""
     if may_undo:
         memory.keep()
     if treatment.prepare is not None:
         treatment.prepare(bucket, memory)
-    if treatment.blend is not None and memory.blend is None:
+    if fused is not None:
+        fused.blend = treatment.blend
+    elif treatment.blend is not None:
         treatment.blend.apply(bucket)
     yield from exchange
+    if fused is not None:
+        fused.blend = None
 
 
 def _require_same_parameters(saved: dict[str, int], present: dict[str, int]) -> None:

@@ -46,18 +46,52 @@ def wander(
     p.copy_(decay * anchor - total)
 
 
-def meet(
-    p: Tensor, update: Tensor, average: Tensor, total: Tensor, anchor: Tensor, decay: float, weight: float
+def look_back(
+    g: Tensor,
+    inverse: Tensor,
+    average: Tensor,
+    total: Tensor,
+    lead: Tensor,
+    limit: float,
+    fresh: float,
+    kept: float,
+    share: float,
+    carry: float,
 ) -> None:
-    """A sync: anchor <- decay * anchor - weight * update, p <- anchor, average <- update, total <- 0, in place."""
-    tensors = flat(p, update, average, total, anchor)
+    """Before a sync: n = fresh * clip(g * inverse, limit) + kept * average; g <- share * n + carry * total, lead <- n - g, in
+    place. NaN and Inf become NaN."""
+    tensors = flat(g, inverse, average, total, lead)
     if _loopable(tensors):
-        _meet(*(t.numpy() for t in tensors), *_scalars(decay, weight))
+        _look_back(*(t.numpy() for t in tensors), *_scalars(limit, fresh, kept, share, carry))
         return
-    p, update, average, total, anchor = tensors
+    g, inverse, average, total, lead = tensors
+    scaled = g * inverse
+    n = fresh * scaled.clamp(-limit, limit) + kept * average + (scaled - scaled)
+    g.copy_(share * n + carry * total)
+    lead.copy_(n - g)
+
+
+def meet(
+    p: Tensor,
+    update: Tensor,
+    average: Tensor,
+    total: Tensor,
+    anchor: Tensor,
+    lead: Tensor,
+    decay: float,
+    weight: float,
+    scale: float,
+) -> None:
+    """A sync: anchor <- decay * anchor - weight * update, p <- anchor, average <- update + lead / scale, total <- 0, in
+    place."""
+    tensors = flat(p, update, average, total, anchor, lead)
+    if _loopable(tensors):
+        _meet(*(t.numpy() for t in tensors), *_scalars(decay, weight, 1 / scale))
+        return
+    p, update, average, total, anchor, lead = tensors
     anchor.mul_(decay).add_(update, alpha=-weight)
     p.copy_(anchor)
-    average.copy_(update)
+    average.copy_(update + lead / scale)
     total.zero_()
 
 
@@ -88,7 +122,8 @@ def warm_up() -> None:
     x, y, z, p, q, r = (torch.ones(1) for _ in range(6))
     advance(x, y, z, 1.0, 1.0)
     wander(x, y, z, p, q, r, 1.0, 0.5, 1.0, 1.0, 1.0)
-    meet(x, y, z, p, q, 1.0, 1.0)
+    look_back(x, y, z, p, q, 1.0, 0.5, 0.5, 1.0, 1.0)
+    meet(x, y, z, p, q, r, 1.0, 1.0, 1.0)
     stand(x, y, z, 1.0)
     correct(x, y, z, 0.5, 0.5, False)
 
@@ -128,11 +163,20 @@ def _wander(g, inverse, average, total, anchor, p, limit, beta, keep, rate, deca
 
 
 @loop
-def _meet(p, update, average, total, anchor, decay, weight):
+def _look_back(g, inverse, average, total, lead, limit, fresh, kept, share, carry):
+    for i in range(g.size):
+        scaled = g[i] * inverse[i]
+        n = fresh * min(max(scaled, -limit), limit) + kept * average[i] + (scaled - scaled)  # which is 0, or NaN
+        g[i] = share * n + carry * total[i]
+        lead[i] = n - g[i]
+
+
+@loop
+def _meet(p, update, average, total, anchor, lead, decay, weight, unscale):
     for i in range(p.size):
         anchor[i] = decay * anchor[i] - weight * update[i]
         p[i] = anchor[i]
-        average[i] = update[i]
+        average[i] = update[i] + unscale * lead[i]
         total[i] = np.float32(0)
 
 

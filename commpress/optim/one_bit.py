@@ -80,19 +80,23 @@ class OneBitAdamW(FrozenAdamW):
             total += n
         home = self._homes.get(segments)
         if home is None or any(
-            self.state[p][key].data_ptr() != whole[at:].data_ptr()
+            p.numel() and self.state[p][key].data_ptr() != whole[at:].data_ptr()
             for key, whole in zip(KEPT, home, strict=True)
             for p, at in parts
         ):
             names = {name for name, _ in segments}
             self._homes = {of: kept for of, kept in self._homes.items() if names.isdisjoint(name for name, _ in of)}
-            inverse, average = (torch.empty(total, device=parts[0][0].device) for _ in KEPT)
+            inverse, average = (torch.empty(total, dtype=torch.float32, device=parts[0][0].device) for _ in KEPT)
             home = self._homes[segments] = inverse, average
             for key, whole in zip(KEPT, home, strict=True):
                 for p, at in parts:
                     place = whole.as_strided(p.shape, p.stride(), at)
                     self.state[p][key] = place.copy_(self.state[p][key])
         return home
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._homes = {}
 
     def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         for p, group, update in updates.values():

@@ -5,7 +5,9 @@ sync, the same on all ranks,
 
     u <- (1 - lr wd) u + lr n        p = decay anchor - u        decay <- (1 - lr wd) decay, weight likewise as u for n = 1
 
-A sync sends u / weight, the mean n since the last one, and all go on from decay * anchor - weight * mean, with n = mean.
+A sync sends u / weight, the mean n since the last one, and all go on from decay * anchor - weight * mean. The paper's n is that
+mean then, which forgets most of the last gradients: n follows them by some steps, and a mean of n by more. Here n becomes what
+it is ahead of its rank's own mean, on top of the mean of all.
 """
 
 import contextlib
@@ -18,7 +20,6 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.codecs.blend import Blend
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Treatment
 from commpress.optim import loops
@@ -92,6 +93,8 @@ class ZeroOneAdamW(FrozenAdamW):
             group |= {"sync_every": list(vars(sync_every).values()), "refresh_every": refresh_every}
         self._seen = 0  # values in the buckets of this step so far
         self._syncing: dict[str, Sync] = {}
+        self._leads: dict[str, Tensor] = {}
+        """By how much n is ahead of what a sync has sent, times the loss scale; float32 [n] a parameter."""
 
     @property
     def takes_means(self) -> bool:
@@ -124,13 +127,16 @@ class ZeroOneAdamW(FrozenAdamW):
             for (name, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
                 p, group = self._places[name]
                 state, sync, beta1 = self.state[p], self._syncing[name], group["betas"][0]
-                fresh, kept = sync.share * (1 - beta1), sync.share * beta1 * self._scale
-                inverse, average = loops.flat(state["inverse"], state["exp_avg"])
-                Blend(inverse, average, self.limit(group) * self._scale, fresh, kept).apply(part)
-                if sync.share < 1:
-                    part.add_(
-                        loops.flat(state["total"])[0], alpha=sync.keep * group["unit"] / sync.weight * self._scale
-                    )
+                if name not in self._leads:
+                    self._leads[name] = torch.empty_like(part)
+                loops.look_back(
+                    *(part, *loops.flat(state["inverse"], state["exp_avg"], state["total"]), self._leads[name]),
+                    limit=self.limit(group) * self._scale,
+                    fresh=1 - beta1,
+                    kept=beta1 * self._scale,
+                    share=sync.share,
+                    carry=sync.keep * group["unit"] / sync.weight * self._scale if sync.weight else 0.0,
+                )
 
         return Treatment(codec, prepare=prepare)
 
@@ -150,8 +156,10 @@ class ZeroOneAdamW(FrozenAdamW):
                     state["exp_avg"],
                     state["total"],
                     state["anchor"],
+                    self._leads[name],
                     state["decay"],
                     sync.weight / group["unit"],
+                    self._scale,
                 )
                 state["decay"], state["weight"] = 1.0, 0.0
                 continue

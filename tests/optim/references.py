@@ -242,12 +242,14 @@ class FrozenAdam:
                 direct = self.every == 1 or weight == 0  # what the division would give, without its rounding
                 mine[name] = self.momenta[rank][name] if direct else drift / weight
             sent.append(bucket.flat(mine))
+        own = [bucket.parts(mine, self.anchor) for mine in sent]
         got = bucket.parts(bucket.mean(sent, self.codec, self.exchange), self.anchor)
         for name, n in got.items():
             self.anchor[name] = self.decay[name] * self.anchor[name] - self.weight[name] * n
             self.decay[name], self.weight[name] = 1.0, 0.0
             for rank in range(self.world_size):
-                self.ranks[rank][name], self.momenta[rank][name] = self.anchor[name].clone(), n
+                self.ranks[rank][name] = self.anchor[name].clone()
+                self.momenta[rank][name] = n + self.momenta[rank][name] - own[rank][name]
 
     def _size(self, name: str) -> Tensor:
         _, _, beta2, eps, _ = self._settings(name)

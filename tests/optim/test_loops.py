@@ -11,7 +11,8 @@ from commpress.optim import loops
 PASSES: dict[str, tuple[int, Callable[[list[Tensor]], None]]] = {
     "advance": (3, lambda t: loops.advance(*t, keep=0.99, rate=0.3)),
     "wander": (6, lambda t: loops.wander(*t, limit=1.0, beta=0.9, keep=0.99, rate=0.3, decay=0.97)),
-    "meet": (5, lambda t: loops.meet(*t, decay=0.97, weight=1.2)),
+    "look back": (5, lambda t: loops.look_back(*t, limit=1.0, fresh=0.1, kept=0.9, share=0.3, carry=0.7)),
+    "meet": (6, lambda t: loops.meet(*t, decay=0.97, weight=1.2, scale=4.0)),
     "stand": (3, lambda t: loops.stand(*t, decay=0.97)),
     "correct": (3, lambda t: loops.correct(*t, beta=0.9, decay=0.01, nesterov=False)),
     "correct, Nesterov's": (3, lambda t: loops.correct(*t, beta=0.9, decay=0.01, nesterov=True)),

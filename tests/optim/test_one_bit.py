@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, batch, finite, loss_of, network, parameters_of, same, same_training, train
 
 import commpress
+from commpress.comm.codecs.blend import Blend
 from commpress.comm.meter import Report
 from commpress.optim import OneBitAdamW
 
@@ -132,6 +133,25 @@ def warm_up_clipped(most: float) -> tuple[Trained, Trained, Trained]:
             theirs.step()
         trained.append(Trained(parameters_of(plain)))
     return trained[0], trained[1], trained[2]
+
+
+def blended_apart(spec: str, groups: bool) -> int:
+    """How often a bucket was blended in a pass of its own, in four steps behind the warm-up; all in one bucket."""
+    ddp, optimizer, _ = attached(spec, groups=groups, warmup_steps=1, bucket_cap_mb=25)
+    train(ddp, range(2), optimizer=optimizer)
+    apply, calls = Blend.apply, 0
+
+    def counted(self: Blend, x: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        apply(self, x)
+
+    Blend.apply = counted  # type: ignore[method-assign]
+    try:
+        train(ddp, range(2, 6), optimizer=optimizer)
+    finally:
+        Blend.apply = apply  # type: ignore[method-assign]
+    return calls
 
 
 def replicas(spec: str, steps: int, settings: dict[str, Any]) -> tuple[list[list[Tensor]], Report, list[list[Tensor]]]:
@@ -430,3 +450,9 @@ def test_a_value_without_gradients_is_not_thrown_about() -> None:
 
 def test_the_batches_differ_by_rank() -> None:
     assert not torch.equal(batch(0, 0)[0], batch(0, 1)[0])
+
+
+def test_the_pass_that_encodes_makes_the_momentum() -> None:
+    assert run(2, blended_apart, "sign", False) == [0, 0]
+    assert run(2, blended_apart, "topk(0.1)|int4", False) == [0, 0]
+    assert run(2, blended_apart, "sign", True)[0] > 0  # groups of other betas

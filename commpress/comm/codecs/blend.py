@@ -21,9 +21,9 @@ class Blend:
     """Makes of x ([n]) fresh * clip(x * inverse, limit) + kept * average; of NaN and Inf it makes NaN."""
 
     inverse: Tensor
-    """float32 [n]"""
+    """[n]; float32, if it is to be done in the pass that encodes."""
     average: Tensor
-    """float32 [n]"""
+    """Likewise."""
     limit: float
     fresh: float
     kept: float
