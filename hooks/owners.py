@@ -20,7 +20,7 @@ from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Choice, Treatment
 from commpress.comm.shards import Pending, Shards
-from commpress.optim import OneBitAdamW
+from commpress.optim import OneBitAdamW, loops
 from commpress.optim.base import plain
 
 
@@ -37,10 +37,10 @@ class Owners(Shards):
         choice: Choice,
         treatment: Treatment,
         dense: int,
-        known: Tensor | None = None,
+        known: Sequence["Known"] = (),
     ) -> Pending:
         """Replace x[cuts[rank] : cuts[rank + 1]] by its mean over the ranks. `x` is float32 [cuts[-1]]; what of it belongs to
-        others is undefined afterwards. `known` ([cuts[-1]], the same on all ranks) is coded along, and taken off the mean."""
+        others is undefined afterwards. `known` is coded along, and taken off the mean."""
         memory = self.feedback.memory(segments, choice.feedback, None, self.device)
         exchange = _to_owners(x, cuts, choice.codec, treatment, known, memory, self.wire, next(self.tags))
         return self.start("gradients", "to_owners", choice, x, x, index, dense, exchange, None)
@@ -63,7 +63,7 @@ def _to_owners(
     cuts: Sequence[int],
     codec: Codec,
     treatment: Treatment,
-    known: Tensor | None,
+    known: Sequence["Known"],
     memory: Memory,
     wire: Wire,
     tag: int,
@@ -71,8 +71,8 @@ def _to_owners(
     """Each rank sends to every other its part, coded: (W - 1) / W * nbytes(n) in all if they are of one length."""
     if treatment.prepare is not None:
         treatment.prepare(x, memory)
-    if known is not None:
-        x.add_(known)
+    for k in known:
+        loops.lean(x[k.at : k.at + k.values.numel()], k.values, k.share)
     me, W = wire.rank, wire.world_size
     lengths = [cuts[r + 1] - cuts[r] for r in range(W)]
     sizes = [codec.nbytes(length) if length else 0 for length in lengths]
@@ -84,10 +84,19 @@ def _to_owners(
             memory.encode(codec, x, slice(cuts[r], cuts[r + 1]), out=rows[me] if r == me else outgoing[r])
     yield wire.swap(outgoing, rows, tag, last=True)
     if lengths[me]:
-        mine = slice(cuts[me], cuts[me + 1])
-        codec.mean(gathered, lengths[me], W, out=x[mine])
-        if known is not None:
-            x[mine].sub_(known[mine])
+        codec.mean(gathered, lengths[me], W, out=x[cuts[me] : cuts[me + 1]])
+        for k in known:
+            if cuts[me] <= k.at < cuts[me + 1]:
+                loops.lean(x[k.at : k.at + k.values.numel()], k.values, -k.share)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What all ranks know of the values of one owner that start at `at` in a bucket: `share` times `values` (bfloat16)."""
+
+    at: int
+    values: Tensor
+    share: float
 
 
 @dataclass(frozen=True)
@@ -183,14 +192,17 @@ class OneBitPartitions:
             self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
-    def known(self, layout: Layout) -> Tensor | None:
+    def known(self, layout: Layout) -> list[Known]:
         """beta1 k of a bucket's values, if there is one. Once a step: what feedback keeps of the coding would grow with each
         backward of an accumulation, into n and so into the next k."""
         if self._warming or not self._learns or not self._zero.is_gradient_accumulation_boundary():
-            return None
-        betas = [group["betas"][0] for group in self.optimizer.param_groups]
-        pieces = layout.pieces
-        return torch.cat([self._known[p.group][p.at : p.at + len(p)].float() * betas[p.group] for p in pieces])
+            return []
+        found: list[Known] = []
+        for piece in layout.pieces:
+            values = self._known[piece.group][piece.at : piece.at + len(piece)]
+            at = found[-1].at + found[-1].values.numel() if found else 0
+            found.append(Known(at, values, self.optimizer.param_groups[piece.group]["betas"][0]))
+        return found
 
     def learn(self, group: int, start: int, differences: Tensor) -> None:
         """All ranks were sent these differences of parameters: float32 [W, l], each rank's own from its value `start` on."""
@@ -198,12 +210,13 @@ class OneBitPartitions:
             return
         settings = self.optimizer.param_groups[group]
         lr, part = float(settings["lr"]), slice(start, start + differences.shape[1])
-        known = self._known[group].view(self._shards.world_size, -1)[:, part]
-        k = differences * (-settings["unit"] / lr if lr else 0.0)
-        # the differences also hold what was withheld before, at another rate; what is no momentum is no knowledge
-        known.copy_(torch.where(k.abs() <= settings["unit"], k, 0.0))
+        rows = self._known[group].view(self._shards.world_size, -1)[:, part]
+        factor = -settings["unit"] / lr if lr else 0.0
+        for row, values in zip(rows, differences, strict=True):
+            # the differences also hold what was withheld before, at another rate; what is no momentum is no knowledge
+            loops.learn(values, row, factor, settings["unit"])
         flat = self._zero.single_partition_of_fp32_groups[group]
-        self.optimizer.state[flat]["known"][part] = known[self._shards.rank]
+        self.optimizer.state[flat]["known"][part] = rows[self._shards.rank]
 
     def _prepare(self, layout: Layout, x: Tensor, memory: Memory) -> None:
         """x <- (1 - beta1) g / d, and what feedback kept of gradients likewise."""

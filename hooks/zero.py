@@ -246,7 +246,7 @@ class Partitions:
                 for piece, part in parts:
                     gradients[piece.place][piece.start : piece.stop].copy_(part)
             return False
-        known = None if self.behind is None else self.behind.known(layout)
+        known = [] if self.behind is None else self.behind.known(layout)
         shards.to_owners(
             layout.x, layout.cuts, layout.segments, layout.index, choice, treatment, crossing, known
         ).wait()

@@ -105,6 +105,23 @@ def stand(p: Tensor, anchor: Tensor, total: Tensor, decay: float) -> None:
     p.copy_(decay * anchor - total)
 
 
+def learn(differences: Tensor, known: Tensor, factor: float, most: float) -> None:
+    """known <- factor * differences, in bfloat16, and 0 where that is more than `most` or NaN."""
+    if differences.dtype == torch.float32 and differences.device.type == "cpu":
+        _learn(differences.numpy(), known.view(torch.uint16).numpy(), *_scalars(factor, most))
+        return
+    k = differences * factor
+    known.copy_(torch.where(k.abs() <= most, k, 0.0))
+
+
+def lean(x: Tensor, known: Tensor, share: float) -> None:
+    """x <- x + share * known, in place; `known` is bfloat16."""
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        _lean(x.numpy(), known.view(torch.uint16).numpy(), *_scalars(share))
+        return
+    x.add_(known.to(x.dtype), alpha=share)
+
+
 def correct(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, nesterov: bool) -> None:
     """x <- x + decay * p, momentum <- beta * momentum + x, x <- momentum (Nesterov's: x + beta * momentum), in place."""
     tensors = flat(x, momentum, p)
@@ -126,6 +143,8 @@ def warm_up() -> None:
     meet(x, y, z, p, q, r, 1.0, 1.0, 1.0)
     stand(x, y, z, 1.0)
     correct(x, y, z, 0.5, 0.5, False)
+    learn(x, y.bfloat16(), 1.0, 1.0)
+    lean(x, y.bfloat16(), 1.0)
 
 
 def flat(*tensors: Tensor) -> list[Tensor]:
@@ -184,6 +203,22 @@ def _meet(p, update, average, total, anchor, lead, decay, weight, unscale):
 def _stand(p, anchor, total, decay):
     for i in range(p.size):
         p[i] = decay * anchor[i] - total[i]
+
+
+@loop
+def _learn(differences, known, factor, most):
+    for i in range(differences.size):
+        k = np.float32(factor * differences[i])
+        value = k if np.abs(k) <= most else np.float32(0)
+        bits = np.float32(value).view(np.uint32)
+        odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+        known[i] = np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))  # half to even
+
+
+@loop
+def _lean(x, known, share):
+    for i in range(x.size):
+        x[i] += share * np.uint32(np.uint32(known[i]) << np.uint32(16)).view(np.float32)
 
 
 @loop

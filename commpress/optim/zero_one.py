@@ -129,8 +129,9 @@ class ZeroOneAdamW(FrozenAdamW):
                 state, sync, beta1 = self.state[p], self._syncing[name], group["betas"][0]
                 if name not in self._leads:
                     self._leads[name] = torch.empty_like(part)
+                inverse, average, total = loops.flat(state["inverse"], state["exp_avg"], state["total"])
                 loops.look_back(
-                    *(part, *loops.flat(state["inverse"], state["exp_avg"], state["total"]), self._leads[name]),
+                    *(part, inverse, average, total, self._leads[name]),
                     limit=self.limit(group) * self._scale,
                     fresh=1 - beta1,
                     kept=beta1 * self._scale,

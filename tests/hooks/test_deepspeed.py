@@ -16,7 +16,7 @@ from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.plan import FEWEST_VALUES, Plan, Treatment
 from commpress.hooks.deepspeed import attach
-from commpress.hooks.owners import Owners
+from commpress.hooks.owners import Known, Owners
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
@@ -193,7 +193,8 @@ def owners_sum(cuts: list[int], known: bool) -> list[float]:
         dist.all_reduce(total)
         true += total / W
         choice = plan.choose(n, 4, W, treatment)
-        along = torch.randn(n, generator=torch.Generator().manual_seed(step)) if known else None
+        every = torch.randn(n, generator=torch.Generator().manual_seed(step)).bfloat16()
+        along = [Known(a, every[a:b], 0.9) for a, b in itertools.pairwise(cuts) if b > a] if known else []
         owners.to_owners(x, cuts, (("p", n),), 0, choice, treatment, 0, along).wait()
         sent[mine] += x[mine]
     kept = owners.feedback.memories[(("p", n),)].residual

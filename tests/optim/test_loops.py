@@ -20,6 +20,27 @@ PASSES: dict[str, tuple[int, Callable[[list[Tensor]], None]]] = {
 """How many tensors each takes, and the pass."""
 
 
+def test_what_is_known_is_bounded_and_half_as_wide() -> None:
+    differences = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    differences[7] = torch.nan
+    looped, plain = (torch.ones(5000, dtype=torch.bfloat16) for _ in range(2))
+    loops.learn(differences, looped, -2.0, 3.0)
+    loops.learn(differences.double(), plain, -2.0, 3.0)
+    assert torch.equal(looped, plain)
+    assert looped[7] == 0
+    assert 0.05 < (looped == 0).double().mean() < 0.2
+    kept = looped != 0
+    torch.testing.assert_close(looped[kept].float(), -2 * differences[kept], rtol=2**-8, atol=0)
+    loops.learn(differences, plain, -float("inf"), 3.0)
+    assert not plain.any()
+
+    x, y = torch.ones(5000), torch.ones(5000, dtype=torch.float64)
+    loops.lean(x, looped, 0.9)
+    loops.lean(y, looped, 0.9)
+    torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(x, torch.ones(5000))
+
+
 @pytest.mark.parametrize("order", ["contiguous", "channels last"])
 @pytest.mark.parametrize("name", PASSES)
 def test_both_forms_agree(name: str, order: str) -> None:
