@@ -22,6 +22,7 @@ from torch import Tensor
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Treatment
+from commpress.comm.survivors import pack, unpack
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters, within
@@ -104,7 +105,7 @@ class ZeroOneAdamW(FrozenAdamW):
         return super().waits() and not self._refreshes()
 
     def start(self, scale: float) -> bool:
-        self._seen, self._syncing = 0, {}
+        self._seen, self._syncing, self._leads = 0, {}, {}
         return super().start(scale)
 
     def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
@@ -124,20 +125,25 @@ class ZeroOneAdamW(FrozenAdamW):
         def prepare(bucket: Tensor, memory: Memory) -> None:
             self.settle(memory, segments)
             self.clip(bucket)
-            for (name, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
+            sizes = [n for _, n in segments]
+            leads = memory.buffer("lead", bucket.nbytes, bucket.device).view(bucket.dtype)
+            for (name, _), part, lead in zip(segments, bucket.split(sizes), leads.split(sizes), strict=True):
                 p, group = self._places[name]
                 state, sync, beta1 = self.state[p], self._syncing[name], group["betas"][0]
-                if name not in self._leads:
-                    self._leads[name] = torch.empty_like(part)
+                self._leads[name] = lead
                 inverse, average, total = loops.flat(state["inverse"], state["exp_avg"], state["total"])
                 loops.look_back(
-                    *(part, inverse, average, total, self._leads[name]),
+                    *(part, inverse, average, total, lead),
                     limit=self.limit(group) * self._scale,
                     fresh=1 - beta1,
                     kept=beta1 * self._scale,
                     share=sync.share,
                     carry=sync.keep * group["unit"] / sync.weight * self._scale if sync.weight else 0.0,
                 )
+            if memory.places is not None:  # what is pruned has no momentum
+                kept = torch.empty(memory.places.numel(), dtype=leads.dtype, device=leads.device)
+                pack(leads, memory.places, kept)
+                unpack(kept, memory.places, leads)
 
         return Treatment(codec, prepare=prepare)
 
@@ -151,13 +157,15 @@ class ZeroOneAdamW(FrozenAdamW):
             state = self.state[p]
             if (sync := self._syncing.get(name)) is not None:
                 state["decay"] *= sync.keep
+                if (lead := self._leads.get(name)) is None:  # nothing of it is left to be sent
+                    lead = torch.zeros_like(p)
                 loops.meet(
                     p,
                     update,
                     state["exp_avg"],
                     state["total"],
                     state["anchor"],
-                    self._leads[name],
+                    lead,
                     state["decay"],
                     sync.weight / group["unit"],
                     self._scale,
