@@ -5,9 +5,11 @@ sync, the same on all ranks,
 
     u <- (1 - lr wd) u + lr n        p = decay anchor - u        decay <- (1 - lr wd) decay, weight likewise as u for n = 1
 
-A sync sends u / weight, the mean n since the last one, and all go on from decay * anchor - weight * mean. The paper's n is that
-mean then, which forgets most of the last gradients: n follows them by some steps, and a mean of n by more. Here n becomes what
-it is ahead of its rank's own mean, on top of the mean of all.
+A sync sends u / weight, the mean n since the last one, and all go on from decay * anchor - weight * mean of all.
+
+In the paper n becomes that mean of all, too. It lags: of the last gradient it holds one of so many parts as there were steps.
+Here each rank adds what its n was ahead of its own mean. (A GPT of 0.9 M parameters, two ranks, `sign` every 4 steps, 1,500 in
+all; held-out loss of three seeds: 1.965 in the paper's way, 1.939 so; AdamW 1.929.)
 """
 
 import contextlib
