@@ -148,6 +148,8 @@ class OneBitPartitions:
         self._learns = shards.parameters.codec.lossy
         self._warming = True
         self._converted: set[str] = set()
+        self._leaned: set[int] = set()
+        """Buckets that were coded with what is known, in this step."""
         self._gradients: list[Tensor] = []
         flats = {f"partition of group {i}": flat for i, flat in enumerate(zero.single_partition_of_fp32_groups)}
         optimizer.bind(flats, shards.world_size, may_be_unused=False)
@@ -158,7 +160,7 @@ class OneBitPartitions:
         optimizer = self.optimizer
         if not optimizer.awaits_step:
             optimizer.start(1.0)
-            self._warming, self._converted = not optimizer.frozen, set()
+            self._warming, self._converted, self._leaned = not optimizer.frozen, set(), set()
             if optimizer.unproven():
                 self._prove()
         if self._warming:
@@ -195,8 +197,9 @@ class OneBitPartitions:
     def known(self, layout: Layout) -> list[Known]:
         """beta1 k of a bucket's values, if there is one. Once a step: what feedback keeps of the coding would grow with each
         backward of an accumulation, into n and so into the next k."""
-        if self._warming or not self._learns or not self._zero.is_gradient_accumulation_boundary():
+        if self._warming or not self._learns or layout.index in self._leaned:
             return []
+        self._leaned.add(layout.index)
         found: list[Known] = []
         for piece in layout.pieces:
             values = self._known[piece.group][piece.at : piece.at + len(piece)]

@@ -385,7 +385,7 @@ class Session:
             exchange = EXCHANGES[choice.exchange](travels, choice.codec, used, self._wire, next(self._tags))
         if places is not None and travels is not bucket:
             exchange = packed(bucket, places, travels, exchange)
-        if self._optimizer is None and treatment.prepare is None:
+        if self._optimizer is None and treatment.prepare is None and treatment.blend is None:
             return exchange
         # where the codec sees the bucket itself, its pass does the blending
         fused = used if choice.codec.lossy and self.world_size > 1 and places is None else None

@@ -140,7 +140,7 @@ class ZeroOneAdamW(FrozenAdamW):
                     fresh=1 - beta1,
                     kept=beta1 * self._scale,
                     share=sync.share,
-                    carry=sync.keep * group["unit"] / sync.weight * self._scale if sync.weight else 0.0,
+                    carry=sync.keep * group["unit"] / sync.weight * self._scale if sync.share < 1 else 0.0,
                 )
             if memory.places is not None:  # what is pruned has no momentum
                 kept = torch.empty(memory.places.numel(), dtype=leads.dtype, device=leads.device)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from training import train as train_ddp
 
 from commpress.hooks.ddp import attach as ddp_attach
 from commpress.hooks.deepspeed import attach, initialize
+from commpress.hooks.owners import OneBitPartitions
 from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -152,6 +154,34 @@ def test_all_learn_the_momentum_from_the_steps_of_its_owners() -> None:
         assert all(cosine > 0.98 for cosine in cosines)
         assert all(k <= 1 for k in most)
         assert loss < 1
+
+
+def coded_along(**settings: Any) -> tuple[int, int]:
+    """Steps behind the warm-up, and how many buckets were coded with what is known in them."""
+    e = engine(2, optimizer=lambda p: one_bit(p, warmup_steps=2), **settings)
+    attach(e, "sign", parameters="int8")
+    known, calls = OneBitPartitions.known, 0
+
+    def counted(self: OneBitPartitions, layout: Any) -> list[Any]:
+        nonlocal calls
+        found = known(self, layout)
+        calls += bool(found)
+        return found
+
+    OneBitPartitions.known = counted  # type: ignore[method-assign]
+    try:
+        train(e, range(6 * settings.get("gradient_accumulation_steps", 1)))
+    finally:
+        OneBitPartitions.known = known  # type: ignore[method-assign]
+    return e.basic_optimizer.param_groups[0]["steps"] - 2, calls
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"managed_gradient_accumulation": False}, {"gradient_accumulation_steps": 2},
+])  # fmt: skip
+def test_what_is_known_is_coded_along_once_a_step(settings: dict[str, Any]) -> None:
+    for steps, calls in run(RANKS, partial(coded_along, **settings)):
+        assert steps == calls == 4  # all parameters are in one bucket
 
 
 def settled() -> list[tuple[int, float]]:
