@@ -269,6 +269,21 @@ def test_zero_one_adamw_and_dgc_at_zero_0_to_2() -> None:
         assert found[1] == found[3] == found[5]
 
 
+def one_bit_at_all_stages() -> list[bool]:
+    """Whether OneBitAdamW leaves the bits of ZeRO 0 at ZeRO 1 and 2, in groups, after a coded warm-up."""
+    left = []
+    for stage in range(3):
+        e = engine(stage, optimizer=lambda p: in_groups(p, warmup_steps=5, warmup_spec="int8"))
+        attach(e, "sign")
+        train(e, range(20))
+        left.append(weights(e))
+    return [same(left[0], other) for other in left[1:]]
+
+
+def test_one_bit_adamw_is_the_same_at_zero_0_to_2() -> None:
+    assert all(equal == [True, True] for equal in run(RANKS, one_bit_at_all_stages))
+
+
 def matrix() -> nn.Module:
     """A model of one parameter: DDP and an engine send it in the same order."""
     with torch.random.fork_rng():
