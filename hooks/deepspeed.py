@@ -18,7 +18,7 @@ under one ZeRO 1 and 2 do what ZeRO 0 does, on every rank. OneBitAdamW can be sh
 owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those.
 
 All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
-in is in `zero`, what it sends in `owners`.
+in is in `zero_replicas` (ZeRO 0), `zero_partitions` (1 and 2) and `zero_gathered` (3), what the last two send in `owners`.
 """
 
 import copy
@@ -34,8 +34,10 @@ from commpress.comm.codecs.topk import TopK
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 from commpress.comm.sharded_session import ShardedSession, agree
-from commpress.hooks import zero
 from commpress.hooks.owners import Owners
+from commpress.hooks.zero_gathered import attach_gathered
+from commpress.hooks.zero_partitions import attach_partitions
+from commpress.hooks.zero_replicas import attach_replicas
 from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.advice import advise
 
@@ -91,7 +93,7 @@ def attach(
     agree(settings, [group], device, refusal)
     assert plans is not None
     if not sharded:
-        engine.commpress = zero.attach_replicas(engine, plans[0], names, optimizer)
+        engine.commpress = attach_replicas(engine, plans[0], names, optimizer)
     else:
         engine.commpress = _shard(engine, stage, plans, names, optimizer, str(settings["parameters"]))
     if optimizer is None:
@@ -110,10 +112,10 @@ def _shard(
 ) -> ShardedSession:
     shards = Owners(engine.seq_data_parallel_group, torch.device(engine.device), *plans)
     if stage == 3:
-        zero.attach_gathered(engine, shards, names)
+        attach_gathered(engine, shards, names)
     else:
         assert optimizer is None or isinstance(optimizer, OneBitAdamW)
-        zero.attach_partitions(engine, shards, names, optimizer)
+        attach_partitions(engine, shards, names, optimizer)
     return ShardedSession([shards], *plans, shards.rank, shards.world_size, holds)
 
 

@@ -1,6 +1,7 @@
 """What ZeRO 1 and 2 send: the gradients of every part to its owner, and the owners' new values to all.
 
-`Owners` is the traffic; `OneBitPartitions` is OneBitAdamW whose state is partitioned likewise. What `zero` has calls them.
+`Owners` is the traffic; `OneBitPartitions` is OneBitAdamW whose state is partitioned likewise. `zero_partitions`
+calls them.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -19,7 +19,7 @@ from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
 from commpress.comm.exchange import Transfer, Wire
 from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
 from commpress.comm.exchange.wire import sibling, tree_children
-from commpress.comm.meter import Meter, Report
+from commpress.comm.meter import Meter, Report, named
 from commpress.comm.plan import Plan
 from commpress.comm.sequencer import Job, Sequencer, promise
 
@@ -137,7 +137,7 @@ class Broadcasts:
 
     def _start(self, index: int, flat: Tensor, nbytes: int, reason: str, exchange: Iterator[Transfer]) -> Any:
         spec = "none" if reason else str(self.codec)
-        dtype = str(flat.dtype).removeprefix("torch.")
+        dtype = named(flat.dtype)
         row = self._meter.row(index, flat.numel(), dtype, spec, "broadcast", reason, self._role)
         future = promise(self.device)
         dense = nbytes * tree_children(self.rank, self.source, self.world_size)
@@ -147,7 +147,7 @@ class Broadcasts:
 
 def _not_coded(dtype: torch.dtype) -> str:
     """Why tensors of this dtype are sent as they are; "" if they are not."""
-    name = str(dtype).removeprefix("torch.")
+    name = named(dtype)
     if dtype not in FLOAT_DTYPES:
         return f"{name} is no float"
     return f"{name} has more bits than float32" if dtype.itemsize > 4 else ""

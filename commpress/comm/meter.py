@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
@@ -228,3 +229,8 @@ class Meter:
             phases[phase] = phases.get(phase, 0) + end - start
         phases = {phase: steps for phase, steps in phases.items() if steps}
         return Report(spec, rank, world_size, self.steps, dense, sent, received, seconds, rows, phases)
+
+
+def named(dtype: torch.dtype) -> str:
+    """As a report has it."""
+    return str(dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ from commpress.comm.exchange.packed import packed
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes, sibling
 from commpress.comm.feedback import Feedback, Memory, Segments
-from commpress.comm.meter import Meter, Report
+from commpress.comm.meter import Meter, Report, named
 from commpress.comm.plan import DENSE, Choice, Plan, Treatment
 from commpress.comm.resize import resized
 from commpress.comm.sequencer import Job, Sequencer, promise
@@ -351,7 +351,7 @@ class Session:
         if n == 0:
             treatment = Treatment(None, "nothing is left of it")
         choice = self.plan.choose(n, bucket.element_size(), W, treatment)
-        dtype = str(bucket.dtype).removeprefix("torch.")
+        dtype = named(bucket.dtype)
         row = self.meter.row(
             index, bucket.numel(), dtype, str(choice.codec), choice.exchange, choice.reason, self._role
         )

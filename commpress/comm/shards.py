@@ -29,7 +29,7 @@ from commpress.comm.exchange.reduce_scatter import Op, native_bytes, native_redu
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes, sibling
 from commpress.comm.feedback import Feedback, Segments
-from commpress.comm.meter import Meter, Report
+from commpress.comm.meter import Meter, Report, named
 from commpress.comm.plan import Choice, Plan, Treatment
 from commpress.comm.sequencer import Job, Sequencer, promise
 
@@ -209,7 +209,7 @@ class Shards:
         buffer: Tensor | None,
     ) -> "Pending":
         """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `take`, is free afterwards."""
-        dtype = str(out.dtype).removeprefix("torch.")
+        dtype = named(out.dtype)
         name = choice.exchange if choice.exchange == "none" else name
         row = self.meter.row(index, whole.numel(), dtype, str(choice.codec), name, choice.reason, role)
         step = self.reduced(index) if role == "gradients" else self._reductions.get(index, 0)

@@ -1,6 +1,7 @@
 """The optimizers' passes over memory: on CPU memory in float32 one loop each (Numba), elsewhere plain torch.
 
-Tensors of one call have one shape and are dense in one order. Both ways agree to rounding.
+Tensors of one call have one shape and are dense in one order. Both ways agree to rounding. What a loop has in common with one
+of `comm.kernels.cpu` it says again: Numba's cache would not see that the other file has changed.
 """
 
 import numpy as np

@@ -97,7 +97,7 @@ class ZeroOneAdamW(FrozenAdamW):
         self._seen = 0  # values in the buckets of this step so far
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
-        """By how much n is ahead of what a sync has sent, times the loss scale; float32 [n] a parameter."""
+        """By how much n is ahead of what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
 
     @property
     def takes_means(self) -> bool:
@@ -118,8 +118,8 @@ class ZeroOneAdamW(FrozenAdamW):
         place = self._seen * interval // sum(p.numel() for p, _ in self._places.values())
         self._seen += sum(n for _, n in segments)
         if self._refreshes():
-            spec = parse(self.param_groups[0]["warmup_spec"])
-            return Treatment(spec, "" if spec.lossy else "the variance is refreshed", apart=True)
+            codec = parse(self.param_groups[0]["warmup_spec"])
+            return Treatment(codec, "" if codec.lossy else "the variance is refreshed", apart=True)
         if (step + 1 + place) % interval:
             return Treatment(None, "a local step")
         self._syncing |= {name: self._sync(name) for name, _ in segments}

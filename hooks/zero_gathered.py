@@ -1,0 +1,143 @@
+"""ZeRO 3: parameters that come and go. What is not compressed is left to the original, and counted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.meter import named
+from commpress.hooks.owners import Owners
+
+KEPT_EVERYWHERE = "small: every rank keeps it (stage3_param_persistence_threshold)"
+
+
+@dataclass
+class Gathered:
+    """A ZeRO 3 optimizer (`zero`) and its traffic."""
+
+    zero: Any
+    module: nn.Module
+    shards: Owners
+    names: dict[Tensor, str]
+    _indices: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._places = {id(p): i for i, p in enumerate(self.module.parameters())}
+
+    def reduce(
+        self, original: Callable[..., list[Tensor]], params: list[Any], communication_data_type: torch.dtype
+    ) -> list[Tensor]:
+        """This rank's part of the mean gradient of each parameter."""
+        values = sum(p.partition_numel() for p in params) * (self.shards.world_size - 1)
+        if self.shards.device.type == "cpu":
+            values *= 2  # Gloo all-reduces and keeps a part
+        crossing = values * communication_data_type.itemsize
+        return self._reduce(params, lambda: original(params, communication_data_type), "reduce_scatter", crossing)
+
+    def reduce_contiguous(
+        self, original: Callable[..., list[Tensor]], buffer: Tensor, communication_data_type: torch.dtype
+    ) -> list[Tensor]:
+        """The same where the gradients lie one behind the other in `buffer` (`reduce_scatter` off)."""
+        params = list(self.zero.ipg_buckets[communication_data_type].params)
+        crossing = ring_bytes(buffer.numel() * communication_data_type.itemsize, self.shards.world_size)
+        return self._reduce(params, lambda: original(buffer, communication_data_type), "all_reduce", crossing)
+
+    def _reduce(self, params: list[Any], original: Callable[[], list[Tensor]], how: str, crossing: int) -> list[Tensor]:
+        shards, W = self.shards, self.shards.world_size
+        sizes = [p.partition_numel() for p in params]
+        m, dtype = sum(sizes), params[0].grad.dtype
+        index = self._indices.setdefault(tuple(self._places[id(p)] for p in params), len(self._indices))
+        choice = shards.gradients.choose(m, dtype.itemsize, W)
+        if choice.reason or not choice.codec.lossy:
+            shards.meter.by_itself(index, W * m, named(dtype), how, choice.reason, "gradients", crossing)
+            shards.reduced(index)
+            return original()
+        full = torch.zeros(W, m, dtype=dtype, device=params[0].grad.device)
+        for p, size, columns in zip(params, sizes, full.split(sizes, dim=1), strict=True):
+            flat, rest = p.grad.reshape(-1), p.ds_numel % size
+            whole = p.ds_numel // size
+            columns[:whole].copy_(flat[: whole * size].view(whole, size))
+            if rest:
+                columns[whole, :rest].copy_(flat[whole * size :])
+        out = torch.empty(m, dtype=dtype, device=full.device)
+        segments = tuple((f"{self.names[p]}[{r}]", n) for r in range(W) for p, n in zip(params, sizes, strict=True))
+        shards.reduce_scatter(full.view(-1), out, segments, index).wait()
+        return [
+            part[: max(0, min(size, p.ds_numel - shards.rank * size))].to(self.zero.gradient_accumulation_dtype)
+            for p, size, part in zip(params, sizes, out.split(sizes), strict=True)
+        ]
+
+    def gather(self, original: Callable[..., Any], params: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
+        """Start to gather parameters. Each is coded for itself: what is decoded does not depend on which come together."""
+        from deepspeed.runtime.zero.partition_parameters import (
+            AllGatherHandle,
+            MultipleAllGatherHandles,
+            ZeroParamStatus,
+        )
+
+        shards, W = self.shards, self.shards.world_size
+        handles, exact = [], []
+        for p in sorted(params, key=lambda p: p.ds_id):
+            shard = p.ds_tensor
+            choice = shards.parameters.choose(shard.ds_numel, shard.element_size(), W)
+            if p.ds_persist or choice.reason or not choice.codec.lossy:
+                exact.append(p)
+                self._note(p, choice.reason or KEPT_EVERYWHERE)
+                continue
+            if p.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+                raise RuntimeError(p.ds_summary())
+            p.ds_status = ZeroParamStatus.INFLIGHT
+            out = torch.empty(W * shard.ds_numel, dtype=shard.dtype, device=shard.device)
+            pending = shards.all_gather(self._own(p), out, self._places[id(p)])
+            handles.append(AllGatherHandle(pending, p, param_buffer=out, original_dtype=shard.dtype))
+        if exact:
+            handles.append(original(exact, safe_mode=safe_mode, quantize=quantize))
+        return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
+
+    def _own(self, p: Any) -> Tensor:
+        """This rank's part of a parameter. What pads it was never written, and would be in the scale of a block."""
+        part: Tensor = p.ds_tensor.detach()
+        real = p.ds_numel - self.shards.rank * part.numel()
+        if real >= part.numel():
+            return part
+        padded = torch.zeros_like(part)
+        if real > 0:
+            padded[:real].copy_(part[:real])
+        return padded
+
+    def gather_whole(self, original: Callable[..., Any], p: Any, param_list: Any = None, **settings: Any) -> Any:
+        """Parameters that are read, not computed with: DeepSpeed's own, exact."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        kept = param_list is not None and param_list is self.zero.persistent_parameters
+        for q in [p] if param_list is None else param_list:
+            if q.ds_status == ZeroParamStatus.AVAILABLE and not q.ds_persist and not q.ds_active_sub_modules:
+                q.partition()  # a forward without a backward has left what was decoded
+            if q.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+                self._note(q, KEPT_EVERYWHERE if kept else "read as a whole, and exact")
+        return original(param_list, **settings)
+
+    def _note(self, p: Any, reason: str) -> None:
+        n, dtype, others = p.ds_tensor.ds_numel, p.ds_tensor.dtype, self.shards.world_size - 1
+        reason = reason if self.shards.parameters.codec.lossy else "spec is none"
+        sent = others * n * dtype.itemsize
+        self.shards.meter.by_itself(
+            self._places[id(p)], (others + 1) * n, named(dtype), "gather", reason, "parameters", sent
+        )
+
+
+def attach_gathered(engine: Any, shards: Owners, names: dict[Tensor, str]) -> None:
+    """Stand in for what a ZeRO 3 optimizer sends."""
+    zero = engine.optimizer
+    gathered = Gathered(zero, engine.module, shards, names)
+    mangled = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter"
+    setattr(zero, f"{mangled}_grads", partial(gathered.reduce, getattr(zero, f"{mangled}_grads")))
+    contiguous = partial(gathered.reduce_contiguous, getattr(zero, f"{mangled}_contiguous_grads"))
+    setattr(zero, f"{mangled}_contiguous_grads", contiguous)
+    for p in engine.module.parameters():
+        p.all_gather_coalesced = partial(gathered.gather, p.all_gather_coalesced)
+        p.all_gather = partial(gathered.gather_whole, p.all_gather, p)

@@ -1,0 +1,246 @@
+"""ZeRO 1 and 2, where each rank steps a part of the parameters. What is not compressed is left to the original, and counted."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs.base import warm_up
+from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.feedback import Memory
+from commpress.comm.meter import named
+from commpress.comm.plan import Treatment
+from commpress.comm.shards import Pending
+from commpress.hooks.owners import Layout, OneBitPartitions, Owners, Piece
+from commpress.optim import OneBitAdamW
+
+PIECE = 1 << 20
+"""Values of a partition that are gathered at a time: while one is on the wire, the next is encoded."""
+
+
+@dataclass
+class Partitions:
+    """A ZeRO 1 or 2 optimizer (`zero`) and its traffic."""
+
+    zero: Any
+    shards: Owners
+    names: dict[Tensor, str]
+    behind: "OneBitPartitions | None" = None
+    _layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict)
+    _before: list[Tensor] | None = None
+    """What all ranks have of this rank's partitions, while the optimizer steps."""
+
+    def __post_init__(self) -> None:
+        self._offsets = {
+            id(p): (i, offset)
+            for i, group in enumerate(self.zero.round_robin_bit16_groups)
+            for p, offset in zip(group, self.zero.round_robin_bit16_offsets[i], strict=True)
+        }
+
+    # gradients
+
+    def average_tensor(
+        self, original: Callable[..., None], tensor: Tensor, communication_data_type: torch.dtype
+    ) -> None:
+        """The bucket's mean, each part on its owner; `tensor` holds its parameters' gradients one behind the other."""
+        from deepspeed.accelerator import get_accelerator
+
+        zero, bucket, device = self.zero, self.zero.ipg_buckets[communication_data_type], get_accelerator()
+        if not bucket.params:
+            return
+        stream = zero.reduction_stream if zero.overlap_comm else device.current_stream()
+        if zero.overlap_comm and not device.resolves_data_dependency():  # as the original does
+            for producer in bucket.copy_streams or {device.current_stream()}:
+                stream.wait_stream(producer)
+            device.current_stream().wait_stream(stream)
+        with device.stream(stream):
+            sizes = [zero.bit16_groups[i][j].numel() for i, j, _ in bucket.params]
+            if not self._reduce(tensor.split(sizes), bucket.params):
+                original(tensor, communication_data_type)
+
+    def average_apart(self, original: Callable[..., None], place: int, *args: Any, **kwargs: Any) -> None:
+        """The same for gradients that have no memory in common (`contiguous_gradients` off): `args[place]`."""
+        bucket = next(b for b in self.zero.ipg_buckets.values() if b.grads is args[place])
+        if not self._reduce([g.view(-1) for g in bucket.grads], bucket.params):
+            original(*args, **kwargs)
+
+    def _reduce(self, gradients: Sequence[Tensor], params: Sequence[tuple[int, int, int]]) -> bool:
+        """Exchange a bucket if it is to be compressed, else count it and return False."""
+        if not params:
+            return True
+        layout = self._layout(params)
+        shards, dtype = self.shards, gradients[0].dtype
+        treatment = Treatment(shards.gradients.codec) if self.behind is None else self.behind.treat(layout)
+        n = layout.cuts[-1]
+        choice = shards.gradients.choose(n, dtype.itemsize, shards.world_size, treatment)
+        crossing = self._crossing(layout, dtype.itemsize)
+        parts = list(zip(layout.pieces, layout.x.split([len(piece) for piece in layout.pieces]), strict=True))
+        compressed = choice.codec.lossy and not choice.reason
+        if compressed or treatment.prepare is not None:
+            for piece, part in parts:
+                part.copy_(gradients[piece.place][piece.start : piece.stop])
+        if not compressed:
+            shards.meter.by_itself(layout.index, n, named(dtype), "all_reduce", choice.reason, "gradients", crossing)
+            shards.reduced(layout.index)
+            if treatment.prepare is not None:
+                treatment.prepare(layout.x, Memory())
+                for piece, part in parts:
+                    gradients[piece.place][piece.start : piece.stop].copy_(part)
+            return False
+        known = [] if self.behind is None else self.behind.known(layout)
+        shards.to_owners(
+            layout.x, layout.cuts, layout.segments, layout.index, choice, treatment, crossing, known
+        ).wait()
+        for piece, part in parts:
+            if piece.owner == shards.rank:
+                zero, (_, _, param_id) = self.zero, params[piece.place]
+                total = zero._get_compact_grad_partition_slice(piece.group, piece.owner, param_id, len(piece))
+                zero._add_to_grad_partition_buffer(total, part)
+                gradients[piece.place][piece.start : piece.stop].copy_(part)
+        return True
+
+    def _crossing(self, layout: Layout, itemsize: int) -> int:
+        """What DeepSpeed would send: it all-reduces, whoever owns what, unless told otherwise."""
+        zero, cuts, me = self.zero, layout.cuts, self.shards.rank
+        if zero.reduce_scatter and zero.contiguous_gradients and not zero.use_multi_rank_bucket_allreduce:
+            return (cuts[-1] - cuts[me + 1] + cuts[me]) * itemsize
+        return ring_bytes(cuts[-1] * itemsize, self.shards.world_size)
+
+    def _layout(self, params: Sequence[tuple[int, int, int]]) -> Layout:
+        key = tuple(param_id for _, _, param_id in params)
+        if key not in self._layouts:
+            pieces = [
+                piece
+                for place, (i, j, _) in enumerate(params)
+                for piece in self._pieces(self.zero.bit16_groups[i][j], place)
+            ]
+            pieces.sort(key=lambda piece: piece.owner)
+            cuts = [sum(len(p) for p in pieces if p.owner < r) for r in range(self.shards.world_size + 1)]
+            x = torch.empty(cuts[-1], dtype=torch.float32, device=self.shards.device)
+            segments = tuple((piece.name, len(piece)) for piece in pieces)
+            self._layouts[key] = Layout(len(self._layouts), pieces, segments, cuts, x)
+        return self._layouts[key]
+
+    def _pieces(self, p: Tensor, place: int) -> Iterator[Piece]:
+        group, offset = self._offsets[id(p)]
+        size, n = int(self.zero.partition_size[group]), p.numel()
+        for owner in range(offset // size, (offset + n - 1) // size + 1):
+            start, stop = max(0, owner * size - offset), min(n, (owner + 1) * size - offset)
+            name = self.names[p] if stop - start == n else f"{self.names[p]}[{start}:{stop}]"
+            yield Piece(name, owner, place, start, stop, group, offset + start)
+
+    # parameters
+
+    def step(self, original: Callable[..., None], closure: Any = None) -> None:
+        """The owners' step, and what follows it."""
+        clip, means = self.zero.clip_grad, self.behind is None or self.behind.optimizer.takes_means
+        mine = [partitions[self.shards.rank] for partitions in self.zero.parallel_partitioned_bit16_groups]
+        # the step overwrites them
+        self._before = [part.clone() for part in mine] if self.shards.parameters.codec.lossy else mine
+        try:
+            if not means:
+                self.zero.clip_grad = 0.0  # these are no gradients
+            original(closure)
+        finally:
+            self._before = None
+            self.zero.clip_grad = clip
+
+    def gather(self, original: Callable[..., None], **arguments: Any) -> None:
+        """Bring all ranks' parameters to the owners' new values, or near to them."""
+        zero, shards, size = self.zero, self.shards, self.zero.bit16_groups_flat[0].element_size()
+        codec, reason = shards.parameters.codec, ""
+        if self.behind is not None:
+            codec, reason = self.behind.parameters(codec)
+        if shards.world_size == 1:
+            reason = "one rank: nothing to send"
+        elif not codec.lossy:
+            reason = reason or "spec is none"
+        elif codec.nbytes(PIECE) >= PIECE * size:
+            reason = f"payload would be no smaller than {size} bytes a value"
+        if self._before is not None and not reason:
+            self._differences(codec)
+            return
+        for i, (flat, master) in enumerate(
+            zip(zero.bit16_groups_flat, zero.single_partition_of_fp32_groups, strict=True)
+        ):
+            zero.parallel_partitioned_bit16_groups[i][shards.rank].copy_(master.data)
+            if self._before is not None:  # else it is not a step that asks for it
+                sent = (shards.world_size - 1) * master.numel() * size
+                shards.meter.by_itself(i, flat.numel(), named(flat.dtype), "gather", reason, "parameters", sent)
+        original(**arguments)
+
+    def _differences(self, codec: Codec) -> None:
+        """Send what was stepped minus what all ranks have of it, in pieces, and add what was decoded."""
+        zero, shards, index = self.zero, self.shards, 0
+        assert self._before is not None
+        ahead: list[tuple[Pending, Tensor, Tensor, int, int]] = []
+        for i, flat in enumerate(zero.bit16_groups_flat):
+            rows = flat.view(shards.world_size, -1)
+            rows[shards.rank].copy_(self._before[i])
+            stepped, start = zero.single_partition_of_fp32_groups[i].detach(), 0
+            for new, old, place in zip(
+                stepped.split(PIECE), self._before[i].split(PIECE), rows.split(PIECE, dim=1), strict=True
+            ):
+                out = torch.empty(place.shape, dtype=torch.float32, device=place.device)
+                difference = new.float() - old.float()
+                pending = shards.differences(difference, out.view(-1), index, codec, flat.element_size())
+                ahead.append((pending, out, place, i, start))
+                index, start = index + 1, start + PIECE
+                if len(ahead) > 2:
+                    self._arrive(*ahead.pop(0))
+        for piece in ahead:
+            self._arrive(*piece)
+        for i, flat in enumerate(zero.bit16_groups_flat):
+            stop = 0
+            for p, offset in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
+                flat[stop:offset].zero_()  # what aligns them is no parameter, and in no checkpoint
+                stop = offset + p.numel()
+            flat[stop:].zero_()
+
+    def _arrive(self, pending: Pending, out: Tensor, place: Tensor, group: int, start: int) -> None:
+        pending.wait()
+        place.add_(out)
+        if self.behind is not None:
+            self.behind.learn(group, start, out)
+
+
+_GATHERS: "weakref.WeakValueDictionary[int, Partitions]" = weakref.WeakValueDictionary()
+"""Who gathers the parameters of which optimizer, by the id of its list of flat parameters."""
+
+
+def attach_partitions(engine: Any, shards: Owners, names: dict[Tensor, str], optimizer: OneBitAdamW | None) -> None:
+    """Stand in for what a ZeRO 1 or 2 optimizer sends."""
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    zero = engine.optimizer
+    partitions = Partitions(zero, shards, names)
+    if optimizer is not None:
+        partitions.behind = OneBitPartitions(optimizer, zero, shards)
+        warm_up(parse(optimizer.param_groups[0]["warmup_spec"]), shards.device)
+        zero._optimizer_step = partial(partitions.behind.step, zero._optimizer_step)
+    zero.average_tensor = partial(partitions.average_tensor, zero.average_tensor)
+    apart = partitions.average_apart
+    zero.buffered_reduce_fallback = partial(apart, zero.buffered_reduce_fallback, 1)
+    zero._buffered_reduce_fallback_preserving_fp32 = partial(apart, zero._buffered_reduce_fallback_preserving_fp32, 0)
+    zero.step = partial(partitions.step, zero.step)
+    _GATHERS[id(zero.bit16_groups_flat)] = partitions
+    if not hasattr(stage_1_and_2.all_gather_dp_groups, "commpress"):
+        # a function of DeepSpeed's module: there is no object of the engine's to stand in for
+        stage_1_and_2.all_gather_dp_groups = _gathering(stage_1_and_2.all_gather_dp_groups)
+
+
+def _gathering(original: Callable[..., None]) -> Callable[..., None]:
+    def all_gather_dp_groups(groups_flat: Any, **arguments: Any) -> None:
+        ours = partial(original, groups_flat=groups_flat)
+        if (partitions := _GATHERS.get(id(groups_flat))) is None:
+            ours(**arguments)
+        else:
+            partitions.gather(ours, **arguments)
+
+    all_gather_dp_groups.commpress = True  # type: ignore[attr-defined]
+    return all_gather_dp_groups

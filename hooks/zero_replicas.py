@@ -1,0 +1,162 @@
+"""ZeRO 0, where every rank keeps all; and ZeRO 1 and 2 where a compressed optimizer makes them the same."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.feedback import Segments
+from commpress.comm.meter import named
+from commpress.comm.plan import Plan
+from commpress.comm.session import Session
+from commpress.optim.base import CompressedOptimizer, dense
+
+BUCKET = 4 << 20
+"""Values of a bucket, all of which DeepSpeed would send as one: while one is on the wire, the next is encoded."""
+
+
+def attach_replicas(
+    engine: Any, plan: Plan, names: dict[Tensor, str], optimizer: CompressedOptimizer | None
+) -> Session:
+    """Stand in for an engine's mean of all gradients; at ZeRO 1 and 2 for all that shards them, too."""
+    if optimizer is not None:
+        if engine.zero_optimization():
+            _hand_back(engine.optimizer)
+        optimizer.bind({name: p for p, name in names.items()}, engine.seq_dp_world_size, may_be_unused=False)
+        engine.clip_fp32_gradients = partial(_clip_means, engine.clip_fp32_gradients, optimizer)
+    session = Session(
+        plan.codec,
+        engine.seq_data_parallel_group,
+        torch.device(engine.device),
+        exchange=plan.exchange,
+        error_feedback=plan.error_feedback,
+        parameters=tuple((name, p.numel()) for p, name in names.items()),
+        optimizer=optimizer,
+    )
+    dense = optimizer is None and not plan.codec.lossy
+    replicas = Replicas(engine.module, session)
+    if engine.zero_optimization():
+        _step_all(engine, replicas)
+        return session
+    original = engine.buffered_allreduce_fallback
+    engine.buffered_allreduce_fallback = partial(replicas.count, original) if dense else replicas.average
+    return session
+
+
+def _clip_means(original: Callable[[], None], optimizer: CompressedOptimizer) -> None:
+    """`gradient_clipping` is for mean gradients; what a compressed optimizer applies later is none."""
+    if optimizer.takes_means:
+        original()
+
+
+def _hand_back(zero: Any) -> None:
+    """Give the optimizer the parameters that it was made for. Under ZeRO 1 and 2 it has this rank's partition instead."""
+    for group, parameters in zip(zero.optimizer.param_groups, zero.bit16_groups, strict=True):
+        group["params"] = list(parameters)
+
+
+def _step_all(engine: Any, replicas: "Replicas") -> None:
+    """Have every rank of a ZeRO 1 or 2 engine keep its gradients, and step all parameters.
+
+    What is partitioned all the same: `single_partition_of_fp32_groups`, which checkpoints hold and training does not read.
+    """
+    zero = engine.optimizer
+
+    def keep(*_: Any) -> None:
+        """A gradient is there: it stays where it is."""
+
+    def exchange() -> None:
+        if zero.is_gradient_accumulation_boundary():
+            replicas.average()
+
+    def step(closure: Any = None) -> None:
+        if engine.gradient_clipping() > 0:
+            engine.clip_fp32_gradients()
+        zero.optimizer.step()
+
+    def state_dict(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        parts = (parts[replicas.session.rank] for parts in zero.parallel_partitioned_bit16_groups)
+        for part, master in zip(parts, zero.single_partition_of_fp32_groups, strict=True):
+            master.data.copy_(part)
+        return original()
+
+    zero.process_gradients = zero.reduce_ready_partitions_and_remove_grads = keep
+    zero.overlapping_partition_gradients_reduce_epilogue = exchange
+    zero.finalize_gradient_accumulation_boundary = replicas.average
+    zero.step = step
+    zero.state_dict = partial(state_dict, zero.state_dict)
+
+
+@dataclass
+class Bucket:
+    """Parameters of one dtype whose gradients travel together in `flat`, each in the order of its own memory."""
+
+    parameters: list[Any]
+    segments: Segments
+    flat: Tensor
+
+    def parts(self) -> list[Tensor]:
+        """What of `flat` is each parameter's gradient."""
+        flat = self.flat.split([n for _, n in self.segments])
+        return [
+            part.as_strided(p.shape, p.stride(), part.storage_offset()) if dense(p) else part.view(p.shape)
+            for p, part in zip(self.parameters, flat, strict=True)
+        ]
+
+
+@dataclass
+class Replicas:
+    """A model of which every rank has all, and its gradients' traffic."""
+
+    module: nn.Module
+    session: Session
+    _buckets: dict[tuple[int, ...], list[Bucket]] = field(default_factory=dict)
+
+    def average(self, grads: Any = None, elements_per_buffer: int = BUCKET) -> None:
+        """Replace all gradients by their mean; a parameter without one has 0, as DeepSpeed has it."""
+        trained = self._trained()
+        key = tuple(id(p) for p in trained.values())
+        if key not in self._buckets:
+            self._buckets[key] = list(_filled(trained))
+        buckets, futures = self._buckets[key], []
+        for index, bucket in enumerate(buckets):
+            for p, part in zip(bucket.parameters, bucket.parts(), strict=True):
+                if p.grad is None:
+                    part.zero_()
+                elif p.grad.data_ptr() != part.data_ptr():
+                    part.copy_(p.grad)
+                p.grad = part
+            futures.append(self.session.submit(bucket.flat, bucket.segments, index, bucket is buckets[-1]))
+        for future in futures:
+            future.wait()
+
+    def count(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed's own mean."""
+        original(*args, **kwargs)
+        meter, trained = self.session.meter, self._trained().values()
+        for index, dtype in enumerate(dict.fromkeys(p.dtype for p in trained)):
+            n = sum(p.numel() for p in trained if p.dtype == dtype)
+            sent = ring_bytes(n * dtype.itemsize, self.session.world_size)
+            meter.by_itself(index, n, named(dtype), "all_reduce", "spec is none", "gradients", sent)
+        meter.steps += 1
+
+    def _trained(self) -> dict[str, Any]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad and p.numel()}
+
+
+def _filled(trained: dict[str, Any]) -> Iterator[Bucket]:
+    """Buckets in the order of the parameters; one ends with the parameter that fills it."""
+    for dtype in dict.fromkeys(p.dtype for p in trained.values()):
+        waiting: dict[str, Any] = {}
+        alike = [(name, p) for name, p in trained.items() if p.dtype == dtype]
+        for name, p in alike:
+            waiting[name] = p
+            n = sum(q.numel() for q in waiting.values())
+            if n >= BUCKET or p is alike[-1][1]:
+                segments = tuple((name, q.numel()) for name, q in waiting.items())
+                yield Bucket(list(waiting.values()), segments, torch.empty(n, dtype=dtype, device=p.device))
+                waiting = {}
