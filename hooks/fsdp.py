@@ -96,7 +96,6 @@ def attach(
         *([*shards.values(), *replicas.values()], plan[0], plan[1], first.rank, first.world_size, described),
         grad_scaler=grad_scaler,
         survivors=survivors,
-        groups=[*inner.values(), *outer.values()],
     )
     _watch(model, session)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()})

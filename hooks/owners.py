@@ -16,7 +16,7 @@ from torch import Tensor
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.blend import Blend
-from commpress.comm.exchange import Transfer, Wire
+from commpress.comm.exchange import Label, Transfer, Wire
 from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Choice, Treatment
@@ -43,18 +43,20 @@ class Owners(Shards):
         """Replace x[cuts[rank] : cuts[rank + 1]] by its mean over the ranks. `x` is float32 [cuts[-1]]; what of it belongs to
         others is undefined afterwards. `known` is coded along, and taken off the mean."""
         memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-        exchange = _to_owners(x, cuts, choice.codec, treatment, known, memory, self.wire, next(self.tags))
+        label = self.labels.bucket("gradients", segments, x.numel(), str(choice.codec), "to_owners")
+        exchange = _to_owners(x, cuts, choice.codec, treatment, known, memory, self.wire, label)
         return self.start("gradients", "to_owners", choice, x, x, index, dense, exchange, None)
 
     def differences(self, mine: Tensor, out: Tensor, index: int, codec: Codec, itemsize: int) -> Pending:
         """Fill `out` ([W * m]) with the ranks' `mine` ([m]), float32 both. `itemsize` is what a parameter takes without us."""
         choice = replace(self.parameters, codec=codec).choose(mine.numel(), itemsize, self.world_size)
         buffer: Tensor | None = None
+        label = self.labels.bucket(f"parameters of bucket {index}", (), mine.numel(), str(choice.codec), "gather")
         if choice.codec.lossy:
             buffer = self.take(self.world_size * choice.codec.nbytes(mine.numel()))
-            exchange = gather(mine, out, choice.codec, buffer, self.wire, next(self.tags))
+            exchange = gather(mine, out, choice.codec, buffer, self.wire, label)
         else:
-            exchange = native_gather(mine, out, self.wire)
+            exchange = native_gather(mine, out, self.wire, label)
         dense = (self.world_size - 1) * mine.numel() * itemsize
         return self.start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
 
@@ -67,7 +69,7 @@ def _to_owners(
     known: Sequence["Known"],
     memory: Memory,
     wire: Wire,
-    tag: int,
+    label: Label,
 ) -> Iterator[Transfer]:
     """Each rank sends to every other its part, coded: (W - 1) / W * nbytes(n) in all if they are of one length."""
     if treatment.prepare is not None:
@@ -83,7 +85,7 @@ def _to_owners(
     for r in range(W):
         if lengths[r]:
             memory.encode(codec, x, slice(cuts[r], cuts[r + 1]), out=rows[me] if r == me else outgoing[r])
-    yield wire.swap(outgoing, rows, tag, last=True)
+    yield wire.swap(outgoing, rows, label, last=True)
     if lengths[me]:
         codec.mean(gathered, lengths[me], W, out=x[cuts[me] : cuts[me + 1]])
         for k in known:

@@ -1,31 +1,47 @@
 """Ranks compare what they were asked to do before the first byte of a gradient travels."""
 
 import json
+import os
+import socket
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+Settings = dict[str, object]
+"""JSON values by what they are called in an error."""
 
-def gather_settings(
-    settings: dict[str, object], group: dist.ProcessGroup, device: torch.device
-) -> list[dict[str, object]]:
+
+def host_name() -> str:
+    """The name of this host in errors: `COMMPRESS_HOST` if it is set, else the system's."""
+    return os.environ.get("COMMPRESS_HOST") or socket.gethostname()
+
+
+def gather_settings(settings: Settings, group: dist.ProcessGroup, device: torch.device) -> list[Settings]:
     """Every rank's settings (JSON values), in the order of the ranks. Collective."""
     world_size = dist.get_world_size(group)
     own = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
-    dist.all_gather(lengths, torch.tensor([own.numel()], device=device), group=group)
+    dist.all_gather(lengths, torch.tensor([own.numel()], dtype=torch.int64, device=device), group=group)
     longest = max(int(n) for n in lengths)
     texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world_size)]
     dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - own.numel())), group=group)
     return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
 
 
-def require_agreement(settings: dict[str, object], group: dist.ProcessGroup, device: torch.device) -> None:
+def require_agreement(settings: Settings, group: dist.ProcessGroup, device: torch.device) -> None:
     """Raise ValueError on every rank, naming both values, if a rank's settings differ from rank 0's. Collective.
 
     A rank that could not make sense of its arguments passes {"error": text} and all ranks raise that.
     """
-    everyone = gather_settings(settings, group, device)
+    require_equal(gather_settings(settings, group, device))
+
+
+def require_equal(everyone: Sequence[Settings]) -> None:
+    """Raise ValueError, naming both values, if a rank's settings differ from rank 0's; `everyone` has one a rank.
+
+    An "error" of any rank is raised as it is, with the rank.
+    """
     for rank, other in enumerate(everyone):
         if "error" in other:
             raise ValueError(f"rank {rank}: {other['error']}")

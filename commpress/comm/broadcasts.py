@@ -16,9 +16,9 @@ from torch import Tensor
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
-from commpress.comm.exchange import Transfer, Wire
+from commpress.comm.exchange import Labels, Transfer, Wire
 from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
-from commpress.comm.exchange.wire import sibling, tree_children
+from commpress.comm.exchange.wire import tree_children
 from commpress.comm.meter import Meter, Report, named
 from commpress.comm.plan import Plan
 from commpress.comm.sequencer import Job, Sequencer, promise
@@ -53,14 +53,14 @@ class Broadcasts:
             raise
         kinds = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
         require_agreement({"spec": str(self.codec), "source": source, "tensors": kinds}, group, self.device)
-        self._role, self._meter = role, Meter()
+        self._role, self._meter, self._labels = role, Meter(), Labels()
         floats = [name for name, x in tensors.items() if self.codec.lossy and not _not_coded(x.dtype)]
         self._floats, self._others = floats, [name for name in tensors if name not in floats]
         self._values = sum(tensors[name].numel() for name in floats)
         self._float_bytes = sum(tensors[name].nbytes for name in floats)
         self._base: Tensor | None = None
         if self.world_size > 1:
-            self._wire = Wire(sibling(group) if self.device.type == "cpu" else group, self.device)
+            self._wire = Wire(group, self.device)
             self._sequencer = Sequencer(self._wire, self._meter)
             warm_up(self.codec, self.device)
 
@@ -109,20 +109,23 @@ class Broadcasts:
     def _exact(self, index: int, x: Tensor) -> Any:
         flat = x.detach().contiguous().view(-1)
         reason = _not_coded(x.dtype) if self.codec.lossy else "spec is none"
-        future = self._start(index, flat, flat.nbytes, reason, exact_broadcast(flat, self._wire, self.source))
+        label = self._labels.next(f"{self._role} of {self._others[index]!r} from rank {self.source}")
+        future = self._start(index, flat, flat.nbytes, reason, exact_broadcast(flat, self._wire, self.source, label))
         return future, partial(x.copy_, flat.view(x.shape))
 
     def _floating(self, tensors: list[Tensor]) -> Any:
         flat = torch.cat([x.detach().reshape(-1).to(torch.float32) for x in tensors])
         index, sizes = len(self._others), [x.numel() for x in tensors]
         first = self._base is None
+        spec = "none" if first else str(self.codec)
+        label = self._labels.next(f"{self._role} of {len(sizes)} tensors from rank {self.source} by {spec}")
         if self._base is None:
             self._base = flat.clone()
-            exchange = exact_broadcast(self._base, self._wire, self.source)
+            exchange = exact_broadcast(self._base, self._wire, self.source, label)
         else:
             nbytes = self.codec.nbytes(flat.numel()) + len(sizes)
             payload = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            exchange = broadcast(flat, sizes, self._base, self.codec, payload, self._wire, self.source)
+            exchange = broadcast(flat, sizes, self._base, self.codec, payload, self._wire, self.source, label)
         reason = "the first time" if first else ""
         future = self._start(index, flat, self._float_bytes, reason, exchange)
 

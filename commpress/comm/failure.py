@@ -2,54 +2,173 @@
 
 The rank that fails leaves its reason in the store and closes the group's connections; the others find their connections
 closed, look into the store and report the same reason. If nothing stands there, the peer itself is gone.
+
+The store is in another process, which may be silent: who asks it waits for `PATIENCE` and no longer.
 """
 
+import json
 import re
+import threading
 import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-PATIENCE = 0.5
-"""Seconds to wait for the reason of a peer that closed its connections."""
+PATIENCE = 0.75
+"""Seconds to wait for the store, and in it for what a peer has to say."""
+GRACE = 1.0
+"""Seconds that a call which has a timeout of its own may take beyond it."""
 
 LOST_PEER = re.compile(
-    r"gloo/transport/.*(Connection closed by peer|Read error|writev |Socket (unexpectedly )?closed|[Tt]imed out|timeout)"
-    r"|Application timeout caused pair closure",
-    re.DOTALL,
+    r"gloo/transport/.*(Connection closed by peer|Read error|writev |Socket (unexpectedly )?closed)", re.DOTALL
 )
-"""What Gloo says when a peer's connection is closed, broken or silent; its other errors are this rank's own."""
+"""What Gloo says when a peer's connection is closed or broken; its other errors are this rank's own."""
+SILENT_PEER = re.compile(
+    r"gloo/transport/.*([Tt]imed out|timeout)|Application timeout caused pair closure|[Ww]ait timeout", re.DOTALL
+)
+"""What Gloo says when a peer, or the store, has not answered within the timeout."""
+
+T = TypeVar("T")
+_stores: "weakref.WeakKeyDictionary[dist.ProcessGroup, Any]" = weakref.WeakKeyDictionary()
+"""By default group: a connection of our own to its store, so that nobody else waits while we do."""
 
 
 class ExchangeError(RuntimeError):
     """An exchange failed here or on another rank; the gradients of this step are not to be used."""
 
 
-class FailureBoard:
-    """Where the ranks of one process group leave the reason of the first failure."""
+class DisagreementError(ExchangeError, ValueError):
+    """The ranks did different things: one sends what another does not expect."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._rank = dist.get_rank(group)
-        self._key = f"commpress/failure/{group.group_name}"
-        self._store = dist.distributed_c10d._get_default_store()
+
+class LostPeerError(RuntimeError):
+    """A rank of the group (`peer`; None if it is not known which) is gone, or silent. The text is the backend's."""
+
+    def __init__(self, peer: int | None, text: str) -> None:
+        super().__init__(text)
+        self.peer = peer
+
+
+class OtherMessageError(RuntimeError):
+    """A rank of the group (`peer`) sends another message than `mine`, or one of another length."""
+
+    def __init__(self, peer: int, mine: str) -> None:
+        super().__init__(mine)
+        self.peer, self.mine = peer, mine
+
+
+class DamagedMessageError(RuntimeError):
+    """What arrived is not what was sent."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the backend says that a peer is gone or silent."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and bool(LOST_PEER.search(text) or SILENT_PEER.search(text))
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """What `action()` returns or raises. Raises TimeoutError if it takes longer; its thread is then left to itself."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="commpress waits", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer in {seconds:g} s")
+    return results[0]
+
+
+def own_store() -> Any:
+    """The default group's store, by a connection of our own where it has connections. To be called by `within`: the host that
+    keeps it may be silent."""
+    group = dist.distributed_c10d._get_default_group()
+    if group not in _stores:
+        store = dist.distributed_c10d._get_default_store()
+        try:
+            _stores[group] = store.clone()
+        except (AttributeError, RuntimeError):  # a store in a file, or an older torch: there is but the one
+            _stores[group] = store
+    return _stores[group]
+
+
+class FailureBoard:
+    """Where the ranks of one process group leave the reason of the first failure. `hosts` are their hosts' names."""
+
+    def __init__(self, name: str, rank: int, hosts: Sequence[str]) -> None:
+        self._rank, self.hosts = rank, tuple(hosts)
+        self._key = f"commpress/failure/{name}"
+
+    def name(self, rank: int) -> str:
+        """A rank and its host, in words."""
+        return f"rank {rank} ({self.hosts[rank]})"
 
     def explain(self, error: BaseException) -> ExchangeError:
-        """Post what happened here, or find what was posted, and return the error that this rank's user shall see."""
-        own = f"rank {self._rank}: {type(error).__name__}: {error}"
-        lost_peer = isinstance(error, RuntimeError) and LOST_PEER.search(str(error)) is not None
-        try:
-            if lost_peer:
-                reason = self._posted() or f"rank {self._rank}, which lost another rank: {error}"
-            else:
-                reason = own
-                self._store.set(self._key, own)
-        except RuntimeError as gone:  # the store went down with the rank that kept it
-            reason = f"{own} (and the store that would say more is gone: {gone})"
-        return ExchangeError(f"commpress: the gradient exchange failed on {reason}")
+        """Post what happened here, or find what was posted, and return the error that this rank's user shall see.
 
-    def _posted(self) -> str:
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            if self._store.check([self._key]):
-                return f"{self._store.get(self._key).decode()} (reported by rank {self._rank})"
-            time.sleep(PATIENCE / 10)
-        return ""
+        Takes no longer than the store may take, which is `PATIENCE` twice.
+        """
+        kind = DisagreementError if isinstance(error, OtherMessageError) else ExchangeError
+        try:
+            told = partial(self._both if isinstance(error, OtherMessageError) else self._own, error)
+            text = within(2 * PATIENCE, told)
+            posted = within(PATIENCE, lambda: self._post(kind, text))
+        except (RuntimeError, TimeoutError) as gone:  # the store went down, or silent, with the rank that kept it
+            text = self._own(error)
+            return kind(f"commpress: {text} (and the store that would say more does not answer: {gone})")
+        if isinstance(error, LostPeerError) and posted is not None:
+            kind = DisagreementError if posted["kind"] == DisagreementError.__name__ else ExchangeError
+            return kind(f"commpress: {posted['text']} (reported by rank {self._rank})")
+        return kind(f"commpress: {text}")
+
+    def has_reason(self) -> bool:
+        """Whether a reason stands there, and the store says so in time."""
+        try:
+            return bool(within(PATIENCE, lambda: own_store().check([self._key])))
+        except (RuntimeError, TimeoutError):
+            return False
+
+    def _own(self, error: BaseException) -> str:
+        """What this rank has to say."""
+        if isinstance(error, OtherMessageError):
+            return f"{self.name(self._rank)} has {error.mine}, {self.name(error.peer)} has something else"
+        if not isinstance(error, LostPeerError):
+            return f"the gradient exchange failed on rank {self._rank}: {type(error).__name__}: {error}"
+        silent = SILENT_PEER.search(str(error)) is not None
+        what = "did not answer within the group's timeout" if silent else "is gone"
+        who = "another rank" if error.peer is None else self.name(error.peer)
+        return f"{who} {what}: the gradient exchange failed on rank {self._rank}, which lost it: {error}"
+
+    def _post(self, kind: type[ExchangeError], text: str) -> dict[str, str] | None:
+        """Leave a reason if there is none yet. Returns the one that was there."""
+        store = own_store()
+        if store.check([self._key]):
+            found: dict[str, str] = json.loads(store.get(self._key))
+            return found
+        store.set(self._key, json.dumps({"kind": kind.__name__, "text": text}))
+        return None
+
+    def _both(self, error: Any) -> str:
+        """What two ranks sent each other instead of the same: both find out, and both tell."""
+        store = own_store()
+        store.set(f"{self._key}/{self._rank}", error.mine)
+        theirs, deadline = f"{self._key}/{error.peer}", time.monotonic() + PATIENCE
+        while not store.check([theirs]):
+            if time.monotonic() > deadline:
+                return self._own(error)
+            time.sleep(PATIENCE / 20)
+        both = sorted([(self._rank, error.mine), (error.peer, store.get(theirs).decode())])
+        (one, mine), (other, its) = both
+        return f"{self.name(one)} has {mine}, {self.name(other)} has {its}: all ranks must do the same"

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from commpress.comm.exchange import Transfer, Wire
-from commpress.comm.failure import FailureBoard
+from commpress.comm.agreement import Settings
+from commpress.comm.exchange import Label, Transfer, Wire
 from commpress.comm.meter import Meter, Row
 from commpress.comm.timeline import Span
 
@@ -55,7 +55,7 @@ def promise(device: torch.device) -> "torch.futures.Future[Any]":
 
 
 class Sequencer:
-    """Runs the jobs of one process group, until it is collected or the program ends."""
+    """Runs the jobs of one process group, until it is collected or the program ends. Then the connections close."""
 
     def __init__(self, wire: Wire, meter: Meter) -> None:
         self._lines = _Lines(wire, meter)
@@ -87,6 +87,29 @@ class Sequencer:
                 self._lines.note(error)
                 self._lines.end([job])
 
+    def ask(self, settings: Settings, label: Label) -> list[Settings]:
+        """Every rank's settings (JSON values), in the order of the ranks. Collective; call it between steps.
+
+        Raises ExchangeError on all ranks if one is gone, or does something else. That ends the exchange, too.
+        """
+        error: BaseException | None = self._lines.error
+        if error is None:
+            try:
+                return self._lines.wire.gather(settings, label)
+            except Exception as found:
+                self._lines.note(found)
+                error = self._lines.error
+            self._lines.end([])
+        assert error is not None
+        raise error
+
+    def fail(self, error: BaseException) -> BaseException:
+        """End the exchange on all ranks for a reason that this one has. Returns the error to raise."""
+        self._lines.note(error)
+        self._lines.end([])
+        assert self._lines.error is not None
+        return self._lines.error
+
     def _enqueue(self, job: Job) -> None:
         phase = "encode"
         while True:
@@ -109,7 +132,7 @@ class _Lines:
 
     def __init__(self, wire: Wire, meter: Meter) -> None:
         self.wire, self.meter = wire, meter
-        self.board = FailureBoard(wire.open_group())
+        self.board = wire.board
         self.encoding: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.flying: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
@@ -191,11 +214,15 @@ class _Flight:
 
 
 def _stop(lines: _Lines, threads: list[threading.Thread]) -> None:
-    """End the threads. A thread that Python's shutdown meets inside torch would take the process down with it."""
+    """End the threads and the connections. A thread that Python's shutdown meets inside torch would take the process down
+    with it."""
     lines.encoding.put(None)
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(timeout=STOP_SECONDS)
+    if not lines.closed:
+        lines.closed = True
+        lines.wire.close()
 
 
 def _encode_line(lines: _Lines) -> None:

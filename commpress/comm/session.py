@@ -5,7 +5,6 @@ It knows no framework. `submit` takes a flat gradient and the names and sizes of
 """
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,19 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import require_agreement
+from commpress.comm.agreement import Settings, require_agreement, require_equal
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.base import warm_up
-from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire, alone, skip_together, stay
+from commpress.comm.exchange import EXCHANGES, Labels, Transfer, Wire, alone, skip_together, stay
 from commpress.comm.exchange.packed import packed
 from commpress.comm.exchange.two_shot import chunk_bounds
-from commpress.comm.exchange.wire import ring_bytes, sibling
+from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Memory, Segments
 from commpress.comm.meter import Meter, Report, named
 from commpress.comm.plan import DENSE, Choice, Plan, Treatment
 from commpress.comm.resize import resized
 from commpress.comm.sequencer import Job, Sequencer, promise
-from commpress.comm.survivors import Survivors, in_memory_order, require_same
+from commpress.comm.survivors import Survivors, described, in_memory_order
 from commpress.comm.timeline import Span, Timeline
 
 STATE_VERSION = 2
@@ -138,7 +137,7 @@ class Session:
         self.beside: list[Beside] = []
         self.layouts: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
         """Shapes and strides of the parameters, for those who know them."""
-        self._tags = itertools.count(0, TAGS_PER_BUCKET)
+        self._labels = Labels()
         self._restored: list[Segments] = []
         self._held: list[Held] = []
         self._starts_step = True
@@ -146,9 +145,7 @@ class Session:
         self._step = 0
         self._backward_started: float | None = None
         if self.world_size > 1:
-            # on CPU a group of our own: what the user sends on theirs cannot get between our transfers
-            ours = sibling(group) if device.type == "cpu" else group
-            self._wire = Wire(ours, device)
+            self._wire = Wire(group, device)
             self._sequencer = Sequencer(self._wire, self.meter)
             warm_up(self.plan.codec, device)
 
@@ -206,7 +203,7 @@ class Session:
                     f"mask of {name!r}: shape {tuple(mask.shape)}, strides {mask.stride()}; the parameter has "
                     f"{tuple(laid[0])}, {laid[1]}"
                 )
-        require_same(masks, self.group, self.device, refusal)
+        require_equal(self._ask(described(masks, refusal), "a set of masks"))
         if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
             self._feedback.undo()  # the scaler has skipped the step
         self._feedback.keep(Survivors({name: in_memory_order(mask) for name, mask in masks.items()}))
@@ -223,7 +220,7 @@ class Session:
 
     def agree(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective."""
-        require_agreement(dict(settings), self.group, self.device)
+        require_equal(self._ask(dict(settings), "settings to compare"))
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
@@ -329,7 +326,7 @@ class Session:
             self._feedback.undo()
         self._follow_scale()
         if self._optimizer.unproven():
-            require_agreement(self._optimizer.standing(), self.group, self.device)
+            require_equal(self._ask(self._optimizer.standing(), "an optimizer to compare"))
 
     def _start(
         self,
@@ -360,7 +357,7 @@ class Session:
             cuts = chunk_bounds(n, W, choice.codec.granularity)
             chunk = (cuts[self.rank], cuts[self.rank + 1])
         memory = self._feedback.memory(segments, choice.feedback, chunk, self.device, treatment.momentum)
-        exchange = self._exchange(bucket, choice, treatment, memory)
+        exchange = self._exchange(bucket, segments, choice, treatment, memory)
         if W == 1:
             next(exchange, None)
             row.steps += 1
@@ -370,19 +367,24 @@ class Session:
         dense = ring_bytes(bucket.nbytes, W) if dense_bytes is None else dense_bytes
         self._sequencer.submit(Job(bucket, exchange, row, self._step, dense, last, finished))
 
-    def _exchange(self, bucket: Tensor, choice: Choice, treatment: Treatment, memory: Memory) -> Iterator[Transfer]:
+    def _exchange(
+        self, bucket: Tensor, segments: Segments, choice: Choice, treatment: Treatment, memory: Memory
+    ) -> Iterator[Transfer]:
         # a mean of gradients does not send along what is remembered of momenta
         used = Memory() if treatment.apart or (treatment.reason and treatment.prepare is None) else memory
         travels, places = bucket, None if self._looks else memory.places
         if places is not None and (treatment.codec is not None or not places.numel()):
             nbytes = places.numel() * bucket.element_size()
             travels = memory.buffer("survivors", nbytes, self.device).view(bucket.dtype)
+        n, spec = travels.numel(), str(choice.codec)
+        label = self._labels.bucket(self._role, segments, n, spec, choice.exchange)
         if treatment.codec is None:
-            exchange = stay() if self._scaler is None or self.world_size == 1 else skip_together(travels, self._wire)
+            alone_here = self._scaler is None or self.world_size == 1
+            exchange = stay() if alone_here else skip_together(travels, self._wire, label)
         elif self.world_size == 1:
             exchange = alone(travels, used)
         else:
-            exchange = EXCHANGES[choice.exchange](travels, choice.codec, used, self._wire, next(self._tags))
+            exchange = EXCHANGES[choice.exchange](travels, choice.codec, used, self._wire, label)
         if places is not None and travels is not bucket:
             exchange = packed(bucket, places, travels, exchange)
         if self._optimizer is None and treatment.prepare is None and treatment.blend is None:
@@ -422,6 +424,12 @@ class Session:
         for index, (layout, flat) in enumerate(zip(layouts, flats, strict=True)):
             end = index == len(layouts) - 1
             self._start(flat, layout, index, end, partial(finished, layout, flat))
+
+    def _ask(self, settings: Settings, what: str) -> list[Settings]:
+        """Every rank's settings. Collective: a rank that does something else meanwhile is an error on all."""
+        if self.world_size == 1:
+            return [settings]
+        return self._sequencer.ask(settings, self._labels.next(what))
 
     def _measure(self, gradients: list[Tensor]) -> None:
         if self._optimizer is not None:

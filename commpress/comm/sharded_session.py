@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import require_agreement
+from commpress.comm.agreement import require_agreement, require_equal
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
+from commpress.comm.failure import ExchangeError
 from commpress.comm.meter import Report
 from commpress.comm.plan import Plan
 from commpress.comm.session import GradScaler
 from commpress.comm.shards import Shards
-from commpress.comm.survivors import Survivors, require_same
+from commpress.comm.survivors import Survivors, described
 from commpress.comm.timeline import Timeline
 
 STATE_VERSION = 1
@@ -41,10 +42,9 @@ class ShardedSession:
         holds: str,
         grad_scaler: GradScaler | None = None,
         survivors: Callable[[Mapping[str, Tensor]], list[Survivors]] | None = None,
-        groups: Sequence[dist.ProcessGroup] = (),
     ) -> None:
         self.shards = tuple(shards)
-        self._survivors, self._groups = survivors, tuple(groups)
+        self._survivors = survivors
         self.gradients, self.parameters = gradients, parameters
         self.rank, self.world_size = rank, world_size
         self._holds = holds
@@ -65,10 +65,12 @@ class ShardedSession:
             survivors = self._survivors(masks)
         except ValueError as error:
             refusal = str(error)
-        for group in self._groups:  # each hands on what it found: the dimensions of a mesh reach all its ranks
+        for shards in self.shards:  # each hands on what it found: the dimensions of a mesh reach all its ranks
             try:
-                require_same(masks, group, self.shards[0].device, refusal)
+                require_equal(shards.ask(described(masks, refusal), "a set of masks"))
             except ValueError as error:
+                if isinstance(error, ExchangeError):
+                    raise
                 refusal = refusal or str(error)
         if refusal is not None:
             raise ValueError(refusal)
@@ -87,7 +89,8 @@ class ShardedSession:
 
     def agree(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective."""
-        agree(dict(settings), self._groups, self.shards[0].device, None)
+        for shards in self.shards:
+            require_equal(shards.ask(dict(settings), "settings to compare"))
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""

@@ -11,7 +11,6 @@ Feedback holds what was withheld of the whole gradient, on every rank: W m value
 copy of the model. Where that is too much, leave it out (`error_feedback=False`).
 """
 
-import itertools
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -21,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commpress.comm.agreement import Settings
 from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
-from commpress.comm.exchange import EXCHANGES, TAGS_PER_BUCKET, Transfer, Wire, stay
+from commpress.comm.exchange import EXCHANGES, Label, Labels, Transfer, Wire, stay
 from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.exchange.packed import packed
 from commpress.comm.exchange.reduce_scatter import Op, native_bytes, native_reduce_scatter, over_mean, reduce_scatter
 from commpress.comm.exchange.two_shot import chunk_bounds
-from commpress.comm.exchange.wire import ring_bytes, sibling
+from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.meter import Meter, Report, named
 from commpress.comm.plan import Choice, Plan, Treatment
@@ -54,14 +54,12 @@ class Shards:
         self.looks = False
         """Whether gradients travel exactly, and those that masks prune with them."""
         self.meter = Meter()
-        self.tags = itertools.count(0, TAGS_PER_BUCKET)
-        """The first of each exchange's messages."""
+        self.labels = Labels()
         self._reductions: dict[int, int] = {}
         self._free: dict[int, list[Tensor]] = {}
         self._busy = self._landed = self._exposed = 0.0
         if self.world_size > 1:
-            # on CPU a group of our own: what the framework sends on its own cannot get between our transfers
-            self.wire = Wire(sibling(group) if device.type == "cpu" else group, device)
+            self.wire = Wire(group, device)
             self._sequencer = Sequencer(self.wire, self.meter)
             for plan in (gradients, parameters):
                 warm_up(plan.codec, device)
@@ -81,16 +79,16 @@ class Shards:
         payloads = (2 * W - 1) * choice.codec.nbytes(m) if choice.codec.lossy else 0
         buffer, all_kept, kept, payload = self._room(places, full, m, payloads)
         source, target = (full, out) if places is None else (all_kept, kept)
+        label = self.labels.bucket("gradients", segments, m, str(choice.codec), "reduce_scatter")
         if W == 1:
             exchange = _alone(source, target, over_mean(op, 1))
         elif m == 0:
             exchange = stay()
         elif choice.codec.lossy:
             memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-            tag = next(self.tags)
-            exchange = reduce_scatter(source, target, op, choice.codec, memory, payload, self.wire, tag)
+            exchange = reduce_scatter(source, target, op, choice.codec, memory, payload, self.wire, label)
         else:
-            exchange = native_reduce_scatter(source, target, op, self.wire)
+            exchange = native_reduce_scatter(source, target, op, self.wire, label)
         if places is not None:
             own = self.feedback.survivors.places(segments[self.rank * len(segments) // W :][: len(segments) // W])
             assert own is not None
@@ -113,14 +111,15 @@ class Shards:
         payloads = W * choice.codec.nbytes(m) if choice.codec.lossy else 0
         buffer, all_kept, kept, payload = self._room(places, out, m, payloads)
         source, target = (shard, out) if places is None else (kept, all_kept)
+        label = self.labels.bucket(f"parameters of unit {index}", segments, m, str(choice.codec), "gather")
         if W == 1:
             exchange = _alone(source, target, 1.0)
         elif m == 0:
             exchange = stay()
         elif choice.codec.lossy:
-            exchange = gather(source, target, choice.codec, payload, self.wire, next(self.tags))
+            exchange = gather(source, target, choice.codec, payload, self.wire, label)
         else:
-            exchange = native_gather(source, target, self.wire)
+            exchange = native_gather(source, target, self.wire, label)
         if places is not None:
             own = self.feedback.survivors.places(segments[self.rank * len(segments) // W :][: len(segments) // W])
             assert own is not None
@@ -139,6 +138,7 @@ class Shards:
         choice = self.gradients.choose(n, x.element_size(), self.world_size, treatment)
         buffer, _, kept, _ = self._room(places, x, n, 0)
         travels = x if places is None else kept
+        label = self.labels.bucket("gradients", segments, n, str(choice.codec), choice.exchange)
         if self.world_size == 1:
             exchange = _alone(travels, travels, over_mean(op, 1))
         elif n == 0:
@@ -149,14 +149,20 @@ class Shards:
                 cuts = chunk_bounds(n, self.world_size, choice.codec.granularity)
                 chunk = (cuts[self.rank], cuts[self.rank + 1])
             memory = self.feedback.memory(segments, choice.feedback, chunk, self.device)
-            mean = EXCHANGES[choice.exchange](travels, choice.codec, memory, self.wire, next(self.tags))
+            mean = EXCHANGES[choice.exchange](travels, choice.codec, memory, self.wire, label)
             exchange = _times(mean, travels, over_mean(op, self.world_size))
         else:
-            exchange = _native_all_reduce(travels, op, self.wire)
+            exchange = _native_all_reduce(travels, op, self.wire, label)
         if places is not None:
             exchange = packed(x, places, kept, exchange)
         dense = ring_bytes(x.nbytes, self.world_size)
         return self.start("gradients", choice.exchange, choice, x, x, index, dense, exchange, buffer)
+
+    def ask(self, settings: Settings, what: str) -> list[Settings]:
+        """Every rank's settings. Collective: a rank that does something else meanwhile is an error on all."""
+        if self.world_size == 1:
+            return [settings]
+        return self._sequencer.ask(settings, self.labels.next(what))
 
     def report(self, spec: str, rank: int, world_size: int) -> Report:
         """Bytes and seconds so far. `exposed` is what training waited for, `hidden` what ran beside it."""
@@ -306,7 +312,5 @@ def _times(exchange: Iterator[Transfer], x: Tensor, times: float) -> Iterator[Tr
         x.mul_(times)
 
 
-def _native_all_reduce(x: Tensor, op: Op, wire: Wire) -> Iterator[Transfer]:
-    work = dist.all_reduce(x, op=op, group=wire.open_group(), async_op=True)
-    crossing = ring_bytes(x.nbytes, wire.world_size)
-    yield Transfer([work], crossing, crossing, last=True)
+def _native_all_reduce(x: Tensor, op: Op, wire: Wire, label: Label) -> Iterator[Transfer]:
+    yield wire.all_reduce(x, label, op)

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import require_agreement
+from commpress.comm.agreement import Settings
 from commpress.comm.kernels import cpu
 
 Segments = tuple[tuple[str, int], ...]
@@ -105,19 +104,16 @@ def unpack(packed: Tensor, places: Tensor, out: Tensor) -> None:
         out.zero_().index_copy_(0, places[there].long(), packed[there])
 
 
-def require_same(
-    masks: Mapping[str, Tensor], group: dist.ProcessGroup, device: torch.device, refusal: str | None = None
-) -> None:
-    """Raise ValueError on every rank, naming the parameter, if a rank has another mask of it than rank 0. Collective.
-
-    `refusal` is what this rank has to say against its masks.
-    """
-    told: dict[str, object] = {"masks of": ", ".join(masks)}
+def described(masks: Mapping[str, Tensor], refusal: str | None = None) -> Settings:
+    """What ranks compare of their masks: a count and a hash by name. `refusal` is what this rank has to say against its own."""
+    if refusal is not None:
+        return {"error": refusal}
+    told: Settings = {"masks of": ", ".join(masks)}
     for name, mask in masks.items():
         bits = np.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1))
         hashed = hashlib.blake2b(bits.tobytes(), digest_size=8).hexdigest()
         told[f"mask of {name}"] = f"{int(mask.sum())} of {mask.numel()} kept, hash {hashed}"
-    require_agreement(told if refusal is None else {"error": refusal}, group, device)
+    return told
 
 
 def in_memory_order(x: Tensor) -> Tensor:

@@ -278,7 +278,7 @@ class Outer:
     def _start(self, index: int, fragment: Fragment) -> None:
         """Send how far the parameters have gone from the anchor."""
         # ranks of which one has skipped a step would wait for each other, or take one fragment for another
-        require_agreement({"local steps": self._steps, "fragment": index}, self._group, self.device)
+        self._session.agree({"local steps": self._steps, "fragment": index})
         bucket = fragment.anchor[fragment.part] - fragment.flat()[fragment.part]
         decay = self.settings.decay
 

@@ -12,7 +12,7 @@ from ranks import run
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.exchange import EXCHANGES, Wire
+from commpress.comm.exchange import EXCHANGES, Labels, Wire
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.feedback import Memory
 from commpress.comm.plan import Plan
@@ -150,7 +150,7 @@ def exchanged(spec: str, exchange: str | None) -> dict[str, Any]:
 
 def tiny(spec: str, exchange: str) -> list[list[Tensor]]:
     """Lengths at which a plan would not compress, through the exchange itself: the means by length and step."""
-    wire, codec, tags = Wire(dist.group.WORLD, CPU), parse(spec), 0
+    wire, codec, labels = Wire(dist.group.WORLD, CPU), parse(spec), Labels()
     means = []
     for n in TINY:
         part = chunks(n, wire.world_size, codec.granularity)[wire.rank]
@@ -160,10 +160,9 @@ def tiny(spec: str, exchange: str) -> list[list[Tensor]]:
         means.append([])
         for step in range(STEPS):
             x = values(n, wire.rank, step, torch.float32)
-            for transfer in EXCHANGES[exchange](x, codec, memory, wire, tags):
+            for transfer in EXCHANGES[exchange](x, codec, memory, wire, labels.next("a bucket")):
                 if transfer is not None:
                     transfer.wait()
-            tags += 2
             means[-1].append(x)
     return means
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 
-from commpress.comm.exchange import Wire
+from commpress.comm.exchange import Label, Wire
 from commpress.comm.session import Session
 
 N = 100_000
@@ -44,11 +44,11 @@ def test_a_bucket_is_on_its_way_while_the_one_before_it_is_waited_for(tmp_path: 
 
 def closed() -> tuple[list[str], float]:
     """What a closed wire says, and a sum on the default group afterwards."""
-    wire = Wire(dist.new_group([0, 1]), torch.device("cpu"))
+    wire, label = Wire(dist.group.WORLD, torch.device("cpu")), Label(0, "a message")
     dist.barrier()  # the other rank has connected, too
     wire.close()
     x = torch.ones(4)
-    said = [outcome(lambda: wire.all_reduce(x)), outcome(lambda: wire.swap([x, x], [x, x], 0, last=True))]
+    said = [outcome(lambda: wire.all_reduce(x, label)), outcome(lambda: wire.swap([x, x], [x, x], label, last=True))]
     total = torch.tensor(float(dist.get_rank() + 1))
     dist.all_reduce(total)
     return said, total.item()

@@ -11,14 +11,14 @@ from torch import Tensor
 from commpress.comm.codecs import Codec
 from commpress.comm.exchange.all_gather import all_gather
 from commpress.comm.exchange.all_reduce import all_reduce
+from commpress.comm.exchange.label import Label, Labels
 from commpress.comm.exchange.local import alone, skip_together, stay
 from commpress.comm.exchange.two_shot import two_shot
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
 
-Exchange = Callable[[Tensor, Codec, Memory, Wire, int], Iterator[Transfer]]
+Exchange = Callable[[Tensor, Codec, Memory, Wire, Label], Iterator[Transfer]]
 
 EXCHANGES: dict[str, Exchange] = {"all_reduce": all_reduce, "two_shot": two_shot, "all_gather": all_gather}
-TAGS_PER_BUCKET = 2
 
-__all__ = ["EXCHANGES", "TAGS_PER_BUCKET", "Exchange", "Transfer", "Wire", "alone", "skip_together", "stay"]
+__all__ = ["EXCHANGES", "Exchange", "Label", "Labels", "Transfer", "Wire", "alone", "skip_together", "stay"]

@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
 
 
-def all_gather(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> Iterator[Transfer]:
+def all_gather(x: Tensor, codec: Codec, memory: Memory, wire: Wire, label: Label) -> Iterator[Transfer]:
     """Replace `x` ([n], any float dtype) by its mean over the ranks."""
     me, W, size = wire.rank, wire.world_size, codec.nbytes(x.numel())
     gathered = memory.buffer("gathered", W * size, x.device)
     rows = gathered.split(size)
     memory.encode(codec, x, slice(None), out=rows[me])
-    yield wire.swap([rows[me]] * W, rows, tag, last=True)
+    yield wire.swap([rows[me]] * W, rows, label, last=True)
     codec.mean(gathered, x.numel(), W, out=x)

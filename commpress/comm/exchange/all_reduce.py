@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
 
 
-def all_reduce(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> Iterator[Transfer]:
+def all_reduce(x: Tensor, codec: Codec, memory: Memory, wire: Wire, label: Label) -> Iterator[Transfer]:
     """Replace `x` ([n], any float dtype) by its mean over the ranks."""
     assert codec.sum_dtype is not None
     if not codec.lossy:
@@ -25,11 +26,11 @@ def all_reduce(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) ->
             x.add_(memory.residual)
             memory.residual = None
         x.mul_(1.0 / wire.world_size)
-        yield wire.all_reduce(x)
+        yield wire.all_reduce(x, label)
         return
     payload = memory.buffer("payload", codec.nbytes(x.numel()), x.device)
     memory.encode(codec, x, slice(None), out=payload)
     values = payload[: x.numel() * codec.sum_dtype.itemsize].view(codec.sum_dtype)
     values.mul_(1.0 / wire.world_size)
-    yield wire.all_reduce(values)
+    yield wire.all_reduce(values, label)
     codec.decode(payload, x.numel(), out=x)

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 
 
 def broadcast(
-    x: Tensor, sizes: Sequence[int], base: Tensor, codec: Codec, payload: Tensor, wire: Wire, source: int
+    x: Tensor, sizes: Sequence[int], base: Tensor, codec: Codec, payload: Tensor, wire: Wire, source: int, label: Label
 ) -> Iterator[Transfer]:
     """Make `x` (float32 [n]) on all ranks but the source what is known of the source's; `base` (float32 [n]) follows.
 
@@ -30,7 +31,7 @@ def broadcast(
     if wire.rank == source:
         codec.encode(torch.where(x == base, 0.0, x - base), out=coded)  # inf - inf is no change
         positive.copy_(torch.stack([(part >= 0).all() for part in x.split(list(sizes))]))
-    yield wire.broadcast(payload, source)
+    yield wire.broadcast(payload, source, label)
     step = codec.decode(coded, x.numel())
     base.add_(torch.where(step.isfinite(), step, 0.0))  # NaN would stay in base for good
     for part, clamps in zip(base.split(list(sizes)), positive.tolist(), strict=True):
@@ -40,6 +41,6 @@ def broadcast(
         x.copy_(base)
 
 
-def exact_broadcast(x: Tensor, wire: Wire, source: int) -> Iterator[Transfer]:
+def exact_broadcast(x: Tensor, wire: Wire, source: int, label: Label) -> Iterator[Transfer]:
     """Make `x` (any dtype) on all ranks the source's, bit for bit."""
-    yield wire.broadcast(x, source)
+    yield wire.broadcast(x, source, label)

@@ -9,15 +9,17 @@ were sent: all compute with the same bits. The shard itself stays as it is.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 
 
-def gather(shard: Tensor, out: Tensor, codec: Codec, buffer: Tensor, wire: Wire, tag: int) -> Iterator[Transfer]:
+def gather(shard: Tensor, out: Tensor, codec: Codec, buffer: Tensor, wire: Wire, label: Label) -> Iterator[Transfer]:
     """Fill `out` ([W * m]) with the ranks' `shard` ([m], which may be this rank's part of `out`); any float dtype.
 
     `buffer` is uint8 [W * nbytes(m)].
@@ -25,15 +27,18 @@ def gather(shard: Tensor, out: Tensor, codec: Codec, buffer: Tensor, wire: Wire,
     me, W, m = wire.rank, wire.world_size, shard.numel()
     rows, parts = buffer.split(codec.nbytes(m)), out.split(m)
     codec.encode(shard, out=rows[me])
-    transfer = wire.swap([rows[me]] * W, rows, tag, last=True)
+    transfer = wire.swap([rows[me]] * W, rows, label, last=True)
     codec.decode(rows[me], m, out=parts[me])  # while it is on its way
     yield transfer
     for r in (*range(me), *range(me + 1, W)):
         codec.decode(rows[r], m, out=parts[r])
 
 
-def native_gather(shard: Tensor, out: Tensor, wire: Wire) -> Iterator[Transfer]:
+def native_gather(shard: Tensor, out: Tensor, wire: Wire, label: Label) -> Iterator[Transfer]:
     """The group's own all-gather of any dtype. A ring sends W - 1 shards."""
-    work = dist.all_gather_single(out, shard, group=wire.open_group(), async_op=True)
     crossing = (wire.world_size - 1) * shard.nbytes
-    yield Transfer([work], crossing, crossing, last=True)
+
+    def start(group: dist.ProcessGroup) -> Any:
+        return dist.all_gather_single(out, shard, group=group, async_op=True)
+
+    yield wire.collective(start, out.nbytes, label, crossing, crossing)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
 
@@ -26,9 +27,9 @@ def alone(x: Tensor, memory: Memory) -> Iterator[Transfer]:
     yield from ()
 
 
-def skip_together(x: Tensor, wire: Wire) -> Iterator[Transfer]:
+def skip_together(x: Tensor, wire: Wire, label: Label) -> Iterator[Transfer]:
     """Leave `x` ([n], any float dtype) as it is, or fill it with NaN on all ranks if it holds NaN or Inf on any."""
-    bad = torch.tensor([float(not bool(x.isfinite().all()))], device=x.device)
-    yield wire.all_reduce(bad)
+    bad = torch.tensor([float(not bool(x.isfinite().all()))], dtype=torch.float32, device=x.device)
+    yield wire.all_reduce(bad, label)
     if bad.item():
         x.fill_(torch.nan)  # all of it: DDP hands on no gradient of a parameter that no rank used

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
 
@@ -23,7 +24,7 @@ Op = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 
 def reduce_scatter(
-    full: Tensor, out: Tensor, op: Op, codec: Codec, memory: Memory, buffer: Tensor, wire: Wire, tag: int
+    full: Tensor, out: Tensor, op: Op, codec: Codec, memory: Memory, buffer: Tensor, wire: Wire, label: Label
 ) -> Iterator[Transfer]:
     """Fill `out` ([m]) with what `op` makes of the ranks' chunks of `full` ([W * m]); any float dtype.
 
@@ -35,7 +36,7 @@ def reduce_scatter(
     chunks = [slice(r * m, (r + 1) * m) for r in range(W)]
     for r in (*range(me + 1, W), *range(me)):
         memory.encode(codec, full, chunks[r], out=outgoing[r])
-    transfer = wire.swap(outgoing, rows, tag, last=True)
+    transfer = wire.swap(outgoing, rows, label, last=True)
     memory.encode(codec, full, chunks[me], out=rows[me])  # while the others are on their way
     yield transfer
     codec.mean(buffer[: W * codec.nbytes(m)], m, W, out=out)
@@ -43,11 +44,14 @@ def reduce_scatter(
         out.mul_(times)
 
 
-def native_reduce_scatter(full: Tensor, out: Tensor, op: Op, wire: Wire) -> Iterator[Transfer]:
+def native_reduce_scatter(full: Tensor, out: Tensor, op: Op, wire: Wire, label: Label) -> Iterator[Transfer]:
     """The group's own reduce-scatter: the bits are those that it has without us."""
-    work = dist.reduce_scatter_single(out, full, op=op, group=wire.open_group(), async_op=True)
     crossing = native_bytes(out, wire.world_size)
-    yield Transfer([work], crossing, crossing, last=True)
+
+    def start(group: dist.ProcessGroup) -> Any:
+        return dist.reduce_scatter_single(out, full, op=op, group=group, async_op=True)
+
+    yield wire.collective(start, full.nbytes, label, crossing, crossing)
 
 
 def native_bytes(out: Tensor, world_size: int) -> int:

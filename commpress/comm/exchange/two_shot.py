@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
 
@@ -24,7 +25,7 @@ def chunk_bounds(n: int, world_size: int, granularity: int) -> list[int]:
     return [min(n, blocks * r // world_size * granularity) for r in range(world_size)] + [n]
 
 
-def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> Iterator[Transfer]:
+def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, label: Label) -> Iterator[Transfer]:
     """Replace `x` ([n], any float dtype) by its mean over the ranks."""
     me, W = wire.rank, wire.world_size
     cuts = chunk_bounds(x.numel(), W, codec.granularity)
@@ -37,11 +38,11 @@ def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, tag: int) -> I
     gathered = memory.buffer("gathered", W * sizes[me], x.device)
     rows = gathered.split(sizes[me]) if sizes[me] else (gathered,) * W
     rows[me].copy_(outgoing[me])
-    yield wire.swap(outgoing, rows, tag, last=False)
+    yield wire.swap(outgoing, rows, label, last=False)
 
     means = memory.buffer("means", sum(sizes), x.device).split(sizes)
     codec.recode(gathered, lengths[me], W, memory.second, out=means[me])
-    yield wire.swap([means[me]] * W, means, tag + 1, last=True)
+    yield wire.swap([means[me]] * W, means, label.then(), last=True)
 
     for r in range(W):
         codec.decode(means[r], lengths[r], out=x[cuts[r] : cuts[r + 1]])

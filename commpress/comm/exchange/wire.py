@@ -2,65 +2,181 @@
 
 Point-to-point messages, not collectives, carry the payloads: any lengths, no copies, both directions of a link in use, and
 under Gloo a third less time than all_gather for the same bytes. Each message has its own tag, so none is taken for another.
+
+On CPU a header of 24 bytes goes along with every message, at the same time:
+
+    rank 0 -> 1   [label | length | checksum]   tag t
+                  [payload ................]    tag f(t, label, length)
+
+The receiver compares the header with what it expects, and both ranks do; a payload that is not expected has no taker. Without
+this Gloo ends the process of a rank that gets more than it has room for, and passes over less in silence. The report does not
+count headers, nor what the backend itself puts before a message.
 """
 
 import contextlib
-import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_closed: "weakref.WeakKeyDictionary[dist.ProcessGroup, list[str]]" = weakref.WeakKeyDictionary()
-"""By default group: the names of groups of ours that were closed, whose addresses are still in its store."""
+from commpress.comm.agreement import Settings, gather_settings, host_name
+from commpress.comm.exchange.label import HALF, HEADER, Header, Label, wait_for
+from commpress.comm.failure import FailureBoard, LostPeerError, is_lost
+from commpress.comm.joining import closed, sibling
 
 
 @dataclass
 class Transfer:
-    """Messages that are on their way. `last` says that the bucket starts no further ones."""
+    """Messages that are on their way, with the rank that each comes from or goes to (None: all). `last` says that the bucket
+    starts no further ones."""
 
-    works: list[Any]
+    works: list[tuple[int | None, Any]]
     sent: int
     received: int
     last: bool
+    headers: list[Header] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list, repr=False)
+    """Memory that is being sent."""
 
     def wait(self) -> None:
-        """Return when all is received and the sent memory may be reused; raises what the process group raises."""
-        for work in self.works:
-            work.wait()
+        """Return when all is received and the sent memory may be reused.
+
+        Raises LostPeerError if a rank is gone or silent, OtherMessageError if one sends something else, DamagedMessageError
+        if a payload is not what its checksum says, and what else the process group raises.
+        """
+        for header in self.headers:
+            header.check()
+        for peer, work in self.works:
+            wait_for(peer, work)
+        for header in self.headers:
+            header.prove()
 
 
-@dataclass
 class Wire:
-    """A process group; `rank` and `world_size` are this process's within it."""
+    """A group of our own on CPU, on an accelerator the user's; `rank` and `world_size` are this process's within it.
 
-    group: dist.ProcessGroup | None
-    device: torch.device
-    rank: int = field(init=False)
-    world_size: int = field(init=False)
+    Collective over the ranks of `group`.
+    """
 
-    def __post_init__(self) -> None:
-        self.rank = dist.get_rank(self.group)
-        self.world_size = dist.get_world_size(self.group)
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.device = device
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.group: dist.ProcessGroup | None = group
+        if device.type == "cpu":
+            self.group, hosts = sibling(group)
+        else:
+            hosts = [str(other["host"]) for other in gather_settings({"host": host_name()}, group, device)]
+        self.board = FailureBoard(self.open_group().group_name, self.rank, hosts)
+        self._before = ""
+        self._after: dict[str, str] = {}
+        """Collectives of the group by the one before them, as all ranks had them the last time."""
 
-    def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], tag: int, last: bool) -> Transfer:
-        """Start sending `sends[r]` to every other rank r and receiving `receives[r]` from it; empty ones do not travel."""
+    @property
+    def peers(self) -> list[int]:
+        """All other ranks, the next one first."""
+        return [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
+
+    def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], label: Label, last: bool) -> Transfer:
+        """Start sending `sends[r]` (uint8) to every other rank r and receiving `receives[r]` from it; empty ones do not
+        travel."""
         group = self.open_group()
-        peers = [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
-        incoming = [r for r in reversed(peers) if receives[r].numel()]
-        outgoing = [r for r in peers if sends[r].numel()]
+        incoming = [r for r in reversed(self.peers) if receives[r].numel()]
+        outgoing = [r for r in self.peers if sends[r].numel()]
+        sent, received = (sum(t[r].nbytes for r in ranks) for t, ranks in ((sends, outgoing), (receives, incoming)))
         if self.device.type != "cpu":  # NCCL has no tags; it takes all messages as one operation instead
             operations = [dist.P2POp(dist.irecv, receives[r], group=group, group_peer=r) for r in incoming]
             operations += [dist.P2POp(dist.isend, sends[r], group=group, group_peer=r) for r in outgoing]
-            works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
-        else:
-            works = [dist.irecv(receives[r], group=group, tag=tag, group_src=r) for r in incoming]
-            works += [dist.isend(sends[r], group=group, tag=tag, group_dst=r) for r in outgoing]
-        sent, received = (sum(t[r].nbytes for r in ranks) for t, ranks in ((sends, outgoing), (receives, incoming)))
-        return Transfer(works, sent, received, last)
+            batch = dist.batch_isend_irecv(operations) if operations else []
+            return Transfer([(None, work) for work in batch], sent, received, last)
+        transfer = self._headers(label, last, sends, receives)
+        transfer.sent, transfer.received = sent, received
+        for r in incoming:
+            tag = label.payload_tag(receives[r].nbytes)
+            transfer.works.append((r, self._start(dist.irecv, receives[r], tag, r)))
+        for r in outgoing:
+            transfer.works.append((r, self._start(dist.isend, sends[r], label.payload_tag(sends[r].nbytes), r)))
+        return transfer
+
+    def gather(self, settings: Settings, label: Label) -> list[Settings]:
+        """Every rank's settings (JSON values), in the order of the ranks. Collective: it waits for all of them.
+
+        A rank that does something else meanwhile is an error, here and there.
+        """
+        if self.device.type != "cpu":
+            return gather_settings(settings, self.open_group(), self.device)
+        own = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8)
+        size = torch.tensor([own.numel()], dtype=torch.int64, device="cpu").view(torch.uint8)
+        sizes = [torch.empty_like(size) for _ in range(self.world_size)]
+        self.swap([size] * self.world_size, sizes, label, last=False).wait()
+        texts = [
+            torch.empty(int(n.view(torch.int64)), dtype=torch.uint8, device="cpu") for n in self._with(size, sizes)
+        ]
+        self.swap([own] * self.world_size, texts, label.then(), last=True).wait()
+        return [json.loads(bytes(text.tolist())) for text in self._with(own, texts)]
+
+    def _with(self, own: Tensor, others: list[Tensor]) -> list[Tensor]:
+        return [*others[: self.rank], own, *others[self.rank + 1 :]]
+
+    def _headers(
+        self, label: Label, last: bool, sends: Sequence[Tensor], receives: Sequence[Tensor], nbytes: int | None = None
+    ) -> Transfer:
+        """Exchange the headers of `sends` and `receives`; of a collective over `nbytes`, which has no payloads."""
+        transfer = Transfer([], 0, 0, last)
+        for r in reversed(self.peers):
+            buffer = torch.empty(HEADER.size, dtype=torch.uint8, device="cpu")
+            work = self._start(dist.irecv, buffer, label.tag % HALF, r)
+            expected = receives[r].nbytes if nbytes is None else nbytes
+            transfer.headers.append(
+                Header(r, work, buffer, label, expected, None if nbytes is not None else receives[r])
+            )
+        for r in self.peers:
+            header = label.header(sends[r], sends[r].nbytes if nbytes is None else nbytes)
+            transfer.kept.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+            transfer.works.append((r, self._start(dist.isend, transfer.kept[-1], label.tag % HALF, r)))
+        return transfer
+
+    def _start(self, operation: Callable[..., Any], x: Tensor, tag: int, peer: int) -> Any:
+        try:
+            if operation is dist.isend:
+                return dist.isend(x, group=self.open_group(), tag=tag, group_dst=peer)
+            return dist.irecv(x, group=self.open_group(), tag=tag, group_src=peer)
+        except RuntimeError as error:
+            if is_lost(error):
+                raise LostPeerError(peer, str(error)) from None
+            raise
+
+    def collective(
+        self, start: Callable[[dist.ProcessGroup], Any], nbytes: int, label: Label, sent: int, received: int
+    ) -> Transfer:
+        """Start one of the group's own collectives, over `nbytes` on each rank: it is the only transfer of its bucket.
+
+        `start` takes the group and returns the work. One that comes as it came the last time starts at once, its headers
+        beside it. Any other waits for them first, so no rank is ever in two different collectives, which Gloo does not
+        survive: a rank that expected another one is told so by those who start at once.
+        """
+        if self.device.type != "cpu":
+            return Transfer([(None, start(self.open_group()))], sent, received, last=True)
+        label = replace(label, proven=False)
+        text = f"{label.text}: {nbytes} bytes"
+        before, self._before = self._before, text
+        none = [torch.empty(0, dtype=torch.uint8, device="cpu")] * self.world_size
+        transfer = self._headers(label, True, none, none, nbytes)
+        if self._after.get(before) != text:
+            transfer.wait()
+            self._after[before] = text
+            transfer.headers, transfer.works = [], []
+        transfer.sent, transfer.received = sent, received
+        try:
+            transfer.works.append((None, start(self.open_group())))
+        except RuntimeError as error:
+            if is_lost(error):
+                raise LostPeerError(None, str(error)) from None
+            raise
+        return transfer
 
     def open_group(self) -> dist.ProcessGroup:
         """The group. Once closed it is None, which torch would take for the default group, the user's own."""
@@ -78,55 +194,27 @@ class Wire:
             if self.device.type == "cpu":
                 name = group.group_name
                 dist.destroy_process_group(group)
-                _closed.setdefault(dist.distributed_c10d._get_default_group(), []).append(name)
+                closed.setdefault(dist.distributed_c10d._get_default_group(), []).append(name)
             else:
                 group._get_backend(self.device).abort()
 
-    def all_reduce(self, x: Tensor) -> Transfer:
-        """Start the group's own sum of `x`, in place. A ring sends 2 (W - 1) / W of the tensor."""
-        work = dist.all_reduce(x, group=self.open_group(), async_op=True)
+    def all_reduce(self, x: Tensor, label: Label, op: Any = dist.ReduceOp.SUM) -> Transfer:
+        """Start the group's own reduction of `x`, in place. A ring sends 2 (W - 1) / W of the tensor."""
         crossing = ring_bytes(x.nbytes, self.world_size)
-        return Transfer([work], crossing, crossing, last=True)
 
-    def broadcast(self, x: Tensor, source: int) -> Transfer:
+        def start(group: dist.ProcessGroup) -> Any:
+            return dist.all_reduce(x, op=op, group=group, async_op=True)
+
+        return self.collective(start, x.nbytes, label, crossing, crossing)
+
+    def broadcast(self, x: Tensor, source: int, label: Label) -> Transfer:
         """Start sending `x` ([n], contiguous) from the rank `source` of the group to all others, in a binomial tree."""
-        work = dist.broadcast(x, group=self.open_group(), group_src=source, async_op=True)
-        return Transfer(
-            [work],
-            x.nbytes * tree_children(self.rank, source, self.world_size),
-            x.nbytes * (self.rank != source),
-            last=True,
-        )
+        children = tree_children(self.rank, source, self.world_size)
 
+        def start(group: dist.ProcessGroup) -> Any:
+            return dist.broadcast(x, group=group, group_src=source, async_op=True)
 
-def sibling(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A new group of the same ranks and timeout. Collective over those ranks only."""
-    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
-    timeout = getattr(options, "_timeout", None)
-    ranks = dist.get_process_group_ranks(group)
-    with _closed_names_taken():
-        group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="commpress")
-    assert isinstance(group, dist.ProcessGroup)
-    # a rank that fails at once closes its connections, while others may still be making theirs
-    dist.barrier(group=group)
-    return group
-
-
-@contextlib.contextmanager
-def _closed_names_taken() -> Iterator[None]:
-    """Have torch, which names a group by its ranks and how many groups there are, use no name twice in one store.
-
-    A second group of that name would meet the addresses of the first. The names are as if none had been closed, so it does not
-    matter which ranks know already that one was.
-    """
-    names = dist.distributed_c10d._world.pg_names
-    standing: dict[Any, str] = {object(): name for name in _closed.get(dist.distributed_c10d._get_default_group(), ())}
-    names.update(standing)
-    try:
-        yield
-    finally:
-        for key in standing:
-            del names[key]
+        return self.collective(start, x.nbytes, label, x.nbytes * children, x.nbytes * (self.rank != source))
 
 
 def tree_children(rank: int, source: int, world_size: int) -> int:

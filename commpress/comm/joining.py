@@ -1,0 +1,158 @@
+"""A group of our own beside the user's, of the same ranks: what they send on theirs cannot get between our transfers.
+
+Making one means that every rank waits for every other, through the store. While it does, each rank listens to the one before it
+on the user's group, so that a rank that dies just then is noticed at once, and named on all of them:
+
+    rank 0   make the group ... made -->  1        a connection that closes before that byte came: its rank is gone
+    rank 1   make the group ... made -->  2
+    rank 2   make the group ... made -->  0
+"""
+
+import contextlib
+import datetime
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from commpress.comm.agreement import gather_settings, host_name
+from commpress.comm.failure import GRACE, FailureBoard, LostPeerError, is_lost, own_store, within
+
+TAG = (1 << 31) - 1
+"""Of the byte on the user's group."""
+POLL = 0.02
+LOOK_EVERY = 0.25
+"""Seconds between two looks at what other ranks have posted."""
+
+closed: "weakref.WeakKeyDictionary[dist.ProcessGroup, list[str]]" = weakref.WeakKeyDictionary()
+"""By default group: the names of groups of ours that were closed, whose addresses are still in its store."""
+_made: "weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]]" = weakref.WeakKeyDictionary()
+"""By group: how many siblings it has had."""
+
+
+def timeout_of(group: dist.ProcessGroup) -> datetime.timedelta | None:
+    """The timeout of a group that has Gloo; None if it does not say."""
+    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+    timeout: datetime.timedelta | None = getattr(options, "_timeout", None)
+    return timeout
+
+
+def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, list[str]]:
+    """A new group of the same ranks and timeout, and the names of their hosts. Collective over those ranks only.
+
+    Raises ExchangeError on all ranks, naming the rank, if one of them dies meanwhile or does not come within the timeout.
+    """
+    timeout = timeout_of(group) or dist.distributed_c10d.default_pg_timeout
+    rank, number = dist.get_rank(group), next(_made.setdefault(group, itertools.count()))
+    everyone = gather_settings({"host": host_name()}, group, torch.device("cpu"))
+    board = FailureBoard(f"{group.group_name}/join/{number}", rank, [str(other["host"]) for other in everyone])
+    came = f"commpress/came/{group.group_name}/{number}"
+    making = _Making(group, timeout, f"{came}/{rank}")
+    listening = _Listening(group)
+    deadline = time.monotonic() + timeout.total_seconds() + GRACE
+    look_at = time.monotonic() + LOOK_EVERY
+    while making.is_alive():
+        making.join(POLL)
+        if listening.error is not None:
+            raise board.explain(LostPeerError(listening.peer, str(listening.error)))
+        now = time.monotonic()
+        if now > deadline:
+            raise board.explain(LostPeerError(_missing(came, board), "Wait timeout while a group was made"))
+        if now > look_at:
+            look_at = now + LOOK_EVERY
+            if board.has_reason():
+                raise board.explain(LostPeerError(None, "a rank has left while a group was made"))
+    if making.error is not None:
+        error = making.error
+        lost = is_lost(error) or "imed out" in str(error)
+        raise board.explain(LostPeerError(_missing(came, board), f"Wait timeout: {error}") if lost else error)
+    assert making.made is not None
+    listening.tell(group, deadline)
+    if listening.error is not None:
+        raise board.explain(LostPeerError(listening.peer, str(listening.error)))
+    return making.made, board.hosts
+
+
+class _Making(threading.Thread):
+    """Makes the group, which waits for all its ranks."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout: datetime.timedelta, came: str) -> None:
+        super().__init__(name="commpress joins", daemon=True)
+        self._ranks, self._timeout, self._came = dist.get_process_group_ranks(group), timeout, came
+        self.made: dist.ProcessGroup | None = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            own_store().set(self._came, "1")
+            with _closed_names_taken():
+                made = dist.new_group(
+                    self._ranks, timeout=self._timeout, use_local_synchronization=True, group_desc="commpress"
+                )
+            assert isinstance(made, dist.ProcessGroup)
+            # a rank that fails at once closes its connections, while others may still be making theirs
+            dist.barrier(group=made)
+            self.made = made
+        except BaseException as error:
+            self.error = error
+
+
+class _Listening(threading.Thread):
+    """Waits on the user's group for the word of the rank before this one that it has made its group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(name="commpress listens", daemon=True)
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.peer, self._next = (rank - 1) % world_size, (rank + 1) % world_size
+        self._group: dist.ProcessGroup | None = group
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        byte = torch.zeros(1, dtype=torch.uint8, device="cpu")
+        try:
+            dist.recv(byte, group=self._group, tag=TAG, group_src=self.peer)
+        except BaseException as error:
+            self.error = error
+        self._group = None
+
+    def tell(self, group: dist.ProcessGroup, deadline: float) -> None:
+        """Tell the next rank that this one has made its group, and wait for the word of the one before."""
+        byte = torch.ones(1, dtype=torch.uint8, device="cpu")
+        try:
+            dist.send(byte, group=group, tag=TAG, group_dst=self._next)
+            self.join(max(0.0, deadline - time.monotonic()))
+        except BaseException as error:
+            self.error = error
+
+
+def _missing(came: str, board: FailureBoard) -> int | None:
+    """The first rank that has not begun to make the group; None if all have, or the store does not say."""
+    ranks = range(len(board.hosts))
+    try:
+        return within(GRACE, lambda: next((r for r in ranks if not own_store().check([f"{came}/{r}"])), None))
+    except (RuntimeError, TimeoutError):
+        return None
+
+
+@contextlib.contextmanager
+def _closed_names_taken() -> Iterator[None]:
+    """Have torch, which names a group by its ranks and how many groups there are, use no name twice in one store.
+
+    A second group of that name would meet the addresses of the first. The names are as if none had been closed, so it does not
+    matter which ranks know already that one was.
+    """
+    names = dist.distributed_c10d._world.pg_names
+    standing: dict[Any, str] = {object(): name for name in closed.get(dist.distributed_c10d._get_default_group(), ())}
+    names.update(standing)
+    try:
+        yield
+    finally:
+        for key in standing:
+            del names[key]
