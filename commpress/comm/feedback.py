@@ -188,8 +188,20 @@ class Feedback:
             for segments, memory in self.memories.items()
         ]
 
+    def require_fit(self, state: Sequence[dict[str, Any]]) -> None:
+        """Raise ValueError if what was saved is not of the values that the masks of now let travel."""
+        for saved in state:
+            segments = tuple((str(name), int(n)) for name, n in saved["segments"])
+            travel, kept = self.survivors.total(segments), saved["residual"]
+            if kept is not None and kept.numel() != travel:
+                raise ValueError(
+                    f"cannot restore: feedback was saved for {kept.numel()} values of {segments[0][0]!r} and others, now "
+                    f"{travel} travel; restore the masks before"
+                )
+
     def load_state_dict(self, state: Sequence[dict[str, Any]], device: torch.device) -> None:
         """Restore what `state_dict` saved. Raises ValueError if the masks were others."""
+        self.require_fit(state)
         self.memories.clear()
         self.homes.clear()
         for saved in state:
@@ -198,12 +210,6 @@ class Feedback:
             for name in KEPT:
                 if saved[name] is not None:
                     setattr(memory, name, saved[name].to(device).clone())
-            travel, kept = self.survivors.total(segments), memory.residual
-            if kept is not None and kept.numel() != travel:
-                raise ValueError(
-                    f"cannot restore: feedback was saved for {kept.numel()} values of {segments[0][0]!r} and others, now "
-                    f"{travel} travel; restore the masks before"
-                )
             for name, _ in segments:
                 if name in self.homes:
                     self.memories[self.homes[name]].whole = False

@@ -15,10 +15,52 @@ from torch import Tensor
 State = dict[str, Any]
 
 
-def resized(states: Sequence[State], rank: int, world_size: int) -> State:
-    """The state of a rank among `world_size`, out of `Session.state_dict()` of all ranks of a run, in any order.
+def summary(state: State) -> State:
+    """What ranks compare of the states that they restore (JSON values): the run, the step, the layout of the buckets."""
+    buckets = [
+        {"segments": [list(part) for part in bucket["segments"]]}
+        | {key: bucket[key] is not None for key in ("residual", "momentum")}
+        for bucket in state["buckets"]
+    ]
+    return {key: state[key] for key in ("version", "settings", "world_size", "step", "scale")} | {"buckets": buckets}
 
-    With as many ranks as before it is that rank's own. Raises ValueError if the states are not those of all ranks of one run.
+
+def require_one_run(everyone: Sequence[State]) -> State:
+    """The summary that all ranks have which restore anything. Raises ValueError, with both values, if they differ."""
+    for rank, other in enumerate(everyone):
+        if "error" in other:
+            raise ValueError(f"rank {rank}: {other['error']}")
+    holders = [rank for rank, other in enumerate(everyone) if "nothing" not in other]
+    if not holders:
+        raise ValueError("cannot restore: no rank has a state, expected at least one that has")
+    first = everyone[holders[0]]
+    for rank in holders:
+        for key, value in first.items():
+            if everyone[rank].get(key) != value:
+                raise ValueError(
+                    f"cannot restore: rank {rank}'s state has {key} {everyone[rank].get(key)!r}, rank {holders[0]}'s has "
+                    f"{value!r}; expected session.state_dict() of every rank, saved at one step"
+                )
+    alone = [rank for rank in range(len(everyone)) if rank not in holders]
+    if alone and int(first["world_size"]) >= len(everyone):
+        raise ValueError(
+            f"cannot restore: rank {alone[0]} has no state, rank {holders[0]} has one of step {first['step']}; expected "
+            "session.state_dict() of every rank"
+        )
+    return first
+
+
+def require_same_values(expected: State, state: State) -> None:
+    """Raise ValueError, with both values, if a state has other ones than expected."""
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise ValueError(f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}")
+
+
+def share(states: Sequence[State], rank: int, world_size: int) -> list[State]:
+    """Which states of a run's ranks, in any order, a rank among `world_size` goes on with.
+
+    With as many ranks as before its own alone. Raises ValueError if the states are not those of all ranks of one run.
     """
     if not states:
         raise ValueError("cannot restore: no states, expected those of all ranks")
@@ -26,23 +68,27 @@ def resized(states: Sequence[State], rank: int, world_size: int) -> State:
     by_rank = {int(state["rank"]): state for state in states}
     if sorted(by_rank) != list(range(old)) or len(states) != old:
         raise ValueError(f"cannot restore: states of ranks {sorted(by_rank)}, expected one of each of {old}")
-    for key in ("version", "settings", "world_size", "scale"):
+    for key in ("version", "settings", "world_size", "step", "scale"):
         for other, state in by_rank.items():
-            if state[key] != by_rank[0][key]:
-                raise ValueError(f"cannot restore: rank {other} saved {key} {state[key]!r}, rank 0 {by_rank[0][key]!r}")
-    if old == world_size:
-        return by_rank[rank]
-    mine = [by_rank[i] for i in range(old) if i % world_size == rank]
-    share = world_size / old
+            if state.get(key) != by_rank[0].get(key):
+                raise ValueError(
+                    f"cannot restore: rank {other} saved {key} {state.get(key)!r}, rank 0 {by_rank[0].get(key)!r}"
+                )
+    return [by_rank[i] for i in range(old) if i % world_size == rank % world_size]
+
+
+def merged(mine: Sequence[State], first: State, rank: int, world_size: int) -> State:
+    """The state of a rank among `world_size` out of its share of those of another number; `first` is the summary of all."""
+    old = int(first["world_size"])
+    times = world_size / old
     buckets = []
-    for place, bucket in enumerate(by_rank[0]["buckets"]):  # all ranks have the same layouts in the same order
+    for place, bucket in enumerate(first["buckets"]):  # all ranks have the same layouts in the same order
         parts = [state["buckets"][place] for state in mine]
-        kept = {key: _sum([part[key] for part in parts], share) for key in ("residual", "momentum")}
+        kept = {key: _sum([part[key] for part in parts], times) for key in ("residual", "momentum")}
         for part in parts:
-            _give_back(kept["residual"], part, old * share)
+            _give_back(kept["residual"], part, old * times)
         buckets.append({"segments": bucket["segments"], "start": 0, "second": None, **kept})
-    own = _mean([by_rank[i]["optimizer"] for i in range(old)])
-    return {**by_rank[0], "rank": rank, "world_size": world_size, "buckets": buckets, "optimizer": own}
+    return {**first, "rank": rank, "world_size": world_size, "buckets": buckets}
 
 
 def moved(state: State, rank: int, world_size: int) -> State:
@@ -69,10 +115,3 @@ def _sum(parts: Sequence[Tensor | None], share: float) -> Tensor | None:
     """Of those that are there, times `share`; None if there are none."""
     there = [part for part in parts if part is not None]
     return torch.stack(there).sum(dim=0).mul_(share) if there else None
-
-
-def _mean(states: Sequence[Any]) -> Any:
-    """Of tensors in dicts of dicts."""
-    if isinstance(states[0], Tensor):
-        return torch.stack(tuple(states)).mean(dim=0)
-    return None if states[0] is None else {key: _mean([state[key] for state in states]) for key in states[0]}

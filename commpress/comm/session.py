@@ -26,12 +26,13 @@ from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Memory, Segments
 from commpress.comm.meter import Meter, Report, named
 from commpress.comm.plan import DENSE, Choice, Plan, Treatment
-from commpress.comm.resize import resized
+from commpress.comm.rank_state import RankState
+from commpress.comm.resize import merged, require_one_run, require_same_values, share, summary
 from commpress.comm.sequencer import Job, Sequencer, promise
 from commpress.comm.survivors import Survivors, described, in_memory_order
 from commpress.comm.timeline import Span, Timeline
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class GradScaler(Protocol):
@@ -262,28 +263,66 @@ class Session:
         """
         if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
             self._feedback.undo()  # the scaler has skipped the step
-        return {
+        content = {
             "version": STATE_VERSION,
-            "settings": {**self.plan.settings(), "optimizer": self._apart()["optimizer"]},
+            "settings": self._settings(),
             "rank": self.rank,
             "world_size": self.world_size,
+            "step": self._step,
             "scale": self._scale,
             "optimizer": None if self._optimizer is None else self._optimizer.own_state(),
             "buckets": self._feedback.state_dict(),
             "beside": [other.state_dict() for other in self.beside],
         }
+        return RankState(content, sum(self._parameters.values()))
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
-        """Restore what `state_dict` saved on the same rank, before the first step; training goes on bit for bit.
+        """Restore what `state_dict` saved on the same rank; training goes on bit for bit. Collective, between steps.
 
-        The states of all ranks, as a sequence, are good for any number of ranks now: what they had withheld is kept in total.
-        Load a compressed optimizer's own state before. DDP lays its buckets out anew after a restart; the first step is
-        exchanged in the saved layout all the same. Raises ValueError if the state belongs to another version, plan, rank
-        or world size.
+        `state` is that dict, or what `torch.distributed.checkpoint` has loaded into one, or a sequence of the states of all
+        ranks of a run; the latter two are good for any number of ranks now: what they had withheld is kept in total. Load a
+        compressed optimizer's own state before. DDP lays its buckets out anew after a restart; the first step is exchanged in
+        the saved layout all the same. Raises ValueError on all ranks if a state belongs to another version, plan, rank, number
+        of ranks or model, or if the ranks' states are not of one step; TypeError for what is no state, on its rank.
         """
-        if not isinstance(state, dict):
-            state = resized(state, self.rank, self.world_size)
-        self.require_own(state)
+        refusal: Exception | None = None
+        mine: list[dict[str, Any]] = []
+        try:
+            mine = self._states(state)
+        except (ValueError, TypeError) as error:
+            refusal = error
+        said = summary(mine[0]) if mine else {"nothing": True}
+        everyone = self._ask({"error": str(refusal)} if refusal is not None else said, "a state to restore")
+        if refusal is not None:
+            raise refusal
+        first = require_one_run(everyone)
+        if int(first["world_size"]) != self.world_size:
+            own = self._mean_of_own([one["optimizer"] for one in mine], int(first["world_size"]))
+            self.restore(merged(mine, first, self.rank, self.world_size) | {"optimizer": own, "beside": []})
+        else:
+            self.restore(mine[0])
+
+    def _states(self, state: Any) -> list[dict[str, Any]]:
+        """The saved states that this rank goes on with: its own, or its share of those of another number of ranks."""
+        if isinstance(state, RankState) and (rows := state.loaded) is not None:
+            found = rows
+        elif isinstance(state, Mapping):
+            found = [dict(state)]
+            self.require_own(found[0])
+        elif isinstance(state, Sequence) and not isinstance(state, str):
+            found = share(state, self.rank, self.world_size)
+        else:
+            raise TypeError(
+                f"cannot restore: got {type(state).__name__}, expected what session.state_dict() returned on this rank"
+            )
+        for one in found:
+            self._require_fit(one)
+        if len(found) == 1 and found[0]["world_size"] == self.world_size:
+            self.require_own(found[0])
+        return found
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the state of this rank, which fits, as all ranks do. Not collective."""
         self._scale = float(state["scale"])
         self._feedback.load_state_dict(state["buckets"], self.device)
         if self._role == "gradients":  # others keep their layout
@@ -294,23 +333,36 @@ class Session:
             other.load_state_dict(saved_beside)
 
     def require_own(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if a state belongs to another version, plan, rank, world size or model."""
-        expected = {
-            "version": STATE_VERSION,
-            "settings": {**self.plan.settings(), "optimizer": self._apart()["optimizer"]},
-            "rank": self.rank,
-            "world_size": self.world_size,
-        }
-        for key, value in expected.items():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}"
-                )
+        """Raise ValueError if a state belongs to another version, plan, rank, number of ranks or model."""
+        require_same_values({"rank": self.rank, "world_size": self.world_size}, state)
+        self._require_fit(state)
+
+    def _require_fit(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state, of any rank among any number of them, is not one of this session's."""
+        require_same_values({"version": STATE_VERSION, "settings": self._settings()}, state)
         saved = {str(name): int(n) for bucket in state["buckets"] for name, n in bucket["segments"]}
         if self._parameters and saved:
             gradients = self._role == "gradients"  # in other roles some may not have been exchanged yet
             present = {name: n for name, n in self._parameters.items() if gradients or name in saved}
             _require_same_parameters(saved, present)
+        self._feedback.require_fit(state["buckets"])
+
+    def _settings(self) -> dict[str, object]:
+        return {**self.plan.settings(), "optimizer": self._apart()["optimizer"]}
+
+    def _mean_of_own(self, mine: list[Any], saved: int) -> Any:
+        """What an optimizer has of its own on a rank, as the mean over all that have saved. Collective."""
+        if self._optimizer is None:
+            return None
+        mean = self._optimizer.own_state()
+        for name, kept in mean.items():
+            for key in kept:
+                total = torch.zeros_like(kept[key])
+                for one in mine:
+                    total += one[name][key].to(total.device)
+                dist.all_reduce(total, group=self.group)
+                kept[key] = total / saved
+        return mean
 
     def _start_step(self) -> None:
         if self._optimizer is None:

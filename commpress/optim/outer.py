@@ -26,6 +26,7 @@ from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.meter import Report
 from commpress.comm.plan import Treatment
+from commpress.comm.rank_state import RankState
 from commpress.comm.resize import moved
 from commpress.comm.session import Session
 from commpress.optim.base import within
@@ -204,13 +205,15 @@ class Outer:
             }
             for fragment in self._fragments
         ]
-        return {
+        content = {
             "version": STATE_VERSION,
             "settings": {**vars(self.settings), "inner ranks": self._inner_size},
+            "world_size": self._session.world_size,
             "steps": self._steps,
             "fragments": fragments,
-            "session": self._session.state_dict(),
+            "session": dict(self._session.state_dict()),
         }
+        return RankState(content, sum(fragment.anchor.numel() for fragment in self._fragments))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
@@ -220,6 +223,8 @@ class Outer:
         and starts from the anchor. The others may have got other places in the group, and the group another size: what they
         had withheld counts as before. Raises ValueError on all ranks if a state does not fit, or if no rank has one.
         """
+        if isinstance(state, RankState) and (rows := state.loaded) is not None:  # by torch.distributed.checkpoint
+            state = rows[0] if rows else None
         error = None if state is None else self._unfit(state)
         steps = None if state is None else int(state["steps"])
         everyone = gather_settings({"error": error, "steps": steps}, self._group, self.device)
@@ -236,7 +241,7 @@ class Outer:
             self._steps = int(state["steps"])
             for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
                 self._restore(fragment, saved)
-            self._session.load_state_dict(self._at_this_place(state["session"]))
+            self._session.restore(self._at_this_place(state["session"]))
         if len(holders) < len(everyone):
             self._welcome(holders[0], joined=state is None)
 
