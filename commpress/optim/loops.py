@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commpress.comm.kernels.cpu import loop
+from commpress.kernels.compiled import loop
 
 
 def advance(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:

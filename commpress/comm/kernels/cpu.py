@@ -14,11 +14,9 @@ The formulas and layouts stand in `commpress/comm/codecs`; what stands here is h
 - integers are cast back after every operation: Numba widens int32 to int64, which halves the width of a vector.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import numpy as np
-from numba import njit
+
+from commpress.kernels.compiled import loop, part
 
 INT_BLOCK = 256
 SIGN_BLOCK = 1024
@@ -40,21 +38,6 @@ PLACES = np.array(
     [sum(p << 8 * i for i, p in enumerate(p for p in range(8) if byte >> p & 1)) for byte in range(256)], np.uint64
 )
 """Byte i of entry `byte`: where the i-th one of its bits stands."""
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def loop(function: F) -> F:
-    """Compile on first call, GIL released; cached on disk where a cache can be written, else compiled anew."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # Numba found no folder that it may write
-        return njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
-
-
-def part(function: F) -> F:
-    """A piece of a loop, to be inlined wherever it is used."""
-    return njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[no-any-return]
 
 
 # --- blocks ------------------------------------------------------------------------------------------------------
