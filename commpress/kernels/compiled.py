@@ -20,12 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llvmlite
+import llvmlite  # type: ignore[import-untyped]
 import numba
 import numpy as np
 from numba import njit
 from numba.core.caching import FunctionCache, NullCache
-from numba.core.dispatcher import Dispatcher
 from numba.core.serialize import dumps
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,8 +39,8 @@ _said: set[tuple[str, str]] = set()
 
 def loop(function: F) -> F:
     """Compile on first call, GIL released; kept on disk where that can be written, else compiled in every run."""
-    compiled = njit(nogil=True, error_model="numpy")(function)
-    if isinstance(compiled, Dispatcher):  # it is the function itself under NUMBA_DISABLE_JIT
+    compiled: Any = njit(nogil=True, error_model="numpy")(function)
+    if hasattr(compiled, "_cache"):  # under NUMBA_DISABLE_JIT it is the function itself
         compiled._cache = _cache_of(function)
     return compiled  # type: ignore[no-any-return]
 
