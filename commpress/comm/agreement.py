@@ -13,7 +13,7 @@ def gather_settings(
     world_size = dist.get_world_size(group)
     own = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
-    dist.all_gather(lengths, torch.tensor([own.numel()], device=device), group=group)
+    dist.all_gather(lengths, torch.tensor([own.numel()], dtype=torch.int64, device=device), group=group)
     longest = max(int(n) for n in lengths)
     texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world_size)]
     dist.all_gather(texts, torch.nn.functional.pad(own, (0, longest - own.numel())), group=group)

@@ -168,7 +168,7 @@ class FrozenAdamW(CompressedOptimizer):
         if first["steps"] % max(1, round(1 / (1 - first["betas"][1]))):
             return False
         sums = [s["exp_avg_sq"].sum(dtype=torch.float64) for s in self.state.values() if s]
-        total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+        total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
         self.add_up(total)
         now = float(total)
         least, most = sorted((float(first["variance"]), now))
@@ -182,7 +182,7 @@ class FrozenAdamW(CompressedOptimizer):
         for p, group in self._places.values():
             state = self.state[p]
             if not state:  # had no gradient yet
-                state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+                state |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), "exp_avg": torch.zeros_like(p)}
                 state["exp_avg_sq"] = torch.zeros_like(p)
             beta1, beta2 = group["betas"]
             steps = max(1.0, float(state["step"]))
@@ -214,7 +214,7 @@ class FrozenAdamW(CompressedOptimizer):
             memory.fold(self._world_size)
             factors = torch.cat(
                 [
-                    torch.ones(n, device=memory.residual.device)
+                    torch.ones(n, dtype=torch.float32, device=memory.residual.device)
                     if state["settled"]
                     else loops.flat(state["inverse"])[0] * (1 - self._places[name][1]["betas"][0])
                     for (name, n), state in zip(segments, states, strict=True)

@@ -137,7 +137,7 @@ def correct(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, n
 
 def warm_up() -> None:
     """Compile the loops now, not in the middle of a step."""
-    x, y, z, p, q, r = (torch.ones(1) for _ in range(6))
+    x, y, z, p, q, r = (torch.ones(1, dtype=torch.float32, device="cpu") for _ in range(6))
     advance(x, y, z, 1.0, 1.0)
     wander(x, y, z, p, q, r, 1.0, 0.5, 1.0, 1.0, 1.0)
     look_back(x, y, z, p, q, 1.0, 0.5, 0.5, 1.0, 1.0)

@@ -347,6 +347,7 @@ class Outer:
         root = dist.get_global_rank(self._group, source)
         about = torch.tensor(
             [self._steps, *(n for f in self._fragments for n in (f.synced_at, int(f.mean is not None)))],
+            dtype=torch.int64,
             device=self.device,
         )
         dist.broadcast(about, root, group=self._group)

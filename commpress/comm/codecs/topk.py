@@ -84,12 +84,12 @@ class TopK(Codec):
         threshold = magnitude.topk(k).values[-1]
         tied = (magnitude == threshold).nonzero().view(-1)
         above = (magnitude > threshold).nonzero().view(-1)
-        need, t = k - above.numel(), torch.arange(tied.numel(), device=x.device)
+        need, t = k - above.numel(), torch.arange(tied.numel(), dtype=torch.int64, device=x.device)
         spread = (t + 1) * need // tied.numel() > t * need // tied.numel()
         index = torch.cat([above, tied[spread]]).sort().values
-        low = (index[:, None] >> torch.arange(low_bits, device=x.device) & 1).view(-1)
+        low = (index[:, None] >> torch.arange(low_bits, dtype=torch.int64, device=x.device) & 1).view(-1)
         high = torch.zeros(k + (n >> low_bits) + 1, dtype=torch.int64, device=x.device)
-        high[(index >> low_bits) + torch.arange(k, device=x.device)] = 1
+        high[(index >> low_bits) + torch.arange(k, dtype=torch.int64, device=x.device)] = 1
         return torch.cat([_pack_bits(low), _pack_bits(high), self.values.define_encode(x[index])])
 
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
@@ -120,9 +120,9 @@ class TopK(Codec):
         high = _unpack_bits(payload[high_at:values_at]).nonzero().view(-1)
         if high.numel() != k:
             return high
-        index = high - torch.arange(k, device=payload.device) << low_bits
+        index = high - torch.arange(k, dtype=torch.int64, device=payload.device) << low_bits
         low = _unpack_bits(payload[:high_at])[: k * low_bits].view(k, low_bits)
-        return index + (low << torch.arange(low_bits, device=payload.device)).sum(dim=1)
+        return index + (low << torch.arange(low_bits, dtype=torch.int64, device=payload.device)).sum(dim=1)
 
     def clear(self, payload: Tensor, values: Tensor) -> None:
         k, low_bits, high_at, values_at = self._sections(values.numel())
@@ -170,9 +170,9 @@ def _pack_bits(bits: Tensor) -> Tensor:
     """int64 [m] of 0 and 1 -> uint8, eight a byte, lowest bit first, padded to a multiple of 4 bytes."""
     size = padded(-(-bits.numel() // 8))
     rows = pad(bits, (0, 8 * size - bits.numel())).view(-1, 8)
-    return (rows << torch.arange(8, device=bits.device)).sum(dim=1).to(torch.uint8)
+    return (rows << torch.arange(8, dtype=torch.int64, device=bits.device)).sum(dim=1).to(torch.uint8)
 
 
 def _unpack_bits(packed: Tensor) -> Tensor:
     """uint8 [m] -> int64 [8 m] of 0 and 1."""
-    return (packed.to(torch.int64)[:, None] >> torch.arange(8, device=packed.device) & 1).view(-1)
+    return (packed.to(torch.int64)[:, None] >> torch.arange(8, dtype=torch.int64, device=packed.device) & 1).view(-1)

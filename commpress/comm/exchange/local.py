@@ -28,7 +28,7 @@ def alone(x: Tensor, memory: Memory) -> Iterator[Transfer]:
 
 def skip_together(x: Tensor, wire: Wire) -> Iterator[Transfer]:
     """Leave `x` ([n], any float dtype) as it is, or fill it with NaN on all ranks if it holds NaN or Inf on any."""
-    bad = torch.tensor([float(not bool(x.isfinite().all()))], device=x.device)
+    bad = torch.tensor([float(not bool(x.isfinite().all()))], dtype=torch.float32, device=x.device)
     yield wire.all_reduce(bad)
     if bad.item():
         x.fill_(torch.nan)  # all of it: DDP hands on no gradient of a parameter that no rank used
