@@ -19,6 +19,8 @@ from commpress.model import Recipe, Scheduler
 from commpress.model.masks import whole
 
 INPUTS, WIDTH, CLASSES, STEPS = 32, 64, 10, 6
+PARAMETERS = 8
+"""How many tensors of parameters `network` has."""
 CPU = torch.device("cpu")
 
 Found = dict[str, list[Tensor]]
@@ -60,7 +62,7 @@ def deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def matmul_precision() -> Iterator[None]:
-    """Products of float32 may be computed in bfloat16: those of the model are too small for it."""
+    """Products of float32 may be computed in bfloat16."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -80,6 +82,16 @@ def threads_by_rank() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def flushed() -> Iterator[None]:
+    """Denormal numbers are 0 in the thread of the script, and stay what they are in others."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 SETTINGS: dict[str, Callable[[], Any]] = {
     "nothing": contextlib.nullcontext,
     "default dtype float64": functools.partial(default_dtype, torch.float64),
@@ -90,9 +102,13 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     "with torch.device": functools.partial(torch.device, "meta"),
     "deterministic algorithms": deterministic,
     "anomaly detection": functools.partial(torch.autograd.set_detect_anomaly, True),
+}
+THAT_CHANGE_THE_MODEL: dict[str, Callable[[], Any]] = {
     "matmul precision medium": matmul_precision,
     "threads by rank": threads_by_rank,
+    "denormals flushed": flushed,
 }
+"""Under these torch computes other bits itself."""
 
 
 # --- a model that depends on none of it --------------------------------------------------------------------------
@@ -234,7 +250,7 @@ def recipe(dtype: torch.dtype) -> list[Tensor]:
     plan = Recipe.of(
         {
             "prune": [{"start": 1, "end": 3, "every": 2, "amount": 0.5, "criterion": "taylor"}],
-            "quantize": [{"start": 4, "bits": 8}],
+            "quantize": [] if dtype == torch.float64 else [{"start": 4, "bits": 8}],  # which is refused
             "distil": {"start": 1, "end": 5, "weight": 0.5, "hidden": {"2": "2"}},
         }
     )
@@ -274,7 +290,7 @@ def all_under(setting: str, dtype: torch.dtype, only: tuple[str, ...]) -> tuple[
     found, raised = {}, {}
     for name in only:
         try:
-            with SETTINGS[setting]():
+            with (SETTINGS | THAT_CHANGE_THE_MODEL)[setting]():
                 found[name] = PROGRAMS[name](dtype)
         except Exception as error:
             raised[name] = f"{type(error).__name__}: {error}"
@@ -310,3 +326,35 @@ def test_a_setting_of_the_script_changes_no_bit(setting: str) -> None:
     for expected, found in zip(under("nothing"), under(setting), strict=True):
         for name in PROGRAMS:
             assert not differing(expected[name], found[name]), name
+
+
+def require_one_model(ranks: list[Found], different: frozenset[str] = frozenset()) -> None:
+    """All ranks have the same parameters, and these are numbers; `different` programs leave other things on other ranks."""
+    for name in ranks[0].keys() - different:
+        parameters = ranks[0][name][:PARAMETERS]  # the rest are buffers, and each rank's own since the last forward
+        assert all(x.isfinite().all() for x in parameters if x.is_floating_point()), name
+        for other in ranks[1:]:
+            assert not differing(parameters, other[name][:PARAMETERS]), name
+
+
+OWN = frozenset({"broadcasts"})
+"""Rank 0 keeps its own values."""
+
+
+@pytest.mark.parametrize("setting", THAT_CHANGE_THE_MODEL)
+def test_a_setting_that_changes_what_the_model_computes_leaves_the_ranks_alike(setting: str) -> None:
+    for expected, found in zip(under("nothing"), under(setting), strict=True):
+        for name in ("codecs", "broadcasts"):
+            assert not differing(expected[name], found[name]), name
+    require_one_model(under(setting), OWN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_the_default_dtype_trains_as_one_model(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    followed = under(f"default dtype {name}", dtype)
+    require_one_model(followed, OWN)
+    for expected, found in zip(under("nothing", dtype), followed, strict=True):
+        for program in PROGRAMS:
+            assert not differing(expected[program], found[program]), program
+            assert program == "codecs" or {x.dtype for x in found[program] if x.is_floating_point()} == {dtype}
