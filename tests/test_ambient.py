@@ -75,7 +75,7 @@ def matmul_precision() -> Iterator[None]:
 def threads_by_rank() -> Iterator[None]:
     """As many threads as the host has cores, and the hosts differ."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 + 2 * dist.get_rank())
+    torch.set_num_threads(1 + 7 * dist.get_rank())
     try:
         yield
     finally:
@@ -226,6 +226,39 @@ def compressed(kind: str, spec: str, dtype: torch.dtype, **settings: Any) -> lis
         return all_of(model)
 
 
+class Side(nn.Module):
+    """Layers side by side."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], dim=1)
+
+
+def sparse_and_large(kind: str, dtype: torch.dtype) -> list[Tensor]:
+    """More values than one thread sums, of which half have no gradient before the variance stands."""
+    there: Any = {"dtype": dtype, "device": CPU, "bias": False}
+    model = nn.ModuleList([nn.Linear(400, 400, **there) for _ in range(6)])
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(-p).add_(noise(*p.shape, seed=i, dtype=dtype))
+    wrapped = DistributedDataParallel(Side(model))
+    optimizer = getattr(commpress.optim, kind)(model.parameters(), lr=0.01, betas=(0.5, 0.6), max_norm=1.0)
+    commpress.attach(wrapped, "sign", optimizer=optimizer)
+    for step in range(3 * STEPS):
+        x = noise(4, 400, seed=10 * step + dist.get_rank(), dtype=dtype)
+        if step < STEPS:
+            x[:, ::2] = 0
+        wrapped(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.param_groups[0]["frozen_at"], "the warm-up has not ended"
+    with optimizer.synced() if kind == "ZeroOneAdamW" else contextlib.nullcontext():
+        return all_of(model)
+
+
 def broadcasts(dtype: torch.dtype) -> list[Tensor]:
     found = []
     for spec in ("none", "int8", "topk(0.1)|int4"):
@@ -279,6 +312,8 @@ PROGRAMS: dict[str, Callable[[torch.dtype], list[Tensor]]] = {
     "OneBitAdamW": functools.partial(compressed, "OneBitAdamW", "sign", warmup_steps=2),
     "OneBitAdamW, its own warm-up": functools.partial(compressed, "OneBitAdamW", "sign"),
     "ZeroOneAdamW": functools.partial(compressed, "ZeroOneAdamW", "sign", warmup_steps=2, sync_every=2),
+    "OneBitAdamW of many values": functools.partial(sparse_and_large, "OneBitAdamW"),
+    "ZeroOneAdamW of many values": functools.partial(sparse_and_large, "ZeroOneAdamW"),
     "DGC": functools.partial(compressed, "DGC", "topk(0.1)", momentum=0.9),
     "broadcasts": broadcasts,
     "recipe": recipe,

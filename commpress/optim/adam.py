@@ -167,7 +167,7 @@ class FrozenAdamW(CompressedOptimizer):
             return bool(first["steps"] >= first["warmup_steps"])
         if first["steps"] % max(1, round(1 / (1 - first["betas"][1]))):
             return False
-        sums = [s["exp_avg_sq"].sum(dtype=torch.float64) for s in self.state.values() if s]
+        sums = [loops.total(s["exp_avg_sq"]) for s in self.state.values() if s]
         total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
         self.add_up(total)
         now = float(total)
@@ -190,8 +190,8 @@ class FrozenAdamW(CompressedOptimizer):
             state["inverse"] = self.inverse(state["exp_avg_sq"] / (1 - beta2**steps), group)
             state["exp_avg"] = mean * state["inverse"]
             state["settled"] = False
-            squares[0] += float(mean.square().sum(dtype=torch.float64))
-            squares[1] += float(state["exp_avg"].square().sum(dtype=torch.float64))
+            squares[0] += float(loops.total(mean.square()))
+            squares[1] += float(loops.total(state["exp_avg"].square()))
         unit = 2.0 ** round(0.5 * math.log2(squares[0] / squares[1])) if min(squares) > 0 else 1.0
         for p, _ in self._places.values():
             self.state[p]["inverse"] *= unit
@@ -202,7 +202,9 @@ class FrozenAdamW(CompressedOptimizer):
     def inverse(self, variance: Tensor, group: dict[str, Any]) -> Tensor:
         """1 / d of a variance without bias. Where there has been no gradient, d is the tensor's own mean size."""
         root = variance.sqrt()
-        scaled: Tensor = 1 / (torch.where(root > 0, root, variance.mean().sqrt()) + group["eps"])
+        scaled: Tensor = 1 / (
+            torch.where(root > 0, root, float(loops.total(variance) / variance.numel()) ** 0.5) + group["eps"]
+        )
         return scaled
 
     def settle(self, memory: Memory, segments: Segments) -> None:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop
 
+ROW = 4096
+"""So few values torch sums in one thread."""
+
 
 def advance(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:
     """p <- keep * p - rate * update, average <- update, in place."""
@@ -133,6 +136,15 @@ def correct(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, n
     x.add_(p, alpha=decay)
     momentum.mul_(beta).add_(x)
     x.copy_(x + beta * momentum if nesterov else momentum)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of a tensor in float64: the same bits with any number of threads, since each row is summed by one of them."""
+    rest = flat(x)[0].to(torch.float64)
+    while rest.numel() > ROW:
+        whole = rest.numel() // ROW * ROW
+        rest = torch.cat([rest[:whole].view(-1, ROW).sum(dim=1), rest[whole:].sum().view(1)])
+    return rest.sum()
 
 
 def warm_up() -> None:
