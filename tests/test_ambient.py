@@ -107,6 +107,7 @@ THAT_CHANGE_THE_MODEL: dict[str, Callable[[], Any]] = {
     "matmul precision medium": matmul_precision,
     "threads by rank": threads_by_rank,
     "denormals flushed": flushed,
+    "autocast": functools.partial(torch.autocast, "cpu", torch.bfloat16),
 }
 """Under these torch computes other bits itself."""
 
@@ -393,3 +394,119 @@ def test_a_model_of_the_default_dtype_trains_as_one_model(dtype: torch.dtype) ->
         for program in PROGRAMS:
             assert not differing(expected[program], found[program]), program
             assert program == "codecs" or {x.dtype for x in found[program] if x.is_floating_point()} == {dtype}
+
+
+# --- modes that are on in a part of a script ---------------------------------------------------------------------
+
+
+MODES: dict[str, Callable[[], Any]] = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+def looked_at(model: nn.Module, mode: Callable[[], Any]) -> None:
+    """A forward to see how good the model is."""
+    model.eval()
+    with mode():
+        model(batch(99)[0])
+    model.train()
+
+
+def ddp_in(mode: Callable[[], Any], exchange: str | None = None) -> list[Tensor]:
+    model = DistributedDataParallel(network())
+    with mode():
+        session = commpress.attach(model, "topk(0.1)|int4", buffers="int8", exchange=exchange)
+    looked_at(model, torch.no_grad if mode is contextlib.nullcontext else mode)
+    optimizer = sgd(model)
+    mask = noise(WIDTH, INPUTS, seed=3) > 0
+    for masks in ({"0.weight": mask}, {}):
+        train(model, optimizer)
+        with mode():
+            session.report()
+            session.load_state_dict(session.state_dict())
+        train(model, optimizer)
+        with mode():
+            session.keep(masks)
+    train(model, optimizer)
+    return all_of(model)
+
+
+def compressed_in(kind: str, spec: str, mode: Callable[[], Any], **settings: Any) -> list[Tensor]:
+    model = DistributedDataParallel(network())
+    optimizer = getattr(commpress.optim, kind)(model.parameters(), lr=0.01, **settings)
+    with mode():
+        session = commpress.attach(model, spec, optimizer=optimizer)
+    train(model, optimizer)
+    with mode():
+        state = session.state_dict()
+        optimizer.load_state_dict(optimizer.state_dict())
+        session.load_state_dict(state)
+    train(model, optimizer)
+    with mode(), optimizer.synced() if kind == "ZeroOneAdamW" else contextlib.nullcontext():
+        found = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer)
+    return found
+
+
+def outer_in(kind: str, mode: Callable[[], Any], **settings: Any) -> list[Tensor]:
+    model = network()
+    optimizer = sgd(model)
+    with mode():
+        syncs = getattr(commpress, kind)(model, optimizer, **settings)
+    train(model, optimizer)
+    with mode():
+        syncs.sync()
+        syncs.load_state_dict(syncs.state_dict())
+    train(model, optimizer)
+    with mode():
+        syncs.sync()
+        model(batch(0)[0])
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def broadcasts_in(mode: Callable[[], Any]) -> list[Tensor]:
+    model = network(seed=dist.get_rank())
+    for call in range(4):
+        with mode() if call % 2 == 0 else contextlib.nullcontext():
+            commpress.broadcast_parameters(model, "int8")
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.add_(0.01 * noise(*p.shape, seed=10 * call + i))
+    return [p.detach().clone() for p in model.parameters()]
+
+
+PARTLY: dict[str, Callable[[Callable[[], Any]], list[Tensor]]] = {
+    "ddp": ddp_in,
+    "ddp by two_shot": functools.partial(ddp_in, exchange="two_shot"),
+    "OneBitAdamW": functools.partial(compressed_in, "OneBitAdamW", "sign", warmup_steps=2),
+    "ZeroOneAdamW": functools.partial(compressed_in, "ZeroOneAdamW", "sign", warmup_steps=2, sync_every=2),
+    "DGC": functools.partial(compressed_in, "DGC", "topk(0.1)", momentum=0.9),
+    "local_sgd": functools.partial(outer_in, "local_sgd", every=4),
+    "diloco": functools.partial(outer_in, "diloco", every=4, delay=1, fragments=2),
+    "broadcasts": broadcasts_in,
+}
+
+
+def all_in(mode: str) -> tuple[Found, dict[str, str]]:
+    """What each program leaves if the calls around its training stand in a mode, and what it raised where it did."""
+    found, raised = {}, {}
+    for name, program in PARTLY.items():
+        try:
+            found[name] = program(MODES.get(mode, contextlib.nullcontext))
+        except Exception as error:
+            raised[name] = f"{type(error).__name__}: {error}"
+    return found, raised
+
+
+@functools.cache
+def partly(mode: str) -> list[Found]:
+    """What each rank has at the end; nothing was raised."""
+    results = run(2, all_in, mode, timeout=120)
+    for rank, (_, raised) in enumerate(results):
+        assert not raised, f"rank {rank}: {raised}"
+    return [found for found, _ in results]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_called_in_a_mode_without_gradients_can_be_trained_with_afterwards(mode: str) -> None:
+    for expected, found in zip(partly("none"), partly(mode), strict=True):
+        for name in PARTLY:
+            assert not differing(expected[name], found[name]), name

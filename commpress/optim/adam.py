@@ -202,9 +202,8 @@ class FrozenAdamW(CompressedOptimizer):
     def inverse(self, variance: Tensor, group: dict[str, Any]) -> Tensor:
         """1 / d of a variance without bias. Where there has been no gradient, d is the tensor's own mean size."""
         root = variance.sqrt()
-        scaled: Tensor = 1 / (
-            torch.where(root > 0, root, float(loops.total(variance) / variance.numel()) ** 0.5) + group["eps"]
-        )
+        mean = math.sqrt(loops.total(variance) / variance.numel())
+        scaled: Tensor = 1 / (torch.where(root > 0, root, mean) + group["eps"])
         return scaled
 
     def settle(self, memory: Memory, segments: Segments) -> None:
