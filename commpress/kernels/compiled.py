@@ -31,6 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 KIND = b"loops of commpress, "
 VERSIONS = KIND + f"numba {numba.__version__}, llvmlite {llvmlite.__version__}, numpy {np.__version__}\n".encode()
+ELSEWHERE = "Make room there, or set NUMBA_CACHE_DIR to a folder that can be written"
 DIGEST = hashlib.sha256().digest_size
 
 _said: set[tuple[str, str]] = set()
@@ -153,9 +154,6 @@ class NoCache(NullCache):  # type: ignore[misc]
     def save_overload(self, sig: Any, data: Any) -> None:
         """Say that nothing is kept."""
         _warn(self._tried, "written", f"cannot be written: the loops are compiled in every run. {ELSEWHERE}")
-
-
-ELSEWHERE = "Make room there, or set NUMBA_CACHE_DIR to a folder that can be written"
 
 
 def _cache_of(function: Callable[..., Any]) -> Any:

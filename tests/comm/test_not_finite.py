@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 BAD = (torch.nan, torch.inf, -torch.inf)
 LENGTHS = ((300, torch.float32), (5000, torch.float32), (5000, torch.bfloat16), (1000, torch.float16))
 STEPS = 4
-"""One value of one rank; one of each; a tenth of one rank's; all of one rank's."""
+"""What is not finite: in the first step one value of one rank, then one of each, a tenth of one rank's, all of one rank's."""
 
 
 def hit(n: int, rank: int, step: int, world_size: int) -> Tensor:
