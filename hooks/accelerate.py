@@ -82,7 +82,7 @@ class _Checkpoint:
         self._accelerator.register_for_checkpointing(self)
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
-        drawn = torch.tensor([secrets.randbelow(2**62)], device=self._session.device)
+        drawn = torch.tensor([secrets.randbelow(2**62)], dtype=torch.int64, device=self._session.device)
         dist.broadcast(drawn, dist.get_global_rank(self._group, 0), group=self._group)
         self._stamp = int(drawn)
         rank_files.save(self._session, folder, self._stamp, self._name)

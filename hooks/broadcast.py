@@ -39,7 +39,7 @@ def broadcast_parameters(
     key = (str(spec), source, group)
     if key not in known:
         if (refusal := _refusal(module)) is not None:
-            device = next(iter(tensors.values()), torch.empty(0)).device
+            device = next((x.device for x in tensors.values()), torch.device("cpu"))
             with contextlib.suppress(ValueError):  # what the other ranks raise
                 require_agreement({"error": str(refusal)}, group, device)
             raise refusal

@@ -82,7 +82,7 @@ def _attach(
         chosen = OuterSettings(**settings)
         _check(trained, optimizer, outer_group, inner)
     except (ValueError, TypeError) as error:
-        device = next(module.parameters(), torch.empty(0)).device
+        device = next((x.device for x in module.parameters()), torch.device("cpu"))
         with contextlib.suppress(ValueError):  # what the other ranks raise
             require_agreement({"error": str(error)}, outer_group, device)
         raise

@@ -245,7 +245,7 @@ class OneBitPartitions:
         optimizer, device, group = self.optimizer, self._shards.device, self._zero.dp_process_group
         self._inverse, self._known = [], []
         if optimizer.frozen:
-            unit = torch.tensor(optimizer.param_groups[0]["unit"], device=device)
+            unit = torch.tensor(optimizer.param_groups[0]["unit"], dtype=torch.float32, device=device)
             dist.all_reduce(unit, dist.ReduceOp.MAX, group)
             for i, flat in enumerate(self._zero.single_partition_of_fp32_groups):
                 settings, state = optimizer.param_groups[i], optimizer.state[flat]

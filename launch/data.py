@@ -82,7 +82,7 @@ def require_context(text: Text, context: int) -> None:
 
 def require_same_text(text: Text, device: torch.device) -> None:
     """Collective. Raises ValueError on all ranks if they read different texts."""
-    mine = torch.tensor(text.fingerprint, device=device)
+    mine = torch.tensor(text.fingerprint, dtype=torch.int64, device=device)
     of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(of_all, mine)
     for rank, other in enumerate(of_all):
@@ -101,17 +101,18 @@ def generator(seed: int, rank: int) -> torch.Generator:
 
 def sample(text: Tensor, batch: int, context: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random windows of uint8 [n]: inputs and the bytes that follow each, int64 [batch, context] both."""
-    return windows(text, torch.randint(len(text) - context, (batch,), generator=source), context)
+    starts = torch.randint(len(text) - context, (batch,), generator=source, dtype=torch.int64, device="cpu")
+    return windows(text, starts, context)
 
 
 def validation_starts(text: Tensor, count: int, context: int) -> Tensor:
     """Where `count` fixed windows start, evenly spread: int64 [count]."""
-    return torch.linspace(0, len(text) - context - 1, count, dtype=torch.float64).long()
+    return torch.linspace(0, len(text) - context - 1, count, dtype=torch.float64, device="cpu").long()
 
 
 def windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
     """The windows of uint8 [n] at `starts` [batch]: inputs and the next bytes, int64 [batch, context] both."""
-    cut = text[starts[:, None] + torch.arange(context + 1)].long()
+    cut = text[starts[:, None] + torch.arange(context + 1, dtype=torch.int64, device=starts.device)].long()
     return cut[:, :-1], cut[:, 1:]
 
 

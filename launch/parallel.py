@@ -185,7 +185,9 @@ class Engine(Spread):
         if self.replicated:
             return _clipped(self.bare, self.optimizer, most)
         self.engine.optimizer.clip_grad = most
-        return torch.tensor(float(self.engine.get_global_grad_norm() or 0.0), device=self.engine.device)
+        return torch.tensor(
+            float(self.engine.get_global_grad_norm() or 0.0), dtype=torch.float32, device=self.engine.device
+        )
 
     def step(self) -> None:
         self.engine.step()

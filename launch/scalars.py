@@ -22,7 +22,7 @@ def require(device: torch.device) -> None:
             from torch.utils import tensorboard  # noqa: F401
         except ImportError as error:
             reason = str(error)
-    missing = torch.tensor(len(reason), device=device)
+    missing = torch.tensor(len(reason), dtype=torch.int64, device=device)
     dist.broadcast(missing, 0)
     if missing.item():
         reason = reason or "rank 0 cannot import it"

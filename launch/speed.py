@@ -23,7 +23,7 @@ SOCKET_BYTES = 2**26
 def measure(codec: Codec, device: torch.device) -> Speed:
     """Time a codec on one core of this machine, or on its accelerator, as the exchanges use it."""
     n = VALUES
-    x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(device)
     if not codec.lossy:  # dense: divided by the number of ranks, and summed by the group
         return Speed(_seconds(lambda: x.mul_(1.0), device) / n, (0.0, 0.0), (0.0, 0.0), _adding(x, x.clone(), device))
     warm_up(codec, device)

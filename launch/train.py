@@ -216,7 +216,7 @@ def train(settings: Settings) -> bool:
             shared = {
                 **together,
                 "identity": identity,
-                "durations": torch.tensor(durations, dtype=torch.float64),
+                "durations": torch.tensor(durations, dtype=torch.float64, device="cpu"),
                 "curve": curve,
                 "traffic": asdict(before + Traffic.of(session.report())),
             }
@@ -285,7 +285,7 @@ def train(settings: Settings) -> bool:
                 started = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(done, settings)
-                loss = torch.zeros((), device=device)
+                loss = torch.zeros((), dtype=torch.float32, device=device)
                 for part in range(settings.accumulate):
                     x, y = data.sample(text.train, settings.batch, settings.context, own_windows)
                     # only the last part's backward synchronises the gradients
@@ -298,7 +298,7 @@ def train(settings: Settings) -> bool:
                     loss += task_loss.detach() / settings.accumulate
                 norm = trained.clip(CLIP_NORM)
                 # one small exchange a step: mean loss and norm, and whether any rank was asked to stop
-                asked = torch.tensor(float(stop), device=device).double()
+                asked = torch.tensor(float(stop), dtype=torch.float64, device=device)
                 together = torch.stack([loss.double() / world_size, norm.double() / world_size, asked])
                 dist.all_reduce(together)
                 train_loss, norm_of_all, stopping = together[0].item(), together[1].item(), together[2].item() > 0
@@ -544,7 +544,8 @@ def validate(model: nn.Module, text: Tensor, settings: Settings, device: torch.d
         # as many forwards on every rank: those of a sharded model are collective
         part = mine[first : first + settings.batch]
         x, y = (t.to(device) for t in data.windows(text, part if len(part) else starts[:1], settings.context))
-        total += torch.tensor([cross_entropy(model(x), y).item() * len(part), len(part)], device=device)
+        summed = [cross_entropy(model(x), y).item() * len(part), len(part)]
+        total += torch.tensor(summed, dtype=torch.float32, device=device)
     model.train()
     dist.all_reduce(total)
     return (total[0] / total[1]).item()

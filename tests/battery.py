@@ -323,13 +323,28 @@ def nan_and_inf_arrive_where_they_stood(codec: Codec) -> None:
                 assert not with_memory[at].isfinite(), f"{bad} at {at} of {n} came out as {with_memory[at]}"
 
 
+def any_number_of_nan_and_inf_arrives_where_they_stood(codec: Codec) -> None:
+    for n in LENGTHS[1:]:
+        for name, x in wild(n).items():
+            bad = ~x.isfinite()
+            for before in (None, *memories(x)):
+                decoded = codec.decode(codec.encode(x, before), n)
+                assert not decoded[bad].isfinite().any(), f"{name}, n = {n}"
+
+
 def nan_and_inf_reach_the_mean(codec: Codec) -> None:
-    x = gradient(300)
-    x[200] = torch.inf
-    payloads = torch.cat([codec.encode(gradient(300, seed=1)), codec.encode(x), codec.encode(gradient(300, seed=2))])
-    assert not codec.mean(payloads, 300, 3)[200].isfinite()
-    decoded = codec.decode(codec.recode(payloads, 300, 3), 300)
-    assert not decoded[200].isfinite()
+    """And what is coded of it anew, though several payloads may name more places than one can."""
+    for n in (300, 5000):
+        xs = [gradient(n, seed=r) for r in range(3)]
+        for r, x in enumerate(xs):
+            x[r :: n // 5] = torch.inf
+        payloads = torch.cat([codec.encode(x) for x in xs])
+        bad = ~torch.stack(xs).isfinite().all(dim=0)
+        assert not codec.mean(payloads, n, 3)[bad].isfinite().any()
+        for before in (None, torch.zeros(n), gradient(n, seed=3)):
+            decoded = codec.decode(codec.recode(payloads, n, 3, before), n)
+            assert not decoded[bad].isfinite().any()
+            assert before is None or before.isfinite().all()
 
 
 def nan_and_inf_never_enter_the_residual(codec: Codec) -> None:
@@ -577,6 +592,7 @@ CODEC_CHECKS: tuple[Callable[[Codec], None], ...] = (
     mean_of_equal_payloads_is_what_one_decodes_to,
     residual_is_what_the_payload_misses,
     nan_and_inf_arrive_where_they_stood,
+    any_number_of_nan_and_inf_arrives_where_they_stood,
     nan_and_inf_reach_the_mean,
     nan_and_inf_never_enter_the_residual,
     every_float_dtype_is_coded_as_its_float32,

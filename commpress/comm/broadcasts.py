@@ -95,6 +95,8 @@ class Broadcasts:
         """The version that was sent last, the same on all ranks."""
         return {"version": STATE_VERSION, "base": None if self._base is None else self._base.clone()}
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` saved, on all ranks. Raises ValueError if it is of other tensors."""
         base = state["base"]

@@ -90,6 +90,8 @@ class Feedback:
         """The layout in which each parameter's residual stands now."""
         self.survivors = Survivors()
 
+    @torch.inference_mode(False)  # what is made here outlives the mode in which a model is looked at
+    @torch.no_grad()
     def memory(
         self,
         segments: Segments,
@@ -154,6 +156,8 @@ class Feedback:
         self.homes.update((name, segments) for name, _ in segments)
         return created
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def keep(self, survivors: Survivors) -> None:
         """From now on these travel: what is remembered of others is dropped, and new ones start at 0."""
         for segments, memory in self.memories.items():
@@ -199,6 +203,8 @@ class Feedback:
                     f"{travel} travel; restore the masks before"
                 )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load_state_dict(self, state: Sequence[dict[str, Any]], device: torch.device) -> None:
         """Restore what `state_dict` saved. Raises ValueError if the masks were others."""
         self.require_fit(state)

@@ -38,7 +38,7 @@ class Survivors:
                 short = longest - self._in[name].numel()
                 self._in[name] = torch.nn.functional.pad(self._in[name], (0, short), value=-1)  # no place: a zero
         for places in list(self._in.values())[:1]:  # compiles the loops now, not in the middle of a step
-            one = torch.zeros(1, device=places.device)
+            one = torch.zeros(1, dtype=torch.float32, device=places.device)
             pack(one, torch.zeros(1, dtype=torch.int32, device=places.device), one.clone())
             unpack(one, torch.zeros(1, dtype=torch.int32, device=places.device), one.clone())
 

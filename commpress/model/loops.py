@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from commpress.kernels.compiled import loop
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -19,14 +20,7 @@ def keep_(x: Tensor, kept: Tensor) -> None:
         x.masked_fill_(~kept, 0)
 
 
-def _compiled(function: Any) -> Any:
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # Numba found no folder that it may write
-        return njit(nogil=True)(function)
-
-
-@_compiled
+@loop
 def _keep(bits: "np.ndarray[Any, Any]", kept: "np.ndarray[Any, Any]") -> None:
     for i in range(bits.size):
         bits[i] = bits[i] if kept[i] else 0

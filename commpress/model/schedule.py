@@ -249,7 +249,7 @@ class Scheduler:
 
     def _try(self, index: int, entry: Prune, names: list[str]) -> None:
         """Raises RecipeError now for what an entry could not do when its time comes."""
-        ones = {name: torch.ones(self._parameters[name].shape) for name in names}
+        ones = {name: torch.ones(self._parameters[name].shape, dtype=torch.float32, device="cpu") for name in names}
         try:
             if entry.pattern is not None:
                 pruning.n_of_m(ones, *entry.n_of_m)
@@ -268,7 +268,7 @@ class Scheduler:
         self._session.agree({"recipe": self.recipe.to_dict(), "teacher": teacher})
         if self.recipe.prune:
             whole_masks = {
-                name: torch.ones(self._parameters[name].shape, dtype=torch.bool)
+                name: torch.ones(self._parameters[name].shape, dtype=torch.bool, device="cpu")
                 for names in self._pruned
                 for name in names
             }

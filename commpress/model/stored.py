@@ -178,7 +178,7 @@ def _unpack(packed: dict[str, Tensor], name: str, how: Mapping[str, Any], stored
         dtype = torch.int8 if bits == 8 else getattr(torch, how["dtype"])
         x = _take(packed, name, dtype, list(shape) if mask is None else [left])
     if mask is not None:
-        x = torch.zeros(shape, dtype=x.dtype).masked_scatter_(mask, x)
+        x = torch.zeros(shape, dtype=x.dtype, device=x.device).masked_scatter_(mask, x)
     if bits is None:
         stored.tensors[name] = x
         return

@@ -279,7 +279,7 @@ class _Removal:
                 if self._takes(dep):
                     weight = dep.target.module.weight
                     inputs = 0 if getattr(dep.target.module, "transposed", False) else 1
-                    weight.index_fill_(inputs, torch.tensor(indices, device=weight.device), 0.0)
+                    weight.index_fill_(inputs, torch.tensor(indices, dtype=torch.int64, device=weight.device), 0.0)
         return self.outputs()
 
     def remove(self, widths: Sequence[_Width]) -> None:

@@ -167,8 +167,8 @@ class FrozenAdamW(CompressedOptimizer):
             return bool(first["steps"] >= first["warmup_steps"])
         if first["steps"] % max(1, round(1 / (1 - first["betas"][1]))):
             return False
-        sums = [s["exp_avg_sq"].sum(dtype=torch.float64) for s in self.state.values() if s]
-        total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+        sums = [loops.total(s["exp_avg_sq"]) for s in self.state.values() if s]
+        total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
         self.add_up(total)
         now = float(total)
         least, most = sorted((float(first["variance"]), now))
@@ -182,7 +182,7 @@ class FrozenAdamW(CompressedOptimizer):
         for p, group in self._places.values():
             state = self.state[p]
             if not state:  # had no gradient yet
-                state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+                state |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), "exp_avg": torch.zeros_like(p)}
                 state["exp_avg_sq"] = torch.zeros_like(p)
             beta1, beta2 = group["betas"]
             steps = max(1.0, float(state["step"]))
@@ -190,8 +190,8 @@ class FrozenAdamW(CompressedOptimizer):
             state["inverse"] = self.inverse(state["exp_avg_sq"] / (1 - beta2**steps), group)
             state["exp_avg"] = mean * state["inverse"]
             state["settled"] = False
-            squares[0] += float(mean.square().sum(dtype=torch.float64))
-            squares[1] += float(state["exp_avg"].square().sum(dtype=torch.float64))
+            squares[0] += float(loops.total(mean.square()))
+            squares[1] += float(loops.total(state["exp_avg"].square()))
         unit = 2.0 ** round(0.5 * math.log2(squares[0] / squares[1])) if min(squares) > 0 else 1.0
         for p, _ in self._places.values():
             self.state[p]["inverse"] *= unit
@@ -202,7 +202,8 @@ class FrozenAdamW(CompressedOptimizer):
     def inverse(self, variance: Tensor, group: dict[str, Any]) -> Tensor:
         """1 / d of a variance without bias. Where there has been no gradient, d is the tensor's own mean size."""
         root = variance.sqrt()
-        scaled: Tensor = 1 / (torch.where(root > 0, root, variance.mean().sqrt()) + group["eps"])
+        mean = math.sqrt(loops.total(variance) / variance.numel())
+        scaled: Tensor = 1 / (torch.where(root > 0, root, mean) + group["eps"])
         return scaled
 
     def settle(self, memory: Memory, segments: Segments) -> None:
@@ -214,7 +215,7 @@ class FrozenAdamW(CompressedOptimizer):
             memory.fold(self._world_size)
             factors = torch.cat(
                 [
-                    torch.ones(n, device=memory.residual.device)
+                    torch.ones(n, dtype=torch.float32, device=memory.residual.device)
                     if state["settled"]
                     else loops.flat(state["inverse"])[0] * (1 - self._places[name][1]["betas"][0])
                     for (name, n), state in zip(segments, states, strict=True)

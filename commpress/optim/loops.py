@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commpress.comm.kernels.cpu import loop
+from commpress.kernels.compiled import loop
+
+ROW = 4096
+"""So few values torch sums in one thread."""
 
 
 def advance(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:
@@ -135,9 +138,18 @@ def correct(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, n
     x.copy_(x + beta * momentum if nesterov else momentum)
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum of a tensor in float64: the same bits with any number of threads, since each row is summed by one of them."""
+    rest = flat(x)[0].to(torch.float64)
+    while rest.numel() > ROW:
+        whole = rest.numel() // ROW * ROW
+        rest = torch.cat([rest[:whole].view(-1, ROW).sum(dim=1), rest[whole:].sum().view(1)])
+    return rest.sum()
+
+
 def warm_up() -> None:
     """Compile the loops now, not in the middle of a step."""
-    x, y, z, p, q, r = (torch.ones(1) for _ in range(6))
+    x, y, z, p, q, r = (torch.ones(1, dtype=torch.float32, device="cpu") for _ in range(6))
     advance(x, y, z, 1.0, 1.0)
     wander(x, y, z, p, q, r, 1.0, 0.5, 1.0, 1.0, 1.0)
     look_back(x, y, z, p, q, 1.0, 0.5, 0.5, 1.0, 1.0)

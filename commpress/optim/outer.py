@@ -110,6 +110,8 @@ class Outer:
     ranks if a spec is unknown or the ranks differ.
     """
 
+    @torch.inference_mode(False)  # the anchors outlive the mode in which a model is looked at
+    @torch.no_grad()
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
@@ -129,11 +131,10 @@ class Outer:
             spec, group, self.device, parameters=tuple(s for f in self._fragments for s in f.segments), role="outer"
         )
         source = dist.get_global_rank(group, 0)
-        with torch.no_grad():
-            for fragment in self._fragments:
-                fragment.anchor = fragment.flat()
-                dist.broadcast(fragment.anchor, source, group=group)
-                fragment.put(fragment.anchor)
+        for fragment in self._fragments:
+            fragment.anchor = fragment.flat()
+            dist.broadcast(fragment.anchor, source, group=group)
+            fragment.put(fragment.anchor)
 
     @property
     def steps(self) -> int:
@@ -155,6 +156,7 @@ class Outer:
                 if self.settings.delay == 0:
                     self._finish(fragment, 1.0)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def sync(self) -> None:
         """Sync all fragments now, as at the end of training: then all ranks hold the same bits. Collective.
@@ -215,6 +217,7 @@ class Outer:
         }
         return RankState(content, sum(fragment.anchor.numel() for fragment in self._fragments))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Restore what `state_dict` saved on this rank; None on a rank that has joined. Collective.
@@ -352,6 +355,7 @@ class Outer:
         root = dist.get_global_rank(self._group, source)
         about = torch.tensor(
             [self._steps, *(n for f in self._fragments for n in (f.synced_at, int(f.mean is not None)))],
+            dtype=torch.int64,
             device=self.device,
         )
         dist.broadcast(about, root, group=self._group)

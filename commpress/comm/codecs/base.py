@@ -109,7 +109,7 @@ class Codec(ABC):
             return result
         if payloads.device.type == "cpu":
             direct = result.dtype == torch.float32
-            values = result if direct else torch.empty(n, dtype=torch.float32)
+            values = result if direct else torch.empty(n, dtype=torch.float32, device=payloads.device)
             self.loop_mean(payloads.numpy(), count, values.numpy())
             if not direct:
                 result.copy_(values)
@@ -180,7 +180,7 @@ class Codec(ABC):
 
 def warm_up(codec: Codec, device: torch.device) -> None:
     """Compile a codec's loops now, not in the middle of the first step."""
-    x = torch.linspace(-1, 1, WARM_UP_VALUES, device=device)
+    x = torch.linspace(-1, 1, WARM_UP_VALUES, dtype=torch.float32, device=device)
     residual = torch.zeros_like(x)
     payload = codec.encode(x)
     codec.encode(x, residual)

@@ -47,7 +47,7 @@ class BlockInteger(Codec):
         peak = x.abs().amax(dim=1)
         usable = peak.isfinite() & (peak >= FLUSH)
         top = torch.full_like(peak, levels)  # by tensors: torch turns division by or of a scalar into a product
-        scale = torch.where(usable, peak / top, torch.where(peak < FLUSH, 0.0, torch.nan))
+        scale = torch.where(usable, peak / top, torch.where(peak < FLUSH, 0.0, torch.full_like(peak, torch.nan)))
         inverse = torch.where(usable, top / peak, 0.0)
         codes = torch.where(usable[:, None], torch.round(x * inverse[:, None]), 0.0).to(torch.int32) + offset
         flat = codes.to(torch.uint8).view(-1)

@@ -78,7 +78,7 @@ def block_sum(x: Tensor) -> Tensor:
 
 def block_sizes(n: int, device: torch.device) -> Tensor:
     """How many of n values lie in each block: float32 [blocks]."""
-    sizes = torch.full((-(-n // BLOCK),), float(BLOCK), device=device)
+    sizes = torch.full((-(-n // BLOCK),), float(BLOCK), dtype=torch.float32, device=device)
     if n % BLOCK:
         sizes[-1] = n % BLOCK
     return sizes
@@ -95,7 +95,7 @@ def pack_plane(bits: Tensor) -> Tensor:
     full = bits[: n // BLOCK * BLOCK].view(-1, 8, BLOCK // 8)
     tail = bits[n // BLOCK * BLOCK :]
     tail = pad(tail, (0, -tail.numel() % 8)).view(1, 8, -1)
-    weights = (1 << torch.arange(8, device=bits.device)).view(1, 8, 1)
+    weights = (1 << torch.arange(8, dtype=torch.int64, device=bits.device)).view(1, 8, 1)
     return torch.cat([(part * weights).sum(dim=1).to(torch.uint8).view(-1) for part in (full, tail)])
 
 

@@ -7,6 +7,9 @@ k: with l = floor(log2(n / k)), the l low bits of each, packed, and p >> l in un
     [ low bits: k * l bits ][ high bits: k + (n >> l) + 1 bits ][ payload of the k values ]
 
 each section zero-padded to a multiple of 4 bytes. 8.6 bits a position at 1 %; log2 of n over k, the least, is 8.1.
+
+Where more than k values are NaN or Inf, k positions cannot name them: then no bit of the first two sections is set, the k
+values are NaN, and all n decode to NaN.
 """
 
 from dataclasses import dataclass, field
@@ -22,6 +25,8 @@ from commpress.comm.codecs.blend import AS_IT_IS, Floats, Source
 from commpress.comm.codecs.cast import Identity
 from commpress.comm.kernels import cpu
 
+INFINITY_BITS = int(cpu.INFINITY_BITS)
+
 
 @dataclass(frozen=True)
 class TopK(Codec):
@@ -29,7 +34,7 @@ class TopK(Codec):
 
     Where several equal the k-th largest, the kept ones are spread evenly over their positions, and under feedback none
     waits for longer than n / k steps (rounded up).
-    NaN counts as larger than Inf, Inf as larger than all else, so both arrive. Wants error feedback.
+    NaN and Inf count as larger than all else, so they arrive; more than k of them make all n NaN. Wants error feedback.
 
     >>> codec = parse("topk(0.5)")
     >>> codec.decode(codec.encode(torch.tensor([1.0, -3.0, 0.5, 2.0])), 4)
@@ -74,45 +79,72 @@ class TopK(Codec):
         n = x.numel()
         k, low_bits, _, _ = self._sections(n)
         magnitude = x.view(torch.int32) & 0x7FFFFFFF
+        if int((magnitude >= INFINITY_BITS).sum()) > k:
+            return self._all_nan(n, x.device)
         threshold = magnitude.topk(k).values[-1]
         tied = (magnitude == threshold).nonzero().view(-1)
         above = (magnitude > threshold).nonzero().view(-1)
-        need, t = k - above.numel(), torch.arange(tied.numel(), device=x.device)
+        need, t = k - above.numel(), torch.arange(tied.numel(), dtype=torch.int64, device=x.device)
         spread = (t + 1) * need // tied.numel() > t * need // tied.numel()
         index = torch.cat([above, tied[spread]]).sort().values
-        low = (index[:, None] >> torch.arange(low_bits, device=x.device) & 1).view(-1)
+        low = (index[:, None] >> torch.arange(low_bits, dtype=torch.int64, device=x.device) & 1).view(-1)
         high = torch.zeros(k + (n >> low_bits) + 1, dtype=torch.int64, device=x.device)
-        high[(index >> low_bits) + torch.arange(k, device=x.device)] = 1
+        high[(index >> low_bits) + torch.arange(k, dtype=torch.int64, device=x.device)] = 1
         return torch.cat([_pack_bits(low), _pack_bits(high), self.values.define_encode(x[index])])
 
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
         k, _, _, values_at = self._sections(n)
         x = torch.zeros(n, dtype=torch.float32, device=payload.device)
-        x[self._positions(payload, n)] = self.values.define_decode(payload[values_at:], k)
+        value = self.values.define_decode(payload[values_at:], k)
+        index = self._positions(payload, n)
+        self._require_positions(index.numel(), bool(value.isnan().all()), n)
+        if index.numel():
+            x[index] = value
+        else:
+            x.fill_(torch.nan)
         return x
 
+    def _all_nan(self, n: int, device: torch.device) -> Tensor:
+        """The payload of n values of which more than k are NaN or Inf."""
+        k, _, _, values_at = self._sections(n)
+        nan = torch.full((k,), torch.nan, dtype=torch.float32, device=device)
+        return torch.cat([torch.zeros(values_at, dtype=torch.uint8, device=device), self.values.define_encode(nan)])
+
+    def _require_positions(self, found: int, all_nan: bool, n: int) -> None:
+        if found != (k := self.kept(n)) and not (found == 0 and all_nan):
+            raise ValueError(f"{self}: a payload of {n} values marks {found} positions, expected {k}")
+
     def _positions(self, payload: Tensor, n: int) -> Tensor:
-        """The ascending positions that a payload of n values holds: int64 [k]."""
+        """The ascending positions that a payload of n values holds: int64 [k], or none if all are NaN."""
         k, low_bits, high_at, values_at = self._sections(n)
         high = _unpack_bits(payload[high_at:values_at]).nonzero().view(-1)
-        index = high - torch.arange(k, device=payload.device) << low_bits
+        if high.numel() != k:
+            return high
+        index = high - torch.arange(k, dtype=torch.int64, device=payload.device) << low_bits
         low = _unpack_bits(payload[:high_at])[: k * low_bits].view(k, low_bits)
-        return index + (low << torch.arange(low_bits, device=payload.device)).sum(dim=1)
+        return index + (low << torch.arange(low_bits, dtype=torch.int64, device=payload.device)).sum(dim=1)
 
     def clear(self, payload: Tensor, values: Tensor) -> None:
         k, low_bits, high_at, values_at = self._sections(values.numel())
         if values.device.type == "cpu":
-            index = np.empty(k, np.int64)
+            places = np.empty(k, np.int64)
             coded = payload.numpy()
-            cpu.ef_decode(low_bits, coded[:high_at], coded[high_at:values_at], index)
-            values[torch.from_numpy(index)] = 0
+            found = cpu.ef_decode(low_bits, coded[:high_at], coded[high_at:values_at], places)
+            index = torch.from_numpy(places[:found])
         else:
-            values[self._positions(payload, values.numel())] = 0
+            index = self._positions(payload, values.numel())
+        if index.numel():
+            values[index] = 0
+        else:  # it names all of them
+            values.zero_()
 
     def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
         k, low_bits, high_at, values_at = self._sections(x.size)
         index, value = cpu.topk_select(x, source, residual, k)
         payload[:values_at] = 0
+        if not index.size:
+            self.values.loop_encode(np.full(k, np.nan, np.float32), AS_IT_IS, NO_FLOATS, payload[values_at:])
+            return
         cpu.ef_encode(index, low_bits, payload[:high_at], payload[high_at:values_at])
         self.values.loop_encode(value, AS_IT_IS, NO_FLOATS, payload[values_at:])
         if residual.size:
@@ -126,19 +158,21 @@ class TopK(Codec):
         out[:] = 0
         for payload in payloads.reshape(count, -1):
             found = cpu.ef_decode(low_bits, payload[:high_at], payload[high_at:values_at], index)
-            if found != k:
-                raise ValueError(f"{self}: a payload of {out.size} values marks {found} positions, expected {k}")
             self.values.loop_mean(payload[values_at:], 1, value)
-            cpu.scatter_add(index, value, np.float32(1.0 / count), out)
+            self._require_positions(found, not found and bool(np.isnan(value).all()), out.size)
+            if found:
+                cpu.scatter_add(index, value, np.float32(1.0 / count), out)
+            else:
+                out[:] = np.nan
 
 
 def _pack_bits(bits: Tensor) -> Tensor:
     """int64 [m] of 0 and 1 -> uint8, eight a byte, lowest bit first, padded to a multiple of 4 bytes."""
     size = padded(-(-bits.numel() // 8))
     rows = pad(bits, (0, 8 * size - bits.numel())).view(-1, 8)
-    return (rows << torch.arange(8, device=bits.device)).sum(dim=1).to(torch.uint8)
+    return (rows << torch.arange(8, dtype=torch.int64, device=bits.device)).sum(dim=1).to(torch.uint8)
 
 
 def _unpack_bits(packed: Tensor) -> Tensor:
     """uint8 [m] -> int64 [8 m] of 0 and 1."""
-    return (packed.to(torch.int64)[:, None] >> torch.arange(8, device=packed.device) & 1).view(-1)
+    return (packed.to(torch.int64)[:, None] >> torch.arange(8, dtype=torch.int64, device=packed.device) & 1).view(-1)

@@ -14,11 +14,9 @@ The formulas and layouts stand in `commpress/comm/codecs`; what stands here is h
 - integers are cast back after every operation: Numba widens int32 to int64, which halves the width of a vector.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import numpy as np
-from numba import njit
+
+from commpress.kernels.compiled import loop, part
 
 INT_BLOCK = 256
 SIGN_BLOCK = 1024
@@ -40,21 +38,6 @@ PLACES = np.array(
     [sum(p << 8 * i for i, p in enumerate(p for p in range(8) if byte >> p & 1)) for byte in range(256)], np.uint64
 )
 """Byte i of entry `byte`: where the i-th one of its bits stands."""
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def loop(function: F) -> F:
-    """Compile on first call, GIL released; cached on disk where a cache can be written, else compiled anew."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # Numba found no folder that it may write
-        return njit(nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
-
-
-def part(function: F) -> F:
-    """A piece of a loop, to be inlined wherever it is used."""
-    return njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[no-any-return]
 
 
 # --- blocks ------------------------------------------------------------------------------------------------------
@@ -680,7 +663,8 @@ def kth_largest(raw, k, low=0):
 
 @loop
 def _sampled_threshold(x, source, residual, ratio):
-    """Magnitude bits that a little more than `ratio` of the values reach, from one value in each of `m` strata.
+    """Magnitude bits that a little more than `ratio` of the values reach, and every Inf and NaN, from one value in each of
+    `m` strata.
 
     The place within a stratum is hashed, since a fixed stride can follow the columns of a matrix. Returns the
     threshold and more values than can be expected to reach it."""
@@ -702,7 +686,7 @@ def _sampled_threshold(x, source, residual, ratio):
         start += size
     want = m * ratio
     rank = min(m, np.int64(want + 4.0 * np.sqrt(want)) + 2)
-    threshold = max(kth_largest(sample.view(np.int32), rank, np.int32(0)), np.int32(1))
+    threshold = min(max(kth_largest(sample.view(np.int32), rank, np.int32(0)), np.int32(1)), INFINITY_BITS)
     return threshold, np.int64((1.5 * rank + 6.0 * np.sqrt(rank) + 6.0) * (n / m)) + 1
 
 
@@ -810,10 +794,20 @@ def _largest(raw, threshold, k):
     return kept
 
 
+@part
+def _not_finite(raw):
+    """How many of the float32 bits `raw` are NaN or Inf."""
+    count = np.int64(0)
+    for i in range(raw.size):
+        count += np.int64((raw[i] & MAGNITUDE) >= INFINITY_BITS)
+    return count
+
+
 @loop
 def topk_select(x, source, residual, k):
     """Positions (ascending) and values of the k largest magnitudes of `x + residual`; the residual becomes that sum,
-    but keeps its old value where the sum is NaN or Inf.
+    but keeps its old value where the sum is NaN or Inf. If more than k of them are NaN or Inf there are no positions, and
+    the residual is what it was, to the rounding of the sum.
 
     A sampled threshold lets a few more than k through in one pass, and the k largest of those are the k largest of all.
     Where the sample was wrong (too few or far too many came through) the threshold is found over everything."""
@@ -823,10 +817,13 @@ def topk_select(x, source, residual, k):
     index, value, count, spared = _collect(x, source, residual, threshold, room)
     if k <= count <= room:
         raw = value[:count].view(np.int32)
-        kept = _largest(raw, kth_largest(raw, k, threshold), k)
-        for i in range(k):
-            value[i] = value[kept[i]]
-            index[i] = index[kept[i]]
+        exact = kth_largest(raw, k, threshold)
+        overflows = exact >= INFINITY_BITS and _not_finite(raw) > k
+        if not overflows:
+            kept = _largest(raw, exact, k)
+            for i in range(k):
+                value[i] = value[kept[i]]
+                index[i] = index[kept[i]]
     else:
         if residual.size == 0:
             blend(x, source)
@@ -838,10 +835,18 @@ def topk_select(x, source, residual, k):
             exact = kth_largest(raw, k, np.int32(0))
         else:  # all that is not 0 came through, and is fewer than k
             exact = np.int32(0)
-        index = _largest(raw, exact, k)
-        value = np.empty(k, np.float32)
-        for i in range(k):
-            value[i] = whole[index[i]]
+        overflows = exact >= INFINITY_BITS and _not_finite(raw) > k
+        if not overflows:
+            index = _largest(raw, exact, k)
+            value = np.empty(k, np.float32)
+            for i in range(k):
+                value[i] = whole[index[i]]
+    if overflows:
+        inverse, average, limit, fresh, kept_share = source
+        for i in range(residual.size):
+            own = _blended(x[i], inverse[i], average[i], limit, fresh, kept_share) if inverse.size else x[i]
+            residual[i] -= own
+        k = 0
     for i in range(spared.size):
         if not np.isfinite(residual[i]):
             residual[i] = spared[i]

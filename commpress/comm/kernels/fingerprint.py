@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from commpress.comm.kernels.cpu import loop
+from commpress.kernels.compiled import loop
 
 LANES = 64
 BLOCK = 4 * LANES

@@ -147,12 +147,27 @@ def test_all_of_an_embedding_arrives_if_it_is_sparser_than_the_share() -> None:
     assert (residual == 0).all()
 
 
-def test_nan_is_kept_before_inf_and_inf_before_all_else() -> None:
+def test_nan_and_inf_are_kept_before_all_else() -> None:
     x = normal(1000)
     x[[10, 500, 990]] = torch.tensor([torch.inf, torch.nan, -torch.inf])
-    assert kept_positions(TopK(0.001), x) == [500]
     assert kept_positions(TopK(0.003), x) == [10, 500, 990]
     assert set(kept_positions(TopK(0.1), x)) > {10, 500, 990}
+
+
+@pytest.mark.parametrize("spec", ["topk(0.002)", "topk(0.002)|int4", "topk(0.002)|sign", "topk(0.002)|fp16"])
+def test_where_more_are_nan_or_inf_than_can_be_named_all_decode_to_nan(spec: str) -> None:
+    codec = parse(spec)
+    assert isinstance(codec, TopK)
+    x, before, momentum = normal(1000), gradient(1000, seed=1), torch.ones(1000)
+    x[[10, 500, 990]] = torch.tensor([torch.inf, torch.nan, -torch.inf])
+    residual = before.clone()
+    payload = codec.encode(x, residual)
+    assert not payload[: -codec.values.nbytes(2)].any()
+    assert codec.decode(payload, 1000).isnan().all()
+    assert codec.mean(torch.cat([codec.encode(normal(1000)), payload]), 1000, 2).isnan().all()
+    assert ((residual - before).abs() <= 2.0**-23 * (x + before).abs().nan_to_num(0, 0, 0)).all()
+    codec.clear(payload, momentum)
+    assert (momentum == 0).all()
 
 
 def test_residuals_of_infs_and_nans_that_were_not_sent_stay_as_they_were() -> None:

@@ -1,0 +1,1 @@
+"""How hot loops are compiled and kept."""

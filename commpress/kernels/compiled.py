@@ -1,0 +1,177 @@
+"""Loops in Numba, compiled on first use and kept on disk. What is found there is checked before it is run.
+
+Numba's own cache unpickles, links and runs whatever its files hold: an empty file ends the program with an EOFError, a
+flipped bit may change a result. Here a file is
+
+    [ versions, a line of text ][ SHA-256 of the rest ][ pickle ]
+
+and code comes with the key (signature, processor, bytes of the function) that it was compiled for. What is damaged is
+compiled anew and written again, and where nothing can be written every run compiles: both with one warning that names the
+folder. Files are replaced as a whole, so that ranks may compile at once.
+"""
+
+import contextlib
+import hashlib
+import os
+import pickle
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite  # type: ignore[import-untyped]
+import numba
+import numpy as np
+from numba import njit
+from numba.core.caching import FunctionCache, NullCache
+from numba.core.serialize import dumps
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+KIND = b"loops of commpress, "
+VERSIONS = KIND + f"numba {numba.__version__}, llvmlite {llvmlite.__version__}, numpy {np.__version__}\n".encode()
+ELSEWHERE = "Make room there, or set NUMBA_CACHE_DIR to a folder that can be written"
+DIGEST = hashlib.sha256().digest_size
+
+_said: set[tuple[str, str]] = set()
+"""Folders that a warning has named, and of which kind it was."""
+
+
+def loop(function: F) -> F:
+    """Compile on first call, GIL released; kept on disk where that can be written, else compiled in every run."""
+    compiled: Any = njit(nogil=True, error_model="numpy")(function)
+    if hasattr(compiled, "_cache"):  # under NUMBA_DISABLE_JIT it is the function itself
+        compiled._cache = _cache_of(function)
+    return compiled  # type: ignore[no-any-return]
+
+
+def part(function: F) -> F:
+    """A piece of a loop, to be inlined wherever it is used."""
+    return njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[no-any-return]
+
+
+class CheckedCache(FunctionCache):  # type: ignore[misc]  # Numba has no types
+    """Numba's cache of one function, on files that are checked. No fault of a file gets out."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = CheckedFiles(Path(self.cache_path), self._impl.filename_base, stamp)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled function for a signature; None if it must be compiled."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:
+            _warn_damaged(Path(self.cache_path), self._impl.filename_base, error)
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a compiled function, if that can be done."""
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            why = f"cannot be written ({_named(error)})"
+            _warn(self.cache_path, "written", f"{why}: the loops are compiled in every run. {ELSEWHERE}")
+
+
+class CheckedFiles:
+    """The files of one function's cache: an index, and one for each signature.
+
+    `stamp` says which source was compiled: any value that can be pickled and compared.
+    """
+
+    def __init__(self, folder: Path, base: str, stamp: object) -> None:
+        self._folder, self._base, self._stamp = folder, base, stamp
+
+    def load(self, key: object) -> Any:
+        """What `save` was given for this key; None if there is nothing, or nothing that can be trusted."""
+        name = self._index().get(key)
+        found = None if name is None else self._read(name)
+        # two ranks that compile different signatures at once may both have taken one name
+        return None if found is None or found[:2] != (self._stamp, key) else found[2]
+
+    def save(self, key: object, data: object) -> None:
+        """Keep `data`. Raises OSError if it cannot be written."""
+        index = self._index()
+        if key not in index:
+            taken = set(index.values())
+            index[key] = next(name for i in range(1, len(taken) + 2) if (name := self._name(i)) not in taken)
+            self._write(self._name(), (self._stamp, index))
+        self._write(index[key], (self._stamp, key, data))
+
+    def flush(self) -> None:
+        """Forget everything."""
+        self._write(self._name(), (self._stamp, {}))
+
+    def _name(self, number: int | None = None) -> str:
+        return f"{self._base}.checked.nbi" if number is None else f"{self._base}.checked.{number}.nbc"
+
+    def _index(self) -> dict[object, str]:
+        """The names of the data files by key; empty if the source is another one now."""
+        found = self._read(self._name())
+        return dict(found[1]) if found is not None and found[0] == self._stamp else {}
+
+    def _read(self, name: str) -> Any:
+        """What a file holds; None if it is not there, is of other versions, or is damaged, which is said."""
+        try:
+            content = (self._folder / name).read_bytes()
+            if not content.startswith(VERSIONS):
+                if content.startswith(KIND):
+                    return None
+                raise ValueError(f"{len(content)} bytes without the line that it must begin with")
+            body = content[len(VERSIONS) + DIGEST :]
+            if hashlib.sha256(body).digest() != content[len(VERSIONS) :][:DIGEST]:
+                raise ValueError("its checksum does not fit")
+            return pickle.loads(body)
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            _warn_damaged(self._folder, name, error)
+            return None
+
+    def _write(self, name: str, what: object) -> None:
+        body = dumps(what)
+        path = self._folder / name
+        beside = path.with_name(f"{name}.tmp.{uuid.uuid4().hex[:16]}")
+        try:
+            beside.write_bytes(VERSIONS + hashlib.sha256(body).digest() + body)
+            os.replace(beside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+
+
+class NoCache(NullCache):  # type: ignore[misc]
+    """Stands in for a cache where no folder can be written."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        folder = Path(function.__code__.co_filename).with_name("__pycache__")
+        self._tried = ", ".join(filter(None, [numba.config.CACHE_DIR, str(folder), "the user's cache folder"]))
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Say that nothing is kept."""
+        _warn(self._tried, "written", f"cannot be written: the loops are compiled in every run. {ELSEWHERE}")
+
+
+def _cache_of(function: Callable[..., Any]) -> Any:
+    try:
+        return CheckedCache(function)
+    except (RuntimeError, OSError):  # Numba found no folder that it may write
+        return NoCache(function)
+
+
+def _warn_damaged(folder: Path, name: str, error: Exception) -> None:
+    _warn(str(folder), "damaged", f"{name} is damaged or cannot be read ({_named(error)}): compiled anew")
+
+
+def _warn(folder: str, kind: str, text: str) -> None:
+    if (folder, kind) not in _said:
+        _said.add((folder, kind))
+        warnings.warn(f"commpress: the cache of compiled loops in {folder}: {text}", RuntimeWarning, stacklevel=2)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

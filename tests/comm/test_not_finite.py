@@ -1,0 +1,129 @@
+"""NaN and Inf of one rank are seen by all, at their place, whatever codes and carries them; no memory keeps them."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from battery import SPECS, gradient
+from ranks import run
+from torch import Tensor
+
+from commpress.comm.codecs import parse
+from commpress.comm.exchange import EXCHANGES, Transfer, Wire
+from commpress.comm.exchange.gather import gather
+from commpress.comm.exchange.reduce_scatter import reduce_scatter
+from commpress.comm.feedback import Memory
+from commpress.comm.session import Session
+
+CPU = torch.device("cpu")
+BAD = (torch.nan, torch.inf, -torch.inf)
+LENGTHS = ((300, torch.float32), (5000, torch.float32), (5000, torch.bfloat16), (1000, torch.float16))
+STEPS = 4
+"""What is not finite: in the first step one value of one rank, then one of each, a tenth of one rank's, all of one rank's."""
+
+
+def hit(n: int, rank: int, step: int, world_size: int) -> Tensor:
+    """Where a rank's gradient is not finite: bool [n]."""
+    draw = torch.Generator().manual_seed(100 * step + rank)
+    bad = torch.zeros(n, dtype=torch.bool)
+    unlucky = rank == step % world_size
+    if step == 1 or (step == 0 and unlucky):
+        bad[int(torch.randint(n, (1,), generator=draw))] = True
+    elif step == 2 and unlucky:
+        bad = torch.rand(n, generator=draw) < 0.1
+    elif step == 3 and unlucky:
+        bad = ~bad
+    return bad
+
+
+def values(n: int, rank: int, step: int, dtype: torch.dtype, world_size: int) -> Tensor:
+    """A rank's gradient."""
+    x = gradient(n, 1000 * step + rank).clamp(-1e3, 1e3).to(dtype)
+    x[hit(n, rank, step, world_size)] = BAD[(step + rank) % 3]
+    return x
+
+
+def means_of(spec: str, exchange: str) -> tuple[list[Tensor], list[str]]:
+    """The means of all steps and lengths, and which memories are not finite after the last."""
+    session = Session(spec, dist.group.WORLD, CPU, exchange=exchange)
+    W = session.world_size
+    means, spoilt = [], []
+    for i, (n, dtype) in enumerate(LENGTHS):
+        for step in range(STEPS):
+            x = values(n, session.rank, step, dtype, W)
+            session.submit(x, ((f"p{i}", n),), 0, last=True).wait()
+            means.append(x)
+    for bucket in session.state_dict()["buckets"]:
+        for kind in ("residual", "second", "momentum"):
+            if bucket[kind] is not None and not bucket[kind].isfinite().all():
+                spoilt.append(f"{kind} of {bucket['segments']}")
+    return means, spoilt
+
+
+def all_means() -> dict[str, tuple[list[Tensor], list[str]]]:
+    return {
+        f"{spec} {exchange}": means_of(spec, exchange)
+        for spec in SPECS
+        for exchange in EXCHANGES
+        if exchange != "all_reduce" or parse(spec).sum_dtype is not None
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_is_not_finite_on_one_rank_is_not_finite_in_the_mean_of_all(world_size: int) -> None:
+    results = run(world_size, all_means)
+    for name, (means, spoilt) in results[0].items():
+        assert spoilt == [], name
+        for rank, other in enumerate(results):
+            assert other[name][1] == [], f"{name}, rank {rank}"
+            for mine, theirs in zip(means, other[name][0], strict=True):
+                assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), f"{name}, rank {rank}"
+        places = iter(means)
+        for n, dtype in LENGTHS:
+            for step in range(STEPS):
+                bad = torch.stack([hit(n, r, step, world_size) for r in range(world_size)]).any(dim=0)
+                assert not next(places)[bad].isfinite().any(), f"{name}, {n} {dtype}, step {step}"
+
+
+def done(exchange: Iterator[Transfer]) -> None:
+    """Carry an exchange out."""
+    for transfer in exchange:
+        transfer.wait()
+
+
+def sharded() -> dict[str, tuple[list[Tensor], list[Tensor], bool]]:
+    """By spec: this rank's chunk of each step's mean, what all shards became, and whether the memory is finite."""
+    wire = Wire(dist.group.WORLD, CPU)
+    me, W, m = wire.rank, wire.world_size, 1000
+    found = {}
+    for spec in SPECS:
+        codec = parse(spec)
+        size = codec.nbytes(m)
+        memory = Memory(torch.zeros(W * m) if codec.lossy else None)
+        chunks, wholes = [], []
+        for step in range(STEPS):
+            full = values(W * m, me, step, torch.float32, W)
+            out, whole = torch.empty(m), torch.empty(W * m)
+            buffer = torch.empty((2 * W - 1) * size, dtype=torch.uint8)
+            done(reduce_scatter(full.clone(), out, dist.ReduceOp.AVG, codec, memory, buffer, wire, 2 * step))
+            done(gather(full[:m].clone(), whole, codec, buffer[: W * size], wire, 2 * step + 1))
+            chunks.append(out)
+            wholes.append(whole)
+        found[spec] = (chunks, wholes, memory.residual is None or bool(memory.residual.isfinite().all()))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shards_do_not_lose_what_is_not_finite_either(world_size: int) -> None:
+    results, m = run(world_size, sharded), 1000
+    for spec in SPECS:
+        for step in range(STEPS):
+            bads = [hit(world_size * m, r, step, world_size) for r in range(world_size)]
+            mean_is_bad = torch.stack(bads).any(dim=0).split(m)
+            shard_is_bad = torch.cat([bad[:m] for bad in bads])
+            for rank, result in enumerate(results):
+                chunks, wholes, finite = result[spec]
+                assert finite, f"{spec}, rank {rank}"
+                assert not chunks[step][mean_is_bad[rank]].isfinite().any(), f"{spec}, rank {rank}, step {step}"
+                assert not wholes[step][shard_is_bad].isfinite().any(), f"{spec}, rank {rank}, step {step}"
