@@ -19,6 +19,7 @@ from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Segments
 from commpress.comm.session import GradScaler, Session
+from commpress.comm.verify import EVERY
 from commpress.hooks.broadcast import attach_buffers, buffer_broadcasts
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
@@ -39,16 +40,17 @@ class CommState:
         exchange: str | None = None,
         error_feedback: bool = True,
         grad_scaler: GradScaler | None = None,
+        verify: int = EVERY,
     ) -> None:
         self.session: Session | None = None
         self._names: dict[Tensor, str] = {}
-        self._arguments = (spec, group, exchange, error_feedback, grad_scaler)
+        self._arguments = (spec, group, exchange, error_feedback, grad_scaler, verify)
 
     def start(
         self, device: torch.device, names: dict[Tensor, str], optimizer: CompressedOptimizer | None = None
     ) -> Session:
         """Make the session. Collective."""
-        spec, group, exchange, error_feedback, grad_scaler = self._arguments
+        spec, group, exchange, error_feedback, grad_scaler, verify = self._arguments
         self._names = names
         self.session = Session(
             spec,
@@ -59,7 +61,10 @@ class CommState:
             grad_scaler=grad_scaler,
             parameters=tuple((name, p.numel()) for p, name in names.items()),
             optimizer=optimizer,
+            verify=verify,
         )
+        replica = (lambda p: p) if optimizer is None else optimizer.replica
+        self.session.replicas = lambda: [(name, replica(p)) for p, name in self._names.items()]
         return self.session
 
     def segments(self, parameters: list[Tensor]) -> Segments:
@@ -85,6 +90,7 @@ def attach(
     error_feedback: bool = True,
     grad_scaler: GradScaler | None = None,
     buffers: str | Codec | None = None,
+    verify: int = EVERY,
 ) -> Session:
     """Register the hook on `model` and return its session. Collective over the model's process group.
 
@@ -92,9 +98,12 @@ def attach(
     `exchange` names one of `two_shot`, `all_gather`, `all_reduce` instead of the codec's own choice. `grad_scaler` is the
     `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that
     it skips moves no state. `buffers` is a spec for the buffers that DDP broadcasts before each forward; without one DDP sends
-    them, uncounted. Raises ValueError on all ranks if a spec is unknown or the ranks differ or the optimizer holds
-    other parameters than the model trains, TypeError for sparse embeddings and for optimizers of other kinds,
-    RuntimeError if the model already has a hook.
+    them, uncounted. Every `verify` steps (0: never) the ranks compare hashes of what they got and of their parameters: a
+    replica that has drifted is an error that names it.
+
+    Raises ValueError on all ranks if a spec is unknown or the ranks differ or the optimizer holds other parameters than the
+    model trains, TypeError for sparse embeddings and for optimizers of other kinds, RuntimeError if the model already has a
+    hook.
     """
     names: dict[Tensor, str] = {p: name for name, p in _trained(model.module)}
     device = next(iter(names)).device
@@ -109,6 +118,7 @@ def attach(
         exchange=exchange,
         error_feedback=error_feedback,
         grad_scaler=grad_scaler,
+        verify=verify,
     )
     session = state.start(device, names, optimizer)
     session.layouts = {name: (p.shape, p.stride()) for p, name in names.items()}

@@ -64,6 +64,10 @@ class DamagedMessageError(RuntimeError):
     """What arrived is not what was sent."""
 
 
+class DriftError(RuntimeError):
+    """The replicas hold different bits. All ranks find out together, so each says so itself."""
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether the backend says that a peer is gone or silent."""
     text = str(error)
@@ -120,7 +124,7 @@ class FailureBoard:
 
         Takes no longer than the store may take, which is `PATIENCE` twice.
         """
-        kind = DisagreementError if isinstance(error, OtherMessageError) else ExchangeError
+        kind = DisagreementError if isinstance(error, OtherMessageError | DriftError) else ExchangeError
         try:
             told = partial(self._both if isinstance(error, OtherMessageError) else self._own, error)
             text = within(2 * PATIENCE, told)
@@ -144,6 +148,8 @@ class FailureBoard:
         """What this rank has to say."""
         if isinstance(error, OtherMessageError):
             return f"{self.name(self._rank)} has {error.mine}, {self.name(error.peer)} has something else"
+        if isinstance(error, DriftError):
+            return str(error)
         if not isinstance(error, LostPeerError):
             return f"the gradient exchange failed on rank {self._rank}: {type(error).__name__}: {error}"
         silent = SILENT_PEER.search(str(error)) is not None

@@ -6,7 +6,7 @@ It knows no framework. `submit` takes a flat gradient and the names and sizes of
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -31,6 +31,7 @@ from commpress.comm.resize import merged, require_one_run, require_same_values, 
 from commpress.comm.sequencer import Job, Sequencer, promise
 from commpress.comm.survivors import Survivors, described, in_memory_order
 from commpress.comm.timeline import Span, Timeline
+from commpress.comm.verify import EVERY, Comparison, is_due, require_interval
 
 STATE_VERSION = 3
 
@@ -111,6 +112,8 @@ class Session:
 
     `group` is the process group of the data-parallel ranks and `device` where the gradients live. Ranks whose spec, settings,
     parameters or library version differ all raise ValueError with both values. `role` is what the report calls the traffic.
+    Every `verify` steps (0: never), and in the first three, the ranks compare hashes of the means and of `replicas`, and
+    payloads have checksums.
     """
 
     def __init__(
@@ -125,7 +128,9 @@ class Session:
         parameters: Segments = (),
         optimizer: Behind | None = None,
         role: str = "gradients",
+        verify: int = EVERY,
     ) -> None:
+        self._verify, self._comparison = verify, None
         self._optimizer, self._scaler, self._role = optimizer, grad_scaler, role
         self.plan = _agree(spec, exchange, error_feedback, parameters, group, device, self._apart())
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -138,6 +143,8 @@ class Session:
         self.beside: list[Beside] = []
         self.layouts: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
         """Shapes and strides of the parameters, for those who know them."""
+        self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
+        """What all ranks should hold the same bits of when a step begins, by name; for those who know it."""
         self._labels = Labels()
         self._restored: list[Segments] = []
         self._held: list[Held] = []
@@ -365,6 +372,9 @@ class Session:
         return mean
 
     def _start_step(self) -> None:
+        due = self.world_size > 1 and is_due(self._verify, self._step)
+        self._comparison = Comparison(self._step, list(self.replicas())) if due else None
+        self._labels.proven = due
         if self._optimizer is None:
             self._follow_scale()
             return
@@ -416,6 +426,11 @@ class Session:
             self.meter.steps += last
             finished(None)
             return
+        if (comparison := self._comparison) is not None:
+            if treatment.codec is not None:
+                exchange = comparison.watch(exchange, bucket, f"the mean of bucket {index}")
+            if last:
+                exchange = comparison.finish(exchange, self._wire, self._labels.next("hashes of this step"))
         dense = ring_bytes(bucket.nbytes, W) if dense_bytes is None else dense_bytes
         self._sequencer.submit(Job(bucket, exchange, row, self._step, dense, last, finished))
 
@@ -490,7 +505,7 @@ class Session:
     def _apart(self) -> dict[str, object]:
         """What else the ranks must agree on."""
         optimizer = None if self._optimizer is None else type(self._optimizer).__name__
-        return {"optimizer": optimizer, "grad_scaler": self._scaler is not None}
+        return {"optimizer": optimizer, "grad_scaler": self._scaler is not None, "verify": self._verify}
 
     def _follow_scale(self) -> None:
         """Memories hold gradients times the loss scale; when that changes they change with it."""
@@ -542,6 +557,7 @@ def _agree(
 ) -> Plan:
     try:
         plan = Plan.of(spec, exchange, error_feedback)
+        require_interval(more["verify"])
     except (ValueError, TypeError) as error:
         require_agreement({"error": str(error)}, group, device)
         raise

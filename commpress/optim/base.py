@@ -120,6 +120,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """What changes when a phase begins."""
         return 0
 
+    def replica(self, p: Tensor) -> Tensor:
+        """What of a parameter is the same on all ranks: itself, unless the optimizer takes local steps."""
+        return p
+
     def own_state(self) -> dict[str, Any]:
         """What of its state is this rank's own; nothing, unless it takes local steps."""
         return {}

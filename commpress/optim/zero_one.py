@@ -205,6 +205,10 @@ class ZeroOneAdamW(FrozenAdamW):
                 for p, state in zip(parameters, drifted, strict=True):
                     loops.stand(p, state["anchor"], state["total"], state["decay"])
 
+    def replica(self, p: Tensor) -> Tensor:
+        anchor: Tensor = self.state.get(p, {}).get("anchor", p)
+        return anchor
+
     def own_state(self) -> dict[str, Any]:
         if not self.frozen:
             return {}

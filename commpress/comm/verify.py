@@ -1,0 +1,94 @@
+"""Do all replicas hold the same bits? Every N steps the ranks compare hashes of the means that they got and of parameters.
+
+    step          0 1 2 . . . N . . . 2N           what is compared: 16 bytes a rank, behind the last bucket
+    means         hash of every bucket's mean      as it came out of the exchange
+    parameters    hash of every parameter          as forward had them
+    payloads      a checksum in each header        so that damage on the way to one owner shows, which all would believe
+
+Where they differ the ranks tell each other one hash a parameter, and the error names the rank and the parameter.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from commpress.comm.exchange.label import Label
+from commpress.comm.exchange.wire import Transfer, Wire
+from commpress.comm.failure import DriftError
+from commpress.comm.kernels.fingerprint import fingerprint
+
+FIRST_STEPS = 3
+"""Compared in any case: most of what goes wrong is wrong from the start."""
+EVERY = 1000
+
+
+def require_interval(verify: object) -> None:
+    """Raise ValueError unless `verify` is a number of steps, or 0 for never."""
+    if not isinstance(verify, int) or verify < 0:
+        raise ValueError(f"verify {verify!r}: expected a number of steps, such as {EVERY}, or 0 for never")
+
+
+def is_due(verify: int, step: int) -> bool:
+    """Whether a step (from 0) is compared."""
+    return verify > 0 and (step < FIRST_STEPS or step % verify == 0)
+
+
+class Comparison:
+    """The hashes of one step. `parameters` are those of forward, by name."""
+
+    def __init__(self, step: int, parameters: Sequence[tuple[str, Tensor]]) -> None:
+        self._step = step
+        self._names = [f"parameter {name!r}" for name, _ in parameters]
+        self._hashes = [fingerprint(p) for _, p in parameters]
+
+    def watch(self, exchange: Iterator[Transfer], bucket: Tensor, name: str) -> Iterator[Transfer]:
+        """Note the hash of what an exchange leaves in a bucket."""
+        yield from exchange
+        self._names.append(name)
+        self._hashes.append(fingerprint(bucket))
+
+    def finish(self, exchange: Iterator[Transfer], wire: Wire, label: Label) -> Iterator[Transfer]:
+        """Compare, behind the exchange of a step's last bucket. Raises DriftError on all ranks if anything differs."""
+        for transfer in exchange:
+            transfer.last = False
+            yield transfer
+        yield from self._compared(wire, label, [_together(self._hashes)], last=False)
+        if len(set(self._found)) == 1:
+            return
+        yield from self._compared(wire, label.then(), self._hashes, last=True)
+        raise DriftError(self._difference(wire))
+
+    def _compared(self, wire: Wire, label: Label, hashes: list[int], last: bool) -> Iterator[Transfer]:
+        """Leave every rank's hashes in `_found`."""
+        own = torch.tensor([h - (1 << 63) for h in hashes], dtype=torch.int64, device=wire.device).view(torch.uint8)
+        rows = [torch.empty_like(own) for _ in range(wire.world_size)]
+        rows[wire.rank].copy_(own)
+        transfer = wire.swap([own] * wire.world_size, rows, label, last)
+        transfer.sent = transfer.received = 0  # the report is of the exchange
+        yield transfer
+        self._found = [tuple(row.view(torch.int64).tolist()) for row in rows]
+
+    def _difference(self, wire: Wire) -> str:
+        """The first of what differs, and the ranks that have it otherwise than most, or than rank 0 if there is no most."""
+        ranks = list(zip(*self._found, strict=True))
+        differ = [place for place, of_ranks in enumerate(ranks) if len(set(of_ranks)) > 1]
+        of_ranks = ranks[differ[0]]
+        ((usual, times), *others) = Counter(of_ranks).most_common(2)
+        if others and others[0][1] == times:
+            usual = of_ranks[0]
+        odd = [rank for rank, value in enumerate(of_ranks) if value != usual]
+        who = ", ".join(wire.board.name(rank) for rank in odd)
+        values = f"hash {of_ranks[odd[0]] + (1 << 63):016x}, rank {of_ranks.index(usual)} {usual + (1 << 63):016x}"
+        more = f", and {len(differ) - 1} others of {len(ranks)} compared" if len(differ) > 1 else ""
+        return (
+            f"{who} has other values of {self._names[differ[0]]}{more} in step {self._step} ({values}): the replicas have "
+            "drifted apart. Start again from a checkpoint, or from one rank's parameters by "
+            "commpress.broadcast_parameters(model); attach(..., verify=0) does not compare"
+        )
+
+
+def _together(hashes: Sequence[int]) -> int:
+    """One hash of many."""
+    return fingerprint(torch.tensor([h - (1 << 63) for h in hashes], dtype=torch.int64, device="cpu"))

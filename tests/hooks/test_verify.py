@@ -1,0 +1,177 @@
+"""Replicas that do not hold the same bits, and payloads that are not what was sent: every rank says whose, and of what."""
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import outcome, run
+from torch.nn.parallel import DistributedDataParallel
+from training import SMALL_BUCKETS, loss_of, network, same, train
+
+import commpress
+from commpress.comm.exchange import EXCHANGES, Wire
+from commpress.optim import OneBitAdamW, ZeroOneAdamW
+
+HOST = socket.gethostname()
+
+
+def drifted(spec: str, bad_rank: int, name: str, at: int, verify: int, kind: str = "SGD") -> list[str]:
+    """A rank's parameter changes by its last bit before step `at`; what each of six backwards says."""
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    optimizer: Any = None
+    if kind != "SGD":
+        make = OneBitAdamW if kind == "OneBitAdamW" else ZeroOneAdamW
+        optimizer = make(ddp.parameters(), lr=1e-3, warmup_steps=2)
+    session = commpress.attach(ddp, spec, verify=verify, **({"optimizer": optimizer} if optimizer else {}))
+    optimizer = optimizer or torch.optim.SGD(ddp.parameters(), lr=0.1)
+    said = []
+    for step in range(6):
+        if step == at and dist.get_rank() == bad_rank:
+            p = dict(ddp.module.named_parameters())[name]
+            held = optimizer.replica(p) if kind != "SGD" else p
+            with torch.no_grad():
+                held.view(-1)[:1].view(torch.int32).add_(1)
+        optimizer.zero_grad()
+        said.append(outcome(lambda step=step: loss_of(ddp, step).backward()))  # type: ignore[misc]
+        if said[-1]:
+            break
+        optimizer.step()
+    assert session.report().steps >= len(said) - 1
+    return said
+
+
+@pytest.mark.parametrize(("spec", "world_size", "bad_rank", "kind"), [
+    ("int4", 2, 1, "SGD"), ("none", 3, 2, "SGD"), ("topk(0.1)|int4", 3, 0, "SGD"), ("sign", 3, 1, "OneBitAdamW"),
+    ("sign", 2, 1, "ZeroOneAdamW"),
+])  # fmt: skip
+def test_a_parameter_that_drifts_is_named_with_its_rank(spec: str, world_size: int, bad_rank: int, kind: str) -> None:
+    for said in run(world_size, drifted, spec, bad_rank, "2.weight", 4, 2, kind):
+        assert said[:-1] == [""] * 4
+        assert f"rank {bad_rank} ({HOST}) has other values of parameter '2.weight' in step 4" in said[-1]
+
+
+def test_without_a_comparison_nobody_notices() -> None:
+    for said in run(2, drifted, "int4", 1, "2.weight", 4, 0):
+        assert said == [""] * 6
+
+
+def test_it_is_compared_in_the_first_steps_and_every_so_many() -> None:
+    for said in run(2, drifted, "int4", 1, "0.bias", 2, 1000):
+        assert [bool(message) for message in said] == [False, False, True]
+    for said in run(2, drifted, "int4", 1, "0.bias", 3, 5):
+        assert [bool(message) for message in said] == [False] * 5 + [True]
+        assert "in step 5" in said[-1]
+
+
+def wrongly_decoded(spec: str, bad_rank: int) -> str:
+    """A rank's mean has one wrong bit."""
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    commpress.attach(ddp, spec)
+    train(ddp, range(1))
+    if dist.get_rank() == bad_rank:
+        for name, sound in list(EXCHANGES.items()):
+
+            def flips(x: Any, *arguments: Any, sound: Any = sound) -> Iterator[Any]:
+                yield from sound(x, *arguments)
+                x[:1].view(torch.int32).add_(1)
+
+            EXCHANGES[name] = flips
+    return outcome(lambda: loss_of(ddp, 1).backward())
+
+
+@pytest.mark.parametrize("spec", ["int4", "none", "topk(0.1)"])
+def test_a_mean_that_differs_is_named_with_its_rank(spec: str) -> None:
+    for said in run(3, wrongly_decoded, spec, 1, fresh=True):
+        assert f"rank 1 ({HOST}) has other values of the mean of bucket 0" in said
+
+
+def damaged(spec: str, exchange: str, bad_rank: int) -> str:
+    """A payload that a rank receives has a flipped bit: on its way to an owner, whom all would believe."""
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    commpress.attach(ddp, spec, exchange=exchange)
+    train(ddp, range(1))
+    if dist.get_rank() == bad_rank:
+        swap = Wire.swap
+
+        def flips(self: Wire, sends: Any, receives: Any, label: Any, last: bool) -> Any:
+            transfer = swap(self, sends, receives, label, last)
+            wait, peer = transfer.wait, (self.rank + 1) % self.world_size
+            works, transfer.works = transfer.works, []
+
+            def waits() -> None:
+                for header in transfer.headers:
+                    header.check()
+                for _, work in works:
+                    work.wait()
+                receives[peer][:1] ^= 8
+                wait()
+
+            for header in transfer.headers:
+                header.work = Done(header.work)
+            transfer.wait = waits  # type: ignore[method-assign]
+            return transfer
+
+        Wire.swap = flips  # type: ignore[method-assign]
+    return outcome(lambda: loss_of(ddp, 1).backward())
+
+
+class Done:
+    """Work that may be waited for twice."""
+
+    def __init__(self, work: Any) -> None:
+        self._work, self._done = work, False
+
+    def wait(self) -> None:
+        """Wait the first time."""
+        if not self._done:
+            self._work.wait()
+        self._done = True
+
+
+@pytest.mark.parametrize(
+    ("spec", "exchange"), [("int4", "two_shot"), ("sign", "all_gather"), ("topk(0.1)", "two_shot")]
+)
+def test_a_damaged_payload_is_an_error_on_all_ranks(spec: str, exchange: str) -> None:
+    for said in run(3, damaged, spec, exchange, 1, fresh=True):
+        assert "from rank 2 are not those that it sent" in said
+        assert "rank 1" in said
+
+
+def trained(spec: str, verify: int) -> Any:
+    """Parameters and bytes of a training."""
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    session = commpress.attach(ddp, spec, verify=verify)
+    return train(ddp, range(5)).parameters, session.report().sent_bytes
+
+
+@pytest.mark.parametrize("spec", ["int4", "none", "bf16", "topk(0.1)|sign"])
+def test_a_comparison_changes_nothing(spec: str) -> None:
+    for compared, plain in zip(run(3, trained, spec, 1), run(3, trained, spec, 0), strict=True):
+        assert same(compared[0], plain[0])
+        assert compared[1] == plain[1]
+
+
+def refused(verify: Any) -> str:
+    """What attach says."""
+    return outcome(lambda: commpress.attach(DistributedDataParallel(network()), "int4", verify=verify))
+
+
+@pytest.mark.parametrize("verify", [-1, 2.5, "often"])
+def test_an_interval_that_is_none_is_refused(verify: Any) -> None:
+    for said in run(2, refused, verify):
+        assert f"verify {verify!r}: expected a number of steps" in said
+
+
+def refused_on_one() -> str:
+    """Ranks with different intervals."""
+    return refused(dist.get_rank() + 5)
+
+
+def test_all_ranks_compare_in_the_same_steps() -> None:
+    for said in run(2, refused_on_one):
+        assert said == "ValueError: rank 1 has verify 6, rank 0 has verify 5: all ranks must use the same verify" or (
+            "rank 1 has verify 6, rank 0 has 5" in said
+        )
