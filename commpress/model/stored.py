@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from commpress.files import DamagedFileError, checksum, replacing
 from commpress.model.masks import from_bits, to_bits, whole
-from commpress.model.quantization import INTEGERS, Codes, converted_codes, prepared, quantize
+from commpress.model.quantization import INTEGERS, Codes, computed_codes, converted_codes, prepared
 
 VERSION = 2
 CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{8})\\"')
@@ -96,7 +96,7 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
     """
     state = model.state_dict(keep_vars=True)
     # only now: state_dict put shards into the places of gathered parameters
-    settings = {id(module.weight): s for _, module, s in prepared(model)}
+    quantized = {id(module.weight): module for _, module, _ in prepared(model)}
     stored, first = Stored({}, {}, {}, {}), dict[int, str]()
     for name, x in state.items():
         if not isinstance(x, Tensor):
@@ -105,8 +105,8 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
             stored.shared[name] = first[id(x)]
             continue
         codes = converted_codes(x)
-        if codes is None and (s := settings.get(id(x))) is not None:
-            codes = quantize(whole(x), s.bits, s.group)
+        if codes is None and id(x) in quantized:
+            codes = computed_codes(quantized[id(x)])
         if codes is None:
             stored.tensors[name] = whole(x).cpu().clone(memory_format=torch.contiguous_format)
         elif codes.scale.isfinite().all():
