@@ -15,6 +15,7 @@ The checksum is the CRC-32 of the whole file with eight zeros in its place.
 
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -60,21 +61,28 @@ class Stored:
         return state | {name: state[first] for name, first in self.shared.items()}
 
     def write(self, path: str | Path) -> None:
-        """Write the file; whoever reads `path` meanwhile sees the old one or the new one. ImportError without safetensors."""
+        """Write the file; whoever reads `path` meanwhile sees the old one or the new one.
+
+        Raises ImportError without safetensors, ValueError for a name such as `a:mask` beside a masked `a`.
+        """
         packed: dict[str, Tensor] = {}
         layout: dict[str, dict[str, Any]] = {}
         for name, x in (self.tensors | {name: codes.values for name, codes in self.integers.items()}).items():
             layout[name] = {"shape": list(x.shape), "masked": name in self.masks}
+            parts = {}
             if name in self.masks:
-                packed[f"{name}:mask"] = to_bits(self.masks[name])
+                parts[f"{name}:mask"] = to_bits(self.masks[name])
                 x = x[self.masks[name]]
             if name in self.integers:
                 layout[name]["bits"] = self.integers[name].bits
-                packed[f"{name}:scale"] = self.integers[name].scale
+                parts[f"{name}:scale"] = self.integers[name].scale
                 x = _halves(x) if self.integers[name].bits == 4 else x
             else:
                 layout[name]["dtype"] = _name(x.dtype)
-            packed[name] = x.contiguous()
+            parts[name] = x.contiguous()
+            if twice := parts.keys() & packed.keys():
+                raise ValueError(f"store: {min(twice)!r} would be two tensors of the file: rename it in the model")
+            packed.update(parts)
         header = {"version": VERSION, "checksum": UNKNOWN, "layout": layout, "shared": self.shared}
         with replacing(Path(path)) as beside:
             _safetensors().torch.save_file(packed, beside, {"commpress": json.dumps(header)})
@@ -148,16 +156,16 @@ def load(path: str | Path) -> Stored:
         raise DamagedFileError(f"{path}: no safetensors file, or damaged: {error}") from error
     try:
         return _unpacked(packed, metadata)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch's own is of shapes and dtypes that it cannot do
         raise DamagedFileError(f"{path}: {error}") from error
 
 
 def _summed(path: Path) -> tuple[int, int, int]:
     """Where a file's checksum is, what it says and what it should say. Raises DamagedFileError if there is none."""
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(min(size, MOST_HEADER))
-        if len(header) < size or not header.startswith(b"{"):
+        whole, size = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        header = file.read(size) if size <= min(whole - 8, MOST_HEADER) else b""
+        if not header.startswith(b"{"):
             raise DamagedFileError(f"{path}: no safetensors file, or damaged: cut short, or no header at its start")
         if b'"commpress"' not in header:
             raise DamagedFileError(f"{path}: a safetensors file, but not of commpress, or damaged")
@@ -170,7 +178,7 @@ def _summed(path: Path) -> tuple[int, int, int]:
         crc = checksum(file, place)
         file.seek(len(UNKNOWN), 1)
         crc = checksum(file, 8 + size - place - len(UNKNOWN), zlib.crc32(UNKNOWN.encode(), crc))
-        return place, int(told[1], 16), checksum(file, path.stat().st_size - 8 - size, crc)
+        return place, int(told[1], 16), checksum(file, whole - 8 - size, crc)
 
 
 def _keep_mask(stored: Stored, name: str, mask: Tensor) -> None:
