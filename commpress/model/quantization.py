@@ -167,7 +167,9 @@ def computed_codes(module: Any) -> Codes:
     """
     s: Quantization = module.quantization
     w = whole(module.weight)
-    return quantize(w.to(module.weight_fake_quantizer.dtype or w.dtype), s.bits, s.group)
+    if isinstance(module.weight, DTensor):
+        w = w.to(module.weight_fake_quantizer.dtype or w.dtype)
+    return quantize(w, s.bits, s.group)
 
 
 def prepare(model: nn.Module, settings: Quantization) -> list[str]:

@@ -224,8 +224,9 @@ class Recipe(Part):
         try:
             return cls.model_validate(_tables(found))
         except ValidationError as error:
-            found_wrong = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
-            raise RecipeError("\n".join(f"{source}: {_sentence(each)}" for each in found_wrong)) from None
+            # a list with something wrong in it counts as too short, too
+            wrong = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
+            raise RecipeError("\n".join(f"{source}: {_sentence(each)}" for each in wrong)) from None
 
     @naming_the_file
     def require_within(self, steps: int) -> None:
