@@ -5,7 +5,6 @@ none of these. It loads the model before it sets up, the optimizers afterwards. 
 hook on CUDA only and says nothing elsewhere, and keeps no state of it.
 """
 
-import contextlib
 import os
 import warnings
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
+from commpress.files import DamagedFileError, pack_state, unpack_state
 from commpress.hooks import ddp, rank_files
 from commpress.optim.base import CompressedOptimizer
 
@@ -85,7 +85,7 @@ class CompressedDDP(DDPStrategy):
         """Write the checkpoint on rank 0, and this rank's file beside it."""
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.session is not None and "optimizer_states" in checkpoint:  # not weights only
-            state = rank_files.content(self.session, checkpoint["global_step"])
+            state = {"commpress": pack_state(rank_files.content(self.session, checkpoint["global_step"]))}
             self.checkpoint_io.save_checkpoint(state, _beside(filepath, self.session.rank), storage_options)
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -107,10 +107,17 @@ class CompressedDDP(DDPStrategy):
         assert isinstance(self.model, DistributedDataParallel)
 
         def read(rank: int) -> rank_files.State | None:
-            file: rank_files.State | None = None
-            with contextlib.suppress(FileNotFoundError):
-                file = self.checkpoint_io.load_checkpoint(_beside(self._loaded_from, rank), weights_only=True)
-            return file
+            path = _beside(self._loaded_from, rank)
+            try:
+                file = self.checkpoint_io.load_checkpoint(path, weights_only=True)
+            except FileNotFoundError:
+                return None
+            except OSError:
+                raise
+            except Exception as error:  # of a library that reads a damaged file
+                raise DamagedFileError(f"{path}: damaged: {error}") from error
+            state: rank_files.State = unpack_state(file.get("commpress") if isinstance(file, dict) else None, path)
+            return state
 
         found = rank_files.restore(self.session, self.model.process_group, checkpoint["global_step"], read)
         if not found and self.session.rank == 0:

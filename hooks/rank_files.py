@@ -4,20 +4,21 @@
 
 A framework without a count has a number of its own for each save in its place.
 
+The file carries a checksum (`commpress.files`).
+
 With as many ranks as before a rank reads its own file, so hosts need not see each other's; with another number each reads all.
 """
 
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.session import Session
+from commpress.files import load_state, save_state
 
 State = dict[str, Any]
 
@@ -31,9 +32,7 @@ def save(session: Session, folder: str | Path, step: int, name: str = "commpress
     """Write this rank's file into the folder of a checkpoint. Not collective."""
     path = _path(folder, name, session.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    torch.save(content(session, step), beside)
-    os.replace(beside, path)
+    save_state(path, content(session, step))
 
 
 def load(session: Session, group: dist.ProcessGroup, folder: str | Path, step: int, name: str = "commpress") -> bool:
@@ -41,7 +40,7 @@ def load(session: Session, group: dist.ProcessGroup, folder: str | Path, step: i
 
     def read(rank: int) -> State | None:
         path = _path(folder, name, rank)
-        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+        return load_state(path) if path.is_file() else None
 
     return restore(session, group, step, read)
 
@@ -50,7 +49,7 @@ def restore(session: Session, group: dist.ProcessGroup, step: int, read: Callabl
     """Restore a session from what `read(rank)` finds of a saved rank. Load model and optimizer first. Collective.
 
     `group` is the session's process group. Returns False if nothing was saved. Raises ValueError on all ranks if the files
-    are not those of all ranks at this step.
+    are not those of all ranks at this step, or if one is damaged.
     """
     try:
         own = read(session.rank)

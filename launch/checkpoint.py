@@ -5,17 +5,17 @@
     out/step-00000300/session-rank0.pt       what rank 0 alone has, and so on for each rank
 
 Until `latest` is replaced the older folder is complete and counts; afterwards it is removed. `out` must be on a file
-system that all hosts see.
+system that all hosts see. The files carry a checksum (`commpress.files`).
 """
 
-import os
+import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 import torch.distributed as dist
+
+from commpress.files import DamagedFileError, load_state, save_state, write_atomically
 
 MARKER = "latest"
 
@@ -24,9 +24,9 @@ def save(out: Path, step: int, rank: int, shared: dict[str, Any], own: dict[str,
     """Write a checkpoint. Collective; `shared` is taken from rank 0. Values are those that `weights_only` loads."""
     folder = _folder(out, step)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(_own_file(folder, rank), lambda f: torch.save({**own, "step": step}, f))
+    save_state(_own_file(folder, rank), {**own, "step": step})
     if rank == 0:
-        write_atomically(folder / "checkpoint.pt", lambda f: torch.save({**shared, "step": step}, f))
+        save_state(folder / "checkpoint.pt", {**shared, "step": step})
     dist.barrier()  # all parts are there
     if rank == 0:
         write_atomically(out / MARKER, lambda f: f.write(f"{folder.name}\n".encode()))
@@ -48,30 +48,25 @@ def clear(out: Path) -> None:
 
 
 def load_shared(out: Path) -> dict[str, Any]:
-    """What all ranks share, on the CPU; "step" is the number of updates done. Raises ValueError if there is none."""
+    """What all ranks share, on the CPU; "step" is the number of updates done.
+
+    Raises ValueError if there is none, DamagedFileError, one of them, if what there is is not what was written.
+    """
     if not exists(out):
         raise ValueError(f"--resume: no checkpoint in {out}; start without --resume")
-    name = (out / MARKER).read_text().strip()
+    marker = (out / MARKER).read_bytes()
+    if not re.fullmatch(rb"step-\d{8,}\n", marker):
+        raise DamagedFileError(
+            f"--resume: {out / MARKER}: expected the name of a folder, step-00000300, got {marker!r:.80}"
+        )
+    name = marker.decode().strip()
     return _read(out / name / "checkpoint.pt", name)
 
 
 def load_own(out: Path, step: int, rank: int) -> dict[str, Any]:
-    """What one rank alone has at that step. Raises ValueError if it is missing or of another step."""
+    """What one rank alone has at that step. Raises ValueError if it is missing, damaged or of another step."""
     folder = _folder(out, step)
     return _read(_own_file(folder, rank), folder.name)
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: beside it first, then renamed over it."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _folder(out: Path, step: int) -> Path:
@@ -85,7 +80,7 @@ def _own_file(folder: Path, rank: int) -> Path:
 def _read(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--resume: {path} is missing; all hosts must see one --out, and its files must stay together")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = load_state(path)
     if name != f"step-{state['step']:08d}":
         raise ValueError(f"--resume: {path} was written at step {state['step']}, expected that of {name}")
     return state

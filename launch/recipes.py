@@ -24,7 +24,10 @@ def read(path: Path, steps: int) -> "Recipe":
         raise ValueError("found no pydantic or torchao, expected both; pip install 'commpress[model]'")
     from commpress.model import Recipe
 
-    recipe = Recipe.load(path)
+    try:
+        recipe = Recipe.load(path)
+    except ImportError as error:
+        raise ValueError(f"{path}: {error}") from None
     recipe.require_within(steps)
     for key, spec in vars(recipe.traffic).items():
         if spec is not None:
@@ -38,14 +41,13 @@ def read(path: Path, steps: int) -> "Recipe":
 
 
 def teacher(recipe: "Recipe", context: int) -> GPT | None:
-    """The model of the run that the recipe names. Raises ValueError if there is none, or if its context is shorter."""
+    """The model of the run that the recipe names. ValueError: there is none, it is damaged, or its context is shorter."""
     if recipe.distil is None:
         return None
     folder = Path(recipe.distil.teacher or "")
-    try:
-        state = checkpoint.load_shared(folder)
-    except ValueError:
-        raise ValueError(f"distil.teacher: no checkpoint in {folder}") from None
+    if not checkpoint.exists(folder):
+        raise ValueError(f"distil.teacher: no checkpoint in {folder}")
+    state = checkpoint.load_shared(folder)
     shape = Shape(*(state["identity"][name] for name in ("layers", "width", "heads", "context")))
     if shape.context < context:
         raise ValueError(f"distil.teacher: {folder} has a context of {shape.context}, this run {context}")

@@ -34,6 +34,7 @@ from torch.nn import functional
 
 import commpress
 from commpress import optim
+from commpress.files import write_atomically
 from commpress.launch import checkpoint, data, parallel, recipes, scalars
 from commpress.launch.model import GPT, Shape
 
@@ -607,7 +608,7 @@ def write_record(
         "report": report.to_dict(),  # since the last start only
         "curve": curve,
     }
-    checkpoint.write_atomically(out / "record.json", lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
+    write_atomically(out / "record.json", lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, log_softmax
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax, softmax
 from torch.utils.hooks import RemovableHandle
 
 from commpress.model.masks import whole
@@ -69,10 +69,12 @@ class Distillation:
 def soft_loss(
     student: Tensor, teacher: Tensor, temperature: float = 1.0, form: str = "kl", positions: Tensor | None = None
 ) -> Tensor:
-    """T^2 * KL(softmax(y_t / T) || softmax(y_s / T)), the mean over positions, float32.
+    """T^2 * KL(softmax(y_t / T) || softmax(y_s / T)), the mean over positions, float32, or float64 of float64 logits.
 
     As `cross_entropy`: - T^2 * sum_i y_t,i log y_s,i of the softened probabilities. Logits are [..., classes]; where
-    `positions`, bool [...], is False they are not looked at. Raises ValueError if shapes do not fit.
+    `positions`, bool [...], is False they are not looked at. Values and gradients are those of `torch.nn.functional`'s
+    `kl_div` and `cross_entropy` with probabilities; a class that both exclude by -inf, where those give NaN, adds 0.
+    Raises ValueError if shapes do not fit.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -86,32 +88,36 @@ def soft_loss(
                 f"{str(positions.dtype).removeprefix('torch.')} {tuple(positions.shape)}"
             )
         student, teacher = student[positions], teacher[positions]
-    log_s = log_softmax(student.float() / temperature, dim=-1)
-    log_t = log_softmax(teacher.float() / temperature, dim=-1)
-    each = log_t.exp() * (log_t - log_s if form == "kl" else -log_s)
+    log_s = log_softmax(_wide(student) / temperature, dim=-1)
+    p_t = softmax(_wide(teacher) / temperature, dim=-1)
+    # from probabilities, as 0 log 0 is 0; the logarithm of the teacher's would make it 0 * -inf
+    each = kl_div(log_s, p_t, reduction="none") if form == "kl" else -log_s * p_t
+    each = each.masked_fill_(p_t == 0, 0)  # where the student's logit is -inf, too
     return temperature**2 * _mean(each.sum(dim=-1))
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, form: str = "mse", positions: Tensor | None = None) -> Tensor:
-    """Mean of (h_s - h_t)^2, or of 1 - cos(h_s, h_t), over positions, float32. Hidden states are [..., width]."""
+    """Mean of (h_s - h_t)^2, or of 1 - cos(h_s, h_t), over positions, float32 (or float64). They are [..., width]."""
     if positions is not None:
         student, teacher = student[positions], teacher[positions]
     if form == "cosine":
-        return _mean(1 - cosine_similarity(student.float(), teacher.float(), dim=-1))
-    return _mean((student.float() - teacher.float()).square())
+        return _mean(1 - cosine_similarity(_wide(student), _wide(teacher), dim=-1))
+    return _mean((_wide(student) - _wide(teacher)).square())
 
 
 def attention_loss(student: Tensor, teacher: Tensor, form: str = "mse", positions: Tensor | None = None) -> Tensor:
-    """Mean of (a_s - a_t)^2, or of sum_j a_t,j log(a_t,j / a_s,j) over heads and queries, float32.
+    """Mean of (a_s - a_t)^2, or of sum_j a_t,j log(a_t,j / a_s,j) over heads and queries, float32 (or float64).
 
+    Where a student's probability is 0 and the teacher's is not, its logarithm is taken as that of the least normal number.
     Probabilities are [batch, heads, queries, keys] or [batch, queries, keys], `positions` bool [batch, queries].
     """
     if positions is not None:
         student, teacher = student.movedim(-2, 1)[positions], teacher.movedim(-2, 1)[positions]
-    student, teacher = student.float(), teacher.float()
+    student, teacher = _wide(student), _wide(teacher)
     if form == "kl":
-        least = torch.finfo(torch.float32).tiny  # a masked key has probability 0 in both
-        return _mean((torch.xlogy(teacher, teacher) - teacher * student.clamp(min=least).log()).sum(dim=-1))
+        # a masked key has probability 0 in both: 0, not 0 * -inf
+        log_s = student.masked_fill(student == 0, torch.finfo(student.dtype).tiny).log()
+        return _mean(kl_div(log_s, teacher, reduction="none").sum(dim=-1))
     return _mean((student - teacher).square())
 
 
@@ -361,6 +367,10 @@ def _logits(output: Any, who: str) -> Tensor:
 
 def _mask_for(mask: Any, shape: Sequence[int]) -> Tensor | None:
     return mask != 0 if isinstance(mask, Tensor) and mask.shape == torch.Size(shape) else None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _mean(x: Tensor) -> Tensor:

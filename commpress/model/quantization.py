@@ -4,11 +4,15 @@ A group of g weights of a row (all of the row without groups) shares one scale s
 
     s = max |w| / (2^b - 1) * 2,    code = clamp(round(w / s), -2^(b-1), 2^(b-1) - 1),    w ~ s * code
 
-Forward computes with s * code, backward goes straight through (Bengio et al., arXiv:1308.3432): d/dw is 1 (s * (1 / s), to
-0.4 % at 4 bits, where s is bfloat16), and 0 where a code was clamped, which happens to a positive w that is its group's
-maximum. The mapping is symmetric, so 0 stays 0: pruned weights stay pruned.
+Forward computes with s * code, backward goes straight through (Bengio et al., arXiv:1308.3432): d/dw is 1, and 0 where a code
+was clamped, which happens to a positive w that is its group's maximum. The mapping is symmetric, so 0 stays 0: pruned weights
+stay pruned.
+
+A compiler sees one operator and not its arithmetic: fused, a scale would stay wider than its dtype, or be divided by another
+way, and a code at the edge would be another than the file's. So training computes with the same bits, compiled or not.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from commpress.model.distillation import PROJECTIONS
+from commpress.model.masks import whole
 
 INTEGERS: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
 """By bits, the dtypes that weights are quantised to."""
@@ -83,14 +88,88 @@ class Codes:
 def quantize(w: Tensor, bits: int, group: int | None = None) -> Codes:
     """The codes of a weight [rows, width] of float16, bfloat16 or float32: the definition, in plain torch.
 
-    Bit for bit what torchao's fake quantisers compute on the same device, 1 / s rounded first.
+    Bit for bit what prepared modules compute with, compiled or not, and torchao's fake quantisers in eager; 1 / s is rounded
+    first.
     """
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    groups = w.detach().unflatten(1, (-1, group or w.shape[1]))
-    scale = groups.abs().amax(-1) / ((high - low) / 2)
-    scale = scale.clamp(min=torch.finfo(w.dtype).smallest_normal).to(_scale_dtype(bits) or w.dtype)
-    values = (groups * (1.0 / scale).unsqueeze(-1)).round().clamp(low, high)
-    return Codes(values.flatten(1).to(torch.int8), scale, bits)
+    codes, scale = _codes(w.detach(), bits, group or w.shape[1])
+    low, high = _range(bits)
+    return Codes(codes.clamp_(low, high).flatten(1).to(torch.int8), scale, bits)
+
+
+def _codes(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes before they are clamped, of the weight's dtype [rows, groups, group], and scales [rows, groups]."""
+    low, high = _range(bits)
+    groups = w.unflatten(1, (-1, group))
+    may_cast = torch.amp.is_autocast_available(w.device.type)  # on CUDA 1 / s to float32
+    with torch.autocast(w.device.type, enabled=False) if may_cast else contextlib.nullcontext():
+        scale = groups.abs().amax(-1) / ((high - low) / 2)
+        scale = scale.clamp(min=torch.finfo(w.dtype).smallest_normal).to(_scale_dtype(bits) or w.dtype)
+        return (groups * (1.0 / scale).unsqueeze(-1)).round(), scale
+
+
+def _range(bits: int) -> tuple[int, int]:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+@torch.library.custom_op("commpress::fake_quantize", mutates_args=())
+def _fake_quantize(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """s * code, of the weight's shape and dtype, and where no code was clamped. NaN and Inf make their group NaN."""
+    codes, scale = _codes(w, bits, group)
+    low, high = _range(bits)
+    inside = (codes >= low) & (codes <= high)
+    values = codes.clamp_(low, high).add_(0)  # -0 is no code
+    return (values * scale.unsqueeze(-1)).to(w.dtype).flatten(1), inside.flatten(1)
+
+
+@_fake_quantize.register_fake
+def _(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    return w.new_empty(w.shape), w.new_empty(w.shape, dtype=torch.bool)
+
+
+def _keep_inside(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _straight_through(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None]:
+    (inside,) = ctx.saved_tensors
+    return torch.where(inside, gradient, 0), None, None
+
+
+_fake_quantize.register_autograd(_straight_through, setup_context=_keep_inside)
+
+
+class WeightQuantizer(nn.Module):
+    """Gives a weight [rows, width] as its codes say, while `enabled`; in the place of torchao's `IntxFakeQuantizer`."""
+
+    def __init__(self, bits: int, group: int | None, config: Any) -> None:
+        super().__init__()
+        self.bits, self.group = bits, group
+        self.config = config
+        """torchao's, for its own convert."""
+        self.enabled = True
+        self.dtype: torch.dtype | None = None
+        """In which it last computed; under FSDP2's mixed precision another than the weight's."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        """[rows, width], of the weight's dtype."""
+        if not self.enabled:
+            return w
+        self.dtype = w.dtype
+        values: Tensor = _fake_quantize(w, self.bits, self.group or w.shape[1])[0]
+        return values
+
+
+def computed_codes(module: Any) -> Codes:
+    """The codes that a prepared module computes with, of its whole weight. Collective if that is sharded.
+
+    FSDP2's mixed precision rounds a weight before it is quantised; so does this, once the module has computed.
+    """
+    s: Quantization = module.quantization
+    w = whole(module.weight)
+    if isinstance(module.weight, DTensor):
+        w = w.to(module.weight_fake_quantizer.dtype or w.dtype)
+    return quantize(w, s.bits, s.group)
 
 
 def prepare(model: nn.Module, settings: Quantization) -> list[str]:
@@ -295,8 +374,7 @@ def _of_weights(qat: Any, settings: Quantization) -> nn.Module:
         granularity=PerAxis(0) if settings.group is None else PerGroup(settings.group),
         scale_precision=_scale_dtype(settings.bits),
     )
-    quantizer: nn.Module = qat.IntxFakeQuantizer(config)
-    return quantizer
+    return WeightQuantizer(settings.bits, settings.group, config)
 
 
 def _of_activations(qat: Any) -> nn.Module:

@@ -19,23 +19,50 @@
 Steps are those of the optimizer; what starts at step n is in force from the n-th update on.
 """
 
+import difflib
+import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from commpress.model import recipe_file
 
 LAST = sys.maxsize
 """A phase without an end."""
 
-Step = Annotated[int, Field(ge=0)]
+Step = Annotated[int, Field(ge=0, le=10**12)]  # no run has more
+Globs = Annotated[tuple[str, ...], Field(min_length=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class RecipeError(ValueError):
     """A recipe that no run can follow; the text names the file and the key."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def naming_the_file(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate what takes a recipe, or is a method of what has one: its RecipeErrors name the file that was read."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **named: P.kwargs) -> R:
+        try:
+            return function(*args, **named)
+        except RecipeError as error:
+            given = (*args, *named.values())
+            recipes = [x for each in given for x in (each, getattr(each, "recipe", None)) if isinstance(x, Recipe)]
+            source = recipes[0]._source if recipes else None
+            if source is None or str(error).startswith(source):
+                raise
+            raise RecipeError(f"{source}: {error}") from None
+
+    return wrapped
 
 
 class Part(BaseModel):
@@ -54,7 +81,7 @@ class Prune(Part):
     """Steps between changes."""
     amount: Share | None = None
     threshold: Annotated[float, Field(ge=0)] | None = None
-    pattern: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] | None = None
+    pattern: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}:[1-9][0-9]{0,8}$")] | None = None
     schedule: Literal["one-shot", "cubic", "regrow"] | None = None
     """Default: cubic if it ends later than it starts, else one-shot. `regrow` prunes at the start, then exchanges weights."""
     criterion: Literal["magnitude", "taylor", "movement", "wanda"] = "magnitude"
@@ -62,7 +89,7 @@ class Prune(Part):
     """Over what `amount` is counted: all parameters together, each by itself, each of their rows."""
     regrow: Share = 0.3
     """The share of the kept weights that is exchanged at the first change; it falls to 0 along a cosine."""
-    parameters: tuple[str, ...] = ()
+    parameters: Globs = ()
     """Globs of names, as `blocks.*.weight`. Default: the weights of all Linear layers."""
 
     @model_validator(mode="after")
@@ -71,19 +98,21 @@ class Prune(Part):
         if len(given) != 1:
             raise ValueError(f"expected one of amount, threshold, pattern, got {' and '.join(given) or 'none'}")
         if self.last < self.start:
-            raise ValueError(f"end {self.end}: expected at least start, {self.start}")
+            raise ValueError(f"end: expected at least start, {self.start}, got {self.end}")
         if self.pattern is not None and self.n_of_m[0] >= self.n_of_m[1]:
-            raise ValueError(f"pattern {self.pattern!r}: expected fewer kept than there are, as in '2:4'")
+            raise ValueError(f"pattern: expected fewer kept than there are, as in '2:4', got {self.pattern!r}")
         if self.how != "one-shot" and self.amount is None:
-            raise ValueError(f"schedule {self.how!r}: expected an amount; {given[0]} is taken at once, without an end")
+            key = "schedule" if self.schedule else "end"
+            got = repr(self.how) if self.schedule else self.end
+            raise ValueError(f"{key}: expected none, a {given[0]} is taken at once, only an amount grows; got {got}")
         if self.how != "one-shot" and self.last == self.start:
-            raise ValueError(f"schedule {self.how!r}: expected an end after start, {self.start}")
+            raise ValueError(f"schedule: expected an end after start, {self.start}, for {self.how!r}, got {self.end}")
         if self.criterion != "magnitude" and self.start == 0:
             raise ValueError(
-                f"criterion {self.criterion!r}: expected a start above 0, there is nothing to see before step 1"
+                f"criterion: {self.criterion!r} has seen nothing before step 1, expected a start above 0, got 0"
             )
         if self.schedule == "one-shot" and self.last > self.start:
-            raise ValueError(f"end {self.end}: one-shot changes at start, {self.start}, alone")
+            raise ValueError(f"end: one-shot changes at start, {self.start}, alone, expected no end, got {self.end}")
         return self
 
     @property
@@ -114,7 +143,7 @@ class Quantize(Part):
     """How many weights of a row share a scale. Default: the whole row."""
     activations: bool = False
     """Whether inputs are rounded to int8, too, with a scale a token."""
-    layers: tuple[str, ...] = ("*",)
+    layers: Globs = ("*",)
     """Globs of the names of Linear and Embedding layers; what an entry before took is left to it."""
 
 
@@ -140,7 +169,7 @@ class Distil(Part):
     @model_validator(mode="after")
     def _consistent(self) -> "Distil":
         if self.end is not None and self.end <= self.start:
-            raise ValueError(f"end {self.end}: expected more than start, {self.start}")
+            raise ValueError(f"end: expected more than start, {self.start}, got {self.end}")
         return self
 
     @property
@@ -162,30 +191,30 @@ class Recipe(Part):
     quantize: tuple[Quantize, ...] = ()
     distil: Distil | None = None
     traffic: Traffic = Traffic()
+    _source: str | None = PrivateAttr(None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()  # wherever they were read
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        """Read a .toml, .yaml or .yml file. Raises RecipeError that names file and key, OSError if it cannot be read."""
-        path = Path(path)
-        text = path.read_text()
-        try:
-            if path.suffix == ".toml":
-                if sys.version_info >= (3, 11):
-                    import tomllib
-                else:
-                    import tomli as tomllib
-                found = tomllib.loads(text)
-            elif path.suffix in (".yaml", ".yml"):
-                import yaml
+        """Read a .toml, .yaml or .yml file in UTF-8.
 
-                found = yaml.safe_load(text)
-            else:
-                raise RecipeError(f"{path}: expected a name that ends in .toml, .yaml or .yml")
-        except RecipeError:
-            raise
-        except Exception as error:  # of two libraries, each with its own
+        Raises RecipeError that names file and key, also for an empty file and a key that is there twice; OSError if the file
+        cannot be read, ImportError for YAML without PyYAML.
+        """
+        path = Path(path)
+        try:
+            found = recipe_file.read(path)
+        except ValueError as error:
             raise RecipeError(f"{path}: {error}") from None
-        return cls.of(found, str(path))
+        if found is None or found == {}:
+            raise RecipeError(
+                f"{path}: is empty, expected tables such as [[prune]]; a run without a recipe needs no file"
+            )
+        recipe = cls.of(found, str(path))
+        recipe._source = str(path)
+        return recipe
 
     @classmethod
     def of(cls, found: object, source: str = "recipe") -> "Recipe":
@@ -193,10 +222,13 @@ class Recipe(Part):
         if not isinstance(found, Mapping):
             raise RecipeError(f"{source}: expected tables such as [[prune]], got {found!r}")
         try:
-            return cls.model_validate(_as_tuples(found))
+            return cls.model_validate(_tables(found))
         except ValidationError as error:
-            raise RecipeError("\n".join(f"{source}: {_sentence(each)}" for each in error.errors())) from None
+            # a list with something wrong in it counts as too short, too
+            wrong = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
+            raise RecipeError("\n".join(f"{source}: {_sentence(each)}" for each in wrong)) from None
 
+    @naming_the_file
     def require_within(self, steps: int) -> None:
         """Raises RecipeError for a phase that would not be over in a run of `steps`: nothing is left out in silence."""
         for i, prune in enumerate(self.prune):
@@ -221,17 +253,36 @@ def matching(key: str, patterns: Sequence[str], names: Sequence[str]) -> list[st
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def _tables(found: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A file's tables as strict checking wants them: lists as tuples, a single [prune] or [quantize] as a list of one."""
+    tables = {key: _as_tuples(value) for key, value in found.items()}
+    return {
+        key: (value,) if key in ("prune", "quantize") and isinstance(value, Mapping) else value
+        for key, value in tables.items()
+    }
+
+
 def _as_tuples(found: Any) -> Any:
-    """Lists as tuples, as strict checking wants them; a single [prune] or [quantize] as a list of one."""
     if isinstance(found, list):
         return tuple(_as_tuples(each) for each in found)
     if isinstance(found, Mapping):
-        made = {key: _as_tuples(value) for key, value in found.items()}
-        for key in ("prune", "quantize"):
-            if isinstance(made.get(key), Mapping):
-                made[key] = (made[key],)
-        return made
+        return {key: _as_tuples(value) for key, value in found.items()}
     return found
+
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text in quotes",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "string_pattern_mismatch": "text such as '2:4'",
+    "too_short": "at least one, or without this key",
+    "invalid_key": "a word as key",
+}
+"""In the place of what pydantic says, which speaks of Python's types."""
 
 
 def _sentence(error: Any) -> str:
@@ -239,12 +290,38 @@ def _sentence(error: Any) -> str:
     key = ""
     for place in error["loc"]:
         key += f"[{place}]" if isinstance(place, int) else f".{place}"
-    key = key.lstrip(".")
-    told = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key"
-    if error["type"] == "value_error":
-        return f"{key}: {told}"
-    if error["type"] == "missing":
+    key, kind, got = key.lstrip("."), error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key, {_known(error['loc'])}"
+    if kind == "missing":
         return f"{key}: missing"
-    return f"{key}: {told[0].lower()}{told[1:]}, got {error['input']!r}"
+    if kind == "value_error":  # of a table's own check, which may say the key within
+        told = str(error["ctx"]["error"])
+        return (
+            f"{key}.{told}" if told.partition(":")[0] in Prune.model_fields | Distil.model_fields else f"{key}: {told}"
+        )
+    expected = EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    return f"{key}: expected {expected}, got {_shown(got)}{_advice(key, kind, got)}"
+
+
+def _known(place: tuple[int | str, ...]) -> str:
+    """Which key may be meant, or which there are."""
+    tables: dict[Any, type[Part]] = {"prune": Prune, "quantize": Quantize, "distil": Distil, "traffic": Traffic}
+    known = list((tables[place[0]] if len(place) > 1 else Recipe).model_fields)
+    near = difflib.get_close_matches(str(place[-1]), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+
+
+def _shown(got: Any) -> str:
+    text = "nothing" if got is None else repr(list(got) if isinstance(got, tuple) else got)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _advice(key: str, kind: str, got: Any) -> str:
+    if kind == "tuple_type" and isinstance(got, str) and key.endswith(("parameters", "layers")):
+        return f": write [{got!r}]"
+    if kind == "float_type" and isinstance(got, str) and got.endswith("%"):
+        return ": write a share, 0.8 for 80%"
+    if kind in ("int_type", "float_type") and isinstance(got, str):
+        return ": write it as a number, without quotes"
+    return ""

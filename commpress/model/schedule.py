@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from commpress.model import importance, pruning, quantization
 from commpress.model.distillation import PROJECTIONS, Distillation, Distiller, fingerprint
 from commpress.model.masks import Masks, from_state, whole
-from commpress.model.recipe import Prune, Quantize, Recipe, RecipeError, matching
+from commpress.model.recipe import Prune, Quantize, Recipe, RecipeError, matching, naming_the_file
 
 STATE_VERSION = 1
 
@@ -47,6 +47,7 @@ class Session(Protocol):
         """What the report's rows are called by from now on."""
 
 
+@naming_the_file
 def prepare(model: nn.Module, recipe: Recipe) -> None:
     """Make a model ready for what a recipe does to its modules. For FSDP2 before `fully_shard`; else the scheduler does it.
 
@@ -70,6 +71,7 @@ class Scheduler:
     Raises RecipeError, naming the key, if the recipe does not fit the model, TypeError or ValueError if something is missing.
     """
 
+    @naming_the_file
     def __init__(
         self,
         recipe: Recipe,
@@ -131,6 +133,7 @@ class Scheduler:
             return task_loss
         return self._distiller.loss(task_loss, output, *inputs, **named_inputs)
 
+    @naming_the_file
     def step(self) -> None:
         """An optimizer step was taken: do what the recipe wants done now. Collective.
 
@@ -228,6 +231,11 @@ class Scheduler:
                 raise RecipeError(f"prune[{index}].parameters: the model has no Linear layers, expected globs of names")
             for before, earlier in enumerate(self.recipe.prune[:index]):
                 if (shared := set(found[before]) & set(names)) and not earlier.last < entry.start:
+                    if entry.last < earlier.start:
+                        raise RecipeError(
+                            f"prune[{index}].start: {entry.start}, before prune[{before}] of the same {min(shared)!r}, which "
+                            f"starts at {earlier.start}: write the entries in the order of their steps"
+                        )
                     raise RecipeError(
                         f"prune[{index}].start: {entry.start}, while prune[{before}] prunes {min(shared)!r}, too, until "
                         f"{earlier.last}"

@@ -8,12 +8,16 @@ A safetensors file, so any program can read it. Of a tensor `name` of the state 
     "name:scale"    if quantised: [rows, groups]
     "name:mask"     if only the k are there: uint8 [n / 8, rounded up], a bit a weight in row-major order, the lowest first
 
-The header's metadata, one key, so that equal models give equal files: {"commpress": JSON of {"version": 1, "layout": {name:
-{"shape", "dtype" or "bits", "masked"}}, "shared": {name: the name under which its tensor is}}}.
+The header's metadata, one key, so that equal models give equal files: {"commpress": JSON of {"version": 2, "checksum": 8 hex
+digits, "layout": {name: {"shape", "dtype" or "bits", "masked"}}, "shared": {name: the name under which its tensor is}}}.
+The checksum is the CRC-32 of the whole file with eight zeros in its place.
 """
 
 import json
+import math
 import os
+import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from commpress.files import DamagedFileError, checksum, replacing
 from commpress.model.masks import from_bits, to_bits, whole
-from commpress.model.quantization import Codes, converted_codes, prepared, quantize
+from commpress.model.quantization import INTEGERS, Codes, computed_codes, converted_codes, prepared
 
-VERSION = 1
+VERSION = 2
+CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{8})\\"')
+"""Where a file's checksum is, in JSON that is text within JSON."""
+UNKNOWN = "0" * 8
+SCALES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_HEADER = 100_000_000
+"""Bytes; safetensors reads no longer one."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +61,35 @@ class Stored:
         return state | {name: state[first] for name, first in self.shared.items()}
 
     def write(self, path: str | Path) -> None:
-        """Write the file; whoever reads `path` meanwhile sees the old one or the new one. ImportError without safetensors."""
+        """Write the file; whoever reads `path` meanwhile sees the old one or the new one.
+
+        Raises ImportError without safetensors, ValueError for a name such as `a:mask` beside a masked `a`.
+        """
         packed: dict[str, Tensor] = {}
         layout: dict[str, dict[str, Any]] = {}
         for name, x in (self.tensors | {name: codes.values for name, codes in self.integers.items()}).items():
             layout[name] = {"shape": list(x.shape), "masked": name in self.masks}
+            parts = {}
             if name in self.masks:
-                packed[f"{name}:mask"] = to_bits(self.masks[name])
+                parts[f"{name}:mask"] = to_bits(self.masks[name])
                 x = x[self.masks[name]]
             if name in self.integers:
                 layout[name]["bits"] = self.integers[name].bits
-                packed[f"{name}:scale"] = self.integers[name].scale
+                parts[f"{name}:scale"] = self.integers[name].scale
                 x = _halves(x) if self.integers[name].bits == 4 else x
             else:
                 layout[name]["dtype"] = _name(x.dtype)
-            packed[name] = x.contiguous()
-        beside = Path(f"{path}.{os.getpid()}.part")
-        header = {"version": VERSION, "layout": layout, "shared": self.shared}
-        try:
+            parts[name] = x.contiguous()
+            if twice := parts.keys() & packed.keys():
+                raise ValueError(f"store: {min(twice)!r} would be two tensors of the file: rename it in the model")
+            packed.update(parts)
+        header = {"version": VERSION, "checksum": UNKNOWN, "layout": layout, "shared": self.shared}
+        with replacing(Path(path)) as beside:
             _safetensors().torch.save_file(packed, beside, {"commpress": json.dumps(header)})
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+            place, _, crc = _summed(beside)
+            with beside.open("r+b") as file:
+                file.seek(place)
+                file.write(f"{crc:08x}".encode())
 
 
 def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> Stored:
@@ -86,7 +104,7 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
     """
     state = model.state_dict(keep_vars=True)
     # only now: state_dict put shards into the places of gathered parameters
-    settings = {id(module.weight): s for _, module, s in prepared(model)}
+    quantized = {id(module.weight): module for _, module, _ in prepared(model)}
     stored, first = Stored({}, {}, {}, {}), dict[int, str]()
     for name, x in state.items():
         if not isinstance(x, Tensor):
@@ -95,8 +113,8 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
             stored.shared[name] = first[id(x)]
             continue
         codes = converted_codes(x)
-        if codes is None and (s := settings.get(id(x))) is not None:
-            codes = quantize(whole(x), s.bits, s.group)
+        if codes is None and id(x) in quantized:
+            codes = computed_codes(quantized[id(x)])
         if codes is None:
             stored.tensors[name] = whole(x).cpu().clone(memory_format=torch.contiguous_format)
         elif codes.scale.isfinite().all():
@@ -122,30 +140,45 @@ def save(path: str | Path, model: nn.Module, *, masks: Mapping[str, Tensor] | No
 def load(path: str | Path) -> Stored:
     """Read what `save` wrote.
 
-    Raises ValueError if the file is damaged, is none of ours, has another format version, or lacks a tensor or has one with
-    another shape or dtype than its header says; OSError if it cannot be read; ImportError without safetensors.
+    Raises `commpress.files.DamagedFileError`, a ValueError that names the file, if it is damaged, is none of ours, has another
+    format version, or lacks a tensor or has one with another shape or dtype than its header says; OSError if it cannot be
+    read; ImportError without safetensors.
     """
-    library = _safetensors()
+    path, library = Path(path), _safetensors()
+    _, expected, found = _summed(path)
+    if found != expected:
+        raise DamagedFileError(f"{path}: damaged, its checksum is {found:08x}, expected {expected:08x}")
     try:
         with library.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except library.SafetensorError as error:
-        raise ValueError(f"{path}: no safetensors file, or damaged: {error}") from error
-    if "commpress" not in metadata:
-        raise ValueError(f"{path}: a safetensors file, but not of commpress")
-    header = json.loads(metadata["commpress"])
-    if header["version"] != VERSION:
-        raise ValueError(f"{path}: format version {header['version']}, expected {VERSION}")
-    stored = Stored({}, {}, {}, header["shared"])
-    for name, how in header["layout"].items():
-        try:
-            _unpack(packed, name, how, stored)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    if packed:
-        raise ValueError(f"{path}: tensors that its header does not explain: {', '.join(sorted(packed))}")
-    return stored
+        raise DamagedFileError(f"{path}: no safetensors file, or damaged: {error}") from error
+    try:
+        return _unpacked(packed, metadata)
+    except (ValueError, RuntimeError) as error:  # torch's own is of shapes and dtypes that it cannot do
+        raise DamagedFileError(f"{path}: {error}") from error
+
+
+def _summed(path: Path) -> tuple[int, int, int]:
+    """Where a file's checksum is, what it says and what it should say. Raises DamagedFileError if there is none."""
+    with path.open("rb") as file:
+        whole, size = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        header = file.read(size) if size <= min(whole - 8, MOST_HEADER) else b""
+        if not header.startswith(b"{"):
+            raise DamagedFileError(f"{path}: no safetensors file, or damaged: cut short, or no header at its start")
+        if b'"commpress"' not in header:
+            raise DamagedFileError(f"{path}: a safetensors file, but not of commpress, or damaged")
+        if (told := CHECKSUM.search(header)) is None:
+            raise DamagedFileError(
+                f"{path}: no checksum in its header: damaged, or written before files had one; store the model again"
+            )
+        place = 8 + told.start(1)
+        file.seek(0)
+        crc = checksum(file, place)
+        file.seek(len(UNKNOWN), 1)
+        crc = checksum(file, 8 + size - place - len(UNKNOWN), zlib.crc32(UNKNOWN.encode(), crc))
+        return place, int(told[1], 16), checksum(file, whole - 8 - size, crc)
 
 
 def _keep_mask(stored: Stored, name: str, mask: Tensor) -> None:
@@ -162,32 +195,80 @@ def _keep_mask(stored: Stored, name: str, mask: Tensor) -> None:
         stored.masks[name] = mask
 
 
+def _unpacked(packed: dict[str, Tensor], metadata: Mapping[str, str]) -> Stored:
+    """What the tensors of a file say by its metadata; `packed` is emptied. Raises ValueError if they do not fit."""
+    try:
+        header = json.loads(metadata.get("commpress", ""))
+    except (ValueError, RecursionError):
+        raise ValueError("its metadata is no JSON") from None
+    if not isinstance(header, dict) or header.get("version") != VERSION:
+        raise ValueError(
+            f"format version {header.get('version') if isinstance(header, dict) else None}, expected {VERSION}"
+        )
+    layout, shared = header.get("layout"), header.get("shared")
+    if not isinstance(layout, dict) or not all(isinstance(how, dict) for how in layout.values()):
+        raise ValueError("its header has no layout, expected a table by tensor")
+    if not isinstance(shared, dict) or not all(isinstance(first, str) for first in shared.values()):
+        raise ValueError("its header does not say what is shared, expected a name by name")
+    if wrong := [name for name, first in shared.items() if first not in layout or name in layout]:
+        raise ValueError(
+            f"{wrong[0]!r} is shared with {shared[wrong[0]]!r}: expected a tensor of the file, and no other"
+        )
+    stored = Stored({}, {}, {}, shared)
+    for name, how in layout.items():
+        _unpack(packed, name, how, stored)
+    if packed:
+        raise ValueError(f"tensors that its header does not explain: {', '.join(sorted(packed))}")
+    return stored
+
+
 def _unpack(packed: dict[str, Tensor], name: str, how: Mapping[str, Any], stored: Stored) -> None:
-    """Move a tensor's parts from `packed` into `stored`."""
-    shape = torch.Size(how["shape"])
+    """Move a tensor's parts from `packed` into `stored`. Raises ValueError if they are not what `how` says."""
+    shape, bits, dtype = _told(name, how)
     mask = None
     if how["masked"]:
-        mask = from_bits(_take(packed, f"{name}:mask", torch.uint8, [-(-shape.numel() // 8)]), shape)
+        # no larger than eight times what is in the file, whatever the shape says
+        mask = from_bits(_take(packed, f"{name}:mask", torch.uint8, [-(-math.prod(shape) // 8)]), shape)
         stored.masks[name] = mask
-    left = shape.numel() if mask is None else int(mask.sum())
-    bits = how.get("bits")
+    left = math.prod(shape) if mask is None else int(mask.sum())
     if bits == 4:
         x = _codes(_take(packed, name, torch.uint8, [-(-left // 2)]), left)
         x = x.view(shape) if mask is None else x
     else:
-        dtype = torch.int8 if bits == 8 else getattr(torch, how["dtype"])
-        x = _take(packed, name, dtype, list(shape) if mask is None else [left])
+        x = _take(packed, name, dtype, shape if mask is None else [left])
     if mask is not None:
         x = torch.zeros(shape, dtype=x.dtype, device=x.device).masked_scatter_(mask, x)
     if bits is None:
         stored.tensors[name] = x
         return
     scale = _take(packed, f"{name}:scale", None, None)
-    if scale.dim() != 2 or scale.shape[0] != shape[0] or shape[1] % scale.shape[1]:
+    groups = scale.shape[1] if scale.dim() == 2 else 0
+    if scale.shape[:1] != x.shape[:1] or (shape[1] % groups if groups else shape[1]):
         raise ValueError(
             f"{name}:scale: expected groups that divide the rows of {tuple(shape)}, got {tuple(scale.shape)}"
         )
+    if scale.dtype not in SCALES or not bool((scale.isfinite() & (scale >= 0)).all()):
+        raise ValueError(
+            f"{name}:scale: expected float32, float16 or bfloat16, finite and not below 0, got {_name(scale.dtype)}"
+        )
     stored.integers[name] = Codes(x, scale, bits)
+
+
+def _told(name: str, how: Mapping[str, Any]) -> tuple[list[int], int | None, torch.dtype]:
+    """Shape, bits and the dtype that the values have in memory. Raises ValueError for what no `save` wrote."""
+    shape, bits, dtype = how.get("shape"), how.get("bits"), how.get("dtype")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+        raise ValueError(f"{name!r}: expected a shape, got {shape!r:.80}")
+    if not isinstance(how.get("masked"), bool):
+        raise ValueError(f"{name!r}: expected masked true or false, got {how.get('masked')!r:.80}")
+    if bits is None:
+        of_torch = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+        if not isinstance(of_torch, torch.dtype):
+            raise ValueError(f"{name!r}: expected bits or a dtype, got {dtype!r:.80}")
+        return shape, None, of_torch
+    if type(bits) is not int or bits not in INTEGERS or len(shape) != 2:
+        raise ValueError(f"{name!r}: expected a matrix of 4 or 8 bits, got {len(shape)} dimensions of {bits!r:.80}")
+    return shape, bits, torch.int8
 
 
 def _take(packed: dict[str, Tensor], key: str, dtype: torch.dtype | None, shape: list[int] | None) -> Tensor:

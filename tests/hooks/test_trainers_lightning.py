@@ -14,6 +14,8 @@ from trainers import MICRO, OPTIMIZERS, blocks, examples, flat, launched, payloa
 from training import SMALL_BUCKETS, network
 from training import batch as data
 
+from commpress.files import pack_state, unpack_state
+
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 
@@ -138,12 +140,28 @@ def spoilt(folder: str) -> dict[str, str]:
         made.fit(module(), loader())
         made.save_checkpoint(f"{folder}/a.ckpt")
         own = f"{folder}/a.ckpt.commpress-rank{dist.get_rank()}"
-        state = torch.load(own, weights_only=True)
-        if dist.get_rank() == 1:
-            torch.save({**state, "step": 99}, own)
-        dist.barrier()
-        model = module()
-        return {"step": outcome(lambda: trainer(folder, 4, "int4").fit(model, loader(), ckpt_path=f"{folder}/a.ckpt"))}
+        state = unpack_state(torch.load(own, weights_only=True)["commpress"], own)
+        said = {}
+        for name, spoil in (
+            ("step", lambda: torch.save({"commpress": pack_state({**state, "step": 99})}, own)),
+            ("a bit", lambda: flip(own)),
+            ("all", lambda: Path(own).write_bytes(b"nothing")),
+        ):
+            if dist.get_rank() == 1:
+                spoil()
+            dist.barrier()
+            model, made = module(), trainer(folder, 4, "int4")
+            said[name] = outcome(lambda m=model, t=made: t.fit(m, loader(), ckpt_path=f"{folder}/a.ckpt"))
+            dist.barrier()
+        return said
+
+
+def flip(path: str) -> None:
+    """A bit of a tensor in the file of an unspoilt checkpoint."""
+    state = torch.load(path, weights_only=True)
+    state["commpress"] = pack_state({"step": 4, "session": {"world_size": 2}})
+    state["commpress"][100] ^= 1
+    torch.save(state, path)
 
 
 def refusals(folder: str) -> dict[str, str]:
@@ -259,6 +277,8 @@ def test_files_go_with_their_checkpoint(tmp_path: Path) -> None:
         assert names == ["step=6.ckpt", "step=6.ckpt.commpress-rank0", "step=6.ckpt.commpress-rank1", "weights.ckpt"]
     for said in run(2, spoilt, str(tmp_path), timeout=120):
         assert "rank 1's file for commpress is of step 99, the checkpoint of step 2" in said["step"]
+        assert "a.ckpt.commpress-rank1: damaged, its checksum is" in said["a bit"]
+        assert "a.ckpt.commpress-rank1: damaged: " in said["all"]
 
 
 def test_settings_reach_the_hook(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from commpress.files import load_state, save_state, write_atomically
 from commpress.launch import checkpoint, demo, train
 
 RUNS = {
@@ -261,8 +263,8 @@ def test_files_that_are_not_text_are_skipped_and_counted(tmp_path: Path, text: P
 def test_checkpoints_of_two_steps_are_never_paired(tmp_path: Path, text: Path) -> None:
     alone(tmp_path, text)
     folder = tmp_path / "run" / "step-00000004"
-    state = torch.load(folder / "session-rank0.pt", weights_only=True)
-    torch.save({**state, "step": 3}, folder / "session-rank0.pt")
+    state = load_state(folder / "session-rank0.pt")
+    save_state(folder / "session-rank0.pt", {**state, "step": 3})
     with pytest.raises(ValueError, match="was written at step 3, expected that of step-00000004"):
         alone(tmp_path, text, resume=True)
     (folder / "session-rank0.pt").unlink()
@@ -271,14 +273,14 @@ def test_checkpoints_of_two_steps_are_never_paired(tmp_path: Path, text: Path) -
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    def torn(f: "checkpoint.BinaryIO") -> None:
+    def torn(f: BinaryIO) -> None:
         f.write(b"half of it")
         raise OSError("the disk is full")
 
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(OSError, match="the disk is full"):
-        checkpoint.write_atomically(path, torn)
+        write_atomically(path, torn)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import run
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from training import same
@@ -127,6 +127,108 @@ def test_soft_labels_are_the_papers_formula(temperature: float) -> None:
     p, q = (torch.softmax(x.double() / temperature, -1) for x in (t, s))
     kl = temperature**2 * (p * (p / q).log()).sum(-1).mean()
     torch.testing.assert_close(soft_loss(s, t, temperature).double(), kl, rtol=1e-5, atol=0)
+
+
+def torchs_soft_loss(s: Tensor, t: Tensor, temperature: float, form: str) -> Tensor:
+    s, p = s.float().flatten(0, 1) / temperature, softmax(t.float().flatten(0, 1) / temperature, -1)
+    if form == "kl":
+        return temperature**2 * kl_div(log_softmax(s, -1), p, reduction="batchmean")
+    return temperature**2 * cross_entropy(s, p)
+
+
+LEAST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("form", ["kl", "cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(0, -math.inf), (-1e4, -math.inf), (0, -1e4), (-1e4, 1e4), (LEAST, LEAST), (0, LEAST), (1e4, 0), (-math.inf, 0)],
+)
+def test_soft_labels_are_torchs_where_logits_are_extreme(
+    student: float, teacher: float, dtype: torch.dtype, form: str
+) -> None:
+    results = []
+    for loss in (soft_loss, torchs_soft_loss):
+        s, t = (x.detach().clone() for x in logits_of_two())
+        s[..., 2] += student
+        t[..., 2] += teacher
+        t[1, 1, 3] = teacher
+        s = s.to(dtype).requires_grad_()
+        value = loss(s, t.to(dtype), 2.0, form)
+        value.backward()
+        results.append((value.detach(), s.grad))
+    (value, gradient), (torchs, torchs_gradient) = results
+    torch.testing.assert_close(gradient, torchs_gradient)
+    if not torchs.isnan():  # both have the class excluded, in 16 bits
+        torch.testing.assert_close(value, torchs)
+    assert value.isfinite() or student == -math.inf
+
+
+@pytest.mark.parametrize("form", ["kl", "cross_entropy"])
+def test_a_class_that_both_exclude_adds_nothing(form: str) -> None:
+    s, t = logits_of_two()
+    without = soft_loss(s[..., :-1], t[..., :-1], 2.0, form)
+    (expected,) = torch.autograd.grad(without, s)
+    out = torch.zeros(CLASSES)
+    out[-1] = -math.inf
+    value = soft_loss(s + out, t + out, 2.0, form)
+    torch.testing.assert_close(value, without)
+    torch.testing.assert_close(torch.autograd.grad(value, s)[0], expected)
+
+
+def test_nan_where_nobody_looks_changes_nothing() -> None:
+    where = torch.ones(3, 4, dtype=torch.bool)
+    where[1:, 2:] = False
+    for form in ("kl", "cross_entropy"):
+        (s, t), (clean_s, clean_t) = logits_of_two(), logits_of_two()
+        with torch.no_grad():
+            s[~where], t[~where] = math.nan, math.inf
+        loss, clean = (soft_loss(*both, 2.0, form, where) for both in ((s, t), (clean_s, clean_t)))
+        loss.backward()
+        clean.backward()
+        assert torch.equal(loss, clean)
+        assert torch.equal(s.grad, clean_s.grad)  # type: ignore[arg-type]
+        for nothing in (hidden_loss, soft_loss):
+            empty = nothing(s, t, positions=torch.zeros_like(where))
+            assert not empty.any()
+            assert not torch.autograd.grad(empty, s)[0].any()
+
+
+def test_losses_of_float64_are_float64() -> None:
+    s, t = (x.double() for x in logits_of_two())
+    a, b = softmax(s, -1), softmax(t, -1)
+    p = softmax(t / 2, -1)
+    for loss, expected in (
+        (
+            soft_loss(s, t, 2.0),
+            4 * kl_div(log_softmax(s / 2, -1).flatten(0, 1), p.flatten(0, 1), reduction="batchmean"),
+        ),
+        (hidden_loss(s, t), (s - t).square().mean()),
+        (attention_loss(a, b, "kl"), kl_div(a.log().flatten(0, 1), b.flatten(0, 1), reduction="batchmean")),
+    ):
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_attentions_kl_is_torchs_where_that_is_finite() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 2, 3, 5, 7, generator=generator)
+    a[..., 1] = 1e-41  # not a normal number
+    b[..., 2] = 0
+    ours, theirs = a.clone().requires_grad_(), a.clone().requires_grad_()
+    loss = attention_loss(ours, b, "kl")
+    expected = kl_div(theirs.log(), b, reduction="none").sum(-1).mean()
+    torch.testing.assert_close(
+        (loss, *torch.autograd.grad(loss, ours)), (expected, *torch.autograd.grad(expected, theirs))
+    )
+    masked = a.clone()
+    masked[..., 2] = 0
+    masked.requires_grad_()
+    loss = attention_loss(masked, b, "kl")
+    loss.backward()
+    assert loss.isfinite()
+    assert masked.grad is not None
+    assert masked.grad[..., 3:].isfinite().all()
 
 
 def test_cross_entropy_is_the_customers_formula_and_has_the_gradients_of_kl() -> None:

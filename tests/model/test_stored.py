@@ -1,8 +1,13 @@
 """Stored models: sizes on disk, bits that come back, and the format read by hand."""
 
 import copy
+import functools
 import json
 import os
+import random
+import re
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from commpress.files import DamagedFileError
 from commpress.launch.model import GPT, Shape
 from commpress.model import quantization
 from commpress.model.masks import Masks
@@ -212,7 +218,8 @@ def test_the_format_is_what_the_first_lines_say(tmp_path: Path) -> None:
     with safe_open(tmp_path / "m", "pt") as file:
         assert file.metadata().keys() == {"commpress"}
         assert json.loads(file.metadata()["commpress"]) == {
-            "version": 1,
+            "version": 2,
+            "checksum": f"{crc_of((tmp_path / 'm').read_bytes()):08x}",
             "layout": {
                 "0.weight": {"shape": [2, 5], "bits": 4, "masked": True},
                 "0.bias": {"shape": [2], "dtype": "float32", "masked": False},
@@ -257,18 +264,37 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         encode(model)
 
 
+CHECKSUM = re.compile(rb'(?<=checksum\\": \\")[0-9a-f]{8}')
+
+
+def crc_of(whole: bytes) -> int:
+    """The checksum as the first lines say: of the file with eight zeros in its place."""
+    return zlib.crc32(CHECKSUM.sub(b"00000000", whole, count=1))
+
+
+def sealed(whole: bytes) -> bytes:
+    """A file with the checksum that it should have, as if it had been written so."""
+    return CHECKSUM.sub(f"{crc_of(whole):08x}".encode(), whole, count=1)
+
+
 def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], object]) -> None:
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata())
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     change(tensors, metadata)
     save_file(tensors, path, metadata)
+    path.write_bytes(sealed(path.read_bytes()))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, m: m.update(commpress='{"version": 2}'), "format version 2, expected 1"),
+        (lambda t, m: m.update(commpress='{"version": 1}'), "no checksum in its header"),
+        (
+            lambda t, m: m.update(commpress=m["commpress"].replace('"version": 2', '"version": 3')),
+            "format version 3, exp",
+        ),
+        (lambda t, m: t["3.weight:scale"].fill_(float("nan")), "3.weight:scale: expected .*, finite and not below 0"),
         (lambda t, m: m.pop("commpress"), "a safetensors file, but not of commpress"),
         (lambda t, m: t.pop("0.bias"), "the tensor '0.bias' is missing"),
         (lambda t, m: t.pop("0.weight:scale"), "the tensor '0.weight:scale' is missing"),
@@ -306,10 +332,208 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:100], b"", b"PK" + bytes(100)):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"{path}: no safetensors file, or damaged"):
+        with pytest.raises(DamagedFileError, match=f"{path}: .*damaged"):
             load(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere")
+
+
+def small(path: Path) -> bytes:
+    """A file with all that a file may have."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4), nn.Linear(4, 4))
+    model[2].weight = nn.Parameter(model[1].weight.data[:, :4].clone())
+    model.append(model[2])
+    masks = pruned(model, 0.5).of
+    for layer, settings in (("0", Quantization(4, 4, layers=("0",))), ("1", Quantization(8, layers=("1",)))):
+        assert quantization.prepare(model, settings) == [layer]
+    quantization.enable(model)
+    save(path, model, masks=masks)
+    stored = load(path)
+    assert stored.integers.keys() == {"0.weight", "1.weight"}
+    assert stored.masks
+    assert stored.shared.keys() == {"3.weight", "3.bias"}
+    return path.read_bytes()
+
+
+def test_any_bit_that_flips_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    whole, draw = small(path), random.Random(0)
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match=f"^{path}: "):
+            load(path)
+
+
+def outcome_of_load(path: Path) -> str:
+    """ "read", or what was wrong; anything but the promised error is a failure of the test."""
+    try:
+        loaded = load(path)
+        loaded.state_dict()
+    except DamagedFileError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return "read"
+
+
+WRONG: list[Any] = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3,
+    4,
+    8,
+    2**40,
+    2**70,
+    -(2**70),
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "float32",
+]
+WRONG += [
+    "nn",
+    "Tensor",
+    "quint4x2",
+    "F4",
+    "0.weight",
+    "0.weight:mask",
+    "9" * 99,
+    [],
+    [[]],
+    [0],
+    [-6],
+    [2**63],
+    [6, 8],
+    [1] * 99,
+]
+WRONG += [[None], ["a"], {}, {"a": []}, {"0.bias": "1.bias"}, {"0.bias": {"shape": [6]}}]
+"""What a header may have in the place of what it should have."""
+
+
+def places(found: Any) -> list[tuple[Any, Any]]:
+    """All (container, key) in nested dicts and lists."""
+    pairs = list(found.items()) if isinstance(found, dict) else list(enumerate(found))
+    inner = [place for _, each in pairs if isinstance(each, dict | list) for place in places(each)]
+    return [(found, key) for key, _ in pairs] + inner
+
+
+def with_headers(whole: bytes, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> bytes:
+    """A file whose two headers, safetensors' and the one within it, were changed, and whose checksum fits."""
+    size = int.from_bytes(whole[:8], "little")
+    outer = json.loads(whole[8 : 8 + size])
+    inner = json.loads(outer["__metadata__"]["commpress"])
+    change(outer, inner)
+    if isinstance(outer.get("__metadata__"), dict) and "commpress" in outer["__metadata__"]:
+        outer["__metadata__"]["commpress"] = json.dumps({"checksum": "00000000", **inner})
+    header = json.dumps(outer).encode()
+    return len(header).to_bytes(8, "little") + header + whole[8 + size :]
+
+
+def damaged(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """A file with other headers, other data, or anything else, and of which kind it is."""
+    kind = draw.choice(["headers", "headers", "data", "raw"])
+
+    def change(outer: dict[str, Any], inner: dict[str, Any]) -> None:
+        for _ in range(draw.randint(1, 3)):
+            container, key = draw.choice(places(draw.choice([inner, outer])) or [(inner, "more")])
+            if draw.random() < 0.7:
+                container[key] = copy.deepcopy(draw.choice(WRONG))
+            elif isinstance(container, dict):
+                value = container.pop(key, None)
+                container[draw.choice(["0.weight", "0.weight:mask", "bits", "dtype", "shape", "x"])] = value
+
+    if kind == "headers":
+        return kind, with_headers(whole, change)
+    data = bytearray(whole)
+    for _ in range(draw.randint(1, 4)):
+        start = 0 if kind == "raw" else 8 + int.from_bytes(whole[:8], "little")
+        data[draw.randrange(start, len(whole))] = draw.randrange(256)
+    return kind, bytes(data[: draw.randrange(len(data))] if kind == "raw" and draw.random() < 0.3 else data)
+
+
+def test_two_thousand_damaged_files_are_refused_with_the_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    whole = small(path)
+    outcomes: Counter[str] = Counter()
+    for number in range(2000):
+        kind, content = damaged(whole, random.Random(number))
+        path.write_bytes(sealed(content))  # what is behind the checksum must hold as well
+        outcome = outcome_of_load(path)
+        assert str(tmp_path) not in outcome.partition(":")[0], number  # it was in front, and is taken off
+        outcomes[kind + " read" * (outcome == "read")] += 1
+    assert outcomes["headers"] > 800
+    assert outcomes["raw"] > 400
+    assert outcomes["data read"] > 200  # other values, as if written so
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o, i: i.update(layout=[]), "no layout"),
+        (lambda o, i: i["layout"].update({"0.bias": [6]}), "no layout"),
+        (lambda o, i: i.update(shared={"a": 3}), "what is shared"),
+        (lambda o, i: i.update(shared={"a": "nowhere"}), "'a' is shared with 'nowhere'"),
+        (lambda o, i: i.update(shared={"0.bias": "1.bias"}), "'0.bias' is shared with '1.bias'"),
+        (lambda o, i: i.update(version="2"), "format version 2, expected 2"),
+        (lambda o, i: i["layout"]["0.bias"].update(dtype="nn"), "expected bits or a dtype, got 'nn'"),
+        (lambda o, i: i["layout"]["0.bias"].update(dtype=["float32"]), "expected bits or a dtype"),
+        (lambda o, i: i["layout"]["0.bias"].update(shape=[-6]), r"expected a shape, got \[-6\]"),
+        (lambda o, i: i["layout"]["0.bias"].update(shape=[True] * 6), "expected a shape"),
+        (lambda o, i: i["layout"]["0.bias"].update(shape=6), "expected a shape, got 6"),
+        (lambda o, i: i["layout"]["0.bias"].update(masked=1), "expected masked true or false, got 1"),
+        (lambda o, i: i["layout"]["0.weight"].update(bits=2), "expected a matrix of 4 or 8 bits"),
+        (lambda o, i: i["layout"]["0.weight"].update(bits=True), "expected a matrix of 4 or 8 bits"),
+        (lambda o, i: i["layout"]["0.weight"].update(shape=[48]), "expected a matrix of 4 or 8 bits"),
+        (
+            lambda o, i: i["layout"]["0.weight"].update(shape=[2**39, 2**39]),
+            r"'0.weight:mask': expected uint8 \[\d+\], got",
+        ),
+        (lambda o, i: i["layout"]["0.weight"].update(shape=[8, 6]), "groups that divide the rows"),
+        (lambda o, i: o["0.bias"].update(data_offsets=[0, 10**18]), "no safetensors file, or damaged"),
+        (lambda o, i: o["0.bias"].update(data_offsets=o["1.bias"]["data_offsets"]), "no safetensors file, or damaged"),
+        (lambda o, i: o["0.bias"].update(dtype="F99"), "no safetensors file, or damaged"),
+        (lambda o, i: o["__metadata__"].update(deep="[" * 100_000), "no .*|read"),
+        (lambda o, i: i.update(version=functools.reduce(lambda deep, _: [deep], range(900), [])), "format version"),
+    ],
+)
+def test_headers_made_by_hand_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object], message: str
+) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(sealed(with_headers(small(path), change)))
+    assert re.search(message, outcome_of_load(path))
+
+
+def empty_and_endless(outer: dict[str, Any], inner: dict[str, Any]) -> None:
+    end = max(how["data_offsets"][1] for key, how in outer.items() if key != "__metadata__")
+    inner["layout"]["z"] = {"shape": [0, *[2**39] * 3], "dtype": "float32", "masked": True}
+    for key, dtype in (("z", "F32"), ("z:mask", "U8")):
+        outer[key] = {"dtype": dtype, "shape": [0], "data_offsets": [end, end]}
+
+
+def test_a_shape_that_torch_cannot_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(sealed(with_headers(small(path), empty_and_endless)))
+    assert "overflowed" in outcome_of_load(path)
+
+
+def test_two_tensors_of_one_name_are_not_written_over_each_other(tmp_path: Path) -> None:
+    stored = Stored({"a": torch.zeros(64), "a:mask": torch.ones(3)}, {}, {"a": torch.zeros(64).bool()}, {})
+    with pytest.raises(ValueError, match="'a:mask' would be two tensors of the file"):
+        stored.write(tmp_path / "m")
+
+
+def test_a_header_nested_without_an_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    small(path)
+    deep = '{"version": 2, "checksum": "00000000", "layout": ' + "[" * 50_000
+    rewritten(path, lambda tensors, metadata: metadata.update(commpress=deep))
+    assert "its metadata is no JSON" in outcome_of_load(path)
 
 
 def test_who_reads_while_it_is_written_reads_the_old_file(tmp_path: Path) -> None:
