@@ -26,10 +26,11 @@ from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes, sibling
 from commpress.comm.feedback import Feedback, Memory, Segments
 from commpress.comm.meter import Meter, Report, named
+from commpress.comm.parameters import bare_name, real_view
 from commpress.comm.plan import DENSE, Choice, Plan, Treatment
 from commpress.comm.resize import resized
 from commpress.comm.sequencer import Job, Sequencer, promise
-from commpress.comm.survivors import Survivors, in_memory_order, require_same
+from commpress.comm.survivors import Survivors, in_memory_order, of_pairs, require_same
 from commpress.comm.timeline import Span, Timeline
 
 STATE_VERSION = 2
@@ -138,6 +139,8 @@ class Session:
         self.beside: list[Beside] = []
         self.layouts: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
         """Shapes and strides of the parameters, for those who know them."""
+        self.pairs: set[str] = set()
+        """The complex parameters: each of their values is a pair of reals, in `parameters` and segments, too."""
         self._tags = itertools.count(0, TAGS_PER_BUCKET)
         self._restored: list[Segments] = []
         self._held: list[Held] = []
@@ -162,9 +165,10 @@ class Session:
         treatment: Treatment | None = None,
         dense_bytes: int | None = None,
     ) -> torch.futures.Future[Tensor]:
-        """Replace `bucket` ([n], contiguous, any float dtype) by its mean over the ranks, in the background.
+        """Replace `bucket` ([n], contiguous, any float or complex dtype) by its mean over the ranks, in the background.
 
-        `segments` names the parameters in it, `index` its place among the buckets, `last` ends the step. `dense_bytes` is what
+        `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two), `index` its place
+        among the buckets, `last` ends the step. `dense_bytes` is what
         the report compares with, if not one dense exchange of the bucket. A `treatment` is that of a session without an
         optimizer. The future holds `bucket`; waiting for it raises RuntimeError if the exchange failed on any rank. Same order
         on every rank.
@@ -177,7 +181,8 @@ class Session:
         if last and self._backward_started is not None:
             self.note("backward", self._backward_started)
             self._backward_started = None
-        future = promise(self.device)
+        future, mean = promise(self.device), bucket
+        bucket = real_view(bucket).view(-1)
         if self._restored or (self._optimizer is not None and self._optimizer.waits()):
             self._held.append(Held(bucket, segments, index, future))
             if last:
@@ -186,7 +191,7 @@ class Session:
             finished = partial(_settle, future, bucket)
             self._start(bucket, segments, index, last, finished, treatment, dense_bytes)
         self._step += last
-        return future.then(_result)  # no collective hangs on it: it only raises what the exchange raised
+        return future.then(partial(_result, mean))  # no collective hangs on it: it only raises what the exchange raised
 
     def keep(self, masks: Mapping[str, Tensor]) -> None:
         """From the next step on only what these masks keep travels, without indices; elsewhere the mean is 0. Collective.
@@ -195,12 +200,14 @@ class Session:
         what they prune is dropped. Call it between steps, and before `load_state_dict`. Raises ValueError on all ranks if
         the ranks' masks differ or one does not fit, or for an optimizer that keeps a momentum of what travels.
         """
-        refusal = None
+        refusal, masks = None, {bare_name(name): mask for name, mask in masks.items()}
         if self._optimizer is not None and not self._optimizer.may_be_masked:
             refusal = f"{type(self._optimizer).__name__} keeps the momentum of all values: expected SGD for masks"
         for name, mask in masks.items():
-            if (n := self._parameters.get(name)) != mask.numel():
-                refusal = f"mask of {name!r}: {mask.numel()} values, the session has {n or 'no such parameter'}"
+            n, each = self._parameters.get(name), 2 if name in self.pairs else 1
+            if n != each * mask.numel():
+                known = "no such parameter" if n is None else n // each
+                refusal = f"mask of {name!r}: {mask.numel()} values, the session has {known}"
             elif (mask.shape, mask.stride()) != (laid := self.layouts.get(name, (mask.shape, mask.stride()))):
                 refusal = (
                     f"mask of {name!r}: shape {tuple(mask.shape)}, strides {mask.stride()}; the parameter has "
@@ -209,7 +216,8 @@ class Session:
         require_same(masks, self.group, self.device, refusal)
         if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
             self._feedback.undo()  # the scaler has skipped the step
-        self._feedback.keep(Survivors({name: in_memory_order(mask) for name, mask in masks.items()}))
+        flat = {name: in_memory_order(mask) for name, mask in masks.items()}
+        self._feedback.keep(Survivors({name: of_pairs(m) if name in self.pairs else m for name, m in flat.items()}))
 
     def look(self, on: bool) -> None:
         """While on, the exact mean of all values travels, also of those that masks prune: to see which shall grow again."""
@@ -256,6 +264,11 @@ class Session:
     def backward_starts(self) -> None:
         """For hooks: backward starts now. It ends with the step's last bucket."""
         self._backward_started = time.perf_counter()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} has connections and cannot be copied or pickled: save its state_dict(), on every rank"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Memories and layout of this rank (every rank saves its own). Call it between steps.
@@ -309,7 +322,7 @@ class Session:
                 raise ValueError(
                     f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}"
                 )
-        saved = {str(name): int(n) for bucket in state["buckets"] for name, n in bucket["segments"]}
+        saved = {bare_name(name): int(n) for bucket in state["buckets"] for name, n in bucket["segments"]}
         if self._parameters and saved:
             gradients = self._role == "gradients"  # in other roles some may not have been exchanged yet
             present = {name: n for name, n in self._parameters.items() if gradients or name in saved}
@@ -351,10 +364,10 @@ class Session:
         if n == 0:
             treatment = Treatment(None, "nothing is left of it")
         choice = self.plan.choose(n, bucket.element_size(), W, treatment)
-        dtype = named(bucket.dtype)
-        row = self.meter.row(
-            index, bucket.numel(), dtype, str(choice.codec), choice.exchange, choice.reason, self._role
-        )
+        values, dtype = bucket.numel(), bucket.dtype
+        if segments and segments[0][0] in self.pairs:
+            values, dtype = values // 2, dtype.to_complex()
+        row = self.meter.row(index, values, named(dtype), str(choice.codec), choice.exchange, choice.reason, self._role)
         chunk = None
         if choice.exchange == "two_shot" and not treatment.apart:
             cuts = chunk_bounds(n, W, choice.codec.granularity)
@@ -501,9 +514,8 @@ def _settle(future: "torch.futures.Future[Any]", bucket: Tensor, error: BaseExce
     future.set_result(error or bucket)
 
 
-def _result(future: "torch.futures.Future[Any]") -> Tensor:
+def _result(mean: Tensor, future: "torch.futures.Future[Any]") -> Tensor:
     value = future.value()
     if isinstance(value, BaseException):
         raise value
-    assert isinstance(value, Tensor)
-    return value
+    return mean
