@@ -135,9 +135,8 @@ def attach(
     parameters than the model trains or complex ones, or there is nothing to exchange; TypeError for sparse embeddings and for
     optimizers of other kinds; RuntimeError if the model already has a hook.
     """
-    model._comm_hooks = [
-        pair for pair in model._comm_hooks if not is_copy(pair[1])
-    ]  # of a copied module, registered nowhere
+    hooks = getattr(model, "_comm_hooks", [])
+    hooks[:] = [pair for pair in hooks if not is_copy(pair[1])]  # those of a copied module are registered nowhere
     names: dict[Tensor, str] = {p: name for name, p in exchanged_parameters(model).items()}
     device = next(model.module.parameters()).device
     refusal = _refusal(model, names, optimizer)

@@ -22,7 +22,7 @@ from commpress.comm.parameters import real_numel, real_view
 from commpress.hooks.ddp import CommState, comm_hook
 
 STEPS = 4
-SPECS = ("int8", "int4", "sign", "topk(0.1)", "topk(0.1)|int4", "int2")
+SPECS = ("bf16", "int8", "int4", "sign", "topk(0.1)", "topk(0.1)|int4", "int2")
 
 
 class Waves(nn.Module):
