@@ -20,6 +20,7 @@ from training import Trained, parameters_of, same, same_training, train
 import commpress
 from commpress.comm.parameters import real_numel, real_view
 from commpress.hooks.ddp import CommState, comm_hook
+from commpress.model import Recipe, Scheduler
 
 STEPS = 4
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.1)", "topk(0.1)|int4", "int2")
@@ -225,6 +226,39 @@ def test_masks_of_complex_parameters_are_by_complex_values(spec: str) -> None:
             assert torch.equal(hooked[mask], plain[mask])
         else:
             assert near([hooked[mask]], [plain[mask]])
+
+
+def pruned(wrap: str, criterion: str) -> Tensor:
+    """A complex layer of which a recipe prunes a half; its real parts are all 0, and those of half its rows are small."""
+    model = Waves()
+    with torch.no_grad():
+        model.first.copy_(torch.complex(torch.zeros(32, 48), model.first.real.abs() + 0.1))
+        model.first[:16] *= 0.01
+    if wrap == "ddp":
+        wrapped: nn.Module = DistributedDataParallel(model)
+        session: Any = commpress.attach(wrapped, "int4")
+    else:
+        wrapped = fully_shard(model)  # type: ignore[assignment]
+        session = commpress.attach(model, gradients="int4", parameters="int8")
+    settings = {"start": 1, "end": 3, "every": 1, "amount": 0.5, "schedule": "cubic", "parameters": ("first",)}
+    recipe = Recipe.model_validate({"prune": ({**settings, "criterion": criterion},)})
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-4)
+    scheduler = Scheduler(recipe, model, optimizer, session=session)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss(wrapped, step).backward()
+        optimizer.step()
+        scheduler.step()
+    p = model.first.detach()
+    return p.full_tensor() if wrap == "fsdp" else p  # type: ignore[no-any-return,operator]
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_recipe_prunes_complex_weights_by_their_size(wrap: str) -> None:
+    one, other = run(2, pruned, wrap, "magnitude")
+    assert torch.equal(one, other)
+    assert not one[:16].any()
+    assert bool(one[16:].imag.all())
 
 
 # --- sharded -----------------------------------------------------------------------------------------------------
