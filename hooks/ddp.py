@@ -39,6 +39,7 @@ class CommState:
     `group` is the process group that the DDP module was given (default: the default group). The first backward compares
     the ranks' specs and compiles the loops; `attach` does both beforehand and knows the parameters' names, so prefer it.
     A copy, pickled or not, has the settings alone: registered on a module of the default group it starts a session of its own.
+    DDP registers it nowhere in a copy of the module, whose gradients travel dense; only one that was attached says so.
     """
 
     def __init__(

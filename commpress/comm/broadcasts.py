@@ -43,7 +43,6 @@ class Broadcasts:
         source: int = 0,
         role: str = "parameters",
     ) -> None:
-        tensors = {name: real_view(x) for name, x in tensors.items()}
         self.device = next(iter(tensors.values())).device
         self.rank, self.world_size, self.source = dist.get_rank(group), dist.get_world_size(group), source
         try:
@@ -55,6 +54,7 @@ class Broadcasts:
             raise
         kinds = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
         require_agreement({"spec": str(self.codec), "source": source, "tensors": kinds}, group, self.device)
+        tensors = {name: real_view(x) for name, x in tensors.items()}
         self._role, self._meter = role, Meter()
         floats = [name for name, x in tensors.items() if self.codec.lossy and not _not_coded(x.dtype)]
         self._floats, self._others = floats, [name for name in tensors if name not in floats]
