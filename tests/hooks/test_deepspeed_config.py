@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 from engines import RANKS, config, engine, fresh, same_on_all_ranks, train, weights
 from ranks import outcome, run
