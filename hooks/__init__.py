@@ -12,6 +12,7 @@ from commpress.comm.sharded_session import ShardedSession
 from commpress.hooks import ddp
 from commpress.hooks.broadcast import broadcast_parameters
 from commpress.hooks.outer import diloco, local_sgd
+from commpress.hooks.parameters import uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -28,9 +29,11 @@ def attach(model: Any, spec: str | Codec | None = None, **settings: Any) -> Sess
 
     `model` is a `DistributedDataParallel`, whose gradients travel by `spec` (settings: `commpress.hooks.ddp.attach`), or the
     root of what `fully_shard` took: `attach(model, gradients="int4", parameters="int8")` (`commpress.hooks.fsdp.attach`),
-    or a DeepSpeed engine: `attach(engine, "int4", parameters="int8")` (`commpress.hooks.deepspeed.attach`).
+    or a DeepSpeed engine: `attach(engine, "int4", parameters="int8")` (`commpress.hooks.deepspeed.attach`); or what
+    `torch.compile` made of one of these.
     Raises TypeError for any other model, ValueError on all ranks if a spec is unknown or the ranks differ.
     """
+    model = uncompiled(model)
     if isinstance(model, DistributedDataParallel):
         if spec is None:
             raise TypeError('commpress.attach: expected a spec, as in attach(ddp_model, "int4"), got none')
@@ -56,5 +59,5 @@ def attach(model: Any, spec: str | Codec | None = None, **settings: Any) -> Sess
         return engines.attach(model, spec, **settings)
     raise TypeError(
         f"commpress.attach: expected a torch.nn.parallel.DistributedDataParallel, or a model that fully_shard took, got "
-        f"{type(model).__name__}; wrap the model first, then attach, then compile if you compile"
+        f"{type(model).__name__}; wrap the model first, then attach"
     )

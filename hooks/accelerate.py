@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.hooks import ddp, rank_files
+from commpress.hooks.parameters import uncompiled
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +45,7 @@ def attach(
 
 def prepared(accelerator: "Accelerator", model: nn.Module) -> DistributedDataParallel:
     """The DDP module in what `accelerator.prepare` returned. Raises TypeError if there is none."""
-    wrapped = getattr(model, "_orig_mod", model)  # torch.compile comes last
+    wrapped = uncompiled(model)  # torch.compile comes last
     if isinstance(wrapped, DistributedDataParallel):
         return wrapped
     kind = accelerator.distributed_type.value

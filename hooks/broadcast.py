@@ -7,10 +7,12 @@ alone, and its absence is an error.
 
 import contextlib
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel, distributed
 
@@ -18,8 +20,11 @@ from commpress.comm.agreement import require_agreement
 from commpress.comm.broadcasts import Broadcasts
 from commpress.comm.codecs import Codec
 from commpress.comm.meter import Report
+from commpress.hooks.parameters import replicated_parameters, uncompiled
 
-_synced: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int, object], Broadcasts]]" = weakref.WeakKeyDictionary()
+COALESCED = 250 << 20
+"""Bytes that DDP sends at once."""
+_synced: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Broadcasts]]" = weakref.WeakKeyDictionary()
 
 
 def broadcast_parameters(
@@ -27,18 +32,20 @@ def broadcast_parameters(
 ) -> Report:
     """Give all ranks of `group` the parameters of its rank `source`. Collective; returns the bytes and seconds of all calls.
 
-    With `none` every parameter has the same bits on all ranks. With a lossy spec the first call is exact, too; each later one
-    sends what has changed since the one before it, the ranks other than `source` get the same bits, and `source` keeps its
-    own. That takes one float32 a parameter; float64 ones travel as they are. Raises on all ranks: ValueError if the spec is
-    unknown, the ranks differ or there are no parameters, TypeError for a sharded model.
+    What a DDP module ignores is left alone. With `none` every parameter has the same bits on all ranks. With a lossy spec the
+    first call is exact, too; each later one sends what has changed since the one before it, the ranks other than `source` get
+    the same bits, and `source` keeps its own. That takes one float32 a value, two a complex one; float64, and what is no
+    float, travels as it is. Raises on all ranks: ValueError if the spec is unknown, the ranks differ or there are no
+    parameters, TypeError for a sharded model.
     """
-    module = model.module if isinstance(model, DistributedDataParallel) else model
-    tensors = {name: p.detach() for name, p in module.named_parameters()}
+    module = uncompiled(model)
+    module = uncompiled(module.module) if isinstance(module, DistributedDataParallel) else module
+    tensors = {name: p.detach() for name, p in replicated_parameters(model).items()}
     group = group or dist.distributed_c10d._get_default_group()
     known = _synced.setdefault(module, {})
-    key = (str(spec), source, group)
+    key = (str(spec), source, group, *tensors)
     if key not in known:
-        if (refusal := _refusal(module)) is not None:
+        if (refusal := _refusal(module, tensors)) is not None:
             device = next((x.device for x in tensors.values()), torch.device("cpu"))
             with contextlib.suppress(ValueError):  # what the other ranks raise
                 require_agreement({"error": str(refusal)}, group, device)
@@ -48,12 +55,12 @@ def broadcast_parameters(
     return known[key].report()
 
 
-def _refusal(model: nn.Module) -> Exception | None:
+def _refusal(model: nn.Module, tensors: Mapping[str, Tensor]) -> Exception | None:
     """Why this rank has nothing to send or receive, if so."""
-    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    sharded = [name for name, p in tensors.items() if isinstance(p, DTensor)]
     if sharded:
         return TypeError(f"broadcast_parameters: {sharded[0]!r} is a DTensor, expected whole parameters on every rank")
-    if next(model.parameters(), None) is None:
+    if not tensors:
         return ValueError(f"broadcast_parameters: {type(model).__name__} has no parameters, expected at least one")
     return None
 
@@ -73,4 +80,24 @@ def buffer_broadcasts(model: DistributedDataParallel, spec: str | Codec) -> Broa
 
 def attach_buffers(model: DistributedDataParallel, broadcasts: Broadcasts) -> None:
     """Have DDP send its buffers by them from now on."""
-    model._register_buffer_comm_hook(broadcasts, Broadcasts.send, distributed._BufferCommHookLocation.PRE_FORWARD)
+    location = distributed._BufferCommHookLocation.PRE_FORWARD
+    model._register_buffer_comm_hook(BufferState(broadcasts), buffer_hook, location)
+
+
+class BufferState:
+    """What DDP keeps for `buffer_hook`. A copy of it, as in a copied or saved model, has no `broadcasts`."""
+
+    def __init__(self, broadcasts: Broadcasts | None = None) -> None:
+        self.broadcasts = broadcasts
+
+    def __reduce__(self) -> Any:
+        return BufferState, ()
+
+
+def buffer_hook(state: BufferState, buffers: Mapping[str, Tensor]) -> None:
+    """Send the buffers; those of a copy as DDP does without a hook: exactly, over the default group, which is a copy's."""
+    if state.broadcasts is not None:
+        state.broadcasts.send(buffers)
+        return
+    group = dist.distributed_c10d._get_default_group()
+    dist._broadcast_coalesced(group, list(buffers.values()), COALESCED, 0)  # type: ignore[attr-defined]

@@ -3,11 +3,16 @@
 DDP calls the hook in backward, in the order of the buckets, the same on every rank; it hands over a flat gradient of one
 dtype that the hook must replace by its mean, and waits for all futures before backward returns. It calls nothing under
 `no_sync`. After the first backward it lays its buckets out anew. A hook cannot be taken off or replaced.
+
+A module that is copied or unpickled gets the hooks of its forward, but not this one: its gradients travel dense.
 """
 
 import contextlib
 import time
+import warnings
 import weakref
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
+from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Segments
+from commpress.comm.meter import named
+from commpress.comm.parameters import bare_name, real_numel, unfit_dtype
 from commpress.comm.session import GradScaler, Session
 from commpress.comm.verify import EVERY
 from commpress.hooks.broadcast import attach_buffers, buffer_broadcasts
+from commpress.hooks.parameters import delayed_parameters, exchanged_parameters
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
 
@@ -30,6 +39,8 @@ class CommState:
 
     `group` is the process group that the DDP module was given (default: the default group). The first backward compares
     the ranks' specs and compiles the loops; `attach` does both beforehand and knows the parameters' names, so prefer it.
+    A copy, pickled or not, has the settings alone: registered on a module of the default group it starts a session of its own.
+    DDP registers it nowhere in a copy of the module, whose gradients travel dense; only one that was attached says so.
     """
 
     def __init__(
@@ -45,12 +56,29 @@ class CommState:
         self.session: Session | None = None
         self._names: dict[Tensor, str] = {}
         self._arguments = (spec, group, exchange, error_feedback, grad_scaler, verify)
+        self._lost: str | None = None
+        """What the original of a copy had that cannot be copied, "" if it was nothing; None if this is no copy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        spec, group, exchange, error_feedback, grad_scaler, verify = self._arguments
+        lost = [] if group is None or _is_default(group) else ["process group"]
+        lost += [] if grad_scaler is None else ["grad_scaler"]
+        return {"arguments": (spec, None, exchange, error_feedback, None, verify), "lost": " and ".join(lost)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.session, self._names = None, {}
+        self._arguments, self._lost = state["arguments"], state["lost"]
 
     def start(
         self, device: torch.device, names: dict[Tensor, str], optimizer: CompressedOptimizer | None = None
     ) -> Session:
-        """Make the session. Collective."""
+        """Make the session. Collective. Raises RuntimeError for a copy that lacks something."""
         spec, group, exchange, error_feedback, grad_scaler, verify = self._arguments
+        if self._lost:
+            raise RuntimeError(
+                f"this CommState is a copy, without the {self._lost} of the one it was copied from: make a new "
+                f"CommState({str(spec)!r}, ...), or call commpress.attach"
+            )
         self._names = names
         self.session = Session(
             spec,
@@ -59,19 +87,29 @@ class CommState:
             exchange=exchange,
             error_feedback=error_feedback,
             grad_scaler=grad_scaler,
-            parameters=tuple((name, p.numel()) for p, name in names.items()),
+            parameters=tuple((name, real_numel(p)) for p, name in names.items()),
             optimizer=optimizer,
             verify=verify,
         )
         replica = (lambda p: p) if optimizer is None else optimizer.replica
         self.session.replicas = lambda: [(name, replica(p)) for p, name in self._names.items()]
+        self.session.pairs.update(name for p, name in names.items() if p.is_complex())
+        if self._lost is not None and self.session.rank == 0:
+            warnings.warn(
+                "commpress: this CommState is a copy: its session starts anew, with nothing that feedback had kept. Load "
+                "what session.state_dict() saved on each rank, if it shall go on",
+                stacklevel=2,
+            )
         return self.session
 
     def segments(self, parameters: list[Tensor]) -> Segments:
         """Names and sizes of a bucket's parameters; without a model they are numbered in the order of their first use."""
         for p in parameters:
-            self._names.setdefault(p, f"parameter {len(self._names)}")
-        return tuple((self._names[p], p.numel()) for p in parameters)
+            if p not in self._names:
+                self._names[p] = f"parameter {len(self._names)}"
+            if p.is_complex() and self.session is not None:
+                self.session.pairs.add(self._names[p])
+        return tuple((self._names[p], real_numel(p)) for p in parameters)
 
 
 def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
@@ -99,14 +137,18 @@ def attach(
     `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that
     it skips moves no state. `buffers` is a spec for the buffers that DDP broadcasts before each forward; without one DDP sends
     them, uncounted. Every `verify` steps (0: never) the ranks compare hashes of what they got and of their parameters: a
-    replica that has drifted is an error that names it.
+    replica that has drifted is an error that names it. What DDP was told to ignore has no part in this; what it delays it
+    sends by itself, dense, and the report says so. A copy of `model`, pickled or not, is without the session: its gradients
+    travel dense, and a warning in its first backward says so.
 
-    Raises ValueError on all ranks if a spec is unknown or the ranks differ or the optimizer holds other parameters than the
-    model trains, TypeError for sparse embeddings and for optimizers of other kinds, RuntimeError if the model already has a
-    hook.
+    Raises ValueError on all ranks if a spec is unknown or the ranks differ, the optimizer holds other parameters than the
+    model trains or complex ones, or there is nothing to exchange; TypeError for sparse embeddings and for optimizers of other
+    kinds; RuntimeError if the model already has a hook.
     """
-    names: dict[Tensor, str] = {p: name for name, p in _trained(model.module)}
-    device = next(iter(names)).device
+    hooks = getattr(model, "_comm_hooks", [])
+    hooks[:] = [pair for pair in hooks if not is_copy(pair[1])]  # those of a copied module are registered nowhere
+    names: dict[Tensor, str] = {p: name for name, p in exchanged_parameters(model).items()}
+    device = next(model.module.parameters()).device
     refusal = _refusal(model, names, optimizer)
     if refusal is not None:
         with contextlib.suppress(ValueError):  # what the other ranks raise
@@ -133,6 +175,7 @@ def attach(
         attach_buffers(model, broadcasts)
         session.beside.append(broadcasts)
     _watch(model, session)
+    _count_delayed(model, session)
     if optimizer is None:
         advise(session.plan.codec, set(names))
     return session
@@ -142,11 +185,15 @@ def _refusal(
     model: DistributedDataParallel, names: dict[Tensor, str], optimizer: CompressedOptimizer | None
 ) -> Exception | None:
     """Why this rank cannot attach, if it cannot."""
+    if not names:
+        return ValueError("commpress.attach: DDP ignores or delays all that is trained, and hands nothing to a hook")
     for name, module in model.module.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight in names:
             return TypeError(
-                f"{name}: {type(module).__name__}(sparse=True) has sparse gradients, expected sparse=False"
+                f"{bare_name(name)}: {type(module).__name__}(sparse=True) has sparse gradients, expected sparse=False"
             )
+    if unfit := unfit_dtype({name: p for p, name in names.items()}):
+        return ValueError(unfit)
     if optimizer is None:
         return None
     if not isinstance(optimizer, CompressedOptimizer):
@@ -154,6 +201,12 @@ def _refusal(
             f"optimizer: expected one of commpress.optim, got {type(optimizer).__name__}; others take what arrives "
             "in p.grad, leave optimizer= out for them"
         )
+    for p, name in names.items():
+        if p.is_complex():
+            return ValueError(
+                f"parameter {name!r} is {named(p.dtype)}, {type(optimizer).__name__} steps real ones; expected a torch "
+                "optimizer, and no optimizer="
+            )
     try:
         world_size = dist.get_world_size(model.process_group)
         may_be_unused = model.find_unused_parameters or model.static_graph
@@ -163,23 +216,78 @@ def _refusal(
     return None
 
 
+# Hooks of the forward. A copy of the module has them, too: they are functions that pickle knows by their names, and nothing
+# of a session hangs on them.
+
+
+@dataclass
+class _Attached:
+    """What a module that was attached has: its session, which it must not keep alive, and when its forward started."""
+
+    session: "weakref.ref[Session]"
+    forward_started: float = 0.0
+
+
+_attached: "weakref.WeakKeyDictionary[nn.Module, _Attached]" = weakref.WeakKeyDictionary()
+_warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Copies that have said that they are copies."""
+
+
 def _watch(model: DistributedDataParallel, session: Session) -> None:
     """Tell the session's timeline of forward and of the start of backward."""
-    started = [0.0]
-    told = weakref.ref(session)  # the model must not keep the session's threads alive
+    _attached[model] = _Attached(weakref.ref(session))
+    if _before_forward not in model._forward_pre_hooks.values():  # a copy that is attached has them
+        model.register_forward_pre_hook(_before_forward)
+        model.register_forward_hook(_behind_forward)
 
-    def before(module: nn.Module, arguments: Any) -> None:
-        started[0] = time.perf_counter()
 
-    def after(module: nn.Module, arguments: Any, output: Any) -> None:
-        session = told()
-        if session is not None and session.recording:
-            session.note("forward", started[0])
-            if (tensor := _differentiable(output)) is not None:
-                tensor.register_hook(lambda gradient: session.backward_starts())
+def _before_forward(module: nn.Module, arguments: Any) -> None:
+    if (attached := _attached.get(module)) is not None:
+        attached.forward_started = time.perf_counter()
 
-    model.register_forward_pre_hook(before)
-    model.register_forward_hook(after)
+
+def _behind_forward(module: nn.Module, arguments: Any, output: Any) -> None:
+    attached = _attached.get(module)
+    if attached is None:
+        if module not in _warned and (tensor := _differentiable(output)) is not None:
+            tensor.register_hook(partial(_say_copy, weakref.ref(module)))
+        return
+    session = attached.session()
+    if session is not None and session.recording:
+        session.note("forward", attached.forward_started)
+        if (tensor := _differentiable(output)) is not None:
+            tensor.register_hook(lambda gradient: session.backward_starts())
+
+
+def _say_copy(of: "weakref.ref[nn.Module]", gradient: Tensor) -> None:
+    """Say on rank 0, once a copy, that it is one: it is trained."""
+    module = of()
+    if not isinstance(module, DistributedDataParallel) or module in _warned:
+        return
+    _warned.add(module)
+    if dist.get_rank(module.process_group) == 0:
+        warnings.warn(
+            "commpress: this DistributedDataParallel is a copy of one that was attached. It has no session, so its gradients "
+            "travel uncompressed: call commpress.attach(copy, spec) before it is trained, or copy model.module",
+            stacklevel=2,
+        )
+
+
+def _count_delayed(model: DistributedDataParallel, session: Session) -> None:
+    """Count what DDP sends of what it delays: all of it, in every backward, under `no_sync`, too."""
+    delayed = [p for p in delayed_parameters(model) if p.requires_grad]
+    flat = getattr(model, "_delay_grad_buffer", None)  # not public
+    if not delayed or flat is None:
+        return
+    told = weakref.ref(session)
+    n, dtype, crossing = flat.numel(), named(flat.dtype), ring_bytes(flat.nbytes, session.world_size)
+
+    def count(gradient: Tensor) -> None:
+        if (session := told()) is not None:
+            why = "delayed: DDP sends it by itself"
+            session.meter.by_itself(0, n, dtype, "all_reduce", why, "gradients", crossing)
+
+    delayed[0].register_hook(torch.utils.hooks.unserializable_hook(count))
 
 
 def _differentiable(output: Any) -> Tensor | None:
@@ -190,5 +298,10 @@ def _differentiable(output: Any) -> Tensor | None:
     return next((found for part in inside if (found := _differentiable(part)) is not None), None)
 
 
-def _trained(module: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+def is_copy(state: object) -> bool:
+    """Whether it is a copy of a CommState that has not started a session."""
+    return isinstance(state, CommState) and state.session is None and state._lost is not None
+
+
+def _is_default(group: dist.ProcessGroup) -> bool:
+    return dist.is_initialized() and group is dist.distributed_c10d._get_default_group()

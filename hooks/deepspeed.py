@@ -31,10 +31,12 @@ from torch import nn
 
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
+from commpress.comm.meter import named as dtype_name
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 from commpress.comm.sharded_session import ShardedSession, agree
 from commpress.hooks.owners import Owners
+from commpress.hooks.parameters import bare_parameters
 from commpress.hooks.zero_gathered import attach_gathered
 from commpress.hooks.zero_partitions import attach_partitions
 from commpress.hooks.zero_replicas import attach_replicas
@@ -84,7 +86,9 @@ def attach(
             plans = _plans(stage, sharded, spec, parameters, exchange, error_feedback, optimizer)
         except (ValueError, TypeError) as error:
             refusal = error
-    names = {p: name for name, p in engine.module.named_parameters() if p.requires_grad and _numel(p)}
+    names: dict[Any, str] = {
+        p: name for name, p in bare_parameters(engine.module).items() if p.requires_grad and _numel(p)
+    }
     settings: dict[str, object] = {"ZeRO stage": stage, "optimizer": type(optimizer).__name__ if optimizer else None}
     settings["sharded"] = sharded
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
@@ -248,6 +252,12 @@ def _refusal(
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
             return TypeError(
                 f"{name}: {type(module).__name__}(sparse=True) has sparse gradients, expected sparse=False"
+            )
+    for name, p in bare_parameters(engine.module).items():
+        if p.is_complex() and p.requires_grad:
+            return ValueError(
+                f"parameter {name!r} is {dtype_name(p.dtype)}: DeepSpeed steps real parts alone, expected real parameters, or "
+                "DistributedDataParallel"
             )
     if exchange is not None and sharded:
         return ValueError(

@@ -27,10 +27,11 @@ from torch.distributed.fsdp import FSDPModule
 from commpress.comm.codecs import Codec
 from commpress.comm.exchange.reduce_scatter import Op
 from commpress.comm.feedback import Segments
+from commpress.comm.parameters import bare_name, real_numel
 from commpress.comm.session import GradScaler
 from commpress.comm.sharded_session import ShardedSession, agree, plans
 from commpress.comm.shards import Pending, Shards
-from commpress.comm.survivors import Survivors
+from commpress.comm.survivors import Survivors, of_pairs
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
 
@@ -89,6 +90,7 @@ def attach(
     first = held[0]
 
     def survivors(masks: Mapping[str, Tensor]) -> list[Survivors]:
+        masks = {bare_name(name): mask for name, mask in masks.items()}
         _require_fit(masks, held)
         return [_of_shards(who, held, masks) for who in shards] + [_of_replicas(who, held, masks) for who in replicas]
 
@@ -121,7 +123,7 @@ class Unit:
         if self.replica_group is not None:
             self.rank += info.shard_mesh_size * info.replicate_mesh_rank
             self.world_size *= info.replicate_mesh_size
-        self.values = sum(p._orig_size.numel() for p in self.group.fsdp_params)
+        self.values = sum(p._orig_size.numel() * _reals(p) for p in self.group.fsdp_params)
         self.comms: list[object] = [self.group._all_gather_comm, self.group._reduce_scatter_comm]
         self.parts()
         self._touched: set[str] = set()
@@ -132,18 +134,18 @@ class Unit:
         return [p.sharded_param for p in self.group.fsdp_params if p.sharded_param.requires_grad]
 
     def parts(self) -> Segments:
-        """What wants gradients now: names, and how many values of each a rank has, padding included."""
+        """What wants gradients now: names, and how many reals of each a rank has, padding included."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
-        return tuple((name, p.padded_sharded_param_size.numel()) for name, p in named if p.sharded_param.requires_grad)
+        return tuple((name, _part(p)) for name, p in named if p.sharded_param.requires_grad)
 
     def gathered(self) -> Segments:
         """The parts of what FSDP gathers, as `full` has them: all parameters, trained or not."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
-        parts = tuple((name, p.padded_sharded_param_size.numel()) for name, p in named)
+        parts = tuple((name, _part(p)) for name, p in named)
         return self.full(parts, dist.get_world_size(self.shard_groups[0]))
 
     def chunks(self, name: str, mask: Tensor) -> list[Tensor]:
-        """The mask of each rank's shard of a parameter: bool [n], padding included."""
+        """The mask of each rank's shard of a parameter, by reals: bool [n], padding included."""
         p = self.group.fsdp_params[self.names.index(name)]
         dim, size = p.fsdp_placement.dim, p.padded_sharded_param_size
         parts = mask.split(size[dim], dim)
@@ -152,7 +154,7 @@ class Unit:
             chunk = torch.zeros(size, dtype=torch.bool, device=mask.device)
             if rank < len(parts):
                 chunk.narrow(dim, 0, parts[rank].size(dim)).copy_(parts[rank])
-            chunks.append(chunk.flatten())
+            chunks.append(of_pairs(chunk.flatten()) if p.sharded_param.is_complex() else chunk.flatten())
         return chunks
 
     def follow(self) -> None:
@@ -172,7 +174,7 @@ class Unit:
         handles = [module.register_forward_hook(behind_first_forward) for module in self.group.modules]
 
     def reduced(self, n: int, ends: bool) -> tuple[Segments, str]:
-        """The parts of a gradient of `n` values a rank.
+        """The parts of a gradient of `n` reals a rank.
 
         If they cannot be told, all that are trained, and a reason not to compress. `ends`: nobody asks again in this backward.
         """
@@ -197,6 +199,23 @@ class Unit:
         self.group.mesh_info.replicate_process_group = group
 
 
+def _name(info: Any, prefixes: Mapping[nn.Module, str], order: Mapping[str, int]) -> str:
+    """The bare name of a parameter; of a tied one the first that `named_parameters` has."""
+    places = zip([info.module, *info.shared_modules], [info.param_name, *info.shared_param_names], strict=True)
+    full = [prefixes[module] + name for module, name in places]
+    return bare_name(min(full, key=lambda name: order.get(name, len(order))))
+
+
+def _part(p: Any) -> int:
+    """How many reals of a parameter (torch's FSDPParam) a rank has, padding included."""
+    return int(p.padded_sharded_param_size.numel()) * _reals(p)
+
+
+def _reals(p: Any) -> int:
+    """How many reals a value of a parameter has."""
+    return 2 if p.sharded_param.is_complex() else 1
+
+
 def ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
     """The global ranks of a group: FSDP makes a group of its own for each module, of the same ranks."""
     return tuple(dist.get_process_group_ranks(group))
@@ -208,6 +227,7 @@ def units(model: nn.Module) -> list[Unit]:
     Raises RuntimeError if this torch keeps them elsewhere, ValueError if the model is not sharded in a way that this knows.
     """
     prefixes = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+    order = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
     found: dict[int, Unit] = {}
     try:
         root(model)
@@ -222,9 +242,8 @@ def units(model: nn.Module) -> list[Unit]:
                     raise ValueError(
                         f"commpress.attach: {prefixes[module]}* is replicated, expected it sharded: use DDP"
                     )
-                infos = [p._module_info for p in group.fsdp_params]
-                names = [prefixes[info.module] + info.param_name for info in infos]
                 if id(group) not in found:
+                    names = [_name(p._module_info, prefixes, order) for p in group.fsdp_params]
                     found[id(group)] = Unit(len(found), module, group, names)
     except AttributeError as missing:
         raise RuntimeError(
@@ -281,7 +300,7 @@ class Reduce:
     ) -> Pending | None:
         """Reduce `input_tensor` ([W * m]) to `output_tensor` ([m])."""
         inside = self._unit.replica_group is not None
-        parts, reason = self._unit.reduced(output_tensor.numel(), ends=not inside)
+        parts, reason = self._unit.reduced(real_numel(output_tensor), ends=not inside)
         if inside and self._shards.gradients.codec.lossy:
             reason = INSIDE
         segments = self._unit.full(parts, self._shards.world_size)
@@ -302,7 +321,7 @@ class Replicas(dist.ProcessGroup):
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Pending:
         """Reduce `tensors` (a list of one, a shard's gradient) over the replicas, in place, by `opts.reduceOp`."""
         (x,) = tensors
-        parts, reason = self._unit.reduced(x.numel(), ends=True)
+        parts, reason = self._unit.reduced(real_numel(x), ends=True)
         return self._shards.all_reduce(x, parts, self._unit.index, opts.reduceOp, reason)
 
 

@@ -4,7 +4,8 @@
     with outer.synced(): validate(model)
 
 `register_step_post_hook` is called after every `optimizer.step`; a step that a GradScaler skips does not count. Between
-syncs the replicas are different, and nothing travels.
+syncs the replicas are different, and nothing travels. torch copies and saves an optimizer without its hooks: a copy takes local
+steps alone.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
+from commpress.comm.parameters import unfit_dtype
+from commpress.hooks.parameters import replicated_parameters, uncompiled
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.outer import Outer, OuterSettings
 
@@ -36,9 +39,10 @@ def local_sgd(
     """Average the parameters every `every` steps of `optimizer`, as compressed differences from the last average.
 
     `model` is a plain module, an FSDP2 one, or a DDP whose process group is one worker (a node): then `group` holds the ranks
-    of the same place in all workers. `fragments` and `delay` are as in `diloco`. Collective over all ranks. Raises ValueError
-    on all ranks of `group` for a bad spec or setting or if they differ, for a `group` whose ranks share a DDP or one model's
-    shards, and for an optimizer that has outer syncs; TypeError for an optimizer of `commpress.optim`.
+    of the same place in all workers, and what that DDP ignores is left alone. `fragments` and `delay` are as in `diloco`.
+    Collective over all ranks. Raises ValueError on all ranks of `group` for a bad spec or setting or if they differ, for a
+    `group` whose ranks share a DDP or one model's shards, and for an optimizer that has outer syncs; TypeError for an
+    optimizer of `commpress.optim`.
     """
     return _attach(model, optimizer, spec, group, every=every, fragments=fragments, delay=delay)
 
@@ -74,10 +78,10 @@ def _attach(
     **settings: Any,
 ) -> Outer:
     outer_group = group or dist.distributed_c10d._get_default_group()
-    inner = model.process_group if isinstance(model, DistributedDataParallel) else None
-    module = model.module if isinstance(model, DistributedDataParallel) else model
+    module = uncompiled(model)
+    inner = module.process_group if isinstance(module, DistributedDataParallel) else None
     # by the bare module's names: a checkpoint does not depend on what wraps it
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in replicated_parameters(module).items() if p.requires_grad}
     try:
         chosen = OuterSettings(**settings)
         _check(trained, optimizer, outer_group, inner)
@@ -109,6 +113,8 @@ def _check(
 ) -> None:
     if not trained:
         raise ValueError("no parameter is trained: expected a model with at least one that requires a gradient")
+    if refusal := unfit_dtype({name: _local(p) for name, p in trained.items()}):
+        raise ValueError(refusal)
     if isinstance(optimizer, CompressedOptimizer):
         raise TypeError(
             f"optimizer: {type(optimizer).__name__} exchanges by itself; expected one that takes local steps, such as AdamW"

@@ -13,6 +13,7 @@ from commpress.comm.feedback import Segments
 from commpress.comm.meter import named
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
+from commpress.hooks.parameters import bare_parameters
 from commpress.optim.base import CompressedOptimizer, dense
 
 BUCKET = 4 << 20
@@ -145,7 +146,7 @@ class Replicas:
         meter.steps += 1
 
     def _trained(self) -> dict[str, Any]:
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad and p.numel()}
+        return {name: p for name, p in bare_parameters(self.module).items() if p.requires_grad and p.numel()}
 
 
 def _filled(trained: dict[str, Any]) -> Iterator[Bucket]:

@@ -1,8 +1,8 @@
 """One rank's tensors, sent to all others again and again: parameters to those that only use them, or a module's buffers.
 
 The first time everything is sent exactly. Later float tensors travel as what has changed since, by a codec; the others hold
-the same bits, and the source keeps its own. With the spec `none` all is sent as it is, and all ranks hold the source's bits. So
-are float64 tensors, which would lose bits in float32.
+the same bits, and the source keeps its own. A complex tensor travels as pairs of floats. With the spec `none` all is sent as it
+is, and all ranks hold the source's bits. So are float64 tensors, which would lose bits in float32, and all that are no floats.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,6 +20,7 @@ from commpress.comm.exchange import Labels, Transfer, Wire
 from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
 from commpress.comm.exchange.wire import tree_children
 from commpress.comm.meter import Meter, Report, named
+from commpress.comm.parameters import real_view
 from commpress.comm.plan import Plan
 from commpress.comm.sequencer import Job, Sequencer, promise
 
@@ -53,6 +54,7 @@ class Broadcasts:
             raise
         kinds = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
         require_agreement({"spec": str(self.codec), "source": source, "tensors": kinds}, group, self.device)
+        tensors = {name: real_view(x) for name, x in tensors.items()}
         self._role, self._meter, self._labels = role, Meter(), Labels()
         floats = [name for name, x in tensors.items() if self.codec.lossy and not _not_coded(x.dtype)]
         self._floats, self._others = floats, [name for name in tensors if name not in floats]
@@ -69,6 +71,7 @@ class Broadcasts:
 
         Under `torch.inference_mode()`, too.
         """
+        tensors = {name: real_view(x) for name, x in tensors.items()}
         if self.world_size > 1:
             # what is made under inference mode may not be written to in training, nor by the threads that send
             with torch.inference_mode(False), torch.no_grad():
@@ -112,7 +115,9 @@ class Broadcasts:
         flat = x.detach().contiguous().view(-1)
         reason = _not_coded(x.dtype) if self.codec.lossy else "spec is none"
         label = self._labels.next(f"{self._role} of {self._others[index]!r} from rank {self.source}")
-        future = self._start(index, flat, flat.nbytes, reason, exact_broadcast(flat, self._wire, self.source, label))
+        # as bytes: a process group knows few dtypes
+        exchange = exact_broadcast(flat.view(torch.uint8), self._wire, self.source, label)
+        future = self._start(index, flat, flat.nbytes, reason, exchange)
         return future, partial(x.copy_, flat.view(x.shape))
 
     def _floating(self, tensors: list[Tensor]) -> Any:

@@ -100,7 +100,7 @@ def own_store() -> Any:
     keeps it may be silent."""
     group = dist.distributed_c10d._get_default_group()
     if group not in _stores:
-        store = dist.distributed_c10d._get_default_store()
+        store: Any = dist.distributed_c10d._get_default_store()
         try:
             _stores[group] = store.clone()
         except (AttributeError, RuntimeError):  # a store in a file, or an older torch: there is but the one

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.blend import Blend
+from commpress.comm.parameters import bare_name
 from commpress.comm.survivors import Segments as Segments
 from commpress.comm.survivors import Survivors
 
@@ -211,7 +212,7 @@ class Feedback:
         self.memories.clear()
         self.homes.clear()
         for saved in state:
-            segments = tuple((str(name), int(n)) for name, n in saved["segments"])
+            segments = tuple((bare_name(name), int(n)) for name, n in saved["segments"])
             memory = self.memories[segments] = Memory(start=int(saved["start"]))
             for name in KEPT:
                 if saved[name] is not None:

@@ -42,7 +42,7 @@ def timeout_of(group: dist.ProcessGroup) -> datetime.timedelta | None:
     return timeout
 
 
-def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, list[str]]:
+def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...]]:
     """A new group of the same ranks and timeout, and the names of their hosts. Collective over those ranks only.
 
     Raises ExchangeError on all ranks, naming the rank, if one of them dies meanwhile or does not come within the timeout.

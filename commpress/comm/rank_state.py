@@ -57,7 +57,7 @@ class RankState(dict[str, Any]):
 class Rows(Tensor):
     """This rank's row of the table, and the rows that were read."""
 
-    size = None  # type: ignore[assignment]  # so DCP does not compare the table that was saved with one of as many rows as now
+    size: Any = None  # so DCP does not compare the table that was saved with one of as many rows as now
 
     content: dict[str, Any]
     values: int

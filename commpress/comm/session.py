@@ -25,11 +25,12 @@ from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Memory, Segments
 from commpress.comm.meter import Meter, Report, named
+from commpress.comm.parameters import bare_name, real_view
 from commpress.comm.plan import DENSE, Choice, Plan, Treatment
 from commpress.comm.rank_state import RankState
 from commpress.comm.resize import merged, require_one_run, require_same_values, share, summary
 from commpress.comm.sequencer import Job, Sequencer, promise
-from commpress.comm.survivors import Survivors, described, in_memory_order
+from commpress.comm.survivors import Survivors, described, in_memory_order, of_pairs
 from commpress.comm.timeline import Span, Timeline
 from commpress.comm.verify import EVERY, Comparison, is_due, require_interval
 
@@ -130,7 +131,8 @@ class Session:
         role: str = "gradients",
         verify: int = EVERY,
     ) -> None:
-        self._verify, self._comparison = verify, None
+        self._verify = verify
+        self._comparison: Comparison | None = None
         self._optimizer, self._scaler, self._role = optimizer, grad_scaler, role
         self.plan = _agree(spec, exchange, error_feedback, parameters, group, device, self._apart())
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -145,6 +147,8 @@ class Session:
         """Shapes and strides of the parameters, for those who know them."""
         self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
         """What all ranks should hold the same bits of when a step begins, by name; for those who know it."""
+        self.pairs: set[str] = set()
+        """The complex parameters: each of their values is a pair of reals, in `parameters` and segments, too."""
         self._labels = Labels()
         self._restored: list[Segments] = []
         self._held: list[Held] = []
@@ -167,9 +171,10 @@ class Session:
         treatment: Treatment | None = None,
         dense_bytes: int | None = None,
     ) -> torch.futures.Future[Tensor]:
-        """Replace `bucket` ([n], contiguous, any float dtype) by its mean over the ranks, in the background.
+        """Replace `bucket` ([n], contiguous, any float or complex dtype) by its mean over the ranks, in the background.
 
-        `segments` names the parameters in it, `index` its place among the buckets, `last` ends the step. `dense_bytes` is what
+        `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two), `index` its place
+        among the buckets, `last` ends the step. `dense_bytes` is what
         the report compares with, if not one dense exchange of the bucket. A `treatment` is that of a session without an
         optimizer. The future holds `bucket`; waiting for it raises RuntimeError if the exchange failed on any rank. Same order
         on every rank.
@@ -182,7 +187,8 @@ class Session:
         if last and self._backward_started is not None:
             self.note("backward", self._backward_started)
             self._backward_started = None
-        future = promise(self.device)
+        future, mean = promise(self.device), bucket
+        bucket = real_view(bucket).view(-1)
         if self._restored or (self._optimizer is not None and self._optimizer.waits()):
             self._held.append(Held(bucket, segments, index, future))
             if last:
@@ -191,7 +197,7 @@ class Session:
             finished = partial(_settle, future, bucket)
             self._start(bucket, segments, index, last, finished, treatment, dense_bytes)
         self._step += last
-        return future.then(_result)  # no collective hangs on it: it only raises what the exchange raised
+        return future.then(partial(_result, mean))  # no collective hangs on it: it only raises what the exchange raised
 
     def keep(self, masks: Mapping[str, Tensor]) -> None:
         """From the next step on only what these masks keep travels, without indices; elsewhere the mean is 0. Collective.
@@ -200,12 +206,14 @@ class Session:
         what they prune is dropped. Call it between steps, and before `load_state_dict`. Raises ValueError on all ranks if
         the ranks' masks differ or one does not fit, or for an optimizer that keeps a momentum of what travels.
         """
-        refusal = None
+        refusal, masks = None, {bare_name(name): mask for name, mask in masks.items()}
         if self._optimizer is not None and not self._optimizer.may_be_masked:
             refusal = f"{type(self._optimizer).__name__} keeps the momentum of all values: expected SGD for masks"
         for name, mask in masks.items():
-            if (n := self._parameters.get(name)) != mask.numel():
-                refusal = f"mask of {name!r}: {mask.numel()} values, the session has {n or 'no such parameter'}"
+            n, each = self._parameters.get(name), 2 if name in self.pairs else 1
+            if n != each * mask.numel():
+                known = "no such parameter" if n is None else n // each
+                refusal = f"mask of {name!r}: {mask.numel()} values, the session has {known}"
             elif (mask.shape, mask.stride()) != (laid := self.layouts.get(name, (mask.shape, mask.stride()))):
                 refusal = (
                     f"mask of {name!r}: shape {tuple(mask.shape)}, strides {mask.stride()}; the parameter has "
@@ -214,7 +222,8 @@ class Session:
         require_equal(self._ask(described(masks, refusal), "a set of masks"))
         if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
             self._feedback.undo()  # the scaler has skipped the step
-        self._feedback.keep(Survivors({name: in_memory_order(mask) for name, mask in masks.items()}))
+        flat = {name: in_memory_order(mask) for name, mask in masks.items()}
+        self._feedback.keep(Survivors({name: of_pairs(m) if name in self.pairs else m for name, m in flat.items()}))
 
     def look(self, on: bool) -> None:
         """While on, the exact mean of all values travels, also of those that masks prune: to see which shall grow again."""
@@ -262,6 +271,11 @@ class Session:
         """For hooks: backward starts now. It ends with the step's last bucket."""
         self._backward_started = time.perf_counter()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} has connections and cannot be copied or pickled: save its state_dict(), on every rank"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Memories and layout of this rank (every rank saves its own). Call it between steps.
 
@@ -298,8 +312,10 @@ class Session:
             mine = self._states(state)
         except (ValueError, TypeError) as error:
             refusal = error
-        said = summary(mine[0]) if mine else {"nothing": True}
-        everyone = self._ask({"error": str(refusal)} if refusal is not None else said, "a state to restore")
+        said: Settings = summary(mine[0]) if mine else {"nothing": True}
+        if refusal is not None:
+            said = {"error": str(refusal)}
+        everyone = self._ask(said, "a state to restore")
         if refusal is not None:
             raise refusal
         first = require_one_run(everyone)
@@ -347,7 +363,7 @@ class Session:
     def _require_fit(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state, of any rank among any number of them, is not one of this session's."""
         require_same_values({"version": STATE_VERSION, "settings": self._settings()}, state)
-        saved = {str(name): int(n) for bucket in state["buckets"] for name, n in bucket["segments"]}
+        saved = {bare_name(name): int(n) for bucket in state["buckets"] for name, n in bucket["segments"]}
         if self._parameters and saved:
             gradients = self._role == "gradients"  # in other roles some may not have been exchanged yet
             present = {name: n for name, n in self._parameters.items() if gradients or name in saved}
@@ -410,10 +426,10 @@ class Session:
         if n == 0:
             treatment = Treatment(None, "nothing is left of it")
         choice = self.plan.choose(n, bucket.element_size(), W, treatment)
-        dtype = named(bucket.dtype)
-        row = self.meter.row(
-            index, bucket.numel(), dtype, str(choice.codec), choice.exchange, choice.reason, self._role
-        )
+        values, dtype = bucket.numel(), bucket.dtype
+        if segments and segments[0][0] in self.pairs:
+            values, dtype = values // 2, dtype.to_complex()
+        row = self.meter.row(index, values, named(dtype), str(choice.codec), choice.exchange, choice.reason, self._role)
         chunk = None
         if choice.exchange == "two_shot" and not treatment.apart:
             cuts = chunk_bounds(n, W, choice.codec.granularity)
@@ -577,9 +593,8 @@ def _settle(future: "torch.futures.Future[Any]", bucket: Tensor, error: BaseExce
     future.set_result(error or bucket)
 
 
-def _result(future: "torch.futures.Future[Any]") -> Tensor:
+def _result(mean: Tensor, future: "torch.futures.Future[Any]") -> Tensor:
     value = future.value()
     if isinstance(value, BaseException):
         raise value
-    assert isinstance(value, Tensor)
-    return value
+    return mean

@@ -117,6 +117,11 @@ class ShardedSession:
                 shards.feedback.rescale(scale / self._scale)
             self._scale = scale
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} has connections and cannot be copied or pickled: save its state_dict(), on every rank"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """What feedback keeps on this rank (every rank saves its own). Call it between steps."""
         return {

@@ -30,6 +30,7 @@ from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.meter import Meter, Report, named
+from commpress.comm.parameters import real_view
 from commpress.comm.plan import Choice, Plan, Treatment
 from commpress.comm.sequencer import Job, Sequencer, promise
 
@@ -69,10 +70,11 @@ class Shards:
     ) -> "Pending":
         """Fill `out` ([m]) with what `op` (AVG, SUM, PREMUL_SUM) makes of the ranks' chunks of `full` ([W * m]).
 
-        Both contiguous, of one float dtype. `segments` names the parts of `full`: feedback belongs to the names.
-        Raises ValueError if the sizes do not fit.
+        Both contiguous, of one float or complex dtype. `segments` names the parts of `full`, and how many reals of it they are:
+        feedback belongs to the names. Raises ValueError if the sizes do not fit.
         """
-        W = self.world_size
+        W, given = self.world_size, (full, out)
+        full, out = real_view(full).view(-1), real_view(out).view(-1)
         places = None if self.looks else self._places(segments, full)
         m = out.numel() if places is None else places.numel() // W
         choice = self._choose(self.gradients, full, out, reason or (LOOKED_AT if self.looks else ""), m)
@@ -94,17 +96,18 @@ class Shards:
             assert own is not None
             exchange = packed(full, places, all_kept, exchange, (out, own, kept))
         dense = native_bytes(out, W)
-        return self.start("gradients", "reduce_scatter", choice, full, out, index, dense, exchange, buffer)
+        return self.start("gradients", "reduce_scatter", choice, *given, index, dense, exchange, buffer)
 
     def all_gather(
         self, shard: Tensor, out: Tensor, index: int, reason: str = "", segments: Segments = ()
     ) -> "Pending":
         """Fill `out` ([W * m]) with the ranks' `shard` ([m], which may be this rank's part of `out`).
 
-        Both contiguous, of one dtype; one that is not a float is not compressed. `segments` names the parts of `out`, for
-        masks. Raises ValueError if the sizes do not fit.
+        Both contiguous, of one dtype; one that is neither float nor complex is not compressed. `segments` names the parts of
+        `out`, in reals, for masks. Raises ValueError if the sizes do not fit.
         """
-        W = self.world_size
+        W, given = self.world_size, out
+        shard, out = real_view(shard).view(-1), real_view(out).view(-1)
         places = self._places(segments, out)
         m = shard.numel() if places is None else places.numel() // W
         choice = self._choose(self.parameters, out, shard, reason, m)
@@ -125,13 +128,14 @@ class Shards:
             assert own is not None
             exchange = packed(shard, own, kept, exchange, (out, places, all_kept))
         dense = (W - 1) * shard.nbytes
-        return self.start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
+        return self.start("parameters", "gather", choice, given, given, index, dense, exchange, buffer)
 
     def all_reduce(self, x: Tensor, segments: Segments, index: int, op: Op = MEAN, reason: str = "") -> "Pending":
-        """Replace `x` ([n], contiguous, any float dtype) by what `op` makes of the ranks', the same bits on all of them.
+        """Replace `x` ([n], contiguous, any float or complex dtype) by what `op` makes of the ranks', the same bits on all.
 
-        For groups that hold replicas of shards. `segments` names the parts of `x`.
+        For groups that hold replicas of shards. `segments` names the parts of `x`, in reals.
         """
+        given, x = x, real_view(x).view(-1)
         places = None if self.looks else self._places(segments, x)
         n = x.numel() if places is None else places.numel()
         treatment = self._treatment(x, reason or (LOOKED_AT if self.looks else ""), n, self.gradients)
@@ -156,7 +160,7 @@ class Shards:
         if places is not None:
             exchange = packed(x, places, kept, exchange)
         dense = ring_bytes(x.nbytes, self.world_size)
-        return self.start("gradients", choice.exchange, choice, x, x, index, dense, exchange, buffer)
+        return self.start("gradients", choice.exchange, choice, given, given, index, dense, exchange, buffer)
 
     def ask(self, settings: Settings, what: str) -> list[Settings]:
         """Every rank's settings. Collective: a rank that does something else meanwhile is an error on all."""

@@ -121,5 +121,10 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
+def of_pairs(mask: Tensor) -> Tensor:
+    """The mask of a complex parameter's values ([n]) as one of their reals ([2 n])."""
+    return mask.repeat_interleave(2)
+
+
 def _bits(x: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     return x.detach().view(BITS[x.element_size()]).numpy()

@@ -42,7 +42,7 @@ class Magnitude:
 
     def scores(self) -> dict[str, Tensor]:
         """A float32 score for every weight, of the whole parameters' shapes and the same on all ranks; collective."""
-        return {name: whole(p).float().abs() for name, p in self._parameters.items()}
+        return {name: whole(p).abs().float() for name, p in self._parameters.items()}
 
     def state_dict(self) -> State:
         """What this rank has seen; each rank keeps its own, and goes on from it bit for bit."""
@@ -74,7 +74,11 @@ class _OfGradients:
         """As `Magnitude.observe`; a parameter without a gradient is passed over."""
         for name, p in self._parameters.items():
             if p.grad is not None:
-                self._add(local(self._sums[name]), local(p.detach()).float(), local(p.grad).float(), 1 / scale)
+                w, g = local(p.detach()), local(p.grad)
+                if p.is_complex():  # the loss changes by the product as of pairs of reals
+                    w = (g.conj() * w).real
+                    g = torch.ones_like(w)
+                self._add(local(self._sums[name]), w.float(), g.float(), 1 / scale)
                 self._steps[name] += 1
 
     def state_dict(self) -> State:
@@ -169,7 +173,7 @@ class Wanda:
             if not bool(norm.any()):
                 raise ValueError(f"Wanda of {name!r}: no input has come by its layer in training mode")
         weights = self._parameters.items()
-        return {name: whole(p).float().abs() * norm for (name, p), norm in zip(weights, norms, strict=True)}
+        return {name: whole(p).abs().float() * norm for (name, p), norm in zip(weights, norms, strict=True)}
 
     def state_dict(self) -> State:
         """As `Magnitude.state_dict`."""
@@ -215,7 +219,7 @@ def _adder_to(squares: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str
         computed_again = torch._C._current_graph_task_id() != -1  # a forward in the middle of a backward
         if layer.training and not computed_again:
             x = inputs[0] if inputs else named["input"]
-            squares.add_(x.detach().reshape(-1, x.shape[-1]).float().square().sum(0))
+            squares.add_(x.detach().reshape(-1, x.shape[-1]).abs().float().square().sum(0))
 
     return add
 

@@ -25,6 +25,7 @@ from commpress.comm.codecs import Codec
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.meter import Report
+from commpress.comm.parameters import real_view
 from commpress.comm.plan import Treatment
 from commpress.comm.rank_state import RankState
 from commpress.comm.resize import moved
@@ -103,8 +104,9 @@ class Fragment:
 class Outer:
     """Local steps and their outer syncs. Collective over `group`, the workers, and `inner`, the ranks of one worker.
 
-    `parameters` maps names to what is trained, at least one tensor, on CPU or an accelerator, any float dtype. At the start
-    all workers get rank 0's values, float64 ones rounded to float32, all others exactly. Call `step` after every optimizer
+    `parameters` maps names to what is trained, at least one tensor, on CPU or an accelerator, any float or complex dtype; a
+    complex value counts as two reals. At the start all workers get rank 0's values, those in float64 or complex128 rounded to
+    32 bits a real, all others exactly. Call `step` after every optimizer
     step; on every rank the same number of times. The ranks of a worker hold the same values (a DDP inside a node): each
     exchanges its part of a fragment with its peers in the other workers, and they share the parts. Raises ValueError on all
     ranks if a spec is unknown or the ranks differ.
@@ -120,6 +122,7 @@ class Outer:
         group: dist.ProcessGroup,
         inner: dist.ProcessGroup | None = None,
     ) -> None:
+        parameters = {name: real_view(p) for name, p in parameters.items()}
         self.settings = settings
         self.device = next(iter(parameters.values())).device
         self._group, self._inner = group, inner if inner is not None and dist.get_world_size(inner) > 1 else None

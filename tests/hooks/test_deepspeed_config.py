@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 from engines import RANKS, config, engine, fresh, same_on_all_ranks, train, weights
 from ranks import outcome, run
@@ -115,6 +116,14 @@ class Sparse(nn.Module):
         self.table = nn.Embedding(20, 8, sparse=True)
 
 
+class Complex(nn.Module):
+    """A complex parameter: under ZeRO 1 and 2 DeepSpeed drops its imaginary parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waves = nn.Parameter(torch.ones(300, dtype=torch.complex64))
+
+
 def unsupported() -> list[str]:
     """What attach says to them."""
     offload = {"offload_optimizer": {"device": "cpu"}}
@@ -132,6 +141,8 @@ def unsupported() -> list[str]:
         outcome(lambda: attach(engine(1, **wide), "int4")),
         outcome(lambda: attach(engine(0, model=Sparse), "int4")),
         outcome(lambda: attach(engine(0, gradient_allreduce_op="sum"), "int4")),
+        outcome(lambda: attach(engine(0, model=Complex), "int4")),
+        outcome(lambda: attach(engine(2, model=Complex), "int4")),
     ]
     real, deepspeed.__version__ = deepspeed.__version__, "0.20.1"
     try:
@@ -156,6 +167,8 @@ def test_what_is_not_supported_is_refused() -> None:
         "ValueError: commpress.attach: bf16 with float32 gradient accumulation under ZeRO 1 (ZeRO 2 is) is not supported",
         "TypeError: table: Embedding(sparse=True) has sparse gradients",
         "ValueError: commpress.attach: gradient_allreduce_op other than mean is not supported",
+        "ValueError: parameter 'waves' is complex64: DeepSpeed steps real parts alone",
+        "ValueError: parameter 'waves' is complex64: DeepSpeed steps real parts alone",
         "RuntimeError: commpress.hooks.deepspeed: found DeepSpeed 0.20.1, expected 0.19.8 or a later 0.19.x",
         "RuntimeError: commpress.hooks.deepspeed: found DeepSpeed 0.19.7, expected 0.19.8",
     )

@@ -245,3 +245,25 @@ def test_sharded_parameters_have_whole_scores(name: str) -> None:
     assert same(one, other)
     assert [s.shape for s in one] == [p.shape for p in weights_of(network()).values()]
     assert all(s.any() for s in one)
+
+
+def test_scores_of_a_complex_weight_are_those_of_its_pair_of_reals() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 4, bias=False, dtype=torch.complex64), torch.randn(9, 6, dtype=torch.complex64)
+    weights = {"weight": layer.weight}
+    criteria = {kind: kind(layer, weights) for kind in CRITERIA.values()}
+    layer(x).abs().square().sum().backward()
+    for criterion in criteria.values():
+        criterion.observe()
+    w = layer.weight.detach()
+    assert layer.weight.grad is not None
+    moved = (torch.view_as_real(layer.weight.grad) * torch.view_as_real(w)).sum(-1)  # by how much the loss would change
+    expected = {
+        Magnitude: w.abs(),
+        Movement: -moved,
+        Taylor: moved.abs(),
+        Wanda: w.abs() * x.abs().square().sum(0).sqrt(),
+    }
+    for kind, criterion in criteria.items():
+        torch.testing.assert_close(criterion.scores()["weight"], expected[kind])
+        criterion.close()

@@ -69,7 +69,8 @@ class Wire:
         if device.type == "cpu":
             self.group, hosts = sibling(group)
         else:
-            hosts = [str(other["host"]) for other in gather_settings({"host": host_name()}, group, device)]
+            everyone = gather_settings({"host": host_name()}, group, device)
+            hosts = tuple(str(other["host"]) for other in everyone)
         self.board = FailureBoard(self.open_group().group_name, self.rank, hosts)
         self._before = ""
         self._after: dict[str, str] = {}
