@@ -46,7 +46,7 @@ class RankState(dict[str, Any]):
         return OrderedDict, (), None, None, iter(dict(self).items())  # by hand: what `weights_only` loads
 
     def __deepcopy__(self, memo: Any) -> "RankState":  # as DCP's asynchronous save makes one
-        return RankState(copy.deepcopy(dict(self), memo), self._rows.values)
+        return RankState(copy.deepcopy(dict(self), memo), self._rows.room)
 
     @property
     def loaded(self) -> list[dict[str, Any]] | None:
@@ -60,7 +60,7 @@ class Rows(Tensor):
     size: Any = None  # so DCP does not compare the table that was saved with one of as many rows as now
 
     content: dict[str, Any]
-    values: int
+    room: int
     read: dict[int, Tensor]
     asked: bool
 
@@ -68,7 +68,7 @@ class Rows(Tensor):
     def of(cls, content: dict[str, Any], values: int) -> "Rows":
         """The row of a state; `values` is about how many a loaded one may hold."""
         rows: Rows = torch.empty(0, dtype=torch.uint8, device="cpu").as_subclass(cls)
-        rows.content, rows.values, rows.read, rows.asked = content, values, {}, False
+        rows.content, rows.room, rows.read, rows.asked = content, values, {}, False
         return rows
 
     def __create_write_items__(self, fqn: str, _: object) -> list[Any]:
@@ -94,7 +94,7 @@ class Rows(Tensor):
         if not self.asked:
             return _row(self.content)
         if row not in self.read:  # memory that nothing is read into is never touched
-            most = SLACK + 64 * self.values
+            most = SLACK + 64 * self.room
             self.read[row] = torch.empty(1, most, dtype=torch.uint8, device="cpu")
         return self.read[row]
 

@@ -110,7 +110,8 @@ def copies(way: str) -> dict[str, Any]:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_is_evaluated_trained_and_attached(way: str) -> None:
     for rank, got in enumerate(run(2, copies, way)):
-        assert (got["at the copy"], got["threads"], got["same"]) == ([], 0, True)
+        assert (got["at the copy"], got["same"]) == ([], True)
+        assert got["threads"] <= 0  # those of sessions before may end meanwhile
         assert got["at evaluation"] == []
         # rank 0's buffers as they are, on all ranks; the original sends them by int8
         torch.testing.assert_close(got["evaluated"], got["as it was"], rtol=0, atol=0 if rank == 0 else 0.02)
