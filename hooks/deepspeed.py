@@ -31,10 +31,12 @@ from torch import nn
 
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
+from commpress.comm.joining import follow_default_timeout
 from commpress.comm.meter import named as dtype_name
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 from commpress.comm.sharded_session import ShardedSession, agree
+from commpress.comm.verify import EVERY, require_interval
 from commpress.hooks.owners import Owners
 from commpress.hooks.parameters import bare_parameters
 from commpress.hooks.zero_gathered import attach_gathered
@@ -46,7 +48,7 @@ from commpress.optim.advice import advise
 TESTED = "0.19.8"
 """The version that this file was tested with; later ones of the same line are taken, too."""
 
-KEYS = ("gradients", "parameters", "exchange", "error_feedback")
+KEYS = ("gradients", "parameters", "exchange", "error_feedback", "verify")
 """Of a `commpress` block in a DeepSpeed config."""
 OPTIMIZERS = {kind.__name__: kind for kind in (OneBitAdamW, ZeroOneAdamW, DGC)}
 GONE = {"OneBitAdam": "OneBitAdamW", "ZeroOneAdam": "ZeroOneAdamW", "OneBitLamb": "OneBitAdamW"}
@@ -61,6 +63,7 @@ def attach(
     parameters: str | Codec | None = None,
     exchange: str | None = None,
     error_feedback: bool = True,
+    verify: int = EVERY,
 ) -> Session | ShardedSession:
     """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
 
@@ -68,6 +71,9 @@ def attach(
     3 sparse specs are refused for parameters. `optimizer` is one of `commpress.optim` that the engine was given (found by
     itself if left out), at ZeRO 0 to 2. Under it every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no
     parameters travel, `exchange` may be given. OneBitAdamW with `parameters` is sharded instead: less memory, more bytes.
+    Every `verify` steps (0: never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's
+    group gets the timeout of the default group, which the user gave.
+
     Returns a `Session` where ranks keep all, else a `ShardedSession`; `engine.commpress` is the same.
 
     Raises on all ranks: ValueError if a spec is unknown, the ranks differ, or the engine is set up in a way that is not
@@ -76,6 +82,7 @@ def attach(
     _require_deepspeed(engine)
     stage = int(engine.zero_optimization_stage())
     group, device = engine.seq_data_parallel_group, torch.device(engine.device)
+    follow_default_timeout(group, device)
     if optimizer is None and isinstance(engine.basic_optimizer, CompressedOptimizer):
         optimizer = engine.basic_optimizer
     sharded = stage > 0 and (optimizer is None or (isinstance(optimizer, OneBitAdamW) and parameters is not None))
@@ -84,22 +91,23 @@ def attach(
     if refusal is None:
         try:
             plans = _plans(stage, sharded, spec, parameters, exchange, error_feedback, optimizer)
+            require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error
     names: dict[Any, str] = {
         p: name for name, p in bare_parameters(engine.module).items() if p.requires_grad and _numel(p)
     }
     settings: dict[str, object] = {"ZeRO stage": stage, "optimizer": type(optimizer).__name__ if optimizer else None}
-    settings["sharded"] = sharded
+    settings |= {"sharded": sharded, "verify": verify}
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
     if plans is not None:
         settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
     agree(settings, [group], device, refusal)
     assert plans is not None
     if not sharded:
-        engine.commpress = attach_replicas(engine, plans[0], names, optimizer)
+        engine.commpress = attach_replicas(engine, plans[0], names, optimizer, verify)
     else:
-        engine.commpress = _shard(engine, stage, plans, names, optimizer, str(settings["parameters"]))
+        engine.commpress = _shard(engine, stage, plans, names, optimizer, str(settings["parameters"]), verify)
     if optimizer is None:
         stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
         advise(plans[0].codec, set(stepped or engine.optimizer.fp32_partitioned_groups_flat))
@@ -113,14 +121,16 @@ def _shard(
     names: dict[Any, str],
     optimizer: CompressedOptimizer | None,
     holds: str,
+    verify: int,
 ) -> ShardedSession:
-    shards = Owners(engine.seq_data_parallel_group, torch.device(engine.device), *plans)
+    shards = Owners(engine.seq_data_parallel_group, torch.device(engine.device), *plans, verify)
     if stage == 3:
         attach_gathered(engine, shards, names)
     else:
         assert optimizer is None or isinstance(optimizer, OneBitAdamW)
         attach_partitions(engine, shards, names, optimizer)
-    return ShardedSession([shards], *plans, shards.rank, shards.world_size, holds)
+    values = sum(_numel(p) for p in names)
+    return ShardedSession([shards], *plans, shards.rank, shards.world_size, holds, values=values)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:

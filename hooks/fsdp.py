@@ -17,6 +17,7 @@ From what torch keeps private come that process group, the parameters that trave
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ from commpress.comm.exchange.reduce_scatter import Op
 from commpress.comm.feedback import Segments
 from commpress.comm.parameters import bare_name, real_numel
 from commpress.comm.session import GradScaler
-from commpress.comm.sharded_session import ShardedSession, agree, plans
+from commpress.comm.sharded_session import Memories, ShardedSession, agree, plans
 from commpress.comm.shards import Pending, Shards
 from commpress.comm.survivors import Survivors, of_pairs
+from commpress.comm.verify import EVERY, require_interval
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
 
@@ -47,13 +49,15 @@ def attach(
     error_feedback: bool = True,
     grad_scaler: GradScaler | None = None,
     optimizer: CompressedOptimizer | None = None,
+    verify: int = EVERY,
 ) -> ShardedSession:
     """Compress what FSDP sends for `model`, the root of the modules that `fully_shard` took. Collective over its mesh.
 
     `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas),
     `parameters` that of the all-gather, for which sparse specs are refused. The sharded parameters stay in full precision;
     forward and backward compute with what was decoded, also when the model is evaluated. `error_feedback` takes a float32 for
-    every value of the whole model on every rank. `grad_scaler` is the run's `torch.amp.GradScaler`, if there is one.
+    every value of the whole model on every rank. `grad_scaler` is the run's `torch.amp.GradScaler`, if there is one. Every
+    `verify` steps (0: never) the ranks compare hashes of what they gathered, and payloads have checksums.
 
     Raises on all ranks: ValueError if a spec is unknown or the ranks differ, TypeError for an `optimizer` of
     `commpress.optim`, RuntimeError for a module inside the root, or one that has custom collectives already, ours or others.
@@ -66,6 +70,7 @@ def attach(
     if refusal is None:
         try:
             plan = plans(gradients, parameters, error_feedback)
+            require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error
     inner = {ranks(group): group for unit in held for group in unit.shard_groups}
@@ -74,13 +79,14 @@ def attach(
     settings: dict[str, object] = {
         "parameters": f"{described} in {len(held)} modules",
         "scaler": grad_scaler is not None,
+        "verify": verify,
     }
     if plan is not None:
         settings |= {"gradients' plan": plan[0].settings(), "parameters' plan": plan[1].settings()}
     agree(settings, [*inner.values(), *outer.values()], device, refusal)
 
-    shards = {who: Shards(group, device, *plan) for who, group in inner.items()}
-    replicas = {who: Shards(group, device, *plan) for who, group in outer.items()}
+    shards = {who: Shards(group, device, plan[0], plan[1], verify) for who, group in inner.items()}
+    replicas = {who: Shards(group, device, plan[0], plan[1], verify) for who, group in outer.items()}
     for unit in held:
         unit.module.set_custom_all_gather(Gather(shards, unit))
         unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit))
@@ -98,6 +104,8 @@ def attach(
         *([*shards.values(), *replicas.values()], plan[0], plan[1], first.rank, first.world_size, described),
         grad_scaler=grad_scaler,
         survivors=survivors,
+        reshard=partial(_resharded, held) if len(shards) == 1 and not replicas else None,
+        values=sum(unit.values for unit in held),
     )
     _watch(model, session)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()})
@@ -358,6 +366,49 @@ def _of_replicas(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Ten
             if name in masks
         }
     )
+
+
+def _resharded(held: list[Unit], memories: Memories, old: int) -> Memories:
+    """What feedback kept of gradients that were cut for `old` ranks, cut as they are now.
+
+    Raises ValueError where that cannot be told: parameters cut along another dimension than the first, or masked ones.
+    """
+    parameters = {name: (unit, p) for unit in held for name, p in zip(unit.names, unit.group.fsdp_params, strict=True)}
+    (buckets,) = memories
+    return [[_recut(bucket, parameters, old) for bucket in buckets]]
+
+
+def _recut(bucket: dict[str, Any], parameters: dict[str, tuple[Unit, Any]], old: int) -> dict[str, Any]:
+    segments = [(str(name), int(n)) for name, n in bucket["segments"]]
+    residual, sizes = bucket["residual"], [n for _, n in segments]
+    names = [name.removesuffix("[0]") for name, _ in segments[: len(segments) // old]]
+    if residual is not None and residual.numel() != sum(sizes):
+        raise ValueError(
+            f"cannot restore: feedback of {names[0]!r} and others was saved under masks by {old} ranks; expected as many now"
+        )
+    parts = None if residual is None else dict(zip((name for name, _ in segments), residual.split(sizes), strict=True))
+    chunks: dict[str, list[Tensor]] = {}
+    lengths: dict[str, int] = {}
+    W = 0
+    for name in names:
+        unit, p = parameters[bare_name(name)]
+        W = dist.get_world_size(unit.shard_groups[0])
+        if p.fsdp_placement.dim != 0:
+            raise ValueError(
+                f"cannot restore: {name!r} is cut along dimension {p.fsdp_placement.dim}, which was saved by {old} ranks; "
+                "expected as many now"
+            )
+        values, lengths[name] = p._orig_size.numel() * _reals(p), p.padded_sharded_param_size.numel() * _reals(p)
+        if parts is not None:
+            whole = torch.cat([parts[f"{name}[{r}]"] for r in range(old)])[:values]  # the rest is padding
+            chunks[name] = list(torch.nn.functional.pad(whole, (0, W * lengths[name] - values)).split(lengths[name]))
+    return {
+        "segments": [[f"{name}[{r}]", lengths[name]] for r in range(W) for name in names],
+        "start": 0,
+        "second": None,
+        "momentum": None,
+        "residual": None if parts is None else torch.cat([chunks[name][r] for r in range(W) for name in names]),
+    }
 
 
 def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer | None) -> Exception | None:

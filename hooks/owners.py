@@ -43,7 +43,7 @@ class Owners(Shards):
         """Replace x[cuts[rank] : cuts[rank + 1]] by its mean over the ranks. `x` is float32 [cuts[-1]]; what of it belongs to
         others is undefined afterwards. `known` is coded along, and taken off the mean."""
         memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-        label = self.labels.bucket("gradients", segments, x.numel(), str(choice.codec), "to_owners")
+        label = self.label("gradients", segments, x.numel(), choice, "to_owners", index)
         exchange = _to_owners(x, cuts, choice.codec, treatment, known, memory, self.wire, label)
         return self.start("gradients", "to_owners", choice, x, x, index, dense, exchange, None)
 
@@ -51,7 +51,7 @@ class Owners(Shards):
         """Fill `out` ([W * m]) with the ranks' `mine` ([m]), float32 both. `itemsize` is what a parameter takes without us."""
         choice = replace(self.parameters, codec=codec).choose(mine.numel(), itemsize, self.world_size)
         buffer: Tensor | None = None
-        label = self.labels.bucket(f"parameters of bucket {index}", (), mine.numel(), str(choice.codec), "gather")
+        label = self.label(f"parameters of bucket {index}", (), mine.numel(), choice, "gather", index)
         if choice.codec.lossy:
             buffer = self.take(self.world_size * choice.codec.nbytes(mine.numel()))
             exchange = gather(mine, out, choice.codec, buffer, self.wire, label)

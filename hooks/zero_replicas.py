@@ -21,7 +21,7 @@ BUCKET = 4 << 20
 
 
 def attach_replicas(
-    engine: Any, plan: Plan, names: dict[Tensor, str], optimizer: CompressedOptimizer | None
+    engine: Any, plan: Plan, names: dict[Tensor, str], optimizer: CompressedOptimizer | None, verify: int
 ) -> Session:
     """Stand in for an engine's mean of all gradients; at ZeRO 1 and 2 for all that shards them, too."""
     if optimizer is not None:
@@ -37,7 +37,9 @@ def attach_replicas(
         error_feedback=plan.error_feedback,
         parameters=tuple((name, p.numel()) for p, name in names.items()),
         optimizer=optimizer,
+        verify=verify,
     )
+    session.replicas = lambda: [(name, p if optimizer is None else optimizer.replica(p)) for p, name in names.items()]
     dense = optimizer is None and not plan.codec.lossy
     replicas = Replicas(engine.module, session)
     if engine.zero_optimization():

@@ -35,11 +35,19 @@ _made: "weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]]" = weakref.W
 """By group: how many siblings it has had."""
 
 
-def timeout_of(group: dist.ProcessGroup) -> datetime.timedelta | None:
-    """The timeout of a group that has Gloo; None if it does not say."""
-    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta | None:
+    """The timeout of a group on this kind of device; None if it does not say."""
+    options = getattr(group._get_backend(device), "options", None)
     timeout: datetime.timedelta | None = getattr(options, "_timeout", None)
     return timeout
+
+
+def follow_default_timeout(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Give a group the timeout of the default group, if that is shorter: one that a framework makes may have half an hour."""
+    default = dist.distributed_c10d._get_default_group()
+    mine, theirs = timeout_of(default, device), timeout_of(group, device)
+    if group is not default and mine is not None and (theirs is None or mine < theirs):
+        dist.distributed_c10d._set_pg_timeout(mine, group)
 
 
 def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...]]:
@@ -47,7 +55,7 @@ def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...
 
     Raises ExchangeError on all ranks, naming the rank, if one of them dies meanwhile or does not come within the timeout.
     """
-    timeout = timeout_of(group) or dist.distributed_c10d.default_pg_timeout
+    timeout = timeout_of(group, torch.device("cpu")) or dist.distributed_c10d.default_pg_timeout
     rank, number = dist.get_rank(group), next(_made.setdefault(group, itertools.count()))
     everyone = gather_settings({"host": host_name()}, group, torch.device("cpu"))
     board = FailureBoard(f"{group.group_name}/join/{number}", rank, [str(other["host"]) for other in everyone])

@@ -10,18 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import require_agreement, require_equal
+from commpress.comm.agreement import Settings, require_agreement, require_equal
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.failure import ExchangeError
 from commpress.comm.meter import Report
 from commpress.comm.plan import Plan
+from commpress.comm.rank_state import RankState
+from commpress.comm.resize import require_one_run, require_same_values
 from commpress.comm.session import GradScaler
 from commpress.comm.shards import Shards
 from commpress.comm.survivors import Survivors, described
 from commpress.comm.timeline import Timeline
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+Memories = list[list[dict[str, Any]]]
+"""What `Feedback.state_dict` returns, of each of the shards."""
 
 
 class ShardedSession:
@@ -29,7 +33,8 @@ class ShardedSession:
 
     `shards` is the traffic among the ranks that share the parameters, `replicas` that among the owners of the same shard, if
     there are any; `rank` and `world_size` are those of all ranks together. `holds` is what they agreed on, in words.
-    `survivors` makes of masks by parameter what each of `shards` needs to know.
+    `survivors` makes of masks by parameter what each of `shards` needs to know, `reshard` of what feedback kept among another
+    number of ranks what it is among these. `values` is how many the model has.
     """
 
     def __init__(
@@ -42,9 +47,11 @@ class ShardedSession:
         holds: str,
         grad_scaler: GradScaler | None = None,
         survivors: Callable[[Mapping[str, Tensor]], list[Survivors]] | None = None,
+        reshard: Callable[[Memories, int], Memories] | None = None,
+        values: int = 0,
     ) -> None:
         self.shards = tuple(shards)
-        self._survivors = survivors
+        self._survivors, self._reshard, self._values = survivors, reshard, values
         self.gradients, self.parameters = gradients, parameters
         self.rank, self.world_size = rank, world_size
         self._holds = holds
@@ -124,30 +131,88 @@ class ShardedSession:
 
     def state_dict(self) -> dict[str, Any]:
         """What feedback keeps on this rank (every rank saves its own). Call it between steps."""
-        return {
+        content = {
             **self._identity(),
+            "step": max(shards.meter.steps for shards in self.shards),
             "scale": self._scale,
             "memories": [shards.feedback.state_dict() for shards in self.shards],
         }
+        return RankState(content, self._values)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` saved on the same rank; training goes on bit for bit.
+        """Restore what `state_dict` saved on the same rank; training goes on bit for bit. Collective, between steps.
 
-        Raises ValueError if the state belongs to another version, plan, model, rank or number of ranks, TypeError if it is the
-        list of all ranks' states, as other sessions take it.
+        `state` is that dict, or what `torch.distributed.checkpoint` has loaded into one: that is good for any number of ranks
+        under FSDP2 without replicas, where what they had withheld is kept in total. Raises on all ranks: ValueError if a state
+        belongs to another version, plan, model, rank or number of ranks, or if the ranks' states are not of one step;
+        TypeError, on its rank, for the list of all ranks' states, as other sessions take it.
         """
-        if not isinstance(state, dict):
+        refusal: Exception | None = None
+        mine: list[dict[str, Any]] = []
+        try:
+            mine = self._states(state)
+        except (ValueError, TypeError) as error:
+            refusal = error
+        said: Settings = {"nothing": True}
+        if refusal is not None:
+            said = {"error": str(refusal)}
+        elif mine:
+            said = {key: mine[0][key] for key in ("version", "world_size", "step", "scale")}
+        for shards in self.shards:
+            everyone = shards.ask(said, "a state to restore")
+            if refusal is None:
+                first = require_one_run(everyone)
+        if refusal is not None:
+            raise refusal
+        self._scale = float(str(first["scale"]))
+        memories = mine[0]["memories"] if mine else [[] for _ in self.shards]
+        if first["world_size"] != self.world_size:
+            memories = self._merged([one["memories"] for one in mine], int(str(first["world_size"])))
+        for shards, kept in zip(self.shards, memories, strict=True):
+            shards.feedback.load_state_dict(kept, shards.device)
+
+    def _states(self, state: Any) -> list[dict[str, Any]]:
+        """The saved states that this rank goes on with: its own, or its share of those of another number of ranks."""
+        if isinstance(state, RankState) and (rows := state.loaded) is not None:
+            found = rows
+        elif isinstance(state, Mapping):
+            found = [dict(state)]
+        else:
             raise TypeError(
-                f"expected the dict that this rank saved, got a {type(state).__name__}: a sharded state fits no other rank"
+                f"expected the dict that this rank saved, got a {type(state).__name__}: a sharded state fits no other rank, and "
+                "session.state_dict() is to be saved on every rank"
             )
-        for key, value in self._identity().items():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}"
-                )
-        self._scale = float(state["scale"])
-        for shards, memories in zip(self.shards, state["memories"], strict=True):
-            shards.feedback.load_state_dict(memories, shards.device)
+        expected = self._identity()
+        for one in found:
+            if one.get("world_size") != self.world_size and self._reshard is not None and isinstance(state, RankState):
+                expected = {key: expected[key] for key in expected if key not in ("rank", "world_size", "groups")}
+            require_same_values(expected, one)
+        if expected.keys() == self._identity().keys():
+            for one in found:
+                for shards, kept in zip(self.shards, one["memories"], strict=True):
+                    shards.feedback.require_fit(kept)
+        elif self._reshard is not None:
+            for one in found:
+                self._reshard(one["memories"], int(one["world_size"]))  # raises for what it cannot
+        return found
+
+    def _merged(self, mine: list[Memories], old: int) -> Memories:
+        """This rank's share of what another number of ranks had withheld, as it is sharded now."""
+        if not mine:
+            return [[] for _ in self.shards]
+        assert self._reshard is not None
+        resharded = [self._reshard(memories, old) for memories in mine]
+        total = resharded[0]
+        for other in resharded[1:]:
+            for buckets, more in zip(total, other, strict=True):
+                for bucket, one in zip(buckets, more, strict=True):
+                    if one["residual"] is not None:
+                        bucket["residual"] += one["residual"]
+        for buckets in total:
+            for bucket in buckets:
+                if bucket["residual"] is not None:
+                    bucket["residual"] *= self.world_size / old
+        return total
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -33,6 +33,7 @@ from commpress.comm.meter import Meter, Report, named
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import Choice, Plan, Treatment
 from commpress.comm.sequencer import Job, Sequencer, promise
+from commpress.comm.verify import EVERY, Comparison, is_due
 
 MEAN = dist.ReduceOp.AVG
 ALIGNED = 64
@@ -44,10 +45,14 @@ class Shards:
     """The traffic of one process group among whose ranks parameters are sharded. Collective: all of them make one.
 
     Each call starts one operation in the background and returns at once; all ranks make the same calls in the same order.
-    `index` is the place in the report of what travels together, `reason` says why it shall not be compressed.
+    `index` is the place in the report of what travels together, `reason` says why it shall not be compressed. Every `verify`
+    steps (0: never), and in the first three, the ranks compare hashes of what all of them got, and payloads have checksums.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, gradients: Plan, parameters: Plan) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, gradients: Plan, parameters: Plan, verify: int = EVERY
+    ) -> None:
+        self._verify = verify
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.device = device
         self.gradients, self.parameters = gradients, parameters
@@ -81,7 +86,7 @@ class Shards:
         payloads = (2 * W - 1) * choice.codec.nbytes(m) if choice.codec.lossy else 0
         buffer, all_kept, kept, payload = self._room(places, full, m, payloads)
         source, target = (full, out) if places is None else (all_kept, kept)
-        label = self.labels.bucket("gradients", segments, m, str(choice.codec), "reduce_scatter")
+        label = self.label("gradients", segments, m, choice, "reduce_scatter", index)
         if W == 1:
             exchange = _alone(source, target, over_mean(op, 1))
         elif m == 0:
@@ -114,7 +119,7 @@ class Shards:
         payloads = W * choice.codec.nbytes(m) if choice.codec.lossy else 0
         buffer, all_kept, kept, payload = self._room(places, out, m, payloads)
         source, target = (shard, out) if places is None else (kept, all_kept)
-        label = self.labels.bucket(f"parameters of unit {index}", segments, m, str(choice.codec), "gather")
+        label = self.label(f"parameters of unit {index}", segments, m, choice, "gather", index)
         if W == 1:
             exchange = _alone(source, target, 1.0)
         elif m == 0:
@@ -142,7 +147,7 @@ class Shards:
         choice = self.gradients.choose(n, x.element_size(), self.world_size, treatment)
         buffer, _, kept, _ = self._room(places, x, n, 0)
         travels = x if places is None else kept
-        label = self.labels.bucket("gradients", segments, n, str(choice.codec), choice.exchange)
+        label = self.label("gradients", segments, n, choice, choice.exchange, index)
         if self.world_size == 1:
             exchange = _alone(travels, travels, over_mean(op, 1))
         elif n == 0:
@@ -224,6 +229,10 @@ class Shards:
         row = self.meter.row(index, whole.numel(), dtype, str(choice.codec), name, choice.reason, role)
         step = self.reduced(index) if role == "gradients" else self._reductions.get(index, 0)
         pending = Pending(self, out)
+        if self.is_due(step) and choice.exchange != "none" and name not in ("reduce_scatter", "to_owners"):
+            comparison, what = Comparison(step, ()), "the gathered parameters" if role == "parameters" else "the mean"
+            exchange = comparison.watch(exchange, out, f"{what} of unit {index}")
+            exchange = comparison.finish(exchange, self.wire, self.labels.next("hashes of what was exchanged"))
         if out.is_inference():
             exchange = _in_inference_mode(exchange)
         if self.world_size == 1:
@@ -234,6 +243,15 @@ class Shards:
             finished = partial(self._finish, pending, buffer)
             self._sequencer.submit(Job(out, exchange, row, step, dense_bytes, False, finished))
         return pending
+
+    def is_due(self, step: int) -> bool:
+        """Whether what is exchanged in this step is compared."""
+        return self.world_size > 1 and is_due(self._verify, step)
+
+    def label(self, role: str, segments: Segments, n: int, choice: Choice, name: str, index: int) -> Label:
+        """The label of an exchange in this step of what has this place in the report."""
+        self.labels.proven = self.is_due(self._reductions.get(index, 0))
+        return self.labels.bucket(role, segments, n, str(choice.codec), name)
 
     def reduced(self, index: int) -> int:
         """Note a reduction of what has this place in the report; returns how many there were before."""

@@ -54,6 +54,7 @@ class Comparison:
         for transfer in exchange:
             transfer.last = False
             yield transfer
+        yield Transfer([], 0, 0, last=False)  # behind it all buckets before this one have landed
         yield from self._compared(wire, label, [_together(self._hashes)], last=False)
         if len(set(self._found)) == 1:
             return

@@ -1,0 +1,254 @@
+"""Restoring is collective: what one rank alone loads is an error on all; torch's distributed checkpoint takes a session."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import outcome, run
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from training import SMALL_BUCKETS, Trained, loss_of, network, same_training, sgd, train
+
+import commpress
+from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
+
+HOST = socket.gethostname()
+PATIENT = 300.0
+"""Timeout of the process group in seconds, far beyond that of the test: whoever waits for it fails the test."""
+
+
+def attached(spec: str = "int4") -> tuple[Any, Any]:
+    """A network and its session."""
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    return ddp, commpress.attach(ddp, spec)
+
+
+def restored(case: str, kind: str = "ddp") -> list[str]:
+    """What `load_state_dict` says, then a backward, where the ranks do not load the same."""
+    make = attached if kind == "ddp" else sharded
+    ddp, session = make()
+    train(ddp, range(2))
+    early = session.state_dict()
+    train(ddp, range(2, 4))
+    late = session.state_dict()
+    everyone: list[Any] = [None] * session.world_size
+    dist.all_gather_object(everyone, dict(late))
+    ddp, session = make()
+    first = dist.get_rank() == 0
+    states = {
+        "nothing on one": late if first else None,
+        "none": late if first else "None",
+        "another's": late if first else everyone[0],
+        "another step": late if first else early,
+        "another version": late if first else dict(late) | {"version": 1},
+        "the same": late,
+    }
+    said = []
+    if (state := states[case]) is not None:
+        said.append(outcome(lambda: session.load_state_dict(None if state == "None" else state)))
+    if case in ("nothing on one", "the same") and not any(said):
+        said.append(outcome(lambda: loss_of(ddp, 4).backward()))
+    return said
+
+
+def sharded() -> tuple[Any, Any]:
+    """A sharded network and its session."""
+    model: Any = network()
+    for part in (model[0], model[2], model):
+        fully_shard(part)
+    return model, commpress.attach(model, gradients="int4", parameters="int8")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("case", "values"), [
+    ("none", ("rank 1", "NoneType", "session.state_dict()")),
+    ("another's", ("rank 1", "the saved state has rank 0, this run has 1")),
+    ("another step", ("rank 1's state has step 2, rank 0's has 4", "session.state_dict() of every rank")),
+    ("another version", ("rank 1", "has version 1, this run has")),
+])  # fmt: skip
+def test_what_one_rank_alone_loads_is_an_error_on_all(case: str, values: tuple[str, ...], kind: str) -> None:
+    for rank, said in enumerate(run(2, restored, case, kind, group_timeout=PATIENT)):
+        assert said[0].startswith(("ValueError: ", "TypeError: "))
+        for value in values:
+            if value != "rank 1" or rank == 0:
+                assert value in said[0]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_rank_that_restores_nothing_is_an_error_on_all(kind: str) -> None:
+    for said in run(2, restored, "nothing on one", kind, group_timeout=PATIENT, fresh=True):
+        assert f"rank 0 ({HOST}) has a state to restore" in said[0]
+        assert f"rank 1 ({HOST}) has " in said[0]
+
+
+def test_the_same_on_all_is_restored() -> None:
+    assert run(2, restored, "the same") == [["", ""]] * 2
+
+
+# --- torch.distributed.checkpoint --------------------------------------------------------------------------------
+
+KINDS: dict[str, Any] = {
+    "SGD": None,
+    "OneBitAdamW": lambda p: OneBitAdamW(p, lr=1e-3, warmup_steps=2),
+    "ZeroOneAdamW": lambda p: ZeroOneAdamW(p, lr=1e-3, warmup_steps=2, sync_every=2),
+    "DGC": lambda p: DGC(p, lr=0.05),
+}
+SPECS = {"SGD": "int4", "OneBitAdamW": "sign", "ZeroOneAdamW": "sign", "DGC": "topk(0.1)"}
+
+
+def started(kind: str, seed: int) -> tuple[Any, Any, Any]:
+    """A DDP network, its optimizer and session."""
+    ddp = DistributedDataParallel(network(seed), bucket_cap_mb=SMALL_BUCKETS)
+    if (make := KINDS[kind]) is None:
+        return ddp, sgd(ddp), commpress.attach(ddp, SPECS[kind])
+    optimizer = make(ddp.parameters())
+    return ddp, optimizer, commpress.attach(ddp, SPECS[kind], optimizer=optimizer)
+
+
+def save(kind: str, folder: str, asynchronously: bool = False) -> tuple[Trained, Trained, float]:
+    """Four steps and a checkpoint; the four that follow; the total of what feedback keeps, as it counts in a mean."""
+    ddp, optimizer, session = started(kind, 0)
+    before = train(ddp, range(4), optimizer=optimizer)
+    content = {"model": ddp.module, "commpress": session, "optimizer": Plain(optimizer)}
+    if asynchronously:
+        dcp.async_save(content, checkpoint_id=folder).result()
+    else:
+        dcp.save(content, checkpoint_id=folder)
+    torch.save(
+        {"model": ddp.module.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}-{dist.get_rank()}.pt"
+    )
+    kept = withheld(session)
+    return before, train(ddp, range(4, 8), optimizer=optimizer), kept
+
+
+class Plain:
+    """Nothing: an optimizer's own state goes beside, since what is not a session is DCP's and the user's matter."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rate."""
+        return {"lr": self.lr}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the rate."""
+        self.lr = state["lr"]
+
+
+def load(kind: str, folder: str) -> tuple[Trained, float]:
+    """The four steps that follow, by new objects."""
+    ddp, optimizer, session = started(kind, 99)
+    state = torch.load(f"{folder}-{min(dist.get_rank(), 1)}.pt", weights_only=True)
+    ddp.module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    dcp.load({"commpress": session}, checkpoint_id=folder)
+    kept = withheld(session)
+    return train(ddp, range(4, 8), optimizer=optimizer), kept
+
+
+def withheld(session: Any) -> float:
+    """The mean over the ranks of what they withhold."""
+    total = torch.zeros((), dtype=torch.float64)
+    for bucket in session.state_dict()["buckets"]:
+        for key, weight in (("residual", 1.0), ("second", float(session.world_size))):
+            if bucket[key] is not None:
+                total += weight * bucket[key].double().sum()
+    dist.all_reduce(total)
+    return float(total) / session.world_size
+
+
+@pytest.mark.parametrize(("kind", "asynchronously"), [(kind, False) for kind in KINDS] + [("SGD", True)])
+def test_a_session_goes_on_bit_for_bit_from_torchs_distributed_checkpoint(
+    kind: str, asynchronously: bool, tmp_path: Path
+) -> None:
+    whole = run(2, save, kind, str(tmp_path / "c"), asynchronously)
+    for (_, after, _), (again, _) in zip(whole, run(2, load, kind, str(tmp_path / "c")), strict=True):
+        assert same_training(after, again)
+
+
+@pytest.mark.parametrize(("old", "new", "kind"), [
+    (3, 2, "SGD"), (2, 3, "SGD"), (2, 1, "SGD"), (3, 2, "OneBitAdamW"), (2, 3, "ZeroOneAdamW"),
+])  # fmt: skip
+def test_another_number_of_ranks_loads_it_and_nothing_is_lost(old: int, new: int, kind: str, tmp_path: Path) -> None:
+    saved = run(old, save, kind, str(tmp_path / "c"))
+    ranks = run(new, load, kind, str(tmp_path / "c"))
+    for trained, kept in ranks:
+        assert kept == pytest.approx(saved[0][2], rel=1e-4, abs=1e-5)
+        assert len(trained.parameters) == 6
+    if kind != "ZeroOneAdamW":  # whose replicas drift between syncs
+        assert all(
+            torch.equal(a, b) for one, _ in ranks for a, b in zip(one.parameters, ranks[0][0].parameters, strict=True)
+        )
+
+
+def damaged(kind: str, folder: str) -> str:
+    """What loading says of a checkpoint with a flipped bit in what commpress saved."""
+    _, _, session = started(kind, 0)
+    return outcome(lambda: dcp.load({"commpress": session}, checkpoint_id=folder))
+
+
+def test_damage_of_what_a_rank_saved_is_noticed_on_all_ranks(tmp_path: Path) -> None:
+    run(2, save, "SGD", str(tmp_path / "c"))
+    file = max((tmp_path / "c").glob("__1_*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    place = content.rfind(b"residual")
+    content[place] ^= 1
+    file.write_bytes(bytes(content))
+    for said in run(2, damaged, "SGD", str(tmp_path / "c"), group_timeout=PATIENT):
+        assert "what rank 1 saved is damaged in the checkpoint" in said
+
+
+def sharded_save(folder: str) -> tuple[float, int]:
+    """A sharded model's checkpoint; the total of what feedback keeps, as it counts in a mean."""
+    model, session = sharded()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step(model, optimizer, range(3))
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments, "commpress": session}, checkpoint_id=folder)
+    return sharded_withheld(session), len(session.state_dict()["memories"][0])
+
+
+def sharded_load(folder: str) -> tuple[float, list[float]]:
+    """The same by another number of ranks, and the losses that follow."""
+    model, session = sharded()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments, "commpress": session}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return sharded_withheld(session), step(model, optimizer, range(3, 6))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    """Losses of some steps."""
+    losses = []
+    for at in steps:
+        optimizer.zero_grad()
+        loss = loss_of(model, at)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def sharded_withheld(session: Any) -> float:
+    """The mean over the ranks of what they withhold."""
+    total = torch.zeros((), dtype=torch.float64)
+    for memory in session.state_dict()["memories"][0]:
+        total += memory["residual"].double().sum()
+    dist.all_reduce(total)
+    return float(total) / session.world_size
+
+
+@pytest.mark.parametrize(("old", "new"), [(2, 3), (3, 2), (2, 2), (3, 1)])
+def test_a_sharded_session_is_loaded_by_another_number_of_ranks(old: int, new: int, tmp_path: Path) -> None:
+    kept, _ = run(old, sharded_save, str(tmp_path))[0]
+    for now, losses in run(new, sharded_load, str(tmp_path)):
+        assert now == pytest.approx(kept, rel=1e-4, abs=1e-5)
+        assert all(loss < 5 for loss in losses)
