@@ -8,6 +8,7 @@ dtype that the hook must replace by its mean, and waits for all futures before b
 import contextlib
 import time
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Segments
+from commpress.comm.notice import speaks
 from commpress.comm.session import GradScaler, Session
 from commpress.hooks.broadcast import attach_buffers, buffer_broadcasts
 from commpress.optim.advice import advise
@@ -42,6 +44,8 @@ class CommState:
     ) -> None:
         self.session: Session | None = None
         self._names: dict[Tensor, str] = {}
+        self._optimizer: CompressedOptimizer | None = None
+        self._binding: object = None
         self._arguments = (spec, group, exchange, error_feedback, grad_scaler)
 
     def start(
@@ -49,7 +53,8 @@ class CommState:
     ) -> Session:
         """Make the session. Collective."""
         spec, group, exchange, error_feedback, grad_scaler = self._arguments
-        self._names = names
+        self._names, self._optimizer = names, optimizer
+        self._binding = None if optimizer is None else optimizer.binding
         self.session = Session(
             spec,
             group or dist.distributed_c10d._get_default_group(),
@@ -62,6 +67,23 @@ class CommState:
         )
         return self.session
 
+    def follow(self, last: bool) -> None:
+        """For the optimizer: a bucket of its backward is there. Raises RuntimeError if it serves another module by now."""
+        optimizer = self._optimizer
+        if optimizer is None:
+            return
+        if optimizer.binding is not self._binding:
+            raise RuntimeError(
+                f"commpress: this DDP module's {type(optimizer).__name__} was attached to another DDP module since; expected "
+                "that one to be trained, or an optimizer of its own for each"
+            )
+        if last:
+            told = partial(optimizer.gradients_are_there, unscaled=self._arguments[-1] is not None)
+            # DDP hands the gradients out in a callback that it queues behind this one: ours comes behind that
+            engine = torch.autograd.Variable._execution_engine
+            with contextlib.suppress(RuntimeError):  # a compiled backward has no callbacks
+                engine.queue_callback(lambda: engine.queue_callback(told))
+
     def segments(self, parameters: list[Tensor]) -> Segments:
         """Names and sizes of a bucket's parameters; without a model they are numbered in the order of their first use."""
         for p in parameters:
@@ -73,6 +95,7 @@ def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future
     """The hook: the bucket's mean over the ranks, compressed."""
     gradient = bucket.buffer()
     session = state.session or state.start(gradient.device, {})
+    state.follow(bucket.is_last())
     return session.submit(gradient, state.segments(bucket.parameters()), bucket.index(), bucket.is_last())
 
 
@@ -96,7 +119,7 @@ def attach(
     other parameters than the model trains, TypeError for sparse embeddings and for optimizers of other kinds,
     RuntimeError if the model already has a hook.
     """
-    names: dict[Tensor, str] = {p: name for name, p in _trained(model.module)}
+    names: dict[Tensor, str] = {p: name for name, p in _trained(model)}
     device = next(iter(names)).device
     refusal = _refusal(model, names, optimizer)
     if refusal is not None:
@@ -132,6 +155,11 @@ def _refusal(
     model: DistributedDataParallel, names: dict[Tensor, str], optimizer: CompressedOptimizer | None
 ) -> Exception | None:
     """Why this rank cannot attach, if it cannot."""
+    if getattr(model, "_comm_hooks", None):
+        return RuntimeError(
+            "commpress.attach: this DistributedDataParallel has a communication hook already, which cannot be replaced; "
+            "expected one without: attach once, or wrap the module anew"
+        )
     for name, module in model.module.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
             return TypeError(
@@ -147,7 +175,7 @@ def _refusal(
     try:
         world_size = dist.get_world_size(model.process_group)
         may_be_unused = model.find_unused_parameters or model.static_graph
-        optimizer.bind({name: p for p, name in names.items()}, world_size, may_be_unused)
+        optimizer.bind({name: p for p, name in names.items()}, world_size, may_be_unused, speaks(model.process_group))
     except ValueError as error:
         return error
     return None
@@ -180,5 +208,11 @@ def _differentiable(output: Any) -> Tensor | None:
     return next((found for part in inside if (found := _differentiable(part)) is not None), None)
 
 
-def _trained(module: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+def _trained(model: DistributedDataParallel) -> list[tuple[str, Any]]:
+    """What DDP exchanges: what it does not ignore or delay, and what required a gradient when it was wrapped."""
+    candidates = [(n, p) for n, p in model.module.named_parameters() if n not in model.parameters_to_ignore]
+    if all(p.requires_grad for _, p in candidates):
+        return candidates
+    buckets = model.reducer._get_zeros_like_grad_buckets()
+    exchanged = {p for bucket in buckets for p in bucket.parameters()}
+    return [(name, p) for name, p in candidates if p in exchanged]

@@ -1,6 +1,7 @@
 """Ranks compare what they were asked to do before the first byte of a gradient travels."""
 
 import json
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -36,3 +37,13 @@ def require_agreement(settings: dict[str, object], group: dist.ProcessGroup, dev
                     f"rank {rank} has {key} {other.get(key)!r}, rank 0 has {everyone[0][key]!r}: "
                     f"all ranks must use the same {key}"
                 )
+
+
+def require_same_names(what: str, names: list[str], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raise ValueError on every rank if the ranks' lists of names differ; takes one all-reduce of two numbers if not."""
+    own = zlib.crc32("\n".join(names).encode())
+    ends = torch.tensor([own, -own], dtype=torch.int64, device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group)
+    most, least = ends.tolist()
+    if most != -least:
+        require_agreement({what: names}, group, device)

@@ -125,6 +125,11 @@ class Feedback:
             found.momentum = torch.zeros(n, dtype=torch.float32, device=device)
         return found
 
+    def register(self, segments: Segments) -> None:
+        """Have a memory for each of these parameters, if an empty one, as a saved state is of all of them."""
+        if new := tuple((name, n) for name, n in segments if name not in self.homes):
+            self._take_over(new, torch.device("cpu"))
+
     def _take_over(self, segments: Segments, device: torch.device) -> Memory:
         """A new memory that holds what other layouts keep for these parameters; layouts that hold no more are dropped."""
         created, places, at = Memory(), {}, 0
@@ -137,6 +142,7 @@ class Feedback:
             memory, start = self.memories[old], 0
             memory.whole = False
             memory.fold(self.world_size)
+            memory.buffers.clear()  # `undo` must not bring back what moves on
             for name, whole in old:
                 n = self.survivors.count(name, whole)
                 if homes.get(name) == old:
@@ -178,15 +184,32 @@ class Feedback:
                     kept.mul_(factor)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Layout and memories, a dict a bucket."""
+        """Layout and memories, a dict a bucket, each parameter in one of them."""
         return [
             {
                 "segments": [[name, n] for name, n in segments],
                 "start": memory.start,
                 **{k: None if (values := getattr(memory, k)) is None else values.clone() for k in KEPT},
             }
-            for segments, memory in self.memories.items()
+            for segments, memory in map(self._own_part, self.memories)
         ]
+
+    def _own_part(self, segments: Segments) -> tuple[Segments, Memory]:
+        """A memory, without the parameters that another layout took over."""
+        memory = self.memories[segments]
+        if memory.whole:
+            return segments, memory
+        kept: dict[str, list[Tensor]] = {"residual": [], "momentum": []}
+        at = 0
+        for name, whole in segments:
+            n = self.survivors.count(name, whole)
+            if self.homes.get(name) == segments:
+                for kind, parts in kept.items():
+                    if (values := getattr(memory, kind)) is not None:
+                        parts.append(values[at : at + n])
+            at += n
+        own = tuple((name, n) for name, n in segments if self.homes.get(name) == segments)
+        return own, Memory(**{kind: torch.cat(parts) if parts else None for kind, parts in kept.items()})
 
     def load_state_dict(self, state: Sequence[dict[str, Any]], device: torch.device) -> None:
         """Restore what `state_dict` saved. Raises ValueError if the masks were others."""

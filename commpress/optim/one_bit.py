@@ -105,7 +105,5 @@ class OneBitAdamW(FrozenAdamW):
             state, lr = self.state[p], float(group["lr"])
             loops.advance(p, update, state["exp_avg"], 1 - lr * group["weight_decay"], lr / group["unit"])
 
-    def _freeze(self) -> None:
-        super()._freeze()
-        for p, _ in self._places.values():
-            del self.state[p]["exp_avg_sq"]  # has become `inverse`
+    def frozen_state(self, p: Tensor, group: dict[str, Any]) -> None:
+        del self.state[p]["exp_avg_sq"]  # has become `inverse`

@@ -69,9 +69,11 @@ class ZeroOneAdamW(FrozenAdamW):
     warm-up, at steps that lie 1, 2, 4, ... apart, kappa times each, as far as they lie behind it; 0 leaves it frozen.
 
     A parameter holds the same bits on all ranks after each of its syncs, and drifts in between. `with optimizer.synced():`
-    shows the model as of its parameters' last syncs, the same on every rank: to validate, and to save. Raises ValueError
-    for a setting out of range.
+    shows the model as of its parameters' last syncs, the same on every rank: to validate, and to save. A parameter that is
+    frozen (`requires_grad_(False)`) stands where its rank was. Raises ValueError for a setting out of range.
     """
+
+    shared = (*FrozenAdamW.shared, "sync_every", "refresh_every")
 
     def __init__(
         self,
@@ -95,6 +97,7 @@ class ZeroOneAdamW(FrozenAdamW):
         for group in [self.defaults, *self.param_groups]:
             group |= {"sync_every": list(vars(sync_every).values()), "refresh_every": refresh_every}
         self._seen = 0  # values in the buckets of this step so far
+        self._starts: dict[str, int] = {}  # how many there were before the bucket of a parameter
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
         """By how much n is ahead of what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
@@ -107,20 +110,35 @@ class ZeroOneAdamW(FrozenAdamW):
         return super().waits() and not self._refreshes()
 
     def start(self, scale: float) -> bool:
-        self._seen, self._syncing, self._leads = 0, {}, {}
+        self._seen, self._starts, self._syncing, self._leads = 0, {}, {}, {}
         return super().start(scale)
 
-    def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
-        every = Growing(*self.param_groups[0]["sync_every"])
-        step = self.param_groups[0]["steps"] - self.param_groups[0]["frozen_at"]
-        interval = every.interval(step)
-        # where a bucket lies among all says in which of the steps it is its turn
-        place = self._seen * interval // sum(p.numel() for p, _ in self._places.values())
+    def split(self, segments: Segments) -> list[Segments]:
+        self._starts |= dict.fromkeys((name for name, _ in segments), self._seen)
         self._seen += sum(n for _, n in segments)
+        return super().split(segments)
+
+    def kind(self, name: str) -> object:
+        kind = super().kind(name)
+        return (kind, self._is_due(name)) if kind == "frozen" and not self._refreshes() else kind
+
+    def _is_due(self, name: str) -> bool:
+        """Whether a parameter syncs in this step. Each counts the steps since its warm-up in which it was not frozen."""
+        steps = self._steps_of(self.state[self._places[name][0]])
+        interval = Growing(*self.param_groups[0]["sync_every"]).interval(steps)
+        # where its bucket lies among all says in which of the steps it is its turn
+        turn = self._starts[name] * interval // sum(p.numel() for p in self._bound.values())
+        return (steps + 1 + turn) % interval == 0
+
+    def _steps_of(self, state: dict[str, Any]) -> int:
+        first = self.param_groups[0]
+        return int(state.get("local_steps", first["steps"] - first["frozen_at"]))
+
+    def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
         if self._refreshes():
             codec = parse(self.param_groups[0]["warmup_spec"])
             return Treatment(codec, "" if codec.lossy else "the variance is refreshed", apart=True)
-        if (step + 1 + place) % interval:
+        if not self._is_due(segments[0][0]):
             return Treatment(None, "a local step")
         self._syncing |= {name: self._sync(name) for name, _ in segments}
 
@@ -154,9 +172,10 @@ class ZeroOneAdamW(FrozenAdamW):
         if refreshes and most is not None:
             torch.nn.utils.clip_grad_norm_([p for p, _, _ in updates.values()], most)
         for name, (p, group, update) in updates.items():
+            state = self.state[p]
+            state["local_steps"] = self._steps_of(state) + 1
             if update is None:
                 continue
-            state = self.state[p]
             if (sync := self._syncing.get(name)) is not None:
                 state["decay"] *= sync.keep
                 if (lead := self._leads.get(name)) is None:  # nothing of it is left to be sent
@@ -206,15 +225,14 @@ class ZeroOneAdamW(FrozenAdamW):
                     loops.stand(p, state["anchor"], state["total"], state["decay"])
 
     def own_state(self) -> dict[str, Any]:
-        if not self.frozen:
-            return {}
-        return {name: {k: self.state[p][k].clone() for k in OWN} for name, (p, _) in self._places.items()}
+        states = {name: self.state.get(p, {}) for name, (p, _) in self._places.items()}
+        return {name: {k: state[k].clone() for k in OWN} for name, state in states.items() if "anchor" in state}
 
     @torch.no_grad()
     def load_own_state(self, state: dict[str, Any]) -> None:
         for name, own in state.items():
             p, _ = self._places[name]
-            if "anchor" not in self.state[p]:
+            if "anchor" not in self.state.get(p, {}):
                 raise ValueError("cannot restore: load the optimizer's state before the session's")
             for k in OWN:
                 self.state[p][k].copy_(own[k])
@@ -227,13 +245,12 @@ class ZeroOneAdamW(FrozenAdamW):
         weight = keep * state["weight"] + lr
         return Sync(keep, weight, lr / weight if weight else 1.0)
 
-    def _freeze(self) -> None:
-        super()._freeze()
-        for p, group in self._places.values():
-            state = self.state[p]
-            state |= {"anchor": p.detach().clone(), "total": torch.zeros_like(p), "decay": 1.0, "weight": 0.0}
-            if not group["refresh_every"]:
-                del state["exp_avg_sq"]  # has become `inverse`
+    def frozen_state(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        state |= {"anchor": p.detach().clone(), "total": torch.zeros_like(p), "decay": 1.0, "weight": 0.0}
+        state["local_steps"] = 0
+        if not group["refresh_every"]:
+            del state["exp_avg_sq"]  # has become `inverse`
 
     def _refreshes(self) -> bool:
         """Whether this step is one of 0/1 Adam's T_v."""
