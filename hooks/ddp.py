@@ -78,7 +78,7 @@ class CommState:
                 "that one to be trained, or an optimizer of its own for each"
             )
         if last:
-            told = partial(optimizer.gradients_are_there, unscaled=self._arguments[-1] is not None)
+            told = partial(optimizer.gradients_are_there, scaled=self._arguments[-1] is not None)
             # DDP hands the gradients out in a callback that it queues behind this one: ours comes behind that
             engine = torch.autograd.Variable._execution_engine
             with contextlib.suppress(RuntimeError):  # a compiled backward has no callbacks

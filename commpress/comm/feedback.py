@@ -209,7 +209,8 @@ class Feedback:
                         parts.append(values[at : at + n])
             at += n
         own = tuple((name, n) for name, n in segments if self.homes.get(name) == segments)
-        return own, Memory(**{kind: torch.cat(parts) if parts else None for kind, parts in kept.items()})
+        residual, momentum = (torch.cat(kept[kind]) if kept[kind] else None for kind in ("residual", "momentum"))
+        return own, Memory(residual=residual, momentum=momentum)
 
     def load_state_dict(self, state: Sequence[dict[str, Any]], device: torch.device) -> None:
         """Restore what `state_dict` saved. Raises ValueError if the masks were others."""

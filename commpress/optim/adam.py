@@ -44,7 +44,7 @@ class FrozenAdamW(CompressedOptimizer):
     of its own, `variance` is what its sum was when it was last looked at; `idle` says that no rank had a gradient of it.
     """
 
-    shared = ("max_norm", "warmup_spec", "steps", "frozen_at", "unit", "variance")
+    shared: tuple[str, ...] = ("max_norm", "warmup_spec", "steps", "frozen_at", "unit", "variance")
 
     def __init__(
         self,
@@ -68,6 +68,8 @@ class FrozenAdamW(CompressedOptimizer):
         defaults |= {"warmup_steps": warmup_steps, "warmup_spec": str(parse(warmup_spec))}
         super().__init__(params, {**defaults, "steps": 0, "frozen_at": 0, "unit": 1.0, "variance": 0.0}, max_norm)
 
+    def _forget(self) -> None:
+        super()._forget()
         self._settling: list[dict[str, Any]] = []
         self.add_up: Callable[[Tensor], None] = lambda total: None
         """Makes the sum over this rank's state that over all, in place, where the ranks hold partitions of it."""
@@ -224,7 +226,7 @@ class FrozenAdamW(CompressedOptimizer):
     @staticmethod
     def _period(group: dict[str, Any]) -> int:
         """Steps between two looks at the variance."""
-        return max(1, round(1 / (1 - group["betas"][1])))
+        return max(1, round(1 / (1 - float(group["betas"][1]))))
 
     def _sum_of_variances(self, parameters: list[Tensor]) -> Tensor:
         sums = [

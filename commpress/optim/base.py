@@ -4,6 +4,7 @@ Parameters that no session exchanges, as those that DDP ignores, step as under t
 require a gradient, and what is kept of it stays as it is until it does again.
 """
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -57,11 +58,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _watch(self) -> None:
         # the first of these hooks: others may change gradients with reason
-        self.register_step_pre_hook(lambda optimizer, *_: optimizer._require_untouched())  # type: ignore[attr-defined]
+        self.register_step_pre_hook(lambda optimizer, *_: optimizer._require_untouched())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is attached to nothing, as `step` says."""
-        self._forget()
+        if not hasattr(self, "_bound"):  # else it is a state that is loaded
+            self._forget()
         super().__setstate__(state)
         if not self._optimizer_step_pre_hooks:
             self._watch()
@@ -210,11 +212,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore what `own_state` returned."""
 
-    def gradients_are_there(self, unscaled: bool) -> None:
-        """For hooks: backward is over, and `grad` holds what was exchanged. `unscaled`: a GradScaler will divide it once."""
-        self._written = {
-            p: (p.grad, p.grad._version + unscaled) for p, _ in self._places.values() if p.grad is not None
-        }
+    def gradients_are_there(self, scaled: bool) -> None:
+        """For hooks: backward is over, and `grad` holds what was exchanged. `scaled`: a GradScaler will divide it in place."""
+        if not scaled or not unscaling_counts():
+            self._written = {p: (p.grad, p.grad._version) for p, _ in self._places.values() if p.grad is not None}
 
     def _require_untouched(self) -> None:
         """Warn, once, if what was exchanged has been changed since, and is no gradient."""
@@ -337,6 +338,15 @@ def dense(p: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+@functools.cache
+def unscaling_counts() -> bool:
+    """Whether what a GradScaler does to gradients counts as a change of them; not in the versions of torch known so far."""
+    x, found, scale = (torch.ones(1, device="cpu", dtype=torch.float32) for _ in range(3))
+    before = x._version
+    torch._amp_foreach_non_finite_check_and_unscale_([x], found, scale)
+    return x._version != before
 
 
 def plain(value: Any) -> Any:

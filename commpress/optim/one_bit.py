@@ -46,6 +46,9 @@ class OneBitAdamW(FrozenAdamW):
         max_norm: float | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
+
+    def _forget(self) -> None:
+        super()._forget()
         self._homes: dict[Segments, tuple[Tensor, Tensor]] = {}
         """`inverse` and `exp_avg` of a bucket's parameters, float32 [n] each; what stands in the state are views."""
 

@@ -96,6 +96,9 @@ class ZeroOneAdamW(FrozenAdamW):
         super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
         for group in [self.defaults, *self.param_groups]:
             group |= {"sync_every": list(vars(sync_every).values()), "refresh_every": refresh_every}
+
+    def _forget(self) -> None:
+        super()._forget()
         self._seen = 0  # values in the buckets of this step so far
         self._starts: dict[str, int] = {}  # how many there were before the bucket of a parameter
         self._syncing: dict[str, Sync] = {}
