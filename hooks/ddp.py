@@ -175,7 +175,13 @@ def _refusal(
     try:
         world_size = dist.get_world_size(model.process_group)
         may_be_unused = model.find_unused_parameters or model.static_graph
-        optimizer.bind({name: p for p, name in names.items()}, world_size, may_be_unused, speaks(model.process_group))
+        optimizer.bind(
+            {name: p for p, name in names.items()},
+            world_size,
+            may_be_unused,
+            may_be_frozen=model.find_unused_parameters and not model.static_graph,
+            speaks=speaks(model.process_group),
+        )
     except ValueError as error:
         return error
     return None

@@ -76,8 +76,8 @@ class FrozenAdamW(CompressedOptimizer):
         self.ends_at_once = False
         """Whether the warm-up ends for all parameters at once, however few gradients they had."""
 
-    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, speaks: bool = True) -> None:
-        super().bind(parameters, world_size, may_be_unused, speaks)
+    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
+        super().bind(parameters, world_size, may_be_unused, **more)
         warm_up(parse(self.param_groups[0]["warmup_spec"]), next(iter(parameters.values())).device)
 
     def start(self, scale: float) -> bool:
@@ -249,10 +249,11 @@ class FrozenAdamW(CompressedOptimizer):
                 state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
                 state["exp_avg_sq"] = torch.zeros_like(p)
             count = int(state["step"]) if "step" in state else 0
-            if self.ends_at_once or (2 * count >= steps and bool(state["exp_avg_sq"].any())):
+            learnt = p.requires_grad and 2 * count >= steps and bool(state["exp_avg_sq"].any())
+            if self.ends_at_once or learnt:
                 ready.append(name)
             else:
-                state["warmed"], state["idle"] = count, self._without_gradient([p])[0]
+                state["warmed"], state["idle"] = count, p.requires_grad and self._without_gradient([p])[0]
         self._freeze(ready, first=True)
 
     def _freeze(self, names: list[str], first: bool = False) -> None:

@@ -47,7 +47,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._received: list[tuple[Tensor, Segments]] = []
         self._frozen: frozenset[str] = frozenset()  # of `_places`: what stands still in this step
         self._awaits_step = False
-        self._world_size, self._may_be_unused = 1, False
+        self._world_size, self._may_be_unused, self._may_be_frozen = 1, False, True
         self._scale = 1.0
         self._clip = 1.0
         self._proven: object = None
@@ -85,8 +85,18 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     # what a session asks of it
 
-    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, speaks: bool = True) -> None:
-        """The parameters that are exchanged, by name, and whether a backward may leave some out. `speaks`: it may warn.
+    def bind(
+        self,
+        parameters: dict[str, Tensor],
+        world_size: int,
+        may_be_unused: bool,
+        *,
+        may_be_frozen: bool = True,
+        speaks: bool = True,
+    ) -> None:
+        """The parameters that are exchanged, by name, and whether a backward may leave some out.
+
+        `may_be_frozen`: it ends as well where one has ceased to require a gradient. `speaks`: this rank may warn.
 
         Those that this optimizer holds besides step as torch's do. One that was bound before goes on with its state; what is
         exchanged now takes the place of what was. Raises ValueError if it does not hold one that is trained, and for
@@ -115,7 +125,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 "each model, or the same parameters wrapped anew"
             )
         self._bound, self._awaits_step, self._received, self._written = dict(parameters), False, [], None
-        self._world_size, self._may_be_unused, self._speaks = world_size, may_be_unused, speaks
+        self._world_size, self._may_be_unused = world_size, may_be_unused
+        self._may_be_frozen, self._speaks = may_be_frozen, speaks
         self._proven, self.binding = None, object()
         self._find_places()
         loops.warm_up()
@@ -272,7 +283,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
             key: place for key, place in self._places.items() if key not in self._frozen and place[0].requires_grad
         }
         arrived = {key for _, segments in self._received for key, _ in segments}
-        if arrived and (missing := [key for key in moving if key not in arrived]):
+        expected = moving if self._may_be_frozen else self._places
+        if arrived and (missing := [key for key in expected if key not in arrived]):
             raise RuntimeError(
                 f"{type(self).__name__}.step(): backward has exchanged no gradient of {missing[0]!r} and {len(missing) - 1} "
                 f"others{self._why_not()}"
@@ -289,7 +301,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _why_not(self) -> str:
         """What keeps DDP from exchanging gradients, if that is known."""
         frozen = [key for key, (p, _) in self._places.items() if not p.requires_grad]
-        if not frozen or self._may_be_unused:
+        if not frozen or self._may_be_frozen:
             return ""
         return (
             f". {frozen[0]!r} does not require a gradient, and DDP waits for one: expected "

@@ -100,7 +100,7 @@ class ZeroOneAdamW(FrozenAdamW):
     def _forget(self) -> None:
         super()._forget()
         self._seen = 0  # values in the buckets of this step so far
-        self._starts: dict[str, int] = {}  # how many there were before the bucket of a parameter
+        self._unsettled = 0  # backwards to come of which the last has the buckets of all that follow
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
         """By how much n is ahead of what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
@@ -113,11 +113,19 @@ class ZeroOneAdamW(FrozenAdamW):
         return super().waits() and not self._refreshes()
 
     def start(self, scale: float) -> bool:
-        self._seen, self._starts, self._syncing, self._leads = 0, {}, {}, {}
+        self._seen, self._syncing, self._leads = 0, {}, {}
+        self._unsettled = max(0, self._unsettled - 1)
         return super().start(scale)
 
+    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
+        self._unsettled = 3 if self._bound else 0  # DDP lays its buckets out anew between the first two
+        super().bind(parameters, world_size, may_be_unused, **more)
+
     def split(self, segments: Segments) -> list[Segments]:
-        self._starts |= dict.fromkeys((name for name, _ in segments), self._seen)
+        for name, _ in segments:
+            state = self.state.get(self._places[name][0], {}) if name in self._places else {}
+            if "inverse" in state and (self._unsettled or "bucket_start" not in state):
+                state["bucket_start"] = self._seen
         self._seen += sum(n for _, n in segments)
         return super().split(segments)
 
@@ -127,11 +135,16 @@ class ZeroOneAdamW(FrozenAdamW):
 
     def _is_due(self, name: str) -> bool:
         """Whether a parameter syncs in this step. Each counts the steps since its warm-up in which it was not frozen."""
-        steps = self._steps_of(self.state[self._places[name][0]])
+        state = self.state[self._places[name][0]]
+        steps = self._steps_of(state)
         interval = Growing(*self.param_groups[0]["sync_every"]).interval(steps)
-        # where its bucket lies among all says in which of the steps it is its turn
-        turn = self._starts[name] * interval // sum(p.numel() for p in self._bound.values())
+        # where its bucket lies among all says in which of the steps it is its turn; it is saved: a resumed run has others
+        turn = int(state["bucket_start"]) * interval // sum(p.numel() for p in self._bound.values())
         return (steps + 1 + turn) % interval == 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._unsettled = 0
 
     def _steps_of(self, state: dict[str, Any]) -> int:
         first = self.param_groups[0]
