@@ -134,6 +134,8 @@ def attach(
         grad_scaler=grad_scaler,
     )
     session = state.start(device, names, optimizer)
+    if optimizer is not None:
+        optimizer.hand_over(session)
     session.layouts = {name: (p.shape, p.stride()) for p, name in names.items()}
     # what may fail comes before the hook, which DDP would keep
     broadcasts = None if buffers is None else buffer_broadcasts(model, buffers)

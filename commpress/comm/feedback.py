@@ -9,7 +9,7 @@ Memories belong to parameters, not to buckets: when the buckets are laid out ane
 the owner changes, it goes into the old owner's first memory, times W since a mean divides it by W: nothing is lost.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,6 +193,25 @@ class Feedback:
             }
             for segments, memory in map(self._own_part, self.memories)
         ]
+
+    def renamed(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
+        """As `state_dict`, of these parameters alone and by the names that they are mapped to; without masks."""
+        buckets = []
+        for bucket in self.state_dict():
+            known = [(names.get(name, ""), n) for name, n in bucket["segments"]]
+            if all(name for name, _ in known):
+                buckets.append({**bucket, "segments": known})
+                continue
+            if (residual := bucket["residual"]) is not None and (second := bucket["second"]) is not None:
+                residual[bucket["start"] : bucket["start"] + second.numel()].add_(second, alpha=self.world_size)
+            kept = {}
+            for kind in ("residual", "momentum"):
+                values = None if bucket[kind] is None else bucket[kind].split([n for _, n in known])
+                parts = [] if values is None else [v for v, (name, _) in zip(values, known, strict=True) if name]
+                kept[kind] = torch.cat(parts) if parts else None
+            if segments := [segment for segment in known if segment[0]]:
+                buckets.append({"segments": segments, "start": 0, "second": None, **kept})
+        return buckets
 
     def _own_part(self, segments: Segments) -> tuple[Segments, Memory]:
         """A memory, without the parameters that another layout took over."""

@@ -303,6 +303,21 @@ class Session:
         for other, saved_beside in zip(self.beside, state.get("beside", ()), strict=False):
             other.load_state_dict(saved_beside)
 
+    @property
+    def feedback(self) -> Feedback:
+        """What this rank has withheld, by parameter."""
+        return self._feedback
+
+    def take_over(self, feedback: Feedback, names: Mapping[str, str], scale: float) -> None:
+        """Go on with what another session withheld, of parameters that both exchange. Call it before the first step.
+
+        `names` has its names for them, and ours. `scale` is the loss scale of what it withheld.
+        """
+        self._scale = scale
+        self._feedback.load_state_dict(feedback.renamed(names), self.device)
+        self._feedback.register(tuple(self._parameters.items()))
+        self._restored = list(self._feedback.memories)
+
     def require_own(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state belongs to another version, plan, rank, world size or model."""
         expected = {

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.feedback import Segments
+from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.notice import warn
 from commpress.comm.plan import DENSE, Treatment
+from commpress.comm.session import Session
 from commpress.optim import loops
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -55,6 +56,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._speaks, self._warned = True, False
         self.binding: object = None
         """Another one with every `bind`."""
+        self._withheld: tuple[Feedback, dict[str, Tensor]] | None = None
 
     def _watch(self) -> None:
         # the first of these hooks: others may change gradients with reason
@@ -130,6 +132,18 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._proven, self.binding = None, object()
         self._find_places()
         loops.warm_up()
+
+    def hand_over(self, session: Session) -> None:
+        """For hooks: `session` exchanges what was bound. What the one before it had withheld is not lost."""
+        if self._withheld is not None:
+            feedback, before = self._withheld
+            ours = {p: name for name, p in self._bound.items()}
+            names = {name: ours[p] for name, p in before.items() if p in ours}
+            if feedback.memories and not any(
+                name in feedback.survivors for name in before
+            ):  # a new session has no masks
+                session.take_over(feedback, names, self._scale)
+        self._withheld = session.feedback, dict(self._bound)
 
     def _find_places(self) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}

@@ -118,8 +118,12 @@ class ZeroOneAdamW(FrozenAdamW):
         return super().start(scale)
 
     def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
-        self._unsettled = 3 if self._bound else 0  # DDP lays its buckets out anew between the first two
+        before = set(self._bound.values())
+        # DDP lays its buckets out anew between its first two backwards
+        self._unsettled = 3 if before and before != set(parameters.values()) else 0
         super().bind(parameters, world_size, may_be_unused, **more)
+        if before:  # wrapped anew: DDP has given all ranks the values of the first
+            self._stand()
 
     def split(self, segments: Segments) -> list[Segments]:
         for name, _ in segments:
@@ -236,9 +240,14 @@ class ZeroOneAdamW(FrozenAdamW):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for p, state in zip(parameters, drifted, strict=True):
-                    loops.stand(p, state["anchor"], state["total"], state["decay"])
+            self._stand()
+
+    @torch.no_grad()
+    def _stand(self) -> None:
+        """Put every parameter where its rank has come to."""
+        for p, state in self.state.items():
+            if "anchor" in state:
+                loops.stand(p, state["anchor"], state["total"], state["decay"])
 
     def own_state(self) -> dict[str, Any]:
         states = {name: self.state.get(p, {}) for name, (p, _) in self._places.items()}
