@@ -149,7 +149,7 @@ def attach(
         session.beside.append(broadcasts)
     _watch(model, session)
     if optimizer is None:
-        advise(session.plan.codec, set(names))
+        advise(session.plan.codec, set(names), speaks(model.process_group))
     return session
 
 

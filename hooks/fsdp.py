@@ -99,7 +99,7 @@ def attach(
         groups=[*inner.values(), *outer.values()],
     )
     _watch(model, session)
-    advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()})
+    advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
     return session
 
 

@@ -334,8 +334,10 @@ class Outer:
         """Send how far the parameters have gone from the anchor."""
         # ranks of which one has skipped a step would wait for each other, or take one fragment for another
         fragment.begin()
-        frozen = sorted(fragment.still)
-        require_agreement({"local steps": self._steps, "fragment": index, "frozen": frozen}, self._group, self.device)
+        moving = fragment.moving()
+        frozen = [segment[0] for segment in fragment.segments if segment not in moving]
+        settings = {"local steps": self._steps, "fragment": index, "frozen parameters": frozen}
+        require_agreement(settings, self._group, self.device)
         bucket = fragment.anchor[fragment.part] - fragment.flat()[fragment.part]
         decay = self.settings.decay
 
@@ -346,7 +348,6 @@ class Outer:
         dense = (self._steps - fragment.synced_at) * fragment.dense_bytes
         treatment = Treatment(self._session.plan.codec, prepare=prepare)
         submit = partial(self._session.submit, index=index, last=False, treatment=treatment, dense_bytes=dense)
-        moving = fragment.moving()
         if moving == fragment.segments:
             fragment.mean = submit(bucket, fragment.segments)
         elif not moving:
