@@ -120,6 +120,10 @@ def attach(
     RuntimeError if the model already has a hook.
     """
     names: dict[Tensor, str] = {p: name for name, p in _trained(model)}
+    if not names:
+        raise ValueError(
+            "commpress.attach: this DistributedDataParallel exchanges no gradients: it ignores or delays all of them"
+        )
     device = next(iter(names)).device
     refusal = _refusal(model, names, optimizer)
     if refusal is not None:

@@ -234,7 +234,7 @@ class FrozenAdamW(CompressedOptimizer):
             for p in parameters
             if "exp_avg_sq" in self.state.get(p, {})
         ]
-        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
 
     def _end_warm_up(self) -> None:
         """The variance stands from now on, of all parameters that had a gradient in half of the steps; others go on by
@@ -246,7 +246,7 @@ class FrozenAdamW(CompressedOptimizer):
         for name, (p, _) in self._places.items():
             state = self.state[p]
             if "step" not in state and self.ends_at_once:
-                state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+                state |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), "exp_avg": torch.zeros_like(p)}
                 state["exp_avg_sq"] = torch.zeros_like(p)
             count = int(state["step"]) if "step" in state else 0
             learnt = p.requires_grad and 2 * count >= steps and bool(state["exp_avg_sq"].any())

@@ -53,7 +53,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._clip = 1.0
         self._proven: object = None
         self._written: dict[Tensor, tuple[Tensor, int]] | None = None
-        self._speaks, self._warned = True, False
+        self._speaks = True
+        self.watches = True
+        """Whether a change of what was exchanged is still to be warned of."""
         self.binding: object = None
         """Another one with every `bind`."""
         self._withheld: tuple[Feedback, dict[str, Tensor]] | None = None
@@ -78,10 +80,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. What is the optimizer's and not a group's it gets from the first one."""
         if self.param_groups:
-            param_group = {
-                **param_group,
-                **{k: self.param_groups[0][k] for k in self.shared if k in self.param_groups[0]},
-            }
+            first = self.param_groups[0]
+            param_group = {**param_group, **{key: first[key] for key in self.shared if key in first}}
         super().add_param_group(param_group)
         self._find_places()
 
@@ -139,9 +139,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
             feedback, before = self._withheld
             ours = {p: name for name, p in self._bound.items()}
             names = {name: ours[p] for name, p in before.items() if p in ours}
-            if feedback.memories and not any(
-                name in feedback.survivors for name in before
-            ):  # a new session has no masks
+            masked = any(name in feedback.survivors for name in before)  # a new session has no masks
+            if feedback.memories and not masked:
                 session.take_over(feedback, names, self._scale)
         self._withheld = session.feedback, dict(self._bound)
 
@@ -164,7 +163,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def frozen_parameters(self) -> list[str] | None:
         """What stands still in this step, if the ranks must compare that in every step: no one else would notice."""
-        return sorted(self._frozen) if self._may_be_unused else None
+        return sorted(self._frozen) if self._may_be_unused and self._may_be_frozen else None
 
     def split(self, segments: Segments) -> list[Segments]:
         """The parts of a bucket that travel in this step, each with a treatment of its own; the same on every rank."""
@@ -245,14 +244,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def _require_untouched(self) -> None:
         """Warn, once, if what was exchanged has been changed since, and is no gradient."""
         written, self._written = self._written, None
-        if written is None or self._warned or self.takes_means:
+        if written is None or not self.watches or self.takes_means:
             return
         for name, (p, _) in self._places.items():
             if p not in written or p.grad is None or name in self._frozen:
                 continue
             gradient, version = written[p]
             if p.grad is not gradient or gradient._version > version:
-                self._warned, kind = True, type(self).__name__
+                self.watches, kind = False, type(self).__name__
                 warn(
                     self._speaks,
                     f"commpress: the grad of {name!r} was changed between backward and {kind}.step(), as "
