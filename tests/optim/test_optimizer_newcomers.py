@@ -170,6 +170,31 @@ def no_longer_exchanged(name: str) -> tuple[list[Tensor], list[Tensor], list[boo
     return expected, found, [*keys, finite(parameters_of(model))]
 
 
+class Late(nn.Module):
+    """A network and a layer beside it that is not used before it is told to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.beside, self.uses = network(), nn.Linear(32, 10), False
+        nn.init.zeros_(self.beside.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y + self.beside(x) if self.uses else y
+
+
+def used_late(name: str) -> tuple[list[Tensor], bool, list[Row]]:
+    """A layer that is first used behind the warm-up: everything at the end, whether it stood before, what was sent."""
+    ddp = wrapped(Late(), unused=True)
+    optimizer, session = attached(name, ddp)
+    start = parameters_of(ddp.module.beside)
+    train(ddp, range(12), optimizer=optimizer)
+    stood = same(start, parameters_of(ddp.module.beside))
+    ddp.module.uses = True
+    train(ddp, range(12, 24), optimizer=optimizer)
+    return common(optimizer, ddp), stood, session.report().rows
+
+
 def left() -> tuple[list[Tensor], list[str]]:
     """A layer that leaves its optimizer for another one: it gets exact means."""
     ddp = wrapped()
@@ -269,6 +294,18 @@ def test_a_layer_that_is_no_longer_exchanged_goes_on_with_its_momentum(name: str
         assert all(rest), rest
         for a, b in zip(expected, found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["OneBitAdamW", "ZeroOneAdamW"])
+def test_a_layer_that_is_used_late_warms_up_when_it_is(name: str) -> None:
+    results = run(2, used_late, name)
+    for parameters, stood, rows in results:
+        assert stood
+        assert same(parameters, results[0][0])
+        assert finite(parameters)
+        assert parameters[-2].abs().min() > 0
+        exact = [row.steps for row in rows if row.reason == "the variance warms up" and row.values in (320, 330)]
+        assert sum(exact) == WARM - 1  # of its first step no rank knew that there would be a gradient
 
 
 def test_a_layer_that_leaves_for_another_optimizer_gets_exact_means() -> None:
