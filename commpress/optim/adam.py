@@ -281,10 +281,10 @@ class FrozenAdamW(CompressedOptimizer):
             state["exp_avg"] *= group["unit"]
             for key in ("idle", "warmed", "variance"):
                 state.pop(key, None)
-            self.frozen_state(p, group)
+            self.frozen_state(name)
 
     @abstractmethod
-    def frozen_state(self, p: Tensor, group: dict[str, Any]) -> None:
+    def frozen_state(self, name: str) -> None:
         """What else is kept of a parameter, now that its variance is frozen."""
 
     def _thawed(self, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:

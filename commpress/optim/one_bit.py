@@ -108,5 +108,5 @@ class OneBitAdamW(FrozenAdamW):
             state, lr = self.state[p], float(group["lr"])
             loops.advance(p, update, state["exp_avg"], 1 - lr * group["weight_decay"], lr / group["unit"])
 
-    def frozen_state(self, p: Tensor, group: dict[str, Any]) -> None:
-        del self.state[p]["exp_avg_sq"]  # has become `inverse`
+    def frozen_state(self, name: str) -> None:
+        del self.state[self._places[name][0]]["exp_avg_sq"]  # has become `inverse`

@@ -100,7 +100,9 @@ class ZeroOneAdamW(FrozenAdamW):
     def _forget(self) -> None:
         super()._forget()
         self._seen = 0  # values in the buckets of this step so far
-        self._unsettled = 0  # backwards to come of which the last has the buckets of all that follow
+        self._starts: dict[str, int] = {}  # how many there were before the bucket of a parameter
+        self._backwards = 0  # since it was attached; DDP lays its buckets out anew before the second
+        self._turns: dict[str, int] = {}  # `_starts` that stand, from when a variance is frozen on
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
         """By how much n is ahead of what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
@@ -113,23 +115,21 @@ class ZeroOneAdamW(FrozenAdamW):
         return super().waits() and not self._refreshes()
 
     def start(self, scale: float) -> bool:
-        self._seen, self._syncing, self._leads = 0, {}, {}
-        self._unsettled = max(0, self._unsettled - 1)
+        self._seen, self._starts, self._syncing, self._leads = 0, {}, {}, {}
+        self._backwards += 1
         return super().start(scale)
 
     def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
         before = set(self._bound.values())
-        # DDP lays its buckets out anew between its first two backwards
-        self._unsettled = 3 if before and before != set(parameters.values()) else 0
+        if before != set(parameters.values()):
+            self._turns = {}
+        self._backwards = 0
         super().bind(parameters, world_size, may_be_unused, **more)
         if before:  # wrapped anew: DDP has given all ranks the values of the first
             self._stand()
 
     def split(self, segments: Segments) -> list[Segments]:
-        for name, _ in segments:
-            state = self.state.get(self._places[name][0], {}) if name in self._places else {}
-            if "inverse" in state and (self._unsettled or "bucket_start" not in state):
-                state["bucket_start"] = self._seen
+        self._starts |= dict.fromkeys((name for name, _ in segments), self._seen)
         self._seen += sum(n for _, n in segments)
         return super().split(segments)
 
@@ -142,13 +142,14 @@ class ZeroOneAdamW(FrozenAdamW):
         state = self.state[self._places[name][0]]
         steps = self._steps_of(state)
         interval = Growing(*self.param_groups[0]["sync_every"]).interval(steps)
-        # where its bucket lies among all says in which of the steps it is its turn; it is saved: a resumed run has others
-        turn = int(state["bucket_start"]) * interval // sum(p.numel() for p in self._bound.values())
+        # where its bucket lies among all says in which of the steps it is its turn; a resumed run begins with other buckets
+        start = self._turns.get(name, self._starts[name])
+        turn = start * interval // sum(p.numel() for p in self._bound.values())
         return (steps + 1 + turn) % interval == 0
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._unsettled = 0
+        self._turns = {}
 
     def _steps_of(self, state: dict[str, Any]) -> int:
         first = self.param_groups[0]
@@ -194,6 +195,8 @@ class ZeroOneAdamW(FrozenAdamW):
         for name, (p, group, update) in updates.items():
             state = self.state[p]
             state["local_steps"] = self._steps_of(state) + 1
+            if self._backwards > 1:
+                self._turns.setdefault(name, self._starts[name])
             if update is None:
                 continue
             if (sync := self._syncing.get(name)) is not None:
@@ -251,7 +254,15 @@ class ZeroOneAdamW(FrozenAdamW):
 
     def own_state(self) -> dict[str, Any]:
         states = {name: self.state.get(p, {}) for name, (p, _) in self._places.items()}
-        return {name: {k: state[k].clone() for k in OWN} for name, state in states.items() if "anchor" in state}
+        return {
+            name: {k: state[k].clone() for k in OWN} | self._turn_of(name)
+            for name, state in states.items()
+            if "anchor" in state
+        }
+
+    def _turn_of(self, name: str) -> dict[str, Tensor]:
+        turn = self._turns.get(name)
+        return {} if turn is None else {"turn": torch.tensor(turn, dtype=torch.float64, device="cpu")}
 
     @torch.no_grad()
     def load_own_state(self, state: dict[str, Any]) -> None:
@@ -261,6 +272,8 @@ class ZeroOneAdamW(FrozenAdamW):
                 raise ValueError("cannot restore: load the optimizer's state before the session's")
             for k in OWN:
                 self.state[p][k].copy_(own[k])
+            if "turn" in own:
+                self._turns[name] = int(own["turn"])
             loops.stand(p, self.state[p]["anchor"], self.state[p]["total"], self.state[p]["decay"])
 
     def _sync(self, name: str) -> Sync:
@@ -270,10 +283,13 @@ class ZeroOneAdamW(FrozenAdamW):
         weight = keep * state["weight"] + lr
         return Sync(keep, weight, lr / weight if weight else 1.0)
 
-    def frozen_state(self, p: Tensor, group: dict[str, Any]) -> None:
+    def frozen_state(self, name: str) -> None:
+        p, group = self._places[name]
         state = self.state[p]
         state |= {"anchor": p.detach().clone(), "total": torch.zeros_like(p), "decay": 1.0, "weight": 0.0}
         state["local_steps"] = 0
+        if self._backwards > 1:
+            self._turns[name] = self._starts[name]
         if not group["refresh_every"]:
             del state["exp_avg_sq"]  # has become `inverse`
 
