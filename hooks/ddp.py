@@ -25,6 +25,7 @@ from commpress.comm.codecs import Codec
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Segments
 from commpress.comm.meter import named
+from commpress.comm.notice import speaks
 from commpress.comm.parameters import bare_name, real_numel, unfit_dtype
 from commpress.comm.session import GradScaler, Session
 from commpress.comm.verify import EVERY
@@ -55,6 +56,8 @@ class CommState:
     ) -> None:
         self.session: Session | None = None
         self._names: dict[Tensor, str] = {}
+        self._optimizer: CompressedOptimizer | None = None
+        self._binding: object = None
         self._arguments = (spec, group, exchange, error_feedback, grad_scaler, verify)
         self._lost: str | None = None
         """What the original of a copy had that cannot be copied, "" if it was nothing; None if this is no copy."""
@@ -67,6 +70,7 @@ class CommState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.session, self._names = None, {}
+        self._optimizer, self._binding = None, None
         self._arguments, self._lost = state["arguments"], state["lost"]
 
     def start(
@@ -79,7 +83,8 @@ class CommState:
                 f"this CommState is a copy, without the {self._lost} of the one it was copied from: make a new "
                 f"CommState({str(spec)!r}, ...), or call commpress.attach"
             )
-        self._names = names
+        self._names, self._optimizer = names, optimizer
+        self._binding = None if optimizer is None else optimizer.binding
         self.session = Session(
             spec,
             group or dist.distributed_c10d._get_default_group(),
@@ -102,6 +107,23 @@ class CommState:
             )
         return self.session
 
+    def follow(self, last: bool) -> None:
+        """For the optimizer: a bucket of its backward is there. Raises RuntimeError if it serves another module by now."""
+        optimizer = self._optimizer
+        if optimizer is None:
+            return
+        if optimizer.binding is not self._binding:
+            raise RuntimeError(
+                f"commpress: this DDP module's {type(optimizer).__name__} was attached to another DDP module since; expected "
+                "that one to be trained, or an optimizer of its own for each"
+            )
+        if last:
+            told = partial(optimizer.gradients_are_there, scaled=self._arguments[4] is not None)
+            # DDP hands the gradients out in a callback that it queues behind this one: ours comes behind that
+            engine = torch.autograd.Variable._execution_engine
+            with contextlib.suppress(RuntimeError):  # a compiled backward has no callbacks
+                engine.queue_callback(lambda: engine.queue_callback(told))
+
     def segments(self, parameters: list[Tensor]) -> Segments:
         """Names and sizes of a bucket's parameters; without a model they are numbered in the order of their first use."""
         for p in parameters:
@@ -116,6 +138,7 @@ def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future
     """The hook: the bucket's mean over the ranks, compressed."""
     gradient = bucket.buffer()
     session = state.session or state.start(gradient.device, {})
+    state.follow(bucket.is_last())
     return session.submit(gradient, state.segments(bucket.parameters()), bucket.index(), bucket.is_last())
 
 
@@ -163,6 +186,8 @@ def attach(
         verify=verify,
     )
     session = state.start(device, names, optimizer)
+    if optimizer is not None:
+        optimizer.hand_over(session)
     session.layouts = {name: (p.shape, p.stride()) for p, name in names.items()}
     # what may fail comes before the hook, which DDP would keep
     broadcasts = None if buffers is None else buffer_broadcasts(model, buffers)
@@ -177,7 +202,7 @@ def attach(
     _watch(model, session)
     _count_delayed(model, session)
     if optimizer is None:
-        advise(session.plan.codec, set(names))
+        advise(session.plan.codec, set(names), speaks(model.process_group))
     return session
 
 
@@ -185,6 +210,11 @@ def _refusal(
     model: DistributedDataParallel, names: dict[Tensor, str], optimizer: CompressedOptimizer | None
 ) -> Exception | None:
     """Why this rank cannot attach, if it cannot."""
+    if getattr(model, "_comm_hooks", None):
+        return RuntimeError(
+            "commpress.attach: this DistributedDataParallel has a communication hook already, which cannot be replaced; "
+            "expected one without: attach once, or wrap the module anew"
+        )
     if not names:
         return ValueError("commpress.attach: DDP ignores or delays all that is trained, and hands nothing to a hook")
     for name, module in model.module.named_modules():
@@ -210,7 +240,13 @@ def _refusal(
     try:
         world_size = dist.get_world_size(model.process_group)
         may_be_unused = model.find_unused_parameters or model.static_graph
-        optimizer.bind({name: p for p, name in names.items()}, world_size, may_be_unused)
+        optimizer.bind(
+            {name: p for p, name in names.items()},
+            world_size,
+            may_be_unused,
+            may_be_frozen=model.find_unused_parameters and not model.static_graph,
+            speaks=speaks(model.process_group),
+        )
     except ValueError as error:
         return error
     return None

@@ -33,6 +33,7 @@ from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.joining import follow_default_timeout
 from commpress.comm.meter import named as dtype_name
+from commpress.comm.notice import speaks
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 from commpress.comm.sharded_session import ShardedSession, agree
@@ -110,7 +111,8 @@ def attach(
         engine.commpress = _shard(engine, stage, plans, names, optimizer, str(settings["parameters"]), verify)
     if optimizer is None:
         stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
-        advise(plans[0].codec, set(stepped or engine.optimizer.fp32_partitioned_groups_flat))
+        stepped = stepped or engine.optimizer.fp32_partitioned_groups_flat
+        advise(plans[0].codec, set(stepped), speaks(group))
     return engine.commpress  # type: ignore[no-any-return]
 
 

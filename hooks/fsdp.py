@@ -108,7 +108,7 @@ def attach(
         values=sum(unit.values for unit in held),
     )
     _watch(model, session)
-    advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()})
+    advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
     return session
 
 

@@ -156,7 +156,7 @@ class OneBitPartitions:
         self._gradients: list[Tensor] = []
         flats = {f"partition of group {i}": flat for i, flat in enumerate(zero.single_partition_of_fp32_groups)}
         optimizer.bind(flats, shards.world_size, may_be_unused=False)
-        optimizer.add_up = self._over_partitions
+        optimizer.add_up, optimizer.ends_at_once = self._over_partitions, True
 
     def treat(self, layout: Layout) -> Treatment:
         """What to do with a bucket in this step."""

@@ -64,6 +64,8 @@ class Compression(TrainerCallback):
             scaler = trainer.accelerator.scaler
             self.session = ddp.attach(model, self._spec, optimizer=compressed, grad_scaler=scaler, **self._settings)
             self._model = model
+        if compressed is not None:
+            compressed.watches = False  # the Trainer learns the norm by clipping at infinity
         folder = get_last_checkpoint(args.output_dir) if self._resumed is True else self._resumed
         if not folder:
             return

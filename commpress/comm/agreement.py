@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -52,3 +53,13 @@ def require_equal(everyone: Sequence[Settings]) -> None:
                     f"rank {rank} has {key} {other.get(key)!r}, rank 0 has {everyone[0][key]!r}: "
                     f"all ranks must use the same {key}"
                 )
+
+
+def require_same_names(what: str, names: list[str], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Raise ValueError on every rank if the ranks' lists of names differ; takes one all-reduce of two numbers if not."""
+    own = zlib.crc32("\n".join(names).encode())
+    ends = torch.tensor([own, -own], dtype=torch.int64, device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MAX, group)
+    most, least = ends.tolist()
+    if most != -least:
+        require_agreement({what: names}, group, device)

@@ -9,7 +9,7 @@ Memories belong to parameters, not to buckets: when the buckets are laid out ane
 the owner changes, it goes into the old owner's first memory, times W since a mean divides it by W: nothing is lost.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +128,11 @@ class Feedback:
             found.momentum = torch.zeros(n, dtype=torch.float32, device=device)
         return found
 
+    def register(self, segments: Segments) -> None:
+        """Have a memory for each of these parameters, if an empty one, as a saved state is of all of them."""
+        if new := tuple((name, n) for name, n in segments if name not in self.homes):
+            self._take_over(new, torch.device("cpu"))
+
     def _take_over(self, segments: Segments, device: torch.device) -> Memory:
         """A new memory that holds what other layouts keep for these parameters; layouts that hold no more are dropped."""
         created, places, at = Memory(), {}, 0
@@ -140,6 +145,7 @@ class Feedback:
             memory, start = self.memories[old], 0
             memory.whole = False
             memory.fold(self.world_size)
+            memory.buffers.clear()  # `undo` must not bring back what moves on
             for name, whole in old:
                 n = self.survivors.count(name, whole)
                 if homes.get(name) == old:
@@ -183,15 +189,52 @@ class Feedback:
                     kept.mul_(factor)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Layout and memories, a dict a bucket."""
+        """Layout and memories, a dict a bucket, each parameter in one of them."""
         return [
             {
                 "segments": [[name, n] for name, n in segments],
                 "start": memory.start,
                 **{k: None if (values := getattr(memory, k)) is None else values.clone() for k in KEPT},
             }
-            for segments, memory in self.memories.items()
+            for segments, memory in map(self._own_part, self.memories)
         ]
+
+    def renamed(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
+        """As `state_dict`, of these parameters alone and by the names that they are mapped to; without masks."""
+        buckets = []
+        for bucket in self.state_dict():
+            known = [(names.get(name, ""), n) for name, n in bucket["segments"]]
+            if all(name for name, _ in known):
+                buckets.append({**bucket, "segments": known})
+                continue
+            if (residual := bucket["residual"]) is not None and (second := bucket["second"]) is not None:
+                residual[bucket["start"] : bucket["start"] + second.numel()].add_(second, alpha=self.world_size)
+            kept = {}
+            for kind in ("residual", "momentum"):
+                values = None if bucket[kind] is None else bucket[kind].split([n for _, n in known])
+                parts = [] if values is None else [v for v, (name, _) in zip(values, known, strict=True) if name]
+                kept[kind] = torch.cat(parts) if parts else None
+            if segments := [segment for segment in known if segment[0]]:
+                buckets.append({"segments": segments, "start": 0, "second": None, **kept})
+        return buckets
+
+    def _own_part(self, segments: Segments) -> tuple[Segments, Memory]:
+        """A memory, without the parameters that another layout took over."""
+        memory = self.memories[segments]
+        if memory.whole:
+            return segments, memory
+        kept: dict[str, list[Tensor]] = {"residual": [], "momentum": []}
+        at = 0
+        for name, whole in segments:
+            n = self.survivors.count(name, whole)
+            if self.homes.get(name) == segments:
+                for kind, parts in kept.items():
+                    if (values := getattr(memory, kind)) is not None:
+                        parts.append(values[at : at + n])
+            at += n
+        own = tuple((name, n) for name, n in segments if self.homes.get(name) == segments)
+        residual, momentum = (torch.cat(kept[kind]) if kept[kind] else None for kind in ("residual", "momentum"))
+        return own, Memory(residual=residual, momentum=momentum)
 
     def require_fit(self, state: Sequence[dict[str, Any]]) -> None:
         """Raise ValueError if what was saved is not of the values that the masks of now let travel."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import Settings, require_agreement, require_equal
+from commpress.comm.agreement import Settings, require_agreement, require_equal, require_same_names
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.base import warm_up
 from commpress.comm.exchange import EXCHANGES, Labels, Transfer, Wire, alone, skip_together, stay
@@ -26,6 +26,7 @@ from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Memory, Segments
 from commpress.comm.meter import Meter, Report, named
 from commpress.comm.parameters import bare_name, real_view
+from commpress.comm.parts import taken_apart
 from commpress.comm.plan import DENSE, Choice, Plan, Treatment
 from commpress.comm.rank_state import RankState
 from commpress.comm.resize import merged, require_one_run, require_same_values, share, summary
@@ -79,8 +80,14 @@ class Behind(Protocol):
     def measure(self, gradients: list[Tensor]) -> None:
         """All buckets of this step."""
 
+    def frozen_parameters(self) -> list[str] | None:
+        """What does not require a gradient in this step, if the ranks must compare that in every step."""
+
+    def split(self, segments: Segments) -> list[Segments]:
+        """The parts of a bucket that travel in this step, each with a treatment of its own; the same on every rank."""
+
     def treat(self, segments: Segments, codec: Codec) -> Treatment:
-        """What to do with a bucket of these parameters in this step; the same on every rank."""
+        """What to do with a part of a bucket in this step; the same on every rank."""
 
     def receive(self, bucket: Tensor, segments: Segments) -> None:
         """This bucket will hold what was exchanged when backward is over."""
@@ -355,6 +362,21 @@ class Session:
         for other, saved_beside in zip(self.beside, state.get("beside", ()), strict=False):
             other.load_state_dict(saved_beside)
 
+    @property
+    def feedback(self) -> Feedback:
+        """What this rank has withheld, by parameter."""
+        return self._feedback
+
+    def take_over(self, feedback: Feedback, names: Mapping[str, str], scale: float) -> None:
+        """Go on with what another session withheld, of parameters that both exchange. Call it before the first step.
+
+        `names` has its names for them, and ours. `scale` is the loss scale of what it withheld.
+        """
+        self._scale = scale
+        self._feedback.load_state_dict(feedback.renamed(names), self.device)
+        self._feedback.register(tuple(self._parameters.items()))
+        self._restored = list(self._feedback.memories)
+
     def require_own(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state belongs to another version, plan, rank, number of ranks or model."""
         require_same_values({"rank": self.rank, "world_size": self.world_size}, state)
@@ -405,6 +427,8 @@ class Session:
         self._follow_scale()
         if self._optimizer.unproven():
             require_equal(self._ask(self._optimizer.standing(), "an optimizer to compare"))
+        elif (frozen := self._optimizer.frozen_parameters()) is not None and self.world_size > 1:
+            require_same_names("frozen parameters", frozen, self.group, self.device)
 
     def _start(
         self,
@@ -417,9 +441,12 @@ class Session:
         dense_bytes: int | None = None,
     ) -> None:
         W = self.world_size
-        treatment = treatment or Treatment(self.plan.codec)
-        if self._optimizer is not None:
+        if self._optimizer is not None and treatment is None:
+            if (parts := self._optimizer.split(segments)) != [segments]:
+                self._start_parts(bucket, segments, parts, index, last, finished)
+                return
             treatment = self._optimizer.treat(segments, self.plan.codec)
+        treatment = treatment or Treatment(self.plan.codec)
         if self._looks:
             treatment = Treatment(DENSE, "all values are looked at")
         n = bucket.numel() if self._looks else self._feedback.survivors.total(segments)
@@ -449,6 +476,24 @@ class Session:
                 exchange = comparison.finish(exchange, self._wire, self._labels.next("hashes of this step"))
         dense = ring_bytes(bucket.nbytes, W) if dense_bytes is None else dense_bytes
         self._sequencer.submit(Job(bucket, exchange, row, self._step, dense, last, finished))
+
+    def _start_parts(
+        self,
+        bucket: Tensor,
+        segments: Segments,
+        parts: list[Segments],
+        index: int,
+        last: bool,
+        finished: Callable[[BaseException | None], None],
+    ) -> None:
+        """Exchange parts of a bucket one by one; what is in none of them stays as it is, and so does what is kept of it."""
+        self._feedback.register(segments)
+        if not parts:
+            self._start(bucket, segments, index, last, finished, Treatment(None, "nothing in it is trained"))
+        for flat, part, done in taken_apart(bucket, segments, parts, finished):
+            optimizer = self._optimizer
+            assert optimizer is not None
+            self._start(flat, part, index, last and part is parts[-1], done, optimizer.treat(part, self.plan.codec))
 
     def _exchange(
         self, bucket: Tensor, segments: Segments, choice: Choice, treatment: Treatment, memory: Memory

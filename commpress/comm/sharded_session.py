@@ -179,8 +179,8 @@ class ShardedSession:
             found = [dict(state)]
         else:
             raise TypeError(
-                f"expected the dict that this rank saved, got a {type(state).__name__}: a sharded state fits no other rank, and "
-                "session.state_dict() is to be saved on every rank"
+                f"expected the dict that this rank saved, got a {type(state).__name__}: a sharded state fits no other rank; "
+                "save session.state_dict() on every rank"
             )
         expected = self._identity()
         for one in found:

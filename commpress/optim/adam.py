@@ -11,6 +11,9 @@ No gradient g / d counts for more than 2 sqrt(W): Adam's own variance holds the 
 does not; the gradient of one of W ranks is up to sqrt(W) times as noisy as their mean. (A GPT of 0.9 M parameters, two ranks,
 `sign`, 500 steps of which 75 warm up; held-out loss of dense AdamW 2.052, with bounds of 1.0 to 1000 times the root:
 1.0 2.127, 1.4 2.089, 2.0 2.079, 3.0 2.077, 6.3 2.096, 1000 2.122; between seeds about 0.02.)
+
+A parameter that joins later, or had few gradients until then, has a warm-up of its own: exact means of its gradients and AdamW,
+for as many steps in which it has one. So a layer that is unfrozen in the middle of a training learns its variance first.
 """
 
 import math
@@ -20,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.base import warm_up
@@ -28,6 +30,7 @@ from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Treatment
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters, within
+from commpress.optim.uncompressed import step_adamw
 
 SETTLED = 0.96
 """The variance has settled when its sum changes by less than this ratio in 1 / (1 - beta2) steps (1-bit Adam, section 7.1)."""
@@ -37,8 +40,11 @@ class FrozenAdamW(CompressedOptimizer):
     """`warmup_steps` of AdamW, or as many as it takes until the variance has settled (None).
 
     State of a parameter: as AdamW's `step`, `exp_avg`, `exp_avg_sq` in the warm-up; then `exp_avg` is n in units of `unit`, a
-    power of two that gives it about the size of the momentum, and `inverse` is unit / d.
+    power of two that gives it about the size of the momentum, and `inverse` is unit / d. `warmed` counts the steps of a warm-up
+    of its own, `variance` is what its sum was when it was last looked at; `idle` says that no rank had a gradient of it.
     """
+
+    shared: tuple[str, ...] = ("max_norm", "warmup_spec", "steps", "frozen_at", "unit", "variance")
 
     def __init__(
         self,
@@ -60,15 +66,18 @@ class FrozenAdamW(CompressedOptimizer):
             within("warmup_steps", warmup_steps, 1)
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"warmup_steps": warmup_steps, "warmup_spec": str(parse(warmup_spec))}
-        # these four are the optimizer's, not a group's; here they are saved with the groups
         super().__init__(params, {**defaults, "steps": 0, "frozen_at": 0, "unit": 1.0, "variance": 0.0}, max_norm)
 
+    def _forget(self) -> None:
+        super()._forget()
         self._settling: list[dict[str, Any]] = []
         self.add_up: Callable[[Tensor], None] = lambda total: None
         """Makes the sum over this rank's state that over all, in place, where the ranks hold partitions of it."""
+        self.ends_at_once = False
+        """Whether the warm-up ends for all parameters at once, however few gradients they had."""
 
-    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool) -> None:
-        super().bind(parameters, world_size, may_be_unused)
+    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
+        super().bind(parameters, world_size, may_be_unused, **more)
         warm_up(parse(self.param_groups[0]["warmup_spec"]), next(iter(parameters.values())).device)
 
     def start(self, scale: float) -> bool:
@@ -88,36 +97,59 @@ class FrozenAdamW(CompressedOptimizer):
         return self.frozen and self.param_groups[0]["max_norm"] is not None
 
     def phase(self) -> object:
-        return self.param_groups[0]["frozen_at"]
+        return self.param_groups[0]["frozen_at"], self._warming()
 
     def standing(self) -> dict[str, object]:
         total = 0
         for p, _ in self._places.values():
             if (kept := self.state.get(p, {}).get("inverse")) is not None:
                 total += int(loops.flat(kept)[0].view(torch.uint8).sum(dtype=torch.int64))
-        return {**super().standing(), "frozen variance (sum of its bytes)": total}
+        warming = {"parameters that warm up": sorted(self._warming())} if self.frozen else {}
+        return {**super().standing(), **warming, "frozen variance (sum of its bytes)": total}
 
-    def treat(self, segments: Segments, codec: Codec) -> Treatment:
-        if not self.frozen:
-            codec = parse(self.param_groups[0]["warmup_spec"])
-            return Treatment(codec, "" if codec.lossy else "the variance warms up")
-        return self.treat_frozen(segments, codec)
+    def kind(self, name: str) -> object:
+        state = self.state.get(self._places[name][0], {})
+        if "inverse" in state:
+            return "frozen"
+        return "idle" if state.get("idle") else "warms up"
+
+    def treat_held(self, segments: Segments, codec: Codec) -> Treatment:
+        kind = FrozenAdamW.kind(self, segments[0][0])
+        if kind == "frozen":
+            return self.treat_frozen(segments, codec)
+        if kind == "idle":  # its first gradients are coarse, and what they lack is kept for later
+            return Treatment(codec)
+        codec = parse(self.param_groups[0]["warmup_spec"])
+        return Treatment(codec, "" if codec.lossy else "the variance warms up")
 
     @abstractmethod
     def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
-        """What to do with a bucket after the warm-up."""
+        """What to do with parameters whose warm-up is over."""
 
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        if self.frozen:
-            self.apply_frozen(updates)
+        frozen = {name: update for name, update in updates.items() if "inverse" in self.state.get(update[0], {})}
+        warming = {name: update for name, update in updates.items() if name not in frozen}
+        if frozen:
+            self.apply_frozen(frozen)
             for state in self._settling:
                 state["settled"] = True
-        else:
-            self._apply_warm_up(updates)
+        self._apply_warm_up(warming)
         for group in self.param_groups:
             group["steps"] += 1
-        if not self.frozen and self._is_settled():
-            self._freeze()
+        if self.frozen:
+            self._freeze(self._are_ready(warming))
+        elif self._is_settled():
+            self._end_warm_up()
+
+    def step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if "inverse" in self.state[p]:  # was exchanged before
+                self.state[p] = self._thawed(self.state[p], group)
+            if p.grad is not None and p.grad.is_sparse:
+                raise TypeError(
+                    f"{type(self).__name__}: a gradient of shape {tuple(p.shape)} is sparse, expected a dense one"
+                )
+        step_adamw(parameters, group, self.state)
 
     @abstractmethod
     def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
@@ -128,76 +160,138 @@ class FrozenAdamW(CompressedOptimizer):
         unit: float = group["unit"]
         return 2 * unit * math.sqrt(self._world_size)
 
+    def _warming(self) -> frozenset[str]:
+        """What is exchanged and has no frozen variance yet."""
+        return frozenset(name for name, (p, _) in self._places.items() if "inverse" not in self.state.get(p, {}))
+
     def _apply_warm_up(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        if (most := self.param_groups[0]["max_norm"]) is not None:
-            torch.nn.utils.clip_grad_norm_([p for p, _, _ in updates.values()], most)
+        used = {name: (p, group) for name, (p, group, _) in updates.items() if p.grad is not None}
+        if (most := self.param_groups[0]["max_norm"]) is not None and used:
+            torch.nn.utils.clip_grad_norm_([p for p, _ in used.values()], most)
         for group in self.param_groups:
-            mine = [(p, p.grad) for p, of, _ in updates.values() if of is group and p.grad is not None]
-            if not mine:
-                continue
-            parameters, gradients = [p for p, _ in mine], [g for _, g in mine]
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
-            kept = [[self.state[p][k] for p in parameters] for k in ("exp_avg", "exp_avg_sq", "step")]
-            beta1, beta2 = group["betas"]
-            settings = {k: group[k] for k in ("lr", "weight_decay", "eps")}
-            adamw(
-                parameters,
-                gradients,
-                kept[0],
-                kept[1],
-                [],
-                kept[2],
-                fused=parameters[0].device.type in ("cpu", "cuda"),
-                amsgrad=False,
-                maximize=False,
-                beta1=beta1,
-                beta2=beta2,
-                **settings,
-            )
+            if mine := [p for p, of in used.values() if of is group]:
+                step_adamw(mine, group, self.state, fused=True)
+        if self.frozen and updates:
+            silent = self._without_gradient([p for p, _, _ in updates.values()])
+            for (p, _, _), idle in zip(updates.values(), silent, strict=True):
+                self.state[p]["idle"] = idle
+                self.state[p]["warmed"] = self.state[p].get("warmed", 0) + (not idle)
+
+    @staticmethod
+    def _without_gradient(parameters: list[Tensor]) -> list[bool]:
+        """Of which no rank had a gradient in this step: `grad` is None or 0."""
+        found = [
+            torch.zeros((), dtype=torch.bool, device=p.device) if p.grad is None else p.grad.any() for p in parameters
+        ]
+        silent: list[bool] = torch.stack(found).logical_not().tolist()
+        return silent
 
     def _is_settled(self) -> bool:
         first = self.param_groups[0]
         if first["warmup_steps"] is not None:
             return bool(first["steps"] >= first["warmup_steps"])
-        if first["steps"] % max(1, round(1 / (1 - first["betas"][1]))):
+        if first["steps"] % self._period(first):
             return False
-        sums = [loops.total(s["exp_avg_sq"]) for s in self.state.values() if s]
-        total = torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
+        total = self._sum_of_variances([p for p, _ in self._places.values()])
         self.add_up(total)
         now = float(total)
-        least, most = sorted((float(first["variance"]), now))
+        before = float(first["variance"])
         for group in self.param_groups:
             group["variance"] = now
-        return least > 0 and least >= SETTLED * most
+        return settled(before, now)
 
-    def _freeze(self) -> None:
-        """d from now on, n from the momentum so far, both without Adam's bias."""
-        squares = [0.0, 0.0]
-        for p, group in self._places.values():
+    def _are_ready(self, warming: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> list[str]:
+        """Which of these have come to the end of a warm-up of their own. Those that began it together end it together."""
+        ready: list[str] = []
+        cohorts: dict[int, list[str]] = {}
+        for name, (p, group, _) in warming.items():
             state = self.state[p]
-            if not state:  # had no gradient yet
+            if state["idle"]:
+                continue
+            if group["warmup_steps"] is None:
+                if state["warmed"] % self._period(group) == 0:
+                    cohorts.setdefault(state["warmed"], []).append(name)
+            elif state["warmed"] >= group["warmup_steps"]:
+                ready.append(name)
+        for names in cohorts.values():
+            states = [self.state[self._places[name][0]] for name in names]
+            before = sum(state.get("variance", 0.0) for state in states)
+            now = [float(loops.total(state["exp_avg_sq"])) for state in states]
+            if settled(before, sum(now)):
+                ready += names
+            for state, value in zip(states, now, strict=True):
+                state["variance"] = value
+        return ready
+
+    @staticmethod
+    def _period(group: dict[str, Any]) -> int:
+        """Steps between two looks at the variance."""
+        return max(1, round(1 / (1 - float(group["betas"][1]))))
+
+    def _sum_of_variances(self, parameters: list[Tensor]) -> Tensor:
+        sums = [loops.total(self.state[p]["exp_avg_sq"]) for p in parameters if "exp_avg_sq" in self.state.get(p, {})]
+        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
+
+    def _end_warm_up(self) -> None:
+        """The variance stands from now on, of all parameters that had a gradient in half of the steps; others go on by
+        themselves."""
+        steps = self.param_groups[0]["steps"]
+        for group in self.param_groups:
+            group["frozen_at"] = steps
+        ready = []
+        for name, (p, _) in self._places.items():
+            state = self.state[p]
+            if "step" not in state and self.ends_at_once:
                 state |= {"step": torch.zeros((), dtype=torch.float32, device=p.device), "exp_avg": torch.zeros_like(p)}
                 state["exp_avg_sq"] = torch.zeros_like(p)
-            beta1, beta2 = group["betas"]
+            count = int(state["step"]) if "step" in state else 0
+            learnt = p.requires_grad and 2 * count >= steps and bool(state["exp_avg_sq"].any())
+            if self.ends_at_once or learnt:
+                ready.append(name)
+            else:
+                state["warmed"], state["idle"] = count, p.requires_grad and self._without_gradient([p])[0]
+        self._freeze(ready, first=True)
+
+    def _freeze(self, names: list[str], first: bool = False) -> None:
+        """d from now on, n from the momentum so far, both without Adam's bias. The first to be frozen settle the unit."""
+        squares = [0.0, 0.0]
+        for name in names:
+            p, group = self._places[name]
+            state, (beta1, beta2) = self.state[p], group["betas"]
             steps = max(1.0, float(state["step"]))
             mean = state["exp_avg"] / (1 - beta1**steps)
             state["inverse"] = self.inverse(state["exp_avg_sq"] / (1 - beta2**steps), group)
             state["exp_avg"] = mean * state["inverse"]
             state["settled"] = False
-            squares[0] += float(loops.total(mean.square()))
-            squares[1] += float(loops.total(state["exp_avg"].square()))
-        unit = 2.0 ** round(0.5 * math.log2(squares[0] / squares[1])) if min(squares) > 0 else 1.0
-        for p, _ in self._places.values():
-            self.state[p]["inverse"] *= unit
-            self.state[p]["exp_avg"] *= unit
-        for group in self.param_groups:
-            group["unit"], group["frozen_at"] = unit, group["steps"]
+            if first:
+                squares[0] += float(loops.total(mean.square()))
+                squares[1] += float(loops.total(state["exp_avg"].square()))
+        if first:
+            unit = 2.0 ** round(0.5 * math.log2(squares[0] / squares[1])) if min(squares) > 0 else 1.0
+            for group in self.param_groups:
+                group["unit"] = unit
+        for name in names:
+            p, group = self._places[name]
+            state = self.state[p]
+            state["inverse"] *= group["unit"]
+            state["exp_avg"] *= group["unit"]
+            for key in ("idle", "warmed", "variance"):
+                state.pop(key, None)
+            self.frozen_state(name)
+
+    @abstractmethod
+    def frozen_state(self, name: str) -> None:
+        """What else is kept of a parameter, now that its variance is frozen."""
+
+    def _thawed(self, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+        """AdamW's state out of one with a frozen variance."""
+        steps, (beta1, beta2) = max(1.0, float(state["step"])), group["betas"]
+        root = (group["unit"] / state["inverse"] - group["eps"]).clamp_(min=0)
+        return {
+            "step": state["step"].cpu(),
+            "exp_avg": state["exp_avg"] / state["inverse"] * (1 - beta1**steps),
+            "exp_avg_sq": root.square() * (1 - beta2**steps),
+        }
 
     def inverse(self, variance: Tensor, group: dict[str, Any]) -> Tensor:
         """1 / d of a variance without bias. Where there has been no gradient, d is the tensor's own mean size."""
@@ -207,7 +301,7 @@ class FrozenAdamW(CompressedOptimizer):
         return scaled
 
     def settle(self, memory: Memory, segments: Segments) -> None:
-        """At its first exchange after the warm-up: what feedback kept of a parameter's gradients becomes what it keeps of n."""
+        """At its first exchange after its warm-up: what feedback kept of a parameter's gradients becomes what it keeps of n."""
         states = [self.state[self._places[name][0]] for name, _ in segments]
         if all(state["settled"] for state in states):
             return
@@ -227,3 +321,9 @@ class FrozenAdamW(CompressedOptimizer):
     def settles(self, states: list[dict[str, Any]]) -> None:
         """Feedback of these parameters is of n from now on, once the step is applied; one that is skipped changes nothing."""
         self._settling += states
+
+
+def settled(before: float, now: float) -> bool:
+    """Whether the sum of a variance has changed little from one look to the next."""
+    least, most = sorted((before, now))
+    return least > 0 and least >= SETTLED * most

@@ -23,10 +23,13 @@ ADAPTIVE = ("adam", "rmsprop", "adagrad", "adadelta", "adafactor", "lamb")
 """Names of optimizers that divide by a variance of what arrives contain one of these."""
 
 
-def advise(codec: Codec, parameters: set[Tensor]) -> None:
-    """Warn once, at the first step of an optimizer of these parameters, if it is adaptive and the codec is coarse."""
+def advise(codec: Codec, parameters: set[Tensor], leads: bool) -> None:
+    """Warn once, at the first step of an optimizer of these parameters, if it is adaptive and the codec is coarse.
+
+    `leads`: this rank is the one that warns.
+    """
     bits = 8 * codec.nbytes(MANY) / MANY
-    if bits >= FEW_BITS:
+    if bits >= FEW_BITS or not leads:
         return
     waiting = {
         id(p): weakref.ref(p) for p in parameters

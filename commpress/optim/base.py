@@ -1,5 +1,10 @@
-"""What all compressed optimizers have in common: they are told of every bucket, and step on what was exchanged."""
+"""What all compressed optimizers have in common: they are told of every bucket, and step on what was exchanged.
 
+Parameters that no session exchanges, as those that DDP ignores, step as under torch's optimizer. None moves that does not
+require a gradient, and what is kept of it stays as it is until it does again.
+"""
+
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,8 +13,10 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.feedback import Segments
-from commpress.comm.plan import Treatment
+from commpress.comm.feedback import Feedback, Segments
+from commpress.comm.notice import warn
+from commpress.comm.plan import DENSE, Treatment
+from commpress.comm.session import Session
 from commpress.optim import loops
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -18,52 +25,128 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 class CompressedOptimizer(torch.optim.Optimizer):
     """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes. It does not step before it is attached.
 
-    Between backward and `step`, a parameter's `grad` holds what `step` will apply: the mean of what the ranks sent (while
-    `takes_means`, of their gradients), or, in a local step, this rank's own gradient.
+    Between backward and `step`, the `grad` of a parameter that is exchanged holds what `step` will apply: the mean of what
+    the ranks sent (while `takes_means`, of their gradients), or, in a local step, this rank's own gradient.
     """
 
     may_be_masked = True
     """Whether a part of a parameter may be left out of the exchange."""
+    shared: tuple[str, ...] = ("max_norm",)
+    """Settings that are the optimizer's, not a group's; they are saved with the groups."""
 
     def __init__(self, params: Parameters, defaults: dict[str, Any], max_norm: float | None) -> None:
         if max_norm is not None:
             within("max_norm", max_norm, 0)
+        self._forget()
         super().__init__(params, {**defaults, "max_norm": max_norm})
-        self._places: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by name: a parameter and its group
+        self._watch()
+
+    def _forget(self) -> None:
+        """Be attached to nothing."""
+        self._bound: dict[str, Tensor] = {}  # by name: what is exchanged
+        self._places: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # of these: what the groups hold, with its group
         self._received: list[tuple[Tensor, Segments]] = []
+        self._frozen: frozenset[str] = frozenset()  # of `_places`: what stands still in this step
         self._awaits_step = False
-        self._world_size, self._may_be_unused = 1, False
+        self._world_size, self._may_be_unused, self._may_be_frozen = 1, False, True
         self._scale = 1.0
         self._clip = 1.0
         self._proven: object = None
+        self._written: dict[Tensor, tuple[Tensor, int]] | None = None
+        self._speaks = True
+        self.watches = True
+        """Whether a change of what was exchanged is still to be warned of."""
+        self.binding: object = None
+        """Another one with every `bind`."""
+        self._withheld: tuple[Feedback, dict[str, Tensor]] | None = None
+
+    def _watch(self) -> None:
+        # the first of these hooks: others may change gradients with reason
+        self.register_step_pre_hook(lambda optimizer, *_: optimizer._require_untouched())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is attached to nothing, as `step` says."""
+        if not hasattr(self, "_bound"):  # else it is a state that is loaded
+            self._forget()
+        super().__setstate__(state)
+        if not self._optimizer_step_pre_hooks:
+            self._watch()
 
     @property
     def takes_means(self) -> bool:
         """Whether `grad` holds the ranks' mean gradient now, as in a warm-up; what may be clipped as under any optimizer."""
         return False
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group. What is the optimizer's and not a group's it gets from the first one."""
+        if self.param_groups:
+            first = self.param_groups[0]
+            param_group = {**param_group, **{key: first[key] for key in self.shared if key in first}}
+        super().add_param_group(param_group)
+        self._find_places()
+
     # what a session asks of it
 
-    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool) -> None:
+    def bind(
+        self,
+        parameters: dict[str, Tensor],
+        world_size: int,
+        may_be_unused: bool,
+        *,
+        may_be_frozen: bool = True,
+        speaks: bool = True,
+    ) -> None:
         """The parameters that are exchanged, by name, and whether a backward may leave some out.
 
-        Raises ValueError if they are not those that this optimizer holds.
+        `may_be_frozen`: it ends as well where one has ceased to require a gradient. `speaks`: this rank may warn.
+
+        Those that this optimizer holds besides step as torch's do. One that was bound before goes on with its state; what is
+        exchanged now takes the place of what was. Raises ValueError if it does not hold one that is trained, and for
+        parameters that it cannot exchange.
         """
-        groups = {p: group for group in self.param_groups for p in group["params"] if p.requires_grad}
-        for name, p in parameters.items():
-            if p not in groups:
-                raise ValueError(f"parameter {name!r} is trained, but the optimizer does not hold it")
-        if strangers := groups.keys() - set(parameters.values()):
-            shapes = ", ".join(str(tuple(p.shape)) for p in strangers)
-            raise ValueError(f"the optimizer holds {len(strangers)} parameters that the model does not train: {shapes}")
-        for name, p in parameters.items():
+        held = {p for group in self.param_groups for p in group["params"]}
+        name = type(self).__name__
+        for key, p in parameters.items():
+            if p not in held and p.requires_grad:
+                raise ValueError(
+                    f"parameter {key!r} is trained, but the optimizer does not hold it: expected all of the "
+                    f"model's that require a gradient in one {name} (in groups, if settings differ)"
+                )
+            if p.is_complex():
+                raise ValueError(
+                    f"parameter {key!r} is {p.dtype}: {name} exchanges real ones, expected another optimizer"
+                )
             if not dense(p):
                 raise ValueError(
-                    f"parameter {name!r} has strides {p.stride()}, expected memory without gaps or overlaps"
+                    f"parameter {key!r} has strides {p.stride()}, expected memory without gaps or overlaps"
                 )
-        self._places = {name: (p, groups[p]) for name, p in parameters.items()}
+        others = [key for key, p in self._bound.items() if p.requires_grad and p in held]
+        if others and not set(parameters.values()) & set(self._bound.values()):
+            raise ValueError(
+                f"this {name} is attached to another model, whose {others[0]!r} it steps: expected an optimizer of its own for "
+                "each model, or the same parameters wrapped anew"
+            )
+        self._bound, self._awaits_step, self._received, self._written = dict(parameters), False, [], None
         self._world_size, self._may_be_unused = world_size, may_be_unused
+        self._may_be_frozen, self._speaks = may_be_frozen, speaks
+        self._proven, self.binding = None, object()
+        self._find_places()
         loops.warm_up()
+
+    def hand_over(self, session: Session) -> None:
+        """For hooks: `session` exchanges what was bound. What the one before it had withheld is not lost."""
+        if self._withheld is not None:
+            feedback, before = self._withheld
+            ours = {p: name for name, p in self._bound.items()}
+            names = {name: ours[p] for name, p in before.items() if p in ours}
+            masked = any(name in feedback.survivors for name in before)  # a new session has no masks
+            if feedback.memories and not masked:
+                session.take_over(feedback, names, self._scale)
+        self._withheld = session.feedback, dict(self._bound)
+
+    def _find_places(self) -> None:
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        self._places = {name: (p, groups[p]) for name, p in self._bound.items() if p in groups}
 
     @property
     def awaits_step(self) -> bool:
@@ -73,8 +156,33 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def start(self, scale: float) -> bool:
         """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
         used, self._awaits_step = not self._awaits_step, True
-        self._received, self._scale, self._clip = [], scale, 1.0
+        self._received, self._scale, self._clip, self._written = [], scale, 1.0, None
+        self._find_places()
+        self._frozen = frozenset(name for name, (p, _) in self._places.items() if not p.requires_grad)
         return used
+
+    def frozen_parameters(self) -> list[str] | None:
+        """What stands still in this step, if the ranks must compare that in every step: no one else would notice."""
+        return sorted(self._frozen) if self._may_be_unused and self._may_be_frozen else None
+
+    def split(self, segments: Segments) -> list[Segments]:
+        """The parts of a bucket that travel in this step, each with a treatment of its own; the same on every rank."""
+        parts: dict[object, list[tuple[str, int]]] = {}
+        for name, n in segments:
+            if name not in self._frozen:
+                kind = self.kind(name) if name in self._places else None
+                parts.setdefault(kind, []).append((name, n))
+        return [tuple(part) for part in parts.values()]
+
+    def kind(self, name: str) -> object:
+        """What parameters have in common that may travel together; None is for those that this optimizer does not hold."""
+        return "exchanged"
+
+    def treat(self, segments: Segments, codec: Codec) -> Treatment:
+        """What to do with a part of a bucket in this step; the same on every rank."""
+        if segments[0][0] not in self._places:
+            return Treatment(DENSE, "the optimizer does not hold it")
+        return self.treat_held(segments, codec)
 
     def waits(self) -> bool:
         """Whether no bucket of this step may be treated before `measure` has seen them all."""
@@ -99,8 +207,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
             bucket.mul_(self._clip)
 
     @abstractmethod
-    def treat(self, segments: Segments, codec: Codec) -> Treatment:
-        """What to do with a bucket of these parameters in this step; the same on every rank."""
+    def treat_held(self, segments: Segments, codec: Codec) -> Treatment:
+        """What to do with parameters of one kind that this optimizer steps."""
 
     def receive(self, bucket: Tensor, segments: Segments) -> None:
         """This bucket will hold what was exchanged when backward is over."""
@@ -109,7 +217,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def standing(self) -> dict[str, object]:
         """What all ranks must agree on now, as JSON values."""
         groups = [{k: plain(v) for k, v in group.items() if k != "params"} for group in self.param_groups]
-        return {"optimizer": type(self).__name__, "optimizer's groups": groups}
+        frozen = sorted(name for name, (p, _) in self._places.items() if not p.requires_grad)
+        return {"optimizer": type(self).__name__, "optimizer's groups": groups, "frozen parameters": frozen}
 
     def unproven(self) -> bool:
         """Whether a phase begins, or a state was loaded, since the ranks compared their standing."""
@@ -131,47 +240,103 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore what `own_state` returned."""
 
+    def gradients_are_there(self, scaled: bool) -> None:
+        """For hooks: backward is over, and `grad` holds what was exchanged. `scaled`: a GradScaler will divide it in place."""
+        if not scaled or not unscaling_counts():
+            self._written = {p: (p.grad, p.grad._version) for p, _ in self._places.values() if p.grad is not None}
+
+    def _require_untouched(self) -> None:
+        """Warn, once, if what was exchanged has been changed since, and is no gradient."""
+        written, self._written = self._written, None
+        if written is None or not self.watches or self.takes_means:
+            return
+        for name, (p, _) in self._places.items():
+            if p not in written or p.grad is None or name in self._frozen:
+                continue
+            gradient, version = written[p]
+            if p.grad is not gradient or gradient._version > version:
+                self.watches, kind = False, type(self).__name__
+                warn(
+                    self._speaks,
+                    f"commpress: the grad of {name!r} was changed between backward and {kind}.step(), as "
+                    f"torch.nn.utils.clip_grad_norm_ does. It holds what {kind} is about to apply, which is no gradient: "
+                    f"leave clipping out and set {kind}(..., max_norm=...), scale by lr, and give a GradScaler to "
+                    "attach(grad_scaler=)",
+                )
+                return
+
     # what a training script asks of it
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Apply what the last backward exchanged.
+        """Apply what the last backward exchanged, and the gradients of parameters that are not exchanged.
 
-        Raises RuntimeError if it is not attached, or if no backward has exchanged anything since the last step.
+        Raises RuntimeError if it is not attached, if no backward has exchanged anything since the last step, or if one has
+        exchanged a part.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self._require_untouched()
         name = type(self).__name__
-        if not self._places:
+        if not self._bound:
             raise RuntimeError(f"{name} is not attached: commpress.attach(ddp_model, spec, optimizer=optimizer)")
-        if not self._awaits_step:
-            if all(p.grad is None for p, _ in self._places.values()):
-                return loss
+        if self._awaits_step:
+            self._apply_exchanged()
+        elif any(p.grad is not None and p.requires_grad for p, _ in self._places.values()):
             raise RuntimeError(
-                f"{name}.step(): no backward has exchanged gradients since the last step (all in no_sync?)"
+                f"{name}.step(): no backward has exchanged gradients since the last step (all in no_sync?){self._why_not()}"
             )
-        late = self._late()
+        exchanged = set(self._bound.values())
+        for group in self.param_groups:
+            plain = [p for p in group["params"] if p not in exchanged and p.requires_grad and p.grad is not None]
+            if plain:
+                self.step_plain(plain, group)
+        return loss
+
+    def _apply_exchanged(self) -> None:
+        moving = {
+            key: place for key, place in self._places.items() if key not in self._frozen and place[0].requires_grad
+        }
+        arrived = {key for _, segments in self._received for key, _ in segments}
+        expected = moving if self._may_be_frozen else self._places
+        if arrived and (missing := [key for key in expected if key not in arrived]):
+            raise RuntimeError(
+                f"{type(self).__name__}.step(): backward has exchanged no gradient of {missing[0]!r} and {len(missing) - 1} "
+                f"others{self._why_not()}"
+            )
+        late = self._late(moving)
         updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]] = {}
-        for key, (p, group) in self._places.items():
+        for key, (p, group) in moving.items():
             if p.grad is not None and p.grad.is_sparse:
-                raise TypeError(f"{name}: the gradient of {key!r} is sparse, expected a dense one")
+                raise TypeError(f"{type(self).__name__}: the gradient of {key!r} is sparse, expected a dense one")
             updates[key] = (p, group, late.get(key, p.grad))
         self.apply(updates)
         self._awaits_step, self._received = False, []
-        return loss
+
+    def _why_not(self) -> str:
+        """What keeps DDP from exchanging gradients, if that is known."""
+        frozen = [key for key, (p, _) in self._places.items() if not p.requires_grad]
+        if not frozen or self._may_be_frozen:
+            return ""
+        return (
+            f". {frozen[0]!r} does not require a gradient, and DDP waits for one: expected "
+            "DistributedDataParallel(..., find_unused_parameters=True), or the model wrapped and attached anew"
+        )
 
     @abstractmethod
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         """One step: parameter, group and what was exchanged of it, by name."""
 
-    def _late(self) -> dict[str, Tensor]:
+    @abstractmethod
+    def step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of parameters of a group that are not exchanged, as torch's optimizer takes it. All have a `grad`."""
+
+    def _late(self, moving: dict[str, tuple[Tensor, dict[str, Any]]]) -> dict[str, Tensor]:
         """What was exchanged of parameters that no rank used: DDP leaves their `grad` None or 0."""
         unused = {
-            key
-            for key, (p, _) in self._places.items()
-            if p.grad is None or (self._may_be_unused and not bool(p.grad.any()))
+            key for key, (p, _) in moving.items() if p.grad is None or (self._may_be_unused and not bool(p.grad.any()))
         }
         parts: dict[str, Tensor] = {}
         for bucket, segments in self._received if unused else ():
@@ -187,14 +352,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._proven = None
         for p, state in self.state.items():
             for key, value in state.items():
-                if key == "step":
-                    state[key] = value.to(p.device, torch.float32)
-                elif isinstance(value, Tensor) and value.stride() != p.stride():
+                if isinstance(value, Tensor) and key != "step" and value.stride() != p.stride():
                     state[key] = torch.empty_like(p, dtype=value.dtype).copy_(
                         value
                     )  # the loops want one order of memory
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        self._places = {name: (p, groups[p]) for name, (p, _) in self._places.items()}
+        self._find_places()
 
 
 def dense(p: Tensor) -> bool:
@@ -205,6 +367,15 @@ def dense(p: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+@functools.cache
+def unscaling_counts() -> bool:
+    """Whether what a GradScaler does to gradients counts as a change of them; not in the versions of torch known so far."""
+    x, found, scale = (torch.ones(1, device="cpu", dtype=torch.float32) for _ in range(3))
+    before = x._version
+    torch._amp_foreach_non_finite_check_and_unscale_([x], found, scale)
+    return x._version != before
 
 
 def plain(value: Any) -> Any:

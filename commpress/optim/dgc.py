@@ -19,6 +19,7 @@ from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import DENSE, Treatment
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters, within
+from commpress.optim.uncompressed import step_sgd
 
 STAGES = 5
 """Of the ratio's warm-up; each keeps a quarter of what the one before it kept, as in section 3.3."""
@@ -34,6 +35,7 @@ class DGC(CompressedOptimizer):
     """
 
     may_be_masked = False  # factor masking clears its momenta where values were sent
+    shared = ("max_norm", "warmup_steps", "steps")
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class DGC(CompressedOptimizer):
     def waits(self) -> bool:
         return self.param_groups[0]["max_norm"] is not None
 
-    def treat(self, segments: Segments, codec: Codec) -> Treatment:
+    def treat_held(self, segments: Segments, codec: Codec) -> Treatment:
         def prepare(bucket: Tensor, memory: Memory) -> None:
             assert memory.momentum is not None
             self.clip(bucket)
@@ -81,3 +83,6 @@ class DGC(CompressedOptimizer):
                 p.add_(update, alpha=-float(group["lr"]))
         for group in self.param_groups:
             group["steps"] += 1
+
+    def step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        step_sgd(parameters, group, self.state)

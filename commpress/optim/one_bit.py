@@ -46,6 +46,9 @@ class OneBitAdamW(FrozenAdamW):
         max_norm: float | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
+
+    def _forget(self) -> None:
+        super()._forget()
         self._homes: dict[Segments, tuple[Tensor, Tensor]] = {}
         """`inverse` and `exp_avg` of a bucket's parameters, float32 [n] each; what stands in the state are views."""
 
@@ -105,7 +108,5 @@ class OneBitAdamW(FrozenAdamW):
             state, lr = self.state[p], float(group["lr"])
             loops.advance(p, update, state["exp_avg"], 1 - lr * group["weight_decay"], lr / group["unit"])
 
-    def _freeze(self) -> None:
-        super()._freeze()
-        for p, _ in self._places.values():
-            del self.state[p]["exp_avg_sq"]  # has become `inverse`
+    def frozen_state(self, name: str) -> None:
+        del self.state[self._places[name][0]]["exp_avg_sq"]  # has become `inverse`

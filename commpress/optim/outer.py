@@ -11,9 +11,12 @@ step of its own. With a `delay` training goes on while a fragment travels; that 
 """
 
 import contextlib
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +28,9 @@ from commpress.comm.codecs import Codec
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.meter import Report
+from commpress.comm.notice import speaks, warn
 from commpress.comm.parameters import real_view
+from commpress.comm.parts import taken_apart
 from commpress.comm.plan import Treatment
 from commpress.comm.rank_state import RankState
 from commpress.comm.resize import moved
@@ -80,6 +85,10 @@ class Fragment:
     synced_at: int = 0
     mean: "torch.futures.Future[Tensor] | None" = None
     """What is on its way, or was when the state was saved."""
+    trained: set[int] = field(default_factory=set)
+    """Places of the parameters that have required a gradient in a step since the last sync began."""
+    still: set[int] = field(default_factory=set)
+    """Places of those that did not before it: that sync leaves them where they are."""
 
     def flat(self) -> Tensor:
         """The parameters as they stand now: float32 [n]."""
@@ -89,12 +98,45 @@ class Fragment:
         return out
 
     def put(self, values: Tensor, share: float = 1.0) -> None:
-        """Move the parameters to `values` (float32 [n]), or a share of the way."""
-        for p, part in zip(self.parameters, self._parts(values), strict=True):
-            if share == 1:
+        """Move the parameters to `values` (float32 [n]), or those that are trained a share of the way."""
+        for i, (p, part) in enumerate(zip(self.parameters, self._parts(values), strict=True)):
+            if share == 1 or self._rests(i):
                 p.copy_(part.view(p.shape))
             else:
                 p.lerp_(part.view(p.shape).to(p.dtype), share)
+
+    def note_step(self) -> None:
+        """A local step was taken."""
+        self.trained |= {i for i, p in enumerate(self.parameters) if p.requires_grad}
+
+    def begin(self) -> None:
+        """A sync begins: what was frozen all the time since the last one stays as it is, with its momentum."""
+        self.still = {i for i in range(len(self.parameters)) if self._rests(i)}
+        self.trained = set()
+
+    def moving(self) -> Segments:
+        """What of this rank's part a sync moves; the zeros behind the parameters count as theirs."""
+        return tuple(
+            segment
+            for segment, (i, _) in zip(self.segments, [*self._overlaps(), (-1, slice(0))], strict=False)
+            if i not in self.still
+        )
+
+    def standing(self) -> list[slice]:
+        """Where in this rank's part lies what it does not."""
+        return [where for i, where in self._overlaps() if i in self.still]
+
+    def _rests(self, i: int) -> bool:
+        return i not in self.trained and not self.parameters[i].requires_grad
+
+    def _overlaps(self) -> Iterator[tuple[int, slice]]:
+        """Which parameters reach into this rank's part, and where in it."""
+        at = 0
+        for i, p in enumerate(self.parameters):
+            start, stop = max(at, self.part.start), min(at + p.numel(), self.part.stop)
+            if start < stop:
+                yield i, slice(start - self.part.start, stop - self.part.start)
+            at += p.numel()
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         sizes = [p.numel() for p in self.parameters]
@@ -133,6 +175,10 @@ class Outer:
         self._session = Session(
             spec, group, self.device, parameters=tuple(s for f in self._fragments for s in f.segments), role="outer"
         )
+        self._apart = [0]
+        if dist.get_world_size(group) > 1:
+            leads = speaks(group) and (self._inner is None or speaks(self._inner))
+            weakref.finalize(self, _say_apart, self._apart, leads)
         source = dist.get_global_rank(group, 0)
         for fragment in self._fragments:
             fragment.anchor = fragment.flat()
@@ -151,6 +197,8 @@ class Outer:
         Raises RuntimeError if an exchange failed, ValueError on all ranks if they have taken different numbers of steps.
         """
         self._steps += 1
+        for fragment in self._fragments:
+            fragment.note_step()
         for index, fragment in enumerate(self._fragments):
             if fragment.mean is not None and self._steps == fragment.synced_at + self.settings.delay:
                 self._finish(fragment, 0.5)
@@ -158,6 +206,8 @@ class Outer:
                 self._start(index, fragment)
                 if self.settings.delay == 0:
                     self._finish(fragment, 1.0)
+        apart = [self._steps - f.synced_at for f in self._fragments if f.mean is not None or f.synced_at < self._steps]
+        self._apart[0] = max(apart, default=0)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -173,10 +223,12 @@ class Outer:
             self._start(index, fragment)
         for fragment in self._fragments:
             self._finish(fragment, 1.0)
+        self._apart[0] = 0
 
     @contextlib.contextmanager
     def synced(self) -> Iterator[None]:
         """While the block runs, the parameters have the values of the anchor, the same bits on all ranks: to validate."""
+        self._apart[0] = 0  # who looks in here knows that the ranks have drifted
         drifted = [[p.detach().clone() for p in fragment.parameters] for fragment in self._fragments]
         with torch.no_grad():
             for fragment in self._fragments:
@@ -207,9 +259,12 @@ class Outer:
                 "momentum": fragment.momentum.clone(),
                 "synced_at": fragment.synced_at,
                 "mean": None if fragment.mean is None else fragment.mean.wait().clone(),
+                "trained": sorted(fragment.trained),
+                "still": sorted(fragment.still),
             }
             for fragment in self._fragments
         ]
+        self._apart[0] = 0  # this training goes on
         content = {
             "version": STATE_VERSION,
             "settings": {**vars(self.settings), "inner ranks": self._inner_size},
@@ -289,7 +344,11 @@ class Outer:
     def _start(self, index: int, fragment: Fragment) -> None:
         """Send how far the parameters have gone from the anchor."""
         # ranks of which one has skipped a step would wait for each other, or take one fragment for another
-        self._session.agree({"local steps": self._steps, "fragment": index})
+        fragment.begin()
+        moving = fragment.moving()
+        frozen = [segment[0] for segment in fragment.segments if segment not in moving]
+        settings = {"local steps": self._steps, "fragment": index, "frozen parameters": frozen}
+        self._session.agree(settings)
         bucket = fragment.anchor[fragment.part] - fragment.flat()[fragment.part]
         decay = self.settings.decay
 
@@ -299,9 +358,15 @@ class Outer:
 
         dense = (self._steps - fragment.synced_at) * fragment.dense_bytes
         treatment = Treatment(self._session.plan.codec, prepare=prepare)
-        fragment.mean = self._session.submit(
-            bucket, fragment.segments, index, last=False, treatment=treatment, dense_bytes=dense
-        )
+        submit = partial(self._session.submit, index=index, last=False, treatment=treatment, dense_bytes=dense)
+        if moving == fragment.segments:
+            fragment.mean = submit(bucket, fragment.segments)
+        elif not moving:
+            fragment.mean = torch.futures.Future()
+            fragment.mean.set_result(bucket)
+        else:
+            for flat, part, done in taken_apart(bucket, fragment.segments, [moving], lambda error: None):
+                fragment.mean = submit(flat, part).then(partial(_put_back, bucket, done))
         fragment.synced_at = self._steps
 
     def _finish(self, fragment: Fragment, share: float) -> None:
@@ -313,11 +378,14 @@ class Outer:
         fragment.mean = None
         lr, momentum = self.settings.lr, self.settings.momentum
         own = fragment.anchor[fragment.part]
+        stand = [(at, own[at].clone(), fragment.momentum[at].clone()) for at in fragment.standing()]
         if momentum:
             fragment.momentum.mul_(momentum).add_(mean)
             own.sub_(mean.add_(fragment.momentum, alpha=momentum), alpha=lr)
         else:
             own.sub_(mean, alpha=lr)
+        for at, anchor, kept in stand:
+            own[at], fragment.momentum[at] = anchor, kept
         if self._inner is not None:
             dist.all_gather(list(fragment.anchor.split(own.numel())), own.clone(), group=self._inner)
             sent, place = (self._inner_size - 1) * own.nbytes, self._fragments.index(fragment)
@@ -348,6 +416,8 @@ class Outer:
         fragment.anchor.copy_(saved["anchor"])
         fragment.momentum.copy_(saved["momentum"])
         fragment.synced_at = int(saved["synced_at"])
+        fragment.trained = set(saved.get("trained", range(len(fragment.parameters))))
+        fragment.still = set(saved.get("still", ()))
         fragment.mean = None
         if saved["mean"] is not None:
             fragment.mean = torch.futures.Future()
@@ -373,6 +443,13 @@ class Outer:
                 fragment.mean.set_result(mean)
             for values in kept:
                 dist.broadcast(values, root, group=self._group)
+            for places in (fragment.trained, fragment.still):
+                there = torch.tensor(
+                    [i in places for i in range(len(fragment.parameters))], dtype=torch.uint8, device=self.device
+                )
+                dist.broadcast(there, root, group=self._group)
+                places.clear()
+                places.update(i for i, found in enumerate(there.tolist()) if found)
             if joined:
                 fragment.put(fragment.anchor)
 
@@ -394,3 +471,22 @@ def _pieces(parameters: Mapping[str, Tensor], part: slice) -> tuple[Segments, in
     if part.stop > max(at, part.start):
         pieces.append((f"zeros behind {name}", part.stop - max(at, part.start)))
     return tuple(pieces), nbytes
+
+
+def _put_back(
+    bucket: Tensor, done: Callable[[BaseException | None], None], mean: "torch.futures.Future[Tensor]"
+) -> Tensor:
+    """What was exchanged of a bucket, in it. Raises what the exchange raised."""
+    mean.value()
+    done(None)
+    return bucket
+
+
+def _say_apart(apart: list[int], leads: bool) -> None:
+    """A training is over: warn if its last sync was forgotten. One that has failed has other things to say."""
+    if apart[0] and sys.exc_info()[0] is None and getattr(sys, "last_value", None) is None:
+        warn(
+            leads,
+            f"commpress: training ended {apart[0]} local steps after the last outer sync, and each rank has parameters of its "
+            "own: expected outer.sync() after the last step, or outer.state_dict() of every rank, to go on later",
+        )

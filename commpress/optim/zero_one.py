@@ -69,9 +69,11 @@ class ZeroOneAdamW(FrozenAdamW):
     warm-up, at steps that lie 1, 2, 4, ... apart, kappa times each, as far as they lie behind it; 0 leaves it frozen.
 
     A parameter holds the same bits on all ranks after each of its syncs, and drifts in between. `with optimizer.synced():`
-    shows the model as of its parameters' last syncs, the same on every rank: to validate, and to save. Raises ValueError
-    for a setting out of range.
+    shows the model as of its parameters' last syncs, the same on every rank: to validate, and to save. A parameter that is
+    frozen (`requires_grad_(False)`) stands where its rank was. Raises ValueError for a setting out of range.
     """
+
+    shared = (*FrozenAdamW.shared, "sync_every", "refresh_every")
 
     def __init__(
         self,
@@ -94,7 +96,13 @@ class ZeroOneAdamW(FrozenAdamW):
         super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
         for group in [self.defaults, *self.param_groups]:
             group |= {"sync_every": list(vars(sync_every).values()), "refresh_every": refresh_every}
+
+    def _forget(self) -> None:
+        super()._forget()
         self._seen = 0  # values in the buckets of this step so far
+        self._starts: dict[str, int] = {}  # how many there were before the bucket of a parameter
+        self._backwards = 0  # since it was attached; DDP lays its buckets out anew before the second
+        self._turns: dict[str, int] = {}  # `_starts` that stand, from when a variance is frozen on
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
         """By how much n is ahead of what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
@@ -107,20 +115,51 @@ class ZeroOneAdamW(FrozenAdamW):
         return super().waits() and not self._refreshes()
 
     def start(self, scale: float) -> bool:
-        self._seen, self._syncing, self._leads = 0, {}, {}
+        self._seen, self._starts, self._syncing, self._leads = 0, {}, {}, {}
+        self._backwards += 1
         return super().start(scale)
 
-    def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
-        every = Growing(*self.param_groups[0]["sync_every"])
-        step = self.param_groups[0]["steps"] - self.param_groups[0]["frozen_at"]
-        interval = every.interval(step)
-        # where a bucket lies among all says in which of the steps it is its turn
-        place = self._seen * interval // sum(p.numel() for p, _ in self._places.values())
+    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
+        before = set(self._bound.values())
+        if before != set(parameters.values()):
+            self._turns = {}
+        self._backwards = 0
+        super().bind(parameters, world_size, may_be_unused, **more)
+        if before:  # wrapped anew: DDP has given all ranks the values of the first
+            self._stand()
+
+    def split(self, segments: Segments) -> list[Segments]:
+        self._starts |= dict.fromkeys((name for name, _ in segments), self._seen)
         self._seen += sum(n for _, n in segments)
+        return super().split(segments)
+
+    def kind(self, name: str) -> object:
+        kind = super().kind(name)
+        return (kind, self._is_due(name)) if kind == "frozen" and not self._refreshes() else kind
+
+    def _is_due(self, name: str) -> bool:
+        """Whether a parameter syncs in this step. Each counts the steps since its warm-up in which it was not frozen."""
+        state = self.state[self._places[name][0]]
+        steps = self._steps_of(state)
+        interval = Growing(*self.param_groups[0]["sync_every"]).interval(steps)
+        # where its bucket lies among all says in which of the steps it is its turn; a resumed run begins with other buckets
+        start = self._turns.get(name, self._starts[name])
+        turn = start * interval // sum(p.numel() for p in self._bound.values())
+        return (steps + 1 + turn) % interval == 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._turns = {}
+
+    def _steps_of(self, state: dict[str, Any]) -> int:
+        first = self.param_groups[0]
+        return int(state.get("local_steps", first["steps"] - first["frozen_at"]))
+
+    def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
         if self._refreshes():
             codec = parse(self.param_groups[0]["warmup_spec"])
             return Treatment(codec, "" if codec.lossy else "the variance is refreshed", apart=True)
-        if (step + 1 + place) % interval:
+        if not self._is_due(segments[0][0]):
             return Treatment(None, "a local step")
         self._syncing |= {name: self._sync(name) for name, _ in segments}
 
@@ -154,9 +193,12 @@ class ZeroOneAdamW(FrozenAdamW):
         if refreshes and most is not None:
             torch.nn.utils.clip_grad_norm_([p for p, _, _ in updates.values()], most)
         for name, (p, group, update) in updates.items():
+            state = self.state[p]
+            state["local_steps"] = self._steps_of(state) + 1
+            if self._backwards > 1:
+                self._turns.setdefault(name, self._starts[name])
             if update is None:
                 continue
-            state = self.state[p]
             if (sync := self._syncing.get(name)) is not None:
                 state["decay"] *= sync.keep
                 if (lead := self._leads.get(name)) is None:  # nothing of it is left to be sent
@@ -201,27 +243,41 @@ class ZeroOneAdamW(FrozenAdamW):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for p, state in zip(parameters, drifted, strict=True):
-                    loops.stand(p, state["anchor"], state["total"], state["decay"])
+            self._stand()
+
+    @torch.no_grad()
+    def _stand(self) -> None:
+        """Put every parameter where its rank has come to."""
+        for p, state in self.state.items():
+            if "anchor" in state:
+                loops.stand(p, state["anchor"], state["total"], state["decay"])
 
     def replica(self, p: Tensor) -> Tensor:
         anchor: Tensor = self.state.get(p, {}).get("anchor", p)
         return anchor
 
     def own_state(self) -> dict[str, Any]:
-        if not self.frozen:
-            return {}
-        return {name: {k: self.state[p][k].clone() for k in OWN} for name, (p, _) in self._places.items()}
+        states = {name: self.state.get(p, {}) for name, (p, _) in self._places.items()}
+        return {
+            name: {k: state[k].clone() for k in OWN} | self._turn_of(name)
+            for name, state in states.items()
+            if "anchor" in state
+        }
+
+    def _turn_of(self, name: str) -> dict[str, Tensor]:
+        turn = self._turns.get(name)
+        return {} if turn is None else {"turn": torch.tensor(turn, dtype=torch.float64, device="cpu")}
 
     @torch.no_grad()
     def load_own_state(self, state: dict[str, Any]) -> None:
         for name, own in state.items():
             p, _ = self._places[name]
-            if "anchor" not in self.state[p]:
+            if "anchor" not in self.state.get(p, {}):
                 raise ValueError("cannot restore: load the optimizer's state before the session's")
             for k in OWN:
                 self.state[p][k].copy_(own[k])
+            if "turn" in own:
+                self._turns[name] = int(own["turn"])
             loops.stand(p, self.state[p]["anchor"], self.state[p]["total"], self.state[p]["decay"])
 
     def _sync(self, name: str) -> Sync:
@@ -231,13 +287,15 @@ class ZeroOneAdamW(FrozenAdamW):
         weight = keep * state["weight"] + lr
         return Sync(keep, weight, lr / weight if weight else 1.0)
 
-    def _freeze(self) -> None:
-        super()._freeze()
-        for p, group in self._places.values():
-            state = self.state[p]
-            state |= {"anchor": p.detach().clone(), "total": torch.zeros_like(p), "decay": 1.0, "weight": 0.0}
-            if not group["refresh_every"]:
-                del state["exp_avg_sq"]  # has become `inverse`
+    def frozen_state(self, name: str) -> None:
+        p, group = self._places[name]
+        state = self.state[p]
+        state |= {"anchor": p.detach().clone(), "total": torch.zeros_like(p), "decay": 1.0, "weight": 0.0}
+        state["local_steps"] = 0
+        if self._backwards > 1:
+            self._turns[name] = self._starts[name]
+        if not group["refresh_every"]:
+            del state["exp_avg_sq"]  # has become `inverse`
 
     def _refreshes(self) -> bool:
         """Whether this step is one of 0/1 Adam's T_v."""

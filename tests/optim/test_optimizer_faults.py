@@ -133,14 +133,14 @@ def advised(spec: str, name: str) -> list[str]:
 def test_optimizers_that_do_not_fit_are_refused() -> None:
     for rank, said in enumerate(run(2, attachments)):
         assert "parameter '0.weight' is trained, but the optimizer does not hold it" in said["missing"]
-        assert "the optimizer holds 1 parameters that the model does not train: (3, 5)" in said["stranger"]
+        assert said["stranger"] == ""  # as under torch, it may be of another module
         assert "parameter '0.weight' is trained, but the optimizer does not hold it" in said["of another model"]
         assert "expected one of commpress.optim, got AdamW" in said["torch's"]
         assert "parameter '4.bias' is trained" in said["missing on rank 1"]
         assert rank == 1 or "rank 1: parameter" in said["missing on rank 1"]
         assert "0: Embedding(sparse=True) has sparse gradients, expected sparse=False" in said["sparse"]
         assert said["frozen"] == ""
-        for case in ("missing", "stranger", "of another model", "missing on rank 1"):
+        for case in ("missing", "of another model", "missing on rank 1"):
             assert said[case].startswith("ValueError: "), case
 
 
@@ -234,11 +234,12 @@ def test_ranks_of_other_checkpoints_all_fail(
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "RMSprop"])
 @pytest.mark.parametrize("spec", ["sign", "topk(0.01)"])
 def test_adaptive_optimizers_are_advised_once(spec: str, name: str) -> None:
-    for said in run(2, advised, spec, name):
-        assert len(said) == 1
-        assert f"{name} divides by" in said[0]
-        assert f"commpress: {spec} leaves" in said[0]
-        assert "commpress.optim.OneBitAdamW" in said[0]
+    said, others = run(2, advised, spec, name)
+    assert others == []
+    assert len(said) == 1
+    assert f"{name} divides by" in said[0]
+    assert f"commpress: {spec} leaves" in said[0]
+    assert "commpress.optim.OneBitAdamW" in said[0]
 
 
 @pytest.mark.parametrize(("spec", "name"), [

@@ -1,0 +1,40 @@
+"""A bucket of which parts travel, each by itself.
+
+    [a b c d] -> [a d] -> exchange -> [A D] \\
+              -> [c]   -> exchange -> [C]   / -> [A b C D]
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from commpress.comm.feedback import Segments
+
+Finished = Callable[[BaseException | None], None]
+
+
+def taken_apart(
+    bucket: Tensor, segments: Segments, parts: list[Segments], finished: Finished
+) -> Iterator[tuple[Tensor, Segments, Finished]]:
+    """Copies of parts of a bucket ([n], of these segments), each with what to call when its mean is in it, or cannot be.
+
+    Then that goes back into the bucket. `finished` is called once: with the last of them, or with the first error.
+    """
+    places = dict(zip((name for name, _ in segments), bucket.split([n for _, n in segments]), strict=True))
+    waiting = len(parts)
+
+    def arrived(part: Segments, flat: Tensor, error: BaseException | None) -> None:
+        nonlocal waiting
+        if error is None:
+            for (name, _), values in zip(part, flat.split([n for _, n in part]), strict=True):
+                places[name].copy_(values)
+        waiting -= 1
+        if waiting == 0 or (error is not None and waiting > 0):
+            waiting = min(waiting, 0)  # the others have no one left to tell
+            finished(error)
+
+    for part in parts:
+        flat = torch.cat([places[name] for name, _ in part])
+        yield flat, part, partial(arrived, part, flat)
