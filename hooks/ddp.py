@@ -97,7 +97,7 @@ class CommState:
             verify=verify,
         )
         replica = (lambda p: p) if optimizer is None else optimizer.replica
-        self.session.replicas = lambda: [(name, replica(p)) for p, name in self._names.items()]
+        self.session.replicas = lambda: [(name, replica(p)) for p, name in names.items()]
         self.session.pairs.update(name for p, name in names.items() if p.is_complex())
         if self._lost is not None and self.session.rank == 0:
             warnings.warn(

@@ -112,10 +112,6 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     f"parameter {key!r} is trained, but the optimizer does not hold it: expected all of the "
                     f"model's that require a gradient in one {name} (in groups, if settings differ)"
                 )
-            if p.is_complex():
-                raise ValueError(
-                    f"parameter {key!r} is {p.dtype}: {name} exchanges real ones, expected another optimizer"
-                )
             if not dense(p):
                 raise ValueError(
                     f"parameter {key!r} has strides {p.stride()}, expected memory without gaps or overlaps"

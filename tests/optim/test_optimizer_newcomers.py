@@ -324,7 +324,7 @@ def test_a_second_attach_that_cannot_be_says_so() -> None:
             assert "RuntimeError: commpress.attach: this DistributedDataParallel has a communication hook" in said[case]
         assert said["goes on"] == said["anew"] == ""
         assert "this DDP module's OneBitAdamW was attached to another DDP module since" in said["the old one"]
-        assert said["complex"].startswith("ValueError: parameter 'weight' is torch.complex64: DGC exchanges real ones")
+        assert said["complex"].startswith("ValueError: parameter 'weight' is complex64, DGC steps real ones")
 
 
 def test_a_copy_of_an_optimizer_is_not_attached() -> None:

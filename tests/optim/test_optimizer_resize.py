@@ -95,7 +95,7 @@ def test_nothing_is_lost(name: str, spec: str, exchange: str | None, old: int, n
     if name == "ZeroOneAdamW":  # a rank's own drift becomes the mean of all
         for part, values in states[0]["optimizer"]["0.weight"].items():
             of_all = torch.stack([s["session"]["optimizer"]["0.weight"][part] for s in saved]).mean(dim=0)
-            assert torch.equal(values, of_all)
+            torch.testing.assert_close(values, of_all, rtol=1e-6, atol=1e-8)  # summed in another order
     else:
         for _, trained in results[1:]:
             assert same_training(trained, results[0][1])
