@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from commpress.model.layers import input_dim, is_linear, linear_size, module_of
+from commpress.model.layers import input_dim, is_linear, module_of
 from commpress.model.masks import local, whole
 
 State = dict[str, dict[str, Any]]
@@ -151,8 +151,8 @@ class Wanda:
         layers = {name: _linear_of(model, name) for name in parameters}
         self._dims = {name: input_dim(layer) for name, layer in layers.items()}
         self._inputs = {
-            name: _Inputs(torch.zeros(linear_size(layer)[1], dtype=torch.float64, device=local(layer.weight).device))
-            for name, layer in layers.items()
+            name: _Inputs(torch.zeros(p.shape[self._dims[name]], dtype=torch.float64, device=local(p).device))
+            for name, p in parameters.items()
         }
         names = {id(p): name for name, p in parameters.items()}
         self._hooks: list[RemovableHandle] = [

@@ -39,13 +39,6 @@ def input_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, _ConvNd) else -1
 
 
-def linear_size(module: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs) of a module that `is_linear`, of the whole weight where it is sharded."""
-    w = module.weight
-    assert isinstance(w, Tensor)
-    return (w.shape[1], w.shape[0]) if input_dim(module) == 0 else (w.shape[0], w.shape[1])
-
-
 @dataclass(frozen=True)
 class Layout:
     """How the values of a weight stand."""
@@ -60,7 +53,8 @@ class Layout:
         """Outputs in front: [outputs, inputs, kernel...], or [outputs, ..., inputs]. Turned twice it is as it was."""
         if not self.inputs_first:
             return x
-        return x.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        blocks: Tensor = x.unflatten(0, (self.groups, -1))
+        return blocks.transpose(1, 2).flatten(0, 1)
 
     def inputs_last(self, x: Tensor) -> Tensor:
         """[outputs, kernel..., inputs]: what is next to each other belongs to one output, and one place of a kernel."""

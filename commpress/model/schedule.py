@@ -14,7 +14,6 @@ packs what is kept. Masks follow from what all ranks have alike, weights and mea
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -445,22 +444,23 @@ class Scheduler:
         Of several backwards in a step only the last may have been exchanged. Each rank has the sums of what it saw; their
         mean over the ranks is that of the gradients, as the mean of means is the mean.
         """
-        dense = {name: g for name in names if (g := self._steps.dense.get(name)) is not None}
-        if self._session is not None and self._session.world_size > 1 and self._steps_had_parts():
-            for name in names:
-                p = self._parameters[name]
-                if not isinstance(p, DTensor):
-                    g = dense.setdefault(name, torch.zeros_like(p, requires_grad=False))
-                    dist.all_reduce(g, group=getattr(self._session, "group", None))
-                    g /= self._session.world_size
+        dense = {name: g for name, g in self._steps.dense.items() if name in names}
+        session = self._session
+        if session is not None and session.world_size > 1:
+            group = getattr(session, "group", None)
+            found = torch.tensor([self._steps.backwards, *(name in dense for name in names)], device=self._device)
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+            backwards, *has = found.tolist()
+            for name in [name for name, any_has in zip(names, has, strict=True) if any_has and backwards > 1]:
+                if not isinstance(self._parameters[name], DTensor):
+                    g = dense.setdefault(name, torch.zeros_like(self._parameters[name], requires_grad=False))
+                    dist.all_reduce(g, group=group)
+                    g /= session.world_size
         return {name: whole(g).abs() for name, g in dense.items()}
 
-    def _steps_had_parts(self) -> bool:
-        """Whether any rank had more than one backward in this step."""
-        group = getattr(self._session, "group", None)
-        most = torch.tensor([self._steps.backwards], device=next(iter(self._parameters.values())).device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-        return int(most) > 1
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
 
     def _take(self, masks: Mapping[str, Tensor]) -> None:
         """The ranks compare masks first: one that differs changes nothing."""
@@ -472,8 +472,8 @@ class Scheduler:
             for each in states_of(optimizer):
                 self.masks.clean(each)
 
-    def _alike(self) -> AbstractContextManager[None]:
-        stack = contextlib.ExitStack()
+    def _alike(self) -> contextlib.ExitStack[None]:
+        stack: contextlib.ExitStack[None] = contextlib.ExitStack()
         for optimizer in self._steps.optimizers:
             if (synced := getattr(optimizer, "synced", None)) is not None:
                 stack.enter_context(synced())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
-from commpress.model.masks import Masks
+from commpress.model.masks import Masks, local
 
 HOPS = 3
 """Callbacks of a backward run in the order in which they were asked for, and may ask for others: DDP with a static graph asks
@@ -45,10 +45,9 @@ class Steps:
                 f"Scheduler: no optimizer that was given has {_listed(missing)}, which the recipe prunes: expected all "
                 "optimizers, Scheduler(recipe, model, [one, other]), or other `parameters` in the recipe"
             )
-        self.dense: dict[str, Tensor] = {}
-        """In a step that looks: the sums of the gradients of pruned weights, 0 elsewhere, as this rank has them."""
         self.backwards = 0
-        """How many backwards those are of."""
+        """In a step that looks, how many backwards there were."""
+        self._dense: dict[str, Tensor] = {}
         self._looks: frozenset[str] = frozenset()
         self._complete: set[str] = set()
         self._callback_is_due = False
@@ -60,16 +59,24 @@ class Steps:
         self.stand_closest()
 
     def look(self, names: Collection[str]) -> None:
-        """In the next step gather the gradients of these parameters' pruned weights, in `dense`; forget the last one's."""
+        """In the next step gather the gradients of these parameters' pruned weights; forget the last one's."""
         self._looks = frozenset(names)
         self._complete.clear()
-        self.dense, self.backwards = {}, 0
+        self._dense, self.backwards, self._callback_is_due = {}, 0, False
+
+    @property
+    def dense(self) -> dict[str, Tensor]:
+        """What this rank's gradients of pruned weights were in a step that looks, 0 elsewhere: sums over its backwards. None
+        if the step was skipped."""
+        return {name: g for name, g in self._dense.items() if name in self._complete}
 
     def stand_closest(self) -> None:
         """Put these hooks next to the step: others that come before it may change gradients, those behind it read weights."""
         for optimizer, before, behind in zip(self.optimizers, self._before, self._behind, strict=True):
-            optimizer._optimizer_step_pre_hooks.move_to_end(before.id)
-            optimizer._optimizer_step_post_hooks.move_to_end(behind.id, last=False)
+            ahead: Any = optimizer._optimizer_step_pre_hooks
+            after: Any = optimizer._optimizer_step_post_hooks
+            ahead.move_to_end(before.id)
+            after.move_to_end(behind.id, last=False)
 
     def arrived(self, index: int = 0, *, first: bool = True) -> None:
         """The gradients of an optimizer's parameters are there, and it is about to use them."""
@@ -82,7 +89,7 @@ class Steps:
                 self._observe(1.0 if scale is None else float(scale), names)
             for name in self._looks & names:
                 if skipped:
-                    self.dense.pop(name, None)
+                    self._dense.pop(name, None)
                 else:
                     self._gather(name)
                     self._complete.add(name)
@@ -94,7 +101,6 @@ class Steps:
             hook.remove()
 
     def _on_arrival(self, name: str) -> Callable[[Tensor], None]:
-        @torch.compiler.disable
         def mask(p: Tensor) -> None:
             if name not in self._masks.of or p.grad is None:
                 return
@@ -104,7 +110,8 @@ class Steps:
                 self._callback_is_due = True
                 Variable._execution_engine.queue_callback(lambda: self._backward_ends(HOPS))
 
-        return mask
+        hook: Callable[[Tensor], None] = torch.compiler.disable(mask)
+        return hook
 
     def _backward_ends(self, hops: int) -> None:
         if hops:
@@ -119,10 +126,12 @@ class Steps:
     def _gather(self, name: str) -> None:
         if name in self._complete or (gradient := self._masks.pruned_gradient(name)) is None:
             return
-        self.dense[name] = gradient if name not in self.dense else self.dense[name].add_(gradient)
+        before = self._dense.get(name)
+        if before is not None and bool(local(before).isfinite().all()):  # else of a step that a GradScaler has skipped
+            gradient += before
+        self._dense[name] = gradient
 
     def _before_step(self, index: int) -> Any:
-        @torch.compiler.disable
         def before(optimizer: Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
             if callable(closure := named.get("closure")):
                 return args, {**named, "closure": self._behind_closure(index, closure)}
@@ -131,7 +140,7 @@ class Steps:
             self.arrived(index)
             return None
 
-        return before
+        return torch.compiler.disable(before)
 
     def _behind_closure(self, index: int, closure: Callable[[], Any]) -> Callable[[], Any]:
         calls = 0
@@ -146,12 +155,11 @@ class Steps:
         return evaluate
 
     def _after_step(self, index: int) -> Any:
-        @torch.compiler.disable
         def after(*_: Any) -> None:
             if moves_without_gradient(self.optimizers[index]):
                 self._masks.apply(self._names[index])
 
-        return after
+        return torch.compiler.disable(after)
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
