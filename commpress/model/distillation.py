@@ -334,8 +334,8 @@ class _Captures:
             if (kind, name) not in self._of:
                 raise ValueError(
                     f"{kind} of the {self._who}'s {name!r}: no output since the last loss: expected one forward of the model "
-                    "before each loss, with this module in it, and neither replaced since the Distiller was made nor "
-                    "compiled and called before (torch.compiler.reset() helps)"
+                    "before each loss, with this module in it, and not replaced since the Distiller was made, nor compiled "
+                    "and called before (torch.compiler.reset() helps)"
                 )
         taken, self._of = self._of, {}
         return taken
