@@ -448,7 +448,9 @@ class Scheduler:
         session = self._session
         if session is not None and session.world_size > 1:
             group = getattr(session, "group", None)
-            found = torch.tensor([self._steps.backwards, *(name in dense for name in names)], device=self._device)
+            found = torch.tensor(
+                [self._steps.backwards, *(name in dense for name in names)], dtype=torch.int64, device=self._device
+            )
             dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
             backwards, *has = found.tolist()
             for name in [name for name, any_has in zip(names, has, strict=True) if any_has and backwards > 1]:
