@@ -201,6 +201,16 @@ class Distiller:
             total = total + weight * self._noted(kind, torch.stack(each).mean())
         return total
 
+    def watch(self, on: bool) -> None:
+        """Whether the next forwards are captured. Off, the hooks stay: what torch.compile compiles meanwhile has them."""
+        self._student.watch(on)
+        self._teacher.watch(on)
+
+    @property
+    def not_called(self) -> list[tuple[str, str]]:
+        """The student's modules, as ("hidden" or "attention", name), that no forward has called so far, watched or not."""
+        return self._student.not_called
+
     @property
     def parts(self) -> dict[str, float]:
         """The last loss in its parts, without their weights: task, soft, hidden, attention. Waits for the device."""
@@ -278,6 +288,8 @@ class _Captures:
         self._who, self._wanted = who, wanted
         self._of: dict[tuple[str, str], Tensor] = {}
         self._open = False
+        self._on = True
+        self._called: dict[tuple[str, str], bool] = {}
         self._handles: list[RemovableHandle] = []
         if not wanted:
             return
@@ -286,7 +298,7 @@ class _Captures:
         def opens(module: nn.Module, args: Any) -> None:
             if module is model:
                 self._of.clear()
-                self._open = True
+                self._open = self._on
 
         def closes(module: nn.Module, args: Any, output: Any) -> None:
             if module is model:
@@ -301,6 +313,9 @@ class _Captures:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if module is not watched:
                 return
+            self._called[kind, name] = True
+            if not self._on:
+                return
             x = _hidden(output, name) if kind == "hidden" else _attention(output, name)
             if projection is not None:
                 # here, inside the forward: FSDP2 has gathered the weights, and a checkpoint must find the same operations
@@ -310,13 +325,23 @@ class _Captures:
 
         self._handles.append(watched.register_forward_hook(hook))
 
+    def watch(self, on: bool) -> None:
+        if not on:
+            self._of.clear()
+        self._on = on
+
+    @property
+    def not_called(self) -> list[tuple[str, str]]:
+        return [each for each in self._wanted if each not in self._called]
+
     def take(self) -> dict[tuple[str, str], Tensor]:
         """All of them, once."""
         for kind, name in self._wanted:
             if (kind, name) not in self._of:
                 raise ValueError(
                     f"{kind} of the {self._who}'s {name!r}: no output since the last loss: expected one forward of the model "
-                    "before each loss, with this module in it, and not replaced since the Distiller was made"
+                    "before each loss, with this module in it, and not replaced since the Distiller was made, nor compiled "
+                    "and called before (torch.compiler.reset() helps)"
                 )
         taken, self._of = self._of, {}
         return taken

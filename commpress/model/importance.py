@@ -9,7 +9,7 @@ A weight that is pruned is 0, and by all four its score no longer grows: what is
 these, its gradient for one (`pruning.regrow`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from commpress.model.layers import input_dim, is_linear, module_of
 from commpress.model.masks import local, whole
 
 State = dict[str, dict[str, Any]]
@@ -34,10 +35,11 @@ class Magnitude:
     ) -> None:
         self._parameters = dict(parameters)
 
-    def observe(self, scale: float = 1.0) -> None:
+    def observe(self, scale: float = 1.0, only: Container[str] | None = None) -> None:
         """Call it in every step after backward, gradients reduced, and before the optimizer's step.
 
-        `scale` is by what a GradScaler has multiplied them.
+        `scale` is by what a GradScaler has multiplied them. `only` are the names of those that this optimizer moves, where
+        there are several; None for all.
         """
 
     def scores(self) -> dict[str, Tensor]:
@@ -59,8 +61,8 @@ class Magnitude:
 class _OfGradients:
     """Adds up something of a weight and its gradient, in float32 beside each rank's part of the parameter."""
 
-    _add: Callable[[Tensor, Tensor, Tensor, float], None]
-    """(total, w, g, share): add a step's part to the total, of the gradient `g` times `share`."""
+    _add: Callable[[Tensor, Tensor, float], None]
+    """(total, g w, share): add a step's part to the total, times `share`."""
 
     def __init__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None = None
@@ -70,15 +72,12 @@ class _OfGradients:
         self._steps = dict.fromkeys(parameters, 0)
 
     @torch.no_grad()
-    def observe(self, scale: float = 1.0) -> None:
+    def observe(self, scale: float = 1.0, only: Container[str] | None = None) -> None:
         """As `Magnitude.observe`; a parameter without a gradient is passed over."""
         for name, p in self._parameters.items():
-            if p.grad is not None:
-                w, g = local(p.detach()), local(p.grad)
-                if p.is_complex():  # the loss changes by the product as of pairs of reals
-                    w = (g.conj() * w).real
-                    g = torch.ones_like(w)
-                self._add(local(self._sums[name]), w.float(), g.float(), 1 / scale)
+            if p.grad is not None and (only is None or name in only):
+                g = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                self._add(local(self._sums[name]), _product(local(g), local(p.detach())), 1 / scale)
                 self._steps[name] += 1
 
     def state_dict(self) -> State:
@@ -108,8 +107,8 @@ class Taylor(_OfGradients):
     """
 
     @staticmethod
-    def _add(total: Tensor, w: Tensor, g: Tensor, share: float) -> None:
-        total.add_((g * w).abs_(), alpha=share)
+    def _add(total: Tensor, product: Tensor, share: float) -> None:
+        total.add_(product.abs_(), alpha=share)
 
     def scores(self) -> dict[str, Tensor]:
         """As `Magnitude.scores`. Raises ValueError, naming the parameter, where there has been no gradient."""
@@ -125,8 +124,8 @@ class Movement(_OfGradients):
     """
 
     @staticmethod
-    def _add(total: Tensor, w: Tensor, g: Tensor, share: float) -> None:
-        total.addcmul_(g, w, value=-share)
+    def _add(total: Tensor, product: Tensor, share: float) -> None:
+        total.sub_(product, alpha=share)
 
     def scores(self) -> dict[str, Tensor]:
         """As `Magnitude.scores`, of either sign. Raises ValueError, naming the parameter, where there has been no gradient."""
@@ -138,9 +137,10 @@ class Wanda:
     """|w_ij| ||x_j||_2 over all inputs of training so far: a weight counts as much as what comes in by it.
 
     The paper ranks within an output row (`pruning.by_amount(..., scope="row")`). Inputs are seen by forward hooks, in
-    training mode only; one that activation checkpointing computes again counts once. Sums of squares stay with their rank,
-    and `scores` adds them up over the ranks. Arguments as of `Magnitude`. Raises ValueError for a parameter that is not the
-    weight of an `nn.Linear`.
+    training mode only; one that activation checkpointing computes again counts once, and those of all layers that share
+    a weight count. Sums of squares stay with their rank, and `scores` adds them up over the ranks. A copy of the model is
+    not watched. Arguments as of `Magnitude`. Raises ValueError for a parameter that is not the weight of an `nn.Linear`
+    or of Transformers' Conv1D.
     """
 
     def __init__(
@@ -149,44 +149,69 @@ class Wanda:
         self._parameters = dict(parameters)
         self._group = group
         layers = {name: _linear_of(model, name) for name in parameters}
-        self._squares = {
-            name: torch.zeros(layer.in_features, dtype=torch.float64, device=local(layer.weight).device)
-            for name, layer in layers.items()
+        self._dims = {name: input_dim(layer) for name, layer in layers.items()}
+        self._inputs = {
+            name: _Inputs(torch.zeros(p.shape[self._dims[name]], dtype=torch.float64, device=local(p).device))
+            for name, p in parameters.items()
         }
+        names = {id(p): name for name, p in parameters.items()}
         self._hooks: list[RemovableHandle] = [
-            layer.register_forward_pre_hook(_adder_to(self._squares[name]), with_kwargs=True)
-            for name, layer in layers.items()
+            layer.register_forward_pre_hook(self._inputs[name], with_kwargs=True)
+            for layer in model.modules()
+            if is_linear(layer) and (name := names.get(id(layer.weight)))
         ]
 
-    def observe(self, scale: float = 1.0) -> None:
+    def watch(self, on: bool) -> None:
+        """See inputs, or see none and forget those that were seen. The hooks stay: what torch.compile compiles has them."""
+        for inputs in self._inputs.values():
+            if not on:
+                inputs.squares.zero_()
+            inputs.on = on
+
+    @property
+    def not_called(self) -> list[str]:
+        """The parameters whose layers nobody has called in training mode so far, watched or not."""
+        return [name for name, inputs in self._inputs.items() if not inputs.called]
+
+    def observe(self, scale: float = 1.0, only: Container[str] | None = None) -> None:
         """As `Magnitude.observe`."""
 
     def scores(self) -> dict[str, Tensor]:
-        """As `Magnitude.scores`. Raises ValueError, naming the parameter, where all inputs were 0 or there were none."""
-        if not self._squares:
+        """As `Magnitude.scores`, of those layers that had inputs on any rank.
+
+        Layers without (the weight is used past its module), and those whose inputs all were 0, have no scores. Raises
+        ValueError, naming the first, if none has any.
+        """
+        if not self._inputs:
             return {}
-        squares = torch.cat(list(self._squares.values()))
+        squares = torch.cat([inputs.squares for inputs in self._inputs.values()])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(squares, group=self._group)
-        norms = squares.sqrt().float().split([s.numel() for s in self._squares.values()])
-        for name, norm in zip(self._squares, norms, strict=True):
-            if not bool(norm.any()):
-                raise ValueError(f"Wanda of {name!r}: no input has come by its layer in training mode")
-        weights = self._parameters.items()
-        return {name: whole(p).abs().float() * norm for (name, p), norm in zip(weights, norms, strict=True)}
+        norms = squares.sqrt().float().split([inputs.squares.numel() for inputs in self._inputs.values()])
+        found = {name: norm for name, norm in zip(self._inputs, norms, strict=True) if bool(norm.any())}
+        if not found:
+            first = next(iter(self._inputs))
+            raise ValueError(f"Wanda of {first!r}: no input has come by its layer in training mode")
+        scores = {}
+        for name, norm in found.items():
+            size = whole(self._parameters[name]).abs().float()
+            scores[name] = size * (norm.unsqueeze(1) if self._dims[name] == 0 else norm)
+        return scores
 
     def state_dict(self) -> State:
         """As `Magnitude.state_dict`."""
-        return {name: {"squares": squares.clone()} for name, squares in self._squares.items()}
+        return {name: {"squares": inputs.squares.clone()} for name, inputs in self._inputs.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """As `Magnitude.load_state_dict`."""
-        _require_names("Wanda", state, self._squares)
+        _require_names("Wanda", state, self._inputs)
         for name, saved in state.items():
-            _copy(f"Wanda of {name!r}", saved["squares"], self._squares[name])
+            _copy(f"Wanda of {name!r}", saved["squares"], self._inputs[name].squares)
 
     def close(self) -> None:
         """As `Magnitude.close`: no more inputs are seen."""
+        for inputs in self._inputs.values():
+            inputs.on = False  # compiled code goes on calling a hook that is gone
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -203,25 +228,48 @@ CRITERIA: dict[str, type[Criterion]] = {
 """The criteria by name."""
 
 
-def _linear_of(model: nn.Module, name: str) -> nn.Linear:
+class _Inputs:
+    """A forward pre-hook that adds up the squares of what comes into a layer. Copied or pickled with it, it does nothing."""
+
+    def __init__(self, squares: Tensor) -> None:
+        self.squares = squares
+        self.on = True
+        self.called = False
+
+    @torch.no_grad()
+    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        computed_again = torch._C._current_graph_task_id() != -1  # a forward in the middle of a backward
+        if layer.training and not computed_again:
+            self.called = True
+            if self.on:
+                x = inputs[0] if inputs else next(iter(named.values()))
+                x = x.detach().reshape(-1, x.shape[-1])
+                self.squares.add_((x.abs() if x.is_complex() else x).float().square().sum(0))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Unwatched, ()
+
+
+class _Unwatched:
+    """Stands in for a hook in a copy of a model."""
+
+    def __call__(self, *_: Any) -> None:
+        """Do nothing."""
+
+
+def _linear_of(model: nn.Module, name: str) -> nn.Module:
     owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if not isinstance(module, nn.Linear) or leaf != "weight":
+    module = module_of(model, owner)
+    if not is_linear(module) or leaf != "weight":
         raise ValueError(
             f"Wanda of {name!r}: expected the weight of an nn.Linear, got a {leaf} of {type(module).__name__}"
         )
     return module
 
 
-def _adder_to(squares: Tensor) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    @torch.no_grad()
-    def add(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        computed_again = torch._C._current_graph_task_id() != -1  # a forward in the middle of a backward
-        if layer.training and not computed_again:
-            x = inputs[0] if inputs else named["input"]
-            squares.add_(x.detach().reshape(-1, x.shape[-1]).abs().float().square().sum(0))
-
-    return add
+def _product(g: Tensor, w: Tensor) -> Tensor:
+    """g w in float32; of complex ones Re(conj(g) w), which is what the loss loses by the weight, to first order."""
+    return (g.conj() * w).real.float() if g.is_complex() else g.float() * w.float()
 
 
 def _require_names(what: str, state: Mapping[str, Any], expected: Mapping[str, Any] | tuple[()]) -> None:

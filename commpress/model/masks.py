@@ -5,7 +5,7 @@ parameters that FSDP2 shards; a checkpoint has a bit a weight. Where a weight is
 optimizer remembers of it: nothing moves it again.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from commpress.model.loops import keep_
+from commpress.model.loops import count_pruned, keep_
 
 
 class Masks:
@@ -27,8 +27,22 @@ class Masks:
         self._local: dict[str, Tensor] = {}  # this rank's parts
         self.of: dict[str, Tensor] = {}
         """The masks, in the parameters' order of memory."""
-        self.sparsity = 0.0
-        """The share of the masked parameters' weights that is pruned; 0 without masks."""
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the masked parameters' weights that is pruned and 0; 0 without masks.
+
+        It looks at the weights: one that was pruned and has moved does not count (of sharded ones, this rank's part).
+        """
+        total = sum(mask.numel() for mask in self.of.values())
+        left = sum(int(mask.sum()) for mask in self.of.values()) + sum(self.moved().values())
+        return 1 - left / total if total else 0.0
+
+    @torch.no_grad()
+    def moved(self) -> dict[str, int]:
+        """How many pruned weights are not 0, by the parameter; on this rank, and only where there are any."""
+        found = {name: count_pruned(local(self._parameters[name]), mask) for name, mask in self._local.items()}
+        return {name: count for name, count in found.items() if count}
 
     def ordered(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """These masks in the parameters' order of memory, as sessions want them.
@@ -50,34 +64,63 @@ class Masks:
         """Take these masks for those that there were; weights that they prune become 0. Raises as `ordered` does."""
         self.of = self.ordered(masks)
         self._local = {name: part_like(mask, self._parameters[name]) for name, mask in self.of.items()}
-        total = sum(mask.numel() for mask in self.of.values())
-        self.sparsity = 1 - sum(int(mask.sum()) for mask in self.of.values()) / total if total else 0.0
         self.apply()
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Set pruned weights to 0."""
+    def apply(self, only: Container[str] | None = None) -> None:
+        """Set pruned weights to 0; of the parameters `only`, or of all."""
         for name, mask in self._local.items():
-            keep_(local(self._parameters[name]), mask)
+            if only is None or name in only:
+                keep_(local(self._parameters[name]), mask)
 
     @torch.no_grad()
-    def apply_to_gradients(self) -> None:
-        """Set the gradients of pruned weights to 0."""
+    def apply_to_gradients(self, only: Container[str] | None = None) -> None:
+        """Set the gradients of pruned weights to 0; of the parameters `only`, or of all."""
         for name, mask in self._local.items():
-            if (gradient := self._parameters[name].grad) is not None:
-                keep_(local(gradient), mask)
+            gradient = self._parameters[name].grad
+            if gradient is not None and (only is None or name in only):
+                _keep_gradient(gradient, mask)
+
+    @torch.no_grad()
+    def pruned_gradient(self, name: str) -> Tensor | None:
+        """A copy of the gradients of a parameter's pruned weights, 0 at the others; None if it has none, or no mask."""
+        gradient = self._parameters[name].grad
+        if gradient is None or name not in self._local:
+            return None
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach().clone()
+        keep_(local(gradient), ~self._local[name])
+        return gradient
 
     @torch.no_grad()
     def clean(self, optimizer: torch.optim.Optimizer) -> None:
         """Set to 0 what an optimizer remembers of pruned weights: every tensor of a parameter's shape in its state.
 
         `inverse` of the compressed optimizers stays: it is a scale, not a memory, and a weight that grows again needs it.
+        LBFGS, whose directions mix all weights, starts its history anew where that holds any of a pruned one.
         """
         for name, mask in self._local.items():
             p = self._parameters[name]
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.shape == p.shape and key != "inverse":
                     keep_(local(value), mask)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            self._clean_history(optimizer)
+
+    def _clean_history(self, optimizer: torch.optim.LBFGS) -> None:
+        """LBFGS keeps vectors of all its parameters one after another, with its first parameter."""
+        names = {id(p): name for name, p in self._parameters.items()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kept = []
+        for p in parameters:
+            mask = self._local.get(names.get(id(p), ""))
+            mask = torch.ones(p.shape, dtype=torch.bool, device=p.device) if mask is None else mask
+            kept.append(mask.reshape(-1).repeat_interleave(2 if p.is_complex() else 1))
+        flat = torch.cat(kept)
+        for state in optimizer.state.values():
+            values = [x for each in state.values() for x in (each if isinstance(each, list) else [each])]
+            vectors = [x for x in values if isinstance(x, Tensor) and x.numel() == flat.numel()]
+            if any(count_pruned(x.reshape(-1), flat) for x in vectors):
+                state.clear()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Each mask as its shape and a uint8 tensor with a bit a weight, the first in the lowest bit."""
@@ -119,6 +162,14 @@ def part_like(x: Tensor, p: Tensor) -> Tensor:
     if not isinstance(p, DTensor):
         return x
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).to_local()
+
+
+def _keep_gradient(gradient: Tensor, mask: Tensor) -> None:
+    if gradient.is_sparse:  # of an embedding, rows that repeat among them
+        values = gradient._values()
+        values.masked_fill_(~mask[tuple(gradient._indices())], 0)
+    else:
+        keep_(local(gradient), mask)
 
 
 def _in_order_of(p: Tensor, mask: Tensor) -> Tensor:

@@ -13,20 +13,26 @@ packs what is kept. Masks follow from what all ranks have alike, weights and mea
 """
 
 import contextlib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from commpress.model import importance, pruning, quantization
+from commpress.model import importance, layers, pruning, quantization, reach
 from commpress.model.distillation import PROJECTIONS, Distillation, Distiller, fingerprint
 from commpress.model.masks import Masks, from_state, whole
-from commpress.model.recipe import Prune, Quantize, Recipe, RecipeError, matching, naming_the_file
+from commpress.model.reach import Reach
+from commpress.model.recipe import Prune, Quantize, Recipe, RecipeError, naming_the_file
+from commpress.model.steps import Steps, states_of
 
 STATE_VERSION = 1
+CHECKED, CHECK_EVERY = 3, 100
+"""Behind so many steps after a change of masks, and every so many steps, it is checked that pruned weights are 0."""
+LATE = "a model that was compiled and called before the Scheduler was made (then make the Scheduler first, or call \
+torch.compiler.reset() before)"
 
 
 class Session(Protocol):
@@ -64,11 +70,14 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
 class Scheduler:
     """A recipe at work on a model. Collective where ranks share it: all of them make one, at the same point.
 
-    `model` is the module itself, not its DDP; or what `fully_shard` took. `session` is what `commpress.attach` returned, and
-    is needed with more than one rank. `teacher` is a model of any kind, for a recipe that distils. Call `loss` in each
-    backward and `step` after each optimizer step. `phase` says what goes on now.
+    `model` is the module itself, not its DDP; or what `fully_shard` took, or what `torch.compile` returned and nobody has
+    called. `optimizer` is one or a list: all that move weights which the recipe prunes; what Accelerate or Lightning made of
+    them does as well. `session` is what `commpress.attach` returned, and is needed with more than one rank. `teacher` is a
+    model of any kind, for a recipe that distils. Call `loss` in each backward and `step` after each optimizer step, once if
+    there are several. `phase` says what goes on now.
 
-    Raises RecipeError, naming the key, if the recipe does not fit the model, TypeError or ValueError if something is missing.
+    Raises RecipeError, naming the key, if the recipe does not fit the model, TypeError or ValueError if something is missing,
+    as an optimizer. What is left out, and a share below a half of the model, is a warning, from rank 0.
     """
 
     @naming_the_file
@@ -76,38 +85,52 @@ class Scheduler:
         self,
         recipe: Recipe,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         session: Session | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
-        self.recipe, self.model, self.optimizer = recipe, model, optimizer
+        given = [*optimizer] if isinstance(optimizer, Sequence) else [optimizer]
+        self.recipe, self.model, self.optimizer = recipe, layers.uncompiled(model), given[0] if given else None
         self.done = 0
         """Optimizer steps so far."""
         self._session, self._teacher = session, teacher
-        model.state_dict(keep_vars=True)  # FSDP shards what an evaluation has left whole
-        self._parameters = dict(model.named_parameters())
+        self.model.state_dict(keep_vars=True)  # FSDP shards what an evaluation has left whole
+        self._parameters = layers.named_parameters(self.model)
         sharded = any(isinstance(p, DTensor) for p in self._parameters.values())
         if session is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError(
                 'Scheduler: expected session=, as commpress.attach(ddp, "none") returns it, on several ranks'
             )
-        if recipe.quantize and not quantization.is_prepared(model):
+        if recipe.quantize and not quantization.is_prepared(self.model):
             if sharded:
                 raise ValueError("Scheduler: call prepare(model, recipe) before fully_shard")
-            prepare(model, recipe)
-        self._pruned = self._prunable()
+            prepare(self.model, recipe)
+        self._pruned = reach.chosen(recipe, self.model, given)
         self.masks = Masks(self._parameters)
+        self._steps = Steps(given, {n: self._parameters[n] for n in self._of_entries()}, self.masks, self._observe)
+        self._layouts = {name: layers.layout_of(self.model, name) for name in self._of_entries()}
+        self._wandas: dict[int, importance.Wanda] = {}
         self._criteria: list[importance.Criterion | None] = [None for _ in recipe.prune]
-        self._wanted: dict[str, Tensor] = {}  # mean gradients of pruned weights, in a step that looks at them
-        self._looks = False
-        self._distiller = self._distilling()  # now, so that a wrong name is told at once
+        self._unchecked = 0  # steps since the masks changed
+        self._unsteady: set[str] = set()  # parameters that something has moved where they are pruned
+        self._hooks_are_seen = False
+        self._distiller = (
+            self._distilling()
+        )  # now: a wrong name is told at once, and what is compiled later has its hooks
         self._agree()
-        self._hooks = [optimizer.register_step_pre_hook(lambda *_: self._before_step())]
-        if type(optimizer).__module__.split(".")[0] not in ("torch", "commpress") or type(optimizer).__name__ == "Muon":
-            # one that may mix a matrix's values moves weights whose gradients are 0
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.masks.apply()))
+        self._tell_reach()
         self._advance()
+
+    @property
+    def reach(self) -> Reach:
+        """What share of the model is pruned, and what is left out. Of sharded weights that moved, this rank's part counts."""
+        pruned = self.masks.sparsity
+        masked = sum(mask.numel() for mask in self.masks.of.values())
+        total = sum(p.numel() for name, p in self._parameters.items() if not name.startswith(PROJECTIONS))
+        chosen = sum(self._parameters[name].numel() for name in self._of_entries())
+        left_out = reach.left_out(self.model, self._of_entries()) if self.recipe.prune else {}
+        return Reach(pruned * masked / max(chosen, 1), pruned * masked / max(total, 1), left_out)
 
     @property
     def phase(self) -> str:
@@ -126,7 +149,7 @@ class Scheduler:
 
         `output` is the student's: logits, or a Transformers output that has them.
         """
-        if self._distiller is None:
+        if self._distiller is None or not self._distils:
             for p in getattr(self.model, PROJECTIONS, nn.Module()).parameters():
                 if not isinstance(p, DTensor):  # DDP waits for a gradient of all its parameters
                     task_loss = task_loss + 0 * p.sum()
@@ -140,6 +163,8 @@ class Scheduler:
         Raises ValueError on all ranks, with the parameter's name, if their masks differ.
         """
         self.done += 1
+        self._steps.stand_closest()
+        self._check()
         self._advance()
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,13 +201,13 @@ class Scheduler:
             raise ValueError(f"cannot restore: the saved run had a teacher {state['teacher']}, this one has {now}")
         self.done = done
         self._close_criteria()
-        self._take(from_state(state["masks"]))
+        self._take({layers.plain(name): mask for name, mask in from_state(state["masks"]).items()})
         for index, (entry, before, seen) in enumerate(
             zip(self.recipe.prune, saved.prune, state["criteria"], strict=False)
         ):
             if seen is not None and entry == before:  # another starts anew
                 self._criteria[index] = criterion = self._criterion(index)
-                criterion.load_state_dict(seen)
+                criterion.load_state_dict({layers.plain(name): of for name, of in seen.items()})
         for index, entry in enumerate(self.recipe.prune):
             if self._criteria[index] is None and self._watches(entry):
                 self._criteria[index] = self._criterion(index)
@@ -204,10 +229,14 @@ class Scheduler:
 
     def close(self) -> None:
         """Take off all hooks."""
-        for hook in self._hooks:
-            hook.remove()
+        self._steps.close()
         self._close_criteria()
-        self._distil(False)
+        for wanda in self._wandas.values():
+            wanda.close()
+        self._wandas.clear()
+        if self._distiller is not None:
+            self._distiller.close()
+            self._distiller = None
 
     # how it works
 
@@ -216,69 +245,33 @@ class Scheduler:
         distil = self.recipe.distil
         return distil is not None and distil.start <= self.done < distil.last
 
-    def _prunable(self) -> list[list[str]]:
-        """The parameters of each entry. Raises RecipeError for contradictions."""
-        usual = [f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        # a tied one has the name of its first place; projections leave before the model does
-        usual = [name for name in usual if name in self._parameters and not name.startswith(PROJECTIONS)]
-        usual = [name for name in usual if self._parameters[name].requires_grad]
-        found: list[list[str]] = []
-        for index, entry in enumerate(self.recipe.prune):
-            names = usual
-            if entry.parameters:
-                names = matching(f"prune[{index}].parameters", entry.parameters, list(self._parameters))
-            if not names:
-                raise RecipeError(f"prune[{index}].parameters: the model has no Linear layers, expected globs of names")
-            for before, earlier in enumerate(self.recipe.prune[:index]):
-                if (shared := set(found[before]) & set(names)) and not earlier.last < entry.start:
-                    if entry.last < earlier.start:
-                        raise RecipeError(
-                            f"prune[{index}].start: {entry.start}, before prune[{before}] of the same {min(shared)!r}, which "
-                            f"starts at {earlier.start}: write the entries in the order of their steps"
-                        )
-                    raise RecipeError(
-                        f"prune[{index}].start: {entry.start}, while prune[{before}] prunes {min(shared)!r}, too, until "
-                        f"{earlier.last}"
-                    )
-            for name in names:
-                if not self._parameters[name].requires_grad:
-                    raise RecipeError(f"prune[{index}].parameters: {name!r} is frozen, expected one that is trained")
-            kind = type(self.optimizer).__name__
-            if entry.how == "regrow" and hasattr(self.optimizer, "takes_means"):
-                raise RecipeError(f"prune[{index}].schedule: regrow needs mean gradients, {kind} has none")
-            if entry.criterion in ("taylor", "movement") and hasattr(self.optimizer, "synced"):
-                raise RecipeError(
-                    f"prune[{index}].criterion: {entry.criterion} needs gradients that all ranks share; under {kind} each has "
-                    "its own between syncs, expected magnitude or wanda"
-                )
-            self._try(index, entry, names)
-            found.append(names)
-        return found
+    def _of_entries(self) -> list[str]:
+        """The parameters that any entry prunes."""
+        return list(dict.fromkeys(name for names in self._pruned for name in names))
 
-    def _try(self, index: int, entry: Prune, names: list[str]) -> None:
-        """Raises RecipeError now for what an entry could not do when its time comes."""
-        ones = {name: torch.ones(self._parameters[name].shape, dtype=torch.float32, device="cpu") for name in names}
-        try:
-            if entry.pattern is not None:
-                pruning.n_of_m(ones, *entry.n_of_m)
-            elif entry.scope == "row":
-                pruning.by_amount(ones, 0.0, "row")
-        except ValueError as error:
-            raise RecipeError(f"prune[{index}].{'pattern' if entry.pattern else 'scope'}: {error}") from None
+    def _tell_reach(self) -> None:
+        """A default that reaches less than half of the model is not what it sounds like."""
+        if any(not entry.parameters for entry in self.recipe.prune):
+            chosen = sum(self._parameters[name].numel() for name in self._of_entries())
+            total = sum(p.numel() for name, p in self._parameters.items() if not name.startswith(PROJECTIONS))
+            if 2 * chosen < total:
+                reach.warn_of(
+                    f"the recipe prunes among {chosen:,} of {total:,} parameters, {chosen / total:.1%} of the model; "
+                    f"left out: {reach.listed(self.reach.left_out)}"
+                )
 
     def _agree(self) -> None:
         """The ranks compare recipe and teacher, and whether masks can be had, before the first step."""
         for index in range(len(self.recipe.prune)):
-            self._criterion(index).close()
+            self._close_criterion(self._criterion(index))
         if self._session is None:
             return
         teacher = None if self._teacher is None else fingerprint(self._teacher)
         self._session.agree({"recipe": self.recipe.to_dict(), "teacher": teacher})
         if self.recipe.prune:
             whole_masks = {
-                name: torch.ones(self._parameters[name].shape, dtype=torch.bool, device="cpu")
-                for names in self._pruned
-                for name in names
+                name: torch.ones(self._parameters[name].shape, dtype=torch.bool, device=self._parameters[name].device)
+                for name in self._of_entries()
             }
             self._session.keep(self.masks.ordered(whole_masks))
             self._session.keep({})
@@ -309,24 +302,19 @@ class Scheduler:
                 quantization.enable(self.model, settings=_settings(late))
         self._announce()
 
-    def _distil(self, on: bool) -> None:
-        """Out of its phase a teacher's hooks are off."""
-        if on and self._distiller is None:
-            self._distiller = self._distilling()
-        elif not on and self._distiller is not None:
-            self._distiller.close()
-            self._distiller = None
-
     def _announce(self) -> None:
         """Tell the session what goes on, and whether the next step looks at all gradients."""
-        self._distil(self._distils)
-        self._wanted = {}
-        self._looks = any(
-            entry.how == "regrow" and entry.start < self.done + 1 < entry.last and entry.due(self.done + 1)
-            for entry in self.recipe.prune
-        )
+        if self._distiller is not None:
+            self._distiller.watch(self._distils)
+        looks = [
+            name
+            for names, entry in zip(self._pruned, self.recipe.prune, strict=True)
+            if entry.how == "regrow" and entry.start < self.done + 1 < entry.last and entry.due(self.done + 1)
+            for name in names
+        ]
+        self._steps.look(looks)
         if self._session is not None:
-            self._session.look(self._looks)
+            self._session.look(bool(looks))
             self._session.phase(self.phase)
 
     def _watches(self, entry: Prune) -> bool:
@@ -337,39 +325,80 @@ class Scheduler:
         kind = importance.CRITERIA[self.recipe.prune[index].criterion]
         try:
             parameters = {name: self._parameters[name] for name in self._pruned[index]}
-            return kind(self.model, parameters, getattr(self._session, "group", None))
+            if kind is not importance.Wanda:
+                return kind(self.model, parameters, getattr(self._session, "group", None))
+            if index not in self._wandas:  # its hooks stay: those that come behind a compiled call are not called
+                self._wandas[index] = importance.Wanda(self.model, parameters, getattr(self._session, "group", None))
+            self._wandas[index].watch(True)
+            return self._wandas[index]
         except ValueError as error:
             raise RecipeError(f"prune[{index}].criterion: {error}") from None
 
     def _close_criteria(self, only: int | None = None) -> None:
         for index, criterion in enumerate(self._criteria):
             if criterion is not None and only in (None, index):
-                criterion.close()
+                self._close_criterion(criterion)
                 self._criteria[index] = None
 
-    @torch.no_grad()
+    def _close_criterion(self, criterion: importance.Criterion) -> None:
+        if isinstance(criterion, importance.Wanda):
+            criterion.watch(False)
+        else:
+            criterion.close()
+
     def _before_step(self) -> None:
-        """Gradients are there, and the optimizer is about to use them."""
-        found_inf = getattr(
-            self.optimizer, "found_inf", None
-        )  # a GradScaler leaves it to fused ones to skip their step
-        if found_inf is not None and bool(found_inf):
-            return
-        scale = getattr(self.optimizer, "grad_scale", None)
+        """Gradients are there, and the first optimizer is about to use them."""
+        self._steps.arrived()
+
+    def _observe(self, scale: float, names: Collection[str]) -> None:
+        """The gradients of these parameters are there, times `scale`, and their optimizer is about to use them."""
+        if not self._hooks_are_seen:
+            self._require_seen_hooks()
         for criterion in self._criteria:
             if criterion is not None:
-                criterion.observe(1.0 if scale is None else float(scale))
-        if self._looks:
-            regrowing = [
-                names for names, entry in zip(self._pruned, self.recipe.prune, strict=True) if entry.how == "regrow"
-            ]
-            self._wanted = {
-                name: whole(g).abs()  # masking p.grad must not reach it
-                for names in regrowing
-                for name in names
-                if (g := self._parameters[name].grad) is not None
-            }
-        self.masks.apply_to_gradients()  # a session has not seen all of them: in a local step, on one rank, in a look
+                criterion.observe(scale, names)
+
+    def _require_seen_hooks(self) -> None:
+        """Behind the first backward: have the hooks been called that are needed at some later step?"""
+        trained = [name for name in self._parameters if self._parameters[name].grad is not None]
+        if not trained:
+            return
+        self._hooks_are_seen = True
+        for index, wanda in self._wandas.items():
+            uncalled = [name for name in wanda.not_called if name in trained]
+            if uncalled and len(wanda.not_called) == len(self._pruned[index]):
+                raise RecipeError(
+                    f"prune[{index}].criterion: wanda has seen no input of {reach.listed(uncalled)} in training mode, though "
+                    f"there are gradients: their modules are not called, or it is {LATE}"
+                )
+            if uncalled:
+                reach.warn_of(
+                    f"prune[{index}].criterion: wanda has seen no input of {reach.listed(uncalled)} in training mode, though "
+                    "there are gradients: they will be left out, unless their modules are called before "
+                    f"step {self.recipe.prune[index].start}"
+                )
+        if self._distiller is not None and (unseen := self._distiller.not_called):
+            raise RecipeError(
+                f"distil.{unseen[0][0]}: the student's {unseen[0][1]!r} was not called in the first forward, or it is {LATE}"
+            )
+
+    def _check(self) -> None:
+        """Pruned weights are 0, or one warning says which are not, and they are set to 0 behind each step from now on."""
+        if not self.masks.of:
+            return
+        self._unchecked += 1
+        if self._unchecked <= CHECKED or self._unchecked % CHECK_EVERY == 0:
+            moved = {name: count for name, count in self.masks.moved().items() if name not in self._unsteady}
+            if moved:
+                self._unsteady |= moved.keys()
+                count, size = next(iter(moved.values())), len(moved)
+                reach.warn_of(
+                    f"step {self.done}: {count} pruned weights of {next(iter(moved))!r} were not 0"
+                    f"{f', and some of {size - 1} other parameters' if size > 1 else ''}. Something else than the "
+                    "Scheduler's optimizers has moved them; they are set to 0 again, in each step"
+                )
+        if self._unsteady:
+            self.masks.apply(self._unsteady)
 
     @torch.no_grad()
     def _prune(self, index: int, entry: Prune) -> None:
@@ -382,33 +411,78 @@ class Scheduler:
         except ValueError as error:
             raise RecipeError(f"prune[{index}].criterion: {error}") from None
         if self._criteria[index] is None:
-            criterion.close()
+            self._close_criterion(criterion)
+        if unseen := [name for name in names if name not in scores and name not in now]:
+            reach.warn_of(f"prune[{index}].criterion: wanda has seen no input of {reach.listed(unseen)}: not pruned")
         if entry.threshold is not None:
             masks = pruning.by_threshold(scores, entry.threshold)
         elif entry.pattern is not None:
-            masks = pruning.n_of_m(scores, *entry.n_of_m)
+            last = {name: self._layouts[name].inputs_last(s) for name, s in scores.items()}
+            found = pruning.n_of_m(last, *entry.n_of_m)
+            masks = {name: self._layouts[name].from_inputs_last(mask) for name, mask in found.items()}
         elif entry.how == "regrow" and self.done > entry.start:
             share = pruning.share_at(self.done, entry.start, entry.last, entry.regrow)
-            self._take({**self.masks.of, **pruning.regrow(now, scores, self._wanted, share)})
+            self._take({**self.masks.of, **pruning.regrow(now, scores, self._wanted(names), share)})
             return
         else:
             assert entry.amount is not None
             schedule = "one-shot" if entry.how == "regrow" else entry.how
             amount = pruning.amount_at(self.done, entry.start, entry.last, entry.amount, schedule)
-            masks = pruning.by_amount(scores, amount, entry.scope, keep=now)
+            masks = self._by_amount(scores, amount, entry.scope, now)
         # what an entry before this one has pruned stays pruned
         self._take({**self.masks.of, **{name: mask & now.get(name, mask) for name, mask in masks.items()}})
+
+    def _by_amount(
+        self, scores: Mapping[str, Tensor], amount: float, scope: str, keep: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if scope != "row":
+            return pruning.by_amount(scores, amount, scope, keep)
+        scores, keep = ({name: self._layouts[name].turned(x) for name, x in each.items()} for each in (scores, keep))
+        masks = pruning.by_amount(scores, amount, scope, keep)
+        return {name: self._layouts[name].turned(mask) for name, mask in masks.items()}
+
+    def _wanted(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The mean gradients of pruned weights, in absolute value. Collective.
+
+        Of several backwards in a step only the last may have been exchanged. Each rank has the sums of what it saw; their
+        mean over the ranks is that of the gradients, as the mean of means is the mean.
+        """
+        dense = {name: g for name, g in self._steps.dense.items() if name in names}
+        session = self._session
+        if session is not None and session.world_size > 1:
+            group = getattr(session, "group", None)
+            found = torch.tensor(
+                [self._steps.backwards, *(name in dense for name in names)], dtype=torch.int64, device=self._device
+            )
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+            backwards, *has = found.tolist()
+            for name in [name for name, any_has in zip(names, has, strict=True) if any_has and backwards > 1]:
+                if not isinstance(self._parameters[name], DTensor):
+                    g = dense.setdefault(name, torch.zeros_like(self._parameters[name], requires_grad=False))
+                    dist.all_reduce(g, group=group)
+                    g /= session.world_size
+        return {name: whole(g).abs() for name, g in dense.items()}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
 
     def _take(self, masks: Mapping[str, Tensor]) -> None:
         """The ranks compare masks first: one that differs changes nothing."""
         if self._session is not None:
             self._session.keep(self.masks.ordered(masks))
         self.masks.replace(masks)
-        self.masks.clean(self.optimizer)
+        self._unchecked = 0
+        for optimizer in self._steps.optimizers:
+            for each in states_of(optimizer):
+                self.masks.clean(each)
 
-    def _alike(self) -> AbstractContextManager[None]:
-        synced = getattr(self.optimizer, "synced", None)
-        return contextlib.nullcontext() if synced is None else synced()
+    def _alike(self) -> contextlib.ExitStack[None]:
+        stack: contextlib.ExitStack[None] = contextlib.ExitStack()
+        for optimizer in self._steps.optimizers:
+            if (synced := getattr(optimizer, "synced", None)) is not None:
+                stack.enter_context(synced())
+        return stack
 
     def _require_same_past(self, saved: Recipe, done: int) -> None:
         """What was done by now must be what this recipe would have done."""

@@ -4,7 +4,8 @@ What hangs together is found by torch-pruning's dependency graph (Fang et al., a
 place in a batch norm, input i of the next. Of each such width n, round(amount * n) go, those whose weights matter least.
 A width stays that reaches the model's output, an embedding, a norm over features or a parameter outside of Linear,
 convolution and batch norm: in a transformer that is the residual path, and heads and the units of the MLPs go. Grouped
-convolutions, weights that two layers share and what rotary positions turn stay as well.
+convolutions, weights that two layers share and what rotary positions turn stay as well. Transformers' Conv1D (GPT-2) is a
+Linear transposed, and is one while the graph is at work.
 """
 
 import copy
@@ -19,8 +20,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from commpress.model.layers import is_conv1d
+
 IMPORTANCE = ("magnitude", "taylor")
-SIZES = ("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features")
+SIZES = ("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "nx", "nf")
 """The attributes in which layers hold their sizes."""
 
 
@@ -36,11 +39,17 @@ class Heads:
     width: str | None = None
     """The attribute that holds heads * size of a head, if there is one."""
 
+    @property
+    def parts(self) -> int:
+        """How many times heads * size of a head are in a layer's outputs."""
+        return 3 if len(self.layers) == 1 else 1
+
 
 KNOWN = (
     Heads("heads", ("qkv",)),  # the training program's GPT
     Heads("num_attention_heads", ("query", "key", "value"), "all_head_size"),  # BERT and its kin in Transformers
     Heads("n_heads", ("q_lin", "k_lin", "v_lin")),  # DistilBERT
+    Heads("num_heads", ("c_attn",), "split_size"),  # GPT-2
 )
 
 
@@ -83,6 +92,7 @@ def shrink(
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError("shrink: the parameters are sharded, call it before fully_shard")
     small = _copy(model).eval()
+    transposed = _as_linear(small)
     try:
         with torch.enable_grad():
             removal = _Removal(small, example_inputs, importance, heads, keep)
@@ -101,6 +111,7 @@ def shrink(
             raise ValueError(f"shrink: without {removal.names(removed)} the model fails: {error}. {_HINT}") from error
     if difference := _difference(expected, computed):
         raise ValueError(f"shrink: without {removal.names(removed)} {difference}. {_HINT}")
+    _as_conv1d(small, transposed)
     shapes = shapes_of(small, heads)
     reshape(model, shapes)
     model.load_state_dict(small.state_dict())
@@ -180,6 +191,7 @@ class _Removal:
             output_transform=lambda output: list(_tensors_in(output)),
             verbose=False,
         )
+        _map_splits(self._graph, torch_pruning.dependency.index_mapping._SplitIndexMapping)
         if importance == "taylor":
             for name, p in model.named_parameters():
                 if p.grad is None and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | _ConvNd):
@@ -290,7 +302,7 @@ class _Removal:
                 module, how, gone = width.attention
                 setattr(module, how.count, getattr(module, how.count) - gone)
                 if how.width is not None:
-                    setattr(module, how.width, getattr(module, how.layers[0]).out_features)
+                    setattr(module, how.width, getattr(module, how.layers[0]).out_features // how.parts)
 
     def names(self, widths: Sequence[_Width]) -> str:
         """The layers, for an error."""
@@ -305,6 +317,35 @@ def _copy(model: nn.Module) -> nn.Module:
     return small
 
 
+def _as_linear(model: nn.Module) -> dict[str, nn.Module]:
+    """Put a Linear in the place of each Conv1D, with its values and gradients; return those that there were."""
+    found: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if name and is_conv1d(module)}
+    for name, module in found.items():
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, nn.Parameter)
+        assert isinstance(bias, nn.Parameter)
+        inputs, outputs = weight.shape
+        linear = nn.Linear(inputs, outputs, device=weight.device, dtype=weight.dtype).train(module.training)
+        linear.weight = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+        linear.weight.grad = None if weight.grad is None else weight.grad.t().contiguous()
+        linear.bias = bias
+        model.set_submodule(name, linear)
+    return found
+
+
+def _as_conv1d(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
+    """Put back what `_as_linear` returned, with the values and sizes that the Linears have now."""
+    for name, module in found.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        module.weight, module.bias = nn.Parameter(linear.weight.detach().t().contiguous()), linear.bias
+        sizes = {"nf": linear.out_features, "nx": linear.in_features}
+        for key, size in sizes.items():
+            if hasattr(module, key):
+                setattr(module, key, size)
+        model.set_submodule(name, module)
+
+
 def _attention_layers(model: nn.Module, heads: Sequence[Heads]) -> Iterator[tuple[nn.Module, tuple[nn.Module, Heads]]]:
     """(layer, (attention module, how)) of each layer that heads come from."""
     for name, module in model.named_modules():
@@ -313,13 +354,32 @@ def _attention_layers(model: nn.Module, heads: Sequence[Heads]) -> Iterator[tupl
             count = getattr(module, how.count, None)
             if isinstance(count, int) and all(isinstance(layer, nn.Linear) for layer in layers):
                 widths = {layer.out_features for layer in layers if isinstance(layer, nn.Linear)}
-                parts = count * 3 if len(layers) == 1 else count
+                parts = count * how.parts
                 if len(widths) > 1 or min(widths) % parts:
                     raise ValueError(
                         f"shrink: {name!r} has {count} heads, and {', '.join(how.layers)} have {sorted(widths)} outputs: "
                         f"expected one multiple of {parts}"
                     )
                 yield from ((layer, (module, how)) for layer in layers if layer is not None)
+
+
+def _map_splits(graph: Any, mapping: Any) -> None:
+    """Say which outputs go where that are split along the last of three dimensions, [batch, time, features].
+
+    torch-pruning says so of the second dimension alone, and takes each part of GPT-2's queries, keys and values for all.
+    """
+    for node in list(graph.module2node.values()):
+        shape = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+        if node.type.name != "SPLIT" or node.module.offsets is None or len(shape) != 3:
+            continue
+        if node.grad_fn._saved_dim % 2**64 not in (2, 2**64 - 1):
+            continue
+        for i, part in enumerate(node.outputs):
+            offset = node.module.offsets[i : i + 2]
+            for end, other, reverse in ((node, part, False), (part, node, True)):
+                for dep in end.dependencies:
+                    if dep.target is other:
+                        dep.index_mapping[0] = mapping(offset=offset, reverse=reverse)
 
 
 def _matching(globs: Sequence[str], names: Mapping[nn.Module, str]) -> set[nn.Module]:
