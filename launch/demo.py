@@ -15,13 +15,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from commpress import extras
 from commpress.launch import checkpoint, report
 from commpress.launch.records import Record, read
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.demo", error, "launch") from None
 
 RUNS: dict[str, dict[str, Any]] = {
     "none": {"compress": "none"},

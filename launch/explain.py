@@ -16,17 +16,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from commpress import extras
 from commpress.comm.codecs import parse
 from commpress.comm.cost import Cluster, break_even, feedback_bytes, layout, slowest, step
 from commpress.comm.plan import Plan
 from commpress.launch import units
 from commpress.launch.speed import Measured
 from commpress.launch.train import machine
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.explain", error, "launch") from None
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
 DAY = 86400.0

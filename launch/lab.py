@@ -30,10 +30,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from commpress import extras
 from commpress.launch import relay, units
 from commpress.launch.demo import free_port
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.lab", error, "launch") from None
 
 PORT = 29511
 BURST, BURST_SECONDS = 72_000, 200e-6

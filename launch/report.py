@@ -10,9 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
-import plotly.offline
-import typer
-
+from commpress import extras
 from commpress.launch import figures, records, units
 from commpress.launch.records import (
     LOSSES,
@@ -26,6 +24,12 @@ from commpress.launch.records import (
     ran,
     read,
 )
+
+try:
+    import plotly.offline
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.report", error, "launch") from None
 
 PAGE = """<!doctype html>
 <html lang="en">

@@ -27,15 +27,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.distributed as dist
-import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional
 
 import commpress
-from commpress import optim
+from commpress import extras, optim
 from commpress.launch import checkpoint, data, parallel, recipes, scalars
 from commpress.launch.model import GPT, Shape
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.train", error, "launch") from None
 
 if TYPE_CHECKING:
     from commpress.model import Recipe, Scheduler
