@@ -61,7 +61,7 @@ def demo(out: Path, steps: int) -> Path:
         "OneBitAdamW warms up on int4 gradients, then sends the signs of what AdamW would apply.", style="dim"
     )
     path = out / "report.html"
-    path.write_text(report.page(records), encoding="utf-8")
+    report.write(path, report.page(records))
     console.print(
         f"{time.monotonic() - started:.0f} s in all. Report: {path.resolve()}", soft_wrap=True, highlight=False
     )
@@ -172,8 +172,11 @@ def command(
     signal.signal(signal.SIGTERM, interrupted)
     try:
         demo(out, steps)
-    except DemoError as error:
+    except (DemoError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f"error: --out {out}: {error.filename or out}: {error.strerror or error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
