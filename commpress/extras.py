@@ -11,8 +11,9 @@ def missing(part: str, error: ModuleNotFoundError, extra: str) -> ModuleNotFound
     A program of ours that cannot start (`python -m commpress.launch.train`) ends here instead, with that sentence alone.
     """
     program = getattr(sys.modules.get("__main__"), "__spec__", None)
-    starts = program is not None and program.name.startswith("commpress.launch.")
-    name = program.name if starts else part
+    started = "" if program is None else str(program.name)
+    starts = started.startswith("commpress.launch.")
+    name = started if starts else part
     sentence = f"{name}: found no {str(error.name).split('.')[0]}, expected it; pip install 'commpress[{extra}]'"
     if starts and part.startswith("commpress.launch"):
         who = f"rank {global_rank()} ({host_name()}): " if global_rank() else ""

@@ -25,8 +25,8 @@ from commpress.comm.codecs import parse
 from commpress.comm.cost import Cluster, break_even, feedback_bytes, layout, slowest, step
 from commpress.comm.plan import Plan
 from commpress.launch import units
+from commpress.launch.run_record import machine
 from commpress.launch.speed import Measured
-from commpress.launch.train import machine
 
 try:
     import typer

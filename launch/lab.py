@@ -211,10 +211,12 @@ def run(command: Sequence[str], link: Link, hosts: Sequence[Host], timeout: floa
             "LAB_LINK": json.dumps({**asdict(link), "relayed": hosts[0].relay > 0}),
         },
     }
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f"{command[0]}: there is no such command")
     try:
         for number in range(link.hosts * link.ranks_per_host):
             index, local_rank = divmod(number, link.ranks_per_host)
-            place = {**shared, "RANK": number, "LOCAL_RANK": local_rank}
+            place = {**shared, "RANK": number, "LOCAL_RANK": local_rank, "COMMPRESS_HOST": f"host {index}"}
             environment = {"OMP_NUM_THREADS": "1", **os.environ, **{k: str(v) for k, v in place.items()}}
             namespace = hosts[index].namespace
             inside = ["ip", "netns", "exec", namespace, *command] if namespace else command
