@@ -43,7 +43,8 @@ def load(path: Path | None) -> Text:
     try:
         return _load(path)
     except OSError as error:
-        raise ValueError(f"--data {path}: cannot read {error.filename or path}: {error.strerror or error}") from error
+        where = "" if error.filename is None or str(error.filename) == str(path) else f"{error.filename}: "
+        raise ValueError(f"cannot read --data {path}: {where}{error.strerror or error}") from error
 
 
 def _load(path: Path | None) -> Text:
@@ -55,7 +56,8 @@ def _load(path: Path | None) -> Text:
     elif path.is_file():
         source, candidates = str(path), [path]
     else:
-        raise ValueError(f"--data {path}: there is no such file or folder")
+        found = "it is no file or folder" if path.exists() else "there is no such file or folder"
+        raise ValueError(f"cannot read --data {path}: {found}")
     parts, skipped = [], 0
     for candidate in candidates:
         part = candidate.read_bytes() if candidate == path else _text_of(candidate)

@@ -147,7 +147,7 @@ def descendants(pid: int) -> list[int]:
 def tail(path: Path) -> str:
     """The last lines of a log before torchrun's own, which say less."""
     log = path.read_text(errors="replace")
-    said = re.split(r"^[EW]\d{4} .*/torch/distributed/elastic/", log, maxsplit=1, flags=re.MULTILINE)[0]
+    said = re.split(r"^[EW]\d{4} .*torch/distributed/elastic/", log, maxsplit=1, flags=re.MULTILINE)[0]
     return "\n".join((said.strip() or log).splitlines()[-LAST_LINES:])
 
 

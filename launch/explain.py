@@ -180,6 +180,8 @@ def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compare
     read = []
     for path in records:
         try:
+            if path.exists() and not path.is_file():  # a device or pipe may have no end
+                raise ValueError("not a file")
             read.append((path, json.loads(path.read_text())))
         except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -262,7 +264,7 @@ def command(
         parts = 4 * values / (bucket_mb * BUCKET)
         _require(
             parts <= MOST_BUCKETS,
-            f"--bucket-mb {bucket_mb}: makes {parts:.0f} buckets, expected {MOST_BUCKETS} at most",
+            f"--params {params} --bucket-mb {bucket_mb}: makes {parts:.3g} buckets, expected {MOST_BUCKETS} at most",
         )
         each, latency = units.rate(bandwidth, "--bandwidth") / 8, units.seconds(delay_, "--delay")
         if json_ is not None:

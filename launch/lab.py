@@ -356,7 +356,7 @@ def main(
         link = Link(hosts, rate, delay, loss, ranks_per_host)
         code = _on_loopback(command, link, reason) if (reason := missing()) else _on_network(command, link)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"lab: {error}", file=sys.stderr)
+        print(f"lab: {str(error).splitlines()[0]}", file=sys.stderr)  # tc goes on with how it is used
         code = 2
     except KeyboardInterrupt:
         print("lab: interrupted", file=sys.stderr)

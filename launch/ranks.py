@@ -30,16 +30,11 @@ LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|timed
 
 
 class TrainingError(ValueError):
-    """Training cannot start or go on. All ranks know, so rank 0 alone says it, unless `alone`."""
-
-    alone = False
-    """Whether the other ranks may not know: then the rank that met it says it."""
+    """Training cannot start or go on. All ranks know, so rank 0 alone says it."""
 
 
 class LoneError(TrainingError):
-    """What ended this rank, where the other ranks may not know it."""
-
-    alone = True
+    """What this rank met and others did not: it says so, too."""
 
 
 @contextlib.contextmanager
@@ -88,7 +83,9 @@ def together(action: Callable[[], T], device: torch.device) -> T:
     if not failed.item():
         return result
     found = gather_settings({"said": said, "host": host_name()}, dist.distributed_c10d._get_default_group(), device)
-    raise TrainingError(joined([(str(of["host"]), str(of["said"])) for of in found])) from cause
+    everyone = [(str(of["host"]), str(of["said"])) for of in found]
+    kind = LoneError if said and said != joined(everyone) else TrainingError
+    raise kind(joined(everyone)) from cause
 
 
 def joined(said: list[tuple[str, str]]) -> str:
@@ -167,7 +164,7 @@ def not_disturbed_in_ending() -> Iterator[None]:
     try:
         yield
     except TrainingError:
-        if threading.current_thread() is threading.main_thread():
+        if "RANK" in os.environ and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
 

@@ -26,6 +26,8 @@ def read(path: Path, steps: int) -> "Recipe":
         raise ValueError("found no pydantic or torchao, expected both; pip install 'commpress[model]'")
     from commpress.model import Recipe
 
+    if path.exists() and not path.is_file():  # a device or pipe may have no end
+        raise ValueError(f"{path}: expected a .toml or .yaml file, found none")
     recipe = Recipe.load(path)
     recipe.require_within(steps)
     for key, spec in vars(recipe.traffic).items():

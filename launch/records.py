@@ -51,6 +51,8 @@ SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 def read(path: Path) -> Record:
     """A file that a report can show. Raises ValueError, which names the file, for any other."""
     try:
+        if path.exists() and not path.is_file():  # a device or pipe may have no end
+            raise ValueError("not a file")
         record = json.loads(path.read_text())
     except OSError as error:
         reason = error.strerror or str(error)

@@ -35,6 +35,14 @@ def require_writable(out: Path) -> None:
         raise ValueError(f"--out {out}: cannot write to {existing}: {reason}")
 
 
+def holds_checkpoint(folder: Path, flag: str) -> bool:
+    """Whether a folder has a checkpoint. Raises ValueError that names the flag if that cannot be seen."""
+    try:
+        return checkpoint.exists(folder)
+    except OSError as error:
+        raise ValueError(f"{flag} {folder}: cannot read: {error.strerror or error}") from None
+
+
 def leaders(out: Path, device: torch.device) -> list[int]:
     """Make the folder, and return by rank which rank leads those that share its folder: all 0 where all share it. Collective.
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import commpress
 from commpress.comm.agreement import gather_settings, host_name
 from commpress.launch import parallel, ranks
-from commpress.launch.model import Shape
+from commpress.launch.model import BYTES, Shape
 from commpress.launch.ranks import TrainingError
 
 
@@ -77,6 +78,7 @@ MAY_FORK = ("recipe", "lr")
 """Those that --fork may change."""
 OWN_TO_A_RANK = ("data", "out", "fork", "recipe", "threads", "tensorboard")
 """Settings that ranks on different hosts may have for themselves."""
+MOST_THREADS = 4096
 STEERING_BEHIND = ("optimizer_warmup", "warmup_compress", "sync_every")
 """Those of OneBitAdamW, ZeroOneAdamW and DGC."""
 STEERING_WAYS = {
@@ -137,8 +139,32 @@ def check(settings: Settings) -> None:
             raise TrainingError(f"--{name.replace('_', '-')} {value}: expected at least {minimum:g}")
         if value == math.inf or (isinstance(value, int) and value >= 2**31):
             raise TrainingError(f"--{name.replace('_', '-')} {value}: expected less than {2**31}")
+    require_room(settings)
+    if settings.threads is not None and settings.threads > MOST_THREADS:
+        raise TrainingError(f"--threads {settings.threads}: expected at most {MOST_THREADS}")
     if not 0 <= settings.seed < 2**31:
         raise TrainingError(f"--seed {settings.seed}: expected 0 to {2**31 - 1}")
+
+
+def require_room(settings: Settings) -> None:
+    """Raise TrainingError for a model or a batch that is larger than this host's memory, by the least that either takes."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    s = settings
+    values = s.layers * 12 * s.width**2 + s.context * s.width + 2 * BYTES * s.width
+    model = 16 * values  # weights, gradients and what AdamW remembers
+    if model > memory:
+        raise TrainingError(
+            f"--layers {s.layers} --width {s.width} --context {s.context}: {values / 1e9:,.1f} G parameters take "
+            f"{model / 1e9:,.1f} GB, this host has {memory / 1e9:,.1f} GB"
+        )
+    batch = 4 * s.batch * s.context * (8 * s.layers * s.width + 2 * BYTES)  # what backward needs of the forward
+    if batch > memory:
+        raise TrainingError(
+            f"--batch {s.batch} --context {s.context}: its activations take {batch / 1e9:,.1f} GB, this host has "
+            f"{memory / 1e9:,.1f} GB"
+        )
 
 
 def called(settings: Settings) -> str:
@@ -166,7 +192,8 @@ def require_alike(settings: Settings, device: torch.device) -> None:
             if str(here := other[name]) != str(there := everyone[0][name]):  # NaN is unlike itself
                 flag = f"--{name.replace('_', '-')}"
                 who = ranks.named(rank, str(other["host"])).removesuffix(": ")
-                raise TrainingError(f"{who} has {flag} {here}, rank 0 has {flag} {there}: all ranks need the same")
+                kind = ranks.LoneError if rank == dist.get_rank() else TrainingError
+                raise kind(f"{who} has {flag} {here}, rank 0 has {flag} {there}: all ranks need the same")
 
 
 def require_identity(saved: dict[str, Any], now: dict[str, Any], settings: Settings, source: Path) -> None:

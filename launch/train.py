@@ -105,11 +105,12 @@ def read_all(settings: Settings) -> "tuple[Recipe | None, data.Text]":
     if recipe is not None:
         require_traffic(settings, recipe)
     out = settings.folder
-    if not settings.resume and checkpoint.exists(out):
+    if not settings.resume and run_folder.holds_checkpoint(out, "--out"):
         raise TrainingError(f"{out} holds the checkpoint of a run: go on with --resume, or give another --out")
-    if settings.resume and global_rank() == 0 and not checkpoint.exists(out):
+    first = global_rank() == 0  # the others may have no disk in common with it
+    if settings.resume and first and not run_folder.holds_checkpoint(out, "--out"):
         raise TrainingError(f"--resume: no checkpoint in {out}; start without --resume")
-    if settings.fork is not None and global_rank() == 0 and not checkpoint.exists(settings.fork):
+    if settings.fork is not None and first and not run_folder.holds_checkpoint(settings.fork, "--fork"):
         raise TrainingError(f"--fork {settings.fork}: there is no checkpoint")
     run_folder.require_writable(out)
     text = data.load(settings.data)
@@ -429,8 +430,11 @@ def read_recipe(settings: Settings) -> "Recipe":
     assert settings.recipe is not None
     try:
         return recipes.read(settings.recipe, settings.steps)
-    except (ValueError, OSError) as error:
-        raise TrainingError(f"--recipe: {error}") from None
+    except OSError as error:
+        raise TrainingError(f"cannot read --recipe {settings.recipe}: {error.strerror or error}") from None
+    except ValueError as error:
+        where = "" if str(settings.recipe) in str(error) else f" {settings.recipe}"
+        raise TrainingError(f"--recipe{where}: {error}") from None
 
 
 def require_traffic(settings: Settings, recipe: "Recipe") -> None:
@@ -601,14 +605,14 @@ def command(
             settings = together(partial(chosen, given), device)
             train(settings)
     except TrainingError as error:
-        if rank == 0 or error.alone:
+        if rank == 0 or isinstance(error, ranks.LoneError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from None
 
 
 def chosen(given: dict[str, Any]) -> Settings:
     """The settings of these flags, and of the recipe where it alone says what travels. Raises TrainingError."""
-    settings = Settings(**{**given, "compress": given["compress"] or Settings.compress})
+    settings = Settings(**{**given, "compress": Settings.compress if given["compress"] is None else given["compress"]})
     if settings.recipe is None:
         return settings
     traffic = read_recipe(settings).traffic
