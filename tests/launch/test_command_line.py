@@ -182,8 +182,8 @@ def test_a_user_who_may_not_write_reads_a_sentence(bad: dict[str, Path]) -> None
     if os.geteuid() != 0:
         pytest.skip("needs root, to become another user")
     code = (
-        "import os, sys; os.setgid(65534); os.setuid(65534)\n"
-        "from commpress.launch.cli import main\nsys.argv = sys.argv[1:]; main()"
+        "import os, sys; from commpress.launch import cli, demo, explain, lab, report, train\n"
+        "os.setgid(65534); os.setuid(65534); sys.argv = sys.argv[1:]; cli.main()"
     )
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's own is closed to others
         os.chmod(folder, 0o755)
