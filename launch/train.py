@@ -231,9 +231,11 @@ class Run:
         flag = "--resume" if settings.fork is None else f"--fork {source}"
         if settings.fork is not None and self.scheduler is None and state["identity"].get("recipe"):
             raise ValueError(f"{flag}: that run has a recipe, this one none; expected --recipe")
-        if state["step"] > settings.steps or (settings.fork is not None and state["step"] == settings.steps):
+        if settings.fork is not None and state["step"] >= settings.steps:
+            raise ValueError(f"{flag}: it is at step {state['step']}, expected --steps above that")
+        if state["step"] > settings.steps:
             raise ValueError(
-                f"{flag}: it is at step {state['step']}, this run has --steps {settings.steps}; expected --steps above that"
+                f"{flag}: the run in {source} is at step {state['step']}, this one has --steps {settings.steps}"
             )
         saved = state["identity"]["world_size"]
         if saved == dist.get_world_size():

@@ -158,7 +158,7 @@ def test_resume_needs_the_same_run(runs: Path, text: Path) -> None:
         ({"compress": "int8"}, "--compress int4, this one --compress int8"),
         ({"width": 32}, "--width 64, this one --width 32"),
         ({"warmup_steps": 5}, "--warmup-steps 4, this one --warmup-steps 5"),
-        ({"steps": 20}, "it is at step 30, this run has --steps 20"),
+        ({"steps": 20}, "is at step 30, this one has --steps 20"),
     ):
         with pytest.raises(train.TrainingError, match=message):
             train.train(train.Settings(**{**same, **change}))
