@@ -34,7 +34,7 @@ from commpress.comm.exchange import EXCHANGES
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 from commpress.launch.lab import joining, sent_by_kernel
-from commpress.launch.train import machine
+from commpress.launch.run_record import machine
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)|int4")
 UNITS = {"": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}

@@ -33,7 +33,7 @@ import commpress
 from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
 from commpress.launch.model import GPT, Shape
-from commpress.launch.train import machine
+from commpress.launch.run_record import machine
 from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
 
 SHAPE, BATCH = Shape(layers=4, width=128, heads=4, context=64), 4

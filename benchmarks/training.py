@@ -33,7 +33,7 @@ import commpress
 from commpress.launch import data, records
 from commpress.launch.lab import joining, sent_by_kernel
 from commpress.launch.model import GPT, Shape
-from commpress.launch.train import machine
+from commpress.launch.run_record import machine
 
 SHAPE = Shape(layers=5, width=528, heads=8, context=64)
 BATCH = 2

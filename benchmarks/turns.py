@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from commpress.launch.lab import sent_by_kernel
-from commpress.launch.train import machine
+from commpress.launch.run_record import machine
 
 BATCH, WARM_UP = 2, 2
 ALONE = "no communication"

@@ -5,6 +5,7 @@ session = commpress.attach(ddp_model, "topk(0.01)|int4")
 print(session.report())            # bytes and seconds, against a dense exchange
 """
 
+import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 
 if TYPE_CHECKING:
+    from commpress import hooks as hooks
+    from commpress import launch as launch
+    from commpress import model as model
     from commpress.hooks import attach as attach
     from commpress.hooks import broadcast_parameters as broadcast_parameters
     from commpress.hooks import diloco as diloco
@@ -22,13 +26,18 @@ if TYPE_CHECKING:
 
 __version__ = version("commpress")
 HOOKS = ("attach", "broadcast_parameters", "diloco", "local_sgd")
+PACKAGES = ("hooks", "launch", "model")
+"""Imported when they are first asked for: the library does not know them, and two of them need packages of their own."""
 __all__ = ["Codec", "Plan", "Report", "Session", "__version__", *HOOKS, "optim", "parse"]
 
 
 def __getattr__(name: str) -> Any:
-    # the library does not know the hooks; only these names lead there, when they are asked for
+    if name in PACKAGES:
+        return importlib.import_module(f"commpress.{name}")
     if name in HOOKS:
-        from commpress import hooks
-
-        return getattr(hooks, name)
+        return getattr(importlib.import_module("commpress.hooks"), name)
     raise AttributeError(f"module 'commpress' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOOKS, *PACKAGES})

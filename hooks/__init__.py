@@ -1,5 +1,6 @@
 """commpress for the frameworks that train in parallel: one file a framework. `attach` picks by the model's type."""
 
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,7 +18,25 @@ from commpress.hooks.parameters import uncompiled
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
+    from commpress.hooks import accelerate as accelerate
+    from commpress.hooks import deepspeed as deepspeed
+    from commpress.hooks import fsdp as fsdp
+    from commpress.hooks import lightning as lightning
+    from commpress.hooks import transformers as transformers
+
 __all__ = ["attach", "broadcast_parameters", "diloco", "local_sgd"]
+FRAMEWORKS = ("accelerate", "deepspeed", "fsdp", "lightning", "transformers")
+"""Imported when they are first asked for: slow, and most need packages of their own."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in FRAMEWORKS:
+        return importlib.import_module(f"commpress.hooks.{name}")
+    raise AttributeError(f"module 'commpress.hooks' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *FRAMEWORKS})
 
 
 @overload

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from commpress import extras
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.joining import follow_default_timeout
@@ -145,9 +146,11 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     and returns what `deepspeed.initialize` does. Raises ValueError for a key that it does not know, and for the optimizers
     that DeepSpeed no longer has, as well as what `attach` raises. Without a block it is `deepspeed.initialize`.
     """
-    import deepspeed
-    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-
+    try:
+        import deepspeed
+        from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+    except ModuleNotFoundError as error:
+        raise extras.missing("commpress.hooks.deepspeed", error, "deepspeed") from error
     given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
     config = dict(load_ds_config(_pop_config(given)))
     block = config.pop("commpress", None)
@@ -215,7 +218,10 @@ def _make_optimizer(name: str, settings: dict[str, Any], parameters: Any) -> Com
 
 def _require_deepspeed(engine: Any) -> None:
     """Raises RuntimeError for other versions than those tested, TypeError for what is no engine."""
-    import deepspeed
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        raise extras.missing("commpress.hooks.deepspeed", error, "deepspeed") from error
 
     found, expected = _version(deepspeed.__version__), _version(TESTED)
     if found[:2] != expected[:2] or found < expected:

@@ -6,20 +6,25 @@ hook on CUDA only and says nothing elsewhere, and keeps no state of it.
 """
 
 import os
-import warnings
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
+from commpress import extras
+from commpress.comm.agreement import warn_on_rank_0
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.files import DamagedFileError, pack_state, unpack_state
 from commpress.hooks import ddp, rank_files
 from commpress.optim.base import CompressedOptimizer
+
+try:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.trainer.states import TrainerFn
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.hooks.lightning", error, "lightning") from error
 
 
 class CompressedDDP(DDPStrategy):
@@ -120,8 +125,8 @@ class CompressedDDP(DDPStrategy):
             return state
 
         found = rank_files.restore(self.session, self.model.process_group, checkpoint["global_step"], read)
-        if not found and self.session.rank == 0:
-            warnings.warn(
+        if not found:
+            warn_on_rank_0(
                 f"commpress: {self._loaded_from} was saved without compression; what feedback keeps starts empty",
                 stacklevel=2,
             )

@@ -39,13 +39,15 @@ class Owners(Shards):
         treatment: Treatment,
         dense: int,
         known: Sequence["Known"] = (),
+        backend_bytes: int | None = None,
     ) -> Pending:
         """Replace x[cuts[rank] : cuts[rank + 1]] by its mean over the ranks. `x` is float32 [cuts[-1]]; what of it belongs to
-        others is undefined afterwards. `known` is coded along, and taken off the mean."""
+        others is undefined afterwards. `known` is coded along, and taken off the mean. `dense` and `backend_bytes`: bytes
+        that must be sent without compression, and those that DeepSpeed sends in their place."""
         memory = self.feedback.memory(segments, choice.feedback, None, self.device)
         label = self.label("gradients", segments, x.numel(), choice, "to_owners", index)
         exchange = _to_owners(x, cuts, choice.codec, treatment, known, memory, self.wire, label)
-        return self.start("gradients", "to_owners", choice, x, x, index, dense, exchange, None)
+        return self.start("gradients", "to_owners", choice, x, x, index, dense, exchange, None, backend_bytes)
 
     def differences(self, mine: Tensor, out: Tensor, index: int, codec: Codec, itemsize: int) -> Pending:
         """Fill `out` ([W * m]) with the ranks' `mine` ([m]), float32 both. `itemsize` is what a parameter takes without us."""

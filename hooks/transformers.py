@@ -5,19 +5,24 @@ rank; callbacks are not told of the wrapper, nor of the folder that is resumed f
 comes on every rank once a checkpoint's folder is there. A second `train()` goes on with the wrapper of the first.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
+from commpress import extras
+from commpress.comm.agreement import warn_on_rank_0
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.hooks import ddp, rank_files
 from commpress.hooks.accelerate import inner, prepared
 from commpress.optim.base import CompressedOptimizer
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.hooks.transformers", error, "transformers") from error
 
 REPORT = "commpress.json"
 """The report's file in `output_dir`."""
@@ -70,8 +75,8 @@ class Compression(TrainerCallback):
         if not folder:
             return
         found = rank_files.load(self.session, model.process_group, folder, state.global_step)
-        if not found and self.session.rank == 0:
-            warnings.warn(
+        if not found:
+            warn_on_rank_0(
                 f"commpress: {folder} was saved without compression, or by save_only_model; what feedback keeps starts empty",
                 stacklevel=2,
             )

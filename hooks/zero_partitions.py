@@ -93,8 +93,9 @@ class Partitions:
                     gradients[piece.place][piece.start : piece.stop].copy_(part)
             return False
         known = [] if self.behind is None else self.behind.known(layout)
+        needed = (n - layout.cuts[shards.rank + 1] + layout.cuts[shards.rank]) * dtype.itemsize
         shards.to_owners(
-            layout.x, layout.cuts, layout.segments, layout.index, choice, treatment, crossing, known
+            layout.x, layout.cuts, layout.segments, layout.index, choice, treatment, needed, known, crossing
         ).wait()
         for piece, part in parts:
             if piece.owner == shards.rank:

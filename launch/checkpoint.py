@@ -1,38 +1,45 @@
-"""Checkpoints that a crash cannot tear: all ranks write into one folder a step, then one small file is switched to it.
+"""Checkpoints that a crash cannot tear: all ranks write into a folder for the step, then one small file is switched to it.
 
     out/latest                      step-00000300
     out/step-00000300/checkpoint.pt          what all ranks share, written by rank 0
     out/step-00000300/session-rank0.pt       what rank 0 alone has, and so on for each rank
 
-Until `latest` is replaced the older folder is complete and counts; afterwards it is removed. `out` must be on a file
-system that all hosts see. The files carry a checksum (`commpress.files`).
+Until `latest` is replaced the older folder is complete and counts; afterwards it is removed. Hosts that do not share `out`
+have the files of their own ranks each, and a `latest` of their own (`run_folder`). The files carry a checksum
+(`commpress.files`).
 """
 
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from commpress.files import DamagedFileError, load_state, save_state, write_atomically
 
 MARKER = "latest"
+SHARED = "checkpoint.pt"
 
 
-def save(out: Path, step: int, rank: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
-    """Write a checkpoint. Collective; `shared` is taken from rank 0. Values are those that `weights_only` loads."""
+def write(out: Path, step: int, rank: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
+    """Write this rank's part of a checkpoint; rank 0 writes `shared`, too. Values are those that `weights_only` loads.
+
+    It counts once all ranks have written and `publish` was called.
+    """
     folder = _folder(out, step)
     folder.mkdir(parents=True, exist_ok=True)
     save_state(_own_file(folder, rank), {**own, "step": step})
     if rank == 0:
-        save_state(folder / "checkpoint.pt", {**shared, "step": step})
-    dist.barrier()  # all parts are there
-    if rank == 0:
-        write_atomically(out / MARKER, lambda f: f.write(f"{folder.name}\n".encode()))
-        for old in out.glob("step-*"):
-            if old != folder:
-                shutil.rmtree(old)
+        save_state(folder / SHARED, {**shared, "step": step})
+
+
+def publish(out: Path, step: int) -> None:
+    """Make the checkpoint of that step, all of whose parts are there, the one that counts, and remove older ones."""
+    folder = _folder(out, step)
+    write_atomically(out / MARKER, lambda f: f.write(f"{folder.name}\n".encode()))
+    for old in out.glob("step-*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)  # another rank may remove it, too
 
 
 def exists(out: Path) -> bool:
@@ -54,13 +61,34 @@ def load_shared(out: Path) -> dict[str, Any]:
     """
     if not exists(out):
         raise ValueError(f"--resume: no checkpoint in {out}; start without --resume")
+    name = _newest(out)
+    return _read(out / name / SHARED, name)
+
+
+def shared_file(out: Path) -> tuple[str, bytes]:
+    """What `load_shared` reads: the name of the newest checkpoint and the bytes of its file, for ranks that do not see it."""
+    name = _newest(out)
+    return name, (out / name / SHARED).read_bytes()
+
+
+def load_shared_file(name: str, content: bytes) -> dict[str, Any]:
+    """As `load_shared`, from what `shared_file` returned."""
+    with tempfile.TemporaryDirectory(prefix="commpress-") as folder:
+        out = Path(folder)
+        (out / name).mkdir()
+        (out / name / SHARED).write_bytes(content)
+        (out / MARKER).write_text(f"{name}\n")
+        return load_shared(out)
+
+
+def _newest(out: Path) -> str:
+    """The folder that the marker names."""
     marker = (out / MARKER).read_bytes()
     if not re.fullmatch(rb"step-\d{8,}\n", marker):
         raise DamagedFileError(
             f"--resume: {out / MARKER}: expected the name of a folder, step-00000300, got {marker!r:.80}"
         )
-    name = marker.decode().strip()
-    return _read(out / name / "checkpoint.pt", name)
+    return marker.decode().strip()
 
 
 def load_own(out: Path, step: int, rank: int) -> dict[str, Any]:
@@ -79,7 +107,7 @@ def _own_file(folder: Path, rank: int) -> Path:
 
 def _read(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"--resume: {path} is missing; all hosts must see one --out, and its files must stay together")
+        raise ValueError(f"--resume: {path} is missing; the files of a checkpoint must stay together")
     state: dict[str, Any] = load_state(path)
     if name != f"step-{state['step']:08d}":
         raise ValueError(f"--resume: {path} was written at step {state['step']}, expected that of {name}")

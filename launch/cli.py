@@ -2,6 +2,8 @@
 
 import sys
 
+from commpress import extras
+
 
 def main() -> None:
     """The console script. Ends with a sentence if the packages of the `launch` extra are not installed."""
@@ -9,7 +11,7 @@ def main() -> None:
         import plotly  # noqa: F401  the report's
         import typer
     except ModuleNotFoundError as error:
-        sys.exit(f"error: the commpress command needs {error.name}: pip install 'commpress[launch]'")
+        sys.exit(f"error: {extras.missing('the commpress command', error, 'launch')}")
     from commpress.launch import demo, explain, lab, report, train
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commpress.comm.agreement import gather_settings, host_name
+
 BLOCK = 64 * 1024
 HOLD_OUT_EVERY = 20
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -38,6 +40,14 @@ def load(path: Path | None) -> Text:
     Files of a folder that are not UTF-8 text, or cannot be read, are skipped and counted; hidden ones are passed over.
     Raises ValueError if nothing is there to read, or too little to hold anything out.
     """
+    try:
+        return _load(path)
+    except OSError as error:
+        where = "" if error.filename is None or str(error.filename) == str(path) else f"{error.filename}: "
+        raise ValueError(f"cannot read --data {path}: {where}{error.strerror or error}") from error
+
+
+def _load(path: Path | None) -> Text:
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         source, candidates = f"the source of Python's standard library in {root}", sorted(_library(root))
@@ -46,7 +56,8 @@ def load(path: Path | None) -> Text:
     elif path.is_file():
         source, candidates = str(path), [path]
     else:
-        raise ValueError(f"--data {path}: there is no such file or folder")
+        found = "it is no file or folder" if path.exists() else "there is no such file or folder"
+        raise ValueError(f"cannot read --data {path}: {found}")
     parts, skipped = [], 0
     for candidate in candidates:
         part = candidate.read_bytes() if candidate == path else _text_of(candidate)
@@ -82,14 +93,14 @@ def require_context(text: Text, context: int) -> None:
 
 def require_same_text(text: Text, device: torch.device) -> None:
     """Collective. Raises ValueError on all ranks if they read different texts."""
-    mine = torch.tensor(text.fingerprint, dtype=torch.int64, device=device)
-    of_all = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_all, mine)
+    mine = {"bytes": text.fingerprint[0], "crc": text.fingerprint[1], "host": host_name()}
+    of_all = gather_settings(mine, dist.distributed_c10d._get_default_group(), device)
+    first = of_all[0]
     for rank, other in enumerate(of_all):
-        if not torch.equal(other, of_all[0]):
-            (a, b), (c, d) = of_all[0].tolist(), other.tolist()
+        if (other["bytes"], other["crc"]) != (first["bytes"], first["crc"]):
             raise ValueError(
-                f"rank 0 reads {a} bytes (CRC {b:08x}), rank {rank} reads {c} bytes (CRC {d:08x}): "
+                f"rank 0 reads {first['bytes']} bytes (CRC {first['crc']:08x}), rank {rank} ({other['host']}) reads "
+                f"{other['bytes']} bytes (CRC {other['crc']:08x}): "
                 "all ranks must train on one text, give --data the same files on every host"
             )
 

@@ -15,13 +15,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from commpress import extras
 from commpress.launch import checkpoint, report
 from commpress.launch.records import Record, read
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.demo", error, "launch") from None
 
 RUNS: dict[str, dict[str, Any]] = {
     "none": {"compress": "none"},
@@ -56,7 +61,7 @@ def demo(out: Path, steps: int) -> Path:
         "OneBitAdamW warms up on int4 gradients, then sends the signs of what AdamW would apply.", style="dim"
     )
     path = out / "report.html"
-    path.write_text(report.page(records), encoding="utf-8")
+    report.write(path, report.page(records))
     console.print(
         f"{time.monotonic() - started:.0f} s in all. Report: {path.resolve()}", soft_wrap=True, highlight=False
     )
@@ -142,7 +147,7 @@ def descendants(pid: int) -> list[int]:
 def tail(path: Path) -> str:
     """The last lines of a log before torchrun's own, which say less."""
     log = path.read_text(errors="replace")
-    said = re.split(r"^[EW]\d{4} .*/torch/distributed/elastic/", log, maxsplit=1, flags=re.MULTILINE)[0]
+    said = re.split(r"^[EW]\d{4} .*torch/distributed/elastic/", log, maxsplit=1, flags=re.MULTILINE)[0]
     return "\n".join((said.strip() or log).splitlines()[-LAST_LINES:])
 
 
@@ -167,8 +172,11 @@ def command(
     signal.signal(signal.SIGTERM, interrupted)
     try:
         demo(out, steps)
-    except DemoError as error:
+    except (DemoError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f"error: --out {out}: {error.filename or out}: {error.strerror or error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

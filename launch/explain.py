@@ -16,22 +16,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from commpress import extras
 from commpress.comm.codecs import parse
 from commpress.comm.cost import Cluster, break_even, feedback_bytes, layout, slowest, step
 from commpress.comm.plan import Plan
 from commpress.launch import units
+from commpress.launch.run_record import machine
 from commpress.launch.speed import Measured
-from commpress.launch.train import machine
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.explain", error, "launch") from None
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
 DAY = 86400.0
 BUCKET = 2**20
 """What DDP calls a megabyte in `bucket_cap_mb`."""
+MOST_BUCKETS = 100_000
+"""Their pipeline is simulated, one after another."""
 LINKS = {"loopback": math.inf, "unshaped": math.inf}
 """Rates of a record that are no number: then the cores are what limits."""
 DENSE_ROWS = ("plain ddp", "ddp", "none")
@@ -144,7 +151,7 @@ def compared(record: dict[str, Any], measured: Measured) -> list[Compared]:
         cluster = Cluster(
             W, bandwidth, units.seconds(where["delay"]), where["ranks_per_host"], max(1.0, cores / W), measured.stack
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"not a step-time record with a row of kind floor: {type(error).__name__}: {error}") from None
     if not lossless:
         return []
@@ -173,9 +180,12 @@ def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compare
     read = []
     for path in records:
         try:
+            if path.exists() and not path.is_file():  # a device or pipe may have no end
+                raise ValueError("not a file")
             read.append((path, json.loads(path.read_text())))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read as a step-time record: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{path}: cannot be read as a step-time record: {reason}") from None
     specs = {_spec(row) for _, record in read for row in _rows(record)} - {"", "none"}
     measured = Measured.here(sorted(specs), device)
     found = []
@@ -195,7 +205,8 @@ def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compare
 
 
 def _rows(record: Any) -> list[dict[str, Any]]:
-    rows = record.get("rows", []) if isinstance(record, dict) else []
+    rows = record.get("rows") if isinstance(record, dict) else []
+    rows = rows if isinstance(rows, list) else []
     return [row for row in rows if isinstance(row, dict) and {"kind", "name"} <= row.keys()]
 
 
@@ -238,43 +249,49 @@ def command(
             _say(sentence)
             if json_ is not None:
                 figures = [{**vars(c), "error": c.error} for c in found]
-                json_.write_text(
-                    json.dumps({"what": "predictions", "rows": figures, "answer": sentence}, indent=2) + "\n"
-                )
+                _write(json_, {"what": "predictions", "rows": figures, "answer": sentence})
             return
         if records:
             raise ValueError(f"{records[0]}: records are read with --check only")
-        specs = [str(parse(s)) for s in spec or SPECS]
-        _require(world >= 2, f"world {world}: expected the number of ranks, at least 2 (one alone sends nothing)")
-        _require(1 <= ranks_per_host <= world, f"ranks-per-host {ranks_per_host}: expected 1 to {world}, the ranks")
-        _require(bucket_mb > 0, f"bucket-mb {bucket_mb}: expected a number above 0")
-        _require(cores >= 0, f"cores {cores}: expected a number above 0")
-        _require(step_seconds is None or step_seconds > 0, f"step-seconds {step_seconds}: expected a number above 0")
-        values = units.parameters(params)
-        each, latency = units.rate(bandwidth, "bandwidth") / 8, units.seconds(delay_)
+        specs = [_parsed(s) for s in spec or SPECS]
+        _require(world >= 2, f"--world {world}: expected the number of ranks, at least 2 (one alone sends nothing)")
+        _require(1 <= ranks_per_host <= world, f"--ranks-per-host {ranks_per_host}: expected 1 to {world}, the ranks")
+        _require(0 < bucket_mb < math.inf, f"--bucket-mb {bucket_mb}: expected a number above 0")
+        _require(cores >= 0, f"--cores {cores}: expected a number above 0")
+        good = step_seconds is None or 0 < step_seconds < math.inf
+        _require(good, f"--step-seconds {step_seconds}: expected a number above 0")
+        values = units.parameters(params, "--params")
+        parts = 4 * values / (bucket_mb * BUCKET)
+        _require(
+            parts <= MOST_BUCKETS,
+            f"--params {params} --bucket-mb {bucket_mb}: makes {parts:.3g} buckets, expected {MOST_BUCKETS} at most",
+        )
+        each, latency = units.rate(bandwidth, "--bandwidth") / 8, units.seconds(delay_, "--delay")
+        if json_ is not None:
+            _require_writable(json_)
         measured = Measured.here(specs, where)
-    except (ValueError, TypeError) as error:
+        own = (cores or machine(where)["cores"]) / ranks_per_host if where.type == "cpu" else math.inf
+        cluster = Cluster(world, each, latency, ranks_per_host, own, measured.stack, lines=where.type == "cpu")
+        rows = predicted(specs, values, bucket_mb * BUCKET, cluster, step_seconds, measured)
+        _print(table(rows, f"{params} parameters, {world} ranks, {bandwidth} links", step_seconds is not None))
+        for sentence in assumptions(measured, cluster, step_seconds):
+            _say(sentence)
+        if json_ is not None:
+            about: dict[str, Any] = {
+                "params": values,
+                "world": world,
+                "bandwidth": each,
+                "latency": latency,
+                "bucket_mb": bucket_mb,
+            }
+            about |= {"ranks_per_host": ranks_per_host, "cores": own if where.type == "cpu" else None}
+            about |= {"step_seconds": step_seconds, "codecs": {s: vars(v) for s, v in measured.speeds.items()}}
+            plain = [{**row, "break_even": bits(row["break_even"])} if "break_even" in row else row for row in rows]
+            record = {"what": "explain", **about, "device": measured.device, "stack": measured.stack, "rows": plain}
+            _write(json_, record)
+    except (ValueError, TypeError, OverflowError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    own = (cores or machine(where)["cores"]) / ranks_per_host if where.type == "cpu" else math.inf
-    cluster = Cluster(world, each, latency, ranks_per_host, own, measured.stack, lines=where.type == "cpu")
-    rows = predicted(specs, values, bucket_mb * BUCKET, cluster, step_seconds, measured)
-    _print(table(rows, f"{params} parameters, {world} ranks, {bandwidth} links", step_seconds is not None))
-    for sentence in assumptions(measured, cluster, step_seconds):
-        _say(sentence)
-    if json_ is not None:
-        about: dict[str, Any] = {
-            "params": values,
-            "world": world,
-            "bandwidth": each,
-            "latency": latency,
-            "bucket_mb": bucket_mb,
-        }
-        about |= {"ranks_per_host": ranks_per_host, "cores": own if where.type == "cpu" else None}
-        about |= {"step_seconds": step_seconds, "codecs": {s: vars(v) for s, v in measured.speeds.items()}}
-        plain = [{**row, "break_even": bits(row["break_even"])} if "break_even" in row else row for row in rows]
-        record = {"what": "explain", **about, "device": measured.device, "stack": measured.stack, "rows": plain}
-        json_.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> list[str]:
@@ -293,11 +310,35 @@ def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> 
     return said
 
 
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file. Raises ValueError that says why it cannot be."""
+    try:
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"--json {path}: cannot be written: {error.strerror or error}") from None
+
+
+def _parsed(spec: str) -> str:
+    """The canonical form of a spec. Raises ValueError that names the flag."""
+    try:
+        return str(parse(spec))
+    except ValueError as error:
+        raise ValueError(f"--spec {spec}: {error}") from None
+
+
+def _require_writable(path: Path) -> None:
+    """Raises ValueError for a file that cannot be written, before the work whose result it is to hold."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"--json {path}: cannot be written: {error.strerror or error}") from None
+
+
 def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r}: expected cpu or cuda")
+        raise ValueError(f"--device {name!r}: expected cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda': this machine has no GPU that torch can use, expected cpu")
+        raise ValueError("--device 'cuda': this machine has no GPU that torch can use, expected cpu")
     return torch.device(name)
 
 
@@ -313,3 +354,14 @@ def _print(made: Table) -> None:
 
 def _say(text: str) -> None:
     Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """`python -m commpress.launch.explain`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-import plotly.graph_objects as go
-
+from commpress import extras
 from commpress.launch.records import SPANS, Record
 from commpress.launch.units import bandwidth
+
+try:
+    import plotly.graph_objects as go
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.figures", error, "launch") from None
 
 INK = "#1e293b"
 COLOURS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#be185d", "#0e7490", "#a16207", "#4338ca")

@@ -30,10 +30,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from commpress import extras
 from commpress.launch import relay, units
 from commpress.launch.demo import free_port
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.lab", error, "launch") from None
 
 PORT = 29511
 BURST, BURST_SECONDS = 72_000, 200e-6
@@ -207,10 +211,12 @@ def run(command: Sequence[str], link: Link, hosts: Sequence[Host], timeout: floa
             "LAB_LINK": json.dumps({**asdict(link), "relayed": hosts[0].relay > 0}),
         },
     }
+    if shutil.which(command[0]) is None:
+        raise RuntimeError(f"{command[0]}: there is no such command")
     try:
         for number in range(link.hosts * link.ranks_per_host):
             index, local_rank = divmod(number, link.ranks_per_host)
-            place = {**shared, "RANK": number, "LOCAL_RANK": local_rank}
+            place = {**shared, "RANK": number, "LOCAL_RANK": local_rank, "COMMPRESS_HOST": f"host {index}"}
             environment = {"OMP_NUM_THREADS": "1", **os.environ, **{k: str(v) for k, v in place.items()}}
             namespace = hosts[index].namespace
             inside = ["ip", "netns", "exec", namespace, *command] if namespace else command
@@ -350,7 +356,7 @@ def main(
         link = Link(hosts, rate, delay, loss, ranks_per_host)
         code = _on_loopback(command, link, reason) if (reason := missing()) else _on_network(command, link)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"lab: {error}", file=sys.stderr)
+        print(f"lab: {str(error).splitlines()[0]}", file=sys.stderr)  # tc goes on with how it is used
         code = 2
     except KeyboardInterrupt:
         print("lab: interrupted", file=sys.stderr)

@@ -13,9 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import ray.train
-import ray.train.torch
-import typer
+from commpress import extras
+
+try:
+    import ray.train
+    import ray.train.torch
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.ray_train", error, "ray") from None
 
 from commpress.launch import train
 

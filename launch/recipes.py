@@ -4,12 +4,14 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 import commpress
 from commpress.launch import checkpoint
 from commpress.launch.model import GPT, Shape
 from commpress.launch.parallel import Spread
+from commpress.launch.ranks import together
 
 if TYPE_CHECKING:
     from commpress.model import Recipe, Scheduler
@@ -24,6 +26,8 @@ def read(path: Path, steps: int) -> "Recipe":
         raise ValueError("found no pydantic or torchao, expected both; pip install 'commpress[model]'")
     from commpress.model import Recipe
 
+    if path.exists() and not path.is_file():  # a device or pipe may have no end
+        raise ValueError(f"{path}: expected a .toml or .yaml file, found none")
     try:
         recipe = Recipe.load(path)
     except ImportError as error:
@@ -56,24 +60,43 @@ def teacher(recipe: "Recipe", context: int) -> GPT | None:
     return model
 
 
-def store(file: Path, shape: Shape, trained: Spread, scheduler: "Scheduler") -> tuple[GPT, dict[str, Any]]:
-    """Write the model as small as the recipe left it, and read it back: on the CPU, and what was written. Collective."""
+def store(
+    file: Path, shape: Shape, trained: Spread, scheduler: "Scheduler", device: torch.device
+) -> tuple[GPT, dict[str, Any]]:
+    """Write the model as small as the recipe left it, and read it back: on the CPU, and what was written. Collective.
+
+    Rank 0 does both, and sends the others what it has read: they may not see its file.
+    """
     from commpress.model import prepare, quantization, stored
+
+    model = GPT(shape)
+
+    def write(state: dict[str, Any]) -> int:
+        if dist.get_rank():
+            return 0
+        full = GPT(shape)
+        prepare(full, scheduler.recipe)
+        full.load_state_dict(state)
+        if quantization.is_prepared(full):
+            quantization.enable(full)
+        stored.save(file, full, masks={name: mask.cpu() for name, mask in scheduler.masks.of.items()})
+        model.load_state_dict(stored.load(file).state_dict())
+        return file.stat().st_size
 
     with trained.alike():
         shared, _ = trained.state()
-        if dist.get_rank() == 0:
-            model = GPT(shape)
-            prepare(model, scheduler.recipe)
-            model.load_state_dict(shared["model"])
-            if quantization.is_prepared(model):
-                quantization.enable(model)
-            stored.save(file, model, masks={name: mask.cpu() for name, mask in scheduler.masks.of.items()})
-    dist.barrier()
-    model = GPT(shape)
-    model.load_state_dict(stored.load(file).state_dict())
-    size, dense = file.stat().st_size, 4 * sum(p.numel() for p in model.parameters())
-    return model, {"bytes": size, "times_smaller": dense / size, "sparsity": scheduler.masks.sparsity}
+        size = torch.tensor(together(lambda: write(shared["model"]), device), dtype=torch.int64, device=device)
+    dist.broadcast(size, 0)
+    for p in model.parameters():
+        values = p.detach().to(device)
+        dist.broadcast(values, 0)
+        p.data = values.cpu()
+    dense = 4 * sum(p.numel() for p in model.parameters())
+    return model, {
+        "bytes": int(size),
+        "times_smaller": dense / int(size),
+        "sparsity": scheduler.masks.sparsity,
+    }
 
 
 def told(scheduler: "Scheduler") -> str:

@@ -1,7 +1,8 @@
 """The JSON files that a report is made of, recognised by what is in them, and what their links are called.
 
 Runs are those of `commpress.launch.train`, step times and losses those of `benchmarks/training.py`, timelines the traces
-of `session.timeline`.
+of `session.timeline`, reports what `session.report().write_json(...)` writes, and predictions what
+`commpress explain --json` does.
 """
 
 import json
@@ -16,15 +17,22 @@ Record = dict[str, Any]
 """What a JSON file holds."""
 
 RUN, STEP_TIMES, LOSSES, TIMELINE = "run", "step times", "losses", "timeline"
+SESSION, EXPLAINED, CHECKED = "session", "explain", "predictions"
 NEEDED = {
     RUN: ("settings", "traffic", "curve", "steps_done", "median_step_seconds", "machine", "world_size", "backend"),
     STEP_TIMES: ("link", "machine", "torch", "world_size", "model", "parameters", "tokens_per_step", "steps", "rows"),
     LOSSES: ("world_size", "model", "parameters", "tokens_per_step", "target", "rows"),
     TIMELINE: ("traceEvents",),
+    SESSION: ("spec", "rank", "world_size", "steps", "dense_bytes", "sent_bytes", "received_bytes", "seconds", "rows"),
+    EXPLAINED: ("params", "world", "bandwidth", "device", "rows"),
+    CHECKED: ("answer", "rows"),
 }
 NEEDED_IN_A_ROW = {
     STEP_TIMES: ("name", "kind", "seconds", "quartiles", "ratio", "tokens_per_second"),
     LOSSES: ("name", "kind", "steps", "loss", "sent_bytes", "steps_to_target"),
+    SESSION: ("bucket", "values", "spec", "exchange", "reason", "steps", "dense_bytes", "sent_bytes"),
+    EXPLAINED: ("spec", "exchange", "sent_bytes", "ratio", "communication_seconds"),
+    CHECKED: ("link", "name", "predicted", "measured", "error"),
 }
 NEEDED_IN_A_LINK = ("hosts", "ranks_per_host", "rate", "delay", "loss", "shaped")
 CALLED = {
@@ -32,6 +40,9 @@ CALLED = {
     STEP_TIMES: "a record of step times",
     LOSSES: "a record of losses",
     TIMELINE: "a timeline",
+    SESSION: "a session's report",
+    EXPLAINED: "predictions of `commpress explain`",
+    CHECKED: "checked predictions of `commpress explain`",
 }
 SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 """What the spans of a timeline are called."""
@@ -40,27 +51,43 @@ SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 def read(path: Path) -> Record:
     """A file that a report can show. Raises ValueError, which names the file, for any other."""
     try:
+        if path.exists() and not path.is_file():  # a device or pipe may have no end
+            raise ValueError("not a file")
         record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{path}: cannot be read as a run's record.json or another JSON file: {reason}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as a run's record.json or another JSON file: {error}") from error
     try:
         found = kind(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    try:
         require(record, found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    # a trace does not say what it is of: its name has to
-    return {**record, "file": str(path)} if found == TIMELINE else dict(record)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: {not_one(found, error)}") from None
+    return {**record, "file": str(path)}  # most do not say what they are of: their name has to
+
+
+def not_one(found: str, error: Exception) -> str:
+    """Return a sentence for a record of that kind that has a value of another sort than expected."""
+    return f"not {CALLED[found]}, a value in it is none of its: {type(error).__name__}: {error}"
 
 
 def kind(record: Any) -> str:
-    """RUN, STEP_TIMES, LOSSES or TIMELINE. Raises ValueError for none of them."""
+    """Return RUN, STEP_TIMES, ... Raises ValueError for a record that is none of them."""
     if isinstance(record, dict):
-        if record.get("what") in (STEP_TIMES, LOSSES):
+        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED):
             return str(record["what"])
         if "traceEvents" in record:
             return TIMELINE
         if "settings" in record or "traffic" in record:
             return RUN
+        if {"spec", "rank", "rows"} <= record.keys():
+            return SESSION
     raise ValueError(f"expected one of {', '.join(CALLED.values())}, found none of them")
 
 
@@ -76,7 +103,7 @@ def require(record: Record, found: str) -> None:
     has(record, NEEDED[found], called)
     if found in NEEDED_IN_A_ROW:
         for i, row in enumerate(record["rows"]):
-            failed = isinstance(row, dict) and row.get("error")
+            failed = found in (STEP_TIMES, LOSSES) and isinstance(row, dict) and row.get("error")
             has(row, ("name", "kind") if failed else NEEDED_IN_A_ROW[found], f"{called}: row {i}")
     if found == STEP_TIMES:
         has(record["link"], NEEDED_IN_A_LINK, f"{called}: the link")

@@ -82,6 +82,8 @@ def _socket(port: int, receives: bool) -> socket.socket:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("relay: expected SECONDS PORT PORTS; `commpress lab` starts it")
     with contextlib.suppress(PermissionError):
         os.nice(-20)  # a network does not wait for the hosts' cores
     relay(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,4 +1,5 @@
-"""One HTML file from any number of JSON files: runs of the training program, benchmarks of step time and loss, timelines.
+"""One HTML file from any number of JSON files: runs of the training program, reports of sessions, benchmarks of step time and
+loss, predictions, timelines.
 
 A file is recognised by what is in it. The page needs nothing from the network: plotly's script is in it, once.
 """
@@ -10,13 +11,14 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
-import plotly.offline
-import typer
-
+from commpress import extras
 from commpress.launch import figures, records, units
 from commpress.launch.records import (
+    CHECKED,
+    EXPLAINED,
     LOSSES,
     RUN,
+    SESSION,
     STEP_TIMES,
     TIMELINE,
     Record,
@@ -26,6 +28,12 @@ from commpress.launch.records import (
     ran,
     read,
 )
+
+try:
+    import plotly.offline
+    import typer
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.report", error, "launch") from None
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -72,14 +80,18 @@ def page(files: Sequence[Record]) -> str:
     runs = list(zip(titles(of[RUN]), of[RUN], strict=True))
     named = [(name, "torch" if r["settings"]["compress"] == "none" else "commpress") for name, r in runs]
     named += [(row["name"], row["kind"]) for r in (*of[STEP_TIMES], *of[LOSSES]) for row in r["rows"] if ran(row)]
+    sessions = [(name, as_run(r)) for name, r in zip(session_names(of[SESSION]), of[SESSION], strict=True)]
+    named += [(name, "torch" if r["report"]["spec"] == "none" else "commpress") for name, r in sessions]
     look = figures.looks(named)
     parts = [
         *what_was_run(runs, of[STEP_TIMES] + of[LOSSES]),
+        *what_was_sent(sessions),
         *step_time(of[STEP_TIMES], look),
         *loss_against_bytes(runs, of[LOSSES], look),
         *loss_against_time(runs, of[LOSSES], of[STEP_TIMES], look),
         *recipes(runs),
-        *traffic(runs, look),
+        *traffic([*runs, *sessions], look),
+        *predictions(of[EXPLAINED], of[CHECKED]),
         *timelines(of[TIMELINE]),
     ]
     if runs:
@@ -102,6 +114,61 @@ def what_was_run(runs: Sequence[tuple[str, Record]], measured: Sequence[Record])
         rows = [["benchmark", "model", "ranks", "tokens a step", "machine", "torch", "links"]]
         rows += [[*key, "; ".join(dict.fromkeys(names))] for key, names in links.items()]
         parts.append(table(rows, text=True))
+    return parts
+
+
+def session_names(reports: Sequence[Record]) -> list[str]:
+    """A name for each session's report: its spec and rank; where two share one, their files, too."""
+    names = [f"{r['spec']}, rank {r['rank']} of {r['world_size']}" for r in reports]
+    counts = Counter(names)
+    files = (r.get("file") or f"report {i + 1}" for i, r in enumerate(reports))
+    return [f"{name} ({file})" if counts[name] > 1 else name for name, file in zip(names, files, strict=True)]
+
+
+def as_run(report: Record) -> Record:
+    """A session's report as what of a run is about traffic."""
+    sums = {key: report[key] for key in ("dense_bytes", "sent_bytes", "received_bytes")}
+    return {"traffic": {**sums, **report["seconds"]}, "steps_done": report["steps"], "report": report}
+
+
+def what_was_sent(sessions: Sequence[tuple[str, Record]]) -> list[str]:
+    """The table of sessions' reports."""
+    if not sessions:
+        return []
+    rows = [["session", "ranks", "steps", "dense MB/step", "sent MB/step", "ratio", "backend MB/step"]]
+    for name, r in sessions:
+        report, each = r["report"], max(r["steps_done"], 1)
+        dense, sent = report["dense_bytes"], report["sent_bytes"]
+        mb = [f"{count / 1e6 / each:.3f}" for count in (dense, sent)]
+        beside = report.get("backend_bytes")
+        beside = "" if beside is None else f"{beside / 1e6 / each:.3f}"
+        rows.append(
+            [name, str(report["world_size"]), str(report["steps"]), *mb, f"{dense / sent:.1f}" if sent else "", beside]
+        )
+    said = (
+        "<p>MB are those of one rank. <em>Dense</em> is what must be sent without compression, <em>backend</em> what the "
+        "backend or framework itself would have sent: more, where it all-reduces instead of a reduce-scatter.</p>"
+    )
+    return [table(rows), said]
+
+
+def predictions(explained: Sequence[Record], checked: Sequence[Record]) -> list[str]:
+    """The tables of `commpress explain --json`."""
+    parts = ["<h2>Predictions</h2>"] if explained or checked else []
+    for r in explained:
+        rows = [["spec", "exchange", "sent MB a step", "ratio", "communication s", "a step s", "pays below"]]
+        for row in r["rows"]:
+            figures_of = (megabytes(row["sent_bytes"]), f"{row['ratio']:.1f}", f"{row['communication_seconds']:.3g}")
+            step = "" if row.get("step_seconds") is None else f"{row['step_seconds']:.3g}"
+            rows.append([str(row["spec"]), str(row["exchange"]), *figures_of, step, str(row.get("break_even", ""))])
+        link = units.bandwidth(r["bandwidth"] * 8)
+        parts += [f"<p>{r['params']:,} parameters, {r['world']} ranks, {escape(link)} links.</p>", table(rows)]
+    for r in checked:
+        rows = [["link", "row", "predicted s", "measured s", "error"]]
+        for row in r["rows"]:
+            seconds = (f"{row[key]:.3f}" for key in ("predicted", "measured"))
+            rows.append([str(row["link"]), str(row["name"]), *seconds, f"{row['error']:+.0%}"])
+        parts += [f"<p>{escape(str(r['answer']))}.</p>", table(rows)]
     return parts
 
 
@@ -529,15 +596,54 @@ def command(
     out: Annotated[Path, typer.Argument(metavar="OUT.html", help="The report to write.")],
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Runs' record.json, benchmarks/training.py's records, timelines."),
+        typer.Argument(metavar="FILE...", help="Runs' record.json, sessions' reports, benchmarks' records, timelines."),
     ],
 ) -> None:
-    """Write one HTML report from any mix of runs' record.json, records of step times and losses, and timelines."""
+    """Write one HTML report from any mix of runs' record.json, sessions' reports, benchmarks' records and timelines."""
     try:
-        html = page([read(path) for path in files])
+        if out.suffix == ".json":
+            raise ValueError(
+                f"{out}: expected the page to write first, such as report.html, got the name of a JSON file"
+            )
+        html = page_of([read(path) for path in files])
+        write(out, html)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
     typer.echo(f"report in {out}")
+
+
+def page_of(files: Sequence[Record]) -> str:
+    """As `page`. Raises ValueError that names the file, if a value in one of them is not what it should be."""
+    try:
+        return page(files)
+    except NOT_AS_EXPECTED as error:
+        for record in files:
+            try:
+                page([record])
+            except NOT_AS_EXPECTED as own:
+                raise ValueError(f"{record['file']}: {records.not_one(records.kind(record), own)}") from None
+        raise ValueError(f"these files do not go together: {type(error).__name__}: {error}") from None
+
+
+NOT_AS_EXPECTED = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
+
+
+def write(out: Path, html: str) -> None:
+    """Write the page, and its folder if there is none. Raises ValueError that says why it cannot be."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def main() -> None:
+    """`python -m commpress.launch.report`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()
+
+
+if __name__ == "__main__":
+    main()

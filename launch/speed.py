@@ -12,7 +12,7 @@ import torch
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.base import warm_up
 from commpress.comm.cost import Speed
-from commpress.launch.train import machine
+from commpress.launch.run_record import machine
 
 VALUES = 2**22
 """Length of the gradient that codecs are timed with: more than the cache of one core."""

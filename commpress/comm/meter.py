@@ -1,8 +1,10 @@
 """Bytes and seconds: what a dense exchange would have sent, what was sent, and where the time went.
 
-Bytes are those that this rank handed to its process group for other ranks. The dense figure is what the framework sends
-without us: of gradients a ring all-reduce of the same buckets in their own dtype, 2 (W - 1) / W of their size; of sharded
-parameters W - 1 shards; of an outer update what DDP would have sent in the steps since the one before.
+Bytes are those that this rank handed to its process group for other ranks. The dense figure is what must be sent without
+compression: of gradients a ring all-reduce of the same buckets in their own dtype, 2 (W - 1) / W of their size; of sharded
+gradients a reduce-scatter, and of sharded parameters an all-gather, W - 1 shards each; of an outer update what DDP would have
+sent in the steps since the one before. Gloo and DeepSpeed all-reduce where a reduce-scatter would do: what they would have sent
+is counted beside it (`backend_bytes`). A bucket that is left to them counts as dense what they did send.
 """
 
 import json
@@ -40,6 +42,8 @@ class Row:
     dense_bytes: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    backend_bytes: int = 0
+    """What the group or the framework itself sends uncompressed: `dense_bytes`, or more."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @property
@@ -75,6 +79,12 @@ class Report:
     def ratio(self) -> float:
         """Dense over sent bytes; 1.0 if nothing had to be sent."""
         return self.dense_bytes / self.sent_bytes if self.sent_bytes else 1.0
+
+    @property
+    def backend_bytes(self) -> int:
+        """What the group or the framework itself would have sent uncompressed; more than `dense_bytes` where it all-reduces
+        instead of a reduce-scatter, as Gloo does."""
+        return sum(row.backend_bytes for row in self.rows)
 
     @property
     def roles(self) -> dict[str, dict[str, int]]:
@@ -123,7 +133,13 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """All of it as plain numbers, strings, lists and dicts."""
-        return {**asdict(self), "ratio": self.ratio, "roles": self.roles, "phases": self.phases}
+        return {
+            **asdict(self),
+            "ratio": self.ratio,
+            "backend_bytes": self.backend_bytes,
+            "roles": self.roles,
+            "phases": self.phases,
+        }
 
     def write_json(self, path: str | Path) -> None:
         """Write `to_dict()` to a file."""
@@ -131,7 +147,11 @@ class Report:
 
     def __str__(self) -> str:
         each = max(self.steps, 1)
-        table = Table(title=f"commpress {self.spec}: rank {self.rank} of {self.world_size}, {self.steps} steps")
+        table = Table(
+            title=f"commpress {self.spec}: rank {self.rank} of {self.world_size}, {self.steps} steps",
+            caption=self._beside(),
+            caption_justify="left",
+        )
         table.add_column("bucket")
         for name in ("values", "dense MB/step", "sent MB/step", "ratio", "encode ms", "wire ms", "decode ms"):
             table.add_column(name, justify="right")
@@ -161,6 +181,18 @@ class Report:
         Console(file=text, width=132).print(table)
         return text.getvalue()
 
+    def _beside(self) -> str | None:
+        """A sentence on what the backend sends in place of a reduce-scatter, if there was one that it does not have."""
+        more = [row for row in self.rows if row.backend_bytes > row.dense_bytes]
+        if not more:
+            return None
+        dense, backend = (sum(getattr(row, key) for row in more) for key in ("dense_bytes", "backend_bytes"))
+        megabytes = (f"{b / 1e6 / max(self.steps, 1):.3f}" for b in (backend, dense))
+        return (
+            "Uncompressed, the backend itself would have sent {} MB a step where a reduce-scatter must send {}: it all-reduces "
+            "and keeps a part. Ratios are against the latter."
+        ).format(*megabytes)
+
 
 def _all_phases(rows: list[Row]) -> list[Row]:
     """The rows of each bucket and treatment added up over the phases."""
@@ -169,7 +201,7 @@ def _all_phases(rows: list[Row]) -> list[Row]:
         key = (row.bucket, row.values, row.dtype, row.spec, row.exchange, row.reason, row.role)
         whole = found.setdefault(key, Row(*key))
         whole.steps += row.steps
-        for name in BYTES:
+        for name in (*BYTES, "backend_bytes"):
             setattr(whole, name, getattr(whole, name) + getattr(row, name))
         whole.seconds = {phase: whole.seconds[phase] + row.seconds[phase] for phase in PHASES}
     return list(found.values())
@@ -216,6 +248,7 @@ class Meter:
         row.dense_bytes += sent
         row.sent_bytes += sent
         row.received_bytes += sent
+        row.backend_bytes += sent
 
     def report(self, spec: str, rank: int, world_size: int) -> Report:
         """The sums so far."""

@@ -47,6 +47,8 @@ class Job:
     """Whether it is the last bucket of its backward."""
     finished: Callable[[BaseException | None], None]
     submitted: float = field(default_factory=time.perf_counter)
+    backend_bytes: int | None = None
+    """What the group itself would send in its place, if that is not `dense_bytes`."""
 
 
 def promise(device: torch.device) -> "torch.futures.Future[Any]":
@@ -162,6 +164,7 @@ class _Lines:
     def finish(self, job: Job, error: BaseException | None) -> None:
         job.row.steps += 1
         job.row.dense_bytes += job.dense_bytes
+        job.row.backend_bytes += job.dense_bytes if job.backend_bytes is None else job.backend_bytes
         now = time.perf_counter()
         self.busy += now - max(job.submitted, self.landed)
         self.landed = now

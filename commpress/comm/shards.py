@@ -25,7 +25,14 @@ from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
 from commpress.comm.exchange import EXCHANGES, Label, Labels, Transfer, Wire, stay
 from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.exchange.packed import packed
-from commpress.comm.exchange.reduce_scatter import Op, native_bytes, native_reduce_scatter, over_mean, reduce_scatter
+from commpress.comm.exchange.reduce_scatter import (
+    Op,
+    native_bytes,
+    native_reduce_scatter,
+    needed_bytes,
+    over_mean,
+    reduce_scatter,
+)
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Segments
@@ -100,8 +107,10 @@ class Shards:
             own = self.feedback.survivors.places(segments[self.rank * len(segments) // W :][: len(segments) // W])
             assert own is not None
             exchange = packed(full, places, all_kept, exchange, (out, own, kept))
-        dense = native_bytes(out, W)
-        return self.start("gradients", "reduce_scatter", choice, *given, index, dense, exchange, buffer)
+        backend = native_bytes(out, W)
+        # what is left to the group counts as the group sends it
+        dense = needed_bytes(out, W) if choice.codec.lossy or choice.exchange == "none" else backend
+        return self.start("gradients", "reduce_scatter", choice, *given, index, dense, exchange, buffer, backend)
 
     def all_gather(
         self, shard: Tensor, out: Tensor, index: int, reason: str = "", segments: Segments = ()
@@ -222,8 +231,12 @@ class Shards:
         dense_bytes: int,
         exchange: Iterator[Transfer],
         buffer: Tensor | None,
+        backend_bytes: int | None = None,
     ) -> "Pending":
-        """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `take`, is free afterwards."""
+        """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `take`, is free afterwards.
+
+        `backend_bytes` is what the group itself would send, if that is not `dense_bytes`.
+        """
         dtype = named(out.dtype)
         name = choice.exchange if choice.exchange == "none" else name
         row = self.meter.row(index, whole.numel(), dtype, str(choice.codec), name, choice.reason, role)
@@ -241,7 +254,9 @@ class Shards:
             self._finish(pending, None, None)
         else:
             finished = partial(self._finish, pending, buffer)
-            self._sequencer.submit(Job(out, exchange, row, step, dense_bytes, False, finished))
+            self._sequencer.submit(
+                Job(out, exchange, row, step, dense_bytes, False, finished, backend_bytes=backend_bytes)
+            )
         return pending
 
     def is_due(self, step: int) -> bool:

@@ -1,11 +1,11 @@
 """What leaves the run: pruning, quantisation-aware training and distillation of a model while it trains."""
 
+from commpress import extras
+
 try:
     from commpress.model.recipe import Recipe, RecipeError
-except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError(
-        f"commpress.model: found no {missing.name}, expected it; pip install 'commpress[model]'", name=missing.name
-    ) from missing
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.model", error, "model") from error
 from commpress.model.schedule import Scheduler, prepare
 
 __all__ = ["Recipe", "RecipeError", "Scheduler", "prepare"]

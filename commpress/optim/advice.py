@@ -1,6 +1,5 @@
 """A word to those who compress gradients to a bit or less a value, and step with Adam."""
 
-import warnings
 import weakref
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from commpress.comm.agreement import warn_on_rank_0
 from commpress.comm.codecs import Codec
 from commpress.optim.base import CompressedOptimizer
 
@@ -46,7 +46,7 @@ def advise(codec: Codec, parameters: set[Tensor], leads: bool) -> None:
         name = type(optimizer).__name__
         if isinstance(optimizer, CompressedOptimizer) or not any(word in name.lower() for word in ADAPTIVE):
             return
-        warnings.warn(
+        warn_on_rank_0(
             f"commpress: {codec} leaves {bits:.2g} bits of a gradient's value, and {name} divides by the root of a variance "
             f"of what arrives, which undoes error feedback ({MEASURED}). Under Adam take int8 or int4, or send what Adam "
             "applies: opt = commpress.optim.OneBitAdamW(...), commpress.attach(model, spec, optimizer=opt)",

@@ -117,7 +117,7 @@ def test_training_is_deepspeeds_own(stage: int) -> None:
             none, coded = found["none"], found["coded"]
             assert none["dense_bytes"] == none["sent_bytes"] > 0, name
             assert {row["reason"] for row in none["rows"]} == {"spec is none"}, name
-            least = 4 if "bf16" not in name else 2.5
+            least = 3 if "bf16" not in name else 2
             assert coded["ratio"] > least, (name, coded["ratio"])
             for row in coded["rows"]:
                 small = row["values"] < 256 * RANKS or "read as a whole" in row["reason"]
@@ -146,7 +146,7 @@ def test_zero_1_and_2_send_each_part_once() -> None:
         for rank, (sent, dense, sent_parameters, dense_parameters) in enumerate(of_ranks):
             parts = [PARTITION, PARTITION, VALUES - 2 * PARTITION]
             assert sent == 10 * sum(int4.nbytes(n) for owner, n in enumerate(parts) if owner != rank)
-            assert dense == 10 * ring_bytes(4 * VALUES, RANKS)  # DeepSpeed all-reduces
+            assert dense == 10 * sum(4 * n for owner, n in enumerate(parts) if owner != rank)
             assert sent_parameters == 10 * 2 * sign.nbytes(PARTITION)
             assert dense_parameters == 10 * 2 * 4 * PARTITION
 
@@ -166,7 +166,7 @@ def test_zero_0_and_3_send_what_the_spec_says() -> None:
     exact = sum(small) + large.pop()
     for sent, dense, sent_parameters, dense_parameters in run(RANKS, bytes_of, 3, "int4", "int8"):
         assert sent == 10 * 2 * int4.nbytes(exact + sum(large))
-        assert dense == 10 * 2 * 2 * 4 * (exact + sum(large))  # Gloo's reduce-scatter is an all-reduce
+        assert dense == 10 * 2 * 4 * (exact + sum(large))  # what a reduce-scatter must send; Gloo's sends twice that
         assert sent_parameters == gathers * 2 * (sum(int8.nbytes(n) for n in large) + 4 * exact)
         assert dense_parameters == gathers * 2 * 4 * (sum(large) + exact)
 

@@ -43,7 +43,7 @@ def by_config(folder: str) -> list[Any]:
     plain, *nothing = initialize(None, network(), config=config(1, **ADAMW))
     return [
         [same(weights(first), weights(e)) for e in engines],
-        [e.commpress.report().ratio > 7 for e in engines],
+        [e.commpress.report().ratio > 4.5 for e in engines],
         [isinstance(e.commpress, ShardedSession) for e in engines],
         "commpress" in settings and arguments.deepspeed_config == str(path),
         getattr(plain, "commpress", None),

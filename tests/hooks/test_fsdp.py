@@ -582,8 +582,10 @@ def test_the_report_counts_to_the_byte(specs: Specs, world_size: int) -> None:
             gathers = 4 if unit == 0 else 7  # the root is not resharded, the blocks are; one forward has no backward
             for role, spec, times in (("gradients", specs[0], 3), ("parameters", specs[1], gathers)):
                 row, codec = rows[role, unit], commpress.parse(spec)
-                dense = 4 * m * (2 if role == "gradients" else 1)  # Gloo's reduce-scatter is an all-reduce
-                size = codec.nbytes(m) if codec.lossy else dense
+                gloo = 4 * m * (2 if role == "gradients" else 1)  # its reduce-scatter is an all-reduce
+                dense = 4 * m if codec.lossy else gloo
+                size = codec.nbytes(m) if codec.lossy else gloo
+                assert row["backend_bytes"] == times * (world_size - 1) * gloo
                 assert row["steps"] == times
                 assert row["values"] == world_size * m
                 assert row["dense_bytes"] == times * (world_size - 1) * dense
@@ -594,6 +596,9 @@ def test_the_report_counts_to_the_byte(specs: Specs, world_size: int) -> None:
             )
         assert all(report["seconds"][key] > 0 for key in ("encode", "wire", "decode", "exposed"))
         assert "all parameters" in got["text"]
+        doubled = "a reduce-scatter must send" in got["text"]
+        assert doubled == (specs != NONE)
+        assert report["backend_bytes"] == sum(row["backend_bytes"] for row in report["rows"])
 
 
 @pytest.mark.parametrize("specs", [("int4", "int8"), ("topk(0.1)|int4", "none"), ("sign", "none")], ids=" and ".join)

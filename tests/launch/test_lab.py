@@ -120,6 +120,7 @@ def test_ranks_of_one_host_speak_over_its_loopback(tmp_path: Path) -> None:
     assert within >= 8e6  # each rank's 4 MB
     found = {rank: json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)}
     for rank, environment in found.items():
+        assert environment["COMMPRESS_HOST"] == f"host {rank // 2}"
         place = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
         assert {name: int(environment[name]) for name in place} == place
         assert json.loads(environment["LAB_LINK"]) == {

@@ -54,12 +54,17 @@ def native_reduce_scatter(full: Tensor, out: Tensor, op: Op, wire: Wire, label: 
     yield wire.collective(start, full.nbytes, label, crossing, crossing)
 
 
-def native_bytes(out: Tensor, world_size: int) -> int:
-    """What each rank sends in the group's own reduce-scatter to `out` ([m]): W - 1 times m values in a ring, as NCCL has it.
+def needed_bytes(out: Tensor, world_size: int) -> int:
+    """Return what each rank must send in a reduce-scatter to `out` ([m]): W - 1 times m values, as in NCCL's ring."""
+    return (world_size - 1) * out.nbytes
 
-    Gloo, on CPU, all-reduces and keeps one chunk: twice that, by the kernel's counters with 2, 3 and 4 ranks.
+
+def native_bytes(out: Tensor, world_size: int) -> int:
+    """Return what each rank sends in the group's own reduce-scatter to `out` ([m]).
+
+    Gloo, on CPU, all-reduces and keeps one chunk: twice what it must, by the kernel's counters with 2, 3 and 4 ranks.
     """
-    return (world_size - 1) * out.nbytes * (2 if out.device.type == "cpu" else 1)
+    return needed_bytes(out, world_size) * (2 if out.device.type == "cpu" else 1)
 
 
 def over_mean(op: Op, world_size: int) -> float:

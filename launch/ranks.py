@@ -1,0 +1,210 @@
+"""What the ranks of a program do as one: they join, find out together who failed, and end with one sentence and one code.
+
+A step that every rank takes by itself (read its data, write its checkpoint) goes through `together`: the results are gathered,
+so no rank waits for one that has failed. What fails in the middle of a collective cannot be gathered: `in_one_voice` leaves the
+reason in the store, and the others, whose connections close, find it there.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from commpress.comm.agreement import gather_settings, global_rank, host_name
+from commpress.comm.failure import ExchangeError
+
+T = TypeVar("T")
+PATIENCE = 2.0
+"""Seconds in which a rank that lost another looks for the reason in the store."""
+KEY = "commpress/launch/failure"
+LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|timed? ?out", re.IGNORECASE)
+"""What errors of a process group that lost a rank say."""
+
+
+class TrainingError(ValueError):
+    """Training cannot start or go on. All ranks know, so rank 0 alone says it."""
+
+
+class LoneError(TrainingError):
+    """What this rank met and others did not: it says so, too."""
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The default process group, joined if need be and then left again, and this rank's device.
+
+    Raises LoneError if this rank cannot join the others.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield device
+        return
+    backend = "nccl" if cuda else "gloo"
+    try:
+        if "RANK" in os.environ:  # torchrun
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    except (ValueError, RuntimeError, OSError) as error:
+        raise LoneError(f"{named(global_rank(), host_name())}cannot join the other ranks: {error}") from error
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def together(action: Callable[[], T], device: torch.device) -> T:
+    """Do something on every rank by itself, and return what it returned here. Collective; `action` must not be.
+
+    Raises TrainingError on all ranks if it fails on one of them. The sentence says on which rank of which host, unless it
+    is the same on all.
+    """
+    said = ""
+    result: T
+    cause: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # whatever it is, the others must hear of it
+        said, cause = sentence(error), error
+    # one number in the usual case
+    failed = torch.tensor([float(cause is not None)], dtype=torch.float32, device=device)
+    dist.all_reduce(failed)
+    if not failed.item():
+        return result
+    found = gather_settings({"said": said, "host": host_name()}, dist.distributed_c10d._get_default_group(), device)
+    everyone = [(str(of["host"]), str(of["said"])) for of in found]
+    kind = LoneError if said and said != joined(everyone) else TrainingError
+    raise kind(joined(everyone)) from cause
+
+
+def joined(said: list[tuple[str, str]]) -> str:
+    """Return one line for what the ranks met ((host, sentence) by rank, "" for nothing)."""
+    failed = [(rank, host, text) for rank, (host, text) in enumerate(said) if text]
+    texts = dict.fromkeys(text for _, _, text in failed)
+    if len(failed) == len(said) and len(texts) == 1:
+        return failed[0][2]
+    lines = []
+    for text in texts:
+        ranks = [named(rank, host).removesuffix(": ") for rank, host, other in failed if other == text]
+        more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
+        lines.append(f"{', '.join(ranks[:3])}{more}: {text}")
+    return "; ".join(lines)
+
+
+def named(rank: int, host: str) -> str:
+    """Return how a sentence about one rank begins."""
+    return f"rank {rank} ({host}): "
+
+
+def sentence(error: BaseException) -> str:
+    """Return an error as a user should read it: file and reason, a message, and for what nobody expected also its place."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, ValueError | OSError | ImportError):
+        return str(error) or type(error).__name__
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, RuntimeError):
+        return text
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return text + "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in last)
+
+
+@contextlib.contextmanager
+def said_by_rank_0() -> Iterator[None]:
+    """Around what fails on all ranks alike if it fails."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise TrainingError(str(error)) from error
+
+
+@contextlib.contextmanager
+def in_one_voice() -> Iterator[None]:
+    """Around a collective program: what this rank meets becomes a TrainingError that names it, and reaches the others.
+
+    A rank that lost another says whom and why, if that one could still leave its reason in the store.
+    """
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as error:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if world_size == 1:
+            raise LoneError(sentence(error)) from error
+        who = named(rank, host_name())
+        if lost_another(error):
+            reason = posted()
+            raise LoneError(
+                f"{who}ends, too: {reason}" if reason else f"{who}lost another rank: {' '.join(str(error).split())}"
+            ) from error
+        post(f"{who}{sentence(error)}")
+        raise LoneError(f"{who}{sentence(error)}") from error
+
+
+@contextlib.contextmanager
+def not_disturbed_in_ending() -> Iterator[None]:
+    """Around a program: see that all ranks end with the same code.
+
+    A launcher ends the slower ones by SIGTERM as soon as the first is gone, which is ignored once there is an error.
+    """
+    try:
+        yield
+    except TrainingError:
+        if "RANK" in os.environ and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error is about another rank: a closed connection, or what the library says about a failed exchange."""
+    if isinstance(error, ExchangeError | dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+
+
+def post(reason: str) -> None:
+    """Leave the reason why this rank ends in the store, if that can be reached."""
+    _soon(lambda: dist.distributed_c10d._get_default_store().set(KEY, reason))
+
+
+def posted() -> str:
+    """Return the reason that another rank left; "" if there is none after a while."""
+    found: list[str] = []
+
+    def look() -> None:
+        store = dist.distributed_c10d._get_default_store()
+        waited = threading.Event()
+        for _ in range(20):
+            if store.check([KEY]):
+                found.append(store.get(KEY).decode())
+                return
+            waited.wait(PATIENCE / 20)
+
+    _soon(look)
+    return found[0] if found else ""
+
+
+def _soon(ask: Callable[[], object]) -> None:
+    """Ask the store, for so long: its host may be gone."""
+
+    def quietly() -> None:
+        with contextlib.suppress(Exception):
+            ask()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(PATIENCE + 0.5)

@@ -1,0 +1,270 @@
+"""A wrong path, flag or permission is a sentence with the flag and its value, in every command; never a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import typer
+from ranks import run
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from typer.testing import CliRunner
+
+import commpress
+from commpress.launch import demo, explain, lab, report, train
+from commpress.launch.records import read
+
+TINY = ("--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "2", "--steps", "2")
+TINY = (*TINY, "--warmup-steps", "1", "--threads", "1")
+ASKED = ("--params", "1e6", "--world", "4", "--bandwidth", "1gbit", "--spec", "int4")
+WHOLE = ("--layers", "--width", "--heads", "--context", "--batch", "--accumulate", "--steps", "--warmup-steps")
+WHOLE = (*WHOLE, "--eval-every", "--eval-batches", "--seed", "--checkpoint-every", "--threads", "--timeline")
+WHOLE = (*WHOLE, "--fragments", "--delay", "--sync-every", "--optimizer-warmup", "--zero-stage")
+REAL = ("--lr", "--weight-decay", "--outer-lr", "--outer-momentum")
+
+
+def commpress_command(*arguments: object) -> tuple[int, str]:
+    """Exit code and what is on stderr. Anything but an end of the program fails the test."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    commands = {"train": train.command, "demo": demo.command, "report": report.command, "lab": lab.main}
+    for name, command in {**commands, "explain": explain.command}.items():
+        app.command(name)(command)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stderr
+
+
+def requires_a_sentence(done: tuple[int, str], *words: object) -> None:
+    code, said = done
+    assert code in (1, 2), said
+    assert "Traceback" not in said
+    if code == 1 or not said.startswith("Usage"):
+        assert said.count("\n") == 1, said
+    plain = " ".join(said.replace("│", " ").split())
+    for word in words if code == 1 or not said.startswith("Usage") else words[:1]:  # typer names the flag alone
+        assert str(word) in plain, said
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> dict[str, Path]:
+    """Paths of all sorts, none of which holds what a flag wants."""
+    (tmp_path / "file").write_text("the quick brown fox " * 400)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    return {
+        "absent": tmp_path / "no" / "such",
+        "folder": tmp_path / "folder",
+        "below a file": tmp_path / "file" / "below",
+        "forbidden": Path("/proc/1/x"),
+        "no file": Path("/dev/full"),
+        "binary": tmp_path / "binary",
+        "too long": tmp_path / ("x" * 300),
+    }
+
+
+def test_paths_of_train(tmp_path: Path, bad: dict[str, Path]) -> None:
+    common = ("train", *TINY, "--data", tmp_path / "file", "--out", tmp_path / "out")
+    fine = {"--data": {"binary"}, "--out": {"absent", "folder"}, "--recipe": set(), "--fork": set()}
+    for flag, takes in fine.items():
+        for sort, path in bad.items():
+            if sort not in takes:
+                requires_a_sentence(commpress_command(*common, flag, path), flag, path)
+                assert not (tmp_path / "out").exists()
+    requires_a_sentence(commpress_command(*common, "--resume"), "--resume", tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", ["-1", "abc", "nan", "99999999999999999999"])
+def test_numbers_of_train(tmp_path: Path, bad: dict[str, Path], value: str) -> None:
+    common = ("train", *TINY, "--data", tmp_path / "file", "--out", tmp_path / "out")
+    for flag in (*WHOLE, *REAL):
+        if value.startswith("999") and flag in REAL:
+            continue  # senseless, but a number
+        requires_a_sentence(commpress_command(*common, flag, value), flag, value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_no_memory_holds_is_refused_before_it_is_asked_for(tmp_path: Path, bad: dict[str, Path]) -> None:
+    common = ("train", *TINY, "--data", tmp_path / "file", "--out", tmp_path / "out")
+    for flag in ("--layers", "--width", "--context", "--batch"):
+        requires_a_sentence(commpress_command(*common, flag, 10**9), flag, 10**9, "this host has")
+
+
+@pytest.mark.parametrize("spec", ["int5", "topk(2)", "topk(", "", "int4|int4", "topk(0.1)|topk(0.1)", "\x01"])
+def test_specs(tmp_path: Path, bad: dict[str, Path], spec: str) -> None:
+    common = ("train", *TINY, "--data", tmp_path / "file", "--out", tmp_path / "out")
+    for flag in ("--compress", "--parameters", "--warmup-compress"):
+        requires_a_sentence(commpress_command(*common, flag, spec), f"{flag}: ")
+    requires_a_sentence(commpress_command("explain", *ASKED, "--spec", spec), f"--spec {spec}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--params", ("0", "x", "-1", "nan", "1e300")),
+        ("--world", ("1", "-1", "x")),
+        ("--bandwidth", ("x", "0gbit", "1")),
+        ("--delay", ("x", "-1ms")),
+        ("--bucket-mb", ("0.0", "nan", "inf", "1e-12", "-1.0")),
+        ("--ranks-per-host", ("0", "99")),
+        ("--cores", ("-1", "x")),
+        ("--step-seconds", ("0.0", "nan", "inf", "x")),
+        ("--device", ("tpu",)),
+    ],
+)
+def test_numbers_of_explain(flag: str, values: tuple[str, ...]) -> None:
+    for value in values:
+        requires_a_sentence(commpress_command("explain", *ASKED, flag, value), flag, value)
+
+
+def test_paths_of_the_other_commands(tmp_path: Path, bad: dict[str, Path]) -> None:
+    good = tmp_path / "good.json"
+    good.write_text(json.dumps({"what": "predictions", "answer": "none", "rows": []}))
+    for sort, path in bad.items():
+        requires_a_sentence(commpress_command("report", tmp_path / "deep" / "out.html", path), path)
+        requires_a_sentence(commpress_command("explain", "--check", path), path)
+        if sort not in ("absent", "folder"):
+            requires_a_sentence(commpress_command("demo", "--out", path, "--steps", 1), "--out", path)
+        if sort not in ("absent", "binary"):
+            requires_a_sentence(commpress_command("report", path, good), path, "cannot be written")
+            requires_a_sentence(commpress_command("explain", *ASKED, "--json", path), f"--json {path}", "cannot be")
+    assert not (tmp_path / "deep").exists()
+    requires_a_sentence(commpress_command("report", good, good), good, "expected the page to write first")
+    assert json.loads(good.read_text())["answer"] == "none"
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "[" * 100_000,
+        '{"spec": 1, "rank": 2, "rows": 5}',
+        '{"settings": 1, "traffic": 2, "curve": 3, "steps_done": 4, "median_step_seconds": 5, "machine": 6,'
+        ' "world_size": 7, "backend": 8}',
+        '{"what": "step times", "rows": 3}',
+        '{"traceEvents": [1, null]}',
+        '{"what": "losses", "world_size": 2, "model": 1, "parameters": "x", "tokens_per_step": 1, "target": 1, "rows": []}',
+        '{"what": "explain", "params": "x", "world": 1, "bandwidth": null, "device": 1, "rows": []}',
+    ],
+    ids=range(7),
+)
+def test_records_of_another_shape_name_the_file(tmp_path: Path, garbage: str) -> None:
+    path = tmp_path / "garbage.json"
+    path.write_text(garbage)
+    requires_a_sentence(commpress_command("report", tmp_path / "new" / "out.html", path), path)
+    requires_a_sentence(commpress_command("explain", "--check", path), path)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("0", "1gbit", "--", "true"), ("hosts 0",)),
+        (("2", "fast", "--", "true"), ("rate 'fast'",)),
+        (("2", "1gbit", "--delay", "soon", "--", "true"), ("delay 'soon'",)),
+        (("2", "1gbit", "--loss", "100%", "--", "true"), ("loss '100%'",)),
+        (("2", "1gbit", "--ranks-per-host", "0", "--", "true"), ("ranks per host 0",)),
+        (("2", "1gbit", "--", "no-such-command"), ("no-such-command",)),
+        (("two", "1gbit", "--", "true"), ("hosts",)),
+    ],
+)
+def test_the_lab(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    requires_a_sentence(commpress_command("lab", *arguments), *words)
+
+
+def test_a_user_who_may_not_write_reads_a_sentence(bad: dict[str, Path]) -> None:
+    """As another user than root: root may write everywhere."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    code = (
+        "import os, sys; from commpress.launch import cli, demo, explain, lab, report, train\n"
+        "os.setgid(65534); os.setuid(65534); sys.argv = sys.argv[1:]; cli.main()"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's own is closed to others
+        os.chmod(folder, 0o755)
+        text = Path(folder, "text")
+        text.write_text("the quick brown fox " * 400)
+        closed = Path(folder, "closed")
+        closed.write_text("the quick brown fox " * 400)
+        closed.chmod(0o600)
+        out = Path(folder, "out")
+        for arguments, flag, path in (
+            (("demo", "--out", out, "--steps", 1), "--out", out),
+            (("train", *TINY, "--data", text, "--out", out), "--out", out),
+            (("train", *TINY, "--data", closed, "--out", out), "cannot read --data", closed),
+            (("report", out, closed), "cannot be read", closed),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-c", code, "commpress", *map(str, arguments)],
+                capture_output=True,
+                text=True,
+                timeout=100,
+                check=False,
+                cwd="/",
+            )
+            if "Error" in done.stderr.splitlines()[-1]:
+                pytest.skip(f"this interpreter is closed to others: {done.stderr.splitlines()[-1]}")
+            requires_a_sentence((done.returncode, done.stderr), flag, path, "enied")
+
+
+# --- what the package writes, the report takes -------------------------------------------------------------------
+
+
+def written(folder: Path) -> None:
+    """Reports and a timeline of sessions of all kinds, written by each rank."""
+    rank = dist.get_rank()
+    x = torch.randn(8, 64)
+
+    def train_on(model: torch.nn.Module, session: object, name: str) -> None:
+        for _ in range(3):
+            model(x).sum().backward()
+        session.report().write_json(folder / f"{name}-{rank}.json")  # type: ignore[attr-defined]
+
+    replicated = DistributedDataParallel(torch.nn.Linear(64, 64))
+    session = commpress.attach(replicated, "int4")
+    with session.timeline() as timeline:
+        train_on(replicated, session, "ddp")
+    timeline.write(folder / f"timeline-{rank}.json")
+    sharded = fully_shard(torch.nn.Linear(64, 64))
+    train_on(sharded, commpress.attach(sharded, gradients="int4", parameters="int8"), "fsdp")
+    exact = DistributedDataParallel(torch.nn.Linear(64, 64))
+    train_on(exact, commpress.attach(exact, "none"), "none")
+
+
+def test_commpress_report_takes_all_that_the_package_writes(tmp_path: Path) -> None:
+    run(2, written, tmp_path)
+    code, said = commpress_command("explain", *ASKED, "--step-seconds", "1", "--json", tmp_path / "explain.json")
+    assert code == 0, said
+    files = sorted(tmp_path.glob("*.json"))
+    assert len(files) == 9
+    for file in files:
+        read(file)
+        code, said = commpress_command("report", tmp_path / "a" / "b" / "one.html", file)
+        assert code == 0, said
+    code, said = commpress_command("report", tmp_path / "all.html", *files)
+    assert code == 0, said
+    html = (tmp_path / "all.html").read_text()
+    for text in (
+        "int4, rank 0 of 2",
+        "gradients int4, parameters int8, rank 1 of 2",
+        "Predictions",
+        "Timeline of a step",
+    ):
+        assert text in html
+
+
+def test_the_ratio_of_sharded_gradients_is_against_what_must_be_sent(tmp_path: Path) -> None:
+    run(2, written, tmp_path)
+    rows = [row for row in json.loads((tmp_path / "fsdp-0.json").read_text())["rows"] if row["role"] == "gradients"]
+    dense, sent, backend = (sum(row[key] for row in rows) for key in ("dense_bytes", "sent_bytes", "backend_bytes"))
+    assert dense == 3 * 4 * 65 * 32  # the other's half of 64 x 65 values
+    assert 7 < dense / sent < 8
+    assert backend == 2 * dense  # Gloo all-reduces and keeps a part
+    exact = json.loads((tmp_path / "none-0.json").read_text())
+    assert exact["ratio"] == 1.0
+    assert exact["backend_bytes"] == exact["dense_bytes"]

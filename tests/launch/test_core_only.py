@@ -1,0 +1,116 @@
+"""What a user reads who has installed less than a part needs: which extra to install, and no traceback from a program."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from commpress import extras
+
+EXTRAS = (
+    *("typer", "plotly", "tensorboard", "ray", "torchao", "torch_pruning", "pydantic", "safetensors", "yaml", "tomli"),
+    *("accelerate", "transformers", "lightning", "deepspeed"),
+)
+"""What `pip install .` does not install."""
+BLOCKED = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS}))\n"
+PROGRAMS = ("train", "demo", "lab", "explain", "report", "ray_train", "cli", "figures")
+
+
+def core_only(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that finds no package of an extra."""
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED + code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_program_of_ours_names_the_extra_and_nothing_else() -> None:
+    """All in one interpreter, each as `python -m` runs it."""
+    code = f"""
+import runpy
+for name in {PROGRAMS}:
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_module(f"commpress.launch.{{name}}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        print(name, "|", end.code)
+"""
+    lines = core_only(code).stdout.splitlines()
+    assert [line.split(" | ")[0] for line in lines] == list(PROGRAMS)
+    for line in lines:
+        assert f"error: commpress.launch.{line.split()[0]}: found no " in line
+        assert "expected it; pip install 'commpress[launch]'" in line or "pip install 'commpress[ray]'" in line
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_it_ends_with_1_and_no_traceback(rank: str) -> None:
+    code = "import runpy\nsys.argv = ['train', '--help']\nrunpy._run_module_as_main('commpress.launch.train')"
+    done = core_only(code, RANK=rank, COMMPRESS_HOST="host B")
+    assert done.returncode == 1
+    who = "rank 1 (host B): " if rank == "1" else ""
+    said = "commpress.launch.train: found no typer, expected it; pip install 'commpress[launch]'"
+    assert done.stderr == f"error: {who}{said}\n"
+
+
+def test_the_console_script_says_the_same() -> None:
+    done = core_only("from commpress.launch.cli import main; main()")
+    assert done.returncode == 1
+    assert "found no plotly, expected it; pip install 'commpress[launch]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+IMPORTS = {
+    "commpress.model": "found no pydantic, expected it; pip install 'commpress[model]'",
+    "commpress.hooks.transformers": "found no transformers, expected it; pip install 'commpress[transformers]'",
+    "commpress.hooks.lightning": "found no lightning, expected it; pip install 'commpress[lightning]'",
+    "commpress.launch.train": "found no typer, expected it; pip install 'commpress[launch]'",
+    "commpress.launch.report": "found no plotly, expected it; pip install 'commpress[launch]'",
+}
+
+
+def test_an_import_and_an_attribute_name_the_extra() -> None:
+    code = f"""
+import commpress
+def said(action):
+    try:
+        action()
+    except ModuleNotFoundError as error:
+        print(error)
+for name in {tuple(IMPORTS)}:
+    said(lambda: __import__(name))
+    said(lambda: eval(name))
+said(lambda: commpress.hooks.deepspeed.initialize())
+from commpress.launch import data, model, parallel, records, scalars  # these need none
+from commpress.hooks import accelerate, fsdp
+"""
+    done = core_only(code)
+    assert done.returncode == 0, done.stderr
+    expected = [said for said in IMPORTS.values() for _ in range(2)]
+    expected += ["found no deepspeed, expected it; pip install 'commpress[deepspeed]'"]
+    lines = [line.split(": ", 1) for line in done.stdout.splitlines()]
+    assert [said for _, said in lines] == expected
+    assert all(name.startswith("commpress.") for name, _ in lines)
+
+
+def test_all_parts_are_there_after_import_commpress_alone() -> None:
+    code = """
+import commpress
+assert {"attach", "hooks", "launch", "model", "optim"} <= set(dir(commpress))
+assert {"accelerate", "ddp", "deepspeed", "fsdp", "lightning", "transformers"} <= set(dir(commpress.hooks))
+assert {"demo", "train"} <= set(dir(commpress.launch))
+print(commpress.hooks.ddp.CommState, commpress.model.Recipe, commpress.launch.train.train, commpress.hooks.fsdp.attach)
+print(hasattr(commpress, "nothing"), hasattr(commpress.hooks, "nothing"), hasattr(commpress.launch, "nothing"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "False False False"
+
+
+def test_an_error_of_a_library_is_no_end_of_the_program() -> None:
+    error = extras.missing("commpress.model", ModuleNotFoundError("x", name="pydantic.fields"), "model")
+    assert str(error) == "commpress.model: found no pydantic, expected it; pip install 'commpress[model]'"
