@@ -108,7 +108,11 @@ def named(rank: int, host: str) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """Return an error as a user should read it: file and reason, a message, and for what nobody expected also its place."""
+    """Return an error as a line to read: file and reason, a message, and for what nobody expected also its place."""
+    return " ".join(_said(error).split())
+
+
+def _said(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, ValueError | OSError | ImportError):

@@ -52,7 +52,7 @@ def work(config: dict[str, Any]) -> None:
 def settings(flags: Sequence[str]) -> train.Settings:
     """What flags of the training program say. Ends the program with a sentence for flags that it does not know."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(functools.wraps(train.command)(lambda **given: train.Settings(**given)))
+    app.command()(functools.wraps(train.command)(lambda **given: train.chosen(given)))
     found = typer.main.get_command(app)(list(flags), "commpress train", standalone_mode=False)
     if not isinstance(found, train.Settings):
         raise typer.Exit  # --help was among the flags
@@ -65,8 +65,8 @@ def command(
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a rank.")] = False,
 ) -> None:
     """Train a byte-level GPT with compressed gradients under Ray Train."""
-    wanted = settings(flags or [])
     try:
+        wanted = settings(flags or [])
         train.check(wanted)
         fit(wanted, workers, gpu)
     except (ValueError, train.TrainingError, ray.train.TrainingFailedError) as error:
