@@ -14,6 +14,7 @@ from training import CLASSES, INPUTS, WIDTH, network, same
 import commpress
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.joining import timeout_of
 from commpress.comm.plan import FEWEST_VALUES, Plan, Treatment
 from commpress.hooks.deepspeed import attach
 from commpress.hooks.owners import Known, Owners
@@ -287,3 +288,21 @@ def test_zero_3_computes_with_what_was_decoded() -> None:
     assert all(torch.equal(weight.view(-1), decoded) for weight in seen)
     assert not torch.equal(exact.view(-1), decoded)
     assert all(same(of_rank, of_ranks[0]) for of_rank in of_ranks)
+
+
+def waited(stage: int) -> list[float]:
+    """Seconds that the engine's group may take, before and after the attach, and those of the user's."""
+    made = engine(stage)
+    group, default = made.seq_data_parallel_group, dist.distributed_c10d._get_default_group()
+    CPU = torch.device("cpu")
+    found = [timeout_of(group, CPU)]
+    attach(made, "int4")
+    found += [timeout_of(group, CPU), timeout_of(default, CPU)]
+    return [seconds.total_seconds() for seconds in found if seconds is not None]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_nobody_waits_longer_than_the_user_said(stage: int) -> None:
+    for before, after, users in run(2, waited, stage, group_timeout=12):
+        assert before in (12.0, 1800.0)  # DeepSpeed makes its groups with torch's default
+        assert after == users == 12.0

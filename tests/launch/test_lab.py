@@ -267,3 +267,15 @@ pathlib.Path(sys.argv[1], str(rank)).write_text(json.dumps(dict(os.environ)))
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+@needs_lab
+def test_a_store_that_falls_silent_keeps_nobody_beyond_the_timeout() -> None:
+    timeout = 5.0
+    worker = str(Path(__file__).with_name("cut_worker.py"))
+    done = run_lab("3", "100mbit", "--", sys.executable, worker, str(timeout))
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert sorted(line["rank"] for line in lines) == [1, 2], done.stderr[-2000:]
+    for line in lines:
+        assert "rank 0 (host 0) did not answer within the group's timeout" in line["said"]
+        assert line["seconds"] < timeout + 2
