@@ -3,6 +3,7 @@
     by hand   session.state_dict()                       a dict of this rank's, one file a rank
     DCP       {"commpress": session}   key "commpress.ranks":  uint8 [W, L], rank r writes row r
               loaded by W' ranks       rank r reads rows r, r + W', r + 2 W', ...
+                                                       key "commpress.shared": what all ranks have alike, written by rank 0
 
 DCP takes a plain tensor under one key for the same on all ranks and keeps one of them, so the parts have to be told apart; and
 it wants to know what it shall load before it reads, when nobody knows yet how many ranks have saved. What stands in for a
@@ -26,36 +27,45 @@ MOST_RANKS = 1 << 14
 """Rows that a table may have."""
 WIDE = 1 << 62
 """Columns that a row is asked for; it has fewer."""
+HEAD = 16
+"""Bytes for the length and the checksum of what a row holds."""
 SLACK = 1 << 16
 """Bytes for what is not a tensor, and for chunks of a bucket that are not of one length."""
-KEY = "ranks"
 
 
 class RankState(dict[str, Any]):
     """One rank's state. To DCP, which calls `items`, it is a row of a table; all else sees the dict."""
 
-    def __init__(self, content: Mapping[str, Any], values: int) -> None:
+    def __init__(self, content: Mapping[str, Any], values: int, shared: Mapping[str, Any] | None = None) -> None:
         super().__init__(content)
         self._rows = Rows.of(self, values)
+        self._shared = None if shared is None else Rows.of(dict(shared), values, shared=True)
 
     def items(self) -> Any:
         """What DCP saves, or loads into."""
-        return {KEY: self._rows}.items()
+        return ({"ranks": self._rows} | ({} if self._shared is None else {"shared": self._shared})).items()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return OrderedDict, (), None, None, iter(dict(self).items())  # by hand: what `weights_only` loads
 
     def __deepcopy__(self, memo: Any) -> "RankState":  # as DCP's asynchronous save makes one
-        return RankState(copy.deepcopy(dict(self), memo), self._rows.room)
+        shared = None if self._shared is None else copy.deepcopy(self._shared.content, memo)
+        return RankState(copy.deepcopy(dict(self), memo), self._rows.room, shared)
 
     @property
     def loaded(self) -> list[dict[str, Any]] | None:
         """The states that DCP has read for this rank; None if it has not read any table."""
         return self._rows.states()
 
+    @property
+    def loaded_shared(self) -> dict[str, Any] | None:
+        """What DCP has read of what all ranks have alike."""
+        states = None if self._shared is None else self._shared.states()
+        return states[0] if states else None
+
 
 class Rows(Tensor):
-    """This rank's row of the table, and the rows that were read."""
+    """This rank's row of the table, and the rows that were read. A shared one is one row, which all read."""
 
     size: Any = None  # so DCP does not compare the table that was saved with one of as many rows as now
 
@@ -63,12 +73,13 @@ class Rows(Tensor):
     room: int
     read: dict[int, Tensor]
     asked: bool
+    shared: bool
 
     @classmethod
-    def of(cls, content: dict[str, Any], values: int) -> "Rows":
+    def of(cls, content: dict[str, Any], values: int, shared: bool = False) -> "Rows":
         """The row of a state; `values` is about how many a loaded one may hold."""
         rows: Rows = torch.empty(0, dtype=torch.uint8, device="cpu").as_subclass(cls)
-        rows.content, rows.room, rows.read, rows.asked = content, values, {}, False
+        rows.content, rows.room, rows.read, rows.asked, rows.shared = content, values, {}, False, shared
         return rows
 
     def __create_write_items__(self, fqn: str, _: object) -> list[Any]:
@@ -76,7 +87,11 @@ class Rows(Tensor):
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
         rank, world_size = _place()
-        offsets, length = torch.Size([rank, 0]), row_bytes(self.content)
+        if self.shared and rank > 0:
+            return []
+        if self.shared:
+            world_size = 1
+        offsets, length = torch.Size([rank, 0]), self._row().numel()
         chunk = ChunkStorageMetadata(offsets=offsets, sizes=torch.Size([1, length]))
         data = TensorWriteData(chunk, TensorProperties(torch.uint8), torch.Size([world_size, length]))
         return [WriteItem(index=MetadataIndex(fqn, offsets), type=WriteItemType.SHARD, tensor_data=data)]
@@ -84,7 +99,7 @@ class Rows(Tensor):
     def __create_chunk_list__(self) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        rank, world_size = _place()
+        rank, world_size = (0, MOST_RANKS) if self.shared else _place()
         self.asked = True
         sizes = torch.Size([1, WIDE])
         return [ChunkStorageMetadata(torch.Size([row, 0]), sizes) for row in range(rank, MOST_RANKS, world_size)]
@@ -92,11 +107,15 @@ class Rows(Tensor):
     def __get_tensor_shard__(self, index: Any) -> Tensor:
         row = int(index.offset[0])
         if not self.asked:
-            return _row(self.content)
+            return self._row()
         if row not in self.read:  # memory that nothing is read into is never touched
             most = SLACK + 64 * self.room
             self.read[row] = torch.empty(1, most, dtype=torch.uint8, device="cpu")
         return self.read[row]
+
+    def _row(self) -> Tensor:
+        saved = _saved(self.content)
+        return _row(saved, HEAD + len(saved) if self.shared else row_bytes(self.content))
 
     def states(self) -> list[dict[str, Any]] | None:
         """The states in the rows that were read; None if none was asked for. Raises ValueError for a damaged one."""
@@ -121,11 +140,15 @@ def row_bytes(state: Mapping[str, Any]) -> int:
     return -(-(SLACK + most(state, "", {})) // 64) * 64
 
 
-def _row(state: dict[str, Any]) -> Tensor:
-    """The bytes of a state: its length and checksum, `torch.save` of it, zeros."""
+def _saved(state: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     torch.save(dict(state), file)
-    saved, row = file.getvalue(), torch.zeros(1, row_bytes(state), dtype=torch.uint8, device="cpu")
+    return file.getvalue()
+
+
+def _row(saved: bytes, length: int) -> Tensor:
+    """The bytes of a state: its length and checksum, `torch.save` of it, zeros up to this length."""
+    row = torch.zeros(1, length, dtype=torch.uint8, device="cpu")
     head = torch.tensor([len(saved), zlib.crc32(saved)], dtype=torch.int64, device="cpu").view(torch.uint8)
     if head.numel() + len(saved) > row.numel():
         raise ValueError(f"a state of {len(saved)} bytes, expected at most {row.numel() - head.numel()}")
@@ -136,8 +159,8 @@ def _row(state: dict[str, Any]) -> Tensor:
 
 def _state(row: Tensor, number: int) -> dict[str, Any]:
     flat = row.view(-1)
-    length, checksum = flat[:16].view(torch.int64).tolist()
-    saved = bytes(flat[16 : 16 + length].numpy()) if 0 <= length <= flat.numel() - 16 else b""
+    length, checksum = flat[:HEAD].view(torch.int64).tolist()
+    saved = bytes(flat[HEAD : HEAD + length].numpy()) if 0 <= length <= flat.numel() - HEAD else b""
     if zlib.crc32(saved) != checksum or not saved:
         raise ValueError(f"cannot restore: what rank {number} saved is damaged in the checkpoint")
     state: dict[str, Any] = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)

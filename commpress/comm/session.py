@@ -98,6 +98,12 @@ class Behind(Protocol):
     def unproven(self) -> bool:
         """Whether `standing` is new since the ranks compared it."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What of its state all ranks have alike, as of any optimizer."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
     def own_state(self) -> dict[str, Any]:
         """What of its state is this rank's own."""
 
@@ -302,16 +308,19 @@ class Session:
             "buckets": self._feedback.state_dict(),
             "beside": [other.state_dict() for other in self.beside],
         }
-        return RankState(content, sum(self._parameters.values()))
+        shared = None if self._optimizer is None else self._optimizer.state_dict()
+        return RankState(content, sum(self._parameters.values()), shared)
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         """Restore what `state_dict` saved on the same rank; training goes on bit for bit. Collective, between steps.
 
         `state` is that dict, or what `torch.distributed.checkpoint` has loaded into one, or a sequence of the states of all
-        ranks of a run; the latter two are good for any number of ranks now: what they had withheld is kept in total. Load a
-        compressed optimizer's own state before. DDP lays its buckets out anew after a restart; the first step is exchanged in
-        the saved layout all the same. Raises ValueError on all ranks if a state belongs to another version, plan, rank, number
-        of ranks or model, or if the ranks' states are not of one step; TypeError for what is no state, on its rank.
+        ranks of a run; the latter two are good for any number of ranks now: what they had withheld is kept in total. By hand,
+        load a compressed optimizer's own state before; a distributed checkpoint has it with the session's. DDP lays its buckets
+        out anew after a restart; the first step is exchanged in the saved layout all the same.
+
+        Raises ValueError on all ranks if a state belongs to another version, plan, rank, number of ranks or model, or if the
+        ranks' states are not of one step; TypeError for what is no state, on its rank.
         """
         refusal: Exception | None = None
         mine: list[dict[str, Any]] = []
@@ -326,6 +335,8 @@ class Session:
         if refusal is not None:
             raise refusal
         first = require_one_run(everyone)
+        if self._optimizer is not None and isinstance(state, RankState) and state.loaded_shared is not None:
+            self._optimizer.load_state_dict(state.loaded_shared)
         if int(first["world_size"]) != self.world_size:
             own = self._mean_of_own([one["optimizer"] for one in mine], int(first["world_size"]))
             self.restore(merged(mine, first, self.rank, self.world_size) | {"optimizer": own, "beside": []})

@@ -115,14 +115,14 @@ def save(kind: str, folder: str, asynchronously: bool = False) -> tuple[Trained,
     """Four steps and a checkpoint; the four that follow; the total of what feedback keeps, as it counts in a mean."""
     ddp, optimizer, session = started(kind, 0)
     before = train(ddp, range(4), optimizer=optimizer)
-    content = {"model": ddp.module, "commpress": session, "optimizer": Plain(optimizer)}
+    content = {"model": ddp.module, "commpress": session, "optimizer": Plain(optimizer) if kind == "SGD" else optimizer}
     if asynchronously:
         dcp.async_save(content, checkpoint_id=folder).result()
     else:
         dcp.save(content, checkpoint_id=folder)
-    torch.save(
-        {"model": ddp.module.state_dict(), "optimizer": optimizer.state_dict()}, f"{folder}-{dist.get_rank()}.pt"
-    )
+    if dist.get_rank() == 0:
+        torch.save(optimizer.state_dict(), f"{folder}.pt")
+    dist.barrier()
     kept = withheld(session)
     return before, train(ddp, range(4, 8), optimizer=optimizer), kept
 
@@ -145,10 +145,12 @@ class Plain:
 def load(kind: str, folder: str) -> tuple[Trained, float]:
     """The four steps that follow, by new objects."""
     ddp, optimizer, session = started(kind, 99)
-    state = torch.load(f"{folder}-{min(dist.get_rank(), 1)}.pt", weights_only=True)
-    ddp.module.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    dcp.load({"commpress": session}, checkpoint_id=folder)
+    dcp.load({"model": ddp.module}, checkpoint_id=folder)
+    if kind == "SGD":
+        optimizer.load_state_dict(torch.load(f"{folder}.pt", weights_only=True))
+        dcp.load({"commpress": session}, checkpoint_id=folder)
+    else:  # whose state comes with the session
+        dcp.load({"commpress": session, "optimizer": optimizer}, checkpoint_id=folder)
     kept = withheld(session)
     return train(ddp, range(4, 8), optimizer=optimizer), kept
 
