@@ -124,18 +124,20 @@ class FailureBoard:
 
         Takes no longer than the store may take, which is `PATIENCE` twice.
         """
+        if not isinstance(error, LostPeerError) and is_lost(error):
+            error = LostPeerError(None, str(error))
         kind = DisagreementError if isinstance(error, OtherMessageError | DriftError) else ExchangeError
         try:
             told = partial(self._both if isinstance(error, OtherMessageError) else self._own, error)
             text = within(2 * PATIENCE, told)
-            posted = within(PATIENCE, lambda: self._post(kind, text))
+            posted = within(PATIENCE, lambda: self._post(kind, text or self._own(error)))
         except (RuntimeError, TimeoutError) as gone:  # the store went down, or silent, with the rank that kept it
             text = self._own(error)
             return kind(f"commpress: {text} (and the store that would say more does not answer: {gone})")
-        if isinstance(error, LostPeerError) and posted is not None:
+        if (isinstance(error, LostPeerError) or not text) and posted is not None:
             kind = DisagreementError if posted["kind"] == DisagreementError.__name__ else ExchangeError
             return kind(f"commpress: {posted['text']} (reported by rank {self._rank})")
-        return kind(f"commpress: {text}")
+        return kind(f"commpress: {text or self._own(error)}")
 
     def has_reason(self) -> bool:
         """Whether a reason stands there, and the store says so in time."""
@@ -167,13 +169,13 @@ class FailureBoard:
         return None
 
     def _both(self, error: Any) -> str:
-        """What two ranks sent each other instead of the same: both find out, and both tell."""
+        """What two ranks sent each other instead of the same: both find out, and both tell; "" if the other one does not."""
         store = own_store()
         store.set(f"{self._key}/{self._rank}", error.mine)
         theirs, deadline = f"{self._key}/{error.peer}", time.monotonic() + PATIENCE
         while not store.check([theirs]):
-            if time.monotonic() > deadline:
-                return self._own(error)
+            if time.monotonic() > deadline or store.check([self._key]):
+                return ""
             time.sleep(PATIENCE / 20)
         both = sorted([(self._rank, error.mine), (error.peer, store.get(theirs).decode())])
         (one, mine), (other, its) = both

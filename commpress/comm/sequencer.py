@@ -123,7 +123,7 @@ class Sequencer:
             self._lines.count(job, transfer)
             with self._lines.timed(job, "wire"):
                 transfer.wait()
-            phase = "decode" if transfer.last else "encode"
+            phase = "decode" if transfer.last or transfer.decodes else "encode"
 
 
 _DONE = object()
@@ -202,7 +202,7 @@ class _Flight:
 
     def go_on(self, lines: _Lines) -> None:
         """Do the codec's work up to the next transfer, and start it."""
-        with lines.timed(self.job, "encode"):
+        with lines.timed(self.job, "decode" if self.transfer is not None and self.transfer.decodes else "encode"):
             self.transfer = next(self.job.exchange, None)
         self.started = time.perf_counter()
         if self.transfer is not None:

@@ -133,7 +133,7 @@ class ShardedSession:
         """What feedback keeps on this rank (every rank saves its own). Call it between steps."""
         content = {
             **self._identity(),
-            "step": max(shards.meter.steps for shards in self.shards),
+            "step": max((shards.meter.steps for shards in self.shards), default=0),
             "scale": self._scale,
             "memories": [shards.feedback.state_dict() for shards in self.shards],
         }

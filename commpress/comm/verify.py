@@ -52,7 +52,7 @@ class Comparison:
     def finish(self, exchange: Iterator[Transfer], wire: Wire, label: Label) -> Iterator[Transfer]:
         """Compare, behind the exchange of a step's last bucket. Raises DriftError on all ranks if anything differs."""
         for transfer in exchange:
-            transfer.last = False
+            transfer.last, transfer.decodes = False, transfer.last
             yield transfer
         yield Transfer([], 0, 0, last=False)  # behind it all buckets before this one have landed
         yield from self._compared(wire, label, [_together(self._hashes)], last=False)

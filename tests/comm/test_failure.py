@@ -12,7 +12,7 @@ from commpress.comm.failure import FailureBoard
 
 def said(dies: bool) -> list[str]:
     """What rank 0 says when rank 1 has died, or says nothing for too long; then, about errors of its own."""
-    board = FailureBoard(dist.distributed_c10d._get_default_group())
+    board = FailureBoard("a group", dist.get_rank(), ["here", "there"])
     x = torch.ones(4)
     dist.all_reduce(x)
     if dist.get_rank() == 1:
@@ -34,8 +34,11 @@ def test_a_peer_is_lost_where_gloo_says_so_and_nowhere_else() -> None:
     for dies, how in ((True, ("closed by peer", "Read error")), (False, ("Timed out",))):
         (lost, *own), there = run(2, said, dies, fresh=True, group_timeout=1)
         assert there == (Died(7) if dies else [])
-        assert lost.startswith("commpress: the gradient exchange failed on rank 0, which lost another rank: ")
+        what = "is gone" if dies else "did not answer within the group's timeout"
+        assert lost.startswith(
+            f"commpress: another rank {what}: the gradient exchange failed on rank 0, which lost it: "
+        )
         assert any(text in lost for text in how)
         assert len(own) == 1 + dies
-        assert all("failed on rank 0: RuntimeError: " in text and "lost another" not in text for text in own)
+        assert all("failed on rank 0: RuntimeError: " in text and "which lost it" not in text for text in own)
         assert own[-1].endswith("topk has no loop for the gloo backend")

@@ -10,7 +10,7 @@ from ranks import run
 from torch import Tensor
 
 from commpress.comm.codecs import parse
-from commpress.comm.exchange import EXCHANGES, Transfer, Wire
+from commpress.comm.exchange import EXCHANGES, Labels, Transfer, Wire
 from commpress.comm.exchange.gather import gather
 from commpress.comm.exchange.reduce_scatter import reduce_scatter
 from commpress.comm.feedback import Memory
@@ -94,7 +94,7 @@ def done(exchange: Iterator[Transfer]) -> None:
 
 def sharded() -> dict[str, tuple[list[Tensor], list[Tensor], bool]]:
     """By spec: this rank's chunk of each step's mean, what all shards became, and whether the memory is finite."""
-    wire = Wire(dist.group.WORLD, CPU)
+    wire, labels = Wire(dist.group.WORLD, CPU), Labels()
     me, W, m = wire.rank, wire.world_size, 1000
     found = {}
     for spec in SPECS:
@@ -106,8 +106,12 @@ def sharded() -> dict[str, tuple[list[Tensor], list[Tensor], bool]]:
             full = values(W * m, me, step, torch.float32, W)
             out, whole = torch.empty(m), torch.empty(W * m)
             buffer = torch.empty((2 * W - 1) * size, dtype=torch.uint8)
-            done(reduce_scatter(full.clone(), out, dist.ReduceOp.AVG, codec, memory, buffer, wire, 2 * step))
-            done(gather(full[:m].clone(), whole, codec, buffer[: W * size], wire, 2 * step + 1))
+            done(
+                reduce_scatter(
+                    full.clone(), out, dist.ReduceOp.AVG, codec, memory, buffer, wire, labels.next("a chunk")
+                )
+            )
+            done(gather(full[:m].clone(), whole, codec, buffer[: W * size], wire, labels.next("a shard")))
             chunks.append(out)
             wholes.append(whole)
         found[spec] = (chunks, wholes, memory.residual is None or bool(memory.residual.isfinite().all()))

@@ -38,6 +38,8 @@ class Transfer:
     sent: int
     received: int
     last: bool
+    decodes: bool = False
+    """Whether its bucket is decoded behind it, although another one follows."""
     headers: list[Header] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list, repr=False)
     """Memory that is being sent."""
