@@ -102,4 +102,5 @@ def store(
 def told(scheduler: "Scheduler") -> str:
     """A word on what the recipe does now."""
     pruned = scheduler.masks.sparsity
-    return f" [{scheduler.phase}{f', {pruned:.0%} pruned' if pruned else ''}]"
+    shares = f", {pruned:.0%} pruned, {scheduler.reach.of_model:.0%} of the model" if pruned else ""
+    return f" [{scheduler.phase}{shares}]"

@@ -177,6 +177,11 @@ def _require_gradients(index: int, entry: Prune, optimizers: Sequence[Any]) -> N
 
 
 def _require_possible(index: int, entry: Prune, names: list[str], model: nn.Module) -> None:
+    if entry.how == "regrow" and entry.start + entry.every >= entry.last:
+        raise RecipeError(
+            f"prune[{index}].every: {entry.every}, so no weight is exchanged from start {entry.start} to end {entry.last}, "
+            f"expected less than {entry.last - entry.start}"
+        )
     rows: list[tuple[int, int]] = []  # how many, and how long
     for name in names:
         layout = layers.layout_of(model, name)

@@ -115,9 +115,8 @@ class Scheduler:
         self._unchecked = 0  # steps since the masks changed
         self._unsteady: set[str] = set()  # parameters that something has moved where they are pruned
         self._hooks_are_seen = False
-        self._distiller = (
-            self._distilling()
-        )  # now: a wrong name is told at once, and what is compiled later has its hooks
+        # now: a wrong name is told at once, and what is compiled later has its hooks
+        self._distiller = self._distilling()
         self._agree()
         self._tell_reach()
         self._advance()
@@ -365,6 +364,8 @@ class Scheduler:
             return
         self._hooks_are_seen = True
         for index, wanda in self._wandas.items():
+            if self.done >= self.recipe.prune[index].last:
+                continue
             uncalled = [name for name in wanda.not_called if name in trained]
             if uncalled and len(wanda.not_called) == len(self._pruned[index]):
                 raise RecipeError(
@@ -377,7 +378,8 @@ class Scheduler:
                     "there are gradients: they will be left out, unless their modules are called before "
                     f"step {self.recipe.prune[index].start}"
                 )
-        if self._distiller is not None and (unseen := self._distiller.not_called):
+        ahead = self.recipe.distil is not None and self.done < self.recipe.distil.last
+        if ahead and self._distiller is not None and (unseen := self._distiller.not_called):
             raise RecipeError(
                 f"distil.{unseen[0][0]}: the student's {unseen[0][1]!r} was not called in the first forward, or it is {LATE}"
             )

@@ -303,6 +303,24 @@ def test_what_needs_no_forward_hooks_takes_a_model_that_was_compiled_and_called(
     assert losses(COMPILED[recipe], "eager", late=True) == losses(COMPILED[recipe], None)
 
 
+def test_a_run_that_goes_on_behind_the_phase_of_its_hooks_needs_none() -> None:
+    recipe = Recipe.of({"prune": [{**WANDA, "parameters": ["*.weight"]}], "distil": {"end": 4, "hidden": {"1": "1"}}})
+    states = []
+    for _ in range(2):
+        model: Any = network()
+        called = torch.compile(model, backend="eager")
+        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+        if states:
+            called(x)  # before the hooks
+        scheduler = Scheduler(recipe, model, torch.optim.SGD(model.parameters(), lr=0.1), teacher=teacher())
+        if states:
+            scheduler.load_state_dict(states[0])
+        train(scheduler, called, x, 2 if states else 6)
+        states.append(scheduler.state_dict())
+        torch._dynamo.reset()
+    assert [state["done"] for state in states] == [6, 8]
+
+
 def test_globs_know_no_prefix_of_a_compiler() -> None:
     model = network()
     model[2] = torch.compile(model[2], backend="eager")  # type: ignore[assignment]
@@ -375,6 +393,10 @@ def test_a_parametrization_that_keeps_no_zeros_is_refused() -> None:
             r"prune\[0\]\.parameters: '\*\.norm' matches nothing",
         ),
         ([{"start": 0, "amount": 0.5, "scope": "row", "parameters": ["0.bias"]}], r"prune\[0\]\.scope: .* has no rows"),
+        (
+            [{"start": 1, "end": 90, "amount": 0.5, "schedule": "regrow"}],
+            r"prune\[0\]\.every: 100, so no weight is exchanged from start 1 to end 90",
+        ),
         ([{"start": 0, "amount": 1e-5}], r"prune\[0\]\.amount: 1e-05 of 6784 weights is none"),
     ],
 )
