@@ -22,7 +22,7 @@ COMPILED = "_orig_mod."
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is the Conv1D of Transformers, or a copy of it: by the name, and a weight [inputs, `nf`]."""
     w = getattr(module, "weight", None)
-    named = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+    named = any(kind.__name__.endswith("Conv1D") for kind in type(module).__mro__)
     return named and isinstance(w, Tensor) and w.dim() == 2 and w.shape[1] == getattr(module, "nf", None)
 
 

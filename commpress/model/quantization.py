@@ -1,5 +1,6 @@
 """Quantisation-aware training (Jacob et al., arXiv:1712.05877) of Linear and Embedding weights, on torchao's fake quantisers.
 
+Transformers' Conv1D is a Linear whose weight is transposed: a row of it is a column of the parameter.
 A group of g weights of a row (all of the row without groups) shares one scale s; at b bits, with half to even,
 
     s = max |w| / (2^b - 1) * 2,    code = clamp(round(w / s), -2^(b-1), 2^(b-1) - 1),    w ~ s * code
@@ -13,8 +14,9 @@ way, and a code at the edge would be another than the file's. So training comput
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from commpress.model.distillation import PROJECTIONS
+from commpress.model.layers import input_dim, is_conv1d
 from commpress.model.masks import whole
 
 INTEGERS: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
@@ -57,7 +60,7 @@ class Quantization:
     activations: bool = False
     """Whether the input of a Linear is int8 as well: asymmetric, with a scale and a zero point a token from its values."""
     layers: tuple[str, ...] = ("*",)
-    """Globs on the names of modules; only `nn.Linear` and `nn.Embedding` are meant, no subclass of theirs."""
+    """Globs on the names of modules; only `nn.Linear`, `nn.Embedding` and Transformers' Conv1D are meant, no subclass."""
 
     def __post_init__(self) -> None:
         if self.bits not in INTEGERS:
@@ -77,11 +80,18 @@ class Codes:
     scale: Tensor
     """[rows, groups]: bfloat16 at 4 bits, of the weight's dtype at 8."""
     bits: int
+    transposed: bool = False
+    """Whether the weight is [width, rows], as Conv1D's."""
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[rows, width]; in the weight's own dtype it is bit for bit what the fake-quantised model computes with."""
+        """The weight; in its own dtype it is bit for bit what the fake-quantised model computes with."""
         groups: Tensor = self.values.to(dtype).unflatten(1, (self.scale.shape[1], -1))
-        return (groups * self.scale.unsqueeze(-1)).flatten(1).to(dtype)
+        rows = (groups * self.scale.unsqueeze(-1)).flatten(1).to(dtype)
+        return self.as_weight(rows).contiguous()
+
+    def as_weight(self, rows: Tensor) -> Tensor:
+        """A matrix [rows, width] as the weight has it, or one of the weight's shape as [rows, width]."""
+        return rows.t() if self.transposed else rows
 
 
 @torch.no_grad()
@@ -169,6 +179,8 @@ def computed_codes(module: Any) -> Codes:
     w = whole(module.weight)
     if isinstance(module.weight, DTensor):
         w = w.to(module.weight_fake_quantizer.dtype or w.dtype)
+    if is_conv1d(module):
+        return replace(quantize(w.t().contiguous(), s.bits, s.group), transposed=True)
     return quantize(w, s.bits, s.group)
 
 
@@ -192,11 +204,11 @@ def prepare(model: nn.Module, settings: Quantization) -> list[str]:
     for module in chosen.values():
         # what torchao's own swap gives, without a new module: that one would lose hooks, draw random numbers for weights
         # that nobody uses, and leave those behind who hold the old one
-        module.__class__ = qat.FakeQuantizedLinear if isinstance(module, nn.Linear) else qat.FakeQuantizedEmbedding
+        module.__class__ = _prepared_class(qat, module)
         module.weight_fake_quantizer = _of_weights(qat, settings)
         of_activations = _of_activations(qat) if settings.activations else None
-        if isinstance(module, nn.Linear):
-            module.activation_fake_quantizer = of_activations  # type: ignore[assignment]
+        if not isinstance(module, nn.Embedding):
+            module.activation_fake_quantizer = of_activations
         module.quantization = settings
         _enable(module, False)
     for module in model.modules():
@@ -271,12 +283,17 @@ def convert(model: nn.Module) -> nn.Module:
 
     In place: the model trains no more, and what held the old parameters holds them still. For a copy, `copy.deepcopy`
     first. Outputs are bit for bit those of the model with fake quantisation on. Weights that were shared stay shared.
-    Raises ValueError if nothing is prepared, or if weights are sharded.
+    Raises ValueError if nothing is prepared, if weights are sharded, or for a Conv1D: torchao has no kernel for it (its
+    integers can be stored, and its float32 values loaded).
     """
     modules = {name: module for name, module, _ in prepared(model)}
     if not modules:
         raise ValueError("convert: the model has no fake quantisers, see prepare")
     for name, module in modules.items():
+        if is_conv1d(module):
+            raise ValueError(
+                f"convert: {name!r} is a Conv1D, expected nn.Linear and nn.Embedding; store the model instead"
+            )
         if isinstance(module.weight, DTensor):
             raise ValueError(
                 f"convert: {name}.weight is sharded. Load the full state dict into a model that is not, and that is prepared"
@@ -311,7 +328,8 @@ def converted_codes(w: Any) -> Codes | None:
 
 def _chosen(model: nn.Module, settings: Quantization) -> dict[str, Any]:
     # by exact type: whoever subclasses Linear, as MultiheadAttention's `out_proj`, may not call its forward
-    free = {name: m for name, m in model.named_modules() if name and type(m) in (nn.Linear, nn.Embedding)}
+    kinds = (nn.Linear, nn.Embedding, *_conv1d())
+    free = {name: m for name, m in model.named_modules() if name and type(m) in kinds}
     free = {name: m for name, m in free.items() if not name.startswith(PROJECTIONS)}  # they leave before the model does
     for glob in settings.layers:
         if not any(fnmatchcase(name, glob) for name in free):
@@ -325,7 +343,7 @@ def _chosen(model: nn.Module, settings: Quantization) -> dict[str, Any]:
 
 def _check(name: str, module: Any, settings: Quantization) -> None:
     w = module.weight
-    width = w.shape[1]
+    width = w.shape[input_dim(module)]
     if width < 2 or width % (settings.group or width):
         raise ValueError(
             f"Quantization(group={settings.group}): {name!r} has rows of {width} weights, "
@@ -399,6 +417,21 @@ def _integers(module: Any) -> Tensor:
         activation_quantization="int8_asym_per_token" if settings.activations else None,
     )
     return weight
+
+
+def _conv1d() -> list[type]:
+    """Transformers' Conv1D, if any module can be one."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return [library.Conv1D] if library is not None else []
+
+
+def _prepared_class(qat: Any, module: nn.Module) -> type:
+    if is_conv1d(module):
+        from commpress.model.quantized_conv1d import FakeQuantizedConv1D
+
+        return FakeQuantizedConv1D
+    found: type = qat.FakeQuantizedLinear if isinstance(module, nn.Linear) else qat.FakeQuantizedEmbedding
+    return found
 
 
 def _qat() -> Any:

@@ -10,6 +10,7 @@ A safetensors file, so any program can read it. Of a tensor `name` of the state 
 
 The header's metadata, one key, so that equal models give equal files: {"commpress": JSON of {"version": 2, "checksum": 8 hex
 digits, "layout": {name: {"shape", "dtype" or "bits", "masked"}}, "shared": {name: the name under which its tensor is}}}.
+Where a layout has "transposed": true, the weight is [width, rows] (a Conv1D's), and shape, mask and codes are of [rows, width].
 The checksum is the CRC-32 of the whole file with eight zeros in its place.
 """
 
@@ -19,7 +20,7 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,15 @@ class Stored:
         for name, x in (self.tensors | {name: codes.values for name, codes in self.integers.items()}).items():
             layout[name] = {"shape": list(x.shape), "masked": name in self.masks}
             parts = {}
+            codes = self.integers.get(name)
             if name in self.masks:
-                parts[f"{name}:mask"] = to_bits(self.masks[name])
-                x = x[self.masks[name]]
-            if name in self.integers:
-                layout[name]["bits"] = self.integers[name].bits
-                parts[f"{name}:scale"] = self.integers[name].scale
-                x = _halves(x) if self.integers[name].bits == 4 else x
+                mask = self.masks[name] if codes is None else codes.as_weight(self.masks[name]).contiguous()
+                parts[f"{name}:mask"] = to_bits(mask)
+                x = x[mask]
+            if codes is not None:
+                layout[name] |= {"bits": codes.bits, **({"transposed": True} if codes.transposed else {})}
+                parts[f"{name}:scale"] = codes.scale
+                x = _halves(x) if codes.bits == 4 else x
             else:
                 layout[name]["dtype"] = _name(x.dtype)
             parts[name] = x.contiguous()
@@ -118,7 +121,7 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
         if codes is None:
             stored.tensors[name] = whole(x).cpu().clone(memory_format=torch.contiguous_format)
         elif codes.scale.isfinite().all():
-            stored.integers[name] = Codes(codes.values.cpu(), codes.scale.cpu(), codes.bits)
+            stored.integers[name] = replace(codes, values=codes.values.cpu(), scale=codes.scale.cpu())
         else:
             raise ValueError(f"store: {name!r} has weights that are not finite, and is to be quantised")
     for name, mask in (masks or {}).items():
@@ -183,7 +186,7 @@ def _summed(path: Path) -> tuple[int, int, int]:
 
 def _keep_mask(stored: Stored, name: str, mask: Tensor) -> None:
     codes = stored.integers.get(name)
-    x = stored.tensors[name] if codes is None else codes.values
+    x = stored.tensors[name] if codes is None else codes.as_weight(codes.values)
     if mask.dtype != torch.bool or mask.shape != x.shape:
         raise ValueError(
             f"mask of {name!r}: expected bool {tuple(x.shape)}, got {_name(mask.dtype)} {tuple(mask.shape)}"
@@ -251,7 +254,9 @@ def _unpack(packed: dict[str, Tensor], name: str, how: Mapping[str, Any], stored
         raise ValueError(
             f"{name}:scale: expected float32, float16 or bfloat16, finite and not below 0, got {_name(scale.dtype)}"
         )
-    stored.integers[name] = Codes(x, scale, bits)
+    stored.integers[name] = codes = Codes(x, scale, bits, how.get("transposed", False))
+    if mask is not None:
+        stored.masks[name] = codes.as_weight(mask).contiguous()
 
 
 def _told(name: str, how: Mapping[str, Any]) -> tuple[list[int], int | None, torch.dtype]:
@@ -261,6 +266,8 @@ def _told(name: str, how: Mapping[str, Any]) -> tuple[list[int], int | None, tor
         raise ValueError(f"{name!r}: expected a shape, got {shape!r:.80}")
     if not isinstance(how.get("masked"), bool):
         raise ValueError(f"{name!r}: expected masked true or false, got {how.get('masked')!r:.80}")
+    if not isinstance(how.get("transposed", False), bool):
+        raise ValueError(f"{name!r}: expected transposed true or false, got {how.get('transposed')!r:.80}")
     if bits is None:
         of_torch = getattr(torch, dtype, None) if isinstance(dtype, str) else None
         if not isinstance(of_torch, torch.dtype):
