@@ -85,6 +85,8 @@ class Fragment:
     synced_at: int = 0
     mean: "torch.futures.Future[Tensor] | None" = None
     """What is on its way, or was when the state was saved."""
+    owners: list[Tensor] = field(default_factory=list)
+    """What the parameters are views of: whether they are trained is known there."""
     trained: set[int] = field(default_factory=set)
     """Places of the parameters that have required a gradient in a step since the last sync began."""
     still: set[int] = field(default_factory=set)
@@ -107,7 +109,7 @@ class Fragment:
 
     def note_step(self) -> None:
         """A local step was taken."""
-        self.trained |= {i for i, p in enumerate(self.parameters) if p.requires_grad}
+        self.trained |= {i for i, p in enumerate(self.owners) if p.requires_grad}
 
     def begin(self) -> None:
         """A sync begins: what was frozen all the time since the last one stays as it is, with its momentum."""
@@ -127,7 +129,7 @@ class Fragment:
         return [where for i, where in self._overlaps() if i in self.still]
 
     def _rests(self, i: int) -> bool:
-        return i not in self.trained and not self.parameters[i].requires_grad
+        return i not in self.trained and not self.owners[i].requires_grad
 
     def _overlaps(self) -> Iterator[tuple[int, slice]]:
         """Which parameters reach into this rank's part, and where in it."""
@@ -164,6 +166,7 @@ class Outer:
         group: dist.ProcessGroup,
         inner: dist.ProcessGroup | None = None,
     ) -> None:
+        self._owners = dict(parameters)
         parameters = {name: real_view(p) for name, p in parameters.items()}
         self.settings = settings
         self.device = next(iter(parameters.values())).device
@@ -331,6 +334,7 @@ class Outer:
             fragments.append(
                 Fragment(
                     parameters=list(held.values()),
+                    owners=[self._owners[name] for name in held],
                     segments=segments,
                     offset=-(index * self.settings.every // count),
                     part=part,
