@@ -50,6 +50,9 @@ PRELUDES = {
     "model": SCRIPT + "model = net" + OPTIMIZER,
     "ddp": SCRIPT + "model = ddp = DistributedDataParallel(net)" + OPTIMIZER,
     "session": SCRIPT + "model = DistributedDataParallel(net)\nsession = commpress.attach(model, 'int4')" + OPTIMIZER,
+    "checkpoint": SCRIPT
+    + "model = DistributedDataParallel(net)\nsession = commpress.attach(model, 'int4')\nfolder = '../checkpoint'"
+    + OPTIMIZER,
     "buffers": SCRIPT + "model = net\nddp = DistributedDataParallel(net)" + OPTIMIZER,
     "gpt": SCRIPT + "GPT = lambda _: net\n",
     "vector": "import commpress\nimport torch\nx = torch.randn(1000)\n",
