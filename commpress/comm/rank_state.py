@@ -163,7 +163,8 @@ def _state(row: Tensor, number: int) -> dict[str, Any]:
     saved = bytes(flat[HEAD : HEAD + length].numpy()) if 0 <= length <= flat.numel() - HEAD else b""
     if zlib.crc32(saved) != checksum or not saved:
         raise ValueError(f"cannot restore: what rank {number} saved is damaged in the checkpoint")
-    state: dict[str, Any] = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+    file = io.BytesIO(saved)
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 

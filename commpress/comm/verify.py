@@ -58,7 +58,7 @@ class Comparison:
         yield from self._compared(wire, label, [_together(self._hashes)], last=False)
         if len(set(self._found)) == 1:
             return
-        yield from self._compared(wire, label.then(), self._hashes, last=True)
+        yield from self._compared(wire, label.second(), self._hashes, last=True)
         raise DriftError(self._difference(wire))
 
     def _compared(self, wire: Wire, label: Label, hashes: list[int], last: bool) -> Iterator[Transfer]:

@@ -30,7 +30,7 @@ class Label:
     text: str
     proven: bool = False
 
-    def then(self) -> "Label":
+    def second(self) -> "Label":
         """The label of the second message of an exchange."""
         return replace(self, tag=self.tag + 1)
 

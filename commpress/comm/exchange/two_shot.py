@@ -42,7 +42,7 @@ def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, label: Label) 
 
     means = memory.buffer("means", sum(sizes), x.device).split(sizes)
     codec.recode(gathered, lengths[me], W, memory.second, out=means[me])
-    yield wire.swap([means[me]] * W, means, label.then(), last=True)
+    yield wire.swap([means[me]] * W, means, label.second(), last=True)
 
     for r in range(W):
         codec.decode(means[r], lengths[r], out=x[cuts[r] : cuts[r + 1]])

@@ -118,7 +118,7 @@ class Wire:
         texts = [
             torch.empty(int(n.view(torch.int64)), dtype=torch.uint8, device="cpu") for n in self._with(size, sizes)
         ]
-        self.swap([own] * self.world_size, texts, label.then(), last=True).wait()
+        self.swap([own] * self.world_size, texts, label.second(), last=True).wait()
         return [json.loads(bytes(text.tolist())) for text in self._with(own, texts)]
 
     def _with(self, own: Tensor, others: list[Tensor]) -> list[Tensor]:
