@@ -28,6 +28,7 @@ from torch.profiler import record_function
 
 from commpress.comm.agreement import Settings
 from commpress.comm.exchange import Label, Transfer, Wire
+from commpress.comm.failure import LostPeerError
 from commpress.comm.meter import Meter, Row
 from commpress.comm.timeline import Span
 
@@ -181,6 +182,8 @@ class _Lines:
         """Remember the first error; it ends the exchange."""
         with self.noting:
             if self.error is None:
+                if isinstance(error, LostPeerError) and error.peer is None and self.wire.device.type == "cpu":
+                    error = LostPeerError(self.wire.lost_peer(), str(error))
                 self.error = self.board.explain(error)
 
     def end(self, jobs: list[Job]) -> None:

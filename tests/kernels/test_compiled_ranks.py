@@ -6,7 +6,7 @@ from pathlib import Path
 import numba
 import torch
 import torch.distributed as dist
-from ranks import run
+from ranks import close, run
 from torch.nn.parallel import DistributedDataParallel
 from training import network
 
@@ -28,6 +28,7 @@ def attached(folder: str) -> tuple[list[str], list[torch.Tensor]]:
 
 
 def test_ranks_that_attach_at_once_over_a_damaged_cache_train_as_with_a_whole_one(tmp_path: Path) -> None:
+    close()  # ranks of other tests have imported commpress already
     (_, whole), (_, peer) = run(2, attached, str(tmp_path), fresh=True)
     assert all(torch.equal(a, b) for a, b in zip(whole, peer, strict=True))
     broken = sorted(path for path in tmp_path.rglob("*") if path.is_file())

@@ -181,6 +181,18 @@ class Wire:
             raise
         return transfer
 
+    def lost_peer(self) -> int | None:
+        """The rank whose connection is broken, where a collective has failed, which does not say; None if it is not one alone."""
+        lost = []
+        for r in self.peers:
+            try:
+                self._start(dist.isend, torch.zeros(1, dtype=torch.uint8, device="cpu"), HALF - 1, r)
+            except LostPeerError:
+                lost.append(r)
+            except RuntimeError:
+                return None  # closed by ourselves
+        return lost[0] if len(lost) == 1 else self.peers[0] if self.world_size == 2 else None
+
     def open_group(self) -> dist.ProcessGroup:
         """The group. Once closed it is None, which torch would take for the default group, the user's own."""
         if (group := self.group) is None:
