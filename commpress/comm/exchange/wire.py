@@ -182,7 +182,7 @@ class Wire:
         return transfer
 
     def lost_peer(self) -> int | None:
-        """The rank whose connection is broken, where a collective has failed, which does not say; None if it is not one alone."""
+        """The rank whose connection is broken, where a collective has failed that does not say; None if it is not just one."""
         lost = []
         for r in self.peers:
             try:
