@@ -16,6 +16,7 @@ from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 
 if TYPE_CHECKING:
+    from commpress import files as files
     from commpress import hooks as hooks
     from commpress import launch as launch
     from commpress import model as model
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 __version__ = version("commpress")
 HOOKS = ("attach", "broadcast_parameters", "diloco", "local_sgd")
-PACKAGES = ("hooks", "launch", "model")
-"""Imported when they are first asked for: the library does not know them, and two of them need packages of their own."""
+PACKAGES = ("files", "hooks", "launch", "model")
+"""Imported when they are first asked for: the library does not need them, and two of them need packages of their own."""
 __all__ = ["Codec", "Plan", "Report", "Session", "__version__", *HOOKS, "optim", "parse"]
 
 

@@ -158,6 +158,7 @@ class ShardedSession:
             said = {"error": str(refusal)}
         elif mine:
             said = {key: mine[0][key] for key in ("version", "world_size", "step", "scale")}
+        first = said
         for shards in self.shards:
             everyone = shards.ask(said, "a state to restore")
             if refusal is None:
