@@ -159,10 +159,13 @@ class ShardedSession:
         elif mine:
             said = {key: mine[0][key] for key in ("version", "world_size", "step", "scale")}
         first = said
-        for shards in self.shards:
+        for shards in self.shards:  # each hands on what it found: the dimensions of a mesh reach all its ranks
             everyone = shards.ask(said, "a state to restore")
             if refusal is None:
-                first = require_one_run(everyone)
+                try:
+                    first = require_one_run(everyone)
+                except ValueError as error:
+                    refusal, said = error, {"error": str(error)}
         if refusal is not None:
             raise refusal
         self._scale = float(str(first["scale"]))

@@ -150,8 +150,8 @@ class Outer:
 
     `parameters` maps names to what is trained, at least one tensor, on CPU or an accelerator, any float or complex dtype; a
     complex value counts as two reals. At the start all workers get rank 0's values, those in float64 or complex128 rounded to
-    32 bits a real, all others exactly. Call `step` after every optimizer
-    step; on every rank the same number of times. The ranks of a worker hold the same values (a DDP inside a node): each
+    32 bits a real, all others exactly. Call `step` after every optimizer step; on every rank the same number of times. The
+    ranks of a worker hold the same values (a DDP inside a node): each
     exchanges its part of a fragment with its peers in the other workers, and they share the parts. Raises ValueError on all
     ranks if a spec is unknown or the ranks differ.
     """

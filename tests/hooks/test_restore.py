@@ -254,3 +254,23 @@ def test_a_sharded_session_is_loaded_by_another_number_of_ranks(old: int, new: i
     for now, losses in run(new, sharded_load, str(tmp_path)):
         assert now == pytest.approx(kept, rel=1e-4, abs=1e-5)
         assert all(loss < 5 for loss in losses)
+
+
+def on_a_mesh(bad_rank: int) -> str:
+    """What is said on a mesh of two replicas of two shards when one rank has no state."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model: Any = network()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    for part in (model[0], model[2], model):
+        fully_shard(part, mesh=mesh)
+    session = commpress.attach(model, gradients="int4", parameters="int8")
+    loss_of(model, 0).backward()
+    state = None if dist.get_rank() == bad_rank else session.state_dict()
+    return outcome(lambda: session.load_state_dict(state))
+
+
+@pytest.mark.parametrize("bad_rank", [0, 3])
+def test_a_rank_without_a_state_is_an_error_along_all_dimensions_of_a_mesh(bad_rank: int) -> None:
+    for said in run(4, on_a_mesh, bad_rank, group_timeout=PATIENT, fresh=True):
+        assert "expected the dict that this rank saved, got a NoneType" in said
