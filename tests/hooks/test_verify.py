@@ -175,3 +175,24 @@ def test_all_ranks_compare_in_the_same_steps() -> None:
         assert said == "ValueError: rank 1 has verify 6, rank 0 has verify 5: all ranks must use the same verify" or (
             "rank 1 has verify 6, rank 0 has 5" in said
         )
+
+
+def drifted_anchor() -> list[str]:
+    """Two syncs; then rank 1's anchor changes by a bit."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer = commpress.diloco(model, optimizer, every=1)
+    said = []
+    for step in range(3):
+        if step == 2 and dist.get_rank() == 1:
+            outer._fragments[0].anchor[:1].view(torch.int32).add_(1)
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        said.append(outcome(optimizer.step))
+    return said
+
+
+def test_an_anchor_that_drifts_is_an_error_on_all_ranks() -> None:
+    for said in run(2, drifted_anchor):
+        assert said[:2] == ["", ""]
+        assert "rank 1 has anchor (its hash) " in said[2]
