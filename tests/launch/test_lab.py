@@ -203,7 +203,7 @@ def test_the_report_says_what_the_kernel_counts(tmp_path: Path) -> None:
     """At 10 MB a step and more, within 2 %."""
     record = tmp_path / "steps.json"
     script = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--only", "int8", "--json", str(record)]
-    done = run_lab("2", "10gbit", "--", *script, "--rounds", "1", "--steps", "2")
+    done = run_lab("2", "10gbit", "--", *script, "--rounds", "1", "--steps", "5")
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(record.read_text())["rows"]}
     assert rows["int8"]["sent_bytes"] > 10e6
