@@ -112,8 +112,10 @@ def check(case: Case, gradient: Tensor, index: int) -> None:
             missing += kept["residual"] / W
             if not kept["residual"].norm() < gradient.norm():
                 complaint = complaint or "what was left out is as large as the gradient"
-        if kept["second"] is not None:
-            missing[kept["start"] : kept["start"] + kept["second"].numel()] += kept["second"]
+        if kept["owner_residual"] is not None:
+            missing[kept["owner_start"] : kept["owner_start"] + kept["owner_residual"].numel()] += kept[
+                "owner_residual"
+            ]
     dist.all_reduce(missing)
     worst = (mean - x - missing).abs().max().item()
     if not worst <= 4 * W * rounding * gradient.abs().max().item():
@@ -133,8 +135,8 @@ def measure(specs: Sequence[str | Codec], sizes: Sequence[int], repeats: int, de
     for codec in map(parse, specs):
         sessions = {
             name: Session(codec, dist.group.WORLD, device, exchange=name, verify=0)
-            for name in EXCHANGES
-            if name != "all_reduce" or codec.sum_dtype is not None
+            for name, exchange in EXCHANGES.items()
+            if not exchange.linear or codec.sum_dtype is not None
         }
         for index, size in enumerate(sizes):
             n = size // 4

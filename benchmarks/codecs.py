@@ -19,6 +19,7 @@ from rich.table import Table
 
 import commpress
 from commpress.comm.codecs.blend import Blend
+from commpress.comm.exchange import EXCHANGES
 
 SPECS = (
     "bf16",
@@ -56,7 +57,7 @@ def cases(x: torch.Tensor) -> dict[tuple[str, str], Callable[[], object]]:
         table[spec, "momentum"] = lambda c=codec, p=payload, r=residual, b=update, g=gradient: c.encode(g, r, p, b)
         table[spec, "decode"] = lambda c=codec, p=payload, o=out: c.decode(p, n, o)
         table[spec, "mean of 4"] = lambda c=codec, p=four, o=out: c.mean(p, n, 4, o)
-        if codec.exchange == "two_shot":
+        if EXCHANGES[codec.exchange].chunk(n, codec, 0, 2) is not None:
             table[spec, "recode 4"] = lambda c=codec, p=four, q=chunk: c.recode(p, n, 4, None, q)
     return table
 

@@ -42,7 +42,7 @@ def make(name: str) -> turns.Way:
         masks = Masks(dict(bare.named_parameters()))
         scores = Magnitude(bare, {f"{name}.weight": module.weight for name, module in linear.items()}).scores()
         masks.replace(by_amount(scores, amount))
-        session.keep(masks.of)
+        session.set_masks(masks.of)
     return turns.Way(model, torch.optim.SGD(bare.parameters(), lr=0.01), session)
 
 

@@ -24,7 +24,7 @@ from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Segments
-from commpress.comm.meter import named
+from commpress.comm.meter import dtype_name
 from commpress.comm.notice import speaks
 from commpress.comm.parameters import bare_name, real_numel, unfit_dtype
 from commpress.comm.session import GradScaler, Session
@@ -156,7 +156,7 @@ def attach(
     """Register the hook on `model` and return its session. Collective over the model's process group.
 
     `optimizer` is one of `commpress.optim`: what it is about to apply travels instead of the gradient. Leave it out for others.
-    `exchange` names one of `two_shot`, `all_gather`, `all_reduce` instead of the codec's own choice. `grad_scaler` is the
+    `exchange` names one of `two_shot`, `one_shot`, `all_reduce` instead of the codec's own choice. `grad_scaler` is the
     `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that
     it skips moves no state. `buffers` is a spec for the buffers that DDP broadcasts before each forward; without one DDP sends
     them, uncounted. Every `verify` steps (0: never) the ranks compare hashes of what they got and of their parameters: a
@@ -234,7 +234,7 @@ def _refusal(
     for p, name in names.items():
         if p.is_complex():
             return ValueError(
-                f"parameter {name!r} is {named(p.dtype)}, {type(optimizer).__name__} steps real ones; expected a torch "
+                f"parameter {name!r} is {dtype_name(p.dtype)}, {type(optimizer).__name__} steps real ones; expected a torch "
                 "optimizer, and no optimizer="
             )
     try:
@@ -316,12 +316,12 @@ def _count_delayed(model: DistributedDataParallel, session: Session) -> None:
     if not delayed or flat is None:
         return
     told = weakref.ref(session)
-    n, dtype, crossing = flat.numel(), named(flat.dtype), ring_bytes(flat.nbytes, session.world_size)
+    n, dtype, crossing = flat.numel(), dtype_name(flat.dtype), ring_bytes(flat.nbytes, session.world_size)
 
     def count(gradient: Tensor) -> None:
         if (session := told()) is not None:
             why = "delayed: DDP sends it by itself"
-            session.meter.by_itself(0, n, dtype, "all_reduce", why, "gradients", crossing)
+            session.meter.record_uncompressed(0, n, dtype, "all_reduce", why, "gradients", crossing)
 
     delayed[0].register_hook(torch.utils.hooks.unserializable_hook(count))
 

@@ -33,7 +33,7 @@ from commpress import extras
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.joining import follow_default_timeout
-from commpress.comm.meter import named as dtype_name
+from commpress.comm.meter import dtype_name
 from commpress.comm.notice import speaks
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session

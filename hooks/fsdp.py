@@ -28,11 +28,11 @@ from torch.distributed.fsdp import FSDPModule
 from commpress.comm.codecs import Codec
 from commpress.comm.exchange.reduce_scatter import Op
 from commpress.comm.feedback import Segments
+from commpress.comm.masks_index import MaskIndex, of_pairs
 from commpress.comm.parameters import bare_name, real_numel
 from commpress.comm.session import GradScaler
 from commpress.comm.sharded_session import Memories, ShardedSession, agree, plans
 from commpress.comm.shards import Pending, Shards
-from commpress.comm.survivors import Survivors, of_pairs
 from commpress.comm.verify import EVERY, require_interval
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
@@ -95,7 +95,7 @@ def attach(
             unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit))
     first = held[0]
 
-    def survivors(masks: Mapping[str, Tensor]) -> list[Survivors]:
+    def survivors(masks: Mapping[str, Tensor]) -> list[MaskIndex]:
         masks = {bare_name(name): mask for name, mask in masks.items()}
         _require_fit(masks, held)
         return [_of_shards(who, held, masks) for who in shards] + [_of_replicas(who, held, masks) for who in replicas]
@@ -342,7 +342,7 @@ def _require_fit(masks: Mapping[str, Tensor], held: list[Unit]) -> None:
             raise ValueError(f"mask of {name!r}: shape {tuple(mask.shape)}, the model has {expected}")
 
 
-def _of_shards(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> Survivors:
+def _of_shards(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> MaskIndex:
     """What masks keep of the traffic among the ranks `who`, which share parameters: a part a rank, all of one length."""
     parts: dict[str, Tensor] = {}
     together = []
@@ -352,12 +352,12 @@ def _of_shards(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tenso
                 own = {f"{name}[{r}]": chunk for r, chunk in enumerate(unit.chunks(name, masks[name]))}
                 parts |= own
                 together.append(list(own))
-    return Survivors(parts, together)
+    return MaskIndex(parts, together)
 
 
-def _of_replicas(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> Survivors:
+def _of_replicas(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> MaskIndex:
     """What masks keep of the traffic among the ranks `who`, which own the same shard."""
-    return Survivors(
+    return MaskIndex(
         {
             name: unit.chunks(name, masks[name])[dist.get_rank(unit.shard_groups[0])]
             for unit in held
@@ -404,8 +404,8 @@ def _recut(bucket: dict[str, Any], parameters: dict[str, tuple[Unit, Any]], old:
             chunks[name] = list(torch.nn.functional.pad(whole, (0, W * lengths[name] - values)).split(lengths[name]))
     return {
         "segments": [[f"{name}[{r}]", lengths[name]] for r in range(W) for name in names],
-        "start": 0,
-        "second": None,
+        "owner_start": 0,
+        "owner_residual": None,
         "momentum": None,
         "residual": None if parts is None else torch.cat([chunks[name][r] for r in range(W) for name in names]),
     }

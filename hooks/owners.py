@@ -16,11 +16,13 @@ from torch import Tensor
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.blend import Blend
-from commpress.comm.exchange import Label, Transfer, Wire
-from commpress.comm.exchange.gather import gather, native_gather
+from commpress.comm.encoder import Encoder
+from commpress.comm.exchange import Transfer
+from commpress.comm.exchange.all_gather import all_gather, native_all_gather
+from commpress.comm.exchange.reduce_scatter import reduce_scatter, reduce_scatter_bytes
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.plan import Choice, Treatment
-from commpress.comm.shards import Pending, Shards
+from commpress.comm.plan import BucketPlan, Override
+from commpress.comm.shards import MEAN, Pending, Shards
 from commpress.optim import OneBitAdamW, loops
 from commpress.optim.base import plain
 
@@ -35,8 +37,8 @@ class Owners(Shards):
         cuts: Sequence[int],
         segments: Segments,
         index: int,
-        choice: Choice,
-        treatment: Treatment,
+        choice: BucketPlan,
+        override: Override,
         dense: int,
         known: Sequence["Known"] = (),
         backend_bytes: int | None = None,
@@ -45,54 +47,44 @@ class Owners(Shards):
         others is undefined afterwards. `known` is coded along, and taken off the mean. `dense` and `backend_bytes`: bytes
         that must be sent without compression, and those that DeepSpeed sends in their place."""
         memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-        label = self.label("gradients", segments, x.numel(), choice, "to_owners", index)
-        exchange = _to_owners(x, cuts, choice.codec, treatment, known, memory, self.wire, label)
-        return self.start("gradients", "to_owners", choice, x, x, index, dense, exchange, None, backend_bytes)
+        label = self.label("gradients", segments, x.numel(), choice, "reduce_scatter", index)
+        buffer = self.scratch.take(reduce_scatter_bytes(cuts, choice.codec, self.rank))
+        own, encoder = x[cuts[self.rank] : cuts[self.rank + 1]], Encoder(choice.codec, memory)
+        exchange = reduce_scatter(x, cuts, own, MEAN, encoder, buffer, self.wire, label)
+        exchange = _shifted(x, (cuts[self.rank], cuts[self.rank + 1]), override, known, memory, exchange)
+        return self.start("gradients", "reduce_scatter", choice, x, x, index, dense, exchange, buffer, backend_bytes)
 
     def differences(self, mine: Tensor, out: Tensor, index: int, codec: Codec, itemsize: int) -> Pending:
         """Fill `out` ([W * m]) with the ranks' `mine` ([m]), float32 both. `itemsize` is what a parameter takes without us."""
         choice = replace(self.parameters, codec=codec).choose(mine.numel(), itemsize, self.world_size)
         buffer: Tensor | None = None
-        label = self.label(f"parameters of bucket {index}", (), mine.numel(), choice, "gather", index)
+        label = self.label(f"parameters of bucket {index}", (), mine.numel(), choice, "all_gather", index)
         if choice.codec.lossy:
-            buffer = self.take(self.world_size * choice.codec.nbytes(mine.numel()))
-            exchange = gather(mine, out, choice.codec, buffer, self.wire, label)
+            buffer = self.scratch.take(self.world_size * choice.codec.nbytes(mine.numel()))
+            exchange = all_gather(mine, out, Encoder(choice.codec), buffer, self.wire, label)
         else:
-            exchange = native_gather(mine, out, self.wire, label)
+            exchange = native_all_gather(mine, out, self.wire, label)
         dense = (self.world_size - 1) * mine.numel() * itemsize
-        return self.start("parameters", "gather", choice, out, out, index, dense, exchange, buffer)
+        return self.start("parameters", "all_gather", choice, out, out, index, dense, exchange, buffer)
 
 
-def _to_owners(
+def _shifted(
     x: Tensor,
-    cuts: Sequence[int],
-    codec: Codec,
-    treatment: Treatment,
+    own: tuple[int, int],
+    override: Override,
     known: Sequence["Known"],
     memory: Memory,
-    wire: Wire,
-    label: Label,
+    exchange: Iterator[Transfer],
 ) -> Iterator[Transfer]:
-    """Each rank sends to every other its part, coded: (W - 1) / W * nbytes(n) in all if they are of one length."""
-    if treatment.prepare is not None:
-        treatment.prepare(x, memory)
+    """What all know is coded along, and taken off the mean of this rank's values from own[0] to own[1] behind it."""
+    if override.prepare is not None:
+        override.prepare(x, memory)
     for k in known:
         loops.lean(x[k.at : k.at + k.values.numel()], k.values, k.share)
-    me, W = wire.rank, wire.world_size
-    lengths = [cuts[r + 1] - cuts[r] for r in range(W)]
-    sizes = [codec.nbytes(length) if length else 0 for length in lengths]
-    outgoing = memory.buffer("outgoing", sum(sizes), x.device).split(sizes)
-    gathered = memory.buffer("gathered", W * sizes[me], x.device)
-    rows = gathered.split(sizes[me]) if sizes[me] else (gathered,) * W
-    for r in range(W):
-        if lengths[r]:
-            memory.encode(codec, x, slice(cuts[r], cuts[r + 1]), out=rows[me] if r == me else outgoing[r])
-    yield wire.swap(outgoing, rows, label, last=True)
-    if lengths[me]:
-        codec.mean(gathered, lengths[me], W, out=x[cuts[me] : cuts[me + 1]])
-        for k in known:
-            if cuts[me] <= k.at < cuts[me + 1]:
-                loops.lean(x[k.at : k.at + k.values.numel()], k.values, -k.share)
+    yield from exchange
+    for k in known:
+        if own[0] <= k.at < own[1]:
+            loops.lean(x[k.at : k.at + k.values.numel()], k.values, -k.share)
 
 
 @dataclass(frozen=True)
@@ -160,7 +152,7 @@ class OneBitPartitions:
         optimizer.bind(flats, shards.world_size, may_be_unused=False)
         optimizer.add_up, optimizer.ends_at_once = self._over_partitions, True
 
-    def treat(self, layout: Layout) -> Treatment:
+    def override(self, layout: Layout) -> Override:
         """What to do with a bucket in this step."""
         optimizer = self.optimizer
         if not optimizer.awaits_step:
@@ -170,8 +162,8 @@ class OneBitPartitions:
                 self._prove()
         if self._warming:
             codec = parse(optimizer.param_groups[0]["warmup_spec"])
-            return Treatment(codec, "" if codec.lossy else "the variance warms up")
-        return Treatment(self._shards.gradients.codec, prepare=partial(self._prepare, layout))
+            return Override(codec, "" if codec.lossy else "the variance warms up")
+        return Override(self._shards.gradients.codec, prepare=partial(self._prepare, layout))
 
     def parameters(self, codec: Codec) -> tuple[Codec, str]:
         """By what the parameters travel after this step, and why not by the codec that was asked for."""
@@ -274,7 +266,7 @@ class OneBitPartitions:
         whole = torch.empty(W * part.numel(), dtype=part.dtype, device=part.device)
         dist.all_gather(list(whole.split(part.numel())), part, self._zero.dp_process_group)
         sent = (W - 1) * part.nbytes
-        self._shards.meter.by_itself(index, whole.numel(), "float32", "gather", why, "parameters", sent)
+        self._shards.meter.record_uncompressed(index, whole.numel(), "float32", "all_gather", why, "parameters", sent)
         return whole
 
     def _over_partitions(self, total: Tensor) -> None:

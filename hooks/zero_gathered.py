@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.meter import named
+from commpress.comm.meter import dtype_name
 from commpress.hooks.owners import Owners
 
 KEPT_EVERYWHERE = "small: every rank keeps it (stage3_param_persistence_threshold)"
@@ -53,7 +53,7 @@ class Gathered:
         index = self._indices.setdefault(tuple(self._places[id(p)] for p in params), len(self._indices))
         choice = shards.gradients.choose(m, dtype.itemsize, W)
         if choice.reason or not choice.codec.lossy:
-            shards.meter.by_itself(index, W * m, named(dtype), how, choice.reason, "gradients", crossing)
+            shards.meter.record_uncompressed(index, W * m, dtype_name(dtype), how, choice.reason, "gradients", crossing)
             shards.reduced(index)
             return original()
         full = torch.zeros(W, m, dtype=dtype, device=params[0].grad.device)
@@ -125,8 +125,8 @@ class Gathered:
         n, dtype, others = p.ds_tensor.ds_numel, p.ds_tensor.dtype, self.shards.world_size - 1
         reason = reason if self.shards.parameters.codec.lossy else "spec is none"
         sent = others * n * dtype.itemsize
-        self.shards.meter.by_itself(
-            self._places[id(p)], (others + 1) * n, named(dtype), "gather", reason, "parameters", sent
+        self.shards.meter.record_uncompressed(
+            self._places[id(p)], (others + 1) * n, dtype_name(dtype), "all_gather", reason, "parameters", sent
         )
 
 

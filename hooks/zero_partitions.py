@@ -13,8 +13,8 @@ from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.base import warm_up
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory
-from commpress.comm.meter import named
-from commpress.comm.plan import Treatment
+from commpress.comm.meter import dtype_name
+from commpress.comm.plan import Override
 from commpress.comm.shards import Pending
 from commpress.hooks.owners import Layout, OneBitPartitions, Owners, Piece
 from commpress.optim import OneBitAdamW
@@ -75,27 +75,29 @@ class Partitions:
             return True
         layout = self._layout(params)
         shards, dtype = self.shards, gradients[0].dtype
-        treatment = Treatment(shards.gradients.codec) if self.behind is None else self.behind.treat(layout)
+        override = Override(shards.gradients.codec) if self.behind is None else self.behind.override(layout)
         n = layout.cuts[-1]
-        choice = shards.gradients.choose(n, dtype.itemsize, shards.world_size, treatment)
+        choice = shards.gradients.choose(n, dtype.itemsize, shards.world_size, override)
         crossing = self._crossing(layout, dtype.itemsize)
         parts = list(zip(layout.pieces, layout.x.split([len(piece) for piece in layout.pieces]), strict=True))
         compressed = choice.codec.lossy and not choice.reason
-        if compressed or treatment.prepare is not None:
+        if compressed or override.prepare is not None:
             for piece, part in parts:
                 part.copy_(gradients[piece.place][piece.start : piece.stop])
         if not compressed:
-            shards.meter.by_itself(layout.index, n, named(dtype), "all_reduce", choice.reason, "gradients", crossing)
+            shards.meter.record_uncompressed(
+                layout.index, n, dtype_name(dtype), "all_reduce", choice.reason, "gradients", crossing
+            )
             shards.reduced(layout.index)
-            if treatment.prepare is not None:
-                treatment.prepare(layout.x, Memory())
+            if override.prepare is not None:
+                override.prepare(layout.x, Memory())
                 for piece, part in parts:
                     gradients[piece.place][piece.start : piece.stop].copy_(part)
             return False
         known = [] if self.behind is None else self.behind.known(layout)
         needed = (n - layout.cuts[shards.rank + 1] + layout.cuts[shards.rank]) * dtype.itemsize
         shards.to_owners(
-            layout.x, layout.cuts, layout.segments, layout.index, choice, treatment, needed, known, crossing
+            layout.x, layout.cuts, layout.segments, layout.index, choice, override, needed, known, crossing
         ).wait()
         for piece, part in parts:
             if piece.owner == shards.rank:
@@ -172,7 +174,9 @@ class Partitions:
             zero.parallel_partitioned_bit16_groups[i][shards.rank].copy_(master.data)
             if self._before is not None:  # else it is not a step that asks for it
                 sent = (shards.world_size - 1) * master.numel() * size
-                shards.meter.by_itself(i, flat.numel(), named(flat.dtype), "gather", reason, "parameters", sent)
+                shards.meter.record_uncompressed(
+                    i, flat.numel(), dtype_name(flat.dtype), "all_gather", reason, "parameters", sent
+                )
         original(**arguments)
 
     def _differences(self, codec: Codec) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Segments
-from commpress.comm.meter import named
+from commpress.comm.meter import dtype_name
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 from commpress.hooks.parameters import bare_parameters
@@ -33,7 +33,7 @@ def attach_replicas(
         plan.codec,
         engine.seq_data_parallel_group,
         torch.device(engine.device),
-        exchange=plan.exchange,
+        exchange=None if plan.exchange is None else plan.exchange.name,
         error_feedback=plan.error_feedback,
         parameters=tuple((name, p.numel()) for p, name in names.items()),
         optimizer=optimizer,
@@ -144,7 +144,7 @@ class Replicas:
         for index, dtype in enumerate(dict.fromkeys(p.dtype for p in trained)):
             n = sum(p.numel() for p in trained if p.dtype == dtype)
             sent = ring_bytes(n * dtype.itemsize, self.session.world_size)
-            meter.by_itself(index, n, named(dtype), "all_reduce", "spec is none", "gradients", sent)
+            meter.record_uncompressed(index, n, dtype_name(dtype), "all_reduce", "spec is none", "gradients", sent)
         meter.steps += 1
 
     def _trained(self) -> dict[str, Any]:

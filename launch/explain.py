@@ -64,7 +64,7 @@ def predicted(
         alone = step(plan, buckets, speed, cluster)
         row: dict[str, Any] = {
             "spec": str(plan.codec),
-            "exchange": plan.choose(buckets[0], 4, cluster.world_size).exchange,
+            "exchange": plan.choose(buckets[0], 4, cluster.world_size).exchange.name,
             "sent_bytes": alone.sent_bytes,
             "communication_seconds": alone.seconds,
             "feedback_bytes": feedback_bytes(plan, buckets, cluster.world_size),

@@ -12,6 +12,7 @@ import torch
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.base import warm_up
 from commpress.comm.cost import Speed
+from commpress.comm.exchange import EXCHANGES
 from commpress.launch.run_record import machine
 
 VALUES = 2**22
@@ -35,7 +36,7 @@ def measure(codec: Codec, device: torch.device) -> Speed:
     mean = [_seconds(partial(codec.mean, p, n, k, out), device) for p, k in zip(counts, (1, 4), strict=True)]
     recode = [0.0, 0.0]
     add = 0.0
-    if codec.exchange == "two_shot":
+    if EXCHANGES[codec.exchange].chunk(n, codec, 0, 2) is not None:
         calls = [partial(codec.recode, p, n, k, residual, payload) for p, k in zip(counts, (1, 4), strict=True)]
         recode = [_seconds(call, device) for call in calls]
     if codec.sum_dtype is not None:

@@ -424,7 +424,7 @@ def ddp_in(mode: Callable[[], Any], exchange: str | None = None) -> list[Tensor]
             session.load_state_dict(session.state_dict())
         train(model, optimizer)
         with mode():
-            session.keep(masks)
+            session.set_masks(masks)
     train(model, optimizer)
     return all_of(model)
 

@@ -166,7 +166,7 @@ def test_every_name_of_ours_is_there_after_import_commpress() -> None:
         name for file in FILES for name in re.findall(r"(?<![\w./-])commpress(?:\.[a-zA-Z_]\w*)+", file.read_text())
     }
     names = sorted(name for name in found if not name.endswith((".json", ".py", ".md")))
-    assert {"commpress.hooks.ddp.CommState", "commpress.model.masks.Masks", "commpress.Report.together"} <= set(names)
+    assert {"commpress.hooks.ddp.CommState", "commpress.model.masks.Masks", "commpress.Report.merge"} <= set(names)
     names = [name for name in names if not name.endswith("ray_train")]  # Ray is not among the tests' packages
     code = "import commpress, operator\n" + "".join(
         f"operator.attrgetter({name.split('.', 1)[1]!r})(commpress)\n" for name in names

@@ -68,7 +68,7 @@ def payload_bytes(report: dict[str, Any], spec: str) -> int:
     assert report["world_size"] == 2
     codec, total = commpress.parse(spec), 0
     for row in report["rows"]:
-        cuts = {"all_gather": [0, row["values"]], "two_shot": chunk_bounds(row["values"], 2, codec.granularity)}
+        cuts = {"one_shot": [0, row["values"]], "two_shot": chunk_bounds(row["values"], 2, codec.granularity)}
         total += row["steps"] * sum(codec.nbytes(b - a) for a, b in itertools.pairwise(cuts[row["exchange"]]))
     return total
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
+from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import Labels, Transfer, Wire
 from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
 from commpress.comm.exchange.wire import tree_children
-from commpress.comm.meter import Meter, Report, named
+from commpress.comm.meter import Meter, Report, dtype_name
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import Plan
-from commpress.comm.sequencer import Job, Sequencer, promise
+from commpress.comm.sequencer import Job, Sequencer, make_future
 
 STATE_VERSION = 1
 
@@ -132,7 +133,7 @@ class Broadcasts:
         else:
             nbytes = self.codec.nbytes(flat.numel()) + len(sizes)
             payload = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            exchange = broadcast(flat, sizes, self._base, self.codec, payload, self._wire, self.source, label)
+            exchange = broadcast(flat, sizes, self._base, Encoder(self.codec), payload, self._wire, self.source, label)
         reason = "the first time" if first else ""
         future = self._start(index, flat, self._float_bytes, reason, exchange)
 
@@ -147,9 +148,9 @@ class Broadcasts:
 
     def _start(self, index: int, flat: Tensor, nbytes: int, reason: str, exchange: Iterator[Transfer]) -> Any:
         spec = "none" if reason else str(self.codec)
-        dtype = named(flat.dtype)
+        dtype = dtype_name(flat.dtype)
         row = self._meter.row(index, flat.numel(), dtype, spec, "broadcast", reason, self._role)
-        future = promise(self.device)
+        future = make_future(self.device)
         dense = nbytes * tree_children(self.rank, self.source, self.world_size)
         self._sequencer.submit(Job(flat, exchange, row, self._meter.steps, dense, False, future.set_result))
         return future
@@ -157,7 +158,7 @@ class Broadcasts:
 
 def _not_coded(dtype: torch.dtype) -> str:
     """Why tensors of this dtype are sent as they are; "" if they are not."""
-    name = named(dtype)
+    name = dtype_name(dtype)
     if dtype not in FLOAT_DTYPES:
         return f"{name} is no float"
     return f"{name} has more bits than float32" if dtype.itemsize > 4 else ""

@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 
-from commpress.comm.exchange.two_shot import chunk_bounds
-from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.plan import Choice, Plan
+from commpress.comm.plan import BucketPlan, Plan
 
 BACKWARD = 2 / 3
 """Backward's share of a step without communication: a layer's backward computes twice what its forward does."""
@@ -72,8 +70,8 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Message:
-    """One transfer of a bucket: what a rank sends and receives, what crosses its host's link in one direction."""
+class Transfer:
+    """One message of a bucket: what a rank sends and receives, what crosses its host's link in one direction."""
 
     sent: int
     received: int
@@ -102,33 +100,28 @@ def layout(values: int, bucket_bytes: float, itemsize: int = 4) -> list[int]:
 
 
 @lru_cache(maxsize=4096)
-def messages(
-    choice: Choice, n: int, itemsize: int, world_size: int, rank: int = 0, ranks_per_host: int = 1
-) -> tuple[Message, ...]:
-    """The transfers of one bucket of n values on one rank, byte for byte those of `commpress.comm.exchange`."""
-    W, codec = world_size, choice.codec
+def transfers(
+    choice: BucketPlan, n: int, itemsize: int, world_size: int, rank: int = 0, ranks_per_host: int = 1
+) -> tuple[Transfer, ...]:
+    """The transfers of one bucket of n values on one rank, byte for byte those of its exchange."""
+    W = world_size
     if W == 1:
         return ()
-    if choice.exchange == "all_reduce":
-        assert codec.sum_dtype is not None
-        size = ring_bytes(n * (codec.sum_dtype.itemsize if codec.lossy else itemsize), W)
-        # a ring in the order of the ranks leaves a host once
-        return (Message(size, size, size if ranks_per_host < W else 0, 2 * (W - 1)),)
-    if choice.exchange == "all_gather":
-        pairs = [((W - 1) * codec.nbytes(n),) * 2]
-    else:
-        cuts = chunk_bounds(n, W, codec.granularity)
-        sizes = [codec.nbytes(cuts[r + 1] - cuts[r]) for r in range(W)]
-        to_owners, own = sum(sizes) - sizes[rank], (W - 1) * sizes[rank]
-        pairs = [(to_owners, own), (own, to_owners)]
     abroad = ranks_per_host * max(0, W - ranks_per_host) / (W - 1)
-    return tuple(Message(sent, received, max(sent, received) * abroad, 1) for sent, received in pairs)
+    found = []
+    for message in choice.exchange.messages(n, itemsize, choice.codec, W, rank):
+        # a ring in the order of the ranks leaves a host once
+        crossing = message.sent * float(ranks_per_host < W)
+        if not message.ring:
+            crossing = max(message.sent, message.received) * abroad
+        found.append(Transfer(message.sent, message.received, crossing, message.rounds))
+    return tuple(found)
 
 
 def sent_bytes(plan: Plan, buckets: Sequence[int], world_size: int, rank: int = 0, itemsize: int = 4) -> int:
     """Bytes that a rank sends in one step."""
     choices = ((plan.choose(n, itemsize, world_size), n) for n in buckets)
-    return sum(m.sent for choice, n in choices for m in messages(choice, n, itemsize, world_size, rank))
+    return sum(m.sent for choice, n in choices for m in transfers(choice, n, itemsize, world_size, rank))
 
 
 def feedback_bytes(plan: Plan, buckets: Sequence[int], world_size: int, itemsize: int = 4) -> int:
@@ -136,7 +129,8 @@ def feedback_bytes(plan: Plan, buckets: Sequence[int], world_size: int, itemsize
     kept = 0
     for n in buckets:
         choice = plan.choose(n, itemsize, world_size)
-        chunk = -(-n // world_size) if choice.exchange == "two_shot" else 0
+        again = choice.exchange.chunk(n, choice.codec, 0, world_size) is not None
+        chunk = -(-n // world_size) if again else 0
         kept += 4 * (n + chunk) * choice.feedback
     return kept
 
@@ -232,19 +226,19 @@ class _Job:
     decode: _Work
 
 
-def _job(choice: Choice, n: int, itemsize: int, speed: Speed, cluster: Cluster, fill: float) -> _Job:
-    W, summed = cluster.world_size, choice.exchange == "all_reduce"
-    transfers = []
-    for message in messages(choice, n, itemsize, W, 0, cluster.ranks_per_host):
+def _job(choice: BucketPlan, n: int, itemsize: int, speed: Speed, cluster: Cluster, fill: float) -> _Job:
+    W, summed = cluster.world_size, choice.exchange.linear
+    sends = []
+    for message in transfers(choice, n, itemsize, W, 0, cluster.ranks_per_host):
         busy = cluster.stack * (message.sent + message.received) + summed * speed.add * n * (W - 1) / W
         seconds = max(message.crossing * FRAME / cluster.bandwidth, busy)
         latency = message.rounds * cluster.latency if message.crossing else 0.0
-        transfers.append(_Work(seconds, busy / seconds if seconds else 0.0, latency=latency))
-    (one, more), payloads = speed.mean, W if choice.exchange == "all_gather" else 1
+        sends.append(_Work(seconds, busy / seconds if seconds else 0.0, latency=latency))
+    (one, more), payloads = speed.mean, choice.exchange.payloads(W)
     decode = n * (one + (payloads - 1) * more) if choice.codec.lossy or not summed else 0.0
     recode = -(-n // W) * (speed.recode[0] + (W - 1) * speed.recode[1])
     threads = max(1.0, cluster.cores) if cluster.cores < math.inf else 1.0
-    return _Job(_Work(fill, threads=threads), _Work(n * speed.encode), transfers, _Work(recode), _Work(decode))
+    return _Job(_Work(fill, threads=threads), _Work(n * speed.encode), sends, _Work(recode), _Work(decode))
 
 
 class _Simulation:

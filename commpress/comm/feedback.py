@@ -5,80 +5,53 @@ Momentum correction (Lin et al., arXiv:1712.01887): under a sparse codec each ra
 that is what is sent; where it was sent, it starts anew (momentum factor masking).
 
 Memories belong to parameters, not to buckets: when the buckets are laid out anew, each parameter's part moves along.
-`two_shot` encodes a second time, on the rank that owns a chunk; what that lost waits there for the next mean (`second`). If
-the owner changes, it goes into the old owner's first memory, times W since a mean divides it by W: nothing is lost.
+`two_shot` encodes a second time, on the rank that owns a chunk; what that lost waits there for the next mean
+(`owner_residual`). If the owner changes, it goes into the old owner's residual, times W since a mean divides it by W: nothing
+is lost.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from commpress.comm.codecs import Codec
-from commpress.comm.codecs.blend import Blend
+from commpress.comm.masks_index import MaskIndex
+from commpress.comm.masks_index import Segments as Segments
 from commpress.comm.parameters import bare_name
-from commpress.comm.survivors import Segments as Segments
-from commpress.comm.survivors import Survivors
 
-KEPT = ("residual", "second", "momentum")
+KEPT = ("residual", "owner_residual", "momentum")
 """The tensors of a memory."""
 
 
 @dataclass
 class Memory:
-    """What is kept from step to step for one bucket of which n values travel."""
+    """The saved tensors of one bucket of which n values travel."""
 
     residual: Tensor | None = None
     """What the first encoding missed: float32 [n]; None without feedback."""
-    second: Tensor | None = None
+    owner_residual: Tensor | None = None
     """What the second encoding missed of this rank's chunk: float32 [stop - start]; None if there is none."""
-    start: int = 0
-    """Where that chunk starts in the bucket."""
     momentum: Tensor | None = None
     """The momentum of this rank's gradients: float32 [n]; None without momentum correction."""
-    whole: bool = True
-    """Whether it is the one that holds all of its parameters; not if another layout took some over."""
-    places: Tensor | None = None
+    owner_start: int = 0
+    """Where that chunk starts in the bucket."""
+    current: bool = True
+    """Whether it holds all of its parameters; not if another layout took some over."""
+    kept_index: Tensor | None = None
     """Where these values lie in the bucket: int32 [n]; None if all of it travels."""
-    blend: Blend | None = None
-    """What the encoding makes of the bucket in this step; None if it is coded as it is."""
-    buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def encode(self, codec: Codec, x: Tensor, part: slice, out: Tensor) -> None:
-        """Encode x[part], or what `blend` makes of it, and what is remembered of it."""
-        blend = None if self.blend is None else self.blend[part]
-        codec.encode(x[part], None if self.residual is None else self.residual[part], out, blend)
-        if self.momentum is not None:
-            codec.clear(out, self.momentum[part])
-
-    def keep(self) -> None:
-        """Remember how the memories stand now, for `undo`."""
-        for name in KEPT:
-            if (values := getattr(self, name)) is not None:
-                self.buffer(f"kept {name}", values.nbytes, values.device).view(torch.float32).copy_(values)
-            else:
-                self.buffers.pop(f"kept {name}", None)
-
-    def undo(self) -> None:
-        """Go back to what `keep` saw."""
-        for name in KEPT:
-            if (kept := self.buffers.get(f"kept {name}")) is not None:
-                setattr(self, name, kept.view(torch.float32).clone())
-
-    def buffer(self, name: str, nbytes: int, device: torch.device) -> Tensor:
-        """A uint8 buffer that stays allocated: fresh pages cost more than the codec."""
-        found = self.buffers.get(name)
-        if found is None or found.numel() != nbytes or found.device != device:
-            found = self.buffers[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        return found
+    def tensors(self) -> dict[str, Tensor]:
+        """Return those that there are, by name."""
+        return {name: values for name in KEPT if (values := getattr(self, name)) is not None}
 
     def fold(self, world_size: int) -> None:
-        """Give the second memory back to the first, so that its chunk may pass to another rank."""
-        if self.second is not None and self.residual is not None:
-            self.residual[self.start : self.start + self.second.numel()].add_(self.second, alpha=world_size)
-            self.second.zero_()
+        """Give the owner's residual back to the first one, so that its chunk may pass to another rank."""
+        if self.owner_residual is not None and self.residual is not None:
+            stop = self.owner_start + self.owner_residual.numel()
+            self.residual[self.owner_start : stop].add_(self.owner_residual, alpha=world_size)
+            self.owner_residual.zero_()
 
 
 class Feedback:
@@ -87,9 +60,10 @@ class Feedback:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self.memories: dict[Segments, Memory] = {}
-        self.homes: dict[str, Segments] = {}
+        self.layout_of: dict[str, Segments] = {}
         """The layout in which each parameter's residual stands now."""
-        self.survivors = Survivors()
+        self.masks = MaskIndex()
+        self._snapshots: dict[Segments, dict[str, Tensor]] = {}
 
     @torch.inference_mode(False)  # what is made here outlives the mode in which a model is looked at
     @torch.no_grad()
@@ -108,46 +82,46 @@ class Feedback:
         With `momentum` there is one of this rank's own gradients.
         """
         found = self.memories.get(segments)
-        if found is None or not found.whole:
+        if found is None or not found.current:
             found = self._take_over(segments, device)
-        found.places = self.survivors.places(segments)
-        n = self.survivors.total(segments)
+        found.kept_index = self.masks.kept_index(segments)
+        n = self.masks.total(segments)
         if feedback and found.residual is None:
             found.residual = torch.zeros(n, dtype=torch.float32, device=device)
         if (
-            found.second is not None
+            found.owner_residual is not None
             and chunk is not None
-            and chunk != (found.start, found.start + found.second.numel())
+            and chunk != (found.owner_start, found.owner_start + found.owner_residual.numel())
         ):
             found.fold(self.world_size)  # another codec cuts elsewhere
-            found.second = None
-        if feedback and found.second is None and chunk is not None:
-            found.start = chunk[0]
-            found.second = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32, device=device)
+            found.owner_residual = None
+        if feedback and found.owner_residual is None and chunk is not None:
+            found.owner_start = chunk[0]
+            found.owner_residual = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32, device=device)
         if momentum and found.momentum is None:
             found.momentum = torch.zeros(n, dtype=torch.float32, device=device)
         return found
 
     def register(self, segments: Segments) -> None:
         """Have a memory for each of these parameters, if an empty one, as a saved state is of all of them."""
-        if new := tuple((name, n) for name, n in segments if name not in self.homes):
+        if new := tuple((name, n) for name, n in segments if name not in self.layout_of):
             self._take_over(new, torch.device("cpu"))
 
     def _take_over(self, segments: Segments, device: torch.device) -> Memory:
         """A new memory that holds what other layouts keep for these parameters; layouts that hold no more are dropped."""
         created, places, at = Memory(), {}, 0
         for name, n in segments:
-            travel = self.survivors.count(name, n)
+            travel = self.masks.count(name, n)
             places[name] = slice(at, at + travel)
             at += travel
-        homes = {name: self.homes.pop(name) for name in places if name in self.homes}
+        homes = {name: self.layout_of.pop(name) for name in places if name in self.layout_of}
         for old in dict.fromkeys(homes.values()):
             memory, start = self.memories[old], 0
-            memory.whole = False
+            memory.current = False
             memory.fold(self.world_size)
-            memory.buffers.clear()  # `undo` must not bring back what moves on
+            self._snapshots.pop(old, None)  # it must not bring back what moves on
             for name, whole in old:
-                n = self.survivors.count(name, whole)
+                n = self.masks.count(name, whole)
                 if homes.get(name) == old:
                     for kind in ("residual", "momentum"):
                         if (source := getattr(memory, kind)) is None:
@@ -157,29 +131,41 @@ class Feedback:
                         getattr(created, kind)[places[name]] = source[start : start + n]
                         source[start : start + n] = 0
                 start += n
-            if old not in self.homes.values():
+            if old not in self.layout_of.values():
                 del self.memories[old]
         self.memories[segments] = created
-        self.homes.update((name, segments) for name, _ in segments)
+        self.layout_of.update((name, segments) for name, _ in segments)
         return created
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def keep(self, survivors: Survivors) -> None:
+    def set_masks(self, masks: MaskIndex) -> None:
         """From now on these travel: what is remembered of others is dropped, and new ones start at 0."""
         for segments, memory in self.memories.items():
             memory.fold(self.world_size)
-            memory.second = None
-            memory.buffers.clear()
+            memory.owner_residual = None
             for name in ("residual", "momentum"):
                 if (values := getattr(memory, name)) is not None:
-                    setattr(memory, name, survivors.repacked(values, segments, self.survivors))
-        self.survivors = survivors
+                    setattr(memory, name, masks.repacked(values, segments, self.masks))
+        self._snapshots.clear()
+        self.masks = masks
 
-    def undo(self) -> None:
+    def snapshot(self, segments: Segments, memory: Memory) -> None:
+        """Copy the memory of a bucket as it is now, for `restore_snapshot`."""
+        copies = self._snapshots.setdefault(segments, {})
+        tensors = memory.tensors()
+        for name in copies.keys() - tensors.keys():
+            del copies[name]
+        for name, values in tensors.items():
+            if name not in copies or copies[name].shape != values.shape:
+                copies[name] = torch.empty_like(values)
+            copies[name].copy_(values)
+
+    def restore_snapshot(self) -> None:
         """Take back the last exchange: its mean was not used."""
-        for memory in self.memories.values():
-            memory.undo()
+        for segments, memory in self.memories.items():
+            for name, values in self._snapshots.get(segments, {}).items():
+                setattr(memory, name, values.clone())
 
     def rescale(self, factor: float) -> None:
         """Multiply all memories, as when the loss scale by which gradients are multiplied changes."""
@@ -193,7 +179,7 @@ class Feedback:
         return [
             {
                 "segments": [[name, n] for name, n in segments],
-                "start": memory.start,
+                "owner_start": memory.owner_start,
                 **{k: None if (values := getattr(memory, k)) is None else values.clone() for k in KEPT},
             }
             for segments, memory in map(self._own_part, self.memories)
@@ -207,32 +193,34 @@ class Feedback:
             if all(name for name, _ in known):
                 buckets.append({**bucket, "segments": known})
                 continue
-            if (residual := bucket["residual"]) is not None and (second := bucket["second"]) is not None:
-                residual[bucket["start"] : bucket["start"] + second.numel()].add_(second, alpha=self.world_size)
+            if (residual := bucket["residual"]) is not None and (owned := bucket["owner_residual"]) is not None:
+                residual[bucket["owner_start"] : bucket["owner_start"] + owned.numel()].add_(
+                    owned, alpha=self.world_size
+                )
             kept = {}
             for kind in ("residual", "momentum"):
                 values = None if bucket[kind] is None else bucket[kind].split([n for _, n in known])
                 parts = [] if values is None else [v for v, (name, _) in zip(values, known, strict=True) if name]
                 kept[kind] = torch.cat(parts) if parts else None
             if segments := [segment for segment in known if segment[0]]:
-                buckets.append({"segments": segments, "start": 0, "second": None, **kept})
+                buckets.append({"segments": segments, "owner_start": 0, "owner_residual": None, **kept})
         return buckets
 
     def _own_part(self, segments: Segments) -> tuple[Segments, Memory]:
         """A memory, without the parameters that another layout took over."""
         memory = self.memories[segments]
-        if memory.whole:
+        if memory.current:
             return segments, memory
         kept: dict[str, list[Tensor]] = {"residual": [], "momentum": []}
         at = 0
         for name, whole in segments:
-            n = self.survivors.count(name, whole)
-            if self.homes.get(name) == segments:
+            n = self.masks.count(name, whole)
+            if self.layout_of.get(name) == segments:
                 for kind, parts in kept.items():
                     if (values := getattr(memory, kind)) is not None:
                         parts.append(values[at : at + n])
             at += n
-        own = tuple((name, n) for name, n in segments if self.homes.get(name) == segments)
+        own = tuple((name, n) for name, n in segments if self.layout_of.get(name) == segments)
         residual, momentum = (torch.cat(kept[kind]) if kept[kind] else None for kind in ("residual", "momentum"))
         return own, Memory(residual=residual, momentum=momentum)
 
@@ -240,7 +228,7 @@ class Feedback:
         """Raise ValueError if what was saved is not of the values that the masks of now let travel."""
         for saved in state:
             segments = tuple((str(name), int(n)) for name, n in saved["segments"])
-            travel, kept = self.survivors.total(segments), saved["residual"]
+            travel, kept = self.masks.total(segments), saved["residual"]
             if kept is not None and kept.numel() != travel:
                 raise ValueError(
                     f"cannot restore: feedback was saved for {kept.numel()} values of {segments[0][0]!r} and others, now "
@@ -253,14 +241,15 @@ class Feedback:
         """Restore what `state_dict` saved. Raises ValueError if the masks were others."""
         self.require_fit(state)
         self.memories.clear()
-        self.homes.clear()
+        self.layout_of.clear()
+        self._snapshots.clear()
         for saved in state:
             segments = tuple((bare_name(name), int(n)) for name, n in saved["segments"])
-            memory = self.memories[segments] = Memory(start=int(saved["start"]))
+            memory = self.memories[segments] = Memory(owner_start=int(saved["owner_start"]))
             for name in KEPT:
                 if saved[name] is not None:
                     setattr(memory, name, saved[name].to(device).clone())
             for name, _ in segments:
-                if name in self.homes:
-                    self.memories[self.homes[name]].whole = False
-            self.homes.update((name, segments) for name, _ in segments)
+                if name in self.layout_of:
+                    self.memories[self.layout_of[name]].current = False
+            self.layout_of.update((name, segments) for name, _ in segments)

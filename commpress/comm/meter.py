@@ -105,13 +105,13 @@ class Report:
         return found
 
     @classmethod
-    def together(cls, *reports: "Report") -> "Report":
+    def merge(cls, *reports: "Report") -> "Report":
         """One report of several sessions of this process, such as a DDP session inside a node and an outer one between nodes.
 
         They may be of different groups: the sum is of this rank among all ranks. Raises ValueError if there are none.
         """
         if not reports:
-            raise ValueError("Report.together: got 0 reports, expected at least one")
+            raise ValueError("Report.merge: got 0 reports, expected at least one")
         first = max(reports, key=lambda report: report.world_size)
         rank, world_size = first.rank, first.world_size
         if dist.is_initialized():
@@ -195,7 +195,7 @@ class Report:
 
 
 def _all_phases(rows: list[Row]) -> list[Row]:
-    """The rows of each bucket and treatment added up over the phases."""
+    """The rows of each bucket and override added up over the phases."""
     found: dict[tuple[object, ...], Row] = {}
     for row in rows:
         key = (row.bucket, row.values, row.dtype, row.spec, row.exchange, row.reason, row.role)
@@ -241,7 +241,9 @@ class Meter:
             self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason, role, self.phase)
         return self.rows[key]
 
-    def by_itself(self, bucket: int, values: int, dtype: str, exchange: str, reason: str, role: str, sent: int) -> None:
+    def record_uncompressed(
+        self, bucket: int, values: int, dtype: str, exchange: str, reason: str, role: str, sent: int
+    ) -> None:
         """What a framework, or a group's own collective, has sent uncompressed, in the caller's thread: `sent` bytes."""
         row = self.row(bucket, values, dtype, "none", exchange, reason, role)
         row.steps += 1
@@ -264,6 +266,6 @@ class Meter:
         return Report(spec, rank, world_size, self.steps, dense, sent, received, seconds, rows, phases)
 
 
-def named(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """As a report has it."""
     return str(dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs.base import FLOAT_DTYPES
-from commpress.comm.meter import named
+from commpress.comm.meter import dtype_name
 
 COMPILED = "_orig_mod"
 WRAPPERS = (COMPILED, "_checkpoint_wrapped_module")
@@ -42,8 +42,6 @@ def unfit_dtype(parameters: Mapping[str, Tensor]) -> str | None:
     """Why the gradients of these parameters cannot be exchanged, if they cannot: a dtype that is neither float nor complex."""
     for name, p in parameters.items():
         if real_view(p).dtype not in FLOAT_DTYPES:
-            known = ", ".join(named(dtype) for dtype in FLOAT_DTYPES)
-            return (
-                f"parameter {name!r} has dtype {named(p.dtype)}, expected one of {known}, or complex numbers of these"
-            )
+            known = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)
+            return f"parameter {name!r} has dtype {dtype_name(p.dtype)}, expected one of {known}, or complex numbers of these"
     return None

@@ -7,90 +7,102 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.blend import Blend
-from commpress.comm.exchange import EXCHANGES
+from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange
 from commpress.comm.feedback import Memory
 
 FEWEST_VALUES = 256
 """A bucket below this travels dense: one small message either way."""
 
 DENSE = parse("none")
+ALL_REDUCE = EXCHANGES["all_reduce"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class BucketPlan:
     """What happens to one bucket. `reason` says why it is not compressed, and is empty if it is."""
 
     codec: Codec
-    exchange: str
+    exchange: Exchange
     feedback: bool
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class Treatment:
+class Override:
     """What an optimizer wants done with a bucket in this step: `codec` codes it.
 
     With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare`, then
-    `blend`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own. `apart`: what
-    feedback remembers is of another kind, and has no part in it.
+    `prologue`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own.
+    `finish` makes of the mean, in place, what the bucket shall hold. `bypass_feedback`: what feedback remembers is of another
+    kind, and has no part in it.
     """
 
     codec: Codec | None
     reason: str = ""
     prepare: Callable[[Tensor, Memory], None] | None = None
-    blend: Blend | None = None
+    prologue: Blend | None = None
+    finish: Callable[[Tensor], None] | None = None
     momentum: bool = False
-    apart: bool = False
+    bypass_feedback: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """One spec for all buckets, its exchange, and whether lossy codecs get error feedback.
 
-    Without an exchange the codec's own is taken, except that between two ranks `all_gather` stands in for `two_shot`: it
-    sends as many bytes, in one step, and encodes once. Raises ValueError if the exchange is unknown or does not fit the codec.
+    Without an exchange the codec's own is taken, or what stands in for that among few ranks: see its file. Raises ValueError if
+    the exchange is unknown or does not fit the codec.
     """
 
     codec: Codec
-    exchange: str | None = None
+    exchange: Exchange | None = None
     error_feedback: bool = True
 
     @classmethod
     def of(cls, spec: str | Codec, exchange: str | None = None, error_feedback: bool = True) -> "Plan":
         """The plan for a spec; `exchange=None` takes the one that suits its codec."""
         codec = parse(spec)
-        if exchange is not None and exchange not in EXCHANGES:
+        if exchange is None:
+            return cls(codec, None, error_feedback)
+        if exchange not in EXCHANGES:
             raise ValueError(f"unknown exchange {exchange!r}, known: {', '.join(EXCHANGES)}")
-        if exchange == "all_reduce" and codec.sum_dtype is None:
-            raise ValueError(f"payloads of {codec} cannot be summed, so it cannot use all_reduce; leave exchange out")
-        return cls(codec, exchange, error_feedback)
+        chosen = EXCHANGES[exchange]
+        if not fits(chosen, codec):
+            raise ValueError(
+                f"payloads of {codec} cannot be summed, so it cannot use {chosen.name}; leave exchange out"
+            )
+        return cls(codec, chosen, error_feedback)
 
-    def choose(self, n: int, itemsize: int, world_size: int, treatment: Treatment | None = None) -> Choice:
-        """What to do with a bucket of n values of `itemsize` bytes; an optimizer may want its own treatment."""
+    def choose(self, n: int, itemsize: int, world_size: int, override: Override | None = None) -> BucketPlan:
+        """What to do with a bucket of n values of `itemsize` bytes; an optimizer may override it."""
         if world_size == 1:
-            return Choice(DENSE, "all_reduce", False, "one rank: nothing to send")
-        if treatment is not None:
-            if treatment.reason:
-                return Choice(DENSE, "none" if treatment.codec is None else "all_reduce", False, treatment.reason)
-            assert treatment.codec is not None
-            fits = self.exchange != "all_reduce" or treatment.codec.sum_dtype is not None
-            exchange = self.exchange if fits else None  # its own, for a codec whose payloads cannot be summed
-            feedback = self.error_feedback and not treatment.apart
-            plan = replace(self, codec=treatment.codec, exchange=exchange, error_feedback=feedback)
+            return BucketPlan(DENSE, ALL_REDUCE, False, "one rank: nothing to send")
+        if override is not None:
+            if override.reason:
+                return BucketPlan(DENSE, NO_EXCHANGE if override.codec is None else ALL_REDUCE, False, override.reason)
+            assert override.codec is not None
+            # its own, for a codec whose payloads cannot be summed
+            exchange = self.exchange if self.exchange is None or fits(self.exchange, override.codec) else None
+            feedback = self.error_feedback and not override.bypass_feedback
+            plan = replace(self, codec=override.codec, exchange=exchange, error_feedback=feedback)
             return plan.choose(n, itemsize, world_size)
         if not self.codec.lossy:
-            return Choice(self.codec, self._exchange(world_size), False, "spec is none")
+            return BucketPlan(self.codec, self._exchange(world_size), False, "spec is none")
         if n < FEWEST_VALUES:
-            return Choice(DENSE, "all_reduce", False, f"fewer than {FEWEST_VALUES} values")
+            return BucketPlan(DENSE, ALL_REDUCE, False, f"fewer than {FEWEST_VALUES} values")
         if self.codec.nbytes(n) >= n * itemsize:
-            return Choice(DENSE, "all_reduce", False, f"payload would be no smaller than {itemsize} bytes a value")
-        return Choice(self.codec, self._exchange(world_size), self.error_feedback)
+            return BucketPlan(DENSE, ALL_REDUCE, False, f"payload would be no smaller than {itemsize} bytes a value")
+        return BucketPlan(self.codec, self._exchange(world_size), self.error_feedback)
 
-    def _exchange(self, world_size: int) -> str:
-        if self.exchange is None and self.codec.exchange == "two_shot" and world_size == 2:
-            return "all_gather"
-        return self.exchange or self.codec.exchange
+    def _exchange(self, world_size: int) -> Exchange:
+        return self.exchange or EXCHANGES[self.codec.exchange].among(world_size)
 
     def settings(self) -> dict[str, object]:
         """What all ranks must agree on."""
-        return {"codec": str(self.codec), "exchange": self.exchange, "error_feedback": self.error_feedback}
+        exchange = None if self.exchange is None else self.exchange.name
+        return {"codec": str(self.codec), "exchange": exchange, "error_feedback": self.error_feedback}
+
+
+def fits(exchange: Exchange, codec: Codec) -> bool:
+    """Return whether an exchange can carry a codec's payloads."""
+    return codec.sum_dtype is not None or not exchange.linear

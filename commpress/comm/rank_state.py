@@ -128,7 +128,7 @@ def row_bytes(state: Mapping[str, Any]) -> int:
 
     def most(value: Any, key: str, beside: Any) -> int:
         if isinstance(value, Tensor):
-            chunk = key == "second" and isinstance(beside.get("residual"), Tensor)
+            chunk = key == "owner_residual" and isinstance(beside.get("residual"), Tensor)
             n = -(-beside["residual"].numel() // world_size) + SLACK // 8 if chunk else value.numel()
             return n * value.element_size() + 1024
         if isinstance(value, Mapping):

@@ -87,7 +87,7 @@ def merged(mine: Sequence[State], first: State, rank: int, world_size: int) -> S
         kept = {key: _sum([part[key] for part in parts], times) for key in ("residual", "momentum")}
         for part in parts:
             _give_back(kept["residual"], part, old * times)
-        buckets.append({"segments": bucket["segments"], "start": 0, "second": None, **kept})
+        buckets.append({"segments": bucket["segments"], "owner_start": 0, "owner_residual": None, **kept})
     return {**first, "rank": rank, "world_size": world_size, "buckets": buckets}
 
 
@@ -100,15 +100,15 @@ def moved(state: State, rank: int, world_size: int) -> State:
     for bucket in state["buckets"]:
         kept = {key: _sum([bucket[key]], world_size / old) for key in ("residual", "momentum")}
         _give_back(kept["residual"], bucket, world_size)
-        buckets.append({"segments": bucket["segments"], "start": 0, "second": None, **kept})
+        buckets.append({"segments": bucket["segments"], "owner_start": 0, "owner_residual": None, **kept})
     return {**state, "rank": rank, "world_size": world_size, "buckets": buckets}
 
 
 def _give_back(residual: Tensor | None, bucket: State, times: float) -> None:
     """Add to a new residual what the owner of a chunk in a saved bucket kept of a mean."""
-    if bucket["second"] is not None and residual is not None:
-        stop = bucket["start"] + bucket["second"].numel()
-        residual[bucket["start"] : stop].add_(bucket["second"], alpha=times)
+    if bucket["owner_residual"] is not None and residual is not None:
+        stop = bucket["owner_start"] + bucket["owner_residual"].numel()
+        residual[bucket["owner_start"] : stop].add_(bucket["owner_residual"], alpha=times)
 
 
 def _sum(parts: Sequence[Tensor | None], share: float) -> Tensor | None:

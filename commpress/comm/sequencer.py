@@ -52,7 +52,7 @@ class Job:
     """What the group itself would send in its place, if that is not `dense_bytes`."""
 
 
-def promise(device: torch.device) -> "torch.futures.Future[Any]":
+def make_future(device: torch.device) -> "torch.futures.Future[Any]":
     """A future for the end of a job; on an accelerator it knows the streams of `device`."""
     return torch.futures.Future(devices=None if device.type == "cpu" else [device])
 

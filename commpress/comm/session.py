@@ -19,19 +19,20 @@ from torch import Tensor
 from commpress.comm.agreement import Settings, require_agreement, require_equal, require_same_names
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.base import warm_up
-from commpress.comm.exchange import EXCHANGES, Labels, Transfer, Wire, alone, skip_together, stay
+from commpress.comm.encoder import Encoder
+from commpress.comm.exchange import Labels, Transfer, Wire, all_reduce_found_inf, single_rank
 from commpress.comm.exchange.packed import packed
-from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Memory, Segments
-from commpress.comm.meter import Meter, Report, named
+from commpress.comm.masks_index import MaskIndex, described, in_memory_order, of_pairs
+from commpress.comm.meter import Meter, Report, dtype_name
 from commpress.comm.parameters import bare_name, real_view
 from commpress.comm.parts import taken_apart
-from commpress.comm.plan import DENSE, Choice, Plan, Treatment
+from commpress.comm.plan import DENSE, BucketPlan, Override, Plan
 from commpress.comm.rank_state import RankState
 from commpress.comm.resize import merged, require_one_run, require_same_values, share, summary
-from commpress.comm.sequencer import Job, Sequencer, promise
-from commpress.comm.survivors import Survivors, described, in_memory_order, of_pairs
+from commpress.comm.scratch import ScratchPool
+from commpress.comm.sequencer import Job, Sequencer, make_future
 from commpress.comm.timeline import Span, Timeline
 from commpress.comm.verify import EVERY, Comparison, is_due, require_interval
 
@@ -84,9 +85,9 @@ class Behind(Protocol):
         """What does not require a gradient in this step, if the ranks must compare that in every step."""
 
     def split(self, segments: Segments) -> list[Segments]:
-        """The parts of a bucket that travel in this step, each with a treatment of its own; the same on every rank."""
+        """The parts of a bucket that travel in this step, each with a override of its own; the same on every rank."""
 
-    def treat(self, segments: Segments, codec: Codec) -> Treatment:
+    def override(self, segments: Segments, codec: Codec) -> Override:
         """What to do with a part of a bucket in this step; the same on every rank."""
 
     def receive(self, bucket: Tensor, segments: Segments) -> None:
@@ -163,6 +164,7 @@ class Session:
         self.pairs: set[str] = set()
         """The complex parameters: each of their values is a pair of reals, in `parameters` and segments, too."""
         self._labels = Labels()
+        self._scratch = ScratchPool(device)
         self._restored: list[Segments] = []
         self._held: list[Held] = []
         self._starts_step = True
@@ -181,14 +183,14 @@ class Session:
         index: int,
         last: bool,
         *,
-        treatment: Treatment | None = None,
+        override: Override | None = None,
         dense_bytes: int | None = None,
     ) -> torch.futures.Future[Tensor]:
         """Replace `bucket` ([n], contiguous, any float or complex dtype) by its mean over the ranks, in the background.
 
         `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two), `index` its place
         among the buckets, `last` ends the step. `dense_bytes` is what
-        the report compares with, if not one dense exchange of the bucket. A `treatment` is that of a session without an
+        the report compares with, if not one dense exchange of the bucket. A `override` is that of a session without an
         optimizer. The future holds `bucket`; waiting for it raises RuntimeError if the exchange failed on any rank. Same order
         on every rank.
         """
@@ -200,7 +202,7 @@ class Session:
         if last and self._backward_started is not None:
             self.note("backward", self._backward_started)
             self._backward_started = None
-        future, mean = promise(self.device), bucket
+        future, mean = make_future(self.device), bucket
         bucket = real_view(bucket).view(-1)
         if self._restored or (self._optimizer is not None and self._optimizer.waits()):
             self._held.append(Held(bucket, segments, index, future))
@@ -208,11 +210,11 @@ class Session:
                 self._release()
         else:
             finished = partial(_settle, future, bucket)
-            self._start(bucket, segments, index, last, finished, treatment, dense_bytes)
+            self._start(bucket, segments, index, last, finished, override, dense_bytes)
         self._step += last
         return future.then(partial(_result, mean))  # no collective hangs on it: it only raises what the exchange raised
 
-    def keep(self, masks: Mapping[str, Tensor]) -> None:
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """From the next step on only what these masks keep travels, without indices; elsewhere the mean is 0. Collective.
 
         `masks` are bool, of the parameters' shapes and strides, by name; a parameter without one travels whole. Feedback of
@@ -234,11 +236,13 @@ class Session:
                 )
         require_equal(self._ask(described(masks, refusal), "a set of masks"))
         if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
-            self._feedback.undo()  # the scaler has skipped the step
+            self._feedback.restore_snapshot()  # the scaler has skipped the step
         flat = {name: in_memory_order(mask) for name, mask in masks.items()}
-        self._feedback.keep(Survivors({name: of_pairs(m) if name in self.pairs else m for name, m in flat.items()}))
+        self._feedback.set_masks(
+            MaskIndex({name: of_pairs(m) if name in self.pairs else m for name, m in flat.items()})
+        )
 
-    def look(self, on: bool) -> None:
+    def send_dense(self, on: bool) -> None:
         """While on, the exact mean of all values travels, also of those that masks prune: to see which shall grow again."""
         self._looks = on
 
@@ -255,7 +259,7 @@ class Session:
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
         own = self.meter.report(str(self.plan.codec), self.rank, self.world_size)
-        together = Report.together(own, *(other.report() for other in self.beside))
+        together = Report.merge(own, *(other.report() for other in self.beside))
         return replace(together, rank=self.rank, world_size=self.world_size)
 
     @contextlib.contextmanager
@@ -296,7 +300,7 @@ class Session:
         with the first layout: nothing is lost, but not bit for bit.
         """
         if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
-            self._feedback.undo()  # the scaler has skipped the step
+            self._feedback.restore_snapshot()  # the scaler has skipped the step
         content = {
             "version": STATE_VERSION,
             "settings": self._settings(),
@@ -434,7 +438,7 @@ class Session:
                     "commpress: two backward passes have exchanged gradients without optimizer.step() between them. Put all "
                     "but the last backward of a step under no_sync(); with a GradScaler pass grad_scaler= to attach"
                 )
-            self._feedback.undo()
+            self._feedback.restore_snapshot()
         self._follow_scale()
         if self._optimizer.unproven():
             require_equal(self._ask(self._optimizer.standing(), "an optimizer to compare"))
@@ -448,32 +452,33 @@ class Session:
         index: int,
         last: bool,
         finished: Callable[[BaseException | None], None],
-        treatment: Treatment | None = None,
+        override: Override | None = None,
         dense_bytes: int | None = None,
     ) -> None:
         W = self.world_size
-        if self._optimizer is not None and treatment is None:
+        if self._optimizer is not None and override is None:
             if (parts := self._optimizer.split(segments)) != [segments]:
                 self._start_parts(bucket, segments, parts, index, last, finished)
                 return
-            treatment = self._optimizer.treat(segments, self.plan.codec)
-        treatment = treatment or Treatment(self.plan.codec)
+            override = self._optimizer.override(segments, self.plan.codec)
+        override = override or Override(self.plan.codec)
         if self._looks:
-            treatment = Treatment(DENSE, "all values are looked at")
-        n = bucket.numel() if self._looks else self._feedback.survivors.total(segments)
+            override = Override(DENSE, "all values are looked at")
+        n = bucket.numel() if self._looks else self._feedback.masks.total(segments)
         if n == 0:
-            treatment = Treatment(None, "nothing is left of it")
-        choice = self.plan.choose(n, bucket.element_size(), W, treatment)
+            override = Override(None, "nothing is left of it")
+        choice = self.plan.choose(n, bucket.element_size(), W, override)
         values, dtype = bucket.numel(), bucket.dtype
         if segments and segments[0][0] in self.pairs:
             values, dtype = values // 2, dtype.to_complex()
-        row = self.meter.row(index, values, named(dtype), str(choice.codec), choice.exchange, choice.reason, self._role)
+        row = self.meter.row(
+            index, values, dtype_name(dtype), str(choice.codec), choice.exchange.name, choice.reason, self._role
+        )
         chunk = None
-        if choice.exchange == "two_shot" and not treatment.apart:
-            cuts = chunk_bounds(n, W, choice.codec.granularity)
-            chunk = (cuts[self.rank], cuts[self.rank + 1])
-        memory = self._feedback.memory(segments, choice.feedback, chunk, self.device, treatment.momentum)
-        exchange = self._exchange(bucket, segments, choice, treatment, memory)
+        if not override.bypass_feedback and W > 1:
+            chunk = choice.exchange.chunk(n, choice.codec, self.rank, W)
+        memory = self._feedback.memory(segments, choice.feedback, chunk, self.device, override.momentum)
+        exchange = self._exchange(bucket, segments, choice, override, memory)
         if W == 1:
             next(exchange, None)
             row.steps += 1
@@ -481,7 +486,7 @@ class Session:
             finished(None)
             return
         if (comparison := self._comparison) is not None:
-            if treatment.codec is not None:
+            if override.codec is not None:
                 exchange = comparison.watch(exchange, bucket, f"the mean of bucket {index}")
             if last:
                 exchange = comparison.finish(exchange, self._wire, self._labels.next("hashes of this step"))
@@ -500,37 +505,40 @@ class Session:
         """Exchange parts of a bucket one by one; what is in none of them stays as it is, and so does what is kept of it."""
         self._feedback.register(segments)
         if not parts:
-            self._start(bucket, segments, index, last, finished, Treatment(None, "nothing in it is trained"))
+            self._start(bucket, segments, index, last, finished, Override(None, "nothing in it is trained"))
         for flat, part, done in taken_apart(bucket, segments, parts, finished):
             optimizer = self._optimizer
             assert optimizer is not None
-            self._start(flat, part, index, last and part is parts[-1], done, optimizer.treat(part, self.plan.codec))
+            self._start(flat, part, index, last and part is parts[-1], done, optimizer.override(part, self.plan.codec))
 
     def _exchange(
-        self, bucket: Tensor, segments: Segments, choice: Choice, treatment: Treatment, memory: Memory
+        self, bucket: Tensor, segments: Segments, choice: BucketPlan, override: Override, memory: Memory
     ) -> Iterator[Transfer]:
         # a mean of gradients does not send along what is remembered of momenta
-        used = Memory() if treatment.apart or (treatment.reason and treatment.prepare is None) else memory
-        travels, places = bucket, None if self._looks else memory.places
-        if places is not None and (treatment.codec is not None or not places.numel()):
+        scratch = self._scratch.of(segments, self._feedback.memories)
+        remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
+        encoder = Encoder(choice.codec, memory if remembers else None, scratch)
+        travels, places = bucket, None if self._looks else memory.kept_index
+        if places is not None and (override.codec is not None or not places.numel()):
             nbytes = places.numel() * bucket.element_size()
-            travels = memory.buffer("survivors", nbytes, self.device).view(bucket.dtype)
+            travels = scratch.buffer("kept values", nbytes, self.device).view(bucket.dtype)
         n, spec = travels.numel(), str(choice.codec)
-        label = self._labels.bucket(self._role, segments, n, spec, choice.exchange)
-        if treatment.codec is None:
+        label = self._labels.bucket(self._role, segments, n, spec, choice.exchange.name)
+        if override.codec is None:
             alone_here = self._scaler is None or self.world_size == 1
-            exchange = stay() if alone_here else skip_together(travels, self._wire, label)
+            exchange = iter(()) if alone_here else all_reduce_found_inf(travels, self._wire, label)
         elif self.world_size == 1:
-            exchange = alone(travels, used)
+            exchange = single_rank(travels, encoder)
         else:
-            exchange = EXCHANGES[choice.exchange](travels, choice.codec, used, self._wire, label)
+            exchange = choice.exchange.run(travels, encoder, self._wire, label)
         if places is not None and travels is not bucket:
             exchange = packed(bucket, places, travels, exchange)
-        if self._optimizer is None and treatment.prepare is None and treatment.blend is None:
+        if self._optimizer is None and override.prepare is None and override.prologue is None:
             return exchange
         # where the codec sees the bucket itself, its pass does the blending
-        fused = used if choice.codec.lossy and self.world_size > 1 and places is None else None
-        return _prepared(treatment, bucket, memory, self._scaler is not None, fused, exchange)
+        fused = encoder if choice.codec.lossy and self.world_size > 1 and places is None else None
+        snapshot = None if self._scaler is None else partial(self._feedback.snapshot, segments, memory)
+        return _prepared(override, bucket, memory, snapshot, fused, exchange)
 
     def _release(self) -> None:
         """Exchange a step all of whose buckets are there; the first after a restart in the layout that was saved."""
@@ -587,26 +595,24 @@ class Session:
 
 
 def _prepared(
-    treatment: Treatment,
+    override: Override,
     bucket: Tensor,
     memory: Memory,
-    may_undo: bool,
-    fused: Memory | None,
+    snapshot: Callable[[], None] | None,
+    fused: Encoder | None,
     exchange: Iterator[Transfer],
 ) -> Iterator[Transfer]:
     """Make of the gradient what is sent, in the thread that encodes, and send it. The blending is left to what encodes with
     `fused`, if there is one."""
-    if may_undo:
-        memory.keep()
-    if treatment.prepare is not None:
-        treatment.prepare(bucket, memory)
+    if snapshot is not None:
+        snapshot()
+    if override.prepare is not None:
+        override.prepare(bucket, memory)
     if fused is not None:
-        fused.blend = treatment.blend
-    elif treatment.blend is not None:
-        treatment.blend.apply(bucket)
+        fused.prologue = override.prologue
+    elif override.prologue is not None:
+        override.prologue.apply(bucket)
     yield from exchange
-    if fused is not None:
-        fused.blend = None
 
 
 def _require_same_parameters(saved: dict[str, int], present: dict[str, int]) -> None:
@@ -635,7 +641,7 @@ def _agree(
         raise
     settings: dict[str, object] = {
         "spec": str(plan.codec),
-        "exchange": plan.exchange,
+        "exchange": plan.settings()["exchange"],
         "error_feedback": error_feedback,
         "commpress version": version("commpress"),
         "parameters": f"{len(parameters)} with {sum(n for _, n in parameters)} values",

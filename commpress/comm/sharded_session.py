@@ -14,13 +14,13 @@ from commpress.comm.agreement import Settings, require_agreement, require_equal
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.failure import ExchangeError
+from commpress.comm.masks_index import MaskIndex, described
 from commpress.comm.meter import Report
 from commpress.comm.plan import Plan
 from commpress.comm.rank_state import RankState
 from commpress.comm.resize import require_one_run, require_same_values
 from commpress.comm.session import GradScaler
 from commpress.comm.shards import Shards
-from commpress.comm.survivors import Survivors, described
 from commpress.comm.timeline import Timeline
 
 STATE_VERSION = 2
@@ -46,7 +46,7 @@ class ShardedSession:
         world_size: int,
         holds: str,
         grad_scaler: GradScaler | None = None,
-        survivors: Callable[[Mapping[str, Tensor]], list[Survivors]] | None = None,
+        survivors: Callable[[Mapping[str, Tensor]], list[MaskIndex]] | None = None,
         reshard: Callable[[Memories, int], Memories] | None = None,
         values: int = 0,
     ) -> None:
@@ -57,7 +57,7 @@ class ShardedSession:
         self._holds = holds
         self._scaler, self._scale = grad_scaler, 1.0
 
-    def keep(self, masks: Mapping[str, Tensor]) -> None:
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """From the next step on only what these masks keep travels, gradients and parameters, without indices. Collective.
 
         `masks` are bool, of the whole parameters' shapes, by name, the same on all ranks; a parameter without one travels
@@ -82,9 +82,9 @@ class ShardedSession:
         if refusal is not None:
             raise ValueError(refusal)
         for shards, those in zip(self.shards, survivors, strict=True):
-            shards.feedback.keep(those)
+            shards.feedback.set_masks(those)
 
-    def look(self, on: bool) -> None:
+    def send_dense(self, on: bool) -> None:
         """While on, exact gradients of all values travel, also of those that masks prune: to see which shall grow again."""
         for shards in self.shards:
             shards.looks = on
@@ -102,7 +102,7 @@ class ShardedSession:
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
         spec = f"gradients {self.gradients.codec}, parameters {self.parameters.codec}"
-        together = Report.together(*(shards.report(spec, self.rank, self.world_size) for shards in self.shards))
+        together = Report.merge(*(shards.report(spec, self.rank, self.world_size) for shards in self.shards))
         return replace(together, rank=self.rank, world_size=self.world_size)
 
     @contextlib.contextmanager

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from commpress.comm.agreement import Settings
 from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
-from commpress.comm.exchange import EXCHANGES, Label, Labels, Transfer, Wire, stay
-from commpress.comm.exchange.gather import gather, native_gather
+from commpress.comm.encoder import Encoder
+from commpress.comm.exchange import NO_EXCHANGE, Label, Labels, Transfer, Wire, single_rank
+from commpress.comm.exchange.all_gather import all_gather, native_all_gather
 from commpress.comm.exchange.packed import packed
 from commpress.comm.exchange.reduce_scatter import (
     Op,
@@ -32,14 +33,15 @@ from commpress.comm.exchange.reduce_scatter import (
     needed_bytes,
     over_mean,
     reduce_scatter,
+    reduce_scatter_bytes,
 )
-from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Feedback, Segments
-from commpress.comm.meter import Meter, Report, named
+from commpress.comm.meter import Meter, Report, dtype_name
 from commpress.comm.parameters import real_view
-from commpress.comm.plan import Choice, Plan, Treatment
-from commpress.comm.sequencer import Job, Sequencer, promise
+from commpress.comm.plan import BucketPlan, Override, Plan
+from commpress.comm.scratch import ScratchPool
+from commpress.comm.sequencer import Job, Sequencer, make_future
 from commpress.comm.verify import EVERY, Comparison, is_due
 
 MEAN = dist.ReduceOp.AVG
@@ -69,7 +71,7 @@ class Shards:
         self.meter = Meter()
         self.labels = Labels()
         self._reductions: dict[int, int] = {}
-        self._free: dict[int, list[Tensor]] = {}
+        self.scratch = ScratchPool(device)
         self._busy = self._landed = self._exposed = 0.0
         if self.world_size > 1:
             self.wire = Wire(group, device)
@@ -90,26 +92,29 @@ class Shards:
         places = None if self.looks else self._places(segments, full)
         m = out.numel() if places is None else places.numel() // W
         choice = self._choose(self.gradients, full, out, reason or (LOOKED_AT if self.looks else ""), m)
-        payloads = (2 * W - 1) * choice.codec.nbytes(m) if choice.codec.lossy else 0
+        cuts = [r * m for r in range(W + 1)]
+        payloads = reduce_scatter_bytes(cuts, choice.codec, self.rank) if choice.codec.lossy else 0
         buffer, all_kept, kept, payload = self._room(places, full, m, payloads)
         source, target = (full, out) if places is None else (all_kept, kept)
         label = self.label("gradients", segments, m, choice, "reduce_scatter", index)
         if W == 1:
-            exchange = _alone(source, target, over_mean(op, 1))
+            exchange = single_rank(source, Encoder(choice.codec), target, over_mean(op, 1))
         elif m == 0:
-            exchange = stay()
+            exchange = iter(())
         elif choice.codec.lossy:
             memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-            exchange = reduce_scatter(source, target, op, choice.codec, memory, payload, self.wire, label)
+            exchange = reduce_scatter(
+                source, cuts, target, op, Encoder(choice.codec, memory), payload, self.wire, label
+            )
         else:
             exchange = native_reduce_scatter(source, target, op, self.wire, label)
         if places is not None:
-            own = self.feedback.survivors.places(segments[self.rank * len(segments) // W :][: len(segments) // W])
+            own = self.feedback.masks.kept_index(segments[self.rank * len(segments) // W :][: len(segments) // W])
             assert own is not None
             exchange = packed(full, places, all_kept, exchange, (out, own, kept))
         backend = native_bytes(out, W)
         # what is left to the group counts as the group sends it
-        dense = needed_bytes(out, W) if choice.codec.lossy or choice.exchange == "none" else backend
+        dense = needed_bytes(out, W) if choice.codec.lossy or choice.exchange is NO_EXCHANGE else backend
         return self.start("gradients", "reduce_scatter", choice, *given, index, dense, exchange, buffer, backend)
 
     def all_gather(
@@ -128,21 +133,21 @@ class Shards:
         payloads = W * choice.codec.nbytes(m) if choice.codec.lossy else 0
         buffer, all_kept, kept, payload = self._room(places, out, m, payloads)
         source, target = (shard, out) if places is None else (kept, all_kept)
-        label = self.label(f"parameters of unit {index}", segments, m, choice, "gather", index)
+        label = self.label(f"parameters of unit {index}", segments, m, choice, "all_gather", index)
         if W == 1:
-            exchange = _alone(source, target, 1.0)
+            exchange = single_rank(source, Encoder(choice.codec), target)
         elif m == 0:
-            exchange = stay()
+            exchange = iter(())
         elif choice.codec.lossy:
-            exchange = gather(source, target, choice.codec, payload, self.wire, label)
+            exchange = all_gather(source, target, Encoder(choice.codec), payload, self.wire, label)
         else:
-            exchange = native_gather(source, target, self.wire, label)
+            exchange = native_all_gather(source, target, self.wire, label)
         if places is not None:
-            own = self.feedback.survivors.places(segments[self.rank * len(segments) // W :][: len(segments) // W])
+            own = self.feedback.masks.kept_index(segments[self.rank * len(segments) // W :][: len(segments) // W])
             assert own is not None
             exchange = packed(shard, own, kept, exchange, (out, places, all_kept))
         dense = (W - 1) * shard.nbytes
-        return self.start("parameters", "gather", choice, given, given, index, dense, exchange, buffer)
+        return self.start("parameters", "all_gather", choice, given, given, index, dense, exchange, buffer)
 
     def all_reduce(self, x: Tensor, segments: Segments, index: int, op: Op = MEAN, reason: str = "") -> "Pending":
         """Replace `x` ([n], contiguous, any float or complex dtype) by what `op` makes of the ranks', the same bits on all.
@@ -152,29 +157,27 @@ class Shards:
         given, x = x, real_view(x).view(-1)
         places = None if self.looks else self._places(segments, x)
         n = x.numel() if places is None else places.numel()
-        treatment = self._treatment(x, reason or (LOOKED_AT if self.looks else ""), n, self.gradients)
-        choice = self.gradients.choose(n, x.element_size(), self.world_size, treatment)
+        override = self._treatment(x, reason or (LOOKED_AT if self.looks else ""), n, self.gradients)
+        choice = self.gradients.choose(n, x.element_size(), self.world_size, override)
         buffer, _, kept, _ = self._room(places, x, n, 0)
         travels = x if places is None else kept
-        label = self.label("gradients", segments, n, choice, choice.exchange, index)
+        label = self.label("gradients", segments, n, choice, choice.exchange.name, index)
         if self.world_size == 1:
-            exchange = _alone(travels, travels, over_mean(op, 1))
+            exchange = single_rank(travels, Encoder(choice.codec), None, over_mean(op, 1))
         elif n == 0:
-            exchange = stay()
+            exchange = iter(())
         elif choice.codec.lossy:
-            chunk = None
-            if choice.exchange == "two_shot":
-                cuts = chunk_bounds(n, self.world_size, choice.codec.granularity)
-                chunk = (cuts[self.rank], cuts[self.rank + 1])
+            chunk = choice.exchange.chunk(n, choice.codec, self.rank, self.world_size)
             memory = self.feedback.memory(segments, choice.feedback, chunk, self.device)
-            mean = EXCHANGES[choice.exchange](travels, choice.codec, memory, self.wire, label)
+            encoder = Encoder(choice.codec, memory, self.scratch.of(segments, self.feedback.memories))
+            mean = choice.exchange.run(travels, encoder, self.wire, label)
             exchange = _times(mean, travels, over_mean(op, self.world_size))
         else:
             exchange = _native_all_reduce(travels, op, self.wire, label)
         if places is not None:
             exchange = packed(x, places, kept, exchange)
         dense = ring_bytes(x.nbytes, self.world_size)
-        return self.start("gradients", choice.exchange, choice, given, given, index, dense, exchange, buffer)
+        return self.start("gradients", choice.exchange.name, choice, given, given, index, dense, exchange, buffer)
 
     def ask(self, settings: Settings, what: str) -> list[Settings]:
         """Every rank's settings. Collective: a rank that does something else meanwhile is an error on all."""
@@ -187,7 +190,7 @@ class Shards:
         self.meter.exposed, self.meter.hidden = self._exposed, max(0.0, self._busy - self._exposed)
         return self.meter.report(spec, rank, world_size)
 
-    def _choose(self, plan: Plan, full: Tensor, part: Tensor, reason: str, travel: int) -> Choice:
+    def _choose(self, plan: Plan, full: Tensor, part: Tensor, reason: str, travel: int) -> BucketPlan:
         n, W = part.numel(), self.world_size
         if full.numel() != W * n or full.dtype != part.dtype:
             raise ValueError(
@@ -198,7 +201,7 @@ class Shards:
     def _places(self, segments: Segments, full: Tensor) -> Tensor | None:
         """Where survivors of masks lie; None if all of it travels, or if these are not the parts of `full`."""
         fits = sum(n for _, n in segments) == full.numel()
-        return self.feedback.survivors.places(segments) if fits else None
+        return self.feedback.masks.kept_index(segments) if fits else None
 
     def _room(
         self, places: Tensor | None, full: Tensor, m: int, payloads: int
@@ -209,22 +212,22 @@ class Shards:
         cuts += [cuts[1] + -(-each // ALIGNED) * ALIGNED]
         if not cuts[2] and not payloads:
             return None, full[:0], full[:0], full[:0]
-        buffer = self.take(cuts[2] + payloads)
+        buffer = self.scratch.take(cuts[2] + payloads)
         kept = buffer[cuts[1] : cuts[1] + each].view(full.dtype)
         return buffer, buffer[: self.world_size * each].view(full.dtype), kept, buffer[cuts[2] :]
 
-    def _treatment(self, x: Tensor, reason: str, travel: int, plan: Plan) -> Treatment:
+    def _treatment(self, x: Tensor, reason: str, travel: int, plan: Plan) -> Override:
         if travel == 0:
-            return Treatment(None, "nothing is left of it")
+            return Override(None, "nothing is left of it")
         if not reason and x.dtype not in FLOAT_DTYPES:
             reason = f"{str(x.dtype).removeprefix('torch.')} is no float"
-        return Treatment(plan.codec, reason)
+        return Override(plan.codec, reason)
 
     def start(
         self,
         role: str,
         name: str,
-        choice: Choice,
+        choice: BucketPlan,
         whole: Tensor,
         out: Tensor,
         index: int,
@@ -237,12 +240,12 @@ class Shards:
 
         `backend_bytes` is what the group itself would send, if that is not `dense_bytes`.
         """
-        dtype = named(out.dtype)
-        name = choice.exchange if choice.exchange == "none" else name
+        dtype = dtype_name(out.dtype)
+        name = choice.exchange.name if choice.exchange is NO_EXCHANGE else name
         row = self.meter.row(index, whole.numel(), dtype, str(choice.codec), name, choice.reason, role)
         step = self.reduced(index) if role == "gradients" else self._reductions.get(index, 0)
         pending = Pending(self, out)
-        if self.is_due(step) and choice.exchange != "none" and name not in ("reduce_scatter", "to_owners"):
+        if self.is_due(step) and choice.exchange is not NO_EXCHANGE and name not in ("reduce_scatter", "to_owners"):
             comparison, what = Comparison(step, ()), "the gathered parameters" if role == "parameters" else "the mean"
             exchange = comparison.watch(exchange, out, f"{what} of unit {index}")
             exchange = comparison.finish(exchange, self.wire, self.labels.next("hashes of what was exchanged"))
@@ -263,7 +266,7 @@ class Shards:
         """Whether what is exchanged in this step is compared."""
         return self.world_size > 1 and is_due(self._verify, step)
 
-    def label(self, role: str, segments: Segments, n: int, choice: Choice, name: str, index: int) -> Label:
+    def label(self, role: str, segments: Segments, n: int, choice: BucketPlan, name: str, index: int) -> Label:
         """The label of an exchange in this step of what has this place in the report."""
         self.labels.proven = self.is_due(self._reductions.get(index, 0))
         return self.labels.bucket(role, segments, n, str(choice.codec), name)
@@ -280,16 +283,8 @@ class Shards:
         self._busy += now - max(pending.submitted, self._landed)
         self._landed = now
         if buffer is not None and error is None:
-            self._free[buffer.numel()].append(buffer)
+            self.scratch.give_back(buffer)
         pending.settle(error)
-
-    def take(self, nbytes: int) -> Tensor:
-        """A uint8 buffer that nobody uses now. They stay allocated: fresh pages cost more than the codec."""
-        free = self._free.setdefault(nbytes, [])
-        if free:
-            return free.pop()
-        with torch.inference_mode(False):  # it will be written to again in training
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def waited(self, seconds: float) -> None:
         """Training stood still for so long."""
@@ -303,7 +298,7 @@ class Pending(dist.Work):
         super().__init__()
         self.submitted = time.perf_counter()
         self._shards, self._out = shards, out
-        self._future = promise(out.device)
+        self._future = make_future(out.device)
 
     def wait(self, timeout: Any = None) -> bool:
         """Return when the result is there; on an accelerator the current stream waits for it instead.
@@ -320,15 +315,6 @@ class Pending(dist.Work):
     def settle(self, error: BaseException | None) -> None:
         """The result is there, or cannot be."""
         self._future.set_result(error or self._out)
-
-
-def _alone(x: Tensor, out: Tensor, times: float) -> Iterator[Transfer]:
-    """The mean over a single rank."""
-    if out.data_ptr() != x.data_ptr():
-        out.copy_(x)
-    if times != 1:
-        out.mul_(times)
-    yield from ()
 
 
 def _in_inference_mode(exchange: Iterator[Transfer]) -> Iterator[Transfer]:

@@ -66,7 +66,7 @@ class Comparison:
         own = torch.tensor([h - (1 << 63) for h in hashes], dtype=torch.int64, device=wire.device).view(torch.uint8)
         rows = [torch.empty_like(own) for _ in range(wire.world_size)]
         rows[wire.rank].copy_(own)
-        transfer = wire.swap([own] * wire.world_size, rows, label, last)
+        transfer = wire.all_to_all([own] * wire.world_size, rows, label, last)
         transfer.sent = transfer.received = 0  # the report is of the exchange
         yield transfer
         self._found = [tuple(row.view(torch.int64).tolist()) for row in rows]

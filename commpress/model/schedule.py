@@ -43,10 +43,10 @@ class Session(Protocol):
     def agree(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError on all ranks if these differ."""
 
-    def keep(self, masks: Mapping[str, Tensor]) -> None:
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """From the next step on only what these masks keep travels."""
 
-    def look(self, on: bool) -> None:
+    def send_dense(self, on: bool) -> None:
         """While on, exact gradients of all values travel."""
 
     def phase(self, name: str) -> None:
@@ -272,8 +272,8 @@ class Scheduler:
                 name: torch.ones(self._parameters[name].shape, dtype=torch.bool, device=self._parameters[name].device)
                 for name in self._of_entries()
             }
-            self._session.keep(self.masks.ordered(whole_masks))
-            self._session.keep({})
+            self._session.set_masks(self.masks.ordered(whole_masks))
+            self._session.set_masks({})
 
     def _distilling(self) -> Distiller | None:
         distil = self.recipe.distil
@@ -313,7 +313,7 @@ class Scheduler:
         ]
         self._steps.look(looks)
         if self._session is not None:
-            self._session.look(bool(looks))
+            self._session.send_dense(bool(looks))
             self._session.phase(self.phase)
 
     def _watches(self, entry: Prune) -> bool:
@@ -472,7 +472,7 @@ class Scheduler:
     def _take(self, masks: Mapping[str, Tensor]) -> None:
         """The ranks compare masks first: one that differs changes nothing."""
         if self._session is not None:
-            self._session.keep(self.masks.ordered(masks))
+            self._session.set_masks(self.masks.ordered(masks))
         self.masks.replace(masks)
         self._unchecked = 0
         for optimizer in self._steps.optimizers:

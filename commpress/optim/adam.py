@@ -27,7 +27,7 @@ from torch import Tensor
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.base import warm_up
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.plan import Treatment
+from commpress.comm.plan import Override
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters, within
 from commpress.optim.uncompressed import step_adamw
@@ -126,17 +126,17 @@ class FrozenAdamW(CompressedOptimizer):
             return "frozen"
         return "idle" if state.get("idle") else "warms up"
 
-    def treat_held(self, segments: Segments, codec: Codec) -> Treatment:
+    def override_held(self, segments: Segments, codec: Codec) -> Override:
         kind = FrozenAdamW.kind(self, segments[0][0])
         if kind == "frozen":
-            return self.treat_frozen(segments, codec)
+            return self.override_frozen(segments, codec)
         if kind == "idle":  # its first gradients are coarse, and what they lack is kept for later
-            return Treatment(codec)
+            return Override(codec)
         codec = parse(self.param_groups[0]["warmup_spec"])
-        return Treatment(codec, "" if codec.lossy else "the variance warms up")
+        return Override(codec, "" if codec.lossy else "the variance warms up")
 
     @abstractmethod
-    def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
+    def override_frozen(self, segments: Segments, codec: Codec) -> Override:
         """What to do with parameters whose warm-up is over."""
 
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
@@ -328,7 +328,7 @@ class FrozenAdamW(CompressedOptimizer):
                     for (name, n), state in zip(segments, states, strict=True)
                 ]
             )
-            memory.residual.mul_(factors if memory.places is None else factors[memory.places])
+            memory.residual.mul_(factors if memory.kept_index is None else factors[memory.kept_index])
         self.settles(states)
 
     def settles(self, states: list[dict[str, Any]]) -> None:

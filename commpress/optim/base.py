@@ -15,7 +15,7 @@ from torch import Tensor
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.notice import warn
-from commpress.comm.plan import DENSE, Treatment
+from commpress.comm.plan import DENSE, Override
 from commpress.comm.session import Session
 from commpress.optim import loops
 
@@ -135,7 +135,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             feedback, before = self._withheld
             ours = {p: name for name, p in self._bound.items()}
             names = {name: ours[p] for name, p in before.items() if p in ours}
-            masked = any(name in feedback.survivors for name in before)  # a new session has no masks
+            masked = any(name in feedback.masks for name in before)  # a new session has no masks
             if feedback.memories and not masked:
                 session.take_over(feedback, names, self._scale)
         self._withheld = session.feedback, dict(self._bound)
@@ -162,7 +162,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return sorted(self._frozen) if self._may_be_unused and self._may_be_frozen else None
 
     def split(self, segments: Segments) -> list[Segments]:
-        """The parts of a bucket that travel in this step, each with a treatment of its own; the same on every rank."""
+        """The parts of a bucket that travel in this step, each with a override of its own; the same on every rank."""
         parts: dict[object, list[tuple[str, int]]] = {}
         for name, n in segments:
             if name not in self._frozen:
@@ -174,11 +174,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """What parameters have in common that may travel together; None is for those that this optimizer does not hold."""
         return "exchanged"
 
-    def treat(self, segments: Segments, codec: Codec) -> Treatment:
+    def override(self, segments: Segments, codec: Codec) -> Override:
         """What to do with a part of a bucket in this step; the same on every rank."""
         if segments[0][0] not in self._places:
-            return Treatment(DENSE, "the optimizer does not hold it")
-        return self.treat_held(segments, codec)
+            return Override(DENSE, "the optimizer does not hold it")
+        return self.override_held(segments, codec)
 
     def waits(self) -> bool:
         """Whether no bucket of this step may be treated before `measure` has seen them all."""
@@ -203,7 +203,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             bucket.mul_(self._clip)
 
     @abstractmethod
-    def treat_held(self, segments: Segments, codec: Codec) -> Treatment:
+    def override_held(self, segments: Segments, codec: Codec) -> Override:
         """What to do with parameters of one kind that this optimizer steps."""
 
     def receive(self, bucket: Tensor, segments: Segments) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.plan import DENSE, Treatment
+from commpress.comm.plan import DENSE, Override
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters, within
 from commpress.optim.uncompressed import step_sgd
@@ -58,7 +58,7 @@ class DGC(CompressedOptimizer):
     def waits(self) -> bool:
         return self.param_groups[0]["max_norm"] is not None
 
-    def treat_held(self, segments: Segments, codec: Codec) -> Treatment:
+    def override_held(self, segments: Segments, codec: Codec) -> Override:
         def prepare(bucket: Tensor, memory: Memory) -> None:
             assert memory.momentum is not None
             self.clip(bucket)
@@ -71,11 +71,11 @@ class DGC(CompressedOptimizer):
 
         steps, warm_up = (self.param_groups[0][k] for k in ("steps", "warmup_steps"))
         if steps >= warm_up or not codec.lossy:
-            return Treatment(codec, prepare=prepare, momentum=True)
+            return Override(codec, prepare=prepare, momentum=True)
         if not isinstance(codec, TopK):
-            return Treatment(DENSE, "momentum warms up", prepare, momentum=True)
+            return Override(DENSE, "momentum warms up", prepare, momentum=True)
         ratio = 0.25 ** (1 + steps * STAGES // warm_up)
-        return Treatment(replace(codec, ratio=max(ratio, codec.ratio)), prepare=prepare, momentum=True)
+        return Override(replace(codec, ratio=max(ratio, codec.ratio)), prepare=prepare, momentum=True)
 
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         for p, group, update in updates.values():

@@ -8,7 +8,7 @@ from torch import Tensor
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.blend import Blend
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.plan import Treatment
+from commpress.comm.plan import Override
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters
@@ -52,7 +52,7 @@ class OneBitAdamW(FrozenAdamW):
         self._homes: dict[Segments, tuple[Tensor, Tensor]] = {}
         """`inverse` and `exp_avg` of a bucket's parameters, float32 [n] each; what stands in the state are views."""
 
-    def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
+    def override_frozen(self, segments: Segments, codec: Codec) -> Override:
         """Send beta1 n + (1 - beta1) g / d, times the loss scale as the gradients are."""
         held = [(self.state[p], group) for p, group in (self._places[name] for name, _ in segments)]
         first, alike = held[0][1], len({group["betas"][0] for _, group in held}) == 1
@@ -69,7 +69,7 @@ class OneBitAdamW(FrozenAdamW):
                     inverse, average = loops.flat(state["inverse"], state["exp_avg"])
                     self._blend(inverse, average, group).apply(part)
 
-        return Treatment(codec, prepare=prepare, blend=blend)
+        return Override(codec, prepare=prepare, prologue=blend)
 
     def _blend(self, inverse: Tensor, average: Tensor, group: dict[str, Any]) -> Blend:
         beta1 = group["betas"][0]

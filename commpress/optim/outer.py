@@ -32,7 +32,7 @@ from commpress.comm.meter import Report
 from commpress.comm.notice import speaks, warn
 from commpress.comm.parameters import real_view
 from commpress.comm.parts import taken_apart
-from commpress.comm.plan import Treatment
+from commpress.comm.plan import Override
 from commpress.comm.rank_state import RankState
 from commpress.comm.resize import moved
 from commpress.comm.session import Session
@@ -363,8 +363,8 @@ class Outer:
                 memory.residual.mul_(decay)
 
         dense = (self._steps - fragment.synced_at) * fragment.dense_bytes
-        treatment = Treatment(self._session.plan.codec, prepare=prepare)
-        submit = partial(self._session.submit, index=index, last=False, treatment=treatment, dense_bytes=dense)
+        override = Override(self._session.plan.codec, prepare=prepare)
+        submit = partial(self._session.submit, index=index, last=False, override=override, dense_bytes=dense)
         if moving == fragment.segments:
             fragment.mean = submit(bucket, fragment.segments)
         elif not moving:
@@ -396,7 +396,9 @@ class Outer:
             dist.all_gather(list(fragment.anchor.split(own.numel())), own.clone(), group=self._inner)
             sent, place = (self._inner_size - 1) * own.nbytes, self._fragments.index(fragment)
             values = fragment.anchor.numel()
-            self._session.meter.by_itself(place, values, "float32", "gather", "inside a worker", "parameters", sent)
+            self._session.meter.record_uncompressed(
+                place, values, "float32", "all_gather", "inside a worker", "parameters", sent
+            )
         fragment.put(fragment.anchor, share)
 
     def _unfit(self, state: dict[str, Any]) -> str | None:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.plan import Treatment
-from commpress.comm.survivors import pack, unpack
+from commpress.comm.masks_index import pack, unpack
+from commpress.comm.plan import Override
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters, within
@@ -106,6 +106,7 @@ class ZeroOneAdamW(FrozenAdamW):
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
         """By how much n is ahead of what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
+        self._lead_buffers: dict[Segments, Tensor] = {}
 
     @property
     def takes_means(self) -> bool:
@@ -155,19 +156,19 @@ class ZeroOneAdamW(FrozenAdamW):
         first = self.param_groups[0]
         return int(state.get("local_steps", first["steps"] - first["frozen_at"]))
 
-    def treat_frozen(self, segments: Segments, codec: Codec) -> Treatment:
+    def override_frozen(self, segments: Segments, codec: Codec) -> Override:
         if self._refreshes():
             codec = parse(self.param_groups[0]["warmup_spec"])
-            return Treatment(codec, "" if codec.lossy else "the variance is refreshed", apart=True)
+            return Override(codec, "" if codec.lossy else "the variance is refreshed", bypass_feedback=True)
         if not self._is_due(segments[0][0]):
-            return Treatment(None, "a local step")
+            return Override(None, "a local step")
         self._syncing |= {name: self._sync(name) for name, _ in segments}
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
             self.settle(memory, segments)
             self.clip(bucket)
             sizes = [n for _, n in segments]
-            leads = memory.buffer("lead", bucket.nbytes, bucket.device).view(bucket.dtype)
+            leads = self._lead_buffer(segments, bucket)
             for (name, _), part, lead in zip(segments, bucket.split(sizes), leads.split(sizes), strict=True):
                 p, group = self._places[name]
                 state, sync, beta1 = self.state[p], self._syncing[name], group["betas"][0]
@@ -181,12 +182,22 @@ class ZeroOneAdamW(FrozenAdamW):
                     share=sync.share,
                     carry=sync.keep * group["unit"] / sync.weight * self._scale if sync.share < 1 else 0.0,
                 )
-            if memory.places is not None:  # what is pruned has no momentum
-                kept = torch.empty(memory.places.numel(), dtype=leads.dtype, device=leads.device)
-                pack(leads, memory.places, kept)
-                unpack(kept, memory.places, leads)
+            if memory.kept_index is not None:  # what is pruned has no momentum
+                kept = torch.empty(memory.kept_index.numel(), dtype=leads.dtype, device=leads.device)
+                pack(leads, memory.kept_index, kept)
+                unpack(kept, memory.kept_index, leads)
 
-        return Treatment(codec, prepare=prepare)
+        return Override(codec, prepare=prepare)
+
+    def _lead_buffer(self, segments: Segments, bucket: Tensor) -> Tensor:
+        """Memory of the bucket's size and dtype that stays from sync to sync, until the buckets are laid out anew."""
+        found = self._lead_buffers.get(segments)
+        if found is None or found.dtype != bucket.dtype or found.device != bucket.device:
+            names = {name for name, _ in segments}
+            kept = {of: lead for of, lead in self._lead_buffers.items() if names.isdisjoint(name for name, _ in of)}
+            self._lead_buffers = kept | {segments: torch.empty_like(bucket)}
+            found = self._lead_buffers[segments]
+        return found
 
     def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         refreshes, most = self._refreshes(), self.param_groups[0]["max_norm"]

@@ -58,8 +58,8 @@ def test_it_runs_and_its_figures_fit_together(tmp_path: Path) -> None:
     assert record["what"] == "bandwidth"
     assert (record["world_size"], record["backend"], record["link"]["shaped"]) == (2, "gloo", False)
     assert set(record["link"]) == {"hosts", "ranks_per_host", "rate", "delay", "loss", "shaped", "relayed"}
-    exchanges = {"dense": {"all_reduce"}, "bf16": {"all_reduce", "two_shot", "all_gather"}}
-    exchanges |= {spec: {"two_shot", "all_gather"} for spec in ("int4", "topk(0.01)|int4")}
+    exchanges = {"dense": {"all_reduce"}, "bf16": {"all_reduce", "two_shot", "one_shot"}}
+    exchanges |= {spec: {"two_shot", "one_shot"} for spec in ("int4", "topk(0.01)|int4")}
     for size in (2**16, 2**18, 2**20):
         rows = [row for row in record["rows"] if row["size"] == size]
         assert {s: {row["exchange"] for row in rows if row["spec"] == s} for s in exchanges} == exchanges
@@ -68,7 +68,7 @@ def test_it_runs_and_its_figures_fit_together(tmp_path: Path) -> None:
             assert set(row) == ROW
             assert row["algorithm_bandwidth"] == pytest.approx(size / row["seconds"])
             assert row["bus_bandwidth"] == row["algorithm_bandwidth"]  # 2 (W - 1) / W is 1 for two ranks
-            if (row["spec"], row["exchange"]) == ("int4", "all_gather"):
+            if (row["spec"], row["exchange"]) == ("int4", "one_shot"):
                 assert row["sent_bytes"] == Plan.of("int4").codec.nbytes(size // 4)
             assert row["kernel_bytes"] is None  # on loopback the counter is that of all ranks
     assert len(record["rows"]) == 24

@@ -63,7 +63,7 @@ def test_an_error_of_one_rank_is_that_of_all() -> None:
 @pytest.mark.parametrize(("usual", "other", "values"), [
     ({"spec": "int4"}, {"spec": "int8"}, ("int4", "int8")),
     ({"spec": "topk(0.01)"}, {"spec": "topk(0.02)"}, ("topk(0.01)", "topk(0.02)")),
-    ({"spec": "int4"}, {"spec": "int4", "exchange": "all_gather"}, ("None", "all_gather")),
+    ({"spec": "int4"}, {"spec": "int4", "exchange": "one_shot"}, ("None", "one_shot")),
     ({"spec": "int4"}, {"spec": "int4", "error_feedback": False}, ("True", "False")),
     (
         {"spec": "int4", "parameters": (("a", 10), ("b", 20))},

@@ -26,9 +26,9 @@ PAIRS: tuple[tuple[str, str | None], ...] = (
     ("topk(0.01)", None),
     ("topk(0.01)|int4", None),
     ("none", "two_shot"),
-    ("bf16", "all_gather"),
+    ("bf16", "one_shot"),
     ("int4", "two_shot"),
-    ("int8", "all_gather"),
+    ("int8", "one_shot"),
     ("topk(0.1)|int4", "two_shot"),
 )
 BUCKETS = ((100, torch.float32), (1000, torch.float32), (70_001, torch.float32), (5000, torch.bfloat16))
@@ -52,7 +52,10 @@ def exchanged() -> list[list[dict[str, Any]]]:
         for index, (n, dtype) in enumerate(BUCKETS):
             session.submit(torch.ones(n, dtype=dtype), ((f"p{index}", n),), index, index == len(BUCKETS) - 1).wait()
         memory = sum(
-            m[k].nbytes for m in session.state_dict()["buckets"] for k in ("residual", "second") if m[k] is not None
+            m[k].nbytes
+            for m in session.state_dict()["buckets"]
+            for k in ("residual", "owner_residual")
+            if m[k] is not None
         )
         reports.append([*session.report().to_dict()["rows"], {"memory": memory}])
     return reports
@@ -65,7 +68,7 @@ def test_bytes_and_memory_are_those_of_a_real_run(world_size: int) -> None:
             plan = Plan.of(spec, exchange)
             for (n, dtype), row in zip(BUCKETS, rows, strict=False):
                 choice = plan.choose(n, dtype.itemsize, world_size)
-                sent = cost.messages(choice, n, dtype.itemsize, world_size, rank)
+                sent = cost.transfers(choice, n, dtype.itemsize, world_size, rank)
                 totals = sum(m.sent for m in sent), sum(m.received for m in sent)
                 assert totals == (row["sent_bytes"], row["received_bytes"]), (
                     f"{spec}, {exchange}, {n} of {dtype}, rank {rank}"
@@ -79,7 +82,7 @@ def test_bytes_and_memory_are_those_of_a_real_run(world_size: int) -> None:
 def test_one_rank_sends_nothing_and_waits_for_nothing() -> None:
     for spec in SPECS:
         plan = Plan.of(spec)
-        assert cost.messages(plan.choose(5000, 4, 1), 5000, 4, 1) == ()
+        assert cost.transfers(plan.choose(5000, 4, 1), 5000, 4, 1) == ()
         assert cost.step(plan, MODEL, CODEC, Cluster(1, 1e6), 0.5) == cost.Step(0.5, 0.0, 0)
 
 
@@ -97,21 +100,21 @@ def test_layout_is_full_buckets_and_a_rest() -> None:
 def test_what_crosses_a_hosts_link() -> None:
     """Of 8 ranks on hosts of 4: a ring leaves the host once, pairs do from every rank to every rank elsewhere."""
     n = 100_000
-    (ring,) = cost.messages(Plan.of("none").choose(n, 4, 8), n, 4, 8, 0, 4)
+    (ring,) = cost.transfers(Plan.of("none").choose(n, 4, 8), n, 4, 8, 0, 4)
     assert ring.crossing == ring.sent == 2 * 7 * 4 * n // 8
-    (gather,) = cost.messages(Plan.of("topk(0.01)").choose(n, 4, 8), n, 4, 8, 0, 4)
+    (gather,) = cost.transfers(Plan.of("topk(0.01)").choose(n, 4, 8), n, 4, 8, 0, 4)
     assert gather.crossing == pytest.approx(gather.sent / 7 * 4 * 4)
     for spec in ("none", "topk(0.01)", "int4"):
-        inside = cost.messages(Plan.of(spec).choose(n, 4, 8), n, 4, 8, 0, 8)
+        inside = cost.transfers(Plan.of(spec).choose(n, 4, 8), n, 4, 8, 0, 8)
         assert [m.crossing for m in inside] == [0] * len(inside)
 
 
 def test_communication_alone_is_bytes_over_bandwidth_and_rounds_times_latency() -> None:
     n, bandwidth, latency = 1_000_000, 1e7, 0.02
-    for spec, exchange, W, rounds in (("none", None, 4, 6), ("int4", "all_gather", 4, 1), ("int4", "two_shot", 4, 2)):
+    for spec, exchange, W, rounds in (("none", None, 4, 6), ("int4", "one_shot", 4, 1), ("int4", "two_shot", 4, 2)):
         plan = Plan.of(spec, exchange)
         got = cost.step(plan, [n], FREE, Cluster(W, bandwidth, latency))
-        crossing = sum(m.crossing for m in cost.messages(plan.choose(n, 4, W), n, 4, W))
+        crossing = sum(m.crossing for m in cost.transfers(plan.choose(n, 4, W), n, 4, W))
         assert got.seconds == pytest.approx(crossing * cost.FRAME / bandwidth + rounds * latency)
         assert got.exposed == got.seconds
         assert got.sent_bytes == cost.sent_bytes(plan, [n], W)
@@ -123,7 +126,7 @@ def test_two_buckets_by_hand() -> None:
 
     backward 0-2 2-4   encode 2-3 4-5   link 3-6 6-9   decode 6-6.5 9-9.5
     """
-    n, plan = 1_000_000, Plan.of("int8", "all_gather")
+    n, plan = 1_000_000, Plan.of("int8", "one_shot")
     speed = Speed(1e-6, (0.3e-6, 0.2e-6), (0.0, 0.0))
     there = Cluster(2, plan.codec.nbytes(n) * cost.FRAME / 3)
     got = cost.step(plan, [n, n], speed, there, compute=6.0)
@@ -193,7 +196,7 @@ def test_break_even_is_where_both_take_as_long(W: int, spec: str, compute: float
 def test_break_even_without_end() -> None:
     """A codec for which time does not count pays on any link; one that sends more pays on none."""
     assert cost.break_even(Plan.of("int4"), MODEL, FREE, FREE, Cluster(8, 1.0)) == math.inf
-    assert cost.break_even(Plan.of("int8", "all_gather"), MODEL, CODEC, FREE, Cluster(64, 1.0)) is None
+    assert cost.break_even(Plan.of("int8", "one_shot"), MODEL, CODEC, FREE, Cluster(64, 1.0)) is None
 
 
 def test_break_even_of_very_many_buckets_is_that_of_a_few() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.feedback import Feedback, Memory, Segments
+from commpress.comm.scratch import Scratch, ScratchPool
 
 CPU = torch.device("cpu")
 SIZES = {"a": 300, "b": 40, "c": 700, "d": 1, "e": 256}
@@ -31,7 +32,7 @@ def fill(feedback: Feedback, seed: int = 0) -> None:
     """Some values in all memories."""
     counter = itertools.count(seed)
     for kept in feedback.memories.values():
-        for part in (kept.residual, kept.second):
+        for part in (kept.residual, kept.owner_residual):
             assert part is not None
             part.copy_(normal(part.numel(), next(counter)))
 
@@ -43,8 +44,8 @@ def by_parameter(ranks: list[Feedback]) -> dict[str, Tensor]:
         for segments, kept in feedback.memories.items():
             assert kept.residual is not None
             whole = kept.residual.double() / feedback.world_size
-            if kept.second is not None:
-                whole[kept.start : kept.start + kept.second.numel()] += kept.second.double()
+            if kept.owner_residual is not None:
+                whole[kept.owner_start : kept.owner_start + kept.owner_residual.numel()] += kept.owner_residual.double()
             for (name, _), part in zip(segments, whole.split([n for _, n in segments]), strict=True):
                 total[name] += part
     return total
@@ -66,14 +67,14 @@ def test_memories_start_empty_and_as_large_as_they_must_be() -> None:
     feedback = Feedback(2)
     kept = feedback.memory(layout("a", "b"), True, (128, 340), CPU)
     assert kept.residual is not None
-    assert kept.second is not None
+    assert kept.owner_residual is not None
     assert torch.equal(kept.residual, torch.zeros(340))
-    assert torch.equal(kept.second, torch.zeros(212))
-    assert kept.start == 128
-    assert feedback.memory(layout("c"), True, None, CPU).second is None
+    assert torch.equal(kept.owner_residual, torch.zeros(212))
+    assert kept.owner_start == 128
+    assert feedback.memory(layout("c"), True, None, CPU).owner_residual is None
     without = feedback.memory(layout("e"), False, (0, 128), CPU)
     assert without.residual is None
-    assert without.second is None
+    assert without.owner_residual is None
 
 
 def test_residuals_move_with_their_parameters() -> None:
@@ -171,14 +172,16 @@ def test_a_chunk_that_passes_to_another_owner_keeps_its_second_memory(world_size
     for rank, feedback in enumerate(ranks):
         memory(feedback, rank, layout("a", "c"))
         for kept in feedback.memories.values():
-            assert kept.second is not None
-            kept.second.fill_(rank + 1.0)  # the first memories stay empty: all that is kept is in the second ones
+            assert kept.owner_residual is not None
+            kept.owner_residual.fill_(
+                rank + 1.0
+            )  # the first memories stay empty: all that is kept is in the second ones
     before = by_parameter(ranks)
     assert all(part.abs().sum() > 0 for part in (before["a"], before["c"]))
     for rank, feedback in enumerate(ranks):
         kept = memory(feedback, rank, layout("c", "a"))
-        assert kept.second is not None
-        assert not kept.second.any()
+        assert kept.owner_residual is not None
+        assert not kept.owner_residual.any()
     assert_same_total(before, by_parameter(ranks))
 
 
@@ -197,8 +200,8 @@ def test_state_round_trip_through_a_file() -> None:
     assert list(restored.memories) == list(feedback.memories)
     for segments, kept in feedback.memories.items():
         other = restored.memories[segments]
-        assert other.start == kept.start
-        for one, two in ((kept.residual, other.residual), (kept.second, other.second)):
+        assert other.owner_start == kept.owner_start
+        for one, two in ((kept.residual, other.residual), (kept.owner_residual, other.owner_residual)):
             assert (one is None) == (two is None)
             assert one is None or two is None or torch.equal(one, two)
     moved = restored.memory(layout("b", "a"), True, None, CPU)  # the homes are known again
@@ -225,21 +228,42 @@ def test_rescale_multiplies_both_memories() -> None:
     feedback = Feedback(2)
     kept = memory(feedback, 1, layout("a", "c"))
     without = feedback.memory(layout("d"), False, None, CPU)
-    fill_of = {"residual": normal(1000, 1), "second": normal(1000 - kept.start, 2)}
+    fill_of = {"residual": normal(1000, 1), "owner_residual": normal(1000 - kept.owner_start, 2)}
     assert kept.residual is not None
-    assert kept.second is not None
+    assert kept.owner_residual is not None
     kept.residual.copy_(fill_of["residual"])
-    kept.second.copy_(fill_of["second"])
+    kept.owner_residual.copy_(fill_of["owner_residual"])
     feedback.rescale(0.25)
     assert torch.equal(kept.residual, fill_of["residual"] * 0.25)
-    assert torch.equal(kept.second, fill_of["second"] * 0.25)
+    assert torch.equal(kept.owner_residual, fill_of["owner_residual"] * 0.25)
     assert without.residual is None
 
 
 def test_buffers_stay_allocated_until_their_size_changes() -> None:
-    kept = Memory()
+    kept = Scratch()
     first = kept.buffer("payload", 100, CPU)
     assert (first.dtype, first.numel()) == (torch.uint8, 100)
     assert kept.buffer("payload", 100, CPU) is first
     assert kept.buffer("other", 100, CPU) is not first
     assert kept.buffer("payload", 104, CPU).numel() == 104
+
+
+def test_scratch_of_a_layout_that_is_gone_is_freed() -> None:
+    pool = ScratchPool(CPU)
+    first, second = layout("a"), layout("b")
+    scratch = pool.of(first, [first])
+    assert pool.of(first, []) is scratch
+    pool.of(second, [second])
+    assert pool.of(first, [first, second]) is not scratch
+
+
+def test_a_snapshot_is_what_was_remembered_then() -> None:
+    feedback = Feedback(2)
+    kept = memory(feedback, 1, layout("a", "c"))
+    fill(feedback)
+    before = {name: values.clone() for name, values in kept.tensors().items()}
+    feedback.snapshot(layout("a", "c"), kept)
+    fill(feedback, seed=7)
+    feedback.restore_snapshot()
+    assert kept.tensors().keys() == before.keys() == {"residual", "owner_residual"}
+    assert all(torch.equal(values, before[name]) for name, values in kept.tensors().items())

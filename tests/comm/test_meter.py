@@ -101,10 +101,10 @@ def test_json_holds_all_of_it(tmp_path: Path) -> None:
 
 def test_several_sessions_make_one_report_with_the_roles_apart() -> None:
     outer = Meter()
-    row = outer.row(0, 100_000, "float32", "topk(0.01)|int2", "all_gather", "", "outer")
+    row = outer.row(0, 100_000, "float32", "topk(0.01)|int2", "one_shot", "", "outer")
     row.steps, row.dense_bytes, row.sent_bytes, row.received_bytes = 1, 800_000, 2_000, 2_000
     outer.steps = 2
-    both = Report.together(metered().report("int4", 1, 2), outer.report("topk(0.01)|int2", 1, 4))
+    both = Report.merge(metered().report("int4", 1, 2), outer.report("topk(0.01)|int2", 1, 4))
     assert (both.spec, both.rank, both.world_size, both.steps) == ("int4; topk(0.01)|int2", 1, 4, 2)
     assert both.roles == {
         "gradients": {"dense_bytes": 800_080, "sent_bytes": 103_280, "received_bytes": 103_296},
@@ -121,4 +121,4 @@ def test_several_sessions_make_one_report_with_the_roles_apart() -> None:
 
 def test_no_reports_are_not_one() -> None:
     with pytest.raises(ValueError, match="got 0 reports"):
-        Report.together()
+        Report.merge()

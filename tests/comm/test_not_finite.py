@@ -10,8 +10,9 @@ from ranks import run
 from torch import Tensor
 
 from commpress.comm.codecs import parse
+from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import EXCHANGES, Labels, Transfer, Wire
-from commpress.comm.exchange.gather import gather
+from commpress.comm.exchange.all_gather import all_gather
 from commpress.comm.exchange.reduce_scatter import reduce_scatter
 from commpress.comm.feedback import Memory
 from commpress.comm.session import Session
@@ -55,7 +56,7 @@ def means_of(spec: str, exchange: str) -> tuple[list[Tensor], list[str]]:
             session.submit(x, ((f"p{i}", n),), 0, last=True).wait()
             means.append(x)
     for bucket in session.state_dict()["buckets"]:
-        for kind in ("residual", "second", "momentum"):
+        for kind in ("residual", "owner_residual", "momentum"):
             if bucket[kind] is not None and not bucket[kind].isfinite().all():
                 spoilt.append(f"{kind} of {bucket['segments']}")
     return means, spoilt
@@ -66,7 +67,7 @@ def all_means() -> dict[str, tuple[list[Tensor], list[str]]]:
         f"{spec} {exchange}": means_of(spec, exchange)
         for spec in SPECS
         for exchange in EXCHANGES
-        if exchange != "all_reduce" or parse(spec).sum_dtype is not None
+        if not EXCHANGES[exchange].linear or parse(spec).sum_dtype is not None
     }
 
 
@@ -99,7 +100,7 @@ def sharded() -> dict[str, tuple[list[Tensor], list[Tensor], bool]]:
     found = {}
     for spec in SPECS:
         codec = parse(spec)
-        size = codec.nbytes(m)
+        size, cuts = codec.nbytes(m), [r * m for r in range(W + 1)]
         memory = Memory(torch.zeros(W * m) if codec.lossy else None)
         chunks, wholes = [], []
         for step in range(STEPS):
@@ -108,10 +109,17 @@ def sharded() -> dict[str, tuple[list[Tensor], list[Tensor], bool]]:
             buffer = torch.empty((2 * W - 1) * size, dtype=torch.uint8)
             done(
                 reduce_scatter(
-                    full.clone(), out, dist.ReduceOp.AVG, codec, memory, buffer, wire, labels.next("a chunk")
+                    full.clone(),
+                    cuts,
+                    out,
+                    dist.ReduceOp.AVG,
+                    Encoder(codec, memory),
+                    buffer,
+                    wire,
+                    labels.next("a chunk"),
                 )
             )
-            done(gather(full[:m].clone(), whole, codec, buffer[: W * size], wire, labels.next("a shard")))
+            done(all_gather(full[:m].clone(), whole, Encoder(codec), buffer[: W * size], wire, labels.next("a shard")))
             chunks.append(out)
             wholes.append(whole)
         found[spec] = (chunks, wholes, memory.residual is None or bool(memory.residual.isfinite().all()))

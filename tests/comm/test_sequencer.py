@@ -48,7 +48,10 @@ def closed() -> tuple[list[str], float]:
     dist.barrier()  # the other rank has connected, too
     wire.close()
     x = torch.ones(4)
-    said = [outcome(lambda: wire.all_reduce(x, label)), outcome(lambda: wire.swap([x, x], [x, x], label, last=True))]
+    said = [
+        outcome(lambda: wire.all_reduce(x, label)),
+        outcome(lambda: wire.all_to_all([x, x], [x, x], label, last=True)),
+    ]
     total = torch.tensor(float(dist.get_rank() + 1))
     dist.all_reduce(total)
     return said, total.item()

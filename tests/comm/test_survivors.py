@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, parameters_of, same, sgd
 
 import commpress
-from commpress.comm.survivors import Survivors, pack, unpack
+from commpress.comm.masks_index import MaskIndex, pack, unpack
 from commpress.model.masks import Masks, whole
 
 STEPS = range(5)
@@ -55,7 +55,7 @@ def against_masked_ddp(spec: str) -> tuple[bool, float, list[torch.Tensor]]:
     dense = trained(plain, ddp(plain), masks, None)
     wrapped = ddp(ours)
     session = commpress.attach(wrapped, spec)
-    session.keep(masks)
+    session.set_masks(masks)
     packed = trained(ours, wrapped, masks, session)
     assert all(bool((p[~masks[name]] == 0).all()) for name, p in ours.named_parameters() if name in masks)
     return same(dense, packed), session.report().ratio, packed
@@ -90,7 +90,7 @@ def follow_masks() -> tuple[list[torch.Tensor], dict, float]:
     for seed, share in ((0, 0.5), (1, 0.5), (2, 0.8)):
         masks = masks_of(model, share, seed)
         before = residuals(session)
-        session.keep(masks)
+        session.set_masks(masks)
         held.replace(masks)
         held.clean(optimizer)
         for name, values in residuals(session).items():
@@ -110,12 +110,12 @@ def residuals(session) -> dict[str, torch.Tensor]:
     found = {}
     feedback = session._feedback
     for segments, memory in feedback.memories.items():
-        if memory.residual is None or not memory.whole:
+        if memory.residual is None or not memory.current:
             continue
         spread = memory.residual
-        if memory.places is not None:
+        if memory.kept_index is not None:
             spread = torch.empty(sum(n for _, n in segments))
-            unpack(memory.residual, feedback.survivors.places(segments), spread)
+            unpack(memory.residual, feedback.masks.kept_index(segments), spread)
         found |= zip((name for name, _ in segments), spread.split([n for _, n in segments]), strict=True)
     return found
 
@@ -131,7 +131,7 @@ def totals() -> tuple[float, float]:
     model = network()
     wrapped = ddp(model)
     session = commpress.attach(wrapped, "int4", exchange="two_shot")
-    session.keep(masks_of(model, 0.5))
+    session.set_masks(masks_of(model, 0.5))
     for step in STEPS:
         loss_of(wrapped, step).backward()
         model.zero_grad()
@@ -141,13 +141,15 @@ def totals() -> tuple[float, float]:
     after = before.clone()
     for total in (before, after):
         for segments, memory in feedback.memories.items():
-            if not memory.whole or memory.residual is None:
+            if not memory.current or memory.residual is None:
                 continue
             values = memory.residual.double()
-            if memory.second is not None:
-                values[memory.start : memory.start + memory.second.numel()] += dist.get_world_size() * memory.second
+            if memory.owner_residual is not None:
+                values[memory.owner_start : memory.owner_start + memory.owner_residual.numel()] += (
+                    dist.get_world_size() * memory.owner_residual
+                )
             spread = torch.zeros(sum(n for _, n in segments), dtype=torch.float64)
-            unpack(values, feedback.survivors.places(segments), spread)
+            unpack(values, feedback.masks.kept_index(segments), spread)
             at = 0
             for name, n in segments:
                 start = list(kept).index(name)
@@ -155,7 +157,7 @@ def totals() -> tuple[float, float]:
                 total[offset : offset + n] += spread[at : at + n]
                 at += n
         if total is before:
-            session.keep(masks_of(model, 0.5) | {"2.weight": torch.ones(64, 64, dtype=torch.bool)})
+            session.set_masks(masks_of(model, 0.5) | {"2.weight": torch.ones(64, 64, dtype=torch.bool)})
     return float((before - after).abs().max()), float(before.abs().max())
 
 
@@ -168,9 +170,9 @@ def disagree() -> tuple[str, str, str]:
     model = network()
     session = commpress.attach(ddp(model), "int4")
     masks = masks_of(model, seed=dist.get_rank())
-    differ = outcome(lambda: session.keep(masks))
+    differ = outcome(lambda: session.set_masks(masks))
     strange = {"9.weight": torch.ones(3, dtype=torch.bool)} if dist.get_rank() else {}
-    return differ, outcome(lambda: session.keep(strange)), outcome(lambda: session.keep(masks_of(model)))
+    return differ, outcome(lambda: session.set_masks(strange)), outcome(lambda: session.set_masks(masks_of(model)))
 
 
 def test_ranks_with_other_masks_stop_with_the_name():
@@ -194,7 +196,7 @@ def resumed(spec: str) -> bool:
             optimizer.load_state_dict(optimizers[first].state_dict())
             too_early = outcome(functools.partial(session.load_state_dict, saved))
             assert "restore the masks before" in too_early, too_early
-        session.keep(masks)
+        session.set_masks(masks)
         if model is then:
             session.load_state_dict(saved)
         held = Masks(dict(model.named_parameters()))
@@ -219,16 +221,16 @@ def looking() -> tuple[bool, bool]:
     session = commpress.attach(wrapped, "int4")
     for each in (model, plain):
         Masks(dict(each.named_parameters())).replace(masks)
-    session.keep(masks)
+    session.set_masks(masks)
     for step in (7, 8):  # fills what feedback keeps
         loss_of(wrapped, step).backward()
     model.zero_grad()
-    session.look(True)
+    session.send_dense(True)
     dense = ddp(plain)  # must outlive its backward
     loss_of(wrapped, 0).backward()
     loss_of(dense, 0).backward()
     exact = same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
-    session.look(False)
+    session.send_dense(False)
     model.zero_grad()
     loss_of(wrapped, 1).backward()
     pruned = [p.grad[~masks[name]] for name, p in model.named_parameters() if name in masks]
@@ -249,7 +251,7 @@ def behind(kind: str) -> tuple[list[torch.Tensor], bool]:
     for step in range(16):
         if step in (2, 8):
             masks = masks_of(model, 0.3 + 0.05 * step)
-            session.keep(masks)
+            session.set_masks(masks)
             held.replace(masks)
             held.clean(optimizer)
         optimizer.zero_grad()
@@ -272,7 +274,7 @@ def disagree_on_a_mesh() -> str:
     model = network()
     fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner")))
     session = commpress.attach(model, gradients="int4")
-    return outcome(lambda: session.keep(masks_of(model, seed=int(dist.get_rank() == 3))))
+    return outcome(lambda: session.set_masks(masks_of(model, seed=int(dist.get_rank() == 3))))
 
 
 def test_a_mesh_stops_as_a_whole():
@@ -285,8 +287,8 @@ def strided() -> str:
     model = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
     session = commpress.attach(DistributedDataParallel(model), "int4")
     masks = {"0.weight": torch.ones(8, 4, 3, 3, dtype=torch.bool)}
-    told = outcome(lambda: session.keep(masks))
-    session.keep(Masks(dict(model.named_parameters())).ordered(masks))
+    told = outcome(lambda: session.set_masks(masks))
+    session.set_masks(Masks(dict(model.named_parameters())).ordered(masks))
     return told
 
 
@@ -298,7 +300,7 @@ def test_a_mask_in_another_order_of_memory_is_refused():
 def dgc_refused() -> str:
     model = network()
     session = commpress.attach(ddp(model), "topk(0.1)", optimizer=commpress.optim.DGC(model.parameters()))
-    return outcome(lambda: session.keep(masks_of(model)))
+    return outcome(lambda: session.set_masks(masks_of(model)))
 
 
 def test_dgc_takes_no_masks():
@@ -320,7 +322,7 @@ def sharded(
         masks = masks_of(network(), 0.9)
         session = commpress.attach(model, gradients=spec, parameters=parameters) if attached else None
         if session is not None:
-            session.keep(masks)
+            session.set_masks(masks)
         ends.append(trained(model, model, masks, session))
         if session is not None:
             report = session.report().roles
@@ -364,11 +366,11 @@ def nothing_left() -> tuple[list[torch.Tensor], dict[str, set[str]]]:
     session = commpress.attach(model, gradients="int4", parameters="int8")
     masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in network()[2].named_parameters(prefix="2")}
     session.phase("pruned")
-    session.keep(masks)
+    session.set_masks(masks)
     loss_of(model, 0).backward()
     gradients = [whole(p.grad) for p in model[2].parameters()]
     session.phase("whole")
-    session.keep({})
+    session.set_masks({})
     loss_of(model, 1).backward()
     how: dict[str, set[str]] = {"pruned": set(), "whole": set()}
     for row in session.report().rows:
@@ -381,7 +383,10 @@ def test_fsdp_nothing_is_left_of_a_unit():
     assert same(one, other)
     assert not any(bool(g.any()) for g in one[:2])
     assert all(bool(g.any()) for g in one[2:])
-    assert how == {"pruned": {"not sent: nothing is left of it"}, "whole": {"int4 by reduce_scatter", "int8 by gather"}}
+    assert how == {
+        "pruned": {"not sent: nothing is left of it"},
+        "whole": {"int4 by reduce_scatter", "int8 by all_gather"},
+    }
 
 
 @settings(deadline=None)
@@ -391,19 +396,19 @@ def test_packed_and_spread_out_again(n, seed, dtype):
     mask = torch.rand(n, generator=generator) < 0.4
     x = torch.randn(n + 7, generator=generator).to(dtype)
     segments = (("a", n), ("b", 7))
-    survivors = Survivors({"a": mask})
-    places = survivors.places(segments)
+    survivors = MaskIndex({"a": mask})
+    places = survivors.kept_index(segments)
     kept = torch.empty(survivors.total(segments), dtype=dtype)
     pack(x, places, kept)
     assert torch.equal(kept, torch.cat([x[:n][mask], x[n:]]))
     out = torch.empty_like(x)
     unpack(kept, places, out)
     assert torch.equal(out, torch.cat([x[:n] * mask, x[n:]]))
-    assert Survivors().places(segments) is None
-    other = Survivors({"a": torch.rand(n, generator=generator) < 0.5})
+    assert MaskIndex().kept_index(segments) is None
+    other = MaskIndex({"a": torch.rand(n, generator=generator) < 0.5})
     moved = other.repacked(kept, segments, survivors)
     assert torch.equal(other.repacked(kept, segments, survivors), moved)
     back = torch.empty_like(x)
-    unpack(moved, other.places(segments), back)
+    unpack(moved, other.kept_index(segments), back)
     both = mask & (torch.zeros(n, dtype=torch.bool).scatter(0, other._in["a"].long(), True))
     assert torch.equal(back, torch.cat([x[:n] * both, x[n:]]))

@@ -35,7 +35,7 @@ def message(length: int, text: str, collective: bool) -> str:
     label = Label(0, text)
 
     def send() -> None:
-        (wire.all_reduce(x, label) if collective else wire.swap([x] * wire.world_size, rows, label, True)).wait()
+        (wire.all_reduce(x, label) if collective else wire.all_to_all([x] * wire.world_size, rows, label, True)).wait()
 
     try:
         send()
@@ -58,7 +58,9 @@ def later(collective: bool) -> str:
         for tag, which in enumerate(order):
             x, label = buffers[which], Label(2 * tag, f"bucket {which}")
             rows = [torch.empty_like(x) for _ in range(wire.world_size)]
-            (wire.all_reduce(x, label) if collective else wire.swap([x] * wire.world_size, rows, label, True)).wait()
+            (
+                wire.all_reduce(x, label) if collective else wire.all_to_all([x] * wire.world_size, rows, label, True)
+            ).wait()
     except RuntimeError as error:
         return f"{tag}: {wire.board.explain(error)}"
     return ""
@@ -69,7 +71,7 @@ def flipped(proven: bool) -> str:
     wire = Wire(dist.group.WORLD, CPU)
     x = torch.arange(1000, dtype=torch.int32).view(torch.uint8)
     rows = [torch.empty_like(x) for _ in range(2)]
-    transfer = wire.swap([x, x], rows, Label(0, "a bucket", proven), True)
+    transfer = wire.all_to_all([x, x], rows, Label(0, "a bucket", proven), True)
     transfer.headers[0].check()
     for _, work in transfer.works:
         work.wait()
@@ -136,7 +138,7 @@ def keeps(action: str) -> str:
     if dist.get_rank() == 1:
         return outcome(lambda: loss_of(ddp, 2).backward())
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in ddp.module.named_parameters()}
-    actions = {"keep": lambda: session.keep(masks), "agree": lambda: session.agree({"step": 2})}
+    actions = {"keep": lambda: session.set_masks(masks), "agree": lambda: session.agree({"step": 2})}
     return outcome(actions[action])
 
 

@@ -211,10 +211,10 @@ def masked(spec: str) -> tuple[list[Tensor], Tensor]:
         ddp = DistributedDataParallel(Waves())
         if hooked:
             session = commpress.attach(ddp, spec)
-            session.keep({"first": mask})
+            session.set_masks({"first": mask})
         loss(ddp, 0).backward()
         gradients.append(ddp.module.first.grad)
-    assert "ValueError" in outcome(lambda: session.keep({"first": torch.ones(32, 96, dtype=torch.bool)}))
+    assert "ValueError" in outcome(lambda: session.set_masks({"first": torch.ones(32, 96, dtype=torch.bool)}))
     return gradients, mask  # type: ignore[return-value]
 
 

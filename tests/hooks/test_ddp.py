@@ -249,7 +249,7 @@ def with_nan(spec: str, bad: float) -> dict[str, Any]:
             handle.remove()
         gradients.append([g for g in gradients_of(ddp) if g is not None])
         weights.append(ddp.module[2].weight.grad.clone())
-    memories = [m for bucket in session.state_dict()["buckets"] for m in (bucket["residual"], bucket["second"])]
+    memories = [m for bucket in session.state_dict()["buckets"] for m in (bucket["residual"], bucket["owner_residual"])]
     return {"weights": weights, "gradients": gradients, "memories": memories}
 
 
@@ -435,7 +435,7 @@ def test_report_of_a_training(tmp_path: Path) -> None:
             ratio = row["dense_bytes"] / row["sent_bytes"]
             assert (ratio == 1.0) if row["reason"] else (ratio > 6)
             assert row["seconds"]["wire"] > 0
-        assert "int4 by all_gather" in got["text"]
+        assert "int4 by one_shot" in got["text"]
         assert "not compressed: fewer than 256 values" in unwrapped(got["text"])
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == report
 
@@ -464,7 +464,7 @@ def test_refusals_are_sentences_and_harm_nothing() -> None:
     for case in ("twice", "other hook"):
         assert one[case].startswith("RuntimeError: ")
         assert "hook" in one[case]
-    assert "ValueError: rank 0: unknown exchange 'ring', known: all_reduce, two_shot, all_gather" in one["exchange"]
+    assert "ValueError: rank 0: unknown exchange 'ring', known: all_reduce, two_shot, one_shot" in one["exchange"]
     assert "payloads of int4 cannot be summed" in one["all_reduce"]
     assert "unknown codec 'int5', known: none, bf16" in one["spec"]
     assert one["differ"] == "ValueError: rank 1 has spec 'int8', rank 0 has 'int4': all ranks must use the same spec"
@@ -495,7 +495,7 @@ def scaled(spec: str | None, poisoned: tuple[int, ...], follow: bool = True, gro
         scales.append(scaler.get_scale())
         moved.append(not same(before, parameters_of(ddp)))
         if session is not None:
-            kept = [m for b in session.state_dict()["buckets"] for m in (b["residual"], b["second"])]
+            kept = [m for b in session.state_dict()["buckets"] for m in (b["residual"], b["owner_residual"])]
             memories_finite.append(finite(kept))
     return {
         "scales": scales,

@@ -80,7 +80,7 @@ def refusals(path: str) -> dict[str, str]:
     wider = nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 11))
     sessions = {
         "spec": session("int8"),
-        "exchange": session(exchange="all_gather"),
+        "exchange": session(exchange="one_shot"),
         "feedback": session(error_feedback=False),
         "model": session(model=wider),
         "rank": session(),
@@ -100,7 +100,7 @@ def test_resumed_is_unbroken(spec: str, world_size: int, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("spec", "exchange"), [
-    ("int4", "two_shot"), ("int4", "all_gather"), ("topk(0.1)", "two_shot"), ("bf16", None), ("none", None),
+    ("int4", "two_shot"), ("int4", "one_shot"), ("topk(0.1)", "two_shot"), ("bf16", None), ("none", None),
 ])  # fmt: skip
 def test_resumed_is_unbroken_by_other_exchanges(spec: str, exchange: str | None, tmp_path: Path) -> None:
     for whole, pieced, _ in run(2, interrupted, spec, exchange, str(tmp_path), SMALL_BUCKETS):
@@ -132,7 +132,7 @@ def test_a_state_that_does_not_belong_here_is_refused(tmp_path: Path) -> None:
             assert said[case].startswith("ValueError: cannot restore: "), case
         for case, values in {
             "spec": ("int4", "int8"),
-            "exchange": ("None", "all_gather"),
+            "exchange": ("None", "one_shot"),
             "feedback": ("True", "False"),
             "rank": (f"rank {1 - rank}", f"this run has {rank}"),
             "version": ("version 0", "this run has"),

@@ -15,7 +15,7 @@ import commpress
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.joining import timeout_of
-from commpress.comm.plan import FEWEST_VALUES, Plan, Treatment
+from commpress.comm.plan import FEWEST_VALUES, Override, Plan
 from commpress.hooks.deepspeed import attach
 from commpress.hooks.owners import Known, Owners
 
@@ -184,7 +184,7 @@ def owners_sum(cuts: list[int], known: bool) -> list[float]:
     plan = Plan.of("sign", None, True)
     owners = Owners(dist.distributed_c10d._get_default_group(), torch.device("cpu"), plan, Plan.of("none"))
     n = cuts[-1]
-    treatment = Treatment(plan.codec)
+    override = Override(plan.codec)
     mine = slice(cuts[rank], cuts[rank + 1])
     true, sent = torch.zeros(n), torch.zeros(n)
     for step in range(8):
@@ -193,10 +193,10 @@ def owners_sum(cuts: list[int], known: bool) -> list[float]:
         total = x.clone()
         dist.all_reduce(total)
         true += total / W
-        choice = plan.choose(n, 4, W, treatment)
+        choice = plan.choose(n, 4, W, override)
         every = torch.randn(n, generator=torch.Generator().manual_seed(step)).bfloat16()
         along = [Known(a, every[a:b], 0.9) for a, b in itertools.pairwise(cuts) if b > a] if known else []
-        owners.to_owners(x, cuts, (("p", n),), 0, choice, treatment, 0, along).wait()
+        owners.to_owners(x, cuts, (("p", n),), 0, choice, override, 0, along).wait()
         sent[mine] += x[mine]
     kept = owners.feedback.memories[(("p", n),)].residual
     assert kept is not None

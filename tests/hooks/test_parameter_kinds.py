@@ -59,7 +59,7 @@ def ignored() -> dict[str, Any]:
         for step in range(2, 4):
             step_ignoring(second, goes_on, step)
         got[spec] = (parameters_of(whole), parameters_of(second), session.report().to_dict())
-        got["said"] = outcome(lambda session=session: session.keep({"4.bias": torch.ones(10, dtype=torch.bool)}))
+        got["said"] = outcome(lambda session=session: session.set_masks({"4.bias": torch.ones(10, dtype=torch.bool)}))
         got["names"] = list(exchanged_parameters(whole))
     return got
 
@@ -263,18 +263,20 @@ def moves_between(way: str) -> dict[str, bool]:
     for first, second in (("bare", way), (way, "bare")):
         whole = WRAPS["bare"](network())
         session = commpress.attach(whole, "int4")
-        session.keep({"2.weight": mask})
+        session.set_masks({"2.weight": mask})
         train(whole, range(4), optimizer=torch.optim.SGD(whole.parameters(), lr=0.1))
         one = WRAPS[first](network())
         saved = commpress.attach(one, "int4")
         masked = next(name for name, p in one.named_parameters() if p.shape == (64, 64))
-        saved.keep({masked.removeprefix("_orig_mod.").removeprefix("module."): mask})  # by the name that the module has
+        saved.set_masks(
+            {masked.removeprefix("_orig_mod.").removeprefix("module."): mask}
+        )  # by the name that the module has
         train(one, range(2), optimizer=torch.optim.SGD(one.parameters(), lr=0.1))
         other = WRAPS[second](network())
         for p, q in zip(other.parameters(), one.parameters(), strict=True):
             p.data.copy_(q)
         again = commpress.attach(other, "int4")
-        again.keep({"2.weight": mask})
+        again.set_masks({"2.weight": mask})
         again.load_state_dict(saved.state_dict())
         train(other, range(2, 4), optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
         same_as[f"{first} to {second}"] = same(bare(whole), bare(other))
@@ -333,7 +335,7 @@ def shards_move(way: str) -> list[dict[str, int]]:
             for name, p in model.named_parameters()
             if kind == "bare" or not name.startswith("_orig_mod")
         }
-        session.keep(whole_masks)
+        session.set_masks(whole_masks)
     return found
 
 

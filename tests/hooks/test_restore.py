@@ -159,7 +159,7 @@ def withheld(session: Any) -> float:
     """The mean over the ranks of what they withhold."""
     total = torch.zeros((), dtype=torch.float64)
     for bucket in session.state_dict()["buckets"]:
-        for key, weight in (("residual", 1.0), ("second", float(session.world_size))):
+        for key, weight in (("residual", 1.0), ("owner_residual", float(session.world_size))):
             if bucket[key] is not None:
                 total += weight * bucket[key].double().sum()
     dist.all_reduce(total)

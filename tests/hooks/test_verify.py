@@ -72,13 +72,13 @@ def wrongly_decoded(spec: str, bad_rank: int) -> str:
     commpress.attach(ddp, spec)
     train(ddp, range(1))
     if dist.get_rank() == bad_rank:
-        for name, sound in list(EXCHANGES.items()):
+        for kind in map(type, EXCHANGES.values()):
 
-            def flips(x: Any, *arguments: Any, sound: Any = sound) -> Iterator[Any]:
-                yield from sound(x, *arguments)
+            def flips(self: Any, x: Any, *arguments: Any, sound: Any = kind.run) -> Iterator[Any]:
+                yield from sound(self, x, *arguments)
                 x[:1].view(torch.int32).add_(1)
 
-            EXCHANGES[name] = flips
+            kind.run = flips  # type: ignore[method-assign]
     return outcome(lambda: loss_of(ddp, 1).backward())
 
 
@@ -131,9 +131,7 @@ class Done:
         self._done = True
 
 
-@pytest.mark.parametrize(
-    ("spec", "exchange"), [("int4", "two_shot"), ("sign", "all_gather"), ("topk(0.1)", "two_shot")]
-)
+@pytest.mark.parametrize(("spec", "exchange"), [("int4", "two_shot"), ("sign", "one_shot"), ("topk(0.1)", "two_shot")])
 def test_a_damaged_payload_is_an_error_on_all_ranks(spec: str, exchange: str) -> None:
     for said in run(3, damaged, spec, exchange, 1, fresh=True):
         assert "from rank 2 are not those that it sent" in said

@@ -89,7 +89,7 @@ def test_a_table_without_step_seconds_has_communication_alone(tmp_path: Path) ->
     assert dense["sent_bytes"] == cost.sent_bytes(cost.DENSE, buckets, 4) == 12_000_000
     assert int4["sent_bytes"] == cost.sent_bytes(Plan.of("int4"), buckets, 4)
     assert int4["ratio"] == pytest.approx(dense["sent_bytes"] / int4["sent_bytes"])
-    assert (int4["exchange"], topk["exchange"]) == ("two_shot", "all_gather")
+    assert (int4["exchange"], topk["exchange"]) == ("two_shot", "one_shot")
     assert dense["communication_seconds"] >= 12_000_000 * cost.FRAME / 125e6
     assert int4["feedback_bytes"] == 4 * 2_000_000 * 5 // 4
     assert "step_seconds" not in int4

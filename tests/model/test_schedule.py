@@ -421,7 +421,7 @@ def skipped_step() -> float:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     session = commpress.attach(wrapped, "sign", optimizer=optimizer, grad_scaler=scaler)
     masks = {"0.weight": torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) > 0.5}
-    session.keep(masks)
+    session.set_masks(masks)
     before: list[Tensor] = []
     for step in range(7):
         optimizer.zero_grad()
@@ -433,7 +433,7 @@ def skipped_step() -> float:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    session.keep(masks)
+    session.set_masks(masks)
     return max(float((a - b).abs().max()) for a, b in zip(before, kept(session), strict=True))
 
 

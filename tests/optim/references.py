@@ -49,7 +49,7 @@ class Bucket:
         n, W = sent[0].numel(), len(sent)
         if not codec.lossy or n < FEWEST_VALUES:
             return torch.stack(sent).mean(dim=0)
-        if exchange == "all_gather":
+        if exchange == "one_shot":
             decoded = [self._code(codec, x, residual) for x, residual in zip(sent, self.residuals, strict=True)]
             return torch.stack(decoded).mean(dim=0)
         cuts = chunk_bounds(n, W, codec.granularity)
@@ -262,7 +262,7 @@ class FrozenAdam:
         return group["lr"] * self.schedule(self.steps), beta1, beta2, group["eps"], group["weight_decay"]
 
     def _default_exchange(self, codec: Codec) -> str:
-        return "all_gather" if codec.exchange == "all_gather" or self.world_size == 2 else "two_shot"
+        return "one_shot" if codec.exchange == "one_shot" or self.world_size == 2 else "two_shot"
 
 
 class Dgc:

@@ -311,7 +311,7 @@ def require_equal(actual: list[Tensor], expected: list[Tensor], start: list[Tens
 
 @pytest.mark.parametrize(("spec", "exchange", "world_size"), [
     ("none", None, 2), ("none", None, 3), ("sign", None, 2), ("int4", None, 2), ("topk(0.1)|sign", None, 2),
-    ("topk(0.1)|sign", None, 3), ("sign", "two_shot", 3), ("sign", "all_gather", 3),
+    ("topk(0.1)|sign", None, 3), ("sign", "two_shot", 3), ("sign", "one_shot", 3),
 ])  # fmt: skip
 def test_it_is_one_bit_adam(spec: str, exchange: str | None, world_size: int) -> None:
     results = run(world_size, against_reference, spec, exchange, WARM_UP + 15, False, constant, {})

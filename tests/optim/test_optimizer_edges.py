@@ -221,7 +221,7 @@ def test_what_does_not_go_together_is_said() -> None:
 def test_a_forced_exchange_that_the_warm_up_cannot_use() -> None:
     (one, how), (other, _) = run(2, forced)
     assert same(one, other)
-    assert {text for text in how if "not compressed" not in text} == {"int8 by all_gather", "bf16 by all_reduce"}
+    assert {text for text in how if "not compressed" not in text} == {"int8 by one_shot", "bf16 by all_reduce"}
 
 
 def test_a_single_rank_applies_what_others_had_withheld() -> None:

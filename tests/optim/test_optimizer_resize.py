@@ -69,9 +69,9 @@ def totals(states: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
             whole = torch.zeros(sum(n for _, n in bucket["segments"]), dtype=torch.float64)
             if bucket[key] is not None:
                 whole += bucket[key].double() / len(states)
-            if key == "residual" and bucket["second"] is not None:
-                start = bucket["start"]
-                whole[start : start + bucket["second"].numel()] += bucket["second"].double()
+            if key == "residual" and bucket["owner_residual"] is not None:
+                start = bucket["owner_start"]
+                whole[start : start + bucket["owner_residual"].numel()] += bucket["owner_residual"].double()
             name = str(bucket["segments"])
             total[name] = total[name] + whole if name in total else whole
     return total
@@ -91,7 +91,7 @@ def test_nothing_is_lost(name: str, spec: str, exchange: str | None, old: int, n
         for bucket in there:
             torch.testing.assert_close(here[bucket], there[bucket], rtol=1e-5, atol=1e-6)
         assert any(bool(t.any()) for t in there.values()) == (key == "residual" or name == "DGC")
-    assert not any(bucket["second"] is not None for state in states for bucket in state["buckets"])
+    assert not any(bucket["owner_residual"] is not None for state in states for bucket in state["buckets"])
     if name == "ZeroOneAdamW":  # a rank's own drift becomes the mean of all
         for part, values in states[0]["optimizer"]["0.weight"].items():
             of_all = torch.stack([s["session"]["optimizer"]["0.weight"][part] for s in saved]).mean(dim=0)

@@ -174,7 +174,7 @@ def scaled_steps(
             moved.append("optimizer")
     history.parameters = parameters_of(ddp)
     state = session.state_dict()
-    memories = [bucket[key] for bucket in state["buckets"] for key in ("residual", "second", "momentum")]
+    memories = [bucket[key] for bucket in state["buckets"] for key in ("residual", "owner_residual", "momentum")]
     history.extra = [None if kept is None else kept / state["scale"] for kept in memories]
     return history, skipped, moved
 

@@ -204,7 +204,7 @@ def test_the_report_has_the_bytes_against_those_of_ddp_in_the_same_steps() -> No
     codec = commpress.parse("topk(0.1)|int2")
     assert report.steps == 2 * EVERY
     assert [(row.role, row.spec, row.exchange, row.steps) for row in report.rows] == [
-        ("outer", "topk(0.1)|int2", "all_gather", 3)
+        ("outer", "topk(0.1)|int2", "one_shot", 3)
     ]
     assert report.sent_bytes == 3 * 2 * codec.nbytes(n)
     assert report.dense_bytes == 2 * EVERY * (2 * 2 * 4 * n // 3)
@@ -280,8 +280,8 @@ def sum_withheld(states: list[dict[str, Any]]) -> Tensor:
     for state in states:
         for bucket in state["session"]["buckets"]:
             total += bucket["residual"] / state["session"]["world_size"]
-            if bucket["second"] is not None:
-                total[bucket["start"] :][: bucket["second"].numel()] += bucket["second"]
+            if bucket["owner_residual"] is not None:
+                total[bucket["owner_start"] :][: bucket["owner_residual"].numel()] += bucket["owner_residual"]
     return total
 
 
@@ -296,7 +296,7 @@ def test_ranks_may_join_and_leave_and_change_places(old: int, places: list[int |
         assert same(end, results[0][2])
     before = sum_withheld([states[rank] for rank in holders])
     assert before.abs().max() > 0
-    assert all(states[rank]["session"]["buckets"][0]["second"] is not None for rank in holders) == (old > 2)
+    assert all(states[rank]["session"]["buckets"][0]["owner_residual"] is not None for rank in holders) == (old > 2)
     torch.testing.assert_close(sum(withheld for withheld, _, _ in results), before, rtol=1e-4, atol=1e-8)
 
 
@@ -344,7 +344,7 @@ def workers_of_two(spec: str) -> tuple[list[Tensor], commpress.Report, commpress
     outer = commpress.diloco(ddp, optimizer, spec, every=EVERY, group=outer_group)
     take_steps(ddp, optimizer, range(STEPS))
     outer.sync()
-    return parameters_of(ddp), outer.report(), commpress.Report.together(session.report(), outer.report())
+    return parameters_of(ddp), outer.report(), commpress.Report.merge(session.report(), outer.report())
 
 
 @pytest.mark.parametrize("spec", ["none", "topk(0.1)|int2"])

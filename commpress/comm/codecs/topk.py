@@ -45,7 +45,7 @@ class TopK(Codec):
     values: Codec = field(default_factory=Identity)
 
     word: ClassVar[str] = "topk"
-    exchange: ClassVar[str] = "all_gather"
+    exchange: ClassVar[str] = "one_shot"
 
     def __post_init__(self) -> None:
         if isinstance(self.values, TopK):

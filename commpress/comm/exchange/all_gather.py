@@ -1,27 +1,46 @@
-"""all_gather: every rank sends its whole payload to every other. For sparse payloads and few ranks.
+"""all_gather: each rank's shard, on every rank. For sharded parameters.
 
-    rank 0  p0 --> 1, 2        rank 0  mean(p0, p1, p2)
-    rank 1  p1 --> 0, 2        rank 1  mean(p0, p1, p2)
-    rank 2  p2 --> 0, 1        rank 2  mean(p0, p1, p2)
+    rank 0  a -> pa --> 1, 2        rank 0  [pa pb pc] -> [a' b' c']
+    rank 1  b -> pb --> 0, 2        rank 1  [pa pb pc] -> [a' b' c']
+    rank 2  c -> pc --> 0, 1        rank 2  [pa pb pc] -> [a' b' c']
 
-Each rank sends (W - 1) * nbytes(n). All sum the same bytes in the order of the ranks, so all hold the same bits.
+Each rank sends (W - 1) * nbytes(m), as many bytes as a ring does. All ranks, the owner of a shard too, decode the bytes that
+were sent: all compute with the same bits. The shard itself stays as it is.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.codecs import Codec
+from commpress.comm.encoder import Encoder
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
-from commpress.comm.feedback import Memory
 
 
-def all_gather(x: Tensor, codec: Codec, memory: Memory, wire: Wire, label: Label) -> Iterator[Transfer]:
-    """Replace `x` ([n], any float dtype) by its mean over the ranks."""
-    me, W, size = wire.rank, wire.world_size, codec.nbytes(x.numel())
-    gathered = memory.buffer("gathered", W * size, x.device)
-    rows = gathered.split(size)
-    memory.encode(codec, x, slice(None), out=rows[me])
-    yield wire.swap([rows[me]] * W, rows, label, last=True)
-    codec.mean(gathered, x.numel(), W, out=x)
+def all_gather(
+    shard: Tensor, out: Tensor, encoder: Encoder, buffer: Tensor, wire: Wire, label: Label
+) -> Iterator[Transfer]:
+    """Fill `out` ([W * m]) with the ranks' `shard` ([m], which may be this rank's part of `out`); any float dtype.
+
+    `buffer` is uint8 [W * nbytes(m)].
+    """
+    me, W, m = wire.rank, wire.world_size, shard.numel()
+    rows, parts = buffer.split(encoder.codec.nbytes(m)), out.split(m)
+    encoder.encode(shard, slice(None), out=rows[me])
+    transfer = wire.all_to_all([rows[me]] * W, rows, label, last=True)
+    encoder.decode(rows[me], m, out=parts[me])  # while it is on its way
+    yield transfer
+    for r in (*range(me), *range(me + 1, W)):
+        encoder.decode(rows[r], m, out=parts[r])
+
+
+def native_all_gather(shard: Tensor, out: Tensor, wire: Wire, label: Label) -> Iterator[Transfer]:
+    """Run the group's own all-gather of any dtype. A ring sends W - 1 shards."""
+    crossing = (wire.world_size - 1) * shard.nbytes
+
+    def start(group: dist.ProcessGroup) -> Any:
+        return dist.all_gather_single(out, shard, group=group, async_op=True)
+
+    yield wire.collective(start, out.nbytes, label, crossing, crossing)

@@ -9,28 +9,41 @@ bits are DDP's.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.encoder import Encoder
+from commpress.comm.exchange.base import Exchange, Message
 from commpress.comm.exchange.label import Label
-from commpress.comm.exchange.wire import Transfer, Wire
-from commpress.comm.feedback import Memory
+from commpress.comm.exchange.wire import Transfer, Wire, ring_bytes
 
 
-def all_reduce(x: Tensor, codec: Codec, memory: Memory, wire: Wire, label: Label) -> Iterator[Transfer]:
-    """Replace `x` ([n], any float dtype) by its mean over the ranks."""
-    assert codec.sum_dtype is not None
-    if not codec.lossy:
-        if memory.residual is not None:  # what a lossy codec kept before: dense, all of it can go
-            x.add_(memory.residual)
-            memory.residual = None
-        x.mul_(1.0 / wire.world_size)
-        yield wire.all_reduce(x, label)
-        return
-    payload = memory.buffer("payload", codec.nbytes(x.numel()), x.device)
-    memory.encode(codec, x, slice(None), out=payload)
-    values = payload[: x.numel() * codec.sum_dtype.itemsize].view(codec.sum_dtype)
-    values.mul_(1.0 / wire.world_size)
-    yield wire.all_reduce(values, label)
-    codec.decode(payload, x.numel(), out=x)
+@dataclass(frozen=True)
+class AllReduce(Exchange):
+    """The group's own sum of payloads."""
+
+    name: ClassVar[str] = "all_reduce"
+    linear: ClassVar[bool] = True
+
+    def run(self, x: Tensor, encoder: Encoder, wire: Wire, label: Label) -> Iterator[Transfer]:
+        codec = encoder.codec
+        assert codec.sum_dtype is not None
+        if not codec.lossy:
+            encoder.add_residual(x)  # what a lossy codec kept before: dense, all of it can go
+            x.mul_(1.0 / wire.world_size)
+            yield wire.all_reduce(x, label)
+            return
+        payload = encoder.buffer("payload", codec.nbytes(x.numel()), x.device)
+        encoder.encode(x, slice(None), out=payload)
+        values = payload[: x.numel() * codec.sum_dtype.itemsize].view(codec.sum_dtype)
+        values.mul_(1.0 / wire.world_size)
+        yield wire.all_reduce(values, label)
+        encoder.decode(payload, x.numel(), out=x)
+
+    def messages(self, n: int, itemsize: int, codec: Codec, world_size: int, rank: int) -> tuple[Message, ...]:
+        assert codec.sum_dtype is not None
+        size = ring_bytes(n * (codec.sum_dtype.itemsize if codec.lossy else itemsize), world_size)
+        return (Message(size, size, rounds=2 * (world_size - 1), ring=True),)

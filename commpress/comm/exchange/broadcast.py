@@ -15,24 +15,25 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from commpress.comm.codecs import Codec
+from commpress.comm.encoder import Encoder
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 
 
 def broadcast(
-    x: Tensor, sizes: Sequence[int], base: Tensor, codec: Codec, payload: Tensor, wire: Wire, source: int, label: Label
+    x: Tensor, sizes: Sequence[int], base: Tensor, encoder: Encoder, payload: Tensor, wire: Wire, source: int, label: Label
 ) -> Iterator[Transfer]:
     """Make `x` (float32 [n]) on all ranks but the source what is known of the source's; `base` (float32 [n]) follows.
 
     `sizes` are those of the tensors in `x`, `payload` is uint8 [nbytes(n) + tensors]. The source keeps its own `x`.
     """
-    coded, positive = payload.split([codec.nbytes(x.numel()), len(sizes)])
+    coded, positive = payload.split([encoder.codec.nbytes(x.numel()), len(sizes)])
     if wire.rank == source:
-        codec.encode(torch.where(x == base, 0.0, x - base), out=coded)  # inf - inf is no change
+        encoder.encode(torch.where(x == base, 0.0, x - base), slice(None), out=coded)  # inf - inf is no change
         positive.copy_(torch.stack([(part >= 0).all() for part in x.split(list(sizes))]))
     yield wire.broadcast(payload, source, label)
-    step = codec.decode(coded, x.numel())
+    step = torch.empty_like(base)
+    encoder.decode(coded, x.numel(), out=step)
     base.add_(torch.where(step.isfinite(), step, 0.0))  # NaN would stay in base for good
     for part, clamps in zip(base.split(list(sizes)), positive.tolist(), strict=True):
         if clamps:

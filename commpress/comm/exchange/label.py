@@ -12,7 +12,7 @@ from torch import Tensor
 
 from commpress.comm.failure import DamagedMessageError, LostPeerError, OtherMessageError, is_lost
 from commpress.comm.kernels.fingerprint import fingerprint
-from commpress.comm.survivors import Segments
+from commpress.comm.masks_index import Segments
 
 TAGS_PER_BUCKET = 2
 HEADER = struct.Struct("<QQQ")

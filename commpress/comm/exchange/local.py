@@ -5,29 +5,43 @@ exchange, where all see the same Inf or NaN. Else the ranks' scales and steps wo
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from commpress.comm.codecs import Codec
+from commpress.comm.encoder import Encoder
+from commpress.comm.exchange.base import Exchange, Message
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
-from commpress.comm.feedback import Memory
 
 
-def stay() -> Iterator[Transfer]:
-    """Leave the bucket as it is."""
-    return iter(())
+@dataclass(frozen=True)
+class NoExchange(Exchange):
+    """Leaves the bucket as it is."""
+
+    name: ClassVar[str] = "none"
+
+    def run(self, x: Tensor, encoder: Encoder, wire: Wire, label: Label) -> Iterator[Transfer]:
+        return iter(())
+
+    def messages(self, n: int, itemsize: int, codec: Codec, world_size: int, rank: int) -> tuple[Message, ...]:
+        return ()
 
 
-def alone(x: Tensor, memory: Memory) -> Iterator[Transfer]:
-    """The mean over a single rank, which may remember what it withheld when there were more."""
-    if memory.residual is not None:
-        x.add_(memory.residual)
-        memory.residual = None
+def single_rank(x: Tensor, encoder: Encoder, out: Tensor | None = None, times: float = 1.0) -> Iterator[Transfer]:
+    """Leave in `out` (None: in `x`) `times` the mean over a single rank, which sends along what it kept among more."""
+    encoder.add_residual(x)
+    if out is not None and out.data_ptr() != x.data_ptr():
+        out.copy_(x)
+    if times != 1:
+        (x if out is None else out).mul_(times)
     yield from ()
 
 
-def skip_together(x: Tensor, wire: Wire, label: Label) -> Iterator[Transfer]:
+def all_reduce_found_inf(x: Tensor, wire: Wire, label: Label) -> Iterator[Transfer]:
     """Leave `x` ([n], any float dtype) as it is, or fill it with NaN on all ranks if it holds NaN or Inf on any."""
     bad = torch.tensor([float(not bool(x.isfinite().all()))], dtype=torch.float32, device=x.device)
     yield wire.all_reduce(bad, label)

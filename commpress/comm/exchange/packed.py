@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from commpress.comm.exchange.wire import Transfer
-from commpress.comm.survivors import pack, unpack
+from commpress.comm.masks_index import pack, unpack
 
 
 def packed(

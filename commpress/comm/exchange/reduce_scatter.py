@@ -2,50 +2,73 @@
 
              encode in W chunks      own chunk of all: mean
     rank 0   [a0 b0 c0]  \\           [a0 a1 a2] -> a
-    rank 1   [a1 b1 c1]   > swap     [b0 b1 b2] -> b
+    rank 1   [a1 b1 c1]   > to all   [b0 b1 b2] -> b
     rank 2   [a2 b2 c2]  /           [c0 c1 c2] -> c
 
-Each rank sends (W - 1) * nbytes(n / W). It is the first half of two_shot: nobody else holds the
-mean of a chunk, so it need not be encoded again.
+Each rank sends (W - 1) * nbytes(n / W) if the chunks are of one length; ZeRO's partitions need not be. It is the first half of
+two_shot: nobody else holds the mean of a chunk, so it need not be encoded again.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.encoder import Encoder
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
-from commpress.comm.feedback import Memory
 
 Op = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 
 def reduce_scatter(
-    full: Tensor, out: Tensor, op: Op, codec: Codec, memory: Memory, buffer: Tensor, wire: Wire, label: Label
+    full: Tensor,
+    cuts: Sequence[int],
+    out: Tensor,
+    op: Op,
+    encoder: Encoder,
+    buffer: Tensor,
+    wire: Wire,
+    label: Label,
 ) -> Iterator[Transfer]:
-    """Fill `out` ([m]) with what `op` makes of the ranks' chunks of `full` ([W * m]); any float dtype.
+    """Fill `out` with what `op` makes of the ranks' full[cuts[rank] : cuts[rank + 1]], of one float dtype.
 
-    `memory` has a residual of W * m values, or none; `buffer` is uint8 [(2 * W - 1) * nbytes(m)].
+    `out` may be that part of `full` ([cuts[W]]). The memory has a residual of as many values, or none; `buffer` is uint8
+    [reduce_scatter_bytes(...)].
     """
-    me, W, m = wire.rank, wire.world_size, out.numel()
-    payloads = buffer.split(codec.nbytes(m))
-    rows, outgoing = payloads[:W], [*payloads[W : W + me], payloads[me], *payloads[W + me :]]
-    chunks = [slice(r * m, (r + 1) * m) for r in range(W)]
+    me, W = wire.rank, wire.world_size
+    sizes = _sizes(cuts, encoder.codec)
+    *rows, rest = buffer.split([sizes[me]] * W + [sum(sizes) - sizes[me]])
+    others = iter(rest.split([size for r, size in enumerate(sizes) if r != me]))
+    outgoing = [rows[me] if r == me else next(others) for r in range(W)]
     for r in (*range(me + 1, W), *range(me)):
-        memory.encode(codec, full, chunks[r], out=outgoing[r])
-    transfer = wire.swap(outgoing, rows, label, last=True)
-    memory.encode(codec, full, chunks[me], out=rows[me])  # while the others are on their way
+        if sizes[r]:
+            encoder.encode(full, slice(cuts[r], cuts[r + 1]), out=outgoing[r])
+    transfer = wire.all_to_all(outgoing, rows, label, last=True)
+    if sizes[me]:
+        encoder.encode(full, slice(cuts[me], cuts[me + 1]), out=rows[me])  # while the others are on their way
     yield transfer
-    codec.mean(buffer[: W * codec.nbytes(m)], m, W, out=out)
-    if (times := over_mean(op, W)) != 1:
-        out.mul_(times)
+    if sizes[me]:
+        encoder.mean(buffer[: W * sizes[me]], cuts[me + 1] - cuts[me], W, out=out)
+        if (times := over_mean(op, W)) != 1:
+            out.mul_(times)
+
+
+def reduce_scatter_bytes(cuts: Sequence[int], codec: Codec, rank: int) -> int:
+    """Return the bytes of all payloads that a rank sends and receives, its own among them once."""
+    sizes = _sizes(cuts, codec)
+    return sum(sizes) + (len(sizes) - 1) * sizes[rank]
+
+
+def _sizes(cuts: Sequence[int], codec: Codec) -> list[int]:
+    return [codec.nbytes(stop - start) if stop > start else 0 for start, stop in itertools.pairwise(cuts)]
 
 
 def native_reduce_scatter(full: Tensor, out: Tensor, op: Op, wire: Wire, label: Label) -> Iterator[Transfer]:
-    """The group's own reduce-scatter: the bits are those that it has without us."""
+    """Run the group's own reduce-scatter: the bits are those that it has without us."""
     crossing = native_bytes(out, wire.world_size)
 
     def start(group: dist.ProcessGroup) -> Any:

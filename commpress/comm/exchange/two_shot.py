@@ -2,21 +2,26 @@
 
              encode in W chunks      own chunk of all: mean, encode      all chunks: decode
     rank 0   [a0 b0 c0]  \\           [a0 a1 a2] -> A   \\                [A B C]
-    rank 1   [a1 b1 c1]   > swap     [b0 b1 b2] -> B    > swap          [A B C]
+    rank 1   [a1 b1 c1]   > to all   [b0 b1 b2] -> B    > to all        [A B C]
     rank 2   [a2 b2 c2]  /           [c0 c1 c2] -> C   /                [A B C]
 
 Each rank sends (W - 1) / W * nbytes(n) twice. Both encodings have their own feedback. Every rank, the owner too, decodes
-the bytes that were sent, so all hold the same bits.
+the bytes that were sent, so all hold the same bits. Between two ranks `one_shot` sends as many bytes in one round, and encodes
+once.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.encoder import Encoder
+from commpress.comm.exchange.base import Exchange, Message
 from commpress.comm.exchange.label import Label
+from commpress.comm.exchange.one_shot import OneShot
 from commpress.comm.exchange.wire import Transfer, Wire
-from commpress.comm.feedback import Memory
 
 
 def chunk_bounds(n: int, world_size: int, granularity: int) -> list[int]:
@@ -25,24 +30,42 @@ def chunk_bounds(n: int, world_size: int, granularity: int) -> list[int]:
     return [min(n, blocks * r // world_size * granularity) for r in range(world_size)] + [n]
 
 
-def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, label: Label) -> Iterator[Transfer]:
-    """Replace `x` ([n], any float dtype) by its mean over the ranks."""
-    me, W = wire.rank, wire.world_size
-    cuts = chunk_bounds(x.numel(), W, codec.granularity)
-    lengths = [cuts[r + 1] - cuts[r] for r in range(W)]
-    sizes = [codec.nbytes(length) for length in lengths]
+@dataclass(frozen=True)
+class TwoShot(Exchange):
+    """Payloads of chunks to their owners, and those of their means to all."""
 
-    outgoing = memory.buffer("outgoing", sum(sizes), x.device).split(sizes)
-    for r in range(W):
-        memory.encode(codec, x, slice(cuts[r], cuts[r + 1]), out=outgoing[r])
-    gathered = memory.buffer("gathered", W * sizes[me], x.device)
-    rows = gathered.split(sizes[me]) if sizes[me] else (gathered,) * W
-    rows[me].copy_(outgoing[me])
-    yield wire.swap(outgoing, rows, label, last=False)
+    name: ClassVar[str] = "two_shot"
 
-    means = memory.buffer("means", sum(sizes), x.device).split(sizes)
-    codec.recode(gathered, lengths[me], W, memory.second, out=means[me])
-    yield wire.swap([means[me]] * W, means, label.second(), last=True)
+    def run(self, x: Tensor, encoder: Encoder, wire: Wire, label: Label) -> Iterator[Transfer]:
+        me, W = wire.rank, wire.world_size
+        cuts = chunk_bounds(x.numel(), W, encoder.codec.granularity)
+        lengths = [cuts[r + 1] - cuts[r] for r in range(W)]
+        sizes = [encoder.codec.nbytes(length) for length in lengths]
 
-    for r in range(W):
-        codec.decode(means[r], lengths[r], out=x[cuts[r] : cuts[r + 1]])
+        outgoing = encoder.buffer("outgoing", sum(sizes), x.device).split(sizes)
+        for r in range(W):
+            encoder.encode(x, slice(cuts[r], cuts[r + 1]), out=outgoing[r])
+        gathered = encoder.buffer("gathered", W * sizes[me], x.device)
+        rows = gathered.split(sizes[me]) if sizes[me] else (gathered,) * W
+        rows[me].copy_(outgoing[me])
+        yield wire.all_to_all(outgoing, rows, label, last=False)
+
+        means = encoder.buffer("means", sum(sizes), x.device).split(sizes)
+        encoder.recode(gathered, lengths[me], W, out=means[me])
+        yield wire.all_to_all([means[me]] * W, means, label.second(), last=True)
+
+        for r in range(W):
+            encoder.decode(means[r], lengths[r], out=x[cuts[r] : cuts[r + 1]])
+
+    def messages(self, n: int, itemsize: int, codec: Codec, world_size: int, rank: int) -> tuple[Message, ...]:
+        cuts = chunk_bounds(n, world_size, codec.granularity)
+        sizes = [codec.nbytes(cuts[r + 1] - cuts[r]) for r in range(world_size)]
+        to_owners, own = sum(sizes) - sizes[rank], (world_size - 1) * sizes[rank]
+        return Message(to_owners, own), Message(own, to_owners)
+
+    def chunk(self, n: int, codec: Codec, rank: int, world_size: int) -> tuple[int, int] | None:
+        cuts = chunk_bounds(n, world_size, codec.granularity)
+        return cuts[rank], cuts[rank + 1]
+
+    def among(self, world_size: int) -> Exchange:
+        return OneShot() if world_size == 2 else self

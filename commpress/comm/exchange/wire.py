@@ -83,7 +83,7 @@ class Wire:
         """All other ranks, the next one first."""
         return [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
 
-    def swap(self, sends: Sequence[Tensor], receives: Sequence[Tensor], label: Label, last: bool) -> Transfer:
+    def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor], label: Label, last: bool) -> Transfer:
         """Start sending `sends[r]` (uint8) to every other rank r and receiving `receives[r]` from it; empty ones do not
         travel."""
         group = self.open_group()
@@ -114,11 +114,11 @@ class Wire:
         own = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8)
         size = torch.tensor([own.numel()], dtype=torch.int64, device="cpu").view(torch.uint8)
         sizes = [torch.empty_like(size) for _ in range(self.world_size)]
-        self.swap([size] * self.world_size, sizes, label, last=False).wait()
+        self.all_to_all([size] * self.world_size, sizes, label, last=False).wait()
         texts = [
             torch.empty(int(n.view(torch.int64)), dtype=torch.uint8, device="cpu") for n in self._with(size, sizes)
         ]
-        self.swap([own] * self.world_size, texts, label.second(), last=True).wait()
+        self.all_to_all([own] * self.world_size, texts, label.second(), last=True).wait()
         return [json.loads(bytes(text.tolist())) for text in self._with(own, texts)]
 
     def _with(self, own: Tensor, others: list[Tensor]) -> list[Tensor]:

@@ -20,7 +20,7 @@ Segments = tuple[tuple[str, int], ...]
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Survivors:
+class MaskIndex:
     """Where what travels lies in each parameter. `masks` are bool [n], by name, in the order in which buckets hold them.
 
     A parameter without a mask travels whole. Chunks of one parameter that must be of one length (`chunks`: its names, one a
@@ -53,7 +53,7 @@ class Survivors:
         """How many travel for a bucket."""
         return sum(self.count(name, n) for name, n in segments)
 
-    def places(self, segments: Segments) -> Tensor | None:
+    def kept_index(self, segments: Segments) -> Tensor | None:
         """Where they lie in a bucket of these parameters: int32 [k], -1 for a filling zero; None if all values travel."""
         if not any(name in self._in for name, _ in segments):
             return None
@@ -70,9 +70,9 @@ class Survivors:
             self._of[segments] = torch.cat(parts)
         return self._of[segments]
 
-    def repacked(self, values: Tensor, segments: Segments, before: "Survivors") -> Tensor:
+    def repacked(self, values: Tensor, segments: Segments, before: "MaskIndex") -> Tensor:
         """What travelled of a bucket by the masks of `before` ([k]), by these ones: 0 where nothing travelled before."""
-        old, new = before.places(segments), self.places(segments)
+        old, new = before.kept_index(segments), self.kept_index(segments)
         if old is None and new is None:
             return values
         bucket = values

@@ -1,0 +1,64 @@
+"""A codec, what feedback remembers, and the optimizer's pass, as one thing: what an exchange sees of them.
+
+encode    prologue(x) + residual  -->  payload       residual <- what the payload misses
+mean      W payloads              -->  values
+recode    W payloads              -->  payload       of their mean plus the owner's residual: the middle of `two_shot`
+"""
+
+import torch
+from torch import Tensor
+
+from commpress.comm.codecs import Codec
+from commpress.comm.codecs.blend import Blend
+from commpress.comm.feedback import Memory
+from commpress.comm.scratch import Scratch
+
+
+class Encoder:
+    """Encodes one bucket in one step. `prologue` is applied to the values in the pass that encodes them; None leaves them.
+
+    `memory` is what feedback keeps of the bucket; an empty one means no feedback.
+    """
+
+    __slots__ = ("codec", "memory", "prologue", "scratch")
+
+    def __init__(
+        self,
+        codec: Codec,
+        memory: Memory | None = None,
+        scratch: Scratch | None = None,
+        prologue: Blend | None = None,
+    ) -> None:
+        self.codec, self.prologue = codec, prologue
+        self.memory = Memory() if memory is None else memory
+        self.scratch = Scratch() if scratch is None else scratch
+
+    def encode(self, x: Tensor, part: slice, out: Tensor) -> None:
+        """Encode x[part] ([n], any float dtype) and what is remembered of it into `out` (uint8 [nbytes])."""
+        memory, prologue = self.memory, self.prologue
+        residual = None if memory.residual is None else memory.residual[part]
+        self.codec.encode(x[part], residual, out, None if prologue is None else prologue[part])
+        if memory.momentum is not None:
+            self.codec.clear(out, memory.momentum[part])
+
+    def mean(self, payloads: Tensor, n: int, count: int, out: Tensor) -> None:
+        """Write the mean of `count` payloads of n values, one behind the other, to `out` ([n], any float dtype)."""
+        self.codec.mean(payloads, n, count, out)
+
+    def recode(self, payloads: Tensor, n: int, count: int, out: Tensor) -> None:
+        """Encode the mean of `count` payloads of n values and what the owner of the chunk remembers into `out`."""
+        self.codec.recode(payloads, n, count, self.memory.owner_residual, out)
+
+    def decode(self, payload: Tensor, n: int, out: Tensor) -> None:
+        """Decode the payload of n values into `out` ([n], any float dtype)."""
+        self.codec.decode(payload, n, out)
+
+    def add_residual(self, x: Tensor) -> None:
+        """Add to `x` ([n]) what a lossy codec has kept before, and forget it: it travels exactly now."""
+        if self.memory.residual is not None:
+            x.add_(self.memory.residual)
+            self.memory.residual = None
+
+    def buffer(self, name: str, nbytes: int, device: torch.device) -> Tensor:
+        """Return a uint8 buffer of this bucket that stays allocated."""
+        return self.scratch.buffer(name, nbytes, device)
