@@ -32,6 +32,7 @@ from torch import Tensor
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.exchange import EXCHANGES
 from commpress.comm.plan import Plan
+from commpress.comm.replicas import replicas_session
 from commpress.comm.session import Session
 from commpress.launch.lab import joining, sent_by_kernel
 from commpress.launch.run_record import machine
@@ -63,7 +64,7 @@ class Case:
             x.mul_(1.0 / dist.get_world_size())
             dist.all_reduce(x)
         else:
-            self.session.submit(x, ((f"size {index}", x.numel()),), index, last=True).wait()
+            self.session.step_buffer.submit(x, ((f"size {index}", x.numel()),), index, last=True).wait()
         if x.device.type != "cpu":
             torch.accelerator.synchronize()
 
@@ -104,10 +105,12 @@ def check(case: Case, gradient: Tensor, index: int) -> None:
     rounding = torch.finfo(torch.float32).eps
     missing = torch.zeros_like(x)
     if case.session is not None:
-        codec = case.session.plan.codec
+        codec = case.session.collectives[0].gradients.codec
         if case.exchange == "all_reduce" and codec.sum_dtype is not None:
             rounding = torch.finfo(codec.sum_dtype).eps  # the group's sum rounds, too, and no memory holds that
-        (kept,) = (b for b in case.session.state_dict()["buckets"] if b["segments"] == [[f"size {index}", x.numel()]])
+        (kept,) = (
+            b for b in case.session.state_dict()["memories"][0] if b["segments"] == [[f"size {index}", x.numel()]]
+        )
         if kept["residual"] is not None:
             missing += kept["residual"] / W
             if not kept["residual"].norm() < gradient.norm():
@@ -134,7 +137,7 @@ def measure(specs: Sequence[str | Codec], sizes: Sequence[int], repeats: int, de
     generator = torch.Generator().manual_seed(dist.get_rank())
     for codec in map(parse, specs):
         sessions = {
-            name: Session(codec, dist.group.WORLD, device, exchange=name, verify=0)
+            name: replicas_session(codec, dist.group.WORLD, device, exchange=name, verify=0)
             for name, exchange in EXCHANGES.items()
             if not exchange.linear or codec.sum_dtype is not None
         }

@@ -2,22 +2,18 @@
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
-from commpress.comm.sharded_session import ShardedSession
 from commpress.hooks import ddp
 from commpress.hooks.broadcast import broadcast_parameters
 from commpress.hooks.outer import diloco, local_sgd
 from commpress.hooks.parameters import uncompiled
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
-
     from commpress.hooks import accelerate as accelerate
     from commpress.hooks import deepspeed as deepspeed
     from commpress.hooks import fsdp as fsdp
@@ -39,11 +35,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *FRAMEWORKS})
 
 
-@overload
-def attach(model: nn.Module, spec: str | Codec, **settings: Any) -> Session: ...  # of an engine: or a ShardedSession
-@overload
-def attach(model: "nn.Module | FSDPModule", *, gradients: str | Codec, **settings: Any) -> ShardedSession: ...
-def attach(model: Any, spec: str | Codec | None = None, **settings: Any) -> Session | ShardedSession:
+def attach(model: Any, spec: str | Codec | None = None, **settings: Any) -> Session:
     """Compress a wrapped model's traffic, from the next step on. Collective over its ranks.
 
     `model` is a `DistributedDataParallel`, whose gradients travel by `spec` (settings: `commpress.hooks.ddp.attach`), or the

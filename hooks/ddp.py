@@ -22,12 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
+from commpress.comm.collectives import GradScaler
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Segments
 from commpress.comm.meter import dtype_name
 from commpress.comm.notice import speaks
 from commpress.comm.parameters import bare_name, real_numel, unfit_dtype
-from commpress.comm.session import GradScaler, Session
+from commpress.comm.replicas import replicas_session
+from commpress.comm.session import Session
+from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.verify import EVERY
 from commpress.hooks.broadcast import attach_buffers, buffer_broadcasts
 from commpress.hooks.parameters import delayed_parameters, exchanged_parameters
@@ -55,6 +58,7 @@ class CommState:
         verify: int = EVERY,
     ) -> None:
         self.session: Session | None = None
+        self._buckets: StepBuffer | None = None
         self._names: dict[Tensor, str] = {}
         self._optimizer: CompressedOptimizer | None = None
         self._binding: object = None
@@ -69,7 +73,7 @@ class CommState:
         return {"arguments": (spec, None, exchange, error_feedback, None, verify), "lost": " and ".join(lost)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.session, self._names = None, {}
+        self.session, self._buckets, self._names = None, None, {}
         self._optimizer, self._binding = None, None
         self._arguments, self._lost = state["arguments"], state["lost"]
 
@@ -85,7 +89,7 @@ class CommState:
             )
         self._names, self._optimizer = names, optimizer
         self._binding = None if optimizer is None else optimizer.binding
-        self.session = Session(
+        self.session = replicas_session(
             spec,
             group or dist.distributed_c10d._get_default_group(),
             device,
@@ -93,12 +97,15 @@ class CommState:
             error_feedback=error_feedback,
             grad_scaler=grad_scaler,
             parameters=tuple((name, real_numel(p)) for p, name in names.items()),
+            layouts={name: (p.shape, p.stride()) for p, name in names.items()},
             optimizer=optimizer,
             verify=verify,
         )
         replica = (lambda p: p) if optimizer is None else optimizer.replica
-        self.session.replicas = lambda: [(name, replica(p)) for p, name in names.items()]
-        self.session.pairs.update(name for p, name in names.items() if p.is_complex())
+        self._buckets = self.session.step_buffer
+        assert self._buckets is not None
+        self._buckets.replicas = lambda: [(name, replica(p)) for p, name in names.items()]
+        self._buckets.collectives.pairs.update(name for p, name in names.items() if p.is_complex())
         if self._lost is not None and self.session.rank == 0:
             warnings.warn(
                 "commpress: this CommState is a copy: its session starts anew, with nothing that feedback had kept. Load "
@@ -106,6 +113,13 @@ class CommState:
                 stacklevel=2,
             )
         return self.session
+
+    def buckets(self, device: torch.device) -> StepBuffer:
+        """What takes the buckets of this rank's backwards. The first one makes the session, if nobody has."""
+        if self._buckets is None:
+            self.start(device, {})
+        assert self._buckets is not None
+        return self._buckets
 
     def follow(self, last: bool) -> None:
         """For the optimizer: a bucket of its backward is there. Raises RuntimeError if it serves another module by now."""
@@ -129,17 +143,17 @@ class CommState:
         for p in parameters:
             if p not in self._names:
                 self._names[p] = f"parameter {len(self._names)}"
-            if p.is_complex() and self.session is not None:
-                self.session.pairs.add(self._names[p])
+            if p.is_complex() and self._buckets is not None:
+                self._buckets.collectives.pairs.add(self._names[p])
         return tuple((self._names[p], real_numel(p)) for p in parameters)
 
 
 def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """The hook: the bucket's mean over the ranks, compressed."""
     gradient = bucket.buffer()
-    session = state.session or state.start(gradient.device, {})
+    buckets = state.buckets(gradient.device)
     state.follow(bucket.is_last())
-    return session.submit(gradient, state.segments(bucket.parameters()), bucket.index(), bucket.is_last())
+    return buckets.submit(gradient, state.segments(bucket.parameters()), bucket.index(), bucket.is_last())
 
 
 def attach(
@@ -187,22 +201,22 @@ def attach(
     )
     session = state.start(device, names, optimizer)
     if optimizer is not None:
-        optimizer.hand_over(session)
-    session.layouts = {name: (p.shape, p.stride()) for p, name in names.items()}
+        assert session.step_buffer is not None
+        optimizer.hand_over(session.step_buffer)
     # what may fail comes before the hook, which DDP would keep
     broadcasts = None if buffers is None else buffer_broadcasts(model, buffers)
     try:
         model.register_comm_hook(state, comm_hook)
     except RuntimeError:
-        state.session = None  # DDP keeps the state that it refuses; the threads shall end all the same
+        state.session = state._buckets = None  # DDP keeps the state that it refuses; the threads shall end all the same
         raise
     if broadcasts is not None:
         attach_buffers(model, broadcasts)
-        session.beside.append(broadcasts)
+        session.side_traffic.append(broadcasts)
     _watch(model, session)
     _count_delayed(model, session)
     if optimizer is None:
-        advise(session.plan.codec, set(names), speaks(model.process_group))
+        advise(session.collectives[0].gradients.codec, set(names), speaks(model.process_group))
     return session
 
 
@@ -289,10 +303,11 @@ def _behind_forward(module: nn.Module, arguments: Any, output: Any) -> None:
             tensor.register_hook(partial(_say_copy, weakref.ref(module)))
         return
     session = attached.session()
-    if session is not None and session.recording:
-        session.note("forward", attached.forward_started)
+    buckets = None if session is None else session.step_buffer
+    if buckets is not None and buckets.recording:
+        buckets.note("forward", attached.forward_started)
         if (tensor := _differentiable(output)) is not None:
-            tensor.register_hook(lambda gradient: session.backward_starts())
+            tensor.register_hook(lambda gradient: buckets.backward_starts())
 
 
 def _say_copy(of: "weakref.ref[nn.Module]", gradient: Tensor) -> None:
@@ -321,7 +336,7 @@ def _count_delayed(model: DistributedDataParallel, session: Session) -> None:
     def count(gradient: Tensor) -> None:
         if (session := told()) is not None:
             why = "delayed: DDP sends it by itself"
-            session.meter.record_uncompressed(0, n, dtype, "all_reduce", why, "gradients", crossing)
+            session.collectives[0].meter.record_uncompressed(0, n, dtype, "all_reduce", why, "gradients", crossing)
 
     delayed[0].register_hook(torch.utils.hooks.unserializable_hook(count))
 

@@ -18,7 +18,7 @@ under one ZeRO 1 and 2 do what ZeRO 0 does, on every rank. OneBitAdamW can be sh
 owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those.
 
 All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
-in is in `zero_replicas` (ZeRO 0), `zero_partitions` (1 and 2) and `zero_gathered` (3), what the last two send in `owners`.
+in is in `zero_replicas` (ZeRO 0), `zero_partitions` (1 and 2) and `zero_gathered` (3).
 """
 
 import copy
@@ -30,16 +30,16 @@ import torch
 from torch import nn
 
 from commpress import extras
+from commpress.comm.agreement import agree_on_all
 from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
+from commpress.comm.collectives import Collectives
 from commpress.comm.joining import follow_default_timeout
 from commpress.comm.meter import dtype_name
 from commpress.comm.notice import speaks
-from commpress.comm.plan import Plan
+from commpress.comm.plan import Plan, sharded_settings
 from commpress.comm.session import Session
-from commpress.comm.sharded_session import ShardedSession, agree
 from commpress.comm.verify import EVERY, require_interval
-from commpress.hooks.owners import Owners
 from commpress.hooks.parameters import bare_parameters
 from commpress.hooks.zero_gathered import attach_gathered
 from commpress.hooks.zero_partitions import attach_partitions
@@ -66,7 +66,7 @@ def attach(
     exchange: str | None = None,
     error_feedback: bool = True,
     verify: int = EVERY,
-) -> Session | ShardedSession:
+) -> Session:
     """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
 
     `spec` is that of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not compressed). Under ZeRO
@@ -76,7 +76,7 @@ def attach(
     Every `verify` steps (0: never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's
     group gets the timeout of the default group, which the user gave.
 
-    Returns a `Session` where ranks keep all, else a `ShardedSession`; `engine.commpress` is the same.
+    Returns the session; `engine.commpress` is the same.
 
     Raises on all ranks: ValueError if a spec is unknown, the ranks differ, or the engine is set up in a way that is not
     supported, TypeError for optimizers of other kinds, RuntimeError for another version of DeepSpeed or a second attach.
@@ -104,7 +104,7 @@ def attach(
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
     if plans is not None:
         settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
-    agree(settings, [group], device, refusal)
+    agree_on_all(settings, [group], device, refusal)
     assert plans is not None
     if not sharded:
         engine.commpress = attach_replicas(engine, plans[0], names, optimizer, verify)
@@ -125,15 +125,16 @@ def _shard(
     optimizer: CompressedOptimizer | None,
     holds: str,
     verify: int,
-) -> ShardedSession:
-    shards = Owners(engine.seq_data_parallel_group, torch.device(engine.device), *plans, verify)
+) -> Session:
+    shards = Collectives(engine.seq_data_parallel_group, torch.device(engine.device), *plans, verify=verify)
     if stage == 3:
         attach_gathered(engine, shards, names)
     else:
         assert optimizer is None or isinstance(optimizer, OneBitAdamW)
         attach_partitions(engine, shards, names, optimizer)
     values = sum(_numel(p) for p in names)
-    return ShardedSession([shards], *plans, shards.rank, shards.world_size, holds, values=values)
+    spec, settings = f"gradients {plans[0].codec}, parameters {plans[1].codec}", sharded_settings(*plans, holds)
+    return Session(shards, spec=spec, settings=settings, values=values)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:

@@ -25,15 +25,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from commpress.comm.agreement import agree_on_all
 from commpress.comm.codecs import Codec
+from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.exchange.reduce_scatter import Op
 from commpress.comm.feedback import Segments
 from commpress.comm.masks_index import MaskIndex, of_pairs
 from commpress.comm.parameters import bare_name, real_numel
-from commpress.comm.session import GradScaler
-from commpress.comm.sharded_session import Memories, ShardedSession, agree, plans
-from commpress.comm.shards import Pending, Shards
+from commpress.comm.plan import Override, plans, sharded_settings
+from commpress.comm.resize import Memories
+from commpress.comm.session import Session
 from commpress.comm.verify import EVERY, require_interval
+from commpress.comm.work import Work
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
 
@@ -50,7 +53,7 @@ def attach(
     grad_scaler: GradScaler | None = None,
     optimizer: CompressedOptimizer | None = None,
     verify: int = EVERY,
-) -> ShardedSession:
+) -> Session:
     """Compress what FSDP sends for `model`, the root of the modules that `fully_shard` took. Collective over its mesh.
 
     `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas),
@@ -83,10 +86,12 @@ def attach(
     }
     if plan is not None:
         settings |= {"gradients' plan": plan[0].settings(), "parameters' plan": plan[1].settings()}
-    agree(settings, [*inner.values(), *outer.values()], device, refusal)
+    agree_on_all(settings, [*inner.values(), *outer.values()], device, refusal)
 
-    shards = {who: Shards(group, device, plan[0], plan[1], verify) for who, group in inner.items()}
-    replicas = {who: Shards(group, device, plan[0], plan[1], verify) for who, group in outer.items()}
+    make = partial(Collectives, device=device, gradients=plan[0], parameters=plan[1])
+    make = partial(make, verify=verify, grad_scaler=grad_scaler)
+    shards = {who: make(group) for who, group in inner.items()}
+    replicas = {who: make(group) for who, group in outer.items()}
     for unit in held:
         unit.module.set_custom_all_gather(Gather(shards, unit))
         unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit))
@@ -95,15 +100,18 @@ def attach(
             unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit))
     first = held[0]
 
-    def survivors(masks: Mapping[str, Tensor]) -> list[MaskIndex]:
-        masks = {bare_name(name): mask for name, mask in masks.items()}
+    def mask_index(masks: Mapping[str, Tensor]) -> list[MaskIndex]:
         _require_fit(masks, held)
         return [_of_shards(who, held, masks) for who in shards] + [_of_replicas(who, held, masks) for who in replicas]
 
-    session = ShardedSession(
-        *([*shards.values(), *replicas.values()], plan[0], plan[1], first.rank, first.world_size, described),
-        grad_scaler=grad_scaler,
-        survivors=survivors,
+    session = Session(
+        *shards.values(),
+        *replicas.values(),
+        spec=f"gradients {plan[0].codec}, parameters {plan[1].codec}",
+        settings=sharded_settings(plan[0], plan[1], described),
+        rank=first.rank,
+        world_size=first.world_size,
+        masks=mask_index,
         reshard=partial(_resharded, held) if len(shards) == 1 and not replicas else None,
         values=sum(unit.values for unit in held),
     )
@@ -278,12 +286,12 @@ class Gather:
 
     allocate = staticmethod(empty)
 
-    def __init__(self, shards: dict[tuple[int, ...], Shards], unit: Unit) -> None:
+    def __init__(self, shards: dict[tuple[int, ...], Collectives], unit: Unit) -> None:
         self._shards, self._unit = shards, unit
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> Pending | None:
+    ) -> Work | None:
         """Gather `input_tensor` ([m]) into `output_tensor` ([W * m])."""
         who = ranks(group)
         again = "" if who == ranks(self._unit.shard_groups[0]) else AGAIN
@@ -300,12 +308,12 @@ class Reduce:
 
     allocate = staticmethod(empty)
 
-    def __init__(self, shards: Shards, unit: Unit) -> None:
+    def __init__(self, shards: Collectives, unit: Unit) -> None:
         self._shards, self._unit = shards, unit
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Op, async_op: bool = False
-    ) -> Pending | None:
+    ) -> Work | None:
         """Reduce `input_tensor` ([W * m]) to `output_tensor` ([m])."""
         inside = self._unit.replica_group is not None
         parts, reason = self._unit.reduced(real_numel(output_tensor), ends=not inside)
@@ -322,15 +330,16 @@ class Reduce:
 class Replicas(dist.ProcessGroup):
     """The replicas of one unit's shard, as FSDP sees them: a process group whose all_reduce is ours."""
 
-    def __init__(self, shards: Shards, unit: Unit) -> None:
+    def __init__(self, shards: Collectives, unit: Unit) -> None:
         super().__init__(shards.rank, shards.world_size)  # type: ignore[call-arg]  # torch's stub lacks this form
         self._shards, self._unit = shards, unit
 
-    def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Pending:
+    def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Work:
         """Reduce `tensors` (a list of one, a shard's gradient) over the replicas, in place, by `opts.reduceOp`."""
         (x,) = tensors
         parts, reason = self._unit.reduced(real_numel(x), ends=True)
-        return self._shards.all_reduce(x, parts, self._unit.index, opts.reduceOp, reason)
+        override = Override(self._shards.gradients.codec, reason) if reason else None
+        return self._shards.all_reduce(x, parts, self._unit.index, op=opts.reduceOp, override=override)
 
 
 def _require_fit(masks: Mapping[str, Tensor], held: list[Unit]) -> None:
@@ -368,7 +377,7 @@ def _of_replicas(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Ten
     )
 
 
-def _resharded(held: list[Unit], memories: Memories, old: int) -> Memories:
+def _resharded(held: list[Unit], memories: list[Memories], old: int) -> list[Memories]:
     """What feedback kept of gradients that were cut for `old` ranks, cut as they are now.
 
     Raises ValueError where that cannot be told: parameters cut along another dimension than the first, or masked ones.
@@ -431,7 +440,7 @@ def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer 
     return None
 
 
-def _watch(model: nn.Module, session: ShardedSession) -> None:
+def _watch(model: nn.Module, session: Session) -> None:
     """Have the session follow the loss scale from forward to forward."""
 
     def before(module: nn.Module, arguments: Any) -> None:

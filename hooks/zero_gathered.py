@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from commpress.comm.collectives import Collectives
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.meter import dtype_name
-from commpress.hooks.owners import Owners
 
 KEPT_EVERYWHERE = "small: every rank keeps it (stage3_param_persistence_threshold)"
 
@@ -21,7 +21,7 @@ class Gathered:
 
     zero: Any
     module: nn.Module
-    shards: Owners
+    shards: Collectives
     names: dict[Tensor, str]
     _indices: dict[tuple[int, ...], int] = field(default_factory=dict)
 
@@ -54,7 +54,7 @@ class Gathered:
         choice = shards.gradients.choose(m, dtype.itemsize, W)
         if choice.reason or not choice.codec.lossy:
             shards.meter.record_uncompressed(index, W * m, dtype_name(dtype), how, choice.reason, "gradients", crossing)
-            shards.reduced(index)
+            shards.traffic.count(index)
             return original()
         full = torch.zeros(W, m, dtype=dtype, device=params[0].grad.device)
         for p, size, columns in zip(params, sizes, full.split(sizes, dim=1), strict=True):
@@ -130,7 +130,7 @@ class Gathered:
         )
 
 
-def attach_gathered(engine: Any, shards: Owners, names: dict[Tensor, str]) -> None:
+def attach_gathered(engine: Any, shards: Collectives, names: dict[Tensor, str]) -> None:
     """Stand in for what a ZeRO 3 optimizer sends."""
     zero = engine.optimizer
     gathered = Gathered(zero, engine.module, shards, names)

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.base import warm_up
+from commpress.comm.collectives import MEAN, Collectives
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory
 from commpress.comm.meter import dtype_name
+from commpress.comm.owned_slices import OwnedBucket, OwnedSlice
 from commpress.comm.plan import Override
-from commpress.comm.shards import Pending
-from commpress.hooks.owners import Layout, OneBitPartitions, Owners, Piece
+from commpress.comm.work import Work
 from commpress.optim import OneBitAdamW
+from commpress.optim.sharded_one_bit import ShardedOneBitAdamW, shifted
 
 PIECE = 1 << 20
 """Values of a partition that are gathered at a time: while one is on the wire, the next is encoded."""
@@ -28,10 +30,10 @@ class Partitions:
     """A ZeRO 1 or 2 optimizer (`zero`) and its traffic."""
 
     zero: Any
-    shards: Owners
+    shards: Collectives
     names: dict[Tensor, str]
-    behind: "OneBitPartitions | None" = None
-    _layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict)
+    behind: ShardedOneBitAdamW | None = None
+    _layouts: dict[tuple[int, ...], OwnedBucket] = field(default_factory=dict)
     _before: list[Tensor] | None = None
     """What all ranks have of this rank's partitions, while the optimizer steps."""
 
@@ -88,16 +90,24 @@ class Partitions:
             shards.meter.record_uncompressed(
                 layout.index, n, dtype_name(dtype), "all_reduce", choice.reason, "gradients", crossing
             )
-            shards.reduced(layout.index)
+            shards.traffic.count(layout.index)
             if override.prepare is not None:
                 override.prepare(layout.x, Memory())
                 for piece, part in parts:
                     gradients[piece.place][piece.start : piece.stop].copy_(part)
             return False
-        known = [] if self.behind is None else self.behind.known(layout)
+        me = shards.rank
+        own = slice(layout.cuts[me], layout.cuts[me + 1])
+        if self.behind is not None:
+            override = shifted(override, self.behind.shifts(layout), own)
         needed = (n - layout.cuts[shards.rank + 1] + layout.cuts[shards.rank]) * dtype.itemsize
-        shards.to_owners(
-            layout.x, layout.cuts, layout.segments, layout.index, choice, override, needed, known, crossing
+        shards.reduce_scatter(
+            *(layout.x, layout.x[own], layout.segments, layout.index, MEAN),
+            cuts=layout.cuts,
+            plan=choice,
+            override=override,
+            dense_bytes=needed,
+            backend_bytes=crossing,
         ).wait()
         for piece, part in parts:
             if piece.owner == shards.rank:
@@ -107,14 +117,14 @@ class Partitions:
                 gradients[piece.place][piece.start : piece.stop].copy_(part)
         return True
 
-    def _crossing(self, layout: Layout, itemsize: int) -> int:
+    def _crossing(self, layout: OwnedBucket, itemsize: int) -> int:
         """What DeepSpeed would send: it all-reduces, whoever owns what, unless told otherwise."""
         zero, cuts, me = self.zero, layout.cuts, self.shards.rank
         if zero.reduce_scatter and zero.contiguous_gradients and not zero.use_multi_rank_bucket_allreduce:
             return (cuts[-1] - cuts[me + 1] + cuts[me]) * itemsize
         return ring_bytes(cuts[-1] * itemsize, self.shards.world_size)
 
-    def _layout(self, params: Sequence[tuple[int, int, int]]) -> Layout:
+    def _layout(self, params: Sequence[tuple[int, int, int]]) -> OwnedBucket:
         key = tuple(param_id for _, _, param_id in params)
         if key not in self._layouts:
             pieces = [
@@ -126,16 +136,16 @@ class Partitions:
             cuts = [sum(len(p) for p in pieces if p.owner < r) for r in range(self.shards.world_size + 1)]
             x = torch.empty(cuts[-1], dtype=torch.float32, device=self.shards.device)
             segments = tuple((piece.name, len(piece)) for piece in pieces)
-            self._layouts[key] = Layout(len(self._layouts), pieces, segments, cuts, x)
+            self._layouts[key] = OwnedBucket(len(self._layouts), pieces, segments, cuts, x)
         return self._layouts[key]
 
-    def _pieces(self, p: Tensor, place: int) -> Iterator[Piece]:
+    def _pieces(self, p: Tensor, place: int) -> Iterator[OwnedSlice]:
         group, offset = self._offsets[id(p)]
         size, n = int(self.zero.partition_size[group]), p.numel()
         for owner in range(offset // size, (offset + n - 1) // size + 1):
             start, stop = max(0, owner * size - offset), min(n, (owner + 1) * size - offset)
             name = self.names[p] if stop - start == n else f"{self.names[p]}[{start}:{stop}]"
-            yield Piece(name, owner, place, start, stop, group, offset + start)
+            yield OwnedSlice(name, owner, place, start, stop, group, offset + start)
 
     # parameters
 
@@ -183,7 +193,7 @@ class Partitions:
         """Send what was stepped minus what all ranks have of it, in pieces, and add what was decoded."""
         zero, shards, index = self.zero, self.shards, 0
         assert self._before is not None
-        ahead: list[tuple[Pending, Tensor, Tensor, int, int]] = []
+        ahead: list[tuple[Work, Tensor, Tensor, int, int]] = []
         for i, flat in enumerate(zero.bit16_groups_flat):
             rows = flat.view(shards.world_size, -1)
             rows[shards.rank].copy_(self._before[i])
@@ -193,7 +203,7 @@ class Partitions:
             ):
                 out = torch.empty(place.shape, dtype=torch.float32, device=place.device)
                 difference = new.float() - old.float()
-                pending = shards.differences(difference, out.view(-1), index, codec, flat.element_size())
+                pending = shards.all_gather(difference, out.view(-1), index, codec=codec, itemsize=flat.element_size())
                 ahead.append((pending, out, place, i, start))
                 index, start = index + 1, start + PIECE
                 if len(ahead) > 2:
@@ -207,7 +217,7 @@ class Partitions:
                 stop = offset + p.numel()
             flat[stop:].zero_()
 
-    def _arrive(self, pending: Pending, out: Tensor, place: Tensor, group: int, start: int) -> None:
+    def _arrive(self, pending: Work, out: Tensor, place: Tensor, group: int, start: int) -> None:
         pending.wait()
         place.add_(out)
         if self.behind is not None:
@@ -218,16 +228,24 @@ _GATHERS: "weakref.WeakValueDictionary[int, Partitions]" = weakref.WeakValueDict
 """Who gathers the parameters of which optimizer, by the id of its list of flat parameters."""
 
 
-def attach_partitions(engine: Any, shards: Owners, names: dict[Tensor, str], optimizer: OneBitAdamW | None) -> None:
+def attach_partitions(
+    engine: Any, shards: Collectives, names: dict[Tensor, str], optimizer: OneBitAdamW | None
+) -> None:
     """Stand in for what a ZeRO 1 or 2 optimizer sends."""
     from deepspeed.runtime.zero import stage_1_and_2
 
     zero = engine.optimizer
     partitions = Partitions(zero, shards, names)
     if optimizer is not None:
-        partitions.behind = OneBitPartitions(optimizer, zero, shards)
+        partitions.behind = ShardedOneBitAdamW(
+            optimizer,
+            shards,
+            lambda: list(zero.single_partition_of_fp32_groups),
+            zero.dp_process_group,
+            lambda: setattr(zero, "_hp_optimizer_states_linked", False),
+        )
         warm_up(parse(optimizer.param_groups[0]["warmup_spec"]), shards.device)
-        zero._optimizer_step = partial(partitions.behind.step, zero._optimizer_step)
+        zero._optimizer_step = partial(_step_group, zero, partitions.behind)
     zero.average_tensor = partial(partitions.average_tensor, zero.average_tensor)
     apart = partitions.average_apart
     zero.buffered_reduce_fallback = partial(apart, zero.buffered_reduce_fallback, 1)
@@ -237,6 +255,12 @@ def attach_partitions(engine: Any, shards: Owners, names: dict[Tensor, str], opt
     if not hasattr(stage_1_and_2.all_gather_dp_groups, "commpress"):
         # a function of DeepSpeed's module: there is no object of the engine's to stand in for
         stage_1_and_2.all_gather_dp_groups = _gathering(stage_1_and_2.all_gather_dp_groups)
+
+
+def _step_group(zero: Any, optimizer: ShardedOneBitAdamW, group: int) -> None:
+    """Step, in place of DeepSpeed, which does so group by group; all step with the last."""
+    if optimizer.step(group):
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _gathering(original: Callable[..., None]) -> Callable[..., None]:

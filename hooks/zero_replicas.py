@@ -12,7 +12,9 @@ from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Segments
 from commpress.comm.meter import dtype_name
 from commpress.comm.plan import Plan
+from commpress.comm.replicas import replicas_session
 from commpress.comm.session import Session
+from commpress.comm.step_buffer import StepBuffer
 from commpress.hooks.parameters import bare_parameters
 from commpress.optim.base import CompressedOptimizer, dense
 
@@ -29,7 +31,7 @@ def attach_replicas(
             _hand_back(engine.optimizer)
         optimizer.bind({name: p for p, name in names.items()}, engine.seq_dp_world_size, may_be_unused=False)
         engine.clip_fp32_gradients = partial(_clip_means, engine.clip_fp32_gradients, optimizer)
-    session = Session(
+    session = replicas_session(
         plan.codec,
         engine.seq_data_parallel_group,
         torch.device(engine.device),
@@ -39,9 +41,12 @@ def attach_replicas(
         optimizer=optimizer,
         verify=verify,
     )
-    session.replicas = lambda: [(name, p if optimizer is None else optimizer.replica(p)) for p, name in names.items()]
+    assert session.step_buffer is not None
+    session.step_buffer.replicas = lambda: [
+        (name, p if optimizer is None else optimizer.replica(p)) for p, name in names.items()
+    ]
     dense = optimizer is None and not plan.codec.lossy
-    replicas = Replicas(engine.module, session)
+    replicas = Replicas(engine.module, session.step_buffer)
     if engine.zero_optimization():
         _step_all(engine, replicas)
         return session
@@ -82,7 +87,7 @@ def _step_all(engine: Any, replicas: "Replicas") -> None:
         zero.optimizer.step()
 
     def state_dict(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        parts = (parts[replicas.session.rank] for parts in zero.parallel_partitioned_bit16_groups)
+        parts = (parts[replicas.step_buffer.collectives.rank] for parts in zero.parallel_partitioned_bit16_groups)
         for part, master in zip(parts, zero.single_partition_of_fp32_groups, strict=True):
             master.data.copy_(part)
         return original()
@@ -116,7 +121,7 @@ class Replicas:
     """A model of which every rank has all, and its gradients' traffic."""
 
     module: nn.Module
-    session: Session
+    step_buffer: StepBuffer
     _buckets: dict[tuple[int, ...], list[Bucket]] = field(default_factory=dict)
 
     def average(self, grads: Any = None, elements_per_buffer: int = BUCKET) -> None:
@@ -133,17 +138,17 @@ class Replicas:
                 elif p.grad.data_ptr() != part.data_ptr():
                     part.copy_(p.grad)
                 p.grad = part
-            futures.append(self.session.submit(bucket.flat, bucket.segments, index, bucket is buckets[-1]))
+            futures.append(self.step_buffer.submit(bucket.flat, bucket.segments, index, bucket is buckets[-1]))
         for future in futures:
             future.wait()
 
     def count(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """DeepSpeed's own mean."""
         original(*args, **kwargs)
-        meter, trained = self.session.meter, self._trained().values()
+        meter, trained = self.step_buffer.collectives.meter, self._trained().values()
         for index, dtype in enumerate(dict.fromkeys(p.dtype for p in trained)):
             n = sum(p.numel() for p in trained if p.dtype == dtype)
-            sent = ring_bytes(n * dtype.itemsize, self.session.world_size)
+            sent = ring_bytes(n * dtype.itemsize, self.step_buffer.collectives.world_size)
             meter.record_uncompressed(index, n, dtype_name(dtype), "all_reduce", "spec is none", "gradients", sent)
         meter.steps += 1
 

@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commpress
 from commpress import optim
-from commpress.comm.session import Session
 from commpress.launch.model import GPT
 
 State = dict[str, Any]
@@ -161,7 +160,7 @@ class Engine(Spread):
         # what nobody asked for is left to attach, which knows better under a compressed optimizer
         wanted = {} if parameters == "none" else {"parameters": parameters}
         self.session = commpress.attach(self.engine, spec, **wanted)
-        self.replicated = isinstance(self.session, Session)
+        self.replicated = self.session.step_buffer is not None
 
     def accumulating(self) -> AbstractContextManager[None]:
         return self._accumulating()

@@ -6,6 +6,7 @@ import socket
 import warnings
 import zlib
 from collections.abc import Sequence
+from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
@@ -79,3 +80,21 @@ def require_same_names(what: str, names: list[str], group: dist.ProcessGroup, de
     most, least = ends.tolist()
     if most != -least:
         require_agreement({what: names}, group, device)
+
+
+def agree_on_all(
+    settings: dict[str, object], groups: Sequence[dist.ProcessGroup], device: torch.device, refusal: Exception | None
+) -> None:
+    """Raise on every rank what one of them has to say: its refusal, or settings that differ. Collective.
+
+    Each of `groups` compares in turn, and hands on what it found: the dimensions of a mesh reach all its ranks.
+    """
+    error = refusal
+    settings = {**settings, "commpress version": version("commpress")}
+    for group in groups:
+        try:
+            require_agreement(settings if error is None else {"error": str(error)}, group, device)
+        except ValueError as found:
+            error = error or found
+    if error is not None:
+        raise error

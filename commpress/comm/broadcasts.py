@@ -5,7 +5,7 @@ the same bits, and the source keeps its own. A complex tensor travels as pairs o
 is, and all ranks hold the source's bits. So are float64 tensors, which would lose bits in float32, and all that are no floats.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,12 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
-from commpress.comm.encoder import Encoder
-from commpress.comm.exchange import Labels, Transfer, Wire
-from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
-from commpress.comm.exchange.wire import tree_children
-from commpress.comm.meter import Meter, Report, dtype_name
+from commpress.comm.codecs.base import FLOAT_DTYPES
+from commpress.comm.collectives import UNCOMPRESSED, Collectives
+from commpress.comm.meter import Report, dtype_name
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import Plan
-from commpress.comm.sequencer import Job, Sequencer, make_future
+from commpress.comm.work import Work
 
 STATE_VERSION = 1
 
@@ -45,27 +42,24 @@ class Broadcasts:
         role: str = "parameters",
     ) -> None:
         self.device = next(iter(tensors.values())).device
-        self.rank, self.world_size, self.source = dist.get_rank(group), dist.get_world_size(group), source
+        self.source, world_size = source, dist.get_world_size(group)
         try:
-            self.codec = Plan.of(spec, None).codec
-            if not 0 <= source < self.world_size:
-                raise ValueError(f"source {source}: expected a rank of the group, 0 to {self.world_size - 1}")
+            plan = Plan.of(spec, None)
+            if not 0 <= source < world_size:
+                raise ValueError(f"source {source}: expected a rank of the group, 0 to {world_size - 1}")
         except (ValueError, TypeError) as error:
             require_agreement({"error": str(error)}, group, self.device)
             raise
+        self.codec = plan.codec
         kinds = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
         require_agreement({"spec": str(self.codec), "source": source, "tensors": kinds}, group, self.device)
         tensors = {name: real_view(x) for name, x in tensors.items()}
-        self._role, self._meter, self._labels = role, Meter(), Labels()
         floats = [name for name, x in tensors.items() if self.codec.lossy and not _not_coded(x.dtype)]
         self._floats, self._others = floats, [name for name in tensors if name not in floats]
         self._values = sum(tensors[name].numel() for name in floats)
         self._float_bytes = sum(tensors[name].nbytes for name in floats)
         self._base: Tensor | None = None
-        if self.world_size > 1:
-            self._wire = Wire(group, self.device)
-            self._sequencer = Sequencer(self._wire, self._meter)
-            warm_up(self.codec, self.device)
+        self._collectives = Collectives(group, self.device, UNCOMPRESSED, plan, role=role, verify=0)
 
     def send(self, tensors: Mapping[str, Tensor]) -> None:
         """Make these tensors on all ranks what the source has. Collective. Raises RuntimeError if it failed on any rank.
@@ -73,27 +67,26 @@ class Broadcasts:
         Under `torch.inference_mode()`, too.
         """
         tensors = {name: real_view(x) for name, x in tensors.items()}
-        if self.world_size > 1:
+        if self._collectives.world_size > 1:
             # what is made under inference mode may not be written to in training, nor by the threads that send
             with torch.inference_mode(False), torch.no_grad():
                 waiting = [self._exact(index, tensors[name]) for index, name in enumerate(self._others)]
                 if self._floats:
                     waiting.append(self._floating([tensors[name] for name in self._floats]))
             with torch.no_grad():
-                for future, put in waiting:
-                    result = future.wait()
-                    if isinstance(result, BaseException):
-                        raise result
+                for work, put in waiting:
+                    work.wait()
                     put()
-        self._meter.steps += 1
+        self._collectives.meter.steps += 1
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
-        return self._meter.report(str(self.codec), self.rank, self.world_size)
+        own = self._collectives
+        return own.traffic.report(str(self.codec), own.rank, own.world_size)
 
     def phase(self, name: str) -> None:
         """What the report's rows are called by from now on."""
-        self._meter.enter(name)
+        self._collectives.meter.enter(name)
 
     def state_dict(self) -> dict[str, Any]:
         """The version that was sent last, the same on all ranks."""
@@ -112,48 +105,32 @@ class Broadcasts:
             )
         self._base = None if base is None else base.to(self.device).clone()
 
-    def _exact(self, index: int, x: Tensor) -> Any:
+    def _exact(self, index: int, x: Tensor) -> tuple[Work, Callable[[], object]]:
         flat = x.detach().contiguous().view(-1)
         reason = _not_coded(x.dtype) if self.codec.lossy else "spec is none"
-        label = self._labels.next(f"{self._role} of {self._others[index]!r} from rank {self.source}")
-        # as bytes: a process group knows few dtypes
-        exchange = exact_broadcast(flat.view(torch.uint8), self._wire, self.source, label)
-        future = self._start(index, flat, flat.nbytes, reason, exchange)
-        return future, partial(x.copy_, flat.view(x.shape))
+        work = self._collectives.broadcast(flat, self.source, index, repr(self._others[index]), reason)
+        return work, partial(x.copy_, flat.view(x.shape))
 
-    def _floating(self, tensors: list[Tensor]) -> Any:
+    def _floating(self, tensors: list[Tensor]) -> tuple[Work, Callable[[], object]]:
         flat = torch.cat([x.detach().reshape(-1).to(torch.float32) for x in tensors])
         index, sizes = len(self._others), [x.numel() for x in tensors]
+        send = partial(self._collectives.broadcast, dense_bytes=self._float_bytes)
         first = self._base is None
-        spec = "none" if first else str(self.codec)
-        label = self._labels.next(f"{self._role} of {len(sizes)} tensors from rank {self.source} by {spec}")
+        what = f"{len(sizes)} tensors by {'none' if first else self.codec}"
         if self._base is None:
             self._base = flat.clone()
-            exchange = exact_broadcast(self._base, self._wire, self.source, label)
+            work = send(self._base, self.source, index, what, "the first time")
         else:
-            nbytes = self.codec.nbytes(flat.numel()) + len(sizes)
-            payload = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            exchange = broadcast(flat, sizes, self._base, Encoder(self.codec), payload, self._wire, self.source, label)
-        reason = "the first time" if first else ""
-        future = self._start(index, flat, self._float_bytes, reason, exchange)
+            work = send(flat, self.source, index, what, base=self._base, sizes=sizes)
 
         def put() -> None:
-            if self.rank != self.source:
+            if self._collectives.rank != self.source:
                 known = self._base if first else flat
                 assert known is not None
                 for x, part in zip(tensors, known.split(sizes), strict=True):
                     x.copy_(part.view(x.shape))
 
-        return future, put
-
-    def _start(self, index: int, flat: Tensor, nbytes: int, reason: str, exchange: Iterator[Transfer]) -> Any:
-        spec = "none" if reason else str(self.codec)
-        dtype = dtype_name(flat.dtype)
-        row = self._meter.row(index, flat.numel(), dtype, spec, "broadcast", reason, self._role)
-        future = make_future(self.device)
-        dense = nbytes * tree_children(self.rank, self.source, self.world_size)
-        self._sequencer.submit(Job(flat, exchange, row, self._meter.steps, dense, False, future.set_result))
-        return future
+        return work, put
 
 
 def _not_coded(dtype: torch.dtype) -> str:

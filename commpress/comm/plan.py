@@ -7,6 +7,7 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.blend import Blend
+from commpress.comm.codecs.topk import TopK
 from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange
 from commpress.comm.feedback import Memory
 
@@ -106,3 +107,28 @@ class Plan:
 def fits(exchange: Exchange, codec: Codec) -> bool:
     """Return whether an exchange can carry a codec's payloads."""
     return codec.sum_dtype is not None or not exchange.linear
+
+
+def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool) -> tuple[Plan, Plan]:
+    """The plans of gradients and of parameters. Raises ValueError or TypeError for a spec that makes none."""
+    made = []
+    for name, spec in (("gradients", gradients), ("parameters", parameters)):
+        try:
+            made.append(Plan.of(spec, None, error_feedback and name == "gradients"))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    if isinstance(made[1].codec, TopK):
+        raise ValueError(
+            f"parameters: {made[1].codec} would make most of them 0; expected none, or a codec that sends all values"
+        )
+    return made[0], made[1]
+
+
+def sharded_settings(gradients: Plan, parameters: Plan, holds: str) -> dict[str, object]:
+    """What saved states of a sharded model must have alike; `holds` says what the ranks hold, in words."""
+    return {
+        "kind": "sharded",
+        "gradients": gradients.settings(),
+        "parameters": parameters.settings(),
+        "holds": holds,
+    }

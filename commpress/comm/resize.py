@@ -13,16 +13,24 @@ import torch
 from torch import Tensor
 
 State = dict[str, Any]
+Memories = list[dict[str, Any]]
+"""What `Feedback.state_dict` returns."""
+SUMMED = ("residual", "momentum")
+"""What of a memory adds up over the ranks."""
+OF_RANK = ("rank", "optimizer", "memories", "side traffic")
+"""What of a state each rank has of its own."""
 
 
 def summary(state: State) -> State:
     """What ranks compare of the states that they restore (JSON values): the run, the step, the layout of the buckets."""
-    buckets = [
-        {"segments": [list(part) for part in bucket["segments"]]}
-        | {key: bucket[key] is not None for key in ("residual", "momentum")}
-        for bucket in state["buckets"]
+    layouts = [
+        [
+            {"segments": [list(part) for part in bucket["segments"]]} | {key: bucket[key] is not None for key in SUMMED}
+            for bucket in memories
+        ]
+        for memories in state["memories"]
     ]
-    return {key: state[key] for key in ("version", "settings", "world_size", "step", "scale")} | {"buckets": buckets}
+    return {key: value for key, value in state.items() if key not in OF_RANK} | {"layouts": layouts}
 
 
 def require_one_run(everyone: Sequence[State]) -> State:
@@ -68,7 +76,7 @@ def share(states: Sequence[State], rank: int, world_size: int) -> list[State]:
     by_rank = {int(state["rank"]): state for state in states}
     if sorted(by_rank) != list(range(old)) or len(states) != old:
         raise ValueError(f"cannot restore: states of ranks {sorted(by_rank)}, expected one of each of {old}")
-    for key in ("version", "settings", "world_size", "step", "scale"):
+    for key in (key for key in by_rank[0] if key not in OF_RANK):
         for other, state in by_rank.items():
             if state.get(key) != by_rank[0].get(key):
                 raise ValueError(
@@ -77,18 +85,27 @@ def share(states: Sequence[State], rank: int, world_size: int) -> list[State]:
     return [by_rank[i] for i in range(old) if i % world_size == rank % world_size]
 
 
-def merged(mine: Sequence[State], first: State, rank: int, world_size: int) -> State:
-    """The state of a rank among `world_size` out of its share of those of another number; `first` is the summary of all."""
-    old = int(first["world_size"])
-    times = world_size / old
-    buckets = []
-    for place, bucket in enumerate(first["buckets"]):  # all ranks have the same layouts in the same order
-        parts = [state["buckets"][place] for state in mine]
-        kept = {key: _sum([part[key] for part in parts], times) for key in ("residual", "momentum")}
-        for part in parts:
-            _give_back(kept["residual"], part, old * times)
-        buckets.append({"segments": bucket["segments"], "owner_start": 0, "owner_residual": None, **kept})
-    return {**first, "rank": rank, "world_size": world_size, "buckets": buckets}
+def of_replicas(memories: list[Memories], old: int) -> list[Memories]:
+    """What one of `old` replicas kept, where no chunks of it are its own: its owner's residual counts as part of the first."""
+    return [[_folded(bucket, old) for bucket in buckets] for buckets in memories]
+
+
+def empty_memories(first: State) -> list[Memories]:
+    """Memories of the layouts of a summary, on a rank that has no state to go on with."""
+    nothing = {"owner_start": 0, "owner_residual": None, **dict.fromkeys(SUMMED)}
+    return [[{"segments": bucket["segments"], **nothing} for bucket in buckets] for buckets in first["layouts"]]
+
+
+def merged_memories(mine: Sequence[list[Memories]], times: float) -> list[Memories]:
+    """The sum of what several ranks kept in the same layouts, multiplied by `times`."""
+    total = []
+    for of_collectives in zip(*mine, strict=True):
+        buckets = []
+        for parts in zip(*of_collectives, strict=True):
+            kept = {key: _sum([part[key] for part in parts], times) for key in SUMMED}
+            buckets.append({"segments": parts[0]["segments"], "owner_start": 0, "owner_residual": None, **kept})
+        total.append(buckets)
+    return total
 
 
 def moved(state: State, rank: int, world_size: int) -> State:
@@ -96,19 +113,31 @@ def moved(state: State, rank: int, world_size: int) -> State:
     old = int(state["world_size"])
     if (state["rank"], old) == (rank, world_size):
         return state
-    buckets = []
-    for bucket in state["buckets"]:
-        kept = {key: _sum([bucket[key]], world_size / old) for key in ("residual", "momentum")}
-        _give_back(kept["residual"], bucket, world_size)
-        buckets.append({"segments": bucket["segments"], "owner_start": 0, "owner_residual": None, **kept})
-    return {**state, "rank": rank, "world_size": world_size, "buckets": buckets}
+    return {
+        **state,
+        "rank": rank,
+        "world_size": world_size,
+        "groups": [world_size],
+        "memories": merged_memories([of_replicas(state["memories"], old)], world_size / old),
+    }
 
 
-def _give_back(residual: Tensor | None, bucket: State, times: float) -> None:
-    """Add to a new residual what the owner of a chunk in a saved bucket kept of a mean."""
-    if bucket["owner_residual"] is not None and residual is not None:
-        stop = bucket["owner_start"] + bucket["owner_residual"].numel()
-        residual[bucket["owner_start"] : stop].add_(bucket["owner_residual"], alpha=times)
+def require_same_parameters(saved: dict[str, int], present: dict[str, int]) -> None:
+    """Raise ValueError, with both values, if a parameter has another size in a saved state than now."""
+    for name in sorted(saved.keys() | present.keys()):
+        if saved.get(name) != present.get(name):
+            raise ValueError(
+                f"cannot restore: parameter {name!r} has {saved.get(name, 'no')} values in the saved state, "
+                f"{present.get(name, 'no')} in the model"
+            )
+
+
+def _folded(bucket: State, world_size: int) -> State:
+    residual, owned = bucket["residual"], bucket["owner_residual"]
+    if residual is not None and owned is not None:
+        start, residual = bucket["owner_start"], residual.clone()
+        residual[start : start + owned.numel()].add_(owned, alpha=world_size)
+    return {**bucket, "residual": residual, "owner_start": 0, "owner_residual": None}
 
 
 def _sum(parts: Sequence[Tensor | None], share: float) -> Tensor | None:

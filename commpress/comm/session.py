@@ -1,52 +1,44 @@
-"""A session: one plan at work on one process group. Buckets go in, futures of their means come out.
+"""A session: what a user holds of the traffic of one model. Report, masks, phases, timeline and state, under every wrapper.
 
-It knows no framework. `submit` takes a flat gradient and the names and sizes of the parameters in it; the hooks in
-`commpress.hooks` translate. What must survive a restart is in `state_dict`.
+It knows no framework and sends nothing by itself: its `Collectives` do. The hooks in `commpress.hooks` make it.
 """
 
 import contextlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import Settings, require_agreement, require_equal, require_same_names
-from commpress.comm.codecs import Codec
-from commpress.comm.codecs.base import warm_up
-from commpress.comm.encoder import Encoder
-from commpress.comm.exchange import Labels, Transfer, Wire, all_reduce_found_inf, single_rank
-from commpress.comm.exchange.packed import packed
-from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.feedback import Feedback, Memory, Segments
-from commpress.comm.masks_index import MaskIndex, described, in_memory_order, of_pairs
-from commpress.comm.meter import Meter, Report, dtype_name
-from commpress.comm.parameters import bare_name, real_view
-from commpress.comm.parts import taken_apart
-from commpress.comm.plan import DENSE, BucketPlan, Override, Plan
+from commpress.comm.agreement import Settings, require_equal
+from commpress.comm.collectives import Collectives
+from commpress.comm.failure import ExchangeError
+from commpress.comm.feedback import Segments
+from commpress.comm.masks_index import MaskIndex, described
+from commpress.comm.meter import Report
+from commpress.comm.optimizer_hooks import OptimizerHooks
+from commpress.comm.parameters import bare_name
 from commpress.comm.rank_state import RankState
-from commpress.comm.resize import merged, require_one_run, require_same_values, share, summary
-from commpress.comm.scratch import ScratchPool
-from commpress.comm.sequencer import Job, Sequencer, make_future
-from commpress.comm.timeline import Span, Timeline
-from commpress.comm.verify import EVERY, Comparison, is_due, require_interval
+from commpress.comm.resize import (
+    Memories,
+    empty_memories,
+    merged_memories,
+    require_one_run,
+    require_same_parameters,
+    require_same_values,
+    share,
+    summary,
+)
+from commpress.comm.step_buffer import StepBuffer
+from commpress.comm.timeline import Timeline
 
-STATE_VERSION = 3
+STATE_VERSION = 4
+Masks = Mapping[str, Tensor]
 
 
-class GradScaler(Protocol):
-    """What is needed of `torch.amp.GradScaler`."""
-
-    def get_scale(self) -> float:
-        """The factor by which the loss is multiplied now."""
-
-
-class Beside(Protocol):
+class SideTraffic(Protocol):
     """Other traffic of the same model: the buffers that DDP broadcasts."""
 
     def report(self) -> Report:
@@ -62,205 +54,99 @@ class Beside(Protocol):
         """Restore what `state_dict` returned."""
 
 
-class Behind(Protocol):
-    """What a session asks of an optimizer that is compressed behind its preconditioner (`commpress.optim`)."""
-
-    may_be_masked: bool
-    """Whether a part of a parameter may be left out of the exchange."""
-
-    @property
-    def awaits_step(self) -> bool:
-        """Whether what was exchanged last has not been used."""
-
-    def start(self, scale: float) -> bool:
-        """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
-
-    def waits(self) -> bool:
-        """Whether no bucket of this step may be treated before `measure` has seen them all."""
-
-    def measure(self, gradients: list[Tensor]) -> None:
-        """All buckets of this step."""
-
-    def frozen_parameters(self) -> list[str] | None:
-        """What does not require a gradient in this step, if the ranks must compare that in every step."""
-
-    def split(self, segments: Segments) -> list[Segments]:
-        """The parts of a bucket that travel in this step, each with a override of its own; the same on every rank."""
-
-    def override(self, segments: Segments, codec: Codec) -> Override:
-        """What to do with a part of a bucket in this step; the same on every rank."""
-
-    def receive(self, bucket: Tensor, segments: Segments) -> None:
-        """This bucket will hold what was exchanged when backward is over."""
-
-    def standing(self) -> dict[str, object]:
-        """What all ranks must agree on now, as JSON values."""
-
-    def unproven(self) -> bool:
-        """Whether `standing` is new since the ranks compared it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What of its state all ranks have alike, as of any optimizer."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-
-    def own_state(self) -> dict[str, Any]:
-        """What of its state is this rank's own."""
-
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        """Restore what `own_state` returned."""
-
-
-@dataclass
-class Held:
-    """A bucket that waits until all of its step are there."""
-
-    bucket: Tensor
-    segments: Segments
-    index: int
-    future: "torch.futures.Future[Any]"
-
-
 class Session:
-    """What `commpress.attach` returns. Collective: every rank of `group` makes one at the same point.
+    """What `commpress.attach` returns: report, masks and state of a model's traffic, among one or several groups of ranks.
 
-    `group` is the process group of the data-parallel ranks and `device` where the gradients live. Ranks whose spec, settings,
-    parameters or library version differ all raise ValueError with both values. `role` is what the report calls the traffic.
-    Every `verify` steps (0: never), and in the first three, the ranks compare hashes of the means and of `replicas`, and
-    payloads have checksums.
+    `collectives` are those that send it; `rank` and `world_size` are of all ranks together (default: of the first one's group).
+    `settings` is what a saved state must have alike, `spec` what the report calls the traffic by. `step_buffer` is there where
+    the ranks are replicas, `parameters` are then names and sizes of what it exchanges. `masks` makes of masks by parameter what
+    each of the collectives needs to know; `reshard` makes of what feedback kept among another number of ranks what it is among
+    these (`merged` adds that up), None if that cannot be told. `values` is about how many the model has.
     """
 
     def __init__(
         self,
-        spec: str | Codec,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        *,
-        exchange: str | None = None,
-        error_feedback: bool = True,
-        grad_scaler: GradScaler | None = None,
+        *collectives: Collectives,
+        spec: str,
+        settings: Settings,
+        step_buffer: StepBuffer | None = None,
         parameters: Segments = (),
-        optimizer: Behind | None = None,
-        role: str = "gradients",
-        verify: int = EVERY,
+        rank: int | None = None,
+        world_size: int | None = None,
+        masks: Callable[[Masks], list[MaskIndex]] | None = None,
+        reshard: Callable[[list[Memories], int], list[Memories]] | None = None,
+        values: int = 0,
     ) -> None:
-        self._verify = verify
-        self._comparison: Comparison | None = None
-        self._optimizer, self._scaler, self._role = optimizer, grad_scaler, role
-        self.plan = _agree(spec, exchange, error_feedback, parameters, group, device, self._apart())
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self.device = device
-        self.group = group
-        self._parameters = dict(parameters)
-        self._scale = 1.0
-        self._feedback = Feedback(self.world_size)
-        self.meter = Meter()
-        self.beside: list[Beside] = []
-        self.layouts: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
-        """Shapes and strides of the parameters, for those who know them."""
-        self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
-        """What all ranks should hold the same bits of when a step begins, by name; for those who know it."""
-        self.pairs: set[str] = set()
-        """The complex parameters: each of their values is a pair of reals, in `parameters` and segments, too."""
-        self._labels = Labels()
-        self._scratch = ScratchPool(device)
-        self._restored: list[Segments] = []
-        self._held: list[Held] = []
-        self._starts_step = True
-        self._looks = False
-        self._step = 0
-        self._backward_started: float | None = None
-        if self.world_size > 1:
-            self._wire = Wire(group, device)
-            self._sequencer = Sequencer(self._wire, self.meter)
-            warm_up(self.plan.codec, device)
+        self.collectives, self.step_buffer = collectives, step_buffer
+        first = collectives[0]
+        self.device = first.device
+        self.rank = first.rank if rank is None else rank
+        self.world_size = first.world_size if world_size is None else world_size
+        self.side_traffic: list[SideTraffic] = []
+        self._spec, self._settings, self._parameters = spec, settings, parameters
+        self._masks, self._reshard, self._values = masks, reshard, values
 
-    def submit(
-        self,
-        bucket: Tensor,
-        segments: Segments,
-        index: int,
-        last: bool,
-        *,
-        override: Override | None = None,
-        dense_bytes: int | None = None,
-    ) -> torch.futures.Future[Tensor]:
-        """Replace `bucket` ([n], contiguous, any float or complex dtype) by its mean over the ranks, in the background.
+    @property
+    def _optimizer(self) -> OptimizerHooks | None:
+        return None if self.step_buffer is None else self.step_buffer.optimizer
 
-        `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two), `index` its place
-        among the buckets, `last` ends the step. `dense_bytes` is what
-        the report compares with, if not one dense exchange of the bucket. A `override` is that of a session without an
-        optimizer. The future holds `bucket`; waiting for it raises RuntimeError if the exchange failed on any rank. Same order
-        on every rank.
+    def set_masks(self, masks: Masks) -> None:
+        """From the next step on only what these masks keep travels, without indices; elsewhere what arrives is 0. Collective.
+
+        `masks` are bool, of the whole parameters' shapes, by name, the same on all ranks; of replicas, of their strides, too. A
+        parameter without one travels whole. Feedback of what they prune is dropped. Call it between steps, and before
+        `load_state_dict`. Raises ValueError on all ranks if the ranks' masks differ or one does not fit, or for an optimizer
+        that keeps a momentum of what travels; TypeError if this kind of sharding takes none.
         """
-        if self._starts_step:
-            self._start_step()
-        self._starts_step = last
-        if self._optimizer is not None:
-            self._optimizer.receive(bucket, segments)
-        if last and self._backward_started is not None:
-            self.note("backward", self._backward_started)
-            self._backward_started = None
-        future, mean = make_future(self.device), bucket
-        bucket = real_view(bucket).view(-1)
-        if self._restored or (self._optimizer is not None and self._optimizer.waits()):
-            self._held.append(Held(bucket, segments, index, future))
-            if last:
-                self._release()
-        else:
-            finished = partial(_settle, future, bucket)
-            self._start(bucket, segments, index, last, finished, override, dense_bytes)
-        self._step += last
-        return future.then(partial(_result, mean))  # no collective hangs on it: it only raises what the exchange raised
-
-    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """From the next step on only what these masks keep travels, without indices; elsewhere the mean is 0. Collective.
-
-        `masks` are bool, of the parameters' shapes and strides, by name; a parameter without one travels whole. Feedback of
-        what they prune is dropped. Call it between steps, and before `load_state_dict`. Raises ValueError on all ranks if
-        the ranks' masks differ or one does not fit, or for an optimizer that keeps a momentum of what travels.
-        """
-        refusal, masks = None, {bare_name(name): mask for name, mask in masks.items()}
-        if self._optimizer is not None and not self._optimizer.may_be_masked:
-            refusal = f"{type(self._optimizer).__name__} keeps the momentum of all values: expected SGD for masks"
-        for name, mask in masks.items():
-            n, each = self._parameters.get(name), 2 if name in self.pairs else 1
-            if n != each * mask.numel():
-                known = "no such parameter" if n is None else n // each
-                refusal = f"mask of {name!r}: {mask.numel()} values, the session has {known}"
-            elif (mask.shape, mask.stride()) != (laid := self.layouts.get(name, (mask.shape, mask.stride()))):
-                refusal = (
-                    f"mask of {name!r}: shape {tuple(mask.shape)}, strides {mask.stride()}; the parameter has "
-                    f"{tuple(laid[0])}, {laid[1]}"
-                )
-        require_equal(self._ask(described(masks, refusal), "a set of masks"))
-        if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
-            self._feedback.restore_snapshot()  # the scaler has skipped the step
-        flat = {name: in_memory_order(mask) for name, mask in masks.items()}
-        self._feedback.set_masks(
-            MaskIndex({name: of_pairs(m) if name in self.pairs else m for name, m in flat.items()})
-        )
+        if self._masks is None:
+            raise TypeError("masks: expected DistributedDataParallel or a model that fully_shard took")
+        refusal: str | None = None
+        found: list[MaskIndex] = []
+        masks = {bare_name(name): mask for name, mask in masks.items()}
+        try:
+            found = self._masks(masks)
+        except ValueError as error:
+            refusal = str(error)
+        for (
+            collectives
+        ) in self.collectives:  # each hands on what it found: the dimensions of a mesh reach all its ranks
+            try:
+                require_equal(collectives.traffic.ask(described(masks, refusal), "a set of masks"))
+            except ValueError as error:
+                if isinstance(error, ExchangeError):
+                    raise
+                if len(self.collectives) == 1:
+                    raise
+                refusal = refusal or str(error)
+        if refusal is not None:
+            raise ValueError(refusal)
+        if self.step_buffer is not None:
+            self.step_buffer.forget_skipped_step()
+        for collectives, index in zip(self.collectives, found, strict=True):
+            collectives.feedback.set_masks(index)
 
     def send_dense(self, on: bool) -> None:
-        """While on, the exact mean of all values travels, also of those that masks prune: to see which shall grow again."""
-        self._looks = on
+        """While on, exact gradients of all values travel, also of those that masks prune: to see which shall grow again."""
+        for collectives in self.collectives:
+            collectives.send_dense = on
 
     def phase(self, name: str) -> None:
         """What the report's rows are called by from now on."""
-        self.meter.enter(name)
-        for other in self.beside:
+        for collectives in self.collectives:
+            collectives.meter.enter(name)
+        for other in self.side_traffic:
             other.phase(name)
 
     def agree(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective."""
-        require_equal(self._ask(dict(settings), "settings to compare"))
+        for collectives in self.collectives:
+            require_equal(collectives.traffic.ask(dict(settings), "settings to compare"))
 
     def report(self) -> Report:
-        """Bytes and seconds so far, on this rank."""
-        own = self.meter.report(str(self.plan.codec), self.rank, self.world_size)
-        together = Report.merge(own, *(other.report() for other in self.beside))
-        return replace(together, rank=self.rank, world_size=self.world_size)
+        """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
+        own = (one.traffic.report(self._spec, self.rank, self.world_size) for one in self.collectives)
+        merged = Report.merge(*own, *(other.report() for other in self.side_traffic))
+        return replace(merged, rank=self.rank, world_size=self.world_size)
 
     @contextlib.contextmanager
     def timeline(self) -> Iterator[Timeline]:
@@ -268,60 +154,58 @@ class Session:
 
         Enter and leave it between steps.
         """
-        self.meter.timeline = Timeline(self.rank)
-        self._backward_started = None
+        timeline = Timeline(self.rank)
+        for collectives in self.collectives:
+            collectives.meter.timeline = timeline
+        if self.step_buffer is not None:
+            self.step_buffer.timeline_starts()
         try:
-            yield self.meter.timeline
+            yield timeline
         finally:
-            self.meter.timeline = None
+            for collectives in self.collectives:
+                collectives.meter.timeline = None
 
-    @property
-    def recording(self) -> bool:
-        """Whether a timeline is being recorded."""
-        return self.meter.timeline is not None
-
-    def note(self, phase: str, start: float) -> None:
-        """For hooks: `forward` of this step lasted from `start` (`time.perf_counter`) until now."""
-        self.meter.note(Span(phase, self._step, None, start, time.perf_counter()))
-
-    def backward_starts(self) -> None:
-        """For hooks: backward starts now. It ends with the step's last bucket."""
-        self._backward_started = time.perf_counter()
+    def follow_scale(self) -> None:
+        """For hooks: a step begins. What feedback keeps changes with the loss scale."""
+        for collectives in self.collectives:
+            collectives.follow_scale()
 
     def __reduce__(self) -> Any:
         raise TypeError(
             f"a {type(self).__name__} has connections and cannot be copied or pickled: save its state_dict(), on every rank"
         )
 
+    # state
+
     def state_dict(self) -> dict[str, Any]:
-        """Memories and layout of this rank (every rank saves its own). Call it between steps.
+        """What feedback keeps on this rank, and in which layout (every rank saves its own). Call it between steps.
 
         DDP lays out its buckets anew between its first and its second step. A state that is saved just there goes on
         with the first layout: nothing is lost, but not bit for bit.
         """
-        if self._optimizer is not None and self._scaler is not None and self._optimizer.awaits_step:
-            self._feedback.restore_snapshot()  # the scaler has skipped the step
+        if self.step_buffer is not None:
+            self.step_buffer.forget_skipped_step()
+        optimizer = self._optimizer
+        steps = (one.meter.steps for one in self.collectives)
         content = {
-            "version": STATE_VERSION,
-            "settings": self._settings(),
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "step": self._step,
-            "scale": self._scale,
-            "optimizer": None if self._optimizer is None else self._optimizer.own_state(),
-            "buckets": self._feedback.state_dict(),
-            "beside": [other.state_dict() for other in self.beside],
+            **self._identity(),
+            "step": max(steps) if self.step_buffer is None else self.step_buffer.step,
+            "scale": self.collectives[0].scale,
+            "optimizer": None if optimizer is None else optimizer.own_state(),
+            "memories": [collectives.feedback.state_dict() for collectives in self.collectives],
+            "side traffic": [other.state_dict() for other in self.side_traffic],
         }
-        shared = None if self._optimizer is None else self._optimizer.state_dict()
-        return RankState(content, sum(self._parameters.values()), shared)
+        shared = None if optimizer is None else optimizer.state_dict()
+        return RankState(content, self._values or sum(n for _, n in self._parameters), shared)
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         """Restore what `state_dict` saved on the same rank; training goes on bit for bit. Collective, between steps.
 
-        `state` is that dict, or what `torch.distributed.checkpoint` has loaded into one, or a sequence of the states of all
-        ranks of a run; the latter two are good for any number of ranks now: what they had withheld is kept in total. By hand,
-        load a compressed optimizer's own state before; a distributed checkpoint has it with the session's. DDP lays its buckets
-        out anew after a restart; the first step is exchanged in the saved layout all the same.
+        `state` is that dict, or what `torch.distributed.checkpoint` has loaded into one, which is good for any number of ranks
+        of replicas, and of shards under FSDP2 without replicas: what they had withheld is kept in total. So is, of replicas, a
+        sequence of the states of all ranks of a run. By hand, load a compressed optimizer's own state before; a distributed
+        checkpoint has it with the session's. DDP lays its buckets out anew after a restart; the first step is exchanged in the
+        saved layout all the same.
 
         Raises ValueError on all ranks if a state belongs to another version, plan, rank, number of ranks or model, or if the
         ranks' states are not of one step; TypeError for what is no state, on its rank.
@@ -335,17 +219,47 @@ class Session:
         said: Settings = summary(mine[0]) if mine else {"nothing": True}
         if refusal is not None:
             said = {"error": str(refusal)}
-        everyone = self._ask(said, "a state to restore")
+        first = said
+        for (
+            collectives
+        ) in self.collectives:  # each hands on what it found: the dimensions of a mesh reach all its ranks
+            everyone = collectives.traffic.ask(said, "a state to restore")
+            if refusal is None:
+                try:
+                    first = require_one_run(everyone)
+                except ValueError as error:
+                    refusal, said = error, {"error": str(error)}
         if refusal is not None:
             raise refusal
-        first = require_one_run(everyone)
-        if self._optimizer is not None and isinstance(state, RankState) and state.loaded_shared is not None:
-            self._optimizer.load_state_dict(state.loaded_shared)
-        if int(first["world_size"]) != self.world_size:
-            own = self._mean_of_own([one["optimizer"] for one in mine], int(first["world_size"]))
-            self.restore(merged(mine, first, self.rank, self.world_size) | {"optimizer": own, "beside": []})
-        else:
+        optimizer = self._optimizer
+        if optimizer is not None and isinstance(state, RankState) and state.loaded_shared is not None:
+            optimizer.load_state_dict(state.loaded_shared)
+        old = int(str(first["world_size"]))
+        if old == self.world_size:
             self.restore(mine[0])
+            return
+        assert self._reshard is not None
+        kept = [one["memories"] for one in mine] or [empty_memories(first)]
+        memories = merged_memories([self._reshard(one, old) for one in kept], self.world_size / old)
+        own = self._mean_of_own([one["optimizer"] for one in mine], old)
+        self.restore({"scale": first["scale"], "memories": memories, "optimizer": own, "side traffic": []})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the state of this rank, which fits, as all ranks do. Not collective."""
+        for collectives, memories in zip(self.collectives, state["memories"], strict=True):
+            collectives.scale = float(state["scale"])
+            collectives.feedback.load_state_dict(memories, collectives.device)
+        if self.step_buffer is not None:
+            self.step_buffer.restored = list(self.collectives[0].feedback.memories)
+        if self._optimizer is not None and state["optimizer"] is not None:
+            self._optimizer.load_own_state(state["optimizer"])
+        for other, saved in zip(self.side_traffic, state["side traffic"], strict=False):
+            other.load_state_dict(saved)
+
+    def require_own(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if a state belongs to another version, plan, rank, number of ranks or model."""
+        require_same_values(self._identity(), state)
+        self._require_fit(state, state["memories"])
 
     def _states(self, state: Any) -> list[dict[str, Any]]:
         """The saved states that this rank goes on with: its own, or its share of those of another number of ranks."""
@@ -354,61 +268,39 @@ class Session:
         elif isinstance(state, Mapping):
             found = [dict(state)]
             self.require_own(found[0])
-        elif isinstance(state, Sequence) and not isinstance(state, str):
+        elif self.step_buffer is not None and isinstance(state, Sequence) and not isinstance(state, str):
             found = share(state, self.rank, self.world_size)
         else:
             raise TypeError(
-                f"cannot restore: got {type(state).__name__}, expected what session.state_dict() returned on this rank"
+                f"expected the dict that this rank saved, got a {type(state).__name__}: save session.state_dict() on every rank"
             )
         for one in found:
-            self._require_fit(one)
-        if len(found) == 1 and found[0]["world_size"] == self.world_size:
-            self.require_own(found[0])
+            if one.get("world_size") == self.world_size or self._reshard is None:
+                self.require_own(one)
+                continue
+            of_rank = ("rank", "world_size", "groups")
+            require_same_values({k: v for k, v in self._identity().items() if k not in of_rank}, one)
+            self._require_fit(one, self._reshard(one["memories"], int(one["world_size"])))
         return found
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from the state of this rank, which fits, as all ranks do. Not collective."""
-        self._scale = float(state["scale"])
-        self._feedback.load_state_dict(state["buckets"], self.device)
-        if self._role == "gradients":  # others keep their layout
-            self._restored = list(self._feedback.memories)
-        if self._optimizer is not None and state["optimizer"] is not None:
-            self._optimizer.load_own_state(state["optimizer"])
-        for other, saved_beside in zip(self.beside, state.get("beside", ()), strict=False):
-            other.load_state_dict(saved_beside)
-
-    @property
-    def feedback(self) -> Feedback:
-        """What this rank has withheld, by parameter."""
-        return self._feedback
-
-    def take_over(self, feedback: Feedback, names: Mapping[str, str], scale: float) -> None:
-        """Go on with what another session withheld, of parameters that both exchange. Call it before the first step.
-
-        `names` has its names for them, and ours. `scale` is the loss scale of what it withheld.
-        """
-        self._scale = scale
-        self._feedback.load_state_dict(feedback.renamed(names), self.device)
-        self._feedback.register(tuple(self._parameters.items()))
-        self._restored = list(self._feedback.memories)
-
-    def require_own(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if a state belongs to another version, plan, rank, number of ranks or model."""
-        require_same_values({"rank": self.rank, "world_size": self.world_size}, state)
-        self._require_fit(state)
-
-    def _require_fit(self, state: dict[str, Any]) -> None:
-        """Raise ValueError if a state, of any rank among any number of them, is not one of this session's."""
-        require_same_values({"version": STATE_VERSION, "settings": self._settings()}, state)
-        saved = {bare_name(name): int(n) for bucket in state["buckets"] for name, n in bucket["segments"]}
+    def _require_fit(self, state: dict[str, Any], memories: list[Memories]) -> None:
+        """Raise ValueError if what a state has is not of this session's parameters, or not of the values that travel now."""
+        saved = {bare_name(name): int(n) for kept in memories for bucket in kept for name, n in bucket["segments"]}
         if self._parameters and saved:
-            gradients = self._role == "gradients"  # in other roles some may not have been exchanged yet
-            present = {name: n for name, n in self._parameters.items() if gradients or name in saved}
-            _require_same_parameters(saved, present)
-        self._feedback.require_fit(state["buckets"])
+            replicas = self.step_buffer is not None  # else some may not have been exchanged yet
+            present = {name: n for name, n in self._parameters if replicas or name in saved}
+            require_same_parameters(saved, present)
+        for collectives, kept in zip(self.collectives, memories, strict=True):
+            collectives.feedback.require_fit(kept)
 
-    def _settings(self) -> dict[str, object]:
-        return {**self.plan.settings(), "optimizer": self._apart()["optimizer"]}
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            **self._settings,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "groups": [collectives.world_size for collectives in self.collectives],
+        }
 
     def _mean_of_own(self, mine: list[Any], saved: int) -> Any:
         """What an optimizer has of its own on a rank, as the mean over all that have saved. Collective."""
@@ -420,243 +312,6 @@ class Session:
                 total = torch.zeros_like(kept[key])
                 for one in mine:
                     total += one[name][key].to(total.device)
-                dist.all_reduce(total, group=self.group)
+                dist.all_reduce(total, group=self.collectives[0].group)
                 kept[key] = total / saved
         return mean
-
-    def _start_step(self) -> None:
-        due = self.world_size > 1 and is_due(self._verify, self._step)
-        self._comparison = Comparison(self._step, list(self.replicas())) if due else None
-        self._labels.proven = due
-        if self._optimizer is None:
-            self._follow_scale()
-            return
-        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-        if not self._optimizer.start(scale):
-            if scale >= self._scale:  # a scaler that skips a step lowers its scale
-                raise RuntimeError(
-                    "commpress: two backward passes have exchanged gradients without optimizer.step() between them. Put all "
-                    "but the last backward of a step under no_sync(); with a GradScaler pass grad_scaler= to attach"
-                )
-            self._feedback.restore_snapshot()
-        self._follow_scale()
-        if self._optimizer.unproven():
-            require_equal(self._ask(self._optimizer.standing(), "an optimizer to compare"))
-        elif (frozen := self._optimizer.frozen_parameters()) is not None and self.world_size > 1:
-            require_same_names("frozen parameters", frozen, self.group, self.device)
-
-    def _start(
-        self,
-        bucket: Tensor,
-        segments: Segments,
-        index: int,
-        last: bool,
-        finished: Callable[[BaseException | None], None],
-        override: Override | None = None,
-        dense_bytes: int | None = None,
-    ) -> None:
-        W = self.world_size
-        if self._optimizer is not None and override is None:
-            if (parts := self._optimizer.split(segments)) != [segments]:
-                self._start_parts(bucket, segments, parts, index, last, finished)
-                return
-            override = self._optimizer.override(segments, self.plan.codec)
-        override = override or Override(self.plan.codec)
-        if self._looks:
-            override = Override(DENSE, "all values are looked at")
-        n = bucket.numel() if self._looks else self._feedback.masks.total(segments)
-        if n == 0:
-            override = Override(None, "nothing is left of it")
-        choice = self.plan.choose(n, bucket.element_size(), W, override)
-        values, dtype = bucket.numel(), bucket.dtype
-        if segments and segments[0][0] in self.pairs:
-            values, dtype = values // 2, dtype.to_complex()
-        row = self.meter.row(
-            index, values, dtype_name(dtype), str(choice.codec), choice.exchange.name, choice.reason, self._role
-        )
-        chunk = None
-        if not override.bypass_feedback and W > 1:
-            chunk = choice.exchange.chunk(n, choice.codec, self.rank, W)
-        memory = self._feedback.memory(segments, choice.feedback, chunk, self.device, override.momentum)
-        exchange = self._exchange(bucket, segments, choice, override, memory)
-        if W == 1:
-            next(exchange, None)
-            row.steps += 1
-            self.meter.steps += last
-            finished(None)
-            return
-        if (comparison := self._comparison) is not None:
-            if override.codec is not None:
-                exchange = comparison.watch(exchange, bucket, f"the mean of bucket {index}")
-            if last:
-                exchange = comparison.finish(exchange, self._wire, self._labels.next("hashes of this step"))
-        dense = ring_bytes(bucket.nbytes, W) if dense_bytes is None else dense_bytes
-        self._sequencer.submit(Job(bucket, exchange, row, self._step, dense, last, finished))
-
-    def _start_parts(
-        self,
-        bucket: Tensor,
-        segments: Segments,
-        parts: list[Segments],
-        index: int,
-        last: bool,
-        finished: Callable[[BaseException | None], None],
-    ) -> None:
-        """Exchange parts of a bucket one by one; what is in none of them stays as it is, and so does what is kept of it."""
-        self._feedback.register(segments)
-        if not parts:
-            self._start(bucket, segments, index, last, finished, Override(None, "nothing in it is trained"))
-        for flat, part, done in taken_apart(bucket, segments, parts, finished):
-            optimizer = self._optimizer
-            assert optimizer is not None
-            self._start(flat, part, index, last and part is parts[-1], done, optimizer.override(part, self.plan.codec))
-
-    def _exchange(
-        self, bucket: Tensor, segments: Segments, choice: BucketPlan, override: Override, memory: Memory
-    ) -> Iterator[Transfer]:
-        # a mean of gradients does not send along what is remembered of momenta
-        scratch = self._scratch.of(segments, self._feedback.memories)
-        remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
-        encoder = Encoder(choice.codec, memory if remembers else None, scratch)
-        travels, places = bucket, None if self._looks else memory.kept_index
-        if places is not None and (override.codec is not None or not places.numel()):
-            nbytes = places.numel() * bucket.element_size()
-            travels = scratch.buffer("kept values", nbytes, self.device).view(bucket.dtype)
-        n, spec = travels.numel(), str(choice.codec)
-        label = self._labels.bucket(self._role, segments, n, spec, choice.exchange.name)
-        if override.codec is None:
-            alone_here = self._scaler is None or self.world_size == 1
-            exchange = iter(()) if alone_here else all_reduce_found_inf(travels, self._wire, label)
-        elif self.world_size == 1:
-            exchange = single_rank(travels, encoder)
-        else:
-            exchange = choice.exchange.run(travels, encoder, self._wire, label)
-        if places is not None and travels is not bucket:
-            exchange = packed(bucket, places, travels, exchange)
-        if self._optimizer is None and override.prepare is None and override.prologue is None:
-            return exchange
-        # where the codec sees the bucket itself, its pass does the blending
-        fused = encoder if choice.codec.lossy and self.world_size > 1 and places is None else None
-        snapshot = None if self._scaler is None else partial(self._feedback.snapshot, segments, memory)
-        return _prepared(override, bucket, memory, snapshot, fused, exchange)
-
-    def _release(self) -> None:
-        """Exchange a step all of whose buckets are there; the first after a restart in the layout that was saved."""
-        held, layouts = self._held, self._restored
-        self._held, self._restored = [], []
-        if not layouts or {h.segments for h in held} == set(layouts):
-            self._measure([h.bucket for h in held])
-            for h in held:
-                self._start(h.bucket, h.segments, h.index, h is held[-1], partial(_settle, h.future, h.bucket))
-            return
-        places: dict[str, Tensor] = {}
-        for h in held:
-            places |= zip((n for n, _ in h.segments), h.bucket.split([n for _, n in h.segments]), strict=True)
-        saved = {name: n for layout in layouts for name, n in layout}
-        _require_same_parameters(saved, {name: part.numel() for name, part in places.items()})
-        flats = [torch.cat([places[name] for name, _ in layout]) for layout in layouts]
-        waiting = len(layouts)
-
-        def finished(layout: Segments, flat: Tensor, error: BaseException | None) -> None:
-            nonlocal waiting
-            for (name, _), part in zip(layout, flat.split([n for _, n in layout]), strict=True):
-                places[name].copy_(part)
-            waiting -= 1
-            if waiting == 0 or error is not None:
-                for h in held:
-                    if not h.future.done():
-                        _settle(h.future, h.bucket, error)
-
-        self._measure(flats)
-        for index, (layout, flat) in enumerate(zip(layouts, flats, strict=True)):
-            end = index == len(layouts) - 1
-            self._start(flat, layout, index, end, partial(finished, layout, flat))
-
-    def _ask(self, settings: Settings, what: str) -> list[Settings]:
-        """Every rank's settings. Collective: a rank that does something else meanwhile is an error on all."""
-        if self.world_size == 1:
-            return [settings]
-        return self._sequencer.ask(settings, self._labels.next(what))
-
-    def _measure(self, gradients: list[Tensor]) -> None:
-        if self._optimizer is not None:
-            self._optimizer.measure(gradients)
-
-    def _apart(self) -> dict[str, object]:
-        """What else the ranks must agree on."""
-        optimizer = None if self._optimizer is None else type(self._optimizer).__name__
-        return {"optimizer": optimizer, "grad_scaler": self._scaler is not None, "verify": self._verify}
-
-    def _follow_scale(self) -> None:
-        """Memories hold gradients times the loss scale; when that changes they change with it."""
-        if self._scaler is not None and (scale := float(self._scaler.get_scale())) != self._scale:
-            self._feedback.rescale(scale / self._scale)
-            self._scale = scale
-
-
-def _prepared(
-    override: Override,
-    bucket: Tensor,
-    memory: Memory,
-    snapshot: Callable[[], None] | None,
-    fused: Encoder | None,
-    exchange: Iterator[Transfer],
-) -> Iterator[Transfer]:
-    """Make of the gradient what is sent, in the thread that encodes, and send it. The blending is left to what encodes with
-    `fused`, if there is one."""
-    if snapshot is not None:
-        snapshot()
-    if override.prepare is not None:
-        override.prepare(bucket, memory)
-    if fused is not None:
-        fused.prologue = override.prologue
-    elif override.prologue is not None:
-        override.prologue.apply(bucket)
-    yield from exchange
-
-
-def _require_same_parameters(saved: dict[str, int], present: dict[str, int]) -> None:
-    for name in sorted(saved.keys() | present.keys()):
-        if saved.get(name) != present.get(name):
-            raise ValueError(
-                f"cannot restore: parameter {name!r} has {saved.get(name, 'no')} values in the saved state, "
-                f"{present.get(name, 'no')} in the model"
-            )
-
-
-def _agree(
-    spec: str | Codec,
-    exchange: str | None,
-    error_feedback: bool,
-    parameters: Segments,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    more: dict[str, object],
-) -> Plan:
-    try:
-        plan = Plan.of(spec, exchange, error_feedback)
-        require_interval(more["verify"])
-    except (ValueError, TypeError) as error:
-        require_agreement({"error": str(error)}, group, device)
-        raise
-    settings: dict[str, object] = {
-        "spec": str(plan.codec),
-        "exchange": plan.settings()["exchange"],
-        "error_feedback": error_feedback,
-        "commpress version": version("commpress"),
-        "parameters": f"{len(parameters)} with {sum(n for _, n in parameters)} values",
-        **more,
-    }
-    require_agreement(settings, group, device)
-    return plan
-
-
-def _settle(future: "torch.futures.Future[Any]", bucket: Tensor, error: BaseException | None) -> None:
-    future.set_result(error or bucket)
-
-
-def _result(mean: Tensor, future: "torch.futures.Future[Any]") -> Tensor:
-    value = future.value()
-    if isinstance(value, BaseException):
-        raise value
-    return mean

@@ -80,9 +80,9 @@ class FrozenAdamW(CompressedOptimizer):
         super().bind(parameters, world_size, may_be_unused, **more)
         warm_up(parse(self.param_groups[0]["warmup_spec"]), next(iter(parameters.values())).device)
 
-    def start(self, scale: float) -> bool:
+    def begin_backward(self, scale: float) -> bool:
         self._settling = []
-        return super().start(scale)
+        return super().begin_backward(scale)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         steps = state_dict["param_groups"][0].get("steps", 0)
@@ -106,19 +106,19 @@ class FrozenAdamW(CompressedOptimizer):
         """Whether the warm-up is over."""
         return bool(self.param_groups[0]["frozen_at"])
 
-    def waits(self) -> bool:
+    def needs_all_buckets(self) -> bool:
         return self.frozen and self.param_groups[0]["max_norm"] is not None
 
     def phase(self) -> object:
         return self.param_groups[0]["frozen_at"], self._warming()
 
-    def standing(self) -> dict[str, object]:
+    def replicated_state(self) -> dict[str, object]:
         total = 0
         for p, _ in self._places.values():
             if (kept := self.state.get(p, {}).get("inverse")) is not None:
                 total += int(loops.flat(kept)[0].view(torch.uint8).sum(dtype=torch.int64))
         warming = {"parameters that warm up": sorted(self._warming())} if self.frozen else {}
-        return {**super().standing(), **warming, "frozen variance (sum of its bytes)": total}
+        return {**super().replicated_state(), **warming, "frozen variance (sum of its bytes)": total}
 
     def kind(self, name: str) -> object:
         state = self.state.get(self._places[name][0], {})

@@ -16,7 +16,7 @@ from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.notice import warn
 from commpress.comm.plan import DENSE, Override
-from commpress.comm.session import Session
+from commpress.comm.step_buffer import StepBuffer
 from commpress.optim import loops
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -129,16 +129,16 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._find_places()
         loops.warm_up()
 
-    def hand_over(self, session: Session) -> None:
-        """For hooks: `session` exchanges what was bound. What the one before it had withheld is not lost."""
+    def hand_over(self, buckets: StepBuffer) -> None:
+        """For hooks: `buckets` exchange what was bound. What the one before it had withheld is not lost."""
         if self._withheld is not None:
             feedback, before = self._withheld
             ours = {p: name for name, p in self._bound.items()}
             names = {name: ours[p] for name, p in before.items() if p in ours}
             masked = any(name in feedback.masks for name in before)  # a new session has no masks
             if feedback.memories and not masked:
-                session.take_over(feedback, names, self._scale)
-        self._withheld = session.feedback, dict(self._bound)
+                buckets.take_over(feedback, names, self._scale)
+        self._withheld = buckets.collectives.feedback, dict(self._bound)
 
     def _find_places(self) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}
@@ -149,7 +149,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Whether what was exchanged last has not been used."""
         return self._awaits_step
 
-    def start(self, scale: float) -> bool:
+    def begin_backward(self, scale: float) -> bool:
         """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
         used, self._awaits_step = not self._awaits_step, True
         self._received, self._scale, self._clip, self._written = [], scale, 1.0, None
@@ -180,17 +180,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
             return Override(DENSE, "the optimizer does not hold it")
         return self.override_held(segments, codec)
 
-    def waits(self) -> bool:
+    def needs_all_buckets(self) -> bool:
         """Whether no bucket of this step may be treated before `measure` has seen them all."""
         return False
 
-    def measure(self, gradients: list[Tensor]) -> None:
+    def on_all_buckets(self, gradients: list[Tensor]) -> None:
         """All buckets of this step, which are this rank's own gradients: how much of them counts under `max_norm`.
 
         A rank may have sqrt(W) times the norm of the mean: so much larger is the noise of one of W (as Deep Gradient
         Compression, section 3.2, has it for sums).
         """
-        if (most := self.param_groups[0]["max_norm"]) is not None and self.waits():
+        if (most := self.param_groups[0]["max_norm"]) is not None and self.needs_all_buckets():
             norm = float(
                 torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
             )
@@ -206,17 +206,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def override_held(self, segments: Segments, codec: Codec) -> Override:
         """What to do with parameters of one kind that this optimizer steps."""
 
-    def receive(self, bucket: Tensor, segments: Segments) -> None:
+    def on_bucket(self, bucket: Tensor, segments: Segments) -> None:
         """This bucket will hold what was exchanged when backward is over."""
         self._received.append((bucket, segments))
 
-    def standing(self) -> dict[str, object]:
+    def replicated_state(self) -> dict[str, object]:
         """What all ranks must agree on now, as JSON values."""
         groups = [{k: plain(v) for k, v in group.items() if k != "params"} for group in self.param_groups]
         frozen = sorted(name for name, (p, _) in self._places.items() if not p.requires_grad)
         return {"optimizer": type(self).__name__, "optimizer's groups": groups, "frozen parameters": frozen}
 
-    def unproven(self) -> bool:
+    def must_verify(self) -> bool:
         """Whether a phase begins, or a state was loaded, since the ranks compared their standing."""
         before, self._proven = self._proven, self.phase()
         return before != self._proven

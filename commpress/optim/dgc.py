@@ -55,7 +55,7 @@ class DGC(CompressedOptimizer):
         settings = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {"lr": lr, **settings, "warmup_steps": warmup_steps, "steps": 0}, max_norm)
 
-    def waits(self) -> bool:
+    def needs_all_buckets(self) -> bool:
         return self.param_groups[0]["max_norm"] is not None
 
     def override_held(self, segments: Segments, codec: Codec) -> Override:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import gather_settings, require_agreement
 from commpress.comm.codecs import Codec
+from commpress.comm.collectives import Collectives
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.kernels.fingerprint import fingerprint
@@ -34,6 +35,7 @@ from commpress.comm.parameters import real_view
 from commpress.comm.parts import taken_apart
 from commpress.comm.plan import Override
 from commpress.comm.rank_state import RankState
+from commpress.comm.replicas import agreed_plan
 from commpress.comm.resize import moved
 from commpress.comm.session import Session
 from commpress.optim.base import within
@@ -178,7 +180,11 @@ class Outer:
         self._fragments = self._split(parameters)
         parts = tuple(s for f in self._fragments for s in f.segments)
         # it has no steps to count: what the anchors become is compared in each sync
-        self._session = Session(spec, group, self.device, parameters=parts, role="outer", verify=0)
+        alike: dict[str, object] = {"optimizer": None, "grad_scaler": False, "verify": 0}
+        plan = agreed_plan(spec, None, True, parts, group, self.device, alike)
+        self._collectives = Collectives(group, self.device, plan, role="outer", verify=0)
+        settings_alike: dict[str, object] = {"settings": {**plan.settings(), "optimizer": None}}
+        self._session = Session(self._collectives, spec=str(plan.codec), settings=settings_alike, parameters=parts)
         self._apart = [0]
         if dist.get_world_size(group) > 1:
             leads = speaks(group) and (self._inner is None or speaks(self._inner))
@@ -363,16 +369,16 @@ class Outer:
                 memory.residual.mul_(decay)
 
         dense = (self._steps - fragment.synced_at) * fragment.dense_bytes
-        override = Override(self._session.plan.codec, prepare=prepare)
-        submit = partial(self._session.submit, index=index, last=False, override=override, dense_bytes=dense)
+        override = Override(self._collectives.gradients.codec, prepare=prepare)
+        send = partial(self._collectives.all_reduce, index=index, override=override, dense_bytes=dense)
         if moving == fragment.segments:
-            fragment.mean = submit(bucket, fragment.segments)
+            fragment.mean = send(bucket, fragment.segments).future()
         elif not moving:
             fragment.mean = torch.futures.Future()
             fragment.mean.set_result(bucket)
         else:
             for flat, part, done in taken_apart(bucket, fragment.segments, [moving], lambda error: None):
-                fragment.mean = submit(flat, part).then(partial(_put_back, bucket, done))
+                fragment.mean = send(flat, part).future().then(partial(_put_back, bucket, done))
         fragment.synced_at = self._steps
 
     def _finish(self, fragment: Fragment, share: float) -> None:
@@ -396,7 +402,7 @@ class Outer:
             dist.all_gather(list(fragment.anchor.split(own.numel())), own.clone(), group=self._inner)
             sent, place = (self._inner_size - 1) * own.nbytes, self._fragments.index(fragment)
             values = fragment.anchor.numel()
-            self._session.meter.record_uncompressed(
+            self._collectives.meter.record_uncompressed(
                 place, values, "float32", "all_gather", "inside a worker", "parameters", sent
             )
         fragment.put(fragment.anchor, share)

@@ -112,13 +112,13 @@ class ZeroOneAdamW(FrozenAdamW):
     def takes_means(self) -> bool:
         return not self.frozen or self._refreshes()
 
-    def waits(self) -> bool:
-        return super().waits() and not self._refreshes()
+    def needs_all_buckets(self) -> bool:
+        return super().needs_all_buckets() and not self._refreshes()
 
-    def start(self, scale: float) -> bool:
+    def begin_backward(self, scale: float) -> bool:
         self._seen, self._starts, self._syncing, self._leads = 0, {}, {}, {}
         self._backwards += 1
-        return super().start(scale)
+        return super().begin_backward(scale)
 
     def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
         before = set(self._bound.values())

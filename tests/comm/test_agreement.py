@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ranks import outcome, run
 
 from commpress.comm.agreement import gather_settings, require_agreement
-from commpress.comm.session import Session
+from commpress.comm.replicas import replicas_session
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def required(settings: list[dict[str, object]]) -> str:
 def session(arguments: list[dict[str, Any]]) -> str:
     """What making a session says if rank r passes arguments[r]; `spec` is one of them."""
     own = dict(arguments[dist.get_rank()])
-    said = outcome(lambda: Session(own.pop("spec"), dist.group.WORLD, CPU, **own))
+    said = outcome(lambda: replicas_session(own.pop("spec"), dist.group.WORLD, CPU, **own))
     dist.barrier()  # a rank that ends closes its connections, and another may still be making its session's
     return said
 

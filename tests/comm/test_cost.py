@@ -15,7 +15,7 @@ from ranks import run
 from commpress.comm import cost
 from commpress.comm.cost import Cluster, Speed
 from commpress.comm.plan import Plan
-from commpress.comm.session import Session
+from commpress.comm.replicas import replicas_session
 
 PAIRS: tuple[tuple[str, str | None], ...] = (
     ("none", None),
@@ -48,12 +48,14 @@ def exchanged() -> list[list[dict[str, Any]]]:
     """One step with every pair: the report's rows."""
     reports = []
     for spec, exchange in PAIRS:
-        session = Session(spec, dist.group.WORLD, torch.device("cpu"), exchange=exchange)
+        session = replicas_session(spec, dist.group.WORLD, torch.device("cpu"), exchange=exchange)
         for index, (n, dtype) in enumerate(BUCKETS):
-            session.submit(torch.ones(n, dtype=dtype), ((f"p{index}", n),), index, index == len(BUCKETS) - 1).wait()
+            session.step_buffer.submit(
+                torch.ones(n, dtype=dtype), ((f"p{index}", n),), index, index == len(BUCKETS) - 1
+            ).wait()
         memory = sum(
             m[k].nbytes
-            for m in session.state_dict()["buckets"]
+            for m in session.state_dict()["memories"][0]
             for k in ("residual", "owner_residual")
             if m[k] is not None
         )

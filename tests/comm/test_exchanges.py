@@ -17,7 +17,7 @@ from commpress.comm.exchange import EXCHANGES, Labels, Wire
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.feedback import Memory
 from commpress.comm.plan import Plan
-from commpress.comm.session import Session
+from commpress.comm.replicas import replicas_session
 
 PAIRS: tuple[tuple[str, str | None], ...] = (
     ("int8", None),
@@ -137,15 +137,15 @@ def zeros(codec: Codec, exchange: str, n: int, world_size: int) -> Simulated | N
 
 def exchanged(spec: str, exchange: str | None) -> dict[str, Any]:
     """STEPS steps with all BUCKETS: means and memories by step and bucket, and the report's rows."""
-    session = Session(spec, dist.group.WORLD, CPU, exchange=exchange)
+    session = replicas_session(spec, dist.group.WORLD, CPU, exchange=exchange)
     means, memories = [], []
     for step in range(STEPS):
         futures = []
         for index, (n, dtype) in enumerate(BUCKETS):
             x = values(n, session.rank, step, dtype)
-            futures.append(session.submit(x, ((f"p{index}", n),), index, last=index == len(BUCKETS) - 1))
+            futures.append(session.step_buffer.submit(x, ((f"p{index}", n),), index, last=index == len(BUCKETS) - 1))
         means.append([future.wait() for future in futures])
-        memories.append(session.state_dict()["buckets"])
+        memories.append(session.state_dict()["memories"][0])
     return {"means": means, "memories": memories, "rows": session.report().to_dict()["rows"]}
 
 
@@ -171,7 +171,7 @@ def tiny(spec: str, exchange: str) -> list[list[Tensor]]:
 def summed(spec: str) -> list[tuple[Tensor, Tensor]]:
     """Means by all_reduce and what the group's own sum of the rounded gradients gives, for each bucket and step."""
     codec, group = parse(spec), dist.group.WORLD
-    session, pairs = Session(spec, group, CPU), []
+    session, pairs = replicas_session(spec, group, CPU), []
     share = 1.0 / session.world_size
     for index, (n, dtype) in enumerate(BUCKETS):
         residual = torch.zeros(n)
@@ -186,16 +186,18 @@ def summed(spec: str) -> list[tuple[Tensor, Tensor]]:
                 expected = x.clone()
             expected *= share
             dist.all_reduce(expected)
-            pairs.append((session.submit(x, ((f"p{index}", n),), index, last=True).wait(), expected.to(dtype)))
+            pairs.append(
+                (session.step_buffer.submit(x, ((f"p{index}", n),), index, last=True).wait(), expected.to(dtype))
+            )
     return pairs
 
 
 def alone(spec: str, exchange: str | None) -> dict[str, Any]:
     """One rank: what comes back, whether it is the tensor that went in, threads and report."""
     before = threading.enumerate()
-    session = Session(spec, dist.group.WORLD, CPU, exchange=exchange)
+    session = replicas_session(spec, dist.group.WORLD, CPU, exchange=exchange)
     x = values(5000, 0, 0, torch.float32)
-    result = session.submit(x, (("p", 5000),), 0, last=True).wait()
+    result = session.step_buffer.submit(x, (("p", 5000),), 0, last=True).wait()
     return {
         "result": result.clone(),
         "same memory": result.data_ptr() == x.data_ptr(),
@@ -209,20 +211,20 @@ def in_a_subgroup(spec: str) -> list[Tensor] | None:
     group = dist.new_group([0, 2])
     if dist.get_rank() == 1:
         return None
-    session = Session(spec, group, CPU)
+    session = replicas_session(spec, group, CPU)
     return [
-        session.submit(values(5000, session.rank, step, torch.float32), (("p", 5000),), 0, last=True).wait()
+        session.step_buffer.submit(values(5000, session.rank, step, torch.float32), (("p", 5000),), 0, last=True).wait()
         for step in range(STEPS)
     ]
 
 
 def among_other_messages(spec: str) -> tuple[list[Tensor], list[Tensor]]:
     """Exchanges while the user's own collectives and messages are under way on the same group and tags."""
-    session = Session(spec, dist.group.WORLD, CPU)
+    session = replicas_session(spec, dist.group.WORLD, CPU)
     me, W = session.rank, session.world_size
     means, others = [], []
     for step in range(STEPS):
-        future = session.submit(values(70_001, me, step, torch.float32), (("p", 70_001),), 0, last=True)
+        future = session.step_buffer.submit(values(70_001, me, step, torch.float32), (("p", 70_001),), 0, last=True)
         theirs, got = torch.full((1000,), float(me + step)), torch.empty(1000)
         sending = dist.isend(theirs, (me + 1) % W, tag=step)
         dist.recv(got, (me - 1) % W, tag=step)

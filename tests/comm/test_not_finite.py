@@ -15,7 +15,7 @@ from commpress.comm.exchange import EXCHANGES, Labels, Transfer, Wire
 from commpress.comm.exchange.all_gather import all_gather
 from commpress.comm.exchange.reduce_scatter import reduce_scatter
 from commpress.comm.feedback import Memory
-from commpress.comm.session import Session
+from commpress.comm.replicas import replicas_session
 
 CPU = torch.device("cpu")
 BAD = (torch.nan, torch.inf, -torch.inf)
@@ -47,15 +47,15 @@ def values(n: int, rank: int, step: int, dtype: torch.dtype, world_size: int) ->
 
 def means_of(spec: str, exchange: str) -> tuple[list[Tensor], list[str]]:
     """The means of all steps and lengths, and which memories are not finite after the last."""
-    session = Session(spec, dist.group.WORLD, CPU, exchange=exchange)
+    session = replicas_session(spec, dist.group.WORLD, CPU, exchange=exchange)
     W = session.world_size
     means, spoilt = [], []
     for i, (n, dtype) in enumerate(LENGTHS):
         for step in range(STEPS):
             x = values(n, session.rank, step, dtype, W)
-            session.submit(x, ((f"p{i}", n),), 0, last=True).wait()
+            session.step_buffer.submit(x, ((f"p{i}", n),), 0, last=True).wait()
             means.append(x)
-    for bucket in session.state_dict()["buckets"]:
+    for bucket in session.state_dict()["memories"][0]:
         for kind in ("residual", "owner_residual", "momentum"):
             if bucket[kind] is not None and not bucket[kind].isfinite().all():
                 spoilt.append(f"{kind} of {bucket['segments']}")

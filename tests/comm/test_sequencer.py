@@ -8,14 +8,14 @@ import torch.distributed as dist
 from ranks import outcome, run
 
 from commpress.comm.exchange import Label, Wire
-from commpress.comm.session import Session
+from commpress.comm.replicas import replicas_session
 
 N = 100_000
 
 
 def one_waits(folder: str) -> tuple[bool, bool]:
     """Rank 1 submits nothing until rank 0's second bucket is on its way, while its first still waits for rank 1."""
-    session = Session("int8", dist.group.WORLD, torch.device("cpu"))
+    session = replicas_session("int8", dist.group.WORLD, torch.device("cpu"))
     go = Path(folder) / "go"
     gradients = [torch.full((N,), float(dist.get_rank())) for _ in range(2)]
     sent, waiting = True, True
@@ -24,7 +24,7 @@ def one_waits(folder: str) -> tuple[bool, bool]:
         while not go.exists():
             time.sleep(0.02)
     for index, gradient in enumerate(gradients):
-        futures.append(session.submit(gradient, ((str(index), N),), index, last=index == 1))
+        futures.append(session.step_buffer.submit(gradient, ((str(index), N),), index, last=index == 1))
         time.sleep(0.3)  # whatever waits for the first bucket does so by now
     if dist.get_rank() == 0:
         deadline = time.monotonic() + 20

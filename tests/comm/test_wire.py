@@ -20,7 +20,7 @@ from training import SMALL_BUCKETS, loss_of, network, train
 import commpress
 from commpress.comm.exchange import Label, Wire
 from commpress.comm.plan import Plan
-from commpress.comm.session import Session
+from commpress.comm.replicas import replicas_session
 
 CPU = torch.device("cpu")
 PATIENT = 300.0
@@ -115,7 +115,7 @@ def replanned(spec: str, parameters: str) -> list[str]:
     session = commpress.attach(ddp, spec)
     train(ddp, range(2))
     if dist.get_rank() == 1:
-        session.plan = Plan.of(parameters)
+        session.collectives[0].gradients = Plan.of(parameters)
     return [outcome(lambda step=step: loss_of(ddp, step).backward()) for step in range(2, 4)]
 
 
@@ -160,7 +160,7 @@ def leaves_while_joining(bad_rank: int) -> str:
     if dist.get_rank() == bad_rank:
         joining.FailureBoard = lambda *_: os._exit(5)  # type: ignore[assignment,misc]
     start = time.monotonic()
-    said = outcome(lambda: Session("int4", dist.group.WORLD, CPU))
+    said = outcome(lambda: replicas_session("int4", dist.group.WORLD, CPU))
     return said if time.monotonic() - start < 10 else f"after {time.monotonic() - start:.0f} s: {said}"
 
 

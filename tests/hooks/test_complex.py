@@ -143,7 +143,7 @@ def resumed(spec: str, exchange: str | None, world_size: int) -> bool:
     stopped = adam(first)
     train(first, range(2), optimizer=stopped, loss=loss)
     state = session.state_dict()
-    sizes = {name: n for bucket in state["buckets"] for name, n in bucket["segments"]}
+    sizes = {name: n for bucket in state["memories"][0] for name, n in bucket["segments"]}
     assert sizes == {name: real_numel(p) for name, p in first.module.named_parameters()}
     second = DistributedDataParallel(Waves(mixed=True))
     second.load_state_dict(first.state_dict())

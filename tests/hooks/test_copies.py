@@ -211,7 +211,7 @@ def states() -> dict[str, Any]:
     again.register_comm_hook(loaded["hook's state"], loaded["hook"])
     _, got["said"] = heard(lambda: train(again, range(2, 4)))
     session = loaded["hook's state"].session
-    got["settings"] = session.plan.settings()
+    got["settings"] = session.collectives[0].gradients.settings()
     got["steps"] = session.report().steps
     # what cannot be copied is missed before anything is sent
     for lost, settings in {

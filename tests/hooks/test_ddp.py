@@ -249,7 +249,9 @@ def with_nan(spec: str, bad: float) -> dict[str, Any]:
             handle.remove()
         gradients.append([g for g in gradients_of(ddp) if g is not None])
         weights.append(ddp.module[2].weight.grad.clone())
-    memories = [m for bucket in session.state_dict()["buckets"] for m in (bucket["residual"], bucket["owner_residual"])]
+    memories = [
+        m for bucket in session.state_dict()["memories"][0] for m in (bucket["residual"], bucket["owner_residual"])
+    ]
     return {"weights": weights, "gradients": gradients, "memories": memories}
 
 
@@ -495,7 +497,7 @@ def scaled(spec: str | None, poisoned: tuple[int, ...], follow: bool = True, gro
         scales.append(scaler.get_scale())
         moved.append(not same(before, parameters_of(ddp)))
         if session is not None:
-            kept = [m for b in session.state_dict()["buckets"] for m in (b["residual"], b["owner_residual"])]
+            kept = [m for b in session.state_dict()["memories"][0] for m in (b["residual"], b["owner_residual"])]
             memories_finite.append(finite(kept))
     return {
         "scales": scales,

@@ -99,7 +99,7 @@ def bad_restore() -> list[str]:
     train(ddp, range(3))
     saved = session.state_dict()
     if dist.get_rank() == 1:
-        saved["buckets"][0]["segments"][0][0] = "another"
+        saved["memories"][0][0]["segments"][0][0] = "another"
     again = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
     session = commpress.attach(again, "int4")
     said = outcome(lambda: session.load_state_dict(saved))

@@ -40,7 +40,7 @@ def interrupted(
     session.load_state_dict(state["session"])
     after = train(second, range(3, 6), optimizer=optimizer)
     pieced = Trained(after.parameters, before.gradients + after.gradients)
-    return whole, pieced, [sum(n for _, n in bucket["segments"]) for bucket in state["session"]["buckets"]]
+    return whole, pieced, [sum(n for _, n in bucket["segments"]) for bucket in state["session"]["memories"][0]]
 
 
 def without_memories(spec: str) -> tuple[Trained, Trained]:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from training import CLASSES, INPUTS, WIDTH, network, same
 
 import commpress
+from commpress.comm.collectives import MEAN, Collectives
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.joining import timeout_of
 from commpress.comm.plan import FEWEST_VALUES, Override, Plan
 from commpress.hooks.deepspeed import attach
-from commpress.hooks.owners import Known, Owners
+from commpress.optim.sharded_one_bit import Shift, shifted
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
@@ -182,7 +183,7 @@ def owners_sum(cuts: list[int], known: bool) -> list[float]:
     """
     rank, W = dist.get_rank(), dist.get_world_size()
     plan = Plan.of("sign", None, True)
-    owners = Owners(dist.distributed_c10d._get_default_group(), torch.device("cpu"), plan, Plan.of("none"))
+    owners = Collectives(dist.distributed_c10d._get_default_group(), torch.device("cpu"), plan, Plan.of("none"))
     n = cuts[-1]
     override = Override(plan.codec)
     mine = slice(cuts[rank], cuts[rank + 1])
@@ -195,8 +196,13 @@ def owners_sum(cuts: list[int], known: bool) -> list[float]:
         true += total / W
         choice = plan.choose(n, 4, W, override)
         every = torch.randn(n, generator=torch.Generator().manual_seed(step)).bfloat16()
-        along = [Known(a, every[a:b], 0.9) for a, b in itertools.pairwise(cuts) if b > a] if known else []
-        owners.to_owners(x, cuts, (("p", n),), 0, choice, override, 0, along).wait()
+        along = [Shift(a, every[a:b], 0.9) for a, b in itertools.pairwise(cuts) if b > a] if known else []
+        owners.reduce_scatter(
+            *(x, x[mine], (("p", n),), 0, MEAN),
+            cuts=cuts,
+            plan=choice,
+            override=shifted(override, along, mine),
+        ).wait()
         sent[mine] += x[mine]
     kept = owners.feedback.memories[(("p", n),)].residual
     assert kept is not None

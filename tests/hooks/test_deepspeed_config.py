@@ -15,7 +15,6 @@ from torch import nn
 from training import network, same
 
 from commpress.comm.codecs.integer import Int4
-from commpress.comm.sharded_session import ShardedSession
 from commpress.hooks.deepspeed import attach, initialize
 from commpress.optim import OneBitAdamW
 
@@ -44,7 +43,7 @@ def by_config(folder: str) -> list[Any]:
     return [
         [same(weights(first), weights(e)) for e in engines],
         [e.commpress.report().ratio > 4.5 for e in engines],
-        [isinstance(e.commpress, ShardedSession) for e in engines],
+        [e.commpress.step_buffer is None for e in engines],
         "commpress" in settings and arguments.deepspeed_config == str(path),
         getattr(plain, "commpress", None),
         len(nothing),

@@ -82,7 +82,7 @@ def ignored_by_its_bare_name() -> tuple[list[str], list[str]]:
     ddp = ignoring(["scale", "0.bias"], model)
     session = commpress.attach(ddp, "int4")
     (loss_of(ddp, 0) + 0 * model.scale.sum()).backward()
-    saved = [name for bucket in session.state_dict()["buckets"] for name, _ in bucket["segments"]]
+    saved = [name for bucket in session.state_dict()["memories"][0] for name, _ in bucket["segments"]]
     session.load_state_dict(session.state_dict())
     return list(exchanged_parameters(ddp)), sorted(saved)
 
@@ -219,7 +219,7 @@ def frozen_since() -> bool:
     loss_of(ddp, 0).backward()
     state = session.state_dict()
     session.load_state_dict(state)
-    return {name for bucket in state["buckets"] for name, _ in bucket["segments"]} == set(
+    return {name for bucket in state["memories"][0] for name, _ in bucket["segments"]} == set(
         dict(ddp.module.named_parameters())
     )
 
@@ -295,10 +295,10 @@ def saved_before() -> bool:
     session = commpress.attach(ddp, "int4")
     loss_of(ddp, 0).backward()
     state = session.state_dict()
-    for bucket in state["buckets"]:
+    for bucket in state["memories"][0]:
         bucket["segments"] = [[f"_orig_mod.{name}", n] for name, n in bucket["segments"]]
     session.load_state_dict(state)
-    names = {name for bucket in session.state_dict()["buckets"] for name, _ in bucket["segments"]}
+    names = {name for bucket in session.state_dict()["memories"][0] for name, _ in bucket["segments"]}
     return names == set(dict(ddp.module.named_parameters()))
 
 
@@ -407,7 +407,7 @@ def tied_ddp(spec: str, last_first: bool) -> dict[str, Any]:
     restored.load_state_dict(session.state_dict())
     train(again, range(2, 4), optimizer=torch.optim.SGD(again.parameters(), lr=0.1))
     train(ddp, range(2, 4), optimizer=torch.optim.SGD(ddp.parameters(), lr=0.1))
-    names = {name for bucket in session.state_dict()["buckets"] for name, _ in bucket["segments"]}
+    names = {name for bucket in session.state_dict()["memories"][0] for name, _ in bucket["segments"]}
     return {"plain": parameters_of(plain), "ours": bare(ddp), "restored": parameters_of(again), "names": names}
 
 

@@ -158,7 +158,7 @@ def load(kind: str, folder: str) -> tuple[Trained, float]:
 def withheld(session: Any) -> float:
     """The mean over the ranks of what they withhold."""
     total = torch.zeros((), dtype=torch.float64)
-    for bucket in session.state_dict()["buckets"]:
+    for bucket in session.state_dict()["memories"][0]:
         for key, weight in (("residual", 1.0), ("owner_residual", float(session.world_size))):
             if bucket[key] is not None:
                 total += weight * bucket[key].double().sum()

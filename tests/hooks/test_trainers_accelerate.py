@@ -281,9 +281,9 @@ def test_other_ranks_resume_and_strange_files_are_refused(tmp_path: Path) -> Non
 def test_each_of_two_models_has_its_own_files(tmp_path: Path) -> None:
     for saved, loaded in run(2, two_models, str(tmp_path), timeout=120):
         for one, other in zip(saved, loaded, strict=True):
-            for a, b in zip(one["buckets"], other["buckets"], strict=True):
+            for a, b in zip(one["memories"][0], other["memories"][0], strict=True):
                 assert torch.equal(a["residual"], b["residual"])
-        assert not torch.equal(saved[0]["buckets"][0]["residual"], saved[1]["buckets"][0]["residual"])
+        assert not torch.equal(saved[0]["memories"][0][0]["residual"], saved[1]["memories"][0][0]["residual"])
 
 
 @pytest.mark.parametrize("settings", [{"mixed_precision": "bf16"}, {"scaler": True}, {"dynamo_backend": "AOT_EAGER"}])

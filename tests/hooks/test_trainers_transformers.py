@@ -113,7 +113,7 @@ def again(folder: str) -> tuple[Any, ...]:
         saved = first.state_dict()
         made.args.max_steps = 5
         made.train(resume_from_checkpoint=True)
-        return first is callback.session, first.report().steps, saved["buckets"][0]["residual"].abs().sum() > 0
+        return first is callback.session, first.report().steps, saved["memories"][0][0]["residual"].abs().sum() > 0
 
 
 def refusals(folder: str) -> dict[str, str]:

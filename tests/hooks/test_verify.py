@@ -94,7 +94,7 @@ def damaged(spec: str, exchange: str, bad_rank: int) -> str:
     commpress.attach(ddp, spec, exchange=exchange)
     train(ddp, range(1))
     if dist.get_rank() == bad_rank:
-        swap = Wire.swap
+        swap = Wire.all_to_all
 
         def flips(self: Wire, sends: Any, receives: Any, label: Any, last: bool) -> Any:
             transfer = swap(self, sends, receives, label, last)
@@ -114,7 +114,7 @@ def damaged(spec: str, exchange: str, bad_rank: int) -> str:
             transfer.wait = waits  # type: ignore[method-assign]
             return transfer
 
-        Wire.swap = flips  # type: ignore[method-assign]
+        Wire.all_to_all = flips  # type: ignore[method-assign]
     return outcome(lambda: loss_of(ddp, 1).backward())
 
 

@@ -39,7 +39,7 @@ def against_reference(ratio: float, settings: dict[str, Any], masked: bool) -> t
     """Parameters in one bucket, and those of the reference; without its masking if that is wanted."""
     ddp, optimizer, session = attached(f"topk({ratio})", bucket_cap_mb=25, **settings)
     mine = train(ddp, range(15), optimizer=optimizer).parameters
-    layout = [bucket["segments"] for bucket in session.state_dict()["buckets"]]
+    layout = [bucket["segments"] for bucket in session.state_dict()["memories"][0]]
     assert len(layout) == 1
     model = network()
     reference = Dgc(

@@ -89,7 +89,7 @@ def against_reference(
     for step in range(steps):
         train(ddp, [step], optimizer=optimizer)
         scheduler.step()
-        layouts.append([bucket["segments"] for bucket in session.state_dict()["buckets"]])
+        layouts.append([bucket["segments"] for bucket in session.state_dict()["memories"][0]])
     assert layouts[0] != layouts[1] == layouts[-1]
     (used,) = {row.exchange for row in session.report().rows if row.exchange != "all_reduce"} or {"all_reduce"}
     reference = FrozenAdam(
@@ -160,7 +160,7 @@ def replicas(spec: str, steps: int, settings: dict[str, Any]) -> tuple[list[list
     history, residuals = [], []
     for step in range(steps):
         history.append(train(ddp, [step], optimizer=optimizer).parameters)
-        kept = [bucket["residual"] for bucket in session.state_dict()["buckets"]]
+        kept = [bucket["residual"] for bucket in session.state_dict()["memories"][0]]
         residuals.append([r for r in kept if r is not None])
     return history, session.report(), residuals
 

@@ -97,7 +97,7 @@ def saved_after_a_skip() -> tuple[list[Tensor], list[Tensor], bool]:
             step(ddp, optimizer, scaler, 99, True)
         state = {"model": ddp.module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         kept = session.state_dict()
-        memories += [bucket[key] for bucket in kept["buckets"] for key in ("residual", "momentum")]
+        memories += [bucket[key] for bucket in kept["memories"][0] for key in ("residual", "momentum")]
         ddp, optimizer, scaler, session = started()
         ddp.module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -153,9 +153,9 @@ def alone(states: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     ddp = wrapped()
     session = commpress.attach(ddp, "topk(0.01)")
     session.load_state_dict(states)
-    taken = torch.cat([bucket["residual"] for bucket in session.state_dict()["buckets"]])
+    taken = torch.cat([bucket["residual"] for bucket in session.state_dict()["memories"][0]])
     (0.0 * loss_of(ddp, 0)).backward()
-    assert not any(bucket["residual"] is not None for bucket in session.state_dict()["buckets"])
+    assert not any(bucket["residual"] is not None for bucket in session.state_dict()["memories"][0])
     return torch.cat([p.grad.view(-1) for p in ddp.parameters() if p.grad is not None]).sum(), taken.sum()
 
 

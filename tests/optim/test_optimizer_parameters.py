@@ -177,7 +177,7 @@ def beside_another_module(name: str) -> tuple[bool, str]:
 def kept_of(session: commpress.Session, name: str) -> list[Tensor]:
     """What a session keeps of a parameter."""
     found = []
-    for bucket in session.state_dict()["buckets"]:
+    for bucket in session.state_dict()["memories"][0]:
         at = 0
         for other, n in bucket["segments"]:
             if other == name:

@@ -65,7 +65,7 @@ def totals(states: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
     """What the next mean will get from the ranks' memories, by bucket."""
     total: dict[str, Tensor] = {}
     for state in states:
-        for bucket in state["buckets"]:
+        for bucket in state["memories"][0]:
             whole = torch.zeros(sum(n for _, n in bucket["segments"]), dtype=torch.float64)
             if bucket[key] is not None:
                 whole += bucket[key].double() / len(states)
@@ -91,7 +91,7 @@ def test_nothing_is_lost(name: str, spec: str, exchange: str | None, old: int, n
         for bucket in there:
             torch.testing.assert_close(here[bucket], there[bucket], rtol=1e-5, atol=1e-6)
         assert any(bool(t.any()) for t in there.values()) == (key == "residual" or name == "DGC")
-    assert not any(bucket["owner_residual"] is not None for state in states for bucket in state["buckets"])
+    assert not any(bucket["owner_residual"] is not None for state in states for bucket in state["memories"][0])
     if name == "ZeroOneAdamW":  # a rank's own drift becomes the mean of all
         for part, values in states[0]["optimizer"]["0.weight"].items():
             of_all = torch.stack([s["session"]["optimizer"]["0.weight"][part] for s in saved]).mean(dim=0)
@@ -107,7 +107,7 @@ def test_as_many_ranks_go_on_with_their_own(name: str, tmp_path: Path) -> None:
     for rank, (taken, _) in enumerate(run(2, after, name, "sign", None, str(tmp_path), 2)):
         saved = torch.load(tmp_path / f"{rank}.pt", weights_only=True)["session"]
         torch.testing.assert_close(taken["optimizer"], saved["optimizer"], rtol=0, atol=0)
-        for one, other in zip(taken["buckets"], saved["buckets"], strict=True):
+        for one, other in zip(taken["memories"][0], saved["memories"][0], strict=True):
             assert one["segments"] == other["segments"]
             assert torch.equal(one["residual"], other["residual"])
 

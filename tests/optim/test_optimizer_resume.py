@@ -126,10 +126,10 @@ def test_resumed_is_unbroken(
     way: str, spec: str, exchange: str | None, at: int, world_size: int, tmp_path: Path
 ) -> None:
     for whole, pieced, without, saved in run(world_size, interrupted, way, spec, exchange, at, 12, str(tmp_path)):
-        assert len(saved["buckets"]) >= 3  # a new DDP module starts with a single bucket
+        assert len(saved["memories"][0]) >= 3  # a new DDP module starts with a single bucket
         assert same_training(whole, pieced)
         assert finite(whole.parameters)
-        kept = any(bucket[key] is not None for bucket in saved["buckets"] for key in ("residual", "momentum"))
+        kept = any(bucket[key] is not None for bucket in saved["memories"][0] for key in ("residual", "momentum"))
         drifts = any(bool(own["total"].any()) for own in (saved["optimizer"] or {}).values())
         assert not ((kept or drifts) and same_training(whole, without))
 
@@ -174,7 +174,7 @@ def scaled_steps(
             moved.append("optimizer")
     history.parameters = parameters_of(ddp)
     state = session.state_dict()
-    memories = [bucket[key] for bucket in state["buckets"] for key in ("residual", "owner_residual", "momentum")]
+    memories = [bucket[key] for bucket in state["memories"][0] for key in ("residual", "owner_residual", "momentum")]
     history.extra = [None if kept is None else kept / state["scale"] for kept in memories]
     return history, skipped, moved
 

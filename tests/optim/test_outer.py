@@ -278,7 +278,7 @@ def sum_withheld(states: list[dict[str, Any]]) -> Tensor:
     """What these ranks had withheld, as it counts in a mean."""
     total = torch.zeros(sum(p.numel() for p in network().parameters()))
     for state in states:
-        for bucket in state["session"]["buckets"]:
+        for bucket in state["session"]["memories"][0]:
             total += bucket["residual"] / state["session"]["world_size"]
             if bucket["owner_residual"] is not None:
                 total[bucket["owner_start"] :][: bucket["owner_residual"].numel()] += bucket["owner_residual"]
@@ -296,7 +296,7 @@ def test_ranks_may_join_and_leave_and_change_places(old: int, places: list[int |
         assert same(end, results[0][2])
     before = sum_withheld([states[rank] for rank in holders])
     assert before.abs().max() > 0
-    assert all(states[rank]["session"]["buckets"][0]["owner_residual"] is not None for rank in holders) == (old > 2)
+    assert all(states[rank]["session"]["memories"][0][0]["owner_residual"] is not None for rank in holders) == (old > 2)
     torch.testing.assert_close(sum(withheld for withheld, _, _ in results), before, rtol=1e-4, atol=1e-8)
 
 

@@ -52,7 +52,7 @@ def against_reference(
     for step in range(steps):
         mine.append(train(ddp, [step], optimizer=optimizer).parameters)
         scheduler.step()
-        layouts.append([bucket["segments"] for bucket in session.state_dict()["buckets"]])
+        layouts.append([bucket["segments"] for bucket in session.state_dict()["memories"][0]])
     assert len(layouts[0]) == len(layouts[-1]) == 1
     used = {row.exchange for row in session.report().rows if row.spec == spec} - {"all_reduce", "none"} or {
         "all_reduce"

@@ -21,7 +21,14 @@ from commpress.comm.exchange.wire import Transfer, Wire
 
 
 def broadcast(
-    x: Tensor, sizes: Sequence[int], base: Tensor, encoder: Encoder, payload: Tensor, wire: Wire, source: int, label: Label
+    x: Tensor,
+    sizes: Sequence[int],
+    base: Tensor,
+    encoder: Encoder,
+    payload: Tensor,
+    wire: Wire,
+    source: int,
+    label: Label,
 ) -> Iterator[Transfer]:
     """Make `x` (float32 [n]) on all ranks but the source what is known of the source's; `base` (float32 [n]) follows.
 

@@ -9,13 +9,14 @@ from battery import gradient
 from ranks import outcome, run
 from torch import Tensor
 
+from commpress.comm.agreement import agree_on_all
 from commpress.comm.codecs import Codec, parse
+from commpress.comm.collectives import Collectives
 from commpress.comm.exchange import EXCHANGES
 from commpress.comm.exchange.reduce_scatter import over_mean
 from commpress.comm.feedback import Segments
-from commpress.comm.plan import Plan
-from commpress.comm.sharded_session import ShardedSession, agree, plans
-from commpress.comm.shards import Shards
+from commpress.comm.plan import plans, sharded_settings
+from commpress.comm.session import Session
 
 CPU = torch.device("cpu")
 SPECS = ("none", "bf16", "int8", "int4", "sign", "topk(0.1)", "topk(0.1)|int4")
@@ -29,9 +30,9 @@ def values(n: int, rank: int, step: int) -> Tensor:
     return gradient(n, 17 * step) + gradient(n, 1000 * (rank + 1) + step)
 
 
-def shards(gradients: str, parameters: str = "none", feedback: bool = True) -> Shards:
+def shards(gradients: str, parameters: str = "none", feedback: bool = True) -> Collectives:
     """All ranks of this test."""
-    return Shards(dist.group.WORLD, CPU, *plans(gradients, parameters, feedback))  # type: ignore[arg-type]
+    return Collectives(dist.group.WORLD, CPU, *plans(gradients, parameters, feedback))  # type: ignore[arg-type]
 
 
 def layout(m: int, world_size: int) -> Segments:
@@ -94,11 +95,11 @@ def reductions(spec: str, feedback: bool) -> dict[str, Any]:
         equal += [torch.equal(residuals[m], kept[m][me]) for m in SIZES]
     else:
         assert all(residual is None for residual in residuals.values())
-    return {"equal": equal, "missing": missing, "report": here.report(spec, me, W).to_dict()}
+    return {"equal": equal, "missing": missing, "report": here.traffic.report(spec, me, W).to_dict()}
 
 
 def gathered(spec: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Shards of every size, two at once; the input of the first is a part of its output, as FSDP has it."""
+    """Collectives of every size, two at once; the input of the first is a part of its output, as FSDP has it."""
     here, codec = shards("none", spec), parse(spec)
     me, W = here.rank, here.world_size
     outs, expected = [], []
@@ -117,7 +118,7 @@ def gathered(spec: str, dtype: torch.dtype) -> dict[str, Any]:
                 coded = [codec.decode(codec.encode(factor * p), m, out=torch.empty_like(p)) for p in parts]
                 expected.append(torch.cat(coded))
     equal = [torch.equal(bits(a), bits(b)) for a, b in zip(outs, expected, strict=True)]
-    return {"equal": equal, "outs": outs, "report": here.report(spec, me, W).to_dict()}
+    return {"equal": equal, "outs": outs, "report": here.traffic.report(spec, me, W).to_dict()}
 
 
 def replicated(spec: str) -> tuple[list[bool], list[Tensor]]:
@@ -127,7 +128,7 @@ def replicated(spec: str) -> tuple[list[bool], list[Tensor]]:
     means, equal = [], []
     for op in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
         x = values(5000, me, 0)
-        here.all_reduce(x, (("p", 5000),), 0, op).wait()
+        here.all_reduce(x, (("p", 5000),), 0, op=op).wait()
         means.append(x)
     equal.append(torch.allclose(means[1], W * means[0]))
     small = values(100, me, 1)
@@ -177,7 +178,7 @@ def not_compressed() -> list[dict[str, Any]]:
     here.reduce_scatter(small, chunk, layout(100, W), 1).wait()
     assert torch.equal(chunk, torch.full((100,), (W - 1) / 2))
     here.reduce_scatter(torch.ones(W * 1000), torch.empty(1000), layout(1000, W), 2, reason="told so").wait()
-    rows: Any = here.report("", me, W).to_dict()["rows"]
+    rows: Any = here.traffic.report("", me, W).to_dict()["rows"]
     return list(rows)
 
 
@@ -219,10 +220,10 @@ def agreements() -> dict[str, str]:
     columns = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
     groups: Any = [rows[me // 2], columns[me % 2]]
     return {
-        "equal": outcome(lambda: agree({"spec": "int4"}, groups, CPU, None)),
-        "differ": outcome(lambda: agree({"spec": "int8" if me == 3 else "int4"}, groups, CPU, None)),
-        "refusal": outcome(lambda: agree({"spec": "int4"}, groups, CPU, TypeError("no") if me == 2 else None)),
-        "afterwards": outcome(lambda: agree({"spec": "int4"}, groups, CPU, None)),
+        "equal": outcome(lambda: agree_on_all({"spec": "int4"}, groups, CPU, None)),
+        "differ": outcome(lambda: agree_on_all({"spec": "int8" if me == 3 else "int4"}, groups, CPU, None)),
+        "refusal": outcome(lambda: agree_on_all({"spec": "int4"}, groups, CPU, TypeError("no") if me == 2 else None)),
+        "afterwards": outcome(lambda: agree_on_all({"spec": "int4"}, groups, CPU, None)),
     }
 
 
@@ -235,7 +236,7 @@ def alone() -> dict[str, Any]:
     here.reduce_scatter(full, doubled, layout(1000, 1), 0, dist.ReduceOp.PREMUL_SUM(2.0)).wait()
     here.all_gather(full, whole, 0).wait()
     both = torch.equal(out, full) and torch.equal(doubled, 2 * full) and torch.equal(whole, full)
-    return {"equal": both, "report": here.report("", 0, 1).to_dict()}
+    return {"equal": both, "report": here.traffic.report("", 0, 1).to_dict()}
 
 
 def scaled() -> list[Tensor]:
@@ -248,7 +249,8 @@ def scaled() -> list[Tensor]:
             return self.scale
 
     here, scaler = shards("int4"), Scaler()
-    session = ShardedSession([here], here.gradients, here.parameters, here.rank, here.world_size, "", scaler)
+    here.grad_scaler = scaler
+    session = Session(here, spec="int4", settings={})
     session.follow_scale()
     here.reduce_scatter(values(2000, here.rank, 0), torch.empty(1000), layout(1000, 2), 0).wait()
     found = []
@@ -257,6 +259,19 @@ def scaled() -> list[Tensor]:
         session.follow_scale()
         found.append(session.state_dict()["memories"][0][0]["residual"])
     return found
+
+
+def loaded() -> list[str]:
+    """What comes of a session's own state, of another rank's, and of a list."""
+    here = shards("int4")
+    session = Session(here, spec="int4", settings=sharded_settings(here.gradients, here.parameters, "2 with 5 values"))
+    own = session.state_dict()
+    other = {**dict(own), "rank": 1 - here.rank}
+
+    def load(state: Any) -> None:
+        session.load_state_dict(state)
+
+    return [outcome(lambda state=state: load(state)) for state in (own, other, [{}])]
 
 
 # --- the tests ---------------------------------------------------------------------------------------------------
@@ -383,9 +398,7 @@ def test_memories_follow_the_loss_scale() -> None:
 
 
 def test_a_state_fits_its_own_session_only() -> None:
-    plan = Plan.of("int4")
-    session = ShardedSession([], plan, plan, 0, 2, "2 with 5 values")
-    other = ShardedSession([], plan, plan, 1, 2, "2 with 5 values")
-    session.load_state_dict(session.state_dict())
-    assert "the saved state has rank 1, this run has 0" in outcome(lambda: session.load_state_dict(other.state_dict()))
-    assert "TypeError: expected the dict that this rank saved" in outcome(lambda: session.load_state_dict([{}]))  # type: ignore[arg-type]
+    for rank, (own, other, several) in enumerate(run(2, loaded)):
+        assert own == ""
+        assert f"the saved state has rank {1 - rank}, this run has {rank}" in other
+        assert "TypeError: expected the dict that this rank saved" in several

@@ -1,13 +1,8 @@
-"""What ZeRO 1 and 2 send: the gradients of every part to its owner, and the owners' new values to all.
+"""1-bit Adam whose state is sharded, as ZeRO 1 and 2 shard it: each rank owns a part of the momentum and of the fp32 values."""
 
-`Owners` is the traffic; `OneBitPartitions` is OneBitAdamW whose state is partitioned likewise. `zero_partitions`
-calls them.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,115 +11,51 @@ from torch import Tensor
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.blend import Blend
-from commpress.comm.encoder import Encoder
-from commpress.comm.exchange import Transfer
-from commpress.comm.exchange.all_gather import all_gather, native_all_gather
-from commpress.comm.exchange.reduce_scatter import reduce_scatter, reduce_scatter_bytes
-from commpress.comm.feedback import Memory, Segments
-from commpress.comm.plan import BucketPlan, Override
-from commpress.comm.shards import MEAN, Pending, Shards
-from commpress.optim import OneBitAdamW, loops
+from commpress.comm.collectives import Collectives
+from commpress.comm.feedback import Memory
+from commpress.comm.owned_slices import OwnedBucket
+from commpress.comm.plan import Override
+from commpress.optim import loops
 from commpress.optim.base import plain
-
-
-class Owners(Shards):
-    """Shards of any lengths: ZeRO 1 and 2 cut the parameters of a group, one behind the other, in W equal partitions, whatever
-    lies in a bucket."""
-
-    def to_owners(
-        self,
-        x: Tensor,
-        cuts: Sequence[int],
-        segments: Segments,
-        index: int,
-        choice: BucketPlan,
-        override: Override,
-        dense: int,
-        known: Sequence["Known"] = (),
-        backend_bytes: int | None = None,
-    ) -> Pending:
-        """Replace x[cuts[rank] : cuts[rank + 1]] by its mean over the ranks. `x` is float32 [cuts[-1]]; what of it belongs to
-        others is undefined afterwards. `known` is coded along, and taken off the mean. `dense` and `backend_bytes`: bytes
-        that must be sent without compression, and those that DeepSpeed sends in their place."""
-        memory = self.feedback.memory(segments, choice.feedback, None, self.device)
-        label = self.label("gradients", segments, x.numel(), choice, "reduce_scatter", index)
-        buffer = self.scratch.take(reduce_scatter_bytes(cuts, choice.codec, self.rank))
-        own, encoder = x[cuts[self.rank] : cuts[self.rank + 1]], Encoder(choice.codec, memory)
-        exchange = reduce_scatter(x, cuts, own, MEAN, encoder, buffer, self.wire, label)
-        exchange = _shifted(x, (cuts[self.rank], cuts[self.rank + 1]), override, known, memory, exchange)
-        return self.start("gradients", "reduce_scatter", choice, x, x, index, dense, exchange, buffer, backend_bytes)
-
-    def differences(self, mine: Tensor, out: Tensor, index: int, codec: Codec, itemsize: int) -> Pending:
-        """Fill `out` ([W * m]) with the ranks' `mine` ([m]), float32 both. `itemsize` is what a parameter takes without us."""
-        choice = replace(self.parameters, codec=codec).choose(mine.numel(), itemsize, self.world_size)
-        buffer: Tensor | None = None
-        label = self.label(f"parameters of bucket {index}", (), mine.numel(), choice, "all_gather", index)
-        if choice.codec.lossy:
-            buffer = self.scratch.take(self.world_size * choice.codec.nbytes(mine.numel()))
-            exchange = all_gather(mine, out, Encoder(choice.codec), buffer, self.wire, label)
-        else:
-            exchange = native_all_gather(mine, out, self.wire, label)
-        dense = (self.world_size - 1) * mine.numel() * itemsize
-        return self.start("parameters", "all_gather", choice, out, out, index, dense, exchange, buffer)
-
-
-def _shifted(
-    x: Tensor,
-    own: tuple[int, int],
-    override: Override,
-    known: Sequence["Known"],
-    memory: Memory,
-    exchange: Iterator[Transfer],
-) -> Iterator[Transfer]:
-    """What all know is coded along, and taken off the mean of this rank's values from own[0] to own[1] behind it."""
-    if override.prepare is not None:
-        override.prepare(x, memory)
-    for k in known:
-        loops.lean(x[k.at : k.at + k.values.numel()], k.values, k.share)
-    yield from exchange
-    for k in known:
-        if own[0] <= k.at < own[1]:
-            loops.lean(x[k.at : k.at + k.values.numel()], k.values, -k.share)
+from commpress.optim.one_bit import OneBitAdamW
 
 
 @dataclass(frozen=True)
-class Known:
-    """What all ranks know of the values of one owner that start at `at` in a bucket: `share` times `values` (bfloat16)."""
+class Shift:
+    """What all ranks know of the values of one owner that start at `at` in a bucket: `share` times `values` (bfloat16).
+
+    As in DIANA (Mishchenko et al., arXiv:1901.09269) it is coded along, and taken off the mean behind it.
+    """
 
     at: int
     values: Tensor
     share: float
 
-
-@dataclass(frozen=True)
-class Piece:
-    """What of a parameter belongs to one owner: values `start` to `stop` of it, which stand at `at` in group `group`."""
-
-    name: str
-    owner: int
-    place: int
-    """The parameter's place in its bucket."""
-    start: int
-    stop: int
-    group: int
-    at: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
+    def add(self, x: Tensor, times: float) -> None:
+        """Add it to a bucket `times`."""
+        loops.lean(x[self.at : self.at + self.values.numel()], self.values, times * self.share)
 
 
-@dataclass
-class Layout:
-    """A bucket in the order of its owners."""
+def shifted(override: Override, shifts: Sequence[Shift], own: slice) -> Override:
+    """The override that adds what all know before the coding, and takes it off the mean of this rank's `own` values."""
+    if not shifts:
+        return override
 
-    index: int
-    pieces: list[Piece]
-    segments: Segments
-    cuts: list[int]
-    x: Tensor
+    def prepare(x: Tensor, memory: Memory) -> None:
+        if override.prepare is not None:
+            override.prepare(x, memory)
+        for shift in shifts:
+            shift.add(x, 1.0)
+
+    def finish(x: Tensor) -> None:
+        for shift in shifts:
+            if own.start <= shift.at < own.stop:
+                shift.add(x, -1.0)
+
+    return replace(override, prepare=prepare, finish=finish)
 
 
-class OneBitPartitions:
+class ShardedOneBitAdamW:
     """OneBitAdamW whose momentum n and fp32 values are partitioned. After its warm-up
 
         rank i sends  (1 - beta1) g_i / d      its owner  n <- beta1 n + mean of what was sent,   p <- (1 - lr wd) p - lr n
@@ -133,37 +64,48 @@ class OneBitPartitions:
     of a gradient; so beta1 k is added before the coding and taken off behind it, where k is what all ranks know of n: the last
     differences of parameters that they were sent, over -lr. d is needed by all, one float32 a value; it stands, and is gathered
     once.
+
+    `partitions` gives this rank's fp32 values, one tensor a group, which `optimizer` steps; `group` are the ranks that share
+    them. `state_changes` is called when a state gets other keys.
     """
 
-    def __init__(self, optimizer: OneBitAdamW, zero: Any, shards: Owners) -> None:
+    def __init__(
+        self,
+        optimizer: OneBitAdamW,
+        collectives: Collectives,
+        partitions: Callable[[], list[Tensor]],
+        group: dist.ProcessGroup,
+        state_changes: Callable[[], None],
+    ) -> None:
         self.optimizer = optimizer
-        self._zero, self._shards = zero, shards
+        self._partitions, self._group, self._state_changes = partitions, group, state_changes
+        self._collectives = collectives
         self._inverse: list[Tensor] = []
         """unit / d of all parameters of each group, in the order of its partitions: float32 [W * m]."""
         self._known: list[Tensor] = []
         """k of the same, in units of n: bfloat16 [W * m]."""
-        self._learns = shards.parameters.codec.lossy
+        self._learns = collectives.parameters.codec.lossy
         self._warming = True
         self._converted: set[str] = set()
         self._leaned: set[int] = set()
         """Buckets that were coded with what is known, in this step."""
         self._gradients: list[Tensor] = []
-        flats = {f"partition of group {i}": flat for i, flat in enumerate(zero.single_partition_of_fp32_groups)}
-        optimizer.bind(flats, shards.world_size, may_be_unused=False)
+        flats = {f"partition of group {i}": flat for i, flat in enumerate(partitions())}
+        optimizer.bind(flats, collectives.world_size, may_be_unused=False)
         optimizer.add_up, optimizer.ends_at_once = self._over_partitions, True
 
-    def override(self, layout: Layout) -> Override:
+    def override(self, layout: OwnedBucket) -> Override:
         """What to do with a bucket in this step."""
         optimizer = self.optimizer
         if not optimizer.awaits_step:
-            optimizer.start(1.0)
+            optimizer.begin_backward(1.0)
             self._warming, self._converted, self._leaned = not optimizer.frozen, set(), set()
-            if optimizer.unproven():
+            if optimizer.must_verify():
                 self._prove()
         if self._warming:
             codec = parse(optimizer.param_groups[0]["warmup_spec"])
             return Override(codec, "" if codec.lossy else "the variance warms up")
-        return Override(self._shards.gradients.codec, prepare=partial(self._prepare, layout))
+        return Override(self._collectives.gradients.codec, prepare=partial(self._prepare, layout))
 
     def parameters(self, codec: Codec) -> tuple[Codec, str]:
         """By what the parameters travel after this step, and why not by the codec that was asked for."""
@@ -172,12 +114,14 @@ class OneBitPartitions:
         codec = parse(self.optimizer.param_groups[0]["warmup_spec"])
         return codec, "" if codec.lossy else "the variance warms up"
 
-    def step(self, original: Callable[..., None], group: int) -> None:
-        """DeepSpeed steps group by group; all step with the last."""
-        flats = self._zero.single_partition_of_fp32_groups
-        self._gradients.append(flats[group].grad)
+    def step(self, group: int) -> bool:
+        """Step, if this is the last group, with the gradients that all have by then. Returns whether it was."""
+        flats = self._partitions()
+        gradient = flats[group].grad
+        assert gradient is not None
+        self._gradients.append(gradient)
         if group < len(flats) - 1:
-            return
+            return False
         optimizer = self.optimizer
         for flat, gradient, settings in zip(flats, self._gradients, optimizer.param_groups, strict=True):
             flat.grad = gradient
@@ -188,20 +132,20 @@ class OneBitPartitions:
             flat.grad = None
         self._gradients = []
         if self._warming:  # the state has become another when that was the last step
-            self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
+            self._state_changes()
+        return True
 
-    def known(self, layout: Layout) -> list[Known]:
+    def shifts(self, layout: OwnedBucket) -> list[Shift]:
         """beta1 k of a bucket's values, if there is one. Once a step: what feedback keeps of the coding would grow with each
         backward of an accumulation, into n and so into the next k."""
         if self._warming or not self._learns or layout.index in self._leaned:
             return []
         self._leaned.add(layout.index)
-        found: list[Known] = []
+        found: list[Shift] = []
         for piece in layout.pieces:
             values = self._known[piece.group][piece.at : piece.at + len(piece)]
             at = found[-1].at + found[-1].values.numel() if found else 0
-            found.append(Known(at, values, self.optimizer.param_groups[piece.group]["betas"][0]))
+            found.append(Shift(at, values, self.optimizer.param_groups[piece.group]["betas"][0]))
         return found
 
     def learn(self, group: int, start: int, differences: Tensor) -> None:
@@ -210,17 +154,17 @@ class OneBitPartitions:
             return
         settings = self.optimizer.param_groups[group]
         lr, part = float(settings["lr"]), slice(start, start + differences.shape[1])
-        rows = self._known[group].view(self._shards.world_size, -1)[:, part]
+        rows = self._known[group].view(self._collectives.world_size, -1)[:, part]
         factor = -settings["unit"] / lr if lr else 0.0
         for row, values in zip(rows, differences, strict=True):
             # the differences also hold what was withheld before, at another rate; what is no momentum is no knowledge
             loops.learn(values, row, factor, settings["unit"])
-        flat = self._zero.single_partition_of_fp32_groups[group]
-        self.optimizer.state[flat]["known"][part] = rows[self._shards.rank]
+        flat = self._partitions()[group]
+        self.optimizer.state[flat]["known"][part] = rows[self._collectives.rank]
 
-    def _prepare(self, layout: Layout, x: Tensor, memory: Memory) -> None:
+    def _prepare(self, layout: OwnedBucket, x: Tensor, memory: Memory) -> None:
         """x <- (1 - beta1) g / d, and what feedback kept of gradients likewise."""
-        optimizer, flats = self.optimizer, self._zero.single_partition_of_fp32_groups
+        optimizer, flats = self.optimizer, self._partitions()
         at = 0
         for piece in layout.pieces:
             settings, state = optimizer.param_groups[piece.group], optimizer.state[flats[piece.group]]
@@ -236,16 +180,16 @@ class OneBitPartitions:
 
     def _prove(self) -> None:
         """A phase begins, or a state was loaded: all get the owners' d and k, in one unit, and compare where they stand."""
-        optimizer, device, group = self.optimizer, self._shards.device, self._zero.dp_process_group
+        optimizer, device, group = self.optimizer, self._collectives.device, self._group
         self._inverse, self._known = [], []
         if optimizer.frozen:
             unit = torch.tensor(optimizer.param_groups[0]["unit"], dtype=torch.float32, device=device)
             dist.all_reduce(unit, dist.ReduceOp.MAX, group)
-            for i, flat in enumerate(self._zero.single_partition_of_fp32_groups):
+            for i, flat in enumerate(self._partitions()):
                 settings, state = optimizer.param_groups[i], optimizer.state[flat]
                 if self._learns and "known" not in state:
                     state["known"] = torch.zeros_like(flat)
-                    self._zero._hp_optimizer_states_linked = False
+                    self._state_changes()
                 for key in state.keys() & {"inverse", "exp_avg", "known"}:
                     state[key] *= float(unit) / settings["unit"]  # powers of two
                 settings["unit"] = float(unit)
@@ -262,12 +206,14 @@ class OneBitPartitions:
 
     def _gathered(self, part: Tensor, why: str, index: int) -> Tensor:
         """All ranks' parts ([m]), one behind the other."""
-        W = self._shards.world_size
+        W = self._collectives.world_size
         whole = torch.empty(W * part.numel(), dtype=part.dtype, device=part.device)
-        dist.all_gather(list(whole.split(part.numel())), part, self._zero.dp_process_group)
+        dist.all_gather(list(whole.split(part.numel())), part, self._group)
         sent = (W - 1) * part.nbytes
-        self._shards.meter.record_uncompressed(index, whole.numel(), "float32", "all_gather", why, "parameters", sent)
+        self._collectives.meter.record_uncompressed(
+            index, whole.numel(), "float32", "all_gather", why, "parameters", sent
+        )
         return whole
 
     def _over_partitions(self, total: Tensor) -> None:
-        dist.all_reduce(total, group=self._zero.dp_process_group)
+        dist.all_reduce(total, group=self._group)

@@ -108,7 +108,7 @@ def follow_masks() -> tuple[list[torch.Tensor], dict, float]:
 def residuals(session) -> dict[str, torch.Tensor]:
     """By parameter, spread out."""
     found = {}
-    feedback = session._feedback
+    feedback = session.collectives[0].feedback
     for segments, memory in feedback.memories.items():
         if memory.residual is None or not memory.current:
             continue
@@ -135,7 +135,7 @@ def totals() -> tuple[float, float]:
     for step in STEPS:
         loss_of(wrapped, step).backward()
         model.zero_grad()
-    feedback = session._feedback
+    feedback = session.collectives[0].feedback
     kept = {name: p.numel() for name, p in model.named_parameters()}
     before = torch.zeros(sum(kept.values()), dtype=torch.float64)
     after = before.clone()

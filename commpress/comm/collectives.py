@@ -1,0 +1,399 @@
+"""The collectives of one process group, compressed: c10d's verbs. All that commpress sends goes through one of them.
+
+    all_reduce       x on each rank [n]              -->  its mean on all [n]              gradients; outer updates
+    reduce_scatter   full gradient [W m] on each     -->  the mean of my chunk [m]         gradients of sharded parameters
+    all_gather       my shard [m]                    -->  all shards on all ranks [W m]    sharded parameters
+    broadcast        x on one rank                   -->  x on all
+
+Each starts one operation in the background and returns a `Work` at once; all ranks call the same ones in the same order. The
+way of a bucket is that of `all_reduce`, read from top to bottom: override, plan, memory, encoder, exchange, submit.
+
+It knows no framework. What is lossy is computed with, never kept: the shards that an optimizer steps stay as they are, and all
+ranks compute with the same decoded bits. What is sharded and not compressed takes the group's own collective, whose bits it
+has. Feedback of a reduce-scatter is of the whole gradient, on every rank: W m values of float32. Where that is too much memory,
+leave it out (`error_feedback=False`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.codecs import Codec
+from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
+from commpress.comm.encoder import Encoder
+from commpress.comm.exchange import NO_EXCHANGE, Label, Transfer, all_reduce_found_inf, single_rank
+from commpress.comm.exchange.all_gather import all_gather, native_all_gather
+from commpress.comm.exchange.all_reduce import native_all_reduce
+from commpress.comm.exchange.around import prepared, scaled
+from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
+from commpress.comm.exchange.packed import packed
+from commpress.comm.exchange.reduce_scatter import (
+    Op,
+    native_bytes,
+    native_reduce_scatter,
+    needed_bytes,
+    over_mean,
+    reduce_scatter,
+    reduce_scatter_bytes,
+)
+from commpress.comm.exchange.wire import ring_bytes, tree_children
+from commpress.comm.feedback import Feedback, Memory, Segments
+from commpress.comm.meter import dtype_name
+from commpress.comm.parameters import real_view
+from commpress.comm.plan import DENSE, BucketPlan, Override, Plan
+from commpress.comm.scratch import ScratchPool
+from commpress.comm.traffic import Step, Traffic
+from commpress.comm.verify import EVERY
+from commpress.comm.work import Work
+
+ALIGNED = 64
+"""Bytes: what stands in one buffer starts at multiples of it."""
+MEAN = dist.ReduceOp.AVG
+UNCOMPRESSED = Plan.of("none")
+SEND_DENSE = "all values are looked at"
+NOTHING_LEFT = "nothing is left of it"
+
+
+class GradScaler(Protocol):
+    """What is needed of `torch.amp.GradScaler`."""
+
+    def get_scale(self) -> float:
+        """The factor by which the loss is multiplied now."""
+
+
+class Collectives:
+    """The traffic of one process group. Collective: all its ranks make one at the same point.
+
+    `gradients` is the plan of all_reduce and reduce_scatter, `parameters` that of all_gather and broadcast. `role` is what the
+    report calls the traffic of all_reduce. Every `verify` steps (0: never), and in the first three, the ranks compare hashes of
+    what all of them got, and payloads have checksums. Under a `grad_scaler` feedback follows its scale.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        gradients: Plan,
+        parameters: Plan = UNCOMPRESSED,
+        *,
+        role: str = "gradients",
+        verify: int = EVERY,
+        grad_scaler: GradScaler | None = None,
+    ) -> None:
+        self.group, self.device = group, device
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.gradients, self.parameters = gradients, parameters
+        self.role, self.grad_scaler = role, grad_scaler
+        self.feedback, self.scratch = Feedback(self.world_size), ScratchPool(device)
+        self.traffic = Traffic(group, device, self.scratch, verify)
+        self.meter = self.traffic.meter
+        self.send_dense = False
+        """Whether gradients travel exactly, and those that masks prune with them: to see which shall grow again."""
+        self.may_undo = False
+        """Whether an exchange may turn out not to be used, so that feedback has to go back to what it was."""
+        self.pairs: set[str] = set()
+        """The complex parameters: each of their values is a pair of reals in segments."""
+        self.scale = 1.0
+        """By which what feedback keeps is multiplied."""
+        if self.world_size > 1:
+            self._wire = self.traffic.wire
+            for plan in (gradients, parameters):
+                warm_up(plan.codec, device)
+
+    def all_reduce(
+        self,
+        x: Tensor,
+        segments: Segments,
+        index: int,
+        *,
+        op: Op | None = None,
+        override: Override | None = None,
+        dense_bytes: int | None = None,
+        step: Step | None = None,
+        last: bool = False,
+        then: Callable[[BaseException | None], None] | None = None,
+    ) -> Work:
+        """Replace `x` ([n], contiguous, any float or complex dtype) by its mean over the ranks, or what `op` makes of them.
+
+        `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two); `index` is its
+        place in the report. Where `op` is given, what is not compressed takes the group's own. `dense_bytes` is what the report
+        compares with, if not one dense exchange of `x`. `last` ends a `step`. `then` is called when the mean is in `x`, or with
+        the error for which it cannot be.
+        """
+        W, given, x = self.world_size, x, real_view(x).view(-1)
+        kept_index = self._kept_index(segments, x)
+        n = x.numel() if kept_index is None else kept_index.numel()
+
+        override = self._override(override, x, n)
+        plan = self.gradients.choose(n, x.element_size(), W, override)
+
+        twice = W > 1 and not override.bypass_feedback
+        chunk = plan.exchange.chunk(n, plan.codec, self.rank, W) if twice else None
+        memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum)
+        scratch = self.scratch.of(segments, self.feedback.memories)
+        # a mean of gradients does not send along what is remembered of momenta
+        remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
+        encoder = Encoder(plan.codec, memory if remembers else None, scratch)
+
+        values = x
+        if kept_index is not None and (override.codec is not None or n == 0):
+            values = scratch.buffer("kept values", n * x.element_size(), self.device).view(x.dtype)
+        label = self.traffic.label(self.role, segments, values.numel(), plan, plan.exchange.name, index, step)
+        exchange = self._mean(values, op, override, plan, encoder, label)
+        if kept_index is not None and values is not x:
+            exchange = packed(x, kept_index, values, exchange)
+        exchange = self._overridden(override, x, segments, memory, encoder, exchange, kept_index is None)
+
+        dense = ring_bytes(x.nbytes, W) if dense_bytes is None else dense_bytes
+        is_complex = given.is_complex() or bool(segments and segments[0][0] in self.pairs)
+        dtype, count = (x.dtype.to_complex(), x.numel() // 2) if is_complex else (x.dtype, x.numel())
+        name, compared = plan.exchange.name, f"the mean of bucket {index}" if override.codec is not None else ""
+        return self.traffic.submit(
+            *(self.role, name, plan, count, dtype, given, index, dense, exchange, compared),
+            step=step,
+            last=last,
+            then=then,
+        )
+
+    def reduce_scatter(
+        self,
+        full: Tensor,
+        out: Tensor,
+        segments: Segments,
+        index: int,
+        op: Op = MEAN,
+        reason: str = "",
+        *,
+        cuts: Sequence[int] | None = None,
+        plan: BucketPlan | None = None,
+        override: Override | None = None,
+        dense_bytes: int | None = None,
+        backend_bytes: int | None = None,
+    ) -> Work:
+        """Fill `out` ([m]) with what `op` (AVG, SUM, PREMUL_SUM) makes of the ranks' chunks of `full` ([W * m]).
+
+        Both contiguous, of one float or complex dtype. `segments` names the parts of `full`, and how many reals of it they are;
+        `reason` says why it shall not be compressed. Where the chunks are not of one length, `cuts` has the W + 1 places at
+        which `full` is cut, `out` is this rank's part of it, what belongs to others is undefined afterwards, and `plan`, which
+        compresses, is the caller's. `dense_bytes` must be sent without compression, `backend_bytes` is what a framework sends
+        in their place. Raises ValueError if the sizes do not fit.
+        """
+        W, given, target = self.world_size, full, out
+        full, out = real_view(full).view(-1), real_view(out).view(-1)
+        kept_index = None if cuts is not None else self._kept_index(segments, full)
+        m = out.numel() if kept_index is None else kept_index.numel() // W
+
+        override = override or Override(self.gradients.codec, reason)
+        if plan is None:
+            self._require_chunks(full, out)
+            override = self._override(override, out, m)
+            plan = self.gradients.choose(m, out.element_size(), W, override)
+        bounds = [r * m for r in range(W + 1)] if cuts is None else cuts
+        payloads = reduce_scatter_bytes(bounds, plan.codec, self.rank) if plan.codec.lossy else 0
+        buffer, all_kept, kept, payload = self._room(kept_index, full, m, payloads)
+        source, values = (full, out) if kept_index is None else (all_kept, kept)
+        label = self.traffic.label("gradients", segments, bounds[-1], plan, "reduce_scatter", index)
+        encoder = Encoder(plan.codec)
+        if W == 1:
+            exchange = single_rank(source, encoder, values, over_mean(op, 1))
+        elif m == 0 and cuts is None:
+            exchange = iter(())
+        elif plan.codec.lossy:
+            encoder.memory = self.feedback.memory(segments, plan.feedback, None, self.device)
+            exchange = reduce_scatter(source, bounds, values, op, encoder, payload, self._wire, label)
+        else:
+            exchange = native_reduce_scatter(source, values, op, self._wire, label)
+        if kept_index is not None:
+            exchange = packed(full, kept_index, all_kept, exchange, (out, self._own_kept_index(segments), kept))
+        exchange = self._overridden(override, full, segments, encoder.memory, encoder, exchange, False)
+
+        backend = native_bytes(out, W) if backend_bytes is None else backend_bytes
+        if dense_bytes is None:  # what is left to the group counts as the group sends it
+            less = plan.codec.lossy or plan.exchange is NO_EXCHANGE
+            dense_bytes = needed_bytes(out, W) if less else backend
+        name = NO_EXCHANGE.name if plan.exchange is NO_EXCHANGE else "reduce_scatter"
+        return self.traffic.submit(
+            *("gradients", name, plan, given.numel(), given.dtype, target, index, dense_bytes, exchange),
+            buffer=buffer,
+            backend_bytes=backend,
+        )
+
+    def all_gather(
+        self,
+        shard: Tensor,
+        out: Tensor,
+        index: int,
+        reason: str = "",
+        segments: Segments = (),
+        *,
+        codec: Codec | None = None,
+        itemsize: int | None = None,
+    ) -> Work:
+        """Fill `out` ([W * m]) with the ranks' `shard` ([m], which may be this rank's part of `out`).
+
+        Both contiguous, of one dtype; one that is neither float nor complex is not compressed. `segments` names the parts of
+        `out`, in reals, for masks. `codec` stands in for the plan's, and `itemsize` is what a value takes without us, if not
+        its own size. Raises ValueError if the sizes do not fit.
+        """
+        W, given = self.world_size, out
+        shard, out = real_view(shard).view(-1), real_view(out).view(-1)
+        self._require_chunks(out, shard)
+        kept_index = self.feedback.masks.kept_index(segments) if _fits(segments, out) else None
+        m = shard.numel() if kept_index is None else kept_index.numel() // W
+        size = shard.element_size() if itemsize is None else itemsize
+
+        override = _exact(Override(codec or self.parameters.codec, reason), shard, m)
+        plan = self.parameters.choose(m, size, W, override)
+        payloads = W * plan.codec.nbytes(m) if plan.codec.lossy else 0
+        buffer, all_kept, kept, payload = self._room(kept_index, out, m, payloads)
+        source, values = (shard, out) if kept_index is None else (kept, all_kept)
+        label = self.traffic.label(f"parameters of unit {index}", segments, m, plan, "all_gather", index)
+        if W == 1:
+            exchange = single_rank(source, Encoder(plan.codec), values)
+        elif m == 0:
+            exchange = iter(())
+        elif plan.codec.lossy:
+            exchange = all_gather(source, values, Encoder(plan.codec), payload, self._wire, label)
+        else:
+            exchange = native_all_gather(source, values, self._wire, label)
+        if kept_index is not None:
+            exchange = packed(shard, self._own_kept_index(segments), kept, exchange, (out, kept_index, all_kept))
+        dense, name, compared = (W - 1) * shard.numel() * size, "all_gather", f"the gathered parameters of unit {index}"
+        if plan.exchange is NO_EXCHANGE:
+            name, compared = NO_EXCHANGE.name, ""
+        return self.traffic.submit(
+            *("parameters", name, plan, given.numel(), given.dtype, given, index, dense, exchange, compared),
+            buffer=buffer,
+        )
+
+    def broadcast(
+        self,
+        x: Tensor,
+        source: int,
+        index: int,
+        what: str,
+        reason: str = "",
+        *,
+        base: Tensor | None = None,
+        sizes: Sequence[int] = (),
+        dense_bytes: int | None = None,
+    ) -> Work:
+        """Make `x` ([n], contiguous, any dtype) on all ranks what the rank `source` has, bit for bit; `what` names it.
+
+        With `base` (float32 [n]), the version that all ranks got last, only what has changed is sent, coded, of the tensors of
+        these `sizes` in `x` (float32); `base` follows, and the source keeps its own. `reason` says why it is exact.
+        """
+        plan = BucketPlan(DENSE if base is None else self.parameters.codec, NO_EXCHANGE, False, reason)
+        label = self.traffic.labels.next(f"{self.role} of {what} from rank {source}")
+        buffer: Tensor | None = None
+        if base is None:  # as bytes: a process group knows few dtypes
+            exchange = exact_broadcast(x.view(torch.uint8), self._wire, source, label)
+        else:
+            encoder = Encoder(plan.codec)
+            buffer = self.scratch.take(plan.codec.nbytes(x.numel()) + len(sizes))
+            exchange = broadcast(x, sizes, base, encoder, buffer, self._wire, source, label)
+        nbytes = x.nbytes if dense_bytes is None else dense_bytes
+        dense = nbytes * tree_children(self.rank, source, self.world_size)
+        return self.traffic.submit(
+            *(self.role, "broadcast", plan, x.numel(), x.dtype, x, index, dense, exchange),
+            buffer=buffer,
+            step=Step(self.meter.steps),
+        )
+
+    def follow_scale(self) -> None:
+        """A step begins. Memories hold gradients times the loss scale; when that changes they change with it."""
+        if self.grad_scaler is not None and (scale := float(self.grad_scaler.get_scale())) != self.scale:
+            self.feedback.rescale(scale / self.scale)
+            self.scale = scale
+
+    # the parts of the way
+
+    def _override(self, override: Override | None, x: Tensor, n: int) -> Override:
+        """What is to be done with `x`, of which n values travel, if it is not what the optimizer wants."""
+        if self.send_dense:
+            return Override(DENSE, SEND_DENSE)
+        return _exact(override or Override(self.gradients.codec), x, n)
+
+    def _kept_index(self, segments: Segments, full: Tensor) -> Tensor | None:
+        """Where the gradients lie that masks keep; None if all of it travels, or if these are not the parts of `full`."""
+        return None if self.send_dense or not _fits(segments, full) else self.feedback.masks.kept_index(segments)
+
+    def _own_kept_index(self, segments: Segments) -> Tensor:
+        """The same of this rank's chunk, which has as many parts as the others."""
+        each = len(segments) // self.world_size
+        own = self.feedback.masks.kept_index(segments[self.rank * each : (self.rank + 1) * each])
+        assert own is not None
+        return own
+
+    def _room(
+        self, kept_index: Tensor | None, full: Tensor, m: int, payloads: int
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """A buffer, and in it room for what masks keep of W chunks and of one, and for payloads."""
+        each = m * full.element_size() if kept_index is not None else 0
+        cuts = [0, -(-self.world_size * each // ALIGNED) * ALIGNED]
+        cuts += [cuts[1] + -(-each // ALIGNED) * ALIGNED]
+        if not cuts[2] and not payloads:
+            return None, full[:0], full[:0], full[:0]
+        buffer = self.scratch.take(cuts[2] + payloads)
+        kept = buffer[cuts[1] : cuts[1] + each].view(full.dtype)
+        return buffer, buffer[: self.world_size * each].view(full.dtype), kept, buffer[cuts[2] :]
+
+    def _require_chunks(self, full: Tensor, part: Tensor) -> None:
+        n, W = part.numel(), self.world_size
+        if full.numel() != W * n or full.dtype != part.dtype:
+            raise ValueError(
+                f"{full.numel()} values of {full.dtype} do not make {W} chunks of {n} of {part.dtype}, one a rank"
+            )
+
+    def _mean(
+        self, x: Tensor, op: Op | None, override: Override, plan: BucketPlan, encoder: Encoder, label: Label
+    ) -> Iterator[Transfer]:
+        """The exchange that leaves in `x` the mean, or what `op` makes of the ranks'."""
+        if override.codec is None:
+            alone = self.grad_scaler is None or self.world_size == 1
+            return iter(()) if alone else all_reduce_found_inf(x, self._wire, label)
+        times = 1.0 if op is None else over_mean(op, self.world_size)
+        if self.world_size == 1:
+            return single_rank(x, encoder, None, times)
+        if op is not None and not plan.codec.lossy:
+            return native_all_reduce(x, op, self._wire, label)
+        exchange = plan.exchange.run(x, encoder, self._wire, label)
+        return exchange if times == 1 else scaled(exchange, x, times)
+
+    def _overridden(
+        self,
+        override: Override,
+        x: Tensor,
+        segments: Segments,
+        memory: Memory,
+        encoder: Encoder,
+        exchange: Iterator[Transfer],
+        sees_all: bool,
+    ) -> Iterator[Transfer]:
+        """Do around an exchange what the optimizer wants. Where the codec sees all of `x`, its pass does the prologue."""
+        before: list[Callable[[], None]] = []
+        if self.may_undo:
+            before.append(partial(self.feedback.snapshot, segments, memory))
+        if override.prepare is not None:
+            before.append(partial(override.prepare, x, memory))
+        if not before and override.prologue is None and override.finish is None:
+            return exchange
+        fused = encoder if sees_all and encoder.codec.lossy and self.world_size > 1 else None
+        return prepared(exchange, x, before, override.prologue, fused, override.finish)
+
+
+def _exact(override: Override, x: Tensor, n: int) -> Override:
+    """An override that compresses nothing where there is nothing, or no float."""
+    if n == 0:
+        return Override(None, NOTHING_LEFT)
+    if not override.reason and override.codec is not None and x.dtype not in FLOAT_DTYPES:
+        return Override(override.codec, f"{dtype_name(x.dtype)} is no float")
+    return override
+
+
+def _fits(segments: Segments, full: Tensor) -> bool:
+    return sum(n for _, n in segments) == full.numel()

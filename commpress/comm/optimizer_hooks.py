@@ -1,0 +1,59 @@
+"""What the traffic asks of an optimizer that is compressed behind its preconditioner, in the order of a backward."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from commpress.comm.codecs import Codec
+from commpress.comm.masks_index import Segments
+from commpress.comm.plan import Override
+
+
+class OptimizerHooks(Protocol):
+    """The optimizers of `commpress.optim` are such; `comm` knows no other thing of them."""
+
+    may_be_masked: bool
+    """Whether a part of a parameter may be left out of the exchange."""
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether what was exchanged last has not been used."""
+
+    def begin_backward(self, scale: float) -> bool:
+        """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
+
+    def must_verify(self) -> bool:
+        """Whether `replicated_state` is new since the ranks compared it."""
+
+    def replicated_state(self) -> dict[str, object]:
+        """What all ranks must agree on now, as JSON values."""
+
+    def frozen_parameters(self) -> list[str] | None:
+        """What does not require a gradient in this step, if the ranks must compare that in every step."""
+
+    def on_bucket(self, bucket: Tensor, segments: Segments) -> None:
+        """A bucket is there. It will hold what was exchanged when backward is over."""
+
+    def needs_all_buckets(self) -> bool:
+        """Whether no bucket of this step may be sent before `on_all_buckets` has seen them all."""
+
+    def on_all_buckets(self, gradients: list[Tensor]) -> None:
+        """All buckets of this step are there."""
+
+    def split(self, segments: Segments) -> list[Segments]:
+        """The parts of a bucket that travel in this step, each with an override of its own; the same on every rank."""
+
+    def override(self, segments: Segments, codec: Codec) -> Override:
+        """What to do with a part of a bucket in this step; the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What of its state all ranks have alike, as of any optimizer."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    def own_state(self) -> dict[str, Any]:
+        """What of its state is this rank's own."""
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Restore what `own_state` returned."""

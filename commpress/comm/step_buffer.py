@@ -1,0 +1,205 @@
+"""The backwards of replicas, step after step: what they begin with, and the buckets that wait until all of a step are there.
+
+    bucket -> [pending, if the optimizer must see all first, or a restart has another layout] -> Collectives.all_reduce
+
+They wait where a norm over all gradients is clipped, and in the first step after a restart, which is exchanged in the layout
+that was saved.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from commpress.comm.agreement import require_equal, require_same_names
+from commpress.comm.collectives import Collectives
+from commpress.comm.feedback import Feedback, Segments
+from commpress.comm.optimizer_hooks import OptimizerHooks
+from commpress.comm.parameters import real_view
+from commpress.comm.parts import taken_apart
+from commpress.comm.plan import Override
+from commpress.comm.resize import require_same_parameters
+from commpress.comm.timeline import Span
+from commpress.comm.traffic import Step
+from commpress.comm.verify import Comparison
+from commpress.comm.work import Work, not_counted
+
+
+@dataclass
+class PendingBucket:
+    """A bucket that waits until all of its step are there."""
+
+    bucket: Tensor
+    segments: Segments
+    index: int
+    work: Work
+
+
+class StepBuffer:
+    """The gradients of one set of replicas, bucket by bucket. `parameters` are their names and sizes, if they are known."""
+
+    def __init__(
+        self, collectives: Collectives, optimizer: OptimizerHooks | None = None, parameters: Segments = ()
+    ) -> None:
+        self.collectives, self.optimizer, self.parameters = collectives, optimizer, parameters
+        collectives.may_undo = optimizer is not None and collectives.grad_scaler is not None
+        self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
+        """What all ranks should hold the same bits of when a step begins, by name; for those who know it."""
+        self.step = 0
+        """Steps so far."""
+        self.restored: list[Segments] = []
+        """The layout in which the next step is exchanged, if it is another than that of the buckets."""
+        self._pending: list[PendingBucket] = []
+        self._begins = True
+        self._current = Step(0)
+        self._backward_started: float | None = None
+
+    def submit(self, bucket: Tensor, segments: Segments, index: int, last: bool) -> "torch.futures.Future[Tensor]":
+        """Replace `bucket` ([n], contiguous, any float or complex dtype) by its mean over the ranks, in the background.
+
+        `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two), `index` its place
+        among the buckets, `last` ends the step. The future holds `bucket`; waiting for it raises RuntimeError if the exchange
+        failed on any rank. Same order on every rank.
+        """
+        if self._begins:
+            self._begin()
+        self._begins = last
+        if self.optimizer is not None:
+            self.optimizer.on_bucket(bucket, segments)
+        if last and self._backward_started is not None:
+            self.note("backward", self._backward_started)
+            self._backward_started = None
+        if self.restored or (self.optimizer is not None and self.optimizer.needs_all_buckets()):
+            work = Work(bucket, not_counted)
+            self._pending.append(PendingBucket(bucket, segments, index, work))
+            if last:
+                self.flush()
+        else:
+            work = self._send(bucket, segments, index, last)
+        self.step += last
+        return work.future()
+
+    def flush(self) -> None:
+        """Exchange a step all of whose buckets are there; the first after a restart in the layout that was saved."""
+        pending, layouts = self._pending, self.restored
+        self._pending, self.restored = [], []
+        if not layouts or {one.segments for one in pending} == set(layouts):
+            self._on_all_buckets([one.bucket for one in pending])
+            for one in pending:
+                self._send(one.bucket, one.segments, one.index, one is pending[-1], one.work.finish)
+            return
+        places: dict[str, Tensor] = {}
+        for one in pending:
+            values = real_view(one.bucket).view(-1).split([n for _, n in one.segments])
+            places |= zip((name for name, _ in one.segments), values, strict=True)
+        saved = {name: n for layout in layouts for name, n in layout}
+        require_same_parameters(saved, {name: part.numel() for name, part in places.items()})
+        flats = [torch.cat([places[name] for name, _ in layout]) for layout in layouts]
+        waiting = len(layouts)
+
+        def finished(layout: Segments, flat: Tensor, error: BaseException | None) -> None:
+            nonlocal waiting
+            for (name, _), part in zip(layout, flat.split([n for _, n in layout]), strict=True):
+                places[name].copy_(part)
+            waiting -= 1
+            if waiting == 0 or (error is not None and waiting > 0):
+                waiting = min(waiting, 0)  # the others have no one left to tell
+                for one in pending:
+                    one.work.finish(error)
+
+        self._on_all_buckets(flats)
+        for index, (layout, flat) in enumerate(zip(layouts, flats, strict=True)):
+            self._send(flat, layout, index, index == len(layouts) - 1, partial(finished, layout, flat))
+
+    def _begin(self) -> None:
+        collectives, optimizer = self.collectives, self.optimizer
+        due = collectives.traffic.is_due(self.step)
+        self._current = Step(self.step, Comparison(self.step, list(self.replicas())) if due else None)
+        if optimizer is None:
+            collectives.follow_scale()
+            return
+        scaler = collectives.grad_scaler
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        if not optimizer.begin_backward(scale):
+            if scale >= collectives.scale:  # a scaler that skips a step lowers its scale
+                raise RuntimeError(
+                    "commpress: two backward passes have exchanged gradients without optimizer.step() between them. Put all "
+                    "but the last backward of a step under no_sync(); with a GradScaler pass grad_scaler= to attach"
+                )
+            collectives.feedback.restore_snapshot()
+        collectives.follow_scale()
+        if optimizer.must_verify():
+            require_equal(collectives.traffic.ask(optimizer.replicated_state(), "an optimizer to compare"))
+        elif (frozen := optimizer.frozen_parameters()) is not None and collectives.world_size > 1:
+            require_same_names("frozen parameters", frozen, collectives.group, collectives.device)
+
+    def _on_all_buckets(self, gradients: list[Tensor]) -> None:
+        if self.optimizer is not None:
+            self.optimizer.on_all_buckets(gradients)
+
+    def _send(
+        self,
+        x: Tensor,
+        segments: Segments,
+        index: int,
+        last: bool,
+        then: Callable[[BaseException | None], None] | None = None,
+    ) -> Work:
+        """Exchange a bucket, or those parts of it that travel in this step, by what the optimizer wants for each."""
+        collectives, step, optimizer = self.collectives, self._current, self.optimizer
+        if optimizer is None:
+            return collectives.all_reduce(x, segments, index, step=step, last=last, then=then)
+        codec, parts = collectives.gradients.codec, optimizer.split(segments)
+        if parts == [segments]:
+            override = optimizer.override(segments, codec)
+            return collectives.all_reduce(x, segments, index, override=override, step=step, last=last, then=then)
+        # what is in none of them stays as it is, and so does what is kept of it
+        collectives.feedback.register(segments)
+        if not parts:
+            override = Override(None, "nothing in it is trained")
+            return collectives.all_reduce(x, segments, index, override=override, step=step, last=last, then=then)
+        whole = Work(x, not_counted)
+        finished = whole.finish if then is None else then
+        for flat, part, done in taken_apart(x, segments, parts, finished):
+            override = optimizer.override(part, codec)
+            ends = last and part is parts[-1]
+            collectives.all_reduce(flat, part, index, override=override, step=step, last=ends, then=done)
+        return whole
+
+    def forget_skipped_step(self) -> None:
+        """Take back what feedback made of the last exchange, if the scaler has skipped the step that should have used it."""
+        if self.collectives.may_undo and self.optimizer is not None and self.optimizer.awaits_step:
+            self.collectives.feedback.restore_snapshot()
+
+    def take_over(self, feedback: Feedback, names: Mapping[str, str], scale: float) -> None:
+        """Go on with what another session withheld, of parameters that both exchange. Call it before the first step.
+
+        `names` has its names for them, and ours. `scale` is the loss scale of what it withheld.
+        """
+        own = self.collectives.feedback
+        self.collectives.scale = scale
+        own.load_state_dict(feedback.renamed(names), self.collectives.device)
+        own.register(self.parameters)
+        self.restored = list(own.memories)
+
+    # the timeline
+
+    @property
+    def recording(self) -> bool:
+        """Whether a timeline is being recorded."""
+        return self.collectives.meter.timeline is not None
+
+    def note(self, phase: str, start: float) -> None:
+        """Note that `phase` of this step lasted from `start` (`time.perf_counter`) until now."""
+        self.collectives.meter.note(Span(phase, self.step, None, start, time.perf_counter()))
+
+    def backward_starts(self) -> None:
+        """Backward starts now. It ends with the step's last bucket."""
+        self._backward_started = time.perf_counter()
+
+    def timeline_starts(self) -> None:
+        """A timeline begins, between two steps."""
+        self._backward_started = None

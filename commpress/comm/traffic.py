@@ -1,0 +1,162 @@
+"""One group's wire, sequencer and meter: what is sent there is put in line, counted, labelled and compared."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.agreement import Settings
+from commpress.comm.exchange import Label, Labels, Transfer, Wire
+from commpress.comm.exchange.around import in_inference_mode
+from commpress.comm.feedback import Segments
+from commpress.comm.meter import Meter, Report, dtype_name
+from commpress.comm.parameters import real_view
+from commpress.comm.plan import BucketPlan
+from commpress.comm.scratch import ScratchPool
+from commpress.comm.sequencer import Job, Sequencer
+from commpress.comm.verify import Comparison, is_due
+from commpress.comm.work import Work, not_counted
+
+
+@dataclass
+class Step:
+    """A step whose collectives belong together: its number, and what compares its results, if this step is compared."""
+
+    number: int
+    comparison: Comparison | None = None
+
+
+class Traffic:
+    """What one process group sends, one exchange after another. Collective: all its ranks make one at the same point."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, scratch: ScratchPool, verify: int) -> None:
+        self.world_size = dist.get_world_size(group)
+        self.meter, self.labels = Meter(), Labels()
+        self._scratch, self._verify = scratch, verify
+        self._counts: dict[int, int] = {}
+        self._busy = self._landed = self._waited = 0.0
+        if self.world_size > 1:
+            self.wire = Wire(group, device)
+            self._sequencer = Sequencer(self.wire, self.meter)
+
+    def ask(self, settings: Settings, what: str) -> list[Settings]:
+        """Every rank's settings. Collective: a rank that does something else meanwhile is an error on all."""
+        if self.world_size == 1:
+            return [settings]
+        return self._sequencer.ask(settings, self.labels.next(what))
+
+    def count(self, index: int) -> int:
+        """Note a reduction of what has this place in the report; returns how many there were before."""
+        before = self._counts.get(index, 0)
+        self._counts[index] = before + 1
+        self.meter.steps = max(self.meter.steps, before + 1)
+        return before
+
+    def is_due(self, step: int) -> bool:
+        """Whether what is exchanged in this step is compared."""
+        return self.world_size > 1 and is_due(self._verify, step)
+
+    def label(
+        self,
+        role: str,
+        segments: Segments,
+        n: int,
+        plan: BucketPlan,
+        name: str,
+        index: int,
+        step: Step | None = None,
+    ) -> Label:
+        """The label of an exchange in this step of what has this place in the report."""
+        self.labels.proven = self.is_due(self._counts.get(index, 0) if step is None else step.number)
+        return self.labels.bucket(role, segments, n, str(plan.codec), name)
+
+    def report(self, spec: str, rank: int, world_size: int) -> Report:
+        """Bytes and seconds so far. `exposed` is what training waited for, `hidden` what ran beside it."""
+        report = self.meter.report(spec, rank, world_size)
+        report.seconds["exposed"] += self._waited
+        report.seconds["hidden"] += max(0.0, self._busy - self._waited)
+        return report
+
+    def submit(
+        self,
+        role: str,
+        name: str,
+        plan: BucketPlan,
+        values: int,
+        dtype: torch.dtype,
+        out: Tensor,
+        index: int,
+        dense_bytes: int,
+        exchange: Iterator[Transfer],
+        compared: str = "",
+        *,
+        buffer: Tensor | None = None,
+        backend_bytes: int | None = None,
+        step: Step | None = None,
+        last: bool = False,
+        then: Callable[[BaseException | None], None] | None = None,
+    ) -> Work:
+        """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `scratch`, is free afterwards.
+
+        `compared` is what the result is called where all ranks must have the same bits of it.
+        """
+        row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role)
+        number = self._number(role, index) if step is None else step.number
+        work = Work(out, self._note_waiting if step is None else not_counted)
+        exchange = self._compared(exchange, out, compared, number, step, last)
+        if out.is_inference():
+            exchange = in_inference_mode(exchange)
+        finished = partial(self._finish, work, buffer, step is None, then)
+        if self.world_size == 1:
+            next(exchange, None)
+            row.steps += 1
+            self.meter.steps += last
+            finished(None)
+        else:
+            self._sequencer.submit(
+                Job(out, exchange, row, number, dense_bytes, last, finished, backend_bytes=backend_bytes)
+            )
+        return work
+
+    def _number(self, role: str, index: int) -> int:
+        """The step of what has this place in the report: how many reductions it had before."""
+        return self._counts.get(index, 0) if role == "parameters" else self.count(index)
+
+    def _compared(
+        self, exchange: Iterator[Transfer], out: Tensor, what: str, number: int, step: Step | None, last: bool
+    ) -> Iterator[Transfer]:
+        """Compare what the ranks got: at the end of the step, or by itself where it belongs to none."""
+        if step is not None:
+            comparison, ends = step.comparison, last
+        else:
+            comparison, ends = (Comparison(number, ()) if what and self.is_due(number) else None), True
+        if comparison is None:
+            return exchange
+        if what:
+            exchange = comparison.watch(exchange, real_view(out), what)
+        return comparison.finish(exchange, self.wire, self.labels.next("hashes of this step")) if ends else exchange
+
+    def _note_waiting(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def _finish(
+        self,
+        work: Work,
+        buffer: Tensor | None,
+        counts: bool,
+        then: Callable[[BaseException | None], None] | None,
+        error: BaseException | None,
+    ) -> None:
+        if counts:
+            now = time.perf_counter()
+            self._busy += now - max(work.submitted, self._landed)
+            self._landed = now
+        if buffer is not None and error is None:
+            self._scratch.give_back(buffer)
+        if then is not None:
+            then(error)
+        work.finish(error)

@@ -1,0 +1,62 @@
+"""What a collective returns: a `Work`, as c10d's do, and a future that raises what the exchange raised."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Future = torch.futures.Future
+
+
+def make_future(device: torch.device) -> "Future[Any]":
+    """Return a future for the end of a job; on an accelerator it knows the streams of `device`."""
+    return Future(devices=None if device.type == "cpu" else [device])
+
+
+class Work(dist.Work):
+    """An operation that is under way. Its result will be in `out`. `waited` is told for how many seconds `wait` stood still."""
+
+    def __init__(self, out: Tensor, waited: Callable[[float], None]) -> None:
+        super().__init__()
+        self.submitted = time.perf_counter()
+        self._out, self._waited = out, waited
+        self._future = make_future(out.device)
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Return when the result is there; on an accelerator the current stream waits for it instead.
+
+        Raises RuntimeError if the operation failed on any rank.
+        """
+        start = time.perf_counter()
+        value = self._future.wait()
+        self._waited(time.perf_counter() - start)
+        if isinstance(value, BaseException):
+            raise value
+        return True
+
+    def future(self) -> "Future[Tensor]":
+        """Return a future of `out` that raises what the exchange raised. No collective hangs on it."""
+        return self._future.then(partial(_result, self._out))
+
+    def finish(self, error: BaseException | None) -> None:
+        """Note that the result is there, or cannot be."""
+        _resolve(self._future, self._out, error)
+
+
+def _resolve(future: "Future[Any]", out: Tensor, error: BaseException | None) -> None:
+    future.set_result(error or out)
+
+
+def _result(out: Tensor, future: "Future[Any]") -> Tensor:
+    value = future.value()
+    if isinstance(value, BaseException):
+        raise value
+    return out
+
+
+def not_counted(seconds: float) -> None:
+    """Note nothing, for a `Work` whose wait counts elsewhere: the sequencer notes what training waits for behind a backward."""
