@@ -291,7 +291,7 @@ def command(
         _require(0 < bucket_mb <= MOST_MB, f"--bucket-mb {bucket_mb}: expected a number above 0, at most {MOST_MB:g}")
         _require(cores >= 0, f"--cores {cores}: expected a number above 0")
         good = step_seconds is None or LEAST_STEP <= step_seconds <= MOST_STEP
-        _require(good, f"--step-seconds {step_seconds}: expected a number from {LEAST_STEP:g} to {MOST_STEP:g}")
+        _require(good, f"--step-seconds {step_seconds}: expected a number above 0, {LEAST_STEP:g} to {MOST_STEP:g}")
         values = units.parameters(params, "--params")
         parts = 4 * values / (bucket_mb * BUCKET)
         _require(
