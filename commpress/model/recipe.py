@@ -84,7 +84,7 @@ class Prune(Part):
     every: Annotated[int, Field(ge=1)] = 100
     """Steps between changes."""
     amount: Share | None = None
-    threshold: Annotated[float, Field(gt=0)] | None = None
+    threshold: Annotated[float, Field(ge=0)] | None = None
     pattern: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}:[1-9][0-9]{0,8}$")] | None = None
     schedule: Literal["one-shot", "cubic", "regrow"] | None = None
     """Default: cubic if it ends later than it starts, else one-shot. `regrow` prunes at the start, then exchanges weights."""

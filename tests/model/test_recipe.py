@@ -220,7 +220,6 @@ def test_phases_that_a_run_would_not_finish():
         ({"prune": {"start": 1, "amount": 0.5, "regrow": 0.1}}, "prune[0].regrow: counts for schedule 'regrow' alone"),
         ({"prune": {"start": 1, "pattern": "2:4", "scope": "row"}}, "prune[0].scope: says what an amount is of"),
         ({"prune": {"start": 1, "threshold": 0.1, "scope": "local"}}, "prune[0].scope: says what an amount is of"),
-        ({"prune": {"start": 1, "threshold": 0.0}}, "prune[0].threshold: expected greater than 0, got 0.0"),
         ({"distil": {"weight": 0.0}}, "distil.weight: 0.0, and nothing else is asked of the teacher"),
         ({"distil": {"hidden_weight": 3.0}}, "distil.hidden_weight: expected hidden beside it"),
         ({"distil": {"attention_loss": "kl"}}, "distil.attention_loss: expected attention beside it"),
