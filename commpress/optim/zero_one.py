@@ -23,9 +23,9 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.notice import warn
 from commpress.comm.plan import Treatment
 from commpress.comm.survivors import pack, unpack
+from commpress.notice import warn
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters, within
@@ -167,10 +167,10 @@ class ZeroOneAdamW(FrozenAdamW):
         led = all(self._stands(name) for name in self._places)
         if not led:
             warn(
-                self._speaks,
                 "commpress: ZeroOneAdamW's parameters are not where the local steps of its loaded state have led: each rank "
                 "goes on from other values than it was saved with. Load the model, then the optimizer, then the session, "
                 "whose state each rank has saved for itself, in this order",
+                self._speaks,
             )
         return {**super().standing(), "parameters are where their local steps have led": led}
 
