@@ -22,7 +22,14 @@ OF_RANK = ("rank", "optimizer", "memories", "side traffic")
 
 
 def summary(state: State) -> State:
-    """What ranks compare of the states that they restore (JSON values): the run, the step, the layout of the buckets."""
+    """What ranks compare of the states that they restore (JSON values): the run, the step, the layout of the buckets.
+
+    Raises KeyError for a state that lacks anything which is restored.
+    """
+    needed = [(bucket, {"owner_start", "owner_residual"}) for memories in state["memories"] for bucket in memories]
+    for holder, keys in [(state, {"optimizer", "scale", "step", "side traffic"}), *needed]:
+        if lost := keys - holder.keys():
+            raise KeyError(*sorted(lost))
     layouts = [
         [
             {"segments": [list(part) for part in bucket["segments"]]} | {key: bucket[key] is not None for key in SUMMED}
@@ -31,6 +38,16 @@ def summary(state: State) -> State:
         for memories in state["memories"]
     ]
     return {key: value for key, value in state.items() if key not in OF_RANK} | {"layouts": layouts}
+
+
+def unreadable(error: Exception) -> Exception:
+    """Return what to raise on all ranks where one cannot read a state: the error itself if it is a sentence of ours."""
+    if isinstance(error, ValueError | TypeError):
+        return error
+    what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+    return ValueError(
+        f"cannot restore: the state is damaged, or another thing ({what}); expected what state_dict() returned on this rank"
+    )
 
 
 def require_one_run(everyone: Sequence[State]) -> State:

@@ -30,6 +30,7 @@ from commpress.comm.resize import (
     require_same_values,
     share,
     summary,
+    unreadable,
 )
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.timeline import Timeline
@@ -137,10 +138,13 @@ class Session:
         for other in self.side_traffic:
             other.phase(name)
 
-    def agree(self, settings: Mapping[str, object]) -> None:
-        """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective."""
+    def agree(self, settings: Mapping[str, object], what: str = "settings to compare") -> None:
+        """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective.
+
+        `what` they are, in words, for a rank that meets another one at something else.
+        """
         for collectives in self.collectives:
-            require_equal(collectives.traffic.ask(dict(settings), "settings to compare"))
+            require_equal(collectives.traffic.ask(dict(settings), what))
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
@@ -212,12 +216,12 @@ class Session:
         """
         refusal: Exception | None = None
         mine: list[dict[str, Any]] = []
+        said: Settings = {"nothing": True}
         try:
             mine = self._states(state)
-        except (ValueError, TypeError) as error:
-            refusal = error
-        said: Settings = summary(mine[0]) if mine else {"nothing": True}
-        if refusal is not None:
+            said = [*map(summary, mine), said][0]
+        except Exception as error:  # the other ranks wait for what this one has to say
+            refusal = unreadable(error)
             said = {"error": str(refusal)}
         first = said
         for (
@@ -239,8 +243,11 @@ class Session:
             self.restore(mine[0])
             return
         assert self._reshard is not None
-        kept = [one["memories"] for one in mine] or [empty_memories(first)]
+        kept = [one["memories"] for one in mine]
+        if not kept and self.step_buffer is not None:  # the next step has the saved layout on all ranks
+            kept = [empty_memories(first)]
         memories = merged_memories([self._reshard(one, old) for one in kept], self.world_size / old)
+        memories = memories or [[] for _ in self.collectives]
         own = self._mean_of_own([one["optimizer"] for one in mine], old)
         self.restore({"scale": first["scale"], "memories": memories, "optimizer": own, "side traffic": []})
 
