@@ -18,7 +18,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import Settings, require_agreement, require_equal, require_same_names
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.base import warm_up
+from commpress.comm.coding import warm_up
 from commpress.comm.exchange import EXCHANGES, Labels, Transfer, Wire, alone, skip_together, stay
 from commpress.comm.exchange.packed import packed
 from commpress.comm.exchange.two_shot import chunk_bounds

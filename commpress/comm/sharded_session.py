@@ -12,7 +12,6 @@ from torch import Tensor
 
 from commpress.comm.agreement import Settings, require_agreement, require_equal
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.topk import TopK
 from commpress.comm.failure import ExchangeError
 from commpress.comm.meter import Report
 from commpress.comm.plan import Plan
@@ -239,7 +238,7 @@ def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool)
             made.append(Plan.of(spec, None, error_feedback and name == "gradients"))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
-    if isinstance(made[1].codec, TopK):
+    if made[1].codec.sparse:
         raise ValueError(
             f"parameters: {made[1].codec} would make most of them 0; expected none, or a codec that sends all values"
         )

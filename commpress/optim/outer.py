@@ -27,7 +27,6 @@ from commpress.comm.agreement import gather_settings, require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.kernels.fingerprint import fingerprint
 from commpress.comm.meter import Report
 from commpress.comm.notice import speaks, warn
 from commpress.comm.parameters import real_view
@@ -36,6 +35,7 @@ from commpress.comm.plan import Treatment
 from commpress.comm.rank_state import RankState
 from commpress.comm.resize import moved
 from commpress.comm.session import Session
+from commpress.kernels.cpu.fingerprint import fingerprint
 from commpress.optim.base import within
 
 STATE_VERSION = 1
