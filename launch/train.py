@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from commpress import extras, optim
-from commpress.comm.agreement import gather_settings, global_rank, host_name
+from commpress.comm.agreement import gather_settings, host_name
 from commpress.launch import checkpoint, data, parallel, ranks, recipes, run_folder, scalars
 from commpress.launch.display import display, say
 from commpress.launch.model import GPT
@@ -44,6 +44,7 @@ from commpress.launch.settings import (
     require_alike,
     require_identity,
 )
+from commpress.notice import global_rank
 
 try:
     import typer

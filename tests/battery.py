@@ -208,7 +208,9 @@ class Subject:
                 payload = self.codec.define_encode(x)
             else:
                 payload, after = defined_encode(self.codec, x, self.before(n, name, memory))
-            self._coded[key] = Coded(payload, after, self.codec.define_decode(payload, n) if n else x)
+            # with feedback it has been decoded once, for the residual
+            decoded = self.codec.define_decode(payload, n) if n and memory is None else torch.empty_like(x)
+            self._coded[key] = Coded(payload, after, decoded)
         return self._coded[key]
 
     def payloads(self, n: int, count: int, finite: bool = True) -> Tensor:

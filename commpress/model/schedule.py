@@ -27,6 +27,7 @@ from commpress.model.masks import Masks, from_state, whole
 from commpress.model.reach import Reach
 from commpress.model.recipe import Prune, Quantize, Recipe, RecipeError, naming_the_file
 from commpress.model.steps import Steps, states_of
+from commpress.notice import warn
 
 STATE_VERSION = 1
 CHECKED, CHECK_EVERY = 3, 100
@@ -254,7 +255,7 @@ class Scheduler:
             chosen = sum(self._parameters[name].numel() for name in self._of_entries())
             total = sum(p.numel() for name, p in self._parameters.items() if not name.startswith(PROJECTIONS))
             if 2 * chosen < total:
-                reach.warn_of(
+                warn(
                     f"the recipe prunes among {chosen:,} of {total:,} parameters, {chosen / total:.1%} of the model; "
                     f"left out: {reach.listed(self.reach.left_out)}"
                 )
@@ -373,7 +374,7 @@ class Scheduler:
                     f"there are gradients: their modules are not called, or it is {LATE}"
                 )
             if uncalled:
-                reach.warn_of(
+                warn(
                     f"prune[{index}].criterion: wanda has seen no input of {reach.listed(uncalled)} in training mode, though "
                     "there are gradients: they will be left out, unless their modules are called before "
                     f"step {self.recipe.prune[index].start}"
@@ -394,7 +395,7 @@ class Scheduler:
             if moved:
                 self._unsteady |= moved.keys()
                 count, size = next(iter(moved.values())), len(moved)
-                reach.warn_of(
+                warn(
                     f"step {self.done}: {count} pruned weights of {next(iter(moved))!r} were not 0"
                     f"{f', and some of {size - 1} other parameters' if size > 1 else ''}. Something else than the "
                     "Scheduler's optimizers has moved them; they are set to 0 again, in each step"
@@ -415,7 +416,7 @@ class Scheduler:
         if self._criteria[index] is None:
             self._close_criterion(criterion)
         if unseen := [name for name in names if name not in scores and name not in now]:
-            reach.warn_of(f"prune[{index}].criterion: wanda has seen no input of {reach.listed(unseen)}: not pruned")
+            warn(f"prune[{index}].criterion: wanda has seen no input of {reach.listed(unseen)}: not pruned")
         if entry.threshold is not None:
             masks = pruning.by_threshold(scores, entry.threshold)
         elif entry.pattern is not None:
