@@ -114,12 +114,15 @@ class Scheduler:
         self._wandas: dict[int, importance.Wanda] = {}
         self._criteria: list[importance.Criterion | None] = [None for _ in recipe.prune]
         self._unchecked = 0  # steps since the masks changed
+        self._empty: set[str] = set()  # parameters of which nothing is left, told
         self._unsteady: set[str] = set()  # parameters that something has moved where they are pruned
         self._hooks_are_seen = False
         # now: a wrong name is told at once, and what is compiled later has its hooks
         self._distiller = self._distilling()
         self._agree()
         self._tell_reach()
+        if teacher is not None and recipe.distil is None:
+            warn("Scheduler: a teacher was given, and the recipe has no [distil]: it is not asked")
         self._advance()
 
     @property
@@ -419,6 +422,8 @@ class Scheduler:
             warn(f"prune[{index}].criterion: wanda has seen no input of {reach.listed(unseen)}: not pruned")
         if entry.threshold is not None:
             masks = pruning.by_threshold(scores, entry.threshold)
+            if all(bool(mask.all()) for mask in masks.values()):
+                warn(f"prune[{index}].threshold: no weight scores below {entry.threshold}, none is pruned")
         elif entry.pattern is not None:
             last = {name: self._layouts[name].inputs_last(s) for name, s in scores.items()}
             found = pruning.n_of_m(last, *entry.n_of_m)
@@ -474,8 +479,16 @@ class Scheduler:
         """The ranks compare masks first: one that differs changes nothing."""
         if self._session is not None:
             self._session.keep(self.masks.ordered(masks))
+        told = self._empty
+        empty = [n for n, mask in masks.items() if n not in told and mask.dim() > 1 and mask.numel() and not mask.any()]
         self.masks.replace(masks)
         self._unchecked = 0
+        if empty:
+            told |= set(empty)
+            warn(
+                f"step {self.done}: all weights of {reach.listed(empty)} are pruned, and nothing gets through any more; scope "
+                "'local' or 'row' keeps some in each"
+            )
         for optimizer in self._steps.optimizers:
             for each in states_of(optimizer):
                 self.masks.clean(each)
