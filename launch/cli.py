@@ -1,9 +1,13 @@
 """The `commpress` command: train, demo, report, lab, explain. Under torchrun: `torchrun --no-python ... commpress train`."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 from commpress import extras
+
+COMMANDS = {"train": "Train", "demo": "Demo", "report": "Report", "lab": "Lab", "explain": "Explain"}
+"""The modules of the commands, and the classes of their flags."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -14,16 +18,18 @@ def main(args: Sequence[str] | None = None) -> None:
         from commpress.launch import command_line
     except ModuleNotFoundError as error:
         sys.exit(f"error: {extras.missing('the commpress command', error, 'launch')}")
-    from commpress.launch.demo import Demo
-    from commpress.launch.explain import Explain
-    from commpress.launch.lab import Lab
-    from commpress.launch.report import Report
-    from commpress.launch.train import Train
-
-    commands = {"train": Train, "demo": Demo, "report": Report, "lab": Lab, "explain": Explain}
-    about = "Train with compressed traffic, and see what it brings."
     args = sys.argv[1:] if args is None else args
-    command_line.read_command(commands, about, "commpress", args or ["--help"]).run()
+    wanted = [name for name in COMMANDS if name == args[0]] if args else []
+    # all of them only for the help that lists them: a rank that trains need not import what draws reports
+    known = {
+        name: getattr(importlib.import_module(f"commpress.launch.{name}"), COMMANDS[name])
+        for name in wanted or COMMANDS
+    }
+    if wanted:
+        command_line.read(known[args[0]], f"commpress {args[0]}", args[1:]).run()
+        return
+    about = "Train with compressed traffic, and see what it brings."
+    command_line.read_command(known, about, "commpress", args or ["--help"]).run()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Ended(NamedTuple):
@@ -25,8 +25,3 @@ def run_command(*arguments: object) -> Ended:
         except SystemExit as end:
             code = int(end.code or 0)
     return Ended(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
-
-
-def flags_of(**settings: Any) -> list[str]:
-    """Return settings of the training program as flags."""
-    return [str(part) for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]

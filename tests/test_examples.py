@@ -34,12 +34,12 @@ def started(paths: list[Path], port: int, folder: Path) -> list[str]:
     return said
 
 
-def ratio_in(out: str) -> float:
-    """The ratio of all bytes in a report's table."""
-    (head,) = (line for line in out.splitlines() if "┃" in line and "ratio" in line)
-    (last,) = (line for line in out.splitlines() if line.startswith("│ all "))
-    column = [cell.strip() for cell in head.split("┃")].index("ratio")
-    return float(last.split("│")[column])
+def ratios_in(out: str) -> list[float]:
+    """The ratios in the last lines of a report's tables, of which FSDP has one for gradients and one for parameters."""
+    heads = [line for line in out.splitlines() if "┃" in line and "ratio" in line]
+    columns = [[cell.strip() for cell in head.split("┃")].index("ratio") for head in heads]
+    sums = [line.split("│") for line in out.splitlines() if line.startswith("│ all ")]
+    return [float(cells[column]) for cells, column in zip(sums, columns, strict=True)]
 
 
 @pytest.mark.usefixtures("ranks_of_our_own")
@@ -52,7 +52,7 @@ def test_each_example_learns_and_sends_less(tmp_path: Path) -> None:
         assert len(losses) == 5, out
         assert losses[-1] < losses[0] - 0.3, out
         assert losses[-1] < 3.2, out
-        assert ratio_in(out) >= FEWER[path.stem], out
+        assert min(ratios_in(out)) >= FEWER[path.stem], out
     assert (tmp_path / "small.safetensors").stat().st_size < 150_000  # of 820 KB in float32
 
 
@@ -61,5 +61,5 @@ def test_the_lines_of_ours_are_marked_and_few(path: Path) -> None:
     lines = path.read_text().split('"""', 2)[2].splitlines()
     ours = [line for line in lines if "# commpress" in line]
     assert not [line for line in lines if "commpress" in line and line not in ours]
-    assert 3 <= len(ours) <= 8
+    assert 3 <= len(ours) <= 9
     assert 40 <= len(path.read_text().splitlines()) <= 80
