@@ -34,7 +34,6 @@ from commpress.comm.codecs import Codec
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.joining import follow_default_timeout
 from commpress.comm.meter import named as dtype_name
-from commpress.comm.notice import speaks
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 from commpress.comm.sharded_session import ShardedSession, agree
@@ -44,6 +43,7 @@ from commpress.hooks.parameters import bare_parameters
 from commpress.hooks.zero_gathered import attach_gathered
 from commpress.hooks.zero_partitions import attach_partitions
 from commpress.hooks.zero_replicas import attach_replicas
+from commpress.notice import speaks
 from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.advice import advise
 

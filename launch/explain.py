@@ -42,6 +42,11 @@ BUCKET = 2**20
 """What DDP calls a megabyte in `bucket_cap_mb`."""
 MOST_BUCKETS = 100_000
 """Their pipeline is simulated, one after another."""
+LEAST_STEP, MOST_STEP = 1e-9, 1e6
+"""Seconds. The pipeline's times differ by less than a float of other sizes can tell."""
+MOST_MB = 1e9
+MOST_RANKS = 65536
+"""What each of them sends is added up, message by message."""
 LINKS = {"loopback": math.inf, "unshaped": math.inf}
 """Rates of a record that are no number: then the cores are what limits."""
 DENSE_ROWS = ("plain ddp", "ddp", "none")
@@ -78,21 +83,35 @@ def compared(record: dict[str, Any], measured: Measured) -> list[Compared]:
         cores = int(re.search(r"(\d+) cores", record["machine"])[1])  # type: ignore[index]
         bandwidth = LINKS[where["rate"]] if where["rate"] in LINKS else units.rate(where["rate"]) / 8
         lossless = units.share(where["loss"]) == 0
+        _require(1 <= W <= MOST_RANKS, f"world_size {W}, expected 1 to {MOST_RANKS}")
+        _require(cores > 0, f"machine {record['machine']!r}, expected at least one core")
+        bucket_bytes = float(record.get("bucket_mb") or 25.0) * BUCKET
+        _require(values > 0 and bucket_bytes > 0, f"{values} parameters in buckets of {bucket_bytes:g} bytes")
+        _require(
+            4 * values / bucket_bytes <= MOST_BUCKETS, f"{values} parameters, expected {MOST_BUCKETS} buckets at most"
+        )
+        _require(floor["seconds"] > 0, f"a floor of {floor['seconds']} s, expected a number above 0")
         compute = slowest(floor["seconds"], floor["quartiles"][2], W)
+        _require(
+            LEAST_STEP <= compute <= MOST_STEP,
+            f"a step of {compute:g} s, expected {LEAST_STEP:g} to {MOST_STEP:g}",
+        )
         cluster = Cluster(
             W, bandwidth, units.seconds(where["delay"]), where["ranks_per_host"], max(1.0, cores / W), measured.stack
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise ValueError(f"not a step-time record with a row of kind floor: {type(error).__name__}: {error}") from None
     if not lossless:
         return []
     crowding = max(1.0, W / cores)  # more ranks than cores: each gets that much less of one
     cluster = Cluster(**{**vars(cluster), "stack": measured.stack * crowding})
-    buckets = layout(values, (record.get("bucket_mb") or 25.0) * BUCKET)
+    buckets = layout(values, bucket_bytes)
     found = []
     for row in rows:
         spec = _spec(row)
         seconds = step(Plan.of(spec), buckets, measured.speeds[spec].scaled(crowding), cluster, compute).seconds
+        if not 0 < row["seconds"] < math.inf:
+            raise ValueError(f"row {row['name']!r}: {row['seconds']} s, expected a number above 0")
         found.append(Compared(f"{W} ranks, {where['rate']}, {where['delay']}", row["name"], seconds, row["seconds"]))
     return found
 
@@ -117,7 +136,7 @@ def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compare
         except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{path}: cannot be read as a step-time record: {reason}") from None
-    specs = {_spec(row) for _, record in read for row in _rows(record)} - {"", "none"}
+    specs = {spec for path, record in read for spec in _specs(path, record)} - {"", "none"}
     measured = Measured.here(sorted(specs), device)
     found = []
     for path, record in read:
@@ -125,6 +144,9 @@ def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compare
             found += compared(record, measured)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: not a step-time record, a value in it is none of its: {reason}") from None
     if not found:
         return found, "no row of these records can be predicted"
     worst = max(found, key=lambda c: abs(c.error))
@@ -133,6 +155,15 @@ def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compare
         f"median error {median:.0%} over {len(found)} rows, worst {worst.error:+.0%} ({worst.name} on {worst.link}); "
         f"codec speed: {measured.device}, now"
     )
+
+
+def _specs(path: Path, record: Any) -> list[str]:
+    """The specs of a record's rows. Raises ValueError, which names the file, for one that there is not."""
+    found = [_spec(row) for row in _rows(record)]
+    try:
+        return [str(parse(spec)) and spec for spec in found if spec]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _rows(record: Any) -> list[dict[str, Any]]:
@@ -244,11 +275,13 @@ class Explain:
         if self.records:
             raise ValueError(f"{self.records[0]}: records are read with --check only")
         _require(world >= 2, f"--world {world}: expected the number of ranks, at least 2 (one alone sends nothing)")
+        _require(world <= MOST_RANKS, f"--world {world}: expected at most {MOST_RANKS} ranks")
         _require(1 <= share <= world, f"--ranks-per-host {share}: expected 1 to {world}, the ranks")
-        _require(0 < self.bucket_mb < math.inf, f"--bucket-mb {self.bucket_mb}: expected a number above 0")
+        good = 0 < self.bucket_mb <= MOST_MB
+        _require(good, f"--bucket-mb {self.bucket_mb}: expected a number above 0, at most {MOST_MB:g}")
         _require(self.cores >= 0, f"--cores {self.cores}: expected a number above 0")
-        good = seconds is None or 0 < seconds < math.inf
-        _require(good, f"--step-seconds {seconds}: expected a number above 0")
+        good = seconds is None or LEAST_STEP <= seconds <= MOST_STEP
+        _require(good, f"--step-seconds {seconds}: expected a number from {LEAST_STEP:g} to {MOST_STEP:g}")
 
 
 def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> list[str]:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commpress.comm.agreement import gather_settings, global_rank
+from commpress.comm.agreement import gather_settings
 from commpress.launch import checkpoint
 from commpress.launch.runtime import TrainingError, together
 from commpress.launch.settings import Settings
+from commpress.notice import global_rank
 
 
 def require_usable(settings: Settings) -> None:

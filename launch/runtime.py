@@ -19,8 +19,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from commpress.comm.agreement import gather_settings, global_rank, host_name
+from commpress.comm.agreement import gather_settings, host_name
 from commpress.comm.failure import ExchangeError
+from commpress.notice import global_rank
 
 T = TypeVar("T")
 PATIENCE = 2.0

@@ -237,11 +237,48 @@ def check(settings: Settings) -> None:
             raise TrainingError(f"--{name.replace('_', '-')} {value}: expected at least {minimum:g}")
         if value == math.inf or (isinstance(value, int) and value >= 2**31):
             raise TrainingError(f"--{name.replace('_', '-')} {value}: expected less than {2**31}")
+    require_used(settings)
+    require_outer(settings)
     require_room(settings)
     if settings.threads is not None and settings.threads > MOST_THREADS:
         raise TrainingError(f"--threads {settings.threads}: expected at most {MOST_THREADS}")
     if not 0 <= settings.seed < 2**31:
         raise TrainingError(f"--seed {settings.seed}: expected 0 to {2**31 - 1}")
+
+
+def require_used(settings: Settings) -> None:
+    """Raise TrainingError for a flag that this way of training does not look at: it would be left out in silence."""
+    behind = ("OneBitAdamW", "ZeroOneAdamW", "DGC")
+    outer = ("local_sgd", "diloco")
+    used = {
+        "optimizer_warmup": (settings.optimizer in behind, f"--optimizer {', '.join(behind[:2])} or {behind[2]}"),
+        "warmup_compress": (settings.optimizer in behind[:2], f"--optimizer {' or '.join(behind[:2])}"),
+        "sync_every": (
+            settings.optimizer == "ZeroOneAdamW" or settings.parallel in outer,
+            f"--optimizer ZeroOneAdamW, or --parallel {' or '.join(outer)}",
+        ),
+        "parameters": (settings.parallel in ("fsdp", "deepspeed"), "--parallel fsdp or deepspeed"),
+        "zero_stage": (settings.parallel == "deepspeed", "--parallel deepspeed"),
+        "outer_lr": (settings.parallel == "diloco", "--parallel diloco"),
+        "outer_momentum": (settings.parallel == "diloco", "--parallel diloco"),
+        "fragments": (settings.parallel in outer, f"--parallel {' or '.join(outer)}"),
+        "delay": (settings.parallel in outer, f"--parallel {' or '.join(outer)}"),
+    }
+    for name, (looked_at, where) in used.items():
+        value, usual = getattr(settings, name), getattr(Settings, name)
+        if not looked_at and value != usual and not (name == "parameters" and value == "none"):
+            raise TrainingError(f"--{name.replace('_', '-')} {value}: counts for nothing here, expected {where}")
+
+
+def require_outer(settings: Settings) -> None:
+    """Raise TrainingError, with the flag, for outer syncs that cannot be."""
+    every = SYNC_EVERY.get(settings.parallel, 1) if settings.sync_every is None else settings.sync_every
+    if settings.fragments > every:
+        raise TrainingError(f"--fragments {settings.fragments}: expected at most --sync-every {every}")
+    if settings.delay >= every:
+        raise TrainingError(f"--delay {settings.delay}: expected less than --sync-every {every}")
+    if settings.outer_momentum >= 1:
+        raise TrainingError(f"--outer-momentum {settings.outer_momentum}: expected less than 1")
 
 
 def require_room(settings: Settings) -> None:

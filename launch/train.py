@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from commpress import extras
-from commpress.comm.agreement import global_rank
 from commpress.launch import data, recipes, run_folder, runtime, scalars, strategies
 from commpress.launch.display import display, say, say_what_became, say_what_begins
 from commpress.launch.evaluation import cross_entropy, validate
@@ -30,6 +29,7 @@ from commpress.launch.run_record import default_threads
 from commpress.launch.run_state import Run
 from commpress.launch.runtime import TrainingError, process_group, same_error_on_all_ranks, together
 from commpress.launch.settings import Flags, Settings, check, require_alike
+from commpress.notice import global_rank
 
 try:
     from commpress.launch import command_line

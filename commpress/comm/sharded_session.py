@@ -17,7 +17,7 @@ from commpress.comm.failure import ExchangeError
 from commpress.comm.meter import Report
 from commpress.comm.plan import Plan
 from commpress.comm.rank_state import RankState
-from commpress.comm.resize import require_one_run, require_same_values
+from commpress.comm.resize import require_one_run, require_same_values, unreadable
 from commpress.comm.session import GradScaler
 from commpress.comm.shards import Shards
 from commpress.comm.survivors import Survivors, described
@@ -149,15 +149,14 @@ class ShardedSession:
         """
         refusal: Exception | None = None
         mine: list[dict[str, Any]] = []
+        said: Settings = {"nothing": True}
         try:
             mine = self._states(state)
-        except (ValueError, TypeError) as error:
-            refusal = error
-        said: Settings = {"nothing": True}
-        if refusal is not None:
+            if mine:
+                said = {key: mine[0][key] for key in ("version", "world_size", "step", "scale")}
+        except Exception as error:  # the other ranks wait for what this one has to say
+            refusal = unreadable(error)
             said = {"error": str(refusal)}
-        elif mine:
-            said = {key: mine[0][key] for key in ("version", "world_size", "step", "scale")}
         first = said
         for shards in self.shards:  # each hands on what it found: the dimensions of a mesh reach all its ranks
             everyone = shards.ask(said, "a state to restore")

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
+from commpress.files import save_state
+from commpress.launch import checkpoint
 from commpress.launch.records import read
 from commpress.launch.settings import Settings
 
@@ -283,6 +285,95 @@ def test_the_ratio_of_sharded_gradients_is_against_what_must_be_sent(reports: Pa
     exact = json.loads((reports / "none-0.json").read_text())
     assert exact["ratio"] == 1.0
     assert exact["backend_bytes"] == exact["dense_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "others"),
+    [
+        ("--parameters", "int8", ()),
+        ("--sync-every", 3, ()),
+        ("--zero-stage", 1, ("--parallel", "fsdp")),
+        ("--outer-lr", 0.1, ("--parallel", "local_sgd")),
+        ("--outer-momentum", 0.1, ()),
+        ("--fragments", 2, ()),
+        ("--delay", 1, ()),
+        ("--optimizer-warmup", 1, ("--optimizer", "SGD")),
+        ("--warmup-compress", "int8", ("--optimizer", "DGC")),
+        ("--fragments", 31, ("--parallel", "diloco")),
+        ("--delay", 30, ("--parallel", "diloco")),
+        ("--outer-momentum", 1.0, ("--parallel", "diloco")),
+    ],
+)
+def test_a_flag_that_would_count_for_nothing_or_cannot_be(
+    tmp_path: Path, bad: dict[str, Path], flag: str, value: object, others: tuple[str, ...]
+) -> None:
+    common = ("train", *TINY, "--data", tmp_path / "file", "--out", tmp_path / "out")
+    requires_a_sentence(commpress_command(*common, *others, flag, value), f"{flag} {value}: ", "expected")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--params", "1e400"),
+        ("--params", "1e308"),
+        ("--world", "1000000000"),
+        ("--bandwidth", "1e400gbit"),
+        ("--bandwidth", "1e-300kbit"),
+        ("--delay", "1e300s"),
+        ("--bucket-mb", "1e+308"),
+        ("--step-seconds", "1e+308"),
+    ],
+)
+def test_figures_that_no_cluster_has_are_refused_at_once(flag: str, value: str) -> None:
+    requires_a_sentence(commpress_command("explain", *ASKED, flag, value), flag, value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"world_size": 0},
+        {"machine": "0 cores"},
+        {"parameters": 10**17},
+        {"parameters": 0},
+        {"bucket_mb": "x"},
+        {"bucket_mb": -1},
+        {"floor": 1e308},
+        {"floor": -1.0},
+        {"seconds": "x"},
+        {"seconds": float("inf")},
+        {"name": "int5"},
+        {"ranks_per_host": "x"},
+    ],
+    ids=str,
+)
+def test_step_times_that_nobody_measured_name_the_file(tmp_path: Path, other: dict[str, object]) -> None:
+    link = {"hosts": 2, "rate": "1gbit", "delay": "0ms", "loss": "0%", "shaped": True}
+    rows = [
+        {"name": "floor", "kind": "floor", "seconds": other.get("floor", 1.0), "quartiles": [1.0, 1.0, 1.0]},
+        {"name": other.get("name", "none"), "kind": "commpress", "seconds": other.get("seconds", 1.0)},
+    ]
+    record = {
+        **{"what": "step times", "machine": "2 cores", "world_size": 2, "parameters": 1000000},
+        **{key: value for key, value in other.items() if key in ("machine", "world_size", "parameters", "bucket_mb")},
+        **{"link": {**link, "ranks_per_host": other.get("ranks_per_host", 1)}, "rows": rows},
+    }
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps(record))
+    requires_a_sentence(commpress_command("explain", "--check", path), path)
+
+
+@pytest.mark.parametrize("key", ["identity", "model", "durations", "curve", "traffic", "step"])
+def test_a_checkpoint_that_lacks_a_part_names_the_file_and_the_part(
+    tmp_path: Path, bad: dict[str, Path], key: str
+) -> None:
+    file = tmp_path / "out" / "step-00000001" / "checkpoint.pt"
+    checkpoint.write(tmp_path / "out", 1, 0, {}, {})
+    checkpoint.publish(tmp_path / "out", 1)
+    whole = {"step": 1, "identity": {}, "model": {}, "durations": [], "curve": [], "traffic": {}}
+    save_state(file, {name: value for name, value in whole.items() if name != key})
+    common = ("train", *TINY, "--data", tmp_path / "file", "--out", tmp_path / "out")
+    requires_a_sentence(commpress_command(*common, "--resume"), file, f"it has no {key!r}")
 
 
 # --- help --------------------------------------------------------------------------------------------------------
