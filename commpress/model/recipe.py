@@ -72,7 +72,7 @@ class Part(BaseModel):
 
     def _says(self, key: str) -> bool:
         """Whether a key was given, and is not what it is without."""
-        return getattr(self, key) != type(self).model_fields[key].default
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
 
 class Prune(Part):

@@ -122,7 +122,7 @@ class Scheduler:
         self._agree()
         self._tell_reach()
         if teacher is not None and recipe.distil is None:
-            reach.warn_of("Scheduler: a teacher was given, and the recipe has no [distil]: it is not asked")
+            warn("Scheduler: a teacher was given, and the recipe has no [distil]: it is not asked")
         self._advance()
 
     @property
@@ -423,7 +423,7 @@ class Scheduler:
         if entry.threshold is not None:
             masks = pruning.by_threshold(scores, entry.threshold)
             if all(bool(mask.all()) for mask in masks.values()):
-                reach.warn_of(f"prune[{index}].threshold: no weight scores below {entry.threshold}, none is pruned")
+                warn(f"prune[{index}].threshold: no weight scores below {entry.threshold}, none is pruned")
         elif entry.pattern is not None:
             last = {name: self._layouts[name].inputs_last(s) for name, s in scores.items()}
             found = pruning.n_of_m(last, *entry.n_of_m)
@@ -485,7 +485,7 @@ class Scheduler:
         self._unchecked = 0
         if empty:
             told |= set(empty)
-            reach.warn_of(
+            warn(
                 f"step {self.done}: all weights of {reach.listed(empty)} are pruned, and nothing gets through any more; scope "
                 "'local' or 'row' keeps some in each"
             )

@@ -167,10 +167,10 @@ class ZeroOneAdamW(FrozenAdamW):
         led = all(self._stands(name) for name in self._places)
         if not led:
             warn(
-                self._speaks,
                 "commpress: ZeroOneAdamW's parameters are not where the local steps of its loaded state have led: each rank "
                 "goes on from other values than it was saved with. Load the model, then the optimizer, then the session, "
                 "whose state each rank has saved for itself, in this order",
+                self._speaks,
             )
         return {**super().standing(), "parameters are where their local steps have led": led}
 
