@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ import commpress
 from commpress.files import save_state
 from commpress.launch import checkpoint
 from commpress.launch.records import read
-from commpress.launch.settings import Settings
 
 TINY = ("--layers", "1", "--width", "32", "--heads", "2", "--context", "16", "--batch", "2", "--steps", "2")
 TINY = (*TINY, "--warmup-steps", "1", "--threads", "1")
@@ -374,43 +372,6 @@ def test_a_checkpoint_that_lacks_a_part_names_the_file_and_the_part(
     save_state(file, {name: value for name, value in whole.items() if name != key})
     common = ("train", *TINY, "--data", tmp_path / "file", "--out", tmp_path / "out")
     requires_a_sentence(commpress_command(*common, "--resume"), file, f"it has no {key!r}")
-
-
-# --- help --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", ["", "train", "demo", "report", "lab", "explain"])
-def test_help_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    code, out, err = run_command(*filter(None, [command]), "--help")
-    assert (code, err) == (0, "")
-    usage, *lines = out.splitlines()
-    assert usage.startswith(f"usage: commpress {command}".strip())
-    assert max(map(len, lines)) <= 80
-
-
-def test_the_help_of_train_has_every_setting_once_with_its_default() -> None:
-    out = " ".join(run_command("train", "--help").out.replace("│", " ").split())
-    for setting in fields(Settings):
-        flag = f"--{setting.name.replace('_', '-')} "
-        assert out.count(f" {flag}") >= 1, flag
-        assert f"(default: {setting.default})" in out, flag
-    for panel in ("compression", "parallel", "model", "training", "files"):
-        assert out.count(f"{panel} options") == 1
-
-
-@pytest.mark.parametrize("flag", ["--layer", "--compres", "--warmup-s", "--eval", "--no-resume"])
-def test_a_flag_is_never_abbreviated(tmp_path: Path, flag: str) -> None:
-    code, _, said = run_command("train", *TINY, "--out", tmp_path / "out", flag, "1")
-    assert code == 2
-    assert f"Unrecognized options: {flag}" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_flag_without_its_value_is_named() -> None:
-    code, _, said = run_command("train", "--layers", "--width", "32")
-    assert code == 2
-    assert "--layers" in said
 
 
 def test_the_lab_needs_a_command() -> None:
