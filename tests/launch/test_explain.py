@@ -62,7 +62,7 @@ def record(rate: str = "1gbit", **changes: Any) -> dict[str, Any]:
         (("--spec", "int5"), "spec 'int5': unknown codec 'int5'"),
         (("--bucket-mb", "0"), "bucket-mb 0.0: expected a number above 0"),
         (("--ranks-per-host", "8"), "ranks-per-host 8: expected 1 to 4"),
-        (("--step-seconds", "-1"), "step-seconds -1.0: expected a number above 0"),
+        (("--step-seconds", "-1"), "step-seconds -1.0: expected a number from 1e-09 to 1e+06"),
         (("--cores", "-1"), "cores -1: expected a number above 0"),
         (("--device", "tpu"), "device 'tpu': expected cpu or cuda"),
         (("steps.json",), "steps.json: records are read with --check only"),
