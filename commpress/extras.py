@@ -2,7 +2,8 @@
 
 import sys
 
-from commpress.comm.agreement import global_rank, host_name
+from commpress.comm.agreement import host_name
+from commpress.notice import global_rank
 
 
 def missing(part: str, error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:

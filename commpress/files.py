@@ -32,7 +32,7 @@ class DamagedFileError(ValueError):
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, beside `path`; afterwards it takes the place of `path`, or is removed if the block raised.
 
-    Whoever reads `path` meanwhile reads the old file, and so it stays if the machine stops.
+    Whoever reads `path` meanwhile reads the old file, and so it stays if the machine stops. An OSError names `path`.
     """
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -41,8 +41,13 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         beside.replace(path)
         _keep_names(path.parent)
+    except OSError as error:
+        if error.filename is not None and str(error.filename) == str(beside):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

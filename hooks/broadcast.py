@@ -65,16 +65,18 @@ def _refusal(model: nn.Module, tensors: Mapping[str, Tensor]) -> Exception | Non
     return None
 
 
-def buffer_broadcasts(model: DistributedDataParallel, spec: str | Codec) -> Broadcasts:
-    """What is to send the buffers of a DDP module. Collective over its process group.
-
-    Raises ValueError if it has none, or does not broadcast them.
-    """
+def buffer_refusal(model: DistributedDataParallel, spec: str | Codec) -> Exception | None:
+    """Why the buffers of a DDP module cannot be sent by us, if they cannot."""
     if not model.broadcast_buffers or not model.named_module_buffers:
         why = "was made with broadcast_buffers=False" if model.named_module_buffers else "has no buffers"
-        raise ValueError(f"buffers {str(spec)!r}: the DDP module {why}, expected one that broadcasts buffers")
+        return ValueError(f"buffers {str(spec)!r}: the DDP module {why}, expected one that broadcasts buffers")
     if not hasattr(model, "_register_buffer_comm_hook"):
-        raise RuntimeError("buffers: this version of torch has no DistributedDataParallel._register_buffer_comm_hook")
+        return RuntimeError("buffers: this version of torch has no DistributedDataParallel._register_buffer_comm_hook")
+    return None
+
+
+def buffer_broadcasts(model: DistributedDataParallel, spec: str | Codec) -> Broadcasts:
+    """What is to send the buffers of a DDP module that broadcasts some. Collective over its process group."""
     return Broadcasts(spec, model.named_module_buffers, model.process_group, role="buffers")
 
 

@@ -9,7 +9,6 @@ A module that is copied or unpickled gets the hooks of its forward, but not this
 
 import contextlib
 import time
-import warnings
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +24,12 @@ from commpress.comm.codecs import Codec
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Segments
 from commpress.comm.meter import named
-from commpress.comm.notice import speaks
 from commpress.comm.parameters import bare_name, real_numel, unfit_dtype
 from commpress.comm.session import GradScaler, Session
 from commpress.comm.verify import EVERY
-from commpress.hooks.broadcast import attach_buffers, buffer_broadcasts
+from commpress.hooks.broadcast import attach_buffers, buffer_broadcasts, buffer_refusal
 from commpress.hooks.parameters import delayed_parameters, exchanged_parameters
+from commpress.notice import speaks, warn
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
 
@@ -99,11 +98,11 @@ class CommState:
         replica = (lambda p: p) if optimizer is None else optimizer.replica
         self.session.replicas = lambda: [(name, replica(p)) for p, name in names.items()]
         self.session.pairs.update(name for p, name in names.items() if p.is_complex())
-        if self._lost is not None and self.session.rank == 0:
-            warnings.warn(
+        if self._lost is not None:
+            warn(
                 "commpress: this CommState is a copy: its session starts anew, with nothing that feedback had kept. Load "
                 "what session.state_dict() saved on each rank, if it shall go on",
-                stacklevel=2,
+                self.session.rank == 0,
             )
         return self.session
 
@@ -172,11 +171,13 @@ def attach(
     hooks[:] = [pair for pair in hooks if not is_copy(pair[1])]  # those of a copied module are registered nowhere
     names: dict[Tensor, str] = {p: name for name, p in exchanged_parameters(model).items()}
     device = next(model.module.parameters()).device
-    refusal = _refusal(model, names, optimizer)
+    refusal = None if buffers is None else buffer_refusal(model, buffers)
+    refusal = refusal or _refusal(model, names, optimizer)  # which binds the optimizer, if it finds nothing
     if refusal is not None:
         with contextlib.suppress(ValueError):  # what the other ranks raise
             require_agreement({"error": str(refusal)}, model.process_group, device)
         raise refusal
+    require_agreement({"buffers": "dense" if buffers is None else "compressed"}, model.process_group, device)
     state = CommState(
         spec,
         model.process_group,
@@ -258,10 +259,14 @@ def _refusal(
 
 @dataclass
 class _Attached:
-    """What a module that was attached has: its session, which it must not keep alive, and when its forward started."""
+    """What a module that was attached has: its session, which it must not keep alive, and when its forward started.
+
+    `met`: the ranks have begun to train at the same point.
+    """
 
     session: "weakref.ref[Session]"
     forward_started: float = 0.0
+    met: bool = False
 
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, _Attached]" = weakref.WeakKeyDictionary()
@@ -278,8 +283,25 @@ def _watch(model: DistributedDataParallel, session: Session) -> None:
 
 
 def _before_forward(module: nn.Module, arguments: Any) -> None:
-    if (attached := _attached.get(module)) is not None:
+    attached = _attached.get(module)
+    session = None if attached is None else attached.session()
+    if attached is None or session is None:
+        return
+    if session.recording:
         attached.forward_started = time.perf_counter()
+    if not attached.met and not torch.compiler.is_compiling() and _waits_for_buffers(module):
+        attached.met = True
+        session.agree({}, "the first forward")
+
+
+def _waits_for_buffers(module: Any) -> bool:
+    """Whether DDP waits in this forward for rank 0's buffers, on all ranks, as long as its group's timeout.
+
+    A rank that restores a state instead has to be noticed before.
+    """
+    joins = getattr(module, "_join_config", None)  # not public; under `join` a rank may have no forward
+    alike = module.training and torch.is_grad_enabled() and not (joins is not None and joins.enable)
+    return alike and bool(module.will_sync_module_buffers())
 
 
 def _behind_forward(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -301,12 +323,11 @@ def _say_copy(of: "weakref.ref[nn.Module]", gradient: Tensor) -> None:
     if not isinstance(module, DistributedDataParallel) or module in _warned:
         return
     _warned.add(module)
-    if dist.get_rank(module.process_group) == 0:
-        warnings.warn(
-            "commpress: this DistributedDataParallel is a copy of one that was attached. It has no session, so its gradients "
-            "travel uncompressed: call commpress.attach(copy, spec) before it is trained, or copy model.module",
-            stacklevel=2,
-        )
+    warn(
+        "commpress: this DistributedDataParallel is a copy of one that was attached. It has no session, so its gradients "
+        "travel uncompressed: call commpress.attach(copy, spec) before it is trained, or copy model.module",
+        speaks(module.process_group),
+    )
 
 
 def _count_delayed(model: DistributedDataParallel, session: Session) -> None:

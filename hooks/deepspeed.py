@@ -31,10 +31,8 @@ from torch import nn
 
 from commpress import extras
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.topk import TopK
 from commpress.comm.joining import follow_default_timeout
 from commpress.comm.meter import named as dtype_name
-from commpress.comm.notice import speaks
 from commpress.comm.plan import Plan
 from commpress.comm.session import Session
 from commpress.comm.sharded_session import ShardedSession, agree
@@ -44,6 +42,7 @@ from commpress.hooks.parameters import bare_parameters
 from commpress.hooks.zero_gathered import attach_gathered
 from commpress.hooks.zero_partitions import attach_partitions
 from commpress.hooks.zero_replicas import attach_replicas
+from commpress.notice import speaks
 from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.advice import advise
 
@@ -335,7 +334,7 @@ def _plans(
         other = Plan.of("none" if parameters is None else parameters, None, False)
     except (ValueError, TypeError) as error:
         raise type(error)(f"parameters: {error}") from None
-    if stage == 3 and isinstance(other.codec, TopK):
+    if stage == 3 and other.codec.sparse:
         raise ValueError(
             f"parameters: {other.codec} would make most of them 0; expected none, or a codec that sends all values"
         )

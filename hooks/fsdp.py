@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from commpress.comm.codecs import Codec
 from commpress.comm.exchange.reduce_scatter import Op
 from commpress.comm.feedback import Segments
-from commpress.comm.parameters import bare_name, real_numel
+from commpress.comm.parameters import bare_name, real_numel, unfit_dtype
 from commpress.comm.session import GradScaler
 from commpress.comm.sharded_session import Memories, ShardedSession, agree, plans
 from commpress.comm.shards import Pending, Shards
@@ -59,9 +59,10 @@ def attach(
     every value of the whole model on every rank. `grad_scaler` is the run's `torch.amp.GradScaler`, if there is one. Every
     `verify` steps (0: never) the ranks compare hashes of what they gathered, and payloads have checksums.
 
-    Raises on all ranks: ValueError if a spec is unknown or the ranks differ, TypeError for an `optimizer` of
-    `commpress.optim`, RuntimeError for a module inside the root, or one that has custom collectives already, ours or others.
-    A model that was not run yet does not know its root: then the first forward raises.
+    Raises on all ranks: ValueError if a spec is unknown, if the ranks differ, or if a trained parameter has a dtype whose
+    gradients cannot be exchanged, such as float8; TypeError for an `optimizer` of `commpress.optim`; RuntimeError for a module
+    inside the root, or one that has custom collectives already, ours or others. A model that was not run yet does not know its
+    root: then the first forward raises.
     """
     held = units(model)
     device = held[0].group.device
@@ -140,6 +141,11 @@ class Unit:
     def trained_parameters(self) -> list[Tensor]:
         """The shards of what wants gradients now."""
         return [p.sharded_param for p in self.group.fsdp_params if p.sharded_param.requires_grad]
+
+    def trained_shards(self) -> dict[str, Tensor]:
+        """What this rank holds of what wants gradients now, by name."""
+        named = zip(self.names, self.group.fsdp_params, strict=True)
+        return {name: p.sharded_param.to_local() for name, p in named if p.sharded_param.requires_grad}
 
     def parts(self) -> Segments:
         """What wants gradients now: names, and how many reals of each a rank has, padding included."""
@@ -421,6 +427,8 @@ def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer 
     if root(model) is False:
         return RuntimeError("commpress.attach: this module is inside another that fully_shard took; expected the root")
     for unit in held:
+        if unfit := unfit_dtype(unit.trained_shards()):
+            return ValueError(unfit)
         for comm in unit.comms:
             if isinstance(comm, Gather | Reduce):
                 return RuntimeError("commpress.attach: attached already; expected a model without a session")

@@ -11,11 +11,11 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress import extras
-from commpress.comm.agreement import warn_on_rank_0
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.files import DamagedFileError, pack_state, unpack_state
 from commpress.hooks import ddp, rank_files
+from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
 
 try:
@@ -126,10 +126,7 @@ class CompressedDDP(DDPStrategy):
 
         found = rank_files.restore(self.session, self.model.process_group, checkpoint["global_step"], read)
         if not found:
-            warn_on_rank_0(
-                f"commpress: {self._loaded_from} was saved without compression; what feedback keeps starts empty",
-                stacklevel=2,
-            )
+            warn(f"commpress: {self._loaded_from} was saved without compression; what feedback keeps starts empty")
 
     def on_train_end(self) -> None:
         """Say what was sent."""

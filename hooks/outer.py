@@ -4,11 +4,12 @@
     with outer.synced(): validate(model)
 
 `register_step_post_hook` is called after every `optimizer.step`; a step that a GradScaler skips does not count. Between
-syncs the replicas are different, and nothing travels. torch copies and saves an optimizer without its hooks: a copy takes local
-steps alone.
+syncs the replicas are different, and nothing travels. torch copies and saves an optimizer without its hooks, but with its
+defaults, which are of a class of ours: by that a copy is known, and says that it takes local steps alone.
 """
 
 import contextlib
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.parameters import unfit_dtype
 from commpress.hooks.parameters import replicated_parameters, uncompiled
+from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.outer import Outer, OuterSettings
 
@@ -41,8 +44,9 @@ def local_sgd(
     `model` is a plain module, an FSDP2 one, or a DDP whose process group is one worker (a node): then `group` holds the ranks
     of the same place in all workers, and what that DDP ignores is left alone. `fragments` and `delay` are as in `diloco`.
     Collective over all ranks. Raises ValueError on all ranks of `group` for a bad spec or setting or if they differ, for a
-    `group` whose ranks share a DDP or one model's shards, and for an optimizer that has outer syncs; TypeError for an
-    optimizer of `commpress.optim`.
+    `group` whose ranks share a DDP or one model's shards, and for an optimizer that has outer syncs, or holds none of the
+    parameters; TypeError for an optimizer of `commpress.optim`. A parameter that is unfrozen later is a RuntimeError in the
+    optimizer's next step.
     """
     return _attach(model, optimizer, spec, group, every=every, fragments=fragments, delay=delay)
 
@@ -90,19 +94,74 @@ def _attach(
         with contextlib.suppress(ValueError):  # what the other ranks raise
             require_agreement({"error": str(error)}, outer_group, device)
         raise
-    outer = Outer({name: _local(p) for name, p in trained.items()}, spec, chosen, outer_group, inner)
-    optimizer.register_step_post_hook(_Stepped(outer))
+    held = {name: _local(p) for name, p in trained.items()}
+    outer = Outer(held, spec, chosen, outer_group, inner, owners=trained)
+    optimizer.register_step_post_hook(_Stepped(outer, module, {*trained.values(), *_trained_by(optimizer)}))
+    optimizer.defaults = _local_steps(optimizer.defaults)
     return outer
 
 
 class _Stepped:
-    """What an optimizer calls after each of its steps."""
+    """What an optimizer calls after each of its steps. `known` is what was trained when the syncs began."""
 
-    def __init__(self, outer: Outer) -> None:
-        self._outer = outer
+    def __init__(self, outer: Outer, module: nn.Module, known: set[Tensor]) -> None:
+        self._outer, self._module, self._known = outer, weakref.ref(module), known
 
     def __call__(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        if late := [p for p in _trained_by(optimizer) if p not in self._known]:
+            self._refuse(late, type(optimizer).__name__)
         self._outer.step()
+
+    def _refuse(self, late: list[Tensor], optimizer: str) -> None:
+        """Raise RuntimeError if a parameter of the model is trained by now, and no sync knows it."""
+        module = self._module()
+        for name, p in {} if module is None else replicated_parameters(module).items():
+            if any(p is one for one in late):
+                raise RuntimeError(
+                    f"commpress: parameter {name!r} requires a gradient, but did not when the outer syncs began, and would "
+                    f"differ from rank to rank. Expected a new {optimizer}, and commpress.diloco or local_sgd for it, once "
+                    "the parameter is to be trained"
+                )
+        self._known.update(late)  # of something else
+
+
+def _trained_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+class _LocalSteps(dict[str, Any]):
+    """The defaults of an optimizer with outer syncs, and of every copy of it, pickled or not."""
+
+    def __reduce__(self) -> Any:
+        return _local_steps, (dict(self),)
+
+
+_watching: list[Any] = []
+"""The hook of all optimizers that looks for copies, once there is one to be copied."""
+_told: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+"""Copies that have said that they are copies."""
+
+
+def _local_steps(defaults: Mapping[str, Any]) -> _LocalSteps:
+    """Mark an optimizer's defaults, and have copies of it noticed from now on."""
+    if not _watching:
+        _watching.append(register_optimizer_step_post_hook(_say_copy))
+    return _LocalSteps(defaults)
+
+
+def _say_copy(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+    """Say on rank 0, once a copy, that it is one: it has taken a step."""
+    if not isinstance(optimizer.defaults, _LocalSteps) or _has_syncs(optimizer) or optimizer in _told:
+        return
+    _told.add(optimizer)
+    warn(
+        f"commpress: this {type(optimizer).__name__} is a copy of one that had outer syncs. It has none, so each rank goes its "
+        "own way: call commpress.diloco or commpress.local_sgd with its model before it steps"
+    )
+
+
+def _has_syncs(optimizer: torch.optim.Optimizer) -> bool:
+    return any(isinstance(hook, _Stepped) for hook in optimizer._optimizer_step_post_hooks.values())
 
 
 def _check(
@@ -119,7 +178,13 @@ def _check(
         raise TypeError(
             f"optimizer: {type(optimizer).__name__} exchanges by itself; expected one that takes local steps, such as AdamW"
         )
-    if any(isinstance(hook, _Stepped) for hook in optimizer._optimizer_step_post_hooks.values()):
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if not held & set(trained.values()):
+        raise ValueError(
+            f"optimizer: this {type(optimizer).__name__} holds none of the model's parameters, expected the one that trains "
+            "them, made after the model was sharded"
+        )
+    if _has_syncs(optimizer):
         raise ValueError(
             f"optimizer: this {type(optimizer).__name__} has outer syncs already, expected one without: attach once"
         )
@@ -144,6 +209,7 @@ def _owners(p: DTensor) -> set[int]:
     return set(p.device_mesh.mesh[part].flatten().tolist())
 
 
+@torch.no_grad()
 def _local(p: Tensor) -> Tensor:
-    """What this rank holds of a parameter."""
+    """What this rank holds of a parameter: of a sharded one the memory, which does not learn that it is frozen."""
     return p.to_local() if isinstance(p, DTensor) else p

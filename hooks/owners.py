@@ -15,11 +15,11 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.codecs.blend import Blend
 from commpress.comm.exchange import Label, Transfer, Wire
 from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Choice, Treatment
+from commpress.comm.prologue import Prologue
 from commpress.comm.shards import Pending, Shards
 from commpress.optim import OneBitAdamW, loops
 from commpress.optim.base import plain
@@ -239,7 +239,7 @@ class OneBitPartitions:
                 if memory.residual is not None:
                     memory.residual[at : at + len(piece)].mul_(inverse).mul_(fresh)
                 optimizer.settles([state])
-            Blend(inverse, inverse, optimizer.limit(settings), fresh, 0.0).apply(x[at : at + len(piece)])
+            Prologue(inverse, inverse, optimizer.limit(settings), fresh, 0.0).apply(x[at : at + len(piece)])
             at += len(piece)
 
     def _prove(self) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress import extras
-from commpress.comm.agreement import warn_on_rank_0
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.hooks import ddp, rank_files
 from commpress.hooks.accelerate import inner, prepared
+from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
 
 try:
@@ -76,9 +76,8 @@ class Compression(TrainerCallback):
             return
         found = rank_files.load(self.session, model.process_group, folder, state.global_step)
         if not found:
-            warn_on_rank_0(
-                f"commpress: {folder} was saved without compression, or by save_only_model; what feedback keeps starts empty",
-                stacklevel=2,
+            warn(
+                f"commpress: {folder} was saved without compression, or by save_only_model; what feedback keeps starts empty"
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -19,6 +19,11 @@ from commpress.files import DamagedFileError, load_state, save_state, write_atom
 
 MARKER = "latest"
 SHARED = "checkpoint.pt"
+NEEDED = {
+    SHARED: ("step", "identity", "model", "durations", "curve", "traffic"),
+    "session": ("step", "session", "windows", "random"),
+}
+"""What a file of all ranks, and one of a rank alone, must have."""
 
 
 def write(out: Path, step: int, rank: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
@@ -108,7 +113,11 @@ def _own_file(folder: Path, rank: int) -> Path:
 def _read(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--resume: {path} is missing; the files of a checkpoint must stay together")
-    state: dict[str, Any] = load_state(path)
+    state: Any = load_state(path)
+    needed = NEEDED[SHARED if path.name == SHARED else "session"]
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
+    if missing or not isinstance(state["step"], int):
+        raise DamagedFileError(f"{path}: not a checkpoint of this version, it has no {(missing or ['step'])[0]!r}")
     if name != f"step-{state['step']:08d}":
         raise ValueError(f"--resume: {path} was written at step {state['step']}, expected that of {name}")
-    return state
+    return dict(state)

@@ -5,22 +5,27 @@ import re
 PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _NUMBER = r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*"
+MOST = 1e18
+"""No number with its unit is larger, in bits a second, seconds or parameters: what comes of it stays finite."""
 
 
 def rate(text: str, name: str = "rate") -> float:
     """`10gbit`, `2.5Mbit` in bits a second; `name` is what the error calls it."""
     found = _split(text, "([kmgt]?)bit")
-    if found is None or found[0] == 0:
-        raise ValueError(f"{name} {text!r}: expected a number above 0 and kbit, mbit, gbit or tbit, such as 10gbit")
-    return found[0] * PREFIXES[found[1]]
+    if found is None or not 1 <= (value := found[0] * PREFIXES[found[1]]) <= MOST:
+        raise ValueError(
+            f"{name} {text!r}: expected a number above 0 and kbit, mbit, gbit or tbit, such as 10gbit, from 1 bit a second to "
+            f"{MOST:g}"
+        )
+    return value
 
 
 def seconds(text: str, name: str = "delay") -> float:
     """`20ms`, `50us`, `1s`, `0ms` in seconds."""
     found = _split(text, "(us|ms|s)")
-    if found is None:
-        raise ValueError(f"{name} {text!r}: expected a number and us, ms or s, such as 20ms")
-    return found[0] * _SECONDS[found[1]]
+    if found is None or (value := found[0] * _SECONDS[found[1]]) > MOST:
+        raise ValueError(f"{name} {text!r}: expected a number and us, ms or s, such as 20ms, at most {MOST:g} s")
+    return value
 
 
 def share(text: str, name: str = "loss") -> float:
@@ -34,9 +39,11 @@ def share(text: str, name: str = "loss") -> float:
 def parameters(text: str, name: str = "params") -> int:
     """`7e9`, `7b`, `350m` as a number of parameters."""
     found = _split(text, "([kmbt]?)")
-    if found is None or found[0] == 0:
-        raise ValueError(f"{name} {text!r}: expected a number of parameters above 0, such as 7e9, 7b or 350m")
-    return max(1, round(found[0] * (PREFIXES | {"b": 1e9})[found[1]]))
+    if found is None or not 0 < (value := found[0] * (PREFIXES | {"b": 1e9})[found[1]]) <= MOST:
+        raise ValueError(
+            f"{name} {text!r}: expected a number of parameters above 0, such as 7e9, 7b or 350m, at most {MOST:g}"
+        )
+    return max(1, round(value))
 
 
 def bandwidth(bits: float) -> str:

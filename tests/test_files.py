@@ -114,3 +114,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, torn)
     assert load_state(path)["step"] == 7
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_an_error_names_the_file_that_was_to_be_written_and_not_the_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    for path in (tmp_path / "taken", tmp_path / "absent" / "state.pt"):
+        with pytest.raises(OSError) as caught:  # noqa: PT011
+            save_state(path, STATE)
+        assert caught.value.filename == str(path)
+        assert ".part" not in str(caught.value)

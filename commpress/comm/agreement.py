@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import warnings
 import zlib
 from collections.abc import Sequence
 
@@ -17,21 +16,6 @@ Settings = dict[str, object]
 def host_name() -> str:
     """Return what errors call this rank's host: COMMPRESS_HOST if it is set, as in the network lab, else the system's name."""
     return os.environ.get("COMMPRESS_HOST") or socket.gethostname()
-
-
-def global_rank() -> int:
-    """Return this process's rank among all: the default group's, before there is one its launcher's, else 0."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    said = os.environ.get("RANK", "0")
-    return int(said) if said.isdecimal() else 0
-
-
-def warn_on_rank_0(text: str, stacklevel: int = 1) -> None:
-    """Warn where all ranks have the same reason to: on rank 0 alone. `stacklevel` is that of `warnings.warn`, which 1 calls
-    the line that calls this."""
-    if global_rank() == 0:
-        warnings.warn(text, stacklevel=stacklevel + 1)
 
 
 def gather_settings(settings: Settings, group: dist.ProcessGroup, device: torch.device) -> list[Settings]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
+from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.exchange import Labels, Transfer, Wire
 from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
 from commpress.comm.exchange.wire import tree_children

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.blend import Blend
+from commpress.comm.coding import clear, encode
 from commpress.comm.parameters import bare_name
+from commpress.comm.prologue import Prologue
 from commpress.comm.survivors import Segments as Segments
 from commpress.comm.survivors import Survivors
 
@@ -42,16 +43,16 @@ class Memory:
     """Whether it is the one that holds all of its parameters; not if another layout took some over."""
     places: Tensor | None = None
     """Where these values lie in the bucket: int32 [n]; None if all of it travels."""
-    blend: Blend | None = None
+    blend: Prologue | None = None
     """What the encoding makes of the bucket in this step; None if it is coded as it is."""
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def encode(self, codec: Codec, x: Tensor, part: slice, out: Tensor) -> None:
         """Encode x[part], or what `blend` makes of it, and what is remembered of it."""
         blend = None if self.blend is None else self.blend[part]
-        codec.encode(x[part], None if self.residual is None else self.residual[part], out, blend)
+        encode(codec, x[part], None if self.residual is None else self.residual[part], blend, out)
         if self.momentum is not None:
-            codec.clear(out, self.momentum[part])
+            clear(codec, out, self.momentum[part])
 
     def keep(self) -> None:
         """Remember how the memories stand now, for `undo`."""

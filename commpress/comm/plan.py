@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.codecs.blend import Blend
 from commpress.comm.exchange import EXCHANGES
 from commpress.comm.feedback import Memory
+from commpress.comm.prologue import Prologue
 
 FEWEST_VALUES = 256
 """A bucket below this travels dense: one small message either way."""
@@ -38,7 +38,7 @@ class Treatment:
     codec: Codec | None
     reason: str = ""
     prepare: Callable[[Tensor, Memory], None] | None = None
-    blend: Blend | None = None
+    blend: Prologue | None = None
     momentum: bool = False
     apart: bool = False
 

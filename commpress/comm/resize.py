@@ -16,13 +16,29 @@ State = dict[str, Any]
 
 
 def summary(state: State) -> State:
-    """What ranks compare of the states that they restore (JSON values): the run, the step, the layout of the buckets."""
+    """What ranks compare of the states that they restore (JSON values): the run, the step, the layout of the buckets.
+
+    Raises KeyError for a state that lacks anything which is restored.
+    """
+    for holder, keys in [(state, {"optimizer"}), *((bucket, {"start", "second"}) for bucket in state["buckets"])]:
+        if lost := keys - holder.keys():
+            raise KeyError(*sorted(lost))
     buckets = [
         {"segments": [list(part) for part in bucket["segments"]]}
         | {key: bucket[key] is not None for key in ("residual", "momentum")}
         for bucket in state["buckets"]
     ]
     return {key: state[key] for key in ("version", "settings", "world_size", "step", "scale")} | {"buckets": buckets}
+
+
+def unreadable(error: Exception) -> Exception:
+    """Return what to raise on all ranks where one cannot read a state: the error itself if it is a sentence of ours."""
+    if isinstance(error, ValueError | TypeError):
+        return error
+    what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+    return ValueError(
+        f"cannot restore: the state is damaged, or another thing ({what}); expected what state_dict() returned on this rank"
+    )
 
 
 def require_one_run(everyone: Sequence[State]) -> State:

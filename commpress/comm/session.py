@@ -18,7 +18,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import Settings, require_agreement, require_equal, require_same_names
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.base import warm_up
+from commpress.comm.coding import warm_up
 from commpress.comm.exchange import EXCHANGES, Labels, Transfer, Wire, alone, skip_together, stay
 from commpress.comm.exchange.packed import packed
 from commpress.comm.exchange.two_shot import chunk_bounds
@@ -29,7 +29,7 @@ from commpress.comm.parameters import bare_name, real_view
 from commpress.comm.parts import taken_apart
 from commpress.comm.plan import DENSE, Choice, Plan, Treatment
 from commpress.comm.rank_state import RankState
-from commpress.comm.resize import merged, require_one_run, require_same_values, share, summary
+from commpress.comm.resize import merged, require_one_run, require_same_values, share, summary, unreadable
 from commpress.comm.sequencer import Job, Sequencer, promise
 from commpress.comm.survivors import Survivors, described, in_memory_order, of_pairs
 from commpress.comm.timeline import Span, Timeline
@@ -248,9 +248,16 @@ class Session:
         for other in self.beside:
             other.phase(name)
 
-    def agree(self, settings: Mapping[str, object]) -> None:
-        """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective."""
-        require_equal(self._ask(dict(settings), "settings to compare"))
+    def agree(self, settings: Mapping[str, object], what: str = "settings to compare") -> None:
+        """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective.
+
+        `what` they are, in words, for a rank that meets another one at something else.
+        """
+        require_equal(self._ask(dict(settings), what))
+
+    def gather(self, settings: Mapping[str, object], what: str) -> list[Settings]:
+        """Return every rank's settings (JSON values). Collective: a rank that does something else is an error on all."""
+        return self._ask(dict(settings), what)
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank."""
@@ -324,12 +331,12 @@ class Session:
         """
         refusal: Exception | None = None
         mine: list[dict[str, Any]] = []
+        said: Settings = {"nothing": True}
         try:
             mine = self._states(state)
-        except (ValueError, TypeError) as error:
-            refusal = error
-        said: Settings = summary(mine[0]) if mine else {"nothing": True}
-        if refusal is not None:
+            said = [*map(summary, mine), said][0]
+        except Exception as error:  # the other ranks wait for what this one has to say
+            refusal = unreadable(error)
             said = {"error": str(refusal)}
         everyone = self._ask(said, "a state to restore")
         if refusal is not None:

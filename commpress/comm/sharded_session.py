@@ -12,12 +12,11 @@ from torch import Tensor
 
 from commpress.comm.agreement import Settings, require_agreement, require_equal
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.topk import TopK
 from commpress.comm.failure import ExchangeError
 from commpress.comm.meter import Report
 from commpress.comm.plan import Plan
 from commpress.comm.rank_state import RankState
-from commpress.comm.resize import require_one_run, require_same_values
+from commpress.comm.resize import require_one_run, require_same_values, unreadable
 from commpress.comm.session import GradScaler
 from commpress.comm.shards import Shards
 from commpress.comm.survivors import Survivors, described
@@ -149,15 +148,14 @@ class ShardedSession:
         """
         refusal: Exception | None = None
         mine: list[dict[str, Any]] = []
+        said: Settings = {"nothing": True}
         try:
             mine = self._states(state)
-        except (ValueError, TypeError) as error:
-            refusal = error
-        said: Settings = {"nothing": True}
-        if refusal is not None:
+            if mine:
+                said = {key: mine[0][key] for key in ("version", "world_size", "step", "scale")}
+        except Exception as error:  # the other ranks wait for what this one has to say
+            refusal = unreadable(error)
             said = {"error": str(refusal)}
-        elif mine:
-            said = {key: mine[0][key] for key in ("version", "world_size", "step", "scale")}
         first = said
         for shards in self.shards:  # each hands on what it found: the dimensions of a mesh reach all its ranks
             everyone = shards.ask(said, "a state to restore")
@@ -239,7 +237,7 @@ def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool)
             made.append(Plan.of(spec, None, error_feedback and name == "gradients"))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
-    if isinstance(made[1].codec, TopK):
+    if made[1].codec.sparse:
         raise ValueError(
             f"parameters: {made[1].codec} would make most of them 0; expected none, or a codec that sends all values"
         )

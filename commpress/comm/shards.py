@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import Settings
-from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
+from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.exchange import EXCHANGES, Label, Labels, Transfer, Wire, stay
 from commpress.comm.exchange.gather import gather, native_gather
 from commpress.comm.exchange.packed import packed

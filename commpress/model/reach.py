@@ -1,18 +1,16 @@
 """Which parameters a recipe's entries prune, what is left out and why, and what no entry could do: told before step 1."""
 
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from commpress.model import layers
 from commpress.model.distillation import PROJECTIONS
 from commpress.model.recipe import Prune, Recipe, RecipeError, matching
+from commpress.notice import warn
 
 KEEP_ZEROS = ("_WeightNorm", "_SpectralNorm")
 """Parametrizations under which a 0 in the parameter is a 0 in the weight."""
@@ -85,12 +83,6 @@ def linear_weights(model: nn.Module) -> list[str]:
     ]
 
 
-def warn_of(text: str) -> None:
-    """A warning, from rank 0 alone."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        warnings.warn(text, stacklevel=_outside())
-
-
 def listed(names: Mapping[str, str] | Sequence[str] | Mapping[str, Any], most: int = 8) -> str:
     """Names for a sentence, with their reasons if they have any."""
     each = [
@@ -98,14 +90,6 @@ def listed(names: Mapping[str, str] | Sequence[str] | Mapping[str, Any], most: i
         for name in names
     ]
     return ", ".join(each[:most]) + (f" and {len(each) - most} others" if len(each) > most else "")
-
-
-def _outside() -> int:
-    """How many frames up the first is that is not of this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("commpress.model"):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _matching(key: str, patterns: Sequence[str], model: nn.Module) -> list[str]:
@@ -124,9 +108,7 @@ def _called(key: str, names: list[str], model: nn.Module) -> list[str]:
     if without and not left:
         raise RecipeError(f"{key}: wanda sees no input of {listed(without)}, nn.MultiheadAttention uses it uncalled")
     if without:
-        warn_of(
-            f"{key}: wanda leaves out {listed(without)}: nn.MultiheadAttention uses it without a call of its module"
-        )
+        warn(f"{key}: wanda leaves out {listed(without)}: nn.MultiheadAttention uses it without a call of its module")
     return left
 
 

@@ -70,6 +70,10 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    def _says(self, key: str) -> bool:
+        """Whether a key was given, and is not what it is without."""
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
 
 class Prune(Part):
     """Which weights go, and when. `amount` (their share), `threshold` (of the score) or `pattern` ("2:4") says how many."""
@@ -113,6 +117,10 @@ class Prune(Part):
             )
         if self.schedule == "one-shot" and self.last > self.start:
             raise ValueError(f"end: one-shot changes at start, {self.start}, alone, expected no end, got {self.end}")
+        if self.how != "regrow" and self._says("regrow"):
+            raise ValueError(f"regrow: counts for schedule 'regrow' alone, which this entry has not, got {self.regrow}")
+        if self.amount is None and self._says("scope"):
+            raise ValueError(f"scope: says what an amount is of, expected none beside {given[0]}, got {self.scope!r}")
         return self
 
     @property
@@ -170,6 +178,17 @@ class Distil(Part):
     def _consistent(self) -> "Distil":
         if self.end is not None and self.end <= self.start:
             raise ValueError(f"end: expected more than start, {self.start}, got {self.end}")
+        for kind in ("hidden", "attention"):
+            for key in (f"{kind}_loss", f"{kind}_weight"):
+                if not getattr(self, kind) and self._says(key):
+                    raise ValueError(f"{key}: expected {kind} beside it, which says what shall be alike")
+        for key in ("temperature", "soft"):
+            if not self.weight and self._says(key):
+                raise ValueError(f"{key}: counts for soft labels alone, expected a weight above 0, got {self.weight}")
+        if not (self.weight or (self.hidden and self.hidden_weight) or (self.attention and self.attention_weight)):
+            raise ValueError(
+                f"weight: {self.weight}, and nothing else is asked of the teacher: expected a weight above 0"
+            )
         return self
 
     @property

@@ -27,6 +27,7 @@ from commpress.model.masks import Masks, from_state, whole
 from commpress.model.reach import Reach
 from commpress.model.recipe import Prune, Quantize, Recipe, RecipeError, naming_the_file
 from commpress.model.steps import Steps, states_of
+from commpress.notice import warn
 
 STATE_VERSION = 1
 CHECKED, CHECK_EVERY = 3, 100
@@ -113,12 +114,15 @@ class Scheduler:
         self._wandas: dict[int, importance.Wanda] = {}
         self._criteria: list[importance.Criterion | None] = [None for _ in recipe.prune]
         self._unchecked = 0  # steps since the masks changed
+        self._empty: set[str] = set()  # parameters of which nothing is left, told
         self._unsteady: set[str] = set()  # parameters that something has moved where they are pruned
         self._hooks_are_seen = False
         # now: a wrong name is told at once, and what is compiled later has its hooks
         self._distiller = self._distilling()
         self._agree()
         self._tell_reach()
+        if teacher is not None and recipe.distil is None:
+            warn("Scheduler: a teacher was given, and the recipe has no [distil]: it is not asked")
         self._advance()
 
     @property
@@ -254,7 +258,7 @@ class Scheduler:
             chosen = sum(self._parameters[name].numel() for name in self._of_entries())
             total = sum(p.numel() for name, p in self._parameters.items() if not name.startswith(PROJECTIONS))
             if 2 * chosen < total:
-                reach.warn_of(
+                warn(
                     f"the recipe prunes among {chosen:,} of {total:,} parameters, {chosen / total:.1%} of the model; "
                     f"left out: {reach.listed(self.reach.left_out)}"
                 )
@@ -373,7 +377,7 @@ class Scheduler:
                     f"there are gradients: their modules are not called, or it is {LATE}"
                 )
             if uncalled:
-                reach.warn_of(
+                warn(
                     f"prune[{index}].criterion: wanda has seen no input of {reach.listed(uncalled)} in training mode, though "
                     "there are gradients: they will be left out, unless their modules are called before "
                     f"step {self.recipe.prune[index].start}"
@@ -394,7 +398,7 @@ class Scheduler:
             if moved:
                 self._unsteady |= moved.keys()
                 count, size = next(iter(moved.values())), len(moved)
-                reach.warn_of(
+                warn(
                     f"step {self.done}: {count} pruned weights of {next(iter(moved))!r} were not 0"
                     f"{f', and some of {size - 1} other parameters' if size > 1 else ''}. Something else than the "
                     "Scheduler's optimizers has moved them; they are set to 0 again, in each step"
@@ -415,9 +419,11 @@ class Scheduler:
         if self._criteria[index] is None:
             self._close_criterion(criterion)
         if unseen := [name for name in names if name not in scores and name not in now]:
-            reach.warn_of(f"prune[{index}].criterion: wanda has seen no input of {reach.listed(unseen)}: not pruned")
+            warn(f"prune[{index}].criterion: wanda has seen no input of {reach.listed(unseen)}: not pruned")
         if entry.threshold is not None:
             masks = pruning.by_threshold(scores, entry.threshold)
+            if all(bool(mask.all()) for mask in masks.values()):
+                warn(f"prune[{index}].threshold: no weight scores below {entry.threshold}, none is pruned")
         elif entry.pattern is not None:
             last = {name: self._layouts[name].inputs_last(s) for name, s in scores.items()}
             found = pruning.n_of_m(last, *entry.n_of_m)
@@ -473,8 +479,16 @@ class Scheduler:
         """The ranks compare masks first: one that differs changes nothing."""
         if self._session is not None:
             self._session.keep(self.masks.ordered(masks))
+        told = self._empty
+        empty = [n for n, mask in masks.items() if n not in told and mask.dim() > 1 and mask.numel() and not mask.any()]
         self.masks.replace(masks)
         self._unchecked = 0
+        if empty:
+            told |= set(empty)
+            warn(
+                f"step {self.done}: all weights of {reach.listed(empty)} are pruned, and nothing gets through any more; scope "
+                "'local' or 'row' keeps some in each"
+            )
         for optimizer in self._steps.optimizers:
             for each in states_of(optimizer):
                 self.masks.clean(each)

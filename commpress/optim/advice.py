@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from commpress.comm.agreement import warn_on_rank_0
 from commpress.comm.codecs import Codec
+from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
 
 FEW_BITS = 2.0
@@ -46,11 +46,11 @@ def advise(codec: Codec, parameters: set[Tensor], leads: bool) -> None:
         name = type(optimizer).__name__
         if isinstance(optimizer, CompressedOptimizer) or not any(word in name.lower() for word in ADAPTIVE):
             return
-        warn_on_rank_0(
+        warn(
             f"commpress: {codec} leaves {bits:.2g} bits of a gradient's value, and {name} divides by the root of a variance "
             f"of what arrives, which undoes error feedback ({MEASURED}). Under Adam take int8 or int4, or send what Adam "
             "applies: opt = commpress.optim.OneBitAdamW(...), commpress.attach(model, spec, optimizer=opt)",
-            stacklevel=2,
+            leads,
         )
 
     register_optimizer_step_pre_hook(before)

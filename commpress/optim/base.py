@@ -14,9 +14,9 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Feedback, Segments
-from commpress.comm.notice import warn
 from commpress.comm.plan import DENSE, Treatment
 from commpress.comm.session import Session
+from commpress.notice import warn
 from commpress.optim import loops
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -253,11 +253,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
             if p.grad is not gradient or gradient._version > version:
                 self.watches, kind = False, type(self).__name__
                 warn(
-                    self._speaks,
                     f"commpress: the grad of {name!r} was changed between backward and {kind}.step(), as "
                     f"torch.nn.utils.clip_grad_norm_ does. It holds what {kind} is about to apply, which is no gradient: "
                     f"leave clipping out and set {kind}(..., max_norm=...), scale by lr, and give a GradScaler to "
                     "attach(grad_scaler=)",
+                    self._speaks,
                 )
                 return
 

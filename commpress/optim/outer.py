@@ -23,19 +23,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import gather_settings, require_agreement
+from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.kernels.fingerprint import fingerprint
 from commpress.comm.meter import Report
-from commpress.comm.notice import speaks, warn
 from commpress.comm.parameters import real_view
 from commpress.comm.parts import taken_apart
 from commpress.comm.plan import Treatment
 from commpress.comm.rank_state import RankState
-from commpress.comm.resize import moved
+from commpress.comm.resize import moved, unreadable
 from commpress.comm.session import Session
+from commpress.kernels.cpu.fingerprint import fingerprint
+from commpress.notice import speaks, warn
 from commpress.optim.base import within
 
 STATE_VERSION = 1
@@ -153,8 +153,9 @@ class Outer:
     complex value counts as two reals. At the start all workers get rank 0's values, those in float64 or complex128 rounded to
     32 bits a real, all others exactly. Call `step` after every optimizer step; on every rank the same number of times. The
     ranks of a worker hold the same values (a DDP inside a node): each
-    exchanges its part of a fragment with its peers in the other workers, and they share the parts. Raises ValueError on all
-    ranks if a spec is unknown or the ranks differ.
+    exchanges its part of a fragment with its peers in the other workers, and they share the parts. `owners` has, by the same
+    names, what says by `requires_grad` whether a parameter is trained, if `parameters` are but the memory of it. Raises
+    ValueError on all ranks if a spec is unknown or the ranks differ.
     """
 
     @torch.inference_mode(False)  # the anchors outlive the mode in which a model is looked at
@@ -166,8 +167,9 @@ class Outer:
         settings: OuterSettings,
         group: dist.ProcessGroup,
         inner: dist.ProcessGroup | None = None,
+        owners: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._owners = dict(parameters)
+        self._owners = dict(owners or parameters)
         parameters = {name: real_view(p) for name, p in parameters.items()}
         self.settings = settings
         self.device = next(iter(parameters.values())).device
@@ -288,11 +290,15 @@ class Outer:
         and starts from the anchor. The others may have got other places in the group, and the group another size: what they
         had withheld counts as before. Raises ValueError on all ranks if a state does not fit, or if no rank has one.
         """
-        if isinstance(state, RankState) and (rows := state.loaded) is not None:  # by torch.distributed.checkpoint
-            state = rows[0] if rows else None
-        error = None if state is None else self._unfit(state)
-        steps = None if state is None else int(state["steps"])
-        everyone = gather_settings({"error": error, "steps": steps}, self._group, self.device)
+        error, steps = None, None
+        try:
+            if isinstance(state, RankState) and (rows := state.loaded) is not None:  # by torch.distributed.checkpoint
+                state = rows[0] if rows else None
+            if state is not None:
+                error, steps = self._unfit(state), int(state["steps"])
+        except Exception as found:  # the other ranks wait for what this one has to say
+            error = str(unreadable(found)).removeprefix("cannot restore: ")
+        everyone = self._session.gather({"error": error, "steps": steps}, "a state to restore")
         for rank, other in enumerate(everyone):
             if other["error"] is not None:
                 raise ValueError(f"cannot restore: rank {rank}: {other['error']}")
@@ -492,7 +498,7 @@ def _say_apart(apart: list[int], leads: bool) -> None:
     """A training is over: warn if its last sync was forgotten. One that has failed has other things to say."""
     if apart[0] and sys.exc_info()[0] is None and getattr(sys, "last_value", None) is None:
         warn(
-            leads,
             f"commpress: training ended {apart[0]} local steps after the last outer sync, and each rank has parameters of its "
             "own: expected outer.sync() after the last step, or outer.state_dict() of every rank, to go on later",
+            leads,
         )

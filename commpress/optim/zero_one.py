@@ -25,6 +25,7 @@ from commpress.comm.codecs import Codec, parse
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Treatment
 from commpress.comm.survivors import pack, unpack
+from commpress.notice import warn
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters, within
@@ -106,6 +107,9 @@ class ZeroOneAdamW(FrozenAdamW):
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
         """By how much n is ahead of what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
+        self._own: dict[str, Any] = {}  # what `load_own_state` was given since the last backward
+        self._own_anchors: dict[str, Tensor] = {}  # and from which values it counts
+        self._loaded = False  # since the last step
 
     @property
     def takes_means(self) -> bool:
@@ -116,6 +120,7 @@ class ZeroOneAdamW(FrozenAdamW):
 
     def start(self, scale: float) -> bool:
         self._seen, self._starts, self._syncing, self._leads = 0, {}, {}, {}
+        self._own, self._own_anchors = {}, {}
         self._backwards += 1
         return super().start(scale)
 
@@ -148,8 +153,39 @@ class ZeroOneAdamW(FrozenAdamW):
         return (steps + 1 + turn) % interval == 0
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned. Load the model before it, and behind it the session, which has each rank's
+        own. Another order is told at the next backward."""
         super().load_state_dict(state_dict)
-        self._turns = {}
+        self._turns, self._loaded = {}, True
+        anchors = {name: self._anchor(name) for name in self._own}
+        if anchors and all(a is not None and torch.equal(a, self._own_anchors[n]) for n, a in anchors.items()):
+            self.load_own_state(self._own)  # of the same sync: a distributed checkpoint loads the session first
+
+    def standing(self) -> dict[str, object]:
+        if not self._loaded:
+            return super().standing()
+        led = all(self._stands(name) for name in self._places)
+        if not led:
+            warn(
+                "commpress: ZeroOneAdamW's parameters are not where the local steps of its loaded state have led: each rank "
+                "goes on from other values than it was saved with. Load the model, then the optimizer, then the session, "
+                "whose state each rank has saved for itself, in this order",
+                self._speaks,
+            )
+        return {**super().standing(), "parameters are where their local steps have led": led}
+
+    def _stands(self, name: str) -> bool:
+        """Whether a parameter has the value that its state says."""
+        p = self._places[name][0]
+        if (anchor := self._anchor(name)) is None:
+            return True
+        expected, state = p.detach().clone(), self.state[p]
+        loops.stand(expected, anchor, state["total"], state["decay"])
+        return torch.equal(expected, p.detach())
+
+    def _anchor(self, name: str) -> Tensor | None:
+        """The value of a parameter's last sync, if it takes local steps."""
+        return self.state.get(self._places[name][0], {}).get("anchor") if name in self._places else None
 
     def _steps_of(self, state: dict[str, Any]) -> int:
         first = self.param_groups[0]
@@ -189,6 +225,7 @@ class ZeroOneAdamW(FrozenAdamW):
         return Treatment(codec, prepare=prepare)
 
     def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
+        self._loaded = False
         refreshes, most = self._refreshes(), self.param_groups[0]["max_norm"]
         if refreshes and most is not None:
             torch.nn.utils.clip_grad_norm_([p for p, _, _ in updates.values()], most)
@@ -270,15 +307,20 @@ class ZeroOneAdamW(FrozenAdamW):
 
     @torch.no_grad()
     def load_own_state(self, state: dict[str, Any]) -> None:
+        self._own, self._own_anchors, self._loaded, self._proven = dict(state), {}, True, None
         for name, own in state.items():
             p, _ = self._places[name]
-            if "anchor" not in self.state.get(p, {}):
-                raise ValueError("cannot restore: load the optimizer's state before the session's")
+            if (anchor := self._anchor(name)) is None:
+                raise ValueError(
+                    f"cannot restore: the session's state has local steps of {name!r}, the optimizer's none: load the "
+                    "optimizer's state before the session's"
+                )
+            self._own_anchors[name] = anchor
             for k in OWN:
                 self.state[p][k].copy_(own[k])
             if "turn" in own:
                 self._turns[name] = int(own["turn"])
-            loops.stand(p, self.state[p]["anchor"], self.state[p]["total"], self.state[p]["decay"])
+            loops.stand(p, anchor, self.state[p]["total"], self.state[p]["decay"])
 
     def _sync(self, name: str) -> Sync:
         p, group = self._places[name]

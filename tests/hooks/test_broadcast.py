@@ -260,6 +260,9 @@ def refused(case: str) -> str:
     if case == "not broadcast":
         ddp = DistributedDataParallel(Normed(), broadcast_buffers=False)
         return outcome(lambda: commpress.attach(ddp, "none", buffers="int8"))
+    if case == "compressed by one rank":
+        ddp = DistributedDataParallel(Normed())
+        return outcome(lambda: commpress.attach(ddp, "none", buffers="int8" if rank else None))
     arguments = {
         "unknown": ("int9", 0),
         "one rank's": ("int9" if rank else "int8", 0),
@@ -276,6 +279,7 @@ def refused(case: str) -> str:
         ("no parameters", "Tanh has no parameters, expected at least one"),
         ("no buffers", "buffers 'int8': the DDP module has no buffers"),
         ("not broadcast", "was made with broadcast_buffers=False"),
+        ("compressed by one rank", "rank 1 has buffers 'compressed', rank 0 has 'dense'"),
         ("unknown", "unknown codec 'int9'"),
         ("one rank's", "rank 1: spec 'int9': unknown codec"),
         ("differ", "rank 1 has spec 'int4', rank 0 has 'int8'"),

@@ -440,6 +440,12 @@ def other_dtypes() -> dict[str, Any]:
     said["ddp"] = outcome(lambda: commpress.attach(ddp, "int4"))
     model = Eighths(True)
     said["local_sgd"] = outcome(lambda: commpress.local_sgd(model, torch.optim.SGD(model.parameters()), every=2))
+    sharded = Eighths(True)
+    fully_shard(sharded)
+    said["fsdp"] = outcome(lambda: commpress.attach(sharded, gradients="int4"))
+    still = Eighths(False)
+    fully_shard(still)
+    said["fsdp, not trained"] = outcome(lambda: commpress.attach(still, gradients="int4"))
     for spec in ("none", "int8"):
         model = Eighths(False)
         model.extra = nn.Parameter(torch.full((7,), dist.get_rank(), dtype=torch.int16), requires_grad=False)
@@ -454,7 +460,8 @@ def other_dtypes() -> dict[str, Any]:
 
 def test_dtypes_that_are_neither_float_nor_complex() -> None:
     one, other = run(2, other_dtypes)
-    for way in ("ddp", "local_sgd"):
+    assert one["fsdp, not trained"] == other["fsdp, not trained"] == ""
+    for way in ("ddp", "local_sgd", "fsdp"):
         assert one[way] == other[way]
         assert (
             "parameter 'q' has dtype float8_e4m3fn, expected one of float32, float64, bfloat16, float16, or" in one[way]

@@ -250,28 +250,37 @@ def test_a_session_is_not_copied() -> None:
 
 
 def local_copies() -> dict[str, Any]:
-    """Copies of model and optimizer under local steps take steps of their own, and nothing travels for them."""
+    """Copies of model and optimizer under local steps take steps of their own, say so, and nothing travels for them."""
     model = network()
     optimizer = sgd(model)
     outer = commpress.local_sgd(model, optimizer, "int8", every=1)
     train(model, range(2), optimizer=optimizer)
-    sent, got = outer.report().sent_bytes, {}
-    for way in (copy.deepcopy, pickled, saved, copy.copy):
-        twin, of_twin = way((model, optimizer)) if way is not copy.copy else (model, copy.copy(optimizer))
-        if way is not copy.copy:
-            train(twin, range(2, 4), optimizer=of_twin)
-        got[way.__name__] = type(of_twin).__name__
+    sent, got = outer.report().sent_bytes, dict[str, Any]()
+    for name, way in WAYS.items():
+        before = parameters_of(model)
+        twin, of_twin = (model, copy.copy(optimizer)) if name == "copy" else way((model, optimizer))
+        _, got[name] = heard(lambda t=twin, o=of_twin: train(t, range(2, 4), optimizer=o))
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), before, strict=True):
+                p.copy_(value)
     assert outer.report().sent_bytes == sent
-    train(model, range(2, 4), optimizer=optimizer)
+    _, got["of the original"] = heard(lambda: train(model, range(2, 4), optimizer=optimizer))
+    twin, of_twin = copy.deepcopy((model, optimizer))
+    of_twin_syncs = commpress.local_sgd(twin, of_twin, "int8", every=1)
+    _, got["when it is attached"] = heard(lambda: train(twin, range(4, 6), optimizer=of_twin))
+    assert of_twin_syncs.steps == 2
     return {**got, "steps": outer.steps, "parameters": parameters_of(model)}
 
 
 def test_copies_of_an_optimizer_with_local_steps() -> None:
     one, other = run(2, local_copies)
     assert same(one["parameters"], other["parameters"])
-    for got in (one, other):
+    for rank, got in enumerate((one, other)):
         assert got["steps"] == 4
-        assert {got[way] for way in ("deepcopy", "pickled", "saved", "copy")} == {"SGD"}
+        for way in WAYS:
+            told = ["this SGD is a copy of one that had outer syncs" in text for text in got[way]]
+            assert told == [True] * (rank == 0)  # once, from rank 0
+        assert got["of the original"] == got["when it is attached"] == []
 
 
 def shared_memory() -> bool:

@@ -1,6 +1,8 @@
 """What a parameter is to a session: not what DDP ignores or delays, nothing that is named by a wrapper, and one if tied."""
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -181,11 +183,32 @@ def delayed(spec: str) -> dict[str, Any]:
     return got
 
 
+def kept_alive(delays: bool, attached: bool) -> bool:
+    """Whether a DDP module that was trained is still there once nobody but torch holds it."""
+    model = network()
+    late: dict[str, Any] = {"delay_all_reduce_named_params": [("module.4.weight", model[4].weight)]}
+    late["param_to_hook_all_reduce"] = model[0].weight
+    ddp = DistributedDataParallel(model, **(late if delays else {}))
+    if attached:
+        commpress.attach(ddp, "int4")
+    train(ddp, range(1))
+    there = weakref.ref(ddp)
+    del ddp, model, late
+    gc.collect()
+    return there() is not None
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_torch_alone_keeps_a_module_that_delays(attached: bool) -> None:
+    assert run(2, kept_alive, False, attached) == [False, False]
+    assert run(2, kept_alive, True, attached, fresh=True) == [True, True]
+
+
 def test_what_ddp_delays_is_counted_and_not_compressed() -> None:
-    for got in run(2, delayed, "none"):
+    for got in run(2, delayed, "none", fresh=True):  # torch keeps such a module, and so its session, to the end
         assert same(got["plain"], got["none"])
     late = sum(p.numel() for p in network()[4].parameters())
-    for got in run(2, delayed, "int4"):
+    for got in run(2, delayed, "int4", fresh=True):
         (row,) = [row for row in got["report"]["rows"] if "delayed" in row["reason"]]
         assert (row["values"], row["steps"], row["sent_bytes"], row["spec"]) == (late, 3, 3 * 4 * late, "none")
         values = sum(p.numel() for p in network().parameters())

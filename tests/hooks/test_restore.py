@@ -87,6 +87,68 @@ def test_a_rank_that_restores_nothing_is_an_error_on_all(kind: str) -> None:
         assert f"rank 1 ({HOST}) has " in said[0]
 
 
+def local() -> tuple[Any, Any]:
+    """A network under local steps, and its outer syncs."""
+    model = network()
+    optimizer = sgd(model)
+    outer = commpress.local_sgd(model, optimizer, "int8", every=2)
+    train(model, range(2), optimizer=optimizer)
+    return model, outer
+
+
+def loads_no_state(kind: str) -> dict[str, str]:
+    """What is said where rank 1 alone loads something that is no state of ours, or half of one."""
+    model, session = {"ddp": attached, "fsdp": sharded, "local": local}[kind]()
+    if kind == "ddp":
+        train(model, range(2))
+    whole = session.state_dict()
+    state: dict[str, Any] = dict(whole)
+    first = {"ddp": "buckets", "fsdp": "memories", "local": "fragments"}[kind]
+    steps = "steps" if kind == "local" else "step"
+    others = {key: {k: v for k, v in state.items() if k != key} for key in (first, steps)}
+    others |= {"a text": "a text", "a number": 5, first + " of another kind": {**state, first: "a text"}}  # type: ignore[dict-item]
+    if kind == "ddp":
+        others |= {key: {k: v for k, v in state.items() if k != key} for key in ("scale", "optimizer")}
+        for key in ("residual", "second", "segments"):
+            buckets = [{k: v for k, v in bucket.items() if k != key} for bucket in state["buckets"]]
+            others[f"a bucket's {key}"] = {**state, "buckets": buckets}
+    second = dist.get_rank() == 1
+    return {
+        name: outcome(lambda other=other: session.load_state_dict(other if second else whole))  # type: ignore[misc]
+        for name, other in others.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "local"])
+def test_what_is_no_state_is_an_error_on_all_ranks(kind: str) -> None:
+    one, other = run(2, loads_no_state, kind, group_timeout=PATIENT)
+    for name, said in one.items():
+        assert "rank 1" in said, name
+        assert said.startswith("ValueError: ")
+        assert other[name].startswith(("ValueError: ", "TypeError: "))
+
+
+def begins_without(which: int, own_traffic: bool) -> str:
+    """One rank begins to train a model whose buffers DDP broadcasts, while the other restores a state."""
+    model = network()
+    model[1] = nn.BatchNorm1d(64)
+    ddp = DistributedDataParallel(model)
+    session = commpress.attach(ddp, "int4", buffers="int8" if own_traffic else None)
+    if dist.get_rank() == which:
+        return outcome(lambda: loss_of(ddp, 0))
+    return outcome(lambda: session.load_state_dict(session.state_dict()))
+
+
+@pytest.mark.parametrize("own_traffic", [False, True])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_begins_to_train_while_others_restore_is_an_error_before_buffers_travel(
+    which: int, own_traffic: bool
+) -> None:
+    for said in run(2, begins_without, which, own_traffic, group_timeout=PATIENT, fresh=True):
+        assert f"rank {which} ({HOST}) has the first forward" in said
+        assert f"rank {1 - which} ({HOST}) has a state to restore" in said
+
+
 def test_the_same_on_all_is_restored() -> None:
     assert run(2, restored, "the same") == [["", ""]] * 2
 

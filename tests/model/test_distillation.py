@@ -788,3 +788,34 @@ def test_distilbert_from_refuses(
 ) -> None:
     with pytest.raises(error, match=message):
         distilbert_from(teacher(), layers)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_are_those_of_its_values_in_float32(dtype: torch.dtype, autocast: bool) -> None:
+    """Values that half precision holds, as large as they get, with excluded classes; under autocast as without."""
+    draw = torch.Generator().manual_seed(0)
+    most = 6e4 if dtype == torch.float16 else 1e30
+    student, teacher = (torch.randn(7, 33, generator=draw).mul(5).to(dtype) for _ in range(2))
+    student[:, 3] = teacher[:, 3] = -math.inf
+    student[0, 5], teacher[0, 6] = most, most
+    wide_student, wide_teacher = student.float(), teacher.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        soft = soft_loss(student, teacher, 2.0)
+        cosine = hidden_loss(student[:, 8:], teacher[:, 8:], "cosine")
+        mse = hidden_loss(student[:, 8:], teacher[:, 8:])
+        rows = [softmax(x[:, 8:].float(), -1).to(dtype)[None] for x in (student, teacher)]
+        attention = attention_loss(*rows, "kl")
+    log_s, p_t = log_softmax(wide_student / 2, -1), softmax(wide_teacher / 2, -1)
+    each = kl_div(log_s, p_t, reduction="none")
+    each[:, 3] = 0
+    assert soft.dtype == torch.float32
+    torch.testing.assert_close(soft, 4 * each.sum(-1).mean())
+    torch.testing.assert_close(
+        cosine, (1 - torch.cosine_similarity(wide_student[:, 8:], wide_teacher[:, 8:], dim=-1)).mean()
+    )
+    torch.testing.assert_close(mse, (wide_student[:, 8:] - wide_teacher[:, 8:]).square().mean())
+    expected = kl_div(rows[0].float().log(), rows[1].float(), reduction="none")[rows[0] > 0].sum() / 7
+    assert torch.isfinite(attention)
+    if bool((rows[0] > 0).all()):
+        torch.testing.assert_close(attention, expected)

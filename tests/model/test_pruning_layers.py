@@ -424,3 +424,28 @@ def test_parameters_without_values_and_in_bfloat16(how: dict[str, Any]) -> None:
     scheduler, _ = scheduled(model, {"start": 0, **how})
     assert scheduler.masks.of["1.weight"].shape == (0, 8)
     assert 0 < scheduler.masks.sparsity <= 0.5
+
+
+def test_a_layer_that_loses_all_its_weights_is_named() -> None:
+    """Once, and not where a share of all layers leaves some in each."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[2].weight.mul_(1e-4)
+    made, told = scheduled(model, {"start": 0, "amount": 0.5}, {"start": 2, "amount": 0.6})
+    assert len([each for each in told if "step 0: all weights of 2.weight are pruned" in each]) == 1
+    assert not [each for each in train(made, model, torch.randn(4, 8))[1] if "all weights of 2.weight" in each]
+    kept = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    assert not [each for each in scheduled(kept, {"start": 0, "amount": 0.5, "scope": "local"})[1] if "all w" in each]
+
+
+def test_a_threshold_below_all_scores_says_that_it_prunes_nothing() -> None:
+    model = nn.Linear(8, 8)
+    made, _ = scheduled(model, {"start": 1, "threshold": 1e-30})
+    _, told = train(made, model, torch.randn(4, 8))
+    assert "prune[0].threshold: no weight scores below 1e-30, none is pruned" in told
+
+
+def test_a_teacher_that_the_recipe_does_not_ask_is_told() -> None:
+    model, teacher = nn.Linear(8, 8), nn.Linear(8, 8)
+    with pytest.warns(UserWarning, match=r"a teacher was given, and the recipe has no \[distil\]"):
+        Scheduler(Recipe.of({}), model, torch.optim.SGD(model.parameters(), lr=0.1), teacher=teacher)

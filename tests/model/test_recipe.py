@@ -1,5 +1,7 @@
 """Recipes: what is read, and what is refused with the key's name."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -210,3 +212,20 @@ def test_phases_that_a_run_would_not_finish():
         recipe.require_within(29)
     with pytest.raises(RecipeError, match=r"quantize\[0\].start: 20, but the run has 20 steps"):
         Recipe.of({"quantize": {"start": 20}}).require_within(20)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({"prune": {"start": 1, "amount": 0.5, "regrow": 0.1}}, "prune[0].regrow: counts for schedule 'regrow' alone"),
+        ({"prune": {"start": 1, "pattern": "2:4", "scope": "row"}}, "prune[0].scope: says what an amount is of"),
+        ({"prune": {"start": 1, "threshold": 0.1, "scope": "local"}}, "prune[0].scope: says what an amount is of"),
+        ({"distil": {"weight": 0.0}}, "distil.weight: 0.0, and nothing else is asked of the teacher"),
+        ({"distil": {"hidden_weight": 3.0}}, "distil.hidden_weight: expected hidden beside it"),
+        ({"distil": {"attention_loss": "kl"}}, "distil.attention_loss: expected attention beside it"),
+        ({"distil": {"weight": 0.0, "temperature": 4.0, "hidden": {"a": "b"}}}, "distil.temperature: counts for soft"),
+    ],
+)
+def test_a_key_that_would_count_for_nothing_is_refused(found, told):
+    with pytest.raises(RecipeError, match=re.escape(told)):
+        Recipe.of(found)

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from training import finite, loss_of, network, parameters_of, same
 
 import commpress
@@ -113,6 +115,57 @@ def test_a_layer_that_is_frozen_after_a_sync_stands_at_once() -> None:
 def test_resumed_while_a_layer_is_frozen(delay: int, at: int) -> None:
     for unbroken, again in run(2, resumed, delay, at):
         assert same(unbroken, again)
+
+
+def froze_sharded() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A layer of a model that is sharded in each worker, frozen after a sync: then, and later; and all of the model."""
+    workers = [dist.new_group([rank]) for rank in range(2)]
+    model: Any = network()
+    fully_shard(model, mesh=DeviceMesh.from_group(workers[dist.get_rank()], "cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer = commpress.diloco(model, optimizer, "none", every=2)
+    go(model, optimizer, range(4))
+    model[0].requires_grad_(False)
+    then = model[0].weight.to_local().clone()
+    go(model, optimizer, range(4, 10))
+    outer.sync()
+    return then, model[0].weight.to_local().detach(), [p.to_local().detach() for p in model.parameters()]
+
+
+def test_a_frozen_layer_of_a_sharded_model_stands() -> None:
+    one, other = run(2, froze_sharded)
+    assert same(one[2], other[2])
+    for then, later, _ in (one, other):
+        assert torch.equal(then, later)
+
+
+def unfrozen_later() -> tuple[str, str, list[Tensor]]:
+    """A layer that was frozen when the syncs began, trained later; then by a new optimizer."""
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer = commpress.local_sgd(model, optimizer, "none", every=2)
+    go(model, optimizer, range(2))
+    other = torch.nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [other]})  # not the model's: no matter of ours
+    other.grad = torch.ones(3)
+    go(model, optimizer, range(2, 4))
+    model[0].requires_grad_(True)
+    said = outcome(lambda: go(model, optimizer, range(4, 5)))
+    outer.sync()
+    new = torch.optim.SGD(model.parameters(), lr=0.1)
+    stranger = outcome(lambda: commpress.local_sgd(network(), new, every=2))
+    commpress.local_sgd(model, new, "none", every=2)
+    go(model, new, range(4, 8))
+    return said, stranger, parameters_of(model)
+
+
+def test_a_layer_that_is_trained_later_than_the_syncs_is_refused() -> None:
+    one, other = run(2, unfrozen_later)
+    assert same(one[2], other[2])
+    for said, stranger, _ in (one, other):
+        assert said.startswith("RuntimeError: commpress: parameter '0.weight' requires a gradient, but did not when")
+        assert "this SGD holds none of the model's parameters" in stranger
 
 
 def test_a_layer_that_one_rank_freezes_is_an_error_on_all() -> None:

@@ -1,7 +1,8 @@
-"""The battery: the checks that every codec must pass, whatever its family. A new codec is one line in CODECS.
+"""The battery: the checks that every codec must pass, whatever its family, on every device that has kernels.
 
-A check is a function `codec -> None` whose name says what is promised; CODEC_CHECKS lists them, and
-`tests/comm/codecs/test_every_codec.py` runs each on each spec. The definition in plain torch is the oracle.
+A new codec is one line in CODECS; a new device is there as soon as `commpress/kernels/table.py` knows it and the machine has
+one. A check is a function `subject -> None` whose name says what is promised; CODEC_CHECKS lists them, and
+`tests/comm/codecs/test_every_codec.py` runs all on each spec and device. The definition in plain torch is the oracle.
 """
 
 import copy
@@ -10,17 +11,21 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
 
+from commpress.comm import coding
 from commpress.comm.codecs import parse
-from commpress.comm.codecs.base import FLOAT_DTYPES, Codec
-from commpress.comm.codecs.blend import Blend
+from commpress.comm.codecs.base import Codec
 from commpress.comm.codecs.topk import TopK
+from commpress.comm.coding import FLOAT_DTYPES, encode, recode
+from commpress.comm.prologue import Prologue
+from commpress.kernels import table
 
 CODECS: dict[str, float] = {
     # spec: the relative error |x - decode(encode(x))| / |x| that it stays below on a normal distribution
@@ -45,6 +50,8 @@ CODECS: dict[str, float] = {
 }
 SPECS: tuple[str, ...] = tuple(CODECS)
 LOSSY: tuple[str, ...] = tuple(spec for spec in SPECS if parse(spec).lossy)
+DEVICES: tuple[str, ...] = tuple(table.devices())
+"""Those with kernels that this machine has."""
 LENGTHS: tuple[int, ...] = (0, 1, 2, 7, 255, 256, 257, 1023, 1024, 1025, 5000, 20_011)
 LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -131,10 +138,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def defined_encode(codec: Codec, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The payload and the residual that the definition gives."""
-    payload = torch.full((codec.nbytes(x.numel()),), 0x5A, dtype=torch.uint8)
+    payload = torch.full((codec.nbytes(x.numel()),), 0x5A, dtype=torch.uint8, device=x.device)
     after = None if residual is None else residual.clone()
     if x.numel():
-        codec._defined_encode(x, after, payload)
+        coding.defined_encode(codec, x, after, payload)
     return payload, after
 
 
@@ -146,263 +153,366 @@ def same_residual(codec: Codec, after: Tensor, expected: Tensor, total: Tensor, 
     return same_bits(after[~spoilt], expected[~spoilt]) and bool(near[spoilt].all())
 
 
-def mixed_payloads(codec: Codec, n: int, count: int, finite: bool = True) -> Tensor:
-    """The payloads of `count` different inputs, one behind the other."""
-    sources = [gradient(n, seed=r) for r in range(count)]
-    if not finite:
-        sources[count // 2] = wild(n)["one nan"]
-        sources[-1] = wild(n)["one inf"]
-    return torch.cat([codec.encode(x) for x in sources])
+class Coded(NamedTuple):
+    """An input after its encoding: the payload, the residual (None without feedback), and the payload decoded again."""
+
+    payload: Tensor
+    after: Tensor | None
+    decoded: Tensor
+
+
+class Definition:
+    """The definition of a codec, which remembers what it has made of what: many inputs are the same bytes in the end."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec, self.nbytes = codec, codec.nbytes
+        self._known: dict[tuple[object, ...], Tensor] = {}
+
+    def define_encode(self, x: Tensor) -> Tensor:
+        return self._remembered(("encode", x.cpu().numpy().tobytes()), lambda: self._codec.define_encode(x))
+
+    def define_decode(self, payload: Tensor, n: int) -> Tensor:
+        key = ("decode", payload.cpu().numpy().tobytes(), n)
+        return self._remembered(key, lambda: self._codec.define_decode(payload, n))
+
+    def _remembered(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+
+class Subject:
+    """A codec on a device, and what has been encoded of it so far: the checks share encodings. For reading only."""
+
+    def __init__(self, codec: Codec, device: str) -> None:
+        self.codec, self.device = codec, device
+        self.definition: Any = Definition(codec)
+        self._inputs: dict[int, dict[str, Tensor]] = {}
+        self._before: dict[tuple[int, str], list[Tensor]] = {}
+        self._coded: dict[tuple[object, ...], Coded] = {}
+        self._payloads: dict[tuple[object, ...], Tensor] = {}
+
+    def inputs(self, n: int) -> dict[str, Tensor]:
+        """All inputs of n values, by name."""
+        if n not in self._inputs:
+            self._inputs[n] = {name: x.to(self.device) for name, x in (tame(n) | wild(n)).items()}
+        return self._inputs[n]
+
+    def gradient(self, n: int, seed: int = 0) -> Tensor:
+        """As `gradient`, a new tensor on this device."""
+        return gradient(n, seed).to(self.device)
+
+    def before(self, n: int, name: str, memory: int | None) -> Tensor | None:
+        """The residual before the encoding, or None. For reading only."""
+        if memory is None:
+            return None
+        if (n, name) not in self._before:
+            self._before[n, name] = list(memories(self.inputs(n)[name]))
+        return self._before[n, name][memory]
+
+    def encoded(self, n: int, name: str, memory: int | None = None) -> Coded:
+        """An input by the kernels; `memory` says with which of the `memories`."""
+        key = ("kernels", n, name, memory)
+        if key not in self._coded:
+            before = self.before(n, name, memory)
+            after = None if before is None else before.clone()
+            payload = encode(self.codec, self.inputs(n)[name], after)
+            self._coded[key] = Coded(payload, after, self.codec.decode(payload, n))
+        return self._coded[key]
+
+    def defined(self, n: int, name: str, memory: int | None = None) -> Coded:
+        """The same input by the definition."""
+        key = ("definition", n, name, memory)
+        if key not in self._coded:
+            x = self.inputs(n)[name]
+            payload, after = defined_encode(self.definition, x, self.before(n, name, memory))
+            self._coded[key] = Coded(payload, after, self.definition.define_decode(payload, n) if n else x)
+        return self._coded[key]
+
+    def payloads(self, n: int, count: int, finite: bool = True) -> Tensor:
+        """The payloads of `count` different inputs, one behind the other."""
+        sources: list[tuple[str, int]] = [("gradient", r) for r in range(count)]
+        if not finite:
+            sources[count // 2], sources[-1] = ("one nan", 0), ("one inf", 0)
+        return torch.cat([self._payload(n, name, seed) for name, seed in sources])
+
+    def _payload(self, n: int, name: str, seed: int) -> Tensor:
+        if name != "gradient":
+            return self.encoded(n, name).payload
+        if (n, seed) not in self._payloads:
+            self._payloads[n, seed] = self.codec.encode(self.gradient(n, seed))
+        return self._payloads[n, seed]
+
+    def defined_mean(self, n: int, count: int, finite: bool = True) -> Tensor:
+        """The mean of `payloads` by the definition."""
+        key = ("mean", n, count, finite)
+        if key not in self._payloads:
+            self._payloads[key] = coding.defined_mean(self.definition, self.payloads(n, count, finite), n, count)
+        return self._payloads[key]
+
+
+Check = Callable[[Subject], None]
+
+MEMORIES = (0, 1)
+"""Which of the `memories`."""
 
 
 # --- the checks: size, values ------------------------------------------------------------------------------------
 
 
-def nbytes_is_the_length_of_every_payload(codec: Codec) -> None:
+def nbytes_is_the_length_of_every_payload(subject: Subject) -> None:
+    codec = subject.codec
     assert codec.nbytes(0) == 0
     for n in LENGTHS:
         size = codec.nbytes(n)
         assert isinstance(size, int)
         assert size % 4 == 0
-        for name, x in (tame(n) | wild(n)).items():
-            payload = codec.encode(x)
+        for name, x in subject.inputs(n).items():
+            payload = subject.encoded(n, name).payload
             assert payload.dtype == torch.uint8, name
             assert payload.shape == (size,), f"{name}, n = {n}"
             assert payload.is_contiguous()
+            assert payload.device == x.device
             if n:
-                assert codec.define_encode(x).shape == (size,), f"{name}, n = {n}"
+                assert subject.definition.define_encode(x).shape == (size,), f"{name}, n = {n}"
 
 
-def nbytes_never_falls_as_values_are_added(codec: Codec) -> None:
-    # A topk whose positions get one low bit more (at n / k = 2, 4, 8, ...) may save a word.
-    slack = 4 if isinstance(codec, TopK) else 0
-    sizes = [codec.nbytes(n) for n in range(3000)]
+def nbytes_never_falls_as_values_are_added(subject: Subject) -> None:
+    # A sparse codec whose positions get one low bit more (at n / k = 2, 4, 8, ...) may save a word.
+    slack = 4 if subject.codec.sparse else 0
+    sizes = [subject.codec.nbytes(n) for n in range(3000)]
     assert all(after >= before - slack for before, after in pairwise(sizes))
 
 
-def relative_error_stays_below_the_stated_one(codec: Codec) -> None:
+def relative_error_stays_below_the_stated_one(subject: Subject) -> None:
+    codec = subject.codec
     for seed in range(3):
-        x = normal(50_000, seed)
+        x = normal(50_000, seed).to(subject.device)
         error = (codec.decode(codec.encode(x), x.numel()) - x).norm() / x.norm()
         assert error < CODECS[str(codec)]
 
 
-def error_is_never_larger_than_the_input(codec: Codec) -> None:
+def error_is_never_larger_than_the_input(subject: Subject) -> None:
     """|x - decode|^2 <= |x|^2: what error feedback needs in order to converge."""
     for n in LENGTHS:
-        for name, x in tame(n).items():
-            error = codec.decode(codec.encode(x), n).double() - x.double()
-            assert error.square().sum() <= x.double().square().sum() * (1 + 1e-6), f"{name}, n = {n}"
+        for name in tame(n):
+            x = subject.inputs(n)[name].double()
+            error = subject.encoded(n, name).decoded.double() - x
+            assert error.square().sum() <= x.square().sum() * (1 + 1e-6), f"{name}, n = {n}"
 
 
-def lossless_means_equal(codec: Codec) -> None:
-    x = gradient(5000)
-    exact = same_bits(codec.decode(codec.encode(x), 5000), x)
+def lossless_means_equal(subject: Subject) -> None:
+    codec = subject.codec
+    exact = same_bits(subject.encoded(5000, "gradient").decoded, subject.inputs(5000)["gradient"])
     assert exact == (CODECS[str(codec)] < 1e-8)
     assert exact or codec.lossy
 
 
-# --- the checks: loops against the definition --------------------------------------------------------------------
+# --- the checks: kernels against the definition ------------------------------------------------------------------
 
 
-def loops_encode_to_the_bytes_of_the_definition(codec: Codec) -> None:
+def kernels_encode_to_the_bytes_of_the_definition(subject: Subject) -> None:
     for n in LENGTHS:
-        for name, x in (tame(n) | wild(n)).items():
-            assert torch.equal(codec.encode(x), defined_encode(codec, x)[0]), f"{name}, n = {n}"
+        for name in subject.inputs(n):
+            assert torch.equal(subject.encoded(n, name).payload, subject.defined(n, name).payload), f"{name}, n = {n}"
 
 
-def loops_leave_the_residual_of_the_definition(codec: Codec) -> None:
+def kernels_leave_the_residual_of_the_definition(subject: Subject) -> None:
     for n in LENGTHS:
-        for name, x in (tame(n) | wild(n)).items():
-            for before in memories(x):
-                expected, expected_after = defined_encode(codec, x, before)
-                after = before.clone()
-                payload = codec.encode(x, after)
-                assert expected_after is not None
-                assert torch.equal(payload, expected), f"payload of {name}, n = {n}"
-                decoded = codec.decode(payload, n)
-                assert same_residual(codec, after, expected_after, x + before, decoded), f"residual of {name}, n = {n}"
+        for (name, x), memory in product(subject.inputs(n).items(), MEMORIES):
+            found, expected = subject.encoded(n, name, memory), subject.defined(n, name, memory)
+            assert torch.equal(found.payload, expected.payload), f"payload of {name}, n = {n}"
+            assert found.after is not None
+            assert expected.after is not None
+            total = x + subject.before(n, name, memory)
+            alike = same_residual(subject.codec, found.after, expected.after, total, found.decoded)
+            assert alike, f"residual of {name}, n = {n}"
 
 
-def loops_decode_to_the_values_of_the_definition(codec: Codec) -> None:
+def kernels_decode_to_the_values_of_the_definition(subject: Subject) -> None:
     for n in LENGTHS[1:]:
-        for name, x in (tame(n) | wild(n)).items():
-            payload = codec.encode(x)
-            assert same(codec.decode(payload, n), codec.define_decode(payload, n)), f"{name}, n = {n}"
+        for name in subject.inputs(n):
+            found, expected = subject.encoded(n, name), subject.defined(n, name)
+            assert torch.equal(found.payload, expected.payload), f"{name}, n = {n}"
+            assert same(found.decoded, expected.decoded), f"{name}, n = {n}"
 
 
-def loops_give_the_mean_of_the_definition(codec: Codec) -> None:
+def kernels_give_the_mean_of_the_definition(subject: Subject) -> None:
     for n in LENGTHS[1:]:
-        for count in range(1, 6):
-            for finite in (True, False):
-                payloads = mixed_payloads(codec, n, count, finite)
-                expected = codec._defined_mean(payloads, n, count)
-                assert same(codec.mean(payloads, n, count), expected), f"n = {n}, {count} payloads"
+        for count, finite in product(range(1, 6), (True, False)):
+            found = subject.codec.mean(subject.payloads(n, count, finite), n, count)
+            assert same(found, subject.defined_mean(n, count, finite)), f"n = {n}, {count} payloads"
 
 
-def loops_recode_to_the_bytes_of_the_definition(codec: Codec) -> None:
+def kernels_recode_to_the_bytes_of_the_definition(subject: Subject) -> None:
+    codec = subject.codec
+
     def equal(payload: Tensor, expected: Tensor, n: int, finite: bool) -> bool:
         if finite:
             return torch.equal(payload, expected)
         return same(codec.decode(payload, n), codec.decode(expected, n))  # the sign of a NaN means nothing
 
     for n in LENGTHS[1:]:
-        for count in (1, 2, 3, 5):
-            for finite in (True, False):
-                payloads = mixed_payloads(codec, n, count, finite)
-                mean = codec._defined_mean(payloads, n, count)
-                assert equal(codec.recode(payloads, n, count), defined_encode(codec, mean)[0], n, finite), f"n = {n}"
-                for before in memories(gradient(n)):
-                    expected, expected_after = defined_encode(codec, mean, before)
-                    after = before.clone()
-                    payload = codec.recode(payloads, n, count, after)
-                    assert expected_after is not None
-                    assert equal(payload, expected, n, finite), f"n = {n}, {count} payloads"
-                    decoded = codec.decode(payload, n)
-                    assert same_residual(codec, after, expected_after, mean + before, decoded), f"n = {n}"
+        for count, finite in product((1, 2, 3, 5), (True, False)):
+            payloads, mean = subject.payloads(n, count, finite), subject.defined_mean(n, count, finite)
+            assert equal(recode(codec, payloads, n, count), defined_encode(subject.definition, mean)[0], n, finite), (
+                f"n = {n}"
+            )
+            for before in memories(subject.inputs(n)["gradient"]):
+                expected, expected_after = defined_encode(subject.definition, mean, before)
+                after = before.clone()
+                payload = recode(codec, payloads, n, count, after)
+                assert expected_after is not None
+                assert equal(payload, expected, n, finite), f"n = {n}, {count} payloads"
+                decoded = codec.decode(payload, n)
+                assert same_residual(codec, after, expected_after, mean + before, decoded), f"n = {n}"
 
 
-def recode_is_encode_of_the_mean(codec: Codec) -> None:
+def recode_is_encode_of_the_mean(subject: Subject) -> None:
+    codec = subject.codec
     for n in LENGTHS:
         for sources in (["gradient", "equal", "negative zeros"], ["zeros", "negative zeros"], ["few magnitudes"]):
             count = len(sources)
-            payloads = torch.cat([codec.encode(tame(n)[name]) for name in sources])
-            before = gradient(n, seed=8)
-            one, other = before.clone(), before.clone()
-            expected = codec.encode(codec.mean(payloads, n, count), one)
-            assert torch.equal(codec.recode(payloads, n, count, other), expected), f"{sources}, n = {n}"
+            payloads = torch.cat([subject.encoded(n, name).payload for name in sources])
+            one, other = (subject.gradient(n, seed=8) for _ in range(2))
+            expected = encode(codec, codec.mean(payloads, n, count), one)
+            assert torch.equal(recode(codec, payloads, n, count, other), expected), f"{sources}, n = {n}"
             assert same_bits(one, other), f"{sources}, n = {n}"
 
 
-def mean_of_equal_payloads_is_what_one_decodes_to(codec: Codec) -> None:
-    payload = codec.encode(gradient(1025))
-    one = codec.decode(payload, 1025)
+def mean_of_equal_payloads_is_what_one_decodes_to(subject: Subject) -> None:
+    one = subject.encoded(1025, "gradient")
     for count in (2, 4):  # shares that are powers of two add up exactly
-        assert same(codec.mean(payload.repeat(count), 1025, count), one)
+        assert same(subject.codec.mean(one.payload.repeat(count), 1025, count), one.decoded)
 
 
 # --- the checks: feedback, NaN and Inf ---------------------------------------------------------------------------
 
 
-def a_blend_is_coded_as_what_it_makes_of_the_values(codec: Codec) -> None:
+def a_prologue_is_coded_as_what_it_makes_of_the_values(subject: Subject) -> None:
+    codec = subject.codec
     for n in LENGTHS:
-        blend = Blend(0.5 + normal(n, 1).abs(), normal(n, 2), limit=1.5, fresh=0.1, kept=0.9)
-        for name, x in (tame(n) | wild(n)).items():
-            for before in (None, *memories(x)):
-                values = x.clone()
-                blend.apply(values)
+        inverse, average = (0.5 + normal(n, 1).abs()).to(subject.device), normal(n, 2).to(subject.device)
+        prologue = Prologue(inverse, average, limit=1.5, fresh=0.1, kept=0.9)
+        for name, x in subject.inputs(n).items():
+            values = x.clone()
+            prologue.apply(values)
+            for memory in (None, *MEMORIES):
+                before = subject.before(n, name, memory)
                 after, expected_after = (None if before is None else before.clone() for _ in range(2))
-                expected = codec.encode(values, expected_after)
-                assert torch.equal(codec.encode(x.clone(), after, blend=blend), expected), f"{name}, n = {n}"
-                assert before is None or same_bits(after, expected_after), f"residual of {name}, n = {n}"
+                expected = encode(codec, values.clone(), expected_after)
+                assert torch.equal(encode(codec, x.clone(), after, prologue), expected), f"{name}, n = {n}"
+                if after is not None and expected_after is not None:
+                    assert same_bits(after, expected_after), f"residual of {name}, n = {n}"
 
 
-def residual_is_what_the_payload_misses(codec: Codec) -> None:
+def residual_is_what_the_payload_misses(subject: Subject) -> None:
     """x + residual before = decode + residual after, to the rounding of one float32 subtraction."""
     for n in LENGTHS:
-        for name, x in tame(n).items():
-            for before in memories(x):
-                after = before.clone()
-                decoded = codec.decode(codec.encode(x, after), n)
-                total = x + before
-                finite = decoded.isfinite()  # fp16 overflows beyond 65504
-                error = (decoded.double() + after.double() - total.double()).abs()
-                allowed = 2.0**-23 * torch.maximum(decoded.abs(), total.abs()).double() + 2.0**-149
-                assert (error <= allowed)[finite].all(), f"{name}, n = {n}"
+        for name, memory in product(tame(n), MEMORIES):
+            found = subject.encoded(n, name, memory)
+            assert found.after is not None
+            total = subject.inputs(n)[name] + subject.before(n, name, memory)
+            finite = found.decoded.isfinite()  # fp16 overflows beyond 65504
+            error = (found.decoded.double() + found.after.double() - total.double()).abs()
+            allowed = 2.0**-23 * torch.maximum(found.decoded.abs(), total.abs()).double() + 2.0**-149
+            assert (error <= allowed)[finite].all(), f"{name}, n = {n}"
 
 
-def nan_and_inf_arrive_where_they_stood(codec: Codec) -> None:
+def nan_and_inf_arrive_where_they_stood(subject: Subject) -> None:
+    codec = subject.codec
     for n in (1, 7, 257, 5000):
-        for bad in (torch.nan, torch.inf, -torch.inf):
-            for at in (0, n // 2, n - 1):
-                x = gradient(n)
-                x[at] = bad
-                decoded = codec.decode(codec.encode(x), n)
-                assert not decoded[at].isfinite(), f"{bad} at {at} of {n} came out as {decoded[at]}"
-                with_memory = codec.decode(codec.encode(x, gradient(n, seed=1)), n)
-                assert not with_memory[at].isfinite(), f"{bad} at {at} of {n} came out as {with_memory[at]}"
+        for bad, at in product((torch.nan, torch.inf, -torch.inf), (0, n // 2, n - 1)):
+            x = subject.gradient(n)
+            x[at] = bad
+            decoded = codec.decode(codec.encode(x), n)
+            assert not decoded[at].isfinite(), f"{bad} at {at} of {n} came out as {decoded[at]}"
+            with_memory = codec.decode(encode(codec, x, subject.gradient(n, seed=1)), n)
+            assert not with_memory[at].isfinite(), f"{bad} at {at} of {n} came out as {with_memory[at]}"
 
 
-def any_number_of_nan_and_inf_arrives_where_they_stood(codec: Codec) -> None:
+def any_number_of_nan_and_inf_arrives_where_they_stood(subject: Subject) -> None:
     for n in LENGTHS[1:]:
-        for name, x in wild(n).items():
-            bad = ~x.isfinite()
-            for before in (None, *memories(x)):
-                decoded = codec.decode(codec.encode(x, before), n)
-                assert not decoded[bad].isfinite().any(), f"{name}, n = {n}"
+        for name, memory in product(wild(n), (None, *MEMORIES)):
+            bad = ~subject.inputs(n)[name].isfinite()
+            assert not subject.encoded(n, name, memory).decoded[bad].isfinite().any(), f"{name}, n = {n}"
 
 
-def nan_and_inf_reach_the_mean(codec: Codec) -> None:
+def nan_and_inf_reach_the_mean(subject: Subject) -> None:
     """And what is coded of it anew, though several payloads may name more places than one can."""
+    codec = subject.codec
     for n in (300, 5000):
-        xs = [gradient(n, seed=r) for r in range(3)]
+        xs = [subject.gradient(n, seed=r) for r in range(3)]
         for r, x in enumerate(xs):
             x[r :: n // 5] = torch.inf
         payloads = torch.cat([codec.encode(x) for x in xs])
         bad = ~torch.stack(xs).isfinite().all(dim=0)
         assert not codec.mean(payloads, n, 3)[bad].isfinite().any()
-        for before in (None, torch.zeros(n), gradient(n, seed=3)):
-            decoded = codec.decode(codec.recode(payloads, n, 3, before), n)
+        for before in (None, torch.zeros_like(xs[0]), subject.gradient(n, seed=3)):
+            decoded = codec.decode(recode(codec, payloads, n, 3, before), n)
             assert not decoded[bad].isfinite().any()
             assert before is None or before.isfinite().all()
 
 
-def nan_and_inf_never_enter_the_residual(codec: Codec) -> None:
+def nan_and_inf_never_enter_the_residual(subject: Subject) -> None:
     """Where the payload decodes to NaN or Inf, or where x itself is, the old residual stays."""
     for n in LENGTHS:
-        for name, x in wild(n).items():
-            for before in memories(x):
-                after = before.clone()
-                decoded = codec.decode(codec.encode(x, after), n)
-                assert after.isfinite().all(), f"{name}, n = {n}"
-                total = x + before
-                spoilt = ~decoded.isfinite() | ~total.isfinite()
-                parts = (after[spoilt], before[spoilt], total[spoilt], decoded[spoilt])
-                assert same_residual(codec, *parts), f"{name}, n = {n}"
+        for name, memory in product(wild(n), MEMORIES):
+            _, after, decoded = subject.encoded(n, name, memory)
+            before = subject.before(n, name, memory)
+            assert after is not None
+            assert before is not None
+            assert after.isfinite().all(), f"{name}, n = {n}"
+            total = subject.inputs(n)[name] + before
+            spoilt = ~decoded.isfinite() | ~total.isfinite()
+            parts = (after[spoilt], before[spoilt], total[spoilt], decoded[spoilt])
+            assert same_residual(subject.codec, *parts), f"{name}, n = {n}"
 
 
 # --- the checks: dtypes, memory, threads -------------------------------------------------------------------------
 
 
-def every_float_dtype_is_coded_as_its_float32(codec: Codec) -> None:
+def every_float_dtype_is_coded_as_its_float32(subject: Subject) -> None:
+    codec = subject.codec
     for n in (1, 257, 5000):
         for dtype in FLOAT_DTYPES:
-            x = gradient(n).to(dtype)
+            x = subject.gradient(n).to(dtype)
             payload = codec.encode(x)
             assert torch.equal(payload, codec.encode(x.float())), dtype
-            one, other = gradient(n, seed=1), gradient(n, seed=1)
-            assert torch.equal(codec.encode(x, one), codec.encode(x.float(), other)), dtype
+            one, other = subject.gradient(n, seed=1), subject.gradient(n, seed=1)
+            assert torch.equal(encode(codec, x, one), encode(codec, x.float(), other)), dtype
             assert same_bits(one, other), dtype
-            out = torch.full((n,), 7, dtype=dtype)
+            out = torch.full((n,), 7, dtype=dtype, device=subject.device)
             assert codec.decode(payload, n, out) is out
             assert same(out, codec.decode(payload, n).to(dtype)), dtype
-            several = mixed_payloads(codec, n, 3)
+            several = subject.payloads(n, 3)
             assert same(codec.mean(several, n, 3, out), codec.mean(several, n, 3).to(dtype)), dtype
 
 
-def bytes_depend_on_nothing_but_the_values(codec: Codec) -> None:
+def bytes_depend_on_nothing_but_the_values(subject: Subject) -> None:
     """Not on what stood in `out`, not on where it lies; and nothing beside the outputs is written."""
+    codec, here = subject.codec, subject.device
     for n in (1, 2, 7, 255, 257, 1023, 1025, 5000):
-        x, before = gradient(n), gradient(n, seed=1)
-        size, first = codec.nbytes(n), codec.encode(x, before.clone())
-        several = mixed_payloads(codec, n, 2)
+        x, before = subject.gradient(n), subject.gradient(n, seed=1)
+        size, first = codec.nbytes(n), encode(codec, x, before.clone())
+        several = subject.payloads(n, 2)
         for garbage in (0x00, 0xFF, 0x5A):
             for start in (4, 64):
-                memory = torch.full((size + 128,), garbage, dtype=torch.uint8)
-                floats = torch.full((n + 128,), garbage / 3.0)
+                memory = torch.full((size + 128,), garbage, dtype=torch.uint8, device=here)
+                floats = torch.full((n + 128,), garbage / 3.0, device=here)
                 payload, residual = memory[start : start + size], floats[start + 1 : start + 1 + n]
                 residual.copy_(before)
-                x_place = torch.full((n + 128,), torch.nan)
+                x_place = torch.full((n + 128,), torch.nan, device=here)
                 x_place[start + 3 : start + 3 + n] = x
-                assert codec.encode(x_place[start + 3 : start + 3 + n], residual, payload) is payload
+                assert encode(codec, x_place[start + 3 : start + 3 + n], residual, out=payload) is payload
                 assert torch.equal(payload, first), f"n = {n}"
                 outside = torch.cat([memory[:start], memory[start + size :]])
                 assert (outside == garbage).all(), f"n = {n}"
                 outside_floats = torch.cat([floats[: start + 1], floats[start + 1 + n :]])
                 assert (outside_floats == garbage / 3.0).all(), f"n = {n}"
 
-                codec.recode(several, n, 2, out=payload)
-                assert torch.equal(payload, codec.recode(several, n, 2)), f"n = {n}"
+                recode(codec, several, n, 2, out=payload)
+                assert torch.equal(payload, recode(codec, several, n, 2)), f"n = {n}"
                 codec.mean(several, n, 2, residual)
                 assert same(residual, codec.mean(several, n, 2)), f"n = {n}"
                 outside = torch.cat([memory[:start], memory[start + size :]])
@@ -411,35 +521,37 @@ def bytes_depend_on_nothing_but_the_values(codec: Codec) -> None:
                 assert (outside_floats == garbage / 3.0).all(), f"n = {n}"
 
 
-def inputs_are_left_as_they_were(codec: Codec) -> None:
+def inputs_are_left_as_they_were(subject: Subject) -> None:
+    codec = subject.codec
     for n in (7, 5000):
-        x = gradient(n)
-        payloads = mixed_payloads(codec, n, 2)
+        x = subject.gradient(n)
+        payloads = subject.payloads(n, 2)
         x_before, payloads_before = x.clone(), payloads.clone()
         codec.encode(x)
-        codec.encode(x, gradient(n, seed=1))
+        encode(codec, x, subject.gradient(n, seed=1))
         codec.mean(payloads, n, 2)
-        codec.recode(payloads, n, 2)
-        codec.recode(payloads, n, 2, gradient(n, seed=1))
+        recode(codec, payloads, n, 2)
+        recode(codec, payloads, n, 2, subject.gradient(n, seed=1))
         assert same_bits(x, x_before)
         assert torch.equal(payloads, payloads_before)
 
 
-def a_tensor_that_requires_grad_is_coded_as_its_values(codec: Codec) -> None:
-    x = gradient(300)
+def a_tensor_that_requires_grad_is_coded_as_its_values(subject: Subject) -> None:
+    codec, x = subject.codec, subject.gradient(300)
     payload = codec.encode(x.clone().requires_grad_())
     assert torch.equal(payload, codec.encode(x))
     assert not codec.decode(payload, 300).requires_grad
 
 
-def threads_at_work_together_give_the_same_bytes(codec: Codec) -> None:
+def threads_at_work_together_give_the_same_bytes(subject: Subject) -> None:
+    codec = subject.codec
     n, jobs = 20_000, 16
 
     def work(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        residual = gradient(n, seed=seed + 100)
-        payload = codec.encode(gradient(n, seed), residual)
+        residual = subject.gradient(n, seed=seed + 100)
+        payload = encode(codec, subject.gradient(n, seed), residual)
         pair = torch.cat([payload, payload])
-        return payload, residual, codec.decode(payload, n), codec.recode(pair, n, 2)
+        return payload, residual, codec.decode(payload, n), recode(codec, pair, n, 2)
 
     alone = [work(seed) for seed in range(jobs)]
     with ThreadPoolExecutor(8) as pool:
@@ -448,8 +560,8 @@ def threads_at_work_together_give_the_same_bytes(codec: Codec) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def a_cut_at_the_granularity_changes_nothing(codec: Codec) -> None:
-    x = gradient(5000)
+def a_cut_at_the_granularity_changes_nothing(subject: Subject) -> None:
+    codec, x = subject.codec, subject.gradient(5000)
     for cut in (codec.granularity, 3 * codec.granularity):
         whole = torch.cat([codec.decode(codec.encode(part), part.numel()) for part in (x[:cut], x[cut:])])
         if isinstance(codec, TopK):  # but here each part keeps its own share
@@ -459,12 +571,14 @@ def a_cut_at_the_granularity_changes_nothing(codec: Codec) -> None:
             assert same(whole, codec.decode(codec.encode(x), 5000))
 
 
-def payloads_of_a_linear_codec_may_be_summed(codec: Codec) -> None:
+def payloads_of_a_linear_codec_may_be_summed(subject: Subject) -> None:
+    codec = subject.codec
+    assert codec.linear == (codec.sum_dtype is not None)
     if codec.sum_dtype is None:
         assert codec.exchange != "all_reduce"  # only what may be summed can be all-reduced
         return
     for n in (1, 2, 7, 1025):
-        a, b = codec.encode(gradient(n)), codec.encode(gradient(n, seed=1))
+        a, b = (codec.encode(subject.gradient(n, seed)) for seed in (0, 1))
         total = (a.view(codec.sum_dtype) + b.view(codec.sum_dtype)).view(torch.uint8)
         expected = (codec.decode(a, n) + codec.decode(b, n)).to(codec.sum_dtype).float()
         assert same(codec.decode(total, n), expected)
@@ -473,8 +587,8 @@ def payloads_of_a_linear_codec_may_be_summed(codec: Codec) -> None:
 # --- the checks: errors ------------------------------------------------------------------------------------------
 
 
-def wrong_values_are_refused_with_a_sentence(codec: Codec) -> None:
-    x = gradient(300)
+def wrong_values_are_refused_with_a_sentence(subject: Subject) -> None:
+    codec, x = subject.codec, subject.gradient(300)
     for wrong in (torch.arange(300), torch.ones(300, dtype=torch.bool), torch.ones(300, dtype=torch.complex64)):
         with pytest.raises(TypeError, match=f"x has dtype {wrong.dtype}, expected one of float32, float64"):
             codec.encode(wrong)
@@ -483,24 +597,25 @@ def wrong_values_are_refused_with_a_sentence(codec: Codec) -> None:
             codec.encode(shaped)
 
 
-def a_wrong_residual_is_refused_and_untouched(codec: Codec) -> None:
-    x = gradient(300)
+def a_wrong_residual_is_refused_and_untouched(subject: Subject) -> None:
+    codec, x = subject.codec, subject.gradient(300)
     with pytest.raises(TypeError, match=r"residual has dtype torch.float64, expected torch.float32"):
-        codec.encode(x, torch.zeros(300, dtype=torch.float64))
+        encode(codec, x, torch.zeros_like(x, dtype=torch.float64))
     payload = codec.encode(x)
     for size in (0, 299, 301):
-        residual = torch.full((size,), 5.0)
+        residual = torch.full((size,), 5.0, device=x.device)
         with pytest.raises(ValueError, match=r"residual has shape .* expected a contiguous 1-D tensor of 300 values"):
-            codec.encode(x, residual)
+            encode(codec, x, residual)
         with pytest.raises(ValueError, match=r"residual has shape .* expected a contiguous 1-D tensor of 300 values"):
-            codec.recode(payload, 300, 1, residual)
+            recode(codec, payload, 300, 1, residual)
         assert (residual == 5).all()
     with pytest.raises(ValueError, match="residual has shape"):
-        codec.encode(x, torch.zeros(600)[::2])
+        encode(codec, x, torch.zeros(600, device=x.device)[::2])
 
 
-def a_wrong_payload_is_refused_with_a_sentence(codec: Codec) -> None:
-    payload = codec.encode(gradient(300))
+def a_wrong_payload_is_refused_with_a_sentence(subject: Subject) -> None:
+    codec, x = subject.codec, subject.gradient(300)
+    payload = codec.encode(x)
     size = payload.numel()
     wanted = re.escape(str(codec)) + r": 1 payload\(s\) of 300 values are a contiguous 1-D uint8 tensor of "
     wrong = (
@@ -514,8 +629,8 @@ def a_wrong_payload_is_refused_with_a_sentence(codec: Codec) -> None:
     for bad in wrong:
         for call in (
             lambda: codec.decode(bad, 300),  # noqa: B023
-            lambda: codec.recode(bad, 300, 1),  # noqa: B023
-            lambda: codec.encode(gradient(300), out=bad),  # noqa: B023
+            lambda: recode(codec, bad, 300, 1),  # noqa: B023
+            lambda: codec.encode(x, out=bad),  # noqa: B023
         ):
             with pytest.raises(ValueError, match=f"{wanted}{size} bytes, got {re.escape(str(bad.dtype))}"):
                 call()
@@ -525,15 +640,16 @@ def a_wrong_payload_is_refused_with_a_sentence(codec: Codec) -> None:
         codec.decode(payload, -1)
 
 
-def a_mean_of_nothing_is_refused(codec: Codec) -> None:
+def a_mean_of_nothing_is_refused(subject: Subject) -> None:
     for count in (0, -1):
-        for call in (codec.mean, codec.recode):
+        for call in (coding.mean, coding.recode):
             with pytest.raises(ValueError, match=f"at least 1, got {count}"):
-                call(torch.empty(0, dtype=torch.uint8), 300, count)
+                call(subject.codec, torch.empty(0, dtype=torch.uint8, device=subject.device), 300, count)
 
 
-def a_wrong_out_is_refused_with_a_sentence(codec: Codec) -> None:
-    payload = codec.encode(gradient(300))
+def a_wrong_out_is_refused_with_a_sentence(subject: Subject) -> None:
+    codec = subject.codec
+    payload = codec.encode(subject.gradient(300))
     with pytest.raises(TypeError, match=r"out has dtype torch.int32"):
         codec.decode(payload, 300, torch.zeros(300, dtype=torch.int32))
     for out in (torch.zeros(299), torch.zeros(3, 100), torch.zeros(600)[::2]):
@@ -544,7 +660,8 @@ def a_wrong_out_is_refused_with_a_sentence(codec: Codec) -> None:
 # --- the checks: identity ----------------------------------------------------------------------------------------
 
 
-def the_spec_round_trips(codec: Codec) -> None:
+def the_spec_round_trips(subject: Subject) -> None:
+    codec = subject.codec
     assert str(codec) == codec.spec
     assert parse(str(codec)) == codec
     assert str(parse(str(codec))) == str(codec)
@@ -552,7 +669,8 @@ def the_spec_round_trips(codec: Codec) -> None:
     assert parse(codec) is codec
 
 
-def equal_settings_are_equal_codecs(codec: Codec) -> None:
+def equal_settings_are_equal_codecs(subject: Subject) -> None:
+    codec = subject.codec
     twin = parse(str(codec))
     assert twin is not codec
     assert twin == codec
@@ -562,13 +680,15 @@ def equal_settings_are_equal_codecs(codec: Codec) -> None:
     assert [spec for spec in SPECS if parse(spec) == codec] == [str(codec)]
 
 
-def the_repr_can_be_evaluated(codec: Codec) -> None:
+def the_repr_can_be_evaluated(subject: Subject) -> None:
+    codec = subject.codec
     from commpress.comm.codecs import FAMILIES
 
     assert eval(repr(codec), {family.__name__: family for family in FAMILIES}) == codec
 
 
-def a_codec_cannot_be_changed(codec: Codec) -> None:
+def a_codec_cannot_be_changed(subject: Subject) -> None:
+    codec = subject.codec
     with pytest.raises(AttributeError):
         codec.bits = 3  # type: ignore[attr-defined]
     for field in codec.__dataclass_fields__:  # type: ignore[attr-defined]
@@ -576,19 +696,19 @@ def a_codec_cannot_be_changed(codec: Codec) -> None:
             setattr(codec, field, None)
 
 
-CODEC_CHECKS: tuple[Callable[[Codec], None], ...] = (
+CODEC_CHECKS: tuple[Check, ...] = (
     nbytes_is_the_length_of_every_payload,
     nbytes_never_falls_as_values_are_added,
     relative_error_stays_below_the_stated_one,
     error_is_never_larger_than_the_input,
     lossless_means_equal,
-    loops_encode_to_the_bytes_of_the_definition,
-    loops_leave_the_residual_of_the_definition,
-    loops_decode_to_the_values_of_the_definition,
-    loops_give_the_mean_of_the_definition,
-    loops_recode_to_the_bytes_of_the_definition,
+    kernels_encode_to_the_bytes_of_the_definition,
+    kernels_leave_the_residual_of_the_definition,
+    kernels_decode_to_the_values_of_the_definition,
+    kernels_give_the_mean_of_the_definition,
+    kernels_recode_to_the_bytes_of_the_definition,
     recode_is_encode_of_the_mean,
-    a_blend_is_coded_as_what_it_makes_of_the_values,
+    a_prologue_is_coded_as_what_it_makes_of_the_values,
     mean_of_equal_payloads_is_what_one_decodes_to,
     residual_is_what_the_payload_misses,
     nan_and_inf_arrive_where_they_stood,

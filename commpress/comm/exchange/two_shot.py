@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.comm.coding import recode
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import Memory
@@ -41,7 +42,7 @@ def two_shot(x: Tensor, codec: Codec, memory: Memory, wire: Wire, label: Label) 
     yield wire.swap(outgoing, rows, label, last=False)
 
     means = memory.buffer("means", sum(sizes), x.device).split(sizes)
-    codec.recode(gathered, lengths[me], W, memory.second, out=means[me])
+    recode(codec, gathered, lengths[me], W, memory.second, out=means[me])
     yield wire.swap([means[me]] * W, means, label.second(), last=True)
 
     for r in range(W):

@@ -1,0 +1,37 @@
+"""Warnings for the user, which one rank gives for all of them, at the line of the user's own code."""
+
+import os
+import sys
+import warnings
+
+import torch.distributed as dist
+
+OURS = ("commpress", "torch")
+"""Packages whose lines a warning does not point at."""
+
+
+def global_rank() -> int:
+    """Return this process's rank among all: the default group's, before there is one its launcher's, else 0."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    said = os.environ.get("RANK", "0")
+    return int(said) if said.isdecimal() else 0
+
+
+def speaks(*groups: dist.ProcessGroup) -> bool:
+    """Return whether this rank is the one that warns: the first of each of these groups, or of all ranks without any."""
+    return all(dist.get_rank(group) == 0 for group in groups) if groups else global_rank() == 0
+
+
+def warn(text: str, leads: bool | None = None) -> None:
+    """Warn on the rank that leads (None: the first of all ranks); do nothing on the others."""
+    if speaks() if leads is None else leads:
+        warnings.warn(text, stacklevel=_outside())
+
+
+def _outside() -> int:
+    """Return the `stacklevel` at which `warn` names the first line that is of none of `OURS`, or the outermost one."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in OURS:
+        level, frame = level + 1, frame.f_back
+    return level
