@@ -16,7 +16,7 @@ import torch.nn.parallel
 import commpress
 import commpress.hooks
 import commpress.model
-from commpress.comm.codecs.base import warm_up
+from commpress.comm.coding import warm_up
 from commpress.optim import loops
 
 SPECS = ("bf16", "fp16", "int8", "int4", "int2", "sign", "topk(0.1)", "topk(0.1)|int4", "topk(0.1)|sign")
