@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import close, run
+from ranks import run
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,8 +122,7 @@ def in_full(block: Block) -> str:
 
 def run_fresh(sources: list[str], folder: Path) -> list[dict[str, Any]]:
     # the store in rank 0's process stays until all are done
-    close()  # ranks of other tests have imported commpress already
-    return run(2, execute, sources, folder, fresh=True, timeout=100)
+    return run(2, execute, sources, folder, bare=True, timeout=100)
 
 
 def test_every_block_is_tested_or_says_by_whom() -> None:

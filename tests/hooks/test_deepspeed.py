@@ -19,6 +19,7 @@ from commpress.comm.plan import FEWEST_VALUES, Plan, Treatment
 from commpress.hooks.deepspeed import attach
 from commpress.hooks.owners import Known, Owners
 
+LIBRARIES = ("deepspeed",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 STEPS = 30
