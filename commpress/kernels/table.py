@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commpress.kernels.cpu import cast, integer, masks, model, optim, prologue, sign, topk, two_bit
+from commpress.kernels.cpu import cast, float8, integer, masks, model, optim, prologue, sign, topk, two_bit
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Kernel:
 KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("encode", "bf16", "cpu"): Kernel(cast.encode),
     ("encode", "fp16", "cpu"): Kernel(cast.encode),
+    ("encode", "fp8", "cpu"): Kernel(float8.encode),
     ("encode", "int8", "cpu"): Kernel(integer.encode),
     ("encode", "int4", "cpu"): Kernel(integer.encode),
     ("encode", "int2", "cpu"): Kernel(two_bit.encode),
@@ -55,11 +56,13 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("encode", "topk", "cpu"): Kernel(topk.encode),
     ("mean", "bf16", "cpu"): Kernel(cast.mean),
     ("mean", "fp16", "cpu"): Kernel(cast.mean),
+    ("mean", "fp8", "cpu"): Kernel(float8.mean),
     ("mean", "int8", "cpu"): Kernel(integer.mean),
     ("mean", "int4", "cpu"): Kernel(integer.mean),
     ("mean", "int2", "cpu"): Kernel(two_bit.mean),
     ("mean", "sign", "cpu"): Kernel(sign.mean),
     ("mean", "topk", "cpu"): Kernel(topk.mean),
+    ("recode", "fp8", "cpu"): Kernel(float8.recode),
     ("recode", "int8", "cpu"): Kernel(integer.recode),
     ("recode", "int4", "cpu"): Kernel(integer.recode),
     ("recode", "int2", "cpu"): Kernel(two_bit.recode),

@@ -4,12 +4,13 @@ import re
 
 from commpress.comm.codecs.base import ArgumentError, Codec
 from commpress.comm.codecs.cast import BFloat16, Float16, Identity
+from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.codecs.two_bit import Int2
 
-FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Int8, Int4, Int2, Sign, TopK)
+FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Float8, Int8, Int4, Int2, Sign, TopK)
 WORDS = {family.word: family for family in FAMILIES}
 
 _STAGE = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(\s*([^()]*?)\s*\))?\s*")

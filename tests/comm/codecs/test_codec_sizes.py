@@ -22,7 +22,7 @@ def documented(spec: str, n: int) -> int:
     """Bytes of a payload as the layouts in the docstrings have it."""
     if n == 0:
         return 0
-    first, _, second = spec.partition("|")
+    first, _, second = spec.replace("fp8(e5m2)", "fp8").partition("|")
     if first.startswith("topk"):
         k = max(1, round(float(first[5:-1]) * n))
         low_bits = max(low for low in range(60) if k << low <= n)
@@ -30,8 +30,13 @@ def documented(spec: str, n: int) -> int:
         return low + high + documented(second or "none", k)
     if first == "int2":  # two sizes a block, two planes of bits
         return up(8 * (up(n, 1024) // 1024) + 2 * (up(n, 8) // 8), 4)
-    blocks = {"int8": up(n, 256) // 256, "int4": up(n, 256) // 256, "sign": up(n, 1024) // 1024}
-    bits = {"none": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "sign": 1}
+    blocks = {
+        "fp8": up(n, 256) // 256,
+        "int8": up(n, 256) // 256,
+        "int4": up(n, 256) // 256,
+        "sign": up(n, 1024) // 1024,
+    }
+    bits = {"none": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4, "sign": 1}
     # A block's codes fill whole bytes; all blocks but the last do so by themselves.
     return up(4 * blocks.get(first, 0) + up(n * bits[first], 8) // 8, 4)
 
@@ -48,7 +53,7 @@ def test_nbytes_of_any_length(n: int) -> None:
         assert parse(spec).nbytes(n) == documented(spec, n), spec
 
 
-BITS = {"none": 32, "bf16": 16.001, "fp16": 16.001, "int8": 8.13, "int4": 4.13, "int2": 2.07, "sign": 1.04}
+BITS = {"none": 32, "bf16": 16.001, "fp16": 16.001, "fp8": 8.13, "int8": 8.13, "int4": 4.13, "int2": 2.07, "sign": 1.04}
 
 
 def test_bits_a_value() -> None:
