@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "== tests"
-	@$(RUN)/python -m pytest -q
+	@$(RUN)/python -m pytest -q -n 4 --dist worksteal
 
 test-slow: $(INSTALLED)
 	@echo "== the tests that take minutes each"

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 import commpress
-from commpress.comm.codecs.blend import Blend
+from commpress.comm import coding
 from commpress.comm.exchange import EXCHANGES
+from commpress.comm.prologue import Prologue
 
 SPECS = (
     "bf16",
@@ -51,14 +52,16 @@ def cases(x: torch.Tensor) -> dict[tuple[str, str], Callable[[], object]]:
         payload, residual, out = codec.encode(x), torch.zeros(n), torch.empty(n)
         four, chunk = payload.repeat(4), torch.empty_like(payload)
         table[spec, "encode"] = lambda c=codec, p=payload: c.encode(x, out=p)
-        table[spec, "feedback"] = lambda c=codec, p=payload, r=residual: c.encode(x, r, out=p)
-        update = Blend(torch.ones(n), x.clone(), limit=2.8, fresh=0.1, kept=0.9)
+        table[spec, "feedback"] = lambda c=codec, p=payload, r=residual: coding.encode(c, x, r, out=p)
+        update = Prologue(torch.ones(n), x.clone(), limit=2.8, fresh=0.1, kept=0.9)
         gradient = x.clone()  # some codecs leave the update in it
-        table[spec, "momentum"] = lambda c=codec, p=payload, r=residual, b=update, g=gradient: c.encode(g, r, p, b)
+        table[spec, "momentum"] = lambda c=codec, p=payload, r=residual, b=update, g=gradient: coding.encode(
+            c, g, r, b, p
+        )
         table[spec, "decode"] = lambda c=codec, p=payload, o=out: c.decode(p, n, o)
         table[spec, "mean of 4"] = lambda c=codec, p=four, o=out: c.mean(p, n, 4, o)
         if EXCHANGES[codec.exchange].chunk(n, codec, 0, 2) is not None:
-            table[spec, "recode 4"] = lambda c=codec, p=four, q=chunk: c.recode(p, n, 4, None, q)
+            table[spec, "recode 4"] = lambda c=codec, p=four, q=chunk: coding.recode(c, p, n, 4, None, q)
     return table
 
 

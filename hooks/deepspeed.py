@@ -32,7 +32,6 @@ from torch import nn
 from commpress import extras
 from commpress.comm.agreement import agree_on_all
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.topk import TopK
 from commpress.comm.collectives import Collectives
 from commpress.comm.joining import follow_default_timeout
 from commpress.comm.meter import dtype_name
@@ -336,7 +335,7 @@ def _plans(
         other = Plan.of("none" if parameters is None else parameters, None, False)
     except (ValueError, TypeError) as error:
         raise type(error)(f"parameters: {error}") from None
-    if stage == 3 and isinstance(other.codec, TopK):
+    if stage == 3 and other.codec.sparse:
         raise ValueError(
             f"parameters: {other.codec} would make most of them 0; expected none, or a codec that sends all values"
         )

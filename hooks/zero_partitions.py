@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.codecs.base import warm_up
+from commpress.comm.coding import warm_up
 from commpress.comm.collectives import MEAN, Collectives
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory

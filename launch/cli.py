@@ -1,26 +1,35 @@
 """The `commpress` command: train, demo, report, lab, explain. Under torchrun: `torchrun --no-python ... commpress train`."""
 
+import importlib
 import sys
+from collections.abc import Sequence
 
 from commpress import extras
 
+COMMANDS = {"train": "Train", "demo": "Demo", "report": "Report", "lab": "Lab", "explain": "Explain"}
+"""The modules of the commands, and the classes of their flags."""
 
-def main() -> None:
-    """The console script. Ends with a sentence if the packages of the `launch` extra are not installed."""
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the console script. Ends with a sentence if the packages of the `launch` extra are not installed."""
     try:
         import plotly  # noqa: F401  the report's
-        import typer
+
+        from commpress.launch import command_line
     except ModuleNotFoundError as error:
         sys.exit(f"error: {extras.missing('the commpress command', error, 'launch')}")
-    from commpress.launch import demo, explain, lab, report, train
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
-    app.command("train")(train.command)
-    app.command("demo")(demo.command)
-    app.command("report")(report.command)
-    app.command("lab")(lab.main)
-    app.command("explain")(explain.command)
-    app()
+    args = sys.argv[1:] if args is None else args
+    wanted = [name for name in COMMANDS if name == args[0]] if args else []
+    # all of them only for the help that lists them: a rank that trains need not import what draws reports
+    known = {
+        name: getattr(importlib.import_module(f"commpress.launch.{name}"), COMMANDS[name])
+        for name in wanted or COMMANDS
+    }
+    if wanted:
+        command_line.read(known[args[0]], f"commpress {args[0]}", args[1:]).run()
+        return
+    about = "Train with compressed traffic, and see what it brings."
+    command_line.read_command(known, about, "commpress", args or ["--help"]).run()
 
 
 if __name__ == "__main__":

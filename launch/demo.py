@@ -11,20 +11,22 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from commpress import extras
-from commpress.launch import checkpoint, report
+from commpress.launch import checkpoint
 from commpress.launch.records import Record, read
 
 try:
-    import typer
+    from commpress.launch import command_line, report
+    from commpress.launch.sections import runs
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.demo", error, "launch") from None
 
@@ -103,7 +105,7 @@ def train(out: Path, chosen: dict[str, Any], steps: int) -> Record:
 
 def results(records: list[Record]) -> Table:
     """The demo's table: a row a spec."""
-    head, *rows = report.summary(list(zip(report.titles(records), records, strict=True)))
+    head, *rows = runs.summary(list(zip(runs.titles(records), records, strict=True)))
     first = records[0]
     table = Table(
         title=f"{first['parameters'] / 1e6:.1f} M parameters, {first['world_size']} ranks, {first['steps_done']} steps",
@@ -164,31 +166,33 @@ def interrupted(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def command(
-    out: Annotated[Path, typer.Option(help="Folder for the three runs and the report.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 250,
-) -> None:
-    """Train a small GPT on two local ranks by AdamW, AdamW with int4 gradients and OneBitAdamW, and compare."""
-    signal.signal(signal.SIGTERM, interrupted)
-    try:
-        demo(out, steps)
-    except (DemoError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except OSError as error:
-        typer.echo(f"error: --out {out}: {error.filename or out}: {error.strerror or error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        raise typer.Exit(130) from None
+@dataclass(frozen=True)
+class Demo:
+    """Train a small GPT on two ranks here, uncompressed and compressed, and compare."""
 
+    out: Path = Path("runs/demo")
+    """Folder for the three runs and the report."""
+    steps: int = 250
+    """Optimizer steps of each run."""
 
-def main() -> None:
-    """`python -m commpress.launch.demo`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    app()
+    def run(self) -> None:
+        """Run the demo. Ends the program with code 1 and a sentence if it fails, with 130 if it is stopped."""
+        signal.signal(signal.SIGTERM, interrupted)
+        try:
+            if self.steps < 1:
+                raise ValueError(f"--steps {self.steps}: expected at least 1")
+            demo(self.out, self.steps)
+        except (DemoError, ValueError) as error:
+            said, code = f"error: {error}", 1
+        except OSError as error:
+            said, code = f"error: --out {self.out}: {error.filename or self.out}: {error.strerror or error}", 1
+        except KeyboardInterrupt:
+            said, code = "stopped", 130
+        else:
+            return
+        print(said, file=sys.stderr)
+        sys.exit(code)
 
 
 if __name__ == "__main__":
-    main()
+    command_line.read(Demo, "python -m commpress.launch.demo").run()

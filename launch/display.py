@@ -1,16 +1,22 @@
-"""What rank 0 shows of a run while it trains."""
+"""Lines and the progress bar that rank 0 prints of a run."""
 
 import contextlib
 import math
 import statistics
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from commpress.launch.recipes import SMALL
 from commpress.launch.run_record import Traffic
-from commpress.launch.settings import Settings, called
+from commpress.launch.settings import Settings, run_title
+
+if TYPE_CHECKING:
+    from commpress.launch.run_state import Run
 
 PLAIN_LINES = 20
 """Lines of progress in all where the output is not a terminal."""
@@ -22,6 +28,41 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def say_what_begins(run: "Run") -> None:
+    """Print a line on a run that is about to train."""
+    text = run.text
+    say(
+        f"{run.parameters / 1e6:.1f} M parameters, {run_title(run.settings)}, {dist.get_world_size()} ranks "
+        f"({dist.get_backend()}, {run.device.type}, {torch.get_num_threads()} threads each), "
+        f"{len(text.train) / 1e6:.1f} MB of text from {text.source}"
+        + (f", {text.skipped} files skipped that are not text" if text.skipped else "")
+        + (f"; going on at step {run.done}" if run.done else "")
+    )
+    if any(run.leaders):
+        say(f"--out {run.out} is a folder of its own on each host: each keeps the files of its own ranks")
+
+
+def say_what_became(run: "Run") -> None:
+    """Print what a run came to, or how it goes on."""
+    settings, done = run.settings, run.done
+    if not run.finished:
+        instead = " instead of --fork" if settings.fork is not None else ""
+        say(
+            f"stopped at step {done} of {settings.steps}; the same command with --resume{instead} goes on from {run.out}"
+        )
+        return
+    say(str(run.strategy.session.report()).rstrip())
+    say(
+        f"validation loss {run.curve[-1]['validation_loss']:.4f} after {done} steps; record in {run.out / 'record.json'}"
+    )
+    if (small := run.small) is not None:
+        say(
+            f"{small['sparsity']:.0%} pruned, {small['bytes'] / 1e6:.2f} MB in {run.out / SMALL}, "
+            f"{small['times_smaller']:.1f} times smaller than in float32; read back its validation loss is "
+            f"{small['validation_loss']:.4f}"
+        )
+
+
 class Display:
     """Progress on rank 0: a bar in a terminal, else a line now and then. Other ranks show nothing."""
 
@@ -29,7 +70,7 @@ class Display:
         self.settings, self.bar = settings, bar
         self.sent = 0
         self.validation = ""
-        self.task = bar.add_task(called(settings), total=settings.steps, figures="") if bar else None
+        self.task = bar.add_task(run_title(settings), total=settings.steps, figures="") if bar else None
 
     def step(
         self,

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +23,21 @@ from rich.table import Table
 
 from commpress import extras
 from commpress.comm.codecs import parse
-from commpress.comm.cost import Cluster, break_even, feedback_bytes, layout, slowest, step
+from commpress.comm.cost import Cluster, layout, slowest, step
 from commpress.comm.plan import Plan
 from commpress.launch import units
+from commpress.launch.predictions import bits, predicted, table
 from commpress.launch.run_record import machine
 from commpress.launch.speed import Measured
 
 try:
-    import typer
+    from tyro.conf import Positional, UseAppendAction, arg
+
+    from commpress.launch import command_line
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.explain", error, "launch") from None
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
-DAY = 86400.0
 BUCKET = 2**20
 """What DDP calls a megabyte in `bucket_cap_mb`."""
 MOST_BUCKETS = 100_000
@@ -47,78 +50,6 @@ MOST_RANKS = 65536
 LINKS = {"loopback": math.inf, "unshaped": math.inf}
 """Rates of a record that are no number: then the cores are what limits."""
 DENSE_ROWS = ("plain ddp", "ddp", "none")
-
-
-# --- predictions -------------------------------------------------------------------------------------------------
-
-
-def predicted(
-    specs: Sequence[str],
-    values: int,
-    bucket_bytes: float,
-    cluster: Cluster,
-    compute: float | None,
-    measured: Measured,
-) -> list[dict[str, Any]]:
-    """A row for dense and for each spec. Seconds, bytes a rank and step; `step_seconds` and savings need `compute`."""
-    buckets = layout(values, bucket_bytes)
-    rows: list[dict[str, Any]] = []
-    for spec in dict.fromkeys(("none", *specs)):
-        plan = Plan.of(spec)
-        speed = measured.speeds[spec]
-        alone = step(plan, buckets, speed, cluster)
-        row: dict[str, Any] = {
-            "spec": str(plan.codec),
-            "exchange": plan.choose(buckets[0], 4, cluster.world_size).exchange.name,
-            "sent_bytes": alone.sent_bytes,
-            "communication_seconds": alone.seconds,
-            "feedback_bytes": feedback_bytes(plan, buckets, cluster.world_size),
-        }
-        row["ratio"] = rows[0]["sent_bytes"] / row["sent_bytes"] if rows and row["sent_bytes"] else 1.0
-        if compute is not None:
-            whole = step(plan, buckets, speed, cluster, compute)
-            row |= {"step_seconds": whole.seconds, "exposed_seconds": whole.exposed}
-            plain = rows[0] if rows else row
-            steps = DAY / plain["step_seconds"]
-            row["saved_bytes_a_day"] = steps * cluster.world_size * (plain["sent_bytes"] - row["sent_bytes"])
-            row["saved_hours_a_day"] = 24 * (1 - row["step_seconds"] / plain["step_seconds"])
-        if plan.codec.lossy:
-            row["break_even"] = break_even(plan, buckets, speed, measured.speeds["none"], cluster, compute or 0.0)
-        rows.append(row)
-    return rows
-
-
-def table(rows: Sequence[dict[str, Any]], title: str, known: bool) -> Table:
-    """The rows as a table; `known` says whether the seconds of a step are."""
-    made = Table(title=title, box=box.SIMPLE_HEAD)
-    names = ["spec", "exchange", "a step", "ratio", "communication"]
-    names += ["step", "saved a day", "hours a day"] if known else []
-    for i, name in enumerate((*names, "pays below", "feedback")):
-        made.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
-    for row in rows:
-        cells = [row["spec"] if row["spec"] != "none" else "plain DDP", row["exchange"]]
-        cells += [size(row["sent_bytes"]), f"{row['ratio']:.1f}", f"{row['communication_seconds']:.3g} s"]
-        if known:
-            cells += [f"{row['step_seconds']:.3g} s", f"{row['saved_bytes_a_day'] / 1e12:,.1f} TB"]
-            cells.append(f"{row['saved_hours_a_day']:.1f}")
-        pays = bits(row["break_even"]) if "break_even" in row else ""
-        made.add_row(*cells, pays, size(row["feedback_bytes"]) if row["feedback_bytes"] else "")
-    return made
-
-
-def size(nbytes: float) -> str:
-    """Bytes as people write them: 7.11 GB."""
-    name, unit = next((n, u) for n, u in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 0)) if nbytes >= u)
-    return f"{nbytes / (unit or 1):.3g} {name}"
-
-
-def bits(bandwidth: float | None) -> str:
-    """A break-even bandwidth in words."""
-    if bandwidth is None:
-        return "never"
-    if bandwidth == math.inf:
-        return "any link"
-    return units.bandwidth(bandwidth * 8)
 
 
 # --- against measured steps --------------------------------------------------------------------------------------
@@ -254,76 +185,103 @@ def check_table(found: Sequence[Compared]) -> Table:
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def command(
-    records: Annotated[list[Path] | None, typer.Argument(metavar="[RECORD.json...]", help="With --check.")] = None,
-    params: Annotated[str, typer.Option(help="Trained parameters: 7e9, 7b, 350m.")] = "",
-    world: Annotated[int, typer.Option(help="Ranks.")] = 0,
-    bandwidth: Annotated[str, typer.Option(help="Of each host's link: 10gbit, 100mbit.")] = "",
-    spec: Annotated[
-        list[str] | None, typer.Option(help="May be given several times. Default: the common ones.")
-    ] = None,
-    step_seconds: Annotated[float | None, typer.Option(help="Of a step without communication.")] = None,
-    delay_: Annotated[str, typer.Option("--delay", help="From host to host, one way: 20ms.")] = "0ms",
-    bucket_mb: Annotated[float, typer.Option(help="DDP's bucket_cap_mb.")] = 25.0,
-    ranks_per_host: Annotated[int, typer.Option(help="Ranks that share a host and its link.")] = 1,
-    cores: Annotated[int, typer.Option(help="CPU cores of a host. Default: as many as here.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the codecs run and are timed: cpu or cuda.")] = "cpu",
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Compare with step-time records instead.")] = False,
-) -> None:
-    """Predict bytes, seconds and break-even bandwidth of compressing, without running it."""
-    try:
-        where = _device(device)
-        if check:
-            found, sentence = checked(records or [], where)
-            _print(check_table(found))
-            _say(sentence)
-            if json_ is not None:
-                figures = [{**vars(c), "error": c.error} for c in found]
-                _write(json_, {"what": "predictions", "rows": figures, "answer": sentence})
-            return
-        if records:
-            raise ValueError(f"{records[0]}: records are read with --check only")
-        specs = [_parsed(s) for s in spec or SPECS]
-        _require(world >= 2, f"--world {world}: expected the number of ranks, at least 2 (one alone sends nothing)")
-        _require(world <= MOST_RANKS, f"--world {world}: expected at most {MOST_RANKS} ranks")
-        _require(1 <= ranks_per_host <= world, f"--ranks-per-host {ranks_per_host}: expected 1 to {world}, the ranks")
-        _require(0 < bucket_mb <= MOST_MB, f"--bucket-mb {bucket_mb}: expected a number above 0, at most {MOST_MB:g}")
-        _require(cores >= 0, f"--cores {cores}: expected a number above 0")
-        good = step_seconds is None or LEAST_STEP <= step_seconds <= MOST_STEP
-        _require(good, f"--step-seconds {step_seconds}: expected a number above 0, {LEAST_STEP:g} to {MOST_STEP:g}")
-        values = units.parameters(params, "--params")
-        parts = 4 * values / (bucket_mb * BUCKET)
+@dataclass(frozen=True)
+class Explain:
+    """Predict bytes, seconds and break-even bandwidth of compressing."""
+
+    records: Annotated[Positional[tuple[Path, ...]], arg(help_behavior_hint="")] = ()
+    """Step-time records, with --check."""
+    params: str = ""
+    """Trained parameters: 7e9, 7b, 350m."""
+    world: int = 0
+    """Ranks."""
+    bandwidth: str = ""
+    """Bandwidth of each host's link: 10gbit, 100mbit."""
+    spec: UseAppendAction[tuple[str, ...]] = ()
+    """A spec; may be given several times. None: the common ones."""
+    step_seconds: float | None = None
+    """Seconds of a step without communication."""
+    delay: str = "0ms"
+    """From host to host, one way: 20ms."""
+    bucket_mb: float = 25.0
+    """DDP's bucket_cap_mb."""
+    ranks_per_host: int = 1
+    """Ranks that share a host and its link."""
+    cores: int = 0
+    """CPU cores of a host; 0: as many as here."""
+    device: str = "cpu"
+    """Where the codecs run and are timed: cpu or cuda."""
+    json: Path | None = None
+    """Write the figures to this file."""
+    check: bool = False
+    """Compare with step-time records instead."""
+
+    def run(self) -> None:
+        """Print the table. Ends the program with code 1 and a sentence if a flag makes no sense."""
+        try:
+            device = _device(self.device)
+            if self.check:
+                self.print_check(device)
+            else:
+                self.print_predictions(device)
+        except (ValueError, TypeError, OverflowError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+    def print_check(self, device: torch.device) -> None:
+        """Print predictions beside the seconds of step-time records. Raises ValueError."""
+        found, sentence = checked(self.records, device)
+        _print(check_table(found))
+        _say(sentence)
+        if self.json is not None:
+            figures = [{**vars(c), "error": c.error} for c in found]
+            _write(self.json, {"what": "predictions", "rows": figures, "answer": sentence})
+
+    def print_predictions(self, device: torch.device) -> None:
+        """Print predictions and what they rest on. Raises ValueError."""
+        self.require_sense()
+        specs = [_parsed(spec) for spec in self.spec or SPECS]
+        values = units.parameters(self.params, "--params")
+        parts = 4 * values / (self.bucket_mb * BUCKET)
         _require(
             parts <= MOST_BUCKETS,
-            f"--params {params} --bucket-mb {bucket_mb}: makes {parts:.3g} buckets, expected {MOST_BUCKETS} at most",
+            f"--params {self.params} --bucket-mb {self.bucket_mb}: makes {parts:.3g} buckets, "
+            f"expected {MOST_BUCKETS} at most",
         )
-        each, latency = units.rate(bandwidth, "--bandwidth") / 8, units.seconds(delay_, "--delay")
-        if json_ is not None:
-            _require_writable(json_)
-        measured = Measured.here(specs, where)
-        own = (cores or machine(where)["cores"]) / ranks_per_host if where.type == "cpu" else math.inf
-        cluster = Cluster(world, each, latency, ranks_per_host, own, measured.stack, lines=where.type == "cpu")
-        rows = predicted(specs, values, bucket_mb * BUCKET, cluster, step_seconds, measured)
-        _print(table(rows, f"{params} parameters, {world} ranks, {bandwidth} links", step_seconds is not None))
-        for sentence in assumptions(measured, cluster, step_seconds):
+        bandwidth, latency = units.rate(self.bandwidth, "--bandwidth") / 8, units.seconds(self.delay, "--delay")
+        if self.json is not None:
+            _require_writable(self.json)
+        measured = Measured.here(specs, device)
+        on_cpu = device.type == "cpu"
+        own = (self.cores or machine(device)["cores"]) / self.ranks_per_host if on_cpu else math.inf
+        cluster = Cluster(self.world, bandwidth, latency, self.ranks_per_host, own, measured.stack, lines=on_cpu)
+        rows = predicted(specs, values, self.bucket_mb * BUCKET, cluster, self.step_seconds, measured)
+        title = f"{self.params} parameters, {self.world} ranks, {self.bandwidth} links"
+        _print(table(rows, title, self.step_seconds is not None))
+        for sentence in assumptions(measured, cluster, self.step_seconds):
             _say(sentence)
-        if json_ is not None:
-            about: dict[str, Any] = {
-                "params": values,
-                "world": world,
-                "bandwidth": each,
-                "latency": latency,
-                "bucket_mb": bucket_mb,
-            }
-            about |= {"ranks_per_host": ranks_per_host, "cores": own if where.type == "cpu" else None}
-            about |= {"step_seconds": step_seconds, "codecs": {s: vars(v) for s, v in measured.speeds.items()}}
+        if self.json is not None:
+            about = {"params": values, "world": self.world, "bandwidth": bandwidth, "latency": latency}
+            about |= {"bucket_mb": self.bucket_mb, "ranks_per_host": self.ranks_per_host}
+            speeds = {spec: vars(speed) for spec, speed in measured.speeds.items()}
             plain = [{**row, "break_even": bits(row["break_even"])} if "break_even" in row else row for row in rows]
-            record = {"what": "explain", **about, "device": measured.device, "stack": measured.stack, "rows": plain}
-            _write(json_, record)
-    except (ValueError, TypeError, OverflowError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+            record = {"what": "explain", **about, "cores": own if on_cpu else None, "step_seconds": self.step_seconds}
+            record |= {"codecs": speeds, "device": measured.device, "stack": measured.stack, "rows": plain}
+            _write(self.json, record)
+
+    def require_sense(self) -> None:
+        """Raise ValueError for a number that no cluster has."""
+        world, share, seconds = self.world, self.ranks_per_host, self.step_seconds
+        if self.records:
+            raise ValueError(f"{self.records[0]}: records are read with --check only")
+        _require(world >= 2, f"--world {world}: expected the number of ranks, at least 2 (one alone sends nothing)")
+        _require(world <= MOST_RANKS, f"--world {world}: expected at most {MOST_RANKS} ranks")
+        _require(1 <= share <= world, f"--ranks-per-host {share}: expected 1 to {world}, the ranks")
+        good = 0 < self.bucket_mb <= MOST_MB
+        _require(good, f"--bucket-mb {self.bucket_mb}: expected a number above 0, at most {MOST_MB:g}")
+        _require(self.cores >= 0, f"--cores {self.cores}: expected a number above 0")
+        good = seconds is None or LEAST_STEP <= seconds <= MOST_STEP
+        _require(good, f"--step-seconds {seconds}: expected a number from {LEAST_STEP:g} to {MOST_STEP:g}")
 
 
 def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> list[str]:
@@ -388,12 +346,5 @@ def _say(text: str) -> None:
     Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def main() -> None:
-    """`python -m commpress.launch.explain`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    command_line.read(Explain, "python -m commpress.launch.explain").run()

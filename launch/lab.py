@@ -28,21 +28,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from commpress import extras
-from commpress.launch import relay, units
+from commpress.launch import relay
 from commpress.launch.demo import free_port
+from commpress.launch.link import Link as Link
+from commpress.launch.link import joining as joining
+from commpress.launch.link import sent_by_kernel as sent_by_kernel
 
 try:
-    import typer
+    from tyro.conf import arg
+
+    from commpress.launch import command_line
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.lab", error, "launch") from None
 
 PORT = 29511
-BURST, BURST_SECONDS = 72_000, 200e-6
-"""tbf's bucket in bytes: a little more than the largest segment that the kernel hands down, or what the link carries in that
-time, if more: so a link reaches its rate (95 % of it as payload), and no more than a bucket goes out unshaped after a pause."""
 PATIENCE = 20.0
 """Seconds that the other ranks get to fail by themselves, and to say why, after one has failed."""
 FAREWELL = 5.0
@@ -55,52 +57,6 @@ _CAPABILITIES = 1 << 12 | 1 << 21
 """CAP_NET_ADMIN and CAP_SYS_ADMIN."""
 _OWN = re.compile(r"cp(\d+)(?:sw|h\d+)")
 """Names of a lab's namespaces; the number is the process that made them."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a rank finds in LAB_LINK. Raises ValueError for a number, rate, delay or loss that makes no sense."""
-
-    hosts: int
-    rate: str
-    """As 100mbit, 1gbit, of each host's link and in each direction."""
-    delay: str = "0ms"
-    """As 20ms, from host to host, one way."""
-    loss: str = "0%"
-    """As 0.1%, the share of IP packets that do not arrive."""
-    ranks_per_host: int = 1
-    shaped: bool = True
-    """False: the machine's own loopback, and the rate is no promise."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.hosts <= 200:
-            raise ValueError(f"hosts {self.hosts}: expected 1 to 200")
-        if not 1 <= self.ranks_per_host <= 200:
-            raise ValueError(f"ranks per host {self.ranks_per_host}: expected 1 to 200")
-        if self.shaped:
-            units.rate(self.rate)
-        units.seconds(self.delay)
-        units.share(self.loss)
-
-    @property
-    def bits_per_second(self) -> float:
-        """The rate as a number."""
-        return units.rate(self.rate)
-
-    @property
-    def burst(self) -> int:
-        """Bytes that may go out at once after a pause."""
-        return max(BURST, round(self.bits_per_second / 8 * BURST_SECONDS))
-
-    @property
-    def delay_seconds(self) -> float:
-        """The delay as a number."""
-        return units.seconds(self.delay)
-
-    @property
-    def lost_share(self) -> float:
-        """The loss as a number in [0, 1)."""
-        return units.share(self.loss)
 
 
 @dataclass(frozen=True)
@@ -130,20 +86,6 @@ class Host:
             return 0.0
         fields = Path(f"/proc/{self.relay}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def joining(world_size: int) -> dict[str, Any]:
-    """What joins the ranks of this program: what the lab wrote into LAB_LINK, else that it is no link of the lab's."""
-    elsewhere = {"hosts": None, "ranks_per_host": world_size, "rate": "unshaped", "delay": "0ms", "loss": "0%"}
-    elsewhere |= {"shaped": False, "relayed": False}
-    said = os.environ.get("LAB_LINK")
-    return dict(json.loads(said)) if said else elsewhere
-
-
-def sent_by_kernel() -> int:
-    """Bytes that the host of this rank has sent over its link so far, by the kernel's count; 0 where no lab shapes it."""
-    counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
-    return int(counter.read_text()) if joining(1)["shaped"] else 0
 
 
 def missing() -> str:
@@ -338,30 +280,42 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def main(
-    hosts: Annotated[int, typer.Argument(help="how many hosts")],
-    rate: Annotated[str, typer.Argument(help="speed of each link: 100mbit, 1gbit, ...")],
-    command: Annotated[list[str], typer.Argument(help="after --, the command that each rank runs")],
-    delay: Annotated[str, typer.Option(help="from host to host, one way: 20ms, ...")] = "0ms",
-    loss: Annotated[str, typer.Option(help="share of packets that do not arrive: 0.1%, ...")] = "0%",
-    ranks_per_host: Annotated[int, typer.Option(help="ranks that share a host and its link")] = 1,
-) -> None:
-    """Run a command as the ranks of several hosts, joined by links of a given speed, and count the bytes."""
+@dataclass(frozen=True)
+class Lab:
+    """Run a command as the ranks of several hosts that links of a given speed join."""
 
-    def end(number: int, frame: object) -> None:
-        raise KeyboardInterrupt  # SIGTERM too cleans up
+    hosts: int
+    """How many hosts."""
+    rate: str
+    """Speed of each link: 100mbit, 1gbit, ..."""
+    command: Annotated[list[str], arg(help_behavior_hint="(required)")]
+    """The command that each rank runs, after --."""
+    delay: str = "0ms"
+    """From host to host, one way: 20ms, ..."""
+    loss: str = "0%"
+    """Share of packets that do not arrive: 0.1%, ..."""
+    ranks_per_host: int = 1
+    """Ranks that share a host and its link."""
 
-    signal.signal(signal.SIGTERM, end)
-    try:
-        link = Link(hosts, rate, delay, loss, ranks_per_host)
-        code = _on_loopback(command, link, reason) if (reason := missing()) else _on_network(command, link)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"lab: {str(error).splitlines()[0]}", file=sys.stderr)  # tc goes on with how it is used
-        code = 2
-    except KeyboardInterrupt:
-        print("lab: interrupted", file=sys.stderr)
-        code = 130
-    raise typer.Exit(code)
+    def run(self) -> None:
+        """Run the command, and end the program with its worst exit code."""
+
+        def end(number: int, frame: object) -> None:
+            raise KeyboardInterrupt  # SIGTERM too cleans up
+
+        signal.signal(signal.SIGTERM, end)
+        try:
+            if not self.command:
+                raise ValueError("expected a command after --, such as: -- python train.py")
+            link, reason = Link(self.hosts, self.rate, self.delay, self.loss, self.ranks_per_host), missing()
+            code = _on_loopback(self.command, link, reason) if reason else _on_network(self.command, link)
+        except (ValueError, RuntimeError, OSError) as error:
+            print(f"lab: {str(error).splitlines()[0]}", file=sys.stderr)  # tc goes on with how it is used
+            code = 2
+        except KeyboardInterrupt:
+            print("lab: interrupted", file=sys.stderr)
+            code = 130
+        sys.exit(code)
 
 
 def _on_network(command: Sequence[str], link: Link) -> int:
@@ -387,4 +341,4 @@ def _on_loopback(command: Sequence[str], wanted: Link, reason: str) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.read(Lab, "python -m commpress.launch.lab").run()

@@ -1,18 +1,19 @@
-"""The training program's optimizers by name, and the model spread over the ranks with one of them."""
+"""The training program's optimizers by name, and their learning rate."""
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from commpress import optim
-from commpress.launch import parallel
-from commpress.launch.model import GPT
 from commpress.launch.settings import SYNC_EVERY, Settings
 
 BETAS = (0.9, 0.95)
 MOMENTUM = 0.9
 """SGD's and DGC's."""
+FINAL_LR = 0.1
+"""Where the cosine ends, as a share of --lr."""
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -48,28 +49,14 @@ def dgc(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimiz
     return optim.DGC(groups, settings.lr, MOMENTUM, warmup_steps=behind_warm_up(settings)["warmup_steps"])
 
 
-def spread(model: GPT, settings: Settings) -> parallel.Spread:
-    """The model on all ranks, as --parallel has it, its optimizer and its session. Collective."""
-
-    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        return MAKERS[settings.optimizer](parameter_groups(module, settings), settings)
-
-    if settings.parallel == "fsdp":
-        return parallel.Sharded(model, optimizer, settings.compress, settings.parameters)
-    if settings.parallel == "ddp":
-        return parallel.Replicated(model, optimizer(model), settings.compress)
-    if settings.parallel == "deepspeed":
-        specs = settings.compress, settings.parameters
-        return parallel.Engine(model, optimizer(model), settings.zero_stage, settings.batch, *specs)
-    outer: dict[str, Any] = {"every": sync_every(settings), "fragments": settings.fragments, "delay": settings.delay}
-    if settings.parallel == "diloco":
-        outer |= {"lr": settings.outer_lr, "momentum": settings.outer_momentum}
-    return parallel.Local(model, optimizer(model), settings.parallel, settings.compress, outer)
-
-
 def sync_every(settings: Settings) -> int:
     """Steps between syncs."""
     return SYNC_EVERY.get(settings.parallel, 1) if settings.sync_every is None else settings.sync_every
+
+
+def make(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Make the optimizer of --optimizer for a model's parameters."""
+    return MAKERS[settings.optimizer](parameter_groups(model, settings), settings)
 
 
 MAKERS = {"AdamW": adamw, "OneBitAdamW": one_bit, "ZeroOneAdamW": zero_one, "SGD": sgd, "DGC": dgc}
@@ -79,3 +66,11 @@ def behind_warm_up(settings: Settings) -> dict[str, Any]:
     """How long a compressed optimizer warms up, and by what spec."""
     steps = settings.optimizer_warmup or max(1, min(2 * settings.warmup_steps, settings.steps // 4))
     return {"warmup_steps": steps, "warmup_spec": settings.warmup_compress}
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Return the rate of the update after `step` updates: linear warm-up, then a cosine down to FINAL_LR."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    part = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.lr * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * part)))

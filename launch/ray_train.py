@@ -7,22 +7,20 @@ after -- are those of `commpress.launch.train`; --out is a folder that all machi
 asking, so that Ctrl-C leaves no checkpoint: take --checkpoint-every. Needs `pip install 'commpress[ray]'` everywhere.
 """
 
-import functools
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from commpress import extras
 
 try:
     import ray.train
     import ray.train.torch
-    import typer
+    from tyro.conf import Positional
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.ray_train", error, "ray") from None
 
-from commpress.launch import train
+from commpress.launch import command_line, recipes, train
 
 
 def fit(settings: train.Settings, workers: int, gpu: bool = False) -> None:
@@ -49,37 +47,27 @@ def work(config: dict[str, Any]) -> None:
     train.train(train.Settings(**config))
 
 
-def settings(flags: Sequence[str]) -> train.Settings:
-    """What flags of the training program say. Ends the program with a sentence for flags that it does not know."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(functools.wraps(train.command)(lambda **given: train.chosen(given)))
-    found = typer.main.get_command(app)(list(flags), "commpress train", standalone_mode=False)
-    if not isinstance(found, train.Settings):
-        raise typer.Exit  # --help was among the flags
-    return found
-
-
-def command(
-    workers: Annotated[int, typer.Argument(help="How many ranks.")],
-    flags: Annotated[list[str] | None, typer.Argument(help="After --, flags of the training program.")] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a rank.")] = False,
-) -> None:
+@dataclass(frozen=True)
+class RayTrain:
     """Train a byte-level GPT with compressed gradients under Ray Train."""
-    try:
-        wanted = settings(flags or [])
-        train.check(wanted)
-        fit(wanted, workers, gpu)
-    except (ValueError, train.TrainingError, ray.train.TrainingFailedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
 
+    workers: int
+    """How many ranks."""
+    flags: Positional[tuple[str, ...]] = ()
+    """Flags of the training program, after --."""
+    gpu: bool = False
+    """One GPU for each rank."""
 
-def main() -> None:
-    """`python -m commpress.launch.ray_train`."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    app()
+    def run(self) -> None:
+        """Train as the flags say. Ends the program with code 1 and a sentence if that cannot be."""
+        try:
+            wanted = recipes.with_specs(command_line.read(train.Train, "commpress train", self.flags).settings)
+            train.check(wanted)
+            fit(wanted, self.workers, self.gpu)
+        except (ValueError, train.TrainingError, ray.train.TrainingFailedError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    command_line.read(RayTrain, "python -m commpress.launch.ray_train").run()

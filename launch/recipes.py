@@ -1,6 +1,7 @@
 """Recipes in the training program: the file, the teacher that it names, and the small model that it leaves."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,16 +9,47 @@ import torch
 import torch.distributed as dist
 
 import commpress
-from commpress.launch import checkpoint
+from commpress.launch import checkpoint, strategies
 from commpress.launch.model import GPT, Shape
-from commpress.launch.parallel import Spread
-from commpress.launch.ranks import together
+from commpress.launch.runtime import TrainingError, same_error_on_all_ranks, together
+from commpress.launch.settings import Settings
+from commpress.launch.strategies import Strategy
 
 if TYPE_CHECKING:
     from commpress.model import Recipe, Scheduler
 
 SMALL = "model.safetensors"
 """What a recipe leaves in a run's folder: integers, and no pruned weights."""
+
+
+def of_settings(settings: Settings) -> "Recipe | None":
+    """Return the recipe of --recipe, None without one. Raises TrainingError if it cannot be followed in this run."""
+    if settings.recipe is None:
+        return None
+    try:
+        return read(settings.recipe, settings.steps)
+    except OSError as error:
+        raise TrainingError(f"cannot read --recipe {settings.recipe}: {error.strerror or error}") from None
+    except ValueError as error:
+        where = "" if str(settings.recipe) in str(error) else f" {settings.recipe}"
+        raise TrainingError(f"--recipe{where}: {error}") from None
+
+
+def with_specs(settings: Settings) -> Settings:
+    """Return the settings with the specs that --compress and --parameters leave to the recipe, or to the defaults.
+
+    Raises TrainingError if the recipe cannot be read, or if it says another spec than a flag does.
+    """
+    recipe, specs = of_settings(settings), dict[str, Any]()
+    for name, key, usual in (
+        ("compress", "spec", settings.spec),
+        ("parameters", "parameters", settings.parameter_spec),
+    ):
+        given, wanted = getattr(settings, name), None if recipe is None else getattr(recipe.traffic, key)
+        if given is not None and wanted is not None and given != wanted:
+            raise TrainingError(f"--{name} {given}: the recipe has traffic.{key} {wanted!r}; leave one of them out")
+        specs[name] = usual if wanted is None else wanted
+    return replace(settings, **specs)
 
 
 def read(path: Path, steps: int) -> "Recipe":
@@ -44,6 +76,26 @@ def read(path: Path, steps: int) -> "Recipe":
     return recipe
 
 
+def follow(
+    recipe: "Recipe | None", model: GPT, settings: Settings, device: torch.device
+) -> "tuple[Strategy, Scheduler | None]":
+    """Spread the model over the ranks, and return with it what carries out the recipe. Collective."""
+    if recipe is None:
+        with same_error_on_all_ranks():
+            return strategies.make(model, settings), None
+    from commpress.model import Scheduler, prepare
+
+    def get_ready() -> GPT | None:
+        prepare(model, recipe)
+        return teacher(recipe, settings.context)
+
+    taught_by = together(get_ready, device)
+    with same_error_on_all_ranks():
+        strategy = strategies.make(model, settings)
+        taught_by = None if taught_by is None else taught_by.to(device)
+        return strategy, Scheduler(recipe, model, strategy.optimizer, session=strategy.session, teacher=taught_by)
+
+
 def teacher(recipe: "Recipe", context: int) -> GPT | None:
     """The model of the run that the recipe names. ValueError: there is none, it is damaged, or its context is shorter."""
     if recipe.distil is None:
@@ -61,7 +113,7 @@ def teacher(recipe: "Recipe", context: int) -> GPT | None:
 
 
 def store(
-    file: Path, shape: Shape, trained: Spread, scheduler: "Scheduler", device: torch.device
+    file: Path, shape: Shape, strategy: Strategy, scheduler: "Scheduler", device: torch.device
 ) -> tuple[GPT, dict[str, Any]]:
     """Write the model as small as the recipe left it, and read it back: on the CPU, and what was written. Collective.
 
@@ -83,8 +135,8 @@ def store(
         model.load_state_dict(stored.load(file).state_dict())
         return file.stat().st_size
 
-    with trained.alike():
-        shared, _ = trained.state()
+    with strategy.synced():
+        shared, _ = strategy.state()
         size = torch.tensor(together(lambda: write(shared["model"]), device), dtype=torch.int64, device=device)
     dist.broadcast(size, 0)
     for p in model.parameters():
@@ -99,8 +151,8 @@ def store(
     }
 
 
-def told(scheduler: "Scheduler") -> str:
-    """A word on what the recipe does now."""
+def phase_label(scheduler: "Scheduler") -> str:
+    """Return a word on what the recipe does now."""
     pruned = scheduler.masks.sparsity
     shares = f", {pruned:.0%} pruned, {scheduler.reach.of_model:.0%} of the model" if pruned else ""
     return f" [{scheduler.phase}{shares}]"

@@ -17,7 +17,21 @@ import torch.distributed as dist
 
 from commpress.comm.agreement import gather_settings
 from commpress.launch import checkpoint
-from commpress.launch.ranks import together
+from commpress.launch.runtime import TrainingError, together
+from commpress.launch.settings import Settings
+from commpress.notice import global_rank
+
+
+def require_usable(settings: Settings) -> None:
+    """Raise ValueError if --out cannot be written, or if it, --resume and --fork do not go together with what is there."""
+    out, first = settings.folder, global_rank() == 0  # the other ranks may have no disk in common with the first
+    if not settings.resume and holds_checkpoint(out, "--out"):
+        raise TrainingError(f"{out} holds the checkpoint of a run: go on with --resume, or give another --out")
+    if settings.resume and first and not holds_checkpoint(out, "--out"):
+        raise TrainingError(f"--resume: no checkpoint in {out}; start without --resume")
+    if settings.fork is not None and first and not holds_checkpoint(settings.fork, "--fork"):
+        raise TrainingError(f"--fork {settings.fork}: there is no checkpoint")
+    require_writable(out)
 
 
 def require_writable(out: Path) -> None:

@@ -1,4 +1,8 @@
-"""What the command line of the training program says, and which of it decides where training goes."""
+"""The settings of a training run: each is declared here once, with its default and its help, and is the flag of its name.
+
+`command_line.py` makes the flags of them, a panel of the help for each class; the rest of this file says which settings no
+run can have, and which of them must stay as they are when a run goes on.
+"""
 
 import importlib.util
 import math
@@ -13,82 +17,175 @@ import torch.distributed as dist
 
 import commpress
 from commpress.comm.agreement import gather_settings, host_name
-from commpress.launch import parallel, ranks
+from commpress.launch import runtime
 from commpress.launch.model import BYTES, Shape
-from commpress.launch.ranks import TrainingError
+from commpress.launch.runtime import TrainingError
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the command line says; each field is the flag of that name."""
+class Compression:
+    """Codecs, and the optimizer whose traffic they compress."""
 
-    compress: str = "int4"
+    compress: str | None = None
+    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ... None: the recipe's, or int4."""
+    parameters: str | None = None
+    """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4. None: the recipe's, or none."""
     optimizer: str = "AdamW"
+    """AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies."""
     optimizer_warmup: int | None = None
+    """Steps until those three compress fully. None: twice --warmup-steps, a quarter of --steps at most."""
     warmup_compress: str = "none"
-    sync_every: int | None = None
+    """Spec of gradients until then, under OneBitAdamW and ZeroOneAdamW: none, int8, int4."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the model is spread over the ranks."""
+
     parallel: str = "ddp"
-    parameters: str = "none"
+    """ddp, fsdp (FSDP2), deepspeed, local_sgd or diloco: what is sent, and when."""
     zero_stage: int = 2
+    """Stage of deepspeed's ZeRO: 0 shards nothing, 1 and 2 what the optimizer keeps, 3 the parameters, too."""
+    sync_every: int | None = None
+    """Steps between syncs. None: 4 under ZeroOneAdamW, 30 under local_sgd and diloco."""
     outer_lr: float = 0.7
+    """Rate of diloco's outer step."""
     outer_momentum: float = 0.6
+    """Momentum of diloco's outer step."""
     fragments: int = 1
+    """Parts of the model that local_sgd and diloco sync at different steps."""
     delay: int = 0
-    recipe: Path | None = None
-    fork: Path | None = None
-    data: Path | None = None
+    """Steps that training goes on while such a part is on its way."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of the GPT, and the text that it learns."""
+
     layers: int = 6
+    """Transformer blocks."""
     width: int = 384
+    """Width of the residual path."""
     heads: int = 6
+    """Attention heads."""
     context: int = 256
-    batch: int = 8
-    accumulate: int = 1
+    """Bytes in a window."""
+    data: Path | None = None
+    """A file, or a folder of text files. None: Python's own source."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The optimizer's steps."""
+
     steps: int = 1000
+    """Optimizer steps."""
+    batch: int = 8
+    """Windows in a rank's backward."""
+    accumulate: int = 1
+    """Backwards in a step; gradients are sent once."""
     lr: float = 1e-3
+    """Highest learning rate; a cosine ends at a tenth of it."""
     warmup_steps: int = 100
+    """Steps until the rate is at its highest."""
     weight_decay: float = 0.1
-    eval_every: int = 100
-    eval_batches: int = 16
+    """Weight decay of the matrices."""
     seed: int = 0
+    """Seed of the weights and the windows."""
+    recipe: Path | None = None
+    """A .toml or .yaml file that says what to prune, quantise and distil at which step (docs/recipes.md)."""
+    eval_every: int = 100
+    """Steps between validations; 0: the first and the last only."""
+    eval_batches: int = 16
+    """Batches of held-out text, all ranks together."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of the run, and the threads that it may use."""
+
     out: Path | None = None
-    checkpoint_every: int = 0
+    """Folder of the run. None: runs/ and the spec."""
     resume: bool = False
+    """Go on from the checkpoint in --out."""
+    fork: Path | None = None
+    """Start from this run's checkpoint; --recipe, --steps and --lr may be others."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: at the end, or when asked to stop."""
     threads: int | None = None
+    """CPU threads of a rank. None: the host's cores, shared out."""
     tensorboard: bool = False
+    """Write scalars to OUT/tensorboard."""
     timeline: int = 0
+    """Steps whose phases go to OUT/timeline.json, for ui.perfetto.dev and `commpress report`."""
+
+
+@dataclass(frozen=True)
+class Settings(Files, Training, Model, Parallel, Compression):  # fields come in reverse
+    """All settings of a training run."""
+
+    @property
+    def spec(self) -> str:
+        """The spec of what is sent instead of gradients."""
+        return DEFAULT_SPEC if self.compress is None else self.compress
+
+    @property
+    def parameter_spec(self) -> str:
+        """The spec of gathered parameters."""
+        return "none" if self.parameters is None else self.parameters
 
     @property
     def shape(self) -> Shape:
+        """The sizes of the model. Raises ValueError if there is no such model."""
         return Shape(self.layers, self.width, self.heads, self.context)
 
     @property
     def folder(self) -> Path:
         """Where the run is written: --out, or runs/ and the spec without its punctuation."""
-        name = re.sub(r"[^a-z0-9.]+", "-", self.compress).strip("-")
+        name = re.sub(r"[^a-z0-9.]+", "-", self.spec).strip("-")
         return self.out or Path("runs", "-".join([*(way.replace(" ", "-") for way in unusual(self)), name]))
 
 
+@dataclass(frozen=True)
+class Flags:
+    """The flags of the training program: a panel of its help for each field."""
+
+    compression: Compression = Compression()
+    parallel: Parallel = Parallel()
+    model: Model = Model()
+    training: Training = Training()
+    files: Files = Files()
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that they say."""
+        return Settings(**{name: value for panel in vars(self).values() for name, value in vars(panel).items()})
+
+
+DEFAULT_SPEC = "int4"
 OPTIMIZERS = ("AdamW", "OneBitAdamW", "ZeroOneAdamW", "SGD", "DGC")
-STEERING = (
+STRATEGIES = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")
+"""The names that --parallel takes."""
+RESUME_KEYS = (
     *("optimizer", "compress", "layers", "width", "heads", "context", "batch", "accumulate"),
     *("lr", "warmup_steps", "weight_decay", "seed"),
 )
 """The settings that decide where training goes; --resume needs them unchanged. It takes more --steps."""
 MAY_FORK = ("recipe", "lr")
-"""Those that --fork may change."""
+"""Settings that --fork may change."""
 OWN_TO_A_RANK = ("data", "out", "fork", "recipe", "threads", "tensorboard")
 """Settings that ranks on different hosts may have for themselves."""
 MOST_THREADS = 4096
-STEERING_BEHIND = ("optimizer_warmup", "warmup_compress", "sync_every")
-"""Those of OneBitAdamW, ZeroOneAdamW and DGC."""
-STEERING_WAYS = {
+RESUME_KEYS_COMPRESSED = ("optimizer_warmup", "warmup_compress", "sync_every")
+"""More of them under OneBitAdamW, ZeroOneAdamW and DGC."""
+RESUME_KEYS_OF = {
     "ddp": (),
     "fsdp": ("parallel", "parameters"),
     "deepspeed": ("parallel", "zero_stage", "parameters"),
     "local_sgd": ("parallel", "sync_every", "fragments", "delay"),
     "diloco": ("parallel", "sync_every", "fragments", "delay", "outer_lr", "outer_momentum"),
 }
-"""Those of each --parallel."""
+"""More of them under each --parallel."""
 SYNC_EVERY = {"ddp": 4, "deepspeed": 4, "local_sgd": 30, "diloco": 30}
 """Steps between syncs: of ZeroOneAdamW under the first two, and of the others."""
 
@@ -97,8 +194,8 @@ def check(settings: Settings) -> None:
     """Raises TrainingError for settings that no run can have."""
     if settings.optimizer not in OPTIMIZERS:
         raise TrainingError(f"--optimizer {settings.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
-    if settings.parallel not in parallel.WAYS:
-        raise TrainingError(f"--parallel {settings.parallel}: expected one of {', '.join(parallel.WAYS)}")
+    if settings.parallel not in STRATEGIES:
+        raise TrainingError(f"--parallel {settings.parallel}: expected one of {', '.join(STRATEGIES)}")
     if settings.parallel not in ("ddp", "deepspeed") and settings.optimizer not in ("AdamW", "SGD"):
         raise TrainingError(
             f"--optimizer {settings.optimizer} exchanges by itself: expected --parallel ddp or deepspeed"
@@ -123,7 +220,8 @@ def check(settings: Settings) -> None:
         raise TrainingError(str(error)) from None
     for name in ("compress", "warmup_compress", "parameters"):
         try:
-            commpress.parse(getattr(settings, name))
+            if (spec := getattr(settings, name)) is not None:
+                commpress.parse(spec)
         except ValueError as error:
             raise TrainingError(f"--{name.replace('_', '-')}: {error}") from None
     if settings.optimizer_warmup is not None and settings.optimizer_warmup >= settings.steps:
@@ -167,8 +265,8 @@ def require_used(settings: Settings) -> None:
         "delay": (settings.parallel in outer, f"--parallel {' or '.join(outer)}"),
     }
     for name, (looked_at, where) in used.items():
-        value = getattr(settings, name)
-        if not looked_at and value != getattr(Settings, name):
+        value, usual = getattr(settings, name), getattr(Settings, name)
+        if not looked_at and value != usual and not (name == "parameters" and value == "none"):
             raise TrainingError(f"--{name.replace('_', '-')} {value}: counts for nothing here, expected {where}")
 
 
@@ -204,16 +302,16 @@ def require_room(settings: Settings) -> None:
         )
 
 
-def called(settings: Settings) -> str:
-    """A run by its spec, and by what else is not usual about it."""
-    spec = settings.compress
-    if settings.parallel == "fsdp" or settings.parameters != Settings.parameters:
-        spec = f"gradients {spec}, parameters {settings.parameters}"
+def run_title(settings: Settings) -> str:
+    """Name a run by its spec, and by what else is not usual about it."""
+    spec = settings.spec
+    if settings.parallel == "fsdp" or settings.parameter_spec != "none":
+        spec = f"gradients {spec}, parameters {settings.parameter_spec}"
     return " ".join([*unusual(settings), spec])
 
 
 def unusual(settings: Settings) -> list[str]:
-    """How the model is spread and its optimizer, where they are not the usual ones."""
+    """Name the strategy and the optimizer, where they are not the usual ones."""
     zero = f" ZeRO {settings.zero_stage}" if settings.parallel == "deepspeed" else ""
     ways = (settings.parallel + zero, Settings.parallel), (settings.optimizer, Settings.optimizer)
     return [way for way, usual in ways if way != usual]
@@ -228,8 +326,8 @@ def require_alike(settings: Settings, device: torch.device) -> None:
         for name in mine:
             if str(here := other[name]) != str(there := everyone[0][name]):  # NaN is unlike itself
                 flag = f"--{name.replace('_', '-')}"
-                who = ranks.named(rank, str(other["host"])).removesuffix(": ")
-                kind = ranks.LoneError if rank == dist.get_rank() else TrainingError
+                who = runtime.named(rank, str(other["host"])).removesuffix(": ")
+                kind = runtime.LoneError if rank == dist.get_rank() else TrainingError
                 raise kind(f"{who} has {flag} {here}, rank 0 has {flag} {there}: all ranks need the same")
 
 

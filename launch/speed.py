@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
+from commpress.comm import coding
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.codecs.base import warm_up
 from commpress.comm.cost import Speed
 from commpress.comm.exchange import EXCHANGES
 from commpress.launch.run_record import machine
@@ -27,17 +27,17 @@ def measure(codec: Codec, device: torch.device) -> Speed:
     x = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(device)
     if not codec.lossy:  # dense: divided by the number of ranks, and summed by the group
         return Speed(_seconds(lambda: x.mul_(1.0), device) / n, (0.0, 0.0), (0.0, 0.0), _adding(x, x.clone(), device))
-    warm_up(codec, device)
+    coding.warm_up(codec, device)
     residual, out = torch.zeros_like(x), torch.empty_like(x)
     payload = codec.encode(x)
     four = payload.repeat(4)
-    encode = _seconds(lambda: codec.encode(x, residual, payload), device)
+    encode = _seconds(lambda: coding.encode(codec, x, residual, out=payload), device)
     counts = [four[: k * payload.numel()] for k in (1, 4)]
     mean = [_seconds(partial(codec.mean, p, n, k, out), device) for p, k in zip(counts, (1, 4), strict=True)]
     recode = [0.0, 0.0]
     add = 0.0
     if EXCHANGES[codec.exchange].chunk(n, codec, 0, 2) is not None:
-        calls = [partial(codec.recode, p, n, k, residual, payload) for p, k in zip(counts, (1, 4), strict=True)]
+        calls = [partial(coding.recode, codec, p, n, k, residual, payload) for p, k in zip(counts, (1, 4), strict=True)]
         recode = [_seconds(call, device) for call in calls]
     if codec.sum_dtype is not None:
         values = payload[: n * codec.sum_dtype.itemsize].view(codec.sum_dtype)

@@ -8,9 +8,9 @@ pytest.register_assert_rewrite("battery")
 
 
 @pytest.fixture(scope="module")
-def ranks_of_our_own() -> Iterator[None]:
-    """What a library leaves in its processes ends with them."""
-    from ranks import close
+def ranks_of_our_own(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End what a library leaves in its processes with them. The process they are forked from imports the module's LIBRARIES."""
+    from ranks import apart
 
-    yield
-    close()
+    with apart(*getattr(request.module, "LIBRARIES", ())):
+        yield

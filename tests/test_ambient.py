@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
+from commpress.comm.coding import encode, recode
 from commpress.model import Recipe, Scheduler
 from commpress.model.masks import whole
 
@@ -182,10 +183,10 @@ def codecs(dtype: torch.dtype) -> list[Tensor]:
     ):
         codec = commpress.parse(spec)
         x, residual = noise(3000, seed=1, dtype=dtype), noise(3000, seed=2)
-        payload = codec.encode(x, residual)
+        payload = encode(codec, x, residual)
         both = torch.cat([payload, codec.encode(x.flip(0))])
         found += [payload, residual, codec.decode(payload, 3000), codec.mean(both, 3000, 2)]
-        found += [codec.mean(both, 3000, 2, out=torch.empty_like(x)), codec.recode(both, 3000, 2, residual), residual]
+        found += [codec.mean(both, 3000, 2, out=torch.empty_like(x)), recode(codec, both, 3000, 2, residual), residual]
         defined = codec.define_encode(x.float())
         found += [defined, codec.define_decode(defined, 3000)]
     return found

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import close, run
+from ranks import run
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,8 +122,7 @@ def in_full(block: Block) -> str:
 
 def run_fresh(sources: list[str], folder: Path) -> list[dict[str, Any]]:
     # the store in rank 0's process stays until all are done
-    close()  # ranks of other tests have imported commpress already
-    return run(2, execute, sources, folder, fresh=True, timeout=100)
+    return run(2, execute, sources, folder, bare=True, timeout=100)
 
 
 def test_every_block_is_tested_or_says_by_whom() -> None:
@@ -200,24 +199,23 @@ def settings_of(words: list[str]) -> Any:
 
 
 def settings_from(flags: list[str], train: Any) -> Any:
-    import functools
+    from commpress.launch import command_line, recipes
 
-    import typer
-
-    app = typer.Typer()
-    app.command()(functools.wraps(train.command)(lambda **given: given))
-    given = typer.main.get_command(app)(flags, "train", standalone_mode=False)
-    settings = train.Settings(**{**given, "compress": given["compress"] or train.Settings.compress})
+    settings = command_line.read(train.Train, "train", flags).settings
     train.check(settings)
-    return settings
+    return settings if settings.recipe else recipes.with_specs(settings)
 
 
 def require_known(words: list[str]) -> None:
     """A command that a reader can type: its program, files, targets, extras and flags exist."""
     import tomllib
-    import typer
 
-    from commpress.launch import demo, explain, lab, report, train
+    from commpress.launch import command_line
+    from commpress.launch.demo import Demo
+    from commpress.launch.explain import Explain
+    from commpress.launch.lab import Lab
+    from commpress.launch.report import Report
+    from commpress.launch.train import Train
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     match words:
@@ -232,12 +230,9 @@ def require_known(words: list[str]) -> None:
                 assert any(need.startswith(name.split("==")[0]) for need in ours), words
                 assert any(name.split("==")[1] in need for need in ours), words
         case ["commpress", command, *flags]:
-            programs = {"train": train.command, "demo": demo.command, "report": report.command}
-            programs |= {"lab": lab.main, "explain": explain.command}
+            programs = {"train": Train, "demo": Demo, "report": Report, "lab": Lab, "explain": Explain}
             assert command in programs, words
-            app = typer.Typer()
-            app.command()(programs[command])
-            typer.main.get_command(app).make_context(command, list(flags))
+            command_line.read(programs[command], command, list(flags))
         case ["torchrun" | "deepspeed", *_]:
             if settings_of(words) is None:
                 assert words[-1] == "train.py", words  # the block above it
@@ -295,4 +290,4 @@ for name in {programs}:
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ended 0") == done.stdout.count("Usage:") == len(programs)
+    assert done.stdout.count("ended 0") == done.stdout.count("usage:") == len(programs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.base import FLOAT_DTYPES
+from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.collectives import UNCOMPRESSED, Collectives
 from commpress.comm.meter import Report, dtype_name
 from commpress.comm.parameters import real_view

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.base import FLOAT_DTYPES, warm_up
+from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import NO_EXCHANGE, Label, Transfer, all_reduce_found_inf, single_rank
 from commpress.comm.exchange.all_gather import all_gather, native_all_gather

@@ -8,9 +8,10 @@ recode    W payloads              -->  payload       of their mean plus the owne
 import torch
 from torch import Tensor
 
+from commpress.comm import coding
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.blend import Blend
 from commpress.comm.feedback import Memory
+from commpress.comm.prologue import Prologue
 from commpress.comm.scratch import Scratch
 
 
@@ -27,7 +28,7 @@ class Encoder:
         codec: Codec,
         memory: Memory | None = None,
         scratch: Scratch | None = None,
-        prologue: Blend | None = None,
+        prologue: Prologue | None = None,
     ) -> None:
         self.codec, self.prologue = codec, prologue
         self.memory = Memory() if memory is None else memory
@@ -37,17 +38,17 @@ class Encoder:
         """Encode x[part] ([n], any float dtype) and what is remembered of it into `out` (uint8 [nbytes])."""
         memory, prologue = self.memory, self.prologue
         residual = None if memory.residual is None else memory.residual[part]
-        self.codec.encode(x[part], residual, out, None if prologue is None else prologue[part])
+        coding.encode(self.codec, x[part], residual, None if prologue is None else prologue[part], out)
         if memory.momentum is not None:
-            self.codec.clear(out, memory.momentum[part])
+            coding.clear(self.codec, out, memory.momentum[part])
 
     def mean(self, payloads: Tensor, n: int, count: int, out: Tensor) -> None:
         """Write the mean of `count` payloads of n values, one behind the other, to `out` ([n], any float dtype)."""
-        self.codec.mean(payloads, n, count, out)
+        coding.mean(self.codec, payloads, n, count, out)
 
     def recode(self, payloads: Tensor, n: int, count: int, out: Tensor) -> None:
         """Encode the mean of `count` payloads of n values and what the owner of the chunk remembers into `out`."""
-        self.codec.recode(payloads, n, count, self.memory.owner_residual, out)
+        coding.recode(self.codec, payloads, n, count, self.memory.owner_residual, out)
 
     def decode(self, payload: Tensor, n: int, out: Tensor) -> None:
         """Decode the payload of n values into `out` ([n], any float dtype)."""

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from commpress.comm.agreement import Settings
-from commpress.comm.kernels import cpu
+from commpress.kernels.table import lookup
 
 Segments = tuple[tuple[str, int], ...]
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class MaskIndex:
@@ -88,8 +87,8 @@ class MaskIndex:
 
 def pack(x: Tensor, places: Tensor, out: Tensor) -> None:
     """out[i] <- x[places[i]], 0 where the place is -1. `x` [n] and `out` [k] of one dtype, `places` int32 [k]."""
-    if x.device.type == "cpu":
-        cpu.pack(_bits(x), places.numpy(), _bits(out))
+    if kernel := lookup("pack", None, x.device.type):
+        kernel(x, places, out)
     else:
         torch.index_select(x, 0, places.clamp(min=0), out=out)
         out.masked_fill_(places < 0, 0)
@@ -97,8 +96,8 @@ def pack(x: Tensor, places: Tensor, out: Tensor) -> None:
 
 def unpack(packed: Tensor, places: Tensor, out: Tensor) -> None:
     """out <- 0, then out[places[i]] <- packed[i] where the place is not -1."""
-    if out.device.type == "cpu":
-        cpu.unpack(_bits(packed), places.numpy(), _bits(out))
+    if kernel := lookup("unpack", None, out.device.type):
+        kernel(packed, places, out)
     else:
         there = places >= 0
         out.zero_().index_copy_(0, places[there].long(), packed[there])
@@ -124,7 +123,3 @@ def in_memory_order(x: Tensor) -> Tensor:
 def of_pairs(mask: Tensor) -> Tensor:
     """The mask of a complex parameter's values ([n]) as one of their reals ([2 n])."""
     return mask.repeat_interleave(2)
-
-
-def _bits(x: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    return x.detach().view(BITS[x.element_size()]).numpy()

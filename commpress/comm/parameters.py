@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from commpress.comm.codecs.base import FLOAT_DTYPES
+from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.meter import dtype_name
 
 COMPILED = "_orig_mod"

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.codecs.blend import Blend
-from commpress.comm.codecs.topk import TopK
 from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange
 from commpress.comm.feedback import Memory
+from commpress.comm.prologue import Prologue
 
 FEWEST_VALUES = 256
 """A bucket below this travels dense: one small message either way."""
@@ -41,7 +40,7 @@ class Override:
     codec: Codec | None
     reason: str = ""
     prepare: Callable[[Tensor, Memory], None] | None = None
-    prologue: Blend | None = None
+    prologue: Prologue | None = None
     finish: Callable[[Tensor], None] | None = None
     momentum: bool = False
     bypass_feedback: bool = False
@@ -117,7 +116,7 @@ def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool)
             made.append(Plan.of(spec, None, error_feedback and name == "gradients"))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
-    if isinstance(made[1].codec, TopK):
+    if made[1].codec.sparse:
         raise ValueError(
             f"parameters: {made[1].codec} would make most of them 0; expected none, or a codec that sends all values"
         )

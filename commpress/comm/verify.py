@@ -17,7 +17,7 @@ from torch import Tensor
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.failure import DriftError
-from commpress.comm.kernels.fingerprint import fingerprint
+from commpress.kernels.cpu.fingerprint import fingerprint
 
 FIRST_STEPS = 3
 """Compared in any case: most of what goes wrong is wrong from the start."""

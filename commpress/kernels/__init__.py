@@ -1,1 +1,1 @@
-"""How hot loops are compiled and kept."""
+"""The hot loops: a folder a device, a file a family. `table.py` says which there are."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.codecs.base import warm_up
+from commpress.comm.coding import warm_up
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Override
 from commpress.optim import loops

@@ -8,13 +8,11 @@ gradients, and that is what is sent, with error feedback (momentum correction):
 Where a rank has sent, its u starts anew (momentum factor masking), so that a late momentum does not push the wrong way.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.topk import TopK
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import DENSE, Override
 from commpress.optim import loops
@@ -72,10 +70,10 @@ class DGC(CompressedOptimizer):
         steps, warm_up = (self.param_groups[0][k] for k in ("steps", "warmup_steps"))
         if steps >= warm_up or not codec.lossy:
             return Override(codec, prepare=prepare, momentum=True)
-        if not isinstance(codec, TopK):
+        if not codec.sparse:
             return Override(DENSE, "momentum warms up", prepare, momentum=True)
         ratio = 0.25 ** (1 + steps * STAGES // warm_up)
-        return Override(replace(codec, ratio=max(ratio, codec.ratio)), prepare=prepare, momentum=True)
+        return Override(codec.keeping(ratio), prepare=prepare, momentum=True)
 
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         for p, group, update in updates.values():

@@ -1,14 +1,12 @@
-"""The optimizers' passes over memory: on CPU memory in float32 one loop each (Numba), elsewhere plain torch.
+"""The optimizers' passes over memory in plain torch, and the kernel of each where the table has one.
 
-Tensors of one call have one shape and are dense in one order. Both ways agree to rounding. What a loop has in common with one
-of `comm.kernels.cpu` it says again: Numba's cache would not see that the other file has changed.
+Tensors of one call have one shape and are dense in one order. Both ways agree to rounding.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from commpress.kernels.compiled import loop
+from commpress.kernels.table import Kernel, lookup
 
 ROW = 4096
 """So few values torch sums in one thread."""
@@ -16,11 +14,10 @@ ROW = 4096
 
 def advance(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:
     """p <- keep * p - rate * update, average <- update, in place."""
-    tensors = flat(p, update, average)
-    if _loopable(tensors):
-        _advance(*(t.numpy() for t in tensors), *_scalars(keep, rate))
+    p, update, average = flat(p, update, average)
+    if kernel := _kernel("advance", p, update, average):
+        kernel(p, update, average, keep, rate)
         return
-    p, update, average = tensors
     p.mul_(keep).add_(update, alpha=-rate)
     average.copy_(update)
 
@@ -40,11 +37,10 @@ def wander(
 ) -> None:
     """A local step: average <- beta * average + (1 - beta) * clip(g * inverse, limit), total <- keep * total + rate * average,
     p <- decay * anchor - total, in place."""
-    tensors = flat(g, inverse, average, total, anchor, p)
-    if _loopable(tensors):
-        _wander(*(t.numpy() for t in tensors), *_scalars(limit, beta, keep, rate, decay))
+    g, inverse, average, total, anchor, p = flat(g, inverse, average, total, anchor, p)
+    if kernel := _kernel("wander", g, inverse, average, total, anchor, p):
+        kernel(g, inverse, average, total, anchor, p, limit, beta, keep, rate, decay)
         return
-    g, inverse, average, total, anchor, p = tensors
     average.mul_(beta).add_((g * inverse).clamp_(-limit, limit), alpha=1 - beta)
     total.mul_(keep).add_(average, alpha=rate)
     p.copy_(decay * anchor - total)
@@ -64,11 +60,10 @@ def look_back(
 ) -> None:
     """Before a sync: n = fresh * clip(g * inverse, limit) + kept * average; g <- share * n + carry * total, lead <- n - g, in
     place. NaN and Inf become NaN."""
-    tensors = flat(g, inverse, average, total, lead)
-    if _loopable(tensors):
-        _look_back(*(t.numpy() for t in tensors), *_scalars(limit, fresh, kept, share, carry))
+    g, inverse, average, total, lead = flat(g, inverse, average, total, lead)
+    if kernel := _kernel("look_back", g, inverse, average, total, lead):
+        kernel(g, inverse, average, total, lead, limit, fresh, kept, share, carry)
         return
-    g, inverse, average, total, lead = tensors
     scaled = g * inverse
     n = fresh * scaled.clamp(-limit, limit) + kept * average + (scaled - scaled)
     g.copy_(share * n + carry * total)
@@ -88,11 +83,10 @@ def meet(
 ) -> None:
     """A sync: anchor <- decay * anchor - weight * update, p <- anchor, average <- update + lead / scale, total <- 0, in
     place."""
-    tensors = flat(p, update, average, total, anchor, lead)
-    if _loopable(tensors):
-        _meet(*(t.numpy() for t in tensors), *_scalars(decay, weight, 1 / scale))
+    p, update, average, total, anchor, lead = flat(p, update, average, total, anchor, lead)
+    if kernel := _kernel("meet", p, update, average, total, anchor, lead):
+        kernel(p, update, average, total, anchor, lead, decay, weight, 1 / scale)
         return
-    p, update, average, total, anchor, lead = tensors
     anchor.mul_(decay).add_(update, alpha=-weight)
     p.copy_(anchor)
     average.copy_(update + lead / scale)
@@ -101,18 +95,17 @@ def meet(
 
 def stand(p: Tensor, anchor: Tensor, total: Tensor, decay: float) -> None:
     """p <- decay * anchor - total: where `wander` left it, bit for bit."""
-    tensors = flat(p, anchor, total)
-    if _loopable(tensors):
-        _stand(*(t.numpy() for t in tensors), *_scalars(decay))
+    p, anchor, total = flat(p, anchor, total)
+    if kernel := _kernel("stand", p, anchor, total):
+        kernel(p, anchor, total, decay)
         return
-    p, anchor, total = tensors
     p.copy_(decay * anchor - total)
 
 
 def learn(differences: Tensor, known: Tensor, factor: float, most: float) -> None:
     """known <- factor * differences, in bfloat16, and 0 where that is more than `most` or NaN."""
-    if differences.dtype == torch.float32 and differences.device.type == "cpu":
-        _learn(differences.numpy(), known.view(torch.uint16).numpy(), *_scalars(factor, most))
+    if kernel := _kernel("learn", differences):
+        kernel(differences, known, factor, most)
         return
     k = differences * factor
     known.copy_(torch.where(k.abs() <= most, k, 0.0))
@@ -120,19 +113,18 @@ def learn(differences: Tensor, known: Tensor, factor: float, most: float) -> Non
 
 def lean(x: Tensor, known: Tensor, share: float) -> None:
     """x <- x + share * known, in place; `known` is bfloat16."""
-    if x.dtype == torch.float32 and x.device.type == "cpu":
-        _lean(x.numpy(), known.view(torch.uint16).numpy(), *_scalars(share))
+    if kernel := _kernel("lean", x):
+        kernel(x, known, share)
         return
     x.add_(known.to(x.dtype), alpha=share)
 
 
 def correct(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, nesterov: bool) -> None:
     """x <- x + decay * p, momentum <- beta * momentum + x, x <- momentum (Nesterov's: x + beta * momentum), in place."""
-    tensors = flat(x, momentum, p)
-    if _loopable(tensors):
-        _correct(*(t.numpy() for t in tensors), *_scalars(beta, decay, float(nesterov)))
+    x, momentum, p = flat(x, momentum, p)
+    if kernel := _kernel("correct", x, momentum, p):
+        kernel(x, momentum, p, beta, decay, float(nesterov))
         return
-    x, momentum, p = tensors
     x.add_(p, alpha=decay)
     momentum.mul_(beta).add_(x)
     x.copy_(x + beta * momentum if nesterov else momentum)
@@ -168,75 +160,8 @@ def flat(*tensors: Tensor) -> list[Tensor]:
     ]
 
 
-def _scalars(*values: float) -> tuple[np.float32, ...]:
-    """So that no loop computes in float64."""
-    return tuple(np.float32(value) for value in values)
-
-
-def _loopable(tensors: list[Tensor]) -> bool:
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-
-
-@loop
-def _advance(p, update, average, keep, rate):
-    for i in range(p.size):
-        p[i] = keep * p[i] - rate * update[i]
-        average[i] = update[i]
-
-
-@loop
-def _wander(g, inverse, average, total, anchor, p, limit, beta, keep, rate, decay):
-    fresh = np.float32(1) - beta
-    for i in range(p.size):
-        clipped = min(max(g[i] * inverse[i], -limit), limit)
-        average[i] = beta * average[i] + fresh * clipped
-        total[i] = keep * total[i] + rate * average[i]
-        p[i] = decay * anchor[i] - total[i]
-
-
-@loop
-def _look_back(g, inverse, average, total, lead, limit, fresh, kept, share, carry):
-    for i in range(g.size):
-        scaled = g[i] * inverse[i]
-        n = fresh * min(max(scaled, -limit), limit) + kept * average[i] + (scaled - scaled)  # which is 0, or NaN
-        g[i] = share * n + carry * total[i]
-        lead[i] = n - g[i]
-
-
-@loop
-def _meet(p, update, average, total, anchor, lead, decay, weight, unscale):
-    for i in range(p.size):
-        anchor[i] = decay * anchor[i] - weight * update[i]
-        p[i] = anchor[i]
-        average[i] = update[i] + unscale * lead[i]
-        total[i] = np.float32(0)
-
-
-@loop
-def _stand(p, anchor, total, decay):
-    for i in range(p.size):
-        p[i] = decay * anchor[i] - total[i]
-
-
-@loop
-def _learn(differences, known, factor, most):
-    for i in range(differences.size):
-        k = np.float32(factor * differences[i])
-        value = k if np.abs(k) <= most else np.float32(0)
-        bits = np.float32(value).view(np.uint32)
-        odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-        known[i] = np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))  # half to even
-
-
-@loop
-def _lean(x, known, share):
-    for i in range(x.size):
-        x[i] += share * np.uint32(np.uint32(known[i]) << np.uint32(16)).view(np.float32)
-
-
-@loop
-def _correct(x, momentum, p, beta, decay, nesterov):
-    for i in range(x.size):
-        g = x[i] + decay * p[i]
-        momentum[i] = beta * momentum[i] + g
-        x[i] = g + beta * momentum[i] if nesterov else momentum[i]
+def _kernel(op: str, *tensors: Tensor) -> Kernel | None:
+    """The kernel for these tensors; None if there is none that takes all of them."""
+    kernel = lookup(op, None, tensors[0].device.type)
+    one_place = all(x.device.type == tensors[0].device.type for x in tensors)
+    return kernel if kernel is not None and one_place and kernel.takes(*tensors) else None

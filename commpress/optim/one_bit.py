@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.codecs.blend import Blend
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Override
+from commpress.comm.prologue import Prologue
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters
@@ -71,9 +71,9 @@ class OneBitAdamW(FrozenAdamW):
 
         return Override(codec, prepare=prepare, prologue=blend)
 
-    def _blend(self, inverse: Tensor, average: Tensor, group: dict[str, Any]) -> Blend:
+    def _blend(self, inverse: Tensor, average: Tensor, group: dict[str, Any]) -> Prologue:
         beta1 = group["betas"][0]
-        return Blend(inverse, average, self.limit(group) * self._scale, 1 - beta1, beta1 * self._scale)
+        return Prologue(inverse, average, self.limit(group) * self._scale, 1 - beta1, beta1 * self._scale)
 
     def _home(self, segments: Segments) -> tuple[Tensor, Tensor]:
         """Have the state of a bucket's parameters lie one behind the other, as their gradients do."""

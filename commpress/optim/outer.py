@@ -28,7 +28,6 @@ from commpress.comm.codecs import Codec
 from commpress.comm.collectives import Collectives
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory, Segments
-from commpress.comm.kernels.fingerprint import fingerprint
 from commpress.comm.meter import Report
 from commpress.comm.parameters import real_view
 from commpress.comm.parts import taken_apart
@@ -37,6 +36,7 @@ from commpress.comm.rank_state import RankState
 from commpress.comm.replicas import agreed_plan
 from commpress.comm.resize import moved, unreadable
 from commpress.comm.session import Session
+from commpress.kernels.cpu.fingerprint import fingerprint
 from commpress.notice import speaks, warn
 from commpress.optim.base import within
 

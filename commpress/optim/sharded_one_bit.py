@@ -10,11 +10,11 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.codecs.blend import Blend
 from commpress.comm.collectives import Collectives
 from commpress.comm.feedback import Memory
 from commpress.comm.owned_slices import OwnedBucket
 from commpress.comm.plan import Override
+from commpress.comm.prologue import Prologue
 from commpress.optim import loops
 from commpress.optim.base import plain
 from commpress.optim.one_bit import OneBitAdamW
@@ -175,7 +175,7 @@ class ShardedOneBitAdamW:
                 if memory.residual is not None:
                     memory.residual[at : at + len(piece)].mul_(inverse).mul_(fresh)
                 optimizer.settles([state])
-            Blend(inverse, inverse, optimizer.limit(settings), fresh, 0.0).apply(x[at : at + len(piece)])
+            Prologue(inverse, inverse, optimizer.limit(settings), fresh, 0.0).apply(x[at : at + len(piece)])
             at += len(piece)
 
     def _prove(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import agree_on_all
 from commpress.comm.codecs import Codec, parse
+from commpress.comm.coding import encode
 from commpress.comm.collectives import Collectives
 from commpress.comm.exchange import EXCHANGES
 from commpress.comm.exchange.reduce_scatter import over_mean
@@ -55,7 +56,7 @@ def reduced(codec: Codec, fulls: list[Tensor], residuals: list[Tensor] | None, r
     m = fulls[0].numel() // len(fulls)
     part = slice(r * m, (r + 1) * m)
     kept = [None] * len(fulls) if residuals is None else [residual[part] for residual in residuals]
-    payloads = [codec.encode(x[part], residual) for x, residual in zip(fulls, kept, strict=True)]
+    payloads = [encode(codec, x[part], residual) for x, residual in zip(fulls, kept, strict=True)]
     return codec.mean(torch.cat(payloads), m, len(fulls))
 
 

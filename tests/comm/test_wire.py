@@ -299,7 +299,7 @@ def test_thirty_sessions_leave_no_descriptors_and_no_threads(kind: str) -> None:
 
 def same_hash(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors have one fingerprint."""
-    from commpress.comm.kernels.fingerprint import fingerprint
+    from commpress.kernels.cpu.fingerprint import fingerprint
 
     return fingerprint(x) == fingerprint(y)
 

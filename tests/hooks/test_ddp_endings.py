@@ -9,7 +9,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from ranks import close, outcome, run
+from ranks import outcome, run
 from torch.nn.parallel import DistributedDataParallel
 from training import network, train
 
@@ -73,16 +73,14 @@ def refused() -> tuple[int, int]:
 
 
 def test_sessions_and_threads_end_with_their_model() -> None:
-    close()  # ranks that have compiled models keep some of them
-    for seen in run(2, collected):
+    for seen in run(2, collected, fresh=True):
         assert (seen["before"], seen["during"], seen["after"]) == (0, 4, 0)
         assert seen["sessions after"] == 0
         assert seen["all after"] == seen["all before"]
 
 
 def test_a_refused_attach_leaves_no_threads() -> None:
-    close()
-    for before, after in run(2, refused):
+    for before, after in run(2, refused, fresh=True):
         assert (before, after) == (2, 2)
 
 

@@ -15,20 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, train
 
 import commpress
-from commpress.comm.codecs import parse
 from commpress.comm.exchange import Wire
+from commpress.kernels import table
 
 PATIENT = 300.0
 """Timeout of the process group in seconds, far beyond that of the test: whoever waits for it fails the test."""
 
 
-def failing_codec(method: str, bad_rank: int) -> list[str]:
+def failing_codec(op: str, bad_rank: int) -> list[str]:
     """A loop of int4 raises on one rank in step 2; what four further backwards say."""
     ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
     commpress.attach(ddp, "int4")
     train(ddp, range(2))
     if dist.get_rank() == bad_rank:
-        setattr(type(parse("int4")), method, raising)
+        table.KERNELS[op, "int4", "cpu"] = table.Kernel(raising)
     return [outcome(lambda step=step: loss_of(ddp, step).backward()) for step in range(2, 6)]
 
 
@@ -36,12 +36,11 @@ def again_after_failure() -> tuple[str, list[str], list[torch.Tensor]]:
     """What a failed exchange says, what attaching to new modules and a step say then, and where they end."""
     ddp = DistributedDataParallel(network())
     commpress.attach(ddp, "int4")
-    coder = type(parse("int4"))
-    sound = coder.loop_encode
+    sound = table.KERNELS["encode", "int4", "cpu"]
     if dist.get_rank() == 1:
-        coder.loop_encode = raising  # type: ignore[attr-defined]
+        table.KERNELS["encode", "int4", "cpu"] = table.Kernel(raising)
     failed = outcome(lambda: loss_of(ddp, 0).backward())
-    coder.loop_encode = sound  # type: ignore[attr-defined]
+    table.KERNELS["encode", "int4", "cpu"] = sound
     del ddp
     gc.collect()
     said, ends = [], []
@@ -108,16 +107,14 @@ def bad_restore() -> list[str]:
     return [outcome(lambda: loss_of(again, 0).backward())]
 
 
-@pytest.mark.parametrize(("method", "world_size", "bad_rank"), [
-    ("loop_encode", 2, 0), ("loop_encode", 3, 1), ("loop_recode", 3, 1), ("loop_mean", 2, 0),
+@pytest.mark.parametrize(("op", "world_size", "bad_rank"), [
+    ("encode", 2, 0), ("encode", 3, 1), ("recode", 3, 1), ("mean", 2, 0),
 ])  # fmt: skip
-def test_an_exception_in_a_codec_reaches_every_rank_with_its_reason(
-    method: str, world_size: int, bad_rank: int
-) -> None:
-    ranks = run(world_size, failing_codec, method, bad_rank, group_timeout=PATIENT, fresh=True)
+def test_an_exception_in_a_codec_reaches_every_rank_with_its_reason(op: str, world_size: int, bad_rank: int) -> None:
+    ranks = run(world_size, failing_codec, op, bad_rank, group_timeout=PATIENT, fresh=True)
     for rank, said in enumerate(ranks):
         # a rank that had all payloads when another failed to decode them learns of it in its next backward
-        unaware = method == "loop_mean" and rank != bad_rank and not said[0]
+        unaware = op == "mean" and rank != bad_rank and not said[0]
         for message in said[unaware:]:  # the first failed backward and all later ones
             assert "RuntimeError" in message or "ExchangeError" in message
             assert f"rank {bad_rank}: ArithmeticError: the kernel is broken" in message

@@ -23,6 +23,7 @@ from commpress.hooks.deepspeed import attach, initialize
 from commpress.hooks.owners import OneBitPartitions
 from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
 
+LIBRARIES = ("deepspeed",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 STEPS, WARM = 60, 15

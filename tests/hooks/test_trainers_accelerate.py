@@ -16,6 +16,7 @@ from training import SMALL_BUCKETS, batch, network
 import commpress
 from commpress.files import load_state, save_state
 
+LIBRARIES = ("accelerate",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 

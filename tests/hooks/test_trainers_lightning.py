@@ -16,6 +16,7 @@ from training import batch as data
 
 from commpress.files import pack_state, unpack_state
 
+LIBRARIES = ("lightning",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 

@@ -13,6 +13,7 @@ from trainers import blocks, flat, forget, launched, payload_bytes
 
 from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
+LIBRARIES = ("transformers", "accelerate")
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numba
 import torch
 import torch.distributed as dist
-from ranks import close, run
+from ranks import run
 from torch.nn.parallel import DistributedDataParallel
 from training import network
 
@@ -28,17 +28,16 @@ def attached(folder: str) -> tuple[list[str], list[torch.Tensor]]:
 
 
 def test_ranks_that_attach_at_once_over_a_damaged_cache_train_as_with_a_whole_one(tmp_path: Path) -> None:
-    close()  # ranks of other tests have imported commpress already
-    (_, whole), (_, peer) = run(2, attached, str(tmp_path), fresh=True)
+    (_, whole), (_, peer) = run(2, attached, str(tmp_path), bare=True)
     assert all(torch.equal(a, b) for a, b in zip(whole, peer, strict=True))
     broken = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(broken) > 4
     for i, path in enumerate(broken):
         path.write_bytes(path.read_bytes()[: i % 3 * path.stat().st_size // 3])
-    results = run(2, attached, str(tmp_path), fresh=True)
+    results = run(2, attached, str(tmp_path), bare=True)
     assert any(said for said, _ in results)
     for said, gradients in results:
         assert len(said) <= 1
         assert all(str(tmp_path) in text for text in said)
         assert all(torch.equal(a, b) for a, b in zip(whole, gradients, strict=True))
-    assert [said for said, _ in run(2, attached, str(tmp_path), fresh=True)] == [[], []]
+    assert [said for said, _ in run(2, attached, str(tmp_path), bare=True)] == [[], []]

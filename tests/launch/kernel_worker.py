@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import commpress
-from commpress.launch import lab, parallel
+from commpress.launch import lab, strategies
 from commpress.launch.model import GPT, Shape
 
 STEPS = 4
@@ -24,13 +24,13 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01)
 
 
-def local(model: GPT) -> parallel.Spread:
-    return parallel.Local(model, sgd(model), "diloco", "int8", {"every": 2, "fragments": 2})
+def local(model: GPT) -> strategies.Strategy:
+    return strategies.Local(model, sgd(model), "diloco", "int8", {"every": 2, "fragments": 2})
 
 
-WAYS: dict[str, Callable[[GPT], parallel.Spread]] = {
-    "ddp": lambda model: parallel.Replicated(model, sgd(model), "int4"),
-    "fsdp": lambda model: parallel.Sharded(model, sgd, "int4", "int8"),
+STRATEGIES: dict[str, Callable[[GPT], strategies.Strategy]] = {
+    "ddp": lambda model: strategies.Replicated(model, sgd(model), "int4"),
+    "fsdp": lambda model: strategies.Sharded(model, sgd, "int4", "int8"),
     "diloco": local,
 }
 
@@ -45,7 +45,7 @@ def counted(action: Callable[[], object]) -> int:
     return lab.sent_by_kernel() - before
 
 
-def steps(spread: parallel.Spread) -> None:
+def steps(spread: strategies.Strategy) -> None:
     tokens = torch.arange(64).view(2, 32)
     for _ in range(STEPS):
         spread.model(tokens).float().square().mean().backward()
@@ -56,7 +56,7 @@ def steps(spread: parallel.Spread) -> None:
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 found = {}
-for name, make in WAYS.items():
+for name, make in STRATEGIES.items():
     spread = make(GPT(Shape(3, 192, 4, 32)))
     kernel = counted(partial(steps, spread))
     found[name] = [spread.session.report().sent_bytes, kernel]

@@ -9,7 +9,7 @@ import pytest
 from commpress import extras
 
 EXTRAS = (
-    *("typer", "plotly", "tensorboard", "ray", "torchao", "torch_pruning", "pydantic", "safetensors", "yaml", "tomli"),
+    *("tyro", "plotly", "tensorboard", "ray", "torchao", "torch_pruning", "pydantic", "safetensors", "yaml", "tomli"),
     *("accelerate", "transformers", "lightning", "deepspeed"),
 )
 """What `pip install .` does not install."""
@@ -53,7 +53,7 @@ def test_it_ends_with_1_and_no_traceback(rank: str) -> None:
     done = core_only(code, RANK=rank, COMMPRESS_HOST="host B")
     assert done.returncode == 1
     who = "rank 1 (host B): " if rank == "1" else ""
-    said = "commpress.launch.train: found no typer, expected it; pip install 'commpress[launch]'"
+    said = "commpress.launch.train: found no tyro, expected it; pip install 'commpress[launch]'"
     assert done.stderr == f"error: {who}{said}\n"
 
 
@@ -68,7 +68,7 @@ IMPORTS = {
     "commpress.model": "found no pydantic, expected it; pip install 'commpress[model]'",
     "commpress.hooks.transformers": "found no transformers, expected it; pip install 'commpress[transformers]'",
     "commpress.hooks.lightning": "found no lightning, expected it; pip install 'commpress[lightning]'",
-    "commpress.launch.train": "found no typer, expected it; pip install 'commpress[launch]'",
+    "commpress.launch.train": "found no tyro, expected it; pip install 'commpress[launch]'",
     "commpress.launch.report": "found no plotly, expected it; pip install 'commpress[launch]'",
 }
 
@@ -85,7 +85,7 @@ for name in {tuple(IMPORTS)}:
     said(lambda: __import__(name))
     said(lambda: eval(name))
 said(lambda: commpress.hooks.deepspeed.initialize())
-from commpress.launch import data, model, parallel, records, scalars  # these need none
+from commpress.launch import data, model, records, scalars, settings, strategies  # these need none
 from commpress.hooks import accelerate, fsdp
 """
     done = core_only(code)

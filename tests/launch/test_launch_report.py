@@ -2,17 +2,15 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import report_samples
-import typer
-from typer.testing import CliRunner
+from commands import run_command
 
 from commpress.launch import figures, records, report
 from commpress.launch.records import Record, read
+from commpress.launch.sections import benchmarks, runs, timelines
 
 TRAFFIC = {"received_bytes": 1, "encode": 0.1, "wire": 0.2, "decode": 0.05, "exposed": 0.1}
 
@@ -50,8 +48,8 @@ def test_the_page_stands_alone_and_names_every_run() -> None:
 
 
 def test_runs_of_one_spec_are_told_apart() -> None:
-    runs = [record("int4", 100, 3.0, settings={"compress": "int4", "out": out}) for out in ("a", "b", None)]
-    assert report.titles(runs) == ["int4 (a)", "int4 (b)", "int4 (run 3)"]
+    records = [record("int4", 100, 3.0, settings={"compress": "int4", "out": out}) for out in ("a", "b", None)]
+    assert runs.titles(records) == ["int4 (a)", "int4 (b)", "int4 (run 3)"]
 
 
 def test_a_run_that_sent_nothing_has_no_place_on_a_logarithmic_axis() -> None:
@@ -62,18 +60,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     good, bad, out = tmp_path / "good.json", tmp_path / "bad.json", tmp_path / "deep" / "report.html"
     good.write_text(json.dumps(record("int4", 100, 3.0)))
     bad.write_text('{"settings": {}}')
-    command = [sys.executable, "-m", "commpress.launch.cli", "report", out]
-    done = subprocess.run([*command, good], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert run_command("report", out, good) == (0, f"report in {out}\n", "")
     assert out.read_text().count("int4")
     for path, message in ((bad, "it has no 'traffic'"), (tmp_path / "missing.json", "cannot be read as a run's")):
         with pytest.raises(ValueError, match=message):
             read(path)
-    app = typer.Typer()
-    app.command()(report.command)
-    failed = CliRunner().invoke(app, [str(out), str(bad)])
-    assert failed.exit_code == 1
-    assert "not a run's record.json" in failed.stderr
+    failed = run_command("report", out, bad)
+    assert failed.code == 1
+    assert "not a run's record.json" in failed.err
 
 
 def sections(html: str) -> list[str]:
@@ -124,7 +118,7 @@ def test_step_times_are_sorted_by_rate_and_repeated_ones_are_their_median() -> N
     measured = [report_samples.step_times(2, rate, mbit) for rate, mbit in (("1gbit", 1e3), ("100mbit", 1e2))]
     again = [json.loads(json.dumps(measured[1])) for _ in range(2)]
     again[0]["rows"][1]["ratio"], again[1]["rows"][1]["ratio"] = 900.0, 17.0
-    ratios, _ = report.ratios_by_rate([*measured, *again])
+    ratios, _ = benchmarks.ratios_by_rate([*measured, *again])
     slow, fast = (m["rows"][1]["ratio"] for m in measured[::-1])
     assert ratios["plain DDP"] == {1e8: max(slow, 17.0), 1e9: fast}
     assert list(ratios["plain DDP"]) == [1e8, 1e9]
@@ -169,8 +163,8 @@ def test_ours_are_strong_and_others_grey_and_dashed() -> None:
 
 
 def test_buckets_of_the_first_layout_are_in_the_table_only() -> None:
-    runs = [(name, report_samples.run(name, bits)) for name, bits in (("int8", 8.0), ("int4", 4.0))]
-    html = "".join(report.bytes_by_bucket(runs, figures.looks((name, "commpress") for name, _ in runs)))
+    both = [(name, report_samples.run(name, bits)) for name, bits in (("int8", 8.0), ("int4", 4.0))]
+    html = "".join(runs.bytes_by_bucket(both, figures.looks((name, "commpress") for name, _ in both)))
     assert html.count("<td>16,800,000</td><td>1</td>") == 2
     drawn = json.loads(re.search(r"Plotly\.newPlot\(\s*\S+\s*(\[.*?\]),\s*\{\"template", html, re.DOTALL)[1])
     assert [trace["name"] for trace in drawn] == ["dense", "int8", "int4"]
@@ -194,12 +188,12 @@ def test_what_a_recipe_left_and_its_phases() -> None:
 def test_a_timeline_has_a_trace_a_phase_and_shows_the_median_step() -> None:
     record = report_samples.timeline()
     by_step = {step: [e for e in records.spans(record) if e["args"]["step"] == step] for step in range(5)}
-    lengths = {step: report.lasted(events) for step, events in by_step.items()}
+    lengths = {step: timelines.lasted(events) for step, events in by_step.items()}
     assert lengths == pytest.approx({0: 217, 1: 227.5, 2: 220.5, 3: 231, 4: 224})
-    chosen = report.three_steps(lengths)
+    chosen = timelines.three_steps(lengths)
     assert chosen == {"median: step 4, 224 ms": 4, "fastest: step 0, 217 ms": 0, "slowest: step 3, 231 ms": 3}
-    assert report.three_steps({7: 10.0}) == {"median: step 7, 10 ms": 7}
-    steps = {label: [report.block(e, by_step[s][0]["ts"]) for e in by_step[s]] for label, s in chosen.items()}
+    assert timelines.three_steps({7: 10.0}) == {"median: step 7, 10 ms": 7}
+    steps = {label: [timelines.block(e, by_step[s][0]["ts"]) for e in by_step[s]] for label, s in chosen.items()}
     figure = figures.timeline(steps, {0: "training", 1: "encode", 2: "wire", 3: "wire", 4: "decode"})
     assert [trace.name for trace in figure.data] == list(records.SPANS)
     wire = figure.data[3]

@@ -1,4 +1,4 @@
-"""The training program: real runs on two ranks under torchrun, and single-rank ones in this process."""
+"""The training program: real runs on two ranks, under torchrun too, and single-rank ones in this process."""
 
 import itertools
 import json
@@ -10,15 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner, Result
+import torch.distributed as dist
+from commands import Ended, run_command
+from ranks import run
 
 from commpress.files import load_state, save_state, write_atomically
-from commpress.launch import checkpoint, demo, train
+from commpress.launch import checkpoint, data, demo, train
 
 RUNS = {
     "ddp:AdamW:none": 1,
@@ -32,6 +33,16 @@ RUNS = {
     "diloco:AdamW:topk(0.1)|int2": 160,
 }
 """How the model is spread, optimizer and spec, and how many times fewer bytes they send in all."""
+SMALL = {
+    **{"layers": 2, "width": 64, "heads": 2, "context": 32, "batch": 4, "steps": 30, "lr": 5e-3, "warmup_steps": 4},
+    **{"eval_every": 10, "eval_batches": 4, "checkpoint_every": 7, "seed": 3, "threads": 1},
+}
+MORE = {
+    "fsdp": {"parameters": "int8"},
+    "local_sgd": {"sync_every": 4},
+    "diloco": {"sync_every": 4, "fragments": 2, "delay": 3},
+}
+STOPPED_AT = 11
 TINY = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "steps": 4, "warmup_steps": 1, "threads": 1}
 
 
@@ -68,20 +79,44 @@ def alone(tmp_path: Path, text: Path, **changes: object) -> bool:
     return train.train(train.Settings(**{**TINY, "data": text, "out": tmp_path / "run", **changes}))
 
 
-def cli(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.command()(train.command)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+def cli(*arguments: object) -> Ended:
+    return run_command("train", *arguments)
+
+
+def whole_and_cut(folder: Path, text: Path) -> None:
+    """Train by each of RUNS without a break, and again with a break (Ctrl-C on one rank, in a step) and --resume."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    for i, way in enumerate(RUNS):
+        parallel, optimizer, spec = way.split(":")
+        chosen = {**SMALL, "data": text, "compress": spec, "optimizer": optimizer, "parallel": parallel}
+        chosen |= MORE.get(parallel, {})
+        recorded = 3 if parallel == "ddp" else 0
+        whole, cut = ({**chosen, "out": folder / f"{name}{i}"} for name in ("whole", "cut"))
+        assert train.train(train.Settings(**whole, timeline=recorded))
+        sample, drawn = data.sample, 0
+
+        def interrupted(*arguments: Any, sample: Any = sample) -> Any:
+            nonlocal drawn
+            drawn += 1
+            if drawn == STOPPED_AT and dist.get_rank() == 1:
+                signal.raise_signal(signal.SIGINT)
+            return sample(*arguments)
+
+        data.sample = interrupted
+        try:
+            assert not train.train(train.Settings(**cut))
+        finally:
+            data.sample = sample
+        dist.barrier()  # rank 0 writes the marker
+        assert checkpoint.load_shared(folder / f"cut{i}")["step"] == STOPPED_AT
+        assert train.train(train.Settings(**cut, resume=True))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """whole0, cut0, whole1, ...: each spec without a break, and stopped at step 11 of 30 and resumed."""
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """whole0, cut0, whole1, ...: each of RUNS without a break, and stopped at step 11 of 30 and resumed."""
     folder = tmp_path_factory.mktemp("runs")
-    child = torchrun(Path(__file__).with_name("resume_worker.py"), folder, *RUNS)
-    output = finish(child, 250)
-    assert child.returncode == 0, output
-    assert "stopped at step 11 of 30" in output
+    run(2, whole_and_cut, folder, text, timeout=240)
     return folder
 
 
@@ -155,7 +190,7 @@ def test_a_run_too_short_for_a_timeline_says_so(tmp_path: Path, text: Path, caps
 
 def test_resume_needs_the_same_run(runs: Path, text: Path) -> None:
     saved = json.loads((runs / "whole1" / "record.json").read_text())["settings"]
-    same = {**saved, "data": None, "out": runs / "whole1", "resume": True}
+    same = {**saved, "data": text, "out": runs / "whole1", "resume": True}
     for change, message in (
         ({"compress": "int8"}, "--compress int4, this one --compress int8"),
         ({"width": 32}, "--width 64, this one --width 32"),
@@ -167,17 +202,17 @@ def test_resume_needs_the_same_run(runs: Path, text: Path) -> None:
     for number, way in ((6, "fsdp"), (7, "local_sgd"), (8, "diloco")):
         settings = json.loads((runs / f"whole{number}" / "record.json").read_text())["settings"]
         with pytest.raises(train.TrainingError, match=f"world size of 2, this one a world size of 1.*--parallel {way}"):
-            train.train(train.Settings(**{**settings, "data": None, "out": runs / f"whole{number}", "resume": True}))
+            train.train(train.Settings(**{**settings, "data": text, "out": runs / f"whole{number}", "resume": True}))
 
 
 @pytest.mark.parametrize("i", range(6), ids=list(RUNS)[:6])
 def test_a_run_goes_on_with_other_ranks_and_more_steps(
-    tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str], i: int
+    tmp_path: Path, runs: Path, text: Path, capsys: pytest.CaptureFixture[str], i: int
 ) -> None:
     """What two ranks have trained for 30 steps, one trains for 5 more."""
     shutil.copytree(runs / f"whole{i}", tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "record.json").read_text())["settings"]
-    more = {**saved, "data": None, "out": tmp_path / "run", "resume": True, "steps": 35, "timeline": 0}
+    more = {**saved, "data": text, "out": tmp_path / "run", "resume": True, "steps": 35, "timeline": 0}
     assert train.train(train.Settings(**more))
     said = capsys.readouterr().out
     assert "that run had 2 ranks, this one has 1" in said
@@ -263,17 +298,17 @@ def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path, text: Path) -> 
 )
 def test_what_cannot_be_run_is_said_in_a_sentence(tmp_path: Path, flags: list[object], message: str) -> None:
     result = cli("--out", tmp_path / "out", *flags)
-    assert result.exit_code == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.code == 1
+    assert message in result.err
+    assert "Traceback" not in result.err
     assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_folder_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = cli("--out", tmp_path / "out", "--data", tmp_path / "empty")
-    assert result.exit_code == 1
-    assert "expected text, found 0 bytes in 0 text files (0 skipped)" in result.stderr
+    assert result.code == 1
+    assert "expected text, found 0 bytes in 0 text files (0 skipped)" in result.err
 
 
 def test_files_that_are_not_text_are_skipped_and_counted(tmp_path: Path, text: Path) -> None:
@@ -283,8 +318,8 @@ def test_files_that_are_not_text_are_skipped_and_counted(tmp_path: Path, text: P
     (folder / "picture.png").write_bytes(b"\x89PNG\0\xff")
     flags = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", value)]
     result = cli("--out", tmp_path / "out", "--data", folder, *flags)
-    assert result.exit_code == 0, result.output
-    assert "1 files skipped that are not text" in result.stdout
+    assert result.code == 0, result.err
+    assert "1 files skipped that are not text" in result.out
 
 
 def test_checkpoints_of_two_steps_are_never_paired(tmp_path: Path, text: Path) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
-from commpress.launch import train
+from commpress.launch import command_line, train
 
 LAUNCH = Path(train.__file__).parent
 TINY = {
@@ -91,10 +90,8 @@ def test_kubeflow_takes_the_job_and_the_program_its_flags() -> None:
     unknown = {**job, "spec": {**job["spec"], "numNodes": 2}}  # it belongs to the trainer
     assert models.TrainerV1alpha1TrainJob.from_dict(unknown).to_dict() != unknown
     assert job["spec"]["trainer"]["command"] == ["torchrun", "-m", "commpress.launch.train"]
-    app = typer.Typer()
-    app.command()(train.command)
-    parsed = typer.main.get_command(app).make_context("train", list(job["spec"]["trainer"]["args"])).params
-    assert (parsed["compress"], parsed["steps"]) == ("int4", 1000)
+    settings = command_line.read(train.Train, "train", job["spec"]["trainer"]["args"]).settings
+    assert (settings.compress, settings.steps) == ("int4", 1000)
 
 
 @pytest.mark.slow

@@ -29,11 +29,12 @@ TINY = {
     "warmup_steps": 2,
     "threads": 1,
 }
-COMMON = {**TINY, "lr": 1e-2, "eval_every": 6, "eval_batches": 2, "optimizer_warmup": 4, "sync_every": 2}
+COMMON = {**TINY, "lr": 1e-2, "eval_every": 6, "eval_batches": 2}
+BEHIND = {"compress": "sign", "optimizer_warmup": 4}
 RUNS: dict[str, dict[str, Any]] = {
     "ZeRO 0": {"zero_stage": 0, "compress": "int4"},
-    "ZeRO 1, ZeroOneAdamW": {"zero_stage": 1, "compress": "sign", "optimizer": "ZeroOneAdamW"},
-    "ZeRO 2, OneBitAdamW": {"zero_stage": 2, "compress": "sign", "optimizer": "OneBitAdamW"},
+    "ZeRO 1, ZeroOneAdamW": {"zero_stage": 1, **BEHIND, "optimizer": "ZeroOneAdamW", "sync_every": 2},
+    "ZeRO 2, OneBitAdamW": {"zero_stage": 2, **BEHIND, "optimizer": "OneBitAdamW"},
     "ZeRO 2": {"zero_stage": 2, "compress": "int4", "parameters": "int8"},
     "ZeRO 2, accumulated": {"zero_stage": 2, "compress": "int4", "batch": 2, "accumulate": 2},
     # the last: it stays in the process. Two matrices are wide enough for DeepSpeed not to keep them everywhere
@@ -145,10 +146,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, text
 def refused(folder: Path, text: Path) -> list[str]:
     """What is said about settings that no engine takes."""
     fresh()
-    chosen = {**TINY, "data": text, "out": folder / "out", "parallel": "deepspeed", "optimizer_warmup": 2}
+    chosen = {**TINY, "data": text, "out": folder / "out", "parallel": "deepspeed"}
     wishes: list[dict[str, Any]] = [
         {"zero_stage": 0, "parameters": "int8"},
-        {"zero_stage": 3, "optimizer": "OneBitAdamW", "compress": "sign"},
+        {"zero_stage": 3, "optimizer": "OneBitAdamW", **BEHIND},
         {"zero_stage": 4},
     ]
     return [outcome(lambda w=w: train.train(train.Settings(**chosen, **w))) for w in wishes]

@@ -2,17 +2,19 @@
 
 import functools
 import json
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from commands import run_command
 from ranks import outcome, run
 from torch import nn
-from typer.testing import CliRunner
 
-from commpress.launch import checkpoint, data, train
+from commpress.launch import checkpoint, data, recipes, train
 from commpress.launch.model import GPT, Shape
 from commpress.model import stored
 
@@ -100,7 +102,7 @@ def stop_at(step: int, training: Any) -> None:
         nonlocal drawn
         drawn += 1
         if drawn == step and dist.get_rank() == 1:
-            train.signal.raise_signal(train.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return sample(*arguments)
 
     data.sample = counting
@@ -203,17 +205,18 @@ def test_what_cannot_be_is_said_on_all_ranks(folder: Path) -> None:
 
 
 def test_the_recipe_says_what_travels_unless_a_flag_does(folder: Path) -> None:
-    given = {"compress": None, "parameters": "none", "recipe": folder / "int8.toml", "steps": STEPS}
-    assert train.chosen(given).compress == "int4"
-    assert train.chosen({**given, "recipe": None}).compress == "int4"
-    for given_too in (
-        train.chosen({**given, "compress": "int8"}),
-        train.Settings(recipe=folder / "int8.toml", compress="int8"),
+    recipe = folder / "traffic.toml"
+    recipe.write_text('[traffic]\nspec = "int8"\nparameters = "bf16"\n')
+    by_recipe = recipes.with_specs(train.Settings(recipe=recipe, steps=STEPS))
+    assert (by_recipe.compress, by_recipe.parameters) == ("int8", "bf16")
+    plain = recipes.with_specs(train.Settings())
+    assert (plain.compress, plain.parameters) == ("int4", "none")
+    for flag, given, said in (
+        ("compress", "int4", "--compress int4: the recipe has traffic.spec 'int8'"),
+        ("parameters", "none", "--parameters none: the recipe has traffic.parameters 'bf16'"),
     ):
-        with pytest.raises(train.TrainingError, match=r"--compress int8: the recipe has traffic\.spec 'int4'"):
-            train.train(given_too)
-    app = train.typer.Typer()
-    app.command()(train.command)
-    told = CliRunner().invoke(app, ["--recipe", str(folder / "int8.toml"), "--compress", "int8", "--steps", "24"])
-    assert told.exit_code == 1
-    assert "leave one of them out" in told.output
+        with pytest.raises(train.TrainingError, match=re.escape(said)):
+            train.train(train.Settings(recipe=recipe, steps=STEPS, **{flag: given}))
+        told = run_command("train", "--recipe", recipe, f"--{flag}", given, "--steps", STEPS)
+        assert told.code == 1
+        assert f"{said}; leave one of them out" in told.err

@@ -31,6 +31,7 @@ from commpress.model.distillation import (
     soft_loss,
 )
 
+LIBRARIES = ("transformers",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")  # Transformers stays in them
 TIME, CLASSES = 6, 5
 

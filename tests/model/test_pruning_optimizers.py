@@ -22,6 +22,7 @@ import commpress
 from commpress.model import Recipe, RecipeError, Scheduler
 from commpress.model.masks import Masks
 
+LIBRARIES = ("torchao.quantization",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 REGROW = {"start": 1, "end": 9, "every": 2, "amount": 0.5, "schedule": "regrow"}

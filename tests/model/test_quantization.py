@@ -20,6 +20,7 @@ from commpress.launch.model import GPT, Shape
 from commpress.model import quantization, stored
 from commpress.model.quantization import Quantization, fixed_point, quantize
 
+LIBRARIES = ("torchao.quantization",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 EVERY = [

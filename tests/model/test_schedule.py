@@ -20,6 +20,7 @@ from commpress.model import Recipe, RecipeError, Scheduler, importance, prepare,
 from commpress.model.distillation import add_projections
 from commpress.model.masks import whole
 
+LIBRARIES = ("torchao.quantization", "torch_pruning")
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 PRUNE = {"start": 4, "end": 12, "every": 4, "amount": 0.8}

@@ -27,6 +27,7 @@ from commpress.model.masks import Masks
 from commpress.model.quantization import Quantization
 from commpress.model.stored import Stored, encode, load, save
 
+LIBRARIES = ("torchao.quantization",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 

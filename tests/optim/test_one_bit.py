@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, batch, finite, loss_of, network, parameters_of, same, same_training, train
 
 import commpress
-from commpress.comm.codecs.blend import Blend
+from commpress.comm.coding import encode
 from commpress.comm.meter import Report
+from commpress.comm.prologue import Prologue
 from commpress.optim import OneBitAdamW
 
 LR, WARM_UP = 0.01, 4
@@ -139,18 +140,18 @@ def blended_apart(spec: str, groups: bool) -> int:
     """How often a bucket was blended before it came to the codec, in four steps behind the warm-up; all in one bucket."""
     ddp, optimizer, _ = attached(spec, groups=groups, warmup_steps=1, bucket_cap_mb=25)
     train(ddp, range(2), optimizer=optimizer)
-    apply, calls = Blend.apply, 0
+    apply, calls = Prologue.apply, 0
 
-    def counted(self: Blend, x: Tensor) -> None:
+    def counted(self: Prologue, x: Tensor) -> None:
         nonlocal calls
         calls += 1
         apply(self, x)
 
-    Blend.apply = counted  # type: ignore[method-assign]
+    Prologue.apply = counted  # type: ignore[method-assign]
     try:
         train(ddp, range(2, 6), optimizer=optimizer)
     finally:
-        Blend.apply = apply  # type: ignore[method-assign]
+        Prologue.apply = apply  # type: ignore[method-assign]
     return calls
 
 
@@ -461,5 +462,5 @@ def test_the_pass_that_encodes_makes_the_momentum() -> None:
 def test_no_codec_but_the_casts_blends_in_a_pass_of_its_own(spec: str) -> None:
     x, residual = torch.randn(5000), torch.zeros(5000)
     before = x.clone()
-    commpress.parse(spec).encode(x, residual, blend=Blend(torch.ones(5000), torch.ones(5000), 1.0, 0.1, 0.9))
+    encode(commpress.parse(spec), x, residual, prologue=Prologue(torch.ones(5000), torch.ones(5000), 1.0, 0.1, 0.9))
     assert torch.equal(x, before)  # such a pass would have left it there

@@ -2,14 +2,15 @@
 
 import re
 
-from commpress.comm.codecs.base import Codec
+from commpress.comm.codecs.base import ArgumentError, Codec
 from commpress.comm.codecs.cast import BFloat16, Float16, Identity
+from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.codecs.two_bit import Int2
 
-FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Int8, Int4, Int2, Sign, TopK)
+FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Float8, Int8, Int4, Int2, Sign, TopK)
 WORDS = {family.word: family for family in FAMILIES}
 
 _STAGE = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(\s*([^()]*?)\s*\))?\s*")
@@ -35,16 +36,9 @@ def parse(spec: str | Codec) -> Codec:
     if word not in WORDS:
         raise ValueError(f"spec {spec!r}: unknown codec {word!r}, known: {', '.join(WORDS)}")
     family = WORDS[word]
-    if family is not TopK:
-        if argument is not None:
-            raise ValueError(f"spec {spec!r}: {word} takes no argument, got ({argument})")
-        if rest:
-            raise ValueError(f"spec {spec!r}: only the values of topk(...) can be coded in turn, not those of {word}")
-        return family()
+    if rest and not family.sparse:
+        raise ValueError(f"spec {spec!r}: only the values of topk(...) can be coded in turn, not those of {word}")
     try:
-        ratio = float(argument or "")
-    except ValueError:
-        raise ValueError(
-            f"spec {spec!r}: topk takes the kept share, as in topk(0.01), got ({argument or ''})"
-        ) from None
-    return TopK(ratio, parse(rest[0]) if rest else Identity())
+        return family.from_spec(argument, parse(rest[0]) if rest else None)
+    except ArgumentError as error:
+        raise ValueError(f"spec {spec!r}: {error}") from None

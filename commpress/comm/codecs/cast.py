@@ -9,13 +9,10 @@ give other ones on other processors.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from commpress.comm.codecs.base import Bytes, Codec, padded
-from commpress.comm.codecs.blend import Floats, Source
-from commpress.comm.kernels import cpu
+from commpress.comm.codecs.base import Codec, padded
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,7 @@ class Identity(Codec):
     word: ClassVar[str] = "none"
     exchange: ClassVar[str] = "all_reduce"
     lossy: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
     sum_dtype: ClassVar[torch.dtype | None] = torch.float32
 
     def nbytes(self, n: int) -> int:
@@ -46,6 +44,7 @@ class HalfCast(Codec):
 
     nan: ClassVar[int]
     exchange: ClassVar[str] = "all_reduce"
+    linear: ClassVar[bool] = True
 
     def nbytes(self, n: int) -> int:
         return padded(2 * n)
@@ -71,13 +70,6 @@ class BFloat16(HalfCast):
     sum_dtype: ClassVar[torch.dtype | None] = torch.bfloat16
     nan: ClassVar[int] = 0x7FC0
 
-    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
-        cpu.blend(x, source)
-        cpu.bfloat16_encode(x, residual, payload.view(np.uint16))
-
-    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
-        cpu.bfloat16_mean(payloads.view(np.uint16), count, self.nbytes(out.size) // 2, out)
-
 
 @dataclass(frozen=True)
 class Float16(HalfCast):
@@ -86,10 +78,3 @@ class Float16(HalfCast):
     word: ClassVar[str] = "fp16"
     sum_dtype: ClassVar[torch.dtype | None] = torch.float16
     nan: ClassVar[int] = 0x7E00
-
-    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
-        cpu.blend(x, source)
-        cpu.float16_encode(x, residual, payload.view(np.uint16))
-
-    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
-        cpu.float16_mean(payloads.view(np.uint16), count, self.nbytes(out.size) // 2, out)

@@ -12,17 +12,14 @@ holds value j in its low half and value j + ceil(m / 2) in its high half. 8.125 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import Bytes, Codec, padded
-from commpress.comm.codecs.blend import Floats, Source
-from commpress.comm.kernels import cpu
+from commpress.comm.codecs.base import Codec, padded
 
-BLOCK = cpu.INT_BLOCK
-FLUSH = float(cpu.FLUSH)
+BLOCK = 256
+FLUSH = 2.0**-100
 
 
 class BlockInteger(Codec):
@@ -72,16 +69,6 @@ class BlockInteger(Codec):
             codes = torch.cat([full, rest & 15, rest >> 4])
         values: Tensor = codes[:n].to(torch.float32) - offset
         return values * scale.repeat_interleave(BLOCK)[:n]
-
-    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
-        cpu.int_encode(x, source, residual, payload.view(np.float32), payload, self.bits)
-
-    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
-        cpu.int_mean(payloads.view(np.float32), payloads, count, self.nbytes(out.size), self.bits, out)
-
-    def loop_recode(self, payloads: Bytes, count: int, n: int, residual: Floats, payload: Bytes) -> None:
-        source = (payloads.view(np.float32), payloads, count, self.nbytes(n))
-        cpu.int_recode(*source, self.bits, residual, payload.view(np.float32), payload, n)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,14 @@ Bit p of byte j of a block of m values is the sign bit of value p * ceil(m / 8) 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import Bytes, Codec, padded
-from commpress.comm.codecs.blend import Floats, Source
-from commpress.comm.kernels import cpu
+from commpress.comm.codecs.base import Codec, padded
 
-BLOCK = cpu.SIGN_BLOCK
-LANES = cpu.SIGN_LANES
+BLOCK = 1024
+LANES = 64
 
 
 @dataclass(frozen=True)
@@ -52,16 +49,6 @@ class Sign(Codec):
         blocks = -(-n // BLOCK)
         scale = payload[: 4 * blocks].view(torch.float32).repeat_interleave(BLOCK)[:n]
         return torch.where(unpack_plane(payload[4 * blocks :], n), -scale, scale)
-
-    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
-        cpu.sign_encode(x, source, residual, payload.view(np.float32), payload)
-
-    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
-        cpu.sign_mean(payloads.view(np.float32), payloads, count, self.nbytes(out.size), out)
-
-    def loop_recode(self, payloads: Bytes, count: int, n: int, residual: Floats, payload: Bytes) -> None:
-        source = (payloads.view(np.float32), payloads, count, self.nbytes(n))
-        cpu.sign_recode(*source, residual, payload.view(np.float32), payload, n)
 
 
 def block_sum(x: Tensor) -> Tensor:

@@ -12,20 +12,17 @@ Where more than k values are NaN or Inf, k positions cannot name them: then no b
 values are NaN, and all n decode to NaN.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import NO_FLOATS, Bytes, Codec, padded
-from commpress.comm.codecs.blend import AS_IT_IS, Floats, Source
+from commpress.comm.codecs.base import ArgumentError, Codec, padded
 from commpress.comm.codecs.cast import Identity
-from commpress.comm.kernels import cpu
 
-INFINITY_BITS = int(cpu.INFINITY_BITS)
+INFINITY_BITS = 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,18 @@ class TopK(Codec):
 
     word: ClassVar[str] = "topk"
     exchange: ClassVar[str] = "one_shot"
+    sparse: ClassVar[bool] = True
+
+    @classmethod
+    def from_spec(cls, argument: str | None, values: Codec | None = None) -> "TopK":
+        try:
+            ratio = float(argument or "")
+        except ValueError:
+            raise ArgumentError(f"topk takes the kept share, as in topk(0.01), got ({argument or ''})") from None
+        return cls(ratio, values or Identity())
 
     def __post_init__(self) -> None:
-        if isinstance(self.values, TopK):
+        if self.values.sparse:
             raise ValueError(f"topk({self.ratio})|{self.values}: the values of topk(...) cannot be sparsified again")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"topk({self.ratio}): the kept share must be in (0, 1], got {self.ratio}")
@@ -56,14 +62,17 @@ class TopK(Codec):
     @property
     def spec(self) -> str:
         stage = f"topk({self.ratio:g})" if float(f"{self.ratio:g}") == self.ratio else f"topk({self.ratio!r})"
-        return stage if isinstance(self.values, Identity) else f"{stage}|{self.values}"
+        return stage if self.values == Identity() else f"{stage}|{self.values}"
+
+    def keeping(self, share: float) -> "TopK":
+        return replace(self, ratio=max(share, self.ratio))
 
     def kept(self, n: int) -> int:
         """How many of n values are sent."""
         return max(1, round(self.ratio * n)) if n else 0
 
-    def _sections(self, n: int) -> tuple[int, int, int, int]:
-        """k, the low bits of a position, and where the high bits and the values start."""
+    def sections(self, n: int) -> tuple[int, int, int, int]:
+        """k, the low bits of a position, and the bytes at which the high bits and the values start."""
         k = self.kept(n)
         low_bits = (n // k).bit_length() - 1
         high = padded(-(-k * low_bits // 8))
@@ -72,12 +81,12 @@ class TopK(Codec):
     def nbytes(self, n: int) -> int:
         if n == 0:
             return 0
-        k, _, _, values = self._sections(n)
+        k, _, _, values = self.sections(n)
         return values + self.values.nbytes(k)
 
     def define_encode(self, x: Tensor) -> Tensor:
         n = x.numel()
-        k, low_bits, _, _ = self._sections(n)
+        k, low_bits, _, _ = self.sections(n)
         magnitude = x.view(torch.int32) & 0x7FFFFFFF
         if int((magnitude >= INFINITY_BITS).sum()) > k:
             return self._all_nan(n, x.device)
@@ -93,11 +102,11 @@ class TopK(Codec):
         return torch.cat([_pack_bits(low), _pack_bits(high), self.values.define_encode(x[index])])
 
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
-        k, _, _, values_at = self._sections(n)
+        k, _, _, values_at = self.sections(n)
         x = torch.zeros(n, dtype=torch.float32, device=payload.device)
         value = self.values.define_decode(payload[values_at:], k)
-        index = self._positions(payload, n)
-        self._require_positions(index.numel(), bool(value.isnan().all()), n)
+        index = self.define_positions(payload, n)
+        self.require_positions(index.numel(), bool(value.isnan().all()), n)
         if index.numel():
             x[index] = value
         else:
@@ -106,64 +115,23 @@ class TopK(Codec):
 
     def _all_nan(self, n: int, device: torch.device) -> Tensor:
         """The payload of n values of which more than k are NaN or Inf."""
-        k, _, _, values_at = self._sections(n)
+        k, _, _, values_at = self.sections(n)
         nan = torch.full((k,), torch.nan, dtype=torch.float32, device=device)
         return torch.cat([torch.zeros(values_at, dtype=torch.uint8, device=device), self.values.define_encode(nan)])
 
-    def _require_positions(self, found: int, all_nan: bool, n: int) -> None:
+    def require_positions(self, found: int, all_nan: bool, n: int) -> None:
+        """Raise ValueError unless a payload of n values has marked all k positions, or none of them if all are NaN."""
         if found != (k := self.kept(n)) and not (found == 0 and all_nan):
             raise ValueError(f"{self}: a payload of {n} values marks {found} positions, expected {k}")
 
-    def _positions(self, payload: Tensor, n: int) -> Tensor:
-        """The ascending positions that a payload of n values holds: int64 [k], or none if all are NaN."""
-        k, low_bits, high_at, values_at = self._sections(n)
+    def define_positions(self, payload: Tensor, n: int) -> Tensor:
+        k, low_bits, high_at, values_at = self.sections(n)
         high = _unpack_bits(payload[high_at:values_at]).nonzero().view(-1)
         if high.numel() != k:
             return high
         index = high - torch.arange(k, dtype=torch.int64, device=payload.device) << low_bits
         low = _unpack_bits(payload[:high_at])[: k * low_bits].view(k, low_bits)
         return index + (low << torch.arange(low_bits, dtype=torch.int64, device=payload.device)).sum(dim=1)
-
-    def clear(self, payload: Tensor, values: Tensor) -> None:
-        k, low_bits, high_at, values_at = self._sections(values.numel())
-        if values.device.type == "cpu":
-            places = np.empty(k, np.int64)
-            coded = payload.numpy()
-            found = cpu.ef_decode(low_bits, coded[:high_at], coded[high_at:values_at], places)
-            index = torch.from_numpy(places[:found])
-        else:
-            index = self._positions(payload, values.numel())
-        if index.numel():
-            values[index] = 0
-        else:  # it names all of them
-            values.zero_()
-
-    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
-        k, low_bits, high_at, values_at = self._sections(x.size)
-        index, value = cpu.topk_select(x, source, residual, k)
-        payload[:values_at] = 0
-        if not index.size:
-            self.values.loop_encode(np.full(k, np.nan, np.float32), AS_IT_IS, NO_FLOATS, payload[values_at:])
-            return
-        cpu.ef_encode(index, low_bits, payload[:high_at], payload[high_at:values_at])
-        self.values.loop_encode(value, AS_IT_IS, NO_FLOATS, payload[values_at:])
-        if residual.size:
-            decoded = np.empty(k, np.float32)
-            self.values.loop_mean(payload[values_at:], 1, decoded)
-            cpu.topk_settle(x, source, residual, index, value, decoded)
-
-    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
-        k, low_bits, high_at, values_at = self._sections(out.size)
-        index, value = np.empty(k, np.int64), np.empty(k, np.float32)
-        out[:] = 0
-        for payload in payloads.reshape(count, -1):
-            found = cpu.ef_decode(low_bits, payload[:high_at], payload[high_at:values_at], index)
-            self.values.loop_mean(payload[values_at:], 1, value)
-            self._require_positions(found, not found and bool(np.isnan(value).all()), out.size)
-            if found:
-                cpu.scatter_add(index, value, np.float32(1.0 / count), out)
-            else:
-                out[:] = np.nan
 
 
 def _pack_bits(bits: Tensor) -> Tensor:

@@ -11,15 +11,12 @@ both planes of bits laid out as in `sign`. 2.06 bits a value.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import Bytes, Codec, padded
-from commpress.comm.codecs.blend import Floats, Source
+from commpress.comm.codecs.base import Codec, padded
 from commpress.comm.codecs.sign import BLOCK, block_sizes, block_sum, pack_plane, plane_bytes, unpack_plane
-from commpress.comm.kernels import cpu
 
 
 @dataclass(frozen=True)
@@ -60,13 +57,3 @@ class Int2(Codec):
         low, high = payload[: 8 * blocks].view(torch.float32).view(-1, 2).repeat_interleave(BLOCK, dim=0)[:n].unbind(1)
         size = torch.where(unpack_plane(payload[signs + plane_bytes(n) :], n), high, low)
         return torch.where(unpack_plane(payload[signs:], n), -size, size)
-
-    def loop_encode(self, x: Floats, source: Source, residual: Floats, payload: Bytes) -> None:
-        cpu.int2_encode(x, source, residual, payload.view(np.float32), payload)
-
-    def loop_mean(self, payloads: Bytes, count: int, out: Floats) -> None:
-        cpu.int2_mean(payloads.view(np.float32), payloads, count, self.nbytes(out.size), out)
-
-    def loop_recode(self, payloads: Bytes, count: int, n: int, residual: Floats, payload: Bytes) -> None:
-        source = (payloads.view(np.float32), payloads, count, self.nbytes(n))
-        cpu.int2_recode(*source, residual, payload.view(np.float32), payload, n)

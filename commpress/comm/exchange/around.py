@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from commpress.comm.codecs.blend import Blend
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange.wire import Transfer
+from commpress.comm.prologue import Prologue
 
 
 def prepared(
     exchange: Iterator[Transfer],
     x: Tensor,
     before: list[Callable[[], None]],
-    prologue: Blend | None = None,
+    prologue: Prologue | None = None,
     fused: Encoder | None = None,
     finish: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Transfer]:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from commpress.comm.failure import DamagedMessageError, LostPeerError, OtherMessageError, is_lost
-from commpress.comm.kernels.fingerprint import fingerprint
 from commpress.comm.masks_index import Segments
+from commpress.kernels.cpu.fingerprint import fingerprint
 
 TAGS_PER_BUCKET = 2
 HEADER = struct.Struct("<QQQ")

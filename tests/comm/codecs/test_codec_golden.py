@@ -23,7 +23,17 @@ from commpress.comm.codecs import parse  # noqa: E402
 
 FILE = TESTS / "golden" / "payloads.json"
 GOLDEN: dict[str, dict[str, str]] = json.loads(FILE.read_text()) if FILE.exists() else {}
-LENGTHS = {"none": 50, "bf16": 75, "fp16": 75, "int8": 300, "int4": 301, "int2": 1100, "sign": 1100}
+LENGTHS = {
+    "none": 50,
+    "bf16": 75,
+    "fp16": 75,
+    "fp8": 300,
+    "fp8(e5m2)": 300,
+    "int8": 300,
+    "int4": 301,
+    "int2": 1100,
+    "sign": 1100,
+}
 """Enough for a whole block and a short one; 1000 for the sparse ones."""
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from commpress.comm.kernels import cpu
+from commpress.kernels.cpu import elias_fano, topk
 
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
@@ -21,9 +21,9 @@ def round_trip(positions: list[int], n: int) -> tuple[Longs, int]:
     low_bits = (n // k).bit_length() - 1
     low = np.zeros(-(-k * low_bits // 8), np.uint8)
     high = np.zeros(-(-(k + (n >> low_bits) + 1) // 8), np.uint8)
-    cpu.ef_encode(index, low_bits, low, high)
+    elias_fano.ef_encode(index, low_bits, low, high)
     decoded = np.full(k, -1, np.int64)
-    assert cpu.ef_decode(low_bits, low, high, decoded) == k
+    assert elias_fano.ef_decode(low_bits, low, high, decoded) == k
     assert sum(int(byte).bit_count() for byte in high) == k
     return decoded, low_bits
 
@@ -68,7 +68,7 @@ def test_elias_fano_of_many_positions(n: int) -> None:
 
 def test_elias_fano_reads_no_more_positions_than_asked_for() -> None:
     decoded = np.zeros(3, np.int64)
-    assert cpu.ef_decode(0, np.zeros(0, np.uint8), np.full(4, 255, np.uint8), decoded) == 3
+    assert elias_fano.ef_decode(0, np.zeros(0, np.uint8), np.full(4, 255, np.uint8), decoded) == 3
     assert decoded.tolist() == [0, 0, 0]
 
 
@@ -84,7 +84,7 @@ def test_elias_fano_reads_no_more_positions_than_asked_for() -> None:
 def test_kth_largest_is_that_of_a_sort(bits: Ints) -> None:
     falling = np.sort(bits)[::-1]
     for k in range(1, bits.size + 1):
-        assert cpu.kth_largest(bits, k) == falling[k - 1]
+        assert topk.kth_largest(bits, k) == falling[k - 1]
 
 
 @pytest.mark.parametrize("high", [1, 100, 2**11, 2**22, 2**31 - 1])
@@ -92,7 +92,7 @@ def test_kth_largest_of_many(high: int) -> None:
     bits = np.random.default_rng(high).integers(0, high, 50_000, dtype=np.int32, endpoint=True)
     falling = np.sort(bits)[::-1]
     for k in (1, 2, 499, 500, 25_000, 49_999, 50_000):
-        assert cpu.kth_largest(bits, k) == falling[k - 1]
+        assert topk.kth_largest(bits, k) == falling[k - 1]
 
 
 @EXAMPLES
@@ -102,7 +102,7 @@ def test_keep_marks_all_above_and_an_even_share_of_the_ties(bits: Ints, data: st
     threshold = np.sort(bits)[::-1][k - 1]
     above = int((bits > threshold).sum())
     kept = np.full(k, -1, np.int64)
-    cpu._keep(bits, threshold, above, k, kept)
+    topk._keep(bits, threshold, above, k, kept)
     assert (np.diff(kept) > 0).all()
     assert 0 <= kept[0] <= kept[-1] < bits.size
     assert set(np.flatnonzero(bits > threshold)) <= set(kept)
@@ -119,5 +119,5 @@ def test_scatter_adds_shares_and_passes_over_what_lies_beyond() -> None:
     out = np.array([1.0, 2.0, 3.0, 99.0], np.float32)
     index = np.array([0, 2, 2, 3, 2**40], np.int64)
     value = np.array([4.0, 8.0, 16.0, 5.0, 5.0], np.float32)
-    cpu.scatter_add(index, value, np.float32(0.5), out[:3])
+    topk.scatter_add(index, value, np.float32(0.5), out[:3])
     assert out.tolist() == [3.0, 2.0, 15.0, 99.0]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import commpress
 from commpress.comm.codecs import FAMILIES, WORDS, Codec, parse
 from commpress.comm.codecs.cast import BFloat16, Float16, Identity
+from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
@@ -23,6 +24,8 @@ from commpress.comm.codecs.two_bit import Int2
         ("none", Identity()),
         ("bf16", BFloat16()),
         ("fp16", Float16()),
+        ("fp8", Float8("e4m3")),
+        ("fp8(e5m2)", Float8("e5m2")),
         ("int8", Int8()),
         ("int4", Int4()),
         ("int2", Int2()),
@@ -52,6 +55,8 @@ def test_a_spec_names_its_codec(spec: str, codec: Codec) -> None:
         ("topk(0.30000000000000004)", "topk(0.30000000000000004)"),
         ("topk(0.3333333)", "topk(0.3333333)"),
         (" int4 ", "int4"),
+        ("fp8( e4m3 )", "fp8"),
+        ("topk(0.1)|fp8(e5m2)", "topk(0.1)|fp8(e5m2)"),
     ],
 )
 def test_the_canonical_form(spec: str, canonical: str) -> None:
@@ -105,6 +110,7 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str) -> None:
         ("topk(x)", "spec 'topk(x)': topk takes the kept share, as in topk(0.01), got (x)"),
         ("topk(0.1, 2)", "spec 'topk(0.1, 2)': topk takes the kept share, as in topk(0.01), got (0.1, 2)"),
         ("int4(3)", "spec 'int4(3)': int4 takes no argument, got (3)"),
+        ("fp8(e3m4)", "spec 'fp8(e3m4)': the format must be one of e4m3, e5m2, got 'e3m4'"),
         ("int4()", "spec 'int4()': int4 takes no argument, got ()"),
         ("int4|int8", "spec 'int4|int8': only the values of topk(...) can be coded in turn, not those of int4"),
         ("topk(0.1)|topk(0.1)", "topk(0.1)|topk(0.1): the values of topk(...) cannot be sparsified again"),

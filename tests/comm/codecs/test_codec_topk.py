@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from commpress.comm.codecs import parse
 from commpress.comm.codecs.topk import TopK
+from commpress.comm.coding import clear, encode
 
 
 def read(payload: bytes, n: int, k: int) -> tuple[list[int], bytes]:
@@ -42,7 +44,7 @@ def check_selection(x: Tensor, ratio: float, residual: Tensor | None = None) -> 
     k = max(1, round(ratio * n))
     codec = TopK(ratio)
     total = x if residual is None else x + residual
-    payload = codec.encode(x, None if residual is None else residual.clone())
+    payload = encode(codec, x, None if residual is None else residual.clone())
     positions, values = read(payload.numpy().tobytes(), n, k)
     assert positions == sorted(set(positions))
     assert 0 <= positions[0] <= positions[-1] < n
@@ -78,10 +80,10 @@ def test_the_k_largest_of_gradients(seed: int, n: int, ratio: float, feedback: b
     check_selection(gradient(n, seed), ratio, gradient(n, seed + 1) if feedback else None)
 
 
-@pytest.mark.parametrize("ratio", [0.001, 0.01, 0.1, 0.5])
 @pytest.mark.parametrize("name", sorted(tame(1)))
-def test_the_k_largest_of_hard_inputs(name: str, ratio: float) -> None:
-    check_selection(tame(100_003)[name], ratio)
+def test_the_k_largest_of_hard_inputs(name: str) -> None:
+    for ratio in (0.001, 0.01, 0.1, 0.5):
+        check_selection(tame(100_003)[name], ratio)
 
 
 def sampled_places(n: int) -> Tensor:
@@ -114,21 +116,20 @@ def adversaries(n: int) -> Iterator[tuple[str, Tensor]]:
     yield "last value", torch.where(i == n - 1, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in adversaries(100_000)])
-def test_the_k_largest_against_an_adversary_of_the_sample(name: str) -> None:
-    x = dict(adversaries(100_000))[name]
-    for ratio in (0.001, 0.01, 0.1):
-        check_selection(x, ratio)
-    check_selection(0.5 * x, 0.01, 0.5 * x.clone())
+def test_the_k_largest_against_an_adversary_of_the_sample() -> None:
+    for name, x in adversaries(100_000):
+        print(name)  # which one failed
+        for ratio in (0.001, 0.01, 0.1):
+            check_selection(x, ratio)
+        check_selection(0.5 * x, 0.01, 0.5 * x.clone())
 
 
-@pytest.mark.parametrize("ratio", [1e-9, 0.001, 0.01, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 149, 150, 250, 1000, 99_999])
-def test_kept_is_the_rounded_share_and_at_least_one(n: int, ratio: float) -> None:
-    codec = TopK(ratio)
-    assert codec.kept(n) == max(1, round(ratio * n))
-    x = torch.arange(1, n + 1).float()
-    assert codec.decode(codec.encode(x), n).count_nonzero() == codec.kept(n)
+def test_kept_is_the_rounded_share_and_at_least_one() -> None:
+    for n, ratio in product((1, 2, 3, 10, 149, 150, 250, 1000, 99_999), (1e-9, 0.001, 0.01, 0.25, 0.5, 1.0)):
+        codec = TopK(ratio)
+        assert codec.kept(n) == max(1, round(ratio * n))
+        x = torch.arange(1, n + 1).float()
+        assert codec.decode(codec.encode(x), n).count_nonzero() == codec.kept(n)
 
 
 def test_nothing_is_kept_of_nothing() -> None:
@@ -143,7 +144,7 @@ def test_all_of_an_embedding_arrives_if_it_is_sparser_than_the_share() -> None:
     flat = x.view(-1)
     residual = torch.zeros_like(flat)
     codec = parse("topk(0.01)")
-    assert torch.equal(codec.decode(codec.encode(flat, residual), flat.numel()), flat)
+    assert torch.equal(codec.decode(encode(codec, flat, residual), flat.numel()), flat)
     assert (residual == 0).all()
 
 
@@ -161,12 +162,12 @@ def test_where_more_are_nan_or_inf_than_can_be_named_all_decode_to_nan(spec: str
     x, before, momentum = normal(1000), gradient(1000, seed=1), torch.ones(1000)
     x[[10, 500, 990]] = torch.tensor([torch.inf, torch.nan, -torch.inf])
     residual = before.clone()
-    payload = codec.encode(x, residual)
+    payload = encode(codec, x, residual)
     assert not payload[: -codec.values.nbytes(2)].any()
     assert codec.decode(payload, 1000).isnan().all()
     assert codec.mean(torch.cat([codec.encode(normal(1000)), payload]), 1000, 2).isnan().all()
     assert ((residual - before).abs() <= 2.0**-23 * (x + before).abs().nan_to_num(0, 0, 0)).all()
-    codec.clear(payload, momentum)
+    clear(codec, payload, momentum)
     assert (momentum == 0).all()
 
 
@@ -177,7 +178,7 @@ def test_residuals_of_infs_and_nans_that_were_not_sent_stay_as_they_were() -> No
     x[7::20] = torch.inf
     residual = gradient(10_000, seed=1)
     before = residual.clone()
-    TopK(0.01).encode(x, residual)
+    encode(TopK(0.01), x, residual)
     spoilt = ~x.isfinite()
     assert same_bits(residual[spoilt], before[spoilt])
     assert residual.isfinite().all()
@@ -213,7 +214,7 @@ def test_with_feedback_every_position_of_an_equal_gradient_is_sent_equally_often
     codec = TopK(ratio)
     residual, sent = torch.zeros(n), torch.zeros(n, dtype=torch.int64)
     for _ in range(3 * n // codec.kept(n)):
-        sent += codec.decode(codec.encode(torch.ones(n), residual), n) != 0
+        sent += codec.decode(encode(codec, torch.ones(n), residual), n) != 0
         assert sent.max() - sent.min() <= 1
     assert (sent == 3).all()
 
@@ -224,7 +225,7 @@ def test_with_feedback_no_position_of_an_equal_gradient_waits_longer_than_n_over
     residual = torch.zeros(n)
     turn = -(-n // codec.kept(n))
     for _ in range(5 * turn):
-        codec.encode(torch.ones(n), residual)
+        encode(codec, torch.ones(n), residual)
         assert residual.max() < turn
 
 
@@ -250,7 +251,7 @@ def test_layout_is_the_documented_one(spec: str, n: int) -> None:
 def test_the_second_stage_leaves_its_error_in_the_residual() -> None:
     codec = parse("topk(0.1)|int4")
     x, residual = gradient(5000), torch.zeros(5000)
-    decoded = codec.decode(codec.encode(x, residual), 5000)
+    decoded = codec.decode(encode(codec, x, residual), 5000)
     kept = decoded != 0
     assert (residual[kept] != 0).any()
     assert torch.equal(residual[~kept], x[~kept])
@@ -259,9 +260,8 @@ def test_the_second_stage_leaves_its_error_in_the_residual() -> None:
 def test_a_finite_value_beside_a_nan_keeps_its_old_residual_to_rounding() -> None:
     """int8 spoils the whole block of kept values: nothing of them arrives, so nothing may leave the residual."""
     residual = torch.tensor([0.5, 1e-9, 0.25])
-    decoded = parse("topk(1)|int8").decode(
-        parse("topk(1)|int8").encode(torch.tensor([3.0, 1.0, torch.nan]), residual), 3
-    )
+    codec = parse("topk(1)|int8")
+    decoded = codec.decode(encode(codec, torch.tensor([3.0, 1.0, torch.nan]), residual), 3)
     assert decoded.isnan().all()
     assert residual[[0, 2]].tolist() == [0.5, 0.25]
     assert abs(residual[1] - 1e-9) <= 2.0**-23

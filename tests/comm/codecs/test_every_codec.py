@@ -1,24 +1,26 @@
 """Every codec against every check of the battery, and that the battery knows every codec."""
 
 import doctest
-from collections.abc import Callable
 from importlib import import_module
 
 import pytest
 import torch
-from battery import CODEC_CHECKS, EXAMPLES, SPECS, defined_encode, same, same_residual
+from battery import CODEC_CHECKS, DEVICES, EXAMPLES, SPECS, Subject, defined_encode, same, same_residual
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from commpress.comm.codecs import FAMILIES, WORDS, Codec, parse
+from commpress.comm.codecs import FAMILIES, WORDS, parse
+from commpress.comm.coding import encode
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("check", CODEC_CHECKS, ids=lambda check: check.__name__)
-def test_codec(spec: str, check: Callable[[Codec], None]) -> None:
-    check(parse(spec))
+def test_codec(spec: str, device: str) -> None:
+    subject = Subject(parse(spec), device)
+    for check in CODEC_CHECKS:
+        check(subject)
 
 
 def test_the_battery_knows_every_family() -> None:
@@ -30,7 +32,7 @@ def test_the_battery_lists_every_check() -> None:
 
     def is_check(thing: object) -> bool:
         return getattr(thing, "__module__", "") == "battery" and getattr(thing, "__annotations__", {}) == {
-            "codec": Codec,
+            "subject": Subject,
             "return": None,
         }
 
@@ -42,20 +44,21 @@ def any_floats(n: int) -> st.SearchStrategy[NDArray]:  # type: ignore[type-arg]
     return hnp.arrays("float32", n, elements=st.floats(width=32), fill=st.sampled_from([0.0, -1.0, 1.0, 1e-30]))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spec", SPECS)
 @EXAMPLES
 @given(st.data())
-def test_loops_equal_the_definition_on_anything(spec: str, data: st.DataObject) -> None:
+def test_kernels_equal_the_definition_on_anything(spec: str, device: str, data: st.DataObject) -> None:
     codec = parse(spec)
     n = data.draw(st.integers(1, 600))
-    x = torch.from_numpy(data.draw(any_floats(n)))
-    before = torch.from_numpy(data.draw(any_floats(n))).nan_to_num(0.5, 1.0, -1.0)
+    x = torch.from_numpy(data.draw(any_floats(n))).to(device)
+    before = torch.from_numpy(data.draw(any_floats(n))).nan_to_num(0.5, 1.0, -1.0).to(device)
     assert torch.equal(codec.encode(x), defined_encode(codec, x)[0])
 
     payload, after = defined_encode(codec, x, before)
     residual = before.clone()
     assert after is not None
-    assert torch.equal(codec.encode(x, residual), payload)
+    assert torch.equal(encode(codec, x, residual), payload)
     decoded = codec.decode(payload, n)
     assert same_residual(codec, residual, after, x + before, decoded)
     assert same(decoded, codec.define_decode(payload, n))

@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Any] = {
     "one bit": lambda p: OneBitAdamW(p, lr=0.02, warmup_steps=2, max_norm=1.0),
     "zero one": lambda p: ZeroOneAdamW(p, lr=0.02, warmup_steps=2, sync_every=3),
 }
-DOCS = Path(__file__).parents[1] / "docs" / "trainers.md"
+DOCS = Path(__file__).parents[2] / "docs" / "trainers.md"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the ranks of a program do as one: they join, find out together who failed, and end with one sentence and one code.
+"""The ranks of a program as one: they join, find out together who failed, and stop and end with one sentence and one code.
 
 A step that every rank takes by itself (read its data, write its checkpoint) goes through `together`: the results are gathered,
 so no rank waits for one that has failed. What fails in the middle of a collective cannot be gathered: `in_one_voice` leaves the
@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -27,7 +28,7 @@ PATIENCE = 2.0
 """Seconds in which a rank that lost another looks for the reason in the store."""
 KEY = "commpress/launch/failure"
 LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|timed? ?out", re.IGNORECASE)
-"""What errors of a process group that lost a rank say."""
+"""Words in the errors of a process group that lost a rank."""
 
 
 class TrainingError(ValueError):
@@ -35,7 +36,7 @@ class TrainingError(ValueError):
 
 
 class LoneError(TrainingError):
-    """What this rank met and others did not: it says so, too."""
+    """This rank met what others did not: it says so, too."""
 
 
 @contextlib.contextmanager
@@ -108,6 +109,14 @@ def named(rank: int, host: str) -> str:
     return f"rank {rank} ({host}): "
 
 
+def ranks_without(good: bool, device: torch.device) -> str:
+    """Return the ranks on which `good` is false, in words; "" if it is so on none or on all. Collective."""
+    group = dist.distributed_c10d._get_default_group()
+    found = gather_settings({"host": host_name(), "good": good}, group, device)
+    bad = [named(rank, str(of["host"])).removesuffix(": ") for rank, of in enumerate(found) if not of["good"]]
+    return ", ".join(bad) if len(bad) < len(found) else ""
+
+
 def sentence(error: BaseException) -> str:
     """Return an error as a line to read: file and reason, a message, and for what nobody expected also its place."""
     return " ".join(_said(error).split())
@@ -126,8 +135,8 @@ def _said(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def said_by_rank_0() -> Iterator[None]:
-    """Around what fails on all ranks alike if it fails."""
+def same_error_on_all_ranks() -> Iterator[None]:
+    """Turn an error that all ranks meet alike, if one does, into a TrainingError."""
     try:
         yield
     except TrainingError:
@@ -158,6 +167,34 @@ def in_one_voice() -> Iterator[None]:
             ) from error
         post(f"{who}{sentence(error)}")
         raise LoneError(f"{who}{sentence(error)}") from error
+
+
+class Stop:
+    """Becomes true when this process is asked to end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def __float__(self) -> float:
+        return float(self.asked)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turn Ctrl-C and SIGTERM into a flag. A second one changes nothing: torchrun sends one more of its own."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals belong to the program that called, as under Ray Train
+        return
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

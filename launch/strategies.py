@@ -1,4 +1,4 @@
-"""How the training program's model is spread over the ranks: one class a way, all with the same face.
+"""The ways to spread the training program's model over the ranks: a class for each, all with the same face.
 
 `ddp` replicates the model and averages gradients, `fsdp` shards it (FSDP2), `deepspeed` does either (ZeRO 0 to 3), `local_sgd`
 and `diloco` let each rank take steps of its own. What a checkpoint must hold differs with them: what all ranks share, and what
@@ -12,6 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commpress
 from commpress import optim
+from commpress.launch import optimizers
 from commpress.launch.model import GPT
+from commpress.launch.settings import Settings
 
 State = dict[str, Any]
 
 
-class Spread(ABC):
+class Strategy(ABC):
     """A model on all ranks, its optimizer and the session that compresses its traffic."""
 
     model: nn.Module
-    """What forward goes through."""
+    """The module that forward goes through."""
     optimizer: torch.optim.Optimizer
     session: Any
     """Has `report`, `state_dict`, `load_state_dict`, and most have `timeline`."""
@@ -41,7 +44,7 @@ class Spread(ABC):
         """While the block runs, backward keeps its gradients on this rank."""
         return contextlib.nullcontext()
 
-    def alike(self) -> AbstractContextManager[None]:
+    def synced(self) -> AbstractContextManager[None]:
         """While the block runs, the model has the same values on all ranks."""
         return contextlib.nullcontext()
 
@@ -60,14 +63,14 @@ class Spread(ABC):
 
     @abstractmethod
     def state(self) -> tuple[State, State]:
-        """What all ranks share, and what this one alone has. Collective."""
+        """Return the state that all ranks share, and the one that this rank alone has. Collective."""
 
     @abstractmethod
     def load(self, shared: State, own: State) -> None:
         """Restore what `state` returned, but for the session, which comes last: it must know the masks. Collective."""
 
 
-class Replicated(Spread):
+class Replicated(Strategy):
     """DDP: the same model on all ranks. A compressed optimizer is told of it."""
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, spec: str) -> None:
@@ -79,7 +82,7 @@ class Replicated(Spread):
     def accumulating(self) -> AbstractContextManager[None]:
         return self.ddp.no_sync()
 
-    def alike(self) -> AbstractContextManager[None]:
+    def synced(self) -> AbstractContextManager[None]:
         return _synced(self.optimizer)
 
     def clip(self, most: float) -> Tensor:
@@ -94,7 +97,7 @@ class Replicated(Spread):
         self.optimizer.load_state_dict(shared["optimizer"])
 
 
-class Sharded(Spread):
+class Sharded(Strategy):
     """FSDP2: each block's parameters, gradients and optimizer state divided among the ranks."""
 
     def __init__(self, model: GPT, optimizer: Callable[[nn.Module], torch.optim.Optimizer], spec: str, parameters: str):
@@ -135,7 +138,7 @@ class Sharded(Spread):
         )
 
 
-class Engine(Spread):
+class Engine(Strategy):
     """DeepSpeed: its engine goes backward and steps, and at ZeRO 1 to 3 each rank steps a part of the parameters."""
 
     def __init__(
@@ -173,7 +176,7 @@ class Engine(Spread):
         finally:
             self.engine.set_gradient_accumulation_boundary(True)
 
-    def alike(self) -> AbstractContextManager[None]:
+    def synced(self) -> AbstractContextManager[None]:
         return _synced(self.optimizer)
 
     def backward(self, loss: Tensor) -> None:
@@ -230,23 +233,23 @@ class Engine(Spread):
 
 
 ZERO_STATE = ("base_optimizer_state", "single_partition_of_fp32_groups", "optimizer_state_dict", "fp32_flat_groups")
-"""What of a ZeRO optimizer's state changes in training, by DeepSpeed's names for it: two of ZeRO 1 and 2, two of ZeRO 3."""
+"""Parts of a ZeRO optimizer's state that change in training, as DeepSpeed names them: two of ZeRO 1 and 2, two of ZeRO 3."""
 
 
-class Local(Spread):
+class Local(Strategy):
     """Local steps, and an outer sync now and then. The shared state is the model as all ranks know it."""
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, way: str, spec: str, settings: State) -> None:
         self.model, self.optimizer = model, optimizer
         self.session = self.outer = getattr(commpress, way)(model, optimizer, spec, **settings)
 
-    def alike(self) -> AbstractContextManager[None]:
+    def synced(self) -> AbstractContextManager[None]:
         return self.outer.synced()  # type: ignore[no-any-return]
 
     def state(self) -> tuple[State, State]:
         own = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         own = {key: _copied(value) for key, value in own.items()} | {"session": self.outer.state_dict()}
-        with self.alike():
+        with self.synced():
             return {"model": _copied(self.model.state_dict())}, own
 
     def load(self, shared: State, own: State) -> None:
@@ -271,4 +274,18 @@ def _copied(state: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, torch.clone, state)
 
 
-WAYS = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")
+def make(model: GPT, settings: Settings) -> Strategy:
+    """Spread a model over the ranks as --parallel has it, with its optimizer and its session. Collective."""
+    if settings.parallel == "fsdp":
+        optimizer_of = partial(optimizers.make, settings=settings)
+        return Sharded(model, optimizer_of, settings.spec, settings.parameter_spec)
+    optimizer = optimizers.make(model, settings)
+    if settings.parallel == "ddp":
+        return Replicated(model, optimizer, settings.spec)
+    if settings.parallel == "deepspeed":
+        specs = settings.spec, settings.parameter_spec
+        return Engine(model, optimizer, settings.zero_stage, settings.batch, *specs)
+    outer: State = {"every": optimizers.sync_every(settings), "fragments": settings.fragments, "delay": settings.delay}
+    if settings.parallel == "diloco":
+        outer |= {"lr": settings.outer_lr, "momentum": settings.outer_momentum}
+    return Local(model, optimizer, settings.parallel, settings.spec, outer)

@@ -1,4 +1,4 @@
-"""Real ranks for tests: a pool of processes that stay from test to test, forked from a clean one that has imported torch.
+"""Real ranks for tests: a pool of processes that stay from test to test, forked from one that has imported commpress.
 
     results = run(3, function, *args)       # function(*args) on ranks 0, 1, 2, each in a Gloo group of three
 
@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -19,10 +20,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -48,9 +52,43 @@ class _Worker:
     pipe: Connection
 
 
-_pool: list[_Worker] = []
+@dataclass
+class _Pool:
+    """Ranks, forked from a process that has imported `modules`."""
+
+    modules: tuple[str, ...]
+    workers: list[_Worker] = field(default_factory=list)
+
+    def take(self, world_size: int) -> list[_Worker]:
+        """Return the first ranks, started where they are missing or have ended."""
+        if any(not worker.process.is_alive() for worker in self.workers):
+            self.close()
+        while len(self.workers) < world_size:
+            here, there = _context.Pipe()
+            process = _context.Process(target=_serve, args=(there, self.modules), daemon=True)
+            with _forked_from(self.modules):
+                process.start()
+            there.close()
+            self.workers.append(_Worker(process, here))
+        return self.workers[:world_size]
+
+    def close(self) -> None:
+        """End all ranks."""
+        for worker in self.workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.process.pid, signal.SIGKILL)
+        for worker in self.workers:
+            worker.process.join()
+            worker.pipe.close()
+        self.workers.clear()
+
+
+BARE = ("torch", "torch.nn.parallel", "torch.optim", "numba")
+"""What a rank has imported if nothing that is under test may be there."""
+WARM = (*BARE, "warm")
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.nn.parallel", "torch.optim", "numba"])  # nothing that is under test
+_parents: dict[tuple[str, ...], forkserver.ForkServer] = {}
+_pool = _Pool(WARM)
 
 
 def run(
@@ -60,53 +98,63 @@ def run(
     timeout: float = 60,
     group_timeout: float = 20,
     fresh: bool = False,
+    bare: bool = False,
     tcp: bool = False,
 ) -> list[Any]:
     """Call `function(*args)` on each of `world_size` ranks of a new default group; return the results by rank.
 
-    Raises RankError if a rank raises, if its process ends, or after `timeout` seconds. With `fresh` the processes are not
-    used again, and a rank that ends has `Died` for its result. `tcp` keeps the store in rank 0's process, not in a file.
+    Raises RankError if a rank raises, if its process ends, or after `timeout` seconds. With `fresh` the processes are new and
+    not used again, and a rank that ends has `Died` for its result; with `bare` they have not imported commpress, either.
+    `tcp` keeps the store in rank 0's process, not in a file.
     """
-    _grow(world_size)
-    workers = _pool[:world_size]
-    with tempfile.TemporaryDirectory(prefix="commpress-ranks-") as folder:
-        url = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{folder}/store"
-        call = pickle.dumps((function, args))
-        for rank, worker in enumerate(workers):
-            worker.pipe.send_bytes(pickle.dumps((sys.path, url, rank, world_size, group_timeout, call)))
-        try:
+    fresh = fresh or bare
+    pool = _Pool(BARE if bare else _pool.modules) if fresh else _pool
+    try:
+        workers = pool.take(world_size)
+        with tempfile.TemporaryDirectory(prefix="commpress-ranks-") as folder:
+            url = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{folder}/store"
+            call = pickle.dumps((function, args))
+            for rank, worker in enumerate(workers):
+                worker.pipe.send_bytes(pickle.dumps((sys.path, url, rank, world_size, group_timeout, call)))
             results = _collect(workers, time.monotonic() + timeout, timeout, may_die=fresh)
-        except BaseException:  # Ctrl-C too: the ranks are in the middle of something
-            close()
-            raise
-        if fresh:
-            close()
-        return results
+    except BaseException:  # Ctrl-C too: the ranks are in the middle of something
+        pool.close()
+        raise
+    if fresh:
+        pool.close()
+    return results
 
 
+@contextlib.contextmanager
+def apart(*modules: str) -> Iterator[None]:
+    """Run the ranks of this context in processes of their own, forked from one that has imported `modules` as well."""
+    global _pool
+    before, _pool = _pool, _Pool((*WARM, *modules))
+    try:
+        yield
+    finally:
+        _pool.close()
+        _pool = before
+
+
+@atexit.register
 def close() -> None:
     """End all ranks. The next `run` starts new ones."""
-    for worker in _pool:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.process.pid, signal.SIGKILL)
-    for worker in _pool:
-        worker.process.join()
-        worker.pipe.close()
-    _pool.clear()
+    _pool.close()
 
 
-atexit.register(close)
-
-
-def _grow(world_size: int) -> None:
-    if any(not worker.process.is_alive() for worker in _pool):
-        close()
-    while len(_pool) < world_size:
-        here, there = _context.Pipe()
-        process = _context.Process(target=_serve, args=(there,), daemon=True)
-        process.start()
-        there.close()
-        _pool.append(_Worker(process, here))
+@contextlib.contextmanager
+def _forked_from(modules: tuple[str, ...]) -> Iterator[None]:
+    """Let multiprocessing fork from the process that has imported `modules`; it starts when it is first wanted."""
+    if modules not in _parents:
+        _parents[modules] = forkserver.ForkServer()
+        _parents[modules].set_forkserver_preload(list(modules))
+    parent = _parents[modules]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}):
+        parent.ensure_running()
+    with mock.patch.object(forkserver, "connect_to_new_process", parent.connect_to_new_process):
+        yield
 
 
 def _free_port() -> int:
@@ -148,8 +196,10 @@ def _collect(workers: list[_Worker], deadline: float, timeout: float, may_die: b
     return [results[rank] for rank in range(len(workers))]
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, modules: tuple[str, ...]) -> None:
     """What a rank's process does: calls, one after another, until the pipe closes."""
+    for name in modules:  # they are there, unless the import failed: multiprocessing says nothing of that
+        importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

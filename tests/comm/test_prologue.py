@@ -5,24 +5,25 @@ import torch
 from battery import gradient, normal
 
 from commpress.comm.codecs import parse
-from commpress.comm.codecs.blend import Blend
+from commpress.comm.coding import encode
+from commpress.comm.prologue import Prologue
 
 N = 1000
 
 
-def a_blend(n: int = N) -> Blend:
+def a_prologue(n: int = N) -> Prologue:
     """One whose limit bounds about a third of the values."""
-    return Blend(0.5 + normal(n, 1).abs(), normal(n, 2), limit=1.0, fresh=0.1, kept=0.9)
+    return Prologue(0.5 + normal(n, 1).abs(), normal(n, 2), limit=1.0, fresh=0.1, kept=0.9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_it_is_the_stated_formula(dtype: torch.dtype) -> None:
-    blend, x = a_blend(), normal(N).to(dtype)
+    prologue, x = a_prologue(), normal(N).to(dtype)
     before = x.double().clone()
-    blend.apply(x)
-    scaled = before * blend.inverse.double()
+    prologue.apply(x)
+    scaled = before * prologue.inverse.double()
     assert 0.2 < (scaled.abs() > 1).double().mean() < 0.6
-    expected = 0.1 * scaled.clamp(-1, 1) + 0.9 * blend.average.double()
+    expected = 0.1 * scaled.clamp(-1, 1) + 0.9 * prologue.average.double()
     tolerance = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(x.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -32,25 +33,25 @@ def test_it_is_the_stated_formula(dtype: torch.dtype) -> None:
 def test_what_is_not_finite_is_not_bounded_away(bad: float, dtype: torch.dtype) -> None:
     x = torch.ones(N, dtype=dtype)
     x[3] = bad
-    a_blend().apply(x)
+    a_prologue().apply(x)
     assert x[3].isnan()
     assert x.isfinite().sum() == N - 1
 
 
-def test_a_part_is_blended_as_it_is_in_the_whole() -> None:
+def test_a_part_becomes_what_it_does_in_the_whole() -> None:
     whole, parts = normal(N), normal(N)
-    blend = a_blend()
-    blend.apply(whole)
+    prologue = a_prologue()
+    prologue.apply(whole)
     for part in (slice(0, 300), slice(300, N)):
-        blend[part].apply(parts[part])
+        prologue[part].apply(parts[part])
     assert torch.equal(parts, whole)
 
 
 def test_one_of_another_length_is_refused() -> None:
     codec = parse("sign")
     with pytest.raises(
-        ValueError, match=r"blend.inverse has shape \(999,\).*expected a contiguous 1-D tensor of 1000 values"
+        ValueError, match=r"prologue.inverse has shape \(999,\).*expected a contiguous 1-D tensor of 1000 values"
     ):
-        codec.encode(gradient(N), blend=a_blend(N - 1))
-    with pytest.raises(TypeError, match=r"blend.average has dtype torch.float64, expected torch.float32"):
-        codec.encode(gradient(N), blend=Blend(torch.ones(N), torch.ones(N).double(), 1.0, 0.1, 0.9))
+        encode(codec, gradient(N), prologue=a_prologue(N - 1))
+    with pytest.raises(TypeError, match=r"prologue.average has dtype torch.float64, expected torch.float32"):
+        encode(codec, gradient(N), prologue=Prologue(torch.ones(N), torch.ones(N).double(), 1.0, 0.1, 0.9))

@@ -1,1 +1,0 @@
-"""The hot loops of the codecs. Each gives the same bytes as the definition in its codec's file."""

@@ -1,0 +1,89 @@
+"""What runs where: op x codec x device. What has no entry here runs as its definition in plain torch says, in any place.
+
+A device is a folder with one file a family, and a line here for each op:
+
+    encode        (codec, x, residual, prologue, payload)          payload <- what is coded of x; residual <- what it misses
+    mean          (codec, payloads, count, out)                    out <- the mean of `count` payloads, which lie in one tensor
+    recode        (codec, payloads, n, count, residual, payload)   encode of the mean; without an entry, the two of them
+    clear         (codec, payload, values)                         values <- 0 where the payload of a sparse codec has some
+
+Here x and out are [n], residual is float32 [n] or None, payload uint8 [nbytes(n)], prologue one of `comm/prologue.py` or None.
+Behind a prologue x is undefined. All are contiguous and on the device, n is not 0. `commpress/comm/coding.py` calls them.
+
+    prologue      (x, prologue)                                    x <- what the prologue makes of it
+    pack, unpack  (x, places, out)                                 `commpress/comm/survivors.py`
+    keep, count_pruned (x, kept)                                   `commpress/model/loops.py`
+    advance, ..., lean                                             `commpress/optim/loops.py`
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commpress.kernels.cpu import cast, float8, integer, masks, model, optim, prologue, sign, topk, two_bit
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function of the table, and the dtypes of x and out that it takes where they lie, None for all.
+
+    Codecs convert others to float32 before it, or back behind it; the other ops run on their definition.
+    """
+
+    run: Callable[..., Any]
+    dtypes: tuple[torch.dtype, ...] | None = (torch.float32,)
+
+    def takes(self, *tensors: Tensor) -> bool:
+        """Whether it takes tensors of these dtypes as they are."""
+        return self.dtypes is None or all(x.dtype in self.dtypes for x in tensors)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.run(*arguments)
+
+
+KERNELS: dict[tuple[str, str | None, str], Kernel] = {
+    ("encode", "bf16", "cpu"): Kernel(cast.encode),
+    ("encode", "fp16", "cpu"): Kernel(cast.encode),
+    ("encode", "fp8", "cpu"): Kernel(float8.encode),
+    ("encode", "int8", "cpu"): Kernel(integer.encode),
+    ("encode", "int4", "cpu"): Kernel(integer.encode),
+    ("encode", "int2", "cpu"): Kernel(two_bit.encode),
+    ("encode", "sign", "cpu"): Kernel(sign.encode),
+    ("encode", "topk", "cpu"): Kernel(topk.encode),
+    ("mean", "bf16", "cpu"): Kernel(cast.mean),
+    ("mean", "fp16", "cpu"): Kernel(cast.mean),
+    ("mean", "fp8", "cpu"): Kernel(float8.mean),
+    ("mean", "int8", "cpu"): Kernel(integer.mean),
+    ("mean", "int4", "cpu"): Kernel(integer.mean),
+    ("mean", "int2", "cpu"): Kernel(two_bit.mean),
+    ("mean", "sign", "cpu"): Kernel(sign.mean),
+    ("mean", "topk", "cpu"): Kernel(topk.mean),
+    ("recode", "fp8", "cpu"): Kernel(float8.recode),
+    ("recode", "int8", "cpu"): Kernel(integer.recode),
+    ("recode", "int4", "cpu"): Kernel(integer.recode),
+    ("recode", "int2", "cpu"): Kernel(two_bit.recode),
+    ("recode", "sign", "cpu"): Kernel(sign.recode),
+    ("clear", "topk", "cpu"): Kernel(topk.clear),
+    ("prologue", None, "cpu"): Kernel(prologue.apply),
+    ("pack", None, "cpu"): Kernel(masks.pack_kept, dtypes=None),
+    ("unpack", None, "cpu"): Kernel(masks.unpack_kept, dtypes=None),
+    ("keep", None, "cpu"): Kernel(model.keep, dtypes=None),
+    ("count_pruned", None, "cpu"): Kernel(model.count_pruned, dtypes=None),
+    **{(op, None, "cpu"): Kernel(partial(optim.run, op)) for op in optim.LOOPS},
+}
+"""By op, word of the codec (None where there is none), type of the device."""
+
+
+def lookup(op: str, codec: str | None, device: str) -> Kernel | None:
+    """The kernel for an op, a codec's word or None, and a type of device; None if the definition has to do."""
+    return KERNELS.get((op, codec, device))
+
+
+def devices() -> list[str]:
+    """The types of device that have kernels, those of them that this machine has."""
+    known = dict.fromkeys(device for _, _, device in KERNELS)
+    return [device for device in known if device == "cpu" or torch.get_device_module(device).is_available()]

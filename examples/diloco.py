@@ -1,0 +1,64 @@
+"""DiLoCo (arXiv:2311.08105): each rank trains by itself, and the ranks meet every 20 steps.
+
+    torchrun --nproc-per-node 2 examples/diloco.py
+
+A small model learns the next byte of Python's own source. The model is no DDP: what is sent is how far each rank has come since
+the last sync, as signs, 640 times less than gradients in each step. The lines marked `# commpress` are all that it takes.
+"""
+
+import os
+import pathlib
+import sysconfig
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import commpress  # commpress
+
+STEPS, BATCH, CONTEXT = 100, 64, 16
+
+
+def read_text() -> torch.Tensor:
+    """Return some of the standard library's source, uint8 [bytes]."""
+    files = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:50]
+    return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
+
+
+def draw(text: torch.Tensor, source: torch.Generator, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw windows of bytes, int64 [BATCH, CONTEXT], and the byte that follows each, int64 [BATCH]."""
+    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=source)
+    windows = text[starts + torch.arange(CONTEXT + 1)].long().to(device)
+    return windows[:, :-1], windows[:, -1]
+
+
+def main() -> None:
+    dist.init_process_group()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(256, 32), nn.Flatten(), nn.Linear(32 * CONTEXT, 256), nn.ReLU(), nn.Linear(256, 256)
+    ).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    outer = commpress.diloco(model, optimizer, "sign", every=20, momentum=0.6)  # commpress
+    text, source = read_text(), torch.Generator().manual_seed(dist.get_rank())
+    for step in range(STEPS):
+        x, y = draw(text, source, device)
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if dist.get_rank() == 0 and step % 20 == 19:
+            print(f"step {step + 1}: loss {loss.item():.3f}")
+    outer.sync()  # commpress: now all ranks hold the same parameters
+    if dist.get_rank() == 0:
+        print(outer.report())  # commpress
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Sections about runs of the training program and reports of sessions: results, curves, bytes by bucket, recipes."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from commpress.launch import figures
+from commpress.launch.records import Record
+from commpress.launch.sections.html import figure, megabytes, numbers, table
+
+
+def titles(records: Sequence[Record]) -> list[str]:
+    """A name for each run: its spec, after its optimizer unless that is AdamW; where two share one, their folder too."""
+    optimizers = [r["settings"].get("optimizer", "AdamW") for r in records]
+    specs = [
+        str(r["settings"]["compress"]) if optimizer == "AdamW" else f"{optimizer} {r['settings']['compress']}"
+        for r, optimizer in zip(records, optimizers, strict=True)
+    ]
+    counts = Counter(specs)
+    seen: Counter[str] = Counter()
+    names = []
+    for spec, record in zip(specs, records, strict=True):
+        if counts[spec] > 1:
+            seen[spec] += 1
+            spec = f"{spec} ({record['settings'].get('out') or f'run {seen[spec]}'})"
+        names.append(spec)
+    return names
+
+
+def summary(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
+    """The table of results, its head first. "to none" is the loss less that of the first run whose spec is none."""
+    head = ["spec", "steps", "dense MB/step", "sent MB/step", "ratio", "median ms/step", "val. loss", "to none"]
+    base = next((r["final_validation_loss"] for _, r in runs if r["settings"]["compress"] == "none"), None)
+    rows = []
+    for name, r in runs:
+        steps, traffic, final = max(r["steps_done"], 1), r["traffic"], r["final_validation_loss"]
+        rows.append(
+            [
+                name,
+                str(r["steps_done"]),
+                *(f"{traffic[key] / 1e6 / steps:.3f}" for key in ("dense_bytes", "sent_bytes")),
+                f"{traffic['ratio']:.1f}",
+                f"{r['median_step_seconds'] * 1e3:.0f}",
+                "not finished" if final is None else f"{final:.4f}",
+                "" if final is None or base is None else f"{final - base:+.4f}",
+            ]
+        )
+    return [head, *rows]
+
+
+def settings(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
+    """Settings, ranks and machine of each run, a column a run."""
+    columns = [
+        {
+            **r["settings"],
+            "parameters": r.get("parameters"),
+            "text": (r.get("text") or {}).get("source"),
+            "ranks": r["world_size"],
+            "backend": r["backend"],
+            "torch": r.get("torch"),
+            **r["machine"],
+        }
+        for _, r in runs
+    ]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    return [["", *(name for name, _ in runs)], *([k, *(str(c.get(k, "")) for c in columns)] for k in keys)]
+
+
+def curve_rows(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
+    """The numbers behind the curves of runs, where the held-out loss was measured."""
+    rows = [["run", "step", "MB sent", "seconds", "training loss", "held-out loss"]]
+    for name, record in runs:
+        for row in record["curve"]:
+            if row["validation_loss"] is not None:
+                train = "" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
+                where = (str(row["step"]), megabytes(row["sent_bytes"]), f"{row['seconds']:.1f}")
+                rows.append([name, *where, train, f"{row['validation_loss']:.4f}"])
+    return rows
+
+
+def recipes(runs: Sequence[tuple[str, Record]]) -> list[str]:
+    """Tables of what recipes left, and the bytes of each of their phases."""
+    left = [["run", "pruned", "MB", "times smaller than float32", "held-out loss, read back"]]
+    phases = [["run", "phase", "steps", "dense MB a step", "sent MB a step", "ratio"]]
+    for name, r in runs:
+        if small := r.get("small_model"):
+            size = (megabytes(small["bytes"]), f"{small['times_smaller']:.1f}", f"{small['validation_loss']:.4f}")
+            left.append([name, f"{small['sparsity']:.0%}", *size])
+        for phase, of in r.get("report", {}).get("phases", {}).items():
+            dense, sent = (of[key] / max(of["steps"], 1) for key in ("dense_bytes", "sent_bytes"))
+            ratio = f"{dense / sent:.1f}" if sent else ""
+            phases.append([name, phase, str(of["steps"]), megabytes(dense), megabytes(sent), ratio])
+    parts = ["<h3>Files</h3>", table(left)] * (len(left) > 1) + ["<h3>Phases</h3>", table(phases)] * (len(phases) > 1)
+    return ["<h2>By recipe</h2>", *parts] if parts else []
+
+
+def session_names(reports: Sequence[Record]) -> list[str]:
+    """A name for each session's report: its spec and rank; where two share one, their files, too."""
+    names = [f"{r['spec']}, rank {r['rank']} of {r['world_size']}" for r in reports]
+    counts = Counter(names)
+    files = (r.get("file") or f"report {i + 1}" for i, r in enumerate(reports))
+    return [f"{name} ({file})" if counts[name] > 1 else name for name, file in zip(names, files, strict=True)]
+
+
+def as_run(report: Record) -> Record:
+    """A session's report as what of a run is about traffic."""
+    sums = {key: report[key] for key in ("dense_bytes", "sent_bytes", "received_bytes")}
+    return {"traffic": {**sums, **report["seconds"]}, "steps_done": report["steps"], "report": report}
+
+
+def what_was_sent(sessions: Sequence[tuple[str, Record]]) -> list[str]:
+    """The table of sessions' reports."""
+    if not sessions:
+        return []
+    rows = [["session", "ranks", "steps", "dense MB/step", "sent MB/step", "ratio", "backend MB/step"]]
+    for name, r in sessions:
+        report, each = r["report"], max(r["steps_done"], 1)
+        dense, sent = report["dense_bytes"], report["sent_bytes"]
+        mb = [f"{count / 1e6 / each:.3f}" for count in (dense, sent)]
+        beside = report.get("backend_bytes")
+        beside = "" if beside is None else f"{beside / 1e6 / each:.3f}"
+        rows.append(
+            [name, str(report["world_size"]), str(report["steps"]), *mb, f"{dense / sent:.1f}" if sent else "", beside]
+        )
+    said = (
+        "<p>MB are those of one rank. <em>Dense</em> is what must be sent without compression, <em>backend</em> what the "
+        "backend or framework itself would have sent: more, where it all-reduces instead of a reduce-scatter.</p>"
+    )
+    return [table(rows), said]
+
+
+def traffic(runs: Sequence[tuple[str, Record]], look: Mapping[str, figures.Look]) -> list[str]:
+    """Bytes and seconds a step, of runs in all and of their buckets."""
+    if not runs:
+        return []
+    megabyte = {"dense": ("dense_bytes", 1e6), "sent": ("sent_bytes", 1e6)}
+    colours = {"dense": "#94a3b8", "sent": "#1d4ed8"}
+    return [
+        "<h2>Bytes and seconds a step</h2>",
+        "<p><em>Dense</em> is what DDP sends without compression. <em>Exposed</em> is what training waited for after "
+        "its last gradient was ready; the other phases overlap with each other and with backward.</p>",
+        figure(figures.bars(runs, "MB a step and rank", megabyte, colours)),
+        figure(figures.bars(runs, "ms a step", {phase: (phase, 1e-3) for phase in figures.PHASES}, figures.PHASES)),
+        numbers(table(traffic_rows(runs))),
+        *bytes_by_bucket(runs, look),
+    ]
+
+
+def traffic_rows(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
+    """The numbers behind the bars: of one step, the mean of all."""
+    rows = [["run", "dense MB", "sent MB", *(f"{phase} ms" for phase in figures.PHASES)]]
+    for name, r in runs:
+        each = {key: value / max(r["steps_done"], 1) for key, value in r["traffic"].items()}
+        ms = (f"{each[phase] * 1e3:.2f}" for phase in figures.PHASES)
+        rows.append([name, megabytes(each["dense_bytes"]), megabytes(each["sent_bytes"]), *ms])
+    return rows
+
+
+def bytes_by_bucket(runs: Sequence[tuple[str, Record]], look: Mapping[str, figures.Look]) -> list[str]:
+    """Dense against sent bytes of each bucket, for the runs whose report has buckets that were sent."""
+    rows = [(name, row) for name, r in runs for row in all_phases(r.get("report", {}).get("rows", ()))]
+    if not rows:
+        return []
+    # of two layouts, the one that DDP had for its first step only is left to the table
+    longest = {name: max(row["steps"] for other, row in rows if other == name) for name, _ in rows}
+    shown = [(name, row) for name, row in rows if row["steps"] * 2 > longest[name]]
+    keys = sorted({(row["bucket"], row["values"]) for _, row in shown})
+    shared = Counter(bucket for bucket, _ in keys)
+    label = {(b, n): str(b) if shared[b] == 1 else f"{b}: {n:,}" for b, n in keys}
+    dense: dict[str, float] = dict.fromkeys(label.values(), 0.0)
+    sent: dict[str, list[figures.Bar]] = {name: [] for name, _ in shown}
+    for name, row in shown:
+        bucket = label[row["bucket"], row["values"]]
+        dense[bucket] = row["dense_bytes"] / row["steps"]
+        sent[name].append(figures.Bar(bucket, row["sent_bytes"] / row["steps"], how(row)))
+    head = ["bucket", "run", "values", "steps", "dense B a step", "sent B a step", "ratio", "how"]
+    body = [
+        [
+            *(str(row["bucket"]), name, f"{row['values']:,}", str(row["steps"])),
+            *(f"{row[key] / row['steps']:,.0f}" for key in ("dense_bytes", "sent_bytes")),
+            f"{row['dense_bytes'] / row['sent_bytes']:.1f}" if row["sent_bytes"] else "",
+            how(row),
+        ]
+        for name, row in rows
+    ]
+    return ["<h3>By bucket</h3>", figure(figures.buckets(dense, sent, look)), numbers(table([head, *body]))]
+
+
+def all_phases(rows: Sequence[Record]) -> list[Record]:
+    """The rows that stand for bytes, those of a bucket that was treated alike in several phases added up."""
+    found: dict[tuple[object, ...], Record] = {}
+    for row in rows:
+        key = (row.get("role"), row["bucket"], row["values"], how(row))
+        before = found.get(key)
+        sums = ("steps", "dense_bytes", "sent_bytes")
+        found[key] = row if before is None else {**row, **{name: before[name] + row[name] for name in sums}}
+    return [row for row in found.values() if row["dense_bytes"]]
+
+
+def how(row: Record) -> str:
+    """Return how a bucket was sent, or why it was not."""
+    if row["exchange"] == "none":
+        return f"not sent: {row['reason']}"
+    return f"not compressed: {row['reason']}" if row["reason"] else f"{row['spec']} by {row['exchange']}"

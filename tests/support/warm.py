@@ -1,0 +1,33 @@
+"""What the process that ranks are forked from imports and compiles beforehand; it must not start a thread."""
+
+import gc
+import importlib
+import os
+
+import hypothesis  # noqa: F401
+import pytest  # noqa: F401
+import torch
+import torch._dynamo  # DDP and the optimizers import it at their first step
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor
+import torch.nn.parallel
+
+import commpress
+import commpress.hooks
+import commpress.model
+from commpress.comm.coding import warm_up
+from commpress.optim import loops
+
+SPECS = ("bf16", "fp16", "int8", "int4", "int2", "sign", "topk(0.1)", "topk(0.1)|int4", "topk(0.1)|sign")
+"""The codecs whose loops every rank finds compiled."""
+
+torch.set_num_threads(1)  # before the first operator: a thread pool would not be there after a fork
+for name in ("ddp", "fsdp", "outer", "broadcast"):
+    importlib.import_module(f"commpress.hooks.{name}")
+for spec in SPECS:
+    warm_up(commpress.parse(spec), torch.device("cpu"))
+loops.warm_up()
+if len(os.listdir("/proc/self/task")) > 1:
+    raise RuntimeError("a thread has been started: it would not be there in the ranks, whose locks it may hold")
+gc.freeze()  # the collector would write to every page that the ranks share

@@ -1,0 +1,64 @@
+"""The examples that people copy: each runs on two ranks, learns, and sends less; without its marked lines it is plain torch."""
+
+import contextlib
+import io
+import os
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from ranks import run
+
+from commpress.launch.demo import free_port
+
+EXAMPLES = sorted(Path(__file__).parents[1].joinpath("examples").glob("*.py"))
+FEWER = {"ddp": 7, "fsdp": 4, "diloco": 200, "one_bit_adam": 3, "recipe": 8}
+"""How many times fewer bytes each sends, at least."""
+
+
+def started(paths: list[Path], port: int, folder: Path) -> list[str]:
+    """What each example prints on this rank, started with the environment that torchrun gives it."""
+    place = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": dist.get_rank()}
+    os.environ.update({name: str(value) for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items()})
+    os.chdir(folder)
+    dist.destroy_process_group()
+    said = []
+    for i, path in enumerate(paths):
+        os.environ["MASTER_PORT"] = str(port + i)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            runpy.run_path(str(path), run_name="__main__")
+        said.append(out.getvalue())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for `run` to leave
+    return said
+
+
+def ratio_in(out: str) -> float:
+    """The ratio of all bytes, in the last line of a report's table."""
+    head = next(line for line in out.splitlines() if "┃" in line and "ratio" in line)
+    column = [cell.strip() for cell in head.split("┃")].index("ratio")
+    return float([line for line in out.splitlines() if line.startswith("│ all ")][-1].split("│")[column])
+
+
+@pytest.mark.usefixtures("ranks_of_our_own")
+def test_each_example_learns_and_sends_less(tmp_path: Path) -> None:
+    assert [path.stem for path in EXAMPLES] == sorted(FEWER)
+    first, second = run(2, started, EXAMPLES, free_port(), tmp_path, timeout=120)
+    assert not any(second)  # rank 0 alone speaks
+    for path, out in zip(EXAMPLES, first, strict=True):
+        losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", out, re.MULTILINE)]
+        assert len(losses) == 5, out
+        assert losses[-1] < losses[0] - 0.3, out
+        assert losses[-1] < 3.2, out
+        assert ratio_in(out) >= FEWER[path.stem], out
+    assert (tmp_path / "small.safetensors").stat().st_size < 150_000  # of 820 KB in float32
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_lines_of_ours_are_marked_and_few(path: Path) -> None:
+    lines = path.read_text().split('"""', 2)[2].splitlines()
+    ours = [line for line in lines if "# commpress" in line]
+    assert not [line for line in lines if "commpress" in line and line not in ours]
+    assert 3 <= len(ours) <= 9
+    assert 40 <= len(path.read_text().splitlines()) <= 80
