@@ -1,6 +1,8 @@
 """commpress for the frameworks that train in parallel: one file a framework. `attach` picks by the model's type."""
 
+import difflib
 import importlib
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
+from commpress.comm.verify import EVERY
 from commpress.hooks import ddp
 from commpress.hooks.broadcast import broadcast_parameters
 from commpress.hooks.outer import diloco, local_sgd
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["attach", "broadcast_parameters", "diloco", "local_sgd"]
 FRAMEWORKS = ("accelerate", "deepspeed", "fsdp", "lightning", "transformers")
 """Imported when they are first asked for: slow, and most need packages of their own."""
+OTHER_WORDS = {"spec": "gradients", "codec": "gradients", "compress": "gradients", "weights": "parameters"}
+OTHER_WORDS |= {"params": "parameters", "scaler": "grad_scaler", "feedback": "error_feedback", "check": "verify"}
+"""What others call arguments of `attach`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -35,40 +41,65 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *FRAMEWORKS})
 
 
-def attach(model: Any, spec: str | Codec | None = None, **settings: Any) -> Session:
+def attach(
+    model: Any,
+    gradients: str | Codec | None = None,
+    *,
+    parameters: str | Codec | None = None,
+    buffers: str | Codec | None = None,
+    optimizer: Any = None,
+    exchange: str | None = None,
+    error_feedback: bool = True,
+    grad_scaler: Any = None,
+    verify: int = EVERY,
+    **unknown: object,
+) -> Session:
     """Compress a wrapped model's traffic, from the next step on. Collective over its ranks.
 
-    `model` is a `DistributedDataParallel`, whose gradients travel by `spec` (settings: `commpress.hooks.ddp.attach`), or the
-    root of what `fully_shard` took: `attach(model, gradients="int4", parameters="int8")` (`commpress.hooks.fsdp.attach`),
-    or a DeepSpeed engine: `attach(engine, "int4", parameters="int8")` (`commpress.hooks.deepspeed.attach`); or what
-    `torch.compile` made of one of these.
-    Raises TypeError for any other model, ValueError on all ranks if a spec is unknown or the ranks differ.
+    `model` is a `DistributedDataParallel`, the root of what `fully_shard` took, a DeepSpeed engine, or what `torch.compile`
+    made of one of these. `gradients`, `parameters` and `buffers` are specs of what travels: DDP sends gradients and buffers,
+    FSDP2 and ZeRO 1 to 3 gradients and parameters. `optimizer` is one of `commpress.optim`. The others, and what they mean for
+    a wrapper, stand in `commpress.hooks.ddp.attach`, `commpress.hooks.fsdp.attach` and `commpress.hooks.deepspeed.attach`.
+
+    Raises TypeError for any other model and for arguments that mean nothing here, ValueError on all ranks if a spec is unknown
+    or the ranks differ.
     """
+    for word in unknown:
+        raise TypeError(f"commpress.attach: unknown argument {word!r}, {_meant(word)}")
+    if gradients is None:
+        raise TypeError('commpress.attach: expected a spec of the gradients, as in attach(model, "int4"), got none')
     model = uncompiled(model)
+    return _hook_of(model).attach(  # type: ignore[no-any-return]
+        model,
+        gradients,
+        parameters=parameters,
+        buffers=buffers,
+        optimizer=optimizer,
+        exchange=exchange,
+        error_feedback=error_feedback,
+        grad_scaler=grad_scaler,
+        verify=verify,
+    )
+
+
+def _hook_of(model: Any) -> Any:
+    """Return the module of commpress.hooks for a wrapped model. Raises TypeError for any other."""
     if isinstance(model, DistributedDataParallel):
-        if spec is None:
-            raise TypeError('commpress.attach: expected a spec, as in attach(ddp_model, "int4"), got none')
-        return ddp.attach(model, spec, **settings)
+        return ddp
     sharding = sys.modules.get("torch.distributed.fsdp")  # slow to import; who has a sharded model has done so
     if sharding is not None and isinstance(model, sharding.FSDPModule):
-        if spec is not None or "gradients" not in settings:
-            raise TypeError(
-                "commpress.attach: a sharded model has gradients and parameters on the network, expected a spec for each: "
-                f'attach(model, gradients="{spec or "int4"}", parameters="int8")'
-            )
-        from commpress.hooks import fsdp
-
-        return fsdp.attach(model, **settings)
-    deepspeed = sys.modules.get("deepspeed")
-    if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
-        if spec is None:
-            raise TypeError(
-                'commpress.attach: expected a spec, as in attach(engine, "int4", parameters="int8"), got none'
-            )
-        from commpress.hooks import deepspeed as engines
-
-        return engines.attach(model, spec, **settings)
+        return importlib.import_module("commpress.hooks.fsdp")
+    engines = sys.modules.get("deepspeed")
+    if engines is not None and isinstance(model, engines.DeepSpeedEngine):
+        return importlib.import_module("commpress.hooks.deepspeed")
     raise TypeError(
         f"commpress.attach: expected a torch.nn.parallel.DistributedDataParallel, or a model that fully_shard took, got "
         f"{type(model).__name__}; wrap the model first, then attach"
     )
+
+
+def _meant(word: str) -> str:
+    """Return what someone who wrote `word` may have looked for among the arguments of `attach`."""
+    known = [name for name in inspect.signature(attach).parameters if name not in ("model", "unknown")]
+    close = [OTHER_WORDS[word]] if word in OTHER_WORDS else difflib.get_close_matches(word, known, n=1)
+    return f"expected {close[0]}=" if close else f"known: {', '.join(known)}"

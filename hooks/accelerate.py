@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def attach(
     accelerator: "Accelerator",
     model: nn.Module,
-    spec: str | Codec,
+    gradients: str | Codec,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     **settings: Any,
@@ -38,7 +38,7 @@ def attach(
     Raises TypeError for a model that is not in a DistributedDataParallel, and what `commpress.hooks.ddp.attach` raises.
     """
     wrapped = prepared(accelerator, model)
-    session = ddp.attach(wrapped, spec, optimizer=inner(optimizer), grad_scaler=accelerator.scaler, **settings)
+    session = ddp.attach(wrapped, gradients, optimizer=inner(optimizer), grad_scaler=accelerator.scaler, **settings)
     _Checkpoint(accelerator, session, wrapped).register()
     return session
 

@@ -5,7 +5,6 @@ DDP sends rank 0's buffers (the running statistics of batch norm) to all ranks b
 alone, and its absence is an error.
 """
 
-import contextlib
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel, distributed
 
-from commpress.comm.agreement import require_agreement
+from commpress.comm.agreement import refuse_on_all
 from commpress.comm.broadcasts import Broadcasts
 from commpress.comm.codecs import Codec
 from commpress.comm.meter import Report
@@ -47,9 +46,7 @@ def broadcast_parameters(
     if key not in known:
         if (refusal := _refusal(module, tensors)) is not None:
             device = next((x.device for x in tensors.values()), torch.device("cpu"))
-            with contextlib.suppress(ValueError):  # what the other ranks raise
-                require_agreement({"error": str(refusal)}, group, device)
-            raise refusal
+            refuse_on_all(refusal, group, device)
         known[key] = Broadcasts(spec, tensors, group, source=source)
     known[key].send(tensors)
     return known[key].report()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commpress.comm.agreement import require_agreement
+from commpress.comm.agreement import refuse_on_all, require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.collectives import GradScaler
 from commpress.comm.exchange.wire import ring_bytes
@@ -31,7 +31,7 @@ from commpress.comm.session import Session
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.verify import EVERY
 from commpress.hooks.broadcast import attach_buffers, buffer_broadcasts, buffer_refusal
-from commpress.hooks.parameters import delayed_parameters, exchanged_parameters
+from commpress.hooks.parameters import delayed_parameters, exchanged_parameters, not_taken
 from commpress.notice import speaks, warn
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
@@ -157,13 +157,14 @@ def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future
 
 def attach(
     model: DistributedDataParallel,
-    spec: str | Codec,
+    gradients: str | Codec,
     *,
+    parameters: str | Codec | None = None,
+    buffers: str | Codec | None = None,
     optimizer: CompressedOptimizer | None = None,
     exchange: str | None = None,
     error_feedback: bool = True,
     grad_scaler: GradScaler | None = None,
-    buffers: str | Codec | None = None,
     verify: int = EVERY,
 ) -> Session:
     """Register the hook on `model` and return its session. Collective over the model's process group.
@@ -185,15 +186,14 @@ def attach(
     hooks[:] = [pair for pair in hooks if not is_copy(pair[1])]  # those of a copied module are registered nowhere
     names: dict[Tensor, str] = {p: name for name, p in exchanged_parameters(model).items()}
     device = next(model.module.parameters()).device
-    refusal = None if buffers is None else buffer_refusal(model, buffers)
+    refusal = not_taken("parameters", parameters, "DistributedDataParallel sends none")
+    refusal = refusal or (None if buffers is None else buffer_refusal(model, buffers))
     refusal = refusal or _refusal(model, names, optimizer)  # which binds the optimizer, if it finds nothing
     if refusal is not None:
-        with contextlib.suppress(ValueError):  # what the other ranks raise
-            require_agreement({"error": str(refusal)}, model.process_group, device)
-        raise refusal
+        refuse_on_all(refusal, model.process_group, device)
     require_agreement({"buffers": "dense" if buffers is None else "compressed"}, model.process_group, device)
     state = CommState(
-        spec,
+        gradients,
         model.process_group,
         exchange=exchange,
         error_feedback=error_feedback,

@@ -37,6 +37,7 @@ from commpress.comm.resize import Memories
 from commpress.comm.session import Session
 from commpress.comm.verify import EVERY, require_interval
 from commpress.comm.work import Work
+from commpress.hooks.parameters import not_taken
 from commpress.optim.advice import advise
 from commpress.optim.base import CompressedOptimizer
 
@@ -46,34 +47,39 @@ AGAIN = "decoded before, sharded anew after forward"
 
 def attach(
     model: nn.Module,
-    *,
     gradients: str | Codec,
-    parameters: str | Codec = "none",
+    *,
+    parameters: str | Codec | None = None,
+    buffers: str | Codec | None = None,
+    optimizer: CompressedOptimizer | None = None,
+    exchange: str | None = None,
     error_feedback: bool = True,
     grad_scaler: GradScaler | None = None,
-    optimizer: CompressedOptimizer | None = None,
     verify: int = EVERY,
 ) -> Session:
     """Compress what FSDP sends for `model`, the root of the modules that `fully_shard` took. Collective over its mesh.
 
     `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas),
-    `parameters` that of the all-gather, for which sparse specs are refused. The sharded parameters stay in full precision;
-    forward and backward compute with what was decoded, also when the model is evaluated. `error_feedback` takes a float32 for
-    every value of the whole model on every rank. `grad_scaler` is the run's `torch.amp.GradScaler`, if there is one. Every
-    `verify` steps (0: never) the ranks compare hashes of what they gathered, and payloads have checksums.
+    `parameters` that of the all-gather (default: not compressed), for which sparse specs are refused. The sharded parameters
+    stay in full precision; forward and backward compute with what was decoded, also when the model is evaluated.
+    `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's
+    `torch.amp.GradScaler`, if there is one. Every `verify` steps (0: never) the ranks compare hashes of what they gathered, and
+    payloads have checksums.
 
     Raises on all ranks: ValueError if a spec is unknown, if the ranks differ, or if a trained parameter has a dtype whose
-    gradients cannot be exchanged, such as float8; TypeError for an `optimizer` of `commpress.optim`; RuntimeError for a module
-    inside the root, or one that has custom collectives already, ours or others. A model that was not run yet does not know its
-    root: then the first forward raises.
+    gradients cannot be exchanged, such as float8; TypeError for an `optimizer` of `commpress.optim`, for `buffers` and
+    `exchange`; RuntimeError for a module inside the root, or one that has custom collectives already, ours or others. A model
+    that was not run yet does not know its root: then the first forward raises.
     """
     held = units(model)
     device = held[0].group.device
     plan: Any = None
-    refusal = _refusal(model, held, optimizer)
+    refusal = not_taken("buffers", buffers, "FSDP sends none")
+    refusal = refusal or not_taken("exchange", exchange, "FSDP's are a reduce-scatter and an all-gather")
+    refusal = refusal or _refusal(model, held, optimizer)
     if refusal is None:
         try:
-            plan = plans(gradients, parameters, error_feedback)
+            plan = plans(gradients, "none" if parameters is None else parameters, error_feedback)
             require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error

@@ -42,7 +42,7 @@ class CompressedDDP(DDPStrategy):
 
     def __init__(
         self,
-        spec: str | Codec,
+        gradients: str | Codec,
         *,
         exchange: str | None = None,
         error_feedback: bool = True,
@@ -53,7 +53,7 @@ class CompressedDDP(DDPStrategy):
             raise ValueError(f"CompressedDDP registers a hook of its own, got {', '.join(hooks)}")
         super().__init__(**settings)
         self.session: Session | None = None
-        self._spec = spec
+        self._gradients = gradients
         self._compression: dict[str, Any] = {"exchange": exchange, "error_feedback": error_feedback, "buffers": buffers}
         self._loaded_from = ""
 
@@ -64,7 +64,7 @@ class CompressedDDP(DDPStrategy):
             assert isinstance(self.model, DistributedDataParallel)
             self.session = ddp.attach(
                 self.model,
-                self._spec,
+                self._gradients,
                 optimizer=self._compressed(trainer),
                 grad_scaler=getattr(self.precision_plugin, "scaler", None),
                 **self._compression,

@@ -8,7 +8,6 @@ syncs the replicas are different, and nothing travels. torch copies and saves an
 defaults, which are of a class of ours: by that a copy is known, and says that it takes local steps alone.
 """
 
-import contextlib
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from commpress.comm.agreement import require_agreement
+from commpress.comm.agreement import refuse_on_all
 from commpress.comm.codecs import Codec
 from commpress.comm.parameters import unfit_dtype
 from commpress.hooks.parameters import replicated_parameters, uncompiled
@@ -91,9 +90,7 @@ def _attach(
         _check(trained, optimizer, outer_group, inner)
     except (ValueError, TypeError) as error:
         device = next((x.device for x in module.parameters()), torch.device("cpu"))
-        with contextlib.suppress(ValueError):  # what the other ranks raise
-            require_agreement({"error": str(error)}, outer_group, device)
-        raise
+        refuse_on_all(error, outer_group, device)
     held = {name: _local(p) for name, p in trained.items()}
     outer = Outer(held, spec, chosen, outer_group, inner, owners=trained)
     optimizer.register_step_post_hook(_Stepped(outer, module, {*trained.values(), *_trained_by(optimizer)}))

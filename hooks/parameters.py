@@ -56,3 +56,10 @@ def replicated_parameters(model: nn.Module) -> Named:
 def delayed_parameters(ddp: DistributedDataParallel) -> list[nn.Parameter]:
     """What DDP exchanges by itself, all of it at once, when the gradient of another parameter is there."""
     return list(getattr(ddp, "_delay_all_reduce_params", ()))  # not public
+
+
+def not_taken(argument: str, value: object, why: str) -> Exception | None:
+    """Return the error for an argument of `attach` that means nothing under a wrapper; None if it was not given."""
+    if value is None:
+        return None
+    return TypeError(f"commpress.attach: {argument}={value!r}: {why}; leave it out")

@@ -9,14 +9,13 @@ The file carries a checksum (`commpress.files`).
 With as many ranks as before a rank reads its own file, so hosts need not see each other's; with another number each reads all.
 """
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from commpress.comm.agreement import require_agreement
+from commpress.comm.agreement import refuse_on_all, require_agreement
 from commpress.comm.session import Session
 from commpress.files import load_state, save_state
 
@@ -58,9 +57,7 @@ def restore(session: Session, group: dist.ProcessGroup, step: int, read: Callabl
         found = {session.rank: own} if saved == session.world_size else {rank: read(rank) for rank in range(saved)}
         states = [_session(file, rank, step) for rank, file in found.items()]
     except Exception as error:
-        with contextlib.suppress(ValueError):  # what the other ranks raise
-            require_agreement({"error": str(error)}, group, session.device)
-        raise
+        refuse_on_all(error, group, session.device)
     require_agreement({"number of ranks in the checkpoint": saved}, group, session.device)
     if states:
         session.load_state_dict(states[0] if saved == session.world_size else states)

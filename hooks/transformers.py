@@ -40,9 +40,9 @@ class Compression(TrainerCallback):
     ranks that differ, for files that do not belong to the checkpoint, and for `max_grad_norm` beside a compressed optimizer.
     """
 
-    def __init__(self, trainer: Trainer, spec: str | Codec, **settings: Any) -> None:
+    def __init__(self, trainer: Trainer, gradients: str | Codec, **settings: Any) -> None:
         self.session: Session | None = None
-        self._trainer, self._spec, self._settings = trainer, spec, settings
+        self._trainer, self._gradients, self._settings = trainer, gradients, settings
         self._model: DistributedDataParallel | None = None
         self._resumed: str | bool | None = None
         self._train = trainer.train
@@ -67,7 +67,9 @@ class Compression(TrainerCallback):
             )
         if self.session is None or model is not self._model:
             scaler = trainer.accelerator.scaler
-            self.session = ddp.attach(model, self._spec, optimizer=compressed, grad_scaler=scaler, **self._settings)
+            self.session = ddp.attach(
+                model, self._gradients, optimizer=compressed, grad_scaler=scaler, **self._settings
+            )
             self._model = model
         if compressed is not None:
             compressed.watches = False  # the Trainer learns the norm by clipping at infinity

@@ -161,8 +161,8 @@ class Engine(Strategy):
         self.model = self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.optimizer = self.engine.basic_optimizer
         # what nobody asked for is left to attach, which knows better under a compressed optimizer
-        wanted = {} if parameters == "none" else {"parameters": parameters}
-        self.session = commpress.attach(self.engine, spec, **wanted)
+        wanted = None if parameters == "none" else parameters
+        self.session = commpress.attach(self.engine, spec, parameters=wanted)
         self.replicated = self.session.step_buffer is not None
 
     def accumulating(self) -> AbstractContextManager[None]:

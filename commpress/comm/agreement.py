@@ -1,11 +1,13 @@
 """Ranks compare what they were asked to do before the first byte of a gradient travels, and speak with one voice."""
 
+import contextlib
 import json
 import os
 import socket
 import zlib
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -64,6 +66,13 @@ def require_same_names(what: str, names: list[str], group: dist.ProcessGroup, de
     most, least = ends.tolist()
     if most != -least:
         require_agreement({what: names}, group, device)
+
+
+def refuse_on_all(refusal: Exception, group: dist.ProcessGroup, device: torch.device) -> NoReturn:
+    """Raise `refusal` here, and what it says as a ValueError on the other ranks of `group`. Collective: they compare settings."""
+    with contextlib.suppress(ValueError):  # what the other ranks raise
+        require_agreement({"error": str(refusal)}, group, device)
+    raise refusal
 
 
 def agree_on_all(

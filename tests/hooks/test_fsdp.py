@@ -428,7 +428,9 @@ def refusals() -> dict[str, str]:
     model = sharded()
     behind = commpress.optim.OneBitAdamW(model.parameters(), lr=0.1, warmup_steps=1)
     said = {
-        "a spec": attach(model, "int4"),
+        "buffers": attach(model, "int4", buffers="int8"),
+        "exchange": attach(model, "int4", exchange="two_shot"),
+        "DDP's parameters": attach(DistributedDataParallel(network()), "int4", parameters="int8"),
         "no spec": attach(model),
         "DDP without a spec": attach(DistributedDataParallel(network())),
         "bare module": attach(network(), gradients="int4"),
@@ -440,6 +442,8 @@ def refusals() -> dict[str, str]:
         "one rank refuses": attach(taken if me else model, gradients="int4"),
         "optimizer": attach(model, gradients="sign", optimizer=behind),
         "setting": attach(model, gradients="int4", no_such_setting=1),
+        "another word": attach(model, spec="int4"),
+        "a typing error": attach(model, "int4", paramters="int8"),
         "twice": attach(taken, gradients="int4"),
         "custom": attach(custom, gradients="int4"),
         "inside": attach(ran[2], gradients="int4"),
@@ -667,10 +671,11 @@ def test_refusals_are_sentences_and_harm_nothing() -> None:
     for case, text in one.items():
         if case not in ("one rank refuses",):
             assert text == other[case], case
-    assert one["a spec"].startswith("TypeError: commpress.attach: a sharded model has gradients and parameters")
-    assert one["a spec"].endswith('attach(model, gradients="int4", parameters="int8")')
-    assert one["no spec"].startswith("TypeError: commpress.attach: a sharded model")
-    assert 'expected a spec, as in attach(ddp_model, "int4")' in one["DDP without a spec"]
+    assert one["buffers"] == "TypeError: commpress.attach: buffers='int8': FSDP sends none; leave it out"
+    assert one["exchange"].startswith("TypeError: commpress.attach: exchange='two_shot': FSDP's are")
+    assert one["DDP's parameters"].startswith("TypeError: commpress.attach: parameters='int8': DistributedDataParallel")
+    assert 'expected a spec of the gradients, as in attach(model, "int4")' in one["no spec"]
+    assert one["DDP without a spec"] == one["no spec"]
     assert "or a model that fully_shard took, got Sequential; wrap the model first" in one["bare module"]
     assert one["word"].startswith("ValueError: gradients: spec 'int5': unknown codec 'int5', known: none")
     assert "parameters: topk(0.1) would make most of them 0" in one["sparse parameters"]
@@ -681,7 +686,11 @@ def test_refusals_are_sentences_and_harm_nothing() -> None:
     assert other["one rank refuses"] == one["twice"]
     assert one["one rank refuses"].startswith("ValueError: rank 1: commpress.attach: attached already")
     assert "TypeError: optimizer: OneBitAdamW does not work on sharded parameters" in one["optimizer"]
-    assert "no_such_setting" in one["setting"]
+    assert one["setting"].startswith(
+        "TypeError: commpress.attach: unknown argument 'no_such_setting', known: gradients, "
+    )
+    assert one["another word"] == "TypeError: commpress.attach: unknown argument 'spec', expected gradients="
+    assert one["a typing error"] == "TypeError: commpress.attach: unknown argument 'paramters', expected parameters="
     assert one["twice"].startswith("RuntimeError: commpress.attach: attached already")
     assert "travel by Mine; expected FSDP's default" in one["custom"]
     assert one["inside"] == one["inside, not run"].replace(

@@ -18,7 +18,7 @@ under one ZeRO 1 and 2 do what ZeRO 0 does, on every rank. OneBitAdamW can be sh
 owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those.
 
 All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
-in is in `zero_replicas` (ZeRO 0), `zero_partitions` (1 and 2) and `zero_gathered` (3).
+in is in `replicas` (ZeRO 0), `partitions` (1 and 2) and `gathered` (3).
 """
 
 import copy
@@ -38,10 +38,10 @@ from commpress.comm.meter import dtype_name
 from commpress.comm.plan import Plan, sharded_settings
 from commpress.comm.session import Session
 from commpress.comm.verify import EVERY, require_interval
-from commpress.hooks.parameters import bare_parameters
-from commpress.hooks.zero_gathered import attach_gathered
-from commpress.hooks.zero_partitions import attach_partitions
-from commpress.hooks.zero_replicas import attach_replicas
+from commpress.hooks.deepspeed.gathered import attach_gathered
+from commpress.hooks.deepspeed.partitions import attach_partitions
+from commpress.hooks.deepspeed.replicas import attach_replicas
+from commpress.hooks.parameters import bare_parameters, not_taken
 from commpress.notice import speaks
 from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.advice import advise
@@ -58,18 +58,20 @@ GONE = {"OneBitAdam": "OneBitAdamW", "ZeroOneAdam": "ZeroOneAdamW", "OneBitLamb"
 
 def attach(
     engine: Any,
-    spec: str | Codec,
+    gradients: str | Codec,
     *,
-    optimizer: CompressedOptimizer | None = None,
     parameters: str | Codec | None = None,
+    buffers: str | Codec | None = None,
+    optimizer: CompressedOptimizer | None = None,
     exchange: str | None = None,
     error_feedback: bool = True,
+    grad_scaler: Any = None,
     verify: int = EVERY,
 ) -> Session:
     """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
 
-    `spec` is that of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not compressed). Under ZeRO
-    3 sparse specs are refused for parameters. `optimizer` is one of `commpress.optim` that the engine was given (found by
+    `gradients` is the spec of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not
+    compressed). Under ZeRO 3 sparse specs are refused for parameters. `optimizer` is one of `commpress.optim` that the engine was given (found by
     itself if left out), at ZeRO 0 to 2. Under it every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no
     parameters travel, `exchange` may be given. OneBitAdamW with `parameters` is sharded instead: less memory, more bytes.
     Every `verify` steps (0: never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's
@@ -87,11 +89,13 @@ def attach(
     if optimizer is None and isinstance(engine.basic_optimizer, CompressedOptimizer):
         optimizer = engine.basic_optimizer
     sharded = stage > 0 and (optimizer is None or (isinstance(optimizer, OneBitAdamW) and parameters is not None))
-    refusal = _refusal(engine, stage, sharded, optimizer, exchange)
+    refusal = not_taken("buffers", buffers, "DeepSpeed sends none")
+    refusal = refusal or not_taken("grad_scaler", grad_scaler, "an engine scales its losses by itself")
+    refusal = refusal or _refusal(engine, stage, sharded, optimizer, exchange)
     plans: tuple[Plan, Plan] | None = None
     if refusal is None:
         try:
-            plans = _plans(stage, sharded, spec, parameters, exchange, error_feedback, optimizer)
+            plans = _plans(stage, sharded, gradients, parameters, exchange, error_feedback, optimizer)
             require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error
@@ -141,7 +145,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
         {"train_micro_batch_size_per_gpu": 8, "commpress": {"gradients": "int4", "parameters": "int8"}, ...}
 
-    The block's keys are those of `attach`, with `gradients` for its spec, which is the only one that must be there.
+    The block's keys are arguments of `attach`; `gradients` is the only one that must be there.
     `"optimizer": {"type": "OneBitAdamW", "params": {...}}` makes one of `commpress.optim`, as do ZeroOneAdamW and DGC. Takes
     and returns what `deepspeed.initialize` does. Raises ValueError for a key that it does not know, and for the optimizers
     that DeepSpeed no longer has, as well as what `attach` raises. Without a block it is `deepspeed.initialize`.
