@@ -69,7 +69,7 @@ def require_same_names(what: str, names: list[str], group: dist.ProcessGroup, de
 
 
 def refuse_on_all(refusal: Exception, group: dist.ProcessGroup, device: torch.device) -> NoReturn:
-    """Raise `refusal` here, and what it says as a ValueError on the other ranks of `group`. Collective: they compare settings."""
+    """Raise `refusal` here, and what it says as a ValueError on the other ranks of `group`. Collective."""
     with contextlib.suppress(ValueError):  # what the other ranks raise
         require_agreement({"error": str(refusal)}, group, device)
     raise refusal

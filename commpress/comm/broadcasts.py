@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import refuse_on_all, require_agreement
+from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.collectives import UNCOMPRESSED, Collectives
@@ -48,7 +48,8 @@ class Broadcasts:
             if not 0 <= source < world_size:
                 raise ValueError(f"source {source}: expected a rank of the group, 0 to {world_size - 1}")
         except (ValueError, TypeError) as error:
-            refuse_on_all(error, group, self.device)
+            require_agreement({"error": str(error)}, group, self.device)
+            raise
         self.codec = plan.codec
         kinds = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
         require_agreement({"spec": str(self.codec), "source": source, "tensors": kinds}, group, self.device)

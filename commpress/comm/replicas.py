@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import refuse_on_all, require_agreement
+from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.feedback import Segments
@@ -73,7 +73,8 @@ def agreed_plan(
         plan = Plan.of(spec, exchange, error_feedback)
         require_interval(more["verify"])
     except (ValueError, TypeError) as error:
-        refuse_on_all(error, group, device)
+        require_agreement({"error": str(error)}, group, device)
+        raise
     settings: dict[str, object] = {
         "spec": str(plan.codec),
         "exchange": plan.settings()["exchange"],

@@ -71,11 +71,11 @@ def attach(
     """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
 
     `gradients` is the spec of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not
-    compressed). Under ZeRO 3 sparse specs are refused for parameters. `optimizer` is one of `commpress.optim` that the engine was given (found by
-    itself if left out), at ZeRO 0 to 2. Under it every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no
-    parameters travel, `exchange` may be given. OneBitAdamW with `parameters` is sharded instead: less memory, more bytes.
-    Every `verify` steps (0: never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's
-    group gets the timeout of the default group, which the user gave.
+    compressed). Under ZeRO 3 sparse specs are refused for parameters. `optimizer` is one of `commpress.optim` that the
+    engine was given (found by itself if left out), at ZeRO 0 to 2. Under it every rank of ZeRO 1 and 2 keeps and steps all
+    there is, as at ZeRO 0: no parameters travel, `exchange` may be given. OneBitAdamW with `parameters` is sharded instead:
+    less memory, more bytes. Every `verify` steps (0: never) the ranks compare hashes of what all of them hold, and payloads
+    have checksums. The engine's group gets the timeout of the default group, which the user gave.
 
     Returns the session; `engine.commpress` is the same.
 
