@@ -181,10 +181,10 @@ def disagreeing() -> list[str]:
     """Each rank wants something else."""
     rank = dist.get_rank()
     wishes: list[dict[str, Any]] = [
-        {"spec": "int4" if rank else "int8"},
-        {"spec": "int4", "parameters": "sign" if rank else "int8"},
-        {"spec": "int4", "error_feedback": rank != 1},
-        {"spec": "int4" if rank else "int5"},
+        {"gradients": "int4" if rank else "int8"},
+        {"gradients": "int4", "parameters": "sign" if rank else "int8"},
+        {"gradients": "int4", "error_feedback": rank != 1},
+        {"gradients": "int4" if rank else "int5"},
     ]
     found = [outcome(lambda w=w: attach(engine(1), **w)) for w in wishes]
     one_bit = engine(1, optimizer=lambda p: OneBitAdamW(p, warmup_steps=3))
