@@ -25,6 +25,7 @@ from commpress.comm.prologue import Prologue
 SPECS = (
     "bf16",
     "fp16",
+    "fp8",
     "int8",
     "int4",
     "int2",
