@@ -11,22 +11,21 @@ import pytest
 import torch.distributed as dist
 from ranks import run
 
-from commpress.launch.demo import free_port
-
 EXAMPLES = sorted(Path(__file__).parents[1].joinpath("examples").glob("*.py"))
 FEWER = {"ddp": 7, "fsdp": 4, "diloco": 200, "one_bit_adam": 3, "recipe": 8}
 """How many times fewer bytes each sends, at least."""
 
 
-def started(paths: list[Path], port: int, folder: Path) -> list[str]:
+def started(paths: list[Path], ports: list[int], folder: Path) -> list[str]:
     """What each example prints on this rank, started with the environment that torchrun gives it."""
     place = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": dist.get_rank()}
-    os.environ.update({name: str(value) for name, value in {**place, "MASTER_ADDR": "127.0.0.1"}.items()})
+    store = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # it is there, on a port that is free
+    os.environ.update({name: str(value) for name, value in {**place, **store}.items()})
     os.chdir(folder)
     dist.destroy_process_group()
     said = []
-    for i, path in enumerate(paths):
-        os.environ["MASTER_PORT"] = str(port + i)
+    for path, port in zip(paths, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             runpy.run_path(str(path), run_name="__main__")
         said.append(out.getvalue())
@@ -44,7 +43,8 @@ def ratio_in(out: str) -> float:
 @pytest.mark.usefixtures("ranks_of_our_own")
 def test_each_example_learns_and_sends_less(tmp_path: Path) -> None:
     assert [path.stem for path in EXAMPLES] == sorted(FEWER)
-    first, second = run(2, started, EXAMPLES, free_port(), tmp_path, timeout=120)
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in EXAMPLES]
+    first, second = run(2, started, EXAMPLES, [store.port for store in stores], tmp_path, timeout=120)
     assert not any(second)  # rank 0 alone speaks
     for path, out in zip(EXAMPLES, first, strict=True):
         losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", out, re.MULTILINE)]

@@ -81,7 +81,8 @@ def test_what_torch_refuses_to_load_is_damage_too(tmp_path: Path) -> None:
 
 
 def test_any_damage_to_a_checkpoint_is_noticed(tmp_path: Path) -> None:
-    checkpoint.write(tmp_path, 7, 0, {"model": STATE}, {"own": STATE})
+    shared_part = dict.fromkeys(checkpoint.NEEDED[checkpoint.SHARED], STATE) | {"step": 7}
+    checkpoint.write(tmp_path, 7, 0, shared_part, dict.fromkeys(checkpoint.NEEDED["session"], STATE) | {"step": 7})
     checkpoint.publish(tmp_path, 7)
     folder = tmp_path / "step-00000007"
 

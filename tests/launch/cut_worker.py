@@ -18,7 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 import commpress
 
 timeout = float(sys.argv[1])
-dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+store, rank, world_size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=60)))
+store.set_timeout(datetime.timedelta(seconds=timeout))  # ranks may start late, the rest shall end soon
+dist.init_process_group(
+    "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout)
+)
 torch.manual_seed(0)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
 commpress.attach(model, "int4")

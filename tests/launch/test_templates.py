@@ -68,7 +68,7 @@ def test_slurm_trains_on_two_nodes(tmp_path: Path, flags: list[str]) -> None:
     environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     done = subprocess.run(
         ["bash", str(tmp_path / "job"), *flags],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
+        env=environment, capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "record.json").read_text())

@@ -395,7 +395,7 @@ def test_a_fresh_process_loads_the_smaller_models(tmp_path: Path) -> None:
         assert Shapes(**json.loads((tmp_path / f"{name}.json").read_text())) == shapes
     torch.save({name: model.state_dict() for name, model in models.items()}, tmp_path / "model.pt")
     here = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", FRESH, tmp_path, here, here.parent], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path, here, here.parent / "support"], check=True, timeout=120)
     outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
     for name, model in models.items():
         assert torch.equal(outputs[name], output_of(model.eval())), name
