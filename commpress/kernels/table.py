@@ -13,7 +13,7 @@ Behind a prologue x is undefined. All are contiguous and on the device, n is not
     prologue      (x, prologue)                                    x <- what the prologue makes of it
     pack, unpack  (x, places, out)                                 `commpress/comm/survivors.py`
     keep, count_pruned (x, kept)                                   `commpress/model/loops.py`
-    advance, ..., lean                                             `commpress/optim/loops.py`
+    apply_update, ..., add_scaled                                  `commpress/optim/loops.py`
 """
 
 from collections.abc import Callable

@@ -145,7 +145,7 @@ class FrozenAdamW(CompressedOptimizer):
         if frozen:
             self.apply_frozen(frozen)
             for state in self._settling:
-                state["settled"] = True
+                state["feedback_converted"] = True
         self._apply_warm_up(warming)
         for group in self.param_groups:
             group["steps"] += 1
@@ -211,7 +211,7 @@ class FrozenAdamW(CompressedOptimizer):
         before = float(first["variance"])
         for group in self.param_groups:
             group["variance"] = now
-        return settled(before, now)
+        return variance_is_stable(before, now)
 
     def _are_ready(self, warming: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> list[str]:
         """Which of these have come to the end of a warm-up of their own. Those that began it together end it together."""
@@ -230,7 +230,7 @@ class FrozenAdamW(CompressedOptimizer):
             states = [self.state[self._places[name][0]] for name in names]
             before = sum(state.get("variance", 0.0) for state in states)
             now = [float(loops.total(state["exp_avg_sq"])) for state in states]
-            if settled(before, sum(now)):
+            if variance_is_stable(before, sum(now)):
                 ready += names
             for state, value in zip(states, now, strict=True):
                 state["variance"] = value
@@ -275,7 +275,7 @@ class FrozenAdamW(CompressedOptimizer):
             mean = state["exp_avg"] / (1 - beta1**steps)
             state["inverse"] = self.inverse(state["exp_avg_sq"] / (1 - beta2**steps), group)
             state["exp_avg"] = mean * state["inverse"]
-            state["settled"] = False
+            state["feedback_converted"] = False
             if first:
                 squares[0] += float(loops.total(mean.square()))
                 squares[1] += float(loops.total(state["exp_avg"].square()))
@@ -313,30 +313,30 @@ class FrozenAdamW(CompressedOptimizer):
         scaled: Tensor = 1 / (torch.where(root > 0, root, mean) + group["eps"])
         return scaled
 
-    def settle(self, memory: Memory, segments: Segments) -> None:
+    def convert_feedback(self, memory: Memory, segments: Segments) -> None:
         """At its first exchange after its warm-up: what feedback kept of a parameter's gradients becomes what it keeps of n."""
         states = [self.state[self._places[name][0]] for name, _ in segments]
-        if all(state["settled"] for state in states):
+        if all(state["feedback_converted"] for state in states):
             return
         if memory.residual is not None:
             memory.fold(self._world_size)
             factors = torch.cat(
                 [
                     torch.ones(n, dtype=torch.float32, device=memory.residual.device)
-                    if state["settled"]
+                    if state["feedback_converted"]
                     else loops.flat(state["inverse"])[0] * (1 - self._places[name][1]["betas"][0])
                     for (name, n), state in zip(segments, states, strict=True)
                 ]
             )
             memory.residual.mul_(factors if memory.kept_index is None else factors[memory.kept_index])
-        self.settles(states)
+        self.mark_converted(states)
 
-    def settles(self, states: list[dict[str, Any]]) -> None:
+    def mark_converted(self, states: list[dict[str, Any]]) -> None:
         """Feedback of these parameters is of n from now on, once the step is applied; one that is skipped changes nothing."""
         self._settling += states
 
 
-def settled(before: float, now: float) -> bool:
+def variance_is_stable(before: float, now: float) -> bool:
     """Whether the sum of a variance has changed little from one look to the next."""
     least, most = sorted((before, now))
     return least > 0 and least >= SETTLED * most

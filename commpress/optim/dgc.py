@@ -65,7 +65,7 @@ class DGC(CompressedOptimizer):
             for (name, _), part, momentum in parts:
                 p, group = self._places[name]
                 decay = group["weight_decay"] * self._scale
-                loops.correct(part, momentum, p, group["momentum"], decay, group["nesterov"])
+                loops.momentum_correction(part, momentum, p, group["momentum"], decay, group["nesterov"])
 
         steps, warm_up = (self.param_groups[0][k] for k in ("steps", "warmup_steps"))
         if steps >= warm_up or not codec.lossy:

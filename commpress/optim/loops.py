@@ -12,17 +12,17 @@ ROW = 4096
 """So few values torch sums in one thread."""
 
 
-def advance(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:
+def apply_update(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:
     """p <- keep * p - rate * update, average <- update, in place."""
     p, update, average = flat(p, update, average)
-    if kernel := _kernel("advance", p, update, average):
+    if kernel := _kernel("apply_update", p, update, average):
         kernel(p, update, average, keep, rate)
         return
     p.mul_(keep).add_(update, alpha=-rate)
     average.copy_(update)
 
 
-def wander(
+def local_step(
     g: Tensor,
     inverse: Tensor,
     average: Tensor,
@@ -38,7 +38,7 @@ def wander(
     """A local step: average <- beta * average + (1 - beta) * clip(g * inverse, limit), total <- keep * total + rate * average,
     p <- decay * anchor - total, in place."""
     g, inverse, average, total, anchor, p = flat(g, inverse, average, total, anchor, p)
-    if kernel := _kernel("wander", g, inverse, average, total, anchor, p):
+    if kernel := _kernel("local_step", g, inverse, average, total, anchor, p):
         kernel(g, inverse, average, total, anchor, p, limit, beta, keep, rate, decay)
         return
     average.mul_(beta).add_((g * inverse).clamp_(-limit, limit), alpha=1 - beta)
@@ -46,7 +46,7 @@ def wander(
     p.copy_(decay * anchor - total)
 
 
-def look_back(
+def sync_payload(
     g: Tensor,
     inverse: Tensor,
     average: Tensor,
@@ -61,7 +61,7 @@ def look_back(
     """Before a sync: n = fresh * clip(g * inverse, limit) + kept * average; g <- share * n + carry * total, lead <- n - g, in
     place. NaN and Inf become NaN."""
     g, inverse, average, total, lead = flat(g, inverse, average, total, lead)
-    if kernel := _kernel("look_back", g, inverse, average, total, lead):
+    if kernel := _kernel("sync_payload", g, inverse, average, total, lead):
         kernel(g, inverse, average, total, lead, limit, fresh, kept, share, carry)
         return
     scaled = g * inverse
@@ -70,7 +70,7 @@ def look_back(
     lead.copy_(n - g)
 
 
-def meet(
+def sync_apply(
     p: Tensor,
     update: Tensor,
     average: Tensor,
@@ -84,7 +84,7 @@ def meet(
     """A sync: anchor <- decay * anchor - weight * update, p <- anchor, average <- update + lead / scale, total <- 0, in
     place."""
     p, update, average, total, anchor, lead = flat(p, update, average, total, anchor, lead)
-    if kernel := _kernel("meet", p, update, average, total, anchor, lead):
+    if kernel := _kernel("sync_apply", p, update, average, total, anchor, lead):
         kernel(p, update, average, total, anchor, lead, decay, weight, 1 / scale)
         return
     anchor.mul_(decay).add_(update, alpha=-weight)
@@ -93,36 +93,36 @@ def meet(
     total.zero_()
 
 
-def stand(p: Tensor, anchor: Tensor, total: Tensor, decay: float) -> None:
-    """p <- decay * anchor - total: where `wander` left it, bit for bit."""
+def restore_local(p: Tensor, anchor: Tensor, total: Tensor, decay: float) -> None:
+    """p <- decay * anchor - total: where `local_step` left it, bit for bit."""
     p, anchor, total = flat(p, anchor, total)
-    if kernel := _kernel("stand", p, anchor, total):
+    if kernel := _kernel("restore_local", p, anchor, total):
         kernel(p, anchor, total, decay)
         return
     p.copy_(decay * anchor - total)
 
 
-def learn(differences: Tensor, known: Tensor, factor: float, most: float) -> None:
+def estimate_momentum(differences: Tensor, known: Tensor, factor: float, most: float) -> None:
     """known <- factor * differences, in bfloat16, and 0 where that is more than `most` or NaN."""
-    if kernel := _kernel("learn", differences):
+    if kernel := _kernel("estimate_momentum", differences):
         kernel(differences, known, factor, most)
         return
     k = differences * factor
     known.copy_(torch.where(k.abs() <= most, k, 0.0))
 
 
-def lean(x: Tensor, known: Tensor, share: float) -> None:
+def add_scaled(x: Tensor, known: Tensor, share: float) -> None:
     """x <- x + share * known, in place; `known` is bfloat16."""
-    if kernel := _kernel("lean", x):
+    if kernel := _kernel("add_scaled", x):
         kernel(x, known, share)
         return
     x.add_(known.to(x.dtype), alpha=share)
 
 
-def correct(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, nesterov: bool) -> None:
+def momentum_correction(x: Tensor, momentum: Tensor, p: Tensor, beta: float, decay: float, nesterov: bool) -> None:
     """x <- x + decay * p, momentum <- beta * momentum + x, x <- momentum (Nesterov's: x + beta * momentum), in place."""
     x, momentum, p = flat(x, momentum, p)
-    if kernel := _kernel("correct", x, momentum, p):
+    if kernel := _kernel("momentum_correction", x, momentum, p):
         kernel(x, momentum, p, beta, decay, float(nesterov))
         return
     x.add_(p, alpha=decay)
@@ -142,14 +142,14 @@ def total(x: Tensor) -> Tensor:
 def warm_up() -> None:
     """Compile the loops now, not in the middle of a step."""
     x, y, z, p, q, r = (torch.ones(1, dtype=torch.float32, device="cpu") for _ in range(6))
-    advance(x, y, z, 1.0, 1.0)
-    wander(x, y, z, p, q, r, 1.0, 0.5, 1.0, 1.0, 1.0)
-    look_back(x, y, z, p, q, 1.0, 0.5, 0.5, 1.0, 1.0)
-    meet(x, y, z, p, q, r, 1.0, 1.0, 1.0)
-    stand(x, y, z, 1.0)
-    correct(x, y, z, 0.5, 0.5, False)
-    learn(x, y.bfloat16(), 1.0, 1.0)
-    lean(x, y.bfloat16(), 1.0)
+    apply_update(x, y, z, 1.0, 1.0)
+    local_step(x, y, z, p, q, r, 1.0, 0.5, 1.0, 1.0, 1.0)
+    sync_payload(x, y, z, p, q, 1.0, 0.5, 0.5, 1.0, 1.0)
+    sync_apply(x, y, z, p, q, r, 1.0, 1.0, 1.0)
+    restore_local(x, y, z, 1.0)
+    momentum_correction(x, y, z, 0.5, 0.5, False)
+    estimate_momentum(x, y.bfloat16(), 1.0, 1.0)
+    add_scaled(x, y.bfloat16(), 1.0)
 
 
 def flat(*tensors: Tensor) -> list[Tensor]:

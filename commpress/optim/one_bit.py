@@ -62,7 +62,7 @@ class OneBitAdamW(FrozenAdamW):
             blend = None
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
-            self.settle(memory, segments)
+            self.convert_feedback(memory, segments)
             self.clip(bucket)
             if blend is None:
                 for (state, group), part in zip(held, bucket.split([n for _, n in segments]), strict=True):
@@ -106,7 +106,7 @@ class OneBitAdamW(FrozenAdamW):
             if update is None:
                 continue
             state, lr = self.state[p], float(group["lr"])
-            loops.advance(p, update, state["exp_avg"], 1 - lr * group["weight_decay"], lr / group["unit"])
+            loops.apply_update(p, update, state["exp_avg"], 1 - lr * group["weight_decay"], lr / group["unit"])
 
     def frozen_state(self, name: str) -> None:
         del self.state[self._places[name][0]]["exp_avg_sq"]  # has become `inverse`

@@ -33,7 +33,7 @@ class Shift:
 
     def add(self, x: Tensor, times: float) -> None:
         """Add it to a bucket `times`."""
-        loops.lean(x[self.at : self.at + self.values.numel()], self.values, times * self.share)
+        loops.add_scaled(x[self.at : self.at + self.values.numel()], self.values, times * self.share)
 
 
 def shifted(override: Override, shifts: Sequence[Shift], own: slice) -> Override:
@@ -158,7 +158,7 @@ class ShardedOneBitAdamW:
         factor = -settings["unit"] / lr if lr else 0.0
         for row, values in zip(rows, differences, strict=True):
             # the differences also hold what was withheld before, at another rate; what is no momentum is no knowledge
-            loops.learn(values, row, factor, settings["unit"])
+            loops.estimate_momentum(values, row, factor, settings["unit"])
         flat = self._partitions()[group]
         self.optimizer.state[flat]["known"][part] = rows[self._collectives.rank]
 
@@ -170,11 +170,11 @@ class ShardedOneBitAdamW:
             settings, state = optimizer.param_groups[piece.group], optimizer.state[flats[piece.group]]
             inverse = self._inverse[piece.group][piece.at : piece.at + len(piece)]
             fresh = 1 - settings["betas"][0]
-            if not state["settled"] and piece.name not in self._converted:
+            if not state["feedback_converted"] and piece.name not in self._converted:
                 self._converted.add(piece.name)
                 if memory.residual is not None:
                     memory.residual[at : at + len(piece)].mul_(inverse).mul_(fresh)
-                optimizer.settles([state])
+                optimizer.mark_converted([state])
             Prologue(inverse, inverse, optimizer.limit(settings), fresh, 0.0).apply(x[at : at + len(piece)])
             at += len(piece)
 

@@ -181,7 +181,7 @@ class ZeroOneAdamW(FrozenAdamW):
         if (anchor := self._anchor(name)) is None:
             return True
         expected, state = p.detach().clone(), self.state[p]
-        loops.stand(expected, anchor, state["total"], state["decay"])
+        loops.restore_local(expected, anchor, state["total"], state["decay"])
         return torch.equal(expected, p.detach())
 
     def _anchor(self, name: str) -> Tensor | None:
@@ -201,7 +201,7 @@ class ZeroOneAdamW(FrozenAdamW):
         self._syncing |= {name: self._sync(name) for name, _ in segments}
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
-            self.settle(memory, segments)
+            self.convert_feedback(memory, segments)
             self.clip(bucket)
             sizes = [n for _, n in segments]
             leads = self._lead_buffer(segments, bucket)
@@ -210,7 +210,7 @@ class ZeroOneAdamW(FrozenAdamW):
                 state, sync, beta1 = self.state[p], self._syncing[name], group["betas"][0]
                 self._leads[name] = lead
                 inverse, average, total = loops.flat(state["inverse"], state["exp_avg"], state["total"])
-                loops.look_back(
+                loops.sync_payload(
                     *(part, inverse, average, total, lead),
                     limit=self.limit(group) * self._scale,
                     fresh=1 - beta1,
@@ -251,7 +251,7 @@ class ZeroOneAdamW(FrozenAdamW):
                 state["decay"] *= sync.keep
                 if (lead := self._leads.get(name)) is None:  # nothing of it is left to be sent
                     lead = torch.zeros_like(p)
-                loops.meet(
+                loops.sync_apply(
                     p,
                     update,
                     state["exp_avg"],
@@ -271,7 +271,7 @@ class ZeroOneAdamW(FrozenAdamW):
             sync = self._sync(name)
             state["decay"] *= sync.keep
             state["weight"] = sync.weight
-            loops.wander(
+            loops.local_step(
                 *(update, state["inverse"], state["exp_avg"], state["total"], state["anchor"], p),
                 limit=self.limit(group),
                 beta=group["betas"][0],
@@ -298,7 +298,7 @@ class ZeroOneAdamW(FrozenAdamW):
         """Put every parameter where its rank has come to."""
         for p, state in self.state.items():
             if "anchor" in state:
-                loops.stand(p, state["anchor"], state["total"], state["decay"])
+                loops.restore_local(p, state["anchor"], state["total"], state["decay"])
 
     def replica(self, p: Tensor) -> Tensor:
         anchor: Tensor = self.state.get(p, {}).get("anchor", p)
@@ -331,7 +331,7 @@ class ZeroOneAdamW(FrozenAdamW):
                 self.state[p][k].copy_(own[k])
             if "turn" in own:
                 self._turns[name] = int(own["turn"])
-            loops.stand(p, anchor, self.state[p]["total"], self.state[p]["decay"])
+            loops.restore_local(p, anchor, self.state[p]["total"], self.state[p]["decay"])
 
     def _sync(self, name: str) -> Sync:
         p, group = self._places[name]

@@ -10,14 +10,14 @@ from commpress.kernels.compiled import loop
 
 
 @loop
-def _advance(p, update, average, keep, rate):
+def _apply_update(p, update, average, keep, rate):
     for i in range(p.size):
         p[i] = keep * p[i] - rate * update[i]
         average[i] = update[i]
 
 
 @loop
-def _wander(g, inverse, average, total, anchor, p, limit, beta, keep, rate, decay):
+def _local_step(g, inverse, average, total, anchor, p, limit, beta, keep, rate, decay):
     fresh = np.float32(1) - beta
     for i in range(p.size):
         clipped = min(max(g[i] * inverse[i], -limit), limit)
@@ -27,7 +27,7 @@ def _wander(g, inverse, average, total, anchor, p, limit, beta, keep, rate, deca
 
 
 @loop
-def _look_back(g, inverse, average, total, lead, limit, fresh, kept, share, carry):
+def _sync_payload(g, inverse, average, total, lead, limit, fresh, kept, share, carry):
     for i in range(g.size):
         scaled = g[i] * inverse[i]
         n = fresh * min(max(scaled, -limit), limit) + kept * average[i] + (scaled - scaled)  # which is 0, or NaN
@@ -36,7 +36,7 @@ def _look_back(g, inverse, average, total, lead, limit, fresh, kept, share, carr
 
 
 @loop
-def _meet(p, update, average, total, anchor, lead, decay, weight, unscale):
+def _sync_apply(p, update, average, total, anchor, lead, decay, weight, unscale):
     for i in range(p.size):
         anchor[i] = decay * anchor[i] - weight * update[i]
         p[i] = anchor[i]
@@ -45,13 +45,13 @@ def _meet(p, update, average, total, anchor, lead, decay, weight, unscale):
 
 
 @loop
-def _stand(p, anchor, total, decay):
+def _restore_local(p, anchor, total, decay):
     for i in range(p.size):
         p[i] = decay * anchor[i] - total[i]
 
 
 @loop
-def _learn(differences, known, factor, most):
+def _estimate_momentum(differences, known, factor, most):
     for i in range(differences.size):
         k = np.float32(factor * differences[i])
         value = k if np.abs(k) <= most else np.float32(0)
@@ -61,13 +61,13 @@ def _learn(differences, known, factor, most):
 
 
 @loop
-def _lean(x, known, share):
+def _add_scaled(x, known, share):
     for i in range(x.size):
         x[i] += share * np.uint32(np.uint32(known[i]) << np.uint32(16)).view(np.float32)
 
 
 @loop
-def _correct(x, momentum, p, beta, decay, nesterov):
+def _momentum_correction(x, momentum, p, beta, decay, nesterov):
     for i in range(x.size):
         g = x[i] + decay * p[i]
         momentum[i] = beta * momentum[i] + g
@@ -75,14 +75,14 @@ def _correct(x, momentum, p, beta, decay, nesterov):
 
 
 LOOPS: dict[str, Any] = {
-    "advance": _advance,
-    "wander": _wander,
-    "look_back": _look_back,
-    "meet": _meet,
-    "stand": _stand,
-    "learn": _learn,
-    "lean": _lean,
-    "correct": _correct,
+    "apply_update": _apply_update,
+    "local_step": _local_step,
+    "sync_payload": _sync_payload,
+    "sync_apply": _sync_apply,
+    "restore_local": _restore_local,
+    "estimate_momentum": _estimate_momentum,
+    "add_scaled": _add_scaled,
+    "momentum_correction": _momentum_correction,
 }
 
 
