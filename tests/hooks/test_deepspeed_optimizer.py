@@ -20,8 +20,8 @@ from training import train as train_ddp
 
 from commpress.hooks.ddp import attach as ddp_attach
 from commpress.hooks.deepspeed import attach, initialize
-from commpress.hooks.owners import OneBitPartitions
 from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
+from commpress.optim.sharded_one_bit import ShardedOneBitAdamW
 
 LIBRARIES = ("deepspeed",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -161,19 +161,19 @@ def coded_along(**settings: Any) -> tuple[int, int]:
     """Steps behind the warm-up, and how many buckets were coded with what is known in them."""
     e = engine(2, optimizer=lambda p: one_bit(p, warmup_steps=2), **settings)
     attach(e, "sign", parameters="int8")
-    known, calls = OneBitPartitions.known, 0
+    known, calls = ShardedOneBitAdamW.shifts, 0
 
-    def counted(self: OneBitPartitions, layout: Any) -> list[Any]:
+    def counted(self: ShardedOneBitAdamW, layout: Any) -> list[Any]:
         nonlocal calls
         found = known(self, layout)
         calls += bool(found)
         return found
 
-    OneBitPartitions.known = counted  # type: ignore[method-assign]
+    ShardedOneBitAdamW.shifts = counted  # type: ignore[method-assign]
     try:
         train(e, range(6 * settings.get("gradient_accumulation_steps", 1)))
     finally:
-        OneBitPartitions.known = known  # type: ignore[method-assign]
+        ShardedOneBitAdamW.shifts = known  # type: ignore[method-assign]
     return e.basic_optimizer.param_groups[0]["steps"] - 2, calls
 
 
