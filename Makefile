@@ -25,6 +25,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "== tests"
+	@PYTHONPATH=tests/support $(RUN)/python -c "import warm" # compiles the loops once, not in each of the four workers
 	@$(RUN)/python -m pytest -q -n 4 --dist worksteal
 
 test-slow: $(INSTALLED)
