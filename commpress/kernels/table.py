@@ -11,7 +11,7 @@ Here x and out are [n], residual is float32 [n] or None, payload uint8 [nbytes(n
 Behind a prologue x is undefined. All are contiguous and on the device, n is not 0. `commpress/comm/coding.py` calls them.
 
     prologue      (x, prologue)                                    x <- what the prologue makes of it
-    pack, unpack  (x, places, out)                                 `commpress/comm/survivors.py`
+    pack, unpack  (x, places, out)                                 `commpress/comm/masks_index.py`
     keep, count_pruned (x, kept)                                   `commpress/model/loops.py`
     apply_update, ..., add_scaled                                  `commpress/optim/loops.py`
 """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 TESTS = Path(__file__).parents[2]
 if __name__ == "__main__":
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(TESTS / "support"))
 
 from battery import SPECS, defined_encode  # noqa: E402
 
