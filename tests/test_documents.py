@@ -236,6 +236,11 @@ def require_known(words: list[str]) -> None:
         case ["torchrun" | "deepspeed", *_]:
             if settings_of(words) is None:
                 assert words[-1] == "train.py", words  # the block above it
+        case ["pytest", *_]:
+            paths = [word for word in words[1:] if word.startswith("tests/") and "NAME" not in word]
+            assert all((ROOT / path).exists() for path in paths), words
+        case ["pre-commit", "install"]:
+            assert (ROOT / ".pre-commit-config.yaml").is_file()
         case _:
             raise AssertionError(f"{' '.join(words)}: this test does not know such a command")
 

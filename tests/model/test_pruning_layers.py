@@ -40,7 +40,7 @@ def train(scheduler: Scheduler, model: Any, x: Tensor, steps: int = 6) -> tuple[
             scheduler.optimizer.step()
             scheduler.optimizer.zero_grad()
             scheduler.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
     return losses, [str(each.message) for each in caught if each.category is UserWarning]
 
 
