@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "== tests"
-	@PYTHONPATH=tests/support $(RUN)/python -c "import warm" # compiles the loops once, not in each of the four workers
+	@OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests/support $(RUN)/python -c "import warm" # compiles the loops once, not in each of the four workers
 	@$(RUN)/python -m pytest -q -n 4 --dist worksteal
 
 test-slow: $(INSTALLED)
