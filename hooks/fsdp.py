@@ -464,4 +464,5 @@ def _watch(model: nn.Module, session: Session) -> None:
             )
         session.follow_scale()
 
-    model.register_forward_pre_hook(before)
+    # not to be traced: FSDP looks its modules up by weak references, of which some go while another model is collected
+    model.register_forward_pre_hook(torch.compiler.disable(before))
