@@ -18,7 +18,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -457,12 +457,15 @@ def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer 
 def _watch(model: nn.Module, session: Session) -> None:
     """Have the session follow the loss scale from forward to forward."""
 
+    state: Any = cast(
+        Any, model
+    )._get_fsdp_state()  # looked up once: torch.compile cannot trace a dict of weak references
+
     def before(module: nn.Module, arguments: Any) -> None:
-        if root(module) is False:  # FSDP's own hook, before this one, found out
+        if state._is_root is False:  # FSDP's own hook, before this one, found out
             raise RuntimeError(
                 "commpress.attach was given a module inside another that fully_shard took; expected the root"
             )
         session.follow_scale()
 
-    # not to be traced: FSDP looks its modules up by weak references, of which some go while another model is collected
-    model.register_forward_pre_hook(torch.compiler.disable(before))
+    model.register_forward_pre_hook(before)
