@@ -76,7 +76,7 @@ def pack_state(state: Any) -> Tensor:
 
 
 def unpack_state(packed: Any, path: Path | str) -> Any:
-    """What `pack_state` packed, on the CPU, found in the file `path`. Raises DamagedFileError."""
+    """Return what `pack_state` packed, on the CPU, found in the file `path`. Raises DamagedFileError."""
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
         raise DamagedFileError(f"{path}: damaged, or not written by this version: no bytes with a checksum in it")
     f = io.BytesIO(packed.numpy().data)

@@ -34,6 +34,7 @@ def draw(text: torch.Tensor, source: torch.Generator, device: torch.device) -> t
 
 
 def main() -> None:
+    """Train a small sharded model on this rank."""
     dist.init_process_group()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

@@ -38,6 +38,7 @@ def draw(text: torch.Tensor, source: torch.Generator, device: torch.device) -> t
 
 
 def main() -> None:
+    """Train a small model on this rank while a recipe prunes and quantises it."""
     dist.init_process_group()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")

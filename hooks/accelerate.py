@@ -92,7 +92,7 @@ class _Checkpoint:
         self._folder = folder
 
     def state_dict(self) -> dict[str, Any]:
-        """What rank 0 writes for all."""
+        """Return what rank 0 writes for all."""
         return {"files": self._name, "step": self._stamp}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

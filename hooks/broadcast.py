@@ -73,7 +73,7 @@ def buffer_refusal(model: DistributedDataParallel, spec: str | Codec) -> Excepti
 
 
 def buffer_broadcasts(model: DistributedDataParallel, spec: str | Codec) -> Broadcasts:
-    """What is to send the buffers of a DDP module that broadcasts some. Collective over its process group."""
+    """Return what is to send the buffers of a DDP module that broadcasts some. Collective over its process group."""
     return Broadcasts(spec, model.named_module_buffers, model.process_group, role="buffers")
 
 

@@ -114,7 +114,7 @@ class CommState:
         return self.session
 
     def buckets(self, device: torch.device) -> StepBuffer:
-        """What takes the buckets of this rank's backwards. The first one makes the session, if nobody has."""
+        """Return what takes the buckets of this rank's backwards. The first one makes the session, if nobody has."""
         if self._buckets is None:
             self.start(device, {})
         assert self._buckets is not None

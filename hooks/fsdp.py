@@ -157,12 +157,12 @@ class Unit:
         return [p.sharded_param for p in self.group.fsdp_params if p.sharded_param.requires_grad]
 
     def trained_shards(self) -> dict[str, Tensor]:
-        """What this rank holds of what wants gradients now, by name."""
+        """Return what this rank holds of what wants gradients now, by name."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
         return {name: p.sharded_param.to_local() for name, p in named if p.sharded_param.requires_grad}
 
     def parts(self) -> Segments:
-        """What wants gradients now: names, and how many reals of each a rank has, padding included."""
+        """Return what wants gradients now: names, and how many reals of each a rank has, padding included."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
         return tuple((name, _part(p)) for name, p in named if p.sharded_param.requires_grad)
 
@@ -377,7 +377,7 @@ def _of_shards(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tenso
 
 
 def _of_replicas(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> MaskIndex:
-    """What masks keep of the traffic among the ranks `who`, which own the same shard."""
+    """Return what masks keep of the traffic among the ranks `who`, which own the same shard."""
     return MaskIndex(
         {
             name: unit.chunks(name, masks[name])[dist.get_rank(unit.shard_groups[0])]
@@ -390,7 +390,7 @@ def _of_replicas(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Ten
 
 
 def _resharded(held: list[Unit], memories: list[Memories], old: int) -> list[Memories]:
-    """What feedback kept of gradients that were cut for `old` ranks, cut as they are now.
+    """Return what feedback kept of gradients that were cut for `old` ranks, cut as they are now.
 
     Raises ValueError where that cannot be told: parameters cut along another dimension than the first, or masked ones.
     """

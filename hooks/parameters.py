@@ -42,7 +42,7 @@ def exchanged_parameters(ddp: DistributedDataParallel) -> Named:
 
 
 def replicated_parameters(model: nn.Module) -> Named:
-    """What all ranks of a model hold alike: under DDP all but what it ignores; else all parameters."""
+    """Return what all ranks of a model hold alike: under DDP all but what it ignores; else all parameters."""
     model = uncompiled(model)
     if not isinstance(model, DistributedDataParallel):
         return bare_parameters(model)
@@ -54,7 +54,7 @@ def replicated_parameters(model: nn.Module) -> Named:
 
 
 def delayed_parameters(ddp: DistributedDataParallel) -> list[nn.Parameter]:
-    """What DDP exchanges by itself, all of it at once, when the gradient of another parameter is there."""
+    """Return what DDP exchanges by itself, all of it at once, when the gradient of another parameter is there."""
     return list(getattr(ddp, "_delay_all_reduce_params", ()))  # not public
 
 

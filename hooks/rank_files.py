@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 
 def content(session: Session, step: int) -> State:
-    """What this rank's file holds; `step` is the framework's count of steps."""
+    """Return what this rank's file holds; `step` is the framework's count of steps."""
     return {"step": step, "session": session.state_dict()}
 
 

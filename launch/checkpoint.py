@@ -60,7 +60,7 @@ def clear(out: Path) -> None:
 
 
 def load_shared(out: Path) -> dict[str, Any]:
-    """What all ranks share, on the CPU; "step" is the number of updates done.
+    """Return what all ranks share, on the CPU; "step" is the number of updates done.
 
     Raises ValueError if there is none, DamagedFileError, one of them, if what there is is not what was written.
     """
@@ -77,7 +77,7 @@ def shared_file(out: Path) -> tuple[str, bytes]:
 
 
 def load_shared_file(name: str, content: bytes) -> dict[str, Any]:
-    """As `load_shared`, from what `shared_file` returned."""
+    """Return what `load_shared` returns, from what `shared_file` returned."""
     with tempfile.TemporaryDirectory(prefix="commpress-") as folder:
         out = Path(folder)
         (out / name).mkdir()
@@ -97,7 +97,7 @@ def _newest(out: Path) -> str:
 
 
 def load_own(out: Path, step: int, rank: int) -> dict[str, Any]:
-    """What one rank alone has at that step. Raises ValueError if it is missing, damaged or of another step."""
+    """Return what one rank alone has at that step. Raises ValueError if it is missing, damaged or of another step."""
     folder = _folder(out, step)
     return _read(_own_file(folder, rank), folder.name)
 

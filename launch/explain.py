@@ -285,7 +285,7 @@ class Explain:
 
 
 def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> list[str]:
-    """What the figures rest on, in sentences."""
+    """Return what the figures rest on, in sentences."""
     said = [f"Bytes: sent by a rank in a step. Codec speed: measured now on {measured.device}."]
     if compute is None:
         said.append("Communication alone, every bucket ready at once: what a step takes needs --step-seconds.")

@@ -119,7 +119,7 @@ class Report:
 
 
 def page_of(files: Sequence[Record]) -> str:
-    """As `page`. Raises ValueError that names the file, if a value in one of them is not what it should be."""
+    """Return what `page` returns. Raises ValueError that names the file, if a value in one of them is not what it should be."""
     try:
         return page(files)
     except NOT_AS_EXPECTED as error:

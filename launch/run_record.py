@@ -79,7 +79,7 @@ def write_record(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the run ran on."""
+    """Return what the run ran on."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):  # Linux says more
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -85,7 +85,7 @@ class Broadcasts:
         return own.traffic.report(str(self.codec), own.rank, own.world_size)
 
     def phase(self, name: str) -> None:
-        """What the report's rows are called by from now on."""
+        """Call the report's rows by this name from now on."""
         self._collectives.meter.enter(name)
 
     def state_dict(self) -> dict[str, Any]:

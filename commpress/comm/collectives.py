@@ -313,7 +313,7 @@ class Collectives:
     # the parts of the way
 
     def _override(self, override: Override | None, x: Tensor, n: int) -> Override:
-        """What is to be done with `x`, of which n values travel, if it is not what the optimizer wants."""
+        """Return what is to be done with `x`, of which n values travel, if it is not what the optimizer wants."""
         if self.send_dense:
             return Override(DENSE, SEND_DENSE)
         return _exact(override or Override(self.gradients.codec), x, n)
@@ -323,7 +323,7 @@ class Collectives:
         return None if self.send_dense or not _fits(segments, full) else self.feedback.masks.kept_index(segments)
 
     def _own_kept_index(self, segments: Segments) -> Tensor:
-        """The same of this rank's chunk, which has as many parts as the others."""
+        """Return the same of this rank's chunk, which has as many parts as the others."""
         each = len(segments) // self.world_size
         own = self.feedback.masks.kept_index(segments[self.rank * each : (self.rank + 1) * each])
         assert own is not None

@@ -147,7 +147,7 @@ class FailureBoard:
             return False
 
     def _own(self, error: BaseException) -> str:
-        """What this rank has to say."""
+        """Return what this rank has to say."""
         if isinstance(error, OtherMessageError):
             return f"{self.name(self._rank)} has {error.mine}, {self.name(error.peer)} has something else"
         if isinstance(error, DriftError):

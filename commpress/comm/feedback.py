@@ -186,7 +186,7 @@ class Feedback:
         ]
 
     def renamed(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
-        """As `state_dict`, of these parameters alone and by the names that they are mapped to; without masks."""
+        """Return what `state_dict` returns, of these parameters alone, by the names that they are mapped to; without masks."""
         buckets = []
         for bucket in self.state_dict():
             known = [(names.get(name, ""), n) for name, n in bucket["segments"]]

@@ -48,7 +48,7 @@ class Row:
 
     @property
     def how(self) -> str:
-        """What was done with it, or why it was not compressed."""
+        """Return what was done with it, or why it was not compressed."""
         if self.exchange == "none":
             return f"not sent: {self.reason}"
         return f"not compressed: {self.reason}" if self.reason else f"{self.spec} by {self.exchange}"

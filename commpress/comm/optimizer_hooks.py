@@ -26,10 +26,10 @@ class OptimizerHooks(Protocol):
         """Whether `replicated_state` is new since the ranks compared it."""
 
     def replicated_state(self) -> dict[str, object]:
-        """What all ranks must agree on now, as JSON values."""
+        """Return what all ranks must agree on now, as JSON values."""
 
     def frozen_parameters(self) -> list[str] | None:
-        """What does not require a gradient in this step, if the ranks must compare that in every step."""
+        """Return what does not require a gradient in this step, if the ranks must compare that in every step."""
 
     def on_bucket(self, bucket: Tensor, segments: Segments) -> None:
         """A bucket is there. It will hold what was exchanged when backward is over."""
@@ -44,16 +44,16 @@ class OptimizerHooks(Protocol):
         """The parts of a bucket that travel in this step, each with an override of its own; the same on every rank."""
 
     def override(self, segments: Segments, codec: Codec) -> Override:
-        """What to do with a part of a bucket in this step; the same on every rank."""
+        """Return what to do with a part of a bucket in this step; the same on every rank."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What of its state all ranks have alike, as of any optimizer."""
+        """Return what of its state all ranks have alike, as of any optimizer."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
 
     def own_state(self) -> dict[str, Any]:
-        """What of its state is this rank's own."""
+        """Return what of its state is this rank's own."""
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore what `own_state` returned."""

@@ -74,7 +74,7 @@ class Plan:
         return cls(codec, chosen, error_feedback)
 
     def choose(self, n: int, itemsize: int, world_size: int, override: Override | None = None) -> BucketPlan:
-        """What to do with a bucket of n values of `itemsize` bytes; an optimizer may override it."""
+        """Return what to do with a bucket of n values of `itemsize` bytes; an optimizer may override it."""
         if world_size == 1:
             return BucketPlan(DENSE, ALL_REDUCE, False, "one rank: nothing to send")
         if override is not None:
@@ -98,7 +98,7 @@ class Plan:
         return self.exchange or EXCHANGES[self.codec.exchange].among(world_size)
 
     def settings(self) -> dict[str, object]:
-        """What all ranks must agree on."""
+        """Return what all ranks must agree on."""
         exchange = None if self.exchange is None else self.exchange.name
         return {"codec": str(self.codec), "exchange": exchange, "error_feedback": self.error_feedback}
 
@@ -124,7 +124,7 @@ def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool)
 
 
 def sharded_settings(gradients: Plan, parameters: Plan, holds: str) -> dict[str, object]:
-    """What saved states of a sharded model must have alike; `holds` says what the ranks hold, in words."""
+    """Return what saved states of a sharded model must have alike; `holds` says what the ranks hold, in words."""
     return {
         "kind": "sharded",
         "gradients": gradients.settings(),

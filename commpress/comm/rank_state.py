@@ -42,7 +42,7 @@ class RankState(dict[str, Any]):
         self._shared = None if shared is None else Rows.of(dict(shared), values, shared=True)
 
     def items(self) -> Any:
-        """What DCP saves, or loads into."""
+        """Return what DCP saves, or loads into."""
         return ({"ranks": self._rows} | ({} if self._shared is None else {"shared": self._shared})).items()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -59,7 +59,7 @@ class RankState(dict[str, Any]):
 
     @property
     def loaded_shared(self) -> dict[str, Any] | None:
-        """What DCP has read of what all ranks have alike."""
+        """Return what DCP has read of what all ranks have alike."""
         states = None if self._shared is None else self._shared.states()
         return states[0] if states else None
 

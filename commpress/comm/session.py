@@ -46,10 +46,10 @@ class SideTraffic(Protocol):
         """Bytes and seconds so far, on this rank."""
 
     def phase(self, name: str) -> None:
-        """What the report's rows are called by from now on."""
+        """Call the report's rows by this name from now on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart."""
+        """Return what must survive a restart."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -132,7 +132,7 @@ class Session:
             collectives.send_dense = on
 
     def phase(self, name: str) -> None:
-        """What the report's rows are called by from now on."""
+        """Call the report's rows by this name from now on."""
         for collectives in self.collectives:
             collectives.meter.enter(name)
         for other in self.side_traffic:
@@ -310,7 +310,7 @@ class Session:
         }
 
     def _mean_of_own(self, mine: list[Any], saved: int) -> Any:
-        """What an optimizer has of its own on a rank, as the mean over all that have saved. Collective."""
+        """Return what an optimizer has of its own on a rank, as the mean over all that have saved. Collective."""
         if self._optimizer is None:
             return None
         mean = self._optimizer.own_state()

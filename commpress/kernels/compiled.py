@@ -86,7 +86,7 @@ class CheckedFiles:
         self._folder, self._base, self._stamp = folder, base, stamp
 
     def load(self, key: object) -> Any:
-        """What `save` was given for this key; None if there is nothing, or nothing that can be trusted."""
+        """Return what `save` was given for this key; None if there is nothing, or nothing that can be trusted."""
         name = self._index().get(key)
         found = None if name is None else self._read(name)
         # two ranks that compile different signatures at once may both have taken one name
@@ -114,7 +114,7 @@ class CheckedFiles:
         return dict(found[1]) if found is not None and found[0] == self._stamp else {}
 
     def _read(self, name: str) -> Any:
-        """What a file holds; None if it is not there, is of other versions, or is damaged, which is said."""
+        """Return what a file holds; None if it is not there, is of other versions, or is damaged, which is said."""
         try:
             content = (self._folder / name).read_bytes()
             if not content.startswith(VERSIONS):

@@ -47,7 +47,7 @@ class Magnitude:
         return {name: whole(p).abs().float() for name, p in self._parameters.items()}
 
     def state_dict(self) -> State:
-        """What this rank has seen; each rank keeps its own, and goes on from it bit for bit."""
+        """Return what this rank has seen; each rank keeps its own, and goes on from it bit for bit."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -73,7 +73,7 @@ class _OfGradients:
 
     @torch.no_grad()
     def observe(self, scale: float = 1.0, only: Container[str] | None = None) -> None:
-        """As `Magnitude.observe`; a parameter without a gradient is passed over."""
+        """Do as `Magnitude.observe`; a parameter without a gradient is passed over."""
         for name, p in self._parameters.items():
             if p.grad is not None and (only is None or name in only):
                 g = p.grad.to_dense() if p.grad.is_sparse else p.grad
@@ -81,18 +81,18 @@ class _OfGradients:
                 self._steps[name] += 1
 
     def state_dict(self) -> State:
-        """As `Magnitude.state_dict`."""
+        """Return what `Magnitude.state_dict` returns."""
         return {name: {"sum": local(total).clone(), "steps": self._steps[name]} for name, total in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """As `Magnitude.load_state_dict`."""
+        """Do as `Magnitude.load_state_dict`."""
         _require_names(type(self).__name__, state, self._sums)
         for name, saved in state.items():
             _copy(f"{type(self).__name__} of {name!r}", saved["sum"], local(self._sums[name]))
             self._steps[name] = saved["steps"]
 
     def close(self) -> None:
-        """As `Magnitude.close`."""
+        """Do as `Magnitude.close`."""
 
     def _seen(self) -> None:
         for name, steps in self._steps.items():
@@ -111,7 +111,7 @@ class Taylor(_OfGradients):
         total.add_(product.abs_(), alpha=share)
 
     def scores(self) -> dict[str, Tensor]:
-        """As `Magnitude.scores`. Raises ValueError, naming the parameter, where there has been no gradient."""
+        """Return what `Magnitude.scores` returns. Raises ValueError, naming the parameter, where there has been no gradient."""
         self._seen()
         return {name: whole(total) / self._steps[name] for name, total in self._sums.items()}
 
@@ -174,10 +174,10 @@ class Wanda:
         return [name for name, inputs in self._inputs.items() if not inputs.called]
 
     def observe(self, scale: float = 1.0, only: Container[str] | None = None) -> None:
-        """As `Magnitude.observe`."""
+        """Do as `Magnitude.observe`."""
 
     def scores(self) -> dict[str, Tensor]:
-        """As `Magnitude.scores`, of those layers that had inputs on any rank.
+        """Return what `Magnitude.scores` returns, of those layers that had inputs on any rank.
 
         Layers without (the weight is used past its module), and those whose inputs all were 0, have no scores. Raises
         ValueError, naming the first, if none has any.
@@ -199,17 +199,17 @@ class Wanda:
         return scores
 
     def state_dict(self) -> State:
-        """As `Magnitude.state_dict`."""
+        """Return what `Magnitude.state_dict` returns."""
         return {name: {"squares": inputs.squares.clone()} for name, inputs in self._inputs.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """As `Magnitude.load_state_dict`."""
+        """Do as `Magnitude.load_state_dict`."""
         _require_names("Wanda", state, self._inputs)
         for name, saved in state.items():
             _copy(f"Wanda of {name!r}", saved["squares"], self._inputs[name].squares)
 
     def close(self) -> None:
-        """As `Magnitude.close`: no more inputs are seen."""
+        """Do as `Magnitude.close`: no more inputs are seen."""
         for inputs in self._inputs.values():
             inputs.on = False  # compiled code goes on calling a hook that is gone
         for hook in self._hooks:

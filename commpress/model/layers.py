@@ -61,7 +61,7 @@ class Layout:
         return self.turned(x).movedim(1, -1) if self.kernel else self.turned(x)
 
     def from_inputs_last(self, x: Tensor) -> Tensor:
-        """What `inputs_last` made of `from_inputs_last(x)` is x."""
+        """Return what `inputs_last` made of `from_inputs_last(x)` is x."""
         return self.turned(x.movedim(-1, 1) if self.kernel else x)
 
 

@@ -259,7 +259,7 @@ class Recipe(Part):
                 raise RecipeError(f"{key}.start: {start}, but the run has {steps} steps")
 
     def to_dict(self) -> dict[str, Any]:
-        """What a file of it would say, without what was left to its default."""
+        """Return what a file of it would say, without what was left to its default."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 

@@ -51,7 +51,7 @@ class Session(Protocol):
         """While on, exact gradients of all values travel."""
 
     def phase(self, name: str) -> None:
-        """What the report's rows are called by from now on."""
+        """Call the report's rows by this name from now on."""
 
 
 @naming_the_file
@@ -137,7 +137,7 @@ class Scheduler:
 
     @property
     def phase(self) -> str:
-        """What goes on: "dense", or "prune", "pruned", "int8", "distil", joined by " + "."""
+        """Return what goes on: "dense", or "prune", "pruned", "int8", "distil", joined by " + "."""
         on = []
         if any(entry.start <= self.done < entry.last for entry in self.recipe.prune):
             on.append("prune")

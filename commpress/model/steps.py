@@ -189,7 +189,7 @@ def _inside(optimizer: Any) -> Optimizer | None:
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """What it moves."""
+    """Return what it moves."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 

@@ -96,7 +96,7 @@ class Stored:
 
 
 def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> Stored:
-    """What `save` writes of a model. Collective if parameters are sharded; then one rank writes.
+    """Return what `save` writes of a model. Collective if parameters are sharded; then one rank writes.
 
     Codes are those of a converted model, or those that a prepared one computes with, switched on or not. The rest of
     `model.state_dict()`, such as biases, norms and buffers, stays as it is. `masks` are by name, as `Masks.of`; one that

@@ -201,7 +201,7 @@ class _Removal:
             self._importance = torch_pruning.importance.MagnitudeImportance()
 
     def choose(self, amount: float) -> list[_Width]:
-        """What goes."""
+        """Return what goes."""
         widths = [width for group in self._groups() if (width := self._part_of(group, amount))]
         if amount and not widths:
             raise ValueError(f"shrink({amount}): the model has no width of which as much can be removed")
@@ -277,7 +277,7 @@ class _Removal:
         return layer and self._graph.is_in_channel_pruning_fn(dep.handler) and not self._outputs(dep)
 
     def outputs(self) -> list[Tensor]:
-        """What the model computes of the example inputs."""
+        """Return what the model computes of the example inputs."""
         if isinstance(self._inputs, Mapping):
             return list(_tensors_in(self._model(**self._inputs)))
         return list(
@@ -285,7 +285,7 @@ class _Removal:
         )
 
     def outputs_without(self, widths: Sequence[_Width]) -> list[Tensor]:
-        """What it computes when all that goes is 0 where the next layer takes it. It stays so."""
+        """Return what it computes when all that goes is 0 where the next layer takes it. It stays so."""
         for width in widths:
             for dep, indices in self._graph.get_pruning_group(width.layer, width.function, width.indices):
                 if self._takes(dep):
@@ -426,7 +426,7 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 def _difference(expected: Sequence[Tensor], computed: Sequence[Tensor]) -> str:
-    """What is different, but for rounding."""
+    """Return what is different, but for rounding."""
     for x, y in zip(expected, computed, strict=True):
         if x.shape != y.shape:
             return f"an output has shape {tuple(y.shape)}, it was {tuple(x.shape)}"

@@ -137,7 +137,7 @@ class FrozenAdamW(CompressedOptimizer):
 
     @abstractmethod
     def override_frozen(self, segments: Segments, codec: Codec) -> Override:
-        """What to do with parameters whose warm-up is over."""
+        """Return what to do with parameters whose warm-up is over."""
 
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         frozen = {name: update for name, update in updates.items() if "inverse" in self.state.get(update[0], {})}
@@ -174,7 +174,7 @@ class FrozenAdamW(CompressedOptimizer):
         return 2 * unit * math.sqrt(self._world_size)
 
     def _warming(self) -> frozenset[str]:
-        """What is exchanged and has no frozen variance yet."""
+        """Return what is exchanged and has no frozen variance yet."""
         return frozenset(name for name, (p, _) in self._places.items() if "inverse" not in self.state.get(p, {}))
 
     def _apply_warm_up(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:

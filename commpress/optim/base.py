@@ -175,7 +175,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return "exchanged"
 
     def override(self, segments: Segments, codec: Codec) -> Override:
-        """What to do with a part of a bucket in this step; the same on every rank."""
+        """Return what to do with a part of a bucket in this step; the same on every rank."""
         if segments[0][0] not in self._places:
             return Override(DENSE, "the optimizer does not hold it")
         return self.override_held(segments, codec)
@@ -204,14 +204,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def override_held(self, segments: Segments, codec: Codec) -> Override:
-        """What to do with parameters of one kind that this optimizer steps."""
+        """Return what to do with parameters of one kind that this optimizer steps."""
 
     def on_bucket(self, bucket: Tensor, segments: Segments) -> None:
         """This bucket will hold what was exchanged when backward is over."""
         self._received.append((bucket, segments))
 
     def replicated_state(self) -> dict[str, object]:
-        """What all ranks must agree on now, as JSON values."""
+        """Return what all ranks must agree on now, as JSON values."""
         groups = [{k: plain(v) for k, v in group.items() if k != "params"} for group in self.param_groups]
         frozen = sorted(name for name, (p, _) in self._places.items() if not p.requires_grad)
         return {"optimizer": type(self).__name__, "optimizer's groups": groups, "frozen parameters": frozen}
@@ -222,15 +222,15 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return before != self._proven
 
     def phase(self) -> object:
-        """What changes when a phase begins."""
+        """Return what changes when a phase begins."""
         return 0
 
     def replica(self, p: Tensor) -> Tensor:
-        """What of a parameter is the same on all ranks: itself, unless the optimizer takes local steps."""
+        """Return what of a parameter is the same on all ranks: itself, unless the optimizer takes local steps."""
         return p
 
     def own_state(self) -> dict[str, Any]:
-        """What of its state is this rank's own; nothing, unless it takes local steps."""
+        """Return what of its state is this rank's own; nothing, unless it takes local steps."""
         return {}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
@@ -312,7 +312,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._awaits_step, self._received = False, []
 
     def _why_not(self) -> str:
-        """What keeps DDP from exchanging gradients, if that is known."""
+        """Return what keeps DDP from exchanging gradients, if that is known."""
         frozen = [key for key, (p, _) in self._places.items() if not p.requires_grad]
         if not frozen or self._may_be_frozen:
             return ""
@@ -330,7 +330,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """One step of parameters of a group that are not exchanged, as torch's optimizer takes it. All have a `grad`."""
 
     def _late(self, moving: dict[str, tuple[Tensor, dict[str, Any]]]) -> dict[str, Tensor]:
-        """What was exchanged of parameters that no rank used: DDP leaves their `grad` None or 0."""
+        """Return what was exchanged of parameters that no rank used: DDP leaves their `grad` None or 0."""
         unused = {
             key for key, (p, _) in moving.items() if p.grad is None or (self._may_be_unused and not bool(p.grad.any()))
         }

@@ -120,7 +120,7 @@ class Fragment:
         self.trained = set()
 
     def moving(self) -> Segments:
-        """What of this rank's part a sync moves; the zeros behind the parameters count as theirs."""
+        """Return what of this rank's part a sync moves; the zeros behind the parameters count as theirs."""
         return tuple(
             segment
             for segment, (i, _) in zip(self.segments, [*self._overlaps(), (-1, slice(0))], strict=False)
@@ -496,7 +496,7 @@ def _pieces(parameters: Mapping[str, Tensor], part: slice) -> tuple[Segments, in
 def _put_back(
     bucket: Tensor, done: Callable[[BaseException | None], None], mean: "torch.futures.Future[Tensor]"
 ) -> Tensor:
-    """What was exchanged of a bucket, in it. Raises what the exchange raised."""
+    """Return what was exchanged of a bucket, in it. Raises what the exchange raised."""
     mean.value()
     done(None)
     return bucket

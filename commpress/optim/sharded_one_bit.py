@@ -95,7 +95,7 @@ class ShardedOneBitAdamW:
         optimizer.add_up, optimizer.ends_at_once = self._over_partitions, True
 
     def override(self, layout: OwnedBucket) -> Override:
-        """What to do with a bucket in this step."""
+        """Return what to do with a bucket in this step."""
         optimizer = self.optimizer
         if not optimizer.awaits_step:
             optimizer.begin_backward(1.0)

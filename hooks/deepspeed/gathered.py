@@ -41,7 +41,7 @@ class Gathered:
     def reduce_contiguous(
         self, original: Callable[..., list[Tensor]], buffer: Tensor, communication_data_type: torch.dtype
     ) -> list[Tensor]:
-        """The same where the gradients lie one behind the other in `buffer` (`reduce_scatter` off)."""
+        """Return the same where the gradients lie one behind the other in `buffer` (`reduce_scatter` off)."""
         params = list(self.zero.ipg_buckets[communication_data_type].params)
         crossing = ring_bytes(buffer.numel() * communication_data_type.itemsize, self.shards.world_size)
         return self._reduce(params, lambda: original(buffer, communication_data_type), "all_reduce", crossing)

@@ -118,7 +118,7 @@ class Partitions:
         return True
 
     def _crossing(self, layout: OwnedBucket, itemsize: int) -> int:
-        """What DeepSpeed would send: it all-reduces, whoever owns what, unless told otherwise."""
+        """Return what DeepSpeed would send: it all-reduces, whoever owns what, unless told otherwise."""
         zero, cuts, me = self.zero, layout.cuts, self.shards.rank
         if zero.reduce_scatter and zero.contiguous_gradients and not zero.use_multi_rank_bucket_allreduce:
             return (cuts[-1] - cuts[me + 1] + cuts[me]) * itemsize

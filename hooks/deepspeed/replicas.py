@@ -108,7 +108,7 @@ class Bucket:
     flat: Tensor
 
     def parts(self) -> list[Tensor]:
-        """What of `flat` is each parameter's gradient."""
+        """Return what of `flat` is each parameter's gradient."""
         flat = self.flat.split([n for _, n in self.segments])
         return [
             part.as_strided(p.shape, p.stride(), part.storage_offset()) if dense(p) else part.view(p.shape)

@@ -240,5 +240,5 @@ def tree_children(rank: int, source: int, world_size: int) -> int:
 
 
 def ring_bytes(nbytes: int, world_size: int) -> int:
-    """What each rank sends when a tensor of `nbytes` is all-reduced in a ring: 2 (W - 1) / W of it."""
+    """Return what each rank sends when a tensor of `nbytes` is all-reduced in a ring: 2 (W - 1) / W of it."""
     return 2 * (world_size - 1) * nbytes // world_size
