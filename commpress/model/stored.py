@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from commpress.files import DamagedFileError, checksum, replacing
+from commpress.model.codes import INTEGERS, Codes
 from commpress.model.masks import from_bits, to_bits, whole
-from commpress.model.quantization import INTEGERS, Codes, computed_codes, converted_codes, prepared
+from commpress.model.quantization import computed_codes, converted_codes, prepared
 
 VERSION = 2
 CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{8})\\"')
