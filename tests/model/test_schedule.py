@@ -485,7 +485,7 @@ def test_scores_do_not_depend_on_the_loss_scale():
             x, y = batch(step, 0)
             output = alone.model(x)
             (nn.functional.cross_entropy(output, y) * alone.optimizer.grad_scale).backward()
-            alone.scheduler._before_step()
+            alone.scheduler._pruner.steps.arrived()
             alone.optimizer.zero_grad()
             alone.scheduler.step()
         masks.append(alone.scheduler.masks.of)
