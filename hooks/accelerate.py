@@ -67,7 +67,7 @@ def inner(optimizer: Any) -> Any:
 
 
 class _Checkpoint:
-    """What an accelerator has registered for a session: where to write each rank's file, and when to read it."""
+    """An accelerator's handle of a session: where to write each rank's file, and when to read it."""
 
     def __init__(self, accelerator: "Accelerator", session: Session, model: DistributedDataParallel) -> None:
         self._accelerator, self._session, self._group = accelerator, session, model.process_group

@@ -30,9 +30,9 @@ class Memory:
     """The saved tensors of one bucket of which n values travel."""
 
     residual: Tensor | None = None
-    """What the first encoding missed: float32 [n]; None without feedback."""
+    """The error of the first encoding: float32 [n]; None without feedback."""
     owner_residual: Tensor | None = None
-    """What the second encoding missed of this rank's chunk: float32 [stop - start]; None if there is none."""
+    """The error of the second encoding in this rank's chunk: float32 [stop - start]; None if there is none."""
     momentum: Tensor | None = None
     """The momentum of this rank's gradients: float32 [n]; None without momentum correction."""
     owner_start: int = 0

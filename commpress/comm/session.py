@@ -56,7 +56,7 @@ class SideTraffic(Protocol):
 
 
 class Session:
-    """What `commpress.attach` returns: report, masks and state of a model's traffic, among one or several groups of ranks.
+    """The return value of `commpress.attach`: report, masks and state of a model's traffic in one or several groups of ranks.
 
     `collectives` are those that send it; `rank` and `world_size` are of all ranks together (default: of the first one's group).
     `settings` is what a saved state must have alike, `spec` what the report calls the traffic by. `step_buffer` is there where
@@ -182,7 +182,7 @@ class Session:
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """What feedback keeps on this rank, and in which layout (every rank saves its own). Call it between steps.
+        """Return what feedback keeps on this rank, and in which layout (every rank saves its own). Call it between steps.
 
         DDP lays out its buckets anew between its first and its second step. A state that is saved just there goes on
         with the first layout: nothing is lost, but not bit for bit.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 INTEGERS: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
-"""By bits, the dtypes that weights are quantised to."""
+"""Dtypes that weights are quantised to, by bits."""
 
 
 def fixed_point(w: Tensor, bits: int) -> Tensor:

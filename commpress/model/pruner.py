@@ -22,13 +22,13 @@ from commpress.model.steps import Steps, states_of
 from commpress.notice import warn
 
 CHECKED, CHECK_EVERY = 3, 100
-"""Behind so many steps after a change of masks, and every so many steps, it is checked that pruned weights are 0."""
+"""Steps after a change of masks, and then every so many, behind which it is checked that pruned weights are 0."""
 LATE = "a model that was compiled and called before the Scheduler was made (then make the Scheduler first, or call \
 torch.compiler.reset() before)"
 
 
 class Session(Protocol):
-    """What a recipe asks of what `commpress.attach` returns."""
+    """The part of what `commpress.attach` returns that a recipe needs."""
 
     world_size: int
 
@@ -36,10 +36,10 @@ class Session(Protocol):
         """Raise ValueError on all ranks if these differ."""
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """From the next step on only what these masks keep travels."""
+        """Send only what these masks keep, from the next step on."""
 
     def send_dense(self, on: bool) -> None:
-        """While on, exact gradients of all values travel."""
+        """Send exact gradients of all values while this is on."""
 
     def phase(self, name: str) -> None:
         """Call the report's rows by this name from now on."""
@@ -66,7 +66,7 @@ class Pruner:
         """Optimizer steps so far."""
         self._parameters = layers.named_parameters(model)
         self.names_of = reach.chosen(recipe, model, optimizers)
-        """By entry, the names of the parameters that it prunes."""
+        """Names of the parameters that each entry prunes."""
         self.names = list(dict.fromkeys(name for names in self.names_of for name in names))
         """The names of the parameters that any entry prunes."""
         self.masks = Masks(self._parameters)
@@ -74,7 +74,7 @@ class Pruner:
         self._layouts = {name: layers.layout_of(model, name) for name in self.names}
         self._wandas: dict[int, importance.Wanda] = {}
         self.criteria: list[importance.Criterion | None] = [None for _ in self._entries]
-        """By entry, its criterion while it gathers scores."""
+        """The criterion of each entry while it gathers scores."""
         self._unchecked = 0  # steps since the masks changed
         self._empty: set[str] = set()  # parameters of which nothing is left, told
         self._unsteady: set[str] = set()  # parameters that something has moved where they are pruned
@@ -84,7 +84,7 @@ class Pruner:
 
     @property
     def reach(self) -> Reach:
-        """What share of the model is pruned, and what is left out. Of sharded weights that moved, this rank's part counts."""
+        """The share of the model that is pruned, and what is left out. This rank's part of sharded weights counts."""
         pruned = self.masks.sparsity
         masked = sum(mask.numel() for mask in self.masks.of.values())
         chosen, total = self._sizes()
@@ -223,7 +223,7 @@ class Pruner:
                 criterion.observe(scale, names)
 
     def _require_seen_hooks(self) -> None:
-        """Behind the first backward: have the hooks been called that are needed at some later step?"""
+        """Raise RecipeError or warn, after the first backward, if a hook that is needed at some later step was not called."""
         trained = [name for name in self._parameters if self._parameters[name].grad is not None]
         if not trained:
             return

@@ -158,7 +158,7 @@ def enable(model: nn.Module, on: bool = True, *, settings: Quantization | None =
 
 
 def state_dict(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By module: its settings, and whether fake quantisation is on. All there is to save: scales come from the weights."""
+    """Return each module's settings, and whether its quantiser is on, by name. Scales are not saved: weights give them."""
     return {
         name: {
             "bits": s.bits,

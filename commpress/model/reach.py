@@ -1,4 +1,4 @@
-"""Which parameters a recipe's entries prune, what is left out and why, and what no entry could do: told before step 1."""
+"""The reach of a recipe, told before step 1: which parameters its entries prune, what is left out and why, what cannot be."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ KEEP_ZEROS = ("_WeightNorm", "_SpectralNorm")
 
 @dataclass(frozen=True)
 class Reach:
-    """What share of a model a recipe prunes."""
+    """The share of a model that a recipe prunes."""
 
     pruned: float
     """The share of the chosen weights that is pruned and 0."""
     of_model: float
     """The share of all the model's parameters that is."""
     left_out: Mapping[str, str]
-    """By name, the matrices and kernels that no entry prunes, and why."""
+    """The matrices and kernels that no entry prunes, by name, and why."""
 
     def __str__(self) -> str:
         others = f"; left out: {listed(self.left_out)}" if self.left_out else ""

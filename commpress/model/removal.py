@@ -1,4 +1,4 @@
-"""What hangs together in a model, by torch-pruning's dependency graph (Fang et al., arXiv:2301.12900), and its removal.
+"""Removal of widths, with all that depends on them by torch-pruning's graph (Fang et al., arXiv:2301.12900).
 
 Output i of one layer goes with its place in a batch norm and input i of the next. Grouped convolutions, weights that two layers
 share and what rotary positions turn stay, and so does a width that reaches the model's output, an embedding, a norm over

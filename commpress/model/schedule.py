@@ -101,7 +101,7 @@ class Scheduler:
 
     @property
     def reach(self) -> Reach:
-        """What share of the model is pruned, and what is left out. Of sharded weights that moved, this rank's part counts."""
+        """The share of the model that is pruned, and what is left out. This rank's part of sharded weights counts."""
         return self._pruner.reach
 
     @property
@@ -130,7 +130,7 @@ class Scheduler:
 
     @naming_the_file
     def step(self) -> None:
-        """An optimizer step was taken: do what the recipe wants done now. Collective.
+        """Do what the recipe wants done after an optimizer step. Collective.
 
         Raises ValueError on all ranks, with the parameter's name, if their masks differ.
         """
@@ -247,7 +247,7 @@ class Scheduler:
             )
 
     def _require_same_past(self, saved: Recipe, done: int) -> None:
-        """What was done by now must be what this recipe would have done."""
+        """Raise ValueError if what was done by now is not what this recipe would have done."""
         for name in ("prune", "quantize"):
             before, now = (list(getattr(recipe, name)) for recipe in (saved, self.recipe))
             for index in range(max(len(before), len(now))):

@@ -1,4 +1,4 @@
-"""What is done to gradients when a backward ends, and around the steps of one or several optimizers.
+"""Hooks that mask gradients when a backward ends, and around the steps of one or several optimizers.
 
     backward     each gradient is masked as it arrives (after autograd has added it up), so what clips it sees no pruned one
     step         criteria observe the gradients; masked once more, for whoever has changed them in between
@@ -66,7 +66,7 @@ class Steps:
 
     @property
     def dense(self) -> dict[str, Tensor]:
-        """What this rank's gradients of pruned weights were in a step that looks, 0 elsewhere: sums over its backwards. None
+        """This rank's gradients of pruned weights in a step that looks, 0 elsewhere: sums over its backwards. None
         if the step was skipped."""
         return {name: g for name, g in self._dense.items() if name in self._complete}
 
@@ -176,7 +176,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 
 def states_of(optimizer: Optimizer) -> list[Optimizer]:
-    """It, and those inside of it that hold a state, as in ZeroRedundancyOptimizer or a Lookahead of a user."""
+    """Return an optimizer, and those inside of it that hold a state, as in ZeroRedundancyOptimizer or a Lookahead of a user."""
     found = [optimizer]
     while (inner := _inside(found[-1])) is not None and inner not in found:
         found.append(inner)

@@ -30,9 +30,9 @@ class Shapes:
     """The sizes of a model. `dataclasses.asdict` of it is JSON, `Shapes(**found)` takes that back."""
 
     tensors: dict[str, list[int]]
-    """Of everything in its state_dict."""
+    """Shapes of everything in its state_dict."""
     sizes: dict[str, dict[str, int]]
-    """By module, the attributes that hold sizes."""
+    """Attributes that hold sizes, by module."""
 
 
 def shrink(

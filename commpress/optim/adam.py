@@ -192,7 +192,7 @@ class FrozenAdamW(CompressedOptimizer):
 
     @staticmethod
     def _without_gradient(parameters: list[Tensor]) -> list[bool]:
-        """Of which no rank had a gradient in this step: `grad` is None or 0."""
+        """Return the parameters of which no rank had a gradient in this step: `grad` is None or 0."""
         found = [
             torch.zeros((), dtype=torch.bool, device=p.device) if p.grad is None else p.grad.any() for p in parameters
         ]
@@ -214,7 +214,7 @@ class FrozenAdamW(CompressedOptimizer):
         return variance_is_stable(before, now)
 
     def _are_ready(self, warming: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> list[str]:
-        """Which of these have come to the end of a warm-up of their own. Those that began it together end it together."""
+        """Return which of these have come to the end of a warm-up of their own. All that began it together end it together."""
         ready: list[str] = []
         cohorts: dict[int, list[str]] = {}
         for name, (p, group, _) in warming.items():
@@ -294,7 +294,7 @@ class FrozenAdamW(CompressedOptimizer):
 
     @abstractmethod
     def frozen_state(self, name: str) -> None:
-        """What else is kept of a parameter, now that its variance is frozen."""
+        """Return what else is kept of a parameter, now that its variance is frozen."""
 
     def _thawed(self, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         """AdamW's state out of one with a frozen variance."""

@@ -1,4 +1,4 @@
-"""What all compressed optimizers have in common: they are told of every bucket, and step on what was exchanged.
+"""The base of all compressed optimizers: they are told of every bucket, and step on what was exchanged.
 
 Parameters that no session exchanges, as those that DDP ignores, step as under torch's optimizer. None moves that does not
 require a gradient, and what is kept of it stays as it is until it does again.
@@ -158,7 +158,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return used
 
     def frozen_parameters(self) -> list[str] | None:
-        """What stands still in this step, if the ranks must compare that in every step: no one else would notice."""
+        """Return what is not trained in this step, if the ranks must compare that in every step: no one else would notice."""
         return sorted(self._frozen) if self._may_be_unused and self._may_be_frozen else None
 
     def split(self, segments: Segments) -> list[Segments]:
@@ -171,7 +171,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return [tuple(part) for part in parts.values()]
 
     def kind(self, name: str) -> object:
-        """What parameters have in common that may travel together; None is for those that this optimizer does not hold."""
+        """Return what parameters that may be sent together have in common; None for those that this optimizer does not hold."""
         return "exchanged"
 
     def override(self, segments: Segments, codec: Codec) -> Override:

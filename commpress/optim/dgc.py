@@ -20,7 +20,7 @@ from commpress.optim.base import CompressedOptimizer, Parameters, within
 from commpress.optim.uncompressed import step_sgd
 
 STAGES = 5
-"""Of the ratio's warm-up; each keeps a quarter of what the one before it kept, as in section 3.3."""
+"""Stages of the ratio's warm-up; each keeps a quarter of what the one before it kept, as in section 3.3."""
 
 
 class DGC(CompressedOptimizer):

@@ -22,7 +22,7 @@ from commpress.optim.one_bit import OneBitAdamW
 
 @dataclass(frozen=True)
 class Shift:
-    """What all ranks know of the values of one owner that start at `at` in a bucket: `share` times `values` (bfloat16).
+    """An estimate, known to all ranks, of an owner's values that start at `at` in a bucket: `share` times `values` (bfloat16).
 
     As in DIANA (Mishchenko et al., arXiv:1901.09269) it is coded along, and taken off the mean behind it.
     """
@@ -108,7 +108,7 @@ class ShardedOneBitAdamW:
         return Override(self._collectives.gradients.codec, prepare=partial(self._prepare, layout))
 
     def parameters(self, codec: Codec) -> tuple[Codec, str]:
-        """By what the parameters travel after this step, and why not by the codec that was asked for."""
+        """Return by which codec the parameters are sent after this step, and why not by the codec that was asked for."""
         if not self._warming or not codec.lossy:
             return codec, ""
         codec = parse(self.optimizer.param_groups[0]["warmup_spec"])

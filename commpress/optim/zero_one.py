@@ -31,7 +31,7 @@ from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters, within
 
 OWN = ("exp_avg", "total")
-"""What a rank has of its own between two syncs: n and u."""
+"""State that a rank has of its own between two syncs: n and u."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Growing:
 
 @dataclass(frozen=True)
 class Sync:
-    """What this step makes of a parameter's local ones: `keep` is 1 - lr wd, `weight` that of all since the last sync, and
+    """A step's effect on a parameter's local steps: `keep` is 1 - lr wd, `weight` that of all since the last sync, and
     `share` this step's part of it."""
 
     keep: float
@@ -106,7 +106,7 @@ class ZeroOneAdamW(FrozenAdamW):
         self._turns: dict[str, int] = {}  # `_starts` that stand, from when a variance is frozen on
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
-        """By how much n is ahead of what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
+        """The lead of n over what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
         self._lead_buffers: dict[Segments, Tensor] = {}
         self._own: dict[str, Any] = {}  # what `load_own_state` was given since the last backward
         self._own_anchors: dict[str, Tensor] = {}  # and from which values it counts

@@ -35,7 +35,7 @@ class Partitions:
     behind: ShardedOneBitAdamW | None = None
     _layouts: dict[tuple[int, ...], OwnedBucket] = field(default_factory=dict)
     _before: list[Tensor] | None = None
-    """What all ranks have of this rank's partitions, while the optimizer steps."""
+    """Values of this rank's partitions that all ranks have, while the optimizer steps."""
 
     def __post_init__(self) -> None:
         self._offsets = {
@@ -225,7 +225,7 @@ class Partitions:
 
 
 _GATHERS: "weakref.WeakValueDictionary[int, Partitions]" = weakref.WeakValueDictionary()
-"""Who gathers the parameters of which optimizer, by the id of its list of flat parameters."""
+"""The partitions that gather the parameters of an optimizer, by the id of its list of flat parameters."""
 
 
 def attach_partitions(

@@ -1,4 +1,4 @@
-"""What FSDP2 communicates together, as torch 2.13 keeps it: everything that is read from FSDP's private parts is read here.
+"""Units that FSDP2 communicates for, as torch 2.13 keeps them: everything that is read from FSDP's private parts is read here.
 
 These are the process groups, the parameters that travel together with their shards, and which module is the root. `units`,
 which attach calls first, raises an error with the missing name if something is not where torch 2.13 has it.
