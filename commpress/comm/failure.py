@@ -74,7 +74,7 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(LOST_PEER.search(text) or SILENT_PEER.search(text))
 
 
-def within(seconds: float, action: Callable[[], T]) -> T:
+def with_timeout(seconds: float, action: Callable[[], T]) -> T:
     """Return what `action()` returns. Raises what it raises, TimeoutError if it takes longer; its thread is then left alone."""
     results: list[T] = []
     errors: list[BaseException] = []
@@ -129,8 +129,8 @@ class FailureBoard:
         kind = DisagreementError if isinstance(error, OtherMessageError | DriftError) else ExchangeError
         try:
             told = partial(self._both if isinstance(error, OtherMessageError) else self._own, error)
-            text = within(2 * PATIENCE, told)
-            posted = within(PATIENCE, lambda: self._post(kind, text or self._own(error)))
+            text = with_timeout(2 * PATIENCE, told)
+            posted = with_timeout(PATIENCE, lambda: self._post(kind, text or self._own(error)))
         except (RuntimeError, TimeoutError) as gone:  # the store went down, or silent, with the rank that kept it
             text = self._own(error)
             return kind(f"commpress: {text} (and the store that would say more does not answer: {gone})")
@@ -142,7 +142,7 @@ class FailureBoard:
     def has_reason(self) -> bool:
         """Whether a reason stands there, and the store says so in time."""
         try:
-            return bool(within(PATIENCE, lambda: own_store().check([self._key])))
+            return bool(with_timeout(PATIENCE, lambda: own_store().check([self._key])))
         except (RuntimeError, TimeoutError):
             return False
 

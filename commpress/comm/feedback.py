@@ -114,15 +114,15 @@ class Feedback:
             travel = self.masks.count(name, n)
             places[name] = slice(at, at + travel)
             at += travel
-        homes = {name: self.layout_of.pop(name) for name in places if name in self.layout_of}
-        for old in dict.fromkeys(homes.values()):
+        layouts = {name: self.layout_of.pop(name) for name in places if name in self.layout_of}
+        for old in dict.fromkeys(layouts.values()):
             memory, start = self.memories[old], 0
             memory.current = False
             memory.fold(self.world_size)
             self._snapshots.pop(old, None)  # it must not bring back what moves on
             for name, whole in old:
                 n = self.masks.count(name, whole)
-                if homes.get(name) == old:
+                if layouts.get(name) == old:
                     for kind in ("residual", "momentum"):
                         if (source := getattr(memory, kind)) is None:
                             continue

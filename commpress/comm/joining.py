@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from commpress.comm.agreement import gather_settings, host_name
-from commpress.comm.failure import GRACE, FailureBoard, LostPeerError, is_lost, own_store, within
+from commpress.comm.failure import GRACE, FailureBoard, LostPeerError, is_lost, own_store, with_timeout
 
 TAG = (1 << 31) - 1
 """The tag of the byte on the user's group."""
@@ -144,7 +144,7 @@ def _missing(came: str, board: FailureBoard) -> int | None:
     """The first rank that has not begun to make the group; None if all have, or the store does not say."""
     ranks = range(len(board.hosts))
     try:
-        return within(GRACE, lambda: next((r for r in ranks if not own_store().check([f"{came}/{r}"])), None))
+        return with_timeout(GRACE, lambda: next((r for r in ranks if not own_store().check([f"{came}/{r}"])), None))
     except (RuntimeError, TimeoutError):
         return None
 

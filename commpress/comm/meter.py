@@ -23,6 +23,8 @@ PHASES = ("encode", "wire", "decode")
 ROLES = ("gradients", "parameters", "outer", "buffers")
 """Kinds of traffic: in every step the gradients and, where parameters are sharded, the parameters; between rounds of local
 steps their outer updates; the buffers that DDP broadcasts."""
+NOT_SENT = "none"
+"""The name of the exchange that leaves a bucket on its rank."""
 BYTES = ("dense_bytes", "sent_bytes", "received_bytes")
 
 
@@ -49,9 +51,7 @@ class Row:
     @property
     def how(self) -> str:
         """Return what was done with it, or why it was not compressed."""
-        if self.exchange == "none":
-            return f"not sent: {self.reason}"
-        return f"not compressed: {self.reason}" if self.reason else f"{self.spec} by {self.exchange}"
+        return how_sent(self.spec, self.exchange, self.reason)
 
 
 @dataclass
@@ -235,7 +235,7 @@ class Meter:
     def row(
         self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str, role: str = "gradients"
     ) -> Row:
-        """Return the row of a bucket; a bucket that was laid out anew, or is treated anew, gets a new one."""
+        """Return the row of a bucket; a bucket that was laid out anew, or has got another plan, gets a new one."""
         key = (bucket, values, dtype, spec, exchange, reason, role, self.phase)
         if key not in self.rows:
             self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason, role, self.phase)
@@ -264,6 +264,13 @@ class Meter:
             phases[phase] = phases.get(phase, 0) + end - start
         phases = {phase: steps for phase, steps in phases.items() if steps}
         return Report(spec, rank, world_size, self.steps, dense, sent, received, seconds, rows, phases)
+
+
+def how_sent(spec: str, exchange: str, reason: str) -> str:
+    """Return how a bucket was sent by this exchange, or why it was not, or not compressed."""
+    if exchange == NOT_SENT:
+        return f"not sent: {reason}"
+    return f"not compressed: {reason}" if reason else f"{spec} by {exchange}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

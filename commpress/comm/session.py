@@ -81,6 +81,8 @@ class Session:
         self.collectives, self.step_buffer = collectives, step_buffer
         first = collectives[0]
         self.device = first.device
+        self.group = first.group if len(collectives) == 1 else None
+        """The ranks that train the model; None where they are several groups, which are all of the default group."""
         self.rank = first.rank if rank is None else rank
         self.world_size = first.world_size if world_size is None else world_size
         self.side_traffic: list[SideTraffic] = []

@@ -18,7 +18,7 @@ from commpress.model.distillation import PROJECTIONS
 from commpress.model.masks import Masks, from_state, whole
 from commpress.model.reach import Reach
 from commpress.model.recipe import Prune, Recipe, RecipeError
-from commpress.model.steps import Steps, states_of
+from commpress.model.steps import LocalSteps, Steps, states_of
 from commpress.notice import warn
 
 CHECKED, CHECK_EVERY = 3, 100
@@ -31,6 +31,8 @@ class Session(Protocol):
     """The part of what `commpress.attach` returns that a recipe needs."""
 
     world_size: int
+    group: dist.ProcessGroup | None
+    """The ranks that train the model; None: all of the default group."""
 
     def agree(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError on all ranks if these differ."""
@@ -190,13 +192,14 @@ class Pruner:
         return entry.start - entry.every <= self.done < entry.last
 
     def _criterion(self, index: int) -> importance.Criterion:
+        group = None if self._session is None else self._session.group
         kind = importance.CRITERIA[self._entries[index].criterion]
         try:
             parameters = {name: self._parameters[name] for name in self.names_of[index]}
             if kind is not importance.Wanda:
-                return kind(self._model, parameters, getattr(self._session, "group", None))
+                return kind(self._model, parameters, group)
             if index not in self._wandas:  # its hooks stay: those that come behind a compiled call are not called
-                self._wandas[index] = importance.Wanda(self._model, parameters, getattr(self._session, "group", None))
+                self._wandas[index] = importance.Wanda(self._model, parameters, group)
             self._wandas[index].watch(True)
             return self._wandas[index]
         except ValueError as error:
@@ -251,7 +254,7 @@ class Pruner:
         now = {name: self.masks.of[name] for name in names if name in self.masks.of}
         criterion = self.criteria[index] or self._criterion(index)
         try:
-            with self._alike():  # between syncs of local steps the ranks' weights differ
+            with self._synced():  # between syncs of local steps the ranks' weights differ
                 scores = criterion.scores()
         except ValueError as error:
             raise RecipeError(f"prune[{index}].criterion: {error}") from None
@@ -297,16 +300,15 @@ class Pruner:
         dense = {name: g for name, g in self.steps.dense.items() if name in names}
         session = self._session
         if session is not None and session.world_size > 1:
-            group = getattr(session, "group", None)
             found = torch.tensor(
                 [self.steps.backwards, *(name in dense for name in names)], dtype=torch.int64, device=self._device
             )
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=session.group)
             backwards, *has = found.tolist()
             for name in [name for name, any_has in zip(names, has, strict=True) if any_has and backwards > 1]:
                 if not isinstance(self._parameters[name], DTensor):
                     g = dense.setdefault(name, torch.zeros_like(self._parameters[name], requires_grad=False))
-                    dist.all_reduce(g, group=group)
+                    dist.all_reduce(g, group=session.group)
                     g /= session.world_size
         return {name: whole(g).abs() for name, g in dense.items()}
 
@@ -315,7 +317,7 @@ class Pruner:
         return next(iter(self._parameters.values())).device
 
     def _take(self, masks: Mapping[str, Tensor]) -> None:
-        """The ranks compare masks first: one that differs changes nothing."""
+        """Replace the masks, once the ranks have compared them: if one differs nothing changes."""
         if self._session is not None:
             self._session.set_masks(self.masks.ordered(masks))
         told = self._empty
@@ -332,9 +334,10 @@ class Pruner:
             for each in states_of(optimizer):
                 self.masks.clean(each)
 
-    def _alike(self) -> contextlib.ExitStack[None]:
-        stack: contextlib.ExitStack[None] = contextlib.ExitStack()
+    def _synced(self) -> contextlib.ExitStack:
+        """Return a context in which all ranks have the same weights."""
+        stack: contextlib.ExitStack = contextlib.ExitStack()
         for optimizer in self.steps.optimizers:
-            if (synced := getattr(optimizer, "synced", None)) is not None:
-                stack.enter_context(synced())
+            if isinstance(optimizer, LocalSteps):
+                stack.enter_context(optimizer.synced())
         return stack

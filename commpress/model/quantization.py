@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,17 @@ class Quantization:
             raise ValueError(f"Quantization(layers={self.layers!r}): expected a tuple of globs, as in ('blocks.*',)")
 
 
+@runtime_checkable
+class ConvertedWeight(Protocol):
+    """A weight of torchao's kinds: integers, and a scale and a zero point for each block."""
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    target_dtype: torch.dtype
+    block_size: tuple[int, ...]
+
+
 class WeightQuantizer(nn.Module):
     """Gives a weight [rows, width] as its codes say, while `enabled`; in the place of torchao's `IntxFakeQuantizer`."""
 
@@ -71,7 +82,7 @@ class WeightQuantizer(nn.Module):
         """torchao's, for its own convert."""
         self.enabled = True
         self.dtype: torch.dtype | None = None
-        """In which it last computed; under FSDP2's mixed precision another than the weight's."""
+        """The dtype in which it last computed; under FSDP2's mixed precision another than the weight's."""
 
     def forward(self, w: Tensor) -> Tensor:
         """[rows, width], of the weight's dtype."""
@@ -216,19 +227,19 @@ def convert(model: nn.Module) -> nn.Module:
         if id(w) not in converted:
             converted[id(w)] = nn.Parameter(_integers(module), requires_grad=False)
         module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
-        for attribute in ("weight_fake_quantizer", "activation_fake_quantizer", "quantization"):
-            if hasattr(module, attribute):
-                delattr(module, attribute)
+        del module.weight_fake_quantizer, module.quantization
+        if not isinstance(module, nn.Embedding):
+            del module.activation_fake_quantizer
         module.weight = converted[id(w)]
     return model
 
 
 def converted_codes(w: Any) -> Codes | None:
-    """The codes of a weight that `convert` or torchao's own convert made; None for any other tensor.
+    """Return the codes of a weight that `convert` or torchao's own convert made; None for any other tensor.
 
     Raises ValueError for what we cannot hold: other integers than 4 and 8 bits, zero points, groups over several rows.
     """
-    if not (hasattr(w, "qdata") and hasattr(w, "target_dtype")):
+    if not isinstance(w, ConvertedWeight):
         return None
     if w.target_dtype not in INTEGERS.values() or bool(w.zero_point.any()) or w.block_size[0] != 1:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import nn
 from commpress.model import layers
 from commpress.model.distillation import PROJECTIONS
 from commpress.model.recipe import Prune, Recipe, RecipeError, matching
+from commpress.model.steps import LocalSteps, SendsUpdates
 from commpress.notice import warn
 
 KEEP_ZEROS = ("_WeightNorm", "_SpectralNorm")
@@ -149,9 +150,9 @@ def _require_order(recipe: Recipe, before: int, index: int, earlier_names: list[
 def _require_gradients(index: int, entry: Prune, optimizers: Sequence[Any]) -> None:
     for optimizer in optimizers:
         kind = type(optimizer).__name__
-        if entry.how == "regrow" and hasattr(optimizer, "takes_means"):
+        if entry.how == "regrow" and isinstance(optimizer, SendsUpdates):
             raise RecipeError(f"prune[{index}].schedule: regrow needs mean gradients, {kind} has none")
-        if entry.criterion in ("taylor", "movement") and hasattr(optimizer, "synced"):
+        if entry.criterion in ("taylor", "movement") and isinstance(optimizer, LocalSteps):
             raise RecipeError(
                 f"prune[{index}].criterion: {entry.criterion} needs gradients that all ranks share; under {kind} each has "
                 "its own between syncs, expected magnitude or wanda"

@@ -9,7 +9,8 @@ In a step that looks, gradients of pruned weights are gathered first. Under DDP 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,23 @@ HOPS = 3
 for one that asks for the one in which it hands out means. The next after those is behind it."""
 
 Observe = Callable[[float, Collection[str]], None]
+
+
+@runtime_checkable
+class SendsUpdates(Protocol):
+    """An optimizer of `commpress.optim`: its gradients may be updates, which are no means of the ranks' gradients."""
+
+    @property
+    def takes_means(self) -> bool:
+        """Whether gradients are means now."""
+
+
+@runtime_checkable
+class LocalSteps(Protocol):
+    """An optimizer under which the ranks' weights differ between two syncs."""
+
+    def synced(self) -> AbstractContextManager[None]:
+        """Return a context in which all ranks have the weights of the last sync."""
 
 
 class Steps:

@@ -162,7 +162,7 @@ def _as_conv1d(model: nn.Module, found: Mapping[str, nn.Module]) -> None:
         module.weight, module.bias = nn.Parameter(linear.weight.detach().t().contiguous()), linear.bias
         sizes = {"nf": linear.out_features, "nx": linear.in_features}
         for key, size in sizes.items():
-            if hasattr(module, key):
+            if key in vars(module):  # `nx` in newer versions only
                 setattr(module, key, size)
         model.set_submodule(name, module)
 

@@ -38,7 +38,7 @@ from commpress.comm.session import Session
 from commpress.comm.work import Work, not_counted
 from commpress.kernels.cpu.fingerprint import fingerprint
 from commpress.notice import speaks, warn
-from commpress.optim.base import within
+from commpress.optim.base import require_in_range
 from commpress.optim.fragment import Fragment, split
 
 STATE_VERSION = 1
@@ -61,12 +61,12 @@ class OuterSettings:
         for name in ("every", "fragments", "delay"):
             if not isinstance(value := getattr(self, name), int):
                 raise ValueError(f"{name} {value!r}: expected a whole number")
-        within("every", self.every, 1)
-        within("lr", self.lr, 0)
-        within("momentum", self.momentum, 0, 1)
-        within("decay", self.decay, 0)
-        within("fragments", self.fragments, 1, self.every + 1)
-        within("delay", self.delay, 0, self.every)
+        require_in_range("every", self.every, 1)
+        require_in_range("lr", self.lr, 0)
+        require_in_range("momentum", self.momentum, 0, 1)
+        require_in_range("decay", self.decay, 0)
+        require_in_range("fragments", self.fragments, 1, self.every + 1)
+        require_in_range("delay", self.delay, 0, self.every)
         if self.decay > 1:
             raise ValueError(f"decay {self.decay}: expected a number in [0, 1]")
 
