@@ -1,8 +1,11 @@
-"""What all tests share: failed asserts in the battery show their values, and ranks of a module's own."""
+"""What all tests share: one thread a process, failed asserts in the battery show their values, ranks of a module's own."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers and ranks outnumber the cores already
 
 pytest.register_assert_rewrite("battery")
 
