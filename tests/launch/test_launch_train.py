@@ -21,28 +21,28 @@ from ranks import run
 from commpress.files import load_state, save_state, write_atomically
 from commpress.launch import checkpoint, data, demo, train
 
+STEPS, STOPPED_AT = 12, 5
 RUNS = {
     "ddp:AdamW:none": 1,
     "ddp:AdamW:int4": 7.8,
     "ddp:SGD:topk(0.1)|int4": 34,
-    "ddp:OneBitAdamW:sign": 3.9,  # seven of thirty steps are the warm-up's
-    "ddp:ZeroOneAdamW:topk(0.1)|sign": 4.2,
-    "ddp:DGC:topk(0.01)": 29,  # seven at a quarter, a sixteenth, ...
+    "ddp:OneBitAdamW:sign": 3.65,  # three of twelve steps are the warm-up's
+    "ddp:ZeroOneAdamW:topk(0.1)|sign": 3.95,
+    "ddp:DGC:topk(0.01)": 25,  # three at a quarter, a sixteenth, ...
     "fsdp:AdamW:int4": 4.7,  # gradients by int4, parameters by int8, twice a step and in validations
-    "local_sgd:AdamW:int8": 14.8,  # eight syncs in thirty steps
-    "diloco:AdamW:topk(0.1)|int2": 160,
+    "local_sgd:AdamW:int8": 11.8,  # four syncs in twelve steps
+    "diloco:AdamW:topk(0.1)|int2": 131,
 }
 """How the model is spread, optimizer and spec, and how many times fewer bytes they send in all."""
 SMALL = {
-    **{"layers": 2, "width": 64, "heads": 2, "context": 32, "batch": 4, "steps": 30, "lr": 5e-3, "warmup_steps": 4},
-    **{"eval_every": 10, "eval_batches": 4, "checkpoint_every": 7, "seed": 3, "threads": 1},
+    **{"layers": 2, "width": 64, "heads": 2, "context": 32, "batch": 4, "steps": STEPS, "lr": 1e-2, "warmup_steps": 2},
+    **{"eval_every": 4, "eval_batches": 4, "checkpoint_every": 3, "seed": 3, "threads": 1},
 }
 MORE = {
     "fsdp": {"parameters": "int8"},
     "local_sgd": {"sync_every": 4},
     "diloco": {"sync_every": 4, "fragments": 2, "delay": 3},
 }
-STOPPED_AT = 11
 TINY = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "steps": 4, "warmup_steps": 1, "threads": 1}
 
 
@@ -114,7 +114,7 @@ def whole_and_cut(folder: Path, text: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """whole0, cut0, whole1, ...: each of RUNS without a break, and stopped at step 11 of 30 and resumed."""
+    """whole0, cut0, whole1, ...: each of RUNS without a break, and stopped at step 5 of 12 and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     run(2, whole_and_cut, folder, text, timeout=240)
     return folder
@@ -124,18 +124,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 def test_the_loss_falls_and_the_record_says_what_happened(runs: Path, i: int) -> None:
     record = json.loads((runs / f"whole{i}" / "record.json").read_text())
     curve = record["curve"]
-    assert [row["step"] for row in curve] == list(range(31))
+    assert [row["step"] for row in curve] == list(range(STEPS + 1))
     validations = {row["step"]: row["validation_loss"] for row in curve if row["validation_loss"] is not None}
-    assert list(validations) == [0, 10, 20, 30]
+    assert list(validations) == [0, 4, 8, STEPS]
     assert validations[0] == pytest.approx(5.55, abs=0.05)  # log 256: it knows nothing yet
     parallel, optimizer, spec = list(RUNS)[i].split(":")
-    assert validations[30] < validations[0] - (1 if "Adam" in optimizer else 0.02)
-    assert record["final_validation_loss"] == validations[30]
+    assert validations[STEPS] < validations[0] - (1 if "Adam" in optimizer else 0.02)
+    assert record["final_validation_loss"] == validations[STEPS]
     assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(curve))
     settings = record["settings"]
     assert (settings["parallel"], settings["optimizer"], settings["compress"]) == (parallel, optimizer, spec)
-    assert (record["world_size"], record["backend"], record["steps_done"]) == (2, "gloo", 30)
-    assert record["report"]["steps"] == 30
+    assert (record["world_size"], record["backend"], record["steps_done"]) == (2, "gloo", STEPS)
+    assert record["report"]["steps"] == STEPS
     assert record["median_step_seconds"] > 0
     assert record["machine"]["cores"] >= 1
     # a ring all-reduce over two ranks sends each gradient once, and so does Gloo where half, a reduce-scatter, would do
@@ -143,17 +143,17 @@ def test_the_loss_falls_and_the_record_says_what_happened(runs: Path, i: int) ->
     roles = record["report"]["roles"]
     assert sum(role["dense_bytes"] for role in roles.values()) == record["traffic"]["dense_bytes"]
     steps_bytes = roles["outer" if parallel in ("local_sgd", "diloco") else "gradients"]["dense_bytes"]
-    assert steps_bytes == 30 * 4 * record["parameters"] // (2 if parallel == "fsdp" else 1)
+    assert steps_bytes == STEPS * 4 * record["parameters"] // (2 if parallel == "fsdp" else 1)
     gradients = [row for row in record["report"]["rows"] if row["role"] == "gradients"]
     if gradients:
-        assert sum(row["backend_bytes"] for row in gradients) == 30 * 4 * record["parameters"]
+        assert sum(row["backend_bytes"] for row in gradients) == STEPS * 4 * record["parameters"]
     assert record["traffic"]["ratio"] == pytest.approx(list(RUNS.values())[i], rel=0.1)
 
 
 @pytest.mark.parametrize("i", range(len(RUNS)), ids=list(RUNS))
 def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Path, i: int) -> None:
     whole, cut = (checkpoint.load_shared(runs / f"{name}{i}") for name in ("whole", "cut"))
-    assert whole["step"] == cut["step"] == 30
+    assert whole["step"] == cut["step"] == STEPS
     torch.testing.assert_close(whole["model"], cut["model"], rtol=0, atol=0)
     changing = {"seconds"}
     if "diloco" in list(RUNS)[i]:
@@ -162,7 +162,7 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Path, i: int) -> No
         assert {**a, **dict.fromkeys(changing)} == {**b, **dict.fromkeys(changing)}
     assert whole["curve"][-1]["sent_bytes"] == cut["curve"][-1]["sent_bytes"]
     for rank in range(2):
-        a, b = (checkpoint.load_own(runs / f"{name}{i}", 30, rank) for name in ("whole", "cut"))
+        a, b = (checkpoint.load_own(runs / f"{name}{i}", STEPS, rank) for name in ("whole", "cut"))
         assert torch.equal(a["windows"], b["windows"])
         one, other = (own.get("optimizer", shared.get("optimizer")) for own, shared in ((a, whole), (b, cut)))
         torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
@@ -194,8 +194,8 @@ def test_resume_needs_the_same_run(runs: Path, text: Path) -> None:
     for change, message in (
         ({"compress": "int8"}, "--compress int4, this one --compress int8"),
         ({"width": 32}, "--width 64, this one --width 32"),
-        ({"warmup_steps": 5}, "--warmup-steps 4, this one --warmup-steps 5"),
-        ({"steps": 20}, "is at step 30, this one has --steps 20"),
+        ({"warmup_steps": 5}, "--warmup-steps 2, this one --warmup-steps 5"),
+        ({"steps": 8}, "is at step 12, this one has --steps 8"),
     ):
         with pytest.raises(train.TrainingError, match=message):
             train.train(train.Settings(**{**same, **change}))
@@ -209,19 +209,19 @@ def test_resume_needs_the_same_run(runs: Path, text: Path) -> None:
 def test_a_run_goes_on_with_other_ranks_and_more_steps(
     tmp_path: Path, runs: Path, text: Path, capsys: pytest.CaptureFixture[str], i: int
 ) -> None:
-    """What two ranks have trained for 30 steps, one trains for 5 more."""
+    """What two ranks have trained for twelve steps, one trains for three more."""
     shutil.copytree(runs / f"whole{i}", tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "record.json").read_text())["settings"]
-    more = {**saved, "data": text, "out": tmp_path / "run", "resume": True, "steps": 35, "timeline": 0}
+    more = {**saved, "data": text, "out": tmp_path / "run", "resume": True, "steps": STEPS + 3, "timeline": 0}
     assert train.train(train.Settings(**more))
     said = capsys.readouterr().out
     assert "that run had 2 ranks, this one has 1" in said
-    assert "--steps 35, not 30 as before" in said
+    assert f"--steps {STEPS + 3}, not {STEPS} as before" in said
     record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert (record["steps_done"], record["world_size"]) == (35, 1)
+    assert (record["steps_done"], record["world_size"]) == (STEPS + 3, 1)
     curve = {row["step"]: row for row in record["curve"]}
-    assert curve[35]["validation_loss"] < curve[30]["validation_loss"] + 0.1
-    assert curve[31]["train_loss"] < curve[30]["train_loss"] + 0.5  # not anew
+    assert curve[STEPS + 3]["validation_loss"] < curve[STEPS]["validation_loss"] + 0.1
+    assert curve[STEPS + 1]["train_loss"] < curve[STEPS]["train_loss"] + 0.5  # not anew
 
 
 def test_interrupting_torchrun_leaves_a_checkpoint_and_no_process(tmp_path: Path, text: Path) -> None:
