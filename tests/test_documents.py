@@ -14,13 +14,13 @@ A line `...` stands for that loop. The commands of bash blocks are parsed by the
 import os
 import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_code, run_command
 from ranks import run
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +160,7 @@ def test_the_hook_registers_by_hand_as_the_readme_says(tmp_path: Path) -> None:
 
 
 def test_every_name_of_ours_is_there_after_import_commpress() -> None:
-    """Whatever stands as commpress.x.y in the documents, in a fresh interpreter."""
+    """Whatever stands as commpress.x.y in the documents, in a process without anything of ours."""
     found = {
         name for file in FILES for name in re.findall(r"(?<![\w./-])commpress(?:\.[a-zA-Z_]\w*)+", file.read_text())
     }
@@ -170,8 +170,8 @@ def test_every_name_of_ours_is_there_after_import_commpress() -> None:
     code = "import commpress, operator\n" + "".join(
         f"operator.attrgetter({name.split('.', 1)[1]!r})(commpress)\n" for name in names
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_code(code)
+    assert done.code == 0, done.err
 
 
 # --- bash --------------------------------------------------------------------------------------------------------
@@ -273,16 +273,14 @@ def test_the_training_commands_of_the_readme_train(tmp_path: Path) -> None:
 def test_the_prediction_of_the_readme_prints() -> None:
     block = next(b for b in BASH if "commpress explain" in b.code)
     (words,) = commands_of(block)
-    code = "import sys; from commpress.launch.cli import main; sys.argv = sys.argv[1:]; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "int4" in done.stdout
+    assert words[0] == "commpress"
+    done = run_command(*words[1:])
+    assert done.code == 0, done.err
+    assert "int4" in done.out
 
 
 def test_every_program_has_help() -> None:
-    """`python -m commpress.launch.NAME --help`, all in one interpreter."""
+    """`python -m commpress.launch.NAME --help`, all in one process."""
     programs = ("cli", "demo", "explain", "lab", "report", "train")
     code = f"""
 import runpy, sys
@@ -293,6 +291,6 @@ for name in {programs}:
     except SystemExit as end:
         print("ended", end.code)
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ended 0") == done.stdout.count("usage:") == len(programs)
+    done = run_code(code)
+    assert done.code == 0, done.err
+    assert done.out.count("ended 0") == done.out.count("usage:") == len(programs)

@@ -1,10 +1,7 @@
 """What a user reads who has installed less than a part needs: which extra to install, and no traceback from a program."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from commands import Ended, run_code
 
 from commpress import extras
 
@@ -17,20 +14,13 @@ BLOCKED = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS}))\n"
 PROGRAMS = ("train", "demo", "lab", "explain", "report", "ray_train", "cli", "figures")
 
 
-def core_only(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter that finds no package of an extra."""
-    return subprocess.run(
-        [sys.executable, "-c", BLOCKED + code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def core_only(code: str, **environment: str) -> Ended:
+    """Run code in a process that has imported nothing of ours and finds no package of an extra."""
+    return run_code(BLOCKED + code, **environment)
 
 
 def test_a_program_of_ours_names_the_extra_and_nothing_else() -> None:
-    """All in one interpreter, each as `python -m` runs it."""
+    """All in one process, each as `python -m` runs it."""
     code = f"""
 import runpy
 for name in {PROGRAMS}:
@@ -40,7 +30,7 @@ for name in {PROGRAMS}:
     except SystemExit as end:
         print(name, "|", end.code)
 """
-    lines = core_only(code).stdout.splitlines()
+    lines = core_only(code).out.splitlines()
     assert [line.split(" | ")[0] for line in lines] == list(PROGRAMS)
     for line in lines:
         assert f"error: commpress.launch.{line.split()[0]}: found no " in line
@@ -51,17 +41,17 @@ for name in {PROGRAMS}:
 def test_it_ends_with_1_and_no_traceback(rank: str) -> None:
     code = "import runpy\nsys.argv = ['train', '--help']\nrunpy._run_module_as_main('commpress.launch.train')"
     done = core_only(code, RANK=rank, COMMPRESS_HOST="host B")
-    assert done.returncode == 1
+    assert done.code == 1
     who = "rank 1 (host B): " if rank == "1" else ""
     said = "commpress.launch.train: found no tyro, expected it; pip install 'commpress[launch]'"
-    assert done.stderr == f"error: {who}{said}\n"
+    assert done.err == f"error: {who}{said}\n"
 
 
 def test_the_console_script_says_the_same() -> None:
     done = core_only("from commpress.launch.cli import main; main()")
-    assert done.returncode == 1
-    assert "found no plotly, expected it; pip install 'commpress[launch]'" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.code == 1
+    assert "found no plotly, expected it; pip install 'commpress[launch]'" in done.err
+    assert "Traceback" not in done.err
 
 
 IMPORTS = {
@@ -89,10 +79,10 @@ from commpress.launch import data, model, records, scalars, settings, strategies
 from commpress.hooks import accelerate, fsdp
 """
     done = core_only(code)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     expected = [said for said in IMPORTS.values() for _ in range(2)]
     expected += ["found no deepspeed, expected it; pip install 'commpress[deepspeed]'"]
-    lines = [line.split(": ", 1) for line in done.stdout.splitlines()]
+    lines = [line.split(": ", 1) for line in done.out.splitlines()]
     assert [said for _, said in lines] == expected
     assert all(name.startswith("commpress.") for name, _ in lines)
 
@@ -106,9 +96,9 @@ assert {"demo", "train"} <= set(dir(commpress.launch))
 print(commpress.hooks.ddp.CommState, commpress.model.Recipe, commpress.launch.train.train, commpress.hooks.fsdp.attach)
 print(hasattr(commpress, "nothing"), hasattr(commpress.hooks, "nothing"), hasattr(commpress.launch, "nothing"))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1] == "False False False"
+    done = run_code(code)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[1] == "False False False"
 
 
 def test_an_error_of_a_library_is_no_end_of_the_program() -> None:
