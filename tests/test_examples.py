@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from commands import started_by_torchrun
 from ranks import run
 
 EXAMPLES = sorted(Path(__file__).parents[1].joinpath("examples").glob("*.py"))
@@ -18,18 +19,14 @@ FEWER = {"ddp": 7, "fsdp": 4, "diloco": 200, "one_bit_adam": 3, "recipe": 8}
 
 def started(paths: list[Path], ports: list[int], folder: Path) -> list[str]:
     """What each example prints on this rank, started with the environment that torchrun gives it."""
-    place = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": dist.get_rank()}
-    store = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # it is there, on a port that is free
-    os.environ.update({name: str(value) for name, value in {**place, **store}.items()})
     os.chdir(folder)
-    dist.destroy_process_group()
     said = []
-    for path, port in zip(paths, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            runpy.run_path(str(path), run_name="__main__")
-        said.append(out.getvalue())
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for `run` to leave
+    with started_by_torchrun(ports[0]):
+        for path, port in zip(paths, ports, strict=True):
+            os.environ["MASTER_PORT"] = str(port)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                runpy.run_path(str(path), run_name="__main__")
+            said.append(out.getvalue())
     return said
 
 

@@ -1,29 +1,30 @@
 """The bandwidth benchmark runs, its figures fit together, and it refuses to time a codec that moves garbage."""
 
+import contextlib
+import io
 import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from commands import started_by_torchrun
 from ranks import outcome, run
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-import bandwidth  # noqa: E402
+import bandwidth
 
-from commpress.comm.codecs import Codec  # noqa: E402
-from commpress.comm.codecs.integer import Int8  # noqa: E402
-from commpress.comm.plan import Plan  # noqa: E402
-from commpress.kernels import table  # noqa: E402
-from commpress.kernels.cpu import integer  # noqa: E402
+from commpress.comm.codecs import Codec
+from commpress.comm.codecs.integer import Int8
+from commpress.comm.plan import Plan
+from commpress.kernels import table
+from commpress.kernels.cpu import integer
 
 ROW = {
     *("size", "spec", "exchange", "seconds", "quartiles", "sent_bytes", "kernel_bytes"),
@@ -31,30 +32,20 @@ ROW = {
 }
 
 
-def started(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The benchmark on two ranks of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [
-        *torchrun,
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        str(port),
-        str(ROOT / "benchmarks" / "bandwidth.py"),
-    ]
-    return subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+def started(arguments: list[str], port: int) -> str:
+    """What the benchmark prints on this rank."""
+    said = contextlib.redirect_stdout(io.StringIO())
+    with started_by_torchrun(port), said as out, mock.patch.object(sys, "argv", ["bandwidth.py", *arguments]):
+        bandwidth.main()
+    return out.getvalue()
 
 
 def test_it_runs_and_its_figures_fit_together(tmp_path: Path) -> None:
     path = tmp_path / "bandwidth.json"
-    done = started("bf16", "int4", "topk(0.01)|int4", "--to", "1mb", "--repeats", "2", "--json", str(path))
-    assert done.returncode == 0, done.stderr
+    asked = ["bf16", "int4", "topk(0.01)|int4", "--to", "1mb", "--repeats", "2", "--json", str(path)]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said, silent = run(2, started, asked, store.port)
+    assert not silent
     record = json.loads(path.read_text())
     assert record["what"] == "bandwidth"
     assert (record["world_size"], record["backend"], record["link"]["shaped"]) == (2, "gloo", False)
@@ -73,7 +64,7 @@ def test_it_runs_and_its_figures_fit_together(tmp_path: Path) -> None:
                 assert row["sent_bytes"] == Plan.of("int4").codec.nbytes(size // 4)
             assert row["kernel_bytes"] is None  # on loopback the counter is that of all ranks
     assert len(record["rows"]) == 24
-    last = done.stdout.strip().splitlines()[-1]
+    last = said.strip().splitlines()[-1]
     assert last.startswith("faster than dense: bf16 ")
     assert all(spec in last for spec in ("int4", "topk(0.01)|int4"))
 
@@ -139,12 +130,16 @@ class Own(Garbled):
         out[0] += 1e-6 * torch.distributed.get_rank()
 
 
-def measured(codec: Codec | str) -> str:
+def measured(*codecs: Codec | str) -> list[str]:
+    return [outcome(lambda c=c: measure(c)) for c in codecs]
+
+
+def measure(codec: Codec | str) -> None:
     if isinstance(codec, Garbled | Empty):
         table.KERNELS["encode", codec.word, "cpu"] = table.Kernel(codec.encode_values)
         table.KERNELS["mean", codec.word, "cpu"] = table.Kernel(codec.decode_mean)
         table.KERNELS["recode", codec.word, "cpu"] = table.Kernel(codec.recode_values)
-    return outcome(lambda: bandwidth.measure([codec], [2**16, 2**18], 1, torch.device("cpu")))
+    bandwidth.measure([codec], [2**16, 2**18], 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -156,12 +151,12 @@ def measured(codec: Codec | str) -> str:
     ],
 )
 def test_garbage_is_not_timed(codec: Codec, complaint: str) -> None:
-    for said in run(2, measured, codec):
+    for (said,) in run(2, measured, codec):
         assert said.startswith(f"GarbageError: {codec.word} by two_shot, 64 KB: ")
         assert complaint in said
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_what_is_sound_passes(world_size: int) -> None:
-    for spec in ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.05)|sign"):
-        assert run(world_size, measured, spec) == [""] * world_size
+    specs = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.05)|sign")
+    assert run(world_size, measured, *specs) == [[""] * len(specs)] * world_size

@@ -1,21 +1,24 @@
 """The benchmark of training steps: its PowerSGD is right, its records hold what they promise, and what fails says why."""
 
+import contextlib
 import importlib.util
+import io
 import json
-import os
-import socket
-import subprocess
+import multiprocessing.process
 import sys
 from pathlib import Path
-from subprocess import PIPE
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from commands import started_by_torchrun
 from ranks import run
 from torch import Tensor, nn
+
+from commpress.launch.model import Shape
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -87,35 +90,22 @@ def test_powersgd_sends_the_bytes_of_the_papers_formula() -> None:
 
 def run_tiny(folder: Path, *arguments: str) -> dict[str, Any]:
     """The benchmark on two ranks of this machine with a model of a few thousand parameters: record, and "printed"."""
-    record = folder / "record.json"
-    command = [sys.executable, str(tiny(folder)), *arguments, "--json", str(record)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(command, env=os.environ | place | {"RANK": str(r)}, stdout=PIPE, stderr=PIPE, text=True)
-        for r in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    return {**json.loads(record.read_text()), "printed": said[0][0]}
+    path = folder / "record.json"
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    printed, silent = run(2, started, [*arguments, "--json", str(path)], store.port, timeout=120)
+    assert not silent
+    return {**json.loads(path.read_text()), "printed": printed}
 
 
-def tiny(folder: Path) -> Path:
-    """The benchmark as a script, with a small model and a validation every 3 steps."""
-    script = folder / "tiny.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "import training\nfrom commpress.launch.model import Shape\n"
-        "training.SHAPE, training.EVERY = Shape(layers=1, width=32, heads=2, context=16), 3\n"
-        'if __name__ == "__main__":\n    training.main()\n'
-    )
-    return script
+def started(arguments: list[str], port: int) -> str:
+    """What the benchmark prints on this rank, with a small model and a validation every 3 steps."""
+    training = benchmark()
+    training.SHAPE, training.EVERY = Shape(layers=1, width=32, heads=2, context=16), 3
+    multiprocessing.process.current_process()._config["daemon"] = False  # what tries a row starts processes
+    said = contextlib.redirect_stdout(io.StringIO())
+    with started_by_torchrun(port), said as out, mock.patch.object(sys, "argv", ["training.py", *arguments]):
+        training.main()
+    return out.getvalue()
 
 
 def rows_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
