@@ -1,19 +1,32 @@
 """The network lab really makes hosts and links, and the kernel's counters agree with what the report claims."""
 
+import datetime
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
+from hosts import on_host
+from ranks import Died, outcome, run
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from commpress.launch import lab
+import commpress
+from commpress.launch import lab, strategies
+from commpress.launch.model import GPT, Shape
 
-ROOT = Path(__file__).parents[2]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 needs_lab = pytest.mark.skipif(bool(lab.missing()), reason=lab.missing())
 
 
@@ -198,30 +211,129 @@ def test_without_rights_the_command_runs_on_loopback_and_it_says_so(tmp_path: Pa
     }
 
 
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def local(model: GPT) -> strategies.Strategy:
+    return strategies.Local(model, sgd(model), "diloco", "int8", {"every": 2, "fragments": 2})
+
+
+STRATEGIES: dict[str, Callable[[GPT], strategies.Strategy]] = {
+    "ddp": lambda model: strategies.Replicated(model, sgd(model), "int4"),
+    "fsdp": lambda model: strategies.Sharded(model, sgd, "int4", "int8"),
+    "diloco": local,
+}
+
+
+def counted(action: Callable[[], object]) -> int:
+    """What this host's kernel sends while all ranks do it."""
+    dist.barrier()
+    before = lab.sent_by_kernel()
+    action()
+    time.sleep(0.2)  # until the last packets have left
+    dist.barrier()
+    return lab.sent_by_kernel() - before
+
+
+def steps(spread: strategies.Strategy) -> None:
+    tokens = torch.arange(64).view(2, 32)
+    for _ in range(4):
+        spread.model(tokens).float().square().mean().backward()
+        spread.optimizer.step()
+        spread.optimizer.zero_grad()
+
+
+def kernel_agrees(link: lab.Link, hosts: Sequence[lab.Host]) -> dict[str, tuple[int, int]]:
+    """Some steps of each way to spread a model, and broadcasts: the bytes by the report, and by the kernel."""
+    found = {}
+    with on_host(link, hosts):
+        dist.init_process_group("gloo")
+        for name, make in STRATEGIES.items():
+            spread = make(GPT(Shape(3, 192, 4, 32)))
+            kernel = counted(partial(steps, spread))
+            found[name] = spread.session.report().sent_bytes, kernel
+        model = GPT(Shape(3, 192, 4, 32))
+        reports: list[commpress.Report] = []
+        kernel = counted(lambda: reports.extend(commpress.broadcast_parameters(model, "int8") for _ in range(3)))
+        found["broadcast"] = reports[-1].sent_bytes, kernel
+        dist.destroy_process_group()
+    return found
+
+
 @needs_lab
-def test_the_report_says_what_the_kernel_counts(tmp_path: Path) -> None:
+def test_the_kernel_agrees_for_every_way_to_spread_a_model() -> None:
+    """Three hosts, of some MB each: gradients, sharded parameters, outer updates, broadcasts."""
+    link = lab.Link(3, "10gbit")
+    with lab.network(link) as hosts:
+        ranks = run(3, kernel_agrees, link, hosts, fresh=True)
+    for way in ("ddp", "fsdp", "diloco", "broadcast"):
+        reported, counted_ = (sum(rank[way][i] for rank in ranks) for i in (0, 1))
+        assert reported > 1e6
+        assert reported == pytest.approx(counted_, rel=0.02), way
+
+
+def measured(link: lab.Link, hosts: Sequence[lab.Host], arguments: list[str]) -> None:
+    """The benchmark of training steps, with a smaller model and fewer steps before it counts."""
+    spec = importlib.util.spec_from_file_location("benchmarks_training", BENCHMARKS / "training.py")
+    assert spec is not None
+    assert spec.loader is not None
+    training = importlib.util.module_from_spec(spec)
+    sys.path.append(str(BENCHMARKS))
+    spec.loader.exec_module(training)
+    training.SHAPE, training.WARM_UP = replace(training.SHAPE, layers=3), 2
+    with on_host(link, hosts), mock.patch.object(sys, "argv", ["training.py", *arguments]):
+        training.main()
+
+
+@needs_lab
+def test_the_benchmark_says_what_the_kernel_counts(tmp_path: Path) -> None:
     """At 10 MB a step and more, within 2 %."""
     record = tmp_path / "steps.json"
-    script = [sys.executable, str(ROOT / "benchmarks" / "training.py"), "--only", "int8", "--json", str(record)]
-    done = run_lab("2", "10gbit", "--", *script, "--rounds", "1", "--steps", "5")
-    assert done.returncode == 0, done.stderr
+    arguments = ["--only", "int8", "--rounds", "1", "--steps", "2", "--json", str(record)]
+    link = lab.Link(2, "10gbit")
+    with lab.network(link) as hosts:
+        run(2, measured, link, hosts, arguments, fresh=True, timeout=120)
     rows = {row["name"]: row for row in json.loads(record.read_text())["rows"]}
     assert rows["int8"]["sent_bytes"] > 10e6
     assert rows["int8"]["sent_bytes"] == pytest.approx(rows["int8"]["kernel_bytes"], rel=0.02)
     assert rows["no communication"]["kernel_bytes"] < 0.1e6
 
 
+def cut_off(link: lab.Link, hosts: Sequence[lab.Host], folder: Path, timeout: float) -> None:
+    """The host that keeps the store falls silent, its link cut; the others write down what their backward says."""
+    rank, limit = dist.get_rank(), datetime.timedelta(seconds=timeout)
+    with on_host(link, hosts):
+        dist.init_process_group("gloo", timeout=limit)
+        torch.manual_seed(0)
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+        commpress.attach(model, "int4")
+        for _ in range(3):
+            model(torch.randn(8, 64)).sum().backward()
+        dist.barrier()
+        if rank == 0:
+            subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+            deadline = time.monotonic() + 3 * timeout
+            while len(list(folder.iterdir())) < len(hosts) - 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os._exit(0)
+        time.sleep(0.5)
+        started = time.monotonic()
+        said = outcome(lambda: model(torch.randn(8, 64)).sum().backward())
+        (folder / f"{rank}").write_text(json.dumps([said, time.monotonic() - started]))
+        os._exit(0)
+
+
 @needs_lab
-def test_the_kernel_agrees_for_every_way_to_spread_a_model() -> None:
-    """Three hosts, of some MB each: gradients, sharded parameters, outer updates, broadcasts."""
-    done = run_lab("3", "10gbit", "--", sys.executable, str(ROOT / "tests" / "launch" / "kernel_worker.py"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(ranks) == 3
-    for way in ("ddp", "fsdp", "diloco", "broadcast"):
-        reported, counted = (sum(rank[way][i] for rank in ranks) for i in (0, 1))
-        assert reported > 1e6
-        assert reported == pytest.approx(counted, rel=0.02), way
+def test_a_store_that_falls_silent_keeps_nobody_beyond_the_timeout(tmp_path: Path) -> None:
+    timeout, link = 4.0, lab.Link(3, "100mbit")
+    with lab.network(link) as hosts:
+        ends = run(3, cut_off, link, hosts, tmp_path, timeout, fresh=True)
+    assert ends == [Died(0)] * 3
+    for rank in (1, 2):
+        said, seconds = json.loads((tmp_path / str(rank)).read_text())
+        assert "rank 0 (host 0) did not answer within the group's timeout" in said
+        assert seconds < timeout + 2
 
 
 TRANSFER = """
@@ -267,15 +379,3 @@ pathlib.Path(sys.argv[1], str(rank)).write_text(json.dumps(dict(os.environ)))
 dist.barrier()
 dist.destroy_process_group()
 """
-
-
-@needs_lab
-def test_a_store_that_falls_silent_keeps_nobody_beyond_the_timeout() -> None:
-    timeout = 5.0
-    worker = str(Path(__file__).with_name("cut_worker.py"))
-    done = run_lab("3", "100mbit", "--", sys.executable, worker, str(timeout))
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert sorted(line["rank"] for line in lines) == [1, 2], done.stderr[-2000:]
-    for line in lines:
-        assert "rank 0 (host 0) did not answer within the group's timeout" in line["said"]
-        assert line["seconds"] < timeout + 2
