@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from commands import Ended, run_command
 from ranks import run
+from shared import filled
 
 from commpress.files import load_state, save_state, write_atomically
 from commpress.launch import checkpoint, data, demo, train
@@ -115,9 +116,7 @@ def whole_and_cut(folder: Path, text: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """whole0, cut0, whole1, ...: each of RUNS without a break, and stopped at step 5 of 12 and resumed."""
-    folder = tmp_path_factory.mktemp("runs")
-    run(2, whole_and_cut, folder, text, timeout=240)
-    return folder
+    return filled(tmp_path_factory, "train", lambda folder: run(2, whole_and_cut, folder, text, timeout=240))
 
 
 @pytest.mark.parametrize("i", range(len(RUNS)), ids=list(RUNS))

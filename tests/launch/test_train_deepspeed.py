@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from engines import fresh
 from ranks import outcome, run
+from shared import filled
 
 from commpress.launch import checkpoint, data, demo, train
 
@@ -79,9 +80,7 @@ def whole_and_cut(folder: Path, text: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    run(2, whole_and_cut, folder, text, timeout=240)
-    return folder
+    return filled(tmp_path_factory, "deepspeed", lambda folder: run(2, whole_and_cut, folder, text, timeout=240))
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from commands import run_command
 from ranks import outcome, run
+from shared import filled
 from torch import nn
 
 from commpress.launch import checkpoint, data, recipes, train
@@ -58,12 +59,14 @@ BREAKS = {"ddp": (2, 10, 14, 18), "fsdp": (10, 18)}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, and runs by recipe: in one go, with a break in each phase, and forked."""
-    folder = tmp_path_factory.mktemp("runs")
+    return filled(tmp_path_factory, "recipe", fill)
+
+
+def fill(folder: Path) -> None:
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     for bits in (8, 4):
         (folder / f"int{bits}.toml").write_text(RECIPE.format(bits=bits, teacher=folder / "teacher"))
     run(2, train_all, folder, timeout=240)
-    return folder
 
 
 def train_all(folder: Path) -> None:
