@@ -20,7 +20,7 @@ from commpress.comm.plan import FEWEST_VALUES, Override, Plan
 from commpress.hooks.deepspeed import attach
 from commpress.optim.sharded_one_bit import Shift, shifted
 
-LIBRARIES = ("deepspeed",)
+LIBRARIES = ("engines",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 STEPS = 30

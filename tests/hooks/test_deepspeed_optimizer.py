@@ -23,7 +23,7 @@ from commpress.hooks.deepspeed import attach, initialize
 from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.sharded_one_bit import ShardedOneBitAdamW
 
-LIBRARIES = ("deepspeed",)
+LIBRARIES = ("engines",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 STEPS, WARM = 60, 15

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -200,6 +201,7 @@ def _serve(pipe: Connection, modules: tuple[str, ...]) -> None:
     """What a rank's process does: calls, one after another, until the pipe closes."""
     for name in modules:  # they are there, unless the import failed: multiprocessing says nothing of that
         importlib.import_module(name)
+    gc.freeze()  # what is imported stays: no collection looks through it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
