@@ -22,6 +22,7 @@ ENDINGS = {"destroyed": 0, "left": 0, "raised": 3, "collected": 0}
 SCRIPT = """
 import json, os, sys
 import torch, torch.distributed as dist
+import torch._dynamo  # DDP would in each process
 from torch.nn.parallel import DistributedDataParallel
 import commpress
 from commpress.comm.coding import warm_up
