@@ -20,7 +20,7 @@ import commpress
 ENDINGS = {"destroyed": 0, "left": 0, "raised": 3, "collected": 0}
 """What the process returns."""
 SCRIPT = """
-import json, os, sys
+import gc, json, os, sys
 import torch, torch.distributed as dist
 import torch._dynamo  # DDP would in each process
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +29,7 @@ from commpress.comm.coding import warm_up
 
 folder, *endings = sys.argv[1:]
 warm_up(commpress.parse("int4"), torch.device("cpu"))
+gc.freeze()  # what is imported would be looked through at the end of each process
 started = {}
 for ending, rank in [(ending, rank) for ending in endings for rank in range(2)]:  # forked: imports take the time
     if pid := os.fork():
@@ -114,7 +115,7 @@ def test_the_process_ends_in_peace(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        codes = json.loads(process.communicate(timeout=60)[0])
+        codes = json.loads(process.communicate(timeout=180)[0])
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
