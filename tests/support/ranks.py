@@ -83,7 +83,7 @@ class _Pool:
         self.workers.clear()
 
 
-BARE = ("torch", "torch.nn.parallel", "torch.optim", "numba")
+BARE = ("torch", "torch.nn.parallel", "torch.optim", "torch._dynamo", "numba")
 """What a rank has imported if nothing that is under test may be there."""
 WARM = (*BARE, "warm")
 _context = multiprocessing.get_context("forkserver")
