@@ -85,8 +85,15 @@ class _Pool:
         self.workers.clear()
 
 
-BARE = ("torch", "torch.nn.parallel", "torch.optim", "torch.distributed.fsdp", "torch.distributed.checkpoint", "numba")
-BARE = (*BARE, "torch._dynamo")  # DDP and the optimizers import it at their first step
+BARE = (
+    "torch",
+    "torch._dynamo",  # DDP and the optimizers import it at their first step
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "torch.optim",
+    "numba",
+)
 """Modules that a rank has imported if nothing that is under test may be there."""
 WARM = (*BARE, "warm")
 _context = multiprocessing.get_context("forkserver")
