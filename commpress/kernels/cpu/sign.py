@@ -6,35 +6,67 @@ import numpy as np
 from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
-from commpress.kernels.cpu.arrays import floats, padded, steps
-from commpress.kernels.cpu.blocks import NAN, SIGN_BLOCK, SIGN_LANES, block_of, fold, load, pack_signs
+from commpress.kernels.cpu.arrays import floats, padded, steps, values
+from commpress.kernels.cpu.blocks import (
+    NAN,
+    SIGN_BLOCK,
+    SIGN_LANES,
+    block_of,
+    pack_tail_signs,
+    padded_totals,
+    put_block,
+    residual_of,
+    room_for,
+    sign_bit,
+    sum_magnitudes,
+    total,
+)
 
 BLOCKS_SHA256 = "c51943699b3cf74d"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+PLANE = SIGN_BLOCK // 8
 
 
 @part
-def _sign_write(a, acc, m, b, blocks, residual, pf, pu):
-    """Encode the block `b` in `a` (SIGN_BLOCK values, zeros behind the m real ones), leave in `residual` what was lost."""
-    for lane in range(SIGN_LANES):
-        acc[lane] = np.abs(a[lane])
-    for k in range(1, SIGN_BLOCK // SIGN_LANES):
-        row = a[k * SIGN_LANES : (k + 1) * SIGN_LANES]
-        for lane in range(SIGN_LANES):
-            acc[lane] += np.abs(row[lane])
-    scale = fold(acc) * (np.float32(1) / np.float32(m))
-    if np.isfinite(scale):
-        pf[b] = scale
-        if residual.size == SIGN_BLOCK:
-            for j in range(SIGN_BLOCK):
-                residual[j] = a[j] - np.copysign(scale, a[j])
-        else:
-            for j in range(residual.size):
-                residual[j] = a[j] - np.copysign(scale, a[j])
-    else:  # the block decodes to NaN; its residual stays as it was
-        pf[b] = NAN
-    start = 4 * blocks + b * (SIGN_BLOCK // 8)
-    pack_signs(a.view(np.int32), m, pu[start : start + SIGN_BLOCK // 8])
+def _write(x, residual, codes, scale):
+    """Encode the signs of a full block, leave in `residual` what is lost."""
+    for j in range(PLANE):
+        byte = np.uint32(0)
+        for p in range(8):
+            byte |= sign_bit(total(x, residual, p * PLANE + j), p)
+        codes[j] = np.uint8(byte)
+    if residual is not None:
+        for j in range(SIGN_BLOCK):
+            value = total(x, residual, j)
+            residual[j] = value - np.copysign(scale, value)
+
+
+@loop
+def _write_rare(x, residual, codes, a, lanes):
+    """Encode a block of any length and any values, to the same bytes; return its scale."""
+    padded_totals(x, residual, a)
+    scale = sum_magnitudes(a, None, lanes) * (np.float32(1) / np.float32(x.size))
+    pack_tail_signs(a[: x.size], codes)
+    if not np.isfinite(scale):  # the block decodes to NaN; its residual stays as it was
+        return NAN
+    if residual is not None:
+        for j in range(x.size):
+            residual[j] = a[j] - np.copysign(scale, a[j])
+    return scale
+
+
+@part
+def _encode_block(x, residual, a, lanes, b, blocks, pf, pu):
+    """Encode the block `b`, whose values are `x`."""
+    start = 4 * blocks + b * PLANE
+    if x.size == SIGN_BLOCK:
+        codes = pu[start : start + PLANE]
+        scale = sum_magnitudes(x, residual, lanes) * np.float32(1 / SIGN_BLOCK)
+        if np.isfinite(scale):
+            pf[b] = scale
+            _write(x, residual, codes, scale)
+            return
+    pf[b] = _write_rare(x, residual, pu[start : start + (x.size + 7) // 8], a, lanes)
 
 
 @part
@@ -43,18 +75,18 @@ def _sign_read(pf, pu, W, row, b, blocks, share, out):
     m = out.size
     width = (m + 7) // 8
     for w in range(W):
-        at = w * row + 4 * blocks + b * (SIGN_BLOCK // 8)
+        at = w * row + 4 * blocks + b * (PLANE)
         scale = pf[w * (row // 4) + b] * share
         if m == SIGN_BLOCK:
-            codes = pu[at : at + SIGN_BLOCK // 8]
+            codes = pu[at : at + PLANE]
             for p in range(8):
                 bit = np.uint8(1 << p)
-                plane = out[p * (SIGN_BLOCK // 8) : (p + 1) * (SIGN_BLOCK // 8)]
+                plane = out[p * (PLANE) : (p + 1) * (PLANE)]
                 if w:
-                    for j in range(SIGN_BLOCK // 8):
+                    for j in range(PLANE):
                         plane[j] += -scale if codes[j] & bit else scale
                 else:
-                    for j in range(SIGN_BLOCK // 8):
+                    for j in range(PLANE):
                         plane[j] = -scale if codes[j] & bit else scale
         else:
             for i in range(m):
@@ -65,16 +97,15 @@ def _sign_read(pf, pu, W, row, b, blocks, share, out):
 @loop
 def sign_encode(x, prologue, residual, pf, pu):
     """Signs and magnitudes of x + residual; the residual becomes what they miss."""
-    n = x.size
-    blocks = (n + SIGN_BLOCK - 1) // SIGN_BLOCK
-    a = np.empty(SIGN_BLOCK, np.float32)
-    acc = np.empty(SIGN_LANES, np.float32)
-    scratch = np.empty(SIGN_BLOCK, np.float32)
+    blocks = (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK
+    scratch, a, lanes = (
+        np.empty(SIGN_BLOCK, np.float32),
+        np.empty(SIGN_BLOCK, np.float32),
+        np.empty(SIGN_LANES, np.float32),
+    )
     for b in range(blocks):
-        o = b * SIGN_BLOCK
-        xb, rb = block_of(x, prologue, o, SIGN_BLOCK, scratch), residual[o : o + SIGN_BLOCK]
-        load(xb, rb, a, SIGN_BLOCK)
-        _sign_write(a, acc, xb.size, b, blocks, rb, pf, pu)
+        xb = block_of(x, prologue, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
+        _encode_block(xb, residual_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, lanes, b, blocks, pf, pu)
 
 
 @loop
@@ -82,8 +113,11 @@ def sign_mean(pf, pu, W, row, out):
     """The mean of W payloads."""
     blocks = (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
+    scratch = np.empty(SIGN_BLOCK, np.float32)
     for b in range(blocks):
-        _sign_read(pf, pu, W, row, b, blocks, share, out[b * SIGN_BLOCK : (b + 1) * SIGN_BLOCK])
+        ob = room_for(out, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
+        _sign_read(pf, pu, W, row, b, blocks, share, ob)
+        put_block(out, b * SIGN_BLOCK, ob)
 
 
 @loop
@@ -91,28 +125,27 @@ def sign_recode(pf, pu, W, row, residual, qf, qu, n):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
     blocks = (n + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
-    mean = np.empty(SIGN_BLOCK, np.float32)
-    a = np.empty(SIGN_BLOCK, np.float32)
-    acc = np.empty(SIGN_LANES, np.float32)
+    mean, a, lanes = (
+        np.empty(SIGN_BLOCK, np.float32),
+        np.empty(SIGN_BLOCK, np.float32),
+        np.empty(SIGN_LANES, np.float32),
+    )
     for b in range(blocks):
-        o = b * SIGN_BLOCK
-        m = min(SIGN_BLOCK, n - o)
-        rb = residual[o : o + SIGN_BLOCK]
-        _sign_read(pf, pu, W, row, b, blocks, share, mean[:m])
-        load(mean[:m], rb, a, SIGN_BLOCK)
-        _sign_write(a, acc, m, b, blocks, rb, qf, qu)
+        mb = mean[: min(SIGN_BLOCK, n - b * SIGN_BLOCK)]
+        _sign_read(pf, pu, W, row, b, blocks, share, mb)
+        _encode_block(mb, residual_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, lanes, b, blocks, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
     coded = padded(payload)
-    sign_encode(x.numpy(), steps(prologue), floats(residual), coded.view(np.float32), coded)
+    sign_encode(values(x), steps(prologue), floats(residual), coded.view(np.float32), coded)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
     coded = payloads.numpy()
-    sign_mean(coded.view(np.float32), coded, count, codec.nbytes(out.numel()), out.numpy())
+    sign_mean(coded.view(np.float32), coded, count, codec.nbytes(out.numel()), values(out))
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
-from commpress.kernels.cpu.arrays import floats, steps
+from commpress.kernels.cpu.arrays import floats, steps, values
 from commpress.kernels.cpu.blocks import (
     INFINITY_BITS,
     MAGNITUDE,
-    ONES,
-    PLACES,
     block_of,
-    load,
-    prologue_value,
-    run_prologue,
+    padded_totals,
+    popcount,
+    reach_mask,
+    trailing_zeros,
+    value_of,
 )
 from commpress.kernels.cpu.elias_fano import ef_decode, ef_encode
 
@@ -24,8 +24,6 @@ BLOCKS_SHA256 = "c51943699b3cf74d"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 KEEP_BLOCK = 256
 BINS = 2048
-GATHER = np.uint64(0x0102040810204080)
-"""Times eight bytes that are 0 or 1, this moves them to the eight bits of the highest byte."""
 
 
 @loop
@@ -72,7 +70,6 @@ def _sampled_threshold(x, prologue, residual, ratio):
 
     The place within a stratum is hashed, since a fixed stride can follow the columns of a matrix. Returns the
     threshold and more values than can be expected to reach it."""
-    inverse, average, limit, fresh, kept = prologue
     n = x.size
     m = min(n, max(4096, min(16384, n // 64)))
     width, rest = n // m, n % m
@@ -85,8 +82,7 @@ def _sampled_threshold(x, prologue, residual, ratio):
         hashed = np.uint64(s) * np.uint64(0x9E3779B97F4A7C15)
         hashed = np.uint64((hashed ^ (hashed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(40)
         i = start + (np.int64(hashed) * size >> 24)
-        value = prologue_value(x[i], inverse[i], average[i], limit, fresh, kept) if inverse.size else x[i]
-        sample[s] = value + residual[i] if residual.size else value
+        sample[s] = value_of(x, prologue, i) if residual is None else value_of(x, prologue, i) + residual[i]
         start += size
     want = m * ratio
     rank = min(m, np.int64(want + 4.0 * np.sqrt(want)) + 2)
@@ -97,30 +93,32 @@ def _sampled_threshold(x, prologue, residual, ratio):
 @loop
 def _spare(a, old, o, spared):
     """Note in `spared` the old residual of the values of the block `a` at `o` that are NaN or Inf."""
-    for j in range(old.size):
+    for j in range(a.size):
         if not np.isfinite(a[j]):
             spared[o + j] = old[j]
 
 
 @part
-def _positions(a, threshold, mark, dense, o, index, at):
+def _positions(a, threshold, o, index, at):
     """Write to `index[at:]` where the magnitudes of the block `a` (KEEP_BLOCK values from `o` on) reach `threshold`.
 
-    Eight comparisons make a byte, and a table says where its ones stand; eight entries are written, the first of them
-    count. No branch depends on the values, unless few are kept: then most bytes are 0 and passed over."""
-    ai = a.view(np.int32)
-    words = mark.view(np.uint64)
-    for j in range(KEEP_BLOCK):
-        mark[j] = np.uint8((ai[j] & MAGNITUDE) >= threshold)
-    for w in range(KEEP_BLOCK // 8):
-        if dense or words[w]:
-            byte = np.uint64(words[w] * GATHER) >> np.uint64(56)
-            ones = PLACES[byte]
-            first = o + 8 * w
-            eight = index[at : at + 8]
-            for i in range(8):
-                eight[i] = first + np.int64((ones >> np.uint64(8 * i)) & np.uint64(255))
-            at += np.int64(ONES[byte])
+    Four are written for each 64 values, those that are there count: no branch depends on the values, unless there are more."""
+    for w in range(KEEP_BLOCK // 64):
+        mask = reach_mask(a, 64 * w, threshold)
+        first = o + 64 * w
+        count = np.int64(popcount(mask))
+        four = index[at : at + 4]
+        for i in range(4):
+            four[i] = first + trailing_zeros(mask)
+            mask &= mask - np.uint64(1)
+        done = np.int64(4)
+        while done < count:
+            four = index[at + done : at + done + 4]
+            for i in range(4):
+                four[i] = first + trailing_zeros(mask)
+                mask &= mask - np.uint64(1)
+            done += 4
+        at += count
     return at
 
 
@@ -131,39 +129,48 @@ def _collect(x, prologue, residual, threshold, room):
     Counts all, stores the first `room` (at least). Returns positions, values, the count, and the old residual where
     the sum is NaN or Inf (an array as long as x; empty where there was none)."""
     n = x.size
-    feedback = residual.size > 0
-    mark = np.empty(KEEP_BLOCK, np.uint8)
-    total, scratch = np.zeros(KEEP_BLOCK, np.float32), np.empty(KEEP_BLOCK, np.float32)
+    old, scratch = np.empty(KEEP_BLOCK, np.float32), np.empty(KEEP_BLOCK, np.float32)
     index = np.empty(room + KEEP_BLOCK + 8, np.int64)
     value = np.empty(room + KEEP_BLOCK, np.float32)
     spared = np.empty(0, np.float32)
-    dense = room > n // 32
     count, at = np.int64(0), np.int64(0)
     for b in range((n + KEEP_BLOCK - 1) // KEEP_BLOCK):
         o = b * KEEP_BLOCK
-        xb, rb = block_of(x, prologue, o, KEEP_BLOCK, scratch), residual[o : o + KEEP_BLOCK]
-        a = xb
-        top = np.int32(0)
-        if feedback or xb.size < KEEP_BLOCK:
-            top = load(xb, rb, total, KEEP_BLOCK)
-            a = total
-        end = _positions(a, threshold, mark, dense, o, index, at)
+        a = block_of(x, prologue, o, KEEP_BLOCK, scratch)
+        if residual is not None:
+            rb = residual[o : o + KEEP_BLOCK]
+            top = _remember(a, rb, old)
+            if top >= INFINITY_BITS:
+                if spared.size == 0:
+                    spared = np.zeros(n, np.float32)
+                _spare(rb, old, o, spared)
+            a = rb
+        if a.size < KEEP_BLOCK:
+            padded_totals(a, None, scratch)
+            a = scratch
+        end = _positions(a, threshold, o, index, at)
         for i in range(at, end):
             value[i] = a[index[i] - o]
         count += end - at
         at = min(end, room)
-        if feedback:
-            if top >= INFINITY_BITS:
-                if spared.size == 0:
-                    spared = np.zeros(n, np.float32)
-                _spare(a, rb, o, spared)
-            if rb.size == KEEP_BLOCK:
-                for j in range(KEEP_BLOCK):
-                    rb[j] = a[j]
-            else:
-                for j in range(rb.size):
-                    rb[j] = a[j]
     return index, value, count, spared
+
+
+@part
+def _remember(a, rb, old):
+    """rb := a + rb, old := what it was; return the bits of the largest magnitude."""
+    top = np.int32(0)
+    if rb.size == KEEP_BLOCK:
+        for j in range(KEEP_BLOCK):
+            old[j] = rb[j]
+            rb[j] = np.float32(a[j] + rb[j])
+            top = max(top, np.int32(np.float32(rb[j]).view(np.int32) & MAGNITUDE))
+    else:
+        for j in range(rb.size):
+            old[j] = rb[j]
+            rb[j] = np.float32(a[j] + rb[j])
+            top = max(top, np.int32(np.float32(rb[j]).view(np.int32) & MAGNITUDE))
+    return top
 
 
 @loop
@@ -207,6 +214,17 @@ def _not_finite(raw):
     return count
 
 
+@part
+def _whole(x, prologue, residual):
+    """All values that are looked through: with feedback they are in `residual` by now."""
+    if residual is not None:
+        return residual
+    whole = np.empty(x.size, np.float32)
+    for i in range(x.size):
+        whole[i] = value_of(x, prologue, i)
+    return whole
+
+
 @loop
 def topk_select(x, prologue, residual, k):
     """Positions (ascending) and values of the k largest magnitudes of `x + residual`; the residual becomes that sum,
@@ -229,9 +247,7 @@ def topk_select(x, prologue, residual, k):
                 value[i] = value[kept[i]]
                 index[i] = index[kept[i]]
     else:
-        if residual.size == 0:
-            run_prologue(x, prologue)
-        whole = residual if residual.size else x
+        whole = _whole(x, prologue, residual)
         raw = whole.view(np.int32)
         if count > room:
             exact = kth_largest(raw, k, threshold)
@@ -246,28 +262,25 @@ def topk_select(x, prologue, residual, k):
             for i in range(k):
                 value[i] = whole[index[i]]
     if overflows:
-        inverse, average, limit, fresh, kept_share = prologue
-        for i in range(residual.size):
-            own = prologue_value(x[i], inverse[i], average[i], limit, fresh, kept_share) if inverse.size else x[i]
-            residual[i] -= own
         k = 0
-    for i in range(spared.size):
-        if not np.isfinite(residual[i]):
-            residual[i] = spared[i]
+    if residual is not None:
+        for i in range(residual.size if overflows else 0):
+            residual[i] -= value_of(x, prologue, i)
+        for i in range(spared.size):
+            if not np.isfinite(residual[i]):
+                residual[i] = spared[i]
     return index[:k], value[:k]
 
 
 @loop
 def topk_settle(x, prologue, residual, index, value, decoded):
     """The residual of the kept entries once their values are coded: value - decoded; what it was where that is NaN."""
-    inverse, average, limit, fresh, kept = prologue
     for i in range(index.size):
         lost, at = value[i] - decoded[i], index[i]
         if np.isfinite(lost):
             residual[at] = lost
         elif np.isfinite(value[i]):
-            own = prologue_value(x[at], inverse[at], average[at], limit, fresh, kept) if inverse.size else x[at]
-            residual[at] = value[i] - own
+            residual[at] = value[i] - value_of(x, prologue, at)
 
 
 @loop
@@ -283,7 +296,7 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
     """`encode` of the table. The codec of the values encodes them as it does any others."""
     k, low_bits, high_at, values_at = codec.sections(x.numel())
     before, memory = steps(prologue), floats(residual)
-    index, value = topk_select(x.numpy(), before, memory, k)
+    index, value = topk_select(values(x), before, memory, k)
     payload[:values_at] = 0
     if not index.size:
         codec.values.encode(torch.full((k,), torch.nan, dtype=torch.float32, device="cpu"), payload[values_at:])
@@ -291,9 +304,9 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
     coded = payload.numpy()
     ef_encode(index, low_bits, coded[:high_at], coded[high_at:values_at])
     codec.values.encode(torch.from_numpy(value), payload[values_at:])
-    if memory.size:
+    if memory is not None:
         decoded = codec.values.decode(payload[values_at:], k)
-        topk_settle(x.numpy(), before, memory, index, value, decoded.numpy())
+        topk_settle(values(x), before, memory, index, value, decoded.numpy())
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
