@@ -163,24 +163,6 @@ def put(x: Any, i: Any, value: Any) -> Any:
 
 
 @by_type
-def as_floats(xb: Any, size: Any, scratch: Any) -> Any:
-    """The values of a block of at most `size`, in float32: where they lie, or in `scratch`."""
-    if xb.dtype == types.float32:
-        return lambda xb, size, scratch: xb
-
-    def converted(xb, size, scratch):
-        if xb.size == size:
-            for j in range(size):
-                scratch[j] = real(xb[j])
-        else:
-            for j in range(xb.size):
-                scratch[j] = real(xb[j])
-        return scratch[: xb.size]
-
-    return converted
-
-
-@by_type
 def room_for(out: Any, o: Any, size: Any, scratch: Any) -> Any:
     """Where the block of at most `size` values at `o` is summed up, in float32: in place, or in `scratch`."""
     if out.dtype == types.float32:
@@ -210,32 +192,62 @@ def prologue_value(x, inverse, average, limit, fresh, kept):
 
 
 @part
-def block_of(x, prologue, o, size, scratch):
-    """The block of at most `size` values that starts at `o`, in float32: of x where it lies, or in `scratch`."""
+def block_of(x, prologue, residual, o, size, scratch):
+    """What is coded of the `size` values from `o` on, in float32: where it lies, or in `scratch`."""
     xb = x[o : o + size]
-    if prologue is None:
-        return as_floats(xb, size, scratch)
-    inverse, average, limit, fresh, kept = prologue
-    ib, vb = inverse[o : o + size], average[o : o + size]
-    if xb.size == size:
+    if not _lies_there(x, prologue, residual):
+        pb, rb = part_of(prologue, o, size), part_of(residual, o, size)
         for j in range(size):
-            scratch[j] = prologue_value(real(xb[j]), ib[j], vb[j], limit, fresh, kept)
-    else:
-        for j in range(xb.size):
-            scratch[j] = prologue_value(real(xb[j]), ib[j], vb[j], limit, fresh, kept)
-    return scratch[: xb.size]
+            scratch[j] = total(xb, pb, rb, j)
+    return _either(xb, prologue, residual, scratch)
+
+
+@by_type
+def _lies_there(x: Any, prologue: Any, residual: Any) -> Any:
+    plain = x.dtype == types.float32 and isinstance(prologue, types.NoneType) and isinstance(residual, types.NoneType)
+    return lambda x, prologue, residual: plain
+
+
+@by_type
+def _either(xb: Any, prologue: Any, residual: Any, scratch: Any) -> Any:
+    if xb.dtype == types.float32 and isinstance(prologue, types.NoneType) and isinstance(residual, types.NoneType):
+        return lambda xb, prologue, residual, scratch: xb
+    return lambda xb, prologue, residual, scratch: scratch[: xb.size]
+
+
+@by_type
+def part_of(whole: Any, o: Any, size: Any) -> Any:
+    """The block of at most `size` values that starts at `o`, of a residual or of a prologue's tensors; None of None."""
+    if isinstance(whole, types.NoneType):
+        return lambda whole, o, size: None
+    if isinstance(whole, types.Array):
+        return lambda whole, o, size: whole[o : o + size]
+
+    def cut(whole, o, size):
+        inverse, average, limit, fresh, kept = whole
+        return inverse[o : o + size], average[o : o + size], limit, fresh, kept
+
+    return cut
+
+
+@by_type
+def remember(block: Any, residual: Any, size: Any) -> Any:
+    """block += residual, if there is one: `size` values."""
+    if isinstance(residual, types.NoneType):
+        return lambda block, residual, size: None
+
+    def added(block, residual, size):
+        for j in range(size):
+            block[j] += residual[j]
+
+    return added
 
 
 @part
-def residual_of(residual, o, size):
-    """The block of a residual that starts at `o`; None without feedback."""
-    return None if residual is None else residual[o : o + size]
-
-
-@part
-def total(x, residual, j):
-    """A value of a block and what is remembered of it."""
-    return x[j] if residual is None else np.float32(x[j] + residual[j])
+def total(x, prologue, residual, i):
+    """What is coded of one value: behind its prologue, and with what is remembered of it."""
+    value = value_of(x, prologue, i)
+    return value if residual is None else np.float32(value + residual[i])
 
 
 @part
@@ -248,11 +260,11 @@ def value_of(x, prologue, i):
 
 
 @part
-def top_of(x, residual, size):
-    """The bits of the largest magnitude among `size` totals."""
+def top_of(x, size):
+    """The bits of the largest magnitude among `size` values."""
     top = np.int32(0)
     for j in range(size):
-        top = max(top, np.int32(np.float32(total(x, residual, j)).view(np.int32) & MAGNITUDE))
+        top = max(top, np.int32(np.float32(x[j]).view(np.int32) & MAGNITUDE))
     return top
 
 
@@ -264,14 +276,14 @@ def run_prologue(x, prologue):
 
 
 @part
-def sum_magnitudes(x, residual, lanes):
+def sum_magnitudes(x, lanes):
     """Return the sum of the magnitudes of a full block of SIGN_BLOCK values, in the order of the format: lane by lane."""
     for lane in range(SIGN_LANES):
-        lanes[lane] = np.abs(total(x, residual, lane))
+        lanes[lane] = np.abs(x[lane])
     for k in range(1, SIGN_BLOCK // SIGN_LANES):
-        xr, rr = x[k * SIGN_LANES : (k + 1) * SIGN_LANES], residual_of(residual, k * SIGN_LANES, SIGN_LANES)
+        row = x[k * SIGN_LANES : (k + 1) * SIGN_LANES]
         for lane in range(SIGN_LANES):
-            lanes[lane] += np.abs(total(xr, rr, lane))
+            lanes[lane] += np.abs(row[lane])
     return fold(lanes)
 
 
@@ -290,11 +302,11 @@ def pack_tail_signs(x, codes):
         codes[i % width] |= np.uint8((np.float32(x[i]).view(np.int32) < 0) << (i // width))
 
 
-@loop
-def padded_totals(x, residual, a):
-    """a := x + residual, and zeros behind them."""
+@part
+def pad(x, a):
+    """a := x, and zeros behind it."""
     for j in range(x.size):
-        a[j] = total(x, residual, j)
+        a[j] = x[j]
     a[x.size :] = np.float32(0)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import LARGEST, block_of, put, put_block, real, residual_of, room_for, total
+from commpress.kernels.cpu.blocks import LARGEST, block_of, part_of, put, put_block, real, room_for
 
 BLOCKS_SHA256 = "c51943699b3cf74d"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
@@ -17,7 +17,7 @@ CAST_BLOCK = 1024
 @part
 def _cast_block(x, residual, halves):
     for j in range(x.size):
-        value = total(x, residual, j)
+        value = x[j]
         put(halves, j, value)
         if residual is not None:
             lost = value - real(halves[j])
@@ -30,7 +30,7 @@ def cast_encode(x, prologue, residual, halves):
     scratch = np.empty(CAST_BLOCK, np.float32)
     for b in range((x.size + CAST_BLOCK - 1) // CAST_BLOCK):
         o = b * CAST_BLOCK
-        xb, rb = block_of(x, prologue, o, CAST_BLOCK, scratch), residual_of(residual, o, CAST_BLOCK)
+        xb, rb = block_of(x, prologue, residual, o, CAST_BLOCK, scratch), part_of(residual, o, CAST_BLOCK)
         _cast_block(xb, rb, halves[o : o + CAST_BLOCK])
 
 

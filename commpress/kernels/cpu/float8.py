@@ -18,11 +18,11 @@ from commpress.kernels.cpu.blocks import (
     MAGNITUDE,
     NAN,
     block_of,
+    part_of,
     put_block,
-    residual_of,
+    remember,
     room_for,
     top_of,
-    total,
 )
 
 BLOCKS_SHA256 = "c51943699b3cf74d"
@@ -74,7 +74,7 @@ def _write(x, residual, codes, peak, form):
     half, change, first, magic, zero = _constants(form)
     scale, inverse = np.float32(peak / largest), np.float32(largest / peak)
     for j in range(FLOAT8_BLOCK):
-        value = total(x, residual, j)
+        value = x[j]
         code = _code(value * inverse, shift, half, change, first, magic, zero)
         codes[j] = code
         if residual is not None:
@@ -96,7 +96,7 @@ def _write_rare(x, residual, codes, top, form):
     if not small:
         scale, inverse = np.float32(peak / largest), np.float32(largest / peak)
     for j in range(x.size):
-        value = total(x, residual, j)
+        value = x[j]
         if not small:
             codes[j] = _code(value * inverse, shift, half, change, first, magic, zero)
         if residual is not None:
@@ -111,7 +111,7 @@ def _encode_block(x, residual, b, blocks, form, pf, pu):
     """Encode the block `b`, whose values are `x`."""
     start = 4 * blocks + b * FLOAT8_BLOCK
     if x.size == FLOAT8_BLOCK:
-        top = top_of(x, residual, FLOAT8_BLOCK)
+        top = top_of(x, FLOAT8_BLOCK)
         codes = pu[start : start + FLOAT8_BLOCK]
         peak = np.int32(top).view(np.float32)
         if FLUSH <= peak < LARGEST / np.float32(2):
@@ -120,7 +120,7 @@ def _encode_block(x, residual, b, blocks, form, pf, pu):
             pf[b] = _write_rare(x, residual, codes, top, form)
     else:
         codes = pu[start : start + x.size]
-        pf[b] = _write_rare(x, residual, codes, top_of(x, residual, x.size), form)
+        pf[b] = _write_rare(x, residual, codes, top_of(x, x.size), form)
 
 
 @part
@@ -143,8 +143,8 @@ def _encode(x, prologue, residual, pf, pu, form):
     scratch = np.empty(FLOAT8_BLOCK, np.float32)
     for b in range(blocks):
         o = b * FLOAT8_BLOCK
-        xb = block_of(x, prologue, o, FLOAT8_BLOCK, scratch)
-        _encode_block(xb, residual_of(residual, o, FLOAT8_BLOCK), b, blocks, form, pf, pu)
+        xb = block_of(x, prologue, residual, o, FLOAT8_BLOCK, scratch)
+        _encode_block(xb, part_of(residual, o, FLOAT8_BLOCK), b, blocks, form, pf, pu)
 
 
 @part
@@ -167,7 +167,9 @@ def _recode(pf, pu, W, row, residual, qf, qu, n, form):
         o = b * FLOAT8_BLOCK
         mb = mean[: min(FLOAT8_BLOCK, n - o)]
         _read(pf, pu, W, row, b, blocks, form, share, mb)
-        _encode_block(mb, residual_of(residual, o, FLOAT8_BLOCK), b, blocks, form, qf, qu)
+        rb = part_of(residual, o, FLOAT8_BLOCK)
+        remember(mb, rb, mb.size)
+        _encode_block(mb, rb, b, blocks, form, qf, qu)
 
 
 @loop

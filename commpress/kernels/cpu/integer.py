@@ -12,11 +12,11 @@ from commpress.kernels.cpu.blocks import (
     LARGEST,
     NAN,
     block_of,
+    part_of,
     put_block,
-    residual_of,
+    remember,
     room_for,
     top_of,
-    total,
 )
 
 BLOCKS_SHA256 = "c51943699b3cf74d"
@@ -55,14 +55,14 @@ def _write(x, residual, codes, top, bits):
     scale, inverse, magic = _scales(top, bits)
     if bits == 8:
         for j in range(INT_BLOCK):
-            value = total(x, residual, j)
+            value = x[j]
             code, level = _code(value, inverse, magic, bits)
             codes[j] = np.uint8(code)
             if residual is not None:
                 residual[j] = value - level * scale
     else:
         for j in range(HALF):
-            low, high = total(x, residual, j), total(x, residual, j + HALF)
+            low, high = x[j], x[j + HALF]
             code, level = _code(low, inverse, magic, bits)
             upper_code, upper_level = _code(high, inverse, magic, bits)
             codes[j] = np.uint8(np.int32(code | np.int32(upper_code << np.int32(4))))
@@ -79,7 +79,7 @@ def _write_rare(x, residual, codes, top, bits):
     half = (x.size + 1) // 2
     codes[:] = np.uint8(0 if bits == 8 else 8 << 4)  # if there is no upper value, its code is that of 0
     for j in range(x.size):
-        value = total(x, residual, j)
+        value = x[j]
         code, level = _code(np.float32(0) if top >= INFINITY_BITS else value, inverse, magic, bits)
         if bits == 8:
             codes[j] = np.uint8(code)
@@ -96,29 +96,34 @@ def _write_rare(x, residual, codes, top, bits):
 
 @part
 def _encode_block(x, residual, b, blocks, bits, pf, pu):
-    """Encode the block `b`, whose values are `x`."""
-    size = INT_BLOCK * bits // 8
-    start = 4 * blocks + b * size
-    if x.size == INT_BLOCK:
-        top = top_of(x, residual, INT_BLOCK)
-        codes = pu[start : start + size]
-        if top < ORDINARY:
-            pf[b] = _write(x, residual, codes, top, bits)
-        else:
-            pf[b] = _write_rare(x, residual, codes, top, bits)
+    """Encode the full block `b`, whose values are `x`."""
+    start = 4 * blocks + b * (INT_BLOCK * bits // 8)
+    codes = pu[start : start + INT_BLOCK * bits // 8]
+    top = top_of(x, INT_BLOCK)
+    if top < ORDINARY:
+        pf[b] = _write(x, residual, codes, top, bits)
     else:
-        codes = pu[start : start + (x.size * bits + 7) // 8]
-        pf[b] = _write_rare(x, residual, codes, top_of(x, residual, x.size), bits)
+        pf[b] = _write_rare(x, residual, codes, top, bits)
+
+
+@part
+def _encode_tail(x, residual, b, blocks, bits, pf, pu):
+    """Encode the last block `b`, if it is shorter."""
+    start = 4 * blocks + b * (INT_BLOCK * bits // 8)
+    if x.size:
+        pf[b] = _write_rare(x, residual, pu[start : start + (x.size * bits + 7) // 8], top_of(x, x.size), bits)
 
 
 @part
 def _encode(x, prologue, residual, pf, pu, bits):
-    blocks = (x.size + INT_BLOCK - 1) // INT_BLOCK
+    full, blocks = x.size // INT_BLOCK, (x.size + INT_BLOCK - 1) // INT_BLOCK
     scratch = np.empty(INT_BLOCK, np.float32)
-    for b in range(blocks):
-        o = b * INT_BLOCK
-        xb = block_of(x, prologue, o, INT_BLOCK, scratch)
-        _encode_block(xb, residual_of(residual, o, INT_BLOCK), b, blocks, bits, pf, pu)
+    for b in range(full):
+        xb = block_of(x, prologue, residual, b * INT_BLOCK, INT_BLOCK, scratch)
+        _encode_block(xb, part_of(residual, b * INT_BLOCK, INT_BLOCK), b, blocks, bits, pf, pu)
+    rest = x.size - full * INT_BLOCK
+    xb = block_of(x, prologue, residual, full * INT_BLOCK, rest, scratch)
+    _encode_tail(xb, part_of(residual, full * INT_BLOCK, rest), full, blocks, bits, pf, pu)
 
 
 @part
@@ -128,7 +133,7 @@ def _value(code, bits, scale, share):
 
 
 @part
-def _add(scale, share, codes, bits, first, out):
+def _add(scale, codes, share, bits, first, out):
     """Add the values of a full block, times `share`, to `out`, or put them there. One loop a half, or LLVM gives up."""
     if bits == 8:
         for j in range(INT_BLOCK):
@@ -144,8 +149,27 @@ def _add(scale, share, codes, bits, first, out):
             upper[j] = value if first else upper[j] + value
 
 
+@part
+def _add_two(scale, codes, other_scale, other_codes, share, bits, first, out):
+    """Do the same for two payloads, one behind the other."""
+    if bits == 8:
+        for j in range(INT_BLOCK):
+            value, other = _value(codes[j], bits, scale, share), _value(other_codes[j], bits, other_scale, share)
+            out[j] = value + other if first else out[j] + value + other
+    else:
+        upper = out[HALF:]
+        for j in range(HALF):
+            value = _value(codes[j] & np.uint8(15), bits, scale, share)
+            other = _value(other_codes[j] & np.uint8(15), bits, other_scale, share)
+            out[j] = value + other if first else out[j] + value + other
+        for j in range(HALF):
+            value = _value(codes[j] >> np.uint8(4), bits, scale, share)
+            other = _value(other_codes[j] >> np.uint8(4), bits, other_scale, share)
+            upper[j] = value + other if first else upper[j] + value + other
+
+
 @loop
-def _add_tail(scale, share, codes, bits, first, out):
+def _add_tail(scale, codes, share, bits, first, out):
     """Do the same for the last block, which is shorter."""
     half = (out.size + 1) // 2
     for j in range(out.size):
@@ -156,40 +180,61 @@ def _add_tail(scale, share, codes, bits, first, out):
 
 @part
 def _read(pf, pu, W, row, b, blocks, bits, share, out):
-    """Write the mean of the block `b` of W payloads to `out` (the values of that block)."""
+    """Write the mean of the full block `b` of W payloads to `out`."""
     size = INT_BLOCK * bits // 8
-    for w in range(W):
-        at = w * row + 4 * blocks + b * size
-        scale, codes = pf[w * (row // 4) + b], pu[at : at + size]
-        if out.size < INT_BLOCK:
-            _add_tail(scale, share, codes, bits, w == 0, out)
-        elif w == 0:
-            _add(scale, share, codes, bits, True, out)
+    at, first = 4 * blocks + b * size, b
+    if W == 1:
+        _add(pf[first], pu[at : at + size], share, bits, True, out)
+        return
+    for w in range(0, W - 1, 2):
+        codes, other_codes = pu[at : at + size], pu[at + row : at + row + size]
+        scale, other_scale = pf[first], pf[first + row // 4]
+        if w == 0:
+            _add_two(scale, codes, other_scale, other_codes, share, bits, True, out)
         else:
-            _add(scale, share, codes, bits, False, out)
+            _add_two(scale, codes, other_scale, other_codes, share, bits, False, out)
+        at, first = at + 2 * row, first + 2 * (row // 4)
+    if W % 2:
+        _add(pf[first], pu[at : at + size], share, bits, False, out)
+
+
+@part
+def _read_tail(pf, pu, W, row, b, blocks, bits, share, out):
+    """Do the same for the last block, if it is shorter."""
+    for w in range(W if out.size else 0):
+        at = w * row + 4 * blocks + b * (INT_BLOCK * bits // 8)
+        _add_tail(pf[w * (row // 4) + b], pu[at : at + (out.size * bits + 7) // 8], share, bits, w == 0, out)
 
 
 @part
 def _mean(pf, pu, W, row, out, bits):
-    blocks = (out.size + INT_BLOCK - 1) // INT_BLOCK
+    full, blocks = out.size // INT_BLOCK, (out.size + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(INT_BLOCK, np.float32)
-    for b in range(blocks):
+    for b in range(full):
         ob = room_for(out, b * INT_BLOCK, INT_BLOCK, scratch)
         _read(pf, pu, W, row, b, blocks, bits, share, ob)
         put_block(out, b * INT_BLOCK, ob)
+    ob = room_for(out, full * INT_BLOCK, out.size - full * INT_BLOCK, scratch)
+    _read_tail(pf, pu, W, row, full, blocks, bits, share, ob)
+    put_block(out, full * INT_BLOCK, ob)
 
 
 @part
 def _recode(pf, pu, W, row, residual, qf, qu, n, bits):
-    blocks = (n + INT_BLOCK - 1) // INT_BLOCK
+    full, blocks = n // INT_BLOCK, (n + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
     mean = np.empty(INT_BLOCK, np.float32)
-    for b in range(blocks):
-        o = b * INT_BLOCK
-        mb = mean[: min(INT_BLOCK, n - o)]
-        _read(pf, pu, W, row, b, blocks, bits, share, mb)
-        _encode_block(mb, residual_of(residual, o, INT_BLOCK), b, blocks, bits, qf, qu)
+    for b in range(full):
+        rb = part_of(residual, b * INT_BLOCK, INT_BLOCK)
+        _read(pf, pu, W, row, b, blocks, bits, share, mean)
+        remember(mean, rb, INT_BLOCK)
+        _encode_block(mean, rb, b, blocks, bits, qf, qu)
+    rest = n - full * INT_BLOCK
+    mb, rb = mean[:rest], part_of(residual, full * INT_BLOCK, rest)
+    _read_tail(pf, pu, W, row, full, blocks, bits, share, mb)
+    remember(mb, rb, rest)
+    _encode_tail(mb, rb, full, blocks, bits, qf, qu)
 
 
 @loop

@@ -13,13 +13,13 @@ from commpress.kernels.cpu.blocks import (
     SIGN_LANES,
     block_of,
     pack_tail_signs,
-    padded_totals,
+    pad,
+    part_of,
     put_block,
-    residual_of,
+    remember,
     room_for,
     sign_bit,
     sum_magnitudes,
-    total,
 )
 
 BLOCKS_SHA256 = "c51943699b3cf74d"
@@ -33,19 +33,19 @@ def _write(x, residual, codes, scale):
     for j in range(PLANE):
         byte = np.uint32(0)
         for p in range(8):
-            byte |= sign_bit(total(x, residual, p * PLANE + j), p)
+            byte |= sign_bit(x[p * PLANE + j], p)
         codes[j] = np.uint8(byte)
     if residual is not None:
         for j in range(SIGN_BLOCK):
-            value = total(x, residual, j)
+            value = x[j]
             residual[j] = value - np.copysign(scale, value)
 
 
 @loop
 def _write_rare(x, residual, codes, a, lanes):
     """Encode a block of any length and any values, to the same bytes; return its scale."""
-    padded_totals(x, residual, a)
-    scale = sum_magnitudes(a, None, lanes) * (np.float32(1) / np.float32(x.size))
+    pad(x, a)
+    scale = sum_magnitudes(a, lanes) * (np.float32(1) / np.float32(x.size))
     pack_tail_signs(a[: x.size], codes)
     if not np.isfinite(scale):  # the block decodes to NaN; its residual stays as it was
         return NAN
@@ -61,7 +61,7 @@ def _encode_block(x, residual, a, lanes, b, blocks, pf, pu):
     start = 4 * blocks + b * PLANE
     if x.size == SIGN_BLOCK:
         codes = pu[start : start + PLANE]
-        scale = sum_magnitudes(x, residual, lanes) * np.float32(1 / SIGN_BLOCK)
+        scale = sum_magnitudes(x, lanes) * np.float32(1 / SIGN_BLOCK)
         if np.isfinite(scale):
             pf[b] = scale
             _write(x, residual, codes, scale)
@@ -104,8 +104,8 @@ def sign_encode(x, prologue, residual, pf, pu):
         np.empty(SIGN_LANES, np.float32),
     )
     for b in range(blocks):
-        xb = block_of(x, prologue, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
-        _encode_block(xb, residual_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, lanes, b, blocks, pf, pu)
+        xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
+        _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, lanes, b, blocks, pf, pu)
 
 
 @loop
@@ -133,7 +133,9 @@ def sign_recode(pf, pu, W, row, residual, qf, qu, n):
     for b in range(blocks):
         mb = mean[: min(SIGN_BLOCK, n - b * SIGN_BLOCK)]
         _sign_read(pf, pu, W, row, b, blocks, share, mb)
-        _encode_block(mb, residual_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, lanes, b, blocks, qf, qu)
+        rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
+        remember(mb, rb, mb.size)
+        _encode_block(mb, rb, a, lanes, b, blocks, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:

@@ -12,7 +12,7 @@ from commpress.kernels.cpu.blocks import (
     INFINITY_BITS,
     MAGNITUDE,
     block_of,
-    padded_totals,
+    pad,
     popcount,
     reach_mask,
     trailing_zeros,
@@ -136,7 +136,7 @@ def _collect(x, prologue, residual, threshold, room):
     count, at = np.int64(0), np.int64(0)
     for b in range((n + KEEP_BLOCK - 1) // KEEP_BLOCK):
         o = b * KEEP_BLOCK
-        a = block_of(x, prologue, o, KEEP_BLOCK, scratch)
+        a = block_of(x, prologue, None, o, KEEP_BLOCK, scratch)
         if residual is not None:
             rb = residual[o : o + KEEP_BLOCK]
             top = _remember(a, rb, old)
@@ -146,7 +146,7 @@ def _collect(x, prologue, residual, threshold, room):
                 _spare(rb, old, o, spared)
             a = rb
         if a.size < KEEP_BLOCK:
-            padded_totals(a, None, scratch)
+            pad(a, scratch)
             a = scratch
         end = _positions(a, threshold, o, index, at)
         for i in range(at, end):

@@ -14,13 +14,13 @@ from commpress.kernels.cpu.blocks import (
     block_of,
     fold,
     pack_tail_signs,
-    padded_totals,
+    pad,
+    part_of,
     put_block,
-    residual_of,
+    remember,
     room_for,
     sign_bit,
     sum_magnitudes,
-    total,
 )
 
 BLOCKS_SHA256 = "c51943699b3cf74d"
@@ -35,16 +35,16 @@ def _plane(n):
 
 
 @part
-def _sizes(x, residual, m, lanes):
+def _sizes(x, m, lanes):
     """The mean magnitude of a full block of which m values are real and the rest 0, and the means of those magnitudes up to
     it and above it. `lanes` holds three rows of SIGN_LANES: sums and counts, in the order of the format."""
     low, high, count = lanes[0], lanes[1], lanes[2]
-    mean = sum_magnitudes(x, residual, low) * (np.float32(1) / np.float32(m))
+    mean = sum_magnitudes(x, low) * (np.float32(1) / np.float32(m))
     low[:], high[:], count[:] = np.float32(0), np.float32(0), np.float32(0)
     for k in range(SIGN_BLOCK // SIGN_LANES):
-        xr, rr = x[k * SIGN_LANES : (k + 1) * SIGN_LANES], residual_of(residual, k * SIGN_LANES, SIGN_LANES)
+        row = x[k * SIGN_LANES : (k + 1) * SIGN_LANES]
         for lane in range(SIGN_LANES):
-            size = np.abs(total(xr, rr, lane))
+            size = np.abs(row[lane])
             low[lane] += np.float32(0) if size > mean else size
             high[lane] += size if size > mean else np.float32(0)
             count[lane] += np.float32(1) if size > mean else np.float32(0)
@@ -61,13 +61,13 @@ def _write(x, residual, signs, sizes, mean, low, high):
     for j in range(PLANE):
         sign, size = np.uint32(0), np.uint32(0)
         for p in range(8):
-            value = total(x, residual, p * PLANE + j)
+            value = x[p * PLANE + j]
             sign |= sign_bit(value, p)
             size |= sign_bit(mean - np.abs(value), p)  # below 0 where the value is large
         signs[j], sizes[j] = np.uint8(sign), np.uint8(size)
     if residual is not None:
         for j in range(SIGN_BLOCK):
-            value = total(x, residual, j)
+            value = x[j]
             residual[j] = value - np.copysign(high if np.abs(value) > mean else low, value)
 
 
@@ -75,8 +75,8 @@ def _write(x, residual, signs, sizes, mean, low, high):
 def _write_rare(x, residual, signs, sizes, a, t, lanes):
     """Encode a block of any length and any values, to the same bytes; return its two sizes."""
     m = x.size
-    padded_totals(x, residual, a)
-    mean, low, high = _sizes(a, None, m, lanes)
+    pad(x, a)
+    mean, low, high = _sizes(a, m, lanes)
     finite = np.isfinite(mean)
     for j in range(m):
         t[j] = mean - np.abs(a[j]) if finite else np.float32(0)
@@ -95,7 +95,7 @@ def _encode_block(x, residual, a, t, lanes, b, blocks, plane, pf, pu):
     """Encode the block `b`, whose values are `x`. All signs are `plane` bytes."""
     start, width = 8 * blocks + b * PLANE, (x.size + 7) // 8
     if x.size == SIGN_BLOCK:
-        mean, low, high = _sizes(x, residual, SIGN_BLOCK, lanes)
+        mean, low, high = _sizes(x, SIGN_BLOCK, lanes)
         if np.isfinite(mean):
             pf[2 * b], pf[2 * b + 1] = low, high
             signs, sizes = pu[start : start + PLANE], pu[start + plane : start + plane + PLANE]
@@ -144,8 +144,8 @@ def int2_encode(x, prologue, residual, pf, pu):
     )
     lanes = np.empty((3, SIGN_LANES), np.float32)
     for b in range(blocks):
-        xb = block_of(x, prologue, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
-        _encode_block(xb, residual_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, t, lanes, b, blocks, plane, pf, pu)
+        xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
+        _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, t, lanes, b, blocks, plane, pf, pu)
 
 
 @loop
@@ -170,7 +170,9 @@ def int2_recode(pf, pu, W, row, residual, qf, qu, n):
     for b in range(blocks):
         mb = mean[: min(SIGN_BLOCK, n - b * SIGN_BLOCK)]
         _int2_read(pf, pu, W, row, b, blocks, plane, share, mb)
-        _encode_block(mb, residual_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, t, lanes, b, blocks, plane, qf, qu)
+        rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
+        remember(mb, rb, mb.size)
+        _encode_block(mb, rb, a, t, lanes, b, blocks, plane, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
