@@ -9,48 +9,60 @@ from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
 from commpress.kernels.cpu.blocks import LARGEST, block_of, part_of, put, put_block, real, room_for
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "a92df2e0d3695fec"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 CAST_BLOCK = 1024
 
 
 @part
-def _cast_block(x, residual, halves):
-    for j in range(x.size):
-        value = x[j]
-        put(halves, j, value)
+def _encode_block(x, residual, halves, size):
+    for j in range(size):
+        put(halves, j, x[j])
         if residual is not None:
-            lost = value - real(halves[j])
+            lost = x[j] - real(halves[j])
             residual[j] = lost if np.abs(lost) <= LARGEST else residual[j]  # not NaN, not Inf
+
+
+@part
+def _read(halves, W, row, o, share, size, out):
+    """Write the mean of `size` values from `o` on of W payloads to `out`."""
+    for w in range(W):
+        hb = halves[w * row + o : w * row + o + size]
+        if w:
+            for j in range(size):
+                out[j] += real(hb[j]) * share
+        else:
+            for j in range(size):
+                out[j] = real(hb[j]) * share
 
 
 @loop
 def cast_encode(x, prologue, residual, halves):
     """The 16-bit floats of x + residual; the residual becomes what they miss."""
+    full = x.size // CAST_BLOCK
     scratch = np.empty(CAST_BLOCK, np.float32)
-    for b in range((x.size + CAST_BLOCK - 1) // CAST_BLOCK):
+    for b in range(full):
         o = b * CAST_BLOCK
         xb, rb = block_of(x, prologue, residual, o, CAST_BLOCK, scratch), part_of(residual, o, CAST_BLOCK)
-        _cast_block(xb, rb, halves[o : o + CAST_BLOCK])
+        _encode_block(xb, rb, halves[o : o + CAST_BLOCK], CAST_BLOCK)
+    o, rest = full * CAST_BLOCK, x.size - full * CAST_BLOCK
+    xb, rb = block_of(x, prologue, residual, o, rest, scratch), part_of(residual, o, rest)
+    _encode_block(xb, rb, halves[o : o + rest], rest)
 
 
 @loop
 def cast_mean(halves, W, row, out):
     """The mean of W payloads of `row` 16-bit floats each."""
+    full = out.size // CAST_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(CAST_BLOCK, np.float32)
-    for b in range((out.size + CAST_BLOCK - 1) // CAST_BLOCK):  # a block's sum stays in the L1 cache
-        o = b * CAST_BLOCK
-        ob = room_for(out, o, CAST_BLOCK, scratch)
-        for w in range(W):
-            hb = halves[w * row + o : w * row + o + ob.size]
-            if w:
-                for j in range(ob.size):
-                    ob[j] += real(hb[j]) * share
-            else:
-                for j in range(ob.size):
-                    ob[j] = real(hb[j]) * share
-        put_block(out, o, ob)
+    for b in range(full):  # a block's sum stays in the L1 cache
+        ob = room_for(out, b * CAST_BLOCK, CAST_BLOCK, scratch)
+        _read(halves, W, row, b * CAST_BLOCK, share, CAST_BLOCK, ob)
+        put_block(out, b * CAST_BLOCK, ob)
+    ob = room_for(out, full * CAST_BLOCK, out.size - full * CAST_BLOCK, scratch)
+    _read(halves, W, row, full * CAST_BLOCK, share, ob.size, ob)
+    put_block(out, full * CAST_BLOCK, ob)
 
 
 HALVES = {"bf16": np.uint16, "fp16": np.int16}

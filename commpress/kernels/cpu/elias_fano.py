@@ -5,7 +5,7 @@ import numpy as np
 from commpress.kernels.compiled import loop
 from commpress.kernels.cpu.blocks import ONES, PLACES
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "a92df2e0d3695fec"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 
 

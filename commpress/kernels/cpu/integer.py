@@ -19,7 +19,7 @@ from commpress.kernels.cpu.blocks import (
     top_of,
 )
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "a92df2e0d3695fec"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 INT_BLOCK = 256
 HALF = INT_BLOCK // 2
@@ -149,25 +149,6 @@ def _add(scale, codes, share, bits, first, out):
             upper[j] = value if first else upper[j] + value
 
 
-@part
-def _add_two(scale, codes, other_scale, other_codes, share, bits, first, out):
-    """Do the same for two payloads, one behind the other."""
-    if bits == 8:
-        for j in range(INT_BLOCK):
-            value, other = _value(codes[j], bits, scale, share), _value(other_codes[j], bits, other_scale, share)
-            out[j] = value + other if first else out[j] + value + other
-    else:
-        upper = out[HALF:]
-        for j in range(HALF):
-            value = _value(codes[j] & np.uint8(15), bits, scale, share)
-            other = _value(other_codes[j] & np.uint8(15), bits, other_scale, share)
-            out[j] = value + other if first else out[j] + value + other
-        for j in range(HALF):
-            value = _value(codes[j] >> np.uint8(4), bits, scale, share)
-            other = _value(other_codes[j] >> np.uint8(4), bits, other_scale, share)
-            upper[j] = value + other if first else upper[j] + value + other
-
-
 @loop
 def _add_tail(scale, codes, share, bits, first, out):
     """Do the same for the last block, which is shorter."""
@@ -182,20 +163,13 @@ def _add_tail(scale, codes, share, bits, first, out):
 def _read(pf, pu, W, row, b, blocks, bits, share, out):
     """Write the mean of the full block `b` of W payloads to `out`."""
     size = INT_BLOCK * bits // 8
-    at, first = 4 * blocks + b * size, b
-    if W == 1:
-        _add(pf[first], pu[at : at + size], share, bits, True, out)
-        return
-    for w in range(0, W - 1, 2):
-        codes, other_codes = pu[at : at + size], pu[at + row : at + row + size]
-        scale, other_scale = pf[first], pf[first + row // 4]
+    for w in range(W):
+        at = w * row + 4 * blocks + b * size
+        scale, codes = pf[w * (row // 4) + b], pu[at : at + size]
         if w == 0:
-            _add_two(scale, codes, other_scale, other_codes, share, bits, True, out)
+            _add(scale, codes, share, bits, True, out)
         else:
-            _add_two(scale, codes, other_scale, other_codes, share, bits, False, out)
-        at, first = at + 2 * row, first + 2 * (row // 4)
-    if W % 2:
-        _add(pf[first], pu[at : at + size], share, bits, False, out)
+            _add(scale, codes, share, bits, False, out)
 
 
 @part

@@ -22,7 +22,7 @@ from commpress.kernels.cpu.blocks import (
     sum_magnitudes,
 )
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "a92df2e0d3695fec"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 PLANE = SIGN_BLOCK // 8
 
@@ -57,85 +57,99 @@ def _write_rare(x, residual, codes, a, lanes):
 
 @part
 def _encode_block(x, residual, a, lanes, b, blocks, pf, pu):
-    """Encode the block `b`, whose values are `x`."""
-    start = 4 * blocks + b * PLANE
-    if x.size == SIGN_BLOCK:
-        codes = pu[start : start + PLANE]
-        scale = sum_magnitudes(x, lanes) * np.float32(1 / SIGN_BLOCK)
-        if np.isfinite(scale):
-            pf[b] = scale
-            _write(x, residual, codes, scale)
-            return
-    pf[b] = _write_rare(x, residual, pu[start : start + (x.size + 7) // 8], a, lanes)
+    """Encode the full block `b`, whose values are `x`."""
+    codes = pu[4 * blocks + b * PLANE : 4 * blocks + (b + 1) * PLANE]
+    scale = sum_magnitudes(x, lanes) * np.float32(1 / SIGN_BLOCK)
+    if np.isfinite(scale):
+        pf[b] = scale
+        _write(x, residual, codes, scale)
+    else:
+        pf[b] = _write_rare(x, residual, codes, a, lanes)
 
 
 @part
-def _sign_read(pf, pu, W, row, b, blocks, share, out):
-    """The mean of the block `b` of W payloads, into `out` (the values of that block)."""
-    m = out.size
-    width = (m + 7) // 8
+def _encode_tail(x, residual, a, lanes, b, blocks, pf, pu):
+    """Encode the last block `b`, if it is shorter."""
+    start = 4 * blocks + b * PLANE
+    if x.size:
+        pf[b] = _write_rare(x, residual, pu[start : start + (x.size + 7) // 8], a, lanes)
+
+
+@part
+def _read(pf, pu, W, row, b, blocks, share, out):
+    """Write the mean of the full block `b` of W payloads to `out`."""
     for w in range(W):
-        at = w * row + 4 * blocks + b * (PLANE)
+        at = w * row + 4 * blocks + b * PLANE
+        scale, codes = pf[w * (row // 4) + b] * share, pu[at : at + PLANE]
+        for p in range(8):
+            bit = np.uint8(1 << p)
+            plane = out[p * PLANE : (p + 1) * PLANE]
+            if w:
+                for j in range(PLANE):
+                    plane[j] += -scale if codes[j] & bit else scale
+            else:
+                for j in range(PLANE):
+                    plane[j] = -scale if codes[j] & bit else scale
+
+
+@part
+def _read_tail(pf, pu, W, row, b, blocks, share, out):
+    """Do the same for the last block, if it is shorter."""
+    width = (out.size + 7) // 8
+    for w in range(W if out.size else 0):
+        at = w * row + 4 * blocks + b * PLANE
         scale = pf[w * (row // 4) + b] * share
-        if m == SIGN_BLOCK:
-            codes = pu[at : at + PLANE]
-            for p in range(8):
-                bit = np.uint8(1 << p)
-                plane = out[p * (PLANE) : (p + 1) * (PLANE)]
-                if w:
-                    for j in range(PLANE):
-                        plane[j] += -scale if codes[j] & bit else scale
-                else:
-                    for j in range(PLANE):
-                        plane[j] = -scale if codes[j] & bit else scale
-        else:
-            for i in range(m):
-                value = -scale if pu[at + i % width] >> (i // width) & 1 else scale
-                out[i] = out[i] + value if w else value
+        for i in range(out.size):
+            value = -scale if pu[at + i % width] >> (i // width) & 1 else scale
+            out[i] = out[i] + value if w else value
 
 
 @loop
 def sign_encode(x, prologue, residual, pf, pu):
     """Signs and magnitudes of x + residual; the residual becomes what they miss."""
-    blocks = (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK
-    scratch, a, lanes = (
-        np.empty(SIGN_BLOCK, np.float32),
-        np.empty(SIGN_BLOCK, np.float32),
-        np.empty(SIGN_LANES, np.float32),
-    )
-    for b in range(blocks):
+    full, blocks = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK
+    scratch, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
+    lanes = np.empty(SIGN_LANES, np.float32)
+    for b in range(full):
         xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
         _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, lanes, b, blocks, pf, pu)
+    at, rest = full * SIGN_BLOCK, x.size - full * SIGN_BLOCK
+    xb = block_of(x, prologue, residual, at, rest, scratch)
+    _encode_tail(xb, part_of(residual, at, rest), a, lanes, full, blocks, pf, pu)
 
 
 @loop
 def sign_mean(pf, pu, W, row, out):
     """The mean of W payloads."""
-    blocks = (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
+    full, blocks = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(SIGN_BLOCK, np.float32)
-    for b in range(blocks):
+    for b in range(full):
         ob = room_for(out, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
-        _sign_read(pf, pu, W, row, b, blocks, share, ob)
+        _read(pf, pu, W, row, b, blocks, share, ob)
         put_block(out, b * SIGN_BLOCK, ob)
+    ob = room_for(out, full * SIGN_BLOCK, out.size - full * SIGN_BLOCK, scratch)
+    _read_tail(pf, pu, W, row, full, blocks, share, ob)
+    put_block(out, full * SIGN_BLOCK, ob)
 
 
 @loop
 def sign_recode(pf, pu, W, row, residual, qf, qu, n):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
-    blocks = (n + SIGN_BLOCK - 1) // SIGN_BLOCK
+    full, blocks = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
-    mean, a, lanes = (
-        np.empty(SIGN_BLOCK, np.float32),
-        np.empty(SIGN_BLOCK, np.float32),
-        np.empty(SIGN_LANES, np.float32),
-    )
-    for b in range(blocks):
-        mb = mean[: min(SIGN_BLOCK, n - b * SIGN_BLOCK)]
-        _sign_read(pf, pu, W, row, b, blocks, share, mb)
+    mean, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
+    lanes = np.empty(SIGN_LANES, np.float32)
+    for b in range(full):
         rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
-        remember(mb, rb, mb.size)
-        _encode_block(mb, rb, a, lanes, b, blocks, qf, qu)
+        _read(pf, pu, W, row, b, blocks, share, mean)
+        remember(mean, rb, SIGN_BLOCK)
+        _encode_block(mean, rb, a, lanes, b, blocks, qf, qu)
+    at, rest = full * SIGN_BLOCK, n - full * SIGN_BLOCK
+    mb, rb = mean[:rest], part_of(residual, at, rest)
+    _read_tail(pf, pu, W, row, full, blocks, share, mb)
+    remember(mb, rb, rest)
+    _encode_tail(mb, rb, a, lanes, full, blocks, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:

@@ -20,7 +20,7 @@ from commpress.kernels.cpu.blocks import (
 )
 from commpress.kernels.cpu.elias_fano import ef_decode, ef_encode
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "a92df2e0d3695fec"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 KEEP_BLOCK = 256
 BINS = 2048
@@ -122,6 +122,31 @@ def _positions(a, threshold, o, index, at):
     return at
 
 
+@part
+def _remember(a, rb, old, size):
+    """rb := a + rb, old := what it was; return the bits of the largest magnitude among them."""
+    top = np.int32(0)
+    for j in range(size):
+        old[j] = rb[j]
+        value = np.float32(a[j] + rb[j])
+        rb[j] = value
+        top = max(top, np.int32(value.view(np.int32) & MAGNITUDE))
+    return top
+
+
+@part
+def _summed(a, residual, old, o, size, spared):
+    """The `size` values of a block at `o` and what is remembered of them, and `spared`, which notes what it must."""
+    if residual is None:
+        return a, spared
+    rb = residual[o : o + size]
+    if _remember(a, rb, old, size) >= INFINITY_BITS:
+        if spared.size == 0:
+            spared = np.zeros(residual.size, np.float32)
+        _spare(rb, old, o, spared)
+    return rb, spared
+
+
 @loop
 def _collect(x, prologue, residual, threshold, room):
     """One pass: residual := x + residual, and where its magnitude reaches `threshold`, position and value.
@@ -133,44 +158,27 @@ def _collect(x, prologue, residual, threshold, room):
     index = np.empty(room + KEEP_BLOCK + 8, np.int64)
     value = np.empty(room + KEEP_BLOCK, np.float32)
     spared = np.empty(0, np.float32)
+    full = n // KEEP_BLOCK
     count, at = np.int64(0), np.int64(0)
-    for b in range((n + KEEP_BLOCK - 1) // KEEP_BLOCK):
+    for b in range(full):
         o = b * KEEP_BLOCK
-        a = block_of(x, prologue, None, o, KEEP_BLOCK, scratch)
-        if residual is not None:
-            rb = residual[o : o + KEEP_BLOCK]
-            top = _remember(a, rb, old)
-            if top >= INFINITY_BITS:
-                if spared.size == 0:
-                    spared = np.zeros(n, np.float32)
-                _spare(rb, old, o, spared)
-            a = rb
-        if a.size < KEEP_BLOCK:
-            pad(a, scratch)
-            a = scratch
+        xb = block_of(x, prologue, None, o, KEEP_BLOCK, scratch)
+        a, spared = _summed(xb, residual, old, o, KEEP_BLOCK, spared)
         end = _positions(a, threshold, o, index, at)
         for i in range(at, end):
             value[i] = a[index[i] - o]
         count += end - at
         at = min(end, room)
+    if n > full * KEEP_BLOCK:
+        o = full * KEEP_BLOCK
+        xb = block_of(x, prologue, None, o, n - o, scratch)
+        a, spared = _summed(xb, residual, old, o, n - o, spared)
+        pad(a, old)
+        end = _positions(old, threshold, o, index, at)
+        for i in range(at, end):
+            value[i] = old[index[i] - o]
+        count += end - at
     return index, value, count, spared
-
-
-@part
-def _remember(a, rb, old):
-    """rb := a + rb, old := what it was; return the bits of the largest magnitude."""
-    top = np.int32(0)
-    if rb.size == KEEP_BLOCK:
-        for j in range(KEEP_BLOCK):
-            old[j] = rb[j]
-            rb[j] = np.float32(a[j] + rb[j])
-            top = max(top, np.int32(np.float32(rb[j]).view(np.int32) & MAGNITUDE))
-    else:
-        for j in range(rb.size):
-            old[j] = rb[j]
-            rb[j] = np.float32(a[j] + rb[j])
-            top = max(top, np.int32(np.float32(rb[j]).view(np.int32) & MAGNITUDE))
-    return top
 
 
 @loop

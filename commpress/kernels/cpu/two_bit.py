@@ -23,7 +23,7 @@ from commpress.kernels.cpu.blocks import (
     sum_magnitudes,
 )
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "a92df2e0d3695fec"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 PLANE = SIGN_BLOCK // 8
 
@@ -92,87 +92,105 @@ def _write_rare(x, residual, signs, sizes, a, t, lanes):
 
 @part
 def _encode_block(x, residual, a, t, lanes, b, blocks, plane, pf, pu):
-    """Encode the block `b`, whose values are `x`. All signs are `plane` bytes."""
-    start, width = 8 * blocks + b * PLANE, (x.size + 7) // 8
-    if x.size == SIGN_BLOCK:
-        mean, low, high = _sizes(x, SIGN_BLOCK, lanes)
-        if np.isfinite(mean):
-            pf[2 * b], pf[2 * b + 1] = low, high
-            signs, sizes = pu[start : start + PLANE], pu[start + plane : start + plane + PLANE]
-            _write(x, residual, signs, sizes, mean, low, high)
-            return
-    signs, sizes = pu[start : start + width], pu[start + plane : start + plane + width]
-    pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t, lanes)
+    """Encode the full block `b`, whose values are `x`. All signs are `plane` bytes."""
+    start = 8 * blocks + b * PLANE
+    signs, sizes = pu[start : start + PLANE], pu[start + plane : start + plane + PLANE]
+    mean, low, high = _sizes(x, SIGN_BLOCK, lanes)
+    if np.isfinite(mean):
+        pf[2 * b], pf[2 * b + 1] = low, high
+        _write(x, residual, signs, sizes, mean, low, high)
+    else:
+        pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t, lanes)
 
 
 @part
-def _int2_read(pf, pu, W, row, b, blocks, plane, share, out):
-    """The mean of the block `b` of W payloads, into `out` (the values of that block)."""
-    m = out.size
-    width = (m + 7) // 8
+def _encode_tail(x, residual, a, t, lanes, b, blocks, plane, pf, pu):
+    """Encode the last block `b`, if it is shorter."""
+    start, width = 8 * blocks + b * PLANE, (x.size + 7) // 8
+    if x.size:
+        signs, sizes = pu[start : start + width], pu[start + plane : start + plane + width]
+        pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t, lanes)
+
+
+@part
+def _read(pf, pu, W, row, b, blocks, plane, share, out):
+    """Write the mean of the full block `b` of W payloads to `out`."""
     for w in range(W):
-        at = w * row + 8 * blocks + b * (PLANE)
+        at = w * row + 8 * blocks + b * PLANE
         low, high = pf[w * (row // 4) + 2 * b] * share, pf[w * (row // 4) + 2 * b + 1] * share
-        if m == SIGN_BLOCK:
-            signs, sizes = pu[at : at + PLANE], pu[at + plane : at + plane + PLANE]
-            for p in range(8):
-                bit = np.uint8(1 << p)
-                eighth = out[p * (PLANE) : (p + 1) * (PLANE)]
-                if w:
-                    for j in range(PLANE):
-                        size = high if sizes[j] & bit else low
-                        eighth[j] += -size if signs[j] & bit else size
-                else:
-                    for j in range(PLANE):
-                        size = high if sizes[j] & bit else low
-                        eighth[j] = -size if signs[j] & bit else size
-        else:
-            for i in range(m):
-                size = high if pu[at + plane + i % width] >> (i // width) & 1 else low
-                value = -size if pu[at + i % width] >> (i // width) & 1 else size
-                out[i] = out[i] + value if w else value
+        signs, sizes = pu[at : at + PLANE], pu[at + plane : at + plane + PLANE]
+        for p in range(8):
+            bit = np.uint8(1 << p)
+            eighth = out[p * PLANE : (p + 1) * PLANE]
+            if w:
+                for j in range(PLANE):
+                    size = high if sizes[j] & bit else low
+                    eighth[j] += -size if signs[j] & bit else size
+            else:
+                for j in range(PLANE):
+                    size = high if sizes[j] & bit else low
+                    eighth[j] = -size if signs[j] & bit else size
+
+
+@part
+def _read_tail(pf, pu, W, row, b, blocks, plane, share, out):
+    """Do the same for the last block, if it is shorter."""
+    width = (out.size + 7) // 8
+    for w in range(W if out.size else 0):
+        at = w * row + 8 * blocks + b * PLANE
+        low, high = pf[w * (row // 4) + 2 * b] * share, pf[w * (row // 4) + 2 * b + 1] * share
+        for i in range(out.size):
+            size = high if pu[at + plane + i % width] >> (i // width) & 1 else low
+            value = -size if pu[at + i % width] >> (i // width) & 1 else size
+            out[i] = out[i] + value if w else value
 
 
 @loop
 def int2_encode(x, prologue, residual, pf, pu):
     """Signs and sizes of x + residual; the residual becomes what they miss."""
-    blocks, plane = (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(x.size)
-    scratch, a, t = (
-        np.empty(SIGN_BLOCK, np.float32),
-        np.empty(SIGN_BLOCK, np.float32),
-        np.empty(SIGN_BLOCK, np.float32),
-    )
+    full, blocks, plane = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(x.size)
+    scratch, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     lanes = np.empty((3, SIGN_LANES), np.float32)
-    for b in range(blocks):
+    for b in range(full):
         xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
         _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, t, lanes, b, blocks, plane, pf, pu)
+    at, rest = full * SIGN_BLOCK, x.size - full * SIGN_BLOCK
+    xb = block_of(x, prologue, residual, at, rest, scratch)
+    _encode_tail(xb, part_of(residual, at, rest), a, t, lanes, full, blocks, plane, pf, pu)
 
 
 @loop
 def int2_mean(pf, pu, W, row, out):
     """The mean of W payloads."""
-    blocks, plane = (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(out.size)
+    full, blocks, plane = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(out.size)
     share = np.float32(1.0 / W)
     scratch = np.empty(SIGN_BLOCK, np.float32)
-    for b in range(blocks):
+    for b in range(full):
         ob = room_for(out, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
-        _int2_read(pf, pu, W, row, b, blocks, plane, share, ob)
+        _read(pf, pu, W, row, b, blocks, plane, share, ob)
         put_block(out, b * SIGN_BLOCK, ob)
+    ob = room_for(out, full * SIGN_BLOCK, out.size - full * SIGN_BLOCK, scratch)
+    _read_tail(pf, pu, W, row, full, blocks, plane, share, ob)
+    put_block(out, full * SIGN_BLOCK, ob)
 
 
 @loop
 def int2_recode(pf, pu, W, row, residual, qf, qu, n):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
-    blocks, plane = (n + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(n)
+    full, blocks, plane = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(n)
     share = np.float32(1.0 / W)
     mean, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     lanes = np.empty((3, SIGN_LANES), np.float32)
-    for b in range(blocks):
-        mb = mean[: min(SIGN_BLOCK, n - b * SIGN_BLOCK)]
-        _int2_read(pf, pu, W, row, b, blocks, plane, share, mb)
+    for b in range(full):
         rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
-        remember(mb, rb, mb.size)
-        _encode_block(mb, rb, a, t, lanes, b, blocks, plane, qf, qu)
+        _read(pf, pu, W, row, b, blocks, plane, share, mean)
+        remember(mean, rb, SIGN_BLOCK)
+        _encode_block(mean, rb, a, t, lanes, b, blocks, plane, qf, qu)
+    at, rest = full * SIGN_BLOCK, n - full * SIGN_BLOCK
+    mb, rb = mean[:rest], part_of(residual, at, rest)
+    _read_tail(pf, pu, W, row, full, blocks, plane, share, mb)
+    remember(mb, rb, rest)
+    _encode_tail(mb, rb, a, t, lanes, full, blocks, plane, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
