@@ -83,6 +83,19 @@ def trailing_zeros(typing: Any, mask: Any) -> Any:
     return types.int64(types.uint64), build
 
 
+@intrinsic
+def put_word(typing: Any, x: Any, at: Any, word: Any) -> Any:
+    """x[at : at + 8] := the bytes of a uint64, the lowest first; x is uint8 and has room for them."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
+        builder.store(arguments[2], place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.uint64), build
+
+
 # --- 16-bit floats, as uint32, in whose vectors the loops compute -------------------------------------------------
 
 

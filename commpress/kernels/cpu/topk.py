@@ -20,10 +20,17 @@ from commpress.kernels.cpu.blocks import (
 )
 from commpress.kernels.cpu.elias_fano import ef_decode, ef_encode
 
-BLOCKS_SHA256 = "a92df2e0d3695fec"
+BLOCKS_SHA256 = "fd366468ded3e438"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 KEEP_BLOCK = 256
 BINS = 2048
+
+
+@part
+def _bin(bits, base, shift):
+    """The bin of a magnitude; the one behind the last for what lies below `base`."""
+    above = np.int64(bits & MAGNITUDE) - base
+    return np.uint64(above) >> np.uint64(shift) if above >= 0 else np.uint64(BINS)
 
 
 @loop
@@ -36,16 +43,22 @@ def kth_largest(raw, k, low=0):
     for i in range(raw.size):
         top = max(top, np.int32(raw[i] & MAGNITUDE))
     span = np.int64(top) - base
-    counts = np.empty(BINS, np.int64)
+    counts, odd = np.empty(BINS + 1, np.int64), np.empty(BINS + 1, np.int64)
     while True:
         shift = np.int64(0)
         while span >> shift >= BINS:
             shift += 1
         counts[:] = 0
-        for i in range(raw.size):
-            above = np.int64(raw[i] & MAGNITUDE) - base
-            if above >= 0:
-                counts[np.uint64(above) >> np.uint64(shift)] += 1
+        odd[:] = 0
+        for i in range(
+            raw.size // 2
+        ):  # neighbours often fall into one bin: in one table they would wait for each other
+            counts[_bin(raw[2 * i], base, shift)] += 1
+            odd[_bin(raw[2 * i + 1], base, shift)] += 1
+        if raw.size % 2:
+            counts[_bin(raw[raw.size - 1], base, shift)] += 1
+        for b in range(BINS):
+            counts[b] += odd[b]
         b = BINS - 1
         while counts[b] < rank:
             rank -= counts[b]
@@ -99,24 +112,27 @@ def _spare(a, old, o, spared):
 
 
 @part
-def _positions(a, threshold, o, index, at):
-    """Write to `index[at:]` where the magnitudes of the block `a` (KEEP_BLOCK values from `o` on) reach `threshold`.
+def _write_places(mask, first, batch, index, at):
+    """Write to `index[at:]` the places of the lowest `batch` bits of `mask`, counted from `first`; return the other bits.
 
-    Four are written for each 64 values, those that are there count: no branch depends on the values, unless there are more."""
+    All are written, whether they are there or not: no branch depends on how many there are."""
+    places = index[at : at + batch]
+    for i in range(batch):
+        places[i] = first + trailing_zeros(mask)
+        mask &= mask - np.uint64(1)
+    return mask
+
+
+@part
+def _positions(a, threshold, o, dense, index, at):
+    """Write to `index[at:]` where the magnitudes of the block `a` (KEEP_BLOCK values from `o` on) reach `threshold`."""
     for w in range(KEEP_BLOCK // 64):
         mask = reach_mask(a, 64 * w, threshold)
-        first = o + 64 * w
-        count = np.int64(popcount(mask))
-        four = index[at : at + 4]
-        for i in range(4):
-            four[i] = first + trailing_zeros(mask)
-            mask &= mask - np.uint64(1)
-        done = np.int64(4)
-        while done < count:
-            four = index[at + done : at + done + 4]
-            for i in range(4):
-                four[i] = first + trailing_zeros(mask)
-                mask &= mask - np.uint64(1)
+        count, first, done = np.int64(popcount(mask)), o + 64 * w, np.int64(0)
+        if dense:
+            mask, done = _write_places(mask, first, 16, index, at), np.int64(16)
+        while done < count or done == 0:  # mostly once
+            mask = _write_places(mask, first, 4, index, at + done)
             done += 4
         at += count
     return at
@@ -155,16 +171,16 @@ def _collect(x, prologue, residual, threshold, room):
     the sum is NaN or Inf (an array as long as x; empty where there was none)."""
     n = x.size
     old, scratch = np.empty(KEEP_BLOCK, np.float32), np.empty(KEEP_BLOCK, np.float32)
-    index = np.empty(room + KEEP_BLOCK + 8, np.int64)
+    index = np.empty(room + KEEP_BLOCK + 16, np.int64)
     value = np.empty(room + KEEP_BLOCK, np.float32)
     spared = np.empty(0, np.float32)
-    full = n // KEEP_BLOCK
+    full, dense = n // KEEP_BLOCK, room > n // 32
     count, at = np.int64(0), np.int64(0)
     for b in range(full):
         o = b * KEEP_BLOCK
         xb = block_of(x, prologue, None, o, KEEP_BLOCK, scratch)
         a, spared = _summed(xb, residual, old, o, KEEP_BLOCK, spared)
-        end = _positions(a, threshold, o, index, at)
+        end = _positions(a, threshold, o, dense, index, at)
         for i in range(at, end):
             value[i] = a[index[i] - o]
         count += end - at
@@ -174,43 +190,70 @@ def _collect(x, prologue, residual, threshold, room):
         xb = block_of(x, prologue, None, o, n - o, scratch)
         a, spared = _summed(xb, residual, old, o, n - o, spared)
         pad(a, old)
-        end = _positions(old, threshold, o, index, at)
+        end = _positions(old, threshold, o, dense, index, at)
         for i in range(at, end):
             value[i] = old[index[i] - o]
         count += end - at
     return index, value, count, spared
 
 
-@loop
-def _keep(raw, threshold, above, k, kept):
-    """Note in `kept` where the k largest magnitudes of `raw` stand: the `above` ones that exceed the threshold and, of
-    those equal to it, an evenly spread choice. No branch depends on the values: each place is written, and written over
-    by the next one if it is not kept."""
-    ties = np.int64(0)
+@part
+def _count_ties(raw, threshold):
+    """How many magnitudes exceed the threshold, and how many equal it."""
+    above, ties = np.int64(0), np.int64(0)
     for i in range(raw.size):
-        ties += np.int64((raw[i] & MAGNITUDE) == threshold)
+        magnitude = np.int32(raw[i] & MAGNITUDE)
+        above += np.int64(magnitude > threshold)
+        ties += np.int64(magnitude == threshold)
+    return above, ties
+
+
+@loop
+def keep_largest(index, value, threshold, k):
+    """Move the k largest magnitudes of `value`, of which the smallest is `threshold`, to its front, and theirs of `index`.
+
+    Of those that equal it an evenly spread choice stays. No branch depends on the values: each is moved, and written over by
+    the next one if it is not kept."""
+    raw = value.view(np.int32)
+    above, ties = _count_ties(raw, threshold)
     need = k - above
+    c, share = np.int64(0), np.int64(0)
+    if need == ties:
+        for i in range(raw.size):
+            bits, place = raw[i], index[i]
+            raw[c], index[c] = bits, place
+            c += np.int64(np.int32(bits & MAGNITUDE) >= threshold)
+    else:
+        for i in range(raw.size):
+            bits, place = raw[i], index[i]
+            magnitude = np.int32(bits & MAGNITUDE)
+            share += need * np.int64(
+                magnitude == threshold
+            )  # tie t stays where (t + 1) * need / ties passes an integer
+            take = share >= ties
+            share -= ties * np.int64(take)
+            raw[c], index[c] = bits, place
+            c += np.int64(take or magnitude > threshold)
+
+
+@loop
+def largest_of(whole, threshold, k):
+    """Where the k largest magnitudes of `whole` stand, of which the smallest is `threshold`, and the values there."""
+    raw = whole.view(np.int32)
+    above, ties = _count_ties(raw, threshold)
+    need = k - above
+    index, value = np.empty(k, np.int64), np.empty(k, np.float32)
     c, share = np.int64(0), np.int64(0)
     for i in range(raw.size):
         magnitude = np.int32(raw[i] & MAGNITUDE)
-        share += need * np.int64(magnitude == threshold)  # tie t is kept where (t + 1) * need / ties passes an integer
+        share += need * np.int64(magnitude == threshold)
         take = share >= ties
         share -= ties * np.int64(take)
-        kept[c] = i
+        index[c], value[c] = i, whole[i]
         c += np.int64(take or magnitude > threshold)
         if c == k:
             break
-
-
-@loop
-def _largest(raw, threshold, k):
-    """Where the k largest magnitudes of `raw` stand, of which the smallest is `threshold`."""
-    above = np.int64(0)
-    for i in range(raw.size):
-        above += np.int64((raw[i] & MAGNITUDE) > threshold)
-    kept = np.empty(k, np.int64)
-    _keep(raw, threshold, above, k, kept)
-    return kept
+    return index, value
 
 
 @part
@@ -250,10 +293,7 @@ def topk_select(x, prologue, residual, k):
         exact = kth_largest(raw, k, threshold)
         overflows = exact >= INFINITY_BITS and _not_finite(raw) > k
         if not overflows:
-            kept = _largest(raw, exact, k)
-            for i in range(k):
-                value[i] = value[kept[i]]
-                index[i] = index[kept[i]]
+            keep_largest(index[:count], value[:count], exact, k)
     else:
         whole = _whole(x, prologue, residual)
         raw = whole.view(np.int32)
@@ -265,10 +305,7 @@ def topk_select(x, prologue, residual, k):
             exact = np.int32(0)
         overflows = exact >= INFINITY_BITS and _not_finite(raw) > k
         if not overflows:
-            index = _largest(raw, exact, k)
-            value = np.empty(k, np.float32)
-            for i in range(k):
-                value[i] = whole[index[i]]
+            index, value = largest_of(whole, exact, k)
     if overflows:
         k = 0
     if residual is not None:
