@@ -1,4 +1,4 @@
-"""Compiles the pieces of the hot loops for processors: `NUMBA_OPT=0 python pieces.py '{"haswell": "x86_64-unknown-linux-gnu"}'`.
+"""Compiles the pieces of the hot loops for processors: `NUMBA_OPT=0 python pieces.py '{"haswell": "x86_64-linux-gnu"}'`.
 
 Prints LLVM's optimised code by processor and piece, as JSON.
 """
@@ -19,7 +19,7 @@ from commpress.kernels.cpu.blocks import block_of, sum_magnitudes, top_of
 FLOATS, BYTES = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
 BFLOATS, HALVES = types.Array(types.uint16, 1, "C"), types.Array(types.int16, 1, "C")
 LANES = types.Array(types.float32, 2, "C")
-F, I, NONE = types.float32, types.int64, types.none
+F, INT, NONE = types.float32, types.int64, types.none
 STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
 
 
@@ -33,13 +33,13 @@ def in_order(x: Any, residual: Any) -> Any:
 
 PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "top_of": (lambda x: top_of(x, 256), (FLOATS,)),
-    "block_of, feedback": (lambda x, r, o, s: block_of(x, None, r, o, 256, s)[7], (FLOATS, FLOATS, I, FLOATS)),
+    "block_of, feedback": (lambda x, r, o, s: block_of(x, None, r, o, 256, s)[7], (FLOATS, FLOATS, INT, FLOATS)),
     "block_of, feedback and prologue": (
         lambda x, p, r, o, s: block_of(x, p, r, o, 256, s)[7],
-        (FLOATS, STEPS, FLOATS, I, FLOATS),
+        (FLOATS, STEPS, FLOATS, INT, FLOATS),
     ),
-    "block_of, bfloat16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (BFLOATS, I, FLOATS)),
-    "block_of, float16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (HALVES, I, FLOATS)),
+    "block_of, bfloat16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (BFLOATS, INT, FLOATS)),
+    "block_of, float16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (HALVES, INT, FLOATS)),
     "int8 write": (lambda x, c, top: integer._write(x, None, c, top, 8), (FLOATS, BYTES, types.int32)),
     "int8 write, feedback": (
         lambda x, r, c, top: integer._write(x, r, c, top, 8),
