@@ -99,6 +99,7 @@ class CommState:
             layouts={name: (p.shape, p.stride()) for p, name in names.items()},
             optimizer=optimizer,
             verify=verify,
+            dtypes={p.dtype for p in names if not p.is_complex()},
         )
         replica = (lambda p: p) if optimizer is None else optimizer.replica
         self._buckets = self.session.step_buffer

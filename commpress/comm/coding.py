@@ -103,16 +103,22 @@ def clear(codec: "Codec", payload: Tensor, values: Tensor) -> None:
         values.zero_()
 
 
-def warm_up(codec: "Codec", device: torch.device) -> None:
-    """Compile a codec's kernels now, not in the middle of the first step."""
+def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.float32, prologue: bool = False) -> None:
+    """Compile a codec's kernels now, not in the middle of the first step.
+
+    `dtype` is that of the gradients; with `prologue`, what encodes behind one is compiled as well.
+    """
     x = torch.linspace(-1, 1, WARM_UP_VALUES, dtype=torch.float32, device=device)
     residual = torch.zeros_like(x)
-    payload = encode(codec, x)
-    encode(codec, x, residual)
-    Prologue(x, x, 1.0, 0.5, 0.5).apply(residual)
+    payload = encode(codec, x.to(dtype))
+    encode(codec, x.to(dtype), residual)
+    if prologue:
+        update = Prologue(x, x, 1.0, 0.5, 0.5)
+        encode(codec, x.to(dtype), residual, update)
+        update.apply(residual)
     recode(codec, payload.repeat(2), WARM_UP_VALUES, 2, residual)
     recode(codec, payload.repeat(2), WARM_UP_VALUES, 2)
-    mean(codec, payload.repeat(2), WARM_UP_VALUES, 2)
+    mean(codec, payload.repeat(2), WARM_UP_VALUES, 2, torch.empty_like(x, dtype=dtype))
 
 
 # --- what the definition means ------------------------------------------------------------------------------------

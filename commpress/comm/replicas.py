@@ -1,5 +1,6 @@
 """The session of replicas: every rank of one process group holds all parameters, and their gradients become one mean."""
 
+from collections.abc import Iterable
 from importlib.metadata import version
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
+from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.feedback import Segments
 from commpress.comm.masks_index import MaskIndex, in_memory_order, of_pairs
@@ -33,17 +35,22 @@ def replicas_session(
     layouts: Layouts | None = None,
     optimizer: OptimizerHooks | None = None,
     verify: int = EVERY,
+    dtypes: Iterable[torch.dtype] = (),
 ) -> Session:
     """Make the session of the data-parallel ranks of `group`, whose gradients live on `device`. Collective.
 
-    `parameters` are names and sizes of what is exchanged, `layouts` their shapes and strides, where they are known. Ranks whose
-    spec, settings, parameters or library version differ all raise ValueError with both values. Every `verify` steps (0: never),
-    and in the first three, the ranks compare hashes of the means and of `step_buffer.replicas`, and payloads have checksums.
+    `parameters` are names and sizes of what is exchanged, `layouts` their shapes and strides, `dtypes` those of the gradients,
+    where they are known. Ranks whose spec, settings, parameters or library version differ all raise ValueError with both values.
+    Every `verify` steps (0: never), and in the first three, the ranks compare hashes of the means and of `step_buffer.replicas`,
+    and payloads have checksums.
     """
     name = None if optimizer is None else type(optimizer).__name__
     more: dict[str, object] = {"optimizer": name, "grad_scaler": grad_scaler is not None, "verify": verify}
     plan = agreed_plan(spec, exchange, error_feedback, parameters, group, device, more)
     collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
+    if collectives.world_size > 1:
+        for dtype in set(dtypes) | {torch.float32}:
+            warm_up(plan.codec, device, dtype, prologue=optimizer is not None)
 
     def masks(given: Masks) -> list[MaskIndex]:
         return [_mask_index(given, dict(parameters), layouts or {}, collectives.pairs, optimizer)]

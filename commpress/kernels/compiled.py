@@ -26,7 +26,7 @@ import numpy as np
 from numba import njit
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.serialize import dumps
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,6 +63,11 @@ def by_type(function: F) -> F:
     options = {"nogil": True, "error_model": "numpy", "forceinline": True}
     overload(generic, jit_options=options)(function)
     return generic  # type: ignore[return-value]
+
+
+def instruction(function: F) -> F:
+    """A piece of a loop in LLVM's own words: `function` gets types, and returns a signature and what builds the code."""
+    return intrinsic(function)  # type: ignore[no-any-return]
 
 
 class CheckedCache(FunctionCache):  # type: ignore[misc]  # Numba has no types

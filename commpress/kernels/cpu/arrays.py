@@ -20,7 +20,7 @@ READABLE = (torch.float32, *BITS)
 
 def values(x: Tensor) -> Values:
     """A tensor [n] of a readable dtype: float32, or the bits of bfloat16 as uint16, those of float16 as int16."""
-    return (x.view(BITS[x.dtype]) if x.dtype in BITS else x).numpy()  # type: ignore[no-any-return]
+    return (x.view(BITS[x.dtype]) if x.dtype in BITS else x).numpy()
 
 
 def floats(x: Tensor | None) -> Floats | None:

@@ -22,11 +22,10 @@ loop uses no piece of any other file.
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.extending import intrinsic
 
-from commpress.kernels.compiled import by_type, loop, part
+from commpress.kernels.compiled import by_type, instruction, loop, part
 
 SIGN_BLOCK = 1024
 SIGN_LANES = 64
@@ -46,7 +45,7 @@ PLACES = np.array(
 # --- bits ---------------------------------------------------------------------------------------------------------
 
 
-@intrinsic
+@instruction
 def reach_mask(typing: Any, a: Any, start: Any, threshold: Any) -> Any:
     """Bit j: whether the magnitude of a[start + j] (float32, 64 of them) has bits of at least `threshold`.
 
@@ -67,13 +66,13 @@ def reach_mask(typing: Any, a: Any, start: Any, threshold: Any) -> Any:
     return types.uint64(a, types.int64, types.int32), build
 
 
-@intrinsic
+@instruction
 def popcount(typing: Any, mask: Any) -> Any:
     """How many bits of a uint64 are 1."""
     return types.uint64(types.uint64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
 
 
-@intrinsic
+@instruction
 def trailing_zeros(typing: Any, mask: Any) -> Any:
     """The place of the lowest bit that is 1, an int64; 64 if there is none."""
 
@@ -83,7 +82,7 @@ def trailing_zeros(typing: Any, mask: Any) -> Any:
     return types.int64(types.uint64), build
 
 
-@intrinsic
+@instruction
 def put_word(typing: Any, x: Any, at: Any, word: Any) -> Any:
     """x[at : at + 8] := the bytes of a uint64, the lowest first; x is uint8 and has room for them."""
 

@@ -5,7 +5,7 @@ import numpy as np
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.blocks import ONES, PLACES, put_word
 
-BLOCKS_SHA256 = "fd366468ded3e438"
+BLOCKS_SHA256 = "523791ff167e69ee"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 
 
