@@ -40,9 +40,9 @@ def replicas_session(
     """Make the session of the data-parallel ranks of `group`, whose gradients live on `device`. Collective.
 
     `parameters` are names and sizes of what is exchanged, `layouts` their shapes and strides, `dtypes` those of the gradients,
-    where they are known. Ranks whose spec, settings, parameters or library version differ all raise ValueError with both values.
-    Every `verify` steps (0: never), and in the first three, the ranks compare hashes of the means and of `step_buffer.replicas`,
-    and payloads have checksums.
+    where they are known. Ranks whose spec, settings, parameters or library version differ all raise ValueError with both
+    values. Every `verify` steps (0: never), and in the first three, the ranks compare hashes of the means and of
+    `step_buffer.replicas`, and payloads have checksums.
     """
     name = None if optimizer is None else type(optimizer).__name__
     more: dict[str, object] = {"optimizer": name, "grad_scaler": grad_scaler is not None, "verify": verify}
