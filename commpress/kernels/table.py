@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from commpress.kernels.cpu import cast, float8, integer, masks, model, optim, prologue, sign, topk, two_bit
+from commpress.kernels.cpu.arrays import READABLE
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,21 @@ class Kernel:
 
 
 KERNELS: dict[tuple[str, str | None, str], Kernel] = {
-    ("encode", "bf16", "cpu"): Kernel(cast.encode),
-    ("encode", "fp16", "cpu"): Kernel(cast.encode),
-    ("encode", "fp8", "cpu"): Kernel(float8.encode),
-    ("encode", "int8", "cpu"): Kernel(integer.encode),
-    ("encode", "int4", "cpu"): Kernel(integer.encode),
-    ("encode", "int2", "cpu"): Kernel(two_bit.encode),
-    ("encode", "sign", "cpu"): Kernel(sign.encode),
-    ("encode", "topk", "cpu"): Kernel(topk.encode),
-    ("mean", "bf16", "cpu"): Kernel(cast.mean),
-    ("mean", "fp16", "cpu"): Kernel(cast.mean),
-    ("mean", "fp8", "cpu"): Kernel(float8.mean),
-    ("mean", "int8", "cpu"): Kernel(integer.mean),
-    ("mean", "int4", "cpu"): Kernel(integer.mean),
-    ("mean", "int2", "cpu"): Kernel(two_bit.mean),
-    ("mean", "sign", "cpu"): Kernel(sign.mean),
+    ("encode", "bf16", "cpu"): Kernel(cast.encode, READABLE),
+    ("encode", "fp16", "cpu"): Kernel(cast.encode, READABLE),
+    ("encode", "fp8", "cpu"): Kernel(float8.encode, READABLE),
+    ("encode", "int8", "cpu"): Kernel(integer.encode, READABLE),
+    ("encode", "int4", "cpu"): Kernel(integer.encode, READABLE),
+    ("encode", "int2", "cpu"): Kernel(two_bit.encode, READABLE),
+    ("encode", "sign", "cpu"): Kernel(sign.encode, READABLE),
+    ("encode", "topk", "cpu"): Kernel(topk.encode, READABLE),
+    ("mean", "bf16", "cpu"): Kernel(cast.mean, READABLE),
+    ("mean", "fp16", "cpu"): Kernel(cast.mean, READABLE),
+    ("mean", "fp8", "cpu"): Kernel(float8.mean, READABLE),
+    ("mean", "int8", "cpu"): Kernel(integer.mean, READABLE),
+    ("mean", "int4", "cpu"): Kernel(integer.mean, READABLE),
+    ("mean", "int2", "cpu"): Kernel(two_bit.mean, READABLE),
+    ("mean", "sign", "cpu"): Kernel(sign.mean, READABLE),
     ("mean", "topk", "cpu"): Kernel(topk.mean),
     ("recode", "fp8", "cpu"): Kernel(float8.recode),
     ("recode", "int8", "cpu"): Kernel(integer.recode),

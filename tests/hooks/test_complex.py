@@ -89,9 +89,14 @@ def ddp_trainings(dtype: torch.dtype, settings: dict[str, Any]) -> dict[tuple[st
 
 
 @pytest.mark.parametrize(
-    ("ranks", "settings"), [(2, {}), (3, {"exchange": "two_shot"}), (2, {"error_feedback": False})]
+    ("dtype", "ranks", "settings"),
+    [
+        (torch.complex64, 2, {}),
+        (torch.complex128, 2, {}),
+        (torch.complex128, 3, {"exchange": "two_shot"}),
+        (torch.complex64, 2, {"error_feedback": False}),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_complex_gradients_are_averaged_as_pairs_of_reals(
     dtype: torch.dtype, ranks: int, settings: dict[str, Any]
 ) -> None:

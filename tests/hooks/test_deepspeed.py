@@ -20,10 +20,10 @@ from commpress.comm.plan import FEWEST_VALUES, Override, Plan
 from commpress.hooks.deepspeed import attach
 from commpress.optim.sharded_one_bit import Shift, shifted
 
-LIBRARIES = ("deepspeed",)
+LIBRARIES = ("engines",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
-STEPS = 30
+STEPS, FIRST = 20, 8
 VALUES = 6922
 """Parameters of the network."""
 PARTITION = 2308
@@ -81,23 +81,26 @@ def final(losses: list[float]) -> float:
 
 
 def compressed_and_plain(names: list[str]) -> list[dict[str, Any]]:
-    """Train these setups plain, by `none`, and by int4 gradients and int8 parameters."""
+    """Train these setups plain, by int4 gradients and int8 parameters, and some steps by `none`."""
     found = []
     for name in names:
-        setup, steps = SETUPS[name], range(STEPS)
+        setup = SETUPS[name]
         plain, none, coded = engine(**setup), engine(**setup), engine(**setup)
         exact = attach(none, "none")
         session = attach(coded, "int4", **({"parameters": "int8"} if setup["stage"] else {}))
-        losses = [final(train(e, steps)) for e in (plain, none, coded)]
-        trained = [weights(e) for e in (plain, none, coded)]
-        kept = all(bool(t.isfinite().all()) for t in trained[2])
-        unchanged = same(trained[2][2:4], [p.to(trained[2][2].dtype) for p in list(network().parameters())[2:4]])
+        for e in (plain, none):
+            train(e, range(FIRST))
+        is_plain = same(weights(plain), weights(none))
+        losses = [final(train(plain, range(FIRST, STEPS))), final(train(coded, range(STEPS)))]
+        trained = weights(coded)
+        kept = all(bool(t.isfinite().all()) for t in trained)
+        unchanged = same(trained[2:4], [p.to(trained[2].dtype) for p in list(network().parameters())[2:4]])
         found.append(
             {
                 "name": name,
                 "losses": losses,
-                "none is plain": same(trained[0], trained[1]),
-                "replicas agree": same_on_all_ranks(trained[2]) and kept,
+                "none is plain": is_plain,
+                "replicas agree": same_on_all_ranks(trained) and kept,
                 "frozen kept": unchanged or setup.get("model") is not frozen,
                 "none": exact.report().to_dict(),
                 "coded": session.report().to_dict(),
@@ -115,7 +118,7 @@ def test_training_is_deepspeeds_own(stage: int) -> None:
             assert found["none is plain"], name
             assert found["replicas agree"], name
             assert found["frozen kept"], name
-            assert abs(losses[2] - losses[0]) < NOISE, (name, losses)
+            assert abs(losses[1] - losses[0]) < NOISE, (name, losses)
             assert losses[0] < 2.1, (name, losses)  # it has learned something: the first loss is 2.4
             none, coded = found["none"], found["coded"]
             assert none["dense_bytes"] == none["sent_bytes"] > 0, name

@@ -18,7 +18,7 @@ from commpress.hooks.deepspeed import attach, initialize
 from commpress.kernels import table
 from commpress.optim import OneBitAdamW
 
-LIBRARIES = ("deepspeed",)
+LIBRARIES = ("engines",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 BLOCK = {"gradients": "int4", "parameters": "int8"}

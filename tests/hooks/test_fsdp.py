@@ -25,7 +25,7 @@ from training import CLASSES, INPUTS, WIDTH, Trained, finite, loss_of, network, 
 import commpress
 from commpress.launch.model import GPT, Shape
 
-STEPS = 5
+STEPS = 4
 Specs = tuple[str, str]
 """Of gradients and of parameters."""
 NONE: Specs = ("none", "none")
@@ -305,13 +305,13 @@ def after_learning(specs: Sequence[Specs | None]) -> list[float]:
             commpress.attach(model, gradients=pair[0], parameters=pair[1])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         losses = []
-        for step in range(120):
+        for step in range(60):
             optimizer.zero_grad()
             loss = loss_of(model, step)
             losses.append(loss.detach())
             loss.backward()
             optimizer.step()
-        mean = torch.stack(losses[-30:]).mean()
+        mean = torch.stack(losses[-20:]).mean()
         dist.all_reduce(mean, op=dist.ReduceOp.AVG)
         means.append(float(mean))
     return means

@@ -22,7 +22,7 @@ def borrowed(tree: ast.Module) -> dict[str, str]:
     compiled = [
         f
         for f in tree.body
-        if isinstance(f, ast.FunctionDef) and {ast.unparse(d) for d in f.decorator_list} & {"loop", "part"}
+        if isinstance(f, ast.FunctionDef) and {ast.unparse(d) for d in f.decorator_list} & {"loop", "part", "by_type"}
     ]
     used = {node.id for f in compiled for each in f.body for node in ast.walk(each) if isinstance(node, ast.Name)}
     return {name: origin[name] for name in used & origin.keys()}

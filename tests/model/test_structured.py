@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -360,22 +359,16 @@ def test_sizes_of_another_model_are_refused() -> None:
     assert shapes_of(model) == shapes
 
 
-FRESH = """
-import json, sys, torch
-from pathlib import Path
-from commpress.model.structured import Shapes, reshape
-sys.path[:0] = sys.argv[2:]
-import test_structured
-folder = Path(sys.argv[1])
-saved = torch.load(folder / "model.pt", weights_only=True)
-models = {"gpt": test_structured.gpt(seed=1), "conv": test_structured.ConvNet(), "bert": test_structured.bert()}
-outputs = {}
-for name, model in models.items():
-    reshape(model, Shapes(**json.loads((folder / f"{name}.json").read_text())))
-    model.load_state_dict(saved[name])
-    outputs[name] = test_structured.output_of(model.eval())
-torch.save(outputs, folder / "outputs.pt")
-"""
+def outputs_of_loaded(folder: str) -> dict[str, Tensor]:
+    """In a fresh process: models as they are made, made smaller and loaded as the files say."""
+    saved = torch.load(f"{folder}/model.pt", weights_only=True)
+    models = {"gpt": gpt(seed=1), "conv": ConvNet(), "bert": bert()}
+    outputs = {}
+    for name, model in models.items():
+        reshape(model, Shapes(**json.loads(Path(f"{folder}/{name}.json").read_text())))
+        model.load_state_dict(saved[name])
+        outputs[name] = output_of(model.eval())
+    return outputs
 
 
 def output_of(model: nn.Module) -> Tensor:
@@ -394,8 +387,6 @@ def test_a_fresh_process_loads_the_smaller_models(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(dataclasses.asdict(shapes)))
         assert Shapes(**json.loads((tmp_path / f"{name}.json").read_text())) == shapes
     torch.save({name: model.state_dict() for name, model in models.items()}, tmp_path / "model.pt")
-    here = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", FRESH, tmp_path, here, here.parent / "support"], check=True, timeout=120)
-    outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
+    (outputs,) = run(1, outputs_of_loaded, str(tmp_path), fresh=True)
     for name, model in models.items():
         assert torch.equal(outputs[name], output_of(model.eval())), name

@@ -101,7 +101,6 @@ def interrupted(
 @pytest.mark.parametrize(("way", "spec", "exchange", "at", "world_size"), [
     ("one bit", "sign", None, 2, 2),  # in the warm-up
     ("one bit", "sign", None, 3, 2),  # at the switch
-    ("one bit", "sign", None, 3, 3),
     ("one bit", "sign", None, 7, 3),
     ("one bit", "topk(0.1)|sign", None, 7, 2),
     ("one bit after int4", "sign", None, 2, 3),
@@ -125,7 +124,7 @@ def interrupted(
 def test_resumed_is_unbroken(
     way: str, spec: str, exchange: str | None, at: int, world_size: int, tmp_path: Path
 ) -> None:
-    for whole, pieced, without, saved in run(world_size, interrupted, way, spec, exchange, at, 12, str(tmp_path)):
+    for whole, pieced, without, saved in run(world_size, interrupted, way, spec, exchange, at, 11, str(tmp_path)):
         assert len(saved["memories"][0]) >= 3  # a new DDP module starts with a single bucket
         assert same_training(whole, pieced)
         assert finite(whole.parameters)

@@ -157,9 +157,17 @@ def synced_and_drifted(spec: str, settings: dict[str, Any]) -> tuple[list[Tensor
     return drifted, shown, back, parameters_of(model)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize(
-    ("spec", "settings"), [("int8", {}), ("topk(0.05)|int2", {"fragments": 2}), ("sign", {"delay": 1}), ("bf16", {})]
+    ("world_size", "spec", "settings"),
+    [
+        (2, "int8", {}),
+        (4, "int8", {}),
+        (2, "topk(0.05)|int2", {"fragments": 2}),
+        (3, "topk(0.05)|int2", {"fragments": 2}),
+        (3, "sign", {"delay": 1}),
+        (4, "sign", {"delay": 1}),
+        (3, "bf16", {}),
+    ],
 )
 def test_replicas_hold_the_same_bits_after_a_sync(world_size: int, spec: str, settings: dict[str, Any]) -> None:
     results = run(world_size, synced_and_drifted, spec, settings)
@@ -226,14 +234,17 @@ def interrupted(spec: str, settings: dict[str, Any], at: int) -> tuple[list[Tens
     return whole, parameters_of(model)
 
 
-@pytest.mark.parametrize("at", [3, 5, 8, 9])
+def interrupted_at(spec: str, settings: dict[str, Any], places: list[int]) -> list[int]:
+    """The places after which a run that went on is another than the whole one."""
+    return [at for at in places if not same(*interrupted(spec, settings, at))]
+
+
 @pytest.mark.parametrize(
     ("spec", "settings"),
     [("topk(0.1)|int2", {}), ("int4", {"fragments": 2}), ("topk(0.1)", {"fragments": 2, "delay": 2})],
 )
-def test_resumes_bit_for_bit(at: int, spec: str, settings: dict[str, Any]) -> None:
-    for whole, resumed in run(2, interrupted, spec, settings, at):
-        assert same(whole, resumed)
+def test_resumes_bit_for_bit(spec: str, settings: dict[str, Any]) -> None:
+    assert run(2, interrupted_at, spec, settings, [3, 5, 8, 9]) == [[], []]
 
 
 def joined(settings: dict[str, Any]) -> tuple[list[Tensor], ...]:

@@ -151,7 +151,9 @@ def defined_encode(codec: Codec, x: Tensor, residual: Tensor | None = None) -> t
 def same_residual(codec: Codec, after: Tensor, expected: Tensor, total: Tensor, decoded: Tensor) -> bool:
     """Equal bit for bit; but where topk kept a finite value and its second stage made NaN or Inf of it, "stays as it
     was" is to the rounding of `x + residual`: the loop has overwritten the old residual with that sum by then."""
-    spoilt = total.isfinite() & ~decoded.isfinite() & isinstance(codec, TopK)
+    if same_bits(after, expected) or not isinstance(codec, TopK):
+        return same_bits(after, expected)
+    spoilt = total.isfinite() & ~decoded.isfinite()
     near = (after - expected).abs() <= 2.0**-23 * total.abs()
     return same_bits(after[~spoilt], expected[~spoilt]) and bool(near[spoilt].all())
 
@@ -356,7 +358,7 @@ def kernels_recode_to_the_bytes_of_the_definition(subject: Subject) -> None:
         return same(codec.decode(payload, n), codec.decode(expected, n))  # the sign of a NaN means nothing
 
     for n in LENGTHS[1:]:
-        for count, finite in product((1, 2, 3, 5), (True, False)):
+        for count, finite in product((1, 2, 5), (True, False)):
             payloads, mean = subject.payloads(n, count, finite), subject.defined_mean(n, count, finite)
             assert equal(recode(codec, payloads, n, count), defined_encode(subject.definition, mean)[0], n, finite), (
                 f"n = {n}"
@@ -394,7 +396,7 @@ def mean_of_equal_payloads_is_what_one_decodes_to(subject: Subject) -> None:
 
 def a_prologue_is_coded_as_what_it_makes_of_the_values(subject: Subject) -> None:
     codec = subject.codec
-    for n in LENGTHS:
+    for n in (1, 7, 257, 1024, 5000):  # the loops behind it are those that all LENGTHS have been through
         inverse, average = (0.5 + normal(n, 1).abs()).to(subject.device), normal(n, 2).to(subject.device)
         prologue = Prologue(inverse, average, limit=1.5, fresh=0.1, kept=0.9)
         for name, x in subject.inputs(n).items():
@@ -548,7 +550,7 @@ def a_tensor_that_requires_grad_is_coded_as_its_values(subject: Subject) -> None
 
 def threads_at_work_together_give_the_same_bytes(subject: Subject) -> None:
     codec = subject.codec
-    n, jobs = 20_000, 16
+    n, jobs = 20_000, 8
 
     def work(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         residual = subject.gradient(n, seed=seed + 100)

@@ -1,11 +1,13 @@
 """DeepSpeed engines on the ranks of a test: the small network of `training`, the same data and start on every run."""
 
 import gc
+import importlib
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -19,6 +21,9 @@ import commpress
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls collectives by names that torch renamed
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, and is for inference
+# an engine imports Muon, which would be compiled: Inductor takes longer to import than a test takes
+with mock.patch.object(torch, "compile", lambda function: function):
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 RANKS = 3
 """In all tests: ZeRO 3 counts modules and changes torch for as long as a process lives, and it wants all ranks alike."""
 _seen: list[object] = []

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -54,9 +55,10 @@ class _Worker:
 
 @dataclass
 class _Pool:
-    """Ranks, forked from a process that has imported `modules`."""
+    """Ranks, forked from a process that has imported the modules of `parent`; they import `libraries` themselves."""
 
-    modules: tuple[str, ...]
+    parent: tuple[str, ...]
+    libraries: tuple[str, ...] = ()
     workers: list[_Worker] = field(default_factory=list)
 
     def take(self, world_size: int) -> list[_Worker]:
@@ -65,8 +67,8 @@ class _Pool:
             self.close()
         while len(self.workers) < world_size:
             here, there = _context.Pipe()
-            process = _context.Process(target=_serve, args=(there, self.modules), daemon=True)
-            with _forked_from(self.modules):
+            process = _context.Process(target=_serve, args=(there, (*self.parent, *self.libraries)), daemon=True)
+            with _forked_from(self.parent):
                 process.start()
             there.close()
             self.workers.append(_Worker(process, here))
@@ -83,8 +85,15 @@ class _Pool:
         self.workers.clear()
 
 
-BARE = ("torch", "torch.nn.parallel", "torch.optim", "torch.distributed.fsdp", "torch.distributed.checkpoint", "numba")
-BARE = (*BARE, "torch._dynamo")  # DDP and the optimizers import it at their first step
+BARE = (
+    "torch",
+    "torch._dynamo",  # DDP and the optimizers import it at their first step
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "torch.optim",
+    "numba",
+)
 """Modules that a rank has imported if nothing that is under test may be there."""
 WARM = (*BARE, "warm")
 _context = multiprocessing.get_context("forkserver")
@@ -109,7 +118,7 @@ def run(
     `tcp` keeps the store in rank 0's process, not in a file.
     """
     fresh = fresh or bare
-    pool = _Pool(BARE if bare else _pool.modules) if fresh else _pool
+    pool = _Pool(BARE) if bare else _Pool(WARM, _pool.libraries) if fresh else _pool
     try:
         workers = pool.take(world_size)
         with tempfile.TemporaryDirectory(prefix="commpress-ranks-") as folder:
@@ -127,10 +136,10 @@ def run(
 
 
 @contextlib.contextmanager
-def apart(*modules: str) -> Iterator[None]:
-    """Run the ranks of this context in processes of their own, forked from one that has imported `modules` as well."""
+def apart(*libraries: str) -> Iterator[None]:
+    """Run the ranks of this context in processes of their own, which import `libraries` before anything else."""
     global _pool
-    before, _pool = _pool, _Pool((*WARM, *modules))
+    before, _pool = _pool, _Pool(WARM, libraries)
     try:
         yield
     finally:
@@ -201,6 +210,7 @@ def _serve(pipe: Connection, modules: tuple[str, ...]) -> None:
     """Run calls in a rank's process, one after another, until the pipe closes."""
     for name in modules:  # they are there, unless the import failed: multiprocessing says nothing of that
         importlib.import_module(name)
+    gc.freeze()  # what is imported stays: no collection looks through it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -4,25 +4,34 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Steps = tuple[Floats, Floats, np.float32, np.float32, np.float32]
 
-NO_FLOATS: Floats = np.empty(0, np.float32)
-NO_STEPS: Steps = (NO_FLOATS, NO_FLOATS, np.float32(0), np.float32(0), np.float32(0))
+Values = Floats | npt.NDArray[np.uint16] | npt.NDArray[np.int16]
+
+BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+READABLE = (torch.float32, *BITS)
+"""The dtypes of gradients that the loops read, and of means that they write."""
 
 
-def floats(x: Tensor | None) -> Floats:
-    """A float32 tensor [n]; an empty array for None."""
-    return NO_FLOATS if x is None else x.numpy()
+def values(x: Tensor) -> Values:
+    """A tensor [n] of a readable dtype: float32, or the bits of bfloat16 as uint16, those of float16 as int16."""
+    return (x.view(BITS[x.dtype]) if x.dtype in BITS else x).numpy()  # type: ignore[no-any-return]
 
 
-def steps(prologue: Any) -> Steps:
-    """The tensors and numbers of a `Prologue`, in float32; empty arrays for None."""
+def floats(x: Tensor | None) -> Floats | None:
+    """A float32 tensor [n], or None."""
+    return None if x is None else x.numpy()
+
+
+def steps(prologue: Any) -> Steps | None:
+    """The tensors and numbers of a `Prologue`, in float32, or None."""
     if prologue is None:
-        return NO_STEPS
+        return None
     scalars = np.float32(prologue.limit), np.float32(prologue.fresh), np.float32(prologue.kept)
     return prologue.inverse.numpy(), prologue.average.numpy(), *scalars
 

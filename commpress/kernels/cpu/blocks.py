@@ -2,24 +2,31 @@
 the L1 cache.
 
 Arrays are 1-D and contiguous. A payload comes twice, as float32 (`pf`) and as bytes (`pu`) of the same memory;
-`W` payloads of one length stand one behind the other (`row` bytes each). An empty `residual` means no feedback, a `prologue`
-of empty arrays that x is coded as it is (else what `Prologue` makes of it).
+`W` payloads of one length stand one behind the other (`row` bytes each). `residual` is None without feedback, `prologue` None
+where x is coded as it is; else it has the fields of `Prologue`. A gradient is float32, or the bits of bfloat16 (uint16) or of
+float16 (int16). Numba compiles a loop for each of these types, so none of it is asked for while it runs.
 The formulas and layouts stand in `commpress/comm/codecs`; what stands here is how to reach memory speed:
 
+- a full block of ordinary values is read where it lies, twice if need be (the second time it is in the L1 cache), by loops of
+  constant length without a branch; the last block and values near Inf or beyond take a slower way to the same bytes;
 - magnitudes are compared through their bits, which orders finite < Inf < NaN and vectorises without fastmath;
 - rounding is one addition: the low bits of `x * inv + 1.5 * 2**23 + offset` are the code, half to even;
 - halves (or eighths) of a block are packed together, not neighbours, so that packing vectorises;
 - a block is addressed by slices of fixed start: `range(start, stop, step)` and bare offsets keep LLVM from vectorising;
-- a full block has loops of its own, of constant length: with a length known at run time alone they cost half as much again;
 - integers are cast back after every operation: Numba widens int32 to int64, which halves the width of a vector.
 
 Numba's cache looks at the time stamp of a loop's own file only. So a file that uses a piece of this one holds its hash, and a
 loop uses no piece of any other file.
 """
 
-import numpy as np
+from typing import Any
 
-from commpress.kernels.compiled import loop, part
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from commpress.kernels.compiled import by_type, loop, part
 
 SIGN_BLOCK = 1024
 SIGN_LANES = 64
@@ -36,25 +43,158 @@ PLACES = np.array(
 """Byte i of entry `byte`: where the i-th one of its bits stands."""
 
 
+# --- bits ---------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def reach_mask(typing: Any, a: Any, start: Any, threshold: Any) -> Any:
+    """Bit j: whether the magnitude of a[start + j] (float32, 64 of them) has bits of at least `threshold`.
+
+    In LLVM's own words, since a loop cannot say it: a comparison of vectors is a mask in one instruction.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        vector, word = ir.VectorType(ir.IntType(32), 64), ir.IntType(64)
+        place = builder.gep(array.data, [arguments[1]])
+        bits = builder.load(builder.bitcast(place, vector.as_pointer()), align=4)
+        magnitudes = builder.and_(bits, ir.Constant(vector, [0x7FFFFFFF] * 64))
+        least = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], ir.IntType(32)(0))
+        every = ir.Constant(vector, [0] * 64)
+        least = builder.shuffle_vector(least, ir.Constant(vector, ir.Undefined), every)
+        return builder.bitcast(builder.icmp_signed(">=", magnitudes, least), word)
+
+    return types.uint64(a, types.int64, types.int32), build
+
+
+@intrinsic
+def popcount(typing: Any, mask: Any) -> Any:
+    """How many bits of a uint64 are 1."""
+    return types.uint64(types.uint64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
+
+
+@intrinsic
+def trailing_zeros(typing: Any, mask: Any) -> Any:
+    """The place of the lowest bit that is 1, an int64; 64 if there is none."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.IntType(1)(0))
+
+    return types.int64(types.uint64), build
+
+
+@intrinsic
+def put_word(typing: Any, x: Any, at: Any, word: Any) -> Any:
+    """x[at : at + 8] := the bytes of a uint64, the lowest first; x is uint8 and has room for them."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
+        builder.store(arguments[2], place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.uint64), build
+
+
+# --- 16-bit floats, as uint32, in whose vectors the loops compute -------------------------------------------------
+
+
 @part
-def load(x, residual, a, block):
-    """a := x (+ residual), a full block or the last one, behind which `a` is filled with zeros. Returns the largest
-    magnitude's bits."""
-    top = np.int32(0)
-    if x.size < block:
-        for j in range(x.size):
-            a[j] = x[j] + residual[j] if residual.size else x[j]
-            top = max(top, np.int32(np.float32(a[j]).view(np.int32) & MAGNITUDE))
-        a[x.size :] = np.float32(0)
-    elif residual.size:
-        for j in range(block):
-            a[j] = x[j] + residual[j]
-            top = max(top, np.int32(np.float32(a[j]).view(np.int32) & MAGNITUDE))
+def to_bfloat16(value):
+    """The bits of the bfloat16 nearest to a float32, half to even."""
+    bits = np.float32(value).view(np.uint32)
+    odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+    half = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    return half if value == value else np.uint32(0x7FC0)
+
+
+@part
+def from_bfloat16(half):
+    """The float32 of a bfloat16's bits."""
+    return np.uint32(half << np.uint32(16)).view(np.float32)
+
+
+@part
+def to_float16(value):
+    """The bits of the float16 nearest to a float32, half to even: below 2**-14, where float16 is denormal, the addition
+    of 0.5 rounds, since one unit of its last place is then float16's smallest denormal, 2**-24."""
+    bits = np.float32(value).view(np.uint32)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
+    rebased = np.uint32(magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + odd)
+    normal = min(np.uint32(rebased >> np.uint32(13)), np.uint32(0x7C00))
+    tiny = np.uint32(np.float32(np.abs(value) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000))
+    half = tiny if magnitude < np.uint32(0x38800000) else normal
+    sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+    return np.uint32(half | sign) if value == value else np.uint32(0x7E00)
+
+
+@part
+def from_float16(half):
+    """The float32 of a float16's bits: a denormal is its integer times 2**-24; Inf and NaN need the exponent 255."""
+    magnitude = np.uint32(half & np.uint32(0x7FFF))
+    shifted = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23))
+    special = np.uint32(shifted + np.uint32(112 << 23))
+    tiny = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24)).view(np.uint32)
+    bits = special if magnitude >= np.uint32(0x7C00) else (tiny if magnitude < np.uint32(0x400) else shifted)
+    sign = np.uint32(np.uint32(half & np.uint32(0x8000)) << np.uint32(16))
+    return np.uint32(bits | sign).view(np.float32)
+
+
+@by_type
+def real(value: Any) -> Any:
+    """The float32 of an element of a gradient."""
+    if value == types.float32:
+        return lambda value: value
+    if value == types.uint16:
+        return lambda value: from_bfloat16(np.uint32(value))
+    return lambda value: from_float16(np.uint32(value))
+
+
+@by_type
+def put(x: Any, i: Any, value: Any) -> Any:
+    """x[i] := a float32, rounded to the nearest that x can hold."""
+    if x.dtype == types.float32:
+
+        def store(x, i, value):
+            x[i] = value
+
+    elif x.dtype == types.uint16:
+
+        def store(x, i, value):
+            x[i] = np.uint16(to_bfloat16(value))
+
     else:
-        for j in range(block):
-            a[j] = x[j]
-            top = max(top, np.int32(np.float32(a[j]).view(np.int32) & MAGNITUDE))
-    return top
+
+        def store(x, i, value):
+            x[i] = np.int16(to_float16(value))
+
+    return store
+
+
+# --- blocks -------------------------------------------------------------------------------------------------------
+
+
+@by_type
+def room_for(out: Any, o: Any, size: Any, scratch: Any) -> Any:
+    """Where the block of at most `size` values at `o` is summed up, in float32: in place, or in `scratch`."""
+    if out.dtype == types.float32:
+        return lambda out, o, size, scratch: out[o : o + size]
+    return lambda out, o, size, scratch: scratch[: min(size, out.size - o)]
+
+
+@by_type
+def put_block(out: Any, o: Any, block: Any) -> Any:
+    """Write what `room_for` gave to its place in `out`."""
+    if out.dtype == types.float32:
+        return lambda out, o, block: None
+
+    def stored(out, o, block):
+        ob = out[o : o + block.size]
+        for j in range(block.size):
+            put(ob, j, block[j])
+
+    return stored
 
 
 @part
@@ -65,45 +205,122 @@ def prologue_value(x, inverse, average, limit, fresh, kept):
 
 
 @part
-def block_of(x, prologue, o, size, scratch):
-    """The block of at most `size` values that starts at `o`: of x, or in `scratch` what `prologue` makes of it."""
-    inverse, average, limit, fresh, kept = prologue
+def block_of(x, prologue, residual, o, size, scratch):
+    """What is coded of the `size` values from `o` on, in float32: where it lies, or in `scratch`."""
     xb = x[o : o + size]
-    if inverse.size:
-        ib, vb = inverse[o : o + size], average[o : o + size]
-        if xb.size == size:
-            for j in range(size):
-                scratch[j] = prologue_value(xb[j], ib[j], vb[j], limit, fresh, kept)
-        else:
-            for j in range(xb.size):
-                scratch[j] = prologue_value(xb[j], ib[j], vb[j], limit, fresh, kept)
-        xb = scratch[: xb.size]
-    return xb
+    if not _lies_there(x, prologue, residual):
+        pb, rb = part_of(prologue, o, size), part_of(residual, o, size)
+        for j in range(size):
+            scratch[j] = total(xb, pb, rb, j)
+    return _either(xb, prologue, residual, scratch)
+
+
+@by_type
+def _lies_there(x: Any, prologue: Any, residual: Any) -> Any:
+    plain = x.dtype == types.float32 and isinstance(prologue, types.NoneType) and isinstance(residual, types.NoneType)
+    return lambda x, prologue, residual: plain
+
+
+@by_type
+def _either(xb: Any, prologue: Any, residual: Any, scratch: Any) -> Any:
+    if xb.dtype == types.float32 and isinstance(prologue, types.NoneType) and isinstance(residual, types.NoneType):
+        return lambda xb, prologue, residual, scratch: xb
+    return lambda xb, prologue, residual, scratch: scratch[: xb.size]
+
+
+@by_type
+def part_of(whole: Any, o: Any, size: Any) -> Any:
+    """The block of at most `size` values that starts at `o`, of a residual or of a prologue's tensors; None of None."""
+    if isinstance(whole, types.NoneType):
+        return lambda whole, o, size: None
+    if isinstance(whole, types.Array):
+        return lambda whole, o, size: whole[o : o + size]
+
+    def cut(whole, o, size):
+        inverse, average, limit, fresh, kept = whole
+        return inverse[o : o + size], average[o : o + size], limit, fresh, kept
+
+    return cut
+
+
+@by_type
+def remember(block: Any, residual: Any, size: Any) -> Any:
+    """block += residual, if there is one: `size` values."""
+    if isinstance(residual, types.NoneType):
+        return lambda block, residual, size: None
+
+    def added(block, residual, size):
+        for j in range(size):
+            block[j] += residual[j]
+
+    return added
+
+
+@part
+def total(x, prologue, residual, i):
+    """What is coded of one value: behind its prologue, and with what is remembered of it."""
+    value = value_of(x, prologue, i)
+    return value if residual is None else np.float32(value + residual[i])
+
+
+@part
+def value_of(x, prologue, i):
+    """One value of a gradient, behind its prologue."""
+    if prologue is None:
+        return real(x[i])
+    inverse, average, limit, fresh, kept = prologue
+    return prologue_value(real(x[i]), inverse[i], average[i], limit, fresh, kept)
+
+
+@part
+def top_of(x, size):
+    """The bits of the largest magnitude among `size` values."""
+    top = np.int32(0)
+    for j in range(size):
+        top = max(top, np.int32(np.float32(x[j]).view(np.int32) & MAGNITUDE))
+    return top
 
 
 @loop
 def run_prologue(x, prologue):
     """x := what `prologue` makes of it."""
-    inverse, average, limit, fresh, kept = prologue
-    for i in range(inverse.size):
-        x[i] = prologue_value(x[i], inverse[i], average[i], limit, fresh, kept)
+    for i in range(x.size):
+        put(x, i, value_of(x, prologue, i))
 
 
 @part
-def pack_signs(ai, m, codes):
-    """Bit p of byte j: the sign of value p * ceil(m / 8) + j."""
-    if m == SIGN_BLOCK:
-        codes = codes[: SIGN_BLOCK // 8]
-        for j in range(SIGN_BLOCK // 8):
-            byte = np.uint32(0)
-            for p in range(8):
-                byte |= (np.uint32(ai[p * (SIGN_BLOCK // 8) + j]) >> np.uint32(31 - p)) & np.uint32(1 << p)
-            codes[j] = np.uint8(byte)
-    else:
-        width = (m + 7) // 8
-        codes[:width] = 0
-        for i in range(m):
-            codes[i % width] |= np.uint8((ai[i] < 0) << (i // width))
+def sum_magnitudes(x, lanes):
+    """Return the sum of the magnitudes of a full block of SIGN_BLOCK values, in the order of the format: lane by lane."""
+    for lane in range(SIGN_LANES):
+        lanes[lane] = np.abs(x[lane])
+    for k in range(1, SIGN_BLOCK // SIGN_LANES):
+        row = x[k * SIGN_LANES : (k + 1) * SIGN_LANES]
+        for lane in range(SIGN_LANES):
+            lanes[lane] += np.abs(row[lane])
+    return fold(lanes)
+
+
+@part
+def sign_bit(value, p):
+    """Return the sign of a float32, as bit p of a byte."""
+    return np.uint32(np.uint32(np.float32(value).view(np.uint32) >> np.uint32(31 - p)) & np.uint32(1 << p))
+
+
+@part
+def pack_tail_signs(x, codes):
+    """Bit p of byte j: the sign of value p * ceil(m / 8) + j of the m values x."""
+    width = (x.size + 7) // 8
+    codes[:width] = 0
+    for i in range(x.size):
+        codes[i % width] |= np.uint8((np.float32(x[i]).view(np.int32) < 0) << (i // width))
+
+
+@part
+def pad(x, a):
+    """a := x, and zeros behind it."""
+    for j in range(x.size):
+        a[j] = x[j]
+    a[x.size :] = np.float32(0)
 
 
 @part

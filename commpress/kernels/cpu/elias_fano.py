@@ -2,38 +2,62 @@
 
 import numpy as np
 
-from commpress.kernels.compiled import loop
-from commpress.kernels.cpu.blocks import ONES, PLACES
+from commpress.kernels.compiled import loop, part
+from commpress.kernels.cpu.blocks import ONES, PLACES, put_word
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "fd366468ded3e438"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 
 
 @loop
 def ef_encode(index, low_bits, low, high):
     """Elias-Fano of ascending positions: `low_bits` of each packed in `low`, the rest unary in `high` (both zeroed).
-    A byte is gathered in a register: in memory, each of its bits would wait for the one before."""
+
+    Bits are gathered in registers: in memory, each would wait for the one before. The low ones are written eight bytes at a
+    time, of which those that are full count; the high ones when their 64 are full."""
     mask = (np.int64(1) << low_bits) - 1
     store, filled, at = np.uint64(0), np.int64(0), np.int64(0)
-    unary, byte = np.int64(0), np.int64(0)
+    unary, word = np.uint64(0), np.int64(0)
+    few = low_bits <= 56  # else a position's bits and seven others are more than a register
     for i in range(index.size):
         p = index[i]
-        if low_bits:
+        if few and at + 8 <= low.size:
             store |= np.uint64(p & mask) << np.uint64(filled)
             filled += low_bits
-            while filled >= 8:
-                low[at] = np.uint8(store & np.uint64(255))
-                store >>= np.uint64(8)
-                filled -= 8
-                at += 1
+            put_word(low, at, store)
+            at += filled >> 3
+            store >>= np.uint64(filled & 56)
+            filled &= 7
+        else:
+            done = np.int64(0)
+            while done < low_bits:  # a byte's bits at a time
+                bits = min(low_bits - done, 8 - filled)
+                part_of_it = (p >> done) & ((np.int64(1) << bits) - 1)
+                store |= np.uint64(part_of_it) << np.uint64(filled)
+                filled += bits
+                done += bits
+                if filled == 8:
+                    low[at] = np.uint8(store & np.uint64(255))
+                    store, filled, at = np.uint64(0), np.int64(0), at + 1
         bit = (p >> low_bits) + i
-        if bit >> 3 != byte:
-            high[byte] = np.uint8(unary)
-            unary, byte = np.int64(0), bit >> 3
-        unary |= np.int64(1) << (bit & 7)
-    high[byte] = np.uint8(unary)
+        if bit >> 6 != word:
+            _put_bytes(high, 8 * word, unary)
+            unary, word = np.uint64(0), bit >> 6
+        unary |= np.uint64(1) << np.uint64(bit & 63)
+    _put_bytes(high, 8 * word, unary)
     if filled:
         low[at] = np.uint8(store & np.uint64(255))
+
+
+@part
+def _put_bytes(high, at, word):
+    """Write the eight bytes of a word, or those that there is room for; the others are 0."""
+    if at + 8 <= high.size:
+        put_word(high, at, word)
+    else:
+        for j in range(at, high.size):
+            high[j] = np.uint8(word & np.uint64(255))
+            word >>= np.uint64(8)
 
 
 @loop

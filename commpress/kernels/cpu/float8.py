@@ -11,17 +11,26 @@ import numpy as np
 from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
-from commpress.kernels.cpu.arrays import floats, padded, steps
-from commpress.kernels.cpu.blocks import INFINITY_BITS, LARGEST, MAGNITUDE, NAN, block_of, load
+from commpress.kernels.cpu.arrays import floats, padded, steps, values
+from commpress.kernels.cpu.blocks import (
+    INFINITY_BITS,
+    LARGEST,
+    MAGNITUDE,
+    NAN,
+    block_of,
+    part_of,
+    put_block,
+    remember,
+    room_for,
+    top_of,
+)
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "fd366468ded3e438"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 FLOAT8_BLOCK = 256
 FLUSH = np.float32(2.0**-80)
-FORMATS = {
-    "e4m3": (np.int32(20), np.int32(120), np.float32(448), np.float32(2.0**-9)),
-    "e5m2": (np.int32(21), np.int32(112), np.float32(57344), np.float32(2.0**-16)),
-}
+E4M3 = (np.int32(20), np.int32(120), np.float32(448), np.float32(2.0**-9))
+E5M2 = (np.int32(21), np.int32(112), np.float32(57344), np.float32(2.0**-16))
 """Bits of float32's mantissa that go, by how much its exponent's bias is larger, the largest value, the smallest step."""
 
 
@@ -38,120 +47,197 @@ def _code(y, shift, half, change, first, magic, zero):
 
 
 @part
-def _encode_block(a, top, m, b, blocks, form, residual, pf, pu):
-    """Encode the block `b` in `a` (FLOAT8_BLOCK values, zeros behind the m real ones), leave in `residual` what was lost.
-
-    `top` are the bits of the largest magnitude, `residual` holds m values or none.
-    """
-    shift, bias, largest, step = form
-    codes = pu[4 * blocks + b * FLOAT8_BLOCK : 4 * blocks + b * FLOAT8_BLOCK + m]
-    peak = np.int32(top).view(np.float32)
-    if top >= INFINITY_BITS:  # the block decodes to NaN; its residual stays as it was
-        pf[b] = NAN
-        codes[:] = np.uint8(0)
-        return
-    if peak < FLUSH:
-        pf[b] = np.float32(0)
-        codes[:] = np.uint8(0)
-        residual[:] = a[: residual.size]
-        return
-    scale, inverse = peak / largest, largest / peak
-    pf[b] = scale
-    magic = np.float32(1.5 * 2**23) * step
-    zero = np.float32(magic).view(np.int32)
-    half = np.int32((np.int32(1) << np.int32(shift - 1)) - 1)
-    change = np.int32(bias << np.int32(23 - shift))
-    first = np.int32(np.int32(1) << np.int32(23 - shift))  # the code of the smallest normal value
-    if m == FLOAT8_BLOCK:
-        for j in range(FLOAT8_BLOCK):
-            codes[j] = _code(a[j] * inverse, shift, half, change, first, magic, zero)
-    else:
-        for j in range(m):
-            codes[j] = _code(a[j] * inverse, shift, half, change, first, magic, zero)
-    if residual.size == 0:
-        return
-    exact = peak < LARGEST / np.float32(2)
-    for j in range(residual.size):
-        lost = a[j] - _value(codes[j], form) * scale
-        if exact or np.isfinite(lost):  # the largest value times the scale may round to Inf
-            residual[j] = lost
-
-
-@part
 def _value(byte, form):
     """What a byte stands for, times 1."""
     shift, bias, _, step = form
     code = np.int32(byte)
     magnitude = np.int32(code & np.int32(127))
-    normal = np.int32(np.int32(magnitude << shift) + np.int32(bias << np.int32(23))).view(np.float32)
-    value = normal if magnitude >> np.int32(23 - shift) > 0 else np.float32(magnitude) * step
-    return -value if code > np.int32(127) else value
+    normal = np.int32(np.int32(magnitude << shift) + np.int32(bias << np.int32(23)))
+    small = np.float32(np.float32(magnitude) * step).view(np.int32)
+    bits = normal if magnitude >> np.int32(23 - shift) > 0 else small
+    return np.int32(bits | np.int32(np.int32(code & np.int32(128)) << np.int32(24))).view(np.float32)
 
 
 @part
-def _read(pf, pu, W, row, b, blocks, form, share, out):
-    """The mean of the block `b` of W payloads, into `out` (the values of that block)."""
-    for w in range(W):
+def _constants(form):
+    """Return what `_code` needs of a format beside the shift: half, change, first, magic, zero."""
+    shift, bias, _, step = form
+    magic = np.float32(1.5 * 2**23) * step
+    half = np.int32((np.int32(1) << np.int32(shift - 1)) - 1)
+    first = np.int32(np.int32(1) << np.int32(23 - shift))  # the code of the smallest normal value
+    return half, np.int32(bias << np.int32(23 - shift)), first, magic, np.float32(magic).view(np.int32)
+
+
+@part
+def _write(x, residual, codes, peak, form):
+    """Encode a full block of ordinary values; leave in `residual` what is lost, return the scale."""
+    shift, _, largest, _ = form
+    half, change, first, magic, zero = _constants(form)
+    scale, inverse = np.float32(peak / largest), np.float32(largest / peak)
+    for j in range(FLOAT8_BLOCK):
+        value = x[j]
+        code = _code(value * inverse, shift, half, change, first, magic, zero)
+        codes[j] = code
+        if residual is not None:
+            residual[j] = value - _value(code, form) * scale
+    return scale
+
+
+@loop
+def _write_rare(x, residual, codes, top, form):
+    """Encode a block of any length and any values, to the same bytes; return its scale."""
+    shift, _, largest, _ = form
+    half, change, first, magic, zero = _constants(form)
+    peak = np.int32(top).view(np.float32)
+    codes[:] = np.uint8(0)
+    if top >= INFINITY_BITS:  # the block decodes to NaN; its residual stays as it was
+        return NAN
+    small = peak < FLUSH
+    scale, inverse = np.float32(0), np.float32(0)
+    if not small:
+        scale, inverse = np.float32(peak / largest), np.float32(largest / peak)
+    for j in range(x.size):
+        value = x[j]
+        if not small:
+            codes[j] = _code(value * inverse, shift, half, change, first, magic, zero)
+        if residual is not None:
+            lost = value - _value(codes[j], form) * scale
+            if np.isfinite(lost):  # the largest value times the scale may round to Inf
+                residual[j] = lost
+    return scale
+
+
+@part
+def _encode_block(x, residual, b, blocks, form, pf, pu):
+    """Encode the full block `b`, whose values are `x`."""
+    start = 4 * blocks + b * FLOAT8_BLOCK
+    codes = pu[start : start + FLOAT8_BLOCK]
+    top = top_of(x, FLOAT8_BLOCK)
+    peak = np.int32(top).view(np.float32)
+    if FLUSH <= peak < LARGEST / np.float32(2):
+        pf[b] = _write(x, residual, codes, peak, form)
+    else:
+        pf[b] = _write_rare(x, residual, codes, top, form)
+
+
+@part
+def _encode_tail(x, residual, b, blocks, form, pf, pu):
+    """Encode the last block `b`, if it is shorter."""
+    start = 4 * blocks + b * FLOAT8_BLOCK
+    if x.size:
+        pf[b] = _write_rare(x, residual, pu[start : start + x.size], top_of(x, x.size), form)
+
+
+@part
+def _read(pf, pu, W, row, b, blocks, form, share, size, out):
+    """Write the mean of the block `b` of W payloads, of `size` values, to `out`."""
+    for w in range(W if size else 0):
         at = w * row + 4 * blocks + b * FLOAT8_BLOCK
-        scale, codes = pf[w * (row // 4) + b], pu[at : at + out.size]
+        scale, codes = pf[w * (row // 4) + b], pu[at : at + size]
         if w == 0:
-            for j in range(out.size):
+            for j in range(size):
                 out[j] = _value(codes[j], form) * scale * share
         else:
-            for j in range(out.size):
+            for j in range(size):
                 out[j] += _value(codes[j], form) * scale * share
 
 
+@part
+def _encode(x, prologue, residual, pf, pu, form):
+    full, blocks = x.size // FLOAT8_BLOCK, (x.size + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
+    scratch = np.empty(FLOAT8_BLOCK, np.float32)
+    for b in range(full):
+        xb = block_of(x, prologue, residual, b * FLOAT8_BLOCK, FLOAT8_BLOCK, scratch)
+        _encode_block(xb, part_of(residual, b * FLOAT8_BLOCK, FLOAT8_BLOCK), b, blocks, form, pf, pu)
+    at, rest = full * FLOAT8_BLOCK, x.size - full * FLOAT8_BLOCK
+    xb = block_of(x, prologue, residual, at, rest, scratch)
+    _encode_tail(xb, part_of(residual, at, rest), full, blocks, form, pf, pu)
+
+
+@part
+def _mean(pf, pu, W, row, out, form):
+    full, blocks = out.size // FLOAT8_BLOCK, (out.size + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
+    share = np.float32(1.0 / W)
+    scratch = np.empty(FLOAT8_BLOCK, np.float32)
+    for b in range(full):
+        ob = room_for(out, b * FLOAT8_BLOCK, FLOAT8_BLOCK, scratch)
+        _read(pf, pu, W, row, b, blocks, form, share, FLOAT8_BLOCK, ob)
+        put_block(out, b * FLOAT8_BLOCK, ob)
+    ob = room_for(out, full * FLOAT8_BLOCK, out.size - full * FLOAT8_BLOCK, scratch)
+    _read(pf, pu, W, row, full, blocks, form, share, ob.size, ob)
+    put_block(out, full * FLOAT8_BLOCK, ob)
+
+
+@part
+def _recode(pf, pu, W, row, residual, qf, qu, n, form):
+    full, blocks = n // FLOAT8_BLOCK, (n + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
+    share = np.float32(1.0 / W)
+    mean = np.empty(FLOAT8_BLOCK, np.float32)
+    for b in range(full):
+        rb = part_of(residual, b * FLOAT8_BLOCK, FLOAT8_BLOCK)
+        _read(pf, pu, W, row, b, blocks, form, share, FLOAT8_BLOCK, mean)
+        remember(mean, rb, FLOAT8_BLOCK)
+        _encode_block(mean, rb, b, blocks, form, qf, qu)
+    at, rest = full * FLOAT8_BLOCK, n - full * FLOAT8_BLOCK
+    mb, rb = mean[:rest], part_of(residual, at, rest)
+    _read(pf, pu, W, row, full, blocks, form, share, rest, mb)
+    remember(mb, rb, rest)
+    _encode_tail(mb, rb, full, blocks, form, qf, qu)
+
+
 @loop
-def float8_encode(x, prologue, residual, pf, pu, form):
+def e4m3_encode(x, prologue, residual, pf, pu):
     """Codes and scales of x + residual; the residual becomes what they miss."""
-    blocks = (x.size + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
-    a, scratch = np.empty(FLOAT8_BLOCK, np.float32), np.empty(FLOAT8_BLOCK, np.float32)
-    for b in range(blocks):
-        o = b * FLOAT8_BLOCK
-        xb, rb = block_of(x, prologue, o, FLOAT8_BLOCK, scratch), residual[o : o + FLOAT8_BLOCK]
-        top = load(xb, rb, a, FLOAT8_BLOCK)
-        _encode_block(a, top, xb.size, b, blocks, form, rb, pf, pu)
+    _encode(x, prologue, residual, pf, pu, E4M3)
 
 
 @loop
-def float8_mean(pf, pu, W, row, form, out):
+def e5m2_encode(x, prologue, residual, pf, pu):
+    """Codes and scales of x + residual; the residual becomes what they miss."""
+    _encode(x, prologue, residual, pf, pu, E5M2)
+
+
+@loop
+def e4m3_mean(pf, pu, W, row, out):
     """The mean of W payloads."""
-    blocks = (out.size + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
-    share = np.float32(1.0 / W)
-    for b in range(blocks):
-        _read(pf, pu, W, row, b, blocks, form, share, out[b * FLOAT8_BLOCK : (b + 1) * FLOAT8_BLOCK])
+    _mean(pf, pu, W, row, out, E4M3)
 
 
 @loop
-def float8_recode(pf, pu, W, row, form, residual, qf, qu, n):
+def e5m2_mean(pf, pu, W, row, out):
+    """The mean of W payloads."""
+    _mean(pf, pu, W, row, out, E5M2)
+
+
+@loop
+def e4m3_recode(pf, pu, W, row, residual, qf, qu, n):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
-    blocks = (n + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
-    share = np.float32(1.0 / W)
-    mean, a = np.empty(FLOAT8_BLOCK, np.float32), np.empty(FLOAT8_BLOCK, np.float32)
-    for b in range(blocks):
-        o = b * FLOAT8_BLOCK
-        m = min(FLOAT8_BLOCK, n - o)
-        rb = residual[o : o + FLOAT8_BLOCK]
-        _read(pf, pu, W, row, b, blocks, form, share, mean[:m])
-        top = load(mean[:m], rb, a, FLOAT8_BLOCK)
-        _encode_block(a, top, m, b, blocks, form, rb, qf, qu)
+    _recode(pf, pu, W, row, residual, qf, qu, n, E4M3)
+
+
+@loop
+def e5m2_recode(pf, pu, W, row, residual, qf, qu, n):
+    """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    _recode(pf, pu, W, row, residual, qf, qu, n, E5M2)
+
+
+LOOPS = {"e4m3": (e4m3_encode, e4m3_mean, e4m3_recode), "e5m2": (e5m2_encode, e5m2_mean, e5m2_recode)}
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    coded, form = padded(payload), FORMATS[codec.format]
-    float8_encode(x.numpy(), steps(prologue), floats(residual), coded.view(np.float32), coded, form)
+    coded = padded(payload)
+    LOOPS[codec.format][0](values(x), steps(prologue), floats(residual), coded.view(np.float32), coded)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    coded, row = payloads.numpy(), codec.nbytes(out.numel())
-    float8_mean(coded.view(np.float32), coded, count, row, FORMATS[codec.format], out.numpy())
+    coded = payloads.numpy()
+    LOOPS[codec.format][1](coded.view(np.float32), coded, count, codec.nbytes(out.numel()), values(out))
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
-    before, after, form = payloads.numpy(), padded(payload), FORMATS[codec.format]
-    coded = before.view(np.float32), before, count, codec.nbytes(n), form
-    float8_recode(*coded, floats(residual), after.view(np.float32), after, n)
+    before, after = payloads.numpy(), padded(payload)
+    coded = before.view(np.float32), before, count, codec.nbytes(n)
+    LOOPS[codec.format][2](*coded, floats(residual), after.view(np.float32), after, n)

@@ -6,187 +6,264 @@ import numpy as np
 from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
-from commpress.kernels.cpu.arrays import floats, padded, steps
-from commpress.kernels.cpu.blocks import INFINITY_BITS, LARGEST, NAN, block_of, load
+from commpress.kernels.cpu.arrays import floats, padded, steps, values
+from commpress.kernels.cpu.blocks import (
+    INFINITY_BITS,
+    LARGEST,
+    NAN,
+    block_of,
+    part_of,
+    put_block,
+    remember,
+    room_for,
+    top_of,
+)
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "fd366468ded3e438"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 INT_BLOCK = 256
+HALF = INT_BLOCK // 2
 FLUSH = np.float32(2.0**-100)
 ROUND = np.float32(1.5 * 2**23)
+ORDINARY = (LARGEST / np.float32(2)).view(np.int32)
+"""Bits of the magnitude from which on the largest code times the scale may round to Inf."""
 
 
 @part
-def _int_round(a, top, t, levels, magic, residual):
-    """Leave the codes of the block `a` in the low bits of `t` and what they miss in `residual`; return the scale.
-
-    `a` and `t` hold INT_BLOCK values, `residual` as many, or those of the last block, or none; `top` are the bits of the
-    largest magnitude."""
-    if top >= INFINITY_BITS:  # the block decodes to NaN; its residual stays as it was
-        for j in range(INT_BLOCK):
-            t[j] = magic
-        return NAN
+def _scales(top, bits):
+    """Return the scale of a block, what its values are multiplied by, and what they are added to for rounding."""
+    levels = np.float32(127) if bits == 8 else np.float32(7)
+    magic = ROUND + np.float32(128) if bits == 8 else ROUND + np.float32(8)
     peak = np.int32(top).view(np.float32)
-    scale, inverse = np.float32(0), np.float32(0)
-    if peak >= FLUSH:
-        scale, inverse = peak / levels, levels / peak
-    for j in range(INT_BLOCK):
-        t[j] = a[j] * inverse + magic
-    if residual.size == INT_BLOCK and peak < LARGEST / np.float32(2):
+    if top >= INFINITY_BITS:
+        return NAN, np.float32(0), magic
+    if peak < FLUSH:
+        return np.float32(0), np.float32(0), magic
+    return np.float32(peak / levels), np.float32(levels / peak), magic
+
+
+@part
+def _code(value, inverse, magic, bits):
+    """Return a value's code, and the integer it stands for."""
+    t = np.float32(value * inverse + magic)
+    return np.int32(t.view(np.int32) & np.int32(255 if bits == 8 else 15)), np.float32(t - magic)
+
+
+@part
+def _write(x, residual, codes, top, bits):
+    """Encode a full block of ordinary values; leave in `residual` what is lost, return the scale."""
+    scale, inverse, magic = _scales(top, bits)
+    if bits == 8:
         for j in range(INT_BLOCK):
-            residual[j] = a[j] - (t[j] - magic) * scale
+            value = x[j]
+            code, level = _code(value, inverse, magic, bits)
+            codes[j] = np.uint8(code)
+            if residual is not None:
+                residual[j] = value - level * scale
     else:
-        for j in range(residual.size):
-            lost = a[j] - (t[j] - magic) * scale
-            if np.isfinite(lost):  # the largest code times the scale may round to Inf
+        for j in range(HALF):
+            low, high = x[j], x[j + HALF]
+            code, level = _code(low, inverse, magic, bits)
+            upper_code, upper_level = _code(high, inverse, magic, bits)
+            codes[j] = np.uint8(np.int32(code | np.int32(upper_code << np.int32(4))))
+            if residual is not None:
+                residual[j] = low - level * scale
+                residual[j + HALF] = high - upper_level * scale
+    return scale
+
+
+@loop
+def _write_rare(x, residual, codes, top, bits):
+    """Encode a block of any length and any values, to the same bytes."""
+    scale, inverse, magic = _scales(top, bits)
+    half = (x.size + 1) // 2
+    codes[:] = np.uint8(0 if bits == 8 else 8 << 4)  # if there is no upper value, its code is that of 0
+    for j in range(x.size):
+        value = x[j]
+        code, level = _code(np.float32(0) if top >= INFINITY_BITS else value, inverse, magic, bits)
+        if bits == 8:
+            codes[j] = np.uint8(code)
+        elif j < half:
+            codes[j] = np.uint8(np.int32(codes[j] & 240) | code)
+        else:
+            codes[j - half] = np.uint8(np.int32(codes[j - half] & 15) | np.int32(code << np.int32(4)))
+        if residual is not None:
+            lost = value - level * scale
+            if np.isfinite(lost):  # else it stays what it was
                 residual[j] = lost
     return scale
 
 
 @part
-def _int_write(a, top, t, m, b, blocks, bits, residual, pf, pu):
-    """Encode the block `b` in `a` (INT_BLOCK values, zeros behind the m real ones), leave in `residual` what was lost."""
-    levels = np.float32(127) if bits == 8 else np.float32(7)
-    magic = ROUND + np.float32(128) if bits == 8 else ROUND + np.float32(8)
-    pf[b] = _int_round(a, top, t, levels, magic, residual)
-    ti = t.view(np.int32)
-    if bits == 8:
-        start = 4 * blocks + b * INT_BLOCK
-        if m == INT_BLOCK:
-            codes = pu[start : start + INT_BLOCK]
-            for j in range(INT_BLOCK):
-                codes[j] = np.uint8(ti[j] & np.int32(255))
-        else:
-            for j in range(m):
-                pu[start + j] = np.uint8(ti[j] & np.int32(255))
+def _encode_block(x, residual, b, blocks, bits, pf, pu):
+    """Encode the full block `b`, whose values are `x`."""
+    start = 4 * blocks + b * (INT_BLOCK * bits // 8)
+    codes = pu[start : start + INT_BLOCK * bits // 8]
+    top = top_of(x, INT_BLOCK)
+    if top < ORDINARY:
+        pf[b] = _write(x, residual, codes, top, bits)
     else:
-        start = 4 * blocks + b * (INT_BLOCK // 2)
-        if m == INT_BLOCK:
-            codes = pu[start : start + INT_BLOCK // 2]
-            for j in range(INT_BLOCK // 2):
-                low, high = ti[j] & np.int32(15), ti[j + INT_BLOCK // 2] & np.int32(15)
-                codes[j] = np.uint8(np.int32(low) | np.int32(np.int32(high) << np.int32(4)))
-        else:
-            half = (m + 1) // 2
-            for j in range(half):
-                pu[start + j] = np.uint8((ti[j] & 15) | ((ti[j + half] & 15) << 4))
+        pf[b] = _write_rare(x, residual, codes, top, bits)
 
 
 @part
-def _int_add(scale, share, codes, bits, out):
-    """Add the values of a full block, times `share`, to `out`. One loop a half, or LLVM gives up."""
-    if bits == 8:
-        for j in range(INT_BLOCK):
-            out[j] += np.float32(np.int32(np.int32(codes[j]) - np.int32(128))) * scale * share
-    else:
-        upper = out[INT_BLOCK // 2 :]
-        for j in range(INT_BLOCK // 2):
-            out[j] += np.float32(np.int32(np.int32(codes[j] & np.uint8(15)) - np.int32(8))) * scale * share
-        for j in range(INT_BLOCK // 2):
-            upper[j] += np.float32(np.int32(np.int32(codes[j] >> np.uint8(4)) - np.int32(8))) * scale * share
+def _encode_tail(x, residual, b, blocks, bits, pf, pu):
+    """Encode the last block `b`, if it is shorter."""
+    start = 4 * blocks + b * (INT_BLOCK * bits // 8)
+    if x.size:
+        pf[b] = _write_rare(x, residual, pu[start : start + (x.size * bits + 7) // 8], top_of(x, x.size), bits)
 
 
 @part
-def _int_set(scale, share, codes, bits, out):
-    """Put the values of a full block, times `share`, into `out`."""
+def _encode(x, prologue, residual, pf, pu, bits):
+    full, blocks = x.size // INT_BLOCK, (x.size + INT_BLOCK - 1) // INT_BLOCK
+    scratch = np.empty(INT_BLOCK, np.float32)
+    for b in range(full):
+        xb = block_of(x, prologue, residual, b * INT_BLOCK, INT_BLOCK, scratch)
+        _encode_block(xb, part_of(residual, b * INT_BLOCK, INT_BLOCK), b, blocks, bits, pf, pu)
+    rest = x.size - full * INT_BLOCK
+    xb = block_of(x, prologue, residual, full * INT_BLOCK, rest, scratch)
+    _encode_tail(xb, part_of(residual, full * INT_BLOCK, rest), full, blocks, bits, pf, pu)
+
+
+@part
+def _value(code, bits, scale, share):
+    offset = np.int32(128) if bits == 8 else np.int32(8)
+    return np.float32(np.int32(np.int32(code) - offset)) * scale * share
+
+
+@part
+def _add(scale, codes, share, bits, first, out):
+    """Add the values of a full block, times `share`, to `out`, or put them there. One loop a half, or LLVM gives up."""
     if bits == 8:
         for j in range(INT_BLOCK):
-            out[j] = np.float32(np.int32(np.int32(codes[j]) - np.int32(128))) * scale * share
+            value = _value(codes[j], bits, scale, share)
+            out[j] = value if first else out[j] + value
     else:
-        upper = out[INT_BLOCK // 2 :]
-        for j in range(INT_BLOCK // 2):
-            out[j] = np.float32(np.int32(np.int32(codes[j] & np.uint8(15)) - np.int32(8))) * scale * share
-        for j in range(INT_BLOCK // 2):
-            upper[j] = np.float32(np.int32(np.int32(codes[j] >> np.uint8(4)) - np.int32(8))) * scale * share
+        upper = out[HALF:]
+        for j in range(HALF):
+            value = _value(codes[j] & np.uint8(15), bits, scale, share)
+            out[j] = value if first else out[j] + value
+        for j in range(HALF):
+            value = _value(codes[j] >> np.uint8(4), bits, scale, share)
+            upper[j] = value if first else upper[j] + value
 
 
 @loop
-def _int_tail(scale, share, codes, bits, add, out):
-    """Either of the two for the last block, which is shorter."""
-    m = out.size
-    half = (m + 1) // 2
-    for j in range(m):
-        if bits == 8:
-            code = np.int32(codes[j]) - np.int32(128)
-        else:
-            code = np.int32(codes[j] & 15 if j < half else codes[j - half] >> 4) - np.int32(8)
-        value = np.float32(code) * scale * share
-        out[j] = out[j] + value if add else value
+def _add_tail(scale, codes, share, bits, first, out):
+    """Do the same for the last block, which is shorter."""
+    half = (out.size + 1) // 2
+    for j in range(out.size):
+        code = np.int32(codes[j] if bits == 8 else (codes[j] & 15 if j < half else codes[j - half] >> 4))
+        value = _value(code, bits, scale, share)
+        out[j] = value if first else out[j] + value
 
 
 @part
-def _int_read(pf, pu, W, row, b, blocks, bits, share, out):
-    """The mean of the block `b` of W payloads, into `out` (the values of that block)."""
+def _read(pf, pu, W, row, b, blocks, bits, share, out):
+    """Write the mean of the full block `b` of W payloads to `out`."""
     size = INT_BLOCK * bits // 8
     for w in range(W):
         at = w * row + 4 * blocks + b * size
         scale, codes = pf[w * (row // 4) + b], pu[at : at + size]
-        if out.size < INT_BLOCK:
-            _int_tail(scale, share, codes, bits, w > 0, out)
-        elif w > 0:
-            _int_add(scale, share, codes, bits, out)
+        if w == 0:
+            _add(scale, codes, share, bits, True, out)
         else:
-            _int_set(scale, share, codes, bits, out)
+            _add(scale, codes, share, bits, False, out)
 
 
-@loop
-def int_encode(x, prologue, residual, pf, pu, bits):
-    """Codes and scales of x + residual; the residual becomes what they miss."""
-    n = x.size
-    blocks = (n + INT_BLOCK - 1) // INT_BLOCK
-    a = np.empty(INT_BLOCK, np.float32)
-    t = np.empty(INT_BLOCK, np.float32)
-    scratch = np.empty(INT_BLOCK, np.float32)
-    for b in range(blocks):
-        o = b * INT_BLOCK
-        xb, rb = (
-            block_of(x, prologue, o, INT_BLOCK, scratch),
-            residual[o : o + INT_BLOCK],
-        )  # rb is empty without feedback
-        top = load(xb, rb, a, INT_BLOCK)
-        _int_write(a, top, t, xb.size, b, blocks, bits, rb, pf, pu)
+@part
+def _read_tail(pf, pu, W, row, b, blocks, bits, share, out):
+    """Do the same for the last block, if it is shorter."""
+    for w in range(W if out.size else 0):
+        at = w * row + 4 * blocks + b * (INT_BLOCK * bits // 8)
+        _add_tail(pf[w * (row // 4) + b], pu[at : at + (out.size * bits + 7) // 8], share, bits, w == 0, out)
 
 
-@loop
-def int_mean(pf, pu, W, row, bits, out):
-    """The mean of W payloads."""
-    blocks = (out.size + INT_BLOCK - 1) // INT_BLOCK
+@part
+def _mean(pf, pu, W, row, out, bits):
+    full, blocks = out.size // INT_BLOCK, (out.size + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
-    for b in range(blocks):
-        _int_read(pf, pu, W, row, b, blocks, bits, share, out[b * INT_BLOCK : (b + 1) * INT_BLOCK])
+    scratch = np.empty(INT_BLOCK, np.float32)
+    for b in range(full):
+        ob = room_for(out, b * INT_BLOCK, INT_BLOCK, scratch)
+        _read(pf, pu, W, row, b, blocks, bits, share, ob)
+        put_block(out, b * INT_BLOCK, ob)
+    ob = room_for(out, full * INT_BLOCK, out.size - full * INT_BLOCK, scratch)
+    _read_tail(pf, pu, W, row, full, blocks, bits, share, ob)
+    put_block(out, full * INT_BLOCK, ob)
 
 
-@loop
-def int_recode(pf, pu, W, row, bits, residual, qf, qu, n):
-    """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
-    blocks = (n + INT_BLOCK - 1) // INT_BLOCK
+@part
+def _recode(pf, pu, W, row, residual, qf, qu, n, bits):
+    full, blocks = n // INT_BLOCK, (n + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
     mean = np.empty(INT_BLOCK, np.float32)
-    a = np.empty(INT_BLOCK, np.float32)
-    t = np.empty(INT_BLOCK, np.float32)
-    for b in range(blocks):
-        o = b * INT_BLOCK
-        m = min(INT_BLOCK, n - o)
-        rb = residual[o : o + INT_BLOCK]
-        _int_read(pf, pu, W, row, b, blocks, bits, share, mean[:m])
-        top = load(mean[:m], rb, a, INT_BLOCK)
-        _int_write(a, top, t, m, b, blocks, bits, rb, qf, qu)
+    for b in range(full):
+        rb = part_of(residual, b * INT_BLOCK, INT_BLOCK)
+        _read(pf, pu, W, row, b, blocks, bits, share, mean)
+        remember(mean, rb, INT_BLOCK)
+        _encode_block(mean, rb, b, blocks, bits, qf, qu)
+    rest = n - full * INT_BLOCK
+    mb, rb = mean[:rest], part_of(residual, full * INT_BLOCK, rest)
+    _read_tail(pf, pu, W, row, full, blocks, bits, share, mb)
+    remember(mb, rb, rest)
+    _encode_tail(mb, rb, full, blocks, bits, qf, qu)
+
+
+@loop
+def int8_encode(x, prologue, residual, pf, pu):
+    """Codes and scales of x + residual; the residual becomes what they miss."""
+    _encode(x, prologue, residual, pf, pu, 8)
+
+
+@loop
+def int4_encode(x, prologue, residual, pf, pu):
+    """Codes and scales of x + residual; the residual becomes what they miss."""
+    _encode(x, prologue, residual, pf, pu, 4)
+
+
+@loop
+def int8_mean(pf, pu, W, row, out):
+    """The mean of W payloads."""
+    _mean(pf, pu, W, row, out, 8)
+
+
+@loop
+def int4_mean(pf, pu, W, row, out):
+    """The mean of W payloads."""
+    _mean(pf, pu, W, row, out, 4)
+
+
+@loop
+def int8_recode(pf, pu, W, row, residual, qf, qu, n):
+    """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    _recode(pf, pu, W, row, residual, qf, qu, n, 8)
+
+
+@loop
+def int4_recode(pf, pu, W, row, residual, qf, qu, n):
+    """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    _recode(pf, pu, W, row, residual, qf, qu, n, 4)
+
+
+LOOPS = {"int8": (int8_encode, int8_mean, int8_recode), "int4": (int4_encode, int4_mean, int4_recode)}
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
     coded = padded(payload)
-    int_encode(x.numpy(), steps(prologue), floats(residual), coded.view(np.float32), coded, codec.bits)
+    LOOPS[codec.word][0](values(x), steps(prologue), floats(residual), coded.view(np.float32), coded)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
     coded = payloads.numpy()
-    int_mean(coded.view(np.float32), coded, count, codec.nbytes(out.numel()), codec.bits, out.numpy())
+    LOOPS[codec.word][1](coded.view(np.float32), coded, count, codec.nbytes(out.numel()), values(out))
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     before, after = payloads.numpy(), padded(payload)
     coded = before.view(np.float32), before, count, codec.nbytes(n)
-    int_recode(*coded, codec.bits, floats(residual), after.view(np.float32), after, n)
+    LOOPS[codec.word][2](*coded, floats(residual), after.view(np.float32), after, n)

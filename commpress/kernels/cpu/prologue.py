@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from commpress.kernels.cpu.arrays import steps
+from commpress.kernels.cpu.arrays import steps, values
 from commpress.kernels.cpu.blocks import run_prologue
 
 
 def apply(x: Tensor, prologue: Any) -> None:
     """`prologue` of the table."""
-    run_prologue(x.numpy(), steps(prologue))
+    run_prologue(values(x), steps(prologue))

@@ -6,113 +6,162 @@ import numpy as np
 from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
-from commpress.kernels.cpu.arrays import floats, padded, steps
-from commpress.kernels.cpu.blocks import NAN, SIGN_BLOCK, SIGN_LANES, block_of, fold, load, pack_signs
+from commpress.kernels.cpu.arrays import floats, padded, steps, values
+from commpress.kernels.cpu.blocks import (
+    NAN,
+    SIGN_BLOCK,
+    SIGN_LANES,
+    block_of,
+    pack_tail_signs,
+    pad,
+    part_of,
+    put_block,
+    remember,
+    room_for,
+    sign_bit,
+    sum_magnitudes,
+)
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "fd366468ded3e438"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+PLANE = SIGN_BLOCK // 8
 
 
 @part
-def _sign_write(a, acc, m, b, blocks, residual, pf, pu):
-    """Encode the block `b` in `a` (SIGN_BLOCK values, zeros behind the m real ones), leave in `residual` what was lost."""
-    for lane in range(SIGN_LANES):
-        acc[lane] = np.abs(a[lane])
-    for k in range(1, SIGN_BLOCK // SIGN_LANES):
-        row = a[k * SIGN_LANES : (k + 1) * SIGN_LANES]
-        for lane in range(SIGN_LANES):
-            acc[lane] += np.abs(row[lane])
-    scale = fold(acc) * (np.float32(1) / np.float32(m))
+def _write(x, residual, codes, scale):
+    """Encode the signs of a full block, leave in `residual` what is lost."""
+    for j in range(PLANE):
+        byte = np.uint32(0)
+        for p in range(8):
+            byte |= sign_bit(x[p * PLANE + j], p)
+        codes[j] = np.uint8(byte)
+    if residual is not None:
+        for j in range(SIGN_BLOCK):
+            value = x[j]
+            residual[j] = value - np.copysign(scale, value)
+
+
+@loop
+def _write_rare(x, residual, codes, a, lanes):
+    """Encode a block of any length and any values, to the same bytes; return its scale."""
+    pad(x, a)
+    scale = sum_magnitudes(a, lanes) * (np.float32(1) / np.float32(x.size))
+    pack_tail_signs(a[: x.size], codes)
+    if not np.isfinite(scale):  # the block decodes to NaN; its residual stays as it was
+        return NAN
+    if residual is not None:
+        for j in range(x.size):
+            residual[j] = a[j] - np.copysign(scale, a[j])
+    return scale
+
+
+@part
+def _encode_block(x, residual, a, lanes, b, blocks, pf, pu):
+    """Encode the full block `b`, whose values are `x`."""
+    codes = pu[4 * blocks + b * PLANE : 4 * blocks + (b + 1) * PLANE]
+    scale = sum_magnitudes(x, lanes) * np.float32(1 / SIGN_BLOCK)
     if np.isfinite(scale):
         pf[b] = scale
-        if residual.size == SIGN_BLOCK:
-            for j in range(SIGN_BLOCK):
-                residual[j] = a[j] - np.copysign(scale, a[j])
-        else:
-            for j in range(residual.size):
-                residual[j] = a[j] - np.copysign(scale, a[j])
-    else:  # the block decodes to NaN; its residual stays as it was
-        pf[b] = NAN
-    start = 4 * blocks + b * (SIGN_BLOCK // 8)
-    pack_signs(a.view(np.int32), m, pu[start : start + SIGN_BLOCK // 8])
+        _write(x, residual, codes, scale)
+    else:
+        pf[b] = _write_rare(x, residual, codes, a, lanes)
 
 
 @part
-def _sign_read(pf, pu, W, row, b, blocks, share, out):
-    """The mean of the block `b` of W payloads, into `out` (the values of that block)."""
-    m = out.size
-    width = (m + 7) // 8
+def _encode_tail(x, residual, a, lanes, b, blocks, pf, pu):
+    """Encode the last block `b`, if it is shorter."""
+    start = 4 * blocks + b * PLANE
+    if x.size:
+        pf[b] = _write_rare(x, residual, pu[start : start + (x.size + 7) // 8], a, lanes)
+
+
+@part
+def _read(pf, pu, W, row, b, blocks, share, out):
+    """Write the mean of the full block `b` of W payloads to `out`."""
     for w in range(W):
-        at = w * row + 4 * blocks + b * (SIGN_BLOCK // 8)
+        at = w * row + 4 * blocks + b * PLANE
+        scale, codes = pf[w * (row // 4) + b] * share, pu[at : at + PLANE]
+        for p in range(8):
+            bit = np.uint8(1 << p)
+            plane = out[p * PLANE : (p + 1) * PLANE]
+            if w:
+                for j in range(PLANE):
+                    plane[j] += -scale if codes[j] & bit else scale
+            else:
+                for j in range(PLANE):
+                    plane[j] = -scale if codes[j] & bit else scale
+
+
+@part
+def _read_tail(pf, pu, W, row, b, blocks, share, out):
+    """Do the same for the last block, if it is shorter."""
+    width = (out.size + 7) // 8
+    for w in range(W if out.size else 0):
+        at = w * row + 4 * blocks + b * PLANE
         scale = pf[w * (row // 4) + b] * share
-        if m == SIGN_BLOCK:
-            codes = pu[at : at + SIGN_BLOCK // 8]
-            for p in range(8):
-                bit = np.uint8(1 << p)
-                plane = out[p * (SIGN_BLOCK // 8) : (p + 1) * (SIGN_BLOCK // 8)]
-                if w:
-                    for j in range(SIGN_BLOCK // 8):
-                        plane[j] += -scale if codes[j] & bit else scale
-                else:
-                    for j in range(SIGN_BLOCK // 8):
-                        plane[j] = -scale if codes[j] & bit else scale
-        else:
-            for i in range(m):
-                value = -scale if pu[at + i % width] >> (i // width) & 1 else scale
-                out[i] = out[i] + value if w else value
+        for i in range(out.size):
+            value = -scale if pu[at + i % width] >> (i // width) & 1 else scale
+            out[i] = out[i] + value if w else value
 
 
 @loop
 def sign_encode(x, prologue, residual, pf, pu):
     """Signs and magnitudes of x + residual; the residual becomes what they miss."""
-    n = x.size
-    blocks = (n + SIGN_BLOCK - 1) // SIGN_BLOCK
-    a = np.empty(SIGN_BLOCK, np.float32)
-    acc = np.empty(SIGN_LANES, np.float32)
-    scratch = np.empty(SIGN_BLOCK, np.float32)
-    for b in range(blocks):
-        o = b * SIGN_BLOCK
-        xb, rb = block_of(x, prologue, o, SIGN_BLOCK, scratch), residual[o : o + SIGN_BLOCK]
-        load(xb, rb, a, SIGN_BLOCK)
-        _sign_write(a, acc, xb.size, b, blocks, rb, pf, pu)
+    full, blocks = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK
+    scratch, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
+    lanes = np.empty(SIGN_LANES, np.float32)
+    for b in range(full):
+        xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
+        _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, lanes, b, blocks, pf, pu)
+    at, rest = full * SIGN_BLOCK, x.size - full * SIGN_BLOCK
+    xb = block_of(x, prologue, residual, at, rest, scratch)
+    _encode_tail(xb, part_of(residual, at, rest), a, lanes, full, blocks, pf, pu)
 
 
 @loop
 def sign_mean(pf, pu, W, row, out):
     """The mean of W payloads."""
-    blocks = (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
+    full, blocks = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
-    for b in range(blocks):
-        _sign_read(pf, pu, W, row, b, blocks, share, out[b * SIGN_BLOCK : (b + 1) * SIGN_BLOCK])
+    scratch = np.empty(SIGN_BLOCK, np.float32)
+    for b in range(full):
+        ob = room_for(out, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
+        _read(pf, pu, W, row, b, blocks, share, ob)
+        put_block(out, b * SIGN_BLOCK, ob)
+    ob = room_for(out, full * SIGN_BLOCK, out.size - full * SIGN_BLOCK, scratch)
+    _read_tail(pf, pu, W, row, full, blocks, share, ob)
+    put_block(out, full * SIGN_BLOCK, ob)
 
 
 @loop
 def sign_recode(pf, pu, W, row, residual, qf, qu, n):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
-    blocks = (n + SIGN_BLOCK - 1) // SIGN_BLOCK
+    full, blocks = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
-    mean = np.empty(SIGN_BLOCK, np.float32)
-    a = np.empty(SIGN_BLOCK, np.float32)
-    acc = np.empty(SIGN_LANES, np.float32)
-    for b in range(blocks):
-        o = b * SIGN_BLOCK
-        m = min(SIGN_BLOCK, n - o)
-        rb = residual[o : o + SIGN_BLOCK]
-        _sign_read(pf, pu, W, row, b, blocks, share, mean[:m])
-        load(mean[:m], rb, a, SIGN_BLOCK)
-        _sign_write(a, acc, m, b, blocks, rb, qf, qu)
+    mean, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
+    lanes = np.empty(SIGN_LANES, np.float32)
+    for b in range(full):
+        rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
+        _read(pf, pu, W, row, b, blocks, share, mean)
+        remember(mean, rb, SIGN_BLOCK)
+        _encode_block(mean, rb, a, lanes, b, blocks, qf, qu)
+    at, rest = full * SIGN_BLOCK, n - full * SIGN_BLOCK
+    mb, rb = mean[:rest], part_of(residual, at, rest)
+    _read_tail(pf, pu, W, row, full, blocks, share, mb)
+    remember(mb, rb, rest)
+    _encode_tail(mb, rb, a, lanes, full, blocks, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
     coded = padded(payload)
-    sign_encode(x.numpy(), steps(prologue), floats(residual), coded.view(np.float32), coded)
+    sign_encode(values(x), steps(prologue), floats(residual), coded.view(np.float32), coded)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
     coded = payloads.numpy()
-    sign_mean(coded.view(np.float32), coded, count, codec.nbytes(out.numel()), out.numpy())
+    sign_mean(coded.view(np.float32), coded, count, codec.nbytes(out.numel()), values(out))
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:

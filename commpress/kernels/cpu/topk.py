@@ -7,25 +7,30 @@ import torch
 from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
-from commpress.kernels.cpu.arrays import floats, steps
+from commpress.kernels.cpu.arrays import floats, steps, values
 from commpress.kernels.cpu.blocks import (
     INFINITY_BITS,
     MAGNITUDE,
-    ONES,
-    PLACES,
     block_of,
-    load,
-    prologue_value,
-    run_prologue,
+    pad,
+    popcount,
+    reach_mask,
+    trailing_zeros,
+    value_of,
 )
 from commpress.kernels.cpu.elias_fano import ef_decode, ef_encode
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "fd366468ded3e438"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 KEEP_BLOCK = 256
 BINS = 2048
-GATHER = np.uint64(0x0102040810204080)
-"""Times eight bytes that are 0 or 1, this moves them to the eight bits of the highest byte."""
+
+
+@part
+def _bin(bits, base, shift):
+    """The bin of a magnitude; the one behind the last for what lies below `base`."""
+    above = np.int64(bits & MAGNITUDE) - base
+    return np.uint64(above) >> np.uint64(shift) if above >= 0 else np.uint64(BINS)
 
 
 @loop
@@ -38,16 +43,22 @@ def kth_largest(raw, k, low=0):
     for i in range(raw.size):
         top = max(top, np.int32(raw[i] & MAGNITUDE))
     span = np.int64(top) - base
-    counts = np.empty(BINS, np.int64)
+    counts, odd = np.empty(BINS + 1, np.int64), np.empty(BINS + 1, np.int64)
     while True:
         shift = np.int64(0)
         while span >> shift >= BINS:
             shift += 1
         counts[:] = 0
-        for i in range(raw.size):
-            above = np.int64(raw[i] & MAGNITUDE) - base
-            if above >= 0:
-                counts[np.uint64(above) >> np.uint64(shift)] += 1
+        odd[:] = 0
+        for i in range(
+            raw.size // 2
+        ):  # neighbours often fall into one bin: in one table they would wait for each other
+            counts[_bin(raw[2 * i], base, shift)] += 1
+            odd[_bin(raw[2 * i + 1], base, shift)] += 1
+        if raw.size % 2:
+            counts[_bin(raw[raw.size - 1], base, shift)] += 1
+        for b in range(BINS):
+            counts[b] += odd[b]
         b = BINS - 1
         while counts[b] < rank:
             rank -= counts[b]
@@ -72,7 +83,6 @@ def _sampled_threshold(x, prologue, residual, ratio):
 
     The place within a stratum is hashed, since a fixed stride can follow the columns of a matrix. Returns the
     threshold and more values than can be expected to reach it."""
-    inverse, average, limit, fresh, kept = prologue
     n = x.size
     m = min(n, max(4096, min(16384, n // 64)))
     width, rest = n // m, n % m
@@ -85,8 +95,7 @@ def _sampled_threshold(x, prologue, residual, ratio):
         hashed = np.uint64(s) * np.uint64(0x9E3779B97F4A7C15)
         hashed = np.uint64((hashed ^ (hashed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(40)
         i = start + (np.int64(hashed) * size >> 24)
-        value = prologue_value(x[i], inverse[i], average[i], limit, fresh, kept) if inverse.size else x[i]
-        sample[s] = value + residual[i] if residual.size else value
+        sample[s] = value_of(x, prologue, i) if residual is None else value_of(x, prologue, i) + residual[i]
         start += size
     want = m * ratio
     rank = min(m, np.int64(want + 4.0 * np.sqrt(want)) + 2)
@@ -97,31 +106,61 @@ def _sampled_threshold(x, prologue, residual, ratio):
 @loop
 def _spare(a, old, o, spared):
     """Note in `spared` the old residual of the values of the block `a` at `o` that are NaN or Inf."""
-    for j in range(old.size):
+    for j in range(a.size):
         if not np.isfinite(a[j]):
             spared[o + j] = old[j]
 
 
 @part
-def _positions(a, threshold, mark, dense, o, index, at):
-    """Write to `index[at:]` where the magnitudes of the block `a` (KEEP_BLOCK values from `o` on) reach `threshold`.
+def _write_places(mask, first, batch, index, at):
+    """Write to `index[at:]` the places of the lowest `batch` bits of `mask`, counted from `first`; return the other bits.
 
-    Eight comparisons make a byte, and a table says where its ones stand; eight entries are written, the first of them
-    count. No branch depends on the values, unless few are kept: then most bytes are 0 and passed over."""
-    ai = a.view(np.int32)
-    words = mark.view(np.uint64)
-    for j in range(KEEP_BLOCK):
-        mark[j] = np.uint8((ai[j] & MAGNITUDE) >= threshold)
-    for w in range(KEEP_BLOCK // 8):
-        if dense or words[w]:
-            byte = np.uint64(words[w] * GATHER) >> np.uint64(56)
-            ones = PLACES[byte]
-            first = o + 8 * w
-            eight = index[at : at + 8]
-            for i in range(8):
-                eight[i] = first + np.int64((ones >> np.uint64(8 * i)) & np.uint64(255))
-            at += np.int64(ONES[byte])
+    All are written, whether they are there or not: no branch depends on how many there are."""
+    places = index[at : at + batch]
+    for i in range(batch):
+        places[i] = first + trailing_zeros(mask)
+        mask &= mask - np.uint64(1)
+    return mask
+
+
+@part
+def _positions(a, threshold, o, dense, index, at):
+    """Write to `index[at:]` where the magnitudes of the block `a` (KEEP_BLOCK values from `o` on) reach `threshold`."""
+    for w in range(KEEP_BLOCK // 64):
+        mask = reach_mask(a, 64 * w, threshold)
+        count, first, done = np.int64(popcount(mask)), o + 64 * w, np.int64(0)
+        if dense:
+            mask, done = _write_places(mask, first, 16, index, at), np.int64(16)
+        while done < count or done == 0:  # mostly once
+            mask = _write_places(mask, first, 4, index, at + done)
+            done += 4
+        at += count
     return at
+
+
+@part
+def _remember(a, rb, old, size):
+    """rb := a + rb, old := what it was; return the bits of the largest magnitude among them."""
+    top = np.int32(0)
+    for j in range(size):
+        old[j] = rb[j]
+        value = np.float32(a[j] + rb[j])
+        rb[j] = value
+        top = max(top, np.int32(value.view(np.int32) & MAGNITUDE))
+    return top
+
+
+@part
+def _summed(a, residual, old, o, size, spared):
+    """The `size` values of a block at `o` and what is remembered of them, and `spared`, which notes what it must."""
+    if residual is None:
+        return a, spared
+    rb = residual[o : o + size]
+    if _remember(a, rb, old, size) >= INFINITY_BITS:
+        if spared.size == 0:
+            spared = np.zeros(residual.size, np.float32)
+        _spare(rb, old, o, spared)
+    return rb, spared
 
 
 @loop
@@ -131,71 +170,90 @@ def _collect(x, prologue, residual, threshold, room):
     Counts all, stores the first `room` (at least). Returns positions, values, the count, and the old residual where
     the sum is NaN or Inf (an array as long as x; empty where there was none)."""
     n = x.size
-    feedback = residual.size > 0
-    mark = np.empty(KEEP_BLOCK, np.uint8)
-    total, scratch = np.zeros(KEEP_BLOCK, np.float32), np.empty(KEEP_BLOCK, np.float32)
-    index = np.empty(room + KEEP_BLOCK + 8, np.int64)
+    old, scratch = np.empty(KEEP_BLOCK, np.float32), np.empty(KEEP_BLOCK, np.float32)
+    index = np.empty(room + KEEP_BLOCK + 16, np.int64)
     value = np.empty(room + KEEP_BLOCK, np.float32)
     spared = np.empty(0, np.float32)
-    dense = room > n // 32
+    full, dense = n // KEEP_BLOCK, room > n // 32
     count, at = np.int64(0), np.int64(0)
-    for b in range((n + KEEP_BLOCK - 1) // KEEP_BLOCK):
+    for b in range(full):
         o = b * KEEP_BLOCK
-        xb, rb = block_of(x, prologue, o, KEEP_BLOCK, scratch), residual[o : o + KEEP_BLOCK]
-        a = xb
-        top = np.int32(0)
-        if feedback or xb.size < KEEP_BLOCK:
-            top = load(xb, rb, total, KEEP_BLOCK)
-            a = total
-        end = _positions(a, threshold, mark, dense, o, index, at)
+        xb = block_of(x, prologue, None, o, KEEP_BLOCK, scratch)
+        a, spared = _summed(xb, residual, old, o, KEEP_BLOCK, spared)
+        end = _positions(a, threshold, o, dense, index, at)
         for i in range(at, end):
             value[i] = a[index[i] - o]
         count += end - at
         at = min(end, room)
-        if feedback:
-            if top >= INFINITY_BITS:
-                if spared.size == 0:
-                    spared = np.zeros(n, np.float32)
-                _spare(a, rb, o, spared)
-            if rb.size == KEEP_BLOCK:
-                for j in range(KEEP_BLOCK):
-                    rb[j] = a[j]
-            else:
-                for j in range(rb.size):
-                    rb[j] = a[j]
+    if n > full * KEEP_BLOCK:
+        o = full * KEEP_BLOCK
+        xb = block_of(x, prologue, None, o, n - o, scratch)
+        a, spared = _summed(xb, residual, old, o, n - o, spared)
+        pad(a, old)
+        end = _positions(old, threshold, o, dense, index, at)
+        for i in range(at, end):
+            value[i] = old[index[i] - o]
+        count += end - at
     return index, value, count, spared
 
 
-@loop
-def _keep(raw, threshold, above, k, kept):
-    """Note in `kept` where the k largest magnitudes of `raw` stand: the `above` ones that exceed the threshold and, of
-    those equal to it, an evenly spread choice. No branch depends on the values: each place is written, and written over
-    by the next one if it is not kept."""
-    ties = np.int64(0)
+@part
+def _count_ties(raw, threshold):
+    """How many magnitudes exceed the threshold, and how many equal it."""
+    above, ties = np.int64(0), np.int64(0)
     for i in range(raw.size):
-        ties += np.int64((raw[i] & MAGNITUDE) == threshold)
+        magnitude = np.int32(raw[i] & MAGNITUDE)
+        above += np.int64(magnitude > threshold)
+        ties += np.int64(magnitude == threshold)
+    return above, ties
+
+
+@loop
+def keep_largest(index, value, threshold, k):
+    """Move the k largest magnitudes of `value`, of which the smallest is `threshold`, to its front, and theirs of `index`.
+
+    Of those that equal it an evenly spread choice stays. No branch depends on the values: each is moved, and written over by
+    the next one if it is not kept."""
+    raw = value.view(np.int32)
+    above, ties = _count_ties(raw, threshold)
     need = k - above
+    c, share = np.int64(0), np.int64(0)
+    if need == ties:
+        for i in range(raw.size):
+            bits, place = raw[i], index[i]
+            raw[c], index[c] = bits, place
+            c += np.int64(np.int32(bits & MAGNITUDE) >= threshold)
+    else:
+        for i in range(raw.size):
+            bits, place = raw[i], index[i]
+            magnitude = np.int32(bits & MAGNITUDE)
+            share += need * np.int64(
+                magnitude == threshold
+            )  # tie t stays where (t + 1) * need / ties passes an integer
+            take = share >= ties
+            share -= ties * np.int64(take)
+            raw[c], index[c] = bits, place
+            c += np.int64(take or magnitude > threshold)
+
+
+@loop
+def largest_of(whole, threshold, k):
+    """Where the k largest magnitudes of `whole` stand, of which the smallest is `threshold`, and the values there."""
+    raw = whole.view(np.int32)
+    above, ties = _count_ties(raw, threshold)
+    need = k - above
+    index, value = np.empty(k, np.int64), np.empty(k, np.float32)
     c, share = np.int64(0), np.int64(0)
     for i in range(raw.size):
         magnitude = np.int32(raw[i] & MAGNITUDE)
-        share += need * np.int64(magnitude == threshold)  # tie t is kept where (t + 1) * need / ties passes an integer
+        share += need * np.int64(magnitude == threshold)
         take = share >= ties
         share -= ties * np.int64(take)
-        kept[c] = i
+        index[c], value[c] = i, whole[i]
         c += np.int64(take or magnitude > threshold)
         if c == k:
             break
-
-
-@loop
-def _largest(raw, threshold, k):
-    """Where the k largest magnitudes of `raw` stand, of which the smallest is `threshold`."""
-    above = np.int64(0)
-    for i in range(raw.size):
-        above += np.int64((raw[i] & MAGNITUDE) > threshold)
-    kept = np.empty(k, np.int64)
-    _keep(raw, threshold, above, k, kept)
-    return kept
+    return index, value
 
 
 @part
@@ -205,6 +263,17 @@ def _not_finite(raw):
     for i in range(raw.size):
         count += np.int64((raw[i] & MAGNITUDE) >= INFINITY_BITS)
     return count
+
+
+@part
+def _whole(x, prologue, residual):
+    """All values that are looked through: with feedback they are in `residual` by now."""
+    if residual is not None:
+        return residual
+    whole = np.empty(x.size, np.float32)
+    for i in range(x.size):
+        whole[i] = value_of(x, prologue, i)
+    return whole
 
 
 @loop
@@ -224,14 +293,9 @@ def topk_select(x, prologue, residual, k):
         exact = kth_largest(raw, k, threshold)
         overflows = exact >= INFINITY_BITS and _not_finite(raw) > k
         if not overflows:
-            kept = _largest(raw, exact, k)
-            for i in range(k):
-                value[i] = value[kept[i]]
-                index[i] = index[kept[i]]
+            keep_largest(index[:count], value[:count], exact, k)
     else:
-        if residual.size == 0:
-            run_prologue(x, prologue)
-        whole = residual if residual.size else x
+        whole = _whole(x, prologue, residual)
         raw = whole.view(np.int32)
         if count > room:
             exact = kth_largest(raw, k, threshold)
@@ -241,33 +305,27 @@ def topk_select(x, prologue, residual, k):
             exact = np.int32(0)
         overflows = exact >= INFINITY_BITS and _not_finite(raw) > k
         if not overflows:
-            index = _largest(raw, exact, k)
-            value = np.empty(k, np.float32)
-            for i in range(k):
-                value[i] = whole[index[i]]
+            index, value = largest_of(whole, exact, k)
     if overflows:
-        inverse, average, limit, fresh, kept_share = prologue
-        for i in range(residual.size):
-            own = prologue_value(x[i], inverse[i], average[i], limit, fresh, kept_share) if inverse.size else x[i]
-            residual[i] -= own
         k = 0
-    for i in range(spared.size):
-        if not np.isfinite(residual[i]):
-            residual[i] = spared[i]
+    if residual is not None:
+        for i in range(residual.size if overflows else 0):
+            residual[i] -= value_of(x, prologue, i)
+        for i in range(spared.size):
+            if not np.isfinite(residual[i]):
+                residual[i] = spared[i]
     return index[:k], value[:k]
 
 
 @loop
 def topk_settle(x, prologue, residual, index, value, decoded):
     """The residual of the kept entries once their values are coded: value - decoded; what it was where that is NaN."""
-    inverse, average, limit, fresh, kept = prologue
     for i in range(index.size):
         lost, at = value[i] - decoded[i], index[i]
         if np.isfinite(lost):
             residual[at] = lost
         elif np.isfinite(value[i]):
-            own = prologue_value(x[at], inverse[at], average[at], limit, fresh, kept) if inverse.size else x[at]
-            residual[at] = value[i] - own
+            residual[at] = value[i] - value_of(x, prologue, at)
 
 
 @loop
@@ -283,7 +341,7 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
     """`encode` of the table. The codec of the values encodes them as it does any others."""
     k, low_bits, high_at, values_at = codec.sections(x.numel())
     before, memory = steps(prologue), floats(residual)
-    index, value = topk_select(x.numpy(), before, memory, k)
+    index, value = topk_select(values(x), before, memory, k)
     payload[:values_at] = 0
     if not index.size:
         codec.values.encode(torch.full((k,), torch.nan, dtype=torch.float32, device="cpu"), payload[values_at:])
@@ -291,9 +349,9 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
     coded = payload.numpy()
     ef_encode(index, low_bits, coded[:high_at], coded[high_at:values_at])
     codec.values.encode(torch.from_numpy(value), payload[values_at:])
-    if memory.size:
+    if memory is not None:
         decoded = codec.values.decode(payload[values_at:], k)
-        topk_settle(x.numpy(), before, memory, index, value, decoded.numpy())
+        topk_settle(values(x), before, memory, index, value, decoded.numpy())
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:

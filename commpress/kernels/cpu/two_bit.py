@@ -6,34 +6,43 @@ import numpy as np
 from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
-from commpress.kernels.cpu.arrays import floats, padded, steps
-from commpress.kernels.cpu.blocks import NAN, SIGN_BLOCK, SIGN_LANES, block_of, fold, load, pack_signs
+from commpress.kernels.cpu.arrays import floats, padded, steps, values
+from commpress.kernels.cpu.blocks import (
+    NAN,
+    SIGN_BLOCK,
+    SIGN_LANES,
+    block_of,
+    fold,
+    pack_tail_signs,
+    pad,
+    part_of,
+    put_block,
+    remember,
+    room_for,
+    sign_bit,
+    sum_magnitudes,
+)
 
-BLOCKS_SHA256 = "c51943699b3cf74d"
+BLOCKS_SHA256 = "fd366468ded3e438"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+PLANE = SIGN_BLOCK // 8
 
 
 @part
 def _plane(n):
     """Bytes of one bit for each of n values."""
-    return n // SIGN_BLOCK * (SIGN_BLOCK // 8) + (n % SIGN_BLOCK + 7) // 8
+    return n // SIGN_BLOCK * (PLANE) + (n % SIGN_BLOCK + 7) // 8
 
 
 @part
-def _int2_sizes(a, lanes, m):
-    """The mean magnitude of the block `a` (zeros behind the m real values), and the means of those up to it and above it.
-
-    `lanes` holds three rows of SIGN_LANES: sums and counts, in the order of the format."""
+def _sizes(x, m, lanes):
+    """The mean magnitude of a full block of which m values are real and the rest 0, and the means of those magnitudes up to
+    it and above it. `lanes` holds three rows of SIGN_LANES: sums and counts, in the order of the format."""
     low, high, count = lanes[0], lanes[1], lanes[2]
-    low[:] = np.float32(0)
-    for k in range(SIGN_BLOCK // SIGN_LANES):
-        row = a[k * SIGN_LANES : (k + 1) * SIGN_LANES]
-        for lane in range(SIGN_LANES):
-            low[lane] += np.abs(row[lane])
-    mean = fold(low) * (np.float32(1) / np.float32(m))
+    mean = sum_magnitudes(x, low) * (np.float32(1) / np.float32(m))
     low[:], high[:], count[:] = np.float32(0), np.float32(0), np.float32(0)
     for k in range(SIGN_BLOCK // SIGN_LANES):
-        row = a[k * SIGN_LANES : (k + 1) * SIGN_LANES]
+        row = x[k * SIGN_LANES : (k + 1) * SIGN_LANES]
         for lane in range(SIGN_LANES):
             size = np.abs(row[lane])
             low[lane] += np.float32(0) if size > mean else size
@@ -47,106 +56,153 @@ def _int2_sizes(a, lanes, m):
 
 
 @part
-def _int2_write(a, t, lanes, m, b, blocks, plane, residual, pf, pu):
-    """Encode the block `b` in `a` (SIGN_BLOCK values, zeros behind the m real ones), leave in `residual` what was lost.
-
-    All signs are `plane` bytes."""
-    mean, low, high = _int2_sizes(a, lanes, m)
-    if np.isfinite(mean):
+def _write(x, residual, signs, sizes, mean, low, high):
+    """Encode a full block, leave in `residual` what is lost."""
+    for j in range(PLANE):
+        sign, size = np.uint32(0), np.uint32(0)
+        for p in range(8):
+            value = x[p * PLANE + j]
+            sign |= sign_bit(value, p)
+            size |= sign_bit(mean - np.abs(value), p)  # below 0 where the value is large
+        signs[j], sizes[j] = np.uint8(sign), np.uint8(size)
+    if residual is not None:
         for j in range(SIGN_BLOCK):
-            t[j] = mean - np.abs(a[j])  # below 0 where the value is large
-        if residual.size == SIGN_BLOCK:
-            for j in range(SIGN_BLOCK):
-                residual[j] = a[j] - np.copysign(high if t[j] < 0 else low, a[j])
-        else:
-            for j in range(residual.size):
-                residual[j] = a[j] - np.copysign(high if t[j] < 0 else low, a[j])
-    else:  # the block decodes to NaN; its residual stays as it was
-        low, high = NAN, NAN
-        t[:] = np.float32(0)
-    pf[2 * b], pf[2 * b + 1] = low, high
-    start, width = 8 * blocks + b * (SIGN_BLOCK // 8), (m + 7) // 8
-    pack_signs(a.view(np.int32), m, pu[start : start + width])
-    pack_signs(t.view(np.int32), m, pu[start + plane : start + plane + width])
+            value = x[j]
+            residual[j] = value - np.copysign(high if np.abs(value) > mean else low, value)
+
+
+@loop
+def _write_rare(x, residual, signs, sizes, a, t, lanes):
+    """Encode a block of any length and any values, to the same bytes; return its two sizes."""
+    m = x.size
+    pad(x, a)
+    mean, low, high = _sizes(a, m, lanes)
+    finite = np.isfinite(mean)
+    for j in range(m):
+        t[j] = mean - np.abs(a[j]) if finite else np.float32(0)
+    pack_tail_signs(a[:m], signs)
+    pack_tail_signs(t[:m], sizes)
+    if not finite:  # the block decodes to NaN; its residual stays as it was
+        return NAN, NAN
+    if residual is not None:
+        for j in range(m):
+            residual[j] = a[j] - np.copysign(high if t[j] < 0 else low, a[j])
+    return low, high
 
 
 @part
-def _int2_read(pf, pu, W, row, b, blocks, plane, share, out):
-    """The mean of the block `b` of W payloads, into `out` (the values of that block)."""
-    m = out.size
-    width = (m + 7) // 8
+def _encode_block(x, residual, a, t, lanes, b, blocks, plane, pf, pu):
+    """Encode the full block `b`, whose values are `x`. All signs are `plane` bytes."""
+    start = 8 * blocks + b * PLANE
+    signs, sizes = pu[start : start + PLANE], pu[start + plane : start + plane + PLANE]
+    mean, low, high = _sizes(x, SIGN_BLOCK, lanes)
+    if np.isfinite(mean):
+        pf[2 * b], pf[2 * b + 1] = low, high
+        _write(x, residual, signs, sizes, mean, low, high)
+    else:
+        pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t, lanes)
+
+
+@part
+def _encode_tail(x, residual, a, t, lanes, b, blocks, plane, pf, pu):
+    """Encode the last block `b`, if it is shorter."""
+    start, width = 8 * blocks + b * PLANE, (x.size + 7) // 8
+    if x.size:
+        signs, sizes = pu[start : start + width], pu[start + plane : start + plane + width]
+        pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t, lanes)
+
+
+@part
+def _read(pf, pu, W, row, b, blocks, plane, share, out):
+    """Write the mean of the full block `b` of W payloads to `out`."""
     for w in range(W):
-        at = w * row + 8 * blocks + b * (SIGN_BLOCK // 8)
+        at = w * row + 8 * blocks + b * PLANE
         low, high = pf[w * (row // 4) + 2 * b] * share, pf[w * (row // 4) + 2 * b + 1] * share
-        if m == SIGN_BLOCK:
-            signs, sizes = pu[at : at + SIGN_BLOCK // 8], pu[at + plane : at + plane + SIGN_BLOCK // 8]
-            for p in range(8):
-                bit = np.uint8(1 << p)
-                eighth = out[p * (SIGN_BLOCK // 8) : (p + 1) * (SIGN_BLOCK // 8)]
-                if w:
-                    for j in range(SIGN_BLOCK // 8):
-                        size = high if sizes[j] & bit else low
-                        eighth[j] += -size if signs[j] & bit else size
-                else:
-                    for j in range(SIGN_BLOCK // 8):
-                        size = high if sizes[j] & bit else low
-                        eighth[j] = -size if signs[j] & bit else size
-        else:
-            for i in range(m):
-                size = high if pu[at + plane + i % width] >> (i // width) & 1 else low
-                value = -size if pu[at + i % width] >> (i // width) & 1 else size
-                out[i] = out[i] + value if w else value
+        signs, sizes = pu[at : at + PLANE], pu[at + plane : at + plane + PLANE]
+        for p in range(8):
+            bit = np.uint8(1 << p)
+            eighth = out[p * PLANE : (p + 1) * PLANE]
+            if w:
+                for j in range(PLANE):
+                    size = high if sizes[j] & bit else low
+                    eighth[j] += -size if signs[j] & bit else size
+            else:
+                for j in range(PLANE):
+                    size = high if sizes[j] & bit else low
+                    eighth[j] = -size if signs[j] & bit else size
+
+
+@part
+def _read_tail(pf, pu, W, row, b, blocks, plane, share, out):
+    """Do the same for the last block, if it is shorter."""
+    width = (out.size + 7) // 8
+    for w in range(W if out.size else 0):
+        at = w * row + 8 * blocks + b * PLANE
+        low, high = pf[w * (row // 4) + 2 * b] * share, pf[w * (row // 4) + 2 * b + 1] * share
+        for i in range(out.size):
+            size = high if pu[at + plane + i % width] >> (i // width) & 1 else low
+            value = -size if pu[at + i % width] >> (i // width) & 1 else size
+            out[i] = out[i] + value if w else value
 
 
 @loop
 def int2_encode(x, prologue, residual, pf, pu):
     """Signs and sizes of x + residual; the residual becomes what they miss."""
-    blocks, plane = (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(x.size)
-    a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
+    full, blocks, plane = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(x.size)
+    scratch, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     lanes = np.empty((3, SIGN_LANES), np.float32)
-    scratch = np.empty(SIGN_BLOCK, np.float32)
-    for b in range(blocks):
-        o = b * SIGN_BLOCK
-        xb, rb = block_of(x, prologue, o, SIGN_BLOCK, scratch), residual[o : o + SIGN_BLOCK]
-        load(xb, rb, a, SIGN_BLOCK)
-        _int2_write(a, t, lanes, xb.size, b, blocks, plane, rb, pf, pu)
+    for b in range(full):
+        xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
+        _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, t, lanes, b, blocks, plane, pf, pu)
+    at, rest = full * SIGN_BLOCK, x.size - full * SIGN_BLOCK
+    xb = block_of(x, prologue, residual, at, rest, scratch)
+    _encode_tail(xb, part_of(residual, at, rest), a, t, lanes, full, blocks, plane, pf, pu)
 
 
 @loop
 def int2_mean(pf, pu, W, row, out):
     """The mean of W payloads."""
-    blocks, plane = (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(out.size)
+    full, blocks, plane = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(out.size)
     share = np.float32(1.0 / W)
-    for b in range(blocks):
-        _int2_read(pf, pu, W, row, b, blocks, plane, share, out[b * SIGN_BLOCK : (b + 1) * SIGN_BLOCK])
+    scratch = np.empty(SIGN_BLOCK, np.float32)
+    for b in range(full):
+        ob = room_for(out, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
+        _read(pf, pu, W, row, b, blocks, plane, share, ob)
+        put_block(out, b * SIGN_BLOCK, ob)
+    ob = room_for(out, full * SIGN_BLOCK, out.size - full * SIGN_BLOCK, scratch)
+    _read_tail(pf, pu, W, row, full, blocks, plane, share, ob)
+    put_block(out, full * SIGN_BLOCK, ob)
 
 
 @loop
 def int2_recode(pf, pu, W, row, residual, qf, qu, n):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
-    blocks, plane = (n + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(n)
+    full, blocks, plane = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(n)
     share = np.float32(1.0 / W)
     mean, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     lanes = np.empty((3, SIGN_LANES), np.float32)
-    for b in range(blocks):
-        o = b * SIGN_BLOCK
-        m = min(SIGN_BLOCK, n - o)
-        rb = residual[o : o + SIGN_BLOCK]
-        _int2_read(pf, pu, W, row, b, blocks, plane, share, mean[:m])
-        load(mean[:m], rb, a, SIGN_BLOCK)
-        _int2_write(a, t, lanes, m, b, blocks, plane, rb, qf, qu)
+    for b in range(full):
+        rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
+        _read(pf, pu, W, row, b, blocks, plane, share, mean)
+        remember(mean, rb, SIGN_BLOCK)
+        _encode_block(mean, rb, a, t, lanes, b, blocks, plane, qf, qu)
+    at, rest = full * SIGN_BLOCK, n - full * SIGN_BLOCK
+    mb, rb = mean[:rest], part_of(residual, at, rest)
+    _read_tail(pf, pu, W, row, full, blocks, plane, share, mb)
+    remember(mb, rb, rest)
+    _encode_tail(mb, rb, a, t, lanes, full, blocks, plane, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
     coded = padded(payload)
-    int2_encode(x.numpy(), steps(prologue), floats(residual), coded.view(np.float32), coded)
+    int2_encode(values(x), steps(prologue), floats(residual), coded.view(np.float32), coded)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
     coded = payloads.numpy()
-    int2_mean(coded.view(np.float32), coded, count, codec.nbytes(out.numel()), out.numpy())
+    int2_mean(coded.view(np.float32), coded, count, codec.nbytes(out.numel()), values(out))
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:

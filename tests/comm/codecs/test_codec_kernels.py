@@ -101,8 +101,13 @@ def test_keep_marks_all_above_and_an_even_share_of_the_ties(bits: Ints, data: st
     k = data.draw(st.integers(1, bits.size))
     threshold = np.sort(bits)[::-1][k - 1]
     above = int((bits > threshold).sum())
-    kept = np.full(k, -1, np.int64)
-    topk._keep(bits, threshold, above, k, kept)
+    index, value = np.arange(bits.size), bits.view(np.float32).copy()
+    topk.keep_largest(index, value, threshold, k)
+    kept = index[:k]
+    assert (value[:k].view(np.int32) == bits[kept]).all()
+    places, values = topk.largest_of(bits.view(np.float32), threshold, k)
+    assert (places == kept).all()
+    assert (values.view(np.int32) == bits[kept]).all()
     assert (np.diff(kept) > 0).all()
     assert 0 <= kept[0] <= kept[-1] < bits.size
     assert set(np.flatnonzero(bits > threshold)) <= set(kept)

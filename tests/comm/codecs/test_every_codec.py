@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from battery import CODEC_CHECKS, DEVICES, EXAMPLES, SPECS, Subject, defined_encode, same, same_residual
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ def any_floats(n: int) -> st.SearchStrategy[NDArray]:  # type: ignore[type-arg]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spec", SPECS)
-@EXAMPLES
+@settings(EXAMPLES, max_examples=25)  # the battery has many of the same kind
 @given(st.data())
 def test_kernels_equal_the_definition_on_anything(spec: str, device: str, data: st.DataObject) -> None:
     codec = parse(spec)

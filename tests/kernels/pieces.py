@@ -1,0 +1,142 @@
+"""Compiles the pieces of the hot loops for processors: `NUMBA_OPT=0 python pieces.py '{"haswell": "x86_64-linux-gnu"}'`.
+
+Prints LLVM's optimised code by processor and piece, as JSON.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
+import numpy as np
+from numba import njit, types
+
+from commpress.kernels.cpu import cast, float8, integer, optim, sign, topk, two_bit
+from commpress.kernels.cpu.blocks import block_of, sum_magnitudes, top_of
+
+FLOATS, BYTES = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
+BFLOATS, HALVES = types.Array(types.uint16, 1, "C"), types.Array(types.int16, 1, "C")
+LANES = types.Array(types.float32, 2, "C")
+F, INT, NONE = types.float32, types.int64, types.none
+STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
+
+
+def in_order(x: Any, residual: Any) -> Any:
+    """A sum whose order is fixed."""
+    total = np.float32(0)
+    for i in range(x.size):
+        total += x[i]
+    return total
+
+
+PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "top_of": (lambda x: top_of(x, 256), (FLOATS,)),
+    "block_of, feedback": (lambda x, r, o, s: block_of(x, None, r, o, 256, s)[7], (FLOATS, FLOATS, INT, FLOATS)),
+    "block_of, feedback and prologue": (
+        lambda x, p, r, o, s: block_of(x, p, r, o, 256, s)[7],
+        (FLOATS, STEPS, FLOATS, INT, FLOATS),
+    ),
+    "block_of, bfloat16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (BFLOATS, INT, FLOATS)),
+    "block_of, float16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (HALVES, INT, FLOATS)),
+    "int8 write": (lambda x, c, top: integer._write(x, None, c, top, 8), (FLOATS, BYTES, types.int32)),
+    "int8 write, feedback": (
+        lambda x, r, c, top: integer._write(x, r, c, top, 8),
+        (FLOATS, FLOATS, BYTES, types.int32),
+    ),
+    "int4 write": (lambda x, c, top: integer._write(x, None, c, top, 4), (FLOATS, BYTES, types.int32)),
+    "int4 write, feedback": (
+        lambda x, r, c, top: integer._write(x, r, c, top, 4),
+        (FLOATS, FLOATS, BYTES, types.int32),
+    ),
+    "int8 read": (lambda scale, c, share, out: integer._add(scale, c, share, 8, False, out), (F, BYTES, F, FLOATS)),
+    "int4 read": (lambda scale, c, share, out: integer._add(scale, c, share, 4, False, out), (F, BYTES, F, FLOATS)),
+    "e4m3 write, feedback": (
+        lambda x, r, c, peak: float8._write(x, r, c, peak, float8.E4M3),
+        (FLOATS, FLOATS, BYTES, F),
+    ),
+    "e5m2 write, feedback": (
+        lambda x, r, c, peak: float8._write(x, r, c, peak, float8.E5M2),
+        (FLOATS, FLOATS, BYTES, F),
+    ),
+    "fp8 read": (
+        lambda pf, pu, share, out: float8._read(pf, pu, 2, 4096, 0, 8, float8.E4M3, share, 256, out),
+        (FLOATS, BYTES, F, FLOATS),
+    ),
+    "sum_magnitudes": (sum_magnitudes, (FLOATS, FLOATS)),
+    "sign write, feedback": (sign._write, (FLOATS, FLOATS, BYTES, F)),
+    "sign read": (lambda pf, pu, share, out: sign._read(pf, pu, 2, 4096, 0, 8, share, out), (FLOATS, BYTES, F, FLOATS)),
+    "int2 sizes": (lambda x, lanes: two_bit._sizes(x, 1024, lanes), (FLOATS, LANES)),
+    "int2 write, feedback": (two_bit._write, (FLOATS, FLOATS, BYTES, BYTES, F, F, F)),
+    "int2 read": (
+        lambda pf, pu, share, out: two_bit._read(pf, pu, 2, 4096, 0, 8, 1024, share, out),
+        (FLOATS, BYTES, F, FLOATS),
+    ),
+    "bf16 write, feedback": (lambda x, r, h: cast._encode_block(x, r, h, 1024), (FLOATS, FLOATS, BFLOATS)),
+    "fp16 write, feedback": (lambda x, r, h: cast._encode_block(x, r, h, 1024), (FLOATS, FLOATS, HALVES)),
+    "bf16 read": (lambda h, share, out: cast._read(h, 2, 4096, 0, share, 1024, out), (BFLOATS, F, FLOATS)),
+    "fp16 read": (lambda h, share, out: cast._read(h, 2, 4096, 0, share, 1024, out), (HALVES, F, FLOATS)),
+    "topk remember": (lambda a, r, old: topk._remember(a, r, old, 256), (FLOATS, FLOATS, FLOATS)),
+    "apply_update": (optim.LOOPS["apply_update"].py_func, (FLOATS, FLOATS, FLOATS, F, F)),
+    "local_step": (optim.LOOPS["local_step"].py_func, (FLOATS,) * 6 + (F,) * 5),
+    "sync_payload": (optim.LOOPS["sync_payload"].py_func, (FLOATS,) * 5 + (F,) * 5),
+    "sync_apply": (optim.LOOPS["sync_apply"].py_func, (FLOATS,) * 6 + (F,) * 3),
+    "momentum_correction": (optim.LOOPS["momentum_correction"].py_func, (FLOATS,) * 3 + (F,) * 3),
+    "a sum in order": (in_order, (FLOATS, NONE)),
+}
+
+
+def lowered(function: Callable[..., Any], signature: tuple[Any, ...]) -> str:
+    """LLVM's code of a function as Numba lowers it, for no processor."""
+    compiled: Any = njit(nogil=True, error_model="numpy")(getattr(function, "py_func", function))
+    compiled.compile(signature)
+    code = compiled.inspect_llvm(compiled.signatures[0])
+    code = re.sub(r"target (triple|datalayout) = .*", "", code)
+    return re.sub(r'"(target-cpu|target-features)"="[^"]*"', "", code)
+
+
+def optimised(code: str, processor: str, triple: str) -> str:
+    """The code as LLVM leaves it for a processor, by the passes that Numba runs: each function, what calls what, everything."""
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, opt=3, jit=False)
+    module = llvm.parse_assembly(code)
+    module.triple, module.data_layout = triple, str(machine.target_data)
+    builder = _builder(machine, 3, vectors=True)
+    passes = builder.getFunctionPassManager()
+    passes.add_refprune_pass()
+    for function in module.functions:
+        passes.run(function, builder)
+    builder = _builder(machine, 0, vectors=False)
+    passes = builder.getModulePassManager()
+    passes.add_loop_rotate_pass()
+    passes.add_instruction_combine_pass()
+    passes.add_jump_threading_pass()
+    passes.add_refprune_pass()
+    passes.run(module, builder)
+    builder = _builder(machine, 3, vectors=True)
+    passes = builder.getModulePassManager()
+    passes.add_refprune_pass()
+    passes.run(module, builder)
+    return str(module)
+
+
+def _builder(machine: Any, level: int, vectors: bool) -> Any:
+    options = llvm.PipelineTuningOptions(speed_level=level)
+    options.loop_vectorization, options.slp_vectorization = vectors, False
+    return llvm.create_pass_builder(machine, options)
+
+
+def main() -> None:
+    """Compile all pieces."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    once = {name: lowered(*piece) for name, piece in PIECES.items()}
+    out = {
+        processor: {name: optimised(code, processor, triple) for name, code in once.items()}
+        for processor, triple in json.loads(sys.argv[1]).items()
+    }
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
