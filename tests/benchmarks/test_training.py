@@ -92,7 +92,7 @@ def run_tiny(folder: Path, *arguments: str) -> dict[str, Any]:
     """The benchmark on two ranks of this machine with a model of a few thousand parameters: record, and "printed"."""
     path = folder / "record.json"
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    printed, silent = run(2, started, [*arguments, "--json", str(path)], store.port, timeout=120)
+    printed, silent = run(2, started, [*arguments, "--json", str(path)], store.port, fresh=True, timeout=120)
     assert not silent
     return {**json.loads(path.read_text()), "printed": printed}
 
