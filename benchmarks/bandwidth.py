@@ -69,7 +69,7 @@ class Case:
             torch.accelerator.synchronize()
 
     def record(self) -> dict[str, Any]:
-        """Its row, times in seconds, bandwidths in bytes a second."""
+        """Return its row, times in seconds, bandwidths in bytes a second."""
         W, median = dist.get_world_size(), statistics.median(self.seconds)
         dense = median if self.dense is None else statistics.median(self.dense.seconds)
         sent = 2 * (W - 1) * self.size // W

@@ -46,7 +46,7 @@ def cpu_name() -> str:
 
 
 def cases(x: torch.Tensor) -> dict[tuple[str, str], Callable[[], object]]:
-    """What is timed: (spec, action) -> call. Memory is allocated beforehand, as in training."""
+    """Return what is timed: (spec, action) -> call. Memory is allocated beforehand, as in training."""
     n, table = x.numel(), {}
     for spec in SPECS:
         codec = commpress.parse(spec)

@@ -1,4 +1,4 @@
-"""What compression costs in loss: the same training by each way of compressing it, against the bytes that it sent.
+"""The cost of compression in loss: the same training by each way of compressing it, against the bytes that it sent.
 
     torchrun --nproc-per-node 2 benchmarks/convergence.py runs/convergence [--only NAME ...] [--picture OUT.svg]
     python -m commpress.launch.lab 2 10gbit -- python benchmarks/convergence.py runs/convergence        # bytes by kernel, too
@@ -228,7 +228,7 @@ def validate(task: Text | Digits, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def share(step: int, steps: int) -> float:
-    """Of the highest rate, for the update after `step` updates."""
+    """Return the share of the highest rate, for the update after `step` updates."""
     rise = RISE * steps
     part = max(0.0, step - rise) / (steps - rise)
     return min(1.0, (step + 1) / rise) * (FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * part)))

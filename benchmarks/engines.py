@@ -1,4 +1,4 @@
-"""What DeepSpeed engines send and how long they take, with and without compression, by ZeRO stage.
+"""Bytes and seconds of DeepSpeed engines, with and without compression, by ZeRO stage.
 
     python -m commpress.launch.lab 2 1gbit -- python benchmarks/engines.py [--rounds 5] [--loss STEPS]
 

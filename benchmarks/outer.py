@@ -1,4 +1,4 @@
-"""What local steps under a compressed outer optimizer cost in loss, against data parallel training on as many tokens.
+"""The cost in loss of local steps under a compressed outer optimizer, against data parallel training on as many tokens.
 
     torchrun --nproc-per-node 2 benchmarks/outer.py runs/outer [--only NAME ...]
     python -m commpress.launch.lab 2 10gbit -- python benchmarks/outer.py runs/outer        # bytes by kernel, too

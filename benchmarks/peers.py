@@ -1,4 +1,4 @@
-"""What a user could take instead of commpress: torch's own DDP hooks, PowerSGD, and what pip finds for gradient compression.
+"""Alternatives to commpress: torch's own DDP hooks, PowerSGD, and what pip finds for gradient compression.
 
 A `Way` averages the gradients of one DDP model; its name is that of a row in the table. What may crash is probed first, in
 two processes of its own, so that the reason becomes the row and the benchmark goes on.
@@ -63,7 +63,7 @@ if find_spec("hivemind") is None:
 
 
 def nothing() -> None:
-    """What most ways have to do outside backward."""
+    """Do nothing, as most ways have nothing to do outside backward."""
 
 
 @dataclass

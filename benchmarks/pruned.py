@@ -47,7 +47,7 @@ def make(name: str) -> turns.Way:
 
 
 def last_line(rows: list[dict[str, Any]]) -> str:
-    """What packing alone saves."""
+    """Return the line that says what packing alone saves."""
     of = {row["name"]: row["kernel_bytes"] for row in rows}
     return f"90 % pruned, without a codec: {of[PLAIN] / of['none, 90 % pruned']:.1f} times fewer bytes"
 

@@ -132,7 +132,7 @@ def show(runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def mean(values: list[float]) -> float:
-    """Of some."""
+    """Return the mean of some numbers."""
     return sum(values) / len(values)
 
 

@@ -43,7 +43,7 @@ WARM_UP = 4
 """Steps before the clock starts: DDP lays its buckets out anew after the first, torch's PowerSGD begins in the third."""
 
 LOSS_ROWS = (DENSE, "PowerSGD rank 4")
-"""What is trained with --loss besides commpress, unless --only says otherwise."""
+"""Rows that are trained with --loss besides commpress's, unless --only says otherwise."""
 RATE, RATES = 0.05, {"sign": 0.01, "topk": 0.1}
 """Highest learning rate: that of rows whose names begin so, and of all others. After the held-out loss of 80 steps, one seed:
 
@@ -136,7 +136,7 @@ def by_period(values: Sequence[float], period: int) -> list[float]:
 
 
 def tokens_per_step() -> int:
-    """Of all ranks together."""
+    """Return the tokens of a step, of all ranks together."""
     return dist.get_world_size() * BATCH * SHAPE.context
 
 
@@ -195,7 +195,7 @@ def train(way: Way, steps: int, bucket_mb: float | None, text: data.Text) -> dic
 
 
 def share(step: int, steps: int) -> float:
-    """Of the highest rate, for the update after `step` updates: a linear rise, then a cosine."""
+    """Return the share of the highest rate, for the update after `step` updates: a linear rise, then a cosine."""
     part = max(0, step - RISE) / max(1, steps - RISE)
     return min(1.0, (step + 1) / RISE) * (FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * part)))
 
@@ -225,7 +225,7 @@ def steps_to(target: float, row: dict[str, Any]) -> float | None:
 
 
 def described() -> dict[str, Any]:
-    """What ran and on what: the head of both records."""
+    """Return what ran and on what: the head of both records."""
     here = machine(torch.device("cpu"))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(SHAPE).parameters())

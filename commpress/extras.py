@@ -1,4 +1,4 @@
-"""What a part of the package needs beyond the core: packages that an extra installs."""
+"""Packages that a part of commpress needs beyond the core, and the extra that installs them."""
 
 import sys
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
-from commpress.hooks import ddp, rank_files
+from commpress.hooks import ddp, rank_checkpoint
 from commpress.hooks.parameters import uncompiled
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def inner(optimizer: Any) -> Any:
 
 
 class _Checkpoint:
-    """What an accelerator has registered for a session: where to write each rank's file, and when to read it."""
+    """An accelerator's handle of a session: where to write each rank's file, and when to read it."""
 
     def __init__(self, accelerator: "Accelerator", session: Session, model: DistributedDataParallel) -> None:
         self._accelerator, self._session, self._group = accelerator, session, model.process_group
@@ -86,7 +86,7 @@ class _Checkpoint:
         drawn = torch.tensor([secrets.randbelow(2**62)], dtype=torch.int64, device=self._session.device)
         dist.broadcast(drawn, dist.get_global_rank(self._group, 0), group=self._group)
         self._stamp = int(drawn)
-        rank_files.save(self._session, folder, self._stamp, self._name)
+        rank_checkpoint.save(self._session, folder, self._stamp, self._name)
 
     def _remember(self, models: list[nn.Module], folder: str) -> None:
         self._folder = folder
@@ -97,5 +97,5 @@ class _Checkpoint:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Read this rank's file. Collective."""
-        if not rank_files.load(self._session, self._group, self._folder, state["step"], state["files"]):
+        if not rank_checkpoint.load(self._session, self._group, self._folder, state["step"], state["files"]):
             raise ValueError(f"cannot restore: no {state['files']}-rank*.pt in {self._folder}")

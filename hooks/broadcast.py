@@ -84,7 +84,7 @@ def attach_buffers(model: DistributedDataParallel, broadcasts: Broadcasts) -> No
 
 
 class BufferState:
-    """What DDP keeps for `buffer_hook`. A copy of it, as in a copied or saved model, has no `broadcasts`."""
+    """The state that DDP keeps for `buffer_hook`. A copy of it, as in a copied or saved model, has no `broadcasts`."""
 
     def __init__(self, broadcasts: Broadcasts | None = None) -> None:
         self.broadcasts = broadcasts

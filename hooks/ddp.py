@@ -63,7 +63,7 @@ class CommState:
         self._binding: object = None
         self._arguments = (spec, group, exchange, error_feedback, grad_scaler, verify)
         self._lost: str | None = None
-        """What the original of a copy had that cannot be copied, "" if it was nothing; None if this is no copy."""
+        """The parts of a copy's original that cannot be copied, "" if it was nothing; None if this is no copy."""
 
     def __getstate__(self) -> dict[str, Any]:
         spec, group, exchange, error_feedback, grad_scaler, verify = self._arguments
@@ -273,7 +273,7 @@ def _refusal(
 
 @dataclass
 class _Attached:
-    """What a module that was attached has: its session, which it must not keep alive, and when its forward started.
+    """The record of a module that was attached: its session, which it must not keep alive, and when its forward started.
 
     `met`: the ranks have begun to train at the same point.
     """

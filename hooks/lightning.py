@@ -14,7 +14,7 @@ from commpress import extras
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.files import DamagedFileError, pack_state, unpack_state
-from commpress.hooks import ddp, rank_files
+from commpress.hooks import ddp, rank_checkpoint
 from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
 
@@ -90,7 +90,7 @@ class CompressedDDP(DDPStrategy):
         """Write the checkpoint on rank 0, and this rank's file beside it."""
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.session is not None and "optimizer_states" in checkpoint:  # not weights only
-            state = {"commpress": pack_state(rank_files.content(self.session, checkpoint["global_step"]))}
+            state = {"commpress": pack_state(rank_checkpoint.content(self.session, checkpoint["global_step"]))}
             self.checkpoint_io.save_checkpoint(state, _beside(filepath, self.session.rank), storage_options)
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -111,7 +111,7 @@ class CompressedDDP(DDPStrategy):
         assert self.session is not None
         assert isinstance(self.model, DistributedDataParallel)
 
-        def read(rank: int) -> rank_files.State | None:
+        def read(rank: int) -> rank_checkpoint.State | None:
             path = _beside(self._loaded_from, rank)
             try:
                 file = self.checkpoint_io.load_checkpoint(path, weights_only=True)
@@ -121,10 +121,10 @@ class CompressedDDP(DDPStrategy):
                 raise
             except Exception as error:  # of a library that reads a damaged file
                 raise DamagedFileError(f"{path}: damaged: {error}") from error
-            state: rank_files.State = unpack_state(file.get("commpress") if isinstance(file, dict) else None, path)
+            state: rank_checkpoint.State = unpack_state(file.get("commpress") if isinstance(file, dict) else None, path)
             return state
 
-        found = rank_files.restore(self.session, self.model.process_group, checkpoint["global_step"], read)
+        found = rank_checkpoint.restore(self.session, self.model.process_group, checkpoint["global_step"], read)
         if not found:
             warn(f"commpress: {self._loaded_from} was saved without compression; what feedback keeps starts empty")
 

@@ -99,7 +99,7 @@ def _attach(
 
 
 class _Stepped:
-    """What an optimizer calls after each of its steps. `known` is what was trained when the syncs began."""
+    """The hook that an optimizer calls after each of its steps. `known` is what was trained when the syncs began."""
 
     def __init__(self, outer: Outer, module: nn.Module, known: set[Tensor]) -> None:
         self._outer, self._module, self._known = outer, weakref.ref(module), known
@@ -208,5 +208,5 @@ def _owners(p: DTensor) -> set[int]:
 
 @torch.no_grad()
 def _local(p: Tensor) -> Tensor:
-    """What this rank holds of a parameter: of a sharded one the memory, which does not learn that it is frozen."""
+    """Return what this rank holds of a parameter: of a sharded one the memory, which does not learn that it is frozen."""
     return p.to_local() if isinstance(p, DTensor) else p

@@ -1,4 +1,4 @@
-"""Which parameters a model has, under which names, whatever wraps it; and which of them DistributedDataParallel exchanges.
+"""Names and parameters of a model, whatever wraps it; and which of them DistributedDataParallel exchanges.
 
 DDP leaves out what is named in `_ddp_params_and_buffers_to_ignore`, which the user exchanges, or which differs from rank to
 rank; and what was given as `delay_all_reduce_named_params`, which it exchanges by itself, without a hook.
@@ -27,7 +27,7 @@ def bare_parameters(module: nn.Module) -> Named:
 
 
 def exchanged_parameters(ddp: DistributedDataParallel) -> Named:
-    """What DDP hands to its hook: what required a gradient when it was wrapped, and is neither ignored nor delayed."""
+    """Return what DDP hands to its hook: what required a gradient when it was wrapped, and is neither ignored nor delayed."""
     if getattr(ddp, "_delay_all_reduce_all_params", False):
         return {}  # and it has no buckets
     sent = {

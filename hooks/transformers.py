@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commpress import extras
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
-from commpress.hooks import ddp, rank_files
+from commpress.hooks import ddp, rank_checkpoint
 from commpress.hooks.accelerate import inner, prepared
 from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
@@ -76,7 +76,7 @@ class Compression(TrainerCallback):
         folder = get_last_checkpoint(args.output_dir) if self._resumed is True else self._resumed
         if not folder:
             return
-        found = rank_files.load(self.session, model.process_group, folder, state.global_step)
+        found = rank_checkpoint.load(self.session, model.process_group, folder, state.global_step)
         if not found:
             warn(
                 f"commpress: {folder} was saved without compression, or by save_only_model; what feedback keeps starts empty"
@@ -86,7 +86,7 @@ class Compression(TrainerCallback):
         """Write this rank's file into the checkpoint."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.session is not None and not args.save_only_model and not state.is_hyper_param_search:
-            rank_files.save(self.session, folder, state.global_step)
+            rank_checkpoint.save(self.session, folder, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,7 +23,7 @@ NEEDED = {
     SHARED: ("step", "identity", "model", "durations", "curve", "traffic"),
     "session": ("step", "session", "windows", "random"),
 }
-"""What a file of all ranks, and one of a rank alone, must have."""
+"""Keys that a file of all ranks, and one of a rank alone, must have."""
 
 
 def write(out: Path, step: int, rank: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
@@ -71,7 +71,7 @@ def load_shared(out: Path) -> dict[str, Any]:
 
 
 def shared_file(out: Path) -> tuple[str, bytes]:
-    """What `load_shared` reads: the name of the newest checkpoint and the bytes of its file, for ranks that do not see it."""
+    """Return name and bytes of the newest checkpoint's file, which `load_shared` reads, for ranks that do not see it."""
     name = _newest(out)
     return name, (out / name / SHARED).read_bytes()
 

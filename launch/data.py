@@ -19,7 +19,7 @@ from commpress.comm.agreement import gather_settings, host_name
 BLOCK = 64 * 1024
 HOLD_OUT_EVERY = 20
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-"""Not read from the standard library: what others installed, and tests, which repeat themselves."""
+"""Folders of the standard library that are not read: what others installed, and tests, which repeat themselves."""
 
 
 @dataclass(frozen=True)

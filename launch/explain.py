@@ -1,4 +1,4 @@
-"""What compressing would bring on a cluster, without running it: bytes, seconds, and the bandwidth up to which it pays.
+"""Estimates for a cluster, without running on it: bytes, seconds, and the bandwidth up to which compressing pays.
 
     commpress explain --params 7e9 --world 64 --bandwidth 10gbit --spec int4 --step-seconds 2.5
     commpress explain --check steps.json        # the same model against measured steps of `benchmarks/training.py`
@@ -39,14 +39,14 @@ except ModuleNotFoundError as error:
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
 BUCKET = 2**20
-"""What DDP calls a megabyte in `bucket_cap_mb`."""
+"""Bytes of a megabyte in DDP's `bucket_cap_mb`."""
 MOST_BUCKETS = 100_000
-"""Their pipeline is simulated, one after another."""
+"""The most buckets, whose pipeline is simulated, one after another."""
 LEAST_STEP, MOST_STEP = 1e-9, 1e6
 """Seconds. The pipeline's times differ by less than a float of other sizes can tell."""
 MOST_MB = 1e9
 MOST_RANKS = 65536
-"""What each of them sends is added up, message by message."""
+"""The most ranks: what each of them sends is added up, message by message."""
 LINKS = {"loopback": math.inf, "unshaped": math.inf}
 """Rates of a record that are no number: then the cores are what limits."""
 DENSE_ROWS = ("plain ddp", "ddp", "none")

@@ -207,7 +207,7 @@ def bars(
 
 
 class Bar(NamedTuple):
-    """What one run sent a step of one bucket."""
+    """Bytes that one run sent a step of one bucket."""
 
     bucket: str
     sent_bytes: float
@@ -315,7 +315,7 @@ def with_menu(figure: go.Figure, choices: Mapping[str, Mapping[str, object]]) ->
 
 
 def styled(figure: go.Figure, entries: int | None = None, height: int = PLOT_HEIGHT) -> go.Figure:
-    """What all figures share: it fits a phone, so the legend is below, margins are small, and dragging scrolls the page.
+    """Style a figure to fit a phone: the legend is below, margins are small, and dragging scrolls the page.
 
     `entries` is how many the legend has: a trace each unless it is given.
     """

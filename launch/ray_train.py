@@ -43,7 +43,7 @@ def fit(settings: train.Settings, workers: int, gpu: bool = False) -> None:
 
 
 def work(config: dict[str, Any]) -> None:
-    """What each worker runs: the training program on its rank."""
+    """Run the training program on this worker's rank."""
     train.train(train.Settings(**config))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from commpress.model import Recipe, Scheduler
 
 SMALL = "model.safetensors"
-"""What a recipe leaves in a run's folder: integers, and no pruned weights."""
+"""The file that a recipe leaves in a run's folder: integers, and no pruned weights."""
 
 
 def of_settings(settings: Settings) -> "Recipe | None":

@@ -14,7 +14,7 @@ from typing import Any
 from commpress.launch import units
 
 Record = dict[str, Any]
-"""What a JSON file holds."""
+"""The content of a JSON file."""
 
 RUN, STEP_TIMES, LOSSES, TIMELINE = "run", "step times", "losses", "timeline"
 SESSION, EXPLAINED, CHECKED = "session", "explain", "predictions"
@@ -45,7 +45,7 @@ CALLED = {
     CHECKED: "checked predictions of `commpress explain`",
 }
 SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
-"""What the spans of a timeline are called."""
+"""Names of the spans of a timeline."""
 
 
 def read(path: Path) -> Record:

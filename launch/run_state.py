@@ -41,7 +41,7 @@ class Run:
     recipe: dict[str, Any] | None
     own_windows: torch.Generator
     leaders: list[int] = field(default_factory=list)
-    """By rank, which rank leads those that share its folder."""
+    """The rank that leads those that share a rank's folder, by rank."""
     done: int = 0
     """Optimizer steps so far, over all restarts."""
     durations: list[float] = field(default_factory=list)

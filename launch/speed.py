@@ -90,7 +90,7 @@ def socket_seconds() -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured here: the speed of `none` and of each spec in seconds a value, and of sockets."""
+    """Measurements of this machine: the speed of `none` and of each spec in seconds a value, and of sockets."""
 
     device: str
     speeds: dict[str, Speed]

@@ -1,4 +1,4 @@
-"""What an encoder does with a codec, on any device: encode with feedback and prologue, mean, recode, clear.
+"""Operations of an encoder on a codec, on any device: encode with feedback and prologue, mean, recode, clear.
 
 Each checks what it is given, then asks the table of kernels (`commpress/kernels/table.py`); without an entry for the codec and
 the device the codec's definition does it, which gives the same bytes.

@@ -59,7 +59,7 @@ NOTHING_LEFT = "nothing is left of it"
 
 
 class GradScaler(Protocol):
-    """What is needed of `torch.amp.GradScaler`."""
+    """The part of `torch.amp.GradScaler` that is needed here."""
 
     def get_scale(self) -> float:
         """The factor by which the loss is multiplied now."""
@@ -98,7 +98,7 @@ class Collectives:
         self.pairs: set[str] = set()
         """The complex parameters: each of their values is a pair of reals in segments."""
         self.scale = 1.0
-        """By which what feedback keeps is multiplied."""
+        """The factor by which what feedback keeps is multiplied."""
         if self.world_size > 1:
             self._wire = self.traffic.wire
             for plan in (gradients, parameters):

@@ -1,4 +1,4 @@
-"""What an exchange costs before it runs: bytes, seconds, and the bandwidth above which compressing no longer pays.
+"""Costs of an exchange before it runs: bytes, seconds, and the bandwidth above which compressing no longer pays.
 
     a transfer = bytes / bandwidth + rounds x latency        a codec = values x seconds a value, on one core
 
@@ -38,9 +38,9 @@ class Speed:
     encode: float
     """With error feedback, if the codec wants it."""
     mean: tuple[float, float]
-    """Of one payload, and of each further one."""
+    """Seconds for one payload, and for each further one."""
     recode: tuple[float, float]
-    """Of one payload, and of each further one: the middle of `two_shot`."""
+    """Seconds for one payload, and for each further one: the middle of `two_shot`."""
     add: float = 0.0
     """Adding two payloads of a linear codec, as the group does in an all-reduce."""
 
@@ -204,7 +204,7 @@ def break_even(
 
 @dataclass(eq=False)
 class _Work:
-    """What takes `seconds` once it is started, if each of its threads gets the share `need` of a core."""
+    """A piece of work that takes `seconds` once it is started, if each of its threads gets the share `need` of a core."""
 
     seconds: float
     need: float = 1.0

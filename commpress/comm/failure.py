@@ -1,4 +1,4 @@
-"""What becomes of an error: the exchange ends on every rank, and every rank says whose fault it was and why.
+"""Errors of an exchange: it ends on every rank, and every rank says whose fault it was and why.
 
 The rank that fails leaves its reason in the store and closes the group's connections; the others find their connections
 closed, look into the store and report the same reason. If nothing stands there, the peer itself is gone.
@@ -25,15 +25,15 @@ GRACE = 1.0
 LOST_PEER = re.compile(
     r"gloo/transport/.*(Connection closed by peer|Read error|writev |Socket (unexpectedly )?closed)", re.DOTALL
 )
-"""What Gloo says when a peer's connection is closed or broken; its other errors are this rank's own."""
+"""Words of Gloo when a peer's connection is closed or broken; its other errors are this rank's own."""
 SILENT_PEER = re.compile(
     r"gloo/transport/.*([Tt]imed out|timeout)|Application timeout caused pair closure|[Ww]ait timeout", re.DOTALL
 )
-"""What Gloo says when a peer, or the store, has not answered within the timeout."""
+"""Words of Gloo when a peer, or the store, has not answered within the timeout."""
 
 T = TypeVar("T")
 _stores: "weakref.WeakKeyDictionary[dist.ProcessGroup, Any]" = weakref.WeakKeyDictionary()
-"""By default group: a connection of our own to its store, so that nobody else waits while we do."""
+"""A connection of our own to the store of each default group, so that nobody else waits while we do."""
 
 
 class ExchangeError(RuntimeError):
@@ -61,7 +61,7 @@ class OtherMessageError(RuntimeError):
 
 
 class DamagedMessageError(RuntimeError):
-    """What arrived is not what was sent."""
+    """A message arrived that is not what was sent."""
 
 
 class DriftError(RuntimeError):
@@ -74,8 +74,8 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(LOST_PEER.search(text) or SILENT_PEER.search(text))
 
 
-def within(seconds: float, action: Callable[[], T]) -> T:
-    """What `action()` returns or raises. Raises TimeoutError if it takes longer; its thread is then left to itself."""
+def with_timeout(seconds: float, action: Callable[[], T]) -> T:
+    """Return what `action()` returns. Raises what it raises, TimeoutError if it takes longer; its thread is then left alone."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -129,8 +129,8 @@ class FailureBoard:
         kind = DisagreementError if isinstance(error, OtherMessageError | DriftError) else ExchangeError
         try:
             told = partial(self._both if isinstance(error, OtherMessageError) else self._own, error)
-            text = within(2 * PATIENCE, told)
-            posted = within(PATIENCE, lambda: self._post(kind, text or self._own(error)))
+            text = with_timeout(2 * PATIENCE, told)
+            posted = with_timeout(PATIENCE, lambda: self._post(kind, text or self._own(error)))
         except (RuntimeError, TimeoutError) as gone:  # the store went down, or silent, with the rank that kept it
             text = self._own(error)
             return kind(f"commpress: {text} (and the store that would say more does not answer: {gone})")
@@ -142,7 +142,7 @@ class FailureBoard:
     def has_reason(self) -> bool:
         """Whether a reason stands there, and the store says so in time."""
         try:
-            return bool(within(PATIENCE, lambda: own_store().check([self._key])))
+            return bool(with_timeout(PATIENCE, lambda: own_store().check([self._key])))
         except (RuntimeError, TimeoutError):
             return False
 
@@ -169,7 +169,7 @@ class FailureBoard:
         return None
 
     def _both(self, error: Any) -> str:
-        """What two ranks sent each other instead of the same: both find out, and both tell; "" if the other one does not."""
+        """Return what two ranks sent each other instead of the same, so that both can tell; "" if the other one does not."""
         store = own_store()
         store.set(f"{self._key}/{self._rank}", error.mine)
         theirs, deadline = f"{self._key}/{error.peer}", time.monotonic() + PATIENCE

@@ -30,9 +30,9 @@ class Memory:
     """The saved tensors of one bucket of which n values travel."""
 
     residual: Tensor | None = None
-    """What the first encoding missed: float32 [n]; None without feedback."""
+    """The error of the first encoding: float32 [n]; None without feedback."""
     owner_residual: Tensor | None = None
-    """What the second encoding missed of this rank's chunk: float32 [stop - start]; None if there is none."""
+    """The error of the second encoding in this rank's chunk: float32 [stop - start]; None if there is none."""
     momentum: Tensor | None = None
     """The momentum of this rank's gradients: float32 [n]; None without momentum correction."""
     owner_start: int = 0
@@ -114,15 +114,15 @@ class Feedback:
             travel = self.masks.count(name, n)
             places[name] = slice(at, at + travel)
             at += travel
-        homes = {name: self.layout_of.pop(name) for name in places if name in self.layout_of}
-        for old in dict.fromkeys(homes.values()):
+        layouts = {name: self.layout_of.pop(name) for name in places if name in self.layout_of}
+        for old in dict.fromkeys(layouts.values()):
             memory, start = self.memories[old], 0
             memory.current = False
             memory.fold(self.world_size)
             self._snapshots.pop(old, None)  # it must not bring back what moves on
             for name, whole in old:
                 n = self.masks.count(name, whole)
-                if homes.get(name) == old:
+                if layouts.get(name) == old:
                     for kind in ("residual", "momentum"):
                         if (source := getattr(memory, kind)) is None:
                             continue

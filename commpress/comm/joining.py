@@ -21,18 +21,18 @@ import torch
 import torch.distributed as dist
 
 from commpress.comm.agreement import gather_settings, host_name
-from commpress.comm.failure import GRACE, FailureBoard, LostPeerError, is_lost, own_store, within
+from commpress.comm.failure import GRACE, FailureBoard, LostPeerError, is_lost, own_store, with_timeout
 
 TAG = (1 << 31) - 1
-"""Of the byte on the user's group."""
+"""The tag of the byte on the user's group."""
 POLL = 0.02
 LOOK_EVERY = 0.25
 """Seconds between two looks at what other ranks have posted."""
 
 closed: "weakref.WeakKeyDictionary[dist.ProcessGroup, list[str]]" = weakref.WeakKeyDictionary()
-"""By default group: the names of groups of ours that were closed, whose addresses are still in its store."""
+"""Names of closed groups of ours whose addresses are still in the store, by default group."""
 _made: "weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]]" = weakref.WeakKeyDictionary()
-"""By group: how many siblings it has had."""
+"""The count of siblings that each group has had."""
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta | None:
@@ -144,7 +144,7 @@ def _missing(came: str, board: FailureBoard) -> int | None:
     """The first rank that has not begun to make the group; None if all have, or the store does not say."""
     ranks = range(len(board.hosts))
     try:
-        return within(GRACE, lambda: next((r for r in ranks if not own_store().check([f"{came}/{r}"])), None))
+        return with_timeout(GRACE, lambda: next((r for r in ranks if not own_store().check([f"{came}/{r}"])), None))
     except (RuntimeError, TimeoutError):
         return None
 

@@ -70,7 +70,7 @@ class MaskIndex:
         return self._of[segments]
 
     def repacked(self, values: Tensor, segments: Segments, before: "MaskIndex") -> Tensor:
-        """What travelled of a bucket by the masks of `before` ([k]), by these ones: 0 where nothing travelled before."""
+        """Return what the masks of `before` kept of a bucket ([k]) as these masks keep it: 0 where nothing was kept before."""
         old, new = before.kept_index(segments), self.kept_index(segments)
         if old is None and new is None:
             return values
@@ -104,7 +104,7 @@ def unpack(packed: Tensor, places: Tensor, out: Tensor) -> None:
 
 
 def described(masks: Mapping[str, Tensor], refusal: str | None = None) -> Settings:
-    """What ranks compare of their masks: a count and a hash by name. `refusal` is what this rank has to say against its own."""
+    """Return what ranks compare of their masks: a count and a hash by name. `refusal` says what is wrong with this rank's."""
     if refusal is not None:
         return {"error": refusal}
     told: Settings = {"masks of": ", ".join(masks)}

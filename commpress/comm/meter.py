@@ -21,8 +21,10 @@ from commpress.comm.timeline import Span, Timeline
 
 PHASES = ("encode", "wire", "decode")
 ROLES = ("gradients", "parameters", "outer", "buffers")
-"""What travels: in every step the gradients and, where parameters are sharded, the parameters; between rounds of local steps
-their outer updates; the buffers that DDP broadcasts."""
+"""Kinds of traffic: in every step the gradients and, where parameters are sharded, the parameters; between rounds of local
+steps their outer updates; the buffers that DDP broadcasts."""
+NOT_SENT = "none"
+"""The name of the exchange that leaves a bucket on its rank."""
 BYTES = ("dense_bytes", "sent_bytes", "received_bytes")
 
 
@@ -43,20 +45,18 @@ class Row:
     sent_bytes: int = 0
     received_bytes: int = 0
     backend_bytes: int = 0
-    """What the group or the framework itself sends uncompressed: `dense_bytes`, or more."""
+    """Bytes that the group or the framework itself would send uncompressed: `dense_bytes`, or more."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @property
     def how(self) -> str:
         """Return what was done with it, or why it was not compressed."""
-        if self.exchange == "none":
-            return f"not sent: {self.reason}"
-        return f"not compressed: {self.reason}" if self.reason else f"{self.spec} by {self.exchange}"
+        return how_sent(self.spec, self.exchange, self.reason)
 
 
 @dataclass
 class Report:
-    """What one rank sent and saved. `ratio` is dense over sent bytes.
+    """Bytes and seconds of one rank. `ratio` is dense over sent bytes.
 
     `seconds`: `encode` and `decode` are the codec's, `wire` from the start of a transfer until it was there and a thread was
     free to go on with it (transfers overlap each other and the codec), `exposed` the part that training waited for after
@@ -82,8 +82,8 @@ class Report:
 
     @property
     def backend_bytes(self) -> int:
-        """What the group or the framework itself would have sent uncompressed; more than `dense_bytes` where it all-reduces
-        instead of a reduce-scatter, as Gloo does."""
+        """Bytes that the group or the framework itself would have sent uncompressed; more than `dense_bytes` where it
+        all-reduces instead of a reduce-scatter, as Gloo does."""
         return sum(row.backend_bytes for row in self.rows)
 
     @property
@@ -216,7 +216,7 @@ class Meter:
         self.exposed = 0.0
         self.hidden = 0.0
         self.phase = ""
-        """What is going on with the model: the rows of each phase are kept apart."""
+        """A name for what is going on with the model: the rows of each phase are kept apart."""
         self._entered: list[tuple[str, int]] = []
         self.timeline: Timeline | None = None
         """Where spans are kept, while somebody wants them."""
@@ -227,7 +227,7 @@ class Meter:
             timeline.spans.append(span)
 
     def enter(self, phase: str) -> None:
-        """A phase begins with the next step."""
+        """Begin a phase with the next step."""
         if phase != self.phase:
             self.phase = phase
             self._entered.append((phase, self.steps))
@@ -235,7 +235,7 @@ class Meter:
     def row(
         self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str, role: str = "gradients"
     ) -> Row:
-        """The row of a bucket; a bucket that was laid out anew, or is treated anew, gets a new one."""
+        """Return the row of a bucket; a bucket that was laid out anew, or has got another plan, gets a new one."""
         key = (bucket, values, dtype, spec, exchange, reason, role, self.phase)
         if key not in self.rows:
             self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason, role, self.phase)
@@ -244,7 +244,7 @@ class Meter:
     def record_uncompressed(
         self, bucket: int, values: int, dtype: str, exchange: str, reason: str, role: str, sent: int
     ) -> None:
-        """What a framework, or a group's own collective, has sent uncompressed, in the caller's thread: `sent` bytes."""
+        """Count `sent` bytes that a framework, or a group's own collective, has sent uncompressed, in the caller's thread."""
         row = self.row(bucket, values, dtype, "none", exchange, reason, role)
         row.steps += 1
         row.dense_bytes += sent
@@ -253,7 +253,7 @@ class Meter:
         row.backend_bytes += sent
 
     def report(self, spec: str, rank: int, world_size: int) -> Report:
-        """The sums so far."""
+        """Return the sums so far."""
         rows = [Row(**asdict(row)) for row in self.rows.values()]
         seconds = {phase: sum(row.seconds[phase] for row in rows) for phase in PHASES}
         seconds |= {"exposed": self.exposed, "hidden": self.hidden}
@@ -266,6 +266,13 @@ class Meter:
         return Report(spec, rank, world_size, self.steps, dense, sent, received, seconds, rows, phases)
 
 
+def how_sent(spec: str, exchange: str, reason: str) -> str:
+    """Return how a bucket was sent by this exchange, or why it was not, or not compressed."""
+    if exchange == NOT_SENT:
+        return f"not sent: {reason}"
+    return f"not compressed: {reason}" if reason else f"{spec} by {exchange}"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
-    """As a report has it."""
+    """Return the name of a dtype as a report has it."""
     return str(dtype).removeprefix("torch.")

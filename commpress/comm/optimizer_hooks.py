@@ -1,4 +1,4 @@
-"""What the traffic asks of an optimizer that is compressed behind its preconditioner, in the order of a backward."""
+"""The protocol of an optimizer that is compressed behind its preconditioner: calls in the order of a backward."""
 
 from typing import Any, Protocol
 

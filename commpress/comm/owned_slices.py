@@ -9,7 +9,7 @@ from commpress.comm.feedback import Segments
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """What of a parameter belongs to one owner: values `start` to `stop` of it, which stand at `at` in group `group`."""
+    """A part of a parameter that belongs to one owner: values `start` to `stop` of it, which stand at `at` in group `group`."""
 
     name: str
     owner: int

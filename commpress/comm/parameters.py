@@ -17,7 +17,7 @@ from commpress.comm.meter import dtype_name
 
 COMPILED = "_orig_mod"
 WRAPPERS = (COMPILED, "_checkpoint_wrapped_module")
-"""What torch calls the module inside a compiled one, and inside one whose activations are checkpointed."""
+"""Names that torch gives the module inside a compiled one, and inside one whose activations are checkpointed."""
 
 
 def real_view(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which codec and exchange for which tensor. What is not compressed has a reason, which stands in the report."""
+"""Plans: which codec and exchange each tensor gets. What is not compressed has a reason, which stands in the report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ ALL_REDUCE = EXCHANGES["all_reduce"]
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """What happens to one bucket. `reason` says why it is not compressed, and is empty if it is."""
+    """The codec and exchange of one bucket. `reason` says why it is not compressed, and is empty if it is."""
 
     codec: Codec
     exchange: Exchange
@@ -29,7 +29,7 @@ class BucketPlan:
 
 @dataclass(frozen=True)
 class Override:
-    """What an optimizer wants done with a bucket in this step: `codec` codes it.
+    """An optimizer's wishes for a bucket in this step: `codec` codes it.
 
     With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare`, then
     `prologue`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own.

@@ -1,4 +1,4 @@
-"""What of a momentum is coded instead of a gradient: the gradient's share in it, in the pass that encodes."""
+"""Prologues: the gradient's share in a momentum is coded instead of the gradient, in the pass that encodes."""
 
 from dataclasses import dataclass, replace
 

@@ -14,15 +14,15 @@ from torch import Tensor
 
 State = dict[str, Any]
 Memories = list[dict[str, Any]]
-"""What `Feedback.state_dict` returns."""
+"""The return type of `Feedback.state_dict`."""
 SUMMED = ("residual", "momentum")
-"""What of a memory adds up over the ranks."""
+"""Entries of a memory that add up over the ranks."""
 OF_RANK = ("rank", "optimizer", "memories", "side traffic")
-"""What of a state each rank has of its own."""
+"""Entries of a state that each rank has of its own."""
 
 
 def summary(state: State) -> State:
-    """What ranks compare of the states that they restore (JSON values): the run, the step, the layout of the buckets.
+    """Return what ranks compare of the states that they restore (JSON values): the run, the step, the layout of the buckets.
 
     Raises KeyError for a state that lacks anything which is restored.
     """
@@ -83,7 +83,7 @@ def require_same_values(expected: State, state: State) -> None:
 
 
 def share(states: Sequence[State], rank: int, world_size: int) -> list[State]:
-    """Which states of a run's ranks, in any order, a rank among `world_size` goes on with.
+    """Return the states, of those of a run's ranks in any order, with which a rank among `world_size` goes on.
 
     With as many ranks as before its own alone. Raises ValueError if the states are not those of all ranks of one run.
     """
@@ -103,7 +103,7 @@ def share(states: Sequence[State], rank: int, world_size: int) -> list[State]:
 
 
 def of_replicas(memories: list[Memories], old: int) -> list[Memories]:
-    """What one of `old` replicas kept, where no chunks of it are its own: its owner's residual counts as part of the first."""
+    """Return what one of `old` replicas kept, without chunks of its own: its owner's residual counts as part of the first."""
     return [[_folded(bucket, old) for bucket in buckets] for buckets in memories]
 
 
@@ -158,6 +158,6 @@ def _folded(bucket: State, world_size: int) -> State:
 
 
 def _sum(parts: Sequence[Tensor | None], share: float) -> Tensor | None:
-    """Of those that are there, times `share`; None if there are none."""
+    """Return the sum of those that are there, times `share`; None if there are none."""
     there = [part for part in parts if part is not None]
     return torch.stack(there).sum(dim=0).mul_(share) if there else None

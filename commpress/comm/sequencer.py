@@ -49,7 +49,7 @@ class Job:
     finished: Callable[[BaseException | None], None]
     submitted: float = field(default_factory=time.perf_counter)
     backend_bytes: int | None = None
-    """What the group itself would send in its place, if that is not `dense_bytes`."""
+    """Bytes that the group itself would send in its place, if that is not `dense_bytes`."""
 
 
 def make_future(device: torch.device) -> "torch.futures.Future[Any]":
@@ -131,7 +131,7 @@ _DONE = object()
 
 
 class _Lines:
-    """What the two threads share. They hold this and not the sequencer, so that the sequencer can be collected."""
+    """State that the two threads share. They hold this and not the sequencer, so that the sequencer can be collected."""
 
     def __init__(self, wire: Wire, meter: Meter) -> None:
         self.wire, self.meter = wire, meter

@@ -56,7 +56,7 @@ class SideTraffic(Protocol):
 
 
 class Session:
-    """What `commpress.attach` returns: report, masks and state of a model's traffic, among one or several groups of ranks.
+    """The return value of `commpress.attach`: report, masks and state of a model's traffic in one or several groups of ranks.
 
     `collectives` are those that send it; `rank` and `world_size` are of all ranks together (default: of the first one's group).
     `settings` is what a saved state must have alike, `spec` what the report calls the traffic by. `step_buffer` is there where
@@ -81,6 +81,8 @@ class Session:
         self.collectives, self.step_buffer = collectives, step_buffer
         first = collectives[0]
         self.device = first.device
+        self.group = first.group if len(collectives) == 1 else None
+        """The ranks that train the model; None where they are several groups, which are all of the default group."""
         self.rank = first.rank if rank is None else rank
         self.world_size = first.world_size if world_size is None else world_size
         self.side_traffic: list[SideTraffic] = []
@@ -182,7 +184,7 @@ class Session:
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """What feedback keeps on this rank, and in which layout (every rank saves its own). Call it between steps.
+        """Return what feedback keeps on this rank, and in which layout (every rank saves its own). Call it between steps.
 
         DDP lays out its buckets anew between its first and its second step. A state that is saved just there goes on
         with the first layout: nothing is lost, but not bit for bit.

@@ -47,7 +47,7 @@ class StepBuffer:
         self.collectives, self.optimizer, self.parameters = collectives, optimizer, parameters
         collectives.may_undo = optimizer is not None and collectives.grad_scaler is not None
         self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
-        """What all ranks should hold the same bits of when a step begins, by name; for those who know it."""
+        """Tensors of which all ranks should hold the same bits when a step begins, by name; for those who know it."""
         self.step = 0
         """Steps so far."""
         self.restored: list[Segments] = []

@@ -20,7 +20,7 @@ TRAINING = ("forward", "backward", "exposed")
 
 @dataclass(frozen=True)
 class Span:
-    """What one phase of one step took; seconds on `time.perf_counter`. `bucket` is None for what the whole model does."""
+    """One phase of one step; seconds are on `time.perf_counter`. `bucket` is None for what the whole model does."""
 
     phase: str
     step: int

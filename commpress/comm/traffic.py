@@ -31,7 +31,7 @@ class Step:
 
 
 class Traffic:
-    """What one process group sends, one exchange after another. Collective: all its ranks make one at the same point."""
+    """The traffic of one process group, one exchange after another. Collective: all its ranks make one at the same point."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, scratch: ScratchPool, verify: int) -> None:
         self.world_size = dist.get_world_size(group)

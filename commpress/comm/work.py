@@ -1,4 +1,4 @@
-"""What a collective returns: a `Work`, as c10d's do, and a future that raises what the exchange raised."""
+"""The return value of a collective: a `Work`, as c10d's do, and a future that raises what the exchange raised."""
 
 import time
 from collections.abc import Callable

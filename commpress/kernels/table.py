@@ -1,4 +1,4 @@
-"""What runs where: op x codec x device. What has no entry here runs as its definition in plain torch says, in any place.
+"""The table of kernels: op x codec x device. What has no entry here runs as its definition in plain torch says, in any place.
 
 A device is a folder with one file a family, and a line here for each op:
 
@@ -75,7 +75,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("count_pruned", None, "cpu"): Kernel(model.count_pruned, dtypes=None),
     **{(op, None, "cpu"): Kernel(partial(optim.run, op)) for op in optim.LOOPS},
 }
-"""By op, word of the codec (None where there is none), type of the device."""
+"""Kernels by op, word of the codec (None where there is none), type of the device."""
 
 
 def lookup(op: str, codec: str | None, device: str) -> Kernel | None:

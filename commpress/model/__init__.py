@@ -1,4 +1,4 @@
-"""What leaves the run: pruning, quantisation-aware training and distillation of a model while it trains."""
+"""Making a model small while it trains: pruning, quantisation-aware training and distillation."""
 
 from commpress import extras
 

@@ -6,7 +6,6 @@ Hidden states are matched as DistilBERT does (cosine; Sanh et al., arXiv:1910.01
 learned projection where widths differ; Jiao et al., arXiv:1909.10351); attention probabilities by mean squares or KL.
 """
 
-import difflib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax, softmax
-from torch.utils.hooks import RemovableHandle
 
+from commpress.model.captures import Captures, modules_of
 from commpress.model.masks import whole
 
 PROJECTIONS = "distillation_projections"
@@ -148,12 +147,12 @@ class Distiller:
         attention = s.attention if s.attention_weight else {}
         self._pairs = [("hidden", *pair) for pair in hidden.items()]
         self._pairs += [("attention", *pair) for pair in attention.items()]
-        at_student = _modules_of(student, "student", [name for _, name, _ in self._pairs])
-        at_teacher = _modules_of(teacher, "teacher", [name for _, _, name in self._pairs])
+        at_student = modules_of(student, "student", [name for _, name, _ in self._pairs])
+        at_teacher = modules_of(teacher, "teacher", [name for _, _, name in self._pairs])
         projections = getattr(student, PROJECTIONS, {})
         self._projected = {name: projections[_key(name)] for name in hidden if _key(name) in projections}
-        self._student = _Captures(student, "student", at_student, [pair[:2] for pair in self._pairs], self._projected)
-        self._teacher = _Captures(teacher, "teacher", at_teacher, [pair[::2] for pair in self._pairs], {})
+        self._student = Captures(student, "student", at_student, [pair[:2] for pair in self._pairs], self._projected)
+        self._teacher = Captures(teacher, "teacher", at_teacher, [pair[::2] for pair in self._pairs], {})
         self._parts: dict[str, Tensor] = {}
         teacher.requires_grad_(False)
         teacher.eval()
@@ -255,7 +254,7 @@ def add_projections(student: nn.Module, widths: Mapping[str, tuple[int, int]]) -
         raise ValueError(
             "add_projections: a Sequential calls all its children, expected a module with a forward of its own"
         )
-    _modules_of(student, "student", list(widths))
+    modules_of(student, "student", list(widths))
     projections = {_key(name): nn.Linear(inner, outer, bias=False) for name, (inner, outer) in widths.items()}
     like = next(student.parameters())
     setattr(student, PROJECTIONS, nn.ModuleDict(projections).to(like.device, like.dtype))
@@ -269,118 +268,6 @@ def fingerprint(model: nn.Module) -> str:
         hashed.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
         hashed.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
-
-
-class _Captures:
-    """What some modules returned in a model's last forward, by (kind, module name), until it is taken.
-
-    Open from the model's start to its end: what a checkpoint computes again in backward is not kept.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        who: str,
-        modules: Mapping[str, nn.Module],
-        wanted: Sequence[tuple[str, str]],
-        projections: Mapping[str, nn.Module],
-    ) -> None:
-        self._who, self._wanted = who, wanted
-        self._of: dict[tuple[str, str], Tensor] = {}
-        self._open = False
-        self._on = True
-        self._called: dict[tuple[str, str], bool] = {}
-        self._handles: list[RemovableHandle] = []
-        if not wanted:
-            return
-
-        # closures, and each knows its module: deepcopy of the model copies neither them nor what they hold
-        def opens(module: nn.Module, args: Any) -> None:
-            if module is model:
-                self._of.clear()
-                self._open = self._on
-
-        def closes(module: nn.Module, args: Any, output: Any) -> None:
-            if module is model:
-                self._open = False
-
-        self._handles.append(model.register_forward_pre_hook(opens))
-        for kind, name in wanted:
-            self._watch(kind, name, modules[name], projections.get(name) if kind == "hidden" else None)
-        self._handles.append(model.register_forward_hook(closes))
-
-    def _watch(self, kind: str, name: str, watched: nn.Module, projection: nn.Module | None) -> None:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if module is not watched:
-                return
-            self._called[kind, name] = True
-            if not self._on:
-                return
-            x = _hidden(output, name) if kind == "hidden" else _attention(output, name)
-            if projection is not None:
-                # here, inside the forward: FSDP2 has gathered the weights, and a checkpoint must find the same operations
-                x = projection(x)
-            if self._open:
-                self._of[kind, name] = x
-
-        self._handles.append(watched.register_forward_hook(hook))
-
-    def watch(self, on: bool) -> None:
-        if not on:
-            self._of.clear()
-        self._on = on
-
-    @property
-    def not_called(self) -> list[tuple[str, str]]:
-        return [each for each in self._wanted if each not in self._called]
-
-    def take(self) -> dict[tuple[str, str], Tensor]:
-        """All of them, once."""
-        for kind, name in self._wanted:
-            if (kind, name) not in self._of:
-                raise ValueError(
-                    f"{kind} of the {self._who}'s {name!r}: no output since the last loss: expected one forward of the model "
-                    "before each loss, with this module in it, and not replaced since the Distiller was made, nor compiled "
-                    "and called before (torch.compiler.reset() helps)"
-                )
-        taken, self._of = self._of, {}
-        return taken
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._of.clear()
-
-
-def _modules_of(model: nn.Module, who: str, names: Sequence[str]) -> dict[str, nn.Module]:
-    known = dict(model.named_modules())
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3) or list(known)[1:4]
-            raise ValueError(f"the {who} has no module {name!r}; close to it: {', '.join(map(repr, close))}")
-    return {name: known[name] for name in names}
-
-
-def _hidden(output: Any, name: str) -> Tensor:
-    values = output if isinstance(output, tuple | list) else [output]
-    if first := [value for value in values if isinstance(value, Tensor)][:1]:
-        return first[0]
-    raise TypeError(f"hidden of {name!r}: expected a tensor or a tuple with one, got {type(output).__name__}")
-
-
-def _attention(output: Any, name: str) -> Tensor:
-    if isinstance(output, Tensor) and output.dim() == 4:
-        return output
-    if isinstance(output, tuple | list) and len(output) > 1 and isinstance(output[1], Tensor):
-        return output[1]
-    got = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-    if isinstance(output, tuple | list):
-        got = "(" + ", ".join(type(value).__name__ for value in output) + ")"
-    raise TypeError(
-        f"attention of {name!r}: expected (output, probabilities), or probabilities [batch, heads, queries, keys], got "
-        f'{got}; Transformers\' attention modules return them under attn_implementation="eager"'
-    )
 
 
 def _logits(output: Any, who: str) -> Tensor:

@@ -128,7 +128,7 @@ class Movement(_OfGradients):
         total.sub_(product, alpha=share)
 
     def scores(self) -> dict[str, Tensor]:
-        """As `Magnitude.scores`, of either sign. Raises ValueError, naming the parameter, where there has been no gradient."""
+        """Return scores as `Magnitude.scores` does, of either sign. Raises ValueError for a parameter without a gradient."""
         self._seen()
         return {name: whole(total).clone() for name, total in self._sums.items()}
 

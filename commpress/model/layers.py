@@ -1,4 +1,4 @@
-"""Which modules are linear maps, and along which dimensions of their weights outputs and inputs stand.
+"""Layers: which modules are linear maps, and which dimensions of their weights are outputs and inputs.
 
     nn.Linear            [outputs, inputs]
     Conv1D               [inputs, outputs]: that of Transformers' GPT-2 and its kin, a Linear transposed
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 COMPILED = "_orig_mod."
-"""What torch.compile puts into the names of a module's parameters."""
+"""The prefix that torch.compile puts into the names of a module's parameters."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -45,7 +45,7 @@ class Layout:
 
     inputs_first: bool = False
     groups: int = 1
-    """Of a transposed convolution: so many blocks of inputs, each with outputs of its own."""
+    """Blocks of inputs, each with outputs of its own, of a transposed convolution."""
     kernel: bool = False
     """Whether dimensions of a kernel follow."""
 

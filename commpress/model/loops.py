@@ -1,4 +1,4 @@
-"""What runs in a step over pruned weights: in plain torch, or by the kernels of the table, which take a fifth of the time."""
+"""Passes over pruned weights in each step: in plain torch, or by the kernels of the table, which take a fifth of the time."""
 
 from torch import Tensor
 

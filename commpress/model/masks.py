@@ -45,7 +45,7 @@ class Masks:
         return {name: count for name, count in found.items() if count}
 
     def ordered(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """These masks in the parameters' order of memory, as sessions want them.
+        """Return these masks in the parameters' order of memory, as sessions want them.
 
         Raises KeyError for a name that is no parameter, ValueError for a mask that is not bool or of another shape.
         """

@@ -1,4 +1,4 @@
-"""Which weights stay, from their scores: pure functions from scores to masks, and how many are pruned at a step.
+"""Masks from scores, by pure functions: which weights stay, and how many are pruned at a step.
 
 A mask is bool of its parameter's shape, True where a weight stays. By threshold it is the formula p(W, t):
 m = 0 where |w| < t, else 1. By amount exactly round(amount * n) are pruned, as `torch.nn.utils.prune` rounds. Among equal

@@ -1,50 +1,40 @@
 """Quantisation-aware training (Jacob et al., arXiv:1712.05877) of Linear and Embedding weights, on torchao's fake quantisers.
 
 Transformers' Conv1D is a Linear whose weight is transposed: a row of it is a column of the parameter.
-A group of g weights of a row (all of the row without groups) shares one scale s; at b bits, with half to even,
-
-    s = max |w| / (2^b - 1) * 2,    code = clamp(round(w / s), -2^(b-1), 2^(b-1) - 1),    w ~ s * code
-
-Forward computes with s * code, backward goes straight through (Bengio et al., arXiv:1308.3432): d/dw is 1, and 0 where a code
-was clamped, which happens to a positive w that is its group's maximum. The mapping is symmetric, so 0 stays 0: pruned weights
-stay pruned.
-
-A compiler sees one operator and not its arithmetic: fused, a scale would stay wider than its dtype, or be divided by another
-way, and a code at the edge would be another than the file's. So training computes with the same bits, compiled or not.
+Forward computes with what the integers of `codes.py` stand for, and backward goes straight through.
 """
 
-import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from commpress.model.codes import INTEGERS, Codes, fake_quantize, fixed_point, quantize, scale_dtype
 from commpress.model.distillation import PROJECTIONS
 from commpress.model.layers import input_dim, is_conv1d
 from commpress.model.masks import whole
 
-INTEGERS: dict[int, torch.dtype] = {4: torch.int4, 8: torch.int8}  # type: ignore[attr-defined]
-"""By bits, the dtypes that weights are quantised to."""
-
-
-def fixed_point(w: Tensor, bits: int) -> Tensor:
-    """q(w, b) = round(w * 2^b) / 2^b, half to even: the nearest number with `bits` binary places, 0 to 23 of them.
-
-    Any shape; float16, bfloat16 and float32 are kept, and the result is exact (for |w| < 2^104). Nothing is clamped: the
-    part before the point is free, so a code round(w * 2^b) takes b bits, those of the largest part before the point, and a
-    sign. There is no gradient through it. Raises ValueError for other `bits`, TypeError for other dtypes.
-    """
-    if not 0 <= bits <= 23:
-        raise ValueError(f"fixed_point(bits={bits}): expected 0 to 23 binary places, which float32 can hold")
-    if w.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"fixed_point: expected float16, bfloat16 or float32, got {_name(w.dtype)}")
-    unit = 2.0**-bits
-    return (torch.round(w.detach().float() / unit) * unit).to(w.dtype)
+__all__ = [
+    "Codes",
+    "Quantization",
+    "WeightQuantizer",
+    "computed_codes",
+    "convert",
+    "converted_codes",
+    "enable",
+    "fixed_point",
+    "is_prepared",
+    "load_state_dict",
+    "prepare",
+    "prepared",
+    "quantize",
+    "state_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -71,82 +61,15 @@ class Quantization:
             raise ValueError(f"Quantization(layers={self.layers!r}): expected a tuple of globs, as in ('blocks.*',)")
 
 
-@dataclass(frozen=True)
-class Codes:
-    """A quantised weight [rows, width]: code * scale of the code's group."""
+@runtime_checkable
+class ConvertedWeight(Protocol):
+    """A weight of torchao's kinds: integers, and a scale and a zero point for each block."""
 
-    values: Tensor
-    """int8 [rows, width], of -8 to 7 at 4 bits."""
+    qdata: Tensor
     scale: Tensor
-    """[rows, groups]: bfloat16 at 4 bits, of the weight's dtype at 8."""
-    bits: int
-    transposed: bool = False
-    """Whether the weight is [width, rows], as Conv1D's."""
-
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight; in its own dtype it is bit for bit what the fake-quantised model computes with."""
-        groups: Tensor = self.values.to(dtype).unflatten(1, (self.scale.shape[1], -1))
-        rows = (groups * self.scale.unsqueeze(-1)).flatten(1).to(dtype)
-        return self.as_weight(rows).contiguous()
-
-    def as_weight(self, rows: Tensor) -> Tensor:
-        """A matrix [rows, width] as the weight has it, or one of the weight's shape as [rows, width]."""
-        return rows.t() if self.transposed else rows
-
-
-@torch.no_grad()
-def quantize(w: Tensor, bits: int, group: int | None = None) -> Codes:
-    """The codes of a weight [rows, width] of float16, bfloat16 or float32: the definition, in plain torch.
-
-    Bit for bit what prepared modules compute with, compiled or not, and torchao's fake quantisers in eager; 1 / s is rounded
-    first.
-    """
-    codes, scale = _codes(w.detach(), bits, group or w.shape[1])
-    low, high = _range(bits)
-    return Codes(codes.clamp_(low, high).flatten(1).to(torch.int8), scale, bits)
-
-
-def _codes(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Codes before they are clamped, of the weight's dtype [rows, groups, group], and scales [rows, groups]."""
-    low, high = _range(bits)
-    groups = w.unflatten(1, (-1, group))
-    may_cast = torch.amp.is_autocast_available(w.device.type)  # on CUDA 1 / s to float32
-    with torch.autocast(w.device.type, enabled=False) if may_cast else contextlib.nullcontext():
-        scale = groups.abs().amax(-1) / ((high - low) / 2)
-        scale = scale.clamp(min=torch.finfo(w.dtype).smallest_normal).to(_scale_dtype(bits) or w.dtype)
-        return (groups * (1.0 / scale).unsqueeze(-1)).round(), scale
-
-
-def _range(bits: int) -> tuple[int, int]:
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-
-@torch.library.custom_op("commpress::fake_quantize", mutates_args=())
-def _fake_quantize(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """s * code, of the weight's shape and dtype, and where no code was clamped. NaN and Inf make their group NaN."""
-    codes, scale = _codes(w, bits, group)
-    low, high = _range(bits)
-    inside = (codes >= low) & (codes <= high)
-    values = codes.clamp_(low, high).add_(0)  # -0 is no code
-    return (values * scale.unsqueeze(-1)).to(w.dtype).flatten(1), inside.flatten(1)
-
-
-@_fake_quantize.register_fake
-def _(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    return w.new_empty(w.shape), w.new_empty(w.shape, dtype=torch.bool)
-
-
-def _keep_inside(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-
-
-def _straight_through(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None]:
-    (inside,) = ctx.saved_tensors
-    return torch.where(inside, gradient, 0), None, None
-
-
-_fake_quantize.register_autograd(_straight_through, setup_context=_keep_inside)
+    zero_point: Tensor
+    target_dtype: torch.dtype
+    block_size: tuple[int, ...]
 
 
 class WeightQuantizer(nn.Module):
@@ -159,14 +82,14 @@ class WeightQuantizer(nn.Module):
         """torchao's, for its own convert."""
         self.enabled = True
         self.dtype: torch.dtype | None = None
-        """In which it last computed; under FSDP2's mixed precision another than the weight's."""
+        """The dtype in which it last computed; under FSDP2's mixed precision another than the weight's."""
 
     def forward(self, w: Tensor) -> Tensor:
         """[rows, width], of the weight's dtype."""
         if not self.enabled:
             return w
         self.dtype = w.dtype
-        values: Tensor = _fake_quantize(w, self.bits, self.group or w.shape[1])[0]
+        values: Tensor = fake_quantize(w, self.bits, self.group or w.shape[1])[0]
         return values
 
 
@@ -246,7 +169,7 @@ def enable(model: nn.Module, on: bool = True, *, settings: Quantization | None =
 
 
 def state_dict(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By module: its settings, and whether fake quantisation is on. All there is to save: scales come from the weights."""
+    """Return each module's settings, and whether its quantiser is on, by name. Scales are not saved: weights give them."""
     return {
         name: {
             "bits": s.bits,
@@ -304,19 +227,19 @@ def convert(model: nn.Module) -> nn.Module:
         if id(w) not in converted:
             converted[id(w)] = nn.Parameter(_integers(module), requires_grad=False)
         module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
-        for attribute in ("weight_fake_quantizer", "activation_fake_quantizer", "quantization"):
-            if hasattr(module, attribute):
-                delattr(module, attribute)
+        del module.weight_fake_quantizer, module.quantization
+        if not isinstance(module, nn.Embedding):
+            del module.activation_fake_quantizer
         module.weight = converted[id(w)]
     return model
 
 
 def converted_codes(w: Any) -> Codes | None:
-    """The codes of a weight that `convert` or torchao's own convert made; None for any other tensor.
+    """Return the codes of a weight that `convert` or torchao's own convert made; None for any other tensor.
 
     Raises ValueError for what we cannot hold: other integers than 4 and 8 bits, zero points, groups over several rows.
     """
-    if not (hasattr(w, "qdata") and hasattr(w, "target_dtype")):
+    if not isinstance(w, ConvertedWeight):
         return None
     if w.target_dtype not in INTEGERS.values() or bool(w.zero_point.any()) or w.block_size[0] != 1:
         raise ValueError(
@@ -377,20 +300,13 @@ def _enable(module: Any, on: bool) -> None:
             quantizer.enabled = on
 
 
-def _scale_dtype(bits: int) -> torch.dtype | None:
-    # At 4 bits scales weigh: 16 bits in a group of 32 are an eighth of the codes. They are rounded here, in training, so
-    # that the file need not round them. bfloat16 has float32's range: a group of zeros has the smallest scale, not 0.
-    # At 8 bits 1 / s with 8 bits would move codes.
-    return torch.bfloat16 if bits == 4 else None
-
-
 def _of_weights(qat: Any, settings: Quantization) -> nn.Module:
     from torchao.quantization.granularity import PerAxis, PerGroup
 
     config = qat.IntxFakeQuantizeConfig(
         dtype=INTEGERS[settings.bits],
         granularity=PerAxis(0) if settings.group is None else PerGroup(settings.group),
-        scale_precision=_scale_dtype(settings.bits),
+        scale_precision=scale_dtype(settings.bits),
     )
     return WeightQuantizer(settings.bits, settings.group, config)
 

@@ -1,4 +1,4 @@
-"""Which parameters a recipe's entries prune, what is left out and why, and what no entry could do: told before step 1."""
+"""The reach of a recipe, told before step 1: which parameters its entries prune, what is left out and why, what cannot be."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch import nn
 from commpress.model import layers
 from commpress.model.distillation import PROJECTIONS
 from commpress.model.recipe import Prune, Recipe, RecipeError, matching
+from commpress.model.steps import LocalSteps, SendsUpdates
 from commpress.notice import warn
 
 KEEP_ZEROS = ("_WeightNorm", "_SpectralNorm")
@@ -18,14 +19,14 @@ KEEP_ZEROS = ("_WeightNorm", "_SpectralNorm")
 
 @dataclass(frozen=True)
 class Reach:
-    """What share of a model a recipe prunes."""
+    """The share of a model that a recipe prunes."""
 
     pruned: float
     """The share of the chosen weights that is pruned and 0."""
     of_model: float
     """The share of all the model's parameters that is."""
     left_out: Mapping[str, str]
-    """By name, the matrices and kernels that no entry prunes, and why."""
+    """The matrices and kernels that no entry prunes, by name, and why."""
 
     def __str__(self) -> str:
         others = f"; left out: {listed(self.left_out)}" if self.left_out else ""
@@ -149,9 +150,9 @@ def _require_order(recipe: Recipe, before: int, index: int, earlier_names: list[
 def _require_gradients(index: int, entry: Prune, optimizers: Sequence[Any]) -> None:
     for optimizer in optimizers:
         kind = type(optimizer).__name__
-        if entry.how == "regrow" and hasattr(optimizer, "takes_means"):
+        if entry.how == "regrow" and isinstance(optimizer, SendsUpdates):
             raise RecipeError(f"prune[{index}].schedule: regrow needs mean gradients, {kind} has none")
-        if entry.criterion in ("taylor", "movement") and hasattr(optimizer, "synced"):
+        if entry.criterion in ("taylor", "movement") and isinstance(optimizer, LocalSteps):
             raise RecipeError(
                 f"prune[{index}].criterion: {entry.criterion} needs gradients that all ranks share; under {kind} each has "
                 "its own between syncs, expected magnitude or wanda"

@@ -76,7 +76,7 @@ class Part(BaseModel):
 
 
 class Prune(Part):
-    """Which weights go, and when. `amount` (their share), `threshold` (of the score) or `pattern` ("2:4") says how many."""
+    """Pruning: which weights go, and when. `amount` (a share), `threshold` (of scores) or `pattern` ("2:4") says how many."""
 
     start: Step
     end: Step | None = None
@@ -156,7 +156,7 @@ class Quantize(Part):
 
 
 class Distil(Part):
-    """What else the loss asks for: to be like a teacher."""
+    """Distillation: the loss also asks the model to be like a teacher."""
 
     start: Step = 0
     end: Step | None = None
@@ -197,7 +197,7 @@ class Distil(Part):
 
 
 class Traffic(Part):
-    """What travels, for the training program: specs of gradients, and of parameters that FSDP2 gathers."""
+    """Traffic, for the training program: specs of gradients, and of parameters that FSDP2 gathers."""
 
     spec: str | None = None
     parameters: str | None = None
@@ -324,7 +324,7 @@ def _sentence(error: Any) -> str:
 
 
 def _known(place: tuple[int | str, ...]) -> str:
-    """Which key may be meant, or which there are."""
+    """Return which key may be meant, or which there are."""
     tables: dict[Any, type[Part]] = {"prune": Prune, "quantize": Quantize, "distil": Distil, "traffic": Traffic}
     known = list((tables[place[0]] if len(place) > 1 else Recipe).model_fields)
     near = difflib.get_close_matches(str(place[-1]), known, n=1)

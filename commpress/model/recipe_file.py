@@ -23,9 +23,9 @@ MOST_VALUES = 100_000
 
 
 def read(path: Path) -> Any:
-    """What a file says; an empty YAML file says None. Raises ValueError for what it cannot mean, OSError if it cannot be read.
+    """Return what a file says; an empty YAML file says None.
 
-    ImportError for a YAML file without PyYAML.
+    Raises ValueError for what it cannot mean, OSError if it cannot be read, ImportError for a YAML file without PyYAML.
     """
     ending = path.suffix.lower()
     if ending not in ENDINGS:

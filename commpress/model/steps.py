@@ -1,4 +1,4 @@
-"""What is done to gradients when a backward ends, and around the steps of one or several optimizers.
+"""Hooks that mask gradients when a backward ends, and around the steps of one or several optimizers.
 
     backward     each gradient is masked as it arrives (after autograd has added it up), so what clips it sees no pruned one
     step         criteria observe the gradients; masked once more, for whoever has changed them in between
@@ -9,7 +9,8 @@ In a step that looks, gradients of pruned weights are gathered first. Under DDP 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,23 @@ HOPS = 3
 for one that asks for the one in which it hands out means. The next after those is behind it."""
 
 Observe = Callable[[float, Collection[str]], None]
+
+
+@runtime_checkable
+class SendsUpdates(Protocol):
+    """An optimizer of `commpress.optim`: its gradients may be updates, which are no means of the ranks' gradients."""
+
+    @property
+    def takes_means(self) -> bool:
+        """Whether gradients are means now."""
+
+
+@runtime_checkable
+class LocalSteps(Protocol):
+    """An optimizer under which the ranks' weights differ between two syncs."""
+
+    def synced(self) -> AbstractContextManager[None]:
+        """Return a context in which all ranks have the weights of the last sync."""
 
 
 class Steps:
@@ -66,7 +84,7 @@ class Steps:
 
     @property
     def dense(self) -> dict[str, Tensor]:
-        """What this rank's gradients of pruned weights were in a step that looks, 0 elsewhere: sums over its backwards. None
+        """This rank's gradients of pruned weights in a step that looks, 0 elsewhere: sums over its backwards. None
         if the step was skipped."""
         return {name: g for name, g in self._dense.items() if name in self._complete}
 
@@ -176,7 +194,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 
 def states_of(optimizer: Optimizer) -> list[Optimizer]:
-    """It, and those inside of it that hold a state, as in ZeroRedundancyOptimizer or a Lookahead of a user."""
+    """Return an optimizer, and those inside of it that hold a state, as in ZeroRedundancyOptimizer or a Lookahead of a user."""
     found = [optimizer]
     while (inner := _inside(found[-1])) is not None and inner not in found:
         found.append(inner)

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from commpress.files import DamagedFileError, checksum, replacing
+from commpress.model.codes import INTEGERS, Codes
 from commpress.model.masks import from_bits, to_bits, whole
-from commpress.model.quantization import INTEGERS, Codes, computed_codes, converted_codes, prepared
+from commpress.model.quantization import computed_codes, converted_codes, prepared
 
 VERSION = 2
 CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{8})\\"')
@@ -42,12 +43,12 @@ MOST_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds, unpacked, on the CPU; by the names of the state dict."""
+    """The content of a file, unpacked, on the CPU; by the names of the state dict."""
 
     tensors: dict[str, Tensor]
-    """What is not quantised."""
+    """Tensors that are not quantised."""
     integers: dict[str, Codes]
-    """What is."""
+    """Weights that are quantised."""
     masks: dict[str, Tensor]
     """bool, of the weights' shapes: where this is, only the weights that are left are in the file."""
     shared: dict[str, str]
@@ -199,7 +200,7 @@ def _keep_mask(stored: Stored, name: str, mask: Tensor) -> None:
 
 
 def _unpacked(packed: dict[str, Tensor], metadata: Mapping[str, str]) -> Stored:
-    """What the tensors of a file say by its metadata; `packed` is emptied. Raises ValueError if they do not fit."""
+    """Return what the tensors of a file say by its metadata; `packed` is emptied. Raises ValueError if they do not fit."""
     try:
         header = json.loads(metadata.get("commpress", ""))
     except (ValueError, RecursionError):

@@ -29,7 +29,7 @@ from commpress.comm.coding import warm_up
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import Override
 from commpress.optim import loops
-from commpress.optim.base import CompressedOptimizer, Parameters, within
+from commpress.optim.base import CompressedOptimizer, Parameters, require_in_range
 from commpress.optim.uncompressed import step_adamw
 
 SETTLED = 0.96
@@ -57,13 +57,13 @@ class FrozenAdamW(CompressedOptimizer):
         warmup_spec: str,
         max_norm: float | None,
     ) -> None:
-        within("lr", float(lr), 0)
-        within("betas[0]", betas[0], 0, 1)
-        within("betas[1]", betas[1], 0, 1)
-        within("eps", eps, 0)
-        within("weight_decay", weight_decay, 0)
+        require_in_range("lr", float(lr), 0)
+        require_in_range("betas[0]", betas[0], 0, 1)
+        require_in_range("betas[1]", betas[1], 0, 1)
+        require_in_range("eps", eps, 0)
+        require_in_range("weight_decay", weight_decay, 0)
         if warmup_steps is not None:
-            within("warmup_steps", warmup_steps, 1)
+            require_in_range("warmup_steps", warmup_steps, 1)
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"warmup_steps": warmup_steps, "warmup_spec": str(parse(warmup_spec))}
         super().__init__(params, {**defaults, "steps": 0, "frozen_at": 0, "unit": 1.0, "variance": 0.0}, max_norm)
@@ -192,7 +192,7 @@ class FrozenAdamW(CompressedOptimizer):
 
     @staticmethod
     def _without_gradient(parameters: list[Tensor]) -> list[bool]:
-        """Of which no rank had a gradient in this step: `grad` is None or 0."""
+        """Return the parameters of which no rank had a gradient in this step: `grad` is None or 0."""
         found = [
             torch.zeros((), dtype=torch.bool, device=p.device) if p.grad is None else p.grad.any() for p in parameters
         ]
@@ -214,7 +214,7 @@ class FrozenAdamW(CompressedOptimizer):
         return variance_is_stable(before, now)
 
     def _are_ready(self, warming: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> list[str]:
-        """Which of these have come to the end of a warm-up of their own. Those that began it together end it together."""
+        """Return which of these have come to the end of a warm-up of their own. All that began it together end it together."""
         ready: list[str] = []
         cohorts: dict[int, list[str]] = {}
         for name, (p, group, _) in warming.items():
@@ -294,7 +294,7 @@ class FrozenAdamW(CompressedOptimizer):
 
     @abstractmethod
     def frozen_state(self, name: str) -> None:
-        """What else is kept of a parameter, now that its variance is frozen."""
+        """Return what else is kept of a parameter, now that its variance is frozen."""
 
     def _thawed(self, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         """AdamW's state out of one with a frozen variance."""

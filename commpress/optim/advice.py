@@ -18,7 +18,7 @@ MEASURED = (
     "held-out loss of a GPT of 0.9 M parameters after 1,500 steps: AdamW 1.93, with gradients by topk(0.01)|int4 2.31, "
     "OneBitAdamW by sign 1.94"
 )
-"""By benchmarks/convergence.py."""
+"""Figures measured by benchmarks/convergence.py."""
 ADAPTIVE = ("adam", "rmsprop", "adagrad", "adadelta", "adafactor", "lamb")
 """Names of optimizers that divide by a variance of what arrives contain one of these."""
 

@@ -1,4 +1,4 @@
-"""What all compressed optimizers have in common: they are told of every bucket, and step on what was exchanged.
+"""The base of all compressed optimizers: they are told of every bucket, and step on what was exchanged.
 
 Parameters that no session exchanges, as those that DDP ignores, step as under torch's optimizer. None moves that does not
 require a gradient, and what is kept of it stays as it is until it does again.
@@ -36,7 +36,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Parameters, defaults: dict[str, Any], max_norm: float | None) -> None:
         if max_norm is not None:
-            within("max_norm", max_norm, 0)
+            require_in_range("max_norm", max_norm, 0)
         self._forget()
         super().__init__(params, {**defaults, "max_norm": max_norm})
         self._watch()
@@ -66,7 +66,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is attached to nothing, as `step` says."""
-        if not hasattr(self, "_bound"):  # else it is a state that is loaded
+        if "_bound" not in vars(self):  # else it is a state that is loaded
             self._forget()
         super().__setstate__(state)
         if not self._optimizer_step_pre_hooks:
@@ -158,7 +158,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return used
 
     def frozen_parameters(self) -> list[str] | None:
-        """What stands still in this step, if the ranks must compare that in every step: no one else would notice."""
+        """Return what is not trained in this step, if the ranks must compare that in every step: no one else would notice."""
         return sorted(self._frozen) if self._may_be_unused and self._may_be_frozen else None
 
     def split(self, segments: Segments) -> list[Segments]:
@@ -171,7 +171,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return [tuple(part) for part in parts.values()]
 
     def kind(self, name: str) -> object:
-        """What parameters have in common that may travel together; None is for those that this optimizer does not hold."""
+        """Return what parameters that may be sent together have in common; None for those that this optimizer does not hold."""
         return "exchanged"
 
     def override(self, segments: Segments, codec: Codec) -> Override:
@@ -181,7 +181,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return self.override_held(segments, codec)
 
     def needs_all_buckets(self) -> bool:
-        """Whether no bucket of this step may be treated before `measure` has seen them all."""
+        """Whether no bucket of this step may be sent before `on_all_buckets` has seen them all."""
         return False
 
     def on_all_buckets(self, gradients: list[Tensor]) -> None:
@@ -217,7 +217,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return {"optimizer": type(self).__name__, "optimizer's groups": groups, "frozen parameters": frozen}
 
     def must_verify(self) -> bool:
-        """Whether a phase begins, or a state was loaded, since the ranks compared their standing."""
+        """Whether a phase begins, or a state was loaded, since the ranks compared `replicated_state`."""
         before, self._proven = self._proven, self.phase()
         return before != self._proven
 
@@ -379,7 +379,7 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def within(name: str, value: float, least: float, below: float = float("inf")) -> None:
-    """Raises ValueError unless least <= value < below."""
+def require_in_range(name: str, value: float, least: float, below: float = float("inf")) -> None:
+    """Raise ValueError unless least <= value < below."""
     if not least <= value < below:
         raise ValueError(f"{name} {value}: expected a number in [{least:g}, {below:g})")

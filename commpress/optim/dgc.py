@@ -16,11 +16,11 @@ from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Memory, Segments
 from commpress.comm.plan import DENSE, Override
 from commpress.optim import loops
-from commpress.optim.base import CompressedOptimizer, Parameters, within
+from commpress.optim.base import CompressedOptimizer, Parameters, require_in_range
 from commpress.optim.uncompressed import step_sgd
 
 STAGES = 5
-"""Of the ratio's warm-up; each keeps a quarter of what the one before it kept, as in section 3.3."""
+"""Stages of the ratio's warm-up; each keeps a quarter of what the one before it kept, as in section 3.3."""
 
 
 class DGC(CompressedOptimizer):
@@ -46,10 +46,10 @@ class DGC(CompressedOptimizer):
         warmup_steps: int = 0,
         max_norm: float | None = None,
     ) -> None:
-        within("lr", float(lr), 0)
-        within("momentum", momentum, 0, 1)
-        within("weight_decay", weight_decay, 0)
-        within("warmup_steps", warmup_steps, 0)
+        require_in_range("lr", float(lr), 0)
+        require_in_range("momentum", momentum, 0, 1)
+        require_in_range("weight_decay", weight_decay, 0)
+        require_in_range("warmup_steps", warmup_steps, 0)
         settings = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {"lr": lr, **settings, "warmup_steps": warmup_steps, "steps": 0}, max_norm)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from commpress.kernels.table import Kernel, lookup
 
 ROW = 4096
-"""So few values torch sums in one thread."""
+"""A number of values so small that torch sums them in one thread."""
 
 
 def apply_update(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:

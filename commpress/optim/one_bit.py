@@ -49,7 +49,7 @@ class OneBitAdamW(FrozenAdamW):
 
     def _forget(self) -> None:
         super()._forget()
-        self._homes: dict[Segments, tuple[Tensor, Tensor]] = {}
+        self._flat_states: dict[Segments, tuple[Tensor, Tensor]] = {}
         """`inverse` and `exp_avg` of a bucket's parameters, float32 [n] each; what stands in the state are views."""
 
     def override_frozen(self, segments: Segments, codec: Codec) -> Override:
@@ -57,49 +57,51 @@ class OneBitAdamW(FrozenAdamW):
         held = [(self.state[p], group) for p, group in (self._places[name] for name, _ in segments)]
         first, alike = held[0][1], len({group["betas"][0] for _, group in held}) == 1
         if alike and all(state["inverse"].dtype == torch.float32 for state, _ in held):
-            blend = self._blend(*self._home(segments), first)  # in the pass that encodes
+            prologue = self._prologue(*self._flat_state(segments), first)  # in the pass that encodes
         else:
-            blend = None
+            prologue = None
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
             self.convert_feedback(memory, segments)
             self.clip(bucket)
-            if blend is None:
+            if prologue is None:
                 for (state, group), part in zip(held, bucket.split([n for _, n in segments]), strict=True):
                     inverse, average = loops.flat(state["inverse"], state["exp_avg"])
-                    self._blend(inverse, average, group).apply(part)
+                    self._prologue(inverse, average, group).apply(part)
 
-        return Override(codec, prepare=prepare, prologue=blend)
+        return Override(codec, prepare=prepare, prologue=prologue)
 
-    def _blend(self, inverse: Tensor, average: Tensor, group: dict[str, Any]) -> Prologue:
+    def _prologue(self, inverse: Tensor, average: Tensor, group: dict[str, Any]) -> Prologue:
         beta1 = group["betas"][0]
         return Prologue(inverse, average, self.limit(group) * self._scale, 1 - beta1, beta1 * self._scale)
 
-    def _home(self, segments: Segments) -> tuple[Tensor, Tensor]:
-        """Have the state of a bucket's parameters lie one behind the other, as their gradients do."""
+    def _flat_state(self, segments: Segments) -> tuple[Tensor, Tensor]:
+        """Return the state of a bucket's parameters, moved to memory of one piece, in the order of their gradients."""
         parts, total = [], 0
         for name, n in segments:
             parts.append((self._places[name][0], total))
             total += n
-        home = self._homes.get(segments)
-        if home is None or any(
+        found = self._flat_states.get(segments)
+        if found is None or any(
             p.numel() and self.state[p][key].data_ptr() != whole[at:].data_ptr()
-            for key, whole in zip(KEPT, home, strict=True)
+            for key, whole in zip(KEPT, found, strict=True)
             for p, at in parts
         ):
             names = {name for name, _ in segments}
-            self._homes = {of: kept for of, kept in self._homes.items() if names.isdisjoint(name for name, _ in of)}
+            self._flat_states = {
+                of: kept for of, kept in self._flat_states.items() if names.isdisjoint(name for name, _ in of)
+            }
             inverse, average = (torch.empty(total, dtype=torch.float32, device=parts[0][0].device) for _ in KEPT)
-            home = self._homes[segments] = inverse, average
-            for key, whole in zip(KEPT, home, strict=True):
+            found = self._flat_states[segments] = inverse, average
+            for key, whole in zip(KEPT, found, strict=True):
                 for p, at in parts:
                     place = whole.as_strided(p.shape, p.stride(), at)
                     self.state[p][key] = place.copy_(self.state[p][key])
-        return home
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._homes = {}
+        self._flat_states = {}
 
     def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         for p, group, update in updates.values():

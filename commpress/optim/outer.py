@@ -14,8 +14,8 @@ import contextlib
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,7 @@ from torch import Tensor
 from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.collectives import Collectives
-from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.feedback import Memory, Segments
+from commpress.comm.feedback import Memory
 from commpress.comm.meter import Report
 from commpress.comm.parameters import real_view
 from commpress.comm.parts import taken_apart
@@ -36,9 +35,11 @@ from commpress.comm.rank_state import RankState
 from commpress.comm.replicas import agreed_plan
 from commpress.comm.resize import moved, unreadable
 from commpress.comm.session import Session
+from commpress.comm.work import Work, not_counted
 from commpress.kernels.cpu.fingerprint import fingerprint
 from commpress.notice import speaks, warn
-from commpress.optim.base import within
+from commpress.optim.base import require_in_range
+from commpress.optim.fragment import Fragment, split
 
 STATE_VERSION = 1
 
@@ -60,92 +61,14 @@ class OuterSettings:
         for name in ("every", "fragments", "delay"):
             if not isinstance(value := getattr(self, name), int):
                 raise ValueError(f"{name} {value!r}: expected a whole number")
-        within("every", self.every, 1)
-        within("lr", self.lr, 0)
-        within("momentum", self.momentum, 0, 1)
-        within("decay", self.decay, 0)
-        within("fragments", self.fragments, 1, self.every + 1)
-        within("delay", self.delay, 0, self.every)
+        require_in_range("every", self.every, 1)
+        require_in_range("lr", self.lr, 0)
+        require_in_range("momentum", self.momentum, 0, 1)
+        require_in_range("decay", self.decay, 0)
+        require_in_range("fragments", self.fragments, 1, self.every + 1)
+        require_in_range("delay", self.delay, 0, self.every)
         if self.decay > 1:
             raise ValueError(f"decay {self.decay}: expected a number in [0, 1]")
-
-
-@dataclass(eq=False)  # one is not another, whatever it holds
-class Fragment:
-    """A part of the model: `parameters` laid flat one behind the other, then zeros up to a multiple of the inner ranks.
-
-    `anchor` is float32 [n], the same on all ranks; `momentum` (float32 [part]) and the exchange are of this rank's `part`,
-    which takes `dense_bytes` when its gradients are averaged in the model's own dtypes.
-    """
-
-    parameters: list[Tensor]
-    segments: Segments
-    offset: int
-    part: slice
-    dense_bytes: int
-    anchor: Tensor
-    momentum: Tensor
-    synced_at: int = 0
-    mean: "torch.futures.Future[Tensor] | None" = None
-    """What is on its way, or was when the state was saved."""
-    owners: list[Tensor] = field(default_factory=list)
-    """What the parameters are views of: whether they are trained is known there."""
-    trained: set[int] = field(default_factory=set)
-    """Places of the parameters that have required a gradient in a step since the last sync began."""
-    still: set[int] = field(default_factory=set)
-    """Places of those that did not before it: that sync leaves them where they are."""
-
-    def flat(self) -> Tensor:
-        """The parameters as they stand now: float32 [n]."""
-        out = torch.zeros_like(self.anchor)
-        for p, part in zip(self.parameters, self._parts(out), strict=True):
-            part.copy_(p.detach().reshape(-1))
-        return out
-
-    def put(self, values: Tensor, share: float = 1.0) -> None:
-        """Move the parameters to `values` (float32 [n]), or those that are trained a share of the way."""
-        for i, (p, part) in enumerate(zip(self.parameters, self._parts(values), strict=True)):
-            if share == 1 or self._rests(i):
-                p.copy_(part.view(p.shape))
-            else:
-                p.lerp_(part.view(p.shape).to(p.dtype), share)
-
-    def note_step(self) -> None:
-        """A local step was taken."""
-        self.trained |= {i for i, p in enumerate(self.owners) if p.requires_grad}
-
-    def begin(self) -> None:
-        """A sync begins: what was frozen all the time since the last one stays as it is, with its momentum."""
-        self.still = {i for i in range(len(self.parameters)) if self._rests(i)}
-        self.trained = set()
-
-    def moving(self) -> Segments:
-        """Return what of this rank's part a sync moves; the zeros behind the parameters count as theirs."""
-        return tuple(
-            segment
-            for segment, (i, _) in zip(self.segments, [*self._overlaps(), (-1, slice(0))], strict=False)
-            if i not in self.still
-        )
-
-    def standing(self) -> list[slice]:
-        """Where in this rank's part lies what it does not."""
-        return [where for i, where in self._overlaps() if i in self.still]
-
-    def _rests(self, i: int) -> bool:
-        return i not in self.trained and not self.owners[i].requires_grad
-
-    def _overlaps(self) -> Iterator[tuple[int, slice]]:
-        """Which parameters reach into this rank's part, and where in it."""
-        at = 0
-        for i, p in enumerate(self.parameters):
-            start, stop = max(at, self.part.start), min(at + p.numel(), self.part.stop)
-            if start < stop:
-                yield i, slice(start - self.part.start, stop - self.part.start)
-            at += p.numel()
-
-    def _parts(self, flat: Tensor) -> list[Tensor]:
-        sizes = [p.numel() for p in self.parameters]
-        return list(flat[: sum(sizes)].split(sizes))
 
 
 class Outer:
@@ -171,7 +94,7 @@ class Outer:
         inner: dist.ProcessGroup | None = None,
         owners: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._owners = dict(owners or parameters)
+        owners = dict(owners or parameters)
         parameters = {name: real_view(p) for name, p in parameters.items()}
         self.settings = settings
         self.device = next(iter(parameters.values())).device
@@ -179,7 +102,9 @@ class Outer:
         self._steps = 0
         self._waited = 0.0
         require_agreement({**vars(settings), "inner ranks": self._inner_size}, group, self.device)
-        self._fragments = self._split(parameters)
+        count, workers = settings.fragments, dist.get_world_size(group)
+        inner_rank = 0 if self._inner is None else dist.get_rank(self._inner)
+        self._fragments = split(parameters, owners, count, settings.every, workers, inner_rank, self._inner_size)
         parts = tuple(s for f in self._fragments for s in f.segments)
         # it has no steps to count: what the anchors become is compared in each sync
         alike: dict[str, object] = {"optimizer": None, "grad_scaler": False, "verify": 0}
@@ -188,7 +113,7 @@ class Outer:
         settings_alike: dict[str, object] = {"settings": {**plan.settings(), "optimizer": None}}
         self._session = Session(self._collectives, spec=str(plan.codec), settings=settings_alike, parameters=parts)
         self._apart = [0]
-        if dist.get_world_size(group) > 1:
+        if workers > 1:
             leads = speaks(group) and (self._inner is None or speaks(self._inner))
             weakref.finalize(self, _say_apart, self._apart, leads)
         source = dist.get_global_rank(group, 0)
@@ -265,17 +190,7 @@ class Outer:
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Anchors, outer momentum, what is on its way, feedback. Every rank saves its own, and its model, which has drifted."""
-        fragments = [
-            {
-                "anchor": fragment.anchor.clone(),
-                "momentum": fragment.momentum.clone(),
-                "synced_at": fragment.synced_at,
-                "mean": None if fragment.mean is None else fragment.mean.wait().clone(),
-                "trained": sorted(fragment.trained),
-                "still": sorted(fragment.still),
-            }
-            for fragment in self._fragments
-        ]
+        fragments = [fragment.state_dict() for fragment in self._fragments]
         self._apart[0] = 0  # this training goes on
         content = {
             "version": STATE_VERSION,
@@ -317,7 +232,7 @@ class Outer:
         if state is not None:
             self._steps = int(state["steps"])
             for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
-                self._restore(fragment, saved)
+                fragment.load_state_dict(saved)
             self._session.restore(self._at_this_place(state["session"]))
         if len(holders) < len(everyone):
             self._welcome(holders[0], joined=state is None)
@@ -327,36 +242,6 @@ class Outer:
     @property
     def _inner_size(self) -> int:
         return 1 if self._inner is None else dist.get_world_size(self._inner)
-
-    def _split(self, parameters: Mapping[str, Tensor]) -> list[Fragment]:
-        """Fragments of about the same size, in the order of the parameters, their syncs spread over `every` steps."""
-        count, total, seen = self.settings.fragments, sum(p.numel() for p in parameters.values()), 0
-        members: list[list[str]] = [[] for _ in range(count)]
-        for name, p in parameters.items():
-            members[min(count - 1, seen * count // max(total, 1))].append(name)
-            seen += p.numel()
-        inner_size, inner_rank = self._inner_size, 0 if self._inner is None else dist.get_rank(self._inner)
-        fragments = []
-        for index, names in enumerate(members):
-            if not names:
-                continue  # fewer parameters than fragments, or a large one that fills several
-            held = {name: parameters[name] for name in names}
-            each = -(-sum(p.numel() for p in held.values()) // inner_size)
-            part = slice(inner_rank * each, (inner_rank + 1) * each)
-            segments, nbytes = _pieces(held, part)
-            fragments.append(
-                Fragment(
-                    parameters=list(held.values()),
-                    owners=[self._owners[name] for name in held],
-                    segments=segments,
-                    offset=-(index * self.settings.every // count),
-                    part=part,
-                    dense_bytes=ring_bytes(nbytes, dist.get_world_size(self._group)),
-                    anchor=torch.zeros(each * inner_size, dtype=torch.float32, device=self.device),
-                    momentum=torch.zeros(each, dtype=torch.float32, device=self.device),
-                )
-            )
-        return fragments
 
     def _start(self, index: int, fragment: Fragment) -> None:
         """Send how far the parameters have gone from the anchor."""
@@ -380,11 +265,12 @@ class Outer:
         if moving == fragment.segments:
             fragment.mean = send(bucket, fragment.segments).future()
         elif not moving:
-            fragment.mean = torch.futures.Future()
-            fragment.mean.set_result(bucket)
+            fragment.arrived(bucket)
         else:
-            for flat, part, done in taken_apart(bucket, fragment.segments, [moving], lambda error: None):
-                fragment.mean = send(flat, part).future().then(partial(_put_back, bucket, done))
+            whole = Work(bucket, not_counted)
+            for flat, part, done in taken_apart(bucket, fragment.segments, [moving], whole.finish):
+                send(flat, part, then=done)
+            fragment.mean = whole.future()
         fragment.synced_at = self._steps
 
     def _finish(self, fragment: Fragment, share: float) -> None:
@@ -396,13 +282,13 @@ class Outer:
         fragment.mean = None
         lr, momentum = self.settings.lr, self.settings.momentum
         own = fragment.anchor[fragment.part]
-        stand = [(at, own[at].clone(), fragment.momentum[at].clone()) for at in fragment.standing()]
+        frozen = [(at, own[at].clone(), fragment.momentum[at].clone()) for at in fragment.frozen_slices()]
         if momentum:
             fragment.momentum.mul_(momentum).add_(mean)
             own.sub_(mean.add_(fragment.momentum, alpha=momentum), alpha=lr)
         else:
             own.sub_(mean, alpha=lr)
-        for at, anchor, kept in stand:
+        for at, anchor, kept in frozen:
             own[at], fragment.momentum[at] = anchor, kept
         if self._inner is not None:
             dist.all_gather(list(fragment.anchor.split(own.numel())), own.clone(), group=self._inner)
@@ -432,17 +318,6 @@ class Outer:
     def _at_this_place(self, session: dict[str, Any]) -> dict[str, Any]:
         return moved(session, self._session.rank, self._session.world_size)
 
-    def _restore(self, fragment: Fragment, saved: dict[str, Any]) -> None:
-        fragment.anchor.copy_(saved["anchor"])
-        fragment.momentum.copy_(saved["momentum"])
-        fragment.synced_at = int(saved["synced_at"])
-        fragment.trained = set(saved.get("trained", range(len(fragment.parameters))))
-        fragment.still = set(saved.get("still", ()))
-        fragment.mean = None
-        if saved["mean"] is not None:
-            fragment.mean = torch.futures.Future()
-            fragment.mean.set_result(saved["mean"].to(self.device).clone())
-
     def _welcome(self, source: int, joined: bool) -> None:
         """Hand the source's anchors, momentum and steps to all; those that have joined start from the anchors."""
         root = dist.get_global_rank(self._group, source)
@@ -454,52 +329,10 @@ class Outer:
         dist.broadcast(about, root, group=self._group)
         self._steps, *of_fragments = about.tolist()
         for place, fragment in enumerate(self._fragments):
-            fragment.synced_at, flies = of_fragments[2 * place : 2 * place + 2]
-            kept = [fragment.anchor, fragment.momentum]
-            if flies:
-                mean = torch.empty_like(fragment.momentum) if fragment.mean is None else fragment.mean.wait()
-                kept.append(mean)
-                fragment.mean = torch.futures.Future()
-                fragment.mean.set_result(mean)
-            for values in kept:
-                dist.broadcast(values, root, group=self._group)
-            for places in (fragment.trained, fragment.still):
-                there = torch.tensor(
-                    [i in places for i in range(len(fragment.parameters))], dtype=torch.uint8, device=self.device
-                )
-                dist.broadcast(there, root, group=self._group)
-                places.clear()
-                places.update(i for i, found in enumerate(there.tolist()) if found)
+            fragment.synced_at, has_mean = of_fragments[2 * place : 2 * place + 2]
+            fragment.receive(root, self._group, bool(has_mean))
             if joined:
                 fragment.put(fragment.anchor)
-
-
-def _pieces(parameters: Mapping[str, Tensor], part: slice) -> tuple[Segments, int]:
-    """What lies in `part` of the parameters laid one behind the other: whole ones, pieces, zeros behind the last.
-
-    And how many bytes of the parameters that is.
-    """
-    pieces, at, nbytes = [], 0, 0
-    for name, p in parameters.items():
-        size = p.numel()
-        start, stop = max(at, part.start), min(at + size, part.stop)
-        if start < stop:
-            nbytes += (stop - start) * p.element_size()
-            whole = stop - start == size
-            pieces.append((name if whole else f"{name}[{start - at}:{stop - at}]", stop - start))
-        at += size
-    if part.stop > max(at, part.start):
-        pieces.append((f"zeros behind {name}", part.stop - max(at, part.start)))
-    return tuple(pieces), nbytes
-
-
-def _put_back(
-    bucket: Tensor, done: Callable[[BaseException | None], None], mean: "torch.futures.Future[Tensor]"
-) -> Tensor:
-    """Return what was exchanged of a bucket, in it. Raises what the exchange raised."""
-    mean.value()
-    done(None)
-    return bucket
 
 
 def _say_apart(apart: list[int], leads: bool) -> None:

@@ -22,7 +22,7 @@ from commpress.optim.one_bit import OneBitAdamW
 
 @dataclass(frozen=True)
 class Shift:
-    """What all ranks know of the values of one owner that start at `at` in a bucket: `share` times `values` (bfloat16).
+    """An estimate, known to all ranks, of an owner's values that start at `at` in a bucket: `share` times `values` (bfloat16).
 
     As in DIANA (Mishchenko et al., arXiv:1901.09269) it is coded along, and taken off the mean behind it.
     """
@@ -82,13 +82,13 @@ class ShardedOneBitAdamW:
         self._collectives = collectives
         self._inverse: list[Tensor] = []
         """unit / d of all parameters of each group, in the order of its partitions: float32 [W * m]."""
-        self._known: list[Tensor] = []
-        """k of the same, in units of n: bfloat16 [W * m]."""
-        self._learns = collectives.parameters.codec.lossy
+        self._estimates: list[Tensor] = []
+        """Estimates k of the momentum that all ranks have, in units of n: bfloat16 [W * m]."""
+        self._estimates_momentum = collectives.parameters.codec.lossy
         self._warming = True
         self._converted: set[str] = set()
-        self._leaned: set[int] = set()
-        """Buckets that were coded with what is known, in this step."""
+        self._shifted: set[int] = set()
+        """Buckets that were coded with an estimate in this step."""
         self._gradients: list[Tensor] = []
         flats = {f"partition of group {i}": flat for i, flat in enumerate(partitions())}
         optimizer.bind(flats, collectives.world_size, may_be_unused=False)
@@ -99,7 +99,7 @@ class ShardedOneBitAdamW:
         optimizer = self.optimizer
         if not optimizer.awaits_step:
             optimizer.begin_backward(1.0)
-            self._warming, self._converted, self._leaned = not optimizer.frozen, set(), set()
+            self._warming, self._converted, self._shifted = not optimizer.frozen, set(), set()
             if optimizer.must_verify():
                 self._prove()
         if self._warming:
@@ -108,7 +108,7 @@ class ShardedOneBitAdamW:
         return Override(self._collectives.gradients.codec, prepare=partial(self._prepare, layout))
 
     def parameters(self, codec: Codec) -> tuple[Codec, str]:
-        """By what the parameters travel after this step, and why not by the codec that was asked for."""
+        """Return by which codec the parameters are sent after this step, and why not by the codec that was asked for."""
         if not self._warming or not codec.lossy:
             return codec, ""
         codec = parse(self.optimizer.param_groups[0]["warmup_spec"])
@@ -138,23 +138,23 @@ class ShardedOneBitAdamW:
     def shifts(self, layout: OwnedBucket) -> list[Shift]:
         """beta1 k of a bucket's values, if there is one. Once a step: what feedback keeps of the coding would grow with each
         backward of an accumulation, into n and so into the next k."""
-        if self._warming or not self._learns or layout.index in self._leaned:
+        if self._warming or not self._estimates_momentum or layout.index in self._shifted:
             return []
-        self._leaned.add(layout.index)
+        self._shifted.add(layout.index)
         found: list[Shift] = []
         for piece in layout.pieces:
-            values = self._known[piece.group][piece.at : piece.at + len(piece)]
+            values = self._estimates[piece.group][piece.at : piece.at + len(piece)]
             at = found[-1].at + found[-1].values.numel() if found else 0
             found.append(Shift(at, values, self.optimizer.param_groups[piece.group]["betas"][0]))
         return found
 
-    def learn(self, group: int, start: int, differences: Tensor) -> None:
-        """All ranks were sent these differences of parameters: float32 [W, l], each rank's own from its value `start` on."""
+    def estimate_momentum(self, group: int, start: int, differences: Tensor) -> None:
+        """Update estimates by differences of parameters on all ranks: float32 [W, l], each from a rank's value `start`."""
         if self._warming:
             return
         settings = self.optimizer.param_groups[group]
         lr, part = float(settings["lr"]), slice(start, start + differences.shape[1])
-        rows = self._known[group].view(self._collectives.world_size, -1)[:, part]
+        rows = self._estimates[group].view(self._collectives.world_size, -1)[:, part]
         factor = -settings["unit"] / lr if lr else 0.0
         for row, values in zip(rows, differences, strict=True):
             # the differences also hold what was withheld before, at another rate; what is no momentum is no knowledge
@@ -181,22 +181,22 @@ class ShardedOneBitAdamW:
     def _prove(self) -> None:
         """A phase begins, or a state was loaded: all get the owners' d and k, in one unit, and compare where they stand."""
         optimizer, device, group = self.optimizer, self._collectives.device, self._group
-        self._inverse, self._known = [], []
+        self._inverse, self._estimates = [], []
         if optimizer.frozen:
             unit = torch.tensor(optimizer.param_groups[0]["unit"], dtype=torch.float32, device=device)
             dist.all_reduce(unit, dist.ReduceOp.MAX, group)
             for i, flat in enumerate(self._partitions()):
                 settings, state = optimizer.param_groups[i], optimizer.state[flat]
-                if self._learns and "known" not in state:
+                if self._estimates_momentum and "known" not in state:
                     state["known"] = torch.zeros_like(flat)
                     self._state_changes()
                 for key in state.keys() & {"inverse", "exp_avg", "known"}:
                     state[key] *= float(unit) / settings["unit"]  # powers of two
                 settings["unit"] = float(unit)
                 self._inverse.append(self._gathered(state["inverse"], "the variance, once, when it stands", i))
-                if self._learns:
+                if self._estimates_momentum:
                     why = "what is known of the momentum, after a start"
-                    self._known.append(self._gathered(state["known"], why, i).bfloat16())
+                    self._estimates.append(self._gathered(state["known"], why, i).bfloat16())
         groups = [
             {k: plain(v) for k, v in g.items() if k not in ("params", "variance")} for g in optimizer.param_groups
         ]

@@ -28,10 +28,10 @@ from commpress.comm.plan import Override
 from commpress.notice import warn
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
-from commpress.optim.base import Parameters, within
+from commpress.optim.base import Parameters, require_in_range
 
 OWN = ("exp_avg", "total")
-"""What a rank has of its own between two syncs: n and u."""
+"""State that a rank has of its own between two syncs: n and u."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Growing:
     last: int = 16
 
     def __post_init__(self) -> None:
-        within("Growing.steps", self.steps, 1)
-        within("Growing.first", self.first, 1)
-        within("Growing.last", self.last, self.first)
+        require_in_range("Growing.steps", self.steps, 1)
+        require_in_range("Growing.first", self.first, 1)
+        require_in_range("Growing.last", self.last, self.first)
 
     def interval(self, step: int) -> int:
         """Steps between syncs, `step` steps after the warm-up."""
@@ -54,7 +54,7 @@ class Growing:
 
 @dataclass(frozen=True)
 class Sync:
-    """What this step makes of a parameter's local ones: `keep` is 1 - lr wd, `weight` that of all since the last sync, and
+    """A step's effect on a parameter's local steps: `keep` is 1 - lr wd, `weight` that of all since the last sync, and
     `share` this step's part of it."""
 
     keep: float
@@ -91,9 +91,9 @@ class ZeroOneAdamW(FrozenAdamW):
         refresh_every: int = 0,
     ) -> None:
         if isinstance(sync_every, int):
-            within("sync_every", sync_every, 1)
+            require_in_range("sync_every", sync_every, 1)
             sync_every = Growing(1, sync_every, sync_every)
-        within("refresh_every", refresh_every, 0)
+        require_in_range("refresh_every", refresh_every, 0)
         super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
         for group in [self.defaults, *self.param_groups]:
             group |= {"sync_every": list(vars(sync_every).values()), "refresh_every": refresh_every}
@@ -106,7 +106,7 @@ class ZeroOneAdamW(FrozenAdamW):
         self._turns: dict[str, int] = {}  # `_starts` that stand, from when a variance is frozen on
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
-        """By how much n is ahead of what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
+        """The lead of n over what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
         self._lead_buffers: dict[Segments, Tensor] = {}
         self._own: dict[str, Any] = {}  # what `load_own_state` was given since the last backward
         self._own_anchors: dict[str, Tensor] = {}  # and from which values it counts
@@ -165,7 +165,7 @@ class ZeroOneAdamW(FrozenAdamW):
     def replicated_state(self) -> dict[str, object]:
         if not self._loaded:
             return super().replicated_state()
-        led = all(self._stands(name) for name in self._places)
+        led = all(self._is_current(name) for name in self._places)
         if not led:
             warn(
                 "commpress: ZeroOneAdamW's parameters are not where the local steps of its loaded state have led: each rank "
@@ -175,7 +175,7 @@ class ZeroOneAdamW(FrozenAdamW):
             )
         return {**super().replicated_state(), "parameters are where their local steps have led": led}
 
-    def _stands(self, name: str) -> bool:
+    def _is_current(self, name: str) -> bool:
         """Whether a parameter has the value that its state says."""
         p = self._places[name][0]
         if (anchor := self._anchor(name)) is None:

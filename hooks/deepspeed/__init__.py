@@ -50,7 +50,7 @@ TESTED = "0.19.8"
 """The version that this file was tested with; later ones of the same line are taken, too."""
 
 KEYS = ("gradients", "parameters", "exchange", "error_feedback", "verify")
-"""Of a `commpress` block in a DeepSpeed config."""
+"""Keys of a `commpress` block in a DeepSpeed config."""
 OPTIMIZERS = {kind.__name__: kind for kind in (OneBitAdamW, ZeroOneAdamW, DGC)}
 GONE = {"OneBitAdam": "OneBitAdamW", "ZeroOneAdam": "ZeroOneAdamW", "OneBitLamb": "OneBitAdamW"}
 """Optimizers that DeepSpeed had until 0.19.6, and what is nearest to them."""
@@ -347,5 +347,5 @@ def _plans(
 
 
 def _numel(p: Any) -> int:
-    """Of the whole parameter, wherever its parts are."""
+    """Return how many values the whole parameter has, wherever its parts are."""
     return int(getattr(p, "ds_numel", p.numel()))

@@ -32,10 +32,10 @@ class Partitions:
     zero: Any
     shards: Collectives
     names: dict[Tensor, str]
-    behind: ShardedOneBitAdamW | None = None
+    sharded: ShardedOneBitAdamW | None = None
     _layouts: dict[tuple[int, ...], OwnedBucket] = field(default_factory=dict)
     _before: list[Tensor] | None = None
-    """What all ranks have of this rank's partitions, while the optimizer steps."""
+    """Values of this rank's partitions that all ranks have, while the optimizer steps."""
 
     def __post_init__(self) -> None:
         self._offsets = {
@@ -77,7 +77,7 @@ class Partitions:
             return True
         layout = self._layout(params)
         shards, dtype = self.shards, gradients[0].dtype
-        override = Override(shards.gradients.codec) if self.behind is None else self.behind.override(layout)
+        override = Override(shards.gradients.codec) if self.sharded is None else self.sharded.override(layout)
         n = layout.cuts[-1]
         choice = shards.gradients.choose(n, dtype.itemsize, shards.world_size, override)
         crossing = self._crossing(layout, dtype.itemsize)
@@ -98,8 +98,8 @@ class Partitions:
             return False
         me = shards.rank
         own = slice(layout.cuts[me], layout.cuts[me + 1])
-        if self.behind is not None:
-            override = shifted(override, self.behind.shifts(layout), own)
+        if self.sharded is not None:
+            override = shifted(override, self.sharded.shifts(layout), own)
         needed = (n - layout.cuts[shards.rank + 1] + layout.cuts[shards.rank]) * dtype.itemsize
         shards.reduce_scatter(
             *(layout.x, layout.x[own], layout.segments, layout.index, MEAN),
@@ -150,8 +150,8 @@ class Partitions:
     # parameters
 
     def step(self, original: Callable[..., None], closure: Any = None) -> None:
-        """The owners' step, and what follows it."""
-        clip, means = self.zero.clip_grad, self.behind is None or self.behind.optimizer.takes_means
+        """Take the owners' step, and do what follows it."""
+        clip, means = self.zero.clip_grad, self.sharded is None or self.sharded.optimizer.takes_means
         mine = [partitions[self.shards.rank] for partitions in self.zero.parallel_partitioned_bit16_groups]
         # the step overwrites them
         self._before = [part.clone() for part in mine] if self.shards.parameters.codec.lossy else mine
@@ -167,8 +167,8 @@ class Partitions:
         """Bring all ranks' parameters to the owners' new values, or near to them."""
         zero, shards, size = self.zero, self.shards, self.zero.bit16_groups_flat[0].element_size()
         codec, reason = shards.parameters.codec, ""
-        if self.behind is not None:
-            codec, reason = self.behind.parameters(codec)
+        if self.sharded is not None:
+            codec, reason = self.sharded.parameters(codec)
         if shards.world_size == 1:
             reason = "one rank: nothing to send"
         elif not codec.lossy:
@@ -220,12 +220,12 @@ class Partitions:
     def _arrive(self, pending: Work, out: Tensor, place: Tensor, group: int, start: int) -> None:
         pending.wait()
         place.add_(out)
-        if self.behind is not None:
-            self.behind.learn(group, start, out)
+        if self.sharded is not None:
+            self.sharded.estimate_momentum(group, start, out)
 
 
 _GATHERS: "weakref.WeakValueDictionary[int, Partitions]" = weakref.WeakValueDictionary()
-"""Who gathers the parameters of which optimizer, by the id of its list of flat parameters."""
+"""The partitions that gather the parameters of an optimizer, by the id of its list of flat parameters."""
 
 
 def attach_partitions(
@@ -237,7 +237,7 @@ def attach_partitions(
     zero = engine.optimizer
     partitions = Partitions(zero, shards, names)
     if optimizer is not None:
-        partitions.behind = ShardedOneBitAdamW(
+        partitions.sharded = ShardedOneBitAdamW(
             optimizer,
             shards,
             lambda: list(zero.single_partition_of_fp32_groups),
@@ -245,7 +245,7 @@ def attach_partitions(
             lambda: setattr(zero, "_hp_optimizer_states_linked", False),
         )
         warm_up(parse(optimizer.param_groups[0]["warmup_spec"]), shards.device)
-        zero._optimizer_step = partial(_step_group, zero, partitions.behind)
+        zero._optimizer_step = partial(_step_group, zero, partitions.sharded)
     zero.average_tensor = partial(partitions.average_tensor, zero.average_tensor)
     apart = partitions.average_apart
     zero.buffered_reduce_fallback = partial(apart, zero.buffered_reduce_fallback, 1)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from commpress.comm.meter import how_sent
 from commpress.launch import figures
 from commpress.launch.records import Record
 from commpress.launch.sections.html import figure, megabytes, numbers, table
@@ -198,6 +199,4 @@ def all_phases(rows: Sequence[Record]) -> list[Record]:
 
 def how(row: Record) -> str:
     """Return how a bucket was sent, or why it was not."""
-    if row["exchange"] == "none":
-        return f"not sent: {row['reason']}"
-    return f"not compressed: {row['reason']}" if row["reason"] else f"{row['spec']} by {row['exchange']}"
+    return how_sent(row["spec"], row["exchange"], row["reason"])

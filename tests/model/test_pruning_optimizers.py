@@ -123,7 +123,7 @@ def test_scores_of_lbfgs_are_of_the_first_gradients_of_a_step() -> None:
             return loss
 
         optimizer.step(closure)
-        criterion = scheduler._criteria[0]
+        criterion = scheduler._pruner.criteria[0]
         assert criterion is not None
         for name, score in criterion.scores().items():
             p = reference.get_parameter(name)

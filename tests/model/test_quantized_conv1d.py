@@ -92,7 +92,7 @@ def test_a_default_quantises_the_blocks_of_gpt2(tmp_path: Path) -> None:
     scheduler = Scheduler(recipe, model, optimizer)
     blocks = [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     assert set(blocks) < {name for name, *_ in quantization.prepared(model)}
-    assert [f"{name}.weight" for name in blocks] == scheduler._pruned[0]
+    assert [f"{name}.weight" for name in blocks] == scheduler._pruner.names_of[0]
     for _ in range(4):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()

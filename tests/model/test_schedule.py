@@ -485,7 +485,7 @@ def test_scores_do_not_depend_on_the_loss_scale():
             x, y = batch(step, 0)
             output = alone.model(x)
             (nn.functional.cross_entropy(output, y) * alone.optimizer.grad_scale).backward()
-            alone.scheduler._before_step()
+            alone.scheduler._pruner.steps.arrived()
             alone.optimizer.zero_grad()
             alone.scheduler.step()
         masks.append(alone.scheduler.masks.of)
@@ -559,3 +559,23 @@ def test_an_empty_recipe_changes_nothing():
         ours.step()
     assert same(parameters_of(plain), ours.parameters())
     assert not quantization.is_prepared(ours.model)
+
+
+def in_a_group_of_two() -> list[Tensor]:
+    """A recipe whose scores are means over two of three ranks; the third one does nothing."""
+    group = dist.new_group([0, 1])
+    if dist.get_rank() == 2:
+        return []
+    model = network()
+    wrapped = DistributedDataParallel(model, process_group=group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = commpress.attach(wrapped, "none")
+    recipe = Recipe.of({"prune": {"start": 2, "amount": 0.5, "criterion": "wanda"}})
+    train(Scheduler(recipe, model, optimizer, session=session), wrapped, 3)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_scores_are_means_over_the_ranks_of_the_model_s_group() -> None:
+    one, other, _ = run(3, in_a_group_of_two)
+    assert same(one, other)
+    assert any(bool((p == 0).any()) for p in one)

@@ -54,7 +54,7 @@ CODECS: dict[str, float] = {
 SPECS: tuple[str, ...] = tuple(CODECS)
 LOSSY: tuple[str, ...] = tuple(spec for spec in SPECS if parse(spec).lossy)
 DEVICES: tuple[str, ...] = tuple(table.devices())
-"""Those with kernels that this machine has."""
+"""Devices of this machine that have kernels."""
 LENGTHS: tuple[int, ...] = (0, 1, 2, 7, 255, 256, 257, 1023, 1024, 1025, 5000, 20_011)
 LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -204,7 +204,7 @@ class Subject:
         return self._inputs[n]
 
     def gradient(self, n: int, seed: int = 0) -> Tensor:
-        """As `gradient`, a new tensor on this device."""
+        """Return `gradient` as a new tensor on this device."""
         return gradient(n, seed).to(self.device)
 
     def before(self, n: int, name: str, memory: int | None) -> Tensor | None:
@@ -259,7 +259,7 @@ class Subject:
 Check = Callable[[Subject], None]
 
 MEMORIES = (0, 1)
-"""Which of the `memories`."""
+"""Names of the `memories`."""
 
 
 # --- the checks: size, values ------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ def any_number_of_nan_and_inf_arrives_where_they_stood(subject: Subject) -> None
 
 
 def nan_and_inf_reach_the_mean(subject: Subject) -> None:
-    """And what is coded of it anew, though several payloads may name more places than one can."""
+    """Check that they reach the mean and its new code, though several payloads may name more places than one can."""
     codec = subject.codec
     for n in (300, 5000):
         xs = [subject.gradient(n, seed=r) for r in range(3)]
@@ -495,7 +495,7 @@ def every_float_dtype_is_coded_as_its_float32(subject: Subject) -> None:
 
 
 def bytes_depend_on_nothing_but_the_values(subject: Subject) -> None:
-    """Not on what stood in `out`, not on where it lies; and nothing beside the outputs is written."""
+    """Check that bytes depend neither on what was in `out` nor on its address, and that nothing else is written."""
     codec, here = subject.codec, subject.device
     for n in (1, 2, 7, 255, 257, 1023, 1025, 5000):
         x, before = subject.gradient(n), subject.gradient(n, seed=1)

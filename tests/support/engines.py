@@ -25,7 +25,7 @@ _seen: list[object] = []
 
 
 def adamw(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """What most tests train with."""
+    """Return the optimizer that most tests train with."""
     return torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-2)
 
 

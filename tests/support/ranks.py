@@ -41,7 +41,7 @@ class RankError(AssertionError):
 
 @dataclass(frozen=True)
 class Died:
-    """What stands in the results of a `fresh` run for a rank whose process ended."""
+    """The result, in a `fresh` run, of a rank whose process ended."""
 
     exitcode: int | None
 
@@ -84,7 +84,7 @@ class _Pool:
 
 
 BARE = ("torch", "torch.nn.parallel", "torch.optim", "torch._dynamo", "numba")
-"""What a rank has imported if nothing that is under test may be there."""
+"""Modules that a rank has imported if nothing that is under test may be there."""
 WARM = (*BARE, "warm")
 _context = multiprocessing.get_context("forkserver")
 _parents: dict[tuple[str, ...], forkserver.ForkServer] = {}
@@ -197,7 +197,7 @@ def _collect(workers: list[_Worker], deadline: float, timeout: float, may_die: b
 
 
 def _serve(pipe: Connection, modules: tuple[str, ...]) -> None:
-    """What a rank's process does: calls, one after another, until the pipe closes."""
+    """Run calls in a rank's process, one after another, until the pipe closes."""
     for name in modules:  # they are there, unless the import failed: multiprocessing says nothing of that
         importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -234,7 +234,7 @@ def _called(url: str, rank: int, world_size: int, group_timeout: float, call: by
 
 
 def outcome(action: Callable[[], Any]) -> str:
-    """What `action()` raises, as "Type: message"; "" if it returns."""
+    """Return what `action()` raises, as "Type: message"; "" if it returns."""
     try:
         action()
     except Exception as error:

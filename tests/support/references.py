@@ -1,4 +1,4 @@
-"""What the optimizers are held against: their papers in plain torch, all ranks in one process.
+"""References of the optimizers: their papers in plain torch, all ranks in one process.
 
 Only the codecs are commpress's. No unit, no loss scale, no thread, no fused loop.
 """
@@ -36,7 +36,7 @@ class Bucket:
         self.settled = True
 
     def flat(self, values: Tensors) -> Tensor:
-        """These parameters' values, one behind the other."""
+        """Return these parameters' values, one after another."""
         return torch.cat([values[name].reshape(-1) for name in self.names])
 
     def parts(self, flat: Tensor, like: Tensors) -> Tensors:
@@ -45,7 +45,7 @@ class Bucket:
         return {name: part.view(like[name].shape).clone() for name, part in parts}
 
     def mean(self, sent: list[Tensor], codec: Codec, exchange: str) -> Tensor:
-        """What all ranks get out of what each has to send."""
+        """Return what all ranks get out of what each has to send."""
         n, W = sent[0].numel(), len(sent)
         if not codec.lossy or n < FEWEST_VALUES:
             return torch.stack(sent).mean(dim=0)
@@ -87,7 +87,7 @@ def gradients(model: nn.Module, step: int, rank: int) -> Tensors:
 
 
 def norm_of(values: Tensors) -> float:
-    """Of all of them as one vector."""
+    """Return the norm of all of them as one vector."""
     return float(torch.cat([v.reshape(-1) for v in values.values()]).norm())
 
 

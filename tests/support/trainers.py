@@ -1,4 +1,4 @@
-"""What the tests of the trainers share: the environment of a launcher, data, and what a report must say."""
+"""Common parts of the tests of the trainers: the environment of a launcher, data, and what a report must say."""
 
 import contextlib
 import itertools
@@ -64,7 +64,7 @@ def examples(count: int) -> TensorDataset:
 
 
 def payload_bytes(report: dict[str, Any], spec: str) -> int:
-    """What a rank of two sends of the buckets in a report by this spec: its payload once, whole or in two chunks."""
+    """Return the bytes that a rank of two sends of a report's buckets by this spec: a payload, whole or in two chunks."""
     assert report["world_size"] == 2
     codec, total = commpress.parse(spec), 0
     for row in report["rows"]:

@@ -39,7 +39,7 @@ def loss_of(model: nn.Module, step: int, rank: int | None = None) -> Tensor:
 
 @dataclass
 class Trained:
-    """What a training left: flat parameters, and the gradients of each step (None where there is none)."""
+    """The result of a training: flat parameters, and the gradients of each step (None where there is none)."""
 
     parameters: list[Tensor]
     gradients: list[list[Tensor | None]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What the process that ranks are forked from imports and compiles beforehand; it must not start a thread."""
+"""Imports and compiled loops of the process that ranks are forked from; it must not start a thread."""
 
 import gc
 import importlib

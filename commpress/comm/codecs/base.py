@@ -1,4 +1,4 @@
-"""What every codec is: tensor -> bytes -> tensor, pure, with a payload whose length depends on the length alone.
+"""The base of every codec: tensor -> bytes -> tensor, pure, with a payload whose length depends on the length alone.
 
 A family states its *definition* in plain torch (`define_encode`, `define_decode`: any device, the oracle of the tests).
 Where the table of kernels (`commpress/kernels/table.py`) has loops for its word and a device, those run in its place and give

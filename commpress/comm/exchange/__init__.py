@@ -13,7 +13,7 @@ from commpress.comm.exchange.two_shot import TwoShot
 from commpress.comm.exchange.wire import Transfer, Wire
 
 EXCHANGES: dict[str, Exchange] = {exchange.name: exchange for exchange in (AllReduce(), TwoShot(), OneShot())}
-"""Those that make one mean of the ranks' buckets, by the name that a user gives."""
+"""Exchanges that make one mean of the ranks' buckets, by the name that a user gives."""
 NO_EXCHANGE = NoExchange()
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What is done around an exchange, in the threads that encode and decode: generators that run another one inside."""
+"""Work around an exchange, in the threads that encode and decode: generators that run another one inside."""
 
 from collections.abc import Callable, Iterator
 

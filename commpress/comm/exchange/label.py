@@ -1,4 +1,4 @@
-"""What a message is: its label, and the header that says so to the rank that gets it."""
+"""Labels of messages, and the header that tells a message's label to the rank that gets it."""
 
 import hashlib
 import itertools

@@ -16,13 +16,14 @@ from commpress.comm.encoder import Encoder
 from commpress.comm.exchange.base import Exchange, Message
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
+from commpress.comm.meter import NOT_SENT
 
 
 @dataclass(frozen=True)
 class NoExchange(Exchange):
     """Leaves the bucket as it is."""
 
-    name: ClassVar[str] = "none"
+    name: ClassVar[str] = NOT_SENT
 
     def run(self, x: Tensor, encoder: Encoder, wire: Wire, label: Label) -> Iterator[Transfer]:
         return iter(())

@@ -91,7 +91,7 @@ def native_bytes(out: Tensor, world_size: int) -> int:
 
 
 def over_mean(op: Op, world_size: int) -> float:
-    """By which factor the result of `op` is larger than the mean: 1 for AVG, W for SUM, W f for PREMUL_SUM(f).
+    """Return the factor by which the result of `op` is larger than the mean: 1 for AVG, W for SUM, W f for PREMUL_SUM(f).
 
     Raises ValueError for other ops.
     """

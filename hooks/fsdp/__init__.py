@@ -1,0 +1,155 @@
+"""FSDP2 (`fully_shard`), by its `set_custom_all_gather` and `set_custom_reduce_scatter`.
+
+FSDP calls them for one module at a time, in the caller's thread, in the same order on every rank: it gathers the parameters
+before the module's forward, and again before its backward if it reshards; behind that it reduces the gradients that there are.
+It divides beforehand and afterwards by itself and asks for SUM, AVG or PREMUL_SUM. What it gathers are copies of its
+shards: nothing here reaches those. It waits for a gather where it needs the parameters; on CPU all of ours return at once,
+so that what FSDP prefetches travels beside backward. For a reduction it waits there and then.
+
+On a mesh of replicas x shards (HSDP) the gradients are compressed where they are averaged over the replicas, between nodes;
+among the shards of a replica, inside a node, they are dense. FSDP has no public way to replace that average: it calls
+`all_reduce` of a process group that it keeps, and ours stands in for it (`Replicas`).
+
+`units.py` reads what torch keeps private: that process group, the parameters that travel together, and which module is the
+root. `comms.py` has what FSDP calls, `masks.py` and `reshard.py` what masks and a saved state mean for its shards.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from commpress.comm.agreement import agree_on_all
+from commpress.comm.codecs import Codec
+from commpress.comm.collectives import Collectives, GradScaler
+from commpress.comm.masks_index import MaskIndex
+from commpress.comm.parameters import unfit_dtype
+from commpress.comm.plan import plans, sharded_settings
+from commpress.comm.session import Session
+from commpress.comm.verify import EVERY, require_interval
+from commpress.hooks.fsdp.comms import Gather, Reduce, Replicas
+from commpress.hooks.fsdp.masks import of_replicas, of_shards, require_fit
+from commpress.hooks.fsdp.reshard import resharded
+from commpress.hooks.fsdp.units import Unit, ranks, root, units
+from commpress.hooks.parameters import not_taken
+from commpress.optim.advice import advise
+from commpress.optim.base import CompressedOptimizer
+
+
+def attach(
+    model: nn.Module,
+    gradients: str | Codec,
+    *,
+    parameters: str | Codec | None = None,
+    buffers: str | Codec | None = None,
+    optimizer: CompressedOptimizer | None = None,
+    exchange: str | None = None,
+    error_feedback: bool = True,
+    grad_scaler: GradScaler | None = None,
+    verify: int = EVERY,
+) -> Session:
+    """Compress what FSDP sends for `model`, the root of the modules that `fully_shard` took. Collective over its mesh.
+
+    `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas),
+    `parameters` that of the all-gather (default: not compressed), for which sparse specs are refused. The sharded parameters
+    stay in full precision; forward and backward compute with what was decoded, also when the model is evaluated.
+    `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's
+    `torch.amp.GradScaler`, if there is one. Every `verify` steps (0: never) the ranks compare hashes of what they gathered, and
+    payloads have checksums.
+
+    Raises on all ranks: ValueError if a spec is unknown, if the ranks differ, or if a trained parameter has a dtype whose
+    gradients cannot be exchanged, such as float8; TypeError for an `optimizer` of `commpress.optim`, for `buffers` and
+    `exchange`; RuntimeError for a module inside the root, or one that has custom collectives already, ours or others. A model
+    that was not run yet does not know its root: then the first forward raises.
+    """
+    held = units(model)
+    device = held[0].device
+    plan: Any = None
+    refusal = not_taken("buffers", buffers, "FSDP sends none")
+    refusal = refusal or not_taken("exchange", exchange, "FSDP's are a reduce-scatter and an all-gather")
+    refusal = refusal or _refusal(model, held, optimizer)
+    if refusal is None:
+        try:
+            plan = plans(gradients, "none" if parameters is None else parameters, error_feedback)
+            require_interval(verify)
+        except (ValueError, TypeError) as error:
+            refusal = error
+    inner = {ranks(group): group for unit in held for group in unit.shard_groups}
+    outer = {ranks(group): group for unit in held if (group := unit.replica_group) is not None}
+    described = f"{sum(len(unit.names) for unit in held)} with {sum(unit.values for unit in held)} values"
+    settings: dict[str, object] = {
+        "parameters": f"{described} in {len(held)} modules",
+        "scaler": grad_scaler is not None,
+        "verify": verify,
+    }
+    if plan is not None:
+        settings |= {"gradients' plan": plan[0].settings(), "parameters' plan": plan[1].settings()}
+    agree_on_all(settings, [*inner.values(), *outer.values()], device, refusal)
+
+    make = partial(Collectives, device=device, gradients=plan[0], parameters=plan[1])
+    make = partial(make, verify=verify, grad_scaler=grad_scaler)
+    shards = {who: make(group) for who, group in inner.items()}
+    replicas = {who: make(group) for who, group in outer.items()}
+    for unit in held:
+        unit.module.set_custom_all_gather(Gather(shards, unit))
+        unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit))
+        unit.follow()
+        if unit.replica_group is not None:
+            unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit))
+    first = held[0]
+
+    def mask_index(masks: Mapping[str, Tensor]) -> list[MaskIndex]:
+        require_fit(masks, held)
+        return [of_shards(who, held, masks) for who in shards] + [of_replicas(who, held, masks) for who in replicas]
+
+    session = Session(
+        *shards.values(),
+        *replicas.values(),
+        spec=f"gradients {plan[0].codec}, parameters {plan[1].codec}",
+        settings=sharded_settings(plan[0], plan[1], described),
+        rank=first.rank,
+        world_size=first.world_size,
+        masks=mask_index,
+        reshard=partial(resharded, held) if len(shards) == 1 and not replicas else None,
+        values=sum(unit.values for unit in held),
+    )
+    _watch(model, session)
+    advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
+    return session
+
+
+def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer | None) -> Exception | None:
+    """Why this rank cannot attach, if it cannot."""
+    if optimizer is not None:
+        return TypeError(
+            f"optimizer: {type(optimizer).__name__} does not work on sharded parameters; expected DistributedDataParallel for "
+            "it, or a torch optimizer here, which needs no optimizer="
+        )
+    if root(model)() is False:
+        return RuntimeError("commpress.attach: this module is inside another that fully_shard took; expected the root")
+    for unit in held:
+        if unfit := unfit_dtype(unit.trained_shards()):
+            return ValueError(unfit)
+        for comm in unit.comms:
+            if isinstance(comm, Gather | Reduce):
+                return RuntimeError("commpress.attach: attached already; expected a model without a session")
+            if not type(comm).__name__.startswith("Default"):
+                return RuntimeError(
+                    f"commpress.attach: {unit.names[0]} and others travel by {type(comm).__name__}; expected FSDP's default"
+                )
+    return None
+
+
+def _watch(model: nn.Module, session: Session) -> None:
+    """Have the session follow the loss scale from forward to forward."""
+    is_root = root(model)
+
+    def before(module: nn.Module, arguments: Any) -> None:
+        if is_root() is False:  # FSDP's own hook, before this one, found out
+            raise RuntimeError(
+                "commpress.attach was given a module inside another that fully_shard took; expected the root"
+            )
+        session.follow_scale()
+
+    model.register_forward_pre_hook(before)
