@@ -85,16 +85,16 @@ class Garbled(Int8):
 
     @staticmethod
     def encode_values(codec: Codec, x: Tensor, residual: Tensor | None, prologue: None, payload: Tensor) -> None:
-        integer.encode(codec, x, residual, prologue, payload)
+        integer.encode(Int8(), x, residual, prologue, payload)
 
     @staticmethod
     def decode_mean(codec: Codec, payloads: Tensor, count: int, out: Tensor) -> None:
-        integer.mean(codec, payloads, count, out)
+        integer.mean(Int8(), payloads, count, out)
         out[7::256] += 0.25
 
     @staticmethod
-    def recode_values(*arguments: Any) -> None:
-        integer.recode(*arguments)
+    def recode_values(codec: Codec, *arguments: Any) -> None:
+        integer.recode(Int8(), *arguments)
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Empty(Int8):
             residual += x
 
     @staticmethod
-    def recode_values(*arguments: Any) -> None:
-        integer.recode(*arguments)
+    def recode_values(codec: Codec, *arguments: Any) -> None:
+        integer.recode(Int8(), *arguments)
 
     @staticmethod
     def decode_mean(codec: Codec, payloads: Tensor, count: int, out: Tensor) -> None:
@@ -126,7 +126,7 @@ class Own(Garbled):
 
     @staticmethod
     def decode_mean(codec: Codec, payloads: Tensor, count: int, out: Tensor) -> None:
-        integer.mean(codec, payloads, count, out)
+        integer.mean(Int8(), payloads, count, out)
         out[0] += 1e-6 * torch.distributed.get_rank()
 
 
