@@ -25,7 +25,8 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "== tests"
-	@OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests/support $(RUN)/python -c "import warm" # compiles the loops once, not in each of the four workers
+	@export OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests/support; WARM_ORDER=-1 $(RUN)/python -c "import warm" & \
+		OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests/support $(RUN)/python -c "import warm"; wait # compiles the loops once, not in each worker
 	@$(RUN)/python -m pytest -q -n 4 --dist worksteal
 
 test-slow: $(INSTALLED)

@@ -54,7 +54,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("encode", "int4", "cpu"): Kernel(integer.encode, READABLE),
     ("encode", "int2", "cpu"): Kernel(two_bit.encode, READABLE),
     ("encode", "sign", "cpu"): Kernel(sign.encode, READABLE),
-    ("encode", "topk", "cpu"): Kernel(topk.encode, READABLE),
+    ("encode", "topk", "cpu"): Kernel(topk.encode),
     ("mean", "bf16", "cpu"): Kernel(cast.mean, READABLE),
     ("mean", "fp16", "cpu"): Kernel(cast.mean, READABLE),
     ("mean", "fp8", "cpu"): Kernel(float8.mean, READABLE),

@@ -11,15 +11,15 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Steps = tuple[Floats, Floats, np.float32, np.float32, np.float32]
 
-Values = Floats | npt.NDArray[np.uint16] | npt.NDArray[np.int16]
+Values = Floats | npt.NDArray[np.uint16]
 
-BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+BITS = {torch.bfloat16: torch.uint16}
 READABLE = (torch.float32, *BITS)
 """The dtypes of gradients that the loops read, and of means that they write."""
 
 
 def values(x: Tensor) -> Values:
-    """A tensor [n] of a readable dtype: float32, or the bits of bfloat16 as uint16, those of float16 as int16."""
+    """A tensor [n] of a readable dtype: float32, or the bits of bfloat16 as uint16."""
     return (x.view(BITS[x.dtype]) if x.dtype in BITS else x).numpy()
 
 

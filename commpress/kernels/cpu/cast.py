@@ -17,9 +17,10 @@ CAST_BLOCK = 1024
 @part
 def _encode_block(x, residual, halves, size):
     for j in range(size):
-        put(halves, j, x[j])
+        value = x[j] if residual is None else np.float32(x[j] + residual[j])
+        put(halves, j, value)
         if residual is not None:
-            lost = x[j] - real(halves[j])
+            lost = value - real(halves[j])
             residual[j] = lost if np.abs(lost) <= LARGEST else residual[j]  # not NaN, not Inf
 
 
@@ -43,10 +44,10 @@ def cast_encode(x, prologue, residual, halves):
     scratch = np.empty(CAST_BLOCK, np.float32)
     for b in range(full):
         o = b * CAST_BLOCK
-        xb, rb = block_of(x, prologue, residual, o, CAST_BLOCK, scratch), part_of(residual, o, CAST_BLOCK)
+        xb, rb = block_of(x, prologue, None, o, CAST_BLOCK, scratch), part_of(residual, o, CAST_BLOCK)
         _encode_block(xb, rb, halves[o : o + CAST_BLOCK], CAST_BLOCK)
     o, rest = full * CAST_BLOCK, x.size - full * CAST_BLOCK
-    xb, rb = block_of(x, prologue, residual, o, rest, scratch), part_of(residual, o, rest)
+    xb, rb = block_of(x, prologue, None, o, rest, scratch), part_of(residual, o, rest)
     _encode_block(xb, rb, halves[o : o + rest], rest)
 
 
