@@ -265,7 +265,7 @@ def among_other_messages(spec: str) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_means_memories_and_bytes_are_those_of_the_algorithm(world_size: int, exchange: str | None) -> None:
     pairs = [pair for pair in PAIRS if pair[1] == exchange and (world_size == 3 or pair[0] in FEW)]
-    ranks = run(world_size, all_exchanged, pairs)
+    ranks = run(world_size, all_exchanged, pairs, timeout=200)
     for place, (spec, _) in enumerate(pairs):
         name = Plan.of(spec, exchange).choose(100_000, 4, world_size).exchange.name
         for index in range(len(BUCKETS)):
@@ -325,7 +325,7 @@ def crossing(codec: Codec, exchange: str, n: int, world_size: int, rank: int) ->
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_lengths_below_the_number_of_ranks(world_size: int) -> None:
-    ranks = run(world_size, all_tiny)
+    ranks = run(world_size, all_tiny, timeout=200)
     for spec, exchange in ranks[0]:
         codec = parse(spec)
         for index, n in enumerate(TINY):

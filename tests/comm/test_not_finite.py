@@ -79,7 +79,7 @@ def all_means(specs: tuple[str, ...]) -> dict[str, tuple[list[Tensor], list[str]
 def test_what_is_not_finite_on_one_rank_is_not_finite_in_the_mean_of_all(
     world_size: int, specs: tuple[str, ...]
 ) -> None:
-    results = run(world_size, all_means, specs)
+    results = run(world_size, all_means, specs, timeout=200)
     for name, (means, spoilt) in results[0].items():
         assert spoilt == [], name
         for rank, other in enumerate(results):

@@ -25,9 +25,8 @@ SPECS = ("bf16", "fp16", "fp8", "int8", "int4", "int2", "sign", "topk(0.1)", "to
 torch.set_num_threads(1)  # before the first operator: a thread pool would not be there after a fork
 for name in ("ddp", "fsdp", "outer", "broadcast"):
     importlib.import_module(f"commpress.hooks.{name}")
-for spec in SPECS[
-    :: int(os.environ.get("WARM_ORDER", "1"))
-]:  # two processes, of which one begins at the end, share the work
+order = int(os.environ.get("WARM_ORDER", "1"))  # of two processes one begins at the end, so that they share the work
+for spec in SPECS[::order]:
     for dtype in (torch.float32, torch.bfloat16):
         warm_up(commpress.parse(spec), torch.device("cpu"), dtype, prologue=True)
 loops.warm_up()
