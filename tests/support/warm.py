@@ -19,7 +19,19 @@ import commpress.model
 from commpress.comm.coding import warm_up
 from commpress.optim import loops
 
-SPECS = ("bf16", "fp16", "fp8", "int8", "int4", "int2", "sign", "topk(0.1)", "topk(0.1)|int4", "topk(0.1)|sign")
+SPECS = (
+    "bf16",
+    "fp16",
+    "fp8",
+    "fp8(e5m2)",
+    "int8",
+    "int4",
+    "int2",
+    "sign",
+    "topk(0.1)",
+    "topk(0.1)|int4",
+    "topk(0.1)|sign",
+)
 """The codecs whose loops every rank finds compiled."""
 
 torch.set_num_threads(1)  # before the first operator: a thread pool would not be there after a fork
