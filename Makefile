@@ -25,8 +25,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "== tests"
-	@export OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests/support; WARM_ORDER=-1 $(RUN)/python -c "import warm" & \
-		OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests/support $(RUN)/python -c "import warm"; wait # compiles the loops once, not in each worker
+	@export OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests/support; \
+		WARM_ORDER=-1 $(RUN)/python -c "import warm" & \
+		$(RUN)/python -c "import warm" && wait # compiles the loops once, not in each worker
 	@$(RUN)/python -m pytest -q -n 4 --dist worksteal
 
 test-slow: $(INSTALLED)

@@ -147,7 +147,7 @@ def same_error_on_all_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_one_voice() -> Iterator[None]:
-    """Around a collective program: what this rank meets becomes a TrainingError that names it, and reaches the others.
+    """Run a collective program: what this rank meets becomes a TrainingError that names it, and reaches the others.
 
     A rank that lost another says whom and why, if that one could still leave its reason in the store.
     """
@@ -199,7 +199,7 @@ def stop_signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def not_disturbed_in_ending() -> Iterator[None]:
-    """Around a program: see that all ranks end with the same code.
+    """Run a program so that all ranks end with the same code.
 
     A launcher ends the slower ones by SIGTERM as soon as the first is gone, which is ignored once there is an error.
     """

@@ -198,14 +198,14 @@ def put_block(out: Any, o: Any, block: Any) -> Any:
 
 @part
 def prologue_value(x, inverse, average, limit, fresh, kept):
-    """What a prologue makes of one value."""
+    """Return what a prologue makes of one value."""
     scaled = x * inverse
     return fresh * min(max(scaled, -limit), limit) + kept * average + (scaled - scaled)  # which is 0, or NaN
 
 
 @part
 def block_of(x, prologue, residual, o, size, scratch):
-    """What is coded of the `size` values from `o` on, in float32: where it lies, or in `scratch`."""
+    """Return the `size` values from `o` on as they are coded, in float32: where they lie, or in `scratch`."""
     xb = x[o : o + size]
     if not _lies_there(x, prologue, residual):
         pb, rb = part_of(prologue, o, size), part_of(residual, o, size)
@@ -214,15 +214,20 @@ def block_of(x, prologue, residual, o, size, scratch):
     return _either(xb, prologue, residual, scratch)
 
 
+def _is_plain(x: Any, prologue: Any, residual: Any) -> bool:
+    """Whether values of these types are coded as they lie there."""
+    return x.dtype == types.float32 and isinstance(prologue, types.NoneType) and isinstance(residual, types.NoneType)
+
+
 @by_type
 def _lies_there(x: Any, prologue: Any, residual: Any) -> Any:
-    plain = x.dtype == types.float32 and isinstance(prologue, types.NoneType) and isinstance(residual, types.NoneType)
+    plain = _is_plain(x, prologue, residual)
     return lambda x, prologue, residual: plain
 
 
 @by_type
 def _either(xb: Any, prologue: Any, residual: Any, scratch: Any) -> Any:
-    if xb.dtype == types.float32 and isinstance(prologue, types.NoneType) and isinstance(residual, types.NoneType):
+    if _is_plain(xb, prologue, residual):
         return lambda xb, prologue, residual, scratch: xb
     return lambda xb, prologue, residual, scratch: scratch[: xb.size]
 
@@ -257,7 +262,7 @@ def remember(block: Any, residual: Any, size: Any) -> Any:
 
 @part
 def total(x, prologue, residual, i):
-    """What is coded of one value: behind its prologue, and with what is remembered of it."""
+    """Return one value as it is coded: behind its prologue, with what is remembered of it."""
     value = value_of(x, prologue, i)
     return value if residual is None else np.float32(value + residual[i])
 
