@@ -1,6 +1,7 @@
 """The table of kernels: op x codec x device. What has no entry here runs as its definition in plain torch says, in any place.
 
-A device is a folder with one file a family, and a line here for each op:
+A device is a folder with one file a family, and a line for each op: here, or for CUDA in `triton/table.py`, which is imported
+when it is first asked for.
 
     encode        (codec, x, residual, prologue, payload)          payload <- what is coded of x; residual <- what it misses
     mean          (codec, payloads, count, out)                    out <- the mean of `count` payloads, which lie in one tensor
@@ -16,9 +17,10 @@ Behind a prologue x is undefined. All are contiguous and on the device, n is not
     apply_update, ..., add_scaled                                  `commpress/optim/loops.py`
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -81,10 +83,25 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
 
 def lookup(op: str, codec: str | None, device: str) -> Kernel | None:
     """The kernel for an op, a codec's word or None, and a type of device; None if the definition has to do."""
+    if device == "cuda":
+        _add_triton()
     return KERNELS.get((op, codec, device))
+
+
+@cache
+def _add_triton() -> None:
+    """Add the kernels for CUDA. Where Triton is missing, which comes with torch for CUDA, a warning says what that costs."""
+    try:
+        from commpress.kernels.triton import table as triton_table
+    except ImportError as error:
+        text = f"commpress: no kernels for CUDA ({error}): codecs run in plain torch, which is slower. Install commpress[cuda]"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    else:
+        KERNELS.update(triton_table.KERNELS)
 
 
 def devices() -> list[str]:
     """The types of device that have kernels, those of them that this machine has."""
-    known = dict.fromkeys(device for _, _, device in KERNELS)
-    return [device for device in known if device == "cpu" or torch.get_device_module(device).is_available()]
+    if torch.cuda.is_available():
+        _add_triton()
+    return list(dict.fromkeys(device for _, _, device in KERNELS))

@@ -1,0 +1,132 @@
+"""Pieces that several families of Triton kernels share: reading values as they are coded, putting back what is lost.
+
+A program of a kernel has some whole blocks of a codec. `x` is float32, bfloat16 or float16, read where it lies and computed in
+float32; `residual` is None without feedback, `prologue` None where x is coded as it is, else a tuple of the fields of
+`Prologue`. A payload comes twice, as float32 (`pf`) and as bytes (`pu`) of the same memory. Triton compiles a kernel for each
+of these types, so none of it is asked for while it runs.
+
+What makes the bytes those of the definition on every GPU:
+
+- no multiplication is fused with an addition (`launch.py` asks for that), and a division is `div_rn`: `/` is approximate;
+- magnitudes are compared through their bits, which orders finite < Inf < NaN; a maximum of floats would lose a NaN;
+- a NaN that is sent is always the same one.
+
+What makes them fast: only the last program of a launch has values that may be missing, so all others read and write without a
+mask, 16 bytes a thread (`inside` is None there).
+"""
+
+import triton
+import triton.language as tl
+
+INFINITY_BITS: tl.constexpr = tl.constexpr(0x7F800000)
+MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+NAN_BITS: tl.constexpr = tl.constexpr(0x7FC00000)
+
+
+@triton.jit
+def read(place, inside):
+    """The values at `place`, in float32; 0 where `inside` is False."""
+    if inside is None:
+        return tl.load(place).to(tl.float32)
+    else:
+        return tl.load(place, inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def load_bytes(place, inside):
+    """The bytes at `place`, as int32; 0 where `inside` is False."""
+    if inside is None:
+        return tl.load(place).to(tl.int32)
+    else:
+        return tl.load(place, inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def only(value, inside):
+    """Values, and 0 where `inside` is False."""
+    if inside is None:
+        return value
+    else:
+        return tl.where(inside, value, 0.0)
+
+
+@triton.jit
+def write(place, value, inside):
+    """Store at `place`, where `inside` is not False."""
+    if place.dtype.element_ty == tl.bfloat16:
+        value = bfloat16_bits(value).to(tl.bfloat16, bitcast=True)
+    if inside is None:
+        tl.store(place, value)
+    else:
+        tl.store(place, value, inside)
+
+
+@triton.jit
+def bfloat16_bits(value):
+    """The bits of the nearest bfloat16, int16; of NaN those that are sent."""
+    bits = value.to(tl.uint32, bitcast=True)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+    return tl.where(magnitude_bits(value) > INFINITY_BITS, 0x7FC0, rounded).to(tl.int16)
+
+
+@triton.jit
+def with_prologue(x, prologue, at, inside):
+    """The values of a gradient from `at`, behind its prologue."""
+    value = read(x + at, inside)
+    if prologue is not None:
+        scaled = value * read(prologue[0] + at, inside)
+        clipped = tl.minimum(tl.maximum(scaled, -prologue[2]), prologue[2])
+        value = prologue[3] * clipped + prologue[4] * read(prologue[1] + at, inside) + (scaled - scaled)  # 0, or NaN
+    return value
+
+
+@triton.jit
+def total(x, prologue, residual, at, inside):
+    """The values from `at` as they are coded: behind the prologue, with what is remembered of them."""
+    return remembered(with_prologue(x, prologue, at, inside), residual, at, inside)
+
+
+@triton.jit
+def remembered(value, residual, at, inside):
+    """Values and what feedback remembers of them, if there is any."""
+    if residual is not None:
+        value += read(residual + at, inside)
+    return value
+
+
+@triton.jit
+def keep_lost(residual, at, lost, inside):
+    """residual := what the payload misses; where that is NaN or Inf it stays what it was."""
+    before = read(residual + at, inside)  # from the cache; a mask of its own would make each store one of 4 bytes
+    write(residual + at, tl.where(is_finite(lost), lost, before), inside)
+
+
+@triton.jit
+def magnitude_bits(value):
+    """The bits of |value|, int32."""
+    return value.to(tl.int32, bitcast=True) & MAGNITUDE
+
+
+@triton.jit
+def is_finite(value):
+    """Whether values are neither NaN nor Inf."""
+    return magnitude_bits(value) < INFINITY_BITS
+
+
+@triton.jit
+def nan_like(value):
+    """The NaN that is sent, in the shape of float32 `value`."""
+    return (value.to(tl.int32, bitcast=True) * 0 + NAN_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def block_scale(top, LEVELS: tl.constexpr, FLUSH: tl.constexpr):
+    """The scale of blocks whose largest magnitudes have bits `top`, and what their values are multiplied by.
+
+    Both are 0 for a block that is too small, and the scale is NaN for one that holds NaN or Inf.
+    """
+    peak = top.to(tl.float32, bitcast=True)
+    usable = (top < INFINITY_BITS) & (peak >= FLUSH)
+    divisor, levels = tl.where(usable, peak, 1.0), tl.full(top.shape, LEVELS, tl.float32)
+    scale = tl.where(usable, tl.div_rn(divisor, levels), tl.where(top < INFINITY_BITS, 0.0, nan_like(peak)))
+    return scale, tl.where(usable, tl.div_rn(levels, divisor), 0.0)

@@ -1,0 +1,204 @@
+"""Kernels of `int8` and `int4`: a program has ROWS blocks. The layout stands in `comm/codecs/integer.py`."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from commpress.kernels.triton.blocks import (
+    block_scale,
+    keep_lost,
+    load_bytes,
+    magnitude_bits,
+    only,
+    read,
+    remembered,
+    total,
+    write,
+)
+from commpress.kernels.triton.launch import launch, padded, steps, words
+
+BLOCK: tl.constexpr = tl.constexpr(256)
+HALF: tl.constexpr = tl.constexpr(128)
+FLUSH: tl.constexpr = tl.constexpr(2.0**-100)
+ROWS = 4
+
+
+@triton.jit
+def _code(value, inverse, BITS: tl.constexpr):
+    """The codes of values, and the integers that they stand for; 0 where `inverse` is 0, whatever the value is."""
+    magic: tl.constexpr = 1.5 * 2**23 + 2 ** (BITS - 1)
+    t = tl.where(inverse == 0, 0.0, value * inverse) + magic  # rounds half to even; the code is in the low bits
+    return t.to(tl.int32, bitcast=True) & (2**BITS - 1), t - magic
+
+
+@triton.jit
+def _halves(b, n, WHOLE: tl.constexpr, ROWS: tl.constexpr):
+    """Where the values of blocks `b` lie whose codes share bytes, [ROWS, 128] each, and which are there."""
+    j = tl.arange(0, HALF)[None, :]
+    low = b * BLOCK + j
+    if WHOLE:
+        return low, low + HALF, None, None
+    else:
+        size = tl.minimum(tl.maximum(n - b * BLOCK, 0), BLOCK)
+        half = (size + 1) // 2
+        return low, low + half, j < half, j < size - half
+
+
+@triton.jit
+def _put_bytes(value, residual, pf, pu, b, blocks, at, inside):
+    """Encode blocks of int8, [ROWS, 256]."""
+    scale, inverse = block_scale(tl.max(magnitude_bits(value), axis=1, keep_dims=True), 127.0, FLUSH)
+    code, level = _code(value, inverse, 8)
+    write(pf + b, scale, None if inside is None else b < blocks)
+    write(pu + 4 * blocks + at, code.to(tl.uint8), inside)
+    if residual is not None:
+        keep_lost(residual, at, value - level * scale, inside)
+
+
+@triton.jit
+def _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper_inside):
+    """Encode blocks of int4, of which these are the halves, [ROWS, 128] each."""
+    top = tl.max(tl.maximum(magnitude_bits(low), magnitude_bits(high)), axis=1, keep_dims=True)
+    scale, inverse = block_scale(top, 7.0, FLUSH)
+    code, level = _code(low, inverse, 4)
+    upper_code, upper_level = _code(high, inverse, 4)
+    write(pf + b, scale, None if inside is None else b < blocks)
+    place = pu + 4 * blocks + b * HALF + tl.arange(0, HALF)[None, :]
+    write(place, (code | upper_code << 4).to(tl.uint8), inside)
+    if residual is not None:
+        keep_lost(residual, at, low - level * scale, inside)
+        keep_lost(residual, upper, high - upper_level * scale, upper_inside)
+
+
+@triton.jit
+def _encode_rows(
+    x, prologue, residual, pf, pu, n, blocks, b, WHOLE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
+):
+    if BITS == 8:
+        at = b * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = None if WHOLE else at < n
+        _put_bytes(total(x, prologue, residual, at, inside), residual, pf, pu, b, blocks, at, inside)
+    else:
+        at, upper, inside, upper_inside = _halves(b, n, WHOLE, ROWS)
+        low = total(x, prologue, residual, at, inside)
+        high = total(x, prologue, residual, upper, upper_inside)
+        _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper_inside)
+
+
+@triton.jit
+def _encode(x, prologue, residual, pf, pu, n, blocks, BITS: tl.constexpr, ROWS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    b = first + tl.arange(0, ROWS)[:, None]
+    if (first + ROWS) * BLOCK <= n:
+        _encode_rows(x, prologue, residual, pf, pu, n, blocks, b, True, BITS, ROWS)
+    else:
+        _encode_rows(x, prologue, residual, pf, pu, n, blocks, b, False, BITS, ROWS)
+
+
+@triton.jit
+def _mean_bytes(pf, pu, W, row, b, blocks, at, share, inside, b_inside):
+    """The mean of W payloads of int8 at blocks `b`, [ROWS, 256]."""
+    scale, code = read(pf + b, b_inside), read(pu + 4 * blocks + at, inside)
+    mean = (code - 128.0) * scale * share
+    for w in range(1, W):
+        row = tl.multiple_of(row, 4)
+        scale, code = read(pf + w * (row // 4) + b, b_inside), read(pu + w * row + 4 * blocks + at, inside)
+        mean += (code - 128.0) * scale * share
+    return only(mean, inside)
+
+
+@triton.jit
+def _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_inside):
+    """The mean of W payloads of int4 at blocks `b`: its halves, [ROWS, 128] each."""
+    at = 4 * blocks + b * HALF + tl.arange(0, HALF)[None, :]
+    low, high = _two(pf, pu, b, at, share, inside, b_inside)
+    for w in range(1, W):
+        row = tl.multiple_of(row, 4)
+        more_low, more_high = _two(pf + w * (row // 4), pu + w * row, b, at, share, inside, b_inside)
+        low += more_low
+        high += more_high
+    return only(low, inside), only(high, upper_inside)
+
+
+@triton.jit
+def _two(pf, pu, b, at, share, inside, b_inside):
+    """The share of one payload of int4 in a mean."""
+    scale, codes = read(pf + b, b_inside), load_bytes(pu + at, inside)
+    low, high = ((codes & 15) - 8).to(tl.float32), ((codes >> 4) - 8).to(tl.float32)
+    return low * scale * share, high * scale * share
+
+
+@triton.jit
+def _mean_rows(pf, pu, W, row, out, n, blocks, b, share, WHOLE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
+    b_inside = None if WHOLE else b < blocks
+    if BITS == 8:
+        at = b * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = None if WHOLE else at < n
+        write(out + at, _mean_bytes(pf, pu, W, row, b, blocks, at, share, inside, b_inside), inside)
+    else:
+        at, upper, inside, upper_inside = _halves(b, n, WHOLE, ROWS)
+        low, high = _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_inside)
+        write(out + at, low, inside)
+        write(out + upper, high, upper_inside)
+
+
+@triton.jit
+def _mean(pf, pu, W, row, out, n, blocks, share, BITS: tl.constexpr, ROWS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    b = first + tl.arange(0, ROWS)[:, None]
+    if (first + ROWS) * BLOCK <= n:
+        _mean_rows(pf, pu, W, row, out, n, blocks, b, share, True, BITS, ROWS)
+    else:
+        _mean_rows(pf, pu, W, row, out, n, blocks, b, share, False, BITS, ROWS)
+
+
+@triton.jit
+def _recode_rows(
+    pf, pu, W, row, residual, qf, qu, n, blocks, b, share, WHOLE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
+):
+    b_inside = None if WHOLE else b < blocks
+    if BITS == 8:
+        at = b * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = None if WHOLE else at < n
+        mean = _mean_bytes(pf, pu, W, row, b, blocks, at, share, inside, b_inside)
+        _put_bytes(remembered(mean, residual, at, inside), residual, qf, qu, b, blocks, at, inside)
+    else:
+        at, upper, inside, upper_inside = _halves(b, n, WHOLE, ROWS)
+        low, high = _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_inside)
+        low, high = remembered(low, residual, at, inside), remembered(high, residual, upper, upper_inside)
+        _put_halves(low, high, residual, qf, qu, b, blocks, at, upper, inside, upper_inside)
+
+
+@triton.jit
+def _recode(pf, pu, W, row, residual, qf, qu, n, blocks, share, BITS: tl.constexpr, ROWS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    b = first + tl.arange(0, ROWS)[:, None]
+    if (first + ROWS) * BLOCK <= n:
+        _recode_rows(pf, pu, W, row, residual, qf, qu, n, blocks, b, share, True, BITS, ROWS)
+    else:
+        _recode_rows(pf, pu, W, row, residual, qf, qu, n, blocks, b, share, False, BITS, ROWS)
+
+
+def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
+    """`encode` of the table."""
+    n, coded = x.numel(), padded(payload)
+    blocks = triton.cdiv(n, BLOCK)
+    values = x, steps(prologue), residual, words(coded), coded
+    launch(_encode, triton.cdiv(blocks, ROWS), *values, n, blocks, BITS=codec.bits, ROWS=ROWS)
+
+
+def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
+    """`mean` of the table."""
+    n = out.numel()
+    blocks = triton.cdiv(n, BLOCK)
+    coded = words(payloads), payloads, count, codec.nbytes(n)
+    launch(_mean, triton.cdiv(blocks, ROWS), *coded, out, n, blocks, 1.0 / count, BITS=codec.bits, ROWS=ROWS)
+
+
+def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
+    """`recode` of the table."""
+    blocks, after = triton.cdiv(n, BLOCK), padded(payload)
+    coded = words(payloads), payloads, count, codec.nbytes(n), residual, words(after), after
+    launch(_recode, triton.cdiv(blocks, ROWS), *coded, n, blocks, 1.0 / count, BITS=codec.bits, ROWS=ROWS)

@@ -1,0 +1,34 @@
+"""Starting kernels: what all launches have in common."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+READABLE = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of gradients that the kernels read, and of means that they write."""
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Start `programs` programs on the current stream of the tensors' device. Products and sums are rounded one by one."""
+    place = next(x for x in arguments if isinstance(x, Tensor))
+    with torch.cuda.device_of(place):
+        kernel[(programs,)](*arguments, num_warps=4, enable_fp_fusion=False, **constants)
+
+
+def steps(prologue: Any) -> tuple[Any, ...] | None:
+    """The tensors and numbers of a `Prologue`, or None."""
+    if prologue is None:
+        return None
+    return prologue.inverse, prologue.average, float(prologue.limit), float(prologue.fresh), float(prologue.kept)
+
+
+def words(payload: Tensor) -> Tensor:
+    """A payload as float32."""
+    return payload.view(torch.float32)
+
+
+def padded(payload: Tensor) -> Tensor:
+    """A payload that is to be written, its last word 0: what of that is padding stays so."""
+    payload[-4:].zero_()
+    return payload

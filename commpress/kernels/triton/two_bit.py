@@ -1,0 +1,172 @@
+"""Kernels of `int2`. The layout stands in `comm/codecs/two_bit.py`."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from commpress.comm.codecs.sign import plane_bytes
+from commpress.kernels.triton.blocks import is_finite, keep_lost, nan_like, only, remembered, total, write
+from commpress.kernels.triton.launch import launch, padded, steps, words
+from commpress.kernels.triton.planes import BLOCK, LANES, STEPS, WIDTH, bit, folded, lanes, sizes, spread
+
+ROWS = 8
+RECODE_ROWS = 4
+"""Fewer, or a thread's registers do not hold what it needs of W payloads."""
+
+
+@triton.jit
+def _one(pf, pu, blocks, plane, b, i, size, WHOLE: tl.constexpr):
+    """What one payload says of values `i` of blocks `b`; `plane` is the length of a plane of bits."""
+    signs = pu + 8 * blocks
+    level = 2 * b + bit(signs + plane, b, i, size, WHOLE)
+    value = tl.load(pf + level) if WHOLE else tl.load(pf + level, i < size, other=0.0)
+    return tl.where(bit(signs, b, i, size, WHOLE) != 0, -value, value)
+
+
+@triton.jit
+def _mean_of(pf, pu, W, row, blocks, plane, share, b, i, size, WHOLE: tl.constexpr):
+    """The mean of W payloads at values `i` of blocks `b`."""
+    mean = _one(pf, pu, blocks, plane, b, i, size, WHOLE) * share
+    for w in range(1, W):
+        row = tl.multiple_of(row, 4)
+        mean += _one(pf + w * (row // 4), pu + w * row, blocks, plane, b, i, size, WHOLE) * share
+    return mean
+
+
+@triton.jit
+def _value(x, prologue, pf, pu, W, row, blocks, plane, share, residual, b, i, size, WHOLE: tl.constexpr):
+    """Values `i` of blocks `b` as they are coded: of x, or without it of the mean of W payloads."""
+    at, inside = b * BLOCK + i, None if WHOLE else i < size
+    if x is not None:
+        return total(x, prologue, residual, at, inside)
+    else:
+        mean = _mean_of(pf, pu, W, row, blocks, plane, share, b, i, size, WHOLE)
+        return remembered(mean, residual, at, inside)
+
+
+@triton.jit
+def _level(total, number):
+    """The mean of `number` magnitudes, 0 of none."""
+    one = tl.full(number.shape, 1.0, tl.float32)
+    mean = total * tl.div_rn(one, tl.where(number > 0, number, 1.0))
+    return tl.where(number > 0, mean, 0.0)
+
+
+@triton.jit
+def _levels(
+    x, prologue, pf, pu, W, row, blocks, plane, share, residual, b, size, WHOLE: tl.constexpr, ROWS: tl.constexpr
+):
+    """The mean magnitude of blocks `b` (Inf if it is not finite), and the means of those below and above it."""
+    acc = tl.zeros([ROWS, LANES], tl.float32)
+    for k in range(STEPS):
+        inside = None if WHOLE else lanes(k) < size
+        acc += only(
+            tl.abs(_value(x, prologue, pf, pu, W, row, blocks, plane, share, residual, b, lanes(k), size, WHOLE)),
+            inside,
+        )
+    number = size.to(tl.float32)
+    mean = folded(acc, ROWS) * tl.div_rn(tl.full([ROWS, 1], 1.0, tl.float32), tl.maximum(number, 1.0))
+    good = is_finite(mean)
+    mean = tl.where(good, mean, float("inf"))
+    below, above = tl.zeros([ROWS, LANES], tl.float32), tl.zeros([ROWS, LANES], tl.float32)
+    count = tl.zeros([ROWS, LANES], tl.float32)
+    for k in range(STEPS):
+        inside = None if WHOLE else lanes(k) < size
+        magnitude = only(
+            tl.abs(_value(x, prologue, pf, pu, W, row, blocks, plane, share, residual, b, lanes(k), size, WHOLE)),
+            inside,
+        )
+        large = magnitude > mean
+        below += tl.where(large, 0.0, magnitude)
+        above += tl.where(large, magnitude, 0.0)
+        count += tl.where(large, 1.0, 0.0)
+    many = folded(count, ROWS)
+    low, high = _level(folded(below, ROWS), number - many), _level(folded(above, ROWS), many)
+    return mean, tl.where(good, low, nan_like(low)), tl.where(good, high, nan_like(high))
+
+
+@triton.jit
+def _encode_rows(
+    x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, plane, b, WHOLE: tl.constexpr, ROWS: tl.constexpr
+):
+    size = sizes(b, n)
+    mean, low, high = _levels(x, prologue, pf, pu, W, row, blocks, plane, share, residual, b, size, WHOLE, ROWS)
+    write(qf + 2 * b, low, None if WHOLE else b < blocks)
+    write(qf + 2 * b + 1, high, None if WHOLE else b < blocks)
+
+    j = tl.arange(0, WIDTH)[None, :]
+    signs, large = tl.zeros([ROWS, WIDTH], tl.int32), tl.zeros([ROWS, WIDTH], tl.int32)
+    for p in range(8):
+        i = spread(b, j, p, size, WHOLE)
+        value = _value(x, prologue, pf, pu, W, row, blocks, plane, share, residual, b, i, size, WHOLE)
+        inside = None if WHOLE else i < size
+        signs |= only((value.to(tl.int32, bitcast=True) >> 31) & 1, inside).to(tl.int32) << p
+        large |= only((tl.abs(value) > mean).to(tl.int32), inside).to(tl.int32) << p
+    inside = None if WHOLE else j < (size + 7) // 8
+    place = qu + 8 * blocks + b * WIDTH + j
+    write(place, signs.to(tl.uint8), inside)
+    write(place + plane, large.to(tl.uint8), inside)
+
+    if residual is not None:
+        tl.debug_barrier()  # all of the program have read what remained before any of it is written over
+        for k in range(STEPS):
+            value = _value(x, prologue, pf, pu, W, row, blocks, plane, share, residual, b, lanes(k), size, WHOLE)
+            level = tl.where(tl.abs(value) > mean, high, low)
+            decoded = tl.where(value.to(tl.int32, bitcast=True) < 0, -level, level)
+            keep_lost(residual, b * BLOCK + lanes(k), value - decoded, None if WHOLE else lanes(k) < size)
+
+
+@triton.jit
+def _encode(x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, plane, ROWS: tl.constexpr):
+    """Encode x, or without it the mean of W payloads (pf, pu), into (qf, qu)."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    b = first + tl.arange(0, ROWS)[:, None]
+    if (first + ROWS) * BLOCK <= n:
+        _encode_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, plane, b, True, ROWS)
+    else:
+        _encode_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, plane, b, False, ROWS)
+
+
+@triton.jit
+def _mean_rows(pf, pu, W, row, share, out, n, blocks, plane, b, WHOLE: tl.constexpr):
+    size = sizes(b, n)
+    for k in range(STEPS):
+        mean = _mean_of(pf, pu, W, row, blocks, plane, share, b, lanes(k), size, WHOLE)
+        write(out + b * BLOCK + lanes(k), mean, None if WHOLE else lanes(k) < size)
+
+
+@triton.jit
+def _mean(pf, pu, W, row, share, out, n, blocks, plane, ROWS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    b = first + tl.arange(0, ROWS)[:, None]
+    if (first + ROWS) * BLOCK <= n:
+        _mean_rows(pf, pu, W, row, share, out, n, blocks, plane, b, True)
+    else:
+        _mean_rows(pf, pu, W, row, share, out, n, blocks, plane, b, False)
+
+
+def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
+    """`encode` of the table."""
+    coded = padded(payload)
+    source = x, steps(prologue), None, None, 0, 0, 0.0
+    _launch(_encode, x.numel(), ROWS, *source, residual, words(coded), coded)
+
+
+def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
+    """`mean` of the table."""
+    row = codec.nbytes(out.numel())
+    _launch(_mean, out.numel(), ROWS, words(payloads), payloads, count, row, 1.0 / count, out)
+
+
+def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
+    """`recode` of the table."""
+    after = padded(payload)
+    source = None, None, words(payloads), payloads, count, codec.nbytes(n), 1.0 / count
+    _launch(_encode, n, RECODE_ROWS, *source, residual, words(after), after)
+
+
+def _launch(kernel: Any, n: int, rows: int, *arguments: Any) -> None:
+    blocks = triton.cdiv(n, BLOCK)
+    launch(kernel, triton.cdiv(blocks, rows), *arguments, n, blocks, plane_bytes(n), ROWS=rows)

@@ -1,0 +1,59 @@
+"""The kernels for CUDA, without a GPU: the bytes that they give, and the machine code that is made of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKS = Path(__file__).with_name("interpreted.py")
+CODE = Path(__file__).with_name("triton_code.py")
+SHARED = 48 * 1024
+"""Bytes of shared memory that every GPU gives a program without being asked."""
+
+
+@pytest.mark.parametrize("specs", ["bf16 fp16 fp8 fp8(e5m2) int8 int4", "sign", "int2"])
+def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(specs: str) -> None:
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "--durations=4",
+            str(CHECKS),
+        ],
+        env={**environment, "TRITON_INTERPRET": "1", "SPECS": specs},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(capability: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, str(CODE), str(capability)],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 7 * 4 + 5  # 16-bit casts have no recode
+    for row in rows:
+        assert row["stack"] == 0, row
+        assert row["fused"] == 0, row
+        assert row["shared"] <= SHARED, row
+        assert row["wide"] > 0, row

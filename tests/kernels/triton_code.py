@@ -1,0 +1,93 @@
+"""Compiles every kernel for CUDA for one GPU, without having one, and prints what its machine code needs:
+
+    python tests/kernels/triton_code.py 90
+
+A row a kernel: registers of a thread, bytes of its stack (what was spilled), bytes of shared memory, products that are fused
+with a sum, and accesses of 16 bytes. `test_triton.py` runs it for several GPUs.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from commpress.comm.codecs import parse
+from commpress.comm.prologue import Prologue
+from commpress.kernels.triton import cast, float8, integer, sign, two_bit
+
+N = 1 << 20
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+FAMILIES: dict[str, Any] = {
+    "int8": integer,
+    "int4": integer,
+    "fp8": float8,
+    "bf16": cast,
+    "fp16": cast,
+    "sign": sign,
+    "int2": two_bit,
+}
+
+
+def compiled(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Any:
+    """Compile for these arguments what `launch` would start."""
+    return kernel.warmup(*arguments, grid=(programs,), num_warps=4, enable_fp_fusion=False, **constants)
+
+
+def needs(kernel: Any) -> dict[str, int]:
+    """What the machine code of a compiled kernel needs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        said = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    usage = {name: int(found) for name, found in re.findall(r"(REG|STACK):(\d+)", said.stdout)}
+    code = kernel.asm["ptx"]
+    return {
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "shared": kernel.metadata.shared,
+        "fused": len(re.findall(r"\bfma\.", code)),
+        "wide": len(re.findall(r"(?:ld|st)\.global[.\w]*\.v4\.b32", code)),
+    }
+
+
+def main(capability: int) -> None:
+    """Print a line of JSON for each kernel: what it needs on a GPU of this compute capability."""
+    target = GPUTarget("cuda", capability, 32)
+    here = {"get_current_device": lambda: 0, "get_current_stream": lambda _: 0, "get_current_target": lambda: target}
+    driver.set_active(SimpleNamespace(**here))
+    x, residual = torch.zeros(N), torch.zeros(N)
+    prologue = Prologue(x, x, 1.0, 0.5, 0.5)
+    for spec, family in FAMILIES.items():
+        codec, found = parse(spec), {}
+
+        def note(*arguments: Any, found: dict[str, Any] = found, **constants: Any) -> None:
+            found["kernel"] = compiled(*arguments, **constants)
+
+        family.launch = note
+        payload = torch.zeros(codec.nbytes(N), dtype=torch.uint8)
+        ops = {
+            "encode": lambda: family.encode(codec, x, None, None, payload),  # noqa: B023
+            "feedback": lambda: family.encode(codec, x.bfloat16(), residual, None, payload),  # noqa: B023
+            "prologue": lambda: family.encode(codec, x, residual, prologue, payload),  # noqa: B023
+            "mean": lambda: family.mean(codec, payload.repeat(4), 4, x),  # noqa: B023
+        }
+        if hasattr(family, "recode"):
+            ops["recode"] = lambda: family.recode(codec, payload.repeat(4), N, 4, residual, payload)  # noqa: B023
+        for op, run in ops.items():
+            run()
+            print(json.dumps({"kernel": f"{spec} {op}", **needs(found["kernel"])}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
