@@ -94,7 +94,7 @@ def _add_triton() -> None:
     try:
         from commpress.kernels.triton import table as triton_table
     except ImportError as error:
-        text = f"commpress: no kernels for CUDA ({error}): codecs run in plain torch, which is slower. Install commpress[cuda]"
+        text = f"commpress: no kernels for CUDA ({error}): codecs run in plain torch, in many passes. Install commpress[cuda]"
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     else:
         KERNELS.update(triton_table.KERNELS)
@@ -104,4 +104,5 @@ def devices() -> list[str]:
     """The types of device that have kernels, those of them that this machine has."""
     if torch.cuda.is_available():
         _add_triton()
-    return list(dict.fromkeys(device for _, _, device in KERNELS))
+    known = dict.fromkeys(device for _, _, device in KERNELS)
+    return [device for device in known if device == "cpu" or torch.get_device_module(device).is_available()]

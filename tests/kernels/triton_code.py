@@ -23,6 +23,7 @@ from triton.runtime import driver
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
 from commpress.kernels.triton import cast, float8, integer, sign, two_bit
+from commpress.kernels.triton.launch import OPTIONS
 
 N = 1 << 20
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -39,7 +40,7 @@ FAMILIES: dict[str, Any] = {
 
 def compiled(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Any:
     """Compile for these arguments what `launch` would start."""
-    return kernel.warmup(*arguments, grid=(programs,), num_warps=4, enable_fp_fusion=False, **constants)
+    return kernel.warmup(*arguments, grid=(programs,), **OPTIONS, **constants)
 
 
 def needs(kernel: Any) -> dict[str, int]:

@@ -24,21 +24,12 @@ NAN_BITS: tl.constexpr = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
-def read(place, inside):
-    """The values at `place`, in float32; 0 where `inside` is False."""
+def read(place, inside, dtype: tl.constexpr = tl.float32):
+    """The values at `place`, in `dtype`; 0 where `inside` is False."""
     if inside is None:
-        return tl.load(place).to(tl.float32)
+        return tl.load(place).to(dtype)
     else:
-        return tl.load(place, inside, other=0).to(tl.float32)
-
-
-@triton.jit
-def load_bytes(place, inside):
-    """The bytes at `place`, as int32; 0 where `inside` is False."""
-    if inside is None:
-        return tl.load(place).to(tl.int32)
-    else:
-        return tl.load(place, inside, other=0).to(tl.int32)
+        return tl.load(place, inside, other=0).to(dtype)
 
 
 @triton.jit

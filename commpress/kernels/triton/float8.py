@@ -14,7 +14,6 @@ from torch import Tensor
 from commpress.kernels.triton.blocks import (
     block_scale,
     keep_lost,
-    load_bytes,
     magnitude_bits,
     read,
     remembered,
@@ -60,10 +59,10 @@ def _mean_of(
     pf, pu, W, row, b, at, share, inside, b_inside, SHIFT: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr
 ):
     """The mean of W payloads at blocks `b`, whose codes lie at `at`."""
-    mean = _value(load_bytes(pu + at, inside), SHIFT, BIAS, STEP) * read(pf + b, b_inside) * share
+    mean = _value(read(pu + at, inside, tl.int32), SHIFT, BIAS, STEP) * read(pf + b, b_inside) * share
     for w in range(1, W):
         row = tl.multiple_of(row, 4)
-        value = _value(load_bytes(pu + w * row + at, inside), SHIFT, BIAS, STEP)
+        value = _value(read(pu + w * row + at, inside, tl.int32), SHIFT, BIAS, STEP)
         mean += value * read(pf + w * (row // 4) + b, b_inside) * share
     return mean
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from commpress.kernels.triton.blocks import (
     block_scale,
     keep_lost,
-    load_bytes,
     magnitude_bits,
     only,
     read,
@@ -34,7 +33,7 @@ def _code(value, inverse, BITS: tl.constexpr):
 
 
 @triton.jit
-def _halves(b, n, WHOLE: tl.constexpr, ROWS: tl.constexpr):
+def _halves(b, n, WHOLE: tl.constexpr):
     """Where the values of blocks `b` lie whose codes share bytes, [ROWS, 128] each, and which are there."""
     j = tl.arange(0, HALF)[None, :]
     low = b * BLOCK + j
@@ -73,31 +72,6 @@ def _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper
 
 
 @triton.jit
-def _encode_rows(
-    x, prologue, residual, pf, pu, n, blocks, b, WHOLE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
-):
-    if BITS == 8:
-        at = b * BLOCK + tl.arange(0, BLOCK)[None, :]
-        inside = None if WHOLE else at < n
-        _put_bytes(total(x, prologue, residual, at, inside), residual, pf, pu, b, blocks, at, inside)
-    else:
-        at, upper, inside, upper_inside = _halves(b, n, WHOLE, ROWS)
-        low = total(x, prologue, residual, at, inside)
-        high = total(x, prologue, residual, upper, upper_inside)
-        _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper_inside)
-
-
-@triton.jit
-def _encode(x, prologue, residual, pf, pu, n, blocks, BITS: tl.constexpr, ROWS: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    b = first + tl.arange(0, ROWS)[:, None]
-    if (first + ROWS) * BLOCK <= n:
-        _encode_rows(x, prologue, residual, pf, pu, n, blocks, b, True, BITS, ROWS)
-    else:
-        _encode_rows(x, prologue, residual, pf, pu, n, blocks, b, False, BITS, ROWS)
-
-
-@triton.jit
 def _mean_bytes(pf, pu, W, row, b, blocks, at, share, inside, b_inside):
     """The mean of W payloads of int8 at blocks `b`, [ROWS, 256]."""
     scale, code = read(pf + b, b_inside), read(pu + 4 * blocks + at, inside)
@@ -125,80 +99,86 @@ def _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_insid
 @triton.jit
 def _two(pf, pu, b, at, share, inside, b_inside):
     """The share of one payload of int4 in a mean."""
-    scale, codes = read(pf + b, b_inside), load_bytes(pu + at, inside)
+    scale, codes = read(pf + b, b_inside), read(pu + at, inside, tl.int32)
     low, high = ((codes & 15) - 8).to(tl.float32), ((codes >> 4) - 8).to(tl.float32)
     return low * scale * share, high * scale * share
 
 
 @triton.jit
-def _mean_rows(pf, pu, W, row, out, n, blocks, b, share, WHOLE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
-    b_inside = None if WHOLE else b < blocks
-    if BITS == 8:
-        at = b * BLOCK + tl.arange(0, BLOCK)[None, :]
-        inside = None if WHOLE else at < n
-        write(out + at, _mean_bytes(pf, pu, W, row, b, blocks, at, share, inside, b_inside), inside)
+def _byte_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE: tl.constexpr):
+    at = b * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside, b_inside = None if WHOLE else at < n, None if WHOLE else b < blocks
+    if x is not None:
+        value = total(x, prologue, residual, at, inside)
     else:
-        at, upper, inside, upper_inside = _halves(b, n, WHOLE, ROWS)
-        low, high = _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_inside)
-        write(out + at, low, inside)
-        write(out + upper, high, upper_inside)
-
-
-@triton.jit
-def _mean(pf, pu, W, row, out, n, blocks, share, BITS: tl.constexpr, ROWS: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    b = first + tl.arange(0, ROWS)[:, None]
-    if (first + ROWS) * BLOCK <= n:
-        _mean_rows(pf, pu, W, row, out, n, blocks, b, share, True, BITS, ROWS)
-    else:
-        _mean_rows(pf, pu, W, row, out, n, blocks, b, share, False, BITS, ROWS)
-
-
-@triton.jit
-def _recode_rows(
-    pf, pu, W, row, residual, qf, qu, n, blocks, b, share, WHOLE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
-):
-    b_inside = None if WHOLE else b < blocks
-    if BITS == 8:
-        at = b * BLOCK + tl.arange(0, BLOCK)[None, :]
-        inside = None if WHOLE else at < n
         mean = _mean_bytes(pf, pu, W, row, b, blocks, at, share, inside, b_inside)
-        _put_bytes(remembered(mean, residual, at, inside), residual, qf, qu, b, blocks, at, inside)
+        value = remembered(mean, residual, at, inside)
+    if out is not None:
+        write(out + at, value, inside)
     else:
-        at, upper, inside, upper_inside = _halves(b, n, WHOLE, ROWS)
+        _put_bytes(value, residual, qf, qu, b, blocks, at, inside)
+
+
+@triton.jit
+def _half_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE: tl.constexpr):
+    at, upper, inside, upper_inside = _halves(b, n, WHOLE)
+    b_inside = None if WHOLE else b < blocks
+    if x is not None:
+        low = total(x, prologue, residual, at, inside)
+        high = total(x, prologue, residual, upper, upper_inside)
+    else:
         low, high = _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_inside)
         low, high = remembered(low, residual, at, inside), remembered(high, residual, upper, upper_inside)
+    if out is not None:
+        write(out + at, low, inside)
+        write(out + upper, high, upper_inside)
+    else:
         _put_halves(low, high, residual, qf, qu, b, blocks, at, upper, inside, upper_inside)
 
 
 @triton.jit
-def _recode(pf, pu, W, row, residual, qf, qu, n, blocks, share, BITS: tl.constexpr, ROWS: tl.constexpr):
+def _rows(
+    x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE: tl.constexpr, BITS: tl.constexpr
+):
+    if BITS == 8:
+        _byte_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE)
+    else:
+        _half_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE)
+
+
+@triton.jit
+def _code_blocks(
+    x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, BITS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Encode x, or without it the mean of W payloads (pf, pu), into (qf, qu), or write the mean to `out`."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     b = first + tl.arange(0, ROWS)[:, None]
     if (first + ROWS) * BLOCK <= n:
-        _recode_rows(pf, pu, W, row, residual, qf, qu, n, blocks, b, share, True, BITS, ROWS)
+        _rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, True, BITS)
     else:
-        _recode_rows(pf, pu, W, row, residual, qf, qu, n, blocks, b, share, False, BITS, ROWS)
+        _rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, False, BITS)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    n, coded = x.numel(), padded(payload)
-    blocks = triton.cdiv(n, BLOCK)
-    values = x, steps(prologue), residual, words(coded), coded
-    launch(_encode, triton.cdiv(blocks, ROWS), *values, n, blocks, BITS=codec.bits, ROWS=ROWS)
+    coded = padded(payload)
+    source = x, steps(prologue), None, None, 0, 0, 0.0
+    _launch(codec, x.numel(), *source, residual, words(coded), coded, None)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    n = out.numel()
-    blocks = triton.cdiv(n, BLOCK)
-    coded = words(payloads), payloads, count, codec.nbytes(n)
-    launch(_mean, triton.cdiv(blocks, ROWS), *coded, out, n, blocks, 1.0 / count, BITS=codec.bits, ROWS=ROWS)
+    source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()), 1.0 / count
+    _launch(codec, out.numel(), *source, None, None, None, out)
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
-    blocks, after = triton.cdiv(n, BLOCK), padded(payload)
-    coded = words(payloads), payloads, count, codec.nbytes(n), residual, words(after), after
-    launch(_recode, triton.cdiv(blocks, ROWS), *coded, n, blocks, 1.0 / count, BITS=codec.bits, ROWS=ROWS)
+    after = padded(payload)
+    source = None, None, words(payloads), payloads, count, codec.nbytes(n), 1.0 / count
+    _launch(codec, n, *source, residual, words(after), after, None)
+
+
+def _launch(codec: Any, n: int, *arguments: Any) -> None:
+    blocks = triton.cdiv(n, BLOCK)
+    launch(_code_blocks, triton.cdiv(blocks, ROWS), *arguments, n, blocks, BITS=codec.bits, ROWS=ROWS)

@@ -9,11 +9,15 @@ READABLE = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of gradients that the kernels read, and of means that they write."""
 
 
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""How every kernel is compiled: products and sums are rounded one by one."""
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Start `programs` programs on the current stream of the tensors' device. Products and sums are rounded one by one."""
+    """Start `programs` programs on the current stream of the tensors' device."""
     place = next(x for x in arguments if isinstance(x, Tensor))
     with torch.cuda.device_of(place):
-        kernel[(programs,)](*arguments, num_warps=4, enable_fp_fusion=False, **constants)
+        kernel[(programs,)](*arguments, **OPTIONS, **constants)
 
 
 def steps(prologue: Any) -> tuple[Any, ...] | None:

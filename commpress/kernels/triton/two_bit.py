@@ -18,7 +18,7 @@ RECODE_ROWS = 4
 
 @triton.jit
 def _one(pf, pu, blocks, plane, b, i, size, WHOLE: tl.constexpr):
-    """What one payload says of values `i` of blocks `b`; `plane` is the length of a plane of bits."""
+    """The values `i` of blocks `b` that one payload decodes to; `plane` is the length of a plane of bits."""
     signs = pu + 8 * blocks
     level = 2 * b + bit(signs + plane, b, i, size, WHOLE)
     value = tl.load(pf + level) if WHOLE else tl.load(pf + level, i < size, other=0.0)
