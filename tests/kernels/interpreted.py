@@ -1,6 +1,6 @@
 """The kernels for CUDA give the bytes of the definitions: on Triton's interpreter, with CPU tensors.
 
-`test_triton.py` runs this file in processes of their own, since Triton asks for its interpreter when it is imported. By hand:
+`test_triton.py` runs this file in a process of its own, since Triton asks for its interpreter when it is imported. By hand:
 
     TRITON_INTERPRET=1 SPECS="int8 sign" pytest tests/kernels/interpreted.py
 """

@@ -1,9 +1,10 @@
 """Compiles kernels for CUDA for GPUs, without having one, and prints what their machine code needs:
 
-    python tests/kernels/triton_code.py '{"90": null, "80": ["int8 prologue", "sign mean"]}'
+    python tests/kernels/triton_code.py 90 "80:int8 prologue,sign mean"
 
-These are the kernels by compute capability, null for all. A row a kernel: registers of a thread, bytes of its stack (what was
-spilled), bytes of shared memory, products that are fused with a sum, and accesses of 16 bytes. `test_triton.py` runs it.
+Compute capabilities, each with the kernels that are wanted, or all. A row a kernel: registers of a thread, bytes of its stack
+(what was spilled), bytes of shared memory, products that are fused with a sum, and accesses of 16 bytes. `test_triton.py` runs
+it.
 """
 
 import json
@@ -94,5 +95,6 @@ def main(capability: int, wanted: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    for key, kernels in json.loads(sys.argv[1]).items():
-        main(int(key), kernels)
+    for argument in sys.argv[1:]:
+        number, _, kernels = argument.partition(":")
+        main(int(number), kernels.split(",") if kernels else None)

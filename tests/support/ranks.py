@@ -93,6 +93,7 @@ BARE = (
     "torch.nn.parallel",
     "torch.optim",
     "compiler",
+    "rich.table",
 )
 """Modules that a rank has imported if nothing that is under test may be there."""
 WARM = (*BARE, "warm")
