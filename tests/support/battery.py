@@ -365,7 +365,9 @@ def kernels_recode_to_the_bytes_of_the_definition(subject: Subject) -> None:
             assert equal(recode(codec, payloads, n, count), defined_encode(subject.definition, mean)[0], n, finite), (
                 f"n = {n}"
             )
-            for before in memories(subject.inputs(n)["gradient"]):
+            for memory in memories_at(n):
+                before = subject.before(n, "gradient", memory)
+                assert before is not None
                 expected, expected_after = defined_encode(subject.definition, mean, before)
                 after = before.clone()
                 payload = recode(codec, payloads, n, count, after)
