@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.session import Session
 from commpress.comm.verify import EVERY
 from commpress.hooks import ddp
@@ -66,12 +66,10 @@ def attach(
     """
     for word in unknown:
         raise TypeError(f"commpress.attach: unknown argument {word!r}, {_meant(word)}")
-    if gradients is None:
-        raise TypeError('commpress.attach: expected a spec of the gradients, as in attach(model, "int4"), got none')
     model = uncompiled(model)
     return _hook_of(model).attach(  # type: ignore[no-any-return]
         model,
-        gradients,
+        AUTO if gradients is None else gradients,
         parameters=parameters,
         buffers=buffers,
         optimizer=optimizer,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.agreement import refuse_on_all, require_agreement
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.collectives import GradScaler
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Segments
@@ -158,7 +158,7 @@ def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future
 
 def attach(
     model: DistributedDataParallel,
-    gradients: str | Codec,
+    gradients: str | Codec = AUTO,
     *,
     parameters: str | Codec | None = None,
     buffers: str | Codec | None = None,
@@ -170,6 +170,9 @@ def attach(
 ) -> Session:
     """Register the hook on `model` and return its session. Collective over the model's process group.
 
+    Without a spec of the `gradients` it is found while training goes on: the first steps are plain training, then `none`, `bf16`,
+    `int8` and `int4` are tried in turns of a few steps as far as they may pay, and the medians of all ranks decide; when the
+    steps drift it looks again (`session.explain()`, `session.receipt()`). Timing then decides which bits a run has.
     `optimizer` is one of `commpress.optim`: what it is about to apply travels instead of the gradient. Leave it out for others.
     `exchange` names one of `two_shot`, `one_shot`, `all_reduce` instead of the codec's own choice. `grad_scaler` is the
     `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that
@@ -189,6 +192,7 @@ def attach(
     device = next(model.module.parameters()).device
     refusal = not_taken("parameters", parameters, "DistributedDataParallel sends none")
     refusal = refusal or (None if buffers is None else buffer_refusal(model, buffers))
+    refusal = refusal or (_auto_refusal(optimizer, exchange) if str(gradients) == AUTO else None)
     refusal = refusal or _refusal(model, names, optimizer)  # which binds the optimizer, if it finds nothing
     if refusal is not None:
         refuse_on_all(refusal, model.process_group, device)
@@ -220,6 +224,18 @@ def attach(
     if optimizer is None:
         advise(session.collectives[0].gradients.codec, set(names), speaks(model.process_group))
     return session
+
+
+def _auto_refusal(optimizer: CompressedOptimizer | None, exchange: str | None) -> Exception | None:
+    """Why this rank cannot attach without a spec of the gradients, if it cannot."""
+    if optimizer is not None:
+        name = type(optimizer).__name__
+        return TypeError(
+            f'commpress.attach: {name} needs a spec of the gradients, as in attach(model, "sign", optimizer=...), got none'
+        )
+    if exchange is not None:
+        return ValueError(f"exchange={exchange!r}: auto chooses it with the spec; leave it out, or give a spec")
+    return None
 
 
 def _refusal(

@@ -137,6 +137,8 @@ class Collectives:
         scratch = self.scratch.of(segments, self.feedback.memories)
         # a mean of gradients does not send along what is remembered of momenta
         remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
+        if remembers and chunk is None:
+            memory.fold(W)  # nobody encodes a second time now: what was kept for that goes along with the first
         encoder = Encoder(plan.codec, memory if remembers else None, scratch)
 
         values = x

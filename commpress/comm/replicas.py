@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
-from commpress.comm.codecs import Codec
+from commpress.comm.auto import Auto
+from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.feedback import Segments
@@ -16,6 +17,7 @@ from commpress.comm.masks_index import MaskIndex, in_memory_order, of_pairs
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.plan import Plan
 from commpress.comm.resize import of_replicas
+from commpress.comm.search import PLAIN
 from commpress.comm.session import Masks, Session
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.verify import EVERY, require_interval
@@ -45,21 +47,26 @@ def replicas_session(
     `step_buffer.replicas`, and payloads have checksums.
     """
     name = None if optimizer is None else type(optimizer).__name__
+    chosen_here = str(spec) == AUTO
     more: dict[str, object] = {"optimizer": name, "grad_scaler": grad_scaler is not None, "verify": verify}
-    plan = agreed_plan(spec, exchange, error_feedback, parameters, group, device, more)
+    if chosen_here:
+        more["spec"] = AUTO
+    plan = agreed_plan(PLAIN if chosen_here else spec, exchange, error_feedback, parameters, group, device, more)
     collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
     if collectives.world_size > 1:
         for dtype in set(dtypes) | {torch.float32}:
             warm_up(plan.codec, device, dtype, prologue=optimizer is not None)
+
+    auto = Auto(collectives, error_feedback) if chosen_here else None
 
     def masks(given: Masks) -> list[MaskIndex]:
         return [_mask_index(given, dict(parameters), layouts or {}, collectives.pairs, optimizer)]
 
     return Session(
         collectives,
-        spec=str(plan.codec),
-        settings={"settings": {**plan.settings(), "optimizer": name}},
-        step_buffer=StepBuffer(collectives, optimizer, parameters),
+        spec=AUTO if chosen_here else str(plan.codec),
+        settings={"settings": {**plan.settings(), **({"codec": AUTO} if chosen_here else {}), "optimizer": name}},
+        step_buffer=StepBuffer(collectives, optimizer, parameters, auto),
         parameters=parameters,
         masks=masks,
         reshard=of_replicas,

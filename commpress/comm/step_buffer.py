@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm.agreement import require_equal, require_same_names
+from commpress.comm.auto import Auto
 from commpress.comm.collectives import Collectives
 from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.optimizer_hooks import OptimizerHooks
@@ -39,12 +40,19 @@ class PendingBucket:
 
 
 class StepBuffer:
-    """The gradients of one set of replicas, bucket by bucket. `parameters` are their names and sizes, if they are known."""
+    """The gradients of one set of replicas, bucket by bucket. `parameters` are their names and sizes, if they are known.
+
+    `auto` chooses the plan of each step; without it the plan is that of `collectives`.
+    """
 
     def __init__(
-        self, collectives: Collectives, optimizer: OptimizerHooks | None = None, parameters: Segments = ()
+        self,
+        collectives: Collectives,
+        optimizer: OptimizerHooks | None = None,
+        parameters: Segments = (),
+        auto: Auto | None = None,
     ) -> None:
-        self.collectives, self.optimizer, self.parameters = collectives, optimizer, parameters
+        self.collectives, self.optimizer, self.parameters, self.auto = collectives, optimizer, parameters, auto
         collectives.may_undo = optimizer is not None and collectives.grad_scaler is not None
         self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
         """Tensors of which all ranks should hold the same bits when a step begins, by name; for those who know it."""
@@ -67,6 +75,8 @@ class StepBuffer:
         if self._begins:
             self._begin()
         self._begins = last
+        if self.auto is not None:
+            self.auto.note_bucket(bucket.numel(), bucket.element_size())
         if self.optimizer is not None:
             self.optimizer.on_bucket(bucket, segments)
         if last and self._backward_started is not None:
@@ -116,6 +126,8 @@ class StepBuffer:
 
     def _begin(self) -> None:
         collectives, optimizer = self.collectives, self.optimizer
+        if self.auto is not None:
+            self.auto.begin_step()
         due = collectives.traffic.is_due(self.step)
         self._current = Step(self.step, Comparison(self.step, list(self.replicas())) if due else None)
         if optimizer is None:
