@@ -170,9 +170,9 @@ def attach(
 ) -> Session:
     """Register the hook on `model` and return its session. Collective over the model's process group.
 
-    Without a spec of the `gradients` it is found while training goes on: the first steps are plain training, then `none`, `bf16`,
-    `int8` and `int4` are tried in turns of a few steps as far as they may pay, and the medians of all ranks decide; when the
-    steps drift it looks again (`session.explain()`, `session.receipt()`). Timing then decides which bits a run has.
+    Without a spec of the `gradients` it is found while training goes on: the first steps are plain training, then `none`,
+    `bf16`, `int8` and `int4` are tried in turns of a few steps, as far as they may pay, and the medians of all ranks decide;
+    when the steps drift it looks again (`session.explain()`, `session.receipt()`). Timing then decides which bits a run has.
     `optimizer` is one of `commpress.optim`: what it is about to apply travels instead of the gradient. Leave it out for others.
     `exchange` names one of `two_shot`, `one_shot`, `all_reduce` instead of the codec's own choice. `grad_scaler` is the
     `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that

@@ -110,20 +110,10 @@ class Auto:
         """Return the bytes a second of a link above which plain training is predicted to be faster than what is chosen."""
         if self.choice is None or self.choice.spec == PLAIN or self._model is None:
             return None
-        spec, (buckets, speeds_here, cluster, compute, itemsize) = self.choice.spec, self._model
-        if not any(
-            m.crossing
-            for m in transfers(
-                self._plans[PLAIN].choose(max(buckets), 4, cluster.world_size),
-                max(buckets),
-                4,
-                cluster.world_size,
-                0,
-                cluster.ranks_per_host,
-            )
-        ):
-            return None  # all ranks are on one host
-        speed, dense = speeds_here[spec], speeds_here[PLAIN]
+        spec, (buckets, known, cluster, compute, itemsize) = self.choice.spec, self._model
+        if cluster.ranks_per_host >= cluster.world_size:
+            return None  # there is no link between hosts
+        speed, dense = known[spec], known[PLAIN]
         return cost.break_even(self._plans[spec], buckets, speed, dense, cluster, compute, itemsize)
 
     # what the ranks tell each other

@@ -75,8 +75,8 @@ class Receipt:
             return f"{dense / self.sent_bytes:.1f}x" if self.sent_bytes else "-"
 
         told = (
-            f"sent {self.sent_bytes / 1e6:.3f} MB a step, mean of {self.steps} steps; of a dense exchange in float32 that is saved "
-            f"{against(self.fp32_bytes)}, in bfloat16 {against(self.bf16_bytes)}"
+            f"sent {self.sent_bytes / 1e6:.3f} MB a step, mean of {self.steps} steps: a dense exchange in float32 sends "
+            f"{against(self.fp32_bytes)} of that, in bfloat16 {against(self.bf16_bytes)}"
         )
         kernel = "" if self.link_bytes is None else f"; the kernel counted {self.link_bytes / 1e6:.3f} MB for this host"
         return told + kernel

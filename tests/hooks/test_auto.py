@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import outcome, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, Trained, loss_of, network, parameters_of, same, same_training, train
+from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, train
 
 import commpress
 from commpress.comm.search import FIRST_TURN, WARM_UP
@@ -97,7 +97,8 @@ def summed(*specs: str) -> tuple[Tensor, Tensor]:
     """The sum of the means that arrived in so many steps of one gradient, and what it should be."""
     model = DistributedDataParallel(nn.Linear(600, 2, bias=False))
     session = commpress.attach(model)
-    assert session.step_buffer is not None and session.step_buffer.auto is not None
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
     session.step_buffer.auto.search = Scripted(*specs)  # type: ignore[assignment]
     x = torch.randn(4, 600, generator=torch.Generator().manual_seed(dist.get_rank()))
     arrived = torch.zeros(1200)
@@ -166,7 +167,8 @@ def resumed() -> tuple[str, str, str]:
 
 def test_a_saved_state_goes_on_with_auto_and_looks_anew() -> None:
     for refused, spec, _ in run(2, resumed):
-        assert "auto" in refused and "int4" in refused
+        assert "auto" in refused
+        assert "int4" in refused
         assert spec == "auto: none, still looking"
 
 
