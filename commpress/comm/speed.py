@@ -16,8 +16,9 @@ VALUES = 2**22
 REPEATS = 5
 
 
-def measure(codec: Codec, device: torch.device, n: int = VALUES) -> Speed:
-    """Time a codec on `n` values, on one core of this machine or on its accelerator."""
+def measure(codec: Codec, device: torch.device, n: int | None = None) -> Speed:
+    """Time a codec on `n` values (default: VALUES), on one core of this machine or on its accelerator."""
+    n = VALUES if n is None else n
     x = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(device)
     if not codec.lossy:  # dense: divided by the number of ranks, and summed by the group
         return Speed(_seconds(lambda: x.mul_(1.0), device) / n, (0.0, 0.0), (0.0, 0.0), _adding(x, x.clone(), device))
