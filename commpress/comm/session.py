@@ -14,6 +14,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import Settings, require_equal
 from commpress.comm.auto import Auto
+from commpress.comm.codecs import AUTO
 from commpress.comm.collectives import Collectives
 from commpress.comm.failure import ExchangeError
 from commpress.comm.feedback import Segments
@@ -169,11 +170,18 @@ class Session:
         auto = self._auto
         if auto is None:
             return receipt(self.report(), None, self._spec, counted, None)
-        return receipt(self.report(), auto.choice, auto.search.spec, counted, auto.break_even())
+        spec = auto.search.spec if self._spec == AUTO else f"{self._spec} ({auto.search.spec})"
+        return receipt(self.report(), auto.choice, spec, counted, auto.break_even())
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
-        spec = self._spec if self._auto is None else self._auto.spec
+        spec = (
+            self._spec
+            if self._auto is None
+            else self._auto.spec
+            if self._spec == AUTO
+            else f"{self._spec}; {self._auto.spec}"
+        )
         own = (one.traffic.report(spec, self.rank, self.world_size) for one in self.collectives)
         merged = Report.merge(*own, *(other.report() for other in self.side_traffic))
         return replace(merged, rank=self.rank, world_size=self.world_size)

@@ -20,7 +20,9 @@ def test_a_run_with_auto_ends_with_its_receipt(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
     said = run(2, trained, tmp_path)[0]
     assert said.code == 0
-    last = [line for line in said.out.splitlines() if line.startswith(("commpress auto", "commpress: ", "commpress "))][-1]
+    last = [line for line in said.out.splitlines() if line.startswith(("commpress auto", "commpress: ", "commpress "))][
+        -1
+    ]
     assert "both measured in this run" in last or "compression does not pay here, it is off" in last
     assert said.out.rstrip().splitlines()[-1].startswith(("sent ", "not compressed: "))
 
