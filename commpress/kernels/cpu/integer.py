@@ -18,6 +18,7 @@ from commpress.kernels.cpu.blocks import (
     room_for,
     top_of,
 )
+from commpress.kernels.cpu.slices import in_slices
 
 BLOCKS_SHA256 = "d8d1d0722ec4a8b6"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
@@ -115,15 +116,16 @@ def _encode_tail(x, residual, b, blocks, bits, pf, pu):
 
 
 @part
-def _encode(x, prologue, residual, pf, pu, bits):
+def _encode(x, prologue, residual, pf, pu, begin, end, bits):
     full, blocks = x.size // INT_BLOCK, (x.size + INT_BLOCK - 1) // INT_BLOCK
     scratch = np.empty(INT_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * INT_BLOCK, INT_BLOCK, scratch)
         _encode_block(xb, part_of(residual, b * INT_BLOCK, INT_BLOCK), b, blocks, bits, pf, pu)
-    rest = x.size - full * INT_BLOCK
-    xb = block_of(x, prologue, residual, full * INT_BLOCK, rest, scratch)
-    _encode_tail(xb, part_of(residual, full * INT_BLOCK, rest), full, blocks, bits, pf, pu)
+    if end > full:
+        rest = x.size - full * INT_BLOCK
+        xb = block_of(x, prologue, residual, full * INT_BLOCK, rest, scratch)
+        _encode_tail(xb, part_of(residual, full * INT_BLOCK, rest), full, blocks, bits, pf, pu)
 
 
 @part
@@ -181,70 +183,72 @@ def _read_tail(pf, pu, W, row, b, blocks, bits, share, out):
 
 
 @part
-def _mean(pf, pu, W, row, out, bits):
+def _mean(pf, pu, W, row, out, begin, end, bits):
     full, blocks = out.size // INT_BLOCK, (out.size + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(INT_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         ob = room_for(out, b * INT_BLOCK, INT_BLOCK, scratch)
         _read(pf, pu, W, row, b, blocks, bits, share, ob)
         put_block(out, b * INT_BLOCK, ob)
-    ob = room_for(out, full * INT_BLOCK, out.size - full * INT_BLOCK, scratch)
-    _read_tail(pf, pu, W, row, full, blocks, bits, share, ob)
-    put_block(out, full * INT_BLOCK, ob)
+    if end > full:
+        ob = room_for(out, full * INT_BLOCK, out.size - full * INT_BLOCK, scratch)
+        _read_tail(pf, pu, W, row, full, blocks, bits, share, ob)
+        put_block(out, full * INT_BLOCK, ob)
 
 
 @part
-def _recode(pf, pu, W, row, residual, qf, qu, n, bits):
+def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, bits):
     full, blocks = n // INT_BLOCK, (n + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
     mean = np.empty(INT_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         rb = part_of(residual, b * INT_BLOCK, INT_BLOCK)
         _read(pf, pu, W, row, b, blocks, bits, share, mean)
         remember(mean, rb, INT_BLOCK)
         _encode_block(mean, rb, b, blocks, bits, qf, qu)
-    rest = n - full * INT_BLOCK
-    mb, rb = mean[:rest], part_of(residual, full * INT_BLOCK, rest)
-    _read_tail(pf, pu, W, row, full, blocks, bits, share, mb)
-    remember(mb, rb, rest)
-    _encode_tail(mb, rb, full, blocks, bits, qf, qu)
+    if end > full:
+        rest = n - full * INT_BLOCK
+        mb, rb = mean[:rest], part_of(residual, full * INT_BLOCK, rest)
+        _read_tail(pf, pu, W, row, full, blocks, bits, share, mb)
+        remember(mb, rb, rest)
+        _encode_tail(mb, rb, full, blocks, bits, qf, qu)
 
 
 @loop
-def int8_encode(x, prologue, residual, pf, pu):
+def int8_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
-    _encode(x, prologue, residual, pf, pu, 8)
+    _encode(x, prologue, residual, pf, pu, begin, end, 8)
 
 
 @loop
-def int4_encode(x, prologue, residual, pf, pu):
+def int4_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
-    _encode(x, prologue, residual, pf, pu, 4)
+    _encode(x, prologue, residual, pf, pu, begin, end, 4)
 
 
 @loop
-def int8_mean(pf, pu, W, row, out):
+def int8_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
-    _mean(pf, pu, W, row, out, 8)
+    _mean(pf, pu, W, row, out, begin, end, 8)
 
 
 @loop
-def int4_mean(pf, pu, W, row, out):
+def int4_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
-    _mean(pf, pu, W, row, out, 4)
+    _mean(pf, pu, W, row, out, begin, end, 4)
 
 
 @loop
-def int8_recode(pf, pu, W, row, residual, qf, qu, n):
+def int8_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
-    _recode(pf, pu, W, row, residual, qf, qu, n, 8)
+    _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 8)
 
 
 @loop
-def int4_recode(pf, pu, W, row, residual, qf, qu, n):
+def int4_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
-    _recode(pf, pu, W, row, residual, qf, qu, n, 4)
+    _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 4)
 
 
 LOOPS = {"int8": (int8_encode, int8_mean, int8_recode), "int4": (int4_encode, int4_mean, int4_recode)}
@@ -253,17 +257,18 @@ LOOPS = {"int8": (int8_encode, int8_mean, int8_recode), "int4": (int4_encode, in
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
     coded = padded(payload)
-    LOOPS[codec.word][0](values(x), steps(prologue), floats(residual), coded.view(np.float32), coded)
+    arguments = values(x), steps(prologue), floats(residual), coded.view(np.float32), coded
+    in_slices(LOOPS[codec.word][0], x.numel(), INT_BLOCK, *arguments)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    coded = payloads.numpy()
-    LOOPS[codec.word][1](coded.view(np.float32), coded, count, codec.nbytes(out.numel()), values(out))
+    coded, n = payloads.numpy(), out.numel()
+    in_slices(LOOPS[codec.word][1], n, INT_BLOCK, coded.view(np.float32), coded, count, codec.nbytes(n), values(out))
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     before, after = payloads.numpy(), padded(payload)
     coded = before.view(np.float32), before, count, codec.nbytes(n)
-    LOOPS[codec.word][2](*coded, floats(residual), after.view(np.float32), after, n)
+    in_slices(LOOPS[codec.word][2], n, INT_BLOCK, *coded, floats(residual), after.view(np.float32), after, n)
