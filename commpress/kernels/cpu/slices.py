@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 LEAST = 2**17
-"""How many values a slice has at least: a hand-over costs as much time as the loops take for a third of them."""
+"""How many values a slice has at least: the loops take 100 us for as many, and a hand-over to a thread up to 50 us."""
 
 
 def in_slices(loop: Callable[..., Any], n: int, block: int, *arguments: Any) -> None:
