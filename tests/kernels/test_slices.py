@@ -16,7 +16,7 @@ from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
 from commpress.kernels.cpu import slices
 
-SPECS = ("bf16", "fp16", "fp8", "fp8(e5m2)", "int8", "int4", "int2", "sign")
+SPECS = ("bf16", "fp16", "fp8", "fp8(e5m2)", "int8", "int4", "int4(stochastic)", "int2", "sign")
 LENGTHS = (1, 300, 8 * 1024, 9 * 1024 + 301)
 """Fewer blocks than slices, whole blocks, and a tail."""
 
