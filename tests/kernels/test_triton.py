@@ -14,7 +14,9 @@ SHARED = 48 * 1024
 """Bytes of shared memory that every GPU gives a program without being asked."""
 
 
-@pytest.mark.parametrize("specs", ["bf16 fp16 fp8 fp8(e5m2) int8 int4", "sign", "int2"])
+@pytest.mark.parametrize(
+    "specs", ["bf16 fp16 fp8 fp8(e5m2) int8 int4", "int8(stochastic) int4(stochastic)", "sign", "int2"]
+)
 def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(specs: str) -> None:
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
@@ -51,7 +53,7 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 7 * 4 + 5  # 16-bit casts have no recode
+    assert len(rows) == 9 * 4 + 7  # 16-bit casts have no recode
     for row in rows:
         assert row["stack"] == 0, row
         assert row["fused"] == 0, row
