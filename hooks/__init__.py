@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import AUTO, Codec
+from commpress.comm.rules import Spec
 from commpress.comm.session import Session
 from commpress.comm.verify import EVERY
 from commpress.hooks import ddp
@@ -43,7 +44,7 @@ def __dir__() -> list[str]:
 
 def attach(
     model: Any,
-    gradients: str | Codec | None = None,
+    gradients: Spec | None = None,
     *,
     parameters: str | Codec | None = None,
     buffers: str | Codec | None = None,
@@ -58,20 +59,19 @@ def attach(
 
     `model` is a `DistributedDataParallel`, the root of what `fully_shard` took, a DeepSpeed engine, or what `torch.compile`
     made of one of these. `gradients`, `parameters` and `buffers` are specs of what travels: DDP sends gradients and buffers,
-    FSDP2 and ZeRO 1 to 3 gradients and parameters. `optimizer` is one of `commpress.optim`. The others, and what they mean for
-    a wrapper, stand in `commpress.hooks.ddp.attach`, `commpress.hooks.fsdp.attach` and `commpress.hooks.deepspeed.attach`.
+    FSDP2 and ZeRO 1 to 3 gradients and parameters. For DDP `gradients` may be left out, or be specs by patterns of names.
+    `optimizer` is one of `commpress.optim`. The others, and what they mean for a wrapper, stand in
+    `commpress.hooks.ddp.attach`, `commpress.hooks.fsdp.attach` and `commpress.hooks.deepspeed.attach`.
 
     Raises TypeError for any other model and for arguments that mean nothing here, ValueError on all ranks if a spec is unknown
     or the ranks differ.
     """
     for word in unknown:
         raise TypeError(f"commpress.attach: unknown argument {word!r}, {_meant(word)}")
-    if gradients is None:
-        raise TypeError('commpress.attach: expected a spec of the gradients, as in attach(model, "int4"), got none')
     model = uncompiled(model)
     return _hook_of(model).attach(  # type: ignore[no-any-return]
         model,
-        gradients,
+        AUTO if gradients is None else gradients,
         parameters=parameters,
         buffers=buffers,
         optimizer=optimizer,

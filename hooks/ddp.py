@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress.comm.agreement import refuse_on_all, require_agreement
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.collectives import GradScaler
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Segments
 from commpress.comm.meter import dtype_name
 from commpress.comm.parameters import bare_name, real_numel, unfit_dtype
 from commpress.comm.replicas import replicas_session
+from commpress.comm.rules import Spec, open_refusal
 from commpress.comm.session import Session
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.verify import EVERY
@@ -48,7 +49,7 @@ class CommState:
 
     def __init__(
         self,
-        spec: str | Codec,
+        spec: Spec,
         group: dist.ProcessGroup | None = None,
         *,
         exchange: str | None = None,
@@ -158,7 +159,7 @@ def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future
 
 def attach(
     model: DistributedDataParallel,
-    gradients: str | Codec,
+    gradients: Spec = AUTO,
     *,
     parameters: str | Codec | None = None,
     buffers: str | Codec | None = None,
@@ -170,6 +171,10 @@ def attach(
 ) -> Session:
     """Register the hook on `model` and return its session. Collective over the model's process group.
 
+    Without a spec of the `gradients` it is found while training goes on: the first steps are plain training, then `none`,
+    `bf16`, `int8` and `int4` are tried in turns of a few steps, as far as they may pay, and the medians of all ranks decide;
+    when the steps drift it looks again (`session.explain()`, `session.receipt()`). Timing then decides which bits a run has.
+    A dict has specs by patterns of names, `{"*embed*": "int8", "*.bias": "none", "*": "auto"}`: the first that fits decides.
     `optimizer` is one of `commpress.optim`: what it is about to apply travels instead of the gradient. Leave it out for others.
     `exchange` names one of `two_shot`, `one_shot`, `all_reduce` instead of the codec's own choice. `grad_scaler` is the
     `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that
@@ -189,6 +194,7 @@ def attach(
     device = next(model.module.parameters()).device
     refusal = not_taken("parameters", parameters, "DistributedDataParallel sends none")
     refusal = refusal or (None if buffers is None else buffer_refusal(model, buffers))
+    refusal = refusal or open_refusal(gradients, optimizer, exchange)
     refusal = refusal or _refusal(model, names, optimizer)  # which binds the optimizer, if it finds nothing
     if refusal is not None:
         refuse_on_all(refusal, model.process_group, device)
@@ -218,7 +224,10 @@ def attach(
     _watch(model, session)
     _count_delayed(model, session)
     if optimizer is None:
-        advise(session.collectives[0].gradients.codec, set(names), speaks(model.process_group))
+        rules = None if session.step_buffer is None else session.step_buffer.rules
+        for codec in {session.collectives[0].gradients.codec} if rules is None else rules.lossy:
+            ours = {p for p, name in names.items() if rules is None or rules.codecs[name] == codec}
+            advise(codec, ours, speaks(model.process_group))
     return session
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import commpress
 from commpress.comm.agreement import gather_settings, host_name
+from commpress.comm.codecs import AUTO
 from commpress.launch import runtime
 from commpress.launch.model import BYTES, Shape
 from commpress.launch.runtime import TrainingError
@@ -27,7 +28,8 @@ class Compression:
     """Codecs, and the optimizer whose traffic they compress."""
 
     compress: str | None = None
-    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ... None: the recipe's, or int4."""
+    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ..., or auto (ddp with AdamW or SGD): it is found
+    while training goes on. None: the recipe's, or int4."""
     parameters: str | None = None
     """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4. None: the recipe's, or none."""
     optimizer: str = "AdamW"
@@ -220,10 +222,15 @@ def check(settings: Settings) -> None:
         raise TrainingError(str(error)) from None
     for name in ("compress", "warmup_compress", "parameters"):
         try:
-            if (spec := getattr(settings, name)) is not None:
+            if (spec := getattr(settings, name)) is not None and not (name == "compress" and spec == AUTO):
                 commpress.parse(spec)
         except ValueError as error:
             raise TrainingError(f"--{name.replace('_', '-')}: {error}") from None
+    if settings.compress == AUTO and (settings.parallel != "ddp" or settings.optimizer not in ("AdamW", "SGD")):
+        raise TrainingError(
+            f"--compress auto: expected --parallel ddp and --optimizer AdamW or SGD, got {settings.parallel} and "
+            f"{settings.optimizer}"
+        )
     if settings.optimizer_warmup is not None and settings.optimizer_warmup >= settings.steps:
         raise TrainingError(
             f"--optimizer-warmup {settings.optimizer_warmup}: expected less than --steps {settings.steps}"

@@ -3,7 +3,6 @@
 import sysconfig
 from functools import cache
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import torch
@@ -16,16 +15,17 @@ import commpress
 
 CONTEXT, EMBEDDING, HIDDEN = 8, 16, 64
 STEPS, BATCH, LEARNING_RATE = 150, 128, 0.03
-SEEDS = (0, 1)
+SEED = 1
 TRAINING_BYTES, HELD_OUT = 1_500_000, 20_000
 
-# Mean held-out loss over the two seeds, in nats a byte, as measured (Python 3.11; what a spec loses varies by 0.02 between
-# seeds). The learning rate decays linearly to 0; at a constant 0.1, where dense training is better still, sign diverges.
-#   uncompressed, bf16, int8, int4      2.952
-#   topk(0.1)|int4                      2.960
-#   topk(0.01), topk(0.01)|int4         3.031       without feedback  3.554
-#   sign                                3.135       without feedback  3.414
-#   topk(0.001)                         3.357       without feedback  4.136
+# Held-out loss in nats a byte, as measured (Python 3.11; with seed 0 what a spec loses differs by 0.04 for sign and by 0.02
+# at most for the others). The learning rate decays linearly to 0; at a constant 0.1, where dense training is better still,
+# sign diverges.
+#   uncompressed, bf16, int8, int4      2.942
+#   topk(0.1)|int4                      2.950
+#   topk(0.01), topk(0.01)|int4         3.030       without feedback  3.538
+#   sign                                3.146       without feedback  3.523
+#   topk(0.001)                         3.363       without feedback  4.121
 LOSES_AT_MOST = {
     "bf16": 0.01,
     "int8": 0.01,
@@ -35,7 +35,7 @@ LOSES_AT_MOST = {
     "topk(0.1)|int4": 0.02,
     "topk(0.01)|int4": 0.12,
 }
-"""By how much the mean loss may lie above the uncompressed one (or below it)."""
+"""By how much the loss may lie above the uncompressed one (or below it)."""
 FEEDBACK_GAINS = {"sign": 0.15, "topk(0.001)": 0.5}
 """By how much training with error feedback must beat training without it."""
 
@@ -52,9 +52,9 @@ def text() -> Tensor:
     return torch.frombuffer(bytearray(b"".join(parts)[:TRAINING_BYTES]), dtype=torch.uint8).long()
 
 
-def network(seed: int) -> nn.Sequential:
+def network() -> nn.Sequential:
     """An embedding and two layers: 28,992 parameters."""
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     return nn.Sequential(
         nn.Embedding(256, EMBEDDING),
         nn.Flatten(),
@@ -70,13 +70,13 @@ def examples(starts: Tensor) -> tuple[Tensor, Tensor]:
     return windows[:, :-1], windows[:, -1]
 
 
-def final_loss(spec: str | None, seed: int, error_feedback: bool) -> float:
+def final_loss(spec: str | None, error_feedback: bool) -> float:
     """Held-out loss in nats a byte after the training; the last tenth of the text is held out."""
-    ddp = DistributedDataParallel(network(seed), bucket_cap_mb=0.02)
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=0.02)
     session = None if spec is None else commpress.attach(ddp, spec, error_feedback=error_feedback)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=LEARNING_RATE, momentum=0.9)
     cut = len(text()) * 9 // 10
-    draw = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+    draw = torch.Generator().manual_seed(1000 * SEED + dist.get_rank())
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / STEPS)
         x, y = examples(torch.randint(cut - CONTEXT - 1, (BATCH,), generator=draw))
@@ -90,17 +90,12 @@ def final_loss(spec: str | None, seed: int, error_feedback: bool) -> float:
         return float(nn.functional.cross_entropy(ddp.module(x), y))
 
 
-def final_losses(spec: str | None, error_feedback: bool = True) -> list[float]:
-    """One for each seed."""
-    return [final_loss(spec, seed, error_feedback) for seed in SEEDS]
-
-
 @cache
 def loss(spec: str | None, error_feedback: bool = True) -> float:
-    """The mean over the seeds. Both ranks have the same model, so the same loss."""
-    one, other = run(2, final_losses, spec, error_feedback, timeout=120)
+    """The loss that both ranks have: they have the same model."""
+    one, other = run(2, final_loss, spec, error_feedback, timeout=120)
     assert one == other
-    return mean(one)
+    return float(one)
 
 
 @pytest.fixture(scope="module")

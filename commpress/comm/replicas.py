@@ -1,14 +1,16 @@
 """The session of replicas: every rank of one process group holds all parameters, and their gradients become one mean."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from itertools import product
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
-from commpress.comm.codecs import Codec
+from commpress.comm.auto import Auto
+from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.feedback import Segments
@@ -16,6 +18,8 @@ from commpress.comm.masks_index import MaskIndex, in_memory_order, of_pairs
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.plan import Plan
 from commpress.comm.resize import of_replicas
+from commpress.comm.rules import Rules, Spec, rules_for
+from commpress.comm.search import PLAIN
 from commpress.comm.session import Masks, Session
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.verify import EVERY, require_interval
@@ -24,7 +28,7 @@ Layouts = dict[str, tuple[torch.Size, tuple[int, ...]]]
 
 
 def replicas_session(
-    spec: str | Codec,
+    spec: Spec,
     group: dist.ProcessGroup,
     device: torch.device,
     *,
@@ -45,25 +49,45 @@ def replicas_session(
     `step_buffer.replicas`, and payloads have checksums.
     """
     name = None if optimizer is None else type(optimizer).__name__
+    rules = _agreed_rules(spec, parameters, group, device)
+    by_name = PLAIN if rules is not None or spec == AUTO else spec
+    assert not isinstance(by_name, Mapping)
     more: dict[str, object] = {"optimizer": name, "grad_scaler": grad_scaler is not None, "verify": verify}
-    plan = agreed_plan(spec, exchange, error_feedback, parameters, group, device, more)
+    if by_name is not spec:
+        more["spec"] = str(rules or spec)
+    plan = agreed_plan(by_name, exchange, error_feedback, parameters, group, device, more)
     collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
     if collectives.world_size > 1:
-        for dtype in set(dtypes) | {torch.float32}:
-            warm_up(plan.codec, device, dtype, prologue=optimizer is not None)
+        for dtype, codec in product(
+            set(dtypes) | {torch.float32}, {plan.codec, *(() if rules is None else rules.lossy)}
+        ):
+            warm_up(codec, device, dtype, prologue=optimizer is not None)
+    auto = Auto(collectives, error_feedback) if spec == AUTO or (rules is not None and rules.has_auto) else None
+    named = str(plan.codec) if by_name is spec else str(rules or spec)
 
     def masks(given: Masks) -> list[MaskIndex]:
         return [_mask_index(given, dict(parameters), layouts or {}, collectives.pairs, optimizer)]
 
     return Session(
         collectives,
-        spec=str(plan.codec),
-        settings={"settings": {**plan.settings(), "optimizer": name}},
-        step_buffer=StepBuffer(collectives, optimizer, parameters),
+        spec=named,
+        settings={"settings": {**plan.settings(), "codec": named, "optimizer": name}},
+        step_buffer=StepBuffer(collectives, optimizer, parameters, auto, rules),
         parameters=parameters,
         masks=masks,
         reshard=of_replicas,
     )
+
+
+def _agreed_rules(spec: Spec, parameters: Segments, group: dist.ProcessGroup, device: torch.device) -> Rules | None:
+    """The rules, if the spec has patterns. Collective if they make none: then all ranks raise."""
+    if not isinstance(spec, Mapping):
+        return None
+    try:
+        return rules_for(spec, [name for name, _ in parameters])
+    except (ValueError, TypeError) as error:
+        require_agreement({"error": str(error)}, group, device)
+        raise
 
 
 def agreed_plan(

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import Settings, require_equal
+from commpress.comm.auto import Auto
+from commpress.comm.codecs import AUTO
 from commpress.comm.collectives import Collectives
 from commpress.comm.failure import ExchangeError
 from commpress.comm.feedback import Segments
@@ -21,6 +23,7 @@ from commpress.comm.meter import Report
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.parameters import bare_name
 from commpress.comm.rank_state import RankState
+from commpress.comm.receipt import Receipt, link_bytes, receipt
 from commpress.comm.resize import (
     Memories,
     empty_memories,
@@ -88,6 +91,7 @@ class Session:
         self.side_traffic: list[SideTraffic] = []
         self._spec, self._settings, self._parameters = spec, settings, parameters
         self._masks, self._reshard, self._values = masks, reshard, values
+        self._counted = link_bytes()
 
     @property
     def _optimizer(self) -> OptimizerHooks | None:
@@ -148,9 +152,37 @@ class Session:
         for collectives in self.collectives:
             require_equal(collectives.traffic.ask(dict(settings), what))
 
+    @property
+    def _auto(self) -> Auto | None:
+        return None if self.step_buffer is None else self.step_buffer.auto
+
+    def explain(self) -> str:
+        """Return the specs that `auto` has tried, their predicted and measured steps, and which one it has chosen, as a table.
+
+        Where a spec was given, a sentence that says so.
+        """
+        return f"the spec was given: {self._spec}" if self._auto is None else self._auto.explain()
+
+    def receipt(self) -> Receipt:
+        """Return whether compression has paid so far: seconds and bytes of a step against plain training, on this rank."""
+        counted = link_bytes()
+        counted = None if counted is None or self._counted is None else counted - self._counted
+        auto = self._auto
+        if auto is None:
+            return receipt(self.report(), None, self._spec, counted, None)
+        spec = auto.search.spec if self._spec == AUTO else f"{self._spec} ({auto.search.spec})"
+        return receipt(self.report(), auto.choice, spec, counted, auto.break_even())
+
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
-        own = (one.traffic.report(self._spec, self.rank, self.world_size) for one in self.collectives)
+        spec = (
+            self._spec
+            if self._auto is None
+            else self._auto.spec
+            if self._spec == AUTO
+            else f"{self._spec}; {self._auto.spec}"
+        )
+        own = (one.traffic.report(spec, self.rank, self.world_size) for one in self.collectives)
         merged = Report.merge(*own, *(other.report() for other in self.side_traffic))
         return replace(merged, rank=self.rank, world_size=self.world_size)
 

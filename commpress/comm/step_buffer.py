@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from commpress.comm.agreement import require_equal, require_same_names
+from commpress.comm.auto import Auto
+from commpress.comm.codecs import Codec
 from commpress.comm.collectives import Collectives
 from commpress.comm.feedback import Feedback, Segments
 from commpress.comm.optimizer_hooks import OptimizerHooks
@@ -22,6 +24,7 @@ from commpress.comm.parameters import real_view
 from commpress.comm.parts import taken_apart
 from commpress.comm.plan import Override
 from commpress.comm.resize import require_same_parameters
+from commpress.comm.rules import Rules
 from commpress.comm.timeline import Span
 from commpress.comm.traffic import Step
 from commpress.comm.verify import Comparison
@@ -39,12 +42,21 @@ class PendingBucket:
 
 
 class StepBuffer:
-    """The gradients of one set of replicas, bucket by bucket. `parameters` are their names and sizes, if they are known."""
+    """The gradients of one set of replicas, bucket by bucket. `parameters` are their names and sizes, if they are known.
+
+    `auto` chooses the plan of each step; without it the plan is that of `collectives`. `rules` name codecs of parameters.
+    """
 
     def __init__(
-        self, collectives: Collectives, optimizer: OptimizerHooks | None = None, parameters: Segments = ()
+        self,
+        collectives: Collectives,
+        optimizer: OptimizerHooks | None = None,
+        parameters: Segments = (),
+        auto: Auto | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.collectives, self.optimizer, self.parameters = collectives, optimizer, parameters
+        self.auto, self.rules = auto, rules
         collectives.may_undo = optimizer is not None and collectives.grad_scaler is not None
         self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
         """Tensors of which all ranks should hold the same bits when a step begins, by name; for those who know it."""
@@ -67,6 +79,8 @@ class StepBuffer:
         if self._begins:
             self._begin()
         self._begins = last
+        if self.auto is not None:
+            self.auto.note_bucket(bucket.numel(), bucket.element_size())
         if self.optimizer is not None:
             self.optimizer.on_bucket(bucket, segments)
         if last and self._backward_started is not None:
@@ -116,6 +130,8 @@ class StepBuffer:
 
     def _begin(self) -> None:
         collectives, optimizer = self.collectives, self.optimizer
+        if self.auto is not None:
+            self.auto.begin_step()
         due = collectives.traffic.is_due(self.step)
         self._current = Step(self.step, Comparison(self.step, list(self.replicas())) if due else None)
         if optimizer is None:
@@ -150,6 +166,8 @@ class StepBuffer:
     ) -> Work:
         """Exchange a bucket, or those parts of it that travel in this step, by what the optimizer wants for each."""
         collectives, step, optimizer = self.collectives, self._current, self.optimizer
+        if self.rules is not None:
+            return self._send_by_rules(self.rules, x, segments, index, last, then)
         if optimizer is None:
             return collectives.all_reduce(x, segments, index, step=step, last=last, then=then)
         codec, parts = collectives.gradients.codec, optimizer.split(segments)
@@ -167,6 +185,26 @@ class StepBuffer:
             override = optimizer.override(part, codec)
             ends = last and part is parts[-1]
             collectives.all_reduce(flat, part, index, override=override, step=step, last=ends, then=done)
+        return whole
+
+    def _send_by_rules(
+        self,
+        rules: Rules,
+        x: Tensor,
+        segments: Segments,
+        index: int,
+        last: bool,
+        then: Callable[[BaseException | None], None] | None,
+    ) -> Work:
+        """Exchange a bucket in parts, each by the codec that the rules have for it."""
+        send, parts = partial(self.collectives.all_reduce, step=self._current), rules.parts(segments)
+        if len(parts) == 1:
+            return send(x, segments, index, override=_by_rule(parts[0][1]), last=last, then=then)
+        whole, flat = Work(x, not_counted), real_view(x).view(-1)
+        apart = taken_apart(flat, segments, [part for part, _ in parts], whole.finish if then is None else then)
+        for (values, part, done), (_, codec) in zip(apart, parts, strict=True):
+            ends = last and part is parts[-1][0]
+            send(values, part, index, override=_by_rule(codec), last=ends, then=done)
         return whole
 
     def forget_skipped_step(self) -> None:
@@ -203,3 +241,8 @@ class StepBuffer:
     def timeline_starts(self) -> None:
         """A timeline begins, between two steps."""
         self._backward_started = None
+
+
+def _by_rule(codec: Codec | None) -> Override | None:
+    """The override of a named codec; None where the step's own plan holds."""
+    return None if codec is None else Override(codec)

@@ -32,6 +32,7 @@ from commpress.comm.parameters import real_view
 from commpress.comm.parts import taken_apart
 from commpress.comm.plan import Override
 from commpress.comm.rank_state import RankState
+from commpress.comm.receipt import Receipt, receipt
 from commpress.comm.replicas import agreed_plan
 from commpress.comm.resize import moved, unreadable
 from commpress.comm.session import Session
@@ -186,6 +187,11 @@ class Outer:
             0.0, sum(report.seconds[phase] for phase in ("encode", "wire", "decode")) - self._waited
         )
         return replace(report, steps=self._steps, seconds=seconds)
+
+    def receipt(self) -> Receipt:
+        """Return what the outer syncs have sent so far, a step, on this rank."""
+        report = self.report()
+        return receipt(report, None, report.spec, None, None)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:

@@ -156,7 +156,9 @@ def test_garbage_is_not_timed(codec: Codec, complaint: str) -> None:
         assert complaint in said
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_what_is_sound_passes(world_size: int) -> None:
-    specs = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.05)|sign")
+@pytest.mark.parametrize(("world_size", "specs"), [
+    (2, ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.05)|sign")),
+    (3, ("bf16", "int4", "topk(0.05)|sign")),
+])  # fmt: skip
+def test_what_is_sound_passes(world_size: int, specs: tuple[str, ...]) -> None:
     assert run(world_size, measured, *specs) == [[""] * len(specs)] * world_size

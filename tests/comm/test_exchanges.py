@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,8 +21,7 @@ from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
 
 PAIRS: tuple[tuple[str, str | None], ...] = (
-    ("int8", None),
-    ("int4", None),
+    ("int8", None),  # two_shot
     ("sign", None),
     ("topk(0.01)", None),
     ("topk(0.1)", None),
@@ -34,9 +34,7 @@ PAIRS: tuple[tuple[str, str | None], ...] = (
     ("sign", "one_shot"),
     ("bf16", "one_shot"),
     ("none", "one_shot"),
-    ("int8", "two_shot"),
     ("int4", "two_shot"),
-    ("sign", "two_shot"),
     ("topk(0.01)", "two_shot"),
     ("topk(0.1)|int4", "two_shot"),
     ("fp16", "two_shot"),
@@ -47,7 +45,7 @@ PAIRS: tuple[tuple[str, str | None], ...] = (
 SUMMED = ("none", "bf16", "fp16")
 WORLD_SIZES = (2, 3, 4)
 FEW = ("int4", "sign", "topk(0.1)|int4", "bf16")
-"""Specs of the battery at 2 and 4 ranks: the chunks are others than at 3, the codecs are not."""
+"""Specs at 2 and 4 ranks: the chunks are others than at 3, the codecs are not."""
 BUCKETS = (
     (257, torch.float32),
     (1000, torch.float32),
@@ -66,6 +64,12 @@ CPU = torch.device("cpu")
 
 def values(n: int, rank: int, step: int, dtype: torch.dtype) -> Tensor:
     """What a rank contributes: a mean that all share and its own noise."""
+    return made(n, rank, step, dtype).clone()
+
+
+@cache
+def made(n: int, rank: int, step: int, dtype: torch.dtype) -> Tensor:
+    """The same, once for all specs. For reading only."""
     return (gradient(n, 17 * step) + gradient(n, 1000 * (rank + 1) + step)).to(dtype)
 
 
@@ -157,9 +161,9 @@ def exchanged(spec: str, exchange: str | None) -> dict[str, Any]:
     return {"means": means, "memories": memories, "rows": session.report().to_dict()["rows"]}
 
 
-def all_tiny() -> dict[tuple[str, str], list[list[Tensor]]]:
+def all_tiny(specs: tuple[str, ...]) -> dict[tuple[str, str], list[list[Tensor]]]:
     """The means of every spec by every exchange."""
-    return {(spec, exchange): tiny(spec, exchange) for spec in TINY_SPECS for exchange in ("one_shot", "two_shot")}
+    return {(spec, exchange): tiny(spec, exchange) for spec in specs for exchange in ("one_shot", "two_shot")}
 
 
 def tiny(spec: str, exchange: str) -> list[list[Tensor]]:
@@ -325,7 +329,7 @@ def crossing(codec: Codec, exchange: str, n: int, world_size: int, rank: int) ->
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_lengths_below_the_number_of_ranks(world_size: int) -> None:
-    ranks = run(world_size, all_tiny, timeout=200)
+    ranks = run(world_size, all_tiny, TINY_SPECS if world_size == 3 else FEW, timeout=200)
     for spec, exchange in ranks[0]:
         codec = parse(spec)
         for index, n in enumerate(TINY):

@@ -71,8 +71,9 @@ def test_exact_weights_at_fewer_bytes(world_size):
     assert all(6922 / (0.11 * 6784 + 138) < ratio < 6922 / (0.09 * 6784 + 138) for _, ratio, _ in results)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("spec", ["int4", "topk(0.1)|sign", "bf16"])
+@pytest.mark.parametrize(
+    ("spec", "world_size"), [("int4", 3), ("topk(0.1)|sign", 2), ("topk(0.1)|sign", 3), ("bf16", 2)]
+)
 def test_any_codec_on_top(spec, world_size):
     results = run(world_size, against_masked_ddp, spec)
     assert all(same(results[0][2], other) for _, _, other in results)

@@ -235,11 +235,11 @@ def counts() -> tuple[int, int]:
 
 
 def attached_again(kind: str) -> list[tuple[int, int]]:
-    """Descriptors and threads after four and twelve sessions of a kind that were used and dropped."""
+    """Descriptors and threads after four and eight sessions of a kind that were used and dropped."""
     seen = []
-    for round_ in range(12):
+    for round_ in range(8):
         USES[kind]()
-        if round_ in (3, 11):
+        if round_ in (3, 7):
             gc.collect()  # what is in cycles; the rest has gone at once
             dist.barrier()
             time.sleep(0.3)  # native threads end by themselves

@@ -26,7 +26,7 @@ from commpress.optim.sharded_one_bit import ShardedOneBitAdamW
 LIBRARIES = ("engines",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
-STEPS, WARM = 40, 12
+STEPS, WARM = 28, 8
 Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
@@ -193,7 +193,7 @@ def settled() -> list[tuple[int, float]]:
     for stage in (0, 1):
         e = engine(stage, optimizer=lambda p: OneBitAdamW(p, lr=1e-6, betas=(0.9, 0.9)))
         attach(e, "sign", parameters="sign" if stage else None)
-        train(e, [0] * 60)  # one batch, so that the variance becomes a constant
+        train(e, [0] * 42)  # one batch, so that the variance becomes a constant
         group = e.basic_optimizer.param_groups[0]
         found.append((group["frozen_at"], group["variance"]))
     return found
@@ -239,38 +239,42 @@ def dgc(parameters: Iterable[Tensor], **settings: Any) -> DGC:
 
 
 def others() -> list[Any]:
-    """ZeroOneAdamW and DGC at ZeRO 0, 1 and 2: what they learn, and how."""
+    """ZeroOneAdamW and DGC at ZeRO 0, 1 and 2: how they go and what they leave after some steps, what they learn at ZeRO 0."""
     found = []
-    steps = range(WARM + 45)  # the last one is a local step
+    first, rest = range(WARM + 13), range(WARM + 13, WARM + 45)  # the last of each is a local step
     for stage in range(3):
         e = engine(stage, optimizer=zero_one, gradient_clipping=0.1)
         session = attach(e, "sign")
-        loss = final(train(e, steps))
+        train(e, first)
+        left = weights(e)
+        loss = final(train(e, rest)) if stage == 0 else None
         drifted, kept = same_on_all_ranks(weights(e)), {row.how for row in rows(session, "gradients")}
         with e.basic_optimizer.synced():
-            found.append((loss, drifted, same_on_all_ranks(weights(e)), kept, rows(session, "parameters")))
+            found.append((loss, drifted, same_on_all_ranks(weights(e)), kept, rows(session, "parameters"), left))
         e = engine(stage, optimizer=dgc)
         session = attach(e, "topk(0.1)|int4")
-        loss = final(train(e, steps))
-        found.append((loss, same_on_all_ranks(weights(e)), session.report().ratio))
+        train(e, first)
+        left = weights(e)
+        loss = final(train(e, rest)) if stage == 0 else None
+        found.append((loss, same_on_all_ranks(weights(e)), session.report().ratio, left))
     return found
 
 
 def test_zero_one_adamw_and_dgc_at_zero_0_to_2() -> None:
     for found in run(RANKS, others, timeout=120):
-        for (loss, drifted, synced, how, parameters), (momentum, agree, ratio) in zip(
+        assert found[0][0] < 0.9
+        assert found[1][0] < 1.6
+        for (_, drifted, synced, how, parameters, left), (_, agree, ratio, left_by_dgc) in zip(
             found[::2], found[1::2], strict=True
         ):
-            assert loss < 0.9
             assert not drifted
             assert synced
             assert "not sent: a local step" in how
             assert not parameters
-            assert momentum < 1.6
             assert agree
             assert ratio > 15
-        assert found[0] == found[2] == found[4]
-        assert found[1] == found[3] == found[5]
+            assert same(left, found[0][-1])
+            assert same(left_by_dgc, found[1][-1])
 
 
 def one_bit_at_all_stages() -> list[bool]:
@@ -310,13 +314,13 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def by_ddp_and_engines() -> list[tuple[str, str, bool]]:
-    """Each of these on one matrix, after 21 steps: whether an engine leaves the bits that DDP leaves."""
+    """Each of these on one matrix, after 15 steps: whether an engine leaves the bits that DDP leaves."""
     found = []
     for name, (make, spec) in MADE.items():
         ddp = DistributedDataParallel(matrix())
         optimizer = make(ddp.parameters())
         ddp_attach(ddp, spec, optimizer=optimizer)  # type: ignore[arg-type]
-        steps = range(40 if "settled" in name else 21)
+        steps = range(40 if "settled" in name else 15)
         under_ddp = train_ddp(ddp, steps, optimizer=optimizer).parameters
         assert optimizer.param_groups[0].get("frozen_at", 1) in range(1, 30)
         for way, setup in ENGINES.items():
@@ -414,7 +418,7 @@ RESUMED: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "OneBitAdamW, ZeRO 1, sharded": ({"stage": 1, "optimizer": coded_warm_up}, "sign", "sign"),
     **{
         f"OneBitAdamW, ZeRO 2, between its phases, {parameters}": (
-            {"stage": 2, "optimizer": lambda p: one_bit(p, warmup_spec="int4", warmup_steps=6)},
+            {"stage": 2, "optimizer": lambda p: one_bit(p, warmup_spec="int4", warmup_steps=4)},
             "sign",
             parameters,
         )
@@ -438,12 +442,12 @@ def resumed(folder: str) -> list[tuple[str, bool, bool]]:
     for name, (setup, gradients, parameters) in RESUMED.items():
         e = engine(**setup)
         session = attach(e, gradients, parameters=parameters)
-        train(e, range(6))
+        train(e, range(4))
         local = isinstance(e.basic_optimizer, ZeroOneAdamW)
         with e.basic_optimizer.synced() if local else contextlib.nullcontext():
             e.save_checkpoint(folder, tag=name)
         state = copy.deepcopy(session.state_dict())
-        train(e, range(6, 10))
+        train(e, range(4, 7))
         again, without = engine(**setup), engine(**setup)
         kept = attach(again, gradients, parameters=parameters)
         attach(without, gradients, parameters=parameters)
@@ -451,7 +455,7 @@ def resumed(folder: str) -> list[tuple[str, bool, bool]]:
             restarted.load_checkpoint(folder, tag=name)
         kept.load_state_dict(state)
         for restarted in (again, without):
-            train(restarted, range(6, 10))
+            train(restarted, range(4, 7))
         unbroken = weights(e)
         found.append((name, same(unbroken, weights(again)), same(unbroken, weights(without))))
     return found

@@ -1,10 +1,11 @@
 """The kernels for CUDA give the bytes of the definitions: on Triton's interpreter, with CPU tensors.
 
-`test_triton.py` runs this file in processes of their own, since Triton asks for its interpreter when it is imported. By hand:
+`test_triton.py` runs this file in a process of its own, since Triton asks for its interpreter when it is imported. By hand:
 
     TRITON_INTERPRET=1 SPECS="int8 sign" pytest tests/kernels/interpreted.py
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from battery import defined_encode, same, same_bits
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from commpress.comm import coding
 from commpress.comm.codecs import parse
@@ -23,11 +25,20 @@ from commpress.comm.prologue import Prologue
 from commpress.kernels import table
 
 SPECS = os.environ["SPECS"].split()
-BLOCK = 1024
-"""A multiple of every codec's block."""
+SIZE = 1024
+"""Of the codecs with blocks of 256 a whole program's values; of `sign` and `int2` a block, their programs have 4 or 8."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which tells of each NaN
+
+
+_call: Any = InterpretedFunction.__call__
+
+
+def called(function: Any, *arguments: Any, **constants: Any) -> Any:
+    """Call a function of a kernel, without giving its module the interpreter's language again: the launch has done so."""
+    ours = function.fn.__module__.startswith("commpress.")
+    return (function.rewrite() if ours else functools.partial(_call, function))(*arguments, **constants)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +49,7 @@ def kernels() -> Iterator[dict[tuple[str, str | None, str], Any]]:
     found = {(op, word, "cpu"): kernel for (op, word, _), kernel in KERNELS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "KERNELS", table.KERNELS | found)
+        patch.setattr(InterpretedFunction, "__call__", called)
         yield found
 
 
@@ -46,9 +58,15 @@ def codec(request: pytest.FixtureRequest, kernels: object) -> Codec:
     return parse(request.param)
 
 
-def all_inputs(tail: int) -> Tensor:
-    """Each input of the battery as one block, and `tail` values of a gradient behind them."""
-    return torch.cat([*battery.tame(BLOCK).values(), *battery.wild(BLOCK).values(), battery.gradient(tail)])
+def block_of(codec: Codec) -> int:
+    """How many values the codec's block has."""
+    return max(256, codec.granularity)
+
+
+def all_inputs(codec: Codec, tail: int) -> Tensor:
+    """Each input of the battery as one block, and `tail` values of a gradient behind them: several programs, whole or not."""
+    block = block_of(codec)
+    return torch.cat([*battery.tame(block).values(), *battery.wild(block).values(), battery.gradient(tail)])
 
 
 def remembered(x: Tensor) -> Tensor:
@@ -62,7 +80,7 @@ def test_every_op_that_has_a_loop_on_cpu_has_a_kernel(kernels: dict[tuple[str, s
 
 @pytest.mark.parametrize("tail", [0, 1, 7, 700])
 def test_payload_and_residual_are_those_of_the_definition(codec: Codec, tail: int) -> None:
-    x = all_inputs(tail) if tail == 700 else battery.gradient(2 * BLOCK + tail)
+    x = all_inputs(codec, tail) if tail == 700 else battery.gradient(2 * SIZE + tail)
     assert torch.equal(encode(codec, x), defined_encode(codec, x)[0])
     before = remembered(x)
     after, (payload, expected) = before.clone(), defined_encode(codec, x, before)
@@ -72,7 +90,7 @@ def test_payload_and_residual_are_those_of_the_definition(codec: Codec, tail: in
 
 
 def test_values_behind_a_prologue_are_those_of_the_definition(codec: Codec) -> None:
-    x = all_inputs(700)
+    x = all_inputs(codec, 700)
     inverse, average = 0.5 + battery.normal(x.numel(), 1).abs(), battery.normal(x.numel(), 2)
     scaled = x * inverse  # in this order, with each product rounded
     values = 0.1 * scaled.clamp(-1.5, 1.5) + 0.9 * average + (scaled - scaled)
@@ -85,7 +103,7 @@ def test_values_behind_a_prologue_are_those_of_the_definition(codec: Codec) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_read_and_means_written_in_their_own_dtype(codec: Codec, dtype: torch.dtype) -> None:
-    n = 2 * BLOCK + 300
+    n = 2 * SIZE + 300
     x, before = battery.gradient(n).to(dtype), battery.gradient(n, seed=1)
     payload, expected = defined_encode(codec, x.float(), before)
     assert torch.equal(encode(codec, x, before), payload)
@@ -96,9 +114,11 @@ def test_gradients_are_read_and_means_written_in_their_own_dtype(codec: Codec, d
     assert same(mean, coding.defined_mean(codec, payloads, n, 2).to(dtype))
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_mean_and_recode_are_those_of_the_definition(codec: Codec, count: int) -> None:
-    xs = [all_inputs(300).roll(r * BLOCK) for r in range(count)]
+@pytest.mark.parametrize(("count", "blocks"), [(1, 4), (3, None)], ids=["of one", "of three"])
+def test_mean_and_recode_are_those_of_the_definition(codec: Codec, count: int, blocks: int | None) -> None:
+    block = block_of(codec)
+    last = None if blocks is None else -(blocks * block + 300)
+    xs = [all_inputs(codec, 300).roll(r * block)[last:] for r in range(count)]
     n = xs[0].numel()
     payloads = torch.cat([defined_encode(codec, x)[0] for x in xs])
     mean = coding.defined_mean(codec, payloads, n, count)

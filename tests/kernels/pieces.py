@@ -22,6 +22,9 @@ LANES = types.Array(types.float32, 2, "C")
 F, INT, NONE = types.float32, types.int64, types.none
 STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
 
+OPTIONS = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Those of the loops; but nobody calls what is compiled here, so what Python would call it by is not made."""
+
 
 def in_order(x: Any, residual: Any) -> Any:
     """A sum whose order is fixed."""
@@ -97,7 +100,7 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 
 def lowered(function: Callable[..., Any], signature: tuple[Any, ...]) -> str:
     """LLVM's code of a function as Numba lowers it, for no processor."""
-    compiled: Any = njit(nogil=True, error_model="numpy")(getattr(function, "py_func", function))
+    compiled: Any = njit(**OPTIONS)(getattr(function, "py_func", function))
     compiled.compile(signature)
     code = compiled.inspect_llvm(compiled.signatures[0])
     code = re.sub(r"target (triple|datalayout) = .*", "", code)

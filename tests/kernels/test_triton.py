@@ -12,12 +12,17 @@ CHECKS = Path(__file__).with_name("interpreted.py")
 CODE = Path(__file__).with_name("triton_code.py")
 SHARED = 48 * 1024
 """Bytes of shared memory that every GPU gives a program without being asked."""
+SPECS = "bf16 fp16 fp8 fp8(e5m2) int8 int8(stochastic) int4 int4(stochastic) int2 sign"
+ALL: dict[int, list[str] | None] = {80: None, 90: None, 100: None}
+QUICK: dict[int, list[str] | None] = {
+    90: None,
+    80: ["int8 prologue", "fp8 recode", "bf16 mean", "sign feedback", "int2 prologue"],
+    100: ["int4(stochastic) recode", "fp8 prologue", "fp16 feedback", "sign recode", "int2 encode"],
+}
+"""Kernels by compute capability, None for all: of the others a member of each family, and each op."""
 
 
-@pytest.mark.parametrize(
-    "specs", ["bf16 fp16 fp8 fp8(e5m2) int8 int4", "int8(stochastic) int4(stochastic)", "sign", "int2"]
-)
-def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(specs: str) -> None:
+def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition() -> None:
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(
@@ -33,7 +38,7 @@ def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(specs: str)
             "--durations=4",
             str(CHECKS),
         ],
-        env={**environment, "TRITON_INTERPRET": "1", "SPECS": specs},
+        env={**environment, "TRITON_INTERPRET": "1", "SPECS": SPECS},
         capture_output=True,
         text=True,
         timeout=280,
@@ -41,11 +46,14 @@ def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(specs: str)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(capability: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["most", "all"])
+def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(
+    kernels: dict[int, list[str] | None], tmp_path: Path
+) -> None:
     pytest.importorskip("triton")
+    wanted = [str(number) if some is None else f"{number}:{','.join(some)}" for number, some in kernels.items()]
     done = subprocess.run(
-        [sys.executable, str(CODE), str(capability)],
+        [sys.executable, str(CODE), *wanted],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -53,7 +61,8 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 9 * 4 + 7  # 16-bit casts have no recode
+    every = 9 * 4 + 7  # 16-bit casts have no recode
+    assert len(rows) == sum(every if some is None else len(some) for some in kernels.values())
     for row in rows:
         assert row["stack"] == 0, row
         assert row["fused"] == 0, row

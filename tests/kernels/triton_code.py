@@ -1,9 +1,10 @@
-"""Compiles every kernel for CUDA for one GPU, without having one, and prints what its machine code needs:
+"""Compiles kernels for CUDA for GPUs, without having one, and prints what their machine code needs:
 
-    python tests/kernels/triton_code.py 90
+    python tests/kernels/triton_code.py 90 "80:int8 prologue,sign mean"
 
-A row a kernel: registers of a thread, bytes of its stack (what was spilled), bytes of shared memory, products that are fused
-with a sum, and accesses of 16 bytes. `test_triton.py` runs it for several GPUs.
+Compute capabilities, each with the kernels that are wanted, or all. A row a kernel: registers of a thread, bytes of its stack
+(what was spilled), bytes of shared memory, products that are fused with a sum, and accesses of 16 bytes. `test_triton.py` runs
+it.
 """
 
 import json
@@ -64,10 +65,11 @@ def needs(kernel: Any) -> dict[str, int]:
     }
 
 
-def main(capability: int) -> None:
+def main(capability: int, wanted: list[str] | None) -> None:
     """Print a line of JSON for each kernel: what it needs on a GPU of this compute capability."""
     target = GPUTarget("cuda", capability, 32)
-    here = {"get_current_device": lambda: 0, "get_current_stream": lambda _: 0, "get_current_target": lambda: target}
+    here = {"get_current_stream": lambda _: 0, "get_current_target": lambda: target}
+    here["get_current_device"] = lambda: capability  # Triton asks for the target once a device
     driver.set_active(SimpleNamespace(**here))
     x, residual = torch.zeros(N), torch.zeros(N)
     prologue = Prologue(x, x, 1.0, 0.5, 0.5)
@@ -88,9 +90,13 @@ def main(capability: int) -> None:
         if hasattr(family, "recode"):
             ops["recode"] = lambda: family.recode(codec, payload.repeat(4), N, 4, residual, payload)  # noqa: B023
         for op, run in ops.items():
-            run()
-            print(json.dumps({"kernel": f"{spec} {op}", **needs(found["kernel"])}), flush=True)
+            if wanted is None or f"{spec} {op}" in wanted:
+                run()
+                row = {"kernel": f"{spec} {op}", "capability": capability, **needs(found["kernel"])}
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    for argument in sys.argv[1:]:
+        number, _, kernels = argument.partition(":")
+        main(int(number), kernels.split(",") if kernels else None)

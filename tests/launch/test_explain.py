@@ -10,6 +10,7 @@ import torch
 from commands import Ended, run_command
 
 from commpress.comm import cost
+from commpress.comm import speed as codec_speed
 from commpress.comm.cost import Cluster, Speed
 from commpress.comm.plan import Plan
 from commpress.launch import explain, predictions, speed
@@ -21,7 +22,7 @@ SMALL = ("--params", "2m", "--world", "4", "--bandwidth", "1gbit")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds are measured all the same, on less memory."""
-    monkeypatch.setattr(speed, "VALUES", 2**14)
+    monkeypatch.setattr(codec_speed, "VALUES", 2**14)
     monkeypatch.setattr(speed, "SOCKET_BYTES", 2**21)
 
 

@@ -40,7 +40,7 @@ def joined(name: str, warmup_steps: int | None) -> tuple[list[Tensor], list[bool
     ddp = wrapped(model)
     session = commpress.attach(ddp, SPECS[name], optimizer=optimizer)
     moved = []
-    for step in range(7, 20) if warmup_steps else [7] * 50:  # a variance settles where gradients stay what they are
+    for step in range(7, 20) if warmup_steps else [7] * 42:  # a variance settles where gradients stay what they are
         before = parameters_of(model)
         train(ddp, [step], optimizer=optimizer)
         moved.append(all(not torch.equal(a, b) for a, b in zip(before, parameters_of(model), strict=True)))
@@ -75,53 +75,59 @@ def warms_up_alone() -> tuple[list[Tensor], list[Tensor]]:
     return parameters_of(model[0]), [p.detach() for p in copies]
 
 
-def resumed_newcomers(name: str, at: int) -> tuple[list[Tensor], list[Tensor]]:
-    """A run with a layer that joins, and one that goes on from a checkpoint of a step in its warm-up, or behind it."""
+def resumed_newcomers(name: str, ats: tuple[int, ...]) -> list[tuple[int, list[Tensor], list[Tensor]]]:
+    """A run with a layer that joins, and those that go on from checkpoints of steps in its warm-up, and behind it.
+
+    Returns, for each of these steps, the parameters of the run and of the one that goes on, four steps behind the last one.
+    """
 
     def started(model: nn.Module) -> tuple[nn.Module, CompressedOptimizer, commpress.Session]:
         ddp = wrapped(model)
         optimizer = KINDS[name](list(model[2:].parameters()))  # type: ignore[index]
         return ddp, optimizer, commpress.attach(ddp, SPECS[name], optimizer=optimizer)
 
-    results = []
-    for breaks in (False, True):
+    end = ats[-1] + 4
+    model = network()
+    model[0].requires_grad_(False)
+    ddp, optimizer, session = started(model)
+    train(ddp, range(7), optimizer=optimizer)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    ddp = wrapped(model)
+    session = commpress.attach(ddp, SPECS[name], optimizer=optimizer)
+    saved = {}
+    for step in range(7, end):
+        if step in ats:
+            saved[step] = copy.deepcopy((model.state_dict(), optimizer.state_dict(), session.state_dict()))
+        train(ddp, [step], optimizer=optimizer)
+    unbroken, results = parameters_of(ddp), []
+    for at, state in saved.items():
         model = network()
-        model[0].requires_grad_(False)
-        ddp, optimizer, session = started(model)
-        train(ddp, range(7), optimizer=optimizer)
-        model[0].requires_grad_(True)
-        optimizer.add_param_group({"params": list(model[0].parameters())})
         ddp = wrapped(model)
+        optimizer = KINDS[name](list(model[2:].parameters()))
+        optimizer.add_param_group({"params": list(model[0].parameters())})
         session = commpress.attach(ddp, SPECS[name], optimizer=optimizer)
-        train(ddp, range(7, at), optimizer=optimizer)
-        if breaks:
-            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), session.state_dict()))
-            model = network()
-            ddp = wrapped(model)
-            optimizer = KINDS[name](list(model[2:].parameters()))
-            optimizer.add_param_group({"params": list(model[0].parameters())})
-            session = commpress.attach(ddp, SPECS[name], optimizer=optimizer)
-            model.load_state_dict(saved[0])
-            optimizer.load_state_dict(saved[1])
-            session.load_state_dict(saved[2])
-        train(ddp, range(at, 20), optimizer=optimizer)
-        results.append(parameters_of(ddp))
-    return results[0], results[1]
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+        session.load_state_dict(state[2])
+        train(ddp, range(at, end), optimizer=optimizer)
+        results.append((at, unbroken, parameters_of(ddp)))
+    return results
 
 
-def again(name: str, at: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Eighteen steps, and the same with a model that is wrapped and attached anew between them."""
+def again(name: str, trainings: list[list[int]]) -> list[list[Tensor]]:
+    """Fourteen steps, and the same with a model that is wrapped and attached anew before some of them."""
     results = []
-    for breaks in (False, True):
+    for ats in ([], *trainings):
         ddp = wrapped()
         optimizer, _ = attached(name, ddp)
-        train(ddp, range(at), optimizer=optimizer)
-        if breaks:
-            ddp = wrapped(ddp.module)
-            commpress.attach(ddp, SPECS[name], optimizer=optimizer)
-        train(ddp, range(at, 18), optimizer=optimizer)
+        for step in range(14):
+            if step in ats:
+                ddp = wrapped(ddp.module)
+                commpress.attach(ddp, SPECS[name], optimizer=optimizer)
+            train(ddp, [step], optimizer=optimizer)
         results.append(parameters_of(ddp))
-    return results[0], results[1]
+    return results
 
 
 def added_without_a_wrapper(name: str) -> tuple[bool, list[Tensor]]:
@@ -243,8 +249,10 @@ def copied() -> tuple[str, bool]:
     return outcome(other.step), outcome(lambda: train(ddp, range(6, 9), optimizer=optimizer)) == ""
 
 
-@pytest.mark.parametrize("warmup_steps", [WARM, None])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "warmup_steps"),
+    [("OneBitAdamW", WARM), ("OneBitAdamW", None), ("ZeroOneAdamW", WARM), ("ZeroOneAdamW", None), ("DGC", WARM)],
+)
 def test_a_layer_that_joins_behind_the_warm_up_is_trained(name: str, warmup_steps: int | None) -> None:
     results = run(2, joined, name, warmup_steps)
     for parameters, moved, rows, frozen in results:
@@ -266,18 +274,18 @@ def test_a_layer_that_joins_warms_up_as_under_adamw() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("at", [9, 14])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_run_with_a_layer_that_joined_is_resumed_bit_for_bit(name: str, at: int) -> None:
-    for unbroken, resumed in run(2, resumed_newcomers, name, at):
-        assert same(unbroken, resumed)
+def test_a_run_with_a_layer_that_joined_is_resumed_bit_for_bit(name: str) -> None:
+    for results in run(2, resumed_newcomers, name, (9, 14)):
+        for at, unbroken, resumed in results:
+            assert same(unbroken, resumed), f"from step {at} on"
 
 
-@pytest.mark.parametrize("at", [3, 8, 9])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_second_attach_goes_on_bit_for_bit(name: str, at: int) -> None:
-    for unbroken, attached_again in run(2, again, name, at):
-        assert same(unbroken, attached_again)
+def test_a_second_attach_goes_on_bit_for_bit(name: str) -> None:
+    for unbroken, *attached_again in run(2, again, name, [[3, 9], [8]]):
+        for parameters in attached_again:
+            assert same(unbroken, parameters)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.base import CompressedOptimizer
 
 WARM_UP = 3
+AFTER = 6
+"""Steps that a resumed run goes on: every bucket is synced and refreshed in them."""
 WAYS: dict[str, dict[str, Any]] = {
     "one bit": {"warmup_steps": WARM_UP},
     "one bit after int4": {"warmup_steps": WARM_UP, "warmup_spec": "int4"},
@@ -68,69 +71,77 @@ def trained(
     return history
 
 
-def interrupted(
-    way: str, spec: str, exchange: str | None, at: int, steps: int, folder: str
-) -> tuple[Trained, Trained, Trained, dict[str, Any]]:
-    """Steps unbroken; the same by other objects from a checkpoint on; the same without the session's part of it."""
-    ddp, optimizer, session = started(way, spec, exchange=exchange)
-    whole = trained(ddp, optimizer, decaying(optimizer), range(steps))
+@dataclass
+class Resumed:
+    """Steps from a checkpoint on, unbroken and by other objects; what the session has saved, and whether it is needed."""
 
-    path = f"{folder}/{dist.get_rank()}.pt"
+    unbroken: Trained
+    pieced: Trained
+    same_without_memory: bool
+    saved: dict[str, Any]
+
+
+def interrupted(way: str, spec: str, exchange: str | None, ats: Sequence[int], folder: str) -> list[Resumed]:
+    """Train with a checkpoint before each of the steps `ats`, and again from each of them on."""
     ddp, optimizer, session = started(way, spec, exchange=exchange)
     schedule = decaying(optimizer)
-    before = trained(ddp, optimizer, schedule, range(at))
     parts = {"model": ddp.module, "optimizer": optimizer, "session": session, "schedule": schedule}
-    torch.save({name: part.state_dict() for name, part in parts.items()}, path)
-    trained(ddp, optimizer, schedule, range(at, at + 2))  # what happens afterwards must not reach the file
+    whole = []
+    for step in range(min(11, max(ats) + AFTER)):
+        if step in ats:
+            torch.save(
+                {name: part.state_dict() for name, part in parts.items()}, f"{folder}/{step}.{dist.get_rank()}.pt"
+            )
+        whole.append(trained(ddp, optimizer, schedule, range(step, step + 1)))
 
-    pieced = []
-    for complete in (True, False):
-        state = torch.load(path, weights_only=True)
-        ddp, optimizer, session = started(way, spec, seed=99, exchange=exchange)
-        schedule = decaying(optimizer)
-        ddp.module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        if complete:
-            session.load_state_dict(state["session"])
-        after = trained(ddp, optimizer, schedule, range(at, steps))
-        pieced.append(Trained(after.parameters, before.gradients + after.gradients))
-    return whole, pieced[0], pieced[1], state["session"]
+    found = []
+    for at in ats:
+        state = torch.load(f"{folder}/{at}.{dist.get_rank()}.pt", weights_only=True)
+        pieced = []
+        for complete in (True, False):
+            ddp, optimizer, session = started(way, spec, seed=99, exchange=exchange)
+            schedule = decaying(optimizer)
+            ddp.module.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            if complete:
+                session.load_state_dict(state["session"])
+            pieced.append(trained(ddp, optimizer, schedule, range(at, min(11, at + (AFTER if complete else 4)))))
+        steps = [whole[at : at + len(part.gradients) // 2] for part in pieced]
+        unbroken, start = (Trained(part[-1].parameters, [g for one in part for g in one.gradients]) for part in steps)
+        found.append(Resumed(unbroken, pieced[0], same_training(start, pieced[1]), state["session"]))
+    return found
 
 
-@pytest.mark.parametrize(("way", "spec", "exchange", "at", "world_size"), [
-    ("one bit", "sign", None, 2, 2),  # in the warm-up
-    ("one bit", "sign", None, 3, 2),  # at the switch
-    ("one bit", "sign", None, 7, 3),
-    ("one bit", "topk(0.1)|sign", None, 7, 2),
-    ("one bit after int4", "sign", None, 2, 3),
-    ("one bit after int4", "sign", None, 3, 2),
-    ("one bit after int4", "int4", "two_shot", 3, 3),
-    ("one bit clipped", "sign", None, 2, 2),
-    ("one bit clipped", "sign", None, 7, 2),
-    ("zero one", "sign", None, 3, 2),
-    ("zero one", "sign", None, 5, 2),  # between syncs
-    ("zero one", "sign", "two_shot", 6, 3),
-    ("zero one", "topk(0.1)|sign", None, 8, 3),
-    ("zero one", "none", None, 6, 2),
-    ("zero one refreshed", "sign", None, 5, 2),
-    ("zero one refreshed", "sign", None, 7, 3),
-    ("zero one refreshed by int4", "sign", "two_shot", 5, 3),
-    ("zero one refreshed by int4", "topk(0.1)|sign", None, 7, 2),
-    ("dgc", "topk(0.1)", None, 4, 2),
-    ("dgc", "topk(0.1)|int4", None, 5, 3),
-    ("dgc warming up", "topk(0.01)", None, 5, 2),
+@pytest.mark.parametrize(("way", "spec", "exchange", "ats", "world_size"), [
+    ("one bit", "sign", None, [2, 3, 7], 2),  # in the warm-up, at the switch, behind it
+    ("one bit", "topk(0.1)|sign", None, [7], 3),
+    ("one bit after int4", "sign", None, [2, 3], 2),
+    ("one bit after int4", "int4", "two_shot", [3], 3),
+    ("one bit clipped", "sign", None, [2, 7], 2),
+    ("zero one", "sign", None, [3, 5], 2),  # at the switch, between syncs
+    ("zero one", "sign", "two_shot", [6], 3),
+    ("zero one", "topk(0.1)|sign", None, [8], 3),
+    ("zero one", "none", None, [6], 2),
+    ("zero one refreshed", "sign", None, [5, 7], 2),
+    ("zero one refreshed by int4", "sign", "two_shot", [5], 3),
+    ("zero one refreshed by int4", "topk(0.1)|sign", None, [7], 2),
+    ("dgc", "topk(0.1)", None, [4], 2),
+    ("dgc", "topk(0.1)|int4", None, [5], 3),
+    ("dgc warming up", "topk(0.01)", None, [5], 2),
 ])  # fmt: skip
 def test_resumed_is_unbroken(
-    way: str, spec: str, exchange: str | None, at: int, world_size: int, tmp_path: Path
+    way: str, spec: str, exchange: str | None, ats: list[int], world_size: int, tmp_path: Path
 ) -> None:
-    for whole, pieced, without, saved in run(world_size, interrupted, way, spec, exchange, at, 11, str(tmp_path)):
-        assert len(saved["memories"][0]) >= 3  # a new DDP module starts with a single bucket
-        assert same_training(whole, pieced)
-        assert finite(whole.parameters)
-        kept = any(bucket[key] is not None for bucket in saved["memories"][0] for key in ("residual", "momentum"))
-        drifts = any(bool(own["total"].any()) for own in (saved["optimizer"] or {}).values())
-        assert not ((kept or drifts) and same_training(whole, without))
+    for places in run(world_size, interrupted, way, spec, exchange, ats, str(tmp_path)):
+        for at, place in zip(ats, places, strict=True):
+            assert len(place.saved["memories"][0]) >= 3  # a new DDP module starts with a single bucket
+            assert same_training(place.unbroken, place.pieced), f"from step {at} on"
+            assert finite(place.unbroken.parameters)
+            memories = place.saved["memories"][0]
+            kept = any(bucket[key] is not None for bucket in memories for key in ("residual", "momentum"))
+            drifts = any(bool(own["total"].any()) for own in (place.saved["optimizer"] or {}).values())
+            assert not ((kept or drifts) and place.same_without_memory), f"from step {at} on"
 
 
 # a step that a loss scaler skips
@@ -200,19 +211,13 @@ def with_and_without(
 
 
 @pytest.mark.parametrize(("way", "spec", "exchange", "bad", "world_size"), [
-    ("one bit", "sign", None, [2], 2),  # in the warm-up
-    ("one bit", "sign", None, [3], 2),  # the first one behind it
+    ("one bit", "sign", None, [2, 4], 2),  # in the warm-up, and the first one behind it
     ("one bit", "sign", "two_shot", [6, 7], 3),
     ("one bit", "topk(0.1)|sign", None, [6], 2),
-    ("one bit after int4", "sign", None, [2], 3),
-    ("one bit after int4", "sign", None, [3], 3),
+    ("one bit after int4", "sign", None, [2, 4], 3),
     ("one bit after int4", "int4", None, [3, 4, 8], 2),
     ("one bit clipped", "sign", None, [2, 6], 2),
-    ("zero one", "sign", None, [2], 2),
-    ("zero one", "sign", None, [3], 2),  # each of four steps has other buckets for its sync
-    ("zero one", "sign", None, [4], 2),
-    ("zero one", "sign", None, [5], 2),
-    ("zero one", "sign", None, [6, 9], 2),
+    ("zero one", "sign", None, [2, 4, 6, 8, 10], 2),  # each of four steps has other buckets for its sync
     ("zero one", "topk(0.1)|sign", "two_shot", [5, 8], 3),
     ("zero one refreshed", "sign", None, [4, 5], 2),
     ("zero one refreshed by int4", "sign", "two_shot", [3, 4], 3),
@@ -223,12 +228,13 @@ def with_and_without(
 ])  # fmt: skip
 def test_a_skipped_step_never_was(way: str, spec: str, exchange: str | None, bad: list[int], world_size: int) -> None:
     """All scales are powers of two, so the bits are the same whatever the scale is."""
-    results = run(world_size, with_and_without, way, spec, exchange, bad, 12)
+    steps = bad[-1] + 5
+    results = run(world_size, with_and_without, way, spec, exchange, bad, steps)
     for with_bad, without, skipped, moved in results:
         assert skipped == [True] * len(bad)
         assert moved == []
         assert all(same(one, other) for one, other in zip(with_bad.gradients, without.gradients, strict=True))
-        assert len(without.gradients) == 12 - len(bad)
+        assert len(without.gradients) == steps - len(bad)
         assert same(with_bad.parameters, without.parameters)
         assert finite(with_bad.parameters)
         assert same(with_bad.extra, without.extra)

@@ -45,7 +45,10 @@ def against_reference(
     settings: dict[str, Any],
     refreshes: tuple[int, ...],
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """This rank's parameters in one bucket, and those of the reference, after each step."""
+    """This rank's parameters in one bucket, and those of the reference, after each step.
+
+    The reference is all ranks in one process: rank 0 computes it and tells the others.
+    """
     ddp, optimizer, session = attached(spec, exchange=exchange, bucket_cap_mb=25, **settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     mine, layouts = [], []
@@ -57,37 +60,42 @@ def against_reference(
     used = {row.exchange for row in session.report().rows if row.spec == spec} - {"all_reduce", "none"} or {
         "all_reduce"
     }
-    reference = FrozenAdam(
-        network(),
-        layouts[0],
-        dist.get_world_size(),
-        spec,
-        used.pop(),
-        lambda name: SETTINGS,
-        warmup_steps=WARM_UP,
-        schedule=schedule,
-        warmup_spec=settings.get("warmup_spec", "none"),
-        max_norm=settings.get("max_norm"),
-        every=settings["sync_every"],
-        refreshes=refreshes,
-    )
-    theirs = []
-    for step in range(steps):
-        if step == 1:
-            reference.lay_out(layouts[1])
-        reference.step(step)
-        theirs.append([p.clone() for p in reference.ranks[dist.get_rank()].values()])
-    return list(zip(mine, theirs, strict=True))
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        reference = FrozenAdam(
+            network(),
+            layouts[0],
+            dist.get_world_size(),
+            spec,
+            used.pop(),
+            lambda name: SETTINGS,
+            warmup_steps=WARM_UP,
+            schedule=schedule,
+            warmup_spec=settings.get("warmup_spec", "none"),
+            max_norm=settings.get("max_norm"),
+            every=settings["sync_every"],
+            refreshes=refreshes,
+        )
+        theirs: list[list[list[Tensor]]] = [[] for _ in reference.ranks]
+        for step in range(steps):
+            if step == 1:
+                reference.lay_out(layouts[1])
+            reference.step(step)
+            for found, rank in zip(theirs, reference.ranks, strict=True):
+                found.append([p.clone() for p in rank.values()])
+        told = [theirs]
+    dist.broadcast_object_list(told)
+    return list(zip(mine, told[0][dist.get_rank()], strict=True))
 
 
 def beside_one_bit(spec: str) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters of 0/1 Adam without local steps, and of 1-bit Adam."""
     ddp, optimizer, _ = attached(spec, sync_every=1)
-    zero_one = train(ddp, range(15), optimizer=optimizer).parameters
+    zero_one = train(ddp, range(12), optimizer=optimizer).parameters
     ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
     other = OneBitAdamW(ddp.parameters(), **SETTINGS, warmup_steps=WARM_UP)
     commpress.attach(ddp, spec, optimizer=other)
-    return zero_one, train(ddp, range(15), optimizer=other).parameters
+    return zero_one, train(ddp, range(12), optimizer=other).parameters
 
 
 def shown_synced(
@@ -180,7 +188,7 @@ def test_it_is_zero_one_adam_in_other_settings(case: str, spec: str) -> None:
         assert all(finite(mine) for mine, _ in steps)
 
 
-@pytest.mark.parametrize(("spec", "world_size"), [("sign", 2), ("sign", 3), ("topk(0.1)|sign", 3)])
+@pytest.mark.parametrize(("spec", "world_size"), [("sign", 2), ("topk(0.1)|sign", 3)])
 def test_the_variance_learns_from_coded_gradients(spec: str, world_size: int) -> None:
     settings = {"sync_every": 3, "refresh_every": 2, "warmup_spec": "int8"}
     results = run(world_size, against_reference, spec, None, 23, constant, settings, LEARNS)

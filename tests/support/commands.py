@@ -25,7 +25,7 @@ def run_command(*arguments: object) -> Ended:
     """Run `commpress ARGUMENTS` here. An exception that is no end of the program is not caught."""
     from commpress.launch import cli
 
-    return _ended(lambda: cli.main([str(argument) for argument in arguments]))
+    return ended(lambda: cli.main([str(argument) for argument in arguments]))
 
 
 def run_code(code: str, **environment: str) -> Ended:
@@ -73,10 +73,10 @@ def _interpreted(code: str, environment: dict[str, str]) -> Ended:
             sys.exit(1)
 
     with _no_group():
-        return _ended(interpreted)
+        return ended(interpreted)
 
 
-def _ended(action: Callable[[], object]) -> Ended:
+def ended(action: Callable[[], object]) -> Ended:
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -92,7 +92,8 @@ BARE = (
     "torch.distributed.fsdp",
     "torch.nn.parallel",
     "torch.optim",
-    "numba",
+    "compiler",
+    "rich.table",
 )
 """Modules that a rank has imported if nothing that is under test may be there."""
 WARM = (*BARE, "warm")

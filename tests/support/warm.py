@@ -15,6 +15,8 @@ import torch.nn.parallel
 
 import commpress
 import commpress.hooks
+import commpress.launch.cli
+import commpress.launch.train
 import commpress.model
 from commpress.comm.coding import warm_up
 from commpress.optim import loops

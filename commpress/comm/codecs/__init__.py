@@ -13,9 +13,12 @@ from commpress.comm.codecs.two_bit import Int2
 FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Float8, Int8, Int4, Int2, Sign, TopK)
 WORDS = {family.word: family for family in FAMILIES}
 
+AUTO = "auto"
+"""The word for: find it while training goes on. No codec has it."""
+
 _STAGE = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(\s*([^()]*?)\s*\))?\s*")
 
-__all__ = ["WORDS", "Codec", "parse"]
+__all__ = ["AUTO", "WORDS", "Codec", "parse"]
 
 
 def parse(spec: str | Codec) -> Codec:
@@ -33,6 +36,10 @@ def parse(spec: str | Codec) -> Codec:
     if match is None:
         raise ValueError(f"spec {spec!r}: cannot read {first!r}, expected a word such as int4 or topk(0.01)")
     word, argument = match.groups()
+    if spec == AUTO:
+        raise ValueError(
+            f"spec {spec!r}: attach finds the codec for a DistributedDataParallel; expected one here, as int4"
+        )
     if word not in WORDS:
         raise ValueError(f"spec {spec!r}: unknown codec {word!r}, known: {', '.join(WORDS)}")
     family = WORDS[word]

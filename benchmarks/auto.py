@@ -1,0 +1,181 @@
+"""What `attach(model)` costs and gains on a link: its steps against plain DDP, and DDP with each spec that it may choose.
+
+    python -m commpress.launch.lab 2 1gbit -- python benchmarks/auto.py [--model wide|deep] [--steps 300] [--json FILE]
+
+All ways train a copy of the same byte-level GPT on the same windows, in turns of a few steps, so that a noisy machine shifts
+all. `auto` begins to search in its first step; what it loses while it searches is in its sum. The last line holds the bounds:
+the sum of auto's steps against as many medians of the better of plain DDP and DDP with bf16, and auto's median once it has
+chosen against that of the best fixed spec. `--switch` changes the lab's links in the middle, there and back: auto looks again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import commpress
+from commpress.launch import data
+from commpress.launch.link import Link, joining
+from commpress.launch.model import GPT, Shape
+from commpress.launch.run_record import machine
+
+MODELS = {
+    "wide": (Shape(layers=5, width=528, heads=8, context=64), 2),  # 17 M parameters, little to compute
+    "deep": (Shape(layers=8, width=128, heads=4, context=128), 8),  # 1.7 M, a long backward
+}
+"""Shapes and batches: one whose step is mostly communication, one whose step is mostly backward."""
+PLAIN, AUTO = "plain DDP", "auto"
+FIXED = ("bf16", "int8", "int4")
+TURN = 10
+"""Steps of one way before the next takes its turn."""
+
+
+class Way:
+    """A copy of the model under one way of averaging its gradients, and how long its steps took."""
+
+    def __init__(self, name: str, shape: Shape, batch: int, text: torch.Tensor) -> None:
+        torch.manual_seed(0)
+        self.name, self.shape, self.batch, self.text = name, shape, batch, text
+        self.model = DistributedDataParallel(GPT(shape))
+        self.session: commpress.Session | None = None
+        if name != PLAIN:
+            self.session = commpress.attach(self.model, None if name == AUTO else name)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, fused=True)
+        self.windows = data.generator(0, dist.get_rank())
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        """One training step, timed."""
+        x, y = data.sample(self.text, self.batch, self.shape.context, self.windows)
+        started = time.perf_counter()
+        loss = nn.functional.cross_entropy(self.model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(time.perf_counter() - started)
+        self.losses.append(loss.item())
+
+
+def reshape(rate: str) -> None:
+    """Give what this rank's host sends another rate from now on. Collective."""
+    link = Link(hosts=dist.get_world_size(), rate=rate)
+    dist.barrier()
+    if dist.get_rank() % joining(dist.get_world_size())["ranks_per_host"] == 0:
+        shape = ["root", "handle", "1:", "tbf", "rate", link.rate, "burst", str(link.burst), "latency", "100ms"]
+        subprocess.run(["tc", "qdisc", "change", "dev", "eth0", *shape], check=True)
+    dist.barrier()
+
+
+def run(ways: list[Way], steps: int, switch: str | None) -> None:
+    """All ways in turn. With `switch` the middle third runs on links of that rate. Collective."""
+    before = joining(dist.get_world_size())["rate"]
+    for turn in range(-(-steps // TURN)):
+        if switch is not None and turn in (steps // TURN // 3, 2 * (steps // TURN) // 3):
+            reshape(switch if turn == steps // TURN // 3 else before)
+        for way in ways:
+            dist.barrier()
+            for _ in range(TURN):
+                way.step()
+
+
+def rows(ways: list[Way], settled: int) -> list[dict[str, Any]]:
+    """Medians and sums of each way; `settled` is the step from which on auto has chosen."""
+    found = []
+    for way in ways:
+        row: dict[str, Any] = {"name": way.name, "median": statistics.median(way.seconds), "sum": sum(way.seconds)}
+        row["steps"] = len(way.seconds)
+        row["settled"] = statistics.median(way.seconds[settled:])
+        row["loss"] = statistics.fmean(way.losses[-20:])
+        report = None if way.session is None else way.session.report()
+        row["sent_bytes"] = None if report is None else report.sent_bytes / report.steps
+        found.append(row)
+    return found
+
+
+def bounds(found: list[dict[str, Any]], changed: bool) -> dict[str, float]:
+    """What auto's whole run is of the better of plain DDP and bf16, and its median of the best fixed spec's, once settled.
+
+    Where the link has `changed`, medians say little: the sums are compared.
+    """
+    by_name = {row["name"]: row for row in found}
+    auto, key = by_name[AUTO], "sum" if changed else "median"
+    whole = min(by_name[name][key] for name in (PLAIN, "bf16")) * (1 if changed else auto["steps"])
+    best = min(by_name[name]["settled"] for name in (PLAIN, *FIXED))
+    return {"whole": auto["sum"] / whole, "settled": auto["settled"] / best}
+
+
+def show(record: dict[str, Any], explained: str, receipt: str) -> None:
+    """Print the table, what auto has chosen, and the bounds."""
+    link = record["link"]
+    table = Table(
+        title=f"{record['parameters'] / 1e6:.1f} M parameters, {record['world_size']} ranks, {link['rate']}, "
+        f"{record['steps']} steps, {record['machine']}"
+    )
+    for name in ("", "ms a step", "once settled", "sum, s", "MB a step", "loss"):
+        table.add_column(name, justify="right" if name else "left")
+    for row in record["rows"]:
+        mb = "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.2f}"
+        times = f"{row['median'] * 1e3:.1f}", f"{row['settled'] * 1e3:.1f}", f"{row['sum']:.1f}"
+        table.add_row(row["name"], *times, mb, f"{row['loss']:.3f}")
+    Console(width=132).print(table)
+    print(f"{explained}\n{receipt}")
+    of = record["bounds"]
+    print(
+        f"auto, all steps: {of['whole']:.3f} of the better of plain DDP and bf16; settled: {of['settled']:.3f} of the best"
+    )
+
+
+def main() -> None:
+    """Measure, print the table on rank 0 and write the record."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", choices=list(MODELS), default="wide")
+    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--switch", metavar="RATE", help="the links' rate in the middle third, as 100mbit")
+    options.add_argument("--json", type=Path)
+    chosen = options.parse_args()
+    if chosen.steps < 10 * TURN:
+        options.error(f"--steps {chosen.steps}: expected at least {10 * TURN}: auto takes up to 50 to choose")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    shape, batch = MODELS[chosen.model]
+    text = data.load(None).train
+    ways = [Way(name, shape, batch, text) for name in (PLAIN, *FIXED, AUTO)]
+    run(ways, chosen.steps, chosen.switch)
+    session = ways[-1].session
+    assert session is not None
+    settled = 50 if chosen.switch is None else 0
+    found = rows(ways, settled)
+    if dist.get_rank() == 0:
+        here = machine(torch.device("cpu"))
+        record = {
+            "what": "auto",
+            "link": {**joining(dist.get_world_size()), "switch": chosen.switch},
+            "machine": f"{here['processor']}, {here['cores']} cores",
+            "world_size": dist.get_world_size(),
+            "model": chosen.model,
+            "parameters": sum(p.numel() for p in ways[0].model.parameters()),
+            "steps": chosen.steps,
+            "rows": found,
+            "bounds": bounds(found, chosen.switch is not None),
+            "receipt": session.receipt().to_dict(),
+        }
+        show(record, session.explain(), str(session.receipt()))
+        if chosen.json:
+            chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""`auto`: the spec of the gradients is found while training goes on, and never makes steps longer than none would.
+
+The first steps are plain training. What they show of the link, and how fast this machine codes, ranks the specs; the best two
+and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that keep the loss without help of
+an optimizer are tried. What feedback holds when `none` takes its turn goes along with its exact mean.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from io import StringIO
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from commpress.comm import cost
+from commpress.comm.codecs import AUTO, parse
+from commpress.comm.cost import Cluster, Speed, transfers
+from commpress.comm.plan import Plan
+from commpress.comm.search import PLAIN, Choice, Said, Search
+from commpress.comm.speed import measure
+
+if TYPE_CHECKING:
+    from commpress.comm.collectives import Collectives
+
+SPECS = (PLAIN, "bf16", "int8", "int4")
+"""The specs that `auto` may choose, the gentlest first."""
+TIMED = 2**20
+"""Values with which a codec is timed when a session is made."""
+
+
+@lru_cache(maxsize=8)
+def speeds(device: torch.device) -> dict[str, Speed]:
+    """Seconds a value of each spec on one core of this machine, or on its accelerator; measured once a process."""
+    return {spec: measure(parse(spec), device, TIMED) for spec in SPECS}
+
+
+class Auto:
+    """Steers the plan of one set of replicas' gradients, step by step. `error_feedback` as in `attach`."""
+
+    def __init__(self, collectives: "Collectives", error_feedback: bool) -> None:
+        self._collectives = collectives
+        self._plans = {spec: Plan.of(spec, None, error_feedback) for spec in SPECS}
+        self._speeds = speeds(collectives.device) if collectives.world_size > 1 else {}
+        self.search = Search(self._predicted)
+        self._began: float | None = None
+        self._asked = 0.0
+        self._buckets: list[tuple[int, int]] = []
+        self._mark = (0, 0.0, 0.0)
+        self._model: tuple[list[int], dict[str, Speed], Cluster, float, int] | None = None
+        """The last prediction: buckets, speeds, cluster, seconds of computation, bytes a value."""
+
+    @property
+    def choice(self) -> Choice | None:
+        """The last choice; None before the first one."""
+        return self.search.choices[-1] if self.search.choices else None
+
+    @property
+    def spec(self) -> str:
+        """What the report calls the traffic by."""
+        return f"{AUTO}: {self.search.spec}" + ("" if self.choice else ", still looking")
+
+    def begin_step(self) -> None:
+        """A step's first bucket is there: take the plan of this step. Collective in those steps where the ranks compare."""
+        collectives = self._collectives
+        if collectives.world_size == 1:
+            return
+        now = time.perf_counter()
+        if self._began is not None and self.search.note(now - self._began):
+            everyone = collectives.traffic.ask(self._said(), "how long the steps took")
+            self._asked = time.perf_counter() - now
+            self.search.compare(everyone)
+            self._mark = self._totals()
+        collectives.gradients = self._plans[self.search.spec]
+        self._buckets.clear()
+        self._began = time.perf_counter()
+
+    def note_bucket(self, n: int, itemsize: int) -> None:
+        """Note a bucket of this step."""
+        self._buckets.append((n, itemsize))
+
+    def explain(self) -> str:
+        """Return the specs that were tried last, and their steps, as a table."""
+        if self._collectives.world_size == 1:
+            return "one rank: nothing to send, so nothing to choose"
+        choice = self.choice
+        if choice is None:
+            return f"after {self.search.steps} steps the choice is still open"
+        table = Table(
+            title=f"auto: {choice.spec}, chosen after {choice.step} steps", caption=f"choices so far: {self._history()}"
+        )
+        for name in ("spec", "predicted ms a step", "measured ms a step", ""):
+            table.add_column(name, justify="right" if "ms" in name else "left")
+        for trial in choice.trials:
+            times = ("-" if of is None else f"{of * 1e3:.1f}" for of in (trial.predicted, trial.measured))
+            table.add_row(trial.spec, *times, "chosen" if trial.spec == choice.spec else "")
+        text = StringIO()
+        Console(file=text, width=100).print(table)
+        return text.getvalue()
+
+    def _history(self) -> str:
+        return ", ".join(f"{choice.spec} at step {choice.step}" for choice in self.search.choices)
+
+    def break_even(self) -> float | None:
+        """Return the bytes a second of a link above which plain training is predicted to be faster than what is chosen."""
+        if self.choice is None or self.choice.spec == PLAIN or self._model is None:
+            return None
+        spec, (buckets, known, cluster, compute, itemsize) = self.choice.spec, self._model
+        if cluster.ranks_per_host >= cluster.world_size:
+            return None  # there is no link between hosts
+        speed, dense = known[spec], known[PLAIN]
+        return cost.break_even(self._plans[spec], buckets, speed, dense, cluster, compute, itemsize)
+
+    # what the ranks tell each other
+
+    def _totals(self) -> tuple[int, float, float]:
+        meter = self._collectives.meter
+        return meter.steps, meter.exposed, meter.exposed + meter.hidden
+
+    def _said(self) -> dict[str, object]:
+        said: dict[str, object] = {"medians": self.search.medians(), "asked": self._asked}
+        if self.search.state == "plain":
+            (before, *then), (after, *now) = self._mark, self._totals()
+            steps = max(1, after - before)
+            exposed, busy = ((b - a) / steps for a, b in zip(then, now, strict=True))
+            said |= {
+                "exposed": exposed,
+                "busy": busy,
+                "cores": self._cores(),
+                "speeds": {spec: asdict(speed) for spec, speed in self._speeds.items()},
+            }
+        return said
+
+    def _ranks_here(self) -> int:
+        hosts = self._collectives.traffic.wire.board.hosts
+        return hosts.count(hosts[self._collectives.rank])
+
+    def _cores(self) -> float:
+        if self._collectives.device.type != "cpu":
+            return float("inf")
+        return max(1.0, len(os.sched_getaffinity(0)) / self._ranks_here())
+
+    def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
+        """Seconds of a step by spec: the model's, times what the model is off for the plain step."""
+        W, found = self._collectives.world_size, [_Told(said) for said in everyone]
+        buckets, itemsize = [n for n, _ in self._buckets], max((size for _, size in self._buckets), default=4)
+        if not buckets:
+            return {PLAIN: plain}
+        dense = [
+            m
+            for n, size in self._buckets
+            for m in transfers(self._plans[PLAIN].choose(n, size, W), n, size, W, 0, self._ranks_here())
+        ]
+        busy, exposed = (statistics.fmean(getattr(one, key) for one in found) for key in ("busy", "exposed"))
+        crossing, moved = sum(m.crossing for m in dense) * cost.FRAME, sum(m.sent + m.received for m in dense)
+        cluster = Cluster(
+            W,
+            bandwidth=crossing / busy if crossing and busy else cost.FASTEST,
+            ranks_per_host=self._ranks_here(),
+            cores=min(one.cores for one in found),
+            stack=0.0 if crossing else busy / max(1, moved),
+            lines=self._collectives.device.type == "cpu",
+        )
+        slowest = {spec: max((one.speeds[spec] for one in found), key=lambda speed: speed.encode) for spec in SPECS}
+        compute = max(0.0, plain - exposed)
+        self._model = buckets, slowest, cluster, compute, itemsize
+        seconds = {
+            spec: cost.step(self._plans[spec], buckets, slowest[spec], cluster, compute, itemsize).seconds
+            for spec in SPECS
+        }
+        return {spec: plain * seconds[spec] / seconds[PLAIN] for spec in SPECS}
+
+
+class _Told:
+    """What one rank said at the end of the plain steps."""
+
+    def __init__(self, said: Said) -> None:
+        self.busy, self.exposed, self.cores = (float(str(said[key])) for key in ("busy", "exposed", "cores"))
+        rows = said["speeds"]
+        assert isinstance(rows, Mapping)
+        self.speeds = {
+            spec: Speed(row["encode"], tuple(row["mean"]), tuple(row["recode"]), row["add"])
+            for spec, row in rows.items()
+        }

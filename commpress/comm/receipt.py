@@ -1,0 +1,112 @@
+"""The receipt of a session: whether compression has paid in this run, in steps, in bytes, and on which links it would."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from commpress.comm.meter import NOT_SENT, Report
+from commpress.comm.search import PLAIN, Choice
+
+COUNTER = "/sys/class/net/{}/statistics/tx_bytes"
+
+
+def link_bytes() -> int | None:
+    """Return what the kernel counts as sent on the interface that Gloo was told to use; None if it was told none, or lo."""
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    counter = Path(COUNTER.format(name))
+    return int(counter.read_text()) if name not in ("", "lo") and counter.exists() else None
+
+
+@dataclass
+class Receipt:
+    """The costs and savings of a session on this rank. Seconds and bytes are of one step; bytes are means over all steps."""
+
+    spec: str
+    """The spec of the gradients now."""
+    steps: int
+    sent_bytes: float
+    fp32_bytes: float
+    """Bytes that a dense exchange in float32 would have sent."""
+    bf16_bytes: float
+    link_bytes: float | None = None
+    """Bytes that this rank's host has sent by the kernel's count, of all programs; None where it is not known."""
+    seconds: float | None = None
+    """Seconds of a step as it is now; None if nobody has measured it."""
+    plain_seconds: float | None = None
+    """Seconds of a step of plain training, measured in the same run; None if nobody has."""
+    break_even: float | None = None
+    """Bytes a second of a link on which this spec is predicted to take as long as plain training; None if not known."""
+    uncompressed: dict[str, int] = field(default_factory=dict)
+    """Values of a step that were not compressed, by reason."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is compressed, since that would not pay."""
+        return self.spec == PLAIN and self.plain_seconds is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain numbers, strings and dicts."""
+        return {**asdict(self), "is_off": self.is_off}
+
+    def __str__(self) -> str:
+        return "\n".join([self._time(), self._bytes(), *self._left()])
+
+    def _time(self) -> str:
+        if self.is_off:
+            return f"commpress: compression does not pay here, it is off: a step takes {self.plain_seconds:.4f} s"
+        if self.seconds is None or self.plain_seconds is None:
+            return f"commpress {self.spec}: plain training was not measured in this run (attach(model) measures it)"
+        times = self.plain_seconds / self.seconds
+        told = (
+            f"commpress {self.spec}: a step takes {self.seconds:.4f} s, of plain training {self.plain_seconds:.4f} s "
+            f"(both measured in this run): {times:.2f} times as fast"
+        )
+        if self.break_even is None:
+            return told
+        if self.break_even == float("inf"):
+            return f"{told}; predicted to pay on a link of any speed"
+        return f"{told}; predicted to pay on links below {self.break_even * 8 / 1e9:.2g} Gbit/s"
+
+    def _bytes(self) -> str:
+        def against(dense: float) -> str:
+            return f"{dense / self.sent_bytes:.1f}x" if self.sent_bytes else "-"
+
+        told = (
+            f"sent {self.sent_bytes / 1e6:.3f} MB a step, mean of {self.steps} steps: a dense exchange in float32 sends "
+            f"{against(self.fp32_bytes)} of that, in bfloat16 {against(self.bf16_bytes)}"
+        )
+        kernel = "" if self.link_bytes is None else f"; the kernel counted {self.link_bytes / 1e6:.3f} MB for this host"
+        return told + kernel
+
+    def _left(self) -> list[str]:
+        return [f"not compressed: {values:,} values a step, {why}" for why, values in self.uncompressed.items()]
+
+
+def receipt(report: Report, choice: Choice | None, spec: str, counted: int | None, break_even: float | None) -> Receipt:
+    """Make the receipt from a report; `counted` are the kernel's bytes since the session began."""
+    steps = max(1, report.steps)
+    fp32 = bf16 = 0.0
+    uncompressed: dict[str, int] = {}
+    for row in report.rows:
+        dtype = getattr(torch, row.dtype)
+        size = dtype.itemsize / (2 if dtype.is_complex else 1)
+        is_float = dtype.is_floating_point or dtype.is_complex
+        fp32 += row.dense_bytes * (4 / size if is_float else 1)
+        bf16 += row.dense_bytes * (2 / size if is_float else 1)
+        if row.reason and row.exchange != NOT_SENT and report.world_size > 1 and row.reason != "spec is none":
+            uncompressed[row.reason] = uncompressed.get(row.reason, 0) + row.values * row.steps
+    return Receipt(
+        spec,
+        report.steps,
+        report.sent_bytes / steps,
+        fp32 / steps,
+        bf16 / steps,
+        link_bytes=None if counted is None else counted / steps,
+        seconds=None if choice is None else choice.seconds(choice.spec),
+        plain_seconds=None if choice is None else choice.seconds(PLAIN),
+        break_even=break_even,
+        uncompressed={why: -(-values // steps) for why, values in uncompressed.items()},
+    )

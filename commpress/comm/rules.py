@@ -1,0 +1,95 @@
+"""Specs by parameter: `{"*embed*": "int8", "*.bias": "none", "*": "auto"}`. The first pattern that fits a name decides.
+
+    bucket [a.weight a.bias b.weight b.bias]  -->  int4 [a.weight b.weight], none [a.bias b.bias]
+
+Patterns are those of a shell (`fnmatch`), on the names that `model.named_parameters()` has.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from commpress.comm.codecs import AUTO, Codec, parse
+from commpress.comm.feedback import Segments
+
+Spec = str | Codec | Mapping[str, str | Codec]
+"""A codec, `auto`, or specs by patterns of parameters' names."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The specs of all parameters of a model. `codecs` has the codec of each by name; None where `auto` decides."""
+
+    specs: tuple[tuple[str, str], ...]
+    """Patterns and specs, in the order in which they were given."""
+    codecs: Mapping[str, Codec | None]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{pattern}: {spec}" for pattern, spec in self.specs)
+
+    @property
+    def has_auto(self) -> bool:
+        """Whether `auto` decides for some parameters."""
+        return None in self.codecs.values()
+
+    @property
+    def lossy(self) -> set[Codec]:
+        """The lossy codecs that were named."""
+        return {codec for codec in self.codecs.values() if codec is not None and codec.lossy}
+
+    def parts(self, segments: Segments) -> list[tuple[Segments, Codec | None]]:
+        """Return the parts of a bucket that have one codec each, in the order of their first parameters."""
+        found: dict[str, tuple[list[tuple[str, int]], Codec | None]] = {}
+        for name, n in segments:
+            codec = self.codecs[name]
+            found.setdefault(str(codec), ([], codec))[0].append((name, n))
+        return [(tuple(part), codec) for part, codec in found.values()]
+
+
+def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
+    """Make the rules for parameters of these names.
+
+    Raises ValueError for a pattern that decides for no parameter, a parameter that no pattern fits, and an unknown spec, each
+    with its name; TypeError for what is neither pattern nor spec.
+    """
+    names = list(names)
+    codecs: dict[str, Codec | None] = {}
+    known: dict[str, Codec | None] = {}
+    for pattern, spec in given.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"gradients: expected patterns of names, such as '*.bias', got {pattern!r}")
+        try:
+            known[pattern] = None if spec == AUTO else parse(spec)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"gradients, {pattern!r}: {error}") from None
+        fits = [name for name in names if fnmatchcase(name, pattern)]
+        mine = [name for name in fits if name not in codecs]
+        if not mine:
+            why = (
+                "all that it fits are decided by patterns before it"
+                if fits
+                else f"as {', '.join(map(repr, names[:3]))}"
+            )
+            raise ValueError(f"gradients, {pattern!r}: decides for none of {len(names)} parameters, {why}")
+        codecs.update(dict.fromkeys(mine, known[pattern]))
+    if left := [name for name in names if name not in codecs]:
+        raise ValueError(f"gradients: no pattern fits parameter {left[0]!r} ({len(left)} in all); end with '*'")
+    specs = tuple((pattern, AUTO if codec is None else str(codec)) for pattern, codec in known.items())
+    return Rules(specs, codecs)
+
+
+def open_refusal(gradients: Spec, optimizer: object, exchange: str | None) -> Exception | None:
+    """Return why gradients cannot go by `auto` or by patterns, if they cannot; None if one codec is named for all."""
+    if not isinstance(gradients, Mapping) and gradients != AUTO:
+        return None
+    given = "patterns" if isinstance(gradients, Mapping) else "auto"
+    if optimizer is not None:
+        return TypeError(
+            f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients, as in "
+            f'attach(model, "sign", optimizer=...), got {given}'
+        )
+    if exchange is not None:
+        return ValueError(
+            f"exchange={exchange!r}: with {given} each codec takes its own; leave it out, or give one spec"
+        )
+    return None

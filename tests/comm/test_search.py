@@ -1,0 +1,171 @@
+"""The search of `auto`, on a clock of its own: what it chooses, when, that all ranks choose the same, and what that costs."""
+
+import random
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from commpress.comm.search import PLAIN, Said, Search
+
+SPECS = (PLAIN, "bf16", "int8", "int4")
+Seconds = Callable[[str, int], float]
+"""What a step of a spec takes, by the number of the step."""
+
+
+class World:
+    """Ranks that search together; each has its own clock, on which a step may last a little longer or shorter."""
+
+    def __init__(
+        self,
+        seconds: Seconds,
+        ranks: int = 3,
+        noise: float = 0.0,
+        predicted: Mapping[str, float] | None = None,
+        asked: float = 0.0,
+        searches: list[Search] | None = None,
+    ) -> None:
+        self.seconds, self.noise, self.asked = seconds, noise, asked
+        said = dict.fromkeys(SPECS, 0.5) if predicted is None else predicted
+        self.searches = [Search(lambda everyone, plain: {s: f * plain for s, f in said.items()}) for _ in range(ranks)]
+        self.random = random.Random(0)
+        self.time = 0.0
+        self.specs: list[str] = []
+        self.asks = 0
+
+    def run(self, steps: int) -> "World":
+        for _ in range(steps):
+            specs = {search.spec for search in self.searches}
+            assert len(specs) == 1  # or ranks would wait for each other for ever
+            spec = specs.pop()
+            took = self.seconds(spec, len(self.specs))
+            self.specs.append(spec)
+            self.time += took
+            due = {search.note(took * self.random.uniform(1, 1 + self.noise)) for search in self.searches}
+            assert len(due) == 1
+            if due.pop():
+                self.asks += 1
+                everyone: list[Said] = [{"medians": s.medians(), "asked": self.asked} for s in self.searches]
+                for search in self.searches:
+                    search.compare(everyone)
+        return self
+
+    @property
+    def chosen(self) -> str:
+        found = {search.choices[-1].spec for search in self.searches}
+        assert len(found) == 1
+        return found.pop()
+
+
+def link(**seconds: float) -> Seconds:
+    """Steps that take always the same, by spec."""
+    return lambda spec, step: seconds[spec]
+
+
+PAYS = link(none=0.7, bf16=0.45, int8=0.32, int4=0.3)
+DOES_NOT = link(none=0.2, bf16=0.21, int8=0.22, int4=0.23)
+
+
+def predicted(seconds: Seconds) -> dict[str, float]:
+    return {spec: seconds(spec, 0) / seconds(PLAIN, 0) for spec in SPECS}
+
+
+def test_the_fastest_is_chosen_within_fifty_steps() -> None:
+    world = World(PAYS, predicted=predicted(PAYS)).run(50)
+    assert world.chosen == "int4"
+    assert world.searches[0].choices[0].step <= 50
+    assert world.specs[-1] == "int4"
+
+
+def test_the_first_steps_are_plain_training() -> None:
+    world = World(PAYS).run(6)
+    assert world.specs == [PLAIN] * 6
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.01, -0.05])
+def test_nothing_is_compressed_where_that_does_not_pay(gain: float) -> None:
+    seconds = link(**{spec: 1.0 if spec == PLAIN else 1.0 - gain for spec in SPECS})
+    assert World(seconds).run(60).chosen == PLAIN
+
+
+def test_it_costs_little_to_find_out_that_compression_does_not_pay() -> None:
+    world = World(DOES_NOT, predicted=predicted(DOES_NOT)).run(300)
+    assert world.chosen == PLAIN
+    assert world.time < 300 * 0.2 * 1.01
+
+
+def test_a_wrong_prediction_is_found_out() -> None:
+    world = World(DOES_NOT, predicted={PLAIN: 1.0, "bf16": 0.9, "int8": 0.5, "int4": 0.4}).run(60)
+    assert set(world.specs) == {PLAIN, "int4", "int8"}
+    assert world.chosen == PLAIN
+
+
+def test_what_cannot_pay_is_not_tried() -> None:
+    world = World(PAYS, predicted={PLAIN: 1.0, "bf16": 1.5, "int8": 2.0, "int4": 1.4}).run(300)
+    assert set(world.specs) == {PLAIN}
+    assert world.chosen == PLAIN
+
+
+def test_what_is_far_behind_is_dropped_after_a_round() -> None:
+    slow = link(none=10.0, bf16=5.0, int8=1.1, int4=1.0)
+    world = World(slow, predicted=predicted(slow)).run(60)
+    assert world.chosen == "int4"
+    assert world.specs.count(PLAIN) == 3 + 3 + 3  # warm-up, the first turn, one round
+    trials = {trial.spec: trial.measured for trial in world.searches[0].choices[0].trials}
+    assert trials == {"none": 10.0, "bf16": None, "int8": pytest.approx(1.1), "int4": 1.0}
+
+
+def test_ranks_whose_clocks_differ_choose_the_same() -> None:
+    for seed in range(20):
+        world = World(link(none=1.0, bf16=0.98, int8=0.97, int4=0.985), ranks=4, noise=0.2)
+        world.random.seed(seed)
+        world.run(200)  # asserts that they do at every step
+        assert world.chosen in SPECS
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.1])
+def test_noise_does_not_hide_a_clear_gain(noise: float) -> None:
+    for seed in range(20):
+        world = World(PAYS, noise=noise, predicted=predicted(PAYS))
+        world.random.seed(seed)
+        assert world.run(60).chosen in ("int4", "int8")
+
+
+def test_pauses_between_steps_change_nothing() -> None:
+    world = World(lambda spec, step: PAYS(spec, step) * (50 if step % 10 == 9 else 1), predicted=predicted(PAYS))
+    assert world.run(400).chosen == "int4"
+    assert len(world.searches[0].choices) == 1
+
+
+def test_a_link_that_slows_down_is_noticed_and_one_that_recovers_too() -> None:
+    def seconds(spec: str, step: int) -> float:
+        return (link(none=5.0, bf16=2.6, int8=1.4, int4=0.8) if 100 <= step < 300 else DOES_NOT)(spec, step)
+
+    world = World(seconds, predicted=predicted(PAYS)).run(180)
+    assert [choice.spec for choice in world.searches[0].choices] == [PLAIN, "int4"]
+    assert world.specs[150:180] == ["int4"] * 30
+    world.run(220)
+    assert world.chosen == PLAIN
+    assert world.specs[-50:] == [PLAIN] * 50
+
+
+def test_steps_that_swing_by_themselves_are_looked_into_less_and_less() -> None:
+    def seconds(spec: str, step: int) -> float:
+        return PAYS(spec, step) * (1.5 if step // 200 % 2 else 1.0)
+
+    world = World(seconds, predicted=predicted(PAYS)).run(4000)
+    steps = [choice.step for choice in world.searches[0].choices]
+    assert {choice.spec for choice in world.searches[0].choices} == {"int4"}
+    assert len(steps) < 12
+    ideal = sum(seconds("int4", step) for step in range(4000))
+    assert world.time < 1.03 * ideal
+
+
+def test_looking_takes_at_most_a_hundredth_of_the_time() -> None:
+    world = World(link(**dict.fromkeys(SPECS, 0.002)), asked=0.001).run(5000)
+    assert world.asks * 0.001 < 0.011 * 5000 * 0.002
+
+
+def test_it_looks_again_after_thousands_of_steps() -> None:
+    world = World(PAYS, predicted=predicted(PAYS)).run(7000)
+    assert len(world.searches[0].choices) == 3
+    assert world.time < 7000 * 0.3 * 1.01

@@ -1,0 +1,186 @@
+"""`attach(model)` without a spec, on real ranks: plain at first, the same choice everywhere, nothing lost on the way."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import outcome, run
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, train
+
+import commpress
+from commpress.comm.search import FIRST_TURN, WARM_UP
+
+PLAIN_STEPS = WARM_UP + FIRST_TURN
+
+
+def replica() -> DistributedDataParallel:
+    return DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+
+
+def first_steps() -> tuple[Trained, Trained]:
+    plain, attached = replica(), replica()
+    commpress.attach(attached)
+    return train(plain, range(PLAIN_STEPS)), train(attached, range(PLAIN_STEPS))
+
+
+def test_the_first_steps_have_the_bits_of_plain_training() -> None:
+    for plain, attached in run(2, first_steps):
+        assert same_training(plain, attached)
+
+
+def searched(steps: int) -> dict[str, Any]:
+    """What a run of so many steps shows on this rank, and the last losses beside those of plain training."""
+    model, plain = replica(), replica()
+    session = commpress.attach(model)
+    before = session.explain()
+    trained = train(model, range(steps))
+    train(plain, range(steps))
+    with torch.no_grad():
+        losses = [float(sum(loss_of(m.module, 1000 + i) for i in range(8)) / 8) for m in (model, plain)]
+    receipt = session.receipt()
+    return {
+        "parameters": trained.parameters,
+        "before": before,
+        "table": session.explain(),
+        "receipt": receipt.to_dict(),
+        "text": str(receipt),
+        "report": session.report().to_dict(),
+        "losses": losses,
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_choose_the_same_and_hold_the_same_bits(world_size: int) -> None:
+    first, *others = run(world_size, searched, 50)
+    for other in others:
+        assert same(first["parameters"], other["parameters"])
+        assert other["table"] == first["table"]
+        assert other["receipt"]["spec"] == first["receipt"]["spec"]
+    auto, plain = first["losses"]
+    assert auto < 1.02 * plain
+    assert first["before"] == "after 0 steps the choice is still open"
+    assert first["table"].count("chosen") == 2  # in the title, and in a row
+    assert first["report"]["spec"] == f"auto: {first['receipt']['spec']}"
+
+
+def test_the_receipt_says_what_was_measured_and_what_was_sent() -> None:
+    got = run(2, searched, 50)[0]
+    receipt, report = json.loads(json.dumps(got["receipt"])), got["report"]
+    assert receipt["plain_seconds"] > 0
+    assert receipt["sent_bytes"] == report["sent_bytes"] / 50
+    assert receipt["fp32_bytes"] == report["dense_bytes"] / 50 == 2 * receipt["bf16_bytes"]
+    assert receipt["is_off"] == (receipt["spec"] == "none")
+    said = "it is off" if receipt["is_off"] else "both measured in this run"
+    assert said in got["text"]
+
+
+class Scripted:
+    """A search whose outcome is written down."""
+
+    def __init__(self, *specs: str) -> None:
+        self.specs, self.steps, self.choices = list(specs), 0, ()
+
+    @property
+    def spec(self) -> str:
+        return self.specs[self.steps]
+
+    def note(self, seconds: float) -> bool:
+        self.steps += 1
+        return False
+
+
+def summed(*specs: str) -> tuple[Tensor, Tensor]:
+    """The sum of the means that arrived in so many steps of one gradient, and what it should be."""
+    model = DistributedDataParallel(nn.Linear(600, 2, bias=False))
+    session = commpress.attach(model)
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    session.step_buffer.auto.search = Scripted(*specs)  # type: ignore[assignment]
+    x = torch.randn(4, 600, generator=torch.Generator().manual_seed(dist.get_rank()))
+    arrived = torch.zeros(1200)
+    for _ in specs:
+        model.zero_grad()
+        model(x).sum().backward()
+        arrived += parameters_of_gradient(model)
+    bare = nn.Linear(600, 2, bias=False)
+    bare(x).sum().backward()
+    assert bare.weight.grad is not None
+    mean = bare.weight.grad.flatten().clone()
+    dist.all_reduce(mean, dist.ReduceOp.AVG)
+    return arrived, len(specs) * mean
+
+
+def parameters_of_gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_feedback_holds_arrives_when_the_spec_changes(world_size: int) -> None:
+    # two_shot's owners keep a residual as well: it must not be lost among three ranks either. bf16 is left out: a sum in
+    # bfloat16 rounds where nobody can keep what is lost
+    for arrived, wanted in run(world_size, summed, "int4", "int4", "int8", "int4", "none"):
+        assert torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
+    for arrived, wanted in run(world_size, summed, "int4", "int4"):
+        assert not torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
+
+
+def refusals() -> dict[str, str]:
+    me, model = dist.get_rank(), replica()
+    optimizer = commpress.optim.OneBitAdamW(model.parameters(), lr=0.1, warmup_steps=1)
+    said = {
+        "optimizer": outcome(lambda: commpress.attach(model, optimizer=optimizer)),
+        "exchange": outcome(lambda: commpress.attach(model, exchange="two_shot")),
+        "differ": outcome(lambda: commpress.attach(model, ("int4", "auto")[me])),
+        "codec": outcome(lambda: commpress.parse("auto")),
+    }
+    session = commpress.attach(model, "auto")
+    train(model, range(2))
+    said["afterwards"] = session.report().spec
+    return said
+
+
+def test_what_auto_cannot_choose_is_refused_by_name_on_all_ranks() -> None:
+    for got in run(2, refusals):
+        assert (
+            'OneBitAdamW needs one spec of the gradients, as in attach(model, "sign", optimizer=...)'
+            in got["optimizer"]
+        )
+        assert "exchange='two_shot': with auto each codec takes its own" in got["exchange"]
+        assert "rank 1 has spec 'auto', rank 0 has 'int4'" in got["differ"]
+        assert "attach finds the codec for a DistributedDataParallel" in got["codec"]
+        assert got["afterwards"] == "auto: none, still looking"
+
+
+def resumed() -> tuple[str, str, str]:
+    model, again, other = replica(), replica(), replica()
+    session = commpress.attach(model)
+    train(model, range(30))
+    state = session.state_dict()
+    second, third = commpress.attach(again), commpress.attach(other, "int4")
+    second.load_state_dict(state)
+    train(again, range(3))
+    return outcome(lambda: third.load_state_dict(state)), second.report().spec, session.receipt().spec
+
+
+def test_a_saved_state_goes_on_with_auto_and_looks_anew() -> None:
+    for refused, spec, _ in run(2, resumed):
+        assert "auto" in refused
+        assert "int4" in refused
+        assert spec == "auto: none, still looking"
+
+
+def alone() -> tuple[str, str]:
+    model = replica()
+    session = commpress.attach(model)
+    train(model, range(3))
+    return session.explain(), str(session.receipt())
+
+
+def test_one_rank_has_nothing_to_choose() -> None:
+    explained, receipt = run(1, alone)[0]
+    assert explained == "one rank: nothing to send, so nothing to choose"
+    assert "plain training was not measured" in receipt

@@ -1,0 +1,149 @@
+"""Specs by patterns of names, under DDP: each parameter by its own codec, the report and errors by name."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import outcome, run
+from torch.nn.parallel import DistributedDataParallel
+from training import SMALL_BUCKETS, Trained, network, same, same_training, train
+
+import commpress
+from commpress.comm.rules import rules_for
+
+RULES = {"0.*": "int8", "*.bias": "none", "*": "int4"}
+NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
+
+
+def test_the_first_pattern_that_fits_decides() -> None:
+    rules = rules_for(RULES, NAMES)
+    assert {name: str(codec) for name, codec in rules.codecs.items()} == {
+        "0.weight": "int8",
+        "0.bias": "int8",
+        "2.weight": "int4",
+        "2.bias": "none",
+    }
+    parts = rules.parts((("2.bias", 4), ("2.weight", 8), ("0.bias", 2), ("0.weight", 6)))
+    assert [(part, str(codec)) for part, codec in parts] == [
+        ((("2.bias", 4),), "none"),
+        ((("2.weight", 8),), "int4"),
+        ((("0.bias", 2), ("0.weight", 6)), "int8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"*.wieght": "int8", "*": "int4"}, "'*.wieght': decides for none of 4 parameters, as '0.weight'"),
+        (
+            {"*": "int4", "0.*": "int8"},
+            "'0.*': decides for none of 4 parameters, all that it fits are decided by patterns before",
+        ),
+        ({"0.*": "int8"}, "no pattern fits parameter '2.weight' (2 in all); end with '*'"),
+        ({"*": "int5"}, "gradients, '*': spec 'int5': unknown codec 'int5'"),
+        ({1: "int4"}, "expected patterns of names, such as '*.bias', got 1"),
+    ],
+)
+def test_patterns_that_make_no_sense_are_refused_by_name(given: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        rules_for(given, NAMES)
+    assert message in str(error.value)
+
+
+def replica() -> DistributedDataParallel:
+    return DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+
+
+def trained_by(gradients: Any) -> tuple[Trained, dict[str, Any]]:
+    model = replica()
+    session = commpress.attach(model, gradients)
+    return train(model, range(6)), session.report().to_dict()
+
+
+def by_rules_and_plain() -> tuple[Any, ...]:
+    return (
+        trained_by(RULES),
+        trained_by({"*": "none"}),
+        trained_by("none"),
+        trained_by({"*": "int4"}),
+        trained_by("int4"),
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_each_parameter_travels_by_its_own_codec(world_size: int) -> None:
+    ranks = run(world_size, by_rules_and_plain)
+    (mixed, report), *rest = ranks[0]
+    assert all(same(mixed.parameters, other[0][0].parameters) for other in ranks)
+    sent = {(row["spec"], row["values"]) for row in report["rows"]}
+    assert {spec for spec, _ in sent} == {"int8", "int4", "none"}
+    # per step and spec: the layers' sizes
+    values = {
+        spec: sum(r["values"] * r["steps"] for r in report["rows"] if r["spec"] == spec) / 6
+        for spec in ("int8", "int4")
+    }
+    assert values == {"int8": 32 * 64 + 64, "int4": 64 * 64 + 640}
+    (all_none, _), (none, _), (all_int4, _), (int4, _) = rest
+    assert same_training(all_none, none)
+    assert same_training(all_int4, int4)
+    for (_, plain), one, other in ((rest[1], mixed, none),):
+        assert plain["ratio"] == 1.0
+        assert not same(one.parameters, other.parameters)
+        distance = sum(float((a - b).norm()) for a, b in zip(one.parameters, other.parameters, strict=True))
+        assert distance < 0.1 * sum(float(p.norm()) for p in other.parameters)
+
+
+def interrupted(folder: str) -> tuple[Trained, Trained]:
+    """Six steps in one go, and three and three with a restart between."""
+    whole, first, second = replica(), replica(), replica()
+    commpress.attach(whole, RULES)
+    one = train(whole, range(6))
+    session, again = commpress.attach(first, RULES), commpress.attach(second, RULES)
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9)
+    train(first, range(3), optimizer=optimizer)
+    second.load_state_dict(first.state_dict())
+    resumed = torch.optim.SGD(second.parameters(), lr=0.1, momentum=0.9)
+    resumed.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(session.state_dict())
+    return one, train(second, range(3, 6), optimizer=resumed)
+
+
+def test_a_restart_goes_on_bit_for_bit() -> None:
+    for whole, resumed in run(2, interrupted, ""):
+        assert same(whole.parameters, resumed.parameters)
+
+
+def refusals() -> dict[str, str]:
+    me, model = dist.get_rank(), replica()
+    optimizer = commpress.optim.OneBitAdamW(model.parameters(), lr=0.1, warmup_steps=1)
+    other = {**RULES, "0.*": ("int8", "int4")[me]}
+    return {
+        "optimizer": outcome(lambda: commpress.attach(model, RULES, optimizer=optimizer)),
+        "exchange": outcome(lambda: commpress.attach(model, RULES, exchange="one_shot")),
+        "differ": outcome(lambda: commpress.attach(model, other)),
+        "one rank": outcome(lambda: commpress.attach(model, ({"nothing": "int4"}, "int4")[me])),
+    }
+
+
+def test_refusals_are_errors_on_all_ranks() -> None:
+    for got in run(2, refusals):
+        assert "OneBitAdamW needs one spec of the gradients" in got["optimizer"]
+        assert "got patterns" in got["optimizer"]
+        assert "with patterns each codec takes its own" in got["exchange"]
+        assert "rank 1 has spec '0.*: int4, *.bias: none, *: int4', rank 0 has '0.*: int8" in got["differ"]
+        assert "'nothing': decides for none of 6 parameters" in got["one rank"]
+
+
+def with_auto() -> tuple[list[Any], str, str]:
+    model = replica()
+    session = commpress.attach(model, {"0.*": "int8", "*": "auto"})
+    trained = train(model, range(40))
+    return trained.parameters, session.report().spec, str(session.receipt())
+
+
+def test_auto_decides_for_the_rest() -> None:
+    one, other = run(2, with_auto)
+    assert same(one[0], other[0])
+    assert one[1].startswith("0.*: int8, *: auto; auto: ")
+    assert "commpress 0.*: int8, *: auto (" in one[2]
