@@ -54,6 +54,7 @@ bench-quick: $(INSTALLED)
 bench: $(INSTALLED)
 	@mkdir -p $(RECORDS)
 	@$(RUN)/python benchmarks/codecs.py
+	@$(RUN)/python benchmarks/distortion.py --picture docs/distortion.svg
 	@for rate in 10gbit 1gbit; do $(LAB) 2 $$rate -- $(STEPS) --json $(RECORDS)/steps-$$rate.json || exit 1; done
 	@$(LAB) 2 100mbit -- $(STEPS) --rounds 2 --steps 2 --json $(RECORDS)/steps-100mbit.json
 	@$(LAB) 2 1gbit --delay 20ms -- $(STEPS) $(FEW) --rounds 3 --json $(RECORDS)/steps-1gbit-20ms.json

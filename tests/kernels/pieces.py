@@ -43,14 +43,22 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "block_of, bfloat16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (BFLOATS, INT, FLOATS)),
     "block_of, float16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (HALVES, INT, FLOATS)),
-    "int8 write": (lambda x, c, top: integer._write(x, None, c, top, 8), (FLOATS, BYTES, types.int32)),
+    "int8 write": (lambda x, c, top: integer._write(x, None, c, top, 8, False), (FLOATS, BYTES, types.int32)),
     "int8 write, feedback": (
-        lambda x, r, c, top: integer._write(x, r, c, top, 8),
+        lambda x, r, c, top: integer._write(x, r, c, top, 8, False),
         (FLOATS, FLOATS, BYTES, types.int32),
     ),
-    "int4 write": (lambda x, c, top: integer._write(x, None, c, top, 4), (FLOATS, BYTES, types.int32)),
+    "int4 write": (lambda x, c, top: integer._write(x, None, c, top, 4, False), (FLOATS, BYTES, types.int32)),
     "int4 write, feedback": (
-        lambda x, r, c, top: integer._write(x, r, c, top, 4),
+        lambda x, r, c, top: integer._write(x, r, c, top, 4, False),
+        (FLOATS, FLOATS, BYTES, types.int32),
+    ),
+    "int8 write, stochastic, feedback": (
+        lambda x, r, c, top: integer._write(x, r, c, top, 8, True),
+        (FLOATS, FLOATS, BYTES, types.int32),
+    ),
+    "int4 write, stochastic, feedback": (
+        lambda x, r, c, top: integer._write(x, r, c, top, 4, True),
         (FLOATS, FLOATS, BYTES, types.int32),
     ),
     "int8 read": (lambda scale, c, share, out: integer._add(scale, c, share, 8, False, out), (F, BYTES, F, FLOATS)),

@@ -23,6 +23,7 @@ PROCESSORS = {
 WIDTH = {"x86_64-unknown-linux-gnu": 8, "aarch64-unknown-linux-gnu": 4}
 """How many 32-bit lanes a vector must have."""
 FLOAT_ADD, FLOAT_MUL, FLOAT_SUB = "fadd", "fmul", "fsub"
+INT_MUL = "mul"
 PUT_FLOATS, PUT_BYTES, PUT_HALVES = "store float|i32", "store i8", "store i16"
 LARGEST = "umax|smax"
 
@@ -36,6 +37,8 @@ PIECES = {
     "int8 write, feedback": [FLOAT_MUL, FLOAT_SUB, PUT_BYTES, PUT_FLOATS],
     "int4 write": [FLOAT_MUL, FLOAT_ADD, PUT_BYTES],
     "int4 write, feedback": [FLOAT_MUL, FLOAT_SUB, PUT_BYTES, PUT_FLOATS],
+    "int8 write, stochastic, feedback": [INT_MUL, "xor", FLOAT_MUL, FLOAT_SUB, PUT_BYTES, PUT_FLOATS],
+    "int4 write, stochastic, feedback": [INT_MUL, "xor", FLOAT_MUL, FLOAT_SUB, PUT_BYTES, PUT_FLOATS],
     "int8 read": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
     "int4 read": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
     "e4m3 write, feedback": [FLOAT_MUL, FLOAT_SUB, PUT_BYTES, PUT_FLOATS],

@@ -12,11 +12,12 @@ CHECKS = Path(__file__).with_name("interpreted.py")
 CODE = Path(__file__).with_name("triton_code.py")
 SHARED = 48 * 1024
 """Bytes of shared memory that every GPU gives a program without being asked."""
+SPECS = "bf16 fp16 fp8 fp8(e5m2) int8 int8(stochastic) int4 int4(stochastic) int2 sign"
 ALL: dict[int, list[str] | None] = {80: None, 90: None, 100: None}
 QUICK: dict[int, list[str] | None] = {
     90: None,
     80: ["int8 prologue", "fp8 recode", "bf16 mean", "sign feedback", "int2 prologue"],
-    100: ["int4 recode", "fp8 prologue", "fp16 feedback", "sign recode", "int2 encode"],
+    100: ["int4(stochastic) recode", "fp8 prologue", "fp16 feedback", "sign recode", "int2 encode"],
 }
 """Kernels by compute capability, None for all: of the others a member of each family, and each op."""
 
@@ -37,7 +38,7 @@ def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition() -> None:
             "--durations=4",
             str(CHECKS),
         ],
-        env={**environment, "TRITON_INTERPRET": "1", "SPECS": "bf16 fp16 fp8 fp8(e5m2) int8 int4 int2 sign"},
+        env={**environment, "TRITON_INTERPRET": "1", "SPECS": SPECS},
         capture_output=True,
         text=True,
         timeout=280,
@@ -60,7 +61,7 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    every = 7 * 4 + 5  # 16-bit casts have no recode
+    every = 9 * 4 + 7  # 16-bit casts have no recode
     assert len(rows) == sum(every if some is None else len(some) for some in kernels.values())
     for row in rows:
         assert row["stack"] == 0, row

@@ -31,6 +31,8 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 FAMILIES: dict[str, Any] = {
     "int8": integer,
     "int4": integer,
+    "int8(stochastic)": integer,
+    "int4(stochastic)": integer,
     "fp8": float8,
     "bf16": cast,
     "fp16": cast,

@@ -28,6 +28,8 @@ SPECS = (
     "fp8(e5m2)",
     "int8",
     "int4",
+    "int8(stochastic)",
+    "int4(stochastic)",
     "int2",
     "sign",
     "topk(0.1)",

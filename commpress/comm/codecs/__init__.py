@@ -24,7 +24,7 @@ __all__ = ["AUTO", "WORDS", "Codec", "parse"]
 def parse(spec: str | Codec) -> Codec:
     """The codec that a spec names; a codec is handed back as it is.
 
-    `word` or `word(number)`, and behind a sparse stage, after `|`, the codec of its values. `str(parse(s))` is canonical.
+    `word` or `word(argument)`, and behind a sparse stage, after `|`, the codec of its values. `str(parse(s))` is canonical.
     Raises ValueError with the spec and what was expected, TypeError if it is not a string.
     """
     if isinstance(spec, Codec):

@@ -7,6 +7,11 @@ Payload of n values in B = ceil(n / 256) blocks, zero-padded to a multiple of 4 
 
 int8: a byte a value, round(x / scale) + 128. int4: round(x / scale) + 8 in four bits; the byte j of a block of m values
 holds value j in its low half and value j + ceil(m / 2) in its high half. 8.125 and 4.125 bits a value.
+
+`int8(stochastic)`, `int4(stochastic)`, as in that paper: the same payload, but x / scale goes to the integer above with the
+probability of its distance from the one below, so that it is right on average. The random number is a hash of the value, of its
+block's scale and of its place in the block. So the bytes follow from the values alone, nothing but the payload travels, and the
+noise is another one wherever the values are: on each rank, in each step. The same values, bit for bit, get the same noise.
 """
 
 from dataclasses import dataclass
@@ -16,22 +21,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import Codec, padded
+from commpress.comm.codecs.base import ArgumentError, Codec, padded
 
 BLOCK = 256
 FLUSH = 2.0**-100
 
 
+@dataclass(frozen=True)
 class BlockInteger(Codec):
     """int8 and int4; `bits` says which.
 
-    Error of a value: at most scale / 2 = max|x| / 254 or max|x| / 14 of its block (and float32's rounding). A block whose
-    magnitudes all lie below 2^-100 decodes to 0; one that holds NaN or Inf decodes to NaN. (The very largest float32 may
-    round up to Inf.)
+    Error of a value: at most scale / 2 = max|x| / 254 or max|x| / 14 of its block (and float32's rounding), twice that if it is
+    rounded stochastically. A block whose magnitudes all lie below 2^-100 decodes to 0; one that holds NaN or Inf decodes to
+    NaN. (The very largest float32 may round up to Inf.)
     """
+
+    stochastic: bool = False
+    """Whether a value is rounded up or down by chance, so that it is right on average; else to the nearest."""
 
     bits: ClassVar[int]
     granularity: ClassVar[int] = BLOCK
+
+    @classmethod
+    def from_spec(cls, argument: str | None, values: Codec | None = None) -> "BlockInteger":
+        if argument not in (None, "stochastic"):
+            raise ArgumentError(f"{cls.word} takes (stochastic) or no argument, got ({argument})")
+        return cls(argument == "stochastic")
+
+    @property
+    def spec(self) -> str:
+        return f"{self.word}(stochastic)" if self.stochastic else self.word
 
     def nbytes(self, n: int) -> int:
         tail = n % BLOCK
@@ -46,7 +65,10 @@ class BlockInteger(Codec):
         top = torch.full_like(peak, levels)  # by tensors: torch turns division by or of a scalar into a product
         scale = torch.where(usable, peak / top, torch.where(peak < FLUSH, 0.0, torch.full_like(peak, torch.nan)))
         inverse = torch.where(usable, top / peak, 0.0)
-        codes = torch.where(usable[:, None], torch.round(x * inverse[:, None]), 0.0).to(torch.int32) + offset
+        level = x * inverse[:, None]
+        if self.stochastic:
+            level = (level + noise(x, scale)).clamp(-levels, levels)
+        codes = torch.where(usable[:, None], torch.round(level), 0.0).to(torch.int32) + offset
         flat = codes.to(torch.uint8).view(-1)
         if self.bits == 4:
             full = flat[: n // BLOCK * BLOCK].view(-1, 2, BLOCK // 2)
@@ -71,12 +93,29 @@ class BlockInteger(Codec):
         return values * scale.repeat_interleave(BLOCK)[:n]
 
 
+def noise(x: Tensor, scale: Tensor) -> Tensor:
+    """What is added to x / scale before it is rounded to the nearest integer, float32 [blocks, 256].
+
+    `x` has that shape, `scale` is [blocks]. Odd multiples of 2^-24 between -1/2 and 1/2, all equally likely: a hash of 32 bits
+    (Wellons' lowbias32) of the bits of the value, its scale and its place in the block.
+    """
+    mask = 2**32 - 1
+    place = torch.arange(BLOCK, dtype=torch.int64, device=x.device) * 0x85EBCA6B
+    key = scale.view(torch.int32).to(torch.int64) * 0x9E3779B9
+    h = (x.view(torch.int32).to(torch.int64) ^ (key[:, None] + place)) & mask
+    h = ((h ^ h >> 16) * 0x7FEB352D) & mask
+    h = ((h ^ h >> 15) * 0x846CA68B) & mask
+    h = h ^ h >> 16
+    signed = (h ^ 2**31) - 2**31
+    return (signed >> 8 | 1).to(torch.float32) * 2.0**-24
+
+
 @dataclass(frozen=True)
 class Int8(BlockInteger):
     """`int8`: 3.9 times smaller than float32.
 
-    >>> parse("int8").nbytes(256)
-    260
+    >>> parse("int8").nbytes(256), parse("int8(stochastic)")
+    (260, Int8(stochastic=True))
     """
 
     word: ClassVar[str] = "int8"

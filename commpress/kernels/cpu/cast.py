@@ -8,6 +8,7 @@ from torch import Tensor
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
 from commpress.kernels.cpu.blocks import LARGEST, block_of, part_of, put, put_block, real, room_for
+from commpress.kernels.cpu.slices import in_slices
 
 BLOCKS_SHA256 = "d8d1d0722ec4a8b6"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
@@ -38,32 +39,34 @@ def _read(halves, W, row, o, share, size, out):
 
 
 @loop
-def cast_encode(x, prologue, residual, halves):
+def cast_encode(x, prologue, residual, halves, begin, end):
     """The 16-bit floats of x + residual; the residual becomes what they miss."""
     full = x.size // CAST_BLOCK
     scratch = np.empty(CAST_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         o = b * CAST_BLOCK
         xb, rb = block_of(x, prologue, None, o, CAST_BLOCK, scratch), part_of(residual, o, CAST_BLOCK)
         _encode_block(xb, rb, halves[o : o + CAST_BLOCK], CAST_BLOCK)
-    o, rest = full * CAST_BLOCK, x.size - full * CAST_BLOCK
-    xb, rb = block_of(x, prologue, None, o, rest, scratch), part_of(residual, o, rest)
-    _encode_block(xb, rb, halves[o : o + rest], rest)
+    if end > full:
+        o, rest = full * CAST_BLOCK, x.size - full * CAST_BLOCK
+        xb, rb = block_of(x, prologue, None, o, rest, scratch), part_of(residual, o, rest)
+        _encode_block(xb, rb, halves[o : o + rest], rest)
 
 
 @loop
-def cast_mean(halves, W, row, out):
+def cast_mean(halves, W, row, out, begin, end):
     """The mean of W payloads of `row` 16-bit floats each."""
     full = out.size // CAST_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(CAST_BLOCK, np.float32)
-    for b in range(full):  # a block's sum stays in the L1 cache
+    for b in range(begin, min(end, full)):  # a block's sum stays in the L1 cache
         ob = room_for(out, b * CAST_BLOCK, CAST_BLOCK, scratch)
         _read(halves, W, row, b * CAST_BLOCK, share, CAST_BLOCK, ob)
         put_block(out, b * CAST_BLOCK, ob)
-    ob = room_for(out, full * CAST_BLOCK, out.size - full * CAST_BLOCK, scratch)
-    _read(halves, W, row, full * CAST_BLOCK, share, ob.size, ob)
-    put_block(out, full * CAST_BLOCK, ob)
+    if end > full:
+        ob = room_for(out, full * CAST_BLOCK, out.size - full * CAST_BLOCK, scratch)
+        _read(halves, W, row, full * CAST_BLOCK, share, ob.size, ob)
+        put_block(out, full * CAST_BLOCK, ob)
 
 
 HALVES = {"bf16": np.uint16, "fp16": np.int16}
@@ -72,10 +75,12 @@ HALVES = {"bf16": np.uint16, "fp16": np.int16}
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    cast_encode(values(x), steps(prologue), floats(residual), padded(payload).view(HALVES[codec.word]))
+    halves = padded(payload).view(HALVES[codec.word])
+    in_slices(cast_encode, x.numel(), CAST_BLOCK, values(x), steps(prologue), floats(residual), halves)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
     halves = payloads.numpy().view(HALVES[codec.word])
-    cast_mean(halves, count, codec.nbytes(out.numel()) // 2, values(out))
+    n = out.numel()
+    in_slices(cast_mean, n, CAST_BLOCK, halves, count, codec.nbytes(n) // 2, values(out))

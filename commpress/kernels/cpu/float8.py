@@ -24,6 +24,7 @@ from commpress.kernels.cpu.blocks import (
     room_for,
     top_of,
 )
+from commpress.kernels.cpu.slices import in_slices
 
 BLOCKS_SHA256 = "d8d1d0722ec4a8b6"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
@@ -143,82 +144,85 @@ def _read(pf, pu, W, row, b, blocks, form, share, size, out):
 
 
 @part
-def _encode(x, prologue, residual, pf, pu, form):
+def _encode(x, prologue, residual, pf, pu, begin, end, form):
     full, blocks = x.size // FLOAT8_BLOCK, (x.size + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
     scratch = np.empty(FLOAT8_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * FLOAT8_BLOCK, FLOAT8_BLOCK, scratch)
         _encode_block(xb, part_of(residual, b * FLOAT8_BLOCK, FLOAT8_BLOCK), b, blocks, form, pf, pu)
-    at, rest = full * FLOAT8_BLOCK, x.size - full * FLOAT8_BLOCK
-    xb = block_of(x, prologue, residual, at, rest, scratch)
-    _encode_tail(xb, part_of(residual, at, rest), full, blocks, form, pf, pu)
+    if end > full:
+        at, rest = full * FLOAT8_BLOCK, x.size - full * FLOAT8_BLOCK
+        xb = block_of(x, prologue, residual, at, rest, scratch)
+        _encode_tail(xb, part_of(residual, at, rest), full, blocks, form, pf, pu)
 
 
 @part
-def _mean(pf, pu, W, row, out, form):
+def _mean(pf, pu, W, row, out, begin, end, form):
     full, blocks = out.size // FLOAT8_BLOCK, (out.size + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(FLOAT8_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         ob = room_for(out, b * FLOAT8_BLOCK, FLOAT8_BLOCK, scratch)
         _read(pf, pu, W, row, b, blocks, form, share, FLOAT8_BLOCK, ob)
         put_block(out, b * FLOAT8_BLOCK, ob)
-    ob = room_for(out, full * FLOAT8_BLOCK, out.size - full * FLOAT8_BLOCK, scratch)
-    _read(pf, pu, W, row, full, blocks, form, share, ob.size, ob)
-    put_block(out, full * FLOAT8_BLOCK, ob)
+    if end > full:
+        ob = room_for(out, full * FLOAT8_BLOCK, out.size - full * FLOAT8_BLOCK, scratch)
+        _read(pf, pu, W, row, full, blocks, form, share, ob.size, ob)
+        put_block(out, full * FLOAT8_BLOCK, ob)
 
 
 @part
-def _recode(pf, pu, W, row, residual, qf, qu, n, form):
+def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, form):
     full, blocks = n // FLOAT8_BLOCK, (n + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
     share = np.float32(1.0 / W)
     mean = np.empty(FLOAT8_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         rb = part_of(residual, b * FLOAT8_BLOCK, FLOAT8_BLOCK)
         _read(pf, pu, W, row, b, blocks, form, share, FLOAT8_BLOCK, mean)
         remember(mean, rb, FLOAT8_BLOCK)
         _encode_block(mean, rb, b, blocks, form, qf, qu)
-    at, rest = full * FLOAT8_BLOCK, n - full * FLOAT8_BLOCK
-    mb, rb = mean[:rest], part_of(residual, at, rest)
-    _read(pf, pu, W, row, full, blocks, form, share, rest, mb)
-    remember(mb, rb, rest)
-    _encode_tail(mb, rb, full, blocks, form, qf, qu)
+    if end > full:
+        at, rest = full * FLOAT8_BLOCK, n - full * FLOAT8_BLOCK
+        mb, rb = mean[:rest], part_of(residual, at, rest)
+        _read(pf, pu, W, row, full, blocks, form, share, rest, mb)
+        remember(mb, rb, rest)
+        _encode_tail(mb, rb, full, blocks, form, qf, qu)
 
 
 @loop
-def e4m3_encode(x, prologue, residual, pf, pu):
+def e4m3_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
-    _encode(x, prologue, residual, pf, pu, E4M3)
+    _encode(x, prologue, residual, pf, pu, begin, end, E4M3)
 
 
 @loop
-def e5m2_encode(x, prologue, residual, pf, pu):
+def e5m2_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
-    _encode(x, prologue, residual, pf, pu, E5M2)
+    _encode(x, prologue, residual, pf, pu, begin, end, E5M2)
 
 
 @loop
-def e4m3_mean(pf, pu, W, row, out):
+def e4m3_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
-    _mean(pf, pu, W, row, out, E4M3)
+    _mean(pf, pu, W, row, out, begin, end, E4M3)
 
 
 @loop
-def e5m2_mean(pf, pu, W, row, out):
+def e5m2_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
-    _mean(pf, pu, W, row, out, E5M2)
+    _mean(pf, pu, W, row, out, begin, end, E5M2)
 
 
 @loop
-def e4m3_recode(pf, pu, W, row, residual, qf, qu, n):
+def e4m3_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
-    _recode(pf, pu, W, row, residual, qf, qu, n, E4M3)
+    _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, E4M3)
 
 
 @loop
-def e5m2_recode(pf, pu, W, row, residual, qf, qu, n):
+def e5m2_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
-    _recode(pf, pu, W, row, residual, qf, qu, n, E5M2)
+    _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, E5M2)
 
 
 LOOPS = {"e4m3": (e4m3_encode, e4m3_mean, e4m3_recode), "e5m2": (e5m2_encode, e5m2_mean, e5m2_recode)}
@@ -227,17 +231,20 @@ LOOPS = {"e4m3": (e4m3_encode, e4m3_mean, e4m3_recode), "e5m2": (e5m2_encode, e5
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
     coded = padded(payload)
-    LOOPS[codec.format][0](values(x), steps(prologue), floats(residual), coded.view(np.float32), coded)
+    arguments = values(x), steps(prologue), floats(residual), coded.view(np.float32), coded
+    in_slices(LOOPS[codec.format][0], x.numel(), FLOAT8_BLOCK, *arguments)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    coded = payloads.numpy()
-    LOOPS[codec.format][1](coded.view(np.float32), coded, count, codec.nbytes(out.numel()), values(out))
+    coded, n = payloads.numpy(), out.numel()
+    in_slices(
+        LOOPS[codec.format][1], n, FLOAT8_BLOCK, coded.view(np.float32), coded, count, codec.nbytes(n), values(out)
+    )
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     before, after = payloads.numpy(), padded(payload)
     coded = before.view(np.float32), before, count, codec.nbytes(n)
-    LOOPS[codec.format][2](*coded, floats(residual), after.view(np.float32), after, n)
+    in_slices(LOOPS[codec.format][2], n, FLOAT8_BLOCK, *coded, floats(residual), after.view(np.float32), after, n)

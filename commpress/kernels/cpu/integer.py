@@ -18,6 +18,7 @@ from commpress.kernels.cpu.blocks import (
     room_for,
     top_of,
 )
+from commpress.kernels.cpu.slices import in_slices
 
 BLOCKS_SHA256 = "d8d1d0722ec4a8b6"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
@@ -27,6 +28,8 @@ FLUSH = np.float32(2.0**-100)
 ROUND = np.float32(1.5 * 2**23)
 ORDINARY = (LARGEST / np.float32(2)).view(np.int32)
 """Bits of the magnitude from which on the largest code times the scale may round to Inf."""
+SCALE_HASH, PLACE_HASH = np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B)
+FIRST_HASH, LAST_HASH = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 
 
 @part
@@ -43,28 +46,49 @@ def _scales(top, bits):
 
 
 @part
-def _code(value, inverse, magic, bits):
-    """Return a value's code, and the integer it stands for."""
-    t = np.float32(value * inverse + magic)
+def _key(scale):
+    """Return what the noise of a block of this scale begins with."""
+    return np.uint32(np.float32(scale).view(np.uint32) * SCALE_HASH)
+
+
+@part
+def _noise(value, key, place):
+    """Return what is added to the value at this place of its block before it is rounded: the hash of the definition."""
+    h = np.uint32(np.float32(value).view(np.uint32) ^ np.uint32(key + np.uint32(np.uint32(place) * PLACE_HASH)))
+    h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(16))) * FIRST_HASH)
+    h = np.uint32(np.uint32(h ^ np.uint32(h >> np.uint32(15))) * LAST_HASH)
+    signed = np.int32(np.uint32(h ^ np.uint32(h >> np.uint32(16))))
+    return np.float32(np.float32(np.int32(np.int32(signed >> np.int32(8)) | np.int32(1))) * np.float32(2.0**-24))
+
+
+@part
+def _code(value, place, inverse, magic, key, bits, stochastic):
+    """Return the code of the value at this place of its block, and the integer it stands for."""
+    level = np.float32(value * inverse)
+    if stochastic:
+        levels = np.float32(127) if bits == 8 else np.float32(7)
+        level = min(max(np.float32(level + _noise(value, key, place)), -levels), levels)
+    t = np.float32(level + magic)
     return np.int32(t.view(np.int32) & np.int32(255 if bits == 8 else 15)), np.float32(t - magic)
 
 
 @part
-def _write(x, residual, codes, top, bits):
+def _write(x, residual, codes, top, bits, stochastic):
     """Encode a full block of ordinary values; leave in `residual` what is lost, return the scale."""
     scale, inverse, magic = _scales(top, bits)
+    key = _key(scale)
     if bits == 8:
         for j in range(INT_BLOCK):
             value = x[j]
-            code, level = _code(value, inverse, magic, bits)
+            code, level = _code(value, j, inverse, magic, key, bits, stochastic)
             codes[j] = np.uint8(code)
             if residual is not None:
                 residual[j] = value - level * scale
     else:
         for j in range(HALF):
             low, high = x[j], x[j + HALF]
-            code, level = _code(low, inverse, magic, bits)
-            upper_code, upper_level = _code(high, inverse, magic, bits)
+            code, level = _code(low, j, inverse, magic, key, bits, stochastic)
+            upper_code, upper_level = _code(high, j + HALF, inverse, magic, key, bits, stochastic)
             codes[j] = np.uint8(np.int32(code | np.int32(upper_code << np.int32(4))))
             if residual is not None:
                 residual[j] = low - level * scale
@@ -73,14 +97,16 @@ def _write(x, residual, codes, top, bits):
 
 
 @loop
-def _write_rare(x, residual, codes, top, bits):
+def _write_rare(x, residual, codes, top, bits, stochastic):
     """Encode a block of any length and any values, to the same bytes."""
     scale, inverse, magic = _scales(top, bits)
+    key = _key(scale)
     half = (x.size + 1) // 2
     codes[:] = np.uint8(0 if bits == 8 else 8 << 4)  # if there is no upper value, its code is that of 0
     for j in range(x.size):
         value = x[j]
-        code, level = _code(np.float32(0) if top >= INFINITY_BITS else value, inverse, magic, bits)
+        usable = np.float32(0) if top >= INFINITY_BITS else value
+        code, level = _code(usable, j, inverse, magic, key, bits, stochastic)
         if bits == 8:
             codes[j] = np.uint8(code)
         elif j < half:
@@ -95,35 +121,37 @@ def _write_rare(x, residual, codes, top, bits):
 
 
 @part
-def _encode_block(x, residual, b, blocks, bits, pf, pu):
+def _encode_block(x, residual, b, blocks, bits, stochastic, pf, pu):
     """Encode the full block `b`, whose values are `x`."""
     start = 4 * blocks + b * (INT_BLOCK * bits // 8)
     codes = pu[start : start + INT_BLOCK * bits // 8]
     top = top_of(x, INT_BLOCK)
     if top < ORDINARY:
-        pf[b] = _write(x, residual, codes, top, bits)
+        pf[b] = _write(x, residual, codes, top, bits, stochastic)
     else:
-        pf[b] = _write_rare(x, residual, codes, top, bits)
+        pf[b] = _write_rare(x, residual, codes, top, bits, stochastic)
 
 
 @part
-def _encode_tail(x, residual, b, blocks, bits, pf, pu):
+def _encode_tail(x, residual, b, blocks, bits, stochastic, pf, pu):
     """Encode the last block `b`, if it is shorter."""
     start = 4 * blocks + b * (INT_BLOCK * bits // 8)
     if x.size:
-        pf[b] = _write_rare(x, residual, pu[start : start + (x.size * bits + 7) // 8], top_of(x, x.size), bits)
+        codes = pu[start : start + (x.size * bits + 7) // 8]
+        pf[b] = _write_rare(x, residual, codes, top_of(x, x.size), bits, stochastic)
 
 
 @part
-def _encode(x, prologue, residual, pf, pu, bits):
+def _encode(x, prologue, residual, pf, pu, begin, end, bits, stochastic):
     full, blocks = x.size // INT_BLOCK, (x.size + INT_BLOCK - 1) // INT_BLOCK
     scratch = np.empty(INT_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * INT_BLOCK, INT_BLOCK, scratch)
-        _encode_block(xb, part_of(residual, b * INT_BLOCK, INT_BLOCK), b, blocks, bits, pf, pu)
-    rest = x.size - full * INT_BLOCK
-    xb = block_of(x, prologue, residual, full * INT_BLOCK, rest, scratch)
-    _encode_tail(xb, part_of(residual, full * INT_BLOCK, rest), full, blocks, bits, pf, pu)
+        _encode_block(xb, part_of(residual, b * INT_BLOCK, INT_BLOCK), b, blocks, bits, stochastic, pf, pu)
+    if end > full:
+        rest = x.size - full * INT_BLOCK
+        xb = block_of(x, prologue, residual, full * INT_BLOCK, rest, scratch)
+        _encode_tail(xb, part_of(residual, full * INT_BLOCK, rest), full, blocks, bits, stochastic, pf, pu)
 
 
 @part
@@ -181,89 +209,121 @@ def _read_tail(pf, pu, W, row, b, blocks, bits, share, out):
 
 
 @part
-def _mean(pf, pu, W, row, out, bits):
+def _mean(pf, pu, W, row, out, begin, end, bits):
     full, blocks = out.size // INT_BLOCK, (out.size + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(INT_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         ob = room_for(out, b * INT_BLOCK, INT_BLOCK, scratch)
         _read(pf, pu, W, row, b, blocks, bits, share, ob)
         put_block(out, b * INT_BLOCK, ob)
-    ob = room_for(out, full * INT_BLOCK, out.size - full * INT_BLOCK, scratch)
-    _read_tail(pf, pu, W, row, full, blocks, bits, share, ob)
-    put_block(out, full * INT_BLOCK, ob)
+    if end > full:
+        ob = room_for(out, full * INT_BLOCK, out.size - full * INT_BLOCK, scratch)
+        _read_tail(pf, pu, W, row, full, blocks, bits, share, ob)
+        put_block(out, full * INT_BLOCK, ob)
 
 
 @part
-def _recode(pf, pu, W, row, residual, qf, qu, n, bits):
+def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, bits, stochastic):
     full, blocks = n // INT_BLOCK, (n + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
     mean = np.empty(INT_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         rb = part_of(residual, b * INT_BLOCK, INT_BLOCK)
         _read(pf, pu, W, row, b, blocks, bits, share, mean)
         remember(mean, rb, INT_BLOCK)
-        _encode_block(mean, rb, b, blocks, bits, qf, qu)
-    rest = n - full * INT_BLOCK
-    mb, rb = mean[:rest], part_of(residual, full * INT_BLOCK, rest)
-    _read_tail(pf, pu, W, row, full, blocks, bits, share, mb)
-    remember(mb, rb, rest)
-    _encode_tail(mb, rb, full, blocks, bits, qf, qu)
+        _encode_block(mean, rb, b, blocks, bits, stochastic, qf, qu)
+    if end > full:
+        rest = n - full * INT_BLOCK
+        mb, rb = mean[:rest], part_of(residual, full * INT_BLOCK, rest)
+        _read_tail(pf, pu, W, row, full, blocks, bits, share, mb)
+        remember(mb, rb, rest)
+        _encode_tail(mb, rb, full, blocks, bits, stochastic, qf, qu)
 
 
 @loop
-def int8_encode(x, prologue, residual, pf, pu):
+def int8_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
-    _encode(x, prologue, residual, pf, pu, 8)
+    _encode(x, prologue, residual, pf, pu, begin, end, 8, False)
 
 
 @loop
-def int4_encode(x, prologue, residual, pf, pu):
+def int4_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
-    _encode(x, prologue, residual, pf, pu, 4)
+    _encode(x, prologue, residual, pf, pu, begin, end, 4, False)
 
 
 @loop
-def int8_mean(pf, pu, W, row, out):
+def int8_stochastic_encode(x, prologue, residual, pf, pu, begin, end):
+    """Codes and scales of x + residual; the residual becomes what they miss."""
+    _encode(x, prologue, residual, pf, pu, begin, end, 8, True)
+
+
+@loop
+def int4_stochastic_encode(x, prologue, residual, pf, pu, begin, end):
+    """Codes and scales of x + residual; the residual becomes what they miss."""
+    _encode(x, prologue, residual, pf, pu, begin, end, 4, True)
+
+
+@loop
+def int8_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
-    _mean(pf, pu, W, row, out, 8)
+    _mean(pf, pu, W, row, out, begin, end, 8)
 
 
 @loop
-def int4_mean(pf, pu, W, row, out):
+def int4_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
-    _mean(pf, pu, W, row, out, 4)
+    _mean(pf, pu, W, row, out, begin, end, 4)
 
 
 @loop
-def int8_recode(pf, pu, W, row, residual, qf, qu, n):
+def int8_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
-    _recode(pf, pu, W, row, residual, qf, qu, n, 8)
+    _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 8, False)
 
 
 @loop
-def int4_recode(pf, pu, W, row, residual, qf, qu, n):
+def int4_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
-    _recode(pf, pu, W, row, residual, qf, qu, n, 4)
+    _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 4, False)
 
 
-LOOPS = {"int8": (int8_encode, int8_mean, int8_recode), "int4": (int4_encode, int4_mean, int4_recode)}
+@loop
+def int8_stochastic_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
+    """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 8, True)
+
+
+@loop
+def int4_stochastic_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
+    """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 4, True)
+
+
+LOOPS = {
+    "int8": (int8_encode, int8_mean, int8_recode),
+    "int4": (int4_encode, int4_mean, int4_recode),
+    "int8(stochastic)": (int8_stochastic_encode, int8_mean, int8_stochastic_recode),
+    "int4(stochastic)": (int4_stochastic_encode, int4_mean, int4_stochastic_recode),
+}
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
     coded = padded(payload)
-    LOOPS[codec.word][0](values(x), steps(prologue), floats(residual), coded.view(np.float32), coded)
+    arguments = values(x), steps(prologue), floats(residual), coded.view(np.float32), coded
+    in_slices(LOOPS[codec.spec][0], x.numel(), INT_BLOCK, *arguments)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    coded = payloads.numpy()
-    LOOPS[codec.word][1](coded.view(np.float32), coded, count, codec.nbytes(out.numel()), values(out))
+    coded, n = payloads.numpy(), out.numel()
+    in_slices(LOOPS[codec.spec][1], n, INT_BLOCK, coded.view(np.float32), coded, count, codec.nbytes(n), values(out))
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     before, after = payloads.numpy(), padded(payload)
     coded = before.view(np.float32), before, count, codec.nbytes(n)
-    LOOPS[codec.word][2](*coded, floats(residual), after.view(np.float32), after, n)
+    in_slices(LOOPS[codec.spec][2], n, INT_BLOCK, *coded, floats(residual), after.view(np.float32), after, n)

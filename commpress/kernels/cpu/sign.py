@@ -21,6 +21,7 @@ from commpress.kernels.cpu.blocks import (
     sign_bit,
     sum_magnitudes,
 )
+from commpress.kernels.cpu.slices import in_slices
 
 BLOCKS_SHA256 = "d8d1d0722ec4a8b6"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
@@ -105,67 +106,71 @@ def _read_tail(pf, pu, W, row, b, blocks, share, out):
 
 
 @loop
-def sign_encode(x, prologue, residual, pf, pu):
+def sign_encode(x, prologue, residual, pf, pu, begin, end):
     """Signs and magnitudes of x + residual; the residual becomes what they miss."""
     full, blocks = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     scratch, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     lanes = np.empty(SIGN_LANES, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
         _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, lanes, b, blocks, pf, pu)
-    at, rest = full * SIGN_BLOCK, x.size - full * SIGN_BLOCK
-    xb = block_of(x, prologue, residual, at, rest, scratch)
-    _encode_tail(xb, part_of(residual, at, rest), a, lanes, full, blocks, pf, pu)
+    if end > full:
+        at, rest = full * SIGN_BLOCK, x.size - full * SIGN_BLOCK
+        xb = block_of(x, prologue, residual, at, rest, scratch)
+        _encode_tail(xb, part_of(residual, at, rest), a, lanes, full, blocks, pf, pu)
 
 
 @loop
-def sign_mean(pf, pu, W, row, out):
+def sign_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
     full, blocks = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(SIGN_BLOCK, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         ob = room_for(out, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
         _read(pf, pu, W, row, b, blocks, share, ob)
         put_block(out, b * SIGN_BLOCK, ob)
-    ob = room_for(out, full * SIGN_BLOCK, out.size - full * SIGN_BLOCK, scratch)
-    _read_tail(pf, pu, W, row, full, blocks, share, ob)
-    put_block(out, full * SIGN_BLOCK, ob)
+    if end > full:
+        ob = room_for(out, full * SIGN_BLOCK, out.size - full * SIGN_BLOCK, scratch)
+        _read_tail(pf, pu, W, row, full, blocks, share, ob)
+        put_block(out, full * SIGN_BLOCK, ob)
 
 
 @loop
-def sign_recode(pf, pu, W, row, residual, qf, qu, n):
+def sign_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
     full, blocks = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
     mean, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     lanes = np.empty(SIGN_LANES, np.float32)
-    for b in range(full):
+    for b in range(begin, min(end, full)):
         rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
         _read(pf, pu, W, row, b, blocks, share, mean)
         remember(mean, rb, SIGN_BLOCK)
         _encode_block(mean, rb, a, lanes, b, blocks, qf, qu)
-    at, rest = full * SIGN_BLOCK, n - full * SIGN_BLOCK
-    mb, rb = mean[:rest], part_of(residual, at, rest)
-    _read_tail(pf, pu, W, row, full, blocks, share, mb)
-    remember(mb, rb, rest)
-    _encode_tail(mb, rb, a, lanes, full, blocks, qf, qu)
+    if end > full:
+        at, rest = full * SIGN_BLOCK, n - full * SIGN_BLOCK
+        mb, rb = mean[:rest], part_of(residual, at, rest)
+        _read_tail(pf, pu, W, row, full, blocks, share, mb)
+        remember(mb, rb, rest)
+        _encode_tail(mb, rb, a, lanes, full, blocks, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
     coded = padded(payload)
-    sign_encode(values(x), steps(prologue), floats(residual), coded.view(np.float32), coded)
+    arguments = values(x), steps(prologue), floats(residual), coded.view(np.float32), coded
+    in_slices(sign_encode, x.numel(), SIGN_BLOCK, *arguments)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    coded = payloads.numpy()
-    sign_mean(coded.view(np.float32), coded, count, codec.nbytes(out.numel()), values(out))
+    coded, n = payloads.numpy(), out.numel()
+    in_slices(sign_mean, n, SIGN_BLOCK, coded.view(np.float32), coded, count, codec.nbytes(n), values(out))
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     before, after = payloads.numpy(), padded(payload)
     coded = before.view(np.float32), before, count, codec.nbytes(n)
-    sign_recode(*coded, floats(residual), after.view(np.float32), after, n)
+    in_slices(sign_recode, n, SIGN_BLOCK, *coded, floats(residual), after.view(np.float32), after, n)

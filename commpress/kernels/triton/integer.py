@@ -1,4 +1,4 @@
-"""Kernels of `int8` and `int4`: a program has ROWS blocks. The layout stands in `comm/codecs/integer.py`."""
+"""Kernels of `int8` and `int4`: a program has ROWS blocks. The layout and the noise stand in `comm/codecs/integer.py`."""
 
 from typing import Any
 
@@ -25,10 +25,26 @@ ROWS = 4
 
 
 @triton.jit
-def _code(value, inverse, BITS: tl.constexpr):
-    """The codes of values, and the integers that they stand for; 0 where `inverse` is 0, whatever the value is."""
+def _noise(value, scale, place):
+    """What is added to values at these places of their blocks before they are rounded: the hash of the definition."""
+    key = scale.to(tl.uint32, bitcast=True) * 0x9E3779B9
+    h = value.to(tl.uint32, bitcast=True) ^ (key + place.to(tl.uint32) * 0x85EBCA6B)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    signed = (h ^ (h >> 16)).to(tl.int32, bitcast=True)
+    return ((signed >> 8) | 1).to(tl.float32) * 2.0**-24
+
+
+@triton.jit
+def _code(value, place, scale, inverse, BITS: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """The codes of values at these places of their blocks, and the integers that they stand for; 0 where `inverse` is 0,
+    whatever the value is."""
     magic: tl.constexpr = 1.5 * 2**23 + 2 ** (BITS - 1)
-    t = tl.where(inverse == 0, 0.0, value * inverse) + magic  # rounds half to even; the code is in the low bits
+    level = tl.where(inverse == 0, 0.0, value * inverse)
+    if STOCHASTIC:
+        levels: tl.constexpr = 2.0 ** (BITS - 1) - 1
+        level = tl.minimum(tl.maximum(level + _noise(value, scale, place), -levels), levels)
+    t = level + magic  # rounds half to even; the code is in the low bits
     return t.to(tl.int32, bitcast=True) & (2**BITS - 1), t - magic
 
 
@@ -46,10 +62,10 @@ def _halves(b, n, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _put_bytes(value, residual, pf, pu, b, blocks, at, inside):
+def _put_bytes(value, residual, pf, pu, b, blocks, at, inside, STOCHASTIC: tl.constexpr):
     """Encode blocks of int8, [ROWS, 256]."""
     scale, inverse = block_scale(tl.max(magnitude_bits(value), axis=1, keep_dims=True), 127.0, FLUSH)
-    code, level = _code(value, inverse, 8)
+    code, level = _code(value, at - b * BLOCK, scale, inverse, 8, STOCHASTIC)
     write(pf + b, scale, None if inside is None else b < blocks)
     write(pu + 4 * blocks + at, code.to(tl.uint8), inside)
     if residual is not None:
@@ -57,12 +73,12 @@ def _put_bytes(value, residual, pf, pu, b, blocks, at, inside):
 
 
 @triton.jit
-def _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper_inside):
+def _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper_inside, STOCHASTIC: tl.constexpr):
     """Encode blocks of int4, of which these are the halves, [ROWS, 128] each."""
     top = tl.max(tl.maximum(magnitude_bits(low), magnitude_bits(high)), axis=1, keep_dims=True)
     scale, inverse = block_scale(top, 7.0, FLUSH)
-    code, level = _code(low, inverse, 4)
-    upper_code, upper_level = _code(high, inverse, 4)
+    code, level = _code(low, at - b * BLOCK, scale, inverse, 4, STOCHASTIC)
+    upper_code, upper_level = _code(high, upper - b * BLOCK, scale, inverse, 4, STOCHASTIC)
     write(pf + b, scale, None if inside is None else b < blocks)
     place = pu + 4 * blocks + b * HALF + tl.arange(0, HALF)[None, :]
     write(place, (code | upper_code << 4).to(tl.uint8), inside)
@@ -105,7 +121,24 @@ def _two(pf, pu, b, at, share, inside, b_inside):
 
 
 @triton.jit
-def _byte_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE: tl.constexpr):
+def _byte_rows(
+    x,
+    prologue,
+    pf,
+    pu,
+    W,
+    row,
+    share,
+    residual,
+    qf,
+    qu,
+    out,
+    n,
+    blocks,
+    b,
+    WHOLE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
     at = b * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside, b_inside = None if WHOLE else at < n, None if WHOLE else b < blocks
     if x is not None:
@@ -116,11 +149,28 @@ def _byte_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blo
     if out is not None:
         write(out + at, value, inside)
     else:
-        _put_bytes(value, residual, qf, qu, b, blocks, at, inside)
+        _put_bytes(value, residual, qf, qu, b, blocks, at, inside, STOCHASTIC)
 
 
 @triton.jit
-def _half_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE: tl.constexpr):
+def _half_rows(
+    x,
+    prologue,
+    pf,
+    pu,
+    W,
+    row,
+    share,
+    residual,
+    qf,
+    qu,
+    out,
+    n,
+    blocks,
+    b,
+    WHOLE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
     at, upper, inside, upper_inside = _halves(b, n, WHOLE)
     b_inside = None if WHOLE else b < blocks
     if x is not None:
@@ -133,30 +183,61 @@ def _half_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blo
         write(out + at, low, inside)
         write(out + upper, high, upper_inside)
     else:
-        _put_halves(low, high, residual, qf, qu, b, blocks, at, upper, inside, upper_inside)
+        _put_halves(low, high, residual, qf, qu, b, blocks, at, upper, inside, upper_inside, STOCHASTIC)
 
 
 @triton.jit
 def _rows(
-    x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE: tl.constexpr, BITS: tl.constexpr
+    x,
+    prologue,
+    pf,
+    pu,
+    W,
+    row,
+    share,
+    residual,
+    qf,
+    qu,
+    out,
+    n,
+    blocks,
+    b,
+    WHOLE: tl.constexpr,
+    BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):
     if BITS == 8:
-        _byte_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE)
+        _byte_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE, STOCHASTIC)
     else:
-        _half_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE)
+        _half_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE, STOCHASTIC)
 
 
 @triton.jit
 def _code_blocks(
-    x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, BITS: tl.constexpr, ROWS: tl.constexpr
+    x,
+    prologue,
+    pf,
+    pu,
+    W,
+    row,
+    share,
+    residual,
+    qf,
+    qu,
+    out,
+    n,
+    blocks,
+    BITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Encode x, or without it the mean of W payloads (pf, pu), into (qf, qu), or write the mean to `out`."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     b = first + tl.arange(0, ROWS)[:, None]
     if (first + ROWS) * BLOCK <= n:
-        _rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, True, BITS)
+        _rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, True, BITS, STOCHASTIC)
     else:
-        _rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, False, BITS)
+        _rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, False, BITS, STOCHASTIC)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
@@ -181,4 +262,5 @@ def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | 
 
 def _launch(codec: Any, n: int, *arguments: Any) -> None:
     blocks = triton.cdiv(n, BLOCK)
-    launch(_code_blocks, triton.cdiv(blocks, ROWS), *arguments, n, blocks, BITS=codec.bits, ROWS=ROWS)
+    constants = {"BITS": codec.bits, "STOCHASTIC": codec.stochastic, "ROWS": ROWS}
+    launch(_code_blocks, triton.cdiv(blocks, ROWS), *arguments, n, blocks, **constants)

@@ -30,7 +30,9 @@ LENGTHS = {
     "fp8": 300,
     "fp8(e5m2)": 300,
     "int8": 300,
+    "int8(stochastic)": 300,
     "int4": 301,
+    "int4(stochastic)": 301,
     "int2": 1100,
     "sign": 1100,
 }

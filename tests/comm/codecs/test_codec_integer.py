@@ -1,4 +1,6 @@
-"""int8 and int4: the error bound, the rounding, the layout as the docstring draws it, blocks that stand alone."""
+"""int8 and int4: the error bound, the rounding, the layout as the docstring draws it, blocks that stand alone; and that
+stochastic rounding is right on average, whatever the values are.
+"""
 
 import struct
 
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commpress.comm.codecs import parse
+from commpress.comm.codecs.integer import noise
 from commpress.comm.coding import encode
 
 BLOCK = 256
@@ -76,6 +79,64 @@ def test_error_bound_at_every_size_of_values(spec: str, seed: int, n: int, expon
 @pytest.mark.parametrize("name", sorted(tame(1)))
 def test_error_bound_on_hard_inputs(spec: str, name: str) -> None:
     check_bound(spec, tame(100_003)[name])
+
+
+def stochastic(spec: str, x: Tensor) -> Tensor:
+    """The error of each value in steps of its block, by stochastic rounding; x is [blocks, 256]."""
+    step = x.abs().amax(dim=1, keepdim=True).double() / LEVELS[spec]
+    decoded = round_trip(f"{spec}(stochastic)", x.reshape(-1)).view(-1, BLOCK)
+    return (decoded.double() - x.double()) / step
+
+
+@BOTH
+@EXAMPLES
+@given(st.integers(0, 10**6), st.integers(1, 900), st.integers(-100, 120))
+def test_stochastic_rounding_errs_by_less_than_a_step(spec: str, seed: int, n: int, exponent: int) -> None:
+    x = gradient(n, seed).clamp(-60, 60) * 2.0**exponent
+    decoded = round_trip(f"{spec}(stochastic)", x)
+    for start in range(0, n, BLOCK):
+        block, got = x[start : start + BLOCK].double(), decoded[start : start + BLOCK].double()
+        if (peak := float(block.abs().max())) >= 2.0**-100:
+            assert (block - got).abs().max() <= peak * (1 / LEVELS[spec] + 2.0**-21)
+            assert (got[block.abs() == peak].abs() - peak).abs().max() <= peak * 2.0**-22  # the largest stays
+    assert (decoded[x == 0] == 0).all()
+
+
+@BOTH
+def test_stochastic_rounding_is_right_on_average(spec: str) -> None:
+    seeds = 4000
+    peaks = LEVELS[spec] * (1 + torch.arange(seeds) * 2.0**-20)  # each is another scale, and so another noise
+    values = torch.linspace(-0.9, 0.8, BLOCK - 1) * LEVELS[spec]
+    error = stochastic(spec, torch.cat([peaks[:, None], values.repeat(seeds, 1)], dim=1))[:, 1:]
+    assert (error.abs() > 0.25).double().mean() > 0.2
+    standard = error.std(dim=0) / seeds**0.5
+    assert (error.mean(dim=0).abs() <= 4 * standard).all()
+    assert error.mean().abs() <= 4 * error.std() / error.numel() ** 0.5
+    together = torch.corrcoef(error[:, :64].T).fill_diagonal_(0)  # places of a block err each by itself
+    assert together.abs().max() < 5 / seeds**0.5
+
+
+@BOTH
+def test_ranks_that_differ_in_the_last_bits_average_their_noise_out(spec: str) -> None:
+    ranks, x = 64, gradient(8 * BLOCK)
+    last_bits = 1 + torch.randint(-8, 9, (ranks, x.numel()), generator=torch.Generator().manual_seed(1)) * 2.0**-22
+
+    def mean_error(name: str) -> float:
+        decoded = torch.stack([round_trip(name, x * bits) for bits in last_bits])
+        return float((decoded.mean(dim=0) - x).square().sum() / (decoded[0] - x).square().sum())
+
+    assert mean_error(f"{spec}(stochastic)") < 2 / ranks
+    assert mean_error(spec) > 0.9
+
+
+def test_the_noise_is_spread_evenly_over_one_step() -> None:
+    bits = torch.arange(0x3F800000, 0x3F800000 + 1024 * BLOCK, dtype=torch.int32)
+    found = noise(bits.view(torch.float32).view(1024, BLOCK), torch.full((1024,), 0.125))
+    assert found.abs().max() < 0.5
+    assert (found.double() * 2**24 % 2 == 1).all()
+    counts = torch.histc(found, 256, -0.5, 0.5)
+    assert (counts - 1024).square().sum() / 1024 < 255 + 4 * (2 * 255) ** 0.5
+    assert torch.corrcoef(torch.stack([found.view(-1)[1:], found.view(-1)[:-1]]))[0, 1].abs() < 4 / found.numel() ** 0.5
 
 
 @BOTH
