@@ -34,6 +34,9 @@ SPECS = (
     "topk(0.01)",
     "topk(0.01)|int4",
     "topk(0.001)|int4",
+    "randomk(0.1)",
+    "randomk(0.01)",
+    "randomk(0.1)|int4",
 )
 
 

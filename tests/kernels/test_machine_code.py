@@ -52,6 +52,8 @@ PIECES = {
     "bf16 read": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
     "fp16 read": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
     "topk remember": [FLOAT_ADD, PUT_FLOATS, LARGEST],
+    "randomk add": [FLOAT_ADD, PUT_FLOATS, LARGEST],
+    "randomk places": ["add", PUT_FLOATS],
     "apply_update": [FLOAT_MUL, PUT_FLOATS],
     "local_step": [FLOAT_MUL, PUT_FLOATS],
     "sync_payload": [FLOAT_MUL, PUT_FLOATS],

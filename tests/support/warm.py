@@ -31,6 +31,7 @@ SPECS = (
     "topk(0.1)",
     "topk(0.1)|int4",
     "topk(0.1)|sign",
+    "randomk(0.1)",
 )
 """The codecs whose loops every rank finds compiled."""
 

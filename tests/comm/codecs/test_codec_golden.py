@@ -33,6 +33,7 @@ LENGTHS = {
     "int4": 301,
     "int2": 1100,
     "sign": 1100,
+    "randomk(1)": 75,
 }
 """Enough for a whole block and a short one; 1000 for the sparse ones."""
 

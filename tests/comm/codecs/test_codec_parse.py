@@ -13,6 +13,7 @@ from commpress.comm.codecs import FAMILIES, WORDS, Codec, parse
 from commpress.comm.codecs.cast import BFloat16, Float16, Identity
 from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
+from commpress.comm.codecs.random_k import RandomK
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.codecs.two_bit import Int2
@@ -37,6 +38,8 @@ from commpress.comm.codecs.two_bit import Int2
         ("topk(0.01)|int4", TopK(0.01, Int4())),
         ("topk(0.01)|none", TopK(0.01)),
         (" topk( 0.01 ) | int4 ", TopK(0.01, Int4())),
+        ("randomk(0.01)", RandomK(0.01)),
+        ("randomk(0.1)|int4", RandomK(0.1, Int4())),
     ],
 )
 def test_a_spec_names_its_codec(spec: str, codec: Codec) -> None:
@@ -54,6 +57,7 @@ def test_a_spec_names_its_codec(spec: str, codec: Codec) -> None:
         ("  topk( 0.01 )|  sign", "topk(0.01)|sign"),
         ("topk(0.30000000000000004)", "topk(0.30000000000000004)"),
         ("topk(0.3333333)", "topk(0.3333333)"),
+        ("randomk(1e-1)|none", "randomk(0.1)"),
         (" int4 ", "int4"),
         ("fp8( e4m3 )", "fp8"),
         ("topk(0.1)|fp8(e5m2)", "topk(0.1)|fp8(e5m2)"),
@@ -65,9 +69,13 @@ def test_the_canonical_form(spec: str, canonical: str) -> None:
 
 
 @EXAMPLES
-@given(st.floats(0, 1, exclude_min=True), st.sampled_from(sorted(set(WORDS) - {"topk"})))
-def test_every_ratio_round_trips(ratio: float, word: str) -> None:
-    codec = TopK(ratio, parse(word))
+@given(
+    st.sampled_from((TopK, RandomK)),
+    st.floats(0, 1, exclude_min=True),
+    st.sampled_from(sorted(word for word, family in WORDS.items() if not family.outer)),
+)
+def test_every_ratio_round_trips(family: type[TopK] | type[RandomK], ratio: float, word: str) -> None:
+    codec = family(ratio, parse(word))
     assert parse(str(codec)) == codec
     assert str(parse(str(codec))) == str(codec)
 
@@ -93,13 +101,14 @@ def test_an_unknown_word_is_told_the_known_ones(spec: str) -> None:
         parse(spec)
 
 
+@pytest.mark.parametrize("family", [TopK, RandomK])
 @pytest.mark.parametrize("ratio", ["1.5", "0", "-1", "nan", "inf", "-inf", "1.0000001", "1e-400"])
-def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str) -> None:
+def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str, family: type[TopK] | type[RandomK]) -> None:
     value = re.escape(str(float(ratio)))
-    with pytest.raises(ValueError, match=rf"topk\({value}\): the kept share must be in \(0, 1\], got {value}"):
-        parse(f"topk({ratio})")
+    with pytest.raises(ValueError, match=rf"{family.word}\({value}\): the kept share must be in \(0, 1\], got {value}"):
+        parse(f"{family.word}({ratio})")
     with pytest.raises(ValueError, match=rf"the kept share must be in \(0, 1\], got {value}"):
-        TopK(float(ratio))
+        family(float(ratio))
 
 
 @pytest.mark.parametrize(
@@ -109,10 +118,14 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str) -> None:
         ("topk()", "spec 'topk()': topk takes the kept share, as in topk(0.01), got ()"),
         ("topk(x)", "spec 'topk(x)': topk takes the kept share, as in topk(0.01), got (x)"),
         ("topk(0.1, 2)", "spec 'topk(0.1, 2)': topk takes the kept share, as in topk(0.01), got (0.1, 2)"),
+        ("randomk", "spec 'randomk': randomk takes the kept share, as in randomk(0.01), got ()"),
+        ("randomk(x)", "spec 'randomk(x)': randomk takes the kept share, as in randomk(0.01), got (x)"),
+        ("randomk(0.1)|topk(0.1)", "randomk(0.1)|topk(0.1): the values of randomk(...) cannot be sparsified again"),
+        ("topk(0.1)|randomk(0.1)", "topk(0.1)|randomk(0.1): the values of topk(...) cannot be sparsified again"),
         ("int4(3)", "spec 'int4(3)': int4 takes no argument, got (3)"),
         ("fp8(e3m4)", "spec 'fp8(e3m4)': the format must be one of e4m3, e5m2, got 'e3m4'"),
         ("int4()", "spec 'int4()': int4 takes no argument, got ()"),
-        ("int4|int8", "spec 'int4|int8': only the values of topk(...) can be coded in turn, not those of int4"),
+        ("int4|int8", "spec 'int4|int8': only the values of topk(...) and randomk(...) can be coded in turn"),
         ("topk(0.1)|topk(0.1)", "topk(0.1)|topk(0.1): the values of topk(...) cannot be sparsified again"),
         ("", "spec '': cannot read ''"),
         ("  ", "spec '  ': cannot read '  '"),
@@ -123,7 +136,7 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str) -> None:
         ("|int4", "spec '|int4': cannot read ''"),
         ("topk(0.1)|", "cannot read ''"),
         ("topk(0.1)|int4(3)", "int4 takes no argument, got (3)"),
-        ("topk(0.1)|int4|int8", "only the values of topk(...) can be coded in turn, not those of int4"),
+        ("topk(0.1)|int4|int8", "and randomk(...) can be coded in turn, not those of int4"),
         ("int4\nint8", "cannot read"),
     ],
 )
