@@ -37,6 +37,8 @@ SPECS = (
     "randomk(0.1)",
     "randomk(0.01)",
     "randomk(0.1)|int4",
+    "rotate|int4",
+    "rotate|sign",
 )
 
 

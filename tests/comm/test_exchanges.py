@@ -12,6 +12,7 @@ from ranks import run
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs.rotate import Rotate, rotated
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import EXCHANGES, Labels, Wire
 from commpress.comm.exchange.two_shot import chunk_bounds
@@ -31,6 +32,8 @@ PAIRS: tuple[tuple[str, str | None], ...] = (
     ("topk(0.02)|bf16", None),
     ("randomk(0.1)", None),
     ("randomk(0.2)|int4", None),
+    ("rotate|int4", None),
+    ("rotate|sign", "one_shot"),
     ("int8", "one_shot"),
     ("int4", "one_shot"),
     ("sign", "one_shot"),
@@ -50,7 +53,7 @@ PAIRS: tuple[tuple[str, str | None], ...] = (
 """Spec and exchange (None: the codec's own) of the battery. A new one is one line here."""
 SUMMED = ("none", "bf16", "fp16", "randomk(0.1)", "randomk(0.2)|bf16")
 WORLD_SIZES = (2, 3, 4)
-FEW = ("int4", "sign", "topk(0.1)|int4", "bf16", "randomk(0.1)")
+FEW = ("int4", "sign", "topk(0.1)|int4", "bf16", "randomk(0.1)", "rotate|int4")
 """Specs of the battery at 2 and 4 ranks: the chunks are others than at 3, the codecs are not."""
 BUCKETS = (
     (257, torch.float32),
@@ -101,7 +104,9 @@ def encoded(codec: Codec, x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def mean_of(codec: Codec, payloads: list[Tensor], n: int) -> Tensor:
-    """The decoded payloads, each divided by their number, summed in the order of the ranks."""
+    """The decoded payloads, each divided by their number, summed in the order of the ranks; rotated back as a sum."""
+    if isinstance(codec, Rotate):
+        return rotated(mean_of(codec.values, payloads, n), back=True)
     mean = torch.zeros(n)
     for r, payload in enumerate(payloads if n else []):
         part = codec.define_decode(payload, n) * (1.0 / len(payloads))

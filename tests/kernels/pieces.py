@@ -13,7 +13,7 @@ import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
 from numba import njit, types
 
-from commpress.kernels.cpu import cast, float8, integer, optim, random_k, sign, topk, two_bit
+from commpress.kernels.cpu import cast, float8, integer, optim, random_k, rotate, sign, topk, two_bit
 from commpress.kernels.cpu.blocks import block_of, sum_magnitudes, top_of
 
 FLOATS, BYTES = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
@@ -81,6 +81,13 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "topk remember": (lambda a, r, old: topk._remember(a, r, old, 256), (FLOATS, FLOATS, FLOATS)),
     "randomk add": (random_k._add, (FLOATS, FLOATS, FLOATS)),
     "randomk places": (random_k._place, (INT, INTS, INTS, WORDS, INTS, INTS)),
+    "rotate, steps 16 and 32": (rotate._first_steps, (FLOATS, FLOATS, FLOATS)),
+    "rotate, steps 64 and 128": (lambda x: rotate._steps(x, 64), (FLOATS,)),
+    "rotate, steps 256 and 512": (lambda x: rotate._steps(x, 256), (FLOATS,)),
+    "rotate deal": (rotate._deal, (FLOATS, FLOATS)),
+    "rotate collect": (rotate._collect, (FLOATS, FLOATS)),
+    "rotate last": (rotate._last, (FLOATS, FLOATS, FLOATS)),
+    "rotate settle": (rotate._settle, (FLOATS, FLOATS, FLOATS)),
     "apply_update": (optim.LOOPS["apply_update"].py_func, (FLOATS, FLOATS, FLOATS, F, F)),
     "local_step": (optim.LOOPS["local_step"].py_func, (FLOATS,) * 6 + (F,) * 5),
     "sync_payload": (optim.LOOPS["sync_payload"].py_func, (FLOATS,) * 5 + (F,) * 5),

@@ -56,6 +56,9 @@ CODECS: dict[str, float] = {
     "randomk(1)": 1e-9,
     "randomk(0.2)|int4": 0.92,
     "randomk(0.3)|fp16": 0.86,
+    "rotate|int4": 0.15,
+    "rotate|int2": 0.36,
+    "rotate|sign": 0.62,
 }
 SPECS: tuple[str, ...] = tuple(CODECS)
 LOSSY: tuple[str, ...] = tuple(spec for spec in SPECS if parse(spec).lossy)
@@ -185,6 +188,11 @@ class Definition:
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
         key = ("decode", payload.cpu().numpy().tobytes(), n)
         return self._remembered(key, lambda: self._codec.define_decode(payload, n))
+
+    def define_mean(self, payloads: Tensor, n: int, count: int) -> Tensor:
+        define: Any = type(self._codec).define_mean
+        mean: Tensor = define(self if define is Codec.define_mean else self._codec, payloads, n, count)
+        return mean
 
     def _remembered(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
         if key not in self._known:

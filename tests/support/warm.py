@@ -32,6 +32,7 @@ SPECS = (
     "topk(0.1)|int4",
     "topk(0.1)|sign",
     "randomk(0.1)",
+    "rotate|int4",
 )
 """The codecs whose loops every rank finds compiled."""
 

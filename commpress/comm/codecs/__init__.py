@@ -7,11 +7,12 @@ from commpress.comm.codecs.cast import BFloat16, Float16, Identity
 from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
 from commpress.comm.codecs.random_k import RandomK
+from commpress.comm.codecs.rotate import Rotate
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.codecs.two_bit import Int2
 
-FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Float8, Int8, Int4, Int2, Sign, TopK, RandomK)
+FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Float8, Int8, Int4, Int2, Sign, TopK, RandomK, Rotate)
 WORDS = {family.word: family for family in FAMILIES}
 
 _STAGE = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(\s*([^()]*?)\s*\))?\s*")
@@ -38,8 +39,8 @@ def parse(spec: str | Codec) -> Codec:
         raise ValueError(f"spec {spec!r}: unknown codec {word!r}, known: {', '.join(WORDS)}")
     family = WORDS[word]
     if rest and not family.outer:
-        outer = " and ".join(f"{known.word}(...)" for known in FAMILIES if known.outer)
-        raise ValueError(f"spec {spec!r}: only the values of {outer} can be coded in turn, not those of {word}")
+        outer = ", ".join(f"{known.word}(...)" if known.sparse else known.word for known in FAMILIES if known.outer)
+        raise ValueError(f"spec {spec!r}: only the values of one of {outer} can be coded in turn, not those of {word}")
     try:
         return family.from_spec(argument, parse(rest[0]) if rest else None)
     except ArgumentError as error:

@@ -94,6 +94,18 @@ class Codec(ABC):
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
         """The definition in plain torch: uint8 [nbytes(n)] -> float32 [n]."""
 
+    def define_mean(self, payloads: Tensor, n: int, count: int) -> Tensor:
+        """The definition of the mean of `count` payloads of n values: float32 [n]."""
+        size, share = self.nbytes(n), 1.0 / count
+        total = self.define_decode(payloads[:size], n) * share
+        for r in range(1, count):
+            total += self.define_decode(payloads[r * size : (r + 1) * size], n) * share
+        return total
+
+    def planes(self, n: int) -> tuple[slice, ...]:
+        """Where the parts of a payload of n values lie, each of which has as many bytes for each full block."""
+        raise NotImplementedError(f"{self} has no blocks")
+
     def define_positions(self, payload: Tensor, n: int) -> Tensor:
         """The definition of what a sparse codec's payload names: int64 [k], ascending, or none if all values are NaN."""
         raise NotImplementedError(f"{self} is not sparse: its payloads name no positions")
@@ -115,6 +127,11 @@ class Codec(ABC):
         The order of the sum is fixed, so the bytes of the mean depend on the payloads alone.
         """
         return coding.mean(self, payloads, n, count, out)
+
+
+def scales_and(codes: int, nbytes: int) -> tuple[slice, slice]:
+    """The planes of a payload of `nbytes`: scales, and from the byte `codes` on the codes."""
+    return slice(0, codes), slice(codes, nbytes)
 
 
 def padded(nbytes: int) -> int:

@@ -14,6 +14,7 @@ from commpress.comm.codecs.cast import BFloat16, Float16, Identity
 from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
 from commpress.comm.codecs.random_k import RandomK
+from commpress.comm.codecs.rotate import Rotate
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.codecs.two_bit import Int2
@@ -40,6 +41,8 @@ from commpress.comm.codecs.two_bit import Int2
         (" topk( 0.01 ) | int4 ", TopK(0.01, Int4())),
         ("randomk(0.01)", RandomK(0.01)),
         ("randomk(0.1)|int4", RandomK(0.1, Int4())),
+        (" rotate | int4", Rotate(Int4())),
+        ("topk(0.1)|rotate|sign", TopK(0.1, Rotate(Sign()))),
     ],
 )
 def test_a_spec_names_its_codec(spec: str, codec: Codec) -> None:
@@ -122,10 +125,21 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str, family: ty
         ("randomk(x)", "spec 'randomk(x)': randomk takes the kept share, as in randomk(0.01), got (x)"),
         ("randomk(0.1)|topk(0.1)", "randomk(0.1)|topk(0.1): the values of randomk(...) cannot be sparsified again"),
         ("topk(0.1)|randomk(0.1)", "topk(0.1)|randomk(0.1): the values of topk(...) cannot be sparsified again"),
+        (
+            "rotate",
+            "spec 'rotate': rotate takes the codec of the rotated values behind it, as in rotate|int4, got nothing",
+        ),
+        ("rotate(2)|int4", "rotate takes the codec of the rotated values behind it, as in rotate|int4, got (2)"),
+        ("rotate|bf16", "rotate|bf16: expected a codec with scales, such as int4 or sign, got bf16"),
+        ("rotate|topk(0.1)", "rotate|topk(0.1): expected a codec with scales, such as int4 or sign, got topk(0.1)"),
+        ("rotate|rotate|int4", "expected a codec with scales, such as int4 or sign, got rotate|int4"),
         ("int4(3)", "spec 'int4(3)': int4 takes no argument, got (3)"),
         ("fp8(e3m4)", "spec 'fp8(e3m4)': the format must be one of e4m3, e5m2, got 'e3m4'"),
         ("int4()", "spec 'int4()': int4 takes no argument, got ()"),
-        ("int4|int8", "spec 'int4|int8': only the values of topk(...) and randomk(...) can be coded in turn"),
+        (
+            "int4|int8",
+            "spec 'int4|int8': only the values of one of topk(...), randomk(...), rotate can be coded in turn",
+        ),
         ("topk(0.1)|topk(0.1)", "topk(0.1)|topk(0.1): the values of topk(...) cannot be sparsified again"),
         ("", "spec '': cannot read ''"),
         ("  ", "spec '  ': cannot read '  '"),
@@ -136,7 +150,7 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str, family: ty
         ("|int4", "spec '|int4': cannot read ''"),
         ("topk(0.1)|", "cannot read ''"),
         ("topk(0.1)|int4(3)", "int4 takes no argument, got (3)"),
-        ("topk(0.1)|int4|int8", "and randomk(...) can be coded in turn, not those of int4"),
+        ("topk(0.1)|int4|int8", "one of topk(...), randomk(...), rotate can be coded in turn, not those of int4"),
         ("int4\nint8", "cannot read"),
     ],
 )
