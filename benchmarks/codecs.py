@@ -37,6 +37,11 @@ SPECS = (
     "topk(0.01)",
     "topk(0.01)|int4",
     "topk(0.001)|int4",
+    "randomk(0.1)",
+    "randomk(0.01)",
+    "randomk(0.1)|int4",
+    "rotate|int4",
+    "rotate|sign",
 )
 
 

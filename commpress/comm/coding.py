@@ -135,11 +135,7 @@ def defined_encode(codec: "Codec", x: Tensor, residual: Tensor | None, payload: 
 
 def defined_mean(codec: "Codec", payloads: Tensor, n: int, count: int) -> Tensor:
     """`mean` by the definition, float32 [n]: the oracle of all kernels."""
-    size, share = codec.nbytes(n), 1.0 / count
-    total = codec.define_decode(payloads[:size], n) * share
-    for r in range(1, count):
-        total += codec.define_decode(payloads[r * size : (r + 1) * size], n) * share
-    return total
+    return codec.define_mean(payloads, n, count)
 
 
 # --- behind the checks --------------------------------------------------------------------------------------------

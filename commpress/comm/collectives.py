@@ -138,7 +138,7 @@ class Collectives:
         remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
         if remembers and chunk is None:  # nobody encodes a second time now
             memory.fold(W)
-        encoder = Encoder(plan.codec, memory if remembers else None, scratch)
+        encoder = Encoder(plan.codec.drawn(memory.next_draw()), memory if remembers else None, scratch)
 
         values = x
         if kept_index is not None and (override.codec is not None or n == 0):
@@ -205,6 +205,7 @@ class Collectives:
             exchange = iter(())
         elif plan.codec.lossy:
             encoder.memory = self.feedback.memory(segments, plan.feedback, None, self.device)
+            encoder.codec = plan.codec.drawn(encoder.memory.next_draw())
             exchange = reduce_scatter(source, bounds, values, op, encoder, payload, self._wire, label)
         else:
             exchange = native_reduce_scatter(source, values, op, self._wire, label)

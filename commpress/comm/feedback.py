@@ -41,6 +41,13 @@ class Memory:
     """Whether it holds all of its parameters; not if another layout took some over."""
     kept_index: Tensor | None = None
     """Where these values lie in the bucket: int32 [n]; None if all of it travels."""
+    draws: int = 0
+    """How often the bucket was sent: the number of the next draw, the same on all ranks."""
+
+    def next_draw(self) -> int:
+        """Return the number of the next draw, and count it."""
+        self.draws += 1
+        return self.draws - 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Return those that there are, by name."""
@@ -118,6 +125,7 @@ class Feedback:
         for old in dict.fromkeys(layouts.values()):
             memory, start = self.memories[old], 0
             memory.current = False
+            created.draws = max(created.draws, memory.draws)
             memory.fold(self.world_size)
             self._snapshots.pop(old, None)  # it must not bring back what moves on
             for name, whole in old:
@@ -180,6 +188,7 @@ class Feedback:
             {
                 "segments": [[name, n] for name, n in segments],
                 "owner_start": memory.owner_start,
+                "draws": memory.draws,
                 **{k: None if (values := getattr(memory, k)) is None else values.clone() for k in KEPT},
             }
             for segments, memory in map(self._own_part, self.memories)
@@ -203,7 +212,8 @@ class Feedback:
                 parts = [] if values is None else [v for v, (name, _) in zip(values, known, strict=True) if name]
                 kept[kind] = torch.cat(parts) if parts else None
             if segments := [segment for segment in known if segment[0]]:
-                buckets.append({"segments": segments, "owner_start": 0, "owner_residual": None, **kept})
+                moved = {"owner_start": 0, "owner_residual": None, "draws": bucket["draws"]}
+                buckets.append({"segments": segments, **moved, **kept})
         return buckets
 
     def _own_part(self, segments: Segments) -> tuple[Segments, Memory]:
@@ -222,7 +232,7 @@ class Feedback:
             at += n
         own = tuple((name, n) for name, n in segments if self.layout_of.get(name) == segments)
         residual, momentum = (torch.cat(kept[kind]) if kept[kind] else None for kind in ("residual", "momentum"))
-        return own, Memory(residual=residual, momentum=momentum)
+        return own, Memory(residual=residual, momentum=momentum, draws=memory.draws)
 
     def require_fit(self, state: Sequence[dict[str, Any]]) -> None:
         """Raise ValueError if what was saved is not of the values that the masks of now let travel."""
@@ -245,7 +255,8 @@ class Feedback:
         self._snapshots.clear()
         for saved in state:
             segments = tuple((bare_name(name), int(n)) for name, n in saved["segments"])
-            memory = self.memories[segments] = Memory(owner_start=int(saved["owner_start"]))
+            memory = Memory(owner_start=int(saved["owner_start"]), draws=int(saved.get("draws", 0)))
+            self.memories[segments] = memory
             for name in KEPT:
                 if saved[name] is not None:
                     setattr(memory, name, saved[name].to(device).clone())

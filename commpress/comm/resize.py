@@ -32,7 +32,8 @@ def summary(state: State) -> State:
             raise KeyError(*sorted(lost))
     layouts = [
         [
-            {"segments": [list(part) for part in bucket["segments"]]} | {key: bucket[key] is not None for key in SUMMED}
+            {"segments": [list(part) for part in bucket["segments"]], "draws": bucket.get("draws", 0)}
+            | {key: bucket[key] is not None for key in SUMMED}
             for bucket in memories
         ]
         for memories in state["memories"]
@@ -110,7 +111,10 @@ def of_replicas(memories: list[Memories], old: int) -> list[Memories]:
 def empty_memories(first: State) -> list[Memories]:
     """Memories of the layouts of a summary, on a rank that has no state to go on with."""
     nothing = {"owner_start": 0, "owner_residual": None, **dict.fromkeys(SUMMED)}
-    return [[{"segments": bucket["segments"], **nothing} for bucket in buckets] for buckets in first["layouts"]]
+    return [
+        [{"segments": bucket["segments"], "draws": bucket["draws"], **nothing} for bucket in buckets]
+        for buckets in first["layouts"]
+    ]
 
 
 def merged_memories(mine: Sequence[list[Memories]], times: float) -> list[Memories]:
@@ -120,7 +124,8 @@ def merged_memories(mine: Sequence[list[Memories]], times: float) -> list[Memori
         buckets = []
         for parts in zip(*of_collectives, strict=True):
             kept = {key: _sum([part[key] for part in parts], times) for key in SUMMED}
-            buckets.append({"segments": parts[0]["segments"], "owner_start": 0, "owner_residual": None, **kept})
+            alike = {"segments": parts[0]["segments"], "draws": parts[0].get("draws", 0)}
+            buckets.append({**alike, "owner_start": 0, "owner_residual": None, **kept})
         total.append(buckets)
     return total
 

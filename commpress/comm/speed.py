@@ -35,7 +35,7 @@ def measure(codec: Codec, device: torch.device, n: int | None = None) -> Speed:
         calls = [partial(coding.recode, codec, p, n, k, residual, payload) for p, k in zip(counts, (1, 4), strict=True)]
         recode = [_seconds(call, device) for call in calls]
     if codec.sum_dtype is not None:
-        values = payload[: n * codec.sum_dtype.itemsize].view(codec.sum_dtype)
+        values = payload[codec.summed(n)].view(codec.sum_dtype)
         encode += _seconds(lambda: values.mul_(1.0), device)
         add = _adding(values, values.clone(), device)
     each = [(first / n, max(0.0, fourth - first) / 3 / n) for first, fourth in (mean, recode)]

@@ -26,7 +26,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commpress.kernels.cpu import cast, float8, integer, masks, model, optim, prologue, sign, topk, two_bit
+from commpress.kernels.cpu import (
+    cast,
+    float8,
+    integer,
+    masks,
+    model,
+    optim,
+    prologue,
+    random_k,
+    rotate,
+    sign,
+    topk,
+    two_bit,
+)
 from commpress.kernels.cpu.arrays import READABLE
 
 
@@ -57,6 +70,8 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("encode", "int2", "cpu"): Kernel(two_bit.encode, READABLE),
     ("encode", "sign", "cpu"): Kernel(sign.encode, READABLE),
     ("encode", "topk", "cpu"): Kernel(topk.encode),
+    ("encode", "randomk", "cpu"): Kernel(random_k.encode, READABLE),
+    ("encode", "rotate", "cpu"): Kernel(rotate.encode, READABLE),
     ("mean", "bf16", "cpu"): Kernel(cast.mean, READABLE),
     ("mean", "fp16", "cpu"): Kernel(cast.mean, READABLE),
     ("mean", "fp8", "cpu"): Kernel(float8.mean, READABLE),
@@ -65,12 +80,15 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("mean", "int2", "cpu"): Kernel(two_bit.mean, READABLE),
     ("mean", "sign", "cpu"): Kernel(sign.mean, READABLE),
     ("mean", "topk", "cpu"): Kernel(topk.mean),
+    ("mean", "randomk", "cpu"): Kernel(random_k.mean),
+    ("mean", "rotate", "cpu"): Kernel(rotate.mean),
     ("recode", "fp8", "cpu"): Kernel(float8.recode),
     ("recode", "int8", "cpu"): Kernel(integer.recode),
     ("recode", "int4", "cpu"): Kernel(integer.recode),
     ("recode", "int2", "cpu"): Kernel(two_bit.recode),
     ("recode", "sign", "cpu"): Kernel(sign.recode),
     ("clear", "topk", "cpu"): Kernel(topk.clear),
+    ("clear", "randomk", "cpu"): Kernel(random_k.clear),
     ("prologue", None, "cpu"): Kernel(prologue.apply),
     ("pack", None, "cpu"): Kernel(masks.pack_kept, dtypes=None),
     ("unpack", None, "cpu"): Kernel(masks.unpack_kept, dtypes=None),

@@ -49,6 +49,7 @@ def _recut(bucket: dict[str, Any], units: dict[str, Unit], old: int) -> dict[str
     return {
         "segments": [[f"{name}[{r}]", lengths[name]] for r in range(W) for name in names],
         "owner_start": 0,
+        "draws": bucket.get("draws", 0),
         "owner_residual": None,
         "momentum": None,
         "residual": None if parts is None else torch.cat([chunks[name][r] for r in range(W) for name in names]),

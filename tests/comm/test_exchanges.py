@@ -13,6 +13,7 @@ from ranks import run
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs.rotate import Rotate, rotated
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import EXCHANGES, Labels, Wire
 from commpress.comm.exchange.two_shot import chunk_bounds
@@ -29,6 +30,10 @@ PAIRS: tuple[tuple[str, str | None], ...] = (
     ("topk(0.01)|int8", None),
     ("topk(0.05)|sign", None),
     ("topk(0.02)|bf16", None),
+    ("randomk(0.1)", None),
+    ("randomk(0.2)|int4", None),
+    ("rotate|int4", None),
+    ("rotate|sign", "one_shot"),
     ("int8", "one_shot"),
     ("int4", "one_shot"),
     ("sign", "one_shot"),
@@ -36,15 +41,17 @@ PAIRS: tuple[tuple[str, str | None], ...] = (
     ("none", "one_shot"),
     ("int4", "two_shot"),
     ("topk(0.01)", "two_shot"),
+    ("randomk(0.01)", "two_shot"),
+    ("randomk(0.1)|int4", "one_shot"),
     ("topk(0.1)|int4", "two_shot"),
     ("fp16", "two_shot"),
     ("bf16", "two_shot"),
     ("none", "two_shot"),
 )
 """Spec and exchange (None: the codec's own) of the battery. A new one is one line here."""
-SUMMED = ("none", "bf16", "fp16")
+SUMMED = ("none", "bf16", "fp16", "randomk(0.1)", "randomk(0.2)|bf16")
 WORLD_SIZES = (2, 3, 4)
-FEW = ("int4", "sign", "topk(0.1)|int4", "bf16")
+FEW = ("int4", "sign", "topk(0.1)|int4", "bf16", "randomk(0.1)", "rotate|int4")
 """Specs at 2 and 4 ranks: the chunks are others than at 3, the codecs are not."""
 BUCKETS = (
     (257, torch.float32),
@@ -101,7 +108,9 @@ def encoded(codec: Codec, x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def mean_of(codec: Codec, payloads: list[Tensor], n: int) -> Tensor:
-    """The decoded payloads, each divided by their number, summed in the order of the ranks."""
+    """The decoded payloads, each divided by their number, summed in the order of the ranks; rotated back as a sum."""
+    if isinstance(codec, Rotate):
+        return rotated(mean_of(codec.values, payloads, n), back=True)
     mean = torch.zeros(n)
     for r, payload in enumerate(payloads if n else []):
         part = codec.define_decode(payload, n) * (1.0 / len(payloads))
@@ -193,7 +202,7 @@ def all_summed() -> dict[str, list[tuple[Tensor, Tensor]]]:
 def summed(spec: str) -> list[tuple[Tensor, Tensor]]:
     """Means by all_reduce and what the group's own sum of the rounded gradients gives, for each bucket and step."""
     codec, group = parse(spec), dist.group.WORLD
-    session, pairs = replicas_session(spec, group, CPU), []
+    session, pairs = replicas_session(spec, group, CPU, exchange="all_reduce"), []
     share = 1.0 / session.world_size
     for index, (n, dtype) in enumerate(BUCKETS):
         residual = torch.zeros(n)
@@ -201,13 +210,15 @@ def summed(spec: str) -> list[tuple[Tensor, Tensor]]:
             x = values(n, session.rank, step, dtype)
             if codec.lossy and codec.nbytes(n) < x.nbytes:
                 assert codec.sum_dtype is not None
-                total = x.float() + residual
-                expected = total.to(codec.sum_dtype)
-                residual = total - expected.float()
+                total, part = x.float() + residual, codec.summed(n)
+                payload = codec.drawn(step).define_encode(total)
+                residual = total - codec.define_decode(payload, n)
+                expected = payload[part].view(codec.sum_dtype)
             else:
-                expected = x.clone()
+                payload, expected = None, x.clone()
             expected *= share
             dist.all_reduce(expected)
+            expected = expected if payload is None else codec.define_decode(payload, n)
             pairs.append(
                 (session.step_buffer.submit(x, ((f"p{index}", n),), index, last=True).wait(), expected.to(dtype))
             )
@@ -285,7 +296,7 @@ def require_the_algorithm(spec: str, name: str, index: int, ranks: list[dict[str
     for step in range(STEPS):
         inputs = [values(n, r, step, dtype) for r in range(world_size)]
         before = contribution(kept)
-        expected = simulated(codec, name, inputs, kept)
+        expected = simulated(codec.drawn(step), name, inputs, kept)
         for rank, got in enumerate(ranks):
             where = f"{spec}, rank {rank}, {n} of {dtype} in step {step}"
             mean, memory = got["means"][step][index], got["memories"][step][index]

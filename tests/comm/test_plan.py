@@ -6,7 +6,7 @@ from commpress.comm.codecs import parse
 from commpress.comm.exchange import EXCHANGES
 from commpress.comm.plan import FEWEST_VALUES, Plan
 
-SPECS = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.1)|int4")
+SPECS = ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.1)|int4", "randomk(0.1)")
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -24,7 +24,7 @@ def test_the_codecs_own_exchange_if_none_is_named(spec: str, world_size: int) ->
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("exchange", list(EXCHANGES))
 def test_a_named_exchange_is_taken_if_it_fits(spec: str, exchange: str) -> None:
-    if EXCHANGES[exchange].linear and spec not in ("none", "bf16", "fp16"):
+    if EXCHANGES[exchange].linear and not parse(spec).linear:
         with pytest.raises(ValueError, match=r"cannot be summed.*all_reduce") as caught:
             Plan.of(spec, exchange)
         assert spec in str(caught.value)

@@ -13,11 +13,12 @@ import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
 from numba import njit, types
 
-from commpress.kernels.cpu import cast, float8, integer, optim, sign, topk, two_bit
+from commpress.kernels.cpu import cast, float8, integer, optim, random_k, rotate, sign, topk, two_bit
 from commpress.kernels.cpu.blocks import block_of, sum_magnitudes, top_of
 
 FLOATS, BYTES = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
 BFLOATS, HALVES = types.Array(types.uint16, 1, "C"), types.Array(types.int16, 1, "C")
+INTS, WORDS = types.Array(types.int32, 1, "C"), types.Array(types.uint32, 1, "C")
 LANES = types.Array(types.float32, 2, "C")
 F, INT, NONE = types.float32, types.int64, types.none
 STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
@@ -89,6 +90,15 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "bf16 read": (lambda h, share, out: cast._read(h, 2, 4096, 0, share, 1024, out), (BFLOATS, F, FLOATS)),
     "fp16 read": (lambda h, share, out: cast._read(h, 2, 4096, 0, share, 1024, out), (HALVES, F, FLOATS)),
     "topk remember": (lambda a, r, old: topk._remember(a, r, old, 256), (FLOATS, FLOATS, FLOATS)),
+    "randomk add": (random_k._add, (FLOATS, FLOATS, FLOATS)),
+    "randomk places": (random_k._place, (INT, INTS, INTS, WORDS, INTS, INTS)),
+    "rotate, steps 16 and 32": (rotate._first_steps, (FLOATS, FLOATS, FLOATS)),
+    "rotate, steps 64 and 128": (lambda x: rotate._steps(x, 64), (FLOATS,)),
+    "rotate, steps 256 and 512": (lambda x: rotate._steps(x, 256), (FLOATS,)),
+    "rotate deal": (rotate._deal, (FLOATS, FLOATS)),
+    "rotate collect": (rotate._collect, (FLOATS, FLOATS)),
+    "rotate last": (rotate._last, (FLOATS, FLOATS, FLOATS)),
+    "rotate settle": (rotate._settle, (FLOATS, FLOATS, FLOATS)),
     "apply_update": (optim.LOOPS["apply_update"].py_func, (FLOATS, FLOATS, FLOATS, F, F)),
     "local_step": (optim.LOOPS["local_step"].py_func, (FLOATS,) * 6 + (F,) * 5),
     "sync_payload": (optim.LOOPS["sync_payload"].py_func, (FLOATS,) * 5 + (F,) * 5),

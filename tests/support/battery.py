@@ -22,6 +22,7 @@ from torch import Tensor
 from commpress.comm import coding
 from commpress.comm.codecs import parse
 from commpress.comm.codecs.base import Codec
+from commpress.comm.codecs.random_k import RandomK
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.coding import FLOAT_DTYPES, encode, recode
 from commpress.comm.prologue import Prologue
@@ -52,6 +53,14 @@ CODECS: dict[str, float] = {
     "topk(0.02)|bf16": 0.94,
     "topk(0.3)|fp16": 0.47,
     "topk(1)|int8": 0.01,
+    "randomk(0.01)": 0.998,
+    "randomk(0.1)": 0.96,
+    "randomk(1)": 1e-9,
+    "randomk(0.2)|int4": 0.92,
+    "randomk(0.3)|fp16": 0.86,
+    "rotate|int4": 0.15,
+    "rotate|int2": 0.36,
+    "rotate|sign": 0.62,
 }
 SPECS: tuple[str, ...] = tuple(CODECS)
 LOSSY: tuple[str, ...] = tuple(spec for spec in SPECS if parse(spec).lossy)
@@ -151,9 +160,9 @@ def defined_encode(codec: Codec, x: Tensor, residual: Tensor | None = None) -> t
 
 
 def same_residual(codec: Codec, after: Tensor, expected: Tensor, total: Tensor, decoded: Tensor) -> bool:
-    """Equal bit for bit; but where topk kept a finite value and its second stage made NaN or Inf of it, "stays as it
-    was" is to the rounding of `x + residual`: the loop has overwritten the old residual with that sum by then."""
-    if same_bits(after, expected) or not isinstance(codec, TopK):
+    """Equal bit for bit; but where a sparse codec kept a finite value and its second stage made NaN or Inf of it, "stays as
+    it was" is to the rounding of `x + residual`: the loop has overwritten the old residual with that sum by then."""
+    if same_bits(after, expected) or not codec.sparse:
         return same_bits(after, expected)
     spoilt = total.isfinite() & ~decoded.isfinite()
     near = (after - expected).abs() <= 2.0**-23 * total.abs()
@@ -181,6 +190,11 @@ class Definition:
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
         key = ("decode", payload.cpu().numpy().tobytes(), n)
         return self._remembered(key, lambda: self._codec.define_decode(payload, n))
+
+    def define_mean(self, payloads: Tensor, n: int, count: int) -> Tensor:
+        define: Any = type(self._codec).define_mean
+        mean: Tensor = define(self if define is Codec.define_mean else self._codec, payloads, n, count)
+        return mean
 
     def _remembered(self, key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
         if key not in self._known:
@@ -575,7 +589,7 @@ def a_cut_at_the_granularity_changes_nothing(subject: Subject) -> None:
     codec, x = subject.codec, subject.gradient(5000)
     for cut in (codec.granularity, 3 * codec.granularity):
         whole = torch.cat([codec.decode(codec.encode(part), part.numel()) for part in (x[:cut], x[cut:])])
-        if isinstance(codec, TopK):  # but here each part keeps its own share
+        if isinstance(codec, TopK | RandomK):  # but here each part keeps its own share
             assert whole[:cut].count_nonzero() <= codec.kept(cut)
             assert 0 < whole[cut:].count_nonzero() <= codec.kept(5000 - cut)
         else:
@@ -584,13 +598,14 @@ def a_cut_at_the_granularity_changes_nothing(subject: Subject) -> None:
 
 def payloads_of_a_linear_codec_may_be_summed(subject: Subject) -> None:
     codec = subject.codec
-    assert codec.linear == (codec.sum_dtype is not None)
     if codec.sum_dtype is None:
+        assert not codec.linear
         assert codec.exchange != "all_reduce"  # only what may be summed can be all-reduced
         return
     for n in (1, 2, 7, 1025):
         a, b = (codec.encode(subject.gradient(n, seed)) for seed in (0, 1))
-        total = (a.view(codec.sum_dtype) + b.view(codec.sum_dtype)).view(torch.uint8)
+        total, part = a.clone(), codec.summed(n)
+        total[part].view(codec.sum_dtype).add_(b[part].view(codec.sum_dtype))
         expected = (codec.decode(a, n) + codec.decode(b, n)).to(codec.sum_dtype).float()
         assert same(codec.decode(total, n), expected)
 

@@ -35,6 +35,8 @@ SPECS = (
     "topk(0.1)",
     "topk(0.1)|int4",
     "topk(0.1)|sign",
+    "randomk(0.1)",
+    "rotate|int4",
 )
 """The codecs whose loops every rank finds compiled."""
 

@@ -6,11 +6,13 @@ from commpress.comm.codecs.base import ArgumentError, Codec
 from commpress.comm.codecs.cast import BFloat16, Float16, Identity
 from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
+from commpress.comm.codecs.random_k import RandomK
+from commpress.comm.codecs.rotate import Rotate
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.codecs.two_bit import Int2
 
-FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Float8, Int8, Int4, Int2, Sign, TopK)
+FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Float8, Int8, Int4, Int2, Sign, TopK, RandomK, Rotate)
 WORDS = {family.word: family for family in FAMILIES}
 
 AUTO = "auto"
@@ -24,7 +26,7 @@ __all__ = ["AUTO", "WORDS", "Codec", "parse"]
 def parse(spec: str | Codec) -> Codec:
     """The codec that a spec names; a codec is handed back as it is.
 
-    `word` or `word(argument)`, and behind a sparse stage, after `|`, the codec of its values. `str(parse(s))` is canonical.
+    `word` or `word(argument)`, and behind an outer stage, after `|`, the codec of its values. `str(parse(s))` is canonical.
     Raises ValueError with the spec and what was expected, TypeError if it is not a string.
     """
     if isinstance(spec, Codec):
@@ -43,8 +45,9 @@ def parse(spec: str | Codec) -> Codec:
     if word not in WORDS:
         raise ValueError(f"spec {spec!r}: unknown codec {word!r}, known: {', '.join(WORDS)}")
     family = WORDS[word]
-    if rest and not family.sparse:
-        raise ValueError(f"spec {spec!r}: only the values of topk(...) can be coded in turn, not those of {word}")
+    if rest and not family.outer:
+        outer = ", ".join(f"{known.word}(...)" if known.sparse else known.word for known in FAMILIES if known.outer)
+        raise ValueError(f"spec {spec!r}: only the values of one of {outer} can be coded in turn, not those of {word}")
     try:
         return family.from_spec(argument, parse(rest[0]) if rest else None)
     except ArgumentError as error:

@@ -30,17 +30,30 @@ class Codec(ABC):
     """The exchange that suits this codec if the plan names none."""
     lossy: ClassVar[bool] = True
     sparse: ClassVar[bool] = False
-    """Whether it sends some of the values only, and where they lie. Then it takes the codec of these values, too."""
-    linear: ClassVar[bool] = False
-    """Whether payloads can be summed, in `sum_dtype`."""
-    sum_dtype: ClassVar[torch.dtype | None] = None
-    """For a linear codec the dtype in which payloads may be summed; else None."""
+    """Whether it sends some of the values only."""
+    outer: ClassVar[bool] = False
+    """Whether what it makes of the values is coded in turn: its spec may go on with `|` and another one."""
     granularity: ClassVar[int] = 1
     """Where two_shot cuts: at multiples of the block, so that no block is cut in two."""
 
+    @property
+    def sum_dtype(self) -> torch.dtype | None:
+        """For a linear codec the dtype in which payloads may be summed; else None."""
+        return None
+
+    @property
+    def linear(self) -> bool:
+        """Whether payloads can be summed, in `sum_dtype`."""
+        return self.sum_dtype is not None
+
+    @property
+    def draw(self) -> int:
+        """The number by which it draws what to send; 0 unless it draws."""
+        return 0
+
     @classmethod
     def from_spec(cls, argument: str | None, values: "Codec | None" = None) -> "Codec":
-        """The codec for what a spec has in brackets (None without them) and, of a sparse one, the codec of its values.
+        """The codec for what a spec has in brackets (None without them) and, of an outer one, the codec behind `|`.
 
         Raises ArgumentError if the argument cannot be read, ValueError if it is out of range.
         """
@@ -60,6 +73,15 @@ class Codec(ABC):
         """This codec, sending at least this share of the values; itself unless it is sparse."""
         return self
 
+    def drawn(self, number: int) -> "Codec":
+        """This codec with another number for its draw; itself unless it draws."""
+        return self
+
+    def summed(self, n: int) -> slice:
+        """Where the values of a linear codec lie in a payload of n of them, in bytes. The rest is alike on all ranks."""
+        assert self.sum_dtype is not None
+        return slice(0, n * self.sum_dtype.itemsize)
+
     @abstractmethod
     def nbytes(self, n: int) -> int:
         """Length in bytes of the payload of n values; a multiple of 4."""
@@ -71,6 +93,18 @@ class Codec(ABC):
     @abstractmethod
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
         """The definition in plain torch: uint8 [nbytes(n)] -> float32 [n]."""
+
+    def define_mean(self, payloads: Tensor, n: int, count: int) -> Tensor:
+        """The definition of the mean of `count` payloads of n values: float32 [n]."""
+        size, share = self.nbytes(n), 1.0 / count
+        total = self.define_decode(payloads[:size], n) * share
+        for r in range(1, count):
+            total += self.define_decode(payloads[r * size : (r + 1) * size], n) * share
+        return total
+
+    def planes(self, n: int) -> tuple[slice, ...]:
+        """Where the parts of a payload of n values lie, each of which has as many bytes for each full block."""
+        raise NotImplementedError(f"{self} has no blocks")
 
     def define_positions(self, payload: Tensor, n: int) -> Tensor:
         """The definition of what a sparse codec's payload names: int64 [k], ascending, or none if all values are NaN."""
@@ -95,6 +129,30 @@ class Codec(ABC):
         return coding.mean(self, payloads, n, count, out)
 
 
+def scales_and(codes: int, nbytes: int) -> tuple[slice, slice]:
+    """The planes of a payload of `nbytes`: scales, and from the byte `codes` on the codes."""
+    return slice(0, codes), slice(codes, nbytes)
+
+
 def padded(nbytes: int) -> int:
     """The next multiple of 4, at which the float32 words of a following section are aligned."""
     return (nbytes + 3) // 4 * 4
+
+
+def read_share(word: str, argument: str | None) -> float:
+    """The share that a spec has in brackets. Raises ArgumentError if it is no number."""
+    try:
+        return float(argument or "")
+    except ValueError:
+        raise ArgumentError(f"{word} takes the kept share, as in {word}(0.01), got ({argument or ''})") from None
+
+
+def require_share(word: str, share: float) -> None:
+    """Raise ValueError unless a share is in (0, 1]."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{word}({share}): the kept share must be in (0, 1], got {share}")
+
+
+def share_text(word: str, share: float) -> str:
+    """The canonical text of a share, which `float` reads as the same number."""
+    return f"{word}({share:g})" if float(f"{share:g}") == share else f"{word}({share!r})"

@@ -26,8 +26,7 @@ class Identity(Codec):
     word: ClassVar[str] = "none"
     exchange: ClassVar[str] = "all_reduce"
     lossy: ClassVar[bool] = False
-    linear: ClassVar[bool] = True
-    sum_dtype: ClassVar[torch.dtype | None] = torch.float32
+    sum_dtype = torch.float32
 
     def nbytes(self, n: int) -> int:
         return 4 * n
@@ -44,7 +43,6 @@ class HalfCast(Codec):
 
     nan: ClassVar[int]
     exchange: ClassVar[str] = "all_reduce"
-    linear: ClassVar[bool] = True
 
     def nbytes(self, n: int) -> int:
         return padded(2 * n)
@@ -67,7 +65,7 @@ class BFloat16(HalfCast):
     """`bf16`: 8 bits of mantissa, float32's range. The cast of choice."""
 
     word: ClassVar[str] = "bf16"
-    sum_dtype: ClassVar[torch.dtype | None] = torch.bfloat16
+    sum_dtype = torch.bfloat16
     nan: ClassVar[int] = 0x7FC0
 
 
@@ -76,5 +74,5 @@ class Float16(HalfCast):
     """`fp16`: 11 bits of mantissa, a small range: a gradient beyond 65504 becomes Inf."""
 
     word: ClassVar[str] = "fp16"
-    sum_dtype: ClassVar[torch.dtype | None] = torch.float16
+    sum_dtype = torch.float16
     nan: ClassVar[int] = 0x7E00

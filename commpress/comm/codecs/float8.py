@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import ArgumentError, Codec, padded
+from commpress.comm.codecs.base import ArgumentError, Codec, padded, scales_and
 
 BLOCK = 256
 FLUSH = 2.0**-80
@@ -53,6 +53,9 @@ class Float8(Codec):
 
     def nbytes(self, n: int) -> int:
         return padded(4 * -(-n // BLOCK) + n)
+
+    def planes(self, n: int) -> tuple[slice, ...]:
+        return scales_and(4 * -(-n // BLOCK), self.nbytes(n))
 
     def define_encode(self, x: Tensor) -> Tensor:
         n, blocks, dtype = x.numel(), -(-x.numel() // BLOCK), FORMATS[self.format]

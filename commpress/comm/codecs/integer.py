@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import ArgumentError, Codec, padded
+from commpress.comm.codecs.base import ArgumentError, Codec, padded, scales_and
 
 BLOCK = 256
 FLUSH = 2.0**-100
@@ -55,6 +55,9 @@ class BlockInteger(Codec):
     def nbytes(self, n: int) -> int:
         tail = n % BLOCK
         return padded(4 * -(-n // BLOCK) + n // BLOCK * (BLOCK * self.bits // 8) + -(-tail * self.bits // 8))
+
+    def planes(self, n: int) -> tuple[slice, ...]:
+        return scales_and(4 * -(-n // BLOCK), self.nbytes(n))
 
     def define_encode(self, x: Tensor) -> Tensor:
         n, blocks = x.numel(), -(-x.numel() // BLOCK)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import Codec, padded
+from commpress.comm.codecs.base import Codec, padded, scales_and
 
 BLOCK = 1024
 LANES = 64
@@ -37,6 +37,9 @@ class Sign(Codec):
 
     def nbytes(self, n: int) -> int:
         return padded(4 * -(-n // BLOCK) + plane_bytes(n))
+
+    def planes(self, n: int) -> tuple[slice, ...]:
+        return scales_and(4 * -(-n // BLOCK), self.nbytes(n))
 
     def define_encode(self, x: Tensor) -> Tensor:
         n, blocks = x.numel(), -(-x.numel() // BLOCK)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from commpress.comm.codecs.base import ArgumentError, Codec, padded
+from commpress.comm.codecs.base import Codec, padded, read_share, require_share, share_text
 from commpress.comm.codecs.cast import Identity
 
 INFINITY_BITS = 0x7F800000
@@ -44,24 +44,20 @@ class TopK(Codec):
     word: ClassVar[str] = "topk"
     exchange: ClassVar[str] = "one_shot"
     sparse: ClassVar[bool] = True
+    outer: ClassVar[bool] = True
 
     @classmethod
     def from_spec(cls, argument: str | None, values: Codec | None = None) -> "TopK":
-        try:
-            ratio = float(argument or "")
-        except ValueError:
-            raise ArgumentError(f"topk takes the kept share, as in topk(0.01), got ({argument or ''})") from None
-        return cls(ratio, values or Identity())
+        return cls(read_share(cls.word, argument), values or Identity())
 
     def __post_init__(self) -> None:
         if self.values.sparse:
             raise ValueError(f"topk({self.ratio})|{self.values}: the values of topk(...) cannot be sparsified again")
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"topk({self.ratio}): the kept share must be in (0, 1], got {self.ratio}")
+        require_share(self.word, self.ratio)
 
     @property
     def spec(self) -> str:
-        stage = f"topk({self.ratio:g})" if float(f"{self.ratio:g}") == self.ratio else f"topk({self.ratio!r})"
+        stage = share_text(self.word, self.ratio)
         return stage if self.values == Identity() else f"{stage}|{self.values}"
 
     def keeping(self, share: float) -> "TopK":

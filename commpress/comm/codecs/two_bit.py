@@ -37,6 +37,11 @@ class Int2(Codec):
     def nbytes(self, n: int) -> int:
         return padded(8 * -(-n // BLOCK) + 2 * plane_bytes(n))
 
+    def planes(self, n: int) -> tuple[slice, ...]:
+        signs = 8 * -(-n // BLOCK)
+        sizes = signs + plane_bytes(n)
+        return slice(0, signs), slice(signs, sizes), slice(sizes, self.nbytes(n))
+
     def define_encode(self, x: Tensor) -> Tensor:
         n, blocks = x.numel(), -(-x.numel() // BLOCK)
         size, count = pad(x.abs(), (0, blocks * BLOCK - n)), block_sizes(n, x.device)

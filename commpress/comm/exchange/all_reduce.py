@@ -1,15 +1,15 @@
-"""all_reduce: the group's own sum, for codecs whose payloads can be summed (`none`, `bf16`, `fp16`).
+"""all_reduce: the group's own sum, for codecs whose payloads can be summed (`none`, `bf16`, `fp16`, `randomk(r)`).
 
     rank 0  x0/3 --\\
     rank 1  x1/3 ---+-- sum (ring) --> mean on every rank
     rank 2  x2/3 --/
 
 Each rank sends 2 (W - 1) / W * nbytes(n). `none` sums the tensor's own dtype in place, divided beforehand as DDP does: the
-bits are DDP's.
+bits are DDP's. Of a codec that draws, all ranks must have drawn by the same number; the headers of the sum tell it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -38,14 +38,14 @@ class AllReduce(Exchange):
             return
         payload = encoder.buffer("payload", codec.nbytes(x.numel()), x.device)
         encoder.encode(x, slice(None), out=payload)
-        values = payload[: x.numel() * codec.sum_dtype.itemsize].view(codec.sum_dtype)
+        values = payload[codec.summed(x.numel())].view(codec.sum_dtype)
         values.mul_(1.0 / wire.world_size)
-        yield wire.all_reduce(values, label)
+        yield wire.all_reduce(values, replace(label, draw=codec.draw))
         encoder.decode(payload, x.numel(), out=x)
 
     def messages(self, n: int, itemsize: int, codec: Codec, world_size: int, rank: int) -> tuple[Message, ...]:
-        assert codec.sum_dtype is not None
-        size = ring_bytes(n * (codec.sum_dtype.itemsize if codec.lossy else itemsize), world_size)
+        part = codec.summed(n)
+        size = ring_bytes(part.stop - part.start if codec.lossy else n * itemsize, world_size)
         return (Message(size, size, rounds=2 * (world_size - 1), ring=True),)
 
 

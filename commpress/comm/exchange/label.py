@@ -24,11 +24,12 @@ HALF = 1 << 30
 @dataclass(frozen=True)
 class Label:
     """A message's number in the session, and what it is in words that are the same on every rank. `proven`: its payload has
-    a checksum."""
+    a checksum. `draw`: the number by which the ranks have drawn what they sum, which must be the same, too."""
 
     tag: int
     text: str
     proven: bool = False
+    draw: int = 0
 
     def second(self) -> "Label":
         """The label of the second message of an exchange."""
@@ -36,7 +37,12 @@ class Label:
 
     def header(self, payload: Tensor, nbytes: int) -> bytes:
         """The header of a payload (uint8, contiguous) that belongs to a whole of `nbytes`."""
-        return HEADER.pack(_hashed(self.text), nbytes, (fingerprint(payload) or 1) if self.proven else 0)
+        return HEADER.pack(self.key, nbytes, (fingerprint(payload) or 1) if self.proven else 0)
+
+    @property
+    def key(self) -> int:
+        """The number that stands for it in a header."""
+        return (_hashed(self.text) + self.draw) % 2**64
 
     def payload_tag(self, nbytes: int) -> int:
         """The tag of a payload of this length."""
@@ -63,8 +69,9 @@ class Header:
         """Wait for it. Raises OtherMessageError if it is another than expected, LostPeerError if its rank is gone."""
         wait_for(self.peer, self.work)
         label, nbytes, _ = HEADER.unpack(bytes(self.received.tolist()))
-        if (label, nbytes) != (_hashed(self.label.text), self.nbytes):
-            raise OtherMessageError(self.peer, f"{self.label.text}: {self.nbytes} bytes")
+        if (label, nbytes) != (self.label.key, self.nbytes):
+            drawn = f", draw {self.label.draw}" if self.label.draw else ""
+            raise OtherMessageError(self.peer, f"{self.label.text}{drawn}: {self.nbytes} bytes")
 
     def prove(self) -> None:
         """Compare the payload, which has arrived, with the checksum. Raises DamagedMessageError if they differ."""

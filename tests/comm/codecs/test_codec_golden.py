@@ -35,8 +35,13 @@ LENGTHS = {
     "int4(stochastic)": 301,
     "int2": 1100,
     "sign": 1100,
+    "randomk(1)": 75,
+    "rotate|int8": 300,
+    "rotate|int4": 1100,
+    "rotate|int2": 1100,
+    "rotate|sign": 2100,
 }
-"""Enough for a whole block and a short one; 1000 for the sparse ones."""
+"""Enough for a whole block and a short one, of most; 1000 for the others."""
 
 
 def golden_input(n: int) -> Tensor:

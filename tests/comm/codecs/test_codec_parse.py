@@ -13,6 +13,8 @@ from commpress.comm.codecs import FAMILIES, WORDS, Codec, parse
 from commpress.comm.codecs.cast import BFloat16, Float16, Identity
 from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
+from commpress.comm.codecs.random_k import RandomK
+from commpress.comm.codecs.rotate import Rotate
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.codecs.two_bit import Int2
@@ -39,6 +41,10 @@ from commpress.comm.codecs.two_bit import Int2
         ("topk(0.01)|int4", TopK(0.01, Int4())),
         ("topk(0.01)|none", TopK(0.01)),
         (" topk( 0.01 ) | int4 ", TopK(0.01, Int4())),
+        ("randomk(0.01)", RandomK(0.01)),
+        ("randomk(0.1)|int4", RandomK(0.1, Int4())),
+        (" rotate | int4", Rotate(Int4())),
+        ("topk(0.1)|rotate|sign", TopK(0.1, Rotate(Sign()))),
     ],
 )
 def test_a_spec_names_its_codec(spec: str, codec: Codec) -> None:
@@ -56,6 +62,7 @@ def test_a_spec_names_its_codec(spec: str, codec: Codec) -> None:
         ("  topk( 0.01 )|  sign", "topk(0.01)|sign"),
         ("topk(0.30000000000000004)", "topk(0.30000000000000004)"),
         ("topk(0.3333333)", "topk(0.3333333)"),
+        ("randomk(1e-1)|none", "randomk(0.1)"),
         (" int4 ", "int4"),
         ("fp8( e4m3 )", "fp8"),
         ("topk(0.1)|fp8(e5m2)", "topk(0.1)|fp8(e5m2)"),
@@ -67,9 +74,13 @@ def test_the_canonical_form(spec: str, canonical: str) -> None:
 
 
 @EXAMPLES
-@given(st.floats(0, 1, exclude_min=True), st.sampled_from(sorted(set(WORDS) - {"topk"})))
-def test_every_ratio_round_trips(ratio: float, word: str) -> None:
-    codec = TopK(ratio, parse(word))
+@given(
+    st.sampled_from((TopK, RandomK)),
+    st.floats(0, 1, exclude_min=True),
+    st.sampled_from(sorted(word for word, family in WORDS.items() if not family.outer)),
+)
+def test_every_ratio_round_trips(family: type[TopK] | type[RandomK], ratio: float, word: str) -> None:
+    codec = family(ratio, parse(word))
     assert parse(str(codec)) == codec
     assert str(parse(str(codec))) == str(codec)
 
@@ -95,13 +106,14 @@ def test_an_unknown_word_is_told_the_known_ones(spec: str) -> None:
         parse(spec)
 
 
+@pytest.mark.parametrize("family", [TopK, RandomK])
 @pytest.mark.parametrize("ratio", ["1.5", "0", "-1", "nan", "inf", "-inf", "1.0000001", "1e-400"])
-def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str) -> None:
+def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str, family: type[TopK] | type[RandomK]) -> None:
     value = re.escape(str(float(ratio)))
-    with pytest.raises(ValueError, match=rf"topk\({value}\): the kept share must be in \(0, 1\], got {value}"):
-        parse(f"topk({ratio})")
+    with pytest.raises(ValueError, match=rf"{family.word}\({value}\): the kept share must be in \(0, 1\], got {value}"):
+        parse(f"{family.word}({ratio})")
     with pytest.raises(ValueError, match=rf"the kept share must be in \(0, 1\], got {value}"):
-        TopK(float(ratio))
+        family(float(ratio))
 
 
 @pytest.mark.parametrize(
@@ -111,11 +123,26 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str) -> None:
         ("topk()", "spec 'topk()': topk takes the kept share, as in topk(0.01), got ()"),
         ("topk(x)", "spec 'topk(x)': topk takes the kept share, as in topk(0.01), got (x)"),
         ("topk(0.1, 2)", "spec 'topk(0.1, 2)': topk takes the kept share, as in topk(0.01), got (0.1, 2)"),
-        ("int2(3)", "spec 'int2(3)': int2 takes no argument, got (3)"),
+        ("randomk", "spec 'randomk': randomk takes the kept share, as in randomk(0.01), got ()"),
+        ("randomk(x)", "spec 'randomk(x)': randomk takes the kept share, as in randomk(0.01), got (x)"),
+        ("randomk(0.1)|topk(0.1)", "randomk(0.1)|topk(0.1): the values of randomk(...) cannot be sparsified again"),
+        ("topk(0.1)|randomk(0.1)", "topk(0.1)|randomk(0.1): the values of topk(...) cannot be sparsified again"),
+        (
+            "rotate",
+            "spec 'rotate': rotate takes the codec of the rotated values behind it, as in rotate|int4, got nothing",
+        ),
+        ("rotate(2)|int4", "rotate takes the codec of the rotated values behind it, as in rotate|int4, got (2)"),
+        ("rotate|bf16", "rotate|bf16: expected a codec with scales, such as int4 or sign, got bf16"),
+        ("rotate|topk(0.1)", "rotate|topk(0.1): expected a codec with scales, such as int4 or sign, got topk(0.1)"),
+        ("rotate|rotate|int4", "expected a codec with scales, such as int4 or sign, got rotate|int4"),
         ("int4(3)", "spec 'int4(3)': int4 takes (stochastic) or no argument, got (3)"),
         ("fp8(e3m4)", "spec 'fp8(e3m4)': the format must be one of e4m3, e5m2, got 'e3m4'"),
+        ("int2(3)", "spec 'int2(3)': int2 takes no argument, got (3)"),
         ("sign()", "spec 'sign()': sign takes no argument, got ()"),
-        ("int4|int8", "spec 'int4|int8': only the values of topk(...) can be coded in turn, not those of int4"),
+        (
+            "int4|int8",
+            "spec 'int4|int8': only the values of one of topk(...), randomk(...), rotate can be coded in turn",
+        ),
         ("topk(0.1)|topk(0.1)", "topk(0.1)|topk(0.1): the values of topk(...) cannot be sparsified again"),
         ("", "spec '': cannot read ''"),
         ("  ", "spec '  ': cannot read '  '"),
@@ -126,7 +153,7 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str) -> None:
         ("|int4", "spec '|int4': cannot read ''"),
         ("topk(0.1)|", "cannot read ''"),
         ("topk(0.1)|int4(3)", "int4 takes (stochastic) or no argument, got (3)"),
-        ("topk(0.1)|int4|int8", "only the values of topk(...) can be coded in turn, not those of int4"),
+        ("topk(0.1)|int4|int8", "one of topk(...), randomk(...), rotate can be coded in turn, not those of int4"),
         ("int4\nint8", "cannot read"),
     ],
 )

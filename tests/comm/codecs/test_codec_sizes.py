@@ -22,12 +22,15 @@ def documented(spec: str, n: int) -> int:
     """Bytes of a payload as the layouts in the docstrings have it."""
     if n == 0:
         return 0
-    first, _, second = spec.replace("fp8(e5m2)", "fp8").replace("(stochastic)", "").partition("|")
+    first, _, second = spec.replace("fp8(e5m2)", "fp8").replace("(stochastic)", "").removeprefix("rotate|").partition("|")
     if first.startswith("topk"):
         k = max(1, round(float(first[5:-1]) * n))
         low_bits = max(low for low in range(60) if k << low <= n)
         low, high = up(k * low_bits, 32) // 8, up(k + (n >> low_bits) + 1, 32) // 8
         return low + high + documented(second or "none", k)
+    if first.startswith("randomk"):  # the number of the draw, and 64 of `block` values
+        block = max(64, round(64 / float(first[8:-1])))
+        return 8 + documented(second or "none", 64 * (n // block) + up(64 * (n % block), block) // block)
     if first == "int2":  # two sizes a block, two planes of bits
         return up(8 * (up(n, 1024) // 1024) + 2 * (up(n, 8) // 8), 4)
     blocks = {
@@ -86,3 +89,4 @@ def test_the_ratios_that_the_docstrings_promise() -> None:
     assert 4 * n / parse("sign").nbytes(n) > 31
     assert 4 * n / parse("topk(0.01)").nbytes(n) > 75
     assert 4 * n / parse("topk(0.01)|int4").nbytes(n) > 240
+    assert 4 * n / parse("randomk(0.01)").nbytes(n) > 99.9

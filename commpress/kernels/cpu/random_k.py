@@ -1,0 +1,249 @@
+"""Loops of `randomk`: blocks of one size, each with as many strata, whose cuts are the same in all of them.
+
+A last block that is shorter runs through the same loops, as one block of its own.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from commpress.kernels.compiled import loop, part
+from commpress.kernels.cpu.arrays import floats, steps, values
+from commpress.kernels.cpu.blocks import INFINITY_BITS, MAGNITUDE, block_of, top_of, value_of
+
+BLOCKS_SHA256 = "d8d1d0722ec4a8b6"
+"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+NAN = np.float32(np.nan)
+STRATA = 64
+HEAD = 8
+
+
+@part
+def _mix(word):
+    """Hash 32 bits to 32 others."""
+    word = np.uint32(np.uint32(word ^ np.uint32(word >> np.uint32(16))) * np.uint32(0x21F0AAAD))
+    word = np.uint32(np.uint32(word ^ np.uint32(word >> np.uint32(15))) * np.uint32(0x735A2D97))
+    return np.uint32(word ^ np.uint32(word >> np.uint32(15)))
+
+
+@part
+def _place(number, starts, widths, keys, turns, places):
+    """Write to `places` where in a block each stratum sends its value; `number` is that of the block's first stratum."""
+    for j in range(places.size):
+        hashed = _mix(np.uint32(np.uint32(np.uint32(number) + np.uint32(j)) * np.uint32(0x5F356495)) ^ keys[j])
+        offset = np.int32(np.uint64(hashed) * np.uint64(widths[j]) >> np.uint64(32))
+        offset = np.int32(offset + turns[j])
+        places[j] = np.int32(starts[j] + offset - (widths[j] if offset >= widths[j] else np.int32(0)))
+
+
+@part
+def _add(x, residual, old):
+    """residual += x, old := what it was; return the bits of the largest magnitude among the sums."""
+    top = np.int32(0)
+    for j in range(x.size):
+        old[j] = residual[j]
+        value = np.float32(x[j] + residual[j])
+        residual[j] = value
+        top = max(top, np.int32(value.view(np.int32) & MAGNITUDE))
+    return top
+
+
+@loop
+def _spoil(block, residual, old, starts, widths, value):
+    """Send NaN for the strata of a block that hold NaN or Inf; their residual becomes what it was."""
+    for j in range(value.size):
+        stop = starts[j] + widths[j]
+        if not np.isfinite(block[starts[j] : stop]).all():
+            value[j] = NAN
+            if residual is not None:
+                residual[starts[j] : stop] = old[starts[j] : stop]
+
+
+@loop
+def _take(block, residual, old, top, starts, widths, places, exact, value):
+    """Write to `value` what a block sends; `exact`: nothing is lost of it."""
+    for j in range(value.size):
+        value[j] = block[places[j]]
+    if top >= INFINITY_BITS:
+        _spoil(block, residual, old, starts, widths, value)
+    if residual is not None and exact:
+        for j in range(value.size):
+            if top < INFINITY_BITS or np.isfinite(value[j]):
+                residual[places[j]] = np.float32(0)
+
+
+@loop
+def randomk_take(x, prologue, residual, number, size, starts, widths, keys, turns, exact, value):
+    """Write to `value` ([k]) what blocks of `size` values send; the residual becomes x + residual, or 0 there if `exact`."""
+    lanes = starts.size
+    places, scratch, old = np.empty(lanes, np.int32), np.empty(size, np.float32), np.empty(size, np.float32)
+    for b in range(x.size // size):
+        o = b * size
+        sent = value[b * lanes : (b + 1) * lanes]
+        _place(number + b * lanes, starts, widths, keys, turns, places)
+        block = block_of(x, prologue, None, o, size, scratch)
+        if residual is None:
+            _take(block, None, old, top_of(block, size), starts, widths, places, exact, sent)
+        else:
+            rb = residual[o : o + size]
+            _take(rb, rb, old, _add(block, rb, old), starts, widths, places, exact, sent)
+
+
+@loop
+def randomk_settle(x, prologue, residual, number, size, starts, widths, keys, turns, value, decoded):
+    """The residual of what was sent, once it is coded: value - decoded; what it was where that is not finite."""
+    lanes = starts.size
+    places = np.empty(lanes, np.int32)
+    for b in range(x.size // size):
+        _place(number + b * lanes, starts, widths, keys, turns, places)
+        for j in range(lanes):
+            sent, got, at = value[b * lanes + j], decoded[b * lanes + j], b * size + places[j]
+            if np.isnan(sent):
+                continue
+            if np.isfinite(sent - got):
+                residual[at] = sent - got
+            elif not np.isnan(got):
+                residual[at] = sent - value_of(x, prologue, at)
+            else:  # the code of its neighbours has spoilt it
+                for i in range(widths[j]):
+                    place = b * size + starts[j] + i
+                    residual[place] -= value_of(x, prologue, place)
+
+
+@part
+def _put(block, places, value, share):
+    """Write the values of a block to their places, times `share`, and 0 elsewhere."""
+    block[:] = np.float32(0)
+    for j in range(places.size):
+        block[places[j]] = value[j] * share
+
+
+@part
+def _fill(block, starts, widths, value):
+    """Fill with NaN the strata of a block that have sent it."""
+    for j in range(value.size):
+        if np.isnan(value[j]):
+            block[starts[j] : starts[j] + widths[j]] = NAN
+
+
+@loop
+def randomk_mean(value, number, size, starts, widths, keys, turns, alike, out):
+    """Write to `out` the mean of W payloads, whose values are `value` ([W, k]); `alike`: all have one draw."""
+    lanes, W = starts.size, value.shape[0]
+    share = np.float32(1.0 / W)
+    places = np.empty(lanes, np.int32)
+    for b in range(out.size // size):
+        block = out[b * size : (b + 1) * size]
+        bad = False
+        for w in range(W):
+            sent = value[w, b * lanes : (b + 1) * lanes]
+            if w == 0 or not alike:
+                _place(number + b * lanes, starts, widths, keys[w], turns[w], places)
+            if w == 0:
+                _put(block, places, sent, share)
+            else:
+                for j in range(lanes):
+                    block[places[j]] += sent[j] * share
+            for j in range(lanes):
+                bad |= np.isnan(sent[j])
+        if bad:
+            for w in range(W):
+                _fill(block, starts, widths, value[w, b * lanes : (b + 1) * lanes])
+
+
+@loop
+def randomk_clear(x, number, size, starts, widths, keys, turns):
+    """Set the values that were sent to 0."""
+    lanes = starts.size
+    places = np.empty(lanes, np.int32)
+    for b in range(x.size // size):
+        _place(number + b * lanes, starts, widths, keys, turns, places)
+        block = x[b * size : (b + 1) * size]
+        for j in range(lanes):
+            block[places[j]] = np.float32(0)
+
+
+Ints = npt.NDArray[np.int32]
+
+
+class Part(NamedTuple):
+    """The full blocks of n values, or the last one: where the values lie, and those that are sent; the cuts of a block."""
+
+    x: slice
+    value: slice
+    size: int
+    starts: Ints
+    widths: Ints
+
+    def drawn(self, draw: int) -> tuple[int, int, Ints, Ints, npt.NDArray[np.uint32], Ints]:
+        """Return what the loops need to find the places of a draw: what hashes are mixed with, how far a turn has come."""
+        widths = self.widths.astype(np.int64)
+        key = (draw // widths).astype(np.uint32)
+        key = (key ^ key >> np.uint32(16)) * np.uint32(0x21F0AAAD)
+        key = (key ^ key >> np.uint32(15)) * np.uint32(0x735A2D97)
+        keys = key ^ key >> np.uint32(15)
+        return self.value.start, self.size, self.starts, self.widths, keys, (draw % widths).astype(np.int32)
+
+
+def _parts(codec: Any, n: int) -> list[Part]:
+    """The parts of n values; none is empty."""
+    found, full = [], n // codec.block * codec.block
+    for first, stop, size, strata in ((0, full, codec.block, STRATA), (full, n, n - full, codec.kept(n - full))):
+        if stop > first:
+            cuts = np.arange(strata + 1, dtype=np.int64) * size // strata
+            starts, widths = cuts[:-1].astype(np.int32), np.diff(cuts).astype(np.int32)
+            found.append(Part(slice(first, stop), slice(codec.kept(first), codec.kept(stop)), size, starts, widths))
+    return found
+
+
+def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
+    """`encode` of the table. The codec of the values encodes them as it does any others."""
+    k, exact, coded = codec.kept(x.numel()), not codec.values.lossy, payload[HEAD:]
+    payload.numpy()[:HEAD] = np.frombuffer(codec.draw.to_bytes(HEAD, "little"), np.uint8)
+    value = coded.view(torch.float32) if exact else torch.empty(k, dtype=torch.float32, device="cpu")
+    parts, sent = _parts(codec, x.numel()), value.numpy()
+    given = [
+        (values(x[p.x]), steps(prologue and prologue[p.x]), floats(None if residual is None else residual[p.x]))
+        for p in parts
+    ]
+    for p, of in zip(parts, given, strict=True):
+        randomk_take(*of, *p.drawn(codec.draw), exact, sent[p.value])
+    if exact:
+        return
+    codec.values.encode(value, coded)
+    if residual is not None:
+        decoded = codec.values.decode(coded, k).numpy()
+        for p, of in zip(parts, given, strict=True):
+            randomk_settle(*of, *p.drawn(codec.draw), sent[p.value], decoded[p.value])
+
+
+def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
+    """`mean` of the table."""
+    rows, k, target = payloads.view(count, -1), codec.kept(out.numel()), out.numpy()
+    if codec.values.lossy:
+        decoded = torch.empty(count, k, dtype=torch.float32, device="cpu")
+        for row, to in zip(rows, decoded, strict=True):
+            codec.values.decode(row[HEAD:], k, to)
+        value = decoded.numpy()
+    else:
+        value = rows.view(torch.float32)[:, HEAD // 4 :].numpy()
+    draws = [_draw_of(row) for row in rows]
+    for p in _parts(codec, out.numel()):
+        keys, turns = (np.stack(rows) for rows in zip(*(p.drawn(draw)[-2:] for draw in draws), strict=True))
+        where = p.value.start, p.size, p.starts, p.widths
+        randomk_mean(value[:, p.value], *where, keys, turns, len(set(draws)) == 1, target[p.x])
+
+
+def clear(codec: Any, payload: Tensor, values: Tensor) -> None:
+    """`clear` of the table."""
+    target, draw = values.numpy(), _draw_of(payload)
+    for p in _parts(codec, values.numel()):
+        randomk_clear(target[p.x], *p.drawn(draw))
+
+
+def _draw_of(payload: Tensor) -> int:
+    """The number by which a payload was drawn."""
+    return int.from_bytes(payload[:HEAD].numpy().tobytes(), "little")

@@ -1,0 +1,220 @@
+"""Loops of `rotate`: Hadamard's transform of a block in the L1 cache, two steps in a pass.
+
+Some hundred kilobytes at a time are rotated, and then coded by the codec of the rotated values, while they lie in the L2 cache:
+the gradient itself is read once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from commpress.kernels.compiled import loop, part
+from commpress.kernels.cpu.arrays import Floats, floats, steps, values
+from commpress.kernels.cpu.blocks import INFINITY_BITS, MAGNITUDE, NAN, block_of
+
+BLOCKS_SHA256 = "d8d1d0722ec4a8b6"
+"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+ROTATED = 1024
+QUARTER = ROTATED // 4
+CHUNK = 128 * ROTATED
+"""Values that are rotated before they are coded."""
+
+
+@part
+def _four(a, b, c, d):
+    """Return two steps of the transform of four values."""
+    ab, cd, a_b, c_d = a + b, c + d, a - b, c - d
+    return ab + cd, a_b + c_d, ab - cd, a_b - c_d
+
+
+@part
+def _finite(value):
+    """Return a value if it is finite, else the one NaN."""
+    return value if np.int32(np.float32(value).view(np.int32) & MAGNITUDE) < INFINITY_BITS else NAN
+
+
+@part
+def _first_steps(x, factors, out):
+    """Multiply by `factors`, and take the steps 16 and 32."""
+    for o in range(0, ROTATED, 64):
+        a, b, c, d = x[o : o + 16], x[o + 16 : o + 32], x[o + 32 : o + 48], x[o + 48 : o + 64]
+        p, q, r, s = out[o : o + 16], out[o + 16 : o + 32], out[o + 32 : o + 48], out[o + 48 : o + 64]
+        f, g, h, i = factors[o : o + 16], factors[o + 16 : o + 32], factors[o + 32 : o + 48], factors[o + 48 : o + 64]
+        for j in range(16):
+            p[j], q[j], r[j], s[j] = _four(a[j] * f[j], b[j] * g[j], c[j] * h[j], d[j] * i[j])
+
+
+@part
+def _steps(x, step):
+    """Take the steps `step`, which is at least 64, and 2 `step`, in place."""
+    for g in range(QUARTER // step):
+        o = 4 * step * g
+        a, b = x[o : o + step], x[o + step : o + 2 * step]
+        c, d = x[o + 2 * step : o + 3 * step], x[o + 3 * step : o + 4 * step]
+        for j in range(step):
+            a[j], b[j], c[j], d[j] = _four(a[j], b[j], c[j], d[j])
+
+
+@part
+def _deal(x, out):
+    """Take the steps 1 and 2, and deal out their results to the quarters of `out`."""
+    p, q, r, s = out[:QUARTER], out[QUARTER : 2 * QUARTER], out[2 * QUARTER : 3 * QUARTER], out[3 * QUARTER :]
+    for j in range(QUARTER):
+        p[j], q[j], r[j], s[j] = _four(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3])
+
+
+@part
+def _collect(x, out):
+    """Take two steps between the quarters of `x`, and collect their results to neighbours."""
+    a, b, c, d = x[:QUARTER], x[QUARTER : 2 * QUARTER], x[2 * QUARTER : 3 * QUARTER], x[3 * QUARTER :]
+    for j in range(QUARTER):
+        out[4 * j], out[4 * j + 1], out[4 * j + 2], out[4 * j + 3] = _four(a[j], b[j], c[j], d[j])
+
+
+@part
+def _last(x, factors, out):
+    """out := x * factors, or the one NaN for what is not finite; `out` may be `x`."""
+    for j in range(ROTATED):
+        out[j] = _finite(x[j] * factors[j])
+
+
+@part
+def _turn(x, factors, ones, one, other, out):
+    """Write the rotation of a full block to `out`; `one` and `other` are room for a block."""
+    _first_steps(x, factors, one)
+    _steps(one, 64)
+    _steps(one, 256)
+    _deal(one, other)
+    _deal(other, out)
+    _last(out, ones, out)
+
+
+@part
+def _turn_back(x, factors, ones, one, other):
+    """Rotate a full block back, in place."""
+    _collect(x, one)
+    _collect(one, other)
+    _first_steps(other, ones, one)
+    _steps(one, 64)
+    _steps(one, 256)
+    _last(one, factors, x)
+
+
+@loop
+def _turn_rest(x, signs, back):
+    """Rotate what is shorter than a block, in place: the largest power of two first."""
+    o, size = 0, ROTATED // 2
+    while size >= 2:
+        if x.size & size:
+            piece, scale = x[o : o + size], np.float32(np.float64(size) ** -0.5)
+            for j in range(0 if back else size):
+                piece[j] *= signs[j] * scale
+            step = 1
+            while step < size:
+                for j in range(size):
+                    if j & step == 0:
+                        a, b = piece[j], piece[j + step]
+                        piece[j], piece[j + step] = a + b, a - b
+                step *= 2
+            for j in range(size):
+                piece[j] = _finite(piece[j] * (signs[j] * scale) if back else piece[j])
+            o += size
+        size //= 2
+
+
+@loop
+def rotate_forth(x, prologue, residual, signs, factors, total, out):
+    """Write to `out` the rotation of x as it is coded; with a residual or a prologue `total` becomes what was rotated."""
+    one, other, ones = np.empty(ROTATED, np.float32), np.empty(ROTATED, np.float32), np.ones(ROTATED, np.float32)
+    full = x.size // ROTATED
+    for b in range(full):
+        o = b * ROTATED
+        block = block_of(x, prologue, residual, o, ROTATED, total[o : o + ROTATED])
+        _turn(block, factors, ones, one, other, out[o : o + ROTATED])
+    o = full * ROTATED
+    rest = out[o : x.size]
+    rest[:] = block_of(x, prologue, residual, o, x.size - o, total[o : x.size])
+    _turn_rest(rest, signs, False)
+
+
+@part
+def _settle(total, decoded, residual):
+    """The residual of what was decoded; it stays what it was where that is not finite."""
+    for j in range(residual.size):
+        lost = np.float32(total[j] - decoded[j])
+        finite = np.int32(lost.view(np.int32) & MAGNITUDE) < INFINITY_BITS
+        residual[j] = lost if finite else residual[j]
+
+
+@loop
+def rotate_back(x, signs, factors, total, residual):
+    """Rotate x back, in place; a residual becomes total - x."""
+    one, other, ones = np.empty(ROTATED, np.float32), np.empty(ROTATED, np.float32), np.ones(ROTATED, np.float32)
+    full = x.size // ROTATED
+    for b in range(full):
+        o = b * ROTATED
+        block = x[o : o + ROTATED]
+        _turn_back(block, factors, ones, one, other)
+        if residual is not None:
+            _settle(total[o : o + ROTATED], block, residual[o : o + ROTATED])
+    o = full * ROTATED
+    _turn_rest(x[o:], signs, True)
+    if residual is not None:
+        _settle(total[o : x.size], x[o:], residual[o : x.size])
+
+
+def _tables(codec: Any) -> tuple[Floats, Floats]:
+    """The sign of each value of a block, and what the values of a full block are multiplied by."""
+    signs: Floats = codec.signs.numpy()
+    return signs, signs * np.float32(ROTATED**-0.5)
+
+
+def _chunks(codec: Any, n: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+    """The parts of n values, and where each plane of their payload lies in the whole one, and in one of its own."""
+    inner = codec.values
+    for start in range(0, n, CHUNK):
+        m = min(CHUNK, n - start)
+        whole, before, own = (inner.planes(size) for size in (n, start, m))
+        yield (
+            slice(start, start + m),
+            [
+                (slice(w.start + b.stop - b.start, w.start + b.stop - b.start + o.stop - o.start), o)
+                for w, b, o in zip(whole, before, own, strict=True)
+            ],
+        )
+
+
+def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
+    """`encode` of the table. The codec of the rotated values encodes them as it does any others."""
+    inner, n = codec.values, x.numel()
+    tables = _tables(codec)
+    rotated, total = torch.empty(2, min(n, CHUNK), dtype=torch.float32, device="cpu")
+    coded = torch.empty(inner.nbytes(min(n, CHUNK)), dtype=torch.uint8, device="cpu")
+    for at, planes in _chunks(codec, n):
+        m = at.stop - at.start
+        rest, z, own = floats(None if residual is None else residual[at]), rotated[:m], coded[: inner.nbytes(m)]
+        before = None if prologue is None else prologue[at]
+        rotate_forth(values(x[at]), steps(before), rest, *tables, total.numpy(), z.numpy())
+        inner.encode(z, own)
+        for place, plane in planes:
+            payload[place] = own[plane]
+        if rest is not None:
+            inner.decode(own, m, z)
+            rotate_back(z.numpy(), *tables, total.numpy(), rest)
+
+
+def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
+    """`mean` of the table: rotated back once."""
+    inner, n = codec.values, out.numel()
+    tables = _tables(codec)
+    coded = torch.empty(count * inner.nbytes(min(n, CHUNK)), dtype=torch.uint8, device="cpu")
+    for at, planes in _chunks(codec, n):
+        m = at.stop - at.start
+        rows = coded[: count * inner.nbytes(m)].view(count, -1)
+        for place, plane in planes:
+            rows[:, plane] = payloads.view(count, -1)[:, place]
+        inner.mean(rows.view(-1), m, count, out[at])
+        rotate_back(out[at].numpy(), *tables, None, None)
