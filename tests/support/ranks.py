@@ -9,12 +9,15 @@ import atexit
 import contextlib
 import datetime
 import faulthandler
+import functools
 import gc
 import importlib
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
@@ -100,6 +103,7 @@ WARM = (*BARE, "warm")
 _context = multiprocessing.get_context("forkserver")
 _parents: dict[tuple[str, ...], forkserver.ForkServer] = {}
 _pool = _Pool(WARM)
+_stores = itertools.count()
 
 
 def run(
@@ -122,12 +126,11 @@ def run(
     pool = _Pool(BARE) if bare else _Pool(WARM, _pool.libraries) if fresh else _pool
     try:
         workers = pool.take(world_size)
-        with tempfile.TemporaryDirectory(prefix="commpress-ranks-") as folder:
-            url = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{folder}/store"
-            call = pickle.dumps((function, args))
-            for rank, worker in enumerate(workers):
-                worker.pipe.send_bytes(pickle.dumps((sys.path, url, rank, world_size, group_timeout, call)))
-            results = _collect(workers, time.monotonic() + timeout, timeout, may_die=fresh)
+        url = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{_folder()}/{next(_stores)}"
+        call = pickle.dumps((function, args))
+        for rank, worker in enumerate(workers):
+            worker.pipe.send_bytes(pickle.dumps((sys.path, url, rank, world_size, group_timeout, call)))
+        results = _collect(workers, time.monotonic() + timeout, timeout, may_die=fresh)
     except BaseException:  # Ctrl-C too: the ranks are in the middle of something
         pool.close()
         raise
@@ -152,6 +155,9 @@ def apart(*libraries: str) -> Iterator[None]:
 def close() -> None:
     """End all ranks. The next `run` starts new ones."""
     _pool.close()
+    if _folder.cache_info().currsize:
+        shutil.rmtree(_folder(), ignore_errors=True)
+        _folder.cache_clear()
 
 
 @contextlib.contextmanager
@@ -166,6 +172,15 @@ def _forked_from(modules: tuple[str, ...]) -> Iterator[None]:
         parent.ensure_running()
     with mock.patch.object(forkserver, "connect_to_new_process", parent.connect_to_new_process):
         yield
+
+
+@functools.cache
+def _folder() -> str:
+    """The folder of the stores, which stays until the ranks end.
+
+    A rank may drop the last reference to a group in a later call: its store ends the process if the folder is gone.
+    """
+    return tempfile.mkdtemp(prefix="commpress-ranks-")
 
 
 def _free_port() -> int:

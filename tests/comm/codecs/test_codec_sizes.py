@@ -22,7 +22,9 @@ def documented(spec: str, n: int) -> int:
     """Bytes of a payload as the layouts in the docstrings have it."""
     if n == 0:
         return 0
-    first, _, second = spec.replace("fp8(e5m2)", "fp8").replace("(stochastic)", "").removeprefix("rotate|").partition("|")
+    first, _, second = (
+        spec.replace("fp8(e5m2)", "fp8").replace("(stochastic)", "").removeprefix("rotate|").partition("|")
+    )
     if first.startswith("topk"):
         k = max(1, round(float(first[5:-1]) * n))
         low_bits = max(low for low in range(60) if k << low <= n)
