@@ -171,7 +171,7 @@ def attach(
 ) -> Session:
     """Register the hook on `model` and return its session. Collective over the model's process group.
 
-    Without a spec of the `gradients` it is found while training goes on: the first steps are plain training, then `none`,
+    Without a spec of the `gradients` it is found while training goes on: the first steps are not compressed, then `none`,
     `bf16`, `int8` and `int4` are tried in turns of a few steps, as far as they may pay, and the medians of all ranks decide;
     when the steps drift it looks again (`session.explain()`, `session.receipt()`). Timing then decides which bits a run has.
     A dict has specs by patterns of names, `{"*embed*": "int8", "*.bias": "none", "*": "auto"}`: the first that fits decides.

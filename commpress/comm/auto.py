@@ -1,6 +1,6 @@
-"""`auto`: the spec of the gradients is found while training goes on, and never makes steps longer than none would.
+"""`auto`: the spec of the gradients is found while training goes on, and none is taken that makes steps longer than `none`.
 
-The first steps are plain training. What they show of the link, and how fast this machine codes, ranks the specs; the best two
+The first steps have the bits of plain training. What they show of the link, and how fast this machine codes, ranks the specs; the best two
 and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that keep the loss without help of
 an optimizer are tried. What feedback holds when `none` takes its turn goes along with its exact mean.
 """
@@ -107,7 +107,7 @@ class Auto:
         return ", ".join(f"{choice.spec} at step {choice.step}" for choice in self.search.choices)
 
     def break_even(self) -> float | None:
-        """Return the bytes a second of a link above which plain training is predicted to be faster than what is chosen."""
+        """Return the bytes a second of a link above which `none` is predicted to be faster than what is chosen."""
         if self.choice is None or self.choice.spec == PLAIN or self._model is None:
             return None
         spec, (buckets, known, cluster, compute, itemsize) = self.choice.spec, self._model

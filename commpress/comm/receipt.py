@@ -36,9 +36,9 @@ class Receipt:
     seconds: float | None = None
     """Seconds of a step as it is now; None if nobody has measured it."""
     plain_seconds: float | None = None
-    """Seconds of a step of plain training, measured in the same run; None if nobody has."""
+    """Seconds of a step whose gradients are exchanged as they are, by `none`, measured in the same run; None if nobody has."""
     break_even: float | None = None
-    """Bytes a second of a link on which this spec is predicted to take as long as plain training; None if not known."""
+    """Bytes a second of a link on which this spec is predicted to take as long as `none`; None if not known."""
     uncompressed: dict[str, int] = field(default_factory=dict)
     """Values of a step that were not compressed, by reason."""
 
@@ -58,10 +58,10 @@ class Receipt:
         if self.is_off:
             return f"commpress: compression does not pay here, it is off: a step takes {self.plain_seconds:.4f} s"
         if self.seconds is None or self.plain_seconds is None:
-            return f"commpress {self.spec}: plain training was not measured in this run (attach(model) measures it)"
+            return f"commpress {self.spec}: steps without compression were not measured in this run (attach(model) measures them)"
         times = self.plain_seconds / self.seconds
         told = (
-            f"commpress {self.spec}: a step takes {self.seconds:.4f} s, of plain training {self.plain_seconds:.4f} s "
+            f"commpress {self.spec}: a step takes {self.seconds:.4f} s, without compression {self.plain_seconds:.4f} s "
             f"(both measured in this run): {times:.2f} times as fast"
         )
         if self.break_even is None:

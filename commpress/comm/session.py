@@ -164,7 +164,7 @@ class Session:
         return f"the spec was given: {self._spec}" if self._auto is None else self._auto.explain()
 
     def receipt(self) -> Receipt:
-        """Return whether compression has paid so far: seconds and bytes of a step against plain training, on this rank."""
+        """Return whether compression has paid so far: a step against one without compression, on this rank."""
         counted = link_bytes()
         counted = None if counted is None or self._counted is None else counted - self._counted
         auto = self._auto

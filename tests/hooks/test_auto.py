@@ -183,4 +183,4 @@ def alone() -> tuple[str, str]:
 def test_one_rank_has_nothing_to_choose() -> None:
     explained, receipt = run(1, alone)[0]
     assert explained == "one rank: nothing to send, so nothing to choose"
-    assert "plain training was not measured" in receipt
+    assert "steps without compression were not measured" in receipt
