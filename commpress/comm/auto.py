@@ -1,8 +1,8 @@
 """`auto`: the spec of the gradients is found while training goes on, and none is taken that makes steps longer than `none`.
 
 The first steps have the bits of plain training. What they show of the link, and how fast this machine codes, ranks the specs;
-the best two and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that keep the loss without help of
-an optimizer are tried. What feedback holds when `none` takes its turn goes along with its exact mean.
+the best two and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that keep the loss
+without help of an optimizer are tried. What feedback holds when `none` takes its turn goes along with its exact mean.
 """
 
 import os

@@ -58,7 +58,9 @@ class Receipt:
         if self.is_off:
             return f"commpress: compression does not pay here, it is off: a step takes {self.plain_seconds:.4f} s"
         if self.seconds is None or self.plain_seconds is None:
-            return f"commpress {self.spec}: steps without compression were not measured in this run (attach(model) measures them)"
+            return (
+                f"commpress {self.spec}: steps without compression were not measured here (attach(model) measures them)"
+            )
         times = self.plain_seconds / self.seconds
         told = (
             f"commpress {self.spec}: a step takes {self.seconds:.4f} s, without compression {self.plain_seconds:.4f} s "
