@@ -5,7 +5,6 @@ the best two and `none` are then tried in turns, and the measured medians decide
 without help of an optimizer are tried. What feedback holds when `none` takes its turn goes along with its exact mean.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from commpress.comm.cost import Cluster, Speed, transfers
 from commpress.comm.plan import Plan
 from commpress.comm.search import PLAIN, Choice, Said, Search
 from commpress.comm.speed import measure
+from commpress.kernels.cpu.slices import cores
 
 if TYPE_CHECKING:
     from commpress.comm.collectives import Collectives
@@ -62,7 +62,7 @@ class Auto:
 
     @property
     def spec(self) -> str:
-        """What the report calls the traffic by."""
+        """The name of the traffic in a report: the spec of this step, and whether the search still goes on."""
         return f"{AUTO}: {self.search.spec}" + ("" if self.choice else ", still looking")
 
     def begin_step(self) -> None:
@@ -132,6 +132,7 @@ class Auto:
                 "exposed": exposed,
                 "busy": busy,
                 "cores": self._cores(),
+                "ranks here": self._ranks_here(),
                 "speeds": {spec: asdict(speed) for spec, speed in self._speeds.items()},
             }
         return said
@@ -143,7 +144,7 @@ class Auto:
     def _cores(self) -> float:
         if self._collectives.device.type != "cpu":
             return float("inf")
-        return max(1.0, len(os.sched_getaffinity(0)) / self._ranks_here())
+        return max(1.0, cores() / self._ranks_here())
 
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
         """Seconds of a step by spec: the model's, times what the model is off for the plain step."""
@@ -151,17 +152,20 @@ class Auto:
         buckets, itemsize = [n for n, _ in self._buckets], max((size for _, size in self._buckets), default=4)
         if not buckets:
             return {PLAIN: plain}
+        ranks_per_host = max(
+            one.ranks_here for one in found
+        )  # hosts may have more or fewer: all predict from one figure
         dense = [
             m
             for n, size in self._buckets
-            for m in transfers(self._plans[PLAIN].choose(n, size, W), n, size, W, 0, self._ranks_here())
+            for m in transfers(self._plans[PLAIN].choose(n, size, W), n, size, W, 0, ranks_per_host)
         ]
         busy, exposed = (statistics.fmean(getattr(one, key) for one in found) for key in ("busy", "exposed"))
         crossing, moved = sum(m.crossing for m in dense) * cost.FRAME, sum(m.sent + m.received for m in dense)
         cluster = Cluster(
             W,
             bandwidth=crossing / busy if crossing and busy else cost.FASTEST,
-            ranks_per_host=self._ranks_here(),
+            ranks_per_host=ranks_per_host,
             cores=min(one.cores for one in found),
             stack=0.0 if crossing else busy / max(1, moved),
             lines=self._collectives.device.type == "cpu",
@@ -177,10 +181,11 @@ class Auto:
 
 
 class _Told:
-    """What one rank said at the end of the plain steps."""
+    """The figures that one rank has told the others at the end of the plain steps."""
 
     def __init__(self, said: Said) -> None:
         self.busy, self.exposed, self.cores = (float(str(said[key])) for key in ("busy", "exposed", "cores"))
+        self.ranks_here = int(str(said["ranks here"]))
         rows = said["speeds"]
         assert isinstance(rows, Mapping)
         self.speeds = {

@@ -130,14 +130,13 @@ class Collectives:
 
         override = self._override(override, x, n)
         plan = self.gradients.choose(n, x.element_size(), W, override)
-
         chunk = None if W == 1 or override.bypass_feedback else plan.exchange.chunk(n, plan.codec, self.rank, W)
         memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum)
         scratch = self.scratch.of(segments, self.feedback.memories)
         # a mean of gradients does not send along what is remembered of momenta
         remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
-        if remembers and chunk is None:  # nobody encodes a second time now
-            memory.fold(W)
+        if remembers and chunk is None:
+            memory.give_back(W)  # nobody encodes a second time now
         encoder = Encoder(plan.codec.drawn(memory.next_draw()), memory if remembers else None, scratch)
 
         values = x

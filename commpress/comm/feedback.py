@@ -60,6 +60,11 @@ class Memory:
             self.residual[self.owner_start : stop].add_(self.owner_residual, alpha=world_size)
             self.owner_residual.zero_()
 
+    def give_back(self, world_size: int) -> None:
+        """Fold, and keep no second residual: this rank does not encode that chunk a second time any more."""
+        self.fold(world_size)
+        self.owner_residual = None
+
 
 class Feedback:
     """The memories of all buckets of one session."""
@@ -100,8 +105,7 @@ class Feedback:
             and chunk is not None
             and chunk != (found.owner_start, found.owner_start + found.owner_residual.numel())
         ):
-            found.fold(self.world_size)  # another codec cuts elsewhere
-            found.owner_residual = None
+            found.give_back(self.world_size)  # another codec cuts elsewhere
         if feedback and found.owner_residual is None and chunk is not None:
             found.owner_start = chunk[0]
             found.owner_residual = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32, device=device)

@@ -122,7 +122,7 @@ def test_an_error_in_a_slice_is_raised_when_all_have_ended(bad: int, sliced: Cal
 
 
 def test_backward_keeps_its_threads_and_other_ranks_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slices, "_cores", lambda: 16)
+    monkeypatch.setattr(slices, "cores", lambda: 16)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     for threads, ranks, idle in ((1, None, 15), (16, None, 1), (1, "4", 3), (4, "4", 1), (8, "4", 1)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

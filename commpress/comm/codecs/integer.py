@@ -97,7 +97,7 @@ class BlockInteger(Codec):
 
 
 def noise(x: Tensor, scale: Tensor) -> Tensor:
-    """What is added to x / scale before it is rounded to the nearest integer, float32 [blocks, 256].
+    """Return the noise that x / scale gets before it is rounded to the nearest integer, float32 [blocks, 256].
 
     `x` has that shape, `scale` is [blocks]. Odd multiples of 2^-24 between -1/2 and 1/2, all equally likely: a hash of 32 bits
     (Wellons' lowbias32) of the bits of the value, its scale and its place in the block.

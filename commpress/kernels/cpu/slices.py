@@ -37,11 +37,12 @@ def in_slices(loop: Callable[..., Any], n: int, block: int, *arguments: Any) -> 
 
 def idle_cores() -> int:
     """This rank's share of the cores that the process may use, less the threads of backward; at least 1."""
-    share = _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, share - torch.get_num_threads())
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -56,7 +57,7 @@ def _started(loop: Callable[..., Any], *arguments: Any) -> "Future[None]":
 @cache
 def _pool() -> ThreadPoolExecutor:
     """The threads of this process. They are joined when it ends."""
-    return ThreadPoolExecutor(max(1, _cores() - 1), thread_name_prefix="commpress slice")
+    return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix="commpress slice")
 
 
 if hasattr(os, "register_at_fork"):

@@ -26,7 +26,7 @@ ROWS = 4
 
 @triton.jit
 def _noise(value, scale, place):
-    """What is added to values at these places of their blocks before they are rounded: the hash of the definition."""
+    """Return the noise that values at these places of their blocks get before they are rounded: the definition's hash."""
     key = scale.to(tl.uint32, bitcast=True) * 0x9E3779B9
     h = value.to(tl.uint32, bitcast=True) ^ (key + place.to(tl.uint32) * 0x85EBCA6B)
     h = (h ^ (h >> 16)) * 0x7FEB352D
