@@ -152,9 +152,8 @@ class Auto:
         buckets, itemsize = [n for n, _ in self._buckets], max((size for _, size in self._buckets), default=4)
         if not buckets:
             return {PLAIN: plain}
-        ranks_per_host = max(
-            one.ranks_here for one in found
-        )  # hosts may have more or fewer: all predict from one figure
+        # hosts may have more or fewer: all predict from one figure
+        ranks_per_host = max(one.ranks_here for one in found)
         dense = [
             m
             for n, size in self._buckets

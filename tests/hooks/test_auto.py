@@ -1,7 +1,9 @@
 """`attach(model)` without a spec, on real ranks: plain at first, the same choice everywhere, nothing lost on the way."""
 
 import json
+import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -76,6 +78,24 @@ def test_the_receipt_says_what_was_measured_and_what_was_sent() -> None:
     assert receipt["is_off"] == (receipt["spec"] == "none")
     said = "it is off" if receipt["is_off"] else "both measured in this run"
     assert said in got["text"]
+
+
+def predicted_on_unequal_hosts() -> list[float | None]:
+    """The predictions of this rank, where ranks 0 and 1 share a host, and the others have one each."""
+    with mock.patch.dict(os.environ, {"COMMPRESS_HOST": f"host {max(1, dist.get_rank())}"}):
+        model = replica()
+        session = commpress.attach(model)
+        train(model, range(50))
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    choice = session.step_buffer.auto.choice
+    assert choice is not None
+    return [trial.predicted for trial in choice.trials]
+
+
+def test_ranks_of_hosts_of_unequal_size_predict_the_same() -> None:
+    first, *others = run(4, predicted_on_unequal_hosts)
+    assert all(other == first for other in others)
 
 
 class Scripted:
