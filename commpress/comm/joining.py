@@ -10,10 +10,9 @@ on the user's group, so that a rank that dies just then is noticed at once, and 
 
 import contextlib
 import datetime
-import itertools
 import threading
 import time
-import weakref
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,11 +27,6 @@ TAG = (1 << 31) - 1
 POLL = 0.02
 LOOK_EVERY = 0.25
 """Seconds between two looks at what other ranks have posted."""
-
-closed: "weakref.WeakKeyDictionary[dist.ProcessGroup, list[str]]" = weakref.WeakKeyDictionary()
-"""Names of closed groups of ours whose addresses are still in the store, by default group."""
-_made: "weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]]" = weakref.WeakKeyDictionary()
-"""The count of siblings that each group has had."""
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta | None:
@@ -51,16 +45,22 @@ def follow_default_timeout(group: dist.ProcessGroup, device: torch.device) -> No
 
 
 def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...]]:
-    """A new group of the same ranks and timeout, and the names of their hosts. Collective over those ranks only.
+    """A new group of the same ranks, and the names of their hosts. Collective over those ranks only.
+
+    Its timeout is the group's, or the default group's, whichever is shorter: a group of a mesh has half an hour. Its name is
+    rank 0's, and no other group has it: torch's own would hang on how many groups each rank has at this moment, and the
+    collector may close one of them on one rank alone.
 
     Raises ExchangeError on all ranks, naming the rank, if one of them dies meanwhile or does not come within the timeout.
     """
-    timeout = timeout_of(group, torch.device("cpu")) or dist.distributed_c10d.default_pg_timeout
-    rank, number = dist.get_rank(group), next(_made.setdefault(group, itertools.count()))
-    everyone = gather_settings({"host": host_name()}, group, torch.device("cpu"))
-    board = FailureBoard(f"{group.group_name}/join/{number}", rank, [str(other["host"]) for other in everyone])
-    came = f"commpress/came/{group.group_name}/{number}"
-    making = _Making(group, timeout, f"{came}/{rank}")
+    cpu, rank = torch.device("cpu"), dist.get_rank(group)
+    timeouts = [timeout_of(one, cpu) for one in (group, dist.distributed_c10d._get_default_group())]
+    timeout = min((t for t in timeouts if t is not None), default=dist.distributed_c10d.default_pg_timeout)
+    everyone = gather_settings({"host": host_name(), "name": uuid.uuid4().hex}, group, cpu)
+    name = f"commpress {everyone[0]['name']}"
+    board = FailureBoard(f"{name}/join", rank, [str(other["host"]) for other in everyone])
+    came = f"commpress/came/{name}"
+    making = _Making(group, timeout, name, f"{came}/{rank}")
     listening = _Listening(group)
     deadline = time.monotonic() + timeout.total_seconds() + GRACE
     look_at = time.monotonic() + LOOK_EVERY
@@ -89,9 +89,10 @@ def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...
 class _Making(threading.Thread):
     """Makes the group, which waits for all its ranks."""
 
-    def __init__(self, group: dist.ProcessGroup, timeout: datetime.timedelta, came: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: datetime.timedelta, name: str, came: str) -> None:
         super().__init__(name="commpress joins", daemon=True)
-        self._ranks, self._timeout, self._came = dist.get_process_group_ranks(group), timeout, came
+        self._ranks, self._timeout = dist.get_process_group_ranks(group), timeout
+        self._name, self._came = name, came
         self.made: dist.ProcessGroup | None = None
         self.error: BaseException | None = None
         self.start()
@@ -99,7 +100,7 @@ class _Making(threading.Thread):
     def run(self) -> None:
         try:
             own_store().set(self._came, "1")
-            with _closed_names_taken():
+            with _named(self._name):
                 made = dist.new_group(
                     self._ranks, timeout=self._timeout, use_local_synchronization=True, group_desc="commpress"
                 )
@@ -150,17 +151,16 @@ def _missing(came: str, board: FailureBoard) -> int | None:
 
 
 @contextlib.contextmanager
-def _closed_names_taken() -> Iterator[None]:
-    """Have torch, which names a group by its ranks and how many groups there are, use no name twice in one store.
+def _named(name: str) -> Iterator[None]:
+    """Have torch call the group that this thread makes by this name; other threads have their own."""
+    c10d, mine = dist.distributed_c10d, threading.get_ident()
+    torchs = c10d._process_group_name
 
-    A second group of that name would meet the addresses of the first. The names are as if none had been closed, so it does not
-    matter which ranks know already that one was.
-    """
-    names = dist.distributed_c10d._world.pg_names
-    standing: dict[Any, str] = {object(): name for name in closed.get(dist.distributed_c10d._get_default_group(), ())}
-    names.update(standing)
+    def named(ranks: Any, use_hashed_name: bool) -> Any:
+        return name if threading.get_ident() == mine else torchs(ranks, use_hashed_name)
+
+    c10d._process_group_name = named
     try:
         yield
     finally:
-        for key in standing:
-            del names[key]
+        c10d._process_group_name = torchs

@@ -26,7 +26,7 @@ from torch import Tensor
 from commpress.comm.agreement import Settings, gather_settings, host_name
 from commpress.comm.exchange.label import HALF, HEADER, Header, Label, wait_for
 from commpress.comm.failure import FailureBoard, LostPeerError, is_lost
-from commpress.comm.joining import closed, sibling
+from commpress.comm.joining import sibling
 
 
 @dataclass
@@ -207,9 +207,7 @@ class Wire:
         group, self.group = self.open_group(), None
         with contextlib.suppress(Exception):  # what cannot be closed fails by its timeout
             if self.device.type == "cpu":
-                name = group.group_name
                 dist.destroy_process_group(group)
-                closed.setdefault(dist.distributed_c10d._get_default_group(), []).append(name)
             else:
                 group._get_backend(self.device).abort()
 
