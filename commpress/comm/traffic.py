@@ -99,10 +99,12 @@ class Traffic:
         step: Step | None = None,
         last: bool = False,
         then: Callable[[BaseException | None], None] | None = None,
+        starts_at_once: bool = False,
     ) -> Work:
         """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `scratch`, is free afterwards.
 
-        `compared` is what the result is called where all ranks must have the same bits of it.
+        `compared` is what the result is called where all ranks must have the same bits of it. `starts_at_once`: nothing has
+        to be computed before its first transfer.
         """
         row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role)
         number = self._number(role, index) if step is None else step.number
@@ -118,7 +120,11 @@ class Traffic:
             finished(None)
         else:
             self._sequencer.submit(
-                Job(out, exchange, row, number, dense_bytes, last, finished, backend_bytes=backend_bytes)
+                Job(
+                    *(out, exchange, row, number, dense_bytes, last, finished),
+                    backend_bytes=backend_bytes,
+                    starts_at_once=starts_at_once,
+                )
             )
         return work
 
