@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import Settings
+from commpress.comm.error import ErrorWatch
 from commpress.comm.exchange import Label, Labels, Transfer, Wire
 from commpress.comm.exchange.around import in_inference_mode
 from commpress.comm.feedback import Segments
@@ -24,10 +25,12 @@ from commpress.comm.work import Work, not_counted
 
 @dataclass
 class Step:
-    """A step whose collectives belong together: its number, and what compares its results, if this step is compared."""
+    """A step whose collectives belong together: its number, what compares its results, if this step is compared, and what
+    looks into the error of its means, if that is wanted."""
 
     number: int
     comparison: Comparison | None = None
+    error: ErrorWatch | None = None
 
 
 class Traffic:
