@@ -66,16 +66,22 @@ def speeds(device: torch.device) -> dict[str, Speed]:
 class Auto:
     """Steers the plan of one set of replicas' gradients, step by step. `error_feedback` as in `attach`.
 
-    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that.
+    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that. Of `sharded`
+    gradients no rank holds all means, so no error is measured; and the model, which is that of an all-reduce, only ranks specs.
     """
 
-    def __init__(self, collectives: "Collectives", error_feedback: bool, budget: float = BUDGET) -> None:
+    def __init__(
+        self, collectives: "Collectives", error_feedback: bool, budget: float = BUDGET, sharded: bool = False
+    ) -> None:
         self._collectives = collectives
         self._plans = {spec: Plan.of(spec, None, error_feedback) for spec in SPECS}
         self._speeds = speeds(collectives.device) if collectives.world_size > 1 else {}
         self.search = Search(self._predicted, budget)
         self._began: float | None = None
         self._asked = 0.0
+        self.due = False
+        """Whether the next gradient begins a step, for a wrapper that does not know which one is the first."""
+        self._sharded = sharded
         self.watch: ErrorWatch | None = None
         """What looks into the error of the step that goes on; None if this one is not looked into."""
         self._buckets: list[tuple[int, int]] = []
@@ -95,7 +101,7 @@ class Auto:
 
     def begin_step(self) -> None:
         """A step's first bucket is there: take the plan of this step. Collective in those steps where the ranks compare."""
-        collectives = self._collectives
+        collectives, self.due = self._collectives, False
         if collectives.world_size == 1:
             return
         now = time.perf_counter()
@@ -111,7 +117,7 @@ class Auto:
                     warn(f"commpress: {choice.cause}; from step {choice.step} on {choice.spec}", collectives.rank == 0)
         plan = self._plans[self.search.spec]
         collectives.gradients = plan
-        self.watch = ErrorWatch(plan.codec) if self.search.checks else None
+        self.watch = ErrorWatch(plan.codec) if self.search.checks and not self._sharded else None
         self._buckets.clear()
         self._began = time.perf_counter()
 
@@ -147,7 +153,7 @@ class Auto:
 
     def break_even(self) -> float | None:
         """Return the bytes a second of a link above which `none` is predicted to be faster than what is chosen."""
-        if self.choice is None or self.choice.spec == PLAIN or self._model is None:
+        if self._sharded or self.choice is None or self.choice.spec == PLAIN or self._model is None:
             return None
         spec, (buckets, known, cluster, compute, itemsize) = self.choice.spec, self._model
         if cluster.ranks_per_host >= cluster.world_size:
@@ -158,8 +164,7 @@ class Auto:
     # what the ranks tell each other
 
     def _totals(self) -> tuple[int, float, float]:
-        meter = self._collectives.meter
-        return meter.steps, meter.exposed, meter.exposed + meter.hidden
+        return self.search.steps, *self._collectives.traffic.spent("gradients")
 
     def _said(self) -> dict[str, object]:
         search = self.search

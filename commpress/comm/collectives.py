@@ -210,7 +210,9 @@ class Collectives:
             encoder.codec = plan.codec.drawn(encoder.memory.next_draw())
             exchange = reduce_scatter(source, bounds, values, op, encoder, payload, self._wire, label)
         else:
-            exchange = native_reduce_scatter(source, values, op, self._wire, label)
+            if not override.reason and (remembered := self.feedback.memories.get(segments)) is not None:
+                encoder.memory = remembered
+            exchange = native_reduce_scatter(source, values, op, encoder, self._wire, label)
         if kept_index is not None:
             exchange = packed(full, kept_index, all_kept, exchange, (out, self._own_kept_index(segments), kept))
         exchange = self._overridden(override, full, segments, encoder.memory, encoder, exchange, False)

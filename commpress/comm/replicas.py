@@ -74,6 +74,7 @@ def replicas_session(
         spec=named,
         settings={"settings": {**plan.settings(), "codec": named, "optimizer": name}},
         step_buffer=StepBuffer(collectives, optimizer, parameters, auto, rules),
+        auto=auto,
         parameters=parameters,
         masks=masks,
         reshard=of_replicas,

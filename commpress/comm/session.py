@@ -62,9 +62,10 @@ class Session:
 
     `collectives` are those that send it; `rank` and `world_size` are of all ranks together (default: of the first one's group).
     `settings` is what a saved state must have alike, `spec` what the report calls the traffic by. `step_buffer` is there where
-    the ranks are replicas, `parameters` are then names and sizes of what it exchanges. `masks` makes of masks by parameter what
-    each of the collectives needs to know; `reshard` makes of what feedback kept among another number of ranks what it is among
-    these (`merged` adds that up), None if that cannot be told. `values` is about how many the model has.
+    the ranks are replicas, `parameters` are then names and sizes of what it exchanges; `auto` where a spec is looked for.
+    `masks` makes of masks by parameter what each of the collectives needs to know; `reshard` makes of what feedback kept among
+    another number of ranks what it is among these (`merged` adds that up), None if that cannot be told. `values` is about how
+    many the model has.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Session:
         spec: str,
         settings: Settings,
         step_buffer: StepBuffer | None = None,
+        auto: Auto | None = None,
         parameters: Segments = (),
         rank: int | None = None,
         world_size: int | None = None,
@@ -91,6 +93,7 @@ class Session:
         self._spec, self._settings, self._parameters = spec, settings, parameters
         self._masks, self._reshard, self._values = masks, reshard, values
         self._counted = link_bytes()
+        self._auto = auto
 
     @property
     def _optimizer(self) -> OptimizerHooks | None:
@@ -150,10 +153,6 @@ class Session:
         """
         for collectives in self.collectives:
             require_equal(collectives.traffic.ask(dict(settings), what))
-
-    @property
-    def _auto(self) -> Auto | None:
-        return None if self.step_buffer is None else self.step_buffer.auto
 
     def explain(self) -> str:
         """Return the specs that `auto` has tried, their predicted and measured steps, and which one it has chosen, as a table.

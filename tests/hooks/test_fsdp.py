@@ -435,7 +435,6 @@ def refusals() -> dict[str, str]:
         "buffers": attach(model, "int4", buffers="int8"),
         "exchange": attach(model, "int4", exchange="two_shot"),
         "DDP's parameters": attach(DistributedDataParallel(network()), "int4", parameters="int8"),
-        "no spec": attach(model),
         "bare module": attach(network(), gradients="int4"),
         "word": attach(model, gradients="int5", parameters="int8"),
         "sparse parameters": attach(model, gradients="int4", parameters="topk(0.1)"),
@@ -675,7 +674,6 @@ def test_refusals_are_sentences_and_harm_nothing() -> None:
     assert one["buffers"] == "TypeError: commpress.attach: buffers='int8': FSDP sends none; leave it out"
     assert one["exchange"].startswith("TypeError: commpress.attach: exchange='two_shot': FSDP's are")
     assert one["DDP's parameters"].startswith("TypeError: commpress.attach: parameters='int8': DistributedDataParallel")
-    assert "attach finds the codec for a DistributedDataParallel; expected one here, as int4" in one["no spec"]
     assert "or a model that fully_shard took, got Sequential; wrap the model first" in one["bare module"]
     assert one["word"].startswith("ValueError: gradients: spec 'int5': unknown codec 'int5', known: none")
     assert "parameters: topk(0.1) would make most of them 0" in one["sparse parameters"]
