@@ -75,9 +75,8 @@ PIECES = {
 SCALAR = "a sum in order"
 """A loop that cannot be vectorised: what is looked for must be missing there."""
 FEW = (
-    *("top_of", "block_of, feedback", "int8 write, feedback", "int4 read", "e4m3 write, feedback", "sign read"),
-    *("int2 sizes", "bf16 write, feedback", "topk remember", "randomk add", "rotate, steps 64 and 128", "apply_update"),
-    SCALAR,
+    *("top_of", "int8 write, feedback", "e4m3 write, feedback", "sign read", "int2 sizes", "bf16 write, feedback"),
+    *("topk remember", "randomk add", "rotate, steps 64 and 128", "apply_update", SCALAR),
 )
 """Of each family a piece."""
 

@@ -22,7 +22,7 @@ FEW: dict[int, list[str] | None] = {
 """Kernels by compute capability: a member of each family, and each op. None means all."""
 
 
-@pytest.mark.parametrize("specs", ["bf16 int8 int4 sign", slow(SPECS)], ids=["few", "all"])
+@pytest.mark.parametrize("specs", ["bf16 int4 sign", slow(SPECS)], ids=["few", "all"])
 def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(specs: str) -> None:
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
