@@ -42,7 +42,7 @@ def test_each_example_says_how_many_times_fewer_bytes_it_sends() -> None:
 def test_each_example_learns_and_sends_less(name: str, tmp_path: Path) -> None:
     path = next(path for path in EXAMPLES if path.stem == name)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    out, silence = run(2, started, path, store.port, tmp_path, timeout=120)
+    out, silence = run(2, started, path, store.port, tmp_path, timeout=240)
     assert not silence  # rank 0 alone speaks
     losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", out, re.MULTILINE)]
     assert len(losses) == 5, out

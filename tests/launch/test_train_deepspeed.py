@@ -143,7 +143,7 @@ def accumulated(folder: Path, text: Path) -> None:
 
 @pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, text: Path) -> None:
-    run(2, accumulated, tmp_path, text, timeout=120)
+    run(2, accumulated, tmp_path, text, timeout=240)
     for stage in range(3):
         whole, parts = (checkpoint.load_shared(tmp_path / f"{stage}-{n}")["curve"] for n in (1, 2))
         for a, b in zip(whole, parts, strict=True):
