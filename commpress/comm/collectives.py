@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.coding import FLOAT_DTYPES, warm_up
+from commpress.comm.coding import warm_up
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import NO_EXCHANGE, Label, Transfer, all_reduce_found_inf, single_rank
 from commpress.comm.exchange.all_gather import all_gather, native_all_gather
@@ -42,9 +42,8 @@ from commpress.comm.exchange.reduce_scatter import (
 )
 from commpress.comm.exchange.wire import ring_bytes, tree_children
 from commpress.comm.feedback import Feedback, Memory, Segments
-from commpress.comm.meter import dtype_name
 from commpress.comm.parameters import real_view
-from commpress.comm.plan import DENSE, BucketPlan, Override, Plan
+from commpress.comm.plan import DENSE, BucketPlan, Override, Plan, exact_where_needed
 from commpress.comm.scratch import ScratchPool
 from commpress.comm.traffic import Step, Traffic
 from commpress.comm.verify import EVERY
@@ -55,7 +54,6 @@ ALIGNED = 64
 MEAN = dist.ReduceOp.AVG
 UNCOMPRESSED = Plan.of("none")
 SEND_DENSE = "all values are looked at"
-NOTHING_LEFT = "nothing is left of it"
 
 
 class GradScaler(Protocol):
@@ -147,6 +145,10 @@ class Collectives:
         if kept_index is not None and values is not x:
             exchange = packed(x, kept_index, values, exchange)
         exchange = self._overridden(override, x, segments, memory, encoder, exchange, kept_index is None)
+        if step is not None and step.error is not None and W > 1 and plan.exchange is not NO_EXCHANGE:
+            sampled = DENSE if kept_index is not None else plan.codec  # what masks prune is no mean
+            told = self.traffic.labels.next(f"a sample of bucket {index}")
+            exchange = step.error.watch(exchange, x, sampled, self._wire, told)
 
         dense = ring_bytes(x.nbytes, W) if dense_bytes is None else dense_bytes
         is_complex = given.is_complex() or bool(segments and segments[0][0] in self.pairs)
@@ -157,6 +159,7 @@ class Collectives:
             step=step,
             last=last,
             then=then,
+            starts_at_once=values is x and not (plan.codec.lossy or override.computes),
         )
 
     def reduce_scatter(
@@ -221,6 +224,7 @@ class Collectives:
             *("gradients", name, plan, given.numel(), given.dtype, target, index, dense_bytes, exchange),
             buffer=buffer,
             backend_bytes=backend,
+            starts_at_once=buffer is None and not override.computes,
         )
 
     def all_gather(
@@ -247,7 +251,7 @@ class Collectives:
         m = shard.numel() if kept_index is None else kept_index.numel() // W
         size = shard.element_size() if itemsize is None else itemsize
 
-        override = _exact(Override(codec or self.parameters.codec, reason), shard, m)
+        override = exact_where_needed(Override(codec or self.parameters.codec, reason), shard, m)
         plan = self.parameters.choose(m, size, W, override)
         payloads = W * plan.codec.nbytes(m) if plan.codec.lossy else 0
         buffer, all_kept, kept, payload = self._room(kept_index, out, m, payloads)
@@ -269,6 +273,7 @@ class Collectives:
         return self.traffic.submit(
             *("parameters", name, plan, given.numel(), given.dtype, given, index, dense, exchange, compared),
             buffer=buffer,
+            starts_at_once=buffer is None,
         )
 
     def broadcast(
@@ -317,7 +322,7 @@ class Collectives:
         """Return what is to be done with `x`, of which n values travel, if it is not what the optimizer wants."""
         if self.send_dense:
             return Override(DENSE, SEND_DENSE)
-        return _exact(override or Override(self.gradients.codec), x, n)
+        return exact_where_needed(override or Override(self.gradients.codec), x, n)
 
     def _kept_index(self, segments: Segments, full: Tensor) -> Tensor | None:
         """Where the gradients lie that masks keep; None if all of it travels, or if these are not the parts of `full`."""
@@ -385,15 +390,6 @@ class Collectives:
             return exchange
         fused = encoder if sees_all and encoder.codec.lossy and self.world_size > 1 else None
         return prepared(exchange, x, before, override.prologue, fused, override.finish)
-
-
-def _exact(override: Override, x: Tensor, n: int) -> Override:
-    """An override that compresses nothing where there is nothing, or no float."""
-    if n == 0:
-        return Override(None, NOTHING_LEFT)
-    if not override.reason and override.codec is not None and x.dtype not in FLOAT_DTYPES:
-        return Override(override.codec, f"{dtype_name(x.dtype)} is no float")
-    return override
 
 
 def _fits(segments: Segments, full: Tensor) -> bool:

@@ -6,14 +6,17 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
+from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange
 from commpress.comm.feedback import Memory
+from commpress.comm.meter import dtype_name
 from commpress.comm.prologue import Prologue
 
 FEWEST_VALUES = 256
 """A bucket below this travels dense: one small message either way."""
 
 DENSE = parse("none")
+NOTHING_LEFT = "nothing is left of it"
 ALL_REDUCE = EXCHANGES["all_reduce"]
 
 
@@ -44,6 +47,11 @@ class Override:
     finish: Callable[[Tensor], None] | None = None
     momentum: bool = False
     bypass_feedback: bool = False
+
+    @property
+    def computes(self) -> bool:
+        """Whether something has to be computed before the bucket is sent, besides its code."""
+        return self.prepare is not None or self.prologue is not None
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,15 @@ class Plan:
         """Return what all ranks must agree on."""
         exchange = None if self.exchange is None else self.exchange.name
         return {"codec": str(self.codec), "exchange": exchange, "error_feedback": self.error_feedback}
+
+
+def exact_where_needed(override: Override, x: Tensor, n: int) -> Override:
+    """An override that compresses nothing where there is nothing, or no float."""
+    if n == 0:
+        return Override(None, NOTHING_LEFT)
+    if not override.reason and override.codec is not None and x.dtype not in FLOAT_DTYPES:
+        return Override(override.codec, f"{dtype_name(x.dtype)} is no float")
+    return override
 
 
 def fits(exchange: Exchange, codec: Codec) -> bool:

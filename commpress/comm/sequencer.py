@@ -7,8 +7,9 @@ their first transfers, another awaits those, starts the ones that follow, and de
     network                   |== send 0 ==|== send 1 ==|=2=|= send 2 =| ...
     wire thread                             [recode 0]  [decode 0][recode 1] ...
 
-So a bucket is on its way as soon as it is encoded. On an accelerator everything is enqueued on a side stream in the
-caller's thread, and streams wait for each other instead of threads.
+So a bucket is on its way as soon as it is encoded. One that has no code starts in the caller's thread, if none is ahead of
+it: as without us, it waits for no thread to wake up. On an accelerator everything is enqueued on a side stream in the caller's
+thread, and streams wait for each other instead of threads.
 
 An error ends the exchange for good: the group is closed, so that no peer waits for us, and every rank's future fails.
 """
@@ -50,6 +51,8 @@ class Job:
     submitted: float = field(default_factory=time.perf_counter)
     backend_bytes: int | None = None
     """Bytes that the group itself would send in its place, if that is not `dense_bytes`."""
+    starts_at_once: bool = False
+    """Whether nothing has to be computed before its first transfer."""
 
 
 def make_future(device: torch.device) -> "torch.futures.Future[Any]":
@@ -75,7 +78,12 @@ class Sequencer:
     def submit(self, job: Job) -> None:
         """Take the next bucket. Call it in the same order on every rank."""
         if self._stream is None:
-            self._lines.encoding.put(job)
+            lines = self._lines
+            if job.starts_at_once and lines.given == lines.handed_on:
+                lines.flying.put(_encoded(lines, job))
+            else:
+                lines.given += 1
+                lines.encoding.put(job)
             return
         # the side stream sees the gradient, the caller's stream sees the mean (the future records it)
         self._stream.wait_stream(torch.accelerator.current_stream(job.bucket.device))
@@ -138,6 +146,8 @@ class _Lines:
         self.board = wire.board
         self.encoding: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.flying: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
+        self.given = 0  # jobs that the encode thread got, counted by the caller
+        self.handed_on = 0  # those that are in `flying`, counted by the encode thread
         self.error: BaseException | None = None
         self.noting = threading.Lock()
         self.closed = False
@@ -234,6 +244,7 @@ def _stop(lines: _Lines, threads: list[threading.Thread]) -> None:
 def _encode_line(lines: _Lines) -> None:
     while (job := lines.encoding.get()) is not None:
         lines.flying.put(_encoded(lines, job))
+        lines.handed_on += 1
         del job  # what it holds shall not outlive it while this thread waits for the next
     lines.flying.put(None)
 

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import Settings, require_equal
-from commpress.comm.auto import Auto
-from commpress.comm.codecs import AUTO
+from commpress.comm.auto import Auto, budget
 from commpress.comm.collectives import Collectives
 from commpress.comm.failure import ExchangeError
 from commpress.comm.feedback import Segments
@@ -170,7 +169,7 @@ class Session:
         auto = self._auto
         if auto is None:
             return receipt(self.report(), None, self._spec, counted, None)
-        spec = auto.search.spec if self._spec == AUTO else f"{self._spec} ({auto.search.spec})"
+        spec = auto.search.spec if budget(self._spec) is not None else f"{self._spec} ({auto.search.spec})"
         return receipt(self.report(), auto.choice, spec, counted, auto.break_even())
 
     def report(self) -> Report:
@@ -179,7 +178,7 @@ class Session:
             self._spec
             if self._auto is None
             else self._auto.spec
-            if self._spec == AUTO
+            if budget(self._spec) is not None
             else f"{self._spec}; {self._auto.spec}"
         )
         own = (one.traffic.report(spec, self.rank, self.world_size) for one in self.collectives)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import Settings
+from commpress.comm.error import ErrorWatch
 from commpress.comm.exchange import Label, Labels, Transfer, Wire
 from commpress.comm.exchange.around import in_inference_mode
 from commpress.comm.feedback import Segments
@@ -24,10 +25,12 @@ from commpress.comm.work import Work, not_counted
 
 @dataclass
 class Step:
-    """A step whose collectives belong together: its number, and what compares its results, if this step is compared."""
+    """A step whose collectives belong together: its number, what compares its results, if this step is compared, and what
+    looks into the error of its means, if that is wanted."""
 
     number: int
     comparison: Comparison | None = None
+    error: ErrorWatch | None = None
 
 
 class Traffic:
@@ -99,10 +102,12 @@ class Traffic:
         step: Step | None = None,
         last: bool = False,
         then: Callable[[BaseException | None], None] | None = None,
+        starts_at_once: bool = False,
     ) -> Work:
         """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `scratch`, is free afterwards.
 
-        `compared` is what the result is called where all ranks must have the same bits of it.
+        `compared` is what the result is called where all ranks must have the same bits of it. `starts_at_once`: nothing has
+        to be computed before its first transfer.
         """
         row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role)
         number = self._number(role, index) if step is None else step.number
@@ -118,7 +123,11 @@ class Traffic:
             finished(None)
         else:
             self._sequencer.submit(
-                Job(out, exchange, row, number, dense_bytes, last, finished, backend_bytes=backend_bytes)
+                Job(
+                    *(out, exchange, row, number, dense_bytes, last, finished),
+                    backend_bytes=backend_bytes,
+                    starts_at_once=starts_at_once,
+                )
             )
         return work
 

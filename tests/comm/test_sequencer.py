@@ -1,7 +1,9 @@
 """The sequencer: what is on its way while something else is waited for, and what a closed exchange must not do."""
 
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,28 @@ def one_waits(folder: str) -> tuple[bool, bool]:
 
 def test_a_bucket_is_on_its_way_while_the_one_before_it_is_waited_for(tmp_path: Path) -> None:
     assert run(2, one_waits, str(tmp_path)) == [(True, True), (True, True)]
+
+
+def starting_threads(spec: str) -> tuple[list[str], bool]:
+    """Names of the threads in which the sums of two buckets start, and whether the means are right."""
+    session = replicas_session(spec, dist.group.WORLD, torch.device("cpu"), verify=0)
+    wire, threads = session.collectives[0].traffic.wire, []
+    start = wire.all_reduce
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return start(*args)
+
+    wire.all_reduce = noted  # type: ignore[method-assign]
+    gradients = [torch.full((N,), float(dist.get_rank())) for _ in range(2)]
+    for index, gradient in enumerate(gradients):
+        session.step_buffer.submit(gradient, ((str(index), N),), index, last=index == 1).wait()
+    return threads, all(bool((gradient == 0.5).all()) for gradient in gradients)
+
+
+def test_what_has_no_code_starts_in_the_callers_thread() -> None:
+    assert run(2, starting_threads, "none") == [(["MainThread"] * 2, True)] * 2
+    assert run(2, starting_threads, "bf16") == [(["commpress encode"] * 2, True)] * 2
 
 
 def closed() -> tuple[list[str], float]:
