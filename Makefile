@@ -1,5 +1,5 @@
 # make demo | test | test-slow | check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
-# test: every promise once, within five minutes on two cores; test-slow: all that it leaves out; the check of a clean clone runs both
+# test: almost every promise, within five minutes on two cores; test-slow: all that it leaves out; the check of a clean clone runs both
 PYTHON ?= python3
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
