@@ -91,10 +91,15 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
     return Rules(specs, codecs, patterns, min(budgets, default=None))
 
 
+def is_open(gradients: Spec) -> bool:
+    """Whether no one spec is given for all: `auto` or patterns decide. Raises ValueError for an `auto` that makes no sense."""
+    return isinstance(gradients, Mapping) or budget(gradients) is not None
+
+
 def open_refusal(gradients: Spec, optimizer: object, exchange: str | None) -> Exception | None:
     """Return why gradients cannot go by `auto` or by patterns, if they cannot; None if one codec is named for all."""
     try:
-        if not isinstance(gradients, Mapping) and budget(gradients) is None:
+        if not is_open(gradients):
             return None
     except ValueError as error:
         return error
