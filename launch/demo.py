@@ -1,17 +1,19 @@
 """The whole thing in a few minutes on one machine: one small GPT, trained on two ranks, uncompressed and compressed.
 
-python -m commpress.launch.demo
+    python -m commpress.launch.demo
+
+Where root may make one, the ranks are two hosts of a network lab (`lab.py`) that a link of 1 Gbit/s joins; else they talk over
+this machine's loopback, and the demo says so.
 """
 
 import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,20 +24,22 @@ from rich.table import Table
 
 from commpress import extras
 from commpress.launch import checkpoint
-from commpress.launch.records import Record, read
+from commpress.launch.link import Link, free_port
+from commpress.launch.records import Record, link_name, read
 
 try:
-    from commpress.launch import command_line, report
+    from commpress.launch import command_line, lab, report
     from commpress.launch.sections import runs
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.demo", error, "launch") from None
 
 RUNS: dict[str, dict[str, Any]] = {
     "none": {"compress": "none"},
-    "int4": {"compress": "int4"},
+    "auto": {"compress": "auto"},
     "one-bit": {"compress": "sign", "optimizer": "OneBitAdamW", "warmup-compress": "int4"},
 }
 """Folder and flags of each run."""
+LINK = Link(hosts=2, rate="1gbit")
 MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 64, "batch": 4}
 TRAINING = {"lr": 2e-3, "warmup-steps": 30, "eval-batches": 16, "seed": 0, "threads": 1}
 LIMIT_SECONDS = 600.0
@@ -53,12 +57,19 @@ def demo(out: Path, steps: int) -> Path:
     console = Console()
     records: list[Record] = []
     started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    reason = without_link()
+    if reason:
+        console.print(f"{reason}; the ranks talk over this machine's loopback, which is faster than a network")
+    over = "loopback" if reason else link_name(asdict(LINK))
     for folder, flags in RUNS.items():
         called = f"{flags.get('optimizer', 'AdamW')} {flags['compress']}"
         console.print(f"\n[bold]{len(records) + 1} of {len(RUNS)}[/bold]", called, highlight=False, markup=True)
-        records.append(train(out / folder, flags, steps))
+        records.append(train(out / folder, flags, steps, shaped=not reason))
     console.print()
-    console.print(results(records))
+    console.print(results(records, over))
+    for line in next(r for r in records if r["settings"]["compress"] == "auto")["receipt"]:
+        console.print(line, highlight=False, markup=False)
     console.print(
         "OneBitAdamW warms up on int4 gradients, then sends the signs of what AdamW would apply.", style="dim"
     )
@@ -70,10 +81,22 @@ def demo(out: Path, steps: int) -> Path:
     return path
 
 
-def train(out: Path, chosen: dict[str, Any], steps: int) -> Record:
+def without_link() -> str:
+    """Return why no link can be made here; empty if one can, which is tried."""
+    if reason := lab.missing():
+        return reason
+    try:
+        with lab.network(LINK):
+            return ""
+    except (RuntimeError, OSError) as error:
+        return f"this machine makes no network lab: {str(error).splitlines()[0]}"
+
+
+def train(out: Path, chosen: dict[str, Any], steps: int, shaped: bool) -> Record:
     """One run of the training program on two ranks of this machine, shown live; its record. Raises DemoError.
 
-    `chosen` are the flags by which this run differs from the others.
+    `chosen` are the flags by which this run differs from the others. If it is `shaped`, the ranks are hosts that LINK joins,
+    else they talk over loopback. Whatever happens, no process and no network is left.
     """
     spec = chosen["compress"]
     out.mkdir(parents=True, exist_ok=True)
@@ -81,12 +104,14 @@ def train(out: Path, chosen: dict[str, Any], steps: int) -> Record:
     record, errors = out / "record.json", out / "stderr.log"
     record.unlink(missing_ok=True)
     flags = {**MODEL, **TRAINING, **chosen, "steps": steps, "eval-every": max(1, steps // 5), "out": out}
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
-        *("-m", "commpress.launch.train"),
-        *(str(part) for name, value in flags.items() for part in (f"--{name}", value)),
-    ]
+    program = ["-m", "commpress.launch.train"]
+    program += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    if shaped:
+        lab_of = ("-m", "commpress.launch.lab", str(LINK.hosts), LINK.rate, "--")
+        command = [sys.executable, *lab_of, sys.executable, *program]
+    else:
+        port = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port, *program]
     loopback = "lo" if sys.platform == "linux" else "lo0"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
     with errors.open("wb") as log:
@@ -97,18 +122,22 @@ def train(out: Path, chosen: dict[str, Any], steps: int) -> Record:
         except subprocess.TimeoutExpired:
             raise DemoError(f"{spec}: not done after {LIMIT_SECONDS:.0f} s, killed\n{tail(errors)}") from None
         finally:
-            end(child)
+            try:
+                end(child)
+            finally:  # of a lab that had to be killed
+                if shaped:
+                    lab.remove_orphans()
     if code != 0:
         raise DemoError(f"{spec}: the training program ended with code {code}\n{tail(errors)}")
     return read(record)
 
 
-def results(records: list[Record]) -> Table:
-    """The demo's table: a row a spec."""
+def results(records: list[Record], over: str) -> Table:
+    """The demo's table: a row a spec. `over` says what the ranks talk over."""
     head, *rows = runs.summary(list(zip(runs.titles(records), records, strict=True)))
     first = records[0]
     table = Table(
-        title=f"{first['parameters'] / 1e6:.1f} M parameters, {first['world_size']} ranks, {first['steps_done']} steps",
+        title=f"{first['parameters'] / 1e6:.1f} M parameters, {first['world_size']} ranks, {first['steps_done']} steps, {over}",
         box=box.SIMPLE_HEAD,
     )
     shown = [i for i, name in enumerate(head) if name != "steps"]  # the same for all, and 80 columns are few
@@ -147,18 +176,10 @@ def descendants(pid: int) -> list[int]:
 
 
 def tail(path: Path) -> str:
-    """The last lines of a log before torchrun's own, which say less."""
-    log = path.read_text(errors="replace")
+    """The last lines of a log before torchrun's own, which say less, and without torch's warnings."""
+    log = re.sub(r"^\[W\d+ .*\n", "", path.read_text(errors="replace"), flags=re.MULTILINE)
     said = re.split(r"^[EW]\d{4} .*torch/distributed/elastic/", log, maxsplit=1, flags=re.MULTILINE)[0]
     return "\n".join((said.strip() or log).splitlines()[-LAST_LINES:])
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:

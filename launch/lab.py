@@ -32,8 +32,8 @@ from typing import Annotated
 
 from commpress import extras
 from commpress.launch import relay
-from commpress.launch.demo import free_port
 from commpress.launch.link import Link as Link
+from commpress.launch.link import free_port
 from commpress.launch.link import joining as joining
 from commpress.launch.link import sent_by_kernel as sent_by_kernel
 
@@ -109,8 +109,7 @@ def network(link: Link) -> Iterator[list[Host]]:
     """
     if reason := missing():
         raise RuntimeError(reason)
-    for name in _orphans():
-        _remove(name)
+    remove_orphans()
     tag = f"cp{os.getpid()}"
     switch, hosts = f"{tag}sw", [Host(i, f"{tag}h{i}", f"10.90.0.{i + 1}") for i in range(link.hosts)]
     relays: list[subprocess.Popen[str]] = []
@@ -239,10 +238,11 @@ def _relays(switch: str, link: Link) -> Iterator["subprocess.Popen[str]"]:
             raise RuntimeError(f"delay {link.delay}: the relay of host {index} did not start")
 
 
-def _orphans() -> list[str]:
-    """Namespaces of labs that are no longer there."""
-    made = ((entry.name, _OWN.fullmatch(entry.name)) for entry in Path("/var/run/netns").glob("cp*"))
-    return [name for name, own in made if own and not Path("/proc", own[1]).exists()]
+def remove_orphans() -> None:
+    """Remove the namespaces of labs that are no longer there."""
+    for entry in Path("/var/run/netns").glob("cp*"):
+        if (own := _OWN.fullmatch(entry.name)) and not Path("/proc", own[1]).exists():
+            _remove(entry.name)
 
 
 def _remove(namespace: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,11 @@ def sent_by_kernel() -> int:
     """Return the bytes that this rank's host has sent over its link, by the kernel's count; 0 where no lab shapes it."""
     counter = Path("/sys/class/net/eth0/statistics/tx_bytes")
     return int(counter.read_text()) if joining(1)["shaped"] else 0
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import commpress
+from commpress.comm.receipt import Receipt
 from commpress.files import write_atomically
 from commpress.launch import data
 from commpress.launch.settings import Settings
@@ -53,6 +54,7 @@ def write_record(
     durations: list[float],
     curve: list[dict[str, Any]],
     report: commpress.Report,
+    receipt: Receipt,
     traffic: Traffic,
     recipe: dict[str, Any] | None,
     small: dict[str, Any] | None,
@@ -72,7 +74,8 @@ def write_record(
         "traffic": {**asdict(traffic), "ratio": traffic.ratio},
         "recipe": recipe,
         "small_model": small,
-        "report": report.to_dict(),  # since the last start only
+        "report": report.to_dict(),  # since the last start only, as the receipt
+        "receipt": str(receipt).splitlines(),
         "curve": curve,
     }
     write_atomically(out / "record.json", lambda f: f.write((json.dumps(record, indent=1) + "\n").encode()))

@@ -186,11 +186,12 @@ class Run:
 
     def write_record(self) -> None:
         """Write record.json on rank 0. Collective."""
-        report = self.strategy.session.report()
+        session = self.strategy.session
+        report = session.report()
         write = partial(
             write_record,
             *(self.out, self.settings, self.text, self.parameters, self.device, self.durations, self.curve),
-            *(report, self.before + Traffic.of(report), self.recipe, self.small),
+            *(report, session.receipt(), self.before + Traffic.of(report), self.recipe, self.small),
         )
         together(write if self.rank == 0 else lambda: None, self.device)
 

@@ -22,7 +22,7 @@ from shared import filled
 from tiers import slowly
 
 from commpress.files import load_state, save_state, write_atomically
-from commpress.launch import checkpoint, data, demo, train
+from commpress.launch import checkpoint, data, demo, lab, train
 
 STEPS, STOPPED_AT = 12, 5
 RUNS = {
@@ -371,13 +371,68 @@ def test_ending_a_child_ends_what_it_started() -> None:
     assert not [pid for pid in family if running(pid)]
 
 
+needs_lab = pytest.mark.skipif(bool(lab.missing()), reason=lab.missing())
+OVER = [pytest.param(True, marks=needs_lab, id="lab"), pytest.param(False, id="loopback")]
+"""Over what the demo's ranks talk."""
+
+
+def networks() -> set[str]:
+    """The namespaces of labs on this machine."""
+    return {path.name for path in Path("/var/run/netns").glob("cp*")}
+
+
 @pytest.mark.slow
-def test_a_demo_run_that_fails_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shaped", OVER)
+def test_a_demo_run_that_fails_says_why_and_leaves_nothing(tmp_path: Path, shaped: bool) -> None:
+    before = networks()
     with pytest.raises(demo.DemoError, match=r"ended with code 1\nerror: .*unknown codec 'int5'"):
-        demo.train(tmp_path, {"compress": "int5"}, 3)
+        demo.train(tmp_path, {"compress": "int5"}, 3, shaped)
+    assert networks() <= before
 
 
 @pytest.mark.slow
-def test_the_demo(tmp_path: Path) -> None:
-    path = demo.demo(tmp_path, 3)
-    assert "OneBitAdamW sign" in path.read_text()
+@pytest.mark.parametrize("shaped", OVER)
+def test_a_stopped_demo_leaves_no_process_and_no_network(tmp_path: Path, shaped: bool) -> None:
+    without: list[str] = [] if shaped or lab.missing() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    command = [*without, sys.executable, "-m", "commpress.launch.demo", "--out", str(tmp_path), "--steps", "2000"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    family: list[int] = []
+    try:
+        assert child.stdout is not None
+        said, until = "", time.monotonic() + 150
+        while not (line := child.stdout.readline()).startswith("step "):
+            said += line
+            assert time.monotonic() < until
+            assert child.poll() is None
+        family = demo.descendants(child.pid)
+        assert bool({name for name in networks() for pid in family if name.startswith(f"cp{pid}")}) == shaped
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=90)
+    finally:
+        demo.end(child)
+    assert child.returncode == 130
+    assert errors.strip().endswith("stopped")
+    assert ("the ranks talk over this machine's loopback" in said) != shaped
+    assert not [pid for pid in family if running(pid)]
+    assert not [name for name in networks() for pid in family if name.startswith(f"cp{pid}")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shaped", OVER)
+def test_the_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shaped: bool
+) -> None:
+    if not shaped:
+        monkeypatch.setattr(lab, "missing", lambda: "a network lab needs root")
+    path = demo.demo(tmp_path, 50)
+    page, said = path.read_text(), " ".join(capsys.readouterr().out.split())
+    assert "OneBitAdamW sign" in page
+    assert ("3.3 M parameters, 2 ranks, 50 steps, 1 Gbit/s" if shaped else "2 ranks, 50 steps, loopback") in said
+    assert ("a network lab needs root; the ranks talk over this machine's loopback" in said) != shaped
+    record = json.loads((tmp_path / "auto" / "record.json").read_text())
+    assert record["settings"]["compress"] == "auto"
+    assert len(record["receipt"]) >= 2
+    for line in record["receipt"]:
+        assert line in said
+    if shaped:
+        assert "both measured in this run" in said  # a link so slow that compression pays
