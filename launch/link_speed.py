@@ -116,9 +116,9 @@ def bandwidth(part: int, few: float, nbytes: int, whole: float) -> float:
     return (nbytes - part) / (whole - few) if whole - few > expected / 2 else nbytes / whole
 
 
-def repeats(seconds: float, once: float) -> int:
-    """Return how often something that takes `once` is done in `seconds`, within limits."""
-    return min(MOST_REPEATS, max(FEWEST, int(seconds / once))) if once > 0 else FEWEST
+def repeats(seconds: float, once: float, most: int = MOST_REPEATS) -> int:
+    """Return how often something that takes `once` is done in `seconds`, FEWEST times at least."""
+    return min(most, max(FEWEST, int(seconds / once)))
 
 
 def largest(value: float, group: dist.ProcessGroup, device: torch.device) -> float:

@@ -14,8 +14,10 @@ from commpress.launch.link_speed import largest, repeats
 
 BEHIND = 1.1
 """A rank is behind whose median is more than so many times that of all ranks."""
-SIDE, SIDE_ON_ACCELERATOR = 384, 4096
+SIDE, SIDE_ON_ACCELERATOR = 768, 4096
 """Rows of the square matrices that are multiplied."""
+MOST = 1000
+"""So often at most: a longer time says more, as what else runs on a machine comes and goes."""
 
 
 def seconds_of_work(group: dist.ProcessGroup, device: torch.device, seconds: float) -> float:
@@ -31,7 +33,7 @@ def seconds_of_work(group: dist.ProcessGroup, device: torch.device, seconds: flo
     try:
         work(a, out)
         once = largest(work(a, out), group, device)  # they also begin together
-        return statistics.median(work(a, out) for _ in range(repeats(seconds, once)))
+        return statistics.median(work(a, out) for _ in range(repeats(seconds, once, MOST)))
     finally:
         torch.set_num_threads(threads)
 

@@ -12,8 +12,8 @@ BEYOND = ("sign", "topk(0.01)|int4")
 """A 1-bit spec and a sparse one, which keep the loss only behind a compressed optimizer."""
 MATTERS = 0.9
 """Those are named if the better of them takes less than this share of the best safe spec's time."""
-WAITING = 0.1
-"""The network is the bottleneck of steps that wait for it longer than this share of their time."""
+LOST = 0.1
+"""The network is the bottleneck of steps of which the exchange costs more than this share."""
 FREE = "no safe spec is predicted to be faster"
 
 Row = Mapping[str, Any]
@@ -29,10 +29,7 @@ def verdict(rows: Sequence[Row], step_seconds: float | None) -> str:
     plain = seconds[PLAIN]
     best = min((spec for spec in SPECS if spec != PLAIN), key=seconds.__getitem__)
     faster = f"{best} is predicted at {span(seconds[best])}" if seconds[best] < WORTH * plain else ""
-    if step_seconds is None:
-        said = _exchange_alone(plain, faster)
-    else:
-        said = _whole_step(plain, float(rows[0]["exposed_seconds"]), faster)
+    said = _exchange_alone(plain, faster) if step_seconds is None else _whole_step(plain, plain - step_seconds, faster)
     beyond = min(BEYOND, key=seconds.__getitem__)
     if seconds[beyond] < MATTERS * min(plain, seconds[best]):
         said += (
@@ -53,15 +50,16 @@ def _exchange_alone(plain: float, faster: str) -> str:
     )
 
 
-def _whole_step(plain: float, waiting: float, faster: str) -> str:
+def _whole_step(plain: float, lost: float, faster: str) -> str:
+    # waiting, and computing for as much longer as the exchange takes cores from it
     whole = span(plain)
-    part = span(waiting, like=plain).removesuffix(whole[whole.index(" ") :])
-    waits = f"plain DDP would spend {part} of {whole} a step waiting"
-    if waiting <= WAITING * plain:
-        return f"Your network is not the bottleneck: {waits}; {faster or FREE}."
+    part = span(lost, like=plain).removesuffix(whole[whole.index(" ") :])
+    spends = f"plain DDP would spend {part} of {whole} a step on its exchange"
+    if lost <= LOST * plain:
+        return f"Your network is not the bottleneck: {spends}; {faster or FREE}."
     if faster:
-        return f"Your network is the bottleneck: {waits}; {faster}. commpress.attach(model) finds it."
-    return f"Your network is the bottleneck, but {FREE}: {waits}."
+        return f"Your network is the bottleneck: {spends}; {faster}. commpress.attach(model) finds it."
+    return f"Your network is the bottleneck, but {FREE}: {spends}."
 
 
 def span(seconds: float, like: float | None = None) -> str:

@@ -181,7 +181,7 @@ def said_of(bits: float, step_seconds: float | None, speeds: Mapping[str, Speed]
 def test_the_sentence_turns_with_the_link() -> None:
     slow, fast = said_of(1e8, 0.2), said_of(1e11, 0.2)
     assert slow.startswith("Your network is the bottleneck: plain DDP would spend 5.61 of 5.81 s")
-    assert "s a step waiting; int4 is predicted at " in slow
+    assert "a step on its exchange; int4 is predicted at " in slow
     assert "commpress.attach(model)" in slow
     assert fast.startswith("Your network is not the bottleneck: plain DDP would spend ")
 
