@@ -1,4 +1,5 @@
 # make demo | test | test-slow | check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
+# test: almost every promise, within five minutes on two cores; test-slow: all that it leaves out; the check of a clean clone runs both
 PYTHON ?= python3
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
@@ -10,7 +11,7 @@ STEPS := $(RUN)/python benchmarks/training.py
 FEW := --only 'plain DDP' 'torch fp16' 'PowerSGD rank 4' int8 int4 sign 'topk(0.01)|int4'
 ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'ZeroOneAdamW sign, every 4 steps'
 
-.PHONY: demo test test-slow check bench bench-quick bench-codecs bench-convergence clean
+.PHONY: demo warm test test-slow check bench bench-quick bench-codecs bench-convergence clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (torch first: about a minute)"
@@ -23,16 +24,19 @@ demo: $(INSTALLED)
 	@echo "== training a small language model on 2 ranks: uncompressed, quantised, one bit"
 	@$(RUN)/python -m commpress.launch.demo
 
-test: $(INSTALLED)
-	@echo "== tests"
+warm: $(INSTALLED)
+	@echo "== compiling the loops, once for all workers"
 	@export OPENBLAS_NUM_THREADS=1 PYTHONPATH=tests/support; \
 		WARM_ORDER=-1 $(RUN)/python -c "import warm" & \
-		$(RUN)/python -c "import warm" && wait # compiles the loops once, not in each worker
+		$(RUN)/python -c "import warm" && wait
+
+test: warm
+	@echo "== tests"
 	@$(RUN)/python -m pytest -q -n 4 --dist worksteal
 
-test-slow: $(INSTALLED)
-	@echo "== the tests that take minutes each"
-	@$(RUN)/python -m pytest -q -m slow
+test-slow: warm
+	@echo "== the tests that \`make test\` leaves out"
+	@$(RUN)/python -m pytest -q -m slow -n 4 --dist worksteal
 
 check: $(INSTALLED)
 	@echo "== ruff, mypy (on the installed package: hooks/ and launch/ are packages of commpress only there)"

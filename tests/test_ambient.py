@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from tiers import slow, slowly
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -371,7 +372,13 @@ def under(setting: str, dtype: torch.dtype = torch.float32, only: tuple[str, ...
     return [found for found, _ in results]
 
 
-@pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "nothing"])
+@pytest.mark.parametrize(
+    "setting",
+    slowly(
+        [name for name in SETTINGS if name != "nothing"],
+        quick=("default dtype float64", "default dtype bfloat16", "default device meta", "with torch.device"),
+    ),
+)
 def test_a_setting_of_the_script_changes_no_bit(setting: str) -> None:
     only = SOME if setting in FOR_SOME else tuple(PROGRAMS)
     for expected, found in zip(under("nothing"), under(setting, only=only), strict=True):
@@ -392,7 +399,7 @@ OWN = frozenset({"broadcasts"})
 """Rank 0 keeps its own values."""
 
 
-@pytest.mark.parametrize("setting", THAT_CHANGE_THE_MODEL)
+@pytest.mark.parametrize("setting", slowly(THAT_CHANGE_THE_MODEL, quick=("matmul precision medium", "autocast")))
 def test_a_setting_that_changes_what_the_model_computes_leaves_the_ranks_alike(setting: str) -> None:
     only = SOME if setting in FOR_SOME else tuple(PROGRAMS)
     ranks = under(setting, only=only)
@@ -402,7 +409,7 @@ def test_a_setting_that_changes_what_the_model_computes_leaves_the_ranks_alike(s
     require_one_model(ranks, OWN)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(torch.float64), torch.bfloat16])
 def test_a_model_of_the_default_dtype_trains_as_one_model(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     only = tuple(PROGRAMS) if dtype == torch.float64 else SOME
@@ -523,7 +530,7 @@ def partly(mode: str) -> list[Found]:
     return [found for found, _ in results]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slowly(MODES, quick=("inference_mode",)))
 def test_what_is_called_in_a_mode_without_gradients_can_be_trained_with_afterwards(mode: str) -> None:
     for expected, found in zip(partly("none"), partly(mode), strict=True):
         for name in PARTLY:

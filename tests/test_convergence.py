@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from tiers import slowly
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -104,11 +105,11 @@ def uncompressed() -> float:
     return loss(None)
 
 
-@pytest.mark.parametrize("spec", LOSES_AT_MOST)
+@pytest.mark.parametrize("spec", slowly(LOSES_AT_MOST, quick=("int4", "topk(0.01)|int4")))
 def test_compressed_training_converges_like_uncompressed(spec: str, uncompressed: float) -> None:
     assert abs(loss(spec) - uncompressed) <= LOSES_AT_MOST[spec]
 
 
-@pytest.mark.parametrize("spec", FEEDBACK_GAINS)
+@pytest.mark.parametrize("spec", slowly(FEEDBACK_GAINS, quick=("sign",)))
 def test_error_feedback_is_what_makes_it_converge(spec: str) -> None:
     assert loss(spec) + FEEDBACK_GAINS[spec] <= loss(spec, error_feedback=False)

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from commands import run_code, run_command
 from ranks import run
+from tiers import slowly
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,6 +94,13 @@ PYTHON = [block for block in BLOCKS if block.kind == "python"]
 BASH = [block for block in BLOCKS if block.kind == "bash"]
 
 
+def by_prelude() -> list[Any]:
+    """The blocks to run. Those that begin as another does are slow, and so is DeepSpeed, which takes long to import."""
+    blocks = [block for block in PYTHON if "prelude" in block.test]
+    first = {block.test["prelude"]: block for block in reversed(blocks)}
+    return slowly(blocks, quick=[block for prelude, block in first.items() if prelude != "deepspeed"])
+
+
 def execute(sources: list[str], folder: Path) -> dict[str, Any]:
     """Run sources in this process, one after another, in a folder of its own; what they left, by type."""
     place = folder / os.environ.setdefault("RANK", str(_rank()))
@@ -137,7 +145,7 @@ def test_every_block_is_tested_or_says_by_whom() -> None:
             assert "exec(compile(block" in other, f"{block.name}: {block.test['by']} runs no blocks"
 
 
-@pytest.mark.parametrize("block", [b for b in PYTHON if "prelude" in b.test], ids=lambda block: block.name)
+@pytest.mark.parametrize("block", by_prelude(), ids=lambda block: block.name)
 def test_a_python_block_runs_on_two_ranks_of_its_own(block: Block, tmp_path: Path) -> None:
     if block.test["prelude"] == "deepspeed":
         pytest.importorskip("deepspeed")

@@ -2,9 +2,11 @@
 
 The first steps have the bits of plain training. What they show of the link, and how fast this machine codes, ranks the specs;
 the best two and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that keep the loss
-without help of an optimizer are tried. What feedback holds when `none` takes its turn goes along with its exact mean.
+without help of an optimizer are tried. What feedback holds when `none` takes its turn goes along with its exact mean. Now and
+then a step is looked into: if its means are too far from the dense ones, all ranks take a gentler spec from there on.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -20,10 +22,12 @@ from rich.table import Table
 from commpress.comm import cost
 from commpress.comm.codecs import AUTO, parse
 from commpress.comm.cost import Cluster, Speed, transfers
+from commpress.comm.error import ErrorWatch
 from commpress.comm.plan import Plan
-from commpress.comm.search import PLAIN, Choice, Said, Search
+from commpress.comm.search import BUDGET, PLAIN, Choice, Said, Search
 from commpress.comm.speed import measure
 from commpress.kernels.cpu.slices import cores
+from commpress.notice import warn
 
 if TYPE_CHECKING:
     from commpress.comm.collectives import Collectives
@@ -32,6 +36,25 @@ SPECS = (PLAIN, "bf16", "int8", "int4")
 """The specs that `auto` may choose, the gentlest first."""
 TIMED = 2**20
 """Values with which a codec is timed when a session is made."""
+_WORDS = re.compile(rf"{AUTO}(?:\(\s*error\s*=\s*([^()]*?)\s*\))?")
+
+
+def budget(spec: object) -> float | None:
+    """Return the error that `auto`, or `auto(error=0.2)`, allows a spec to have; None for what is not `auto`.
+
+    Raises ValueError for an error that is no number above 0.
+    """
+    match = _WORDS.fullmatch(spec) if isinstance(spec, str) else None
+    if match is None:
+        return None
+    given = match[1]
+    try:
+        found = BUDGET if given is None else float(given)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise ValueError(f"spec {spec!r}: expected an error above 0, a share of the mean, as in auto(error={BUDGET:g})")
+    return found
 
 
 @lru_cache(maxsize=8)
@@ -41,15 +64,26 @@ def speeds(device: torch.device) -> dict[str, Speed]:
 
 
 class Auto:
-    """Steers the plan of one set of replicas' gradients, step by step. `error_feedback` as in `attach`."""
+    """Steers the plan of one set of replicas' gradients, step by step. `error_feedback` as in `attach`.
 
-    def __init__(self, collectives: "Collectives", error_feedback: bool) -> None:
+    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that. Of `sharded`
+    gradients no rank holds all means, so no error is measured; and the model, which is that of an all-reduce, only ranks specs.
+    """
+
+    def __init__(
+        self, collectives: "Collectives", error_feedback: bool, budget: float = BUDGET, sharded: bool = False
+    ) -> None:
         self._collectives = collectives
         self._plans = {spec: Plan.of(spec, None, error_feedback) for spec in SPECS}
         self._speeds = speeds(collectives.device) if collectives.world_size > 1 else {}
-        self.search = Search(self._predicted)
+        self.search = Search(self._predicted, budget)
         self._began: float | None = None
         self._asked = 0.0
+        self.due = False
+        """Whether the next gradient begins a step, for a wrapper that does not know which one is the first."""
+        self._sharded = sharded
+        self.watch: ErrorWatch | None = None
+        """What looks into the error of the step that goes on; None if this one is not looked into."""
         self._buckets: list[tuple[int, int]] = []
         self._mark = (0, 0.0, 0.0)
         self._model: tuple[list[int], dict[str, Speed], Cluster, float, int] | None = None
@@ -67,16 +101,23 @@ class Auto:
 
     def begin_step(self) -> None:
         """A step's first bucket is there: take the plan of this step. Collective in those steps where the ranks compare."""
-        collectives = self._collectives
+        collectives, self.due = self._collectives, False
         if collectives.world_size == 1:
             return
         now = time.perf_counter()
-        if self._began is not None and self.search.note(now - self._began):
+        error = None if self.watch is None else self.watch.error()
+        if self._began is not None and self.search.note(now - self._began, error):
+            choices = len(self.search.choices)
             everyone = collectives.traffic.ask(self._said(), "how long the steps took")
             self._asked = time.perf_counter() - now
             self.search.compare(everyone)
             self._mark = self._totals()
-        collectives.gradients = self._plans[self.search.spec]
+            for choice in self.search.choices[choices:]:
+                if choice.cause:
+                    warn(f"commpress: {choice.cause}; from step {choice.step} on {choice.spec}", collectives.rank == 0)
+        plan = self._plans[self.search.spec]
+        collectives.gradients = plan
+        self.watch = ErrorWatch(plan.codec) if self.search.checks and not self._sharded else None
         self._buckets.clear()
         self._began = time.perf_counter()
 
@@ -94,21 +135,25 @@ class Auto:
         table = Table(
             title=f"auto: {choice.spec}, chosen after {choice.step} steps", caption=f"choices so far: {self._history()}"
         )
-        for name in ("spec", "predicted ms a step", "measured ms a step", ""):
-            table.add_column(name, justify="right" if "ms" in name else "left")
+        for name in ("spec", "predicted ms a step", "measured ms a step", "error", ""):
+            table.add_column(name, justify="right" if name not in ("spec", "") else "left")
         for trial in choice.trials:
             times = ("-" if of is None else f"{of * 1e3:.1f}" for of in (trial.predicted, trial.measured))
-            table.add_row(trial.spec, *times, "chosen" if trial.spec == choice.spec else "")
+            error = "-" if trial.error is None else f"{trial.error:.2f}"
+            table.add_row(trial.spec, *times, error, "chosen" if trial.spec == choice.spec else "")
         text = StringIO()
         Console(file=text, width=100).print(table)
         return text.getvalue()
 
     def _history(self) -> str:
-        return ", ".join(f"{choice.spec} at step {choice.step}" for choice in self.search.choices)
+        return ", ".join(
+            f"{choice.spec} at step {choice.step}" + (f" ({choice.cause})" if choice.cause else "")
+            for choice in self.search.choices
+        )
 
     def break_even(self) -> float | None:
         """Return the bytes a second of a link above which `none` is predicted to be faster than what is chosen."""
-        if self.choice is None or self.choice.spec == PLAIN or self._model is None:
+        if self._sharded or self.choice is None or self.choice.spec == PLAIN or self._model is None:
             return None
         spec, (buckets, known, cluster, compute, itemsize) = self.choice.spec, self._model
         if cluster.ranks_per_host >= cluster.world_size:
@@ -119,11 +164,16 @@ class Auto:
     # what the ranks tell each other
 
     def _totals(self) -> tuple[int, float, float]:
-        meter = self._collectives.meter
-        return meter.steps, meter.exposed, meter.exposed + meter.hidden
+        return self.search.steps, *self._collectives.traffic.spent("gradients")
 
     def _said(self) -> dict[str, object]:
-        said: dict[str, object] = {"medians": self.search.medians(), "asked": self._asked}
+        search = self.search
+        said: dict[str, object] = {
+            "medians": search.medians(),
+            "least": search.least(),
+            "errors": search.errors(),
+            "asked": self._asked,
+        }
         if self.search.state == "plain":
             (before, *then), (after, *now) = self._mark, self._totals()
             steps = max(1, after - before)

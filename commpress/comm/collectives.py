@@ -145,6 +145,10 @@ class Collectives:
         if kept_index is not None and values is not x:
             exchange = packed(x, kept_index, values, exchange)
         exchange = self._overridden(override, x, segments, memory, encoder, exchange, kept_index is None)
+        if step is not None and step.error is not None and W > 1 and plan.exchange is not NO_EXCHANGE:
+            sampled = DENSE if kept_index is not None else plan.codec  # what masks prune is no mean
+            told = self.traffic.labels.next(f"a sample of bucket {index}")
+            exchange = step.error.watch(exchange, x, sampled, self._wire, told)
 
         dense = ring_bytes(x.nbytes, W) if dense_bytes is None else dense_bytes
         is_complex = given.is_complex() or bool(segments and segments[0][0] in self.pairs)
@@ -206,7 +210,9 @@ class Collectives:
             encoder.codec = plan.codec.drawn(encoder.memory.next_draw())
             exchange = reduce_scatter(source, bounds, values, op, encoder, payload, self._wire, label)
         else:
-            exchange = native_reduce_scatter(source, values, op, self._wire, label)
+            if not override.reason and (remembered := self.feedback.memories.get(segments)) is not None:
+                encoder.memory = remembered
+            exchange = native_reduce_scatter(source, values, op, encoder, self._wire, label)
         if kept_index is not None:
             exchange = packed(full, kept_index, all_kept, exchange, (out, self._own_kept_index(segments), kept))
         exchange = self._overridden(override, full, segments, encoder.memory, encoder, exchange, False)

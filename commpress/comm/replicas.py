@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
-from commpress.comm.auto import Auto
-from commpress.comm.codecs import AUTO, Codec
+from commpress.comm.auto import Auto, budget
+from commpress.comm.codecs import Codec
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.feedback import Segments
@@ -50,7 +50,8 @@ def replicas_session(
     """
     name = None if optimizer is None else type(optimizer).__name__
     rules = _agreed_rules(spec, parameters, group, device)
-    by_name = PLAIN if rules is not None or spec == AUTO else spec
+    allowed = budget(spec) if rules is None else rules.budget
+    by_name = PLAIN if rules is not None or allowed is not None else spec
     assert not isinstance(by_name, Mapping)
     more: dict[str, object] = {"optimizer": name, "grad_scaler": grad_scaler is not None, "verify": verify}
     if by_name is not spec:
@@ -62,7 +63,7 @@ def replicas_session(
             set(dtypes) | {torch.float32}, {plan.codec, *(() if rules is None else rules.lossy)}
         ):
             warm_up(codec, device, dtype, prologue=optimizer is not None)
-    auto = Auto(collectives, error_feedback) if spec == AUTO or (rules is not None and rules.has_auto) else None
+    auto = None if allowed is None else Auto(collectives, error_feedback, allowed)
     named = str(plan.codec) if by_name is spec else str(rules or spec)
 
     def masks(given: Masks) -> list[MaskIndex]:
@@ -73,6 +74,7 @@ def replicas_session(
         spec=named,
         settings={"settings": {**plan.settings(), "codec": named, "optimizer": name}},
         step_buffer=StepBuffer(collectives, optimizer, parameters, auto, rules),
+        auto=auto,
         parameters=parameters,
         masks=masks,
         reshard=of_replicas,
@@ -80,11 +82,12 @@ def replicas_session(
 
 
 def _agreed_rules(spec: Spec, parameters: Segments, group: dist.ProcessGroup, device: torch.device) -> Rules | None:
-    """The rules, if the spec has patterns. Collective if they make none: then all ranks raise."""
-    if not isinstance(spec, Mapping):
-        return None
+    """The rules, if the spec has patterns. Collective if it makes no sense: then all ranks raise."""
     try:
-        return rules_for(spec, [name for name, _ in parameters])
+        if isinstance(spec, Mapping):
+            return rules_for(spec, [name for name, _ in parameters])
+        budget(spec)
+        return None
     except (ValueError, TypeError) as error:
         require_agreement({"error": str(error)}, group, device)
         raise

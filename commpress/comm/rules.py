@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from commpress.comm.codecs import AUTO, Codec, parse
+from commpress.comm.auto import budget
+from commpress.comm.codecs import Codec, parse
 from commpress.comm.feedback import Segments
 
 Spec = str | Codec | Mapping[str, str | Codec]
@@ -23,14 +24,11 @@ class Rules:
     specs: tuple[tuple[str, str], ...]
     """Patterns and specs, in the order in which they were given."""
     codecs: Mapping[str, Codec | None]
+    budget: float | None = None
+    """The error that `auto` allows, the least if several patterns name it; None if none does."""
 
     def __str__(self) -> str:
         return ", ".join(f"{pattern}: {spec}" for pattern, spec in self.specs)
-
-    @property
-    def has_auto(self) -> bool:
-        """Whether `auto` decides for some parameters."""
-        return None in self.codecs.values()
 
     @property
     def lossy(self) -> set[Codec]:
@@ -55,11 +53,14 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
     names = list(names)
     codecs: dict[str, Codec | None] = {}
     known: dict[str, Codec | None] = {}
+    budgets: list[float] = []
     for pattern, spec in given.items():
         if not isinstance(pattern, str):
             raise TypeError(f"gradients: expected patterns of names, such as '*.bias', got {pattern!r}")
         try:
-            known[pattern] = None if spec == AUTO else parse(spec)
+            if (allowed := budget(spec)) is not None:
+                budgets.append(allowed)
+            known[pattern] = None if allowed is not None else parse(spec)
         except (ValueError, TypeError) as error:
             raise type(error)(f"gradients, {pattern!r}: {error}") from None
         fits = [name for name in names if fnmatchcase(name, pattern)]
@@ -74,14 +75,17 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
         codecs.update(dict.fromkeys(mine, known[pattern]))
     if left := [name for name in names if name not in codecs]:
         raise ValueError(f"gradients: no pattern fits parameter {left[0]!r} ({len(left)} in all); end with '*'")
-    specs = tuple((pattern, AUTO if codec is None else str(codec)) for pattern, codec in known.items())
-    return Rules(specs, codecs)
+    specs = tuple((pattern, str(given[pattern] if codec is None else codec)) for pattern, codec in known.items())
+    return Rules(specs, codecs, min(budgets, default=None))
 
 
 def open_refusal(gradients: Spec, optimizer: object, exchange: str | None) -> Exception | None:
     """Return why gradients cannot go by `auto` or by patterns, if they cannot; None if one codec is named for all."""
-    if not isinstance(gradients, Mapping) and gradients != AUTO:
-        return None
+    try:
+        if not isinstance(gradients, Mapping) and budget(gradients) is None:
+            return None
+    except ValueError as error:
+        return error
     given = "patterns" if isinstance(gradients, Mapping) else "auto"
     if optimizer is not None:
         return TypeError(

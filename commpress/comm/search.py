@@ -4,6 +4,8 @@
                              ^ ranked   ^ one is far          ^ chosen             ^ the ranks look: are the steps still
                                           behind: dropped                            as long as they were? Else from `none` on
 
+A spec must stay within an error budget, too: the distance of what arrives from the dense mean, measured in steps that are not
+timed. One that leaves it is dropped; if it was chosen, a gentler one takes its place, and it may come back in a later search.
 Steps of a turn are timed from one to the next; the first of each turn is not counted. The ranks compare at the same steps, and
 decide from what all of them have said, so all decide the same. No clock and no process group: who holds a search tells it how
 long a step took, and what the ranks said.
@@ -16,18 +18,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 PLAIN = "none"
+SKIPPED, CHECKED, TIMED = "skipped", "checked", "timed"
+"""Kinds of steps: the first behind another spec, whose residual it sends; one whose error is measured; one that counts."""
 WARM_UP = 3
 """Steps that are not counted at first: DDP lays its buckets out anew after one, caches and connections are cold."""
 FIRST_TURN = 3
 TURN = 3
-"""Steps of a turn, of which the first is not counted."""
+"""Steps of a turn, of which the first is not timed. The first turn of a spec has one more, in which its error is measured."""
 ROUNDS = 3
 MOST = 2
 """So many specs are tried against `none`."""
 HOPELESS = 1.3
 """A spec whose predicted step is so many times as long as that of `none` is not tried."""
 FAR_BEHIND = 1.25
-"""After a round a spec that takes so many times as long as the best is tried no more."""
+"""After a round a spec whose fastest step takes so many times as long as the best one's is tried no more."""
 WORTH = 0.98
 """A spec is chosen only if its steps take less than this share of those of `none`."""
 DRIFT = 1.2
@@ -38,26 +42,36 @@ SHARE = 0.01
 """Share of the time that looking may take."""
 AGAIN = 3000
 """Fewest steps from one search to the next, if the steps do not drift."""
+BUDGET = 0.5
+"""Distance of a mean from the dense one, as a share of that, which a spec may have: twice that of `int4` with feedback."""
+RETRY = 300
+"""Steps after which a spec that has left the budget is tried again; twice as many each time."""
 
 Said = Mapping[str, object]
 
 
 @dataclass
 class Trial:
-    """One spec: the step that was predicted for it, and the median of those that it took, in seconds; None if there is none."""
+    """One spec: the step that was predicted for it and the median of those that it took, in seconds, and the largest error that
+    was seen; None where there is none."""
 
     spec: str
     predicted: float | None = None
     measured: float | None = None
+    error: float | None = None
 
 
 @dataclass
 class Choice:
-    """The outcome of a search: `spec` was chosen at the end of step `step`, among these."""
+    """The outcome of a search, or of a look: `spec` was chosen at the end of step `step`, among these.
+
+    `cause` says why it took the place of another one, if that has left the error budget.
+    """
 
     spec: str
     step: int
     trials: list[Trial]
+    cause: str = ""
 
     def seconds(self, spec: str) -> float | None:
         """Return the measured step of a spec; None if it was not tried."""
@@ -72,6 +86,7 @@ class Search:
     """
 
     predict: Callable[[Sequence[Said], float], Mapping[str, float]]
+    budget: float = BUDGET
     choices: list[Choice] = field(default_factory=list)
     """What was chosen, the last one last."""
     steps: int = 0
@@ -79,10 +94,14 @@ class Search:
 
     def __post_init__(self) -> None:
         self._state = "warm up"
-        self._steps_to_come = deque([(PLAIN, False)] * WARM_UP)
+        self._steps_to_come = deque([(PLAIN, SKIPPED)] * WARM_UP)
         self._tried: list[str] = [PLAIN]
         self._predicted: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {}
+        self._errors: dict[str, float] = {}
+        self._hurt: dict[str, float] = {}
+        """Specs that have left the budget since the search began, and their errors."""
+        self._setbacks = 0
         self._round = 0
         self._patience = 1
         self._looks = 0
@@ -98,23 +117,44 @@ class Search:
         """One of "warm up", "plain", "trying", "chosen"."""
         return self._state
 
-    def note(self, seconds: float) -> bool:
-        """Note that a step has taken so long; return whether the ranks must compare before the next one."""
+    @property
+    def checks(self) -> bool:
+        """Whether the error of the step that goes on now is to be measured."""
+        return self._steps_to_come[0][1] == CHECKED
+
+    def note(self, seconds: float, error: float | None = None) -> bool:
+        """Note how long a step has taken, and how far its means were off, if that was measured.
+
+        Returns whether the ranks must compare before the next one.
+        """
         self.steps += 1
-        spec, counts = self._steps_to_come.popleft()
-        if counts:
+        spec, kind = self._steps_to_come.popleft()
+        if kind == TIMED:
             self._seconds.setdefault(spec, []).append(seconds)
+        if error is not None:
+            self._errors[spec] = error if math.isnan(error) else max(error, self._errors.get(spec, 0.0))
+            if not error <= self.budget:  # all ranks hold the same means, so all find this at the same step
+                left = [one for one in self._steps_to_come if one[0] != spec]
+                self._steps_to_come = deque(left if self._state == "trying" else ())
         return not self._steps_to_come
+
+    def least(self) -> dict[str, float]:
+        """Return the fastest steps of the same: a pause of the machine does not shift them."""
+        return {spec: min(seconds) for spec, seconds in self._seconds.items()}
+
+    def errors(self) -> dict[str, float]:
+        """Return the largest errors that this rank has seen since the search began, or since the last look, by spec."""
+        return dict(self._errors)
 
     def medians(self) -> dict[str, float]:
         """Return what this rank has measured since the search began, or since the last look: seconds by spec."""
         return {spec: statistics.median(seconds) for spec, seconds in self._seconds.items()}
 
     def compare(self, everyone: Sequence[Said]) -> None:
-        """Go on from what each rank said: its `medians`, and the seconds that a comparison took (`asked`)."""
+        """Go on from the `medians`, `least` and `errors` of each rank, and the seconds that a comparison took it (`asked`)."""
         if self._state == "warm up":
             self._state = "plain"
-            self._begin([(PLAIN, True)] * FIRST_TURN)
+            self._begin([(PLAIN, TIMED)] * FIRST_TURN)
         elif self._state == "plain":
             self._rank(everyone)
         elif self._state == "trying":
@@ -122,17 +162,17 @@ class Search:
         else:
             self._look(everyone)
 
-    def _begin(self, steps: Sequence[tuple[str, bool]], keep: bool = False) -> None:
+    def _begin(self, steps: Sequence[tuple[str, str]], keep: bool = False) -> None:
         self._steps_to_come = deque(steps)
         if not keep:
-            self._seconds = {}
+            self._seconds, self._errors = {}, {}
 
     def _rank(self, everyone: Sequence[Said]) -> None:
         plain = _agreed(everyone)[PLAIN]
         self._predicted = dict(self.predict(everyone, plain))
         others = [s for s in self._predicted if s != PLAIN and self._predicted[s] < HOPELESS * plain]
         self._tried = [*sorted(others, key=lambda s: self._predicted[s])[:MOST], PLAIN]
-        self._round = 0
+        self._round, self._hurt = 0, {}
         if len(self._tried) == 1:
             self._choose(everyone)
             return
@@ -140,13 +180,19 @@ class Search:
         self._next_round()
 
     def _next_round(self) -> None:
-        turn = [False] + [True] * (TURN - 1)
-        self._begin([(spec, counts) for spec in self._tried for counts in turn], keep=True)
+        timed = [TIMED] * (TURN - 1)
+        steps = []
+        for spec in self._tried:
+            first = [SKIPPED, CHECKED] if self._round == 0 and spec != PLAIN else [SKIPPED]
+            steps += [(spec, kind) for kind in (*first, *timed)]
+        self._begin(steps, keep=True)
 
     def _end_round(self, everyone: Sequence[Said]) -> None:
-        found, self._round = _agreed(everyone), self._round + 1
-        best = min(found[spec] for spec in self._tried)
-        self._tried = [spec for spec in self._tried if found[spec] < FAR_BEHIND * best]
+        found, self._round = _agreed(everyone, "least"), self._round + 1
+        self._hurt |= self._beyond(_worst(everyone))
+        within = [spec for spec in self._tried if spec not in self._hurt]
+        best = min(found[spec] for spec in within)
+        self._tried = [spec for spec in within if found[spec] < FAR_BEHIND * best]
         if self._round == ROUNDS or len(self._tried) == 1:
             self._choose(everyone)
         else:
@@ -158,7 +204,8 @@ class Search:
         if best != PLAIN and found[best] >= WORTH * found[PLAIN]:
             best = PLAIN
         names = dict.fromkeys([PLAIN, *self._predicted])
-        trials = [Trial(spec, self._predicted.get(spec), found.get(spec)) for spec in names]
+        errors = _worst(everyone)
+        trials = [Trial(spec, self._predicted.get(spec), found.get(spec), errors.get(spec)) for spec in names]
         same = bool(self.choices) and self.choices[-1].spec == best
         self._patience = 2 * self._patience if same else 1
         self.choices.append(Choice(best, self.steps, trials))
@@ -171,22 +218,54 @@ class Search:
         spec = self.choices[-1].spec
         asked = max(float(str(said.get("asked", 0.0))) for said in everyone)
         interval = max(LOOK, math.ceil(asked / SHARE / seconds))
-        self._begin([(spec, False)] + [(spec, True)] * interval)
+        first = [SKIPPED] if spec == PLAIN else [SKIPPED, CHECKED]
+        self._begin([(spec, kind) for kind in (*first, *[TIMED] * interval)])
 
     def _look(self, everyone: Sequence[Said]) -> None:
+        if hurt := self._beyond(_worst(everyone)):
+            self._back_off(everyone, hurt)
+            return
         choice, self._looks = self.choices[-1], self._looks + 1
         now, then = _agreed(everyone)[choice.spec], choice.seconds(choice.spec)
         assert then is not None
         drifted = not then / DRIFT < now < then * DRIFT
         if (drifted and self._looks >= self._patience) or self.steps >= self._next_search:
             self._state = "plain"
-            self._begin([(PLAIN, False)] + [(PLAIN, True)] * (TURN - 1))
+            self._begin([(PLAIN, SKIPPED)] + [(PLAIN, TIMED)] * (TURN - 1))
         else:
             self._watch(everyone, now)
 
+    def _beyond(self, errors: Mapping[str, float]) -> dict[str, float]:
+        """Those that have left the budget; NaN is no error that could be within it."""
+        return {spec: error for spec, error in errors.items() if not error <= self.budget}
 
-def _agreed(everyone: Sequence[Said]) -> dict[str, float]:
+    def _back_off(self, everyone: Sequence[Said], hurt: dict[str, float]) -> None:
+        """Choose the fastest of those that have been tried and have not left the budget: `none` at worst."""
+        before = self.choices[-1]
+        self._hurt |= hurt
+        left = {t.spec: t.measured for t in before.trials if t.measured is not None and t.spec not in self._hurt}
+        spec = min(left, key=lambda one: left[one])
+        cause = f"the means of {before.spec} were off by {hurt[before.spec]:.2f} of the dense ones, more than {self.budget:g}"
+        self.choices.append(Choice(spec, self.steps, before.trials, cause))
+        self._next_search = self.steps + RETRY * 2**self._setbacks
+        self._setbacks += 1
+        self._looks = 0
+        self._watch(everyone, left[spec])
+
+
+def _worst(everyone: Sequence[Said]) -> dict[str, float]:
+    """The largest error by spec that any rank has seen."""
+    found: dict[str, float] = {}
+    for said in everyone:
+        errors = said.get("errors", {})
+        assert isinstance(errors, Mapping)
+        for spec, error in errors.items():
+            found[spec] = error if math.isnan(error) else max(error, found.get(spec, 0.0))
+    return found
+
+
+def _agreed(everyone: Sequence[Said], of: str = "medians") -> dict[str, float]:
     """The mean of the ranks' medians, by spec: they wait for each other, so they have nearly the same."""
-    medians = [said["medians"] for said in everyone]
-    assert all(isinstance(of, Mapping) for of in medians)
-    return {spec: statistics.fmean(of[spec] for of in medians) for spec in medians[0]}  # type: ignore[attr-defined, index]
+    medians = [said[of] for said in everyone]
+    assert all(isinstance(mine, Mapping) for mine in medians)
+    return {spec: statistics.fmean(mine[spec] for mine in medians) for spec in medians[0]}  # type: ignore[attr-defined, index]

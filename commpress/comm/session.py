@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import Settings, require_equal
-from commpress.comm.auto import Auto
-from commpress.comm.codecs import AUTO
+from commpress.comm.auto import Auto, budget
 from commpress.comm.collectives import Collectives
 from commpress.comm.failure import ExchangeError
 from commpress.comm.feedback import Segments
@@ -63,9 +62,10 @@ class Session:
 
     `collectives` are those that send it; `rank` and `world_size` are of all ranks together (default: of the first one's group).
     `settings` is what a saved state must have alike, `spec` what the report calls the traffic by. `step_buffer` is there where
-    the ranks are replicas, `parameters` are then names and sizes of what it exchanges. `masks` makes of masks by parameter what
-    each of the collectives needs to know; `reshard` makes of what feedback kept among another number of ranks what it is among
-    these (`merged` adds that up), None if that cannot be told. `values` is about how many the model has.
+    the ranks are replicas, `parameters` are then names and sizes of what it exchanges; `auto` where a spec is looked for.
+    `masks` makes of masks by parameter what each of the collectives needs to know; `reshard` makes of what feedback kept among
+    another number of ranks what it is among these (`merged` adds that up), None if that cannot be told. `values` is about how
+    many the model has.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Session:
         spec: str,
         settings: Settings,
         step_buffer: StepBuffer | None = None,
+        auto: Auto | None = None,
         parameters: Segments = (),
         rank: int | None = None,
         world_size: int | None = None,
@@ -92,6 +93,7 @@ class Session:
         self._spec, self._settings, self._parameters = spec, settings, parameters
         self._masks, self._reshard, self._values = masks, reshard, values
         self._counted = link_bytes()
+        self._auto = auto
 
     @property
     def _optimizer(self) -> OptimizerHooks | None:
@@ -152,10 +154,6 @@ class Session:
         for collectives in self.collectives:
             require_equal(collectives.traffic.ask(dict(settings), what))
 
-    @property
-    def _auto(self) -> Auto | None:
-        return None if self.step_buffer is None else self.step_buffer.auto
-
     def explain(self) -> str:
         """Return the specs that `auto` has tried, their predicted and measured steps, and which one it has chosen, as a table.
 
@@ -170,7 +168,7 @@ class Session:
         auto = self._auto
         if auto is None:
             return receipt(self.report(), None, self._spec, counted, None)
-        spec = auto.search.spec if self._spec == AUTO else f"{self._spec} ({auto.search.spec})"
+        spec = auto.search.spec if budget(self._spec) is not None else f"{self._spec} ({auto.search.spec})"
         return receipt(self.report(), auto.choice, spec, counted, auto.break_even())
 
     def report(self) -> Report:
@@ -179,7 +177,7 @@ class Session:
             self._spec
             if self._auto is None
             else self._auto.spec
-            if self._spec == AUTO
+            if budget(self._spec) is not None
             else f"{self._spec}; {self._auto.spec}"
         )
         own = (one.traffic.report(spec, self.rank, self.world_size) for one in self.collectives)

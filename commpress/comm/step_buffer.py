@@ -133,7 +133,8 @@ class StepBuffer:
         if self.auto is not None:
             self.auto.begin_step()
         due = collectives.traffic.is_due(self.step)
-        self._current = Step(self.step, Comparison(self.step, list(self.replicas())) if due else None)
+        comparison = Comparison(self.step, list(self.replicas())) if due else None
+        self._current = Step(self.step, comparison, None if self.auto is None else self.auto.watch)
         if optimizer is None:
             collectives.follow_scale()
             return

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import Settings
+from commpress.comm.error import ErrorWatch
 from commpress.comm.exchange import Label, Labels, Transfer, Wire
 from commpress.comm.exchange.around import in_inference_mode
 from commpress.comm.feedback import Segments
-from commpress.comm.meter import Meter, Report, dtype_name
+from commpress.comm.meter import ROLES, Meter, Report, dtype_name
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import BucketPlan
 from commpress.comm.scratch import ScratchPool
@@ -24,10 +25,12 @@ from commpress.comm.work import Work, not_counted
 
 @dataclass
 class Step:
-    """A step whose collectives belong together: its number, and what compares its results, if this step is compared."""
+    """A step whose collectives belong together: its number, what compares its results, if this step is compared, and what
+    looks into the error of its means, if that is wanted."""
 
     number: int
     comparison: Comparison | None = None
+    error: ErrorWatch | None = None
 
 
 class Traffic:
@@ -38,7 +41,8 @@ class Traffic:
         self.meter, self.labels = Meter(), Labels()
         self._scratch, self._verify = scratch, verify
         self._counts: dict[int, int] = {}
-        self._busy = self._landed = self._waited = 0.0
+        self._landed = 0.0
+        self._busy, self._waited = dict.fromkeys(ROLES, 0.0), dict.fromkeys(ROLES, 0.0)
         if self.world_size > 1:
             self.wire = Wire(group, device)
             self._sequencer = Sequencer(self.wire, self.meter)
@@ -77,9 +81,17 @@ class Traffic:
     def report(self, spec: str, rank: int, world_size: int) -> Report:
         """Bytes and seconds so far. `exposed` is what training waited for, `hidden` what ran beside it."""
         report = self.meter.report(spec, rank, world_size)
-        report.seconds["exposed"] += self._waited
-        report.seconds["hidden"] += max(0.0, self._busy - self._waited)
+        for role in ROLES:
+            report.seconds["exposed"] += self._waited[role]
+            report.seconds["hidden"] += max(0.0, self._busy[role] - self._waited[role])
         return report
+
+    def spent(self, role: str) -> tuple[float, float]:
+        """Return the seconds that training has waited for this role's exchanges, and those in which one was under way."""
+        return (
+            self.meter.exposed + self._waited[role],
+            self.meter.exposed + self.meter.hidden + self._busy[role],
+        )
 
     def submit(
         self,
@@ -108,11 +120,11 @@ class Traffic:
         """
         row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role)
         number = self._number(role, index) if step is None else step.number
-        work = Work(out, self._note_waiting if step is None else not_counted)
+        work = Work(out, partial(self._note_waiting, role) if step is None else not_counted)
         exchange = self._compared(exchange, out, compared, number, step, last)
         if out.is_inference():
             exchange = in_inference_mode(exchange)
-        finished = partial(self._finish, work, buffer, step is None, then)
+        finished = partial(self._finish, work, buffer, role if step is None else None, then)
         if self.world_size == 1:
             next(exchange, None)
             row.steps += 1
@@ -146,20 +158,20 @@ class Traffic:
             exchange = comparison.watch(exchange, real_view(out), what)
         return comparison.finish(exchange, self.wire, self.labels.next("hashes of this step")) if ends else exchange
 
-    def _note_waiting(self, seconds: float) -> None:
-        self._waited += seconds
+    def _note_waiting(self, role: str, seconds: float) -> None:
+        self._waited[role] += seconds
 
     def _finish(
         self,
         work: Work,
         buffer: Tensor | None,
-        counts: bool,
+        role: str | None,
         then: Callable[[BaseException | None], None] | None,
         error: BaseException | None,
     ) -> None:
-        if counts:
+        if role is not None:
             now = time.perf_counter()
-            self._busy += now - max(work.submitted, self._landed)
+            self._busy[role] += now - max(work.submitted, self._landed)
             self._landed = now
         if buffer is not None and error is None:
             self._scratch.give_back(buffer)

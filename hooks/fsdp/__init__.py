@@ -18,14 +18,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from commpress.comm.agreement import agree_on_all
-from commpress.comm.codecs import Codec
+from commpress.comm.auto import Auto, budget
+from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.masks_index import MaskIndex
 from commpress.comm.parameters import unfit_dtype
 from commpress.comm.plan import plans, sharded_settings
+from commpress.comm.search import PLAIN
 from commpress.comm.session import Session
 from commpress.comm.verify import EVERY, require_interval
 from commpress.hooks.fsdp.comms import Gather, Reduce, Replicas
@@ -39,7 +42,7 @@ from commpress.optim.base import CompressedOptimizer
 
 def attach(
     model: nn.Module,
-    gradients: str | Codec,
+    gradients: str | Codec = AUTO,
     *,
     parameters: str | Codec | None = None,
     buffers: str | Codec | None = None,
@@ -51,9 +54,10 @@ def attach(
 ) -> Session:
     """Compress what FSDP sends for `model`, the root of the modules that `fully_shard` took. Collective over its mesh.
 
-    `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas),
-    `parameters` that of the all-gather (default: not compressed), for which sparse specs are refused. The sharded parameters
-    stay in full precision; forward and backward compute with what was decoded, also when the model is evaluated.
+    `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas). Without one
+    it is found while training goes on, as under DDP, on a mesh of shards alone; the error of the means is not measured.
+    `parameters` is the spec of the all-gather (default: not compressed), for which sparse ones are refused. The sharded
+    parameters stay in full precision; forward and backward compute with what was decoded, also when the model is evaluated.
     `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's
     `torch.amp.GradScaler`, if there is one. Every `verify` steps (0: never) the ranks compare hashes of what they gathered, and
     payloads have checksums.
@@ -66,12 +70,15 @@ def attach(
     held = units(model)
     device = held[0].device
     plan: Any = None
+    allowed: float | None = None
     refusal = not_taken("buffers", buffers, "FSDP sends none")
     refusal = refusal or not_taken("exchange", exchange, "FSDP's are a reduce-scatter and an all-gather")
     refusal = refusal or _refusal(model, held, optimizer)
     if refusal is None:
         try:
-            plan = plans(gradients, "none" if parameters is None else parameters, error_feedback)
+            allowed = _budget(gradients, held)
+            by_name = gradients if allowed is None else PLAIN
+            plan = plans(by_name, "none" if parameters is None else parameters, error_feedback)
             require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error
@@ -85,19 +92,22 @@ def attach(
     }
     if plan is not None:
         settings |= {"gradients' plan": plan[0].settings(), "parameters' plan": plan[1].settings()}
+        settings |= {"gradients": str(gradients)} if allowed is not None else {}
     agree_on_all(settings, [*inner.values(), *outer.values()], device, refusal)
 
     make = partial(Collectives, device=device, gradients=plan[0], parameters=plan[1])
     make = partial(make, verify=verify, grad_scaler=grad_scaler)
     shards = {who: make(group) for who, group in inner.items()}
     replicas = {who: make(group) for who, group in outer.items()}
+    first = held[0]
+    own = shards[ranks(first.shard_groups[0])]
+    auto = None if allowed is None else Auto(own, error_feedback, sharded=True)
     for unit in held:
         unit.module.set_custom_all_gather(Gather(shards, unit))
-        unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit))
+        unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit, auto))
         unit.follow()
         if unit.replica_group is not None:
             unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit))
-    first = held[0]
 
     def mask_index(masks: Mapping[str, Tensor]) -> list[MaskIndex]:
         require_fit(masks, held)
@@ -106,15 +116,16 @@ def attach(
     session = Session(
         *shards.values(),
         *replicas.values(),
-        spec=f"gradients {plan[0].codec}, parameters {plan[1].codec}",
-        settings=sharded_settings(plan[0], plan[1], described),
+        spec=f"gradients {gradients if auto else plan[0].codec}, parameters {plan[1].codec}",
+        settings=sharded_settings(plan[0], plan[1], described) | ({"auto": True} if auto else {}),
+        auto=auto,
         rank=first.rank,
         world_size=first.world_size,
         masks=mask_index,
         reshard=partial(resharded, held) if len(shards) == 1 and not replicas else None,
         values=sum(unit.values for unit in held),
     )
-    _watch(model, session)
+    _watch(model, session, auto)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
     return session
 
@@ -141,8 +152,19 @@ def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer 
     return None
 
 
-def _watch(model: nn.Module, session: Session) -> None:
-    """Have the session follow the loss scale from forward to forward."""
+def _budget(gradients: str | Codec, held: list[Unit]) -> float | None:
+    """The error budget, if `auto` is to find the spec. Raises ValueError where it cannot."""
+    allowed = budget(gradients)
+    if (
+        allowed is not None
+        and len({ranks(g) for unit in held for g in (*unit.shard_groups, unit.replica_group) if g}) > 1
+    ):
+        raise ValueError("gradients: auto works on a mesh of shards alone; expected a spec on this one, as int4")
+    return allowed
+
+
+def _watch(model: nn.Module, session: Session, auto: Auto | None) -> None:
+    """Have the session follow the loss scale from forward to forward; behind each, `auto` meets the gradients of one step."""
     is_root = root(model)
 
     def before(module: nn.Module, arguments: Any) -> None:
@@ -151,5 +173,7 @@ def _watch(model: nn.Module, session: Session) -> None:
                 "commpress.attach was given a module inside another that fully_shard took; expected the root"
             )
         session.follow_scale()
+        if auto is not None and torch.is_grad_enabled():
+            auto.due = True
 
     model.register_forward_pre_hook(before)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commpress.comm.auto import Auto
 from commpress.comm.collectives import Collectives
 from commpress.comm.exchange.reduce_scatter import Op
 from commpress.comm.parameters import real_numel
@@ -53,13 +54,17 @@ class Reduce:
 
     allocate = staticmethod(empty)
 
-    def __init__(self, shards: Collectives, unit: Unit) -> None:
-        self._shards, self._unit = shards, unit
+    def __init__(self, shards: Collectives, unit: Unit, auto: Auto | None = None) -> None:
+        self._shards, self._unit, self._auto = shards, unit, auto
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Op, async_op: bool = False
     ) -> Work | None:
         """Reduce `input_tensor` ([W * m]) to `output_tensor` ([m])."""
+        if self._auto is not None:
+            if self._auto.due:  # the first one behind a forward
+                self._auto.begin_step()
+            self._auto.note_bucket(input_tensor.numel(), input_tensor.element_size())
         inside = self._unit.replica_group is not None
         parts, reason = self._unit.reduced(real_numel(output_tensor), ends=not inside)
         if inside and self._shards.gradients.codec.lossy:

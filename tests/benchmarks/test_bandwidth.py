@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from commands import started_by_torchrun
 from ranks import outcome, run
+from tiers import slow
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -40,6 +41,7 @@ def started(arguments: list[str], port: int) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_it_runs_and_its_figures_fit_together(tmp_path: Path) -> None:
     path = tmp_path / "bandwidth.json"
     asked = ["bf16", "int4", "topk(0.01)|int4", "--to", "1mb", "--repeats", "2", "--json", str(path)]
@@ -158,7 +160,7 @@ def test_garbage_is_not_timed(codec: Codec, complaint: str) -> None:
 
 @pytest.mark.parametrize(("world_size", "specs"), [
     (2, ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.05)|sign")),
-    (3, ("bf16", "int4", "topk(0.05)|sign")),
+    slow(3, ("bf16", "int4", "topk(0.05)|sign")),
 ])  # fmt: skip
 def test_what_is_sound_passes(world_size: int, specs: tuple[str, ...]) -> None:
     assert run(world_size, measured, *specs) == [[""] * len(specs)] * world_size

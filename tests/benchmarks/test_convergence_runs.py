@@ -47,6 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_kind_of_way_trains_once(tmp_path: Path) -> None:
     ranks = run(2, trained, str(tmp_path), SHORT, timeout=200)
     assert len(list(tmp_path.glob("*.json"))) == len(SHORT)

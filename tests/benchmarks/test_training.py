@@ -113,6 +113,7 @@ def rows_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in record["rows"]}
 
 
+@pytest.mark.slow
 def test_a_step_time_record_holds_what_it_promises_and_a_hook_that_fails_says_why(tmp_path: Path) -> None:
     names = ("plain DDP", "torch bf16", "PowerSGD rank 4", "int4", "bagua")
     record = run_tiny(tmp_path, "int4", "--rounds", "1", "--steps", "2", "--only", *names)
@@ -139,6 +140,7 @@ def test_a_step_time_record_holds_what_it_promises_and_a_hook_that_fails_says_wh
     assert printed.rstrip().splitlines()[-1].startswith("times as fast as plain DDP: ")
 
 
+@pytest.mark.slow
 def test_a_loss_record_holds_what_it_promises(tmp_path: Path) -> None:
     record = run_tiny(tmp_path, "int8", "--loss", "6")
     rows, printed = rows_of(record), record["printed"]

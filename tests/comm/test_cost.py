@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run
+from tiers import slow
 
 from commpress.comm import cost
 from commpress.comm.cost import Cluster, Speed
@@ -63,7 +64,7 @@ def exchanged() -> list[list[dict[str, Any]]]:
     return reports
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, slow(4)])
 def test_bytes_and_memory_are_those_of_a_real_run(world_size: int) -> None:
     for rank, reports in enumerate(run(world_size, exchanged)):
         for (spec, exchange), rows in zip(PAIRS, reports, strict=True):

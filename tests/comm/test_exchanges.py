@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from battery import gradient
 from ranks import run
+from tiers import slowly
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
@@ -276,8 +277,13 @@ def among_other_messages(spec: str) -> tuple[list[Tensor], list[Tensor]]:
 # --- the battery -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exchange", [None, "one_shot", "two_shot"])
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(
+    ("world_size", "exchange"),
+    slowly(
+        [(ranks, exchange) for ranks in WORLD_SIZES for exchange in (None, "one_shot", "two_shot")],
+        quick=[(2, None), (2, "two_shot"), (3, "two_shot"), (4, "one_shot")],
+    ),
+)
 def test_means_memories_and_bytes_are_those_of_the_algorithm(world_size: int, exchange: str | None) -> None:
     pairs = [pair for pair in PAIRS if pair[1] == exchange and (world_size == 3 or pair[0] in FEW)]
     ranks = run(world_size, all_exchanged, pairs, timeout=200)
@@ -338,7 +344,7 @@ def crossing(codec: Codec, exchange: str, n: int, world_size: int, rank: int) ->
     return both, both
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", slowly(WORLD_SIZES, quick=(2, 3)))
 def test_lengths_below_the_number_of_ranks(world_size: int) -> None:
     ranks = run(world_size, all_tiny, TINY_SPECS if world_size == 3 else FEW, timeout=200)
     for spec, exchange in ranks[0]:
@@ -354,7 +360,7 @@ def test_lengths_below_the_number_of_ranks(world_size: int) -> None:
                     assert torch.equal(bits(got), bits(expected)), where
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", slowly(WORLD_SIZES, quick=(2, 3)))
 def test_all_reduce_is_the_groups_own_sum(world_size: int) -> None:
     ranks = run(world_size, all_summed)
     for spec in SUMMED:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from battery import SPECS, gradient
 from ranks import run
+from tiers import slow
 from torch import Tensor
 
 from commpress.comm.codecs import parse
@@ -86,7 +87,7 @@ def all_means(specs: tuple[str, ...]) -> dict[str, tuple[list[Tensor], list[str]
     }
 
 
-@pytest.mark.parametrize(("world_size", "specs"), [(2, FEW), (3, SPECS)])
+@pytest.mark.parametrize(("world_size", "specs"), [(2, FEW), slow(3, SPECS)])
 def test_what_is_not_finite_on_one_rank_is_not_finite_in_the_mean_of_all(
     world_size: int, specs: tuple[str, ...]
 ) -> None:
@@ -143,7 +144,7 @@ def sharded(specs: tuple[str, ...]) -> dict[str, tuple[list[Tensor], list[Tensor
     return found
 
 
-@pytest.mark.parametrize(("world_size", "specs"), [(2, FEW), (3, SPECS)])
+@pytest.mark.parametrize(("world_size", "specs"), [(2, FEW), slow(3, SPECS)])
 def test_shards_do_not_lose_what_is_not_finite_either(world_size: int, specs: tuple[str, ...]) -> None:
     results, m = run(world_size, sharded, specs), 1000
     for spec in specs:

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from commpress.comm.search import PLAIN, Said, Search
+from commpress.comm.search import LOOK, PLAIN, Said, Search
 
 SPECS = (PLAIN, "bf16", "int8", "int4")
 Seconds = Callable[[str, int], float]
 """What a step of a spec takes, by the number of the step."""
+Errors = Callable[[str, int], float]
+"""How far the means of a spec are off, by the number of the step."""
 
 
 class World:
@@ -22,9 +24,9 @@ class World:
         noise: float = 0.0,
         predicted: Mapping[str, float] | None = None,
         asked: float = 0.0,
-        searches: list[Search] | None = None,
+        errors: Errors | None = None,
     ) -> None:
-        self.seconds, self.noise, self.asked = seconds, noise, asked
+        self.seconds, self.noise, self.asked, self.errors = seconds, noise, asked, errors
         said = dict.fromkeys(SPECS, 0.5) if predicted is None else predicted
         self.searches = [Search(lambda everyone, plain: {s: f * plain for s, f in said.items()}) for _ in range(ranks)]
         self.random = random.Random(0)
@@ -40,11 +42,16 @@ class World:
             took = self.seconds(spec, len(self.specs))
             self.specs.append(spec)
             self.time += took
-            due = {search.note(took * self.random.uniform(1, 1 + self.noise)) for search in self.searches}
+            checked = self.errors is not None and self.searches[0].checks
+            error = self.errors(spec, len(self.specs)) if self.errors is not None and checked else None
+            due = {search.note(took * self.random.uniform(1, 1 + self.noise), error) for search in self.searches}
             assert len(due) == 1
             if due.pop():
                 self.asks += 1
-                everyone: list[Said] = [{"medians": s.medians(), "asked": self.asked} for s in self.searches]
+                everyone: list[Said] = [
+                    {"medians": s.medians(), "least": s.least(), "errors": s.errors(), "asked": self.asked}
+                    for s in self.searches
+                ]
                 for search in self.searches:
                     search.compare(everyone)
         return self
@@ -169,3 +176,54 @@ def test_it_looks_again_after_thousands_of_steps() -> None:
     world = World(PAYS, predicted=predicted(PAYS)).run(7000)
     assert len(world.searches[0].choices) == 3
     assert world.time < 7000 * 0.3 * 1.01
+
+
+def test_what_leaves_the_error_budget_while_it_is_tried_is_not_chosen() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=lambda spec, step: 0.9 if spec == "int4" else 0.1).run(60)
+    assert world.chosen == "int8"
+    assert world.specs.count("int4") == 2
+    errors = {trial.spec: trial.error for trial in world.searches[0].choices[0].trials}
+    assert errors["int8"] == 0.1
+
+
+def hurts(since: int, until: int = 10**9) -> Errors:
+    return lambda spec, step: 0.9 if spec == "int4" and since <= step < until else 0.1
+
+
+def test_what_hurts_later_gives_way_to_a_gentler_spec_with_a_cause() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(200)
+    first, second = world.searches[0].choices
+    assert (first.spec, first.cause) == ("int4", "")
+    assert second.spec == "int8"
+    assert second.cause == "the means of int4 were off by 0.90 of the dense ones, more than 0.5"
+    assert 100 <= second.step <= 100 + LOOK + 2
+    assert "int4" not in world.specs[second.step :]
+
+
+def test_it_comes_back_when_it_hurts_no_more() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100, 300)).run(700)
+    assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", "int4"]
+
+
+def test_what_hurts_for_ever_is_tried_ever_more_rarely() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(6000)
+    assert world.chosen == "int8"
+    tried = [step for step, spec in enumerate(world.specs) if spec == "int4" and step > 150]
+    assert 0 < len(tried) <= 2 * 2
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf")])
+def test_an_error_that_is_no_number_is_beyond_every_budget(error: float) -> None:
+    bad: Errors = lambda spec, step: error if step > 60 else 0.1  # noqa: E731
+    world = World(PAYS, predicted=predicted(PAYS), errors=bad).run(200)
+    assert world.chosen == PLAIN  # first int4, then int8, have left it
+    assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", PLAIN]
+
+
+def test_one_rank_that_sees_an_error_is_enough() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=lambda *_: 0.1).run(60)
+    spec = world.chosen
+    everyone: list[Said] = [{"medians": {spec: 0.3}, "errors": {spec: e}, "asked": 0.0} for e in (0.1, 0.9, 0.1)]
+    for search in world.searches:
+        search.compare(everyone)
+    assert world.chosen == "int8"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -11,10 +12,13 @@ import torch.distributed as dist
 from ranks import outcome, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, train
+from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, sgd, train
 
 import commpress
-from commpress.comm.search import FIRST_TURN, WARM_UP
+from commpress.comm.auto import Auto
+from commpress.comm.replicas import replicas_session
+from commpress.comm.search import FIRST_TURN, WARM_UP, Search
+from commpress.kernels import table
 
 PLAIN_STEPS = WARM_UP + FIRST_TURN
 
@@ -104,11 +108,13 @@ class Scripted:
     def __init__(self, *specs: str) -> None:
         self.specs, self.steps, self.choices = list(specs), 0, ()
 
+    checks = False
+
     @property
     def spec(self) -> str:
         return self.specs[self.steps]
 
-    def note(self, seconds: float) -> bool:
+    def note(self, seconds: float, error: float | None) -> bool:
         self.steps += 1
         return False
 
@@ -148,6 +154,76 @@ def test_what_feedback_holds_arrives_when_the_spec_changes(world_size: int) -> N
         assert not torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
 
 
+def watched(spec: str) -> tuple[float | None, float]:
+    """The error of a step's means as it is noted, and what it is."""
+    model, plain = replica(), replica()
+    session = commpress.attach(model)
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    auto = session.step_buffer.auto
+    search = Scripted(spec, spec)
+    search.checks = True
+    auto.search = search  # type: ignore[assignment]
+    for one in (model, plain):
+        loss_of(one, 0).backward()
+    got, dense = (parameters_of_gradient(one) for one in (model, plain))
+    assert auto.watch is not None
+    return auto.watch.error(), float((got - dense).norm() / dense.norm())
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_error_that_is_noted_is_that_of_the_means(world_size: int) -> None:
+    for spec in ("int4", "int8", "bf16"):
+        for noted, true in run(world_size, watched, spec):
+            assert noted == pytest.approx(true, rel=0.2)  # it has a sample of each bucket
+
+
+CLOCK = {"none": 1.0, "bf16": 0.9, "int8": 0.6, "int4": 0.5}
+"""Seconds of a step, as far as the ranks of a test say."""
+
+
+def breaks(spec: str | None, at: int, steps: int) -> dict[str, Any]:
+    """Train on, when nothing has begun to arrive by int4; what came of it, beside plain training."""
+    model, plain = replica(), replica()
+    with (
+        mock.patch.object(Search, "medians", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
+        mock.patch.object(Search, "least", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
+        mock.patch.object(Auto, "_predicted", return_value=CLOCK),
+        mock.patch.dict(table.KERNELS),
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always")
+        session, optimizer = commpress.attach(model, spec), sgd(model, lr=0.02)
+        train(model, range(at), optimizer=optimizer)
+        sound = table.KERNELS["mean", "int4", "cpu"].run
+
+        def lost(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
+            sound(codec, payloads, count, out)
+            out.zero_()
+
+        table.KERNELS["mean", "int4", "cpu"] = table.Kernel(lost)
+        trained = train(model, range(at, steps), optimizer=optimizer)
+    train(plain, range(steps), optimizer=sgd(plain, lr=0.02))
+    with torch.no_grad():
+        losses = [float(sum(loss_of(m.module, 1000 + i) for i in range(32)) / 32) for m in (model, plain)]
+    said = [str(w.message) for w in warned if "were off by" in str(w.message)]
+    return {"losses": losses, "said": said, "parameters": trained.parameters, "explained": session.explain()}
+
+
+def test_a_spec_that_hurts_gives_way_on_all_ranks_and_the_loss_is_that_of_plain_training() -> None:
+    first, second = run(2, breaks, None, 60, 300)
+    assert same(first["parameters"], second["parameters"])
+    guarded, plain = first["losses"]
+    assert guarded < 1.03 * plain
+    (told,) = first["said"]
+    assert second["said"] == []  # once, on the rank that leads
+    assert "the means of int4 were off by 1.00" in told
+    assert " on int8" in told
+    assert "int8 at step" in first["explained"]
+    unguarded, plain = run(2, breaks, "int4", 60, 300)[0]["losses"]
+    assert unguarded > 2 * plain
+
+
 def refusals() -> dict[str, str]:
     me, model = dist.get_rank(), replica()
     optimizer = commpress.optim.OneBitAdamW(model.parameters(), lr=0.1, warmup_steps=1)
@@ -156,8 +232,17 @@ def refusals() -> dict[str, str]:
         "exchange": outcome(lambda: commpress.attach(model, exchange="two_shot")),
         "differ": outcome(lambda: commpress.attach(model, ("int4", "auto")[me])),
         "codec": outcome(lambda: commpress.parse("auto")),
+        "budget": outcome(lambda: commpress.attach(model, "auto(error=much)")),
+        "one budget": outcome(lambda: commpress.attach(model, ("auto(error=0.3)", "auto(error=-1)")[me])),
+        "budgets": outcome(lambda: commpress.attach(model, ("auto(error=0.3)", "auto")[me])),
+        "by hand": outcome(
+            lambda: replicas_session(("auto", "auto(error=0)")[me], dist.group.WORLD, torch.device("cpu"))
+        ),
     }
-    session = commpress.attach(model, "auto")
+    session = commpress.attach(model, "auto(error=0.3)")
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    assert session.step_buffer.auto.search.budget == 0.3
     train(model, range(2))
     said["afterwards"] = session.report().spec
     return said
@@ -171,7 +256,12 @@ def test_what_auto_cannot_choose_is_refused_by_name_on_all_ranks() -> None:
         )
         assert "exchange='two_shot': with auto each codec takes its own" in got["exchange"]
         assert "rank 1 has spec 'auto', rank 0 has 'int4'" in got["differ"]
-        assert "attach finds the codec for a DistributedDataParallel" in got["codec"]
+        assert "attach finds the codec for gradients of DDP and FSDP2" in got["codec"]
+        wanted = "expected an error above 0, a share of the mean, as in auto(error=0.5)"
+        assert f"spec 'auto(error=much)': {wanted}" in got["budget"]
+        assert f"spec 'auto(error=-1)': {wanted}" in got["one budget"]
+        assert "rank 1 has spec 'auto', rank 0 has 'auto(error=0.3)'" in got["budgets"]
+        assert f"spec 'auto(error=0)': {wanted}" in got["by hand"]
         assert got["afterwards"] == "auto: none, still looking"
 
 

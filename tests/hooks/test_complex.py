@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -93,8 +94,8 @@ def ddp_trainings(dtype: torch.dtype, settings: dict[str, Any]) -> dict[tuple[st
     [
         (torch.complex64, 2, {}),
         (torch.complex128, 2, {}),
-        (torch.complex128, 3, {"exchange": "two_shot"}),
-        (torch.complex64, 2, {"error_feedback": False}),
+        slow(torch.complex128, 3, {"exchange": "two_shot"}),
+        slow(torch.complex64, 2, {"error_feedback": False}),
     ],
 )
 def test_complex_gradients_are_averaged_as_pairs_of_reals(
@@ -293,7 +294,7 @@ def fsdp_trainings(dtype: torch.dtype) -> list[Any]:
     return [[fsdp_training(*spec, dtype, pairs) for pairs in (False, True)] for spec in ((None, "none"), *SHARDED)]
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.complex64, slow(torch.complex128)])
 def test_complex_shards_train_as_without_us(dtype: torch.dtype) -> None:
     for (plain, _), *trainings in run(2, fsdp_trainings, dtype):
         assert same(plain[0], trainings[0][0][0])  # bit for bit
@@ -343,7 +344,7 @@ def local_steps(way: str, spec: str, delay: int) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("way", ["diloco", "local_sgd"])
-@pytest.mark.parametrize(("spec", "delay"), [("none", 0), ("int8", 1), ("topk(0.1)|sign", 0)])
+@pytest.mark.parametrize(("spec", "delay"), [slow("none", 0), ("int8", 1), ("topk(0.1)|sign", 0)])
 def test_local_steps_train_imaginary_parts(way: str, spec: str, delay: int) -> None:
     (one, twin), (other, _) = run(2, local_steps, way, spec, delay)
     assert same(one[0], other[0])

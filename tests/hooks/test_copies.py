@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slowly
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -107,7 +108,7 @@ def copies(way: str) -> dict[str, Any]:
     return got
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slowly(WAYS, quick=("deepcopy", "pickle", "copy")))
 def test_a_copy_is_evaluated_trained_and_attached(way: str) -> None:
     for rank, got in enumerate(run(2, copies, way)):
         assert (got["at the copy"], got["same"]) == ([], True)
@@ -140,7 +141,7 @@ def original_goes_on(way: str) -> tuple[Any, Any]:
     return trainings[0], trainings[1]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slowly(WAYS, quick=("deepcopy", "pickle", "copy")))
 def test_a_copy_does_not_change_the_original(way: str) -> None:
     for undisturbed, copied in run(2, original_goes_on, way):
         assert same_training(undisturbed, copied)
@@ -320,6 +321,7 @@ def written(folder: str) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_another_process_loads_what_was_saved(tmp_path: Path) -> None:
     run(2, written, str(tmp_path))
     for name, kind in {"model": "DistributedDataParallel", "state": "CommState"}.items():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow, slowly
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import (
@@ -323,7 +324,19 @@ def refusals() -> dict[str, str]:
 # --- the tests ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    slowly(
+        VARIANTS,
+        quick=VARIANTS.keys()
+        - {
+            "unused, several buckets",
+            "accumulated in views",
+            "compiled inside",
+            "compiled outside, several buckets",
+        },
+    ),
+)
 def test_every_way_of_using_ddp(name: str) -> None:
     ranks = run(2, variant_trainings, name, timeout=120)
     for plain, none, *lossy in ranks:
@@ -346,8 +359,13 @@ def test_none_is_plain_ddp_on_three_ranks() -> None:
         assert same_training(plain, none)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("spec", COMPRESSED)
+@pytest.mark.parametrize(
+    ("spec", "world_size"),
+    slowly(
+        [(spec, ranks) for spec in COMPRESSED for ranks in (2, 3, 4)],
+        quick=[("int4", 2), ("topk(0.01)|int4", 2), ("sign", 3), ("int4", 4)],
+    ),
+)
 def test_gradients_are_the_same_bits_on_all_ranks_and_in_every_run(spec: str, world_size: int) -> None:
     bound = {"int4": 0.3, "sign": 0.9, "topk(0.01)|int4": 1.0}[spec]
     ranks = run(world_size, plain_and, spec, 2)
@@ -362,7 +380,7 @@ def test_gradients_are_the_same_bits_on_all_ranks_and_in_every_run(spec: str, wo
     assert len([row for row in rows if row["steps"] == STEPS - 1]) >= 3  # and laid them out anew after the first step
 
 
-@pytest.mark.parametrize("spec", ["none", *COMPRESSED])
+@pytest.mark.parametrize("spec", slowly(["none", *COMPRESSED], quick=("none", "int4")))
 def test_attached_or_registered_is_the_same(spec: str) -> None:
     for attached, registered, has_session in run(2, both_ways, spec):
         assert same_training(attached, registered)
@@ -383,7 +401,9 @@ def test_a_subgroup_trains_among_its_own_ranks(spec: str) -> None:
 
 
 @pytest.mark.parametrize("alternately", [False, True], ids=["in one backward", "alternately"])
-@pytest.mark.parametrize("specs", [("none", "none"), ("int4", "topk(0.1)|int4"), ("sign", "none")], ids=" and ".join)
+@pytest.mark.parametrize(
+    "specs", [("none", "none"), ("int4", "topk(0.1)|int4"), slow(("sign", "none"))], ids=" and ".join
+)
 def test_two_modules_in_one_process(specs: tuple[str, str], alternately: bool) -> None:
     (one, plain), (other, _) = run(2, compressed_and_plain_modules, specs, alternately)
     assert same_training(one, other)
@@ -391,6 +411,7 @@ def test_two_modules_in_one_process(specs: tuple[str, str], alternately: bool) -
     assert same(one.parameters, plain.parameters) == (specs == ("none", "none"))
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor() -> None:
     one, other = run(2, compiled_with_inductor, "int4", timeout=120)
     assert same_training(one, other)
@@ -518,7 +539,7 @@ def unscaled(spec: str) -> list[Tensor]:
     return trained_as(VARIANTS["several buckets"], spec, 12).parameters
 
 
-@pytest.mark.parametrize("spec", ["none", "int4", "sign", "topk(0.1)|int4"])
+@pytest.mark.parametrize("spec", ["none", "int4", slow("sign"), slow("topk(0.1)|int4")])
 def test_a_scaler_skips_the_steps_that_it_skips_without_a_hook(spec: str) -> None:
     poisoned = (0, 4, 5, 9)
     plain = run(2, scaled, None, poisoned)
@@ -535,7 +556,7 @@ def test_a_scaler_skips_the_steps_that_it_skips_without_a_hook(spec: str) -> Non
         assert same(ranks[0]["parameters"], plain[0]["parameters"])
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4", "sign", "topk(0.1)|int4"])
+@pytest.mark.parametrize("spec", [slow("int8"), "int4", slow("sign"), slow("topk(0.1)|int4")])
 def test_memories_follow_the_scale(spec: str) -> None:
     """Scales are powers of two: a run that follows them has the bits of a run without a scaler."""
     reference = run(2, unscaled, spec)[0]

@@ -11,6 +11,7 @@ import threading
 import weakref
 from pathlib import Path
 
+import pytest
 from ranks import outcome, run
 from torch.nn.parallel import DistributedDataParallel
 from training import network, train
@@ -105,6 +106,7 @@ def test_a_refused_attach_leaves_no_threads() -> None:
         assert (before, after) == (2, 2)
 
 
+@pytest.mark.slow
 def test_the_process_ends_in_peace(tmp_path: Path) -> None:
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(

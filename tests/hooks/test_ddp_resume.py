@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow, slowly
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import INPUTS, SMALL_BUCKETS, WIDTH, Trained, network, same_training, sgd, train
@@ -91,8 +92,13 @@ def refusals(path: str) -> dict[str, str]:
     return {case: outcome(lambda c=case: sessions[c].load_state_dict(states[c])) for case in sessions}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("spec", "world_size"),
+    slowly(
+        [(spec, ranks) for spec in SPECS for ranks in (2, 3)],
+        quick=[("int8", 2), ("int4", 2), ("sign", 3), ("topk(0.1)|int4", 2)],
+    ),
+)
 def test_resumed_is_unbroken(spec: str, world_size: int, tmp_path: Path) -> None:
     for whole, pieced, sizes in run(world_size, interrupted, spec, None, str(tmp_path), SMALL_BUCKETS):
         assert len(sizes) >= 3  # a new DDP module starts with a single bucket
@@ -100,7 +106,7 @@ def test_resumed_is_unbroken(spec: str, world_size: int, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("spec", "exchange"), [
-    ("int4", "two_shot"), ("int4", "one_shot"), ("topk(0.1)", "two_shot"), ("bf16", None), ("none", None),
+    ("int4", "two_shot"), slow("int4", "one_shot"), slow("topk(0.1)", "two_shot"), ("bf16", None), ("none", None),
 ])  # fmt: skip
 def test_resumed_is_unbroken_by_other_exchanges(spec: str, exchange: str | None, tmp_path: Path) -> None:
     for whole, pieced, _ in run(2, interrupted, spec, exchange, str(tmp_path), SMALL_BUCKETS):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from engines import RANKS, engine, rows, same_on_all_ranks, train, weights
 from ranks import run
+from tiers import slow
 from torch import Tensor, nn
 from training import CLASSES, INPUTS, WIDTH, network, same
 
@@ -116,7 +117,7 @@ def compressed_and_plain(names: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, slow(2), slow(3)])
 def test_training_is_deepspeeds_own(stage: int) -> None:
     names = [name for name, setup in SETUPS.items() if setup["stage"] == stage]
     for ranks in zip(*run(RANKS, compressed_and_plain, names, timeout=240), strict=True):
@@ -247,7 +248,7 @@ def replicas_catch_up(spec: str) -> list[float]:
     return distances
 
 
-@pytest.mark.parametrize("spec", ["sign", "topk(0.1)|int8"])
+@pytest.mark.parametrize("spec", ["sign", slow("topk(0.1)|int8")])
 def test_replicas_reach_the_exact_parameters(spec: str) -> None:
     for distances in run(RANKS, replicas_catch_up, spec, timeout=120):
         assert distances[0] > 0.1

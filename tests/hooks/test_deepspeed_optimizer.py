@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engines import RANKS, adamw, engine, rows, same_on_all_ranks, train, weights
 from ranks import outcome, run
+from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import CLASSES, INPUTS, batch, network, same
@@ -95,6 +96,7 @@ def trained(names: list[str]) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_one_bit_adamw_trains_at_every_stage_that_it_knows() -> None:
     for ranks in zip(*run(RANKS, trained, list(SETUPS), timeout=240), strict=True):
         for found in ranks:
@@ -127,6 +129,7 @@ def same_steps() -> list[float]:
     return [float((other - flat[0]).norm() / (flat[0] - start).norm()) for other in flat[1:]]
 
 
+@pytest.mark.slow
 def test_partitions_step_as_replicas_do() -> None:
     for differences in run(RANKS, same_steps, timeout=120):
         assert all(difference < 1e-3 for difference in differences), differences
@@ -151,6 +154,7 @@ def what_is_known() -> tuple[list[float], list[float], float]:
     return cosines, most, final(train(e, range(WARM + 11, WARM + 41)))
 
 
+@pytest.mark.slow
 def test_all_learn_the_momentum_from_the_steps_of_its_owners() -> None:
     for cosines, most, loss in run(RANKS, what_is_known):
         assert len(cosines) == 2
@@ -180,7 +184,7 @@ def coded_along(**settings: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"managed_gradient_accumulation": False}, {"gradient_accumulation_steps": 2},
+    {}, slow({"managed_gradient_accumulation": False}), slow({"gradient_accumulation_steps": 2}),
 ])  # fmt: skip
 def test_what_is_known_is_coded_along_once_a_step(settings: dict[str, Any]) -> None:
     for steps, calls in run(RANKS, partial(coded_along, **settings)):
@@ -199,6 +203,7 @@ def settled() -> list[tuple[int, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_variance_settles_on_all_ranks_at_once() -> None:
     of_ranks = run(RANKS, settled, timeout=120)
     for (replicas, whole), (partitions, together) in of_ranks:
@@ -218,7 +223,7 @@ def clipped(stage: int, parameters: str | None) -> tuple[float, float]:
     return moved[0], moved[-1]
 
 
-@pytest.mark.parametrize(("stage", "parameters"), [(0, None), (2, None), (2, "int8")])
+@pytest.mark.parametrize(("stage", "parameters"), [slow(0, None), (2, None), slow(2, "int8")])
 def test_clipping_ends_with_the_warm_up(stage: int, parameters: str | None) -> None:
     for first, last in run(RANKS, clipped, stage, parameters):
         assert first < 1.01 * 1e-2 * 1e-3 / 1e3  # lr * clip / eps
@@ -260,6 +265,7 @@ def others() -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_zero_one_adamw_and_dgc_at_zero_0_to_2() -> None:
     for found in run(RANKS, others, timeout=120):
         assert found[0][0] < 0.9
@@ -363,6 +369,7 @@ def accumulated() -> list[tuple[str, bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_sent_once() -> None:
     for found in run(RANKS, accumulated, timeout=120):
         assert all(equal for _, equal in found), found
@@ -461,6 +468,7 @@ def resumed(folder: str) -> list[tuple[str, bool, bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path) -> None:
     for found in run(RANKS, resumed, str(tmp_path), timeout=240):
         for name, with_state, without in found:

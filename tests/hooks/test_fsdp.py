@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow, slowly
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -435,7 +436,6 @@ def refusals() -> dict[str, str]:
         "buffers": attach(model, "int4", buffers="int8"),
         "exchange": attach(model, "int4", exchange="two_shot"),
         "DDP's parameters": attach(DistributedDataParallel(network()), "int4", parameters="int8"),
-        "no spec": attach(model),
         "bare module": attach(network(), gradients="int4"),
         "word": attach(model, gradients="int5", parameters="int8"),
         "sparse parameters": attach(model, gradients="int4", parameters="topk(0.1)"),
@@ -508,7 +508,13 @@ def check(name: str, world_size: int) -> list[list[Trained]]:
     return ranks
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    slowly(
+        VARIANTS,
+        quick=VARIANTS.keys() - {"prefetching", "bf16", "fp16", "offloaded", "checkpointed", "accumulated", "GPT"},
+    ),
+)
 def test_every_way_of_using_fsdp(name: str) -> None:
     ranks = check(name, 2)
     for _, none, int4, *topk in ranks:
@@ -526,12 +532,12 @@ def test_every_way_of_using_fsdp(name: str) -> None:
         assert values == [trunk + branch, trunk + 2 * branch]  # one branch or both, never the third
 
 
-@pytest.mark.parametrize("name", ON_THREE)
+@pytest.mark.parametrize("name", slowly(ON_THREE, quick=("uneven",)))
 def test_uneven_shards(name: str) -> None:
     check(name, 3)
 
 
-@pytest.mark.parametrize("name", ON_FOUR)
+@pytest.mark.parametrize("name", slowly(ON_FOUR, quick=("replicas", "tensor parallelism")))
 def test_meshes(name: str) -> None:
     ranks = check(name, 4)
     rows = ranks[0][2].extra["rows"]
@@ -553,7 +559,7 @@ def test_all_ranks_compute_with_the_same_decoded_parameters(parameters: str, wor
         assert got["differs"]
 
 
-@pytest.mark.parametrize("specs", [NONE, ("int4", "int8")], ids=" and ".join)
+@pytest.mark.parametrize("specs", [slow(NONE), ("int4", "int8")], ids=" and ".join)
 def test_evaluation_under_inference_mode(specs: Specs) -> None:
     for (plain, alone), (losses, trained) in zip(run(2, evaluated, None), run(2, evaluated, specs), strict=True):
         assert len(losses) == STEPS
@@ -576,7 +582,7 @@ def test_resharding_after_forward_changes_no_bit(specs: Specs) -> None:
         assert freed.extra["sent_bytes"] > kept.extra["sent_bytes"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, slow(3)])
 @pytest.mark.parametrize("specs", [NONE, ("int4", "int8"), ("bf16", "bf16")], ids=" and ".join)
 def test_the_report_counts_to_the_byte(specs: Specs, world_size: int) -> None:
     for rank, got in enumerate(run(world_size, reported, specs)):
@@ -609,7 +615,9 @@ def test_the_report_counts_to_the_byte(specs: Specs, world_size: int) -> None:
         assert report["backend_bytes"] == sum(row["backend_bytes"] for row in report["rows"])
 
 
-@pytest.mark.parametrize("specs", [("int4", "int8"), ("topk(0.1)|int4", "none"), ("sign", "none")], ids=" and ".join)
+@pytest.mark.parametrize(
+    "specs", [("int4", "int8"), slow(("topk(0.1)|int4", "none")), slow(("sign", "none"))], ids=" and ".join
+)
 def test_replicas_stay_the_same_and_are_where_bytes_are_saved(specs: Specs) -> None:
     for trained, everyone in run(4, replicas, specs, ON_FOUR["replicas"]):
         assert len(everyone) == 2
@@ -644,7 +652,7 @@ def test_meshes_with_a_dimension_of_one(shape: tuple[int, int]) -> None:
         assert gradients["dense_bytes"] > 7 * gradients["sent_bytes"]
 
 
-@pytest.mark.parametrize("specs", [NONE, ("int4", "int8")], ids=" and ".join)
+@pytest.mark.parametrize("specs", [slow(NONE), ("int4", "int8")], ids=" and ".join)
 def test_a_scaler_skips_the_steps_that_it_skips_without_us(specs: Specs) -> None:
     plain, ours = (run(2, scaled, pair, (0, 4, 7)) for pair in (None, specs))
     for one, other in zip(plain, ours, strict=True):
@@ -654,7 +662,7 @@ def test_a_scaler_skips_the_steps_that_it_skips_without_us(specs: Specs) -> None
         assert same(one["parameters"], other["parameters"]) == (specs == NONE)
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4", "sign", "topk(0.1)|int4"])
+@pytest.mark.parametrize("spec", [slow("int8"), "int4", slow("sign"), slow("topk(0.1)|int4")])
 def test_memories_follow_the_scale(spec: str) -> None:
     """Scales are powers of two: a run that follows them has the bits of a run without a scaler."""
     for reference, followed, not_followed in run(2, without_and_with_a_scaler, (spec, "none")):
@@ -675,7 +683,6 @@ def test_refusals_are_sentences_and_harm_nothing() -> None:
     assert one["buffers"] == "TypeError: commpress.attach: buffers='int8': FSDP sends none; leave it out"
     assert one["exchange"].startswith("TypeError: commpress.attach: exchange='two_shot': FSDP's are")
     assert one["DDP's parameters"].startswith("TypeError: commpress.attach: parameters='int8': DistributedDataParallel")
-    assert "attach finds the codec for a DistributedDataParallel; expected one here, as int4" in one["no spec"]
     assert "or a model that fully_shard took, got Sequential; wrap the model first" in one["bare module"]
     assert one["word"].startswith("ValueError: gradients: spec 'int5': unknown codec 'int5', known: none")
     assert "parameters: topk(0.1) would make most of them 0" in one["sparse parameters"]

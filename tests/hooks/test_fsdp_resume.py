@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import outcome, run
+from tiers import slow
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -103,9 +104,9 @@ def kept_without_feedback() -> list[Any]:
 
 @pytest.mark.parametrize(("specs", "world_size", "replicas"), [
     (("int4", "int8"), 2, 1),
-    (("topk(0.1)|int4", "int4"), 3, 1),
-    (("sign", "none"), 2, 1),
-    (("int4", "none"), 4, 2),
+    slow(("topk(0.1)|int4", "int4"), 3, 1),
+    slow(("sign", "none"), 2, 1),
+    slow(("int4", "none"), 4, 2),
     (("topk(0.1)|int4", "int8"), 3, 3),
 ])  # fmt: skip
 def test_a_resumed_training_goes_on_bit_for_bit(

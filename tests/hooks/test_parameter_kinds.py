@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow, slowly
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
@@ -306,7 +307,7 @@ def moves_between(way: str) -> dict[str, bool]:
     return same_as
 
 
-@pytest.mark.parametrize("way", list(WRAPS)[1:])
+@pytest.mark.parametrize("way", slowly(list(WRAPS)[1:], quick=("of compiled", "inside", "checkpointed")))
 def test_a_state_loads_whatever_wraps_the_model(way: str) -> None:
     for same_as in run(2, moves_between, way, timeout=120):
         assert all(same_as.values()), same_as
@@ -362,7 +363,7 @@ def shards_move(way: str) -> list[dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("way", ["compiled", "inside", "checkpointed"])
+@pytest.mark.parametrize("way", ["compiled", slow("inside"), "checkpointed"])
 def test_a_sharded_models_names_are_bare(way: str) -> None:
     for plain, wrapped in run(2, shards_move, way, timeout=120):
         assert plain == wrapped

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import outcome, run
+from tiers import slow, slowly
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -228,7 +229,13 @@ def withheld(session: Any) -> float:
     return float(total) / session.world_size
 
 
-@pytest.mark.parametrize(("kind", "asynchronously"), [(kind, False) for kind in KINDS] + [("SGD", True)])
+@pytest.mark.parametrize(
+    ("kind", "asynchronously"),
+    slowly(
+        [(kind, False) for kind in KINDS] + [("SGD", True)],
+        quick=[("SGD", False), ("SGD", True), ("OneBitAdamW", False)],
+    ),
+)
 def test_a_session_goes_on_bit_for_bit_from_torchs_distributed_checkpoint(
     kind: str, asynchronously: bool, tmp_path: Path
 ) -> None:
@@ -238,7 +245,7 @@ def test_a_session_goes_on_bit_for_bit_from_torchs_distributed_checkpoint(
 
 
 @pytest.mark.parametrize(("old", "new", "kind"), [
-    (3, 2, "SGD"), (2, 3, "SGD"), (2, 1, "SGD"), (3, 2, "OneBitAdamW"), (2, 3, "ZeroOneAdamW"),
+    (3, 2, "SGD"), slow(2, 3, "SGD"), (2, 1, "SGD"), (3, 2, "OneBitAdamW"), slow(2, 3, "ZeroOneAdamW"),
 ])  # fmt: skip
 def test_another_number_of_ranks_loads_it_and_nothing_is_lost(old: int, new: int, kind: str, tmp_path: Path) -> None:
     saved = run(old, save, kind, str(tmp_path / "c"))
@@ -310,7 +317,7 @@ def sharded_withheld(session: Any) -> float:
     return float(total) / session.world_size
 
 
-@pytest.mark.parametrize(("old", "new"), [(2, 3), (3, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("old", "new"), [(2, 3), slow(3, 2), slow(2, 2), (3, 1)])
 def test_a_sharded_session_is_loaded_by_another_number_of_ranks(old: int, new: int, tmp_path: Path) -> None:
     kept, _ = run(old, sharded_save, str(tmp_path))[0]
     for now, losses in run(new, sharded_load, str(tmp_path)):
@@ -332,7 +339,7 @@ def on_a_mesh(bad_rank: int) -> str:
     return outcome(lambda: session.load_state_dict(state))
 
 
-@pytest.mark.parametrize("bad_rank", [0, 3])
+@pytest.mark.parametrize("bad_rank", [slow(0), 3])
 def test_a_rank_without_a_state_is_an_error_along_all_dimensions_of_a_mesh(bad_rank: int) -> None:
     for said in run(4, on_a_mesh, bad_rank, group_timeout=PATIENT, fresh=True):
         assert "expected the dict that this rank saved, got a NoneType" in said

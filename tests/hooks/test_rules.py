@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, network, same, same_training, train
 
@@ -71,7 +72,7 @@ def by_rules_and_plain() -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, slow(3)])
 def test_each_parameter_travels_by_its_own_codec(world_size: int) -> None:
     ranks = run(world_size, by_rules_and_plain)
     (mixed, report), *rest = ranks[0]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import nn
 from torch.utils.data import DataLoader
 from trainers import MICRO, OPTIMIZERS, blocks, examples, flat, launched, payload_bytes
@@ -238,6 +239,7 @@ def follow_the_page(folder: str) -> dict[str, Any]:
         return {"report": names["session"].report().to_dict(), "parameters": flat(names["model"].parameters())}
 
 
+@pytest.mark.slow
 def test_a_training_sends_what_the_spec_says_and_learns_as_without() -> None:
     steps = 24
     plain = run(2, trained, None, steps, {}, timeout=120)
@@ -254,7 +256,7 @@ def test_a_training_sends_what_the_spec_says_and_learns_as_without() -> None:
         assert {row["reason"] for row in report["rows"]} == {""}
 
 
-@pytest.mark.parametrize(("spec", "optimizer"), [("int4", "adamw"), ("sign", "one bit"), ("sign", "zero one")])
+@pytest.mark.parametrize(("spec", "optimizer"), [("int4", "adamw"), slow("sign", "one bit"), slow("sign", "zero one")])
 def test_load_state_goes_on_as_unbroken(spec: str, optimizer: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "state")
     for whole, pieced, without in run(2, interrupted, spec, optimizer, folder, 4, 8, timeout=120):
@@ -287,7 +289,9 @@ def test_each_of_two_models_has_its_own_files(tmp_path: Path) -> None:
         assert not torch.equal(saved[0]["memories"][0][0]["residual"], saved[1]["memories"][0][0]["residual"])
 
 
-@pytest.mark.parametrize("settings", [{"mixed_precision": "bf16"}, {"scaler": True}, {"dynamo_backend": "AOT_EAGER"}])
+@pytest.mark.parametrize(
+    "settings", [{"mixed_precision": "bf16"}, {"scaler": True}, slow({"dynamo_backend": "AOT_EAGER"})]
+)
 def test_mixed_precision_and_compiled(settings: dict[str, Any]) -> None:
     one, other = run(2, trained, "int4", 24, settings, timeout=120)
     assert torch.equal(one["parameters"], other["parameters"])

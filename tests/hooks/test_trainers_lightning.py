@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import nn
 from torch.utils.data import DataLoader
 from trainers import MICRO, OPTIMIZERS, blocks, examples, flat, launched, payload_bytes
@@ -239,6 +240,7 @@ def follow_the_page(folder: str) -> dict[str, Any]:
         return {"report": report, "parameters": flat(names["model"].parameters())}
 
 
+@pytest.mark.slow
 def test_a_training_sends_what_the_spec_says_and_learns_as_without(tmp_path: Path) -> None:
     steps = 24
     plain = run(2, trained, str(tmp_path), steps, None, timeout=120)
@@ -262,7 +264,7 @@ def test_a_loss_scaler_is_followed(tmp_path: Path) -> None:
     assert sum(one["losses"][-8:]) < 0.8 * sum(one["losses"][:8])
 
 
-@pytest.mark.parametrize(("spec", "optimizer"), [("int4", "adamw"), ("sign", "one bit"), ("sign", "zero one")])
+@pytest.mark.parametrize(("spec", "optimizer"), [("int4", "adamw"), slow("sign", "one bit"), slow("sign", "zero one")])
 def test_ckpt_path_goes_on_as_unbroken(spec: str, optimizer: str, tmp_path: Path) -> None:
     ranks = run(2, interrupted, str(tmp_path), 4, 8, spec, optimizer, timeout=120)
     for rank, (whole, pieced, without) in enumerate(ranks):

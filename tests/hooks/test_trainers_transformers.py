@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from trainers import blocks, flat, forget, launched, payload_bytes
 
 from commpress.optim import OneBitAdamW, ZeroOneAdamW
@@ -146,6 +147,7 @@ def follow_the_page(folder: str) -> dict[str, Any]:
         return {"parameters": flat(names["model"].parameters())}
 
 
+@pytest.mark.slow
 def test_a_training_sends_what_the_spec_says_and_learns_as_without(tmp_path: Path) -> None:
     steps = 40
     plain = run(2, trained, str(tmp_path / "plain"), steps, None, {}, timeout=120)
@@ -168,8 +170,8 @@ def test_a_training_sends_what_the_spec_says_and_learns_as_without(tmp_path: Pat
     ("spec", "settings"),
     [
         ("int4", {}),
-        ("sign", {"optimizer": "by class", "max_grad_norm": 0.0}),
-        ("sign", {"optimizer": "by object", "max_grad_norm": 0.0, "bf16": True}),
+        slow("sign", {"optimizer": "by class", "max_grad_norm": 0.0}),
+        slow("sign", {"optimizer": "by object", "max_grad_norm": 0.0, "bf16": True}),
     ],
 )
 def test_resume_from_checkpoint_goes_on_as_unbroken(spec: str, settings: dict[str, Any], tmp_path: Path) -> None:

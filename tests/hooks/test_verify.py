@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, same, train
 
@@ -120,7 +121,7 @@ def trained(spec: str, verify: int) -> Any:
     return train(ddp, range(5)).parameters, session.report().sent_bytes
 
 
-@pytest.mark.parametrize("spec", ["int4", "none", "bf16", "topk(0.1)|sign"])
+@pytest.mark.parametrize("spec", ["int4", "none", slow("bf16"), slow("topk(0.1)|sign")])
 def test_a_comparison_changes_nothing(spec: str) -> None:
     for compared, plain in zip(run(3, trained, spec, 1), run(3, trained, spec, 0), strict=True):
         assert same(compared[0], plain[0])

@@ -1,6 +1,6 @@
-"""Compiles the pieces of the hot loops for processors: `NUMBA_OPT=0 python pieces.py '{"haswell": "x86_64-linux-gnu"}'`.
+"""Compiles pieces of the hot loops for processors: `NUMBA_OPT=0 python pieces.py '{"haswell": "x86_64-linux-gnu"}' top_of`.
 
-Prints LLVM's optimised code by processor and piece, as JSON.
+It takes processors with their triples, and names of pieces, and prints LLVM's optimised code by processor and piece, as JSON.
 """
 
 import json
@@ -148,10 +148,10 @@ def _builder(machine: Any, level: int, vectors: bool) -> Any:
 
 
 def main() -> None:
-    """Compile all pieces."""
+    """Compile the pieces that are asked for."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    once = {name: lowered(*piece) for name, piece in PIECES.items()}
+    once = {name: lowered(*PIECES[name]) for name in sys.argv[2:]}
     out = {
         processor: {name: optimised(code, processor, triple) for name, code in once.items()}
         for processor, triple in json.loads(sys.argv[1]).items()

@@ -18,6 +18,7 @@ import numba
 import numpy as np
 import pytest
 from numba.core.caching import IndexDataCacheFile
+from tiers import slowly
 
 from commpress.kernels import compiled
 
@@ -119,7 +120,7 @@ def test_a_loop_is_compiled_once_and_found_by_the_next_process(folder: Path, sou
     assert run_loop(source) == (True, [])
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", slowly(DAMAGE, quick=("truncated", "one bit", "a pickle that fails")))
 def test_a_damaged_cache_is_made_anew_with_one_warning_that_names_the_folder(
     folder: Path, source: Path, damage: str
 ) -> None:

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import numba
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
@@ -39,6 +40,7 @@ def compiled(folder: str) -> None:
     fingerprint(torch.zeros(5, dtype=torch.float32, device="cpu"))
 
 
+@pytest.mark.slow
 def test_ranks_that_attach_at_once_over_a_damaged_cache_train_as_with_a_whole_one(tmp_path: Path) -> None:
     """Its time goes into compiling: what one rank has made is damaged, two make it anew, and find it."""
     (_, whole), (_, peer) = run(2, attached, None)

@@ -7,22 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import slow
 
 CHECKS = Path(__file__).with_name("interpreted.py")
 CODE = Path(__file__).with_name("triton_code.py")
 SHARED = 48 * 1024
 """Bytes of shared memory that every GPU gives a program without being asked."""
 SPECS = "bf16 fp16 fp8 fp8(e5m2) int8 int8(stochastic) int4 int4(stochastic) int2 sign"
-ALL: dict[int, list[str] | None] = {80: None, 90: None, 100: None}
-QUICK: dict[int, list[str] | None] = {
-    90: None,
-    80: ["int8 prologue", "fp8 recode", "bf16 mean", "sign feedback", "int2 prologue"],
-    100: ["int4(stochastic) recode", "fp8 prologue", "fp16 feedback", "sign recode", "int2 encode"],
+FEW: dict[int, list[str] | None] = {
+    90: ["int8 recode", "fp8 prologue", "bf16 mean", "sign feedback", "int2 encode"],
+    80: ["int8 prologue"],
+    100: ["int4(stochastic) recode"],
 }
-"""Kernels by compute capability, None for all: of the others a member of each family, and each op."""
+"""Kernels by compute capability: a member of each family, and each op. None means all."""
 
 
-def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition() -> None:
+@pytest.mark.parametrize("specs", ["bf16 int4 sign", slow(SPECS)], ids=["few", "all"])
+def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(specs: str) -> None:
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(
@@ -38,7 +39,7 @@ def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition() -> None:
             "--durations=4",
             str(CHECKS),
         ],
-        env={**environment, "TRITON_INTERPRET": "1", "SPECS": SPECS},
+        env={**environment, "TRITON_INTERPRET": "1", "SPECS": specs},
         capture_output=True,
         text=True,
         timeout=280,
@@ -46,7 +47,9 @@ def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("kernels", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["most", "all"])
+@pytest.mark.parametrize(
+    "kernels", [FEW, slow({80: None}), slow({90: None}), slow({100: None})], ids=["few", "80", "90", "100"]
+)
 def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(
     kernels: dict[int, list[str] | None], tmp_path: Path
 ) -> None:

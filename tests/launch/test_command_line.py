@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from commands import run_command
 from ranks import run
+from tiers import slow
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,7 +77,7 @@ def test_paths_of_train(tmp_path: Path, bad: dict[str, Path]) -> None:
     requires_a_sentence(commpress_command(*common, "--resume"), "--resume", tmp_path / "out")
 
 
-@pytest.mark.parametrize("value", ["-1", "abc", "nan", "99999999999999999999"])
+@pytest.mark.parametrize("value", [slow("-1"), "abc", "nan", slow("99999999999999999999")])
 def test_numbers_of_train(tmp_path: Path, bad: dict[str, Path], value: str) -> None:
     common = ("train", *TINY, "--data", tmp_path / "file", "--out", tmp_path / "out")
     for flag in (*WHOLE, *REAL):

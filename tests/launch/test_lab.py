@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from hosts import on_host
 from ranks import Died, outcome, run
+from tiers import slow
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,6 +123,7 @@ def test_a_delay_that_cannot_be_made_at_this_rate_is_refused() -> None:
     assert not own(os.getpid())
 
 
+@pytest.mark.slow
 @needs_lab
 def test_ranks_of_one_host_speak_over_its_loopback(tmp_path: Path) -> None:
     """Two hosts of two ranks: 4 MB between the ranks of each host, then 1 MB between the hosts."""
@@ -198,6 +200,7 @@ def test_the_next_lab_removes_what_a_killed_one_left() -> None:
     assert not any(Path("/proc", str(p)).exists() for p in running)
 
 
+@pytest.mark.slow
 def test_without_rights_the_command_runs_on_loopback_and_it_says_so(tmp_path: Path) -> None:
     prefix: list[str] = [] if lab.missing() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     command = [sys.executable, "-c", TWO_LEVELS, str(tmp_path)]
@@ -244,30 +247,38 @@ def steps(spread: strategies.Strategy) -> None:
         spread.optimizer.zero_grad()
 
 
-def kernel_agrees(link: lab.Link, hosts: Sequence[lab.Host]) -> dict[str, tuple[int, int]]:
-    """Some steps of each way to spread a model, and broadcasts: the bytes by the report, and by the kernel."""
+def kernel_agrees(link: lab.Link, hosts: Sequence[lab.Host], ways: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Some steps of ways to spread a model, or broadcasts: the bytes by the report, and by the kernel."""
     found = {}
     with on_host(link, hosts):
         dist.init_process_group("gloo")
-        for name, make in STRATEGIES.items():
-            spread = make(GPT(Shape(3, 192, 4, 32)))
-            kernel = counted(partial(steps, spread))
-            found[name] = spread.session.report().sent_bytes, kernel
-        model = GPT(Shape(3, 192, 4, 32))
-        reports: list[commpress.Report] = []
-        kernel = counted(lambda: reports.extend(commpress.broadcast_parameters(model, "int8") for _ in range(3)))
-        found["broadcast"] = reports[-1].sent_bytes, kernel
+        for way in ways:
+            model = GPT(Shape(3, 192, 4, 32))
+            if way == "broadcast":
+                reports: list[commpress.Report] = []
+                kernel = counted(partial(broadcasts, model, reports))
+                found[way] = reports[-1].sent_bytes, kernel
+            else:
+                spread = STRATEGIES[way](model)
+                kernel = counted(partial(steps, spread))
+                found[way] = spread.session.report().sent_bytes, kernel
         dist.destroy_process_group()
     return found
 
 
+def broadcasts(model: GPT, reports: list[commpress.Report]) -> None:
+    for _ in range(3):
+        reports.append(commpress.broadcast_parameters(model, "int8"))
+
+
 @needs_lab
-def test_the_kernel_agrees_for_every_way_to_spread_a_model() -> None:
+@pytest.mark.parametrize("ways", [("ddp",), slow(("fsdp", "diloco", "broadcast"))], ids=" and ".join)
+def test_the_kernel_agrees_for_every_way_to_spread_a_model(ways: Sequence[str]) -> None:
     """Three hosts, of some MB each: gradients, sharded parameters, outer updates, broadcasts."""
     link = lab.Link(3, "10gbit")
     with lab.network(link) as hosts:
-        ranks = run(3, kernel_agrees, link, hosts, fresh=True)
-    for way in ("ddp", "fsdp", "diloco", "broadcast"):
+        ranks = run(3, kernel_agrees, link, hosts, ways, fresh=True)
+    for way in ways:
         reported, counted_ = (sum(rank[way][i] for rank in ranks) for i in (0, 1))
         assert reported > 1e6
         assert reported == pytest.approx(counted_, rel=0.02), way
@@ -286,6 +297,7 @@ def measured(link: lab.Link, hosts: Sequence[lab.Host], arguments: list[str]) ->
         training.main()
 
 
+@pytest.mark.slow
 @needs_lab
 def test_the_benchmark_says_what_the_kernel_counts(tmp_path: Path) -> None:
     """At 10 MB a step and more, within 2 %."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from commands import Ended, run_command
 from ranks import run
 from shared import filled
+from tiers import slowly
 
 from commpress.files import load_state, save_state, write_atomically
 from commpress.launch import checkpoint, data, demo, train
@@ -35,6 +37,8 @@ RUNS = {
     "diloco:AdamW:topk(0.1)|int2": 131,
 }
 """How the model is spread, optimizer and spec, and how many times fewer bytes they send in all."""
+WAYS = list(RUNS)
+QUICK = ("ddp:AdamW:int4", "ddp:OneBitAdamW:sign", "fsdp:AdamW:int4", "local_sgd:AdamW:int8", WAYS[-1])
 SMALL = {
     **{"layers": 2, "width": 64, "heads": 2, "context": 32, "batch": 4, "steps": STEPS, "lr": 1e-2, "warmup_steps": 2},
     **{"eval_every": 4, "eval_batches": 4, "checkpoint_every": 3, "seed": 3, "threads": 1},
@@ -84,50 +88,54 @@ def cli(*arguments: object) -> Ended:
     return run_command("train", *arguments)
 
 
-def whole_and_cut(folder: Path, text: Path) -> None:
-    """Train by each of RUNS without a break, and again with a break (Ctrl-C on one rank, in a step) and --resume."""
+def whole_and_cut(folder: Path, text: Path, way: str) -> None:
+    """Train by one of RUNS without a break, and again with a break (Ctrl-C on one rank, in a step) and --resume."""
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
-    for i, way in enumerate(RUNS):
-        parallel, optimizer, spec = way.split(":")
-        chosen = {**SMALL, "data": text, "compress": spec, "optimizer": optimizer, "parallel": parallel}
-        chosen |= MORE.get(parallel, {})
-        recorded = 3 if parallel == "ddp" else 0
-        whole, cut = ({**chosen, "out": folder / f"{name}{i}"} for name in ("whole", "cut"))
-        assert train.train(train.Settings(**whole, timeline=recorded))
-        sample, drawn = data.sample, 0
+    parallel, optimizer, spec = way.split(":")
+    chosen = {**SMALL, "data": text, "compress": spec, "optimizer": optimizer, "parallel": parallel}
+    chosen |= MORE.get(parallel, {})
+    recorded = 3 if parallel == "ddp" else 0
+    whole, cut = ({**chosen, "out": folder / name} for name in ("whole", "cut"))
+    assert train.train(train.Settings(**whole, timeline=recorded))
+    sample, drawn = data.sample, 0
 
-        def interrupted(*arguments: Any, sample: Any = sample) -> Any:
-            nonlocal drawn
-            drawn += 1
-            if drawn == STOPPED_AT and dist.get_rank() == 1:
-                signal.raise_signal(signal.SIGINT)
-            return sample(*arguments)
+    def interrupted(*arguments: Any, sample: Any = sample) -> Any:
+        nonlocal drawn
+        drawn += 1
+        if drawn == STOPPED_AT and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGINT)
+        return sample(*arguments)
 
-        data.sample = interrupted
-        try:
-            assert not train.train(train.Settings(**cut))
-        finally:
-            data.sample = sample
-        dist.barrier()  # rank 0 writes the marker
-        assert checkpoint.load_shared(folder / f"cut{i}")["step"] == STOPPED_AT
-        assert train.train(train.Settings(**cut, resume=True))
+    data.sample = interrupted
+    try:
+        assert not train.train(train.Settings(**cut))
+    finally:
+        data.sample = sample
+    dist.barrier()  # rank 0 writes the marker
+    assert checkpoint.load_shared(folder / "cut")["step"] == STOPPED_AT
+    assert train.train(train.Settings(**cut, resume=True))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """whole0, cut0, whole1, ...: each of RUNS without a break, and stopped at step 5 of 12 and resumed."""
-    return filled(tmp_path_factory, "train", lambda folder: run(2, whole_and_cut, folder, text, timeout=240))
+def runs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[str], Path]:
+    """By one of RUNS a folder with `whole`, without a break, and `cut`, stopped at step 5 of 12 and resumed."""
+
+    def made(way: str) -> Path:
+        name = f"train {WAYS.index(way)}"
+        return filled(tmp_path_factory, name, lambda folder: run(2, whole_and_cut, folder, text, way, timeout=240))
+
+    return made
 
 
-@pytest.mark.parametrize("i", range(len(RUNS)), ids=list(RUNS))
-def test_the_loss_falls_and_the_record_says_what_happened(runs: Path, i: int) -> None:
-    record = json.loads((runs / f"whole{i}" / "record.json").read_text())
+@pytest.mark.parametrize("way", slowly(WAYS, QUICK))
+def test_the_loss_falls_and_the_record_says_what_happened(runs: Callable[[str], Path], way: str) -> None:
+    record = json.loads((runs(way) / "whole" / "record.json").read_text())
     curve = record["curve"]
     assert [row["step"] for row in curve] == list(range(STEPS + 1))
     validations = {row["step"]: row["validation_loss"] for row in curve if row["validation_loss"] is not None}
     assert list(validations) == [0, 4, 8, STEPS]
     assert validations[0] == pytest.approx(5.55, abs=0.05)  # log 256: it knows nothing yet
-    parallel, optimizer, spec = list(RUNS)[i].split(":")
+    parallel, optimizer, spec = way.split(":")
     assert validations[STEPS] < validations[0] - (1 if "Adam" in optimizer else 0.02)
     assert record["final_validation_loss"] == validations[STEPS]
     assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(curve))
@@ -146,22 +154,22 @@ def test_the_loss_falls_and_the_record_says_what_happened(runs: Path, i: int) ->
     gradients = [row for row in record["report"]["rows"] if row["role"] == "gradients"]
     if gradients:
         assert sum(row["backend_bytes"] for row in gradients) == STEPS * 4 * record["parameters"]
-    assert record["traffic"]["ratio"] == pytest.approx(list(RUNS.values())[i], rel=0.1)
+    assert record["traffic"]["ratio"] == pytest.approx(RUNS[way], rel=0.1)
 
 
-@pytest.mark.parametrize("i", range(len(RUNS)), ids=list(RUNS))
-def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Path, i: int) -> None:
-    whole, cut = (checkpoint.load_shared(runs / f"{name}{i}") for name in ("whole", "cut"))
+@pytest.mark.parametrize("way", slowly(WAYS, QUICK))
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Callable[[str], Path], way: str) -> None:
+    whole, cut = (checkpoint.load_shared(runs(way) / name) for name in ("whole", "cut"))
     assert whole["step"] == cut["step"] == STEPS
     torch.testing.assert_close(whole["model"], cut["model"], rtol=0, atol=0)
     changing = {"seconds"}
-    if "diloco" in list(RUNS)[i]:
+    if "diloco" in way:
         changing |= {"sent_bytes", "dense_bytes"}  # of what travels beside training, counted as it goes
     for a, b in zip(whole["curve"], cut["curve"], strict=True):
         assert {**a, **dict.fromkeys(changing)} == {**b, **dict.fromkeys(changing)}
     assert whole["curve"][-1]["sent_bytes"] == cut["curve"][-1]["sent_bytes"]
     for rank in range(2):
-        a, b = (checkpoint.load_own(runs / f"{name}{i}", STEPS, rank) for name in ("whole", "cut"))
+        a, b = (checkpoint.load_own(runs(way) / name, STEPS, rank) for name in ("whole", "cut"))
         assert torch.equal(a["windows"], b["windows"])
         one, other = (own.get("optimizer", shared.get("optimizer")) for own, shared in ((a, whole), (b, cut)))
         torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
@@ -174,8 +182,8 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(runs: Path, i: int) -> No
             torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
 
 
-def test_the_timeline_holds_the_phases_of_the_asked_steps(runs: Path) -> None:
-    events = json.loads((runs / "whole1" / "timeline.json").read_text())["traceEvents"]
+def test_the_timeline_holds_the_phases_of_the_asked_steps(runs: Callable[[str], Path]) -> None:
+    events = json.loads((runs("ddp:AdamW:int4") / "whole" / "timeline.json").read_text())["traceEvents"]
     phases = {(event["args"]["step"], event["name"]) for event in events if event["ph"] == "X"}
     each = ("forward", "backward", "encode", "wire", "decode", "exposed")
     assert phases == set(itertools.product((5, 6, 7), each))
@@ -187,9 +195,10 @@ def test_a_run_too_short_for_a_timeline_says_so(tmp_path: Path, text: Path, caps
     assert not (tmp_path / "run" / "timeline.json").exists()
 
 
-def test_resume_needs_the_same_run(runs: Path, text: Path) -> None:
-    saved = json.loads((runs / "whole1" / "record.json").read_text())["settings"]
-    same = {**saved, "data": text, "out": runs / "whole1", "resume": True}
+def test_resume_needs_the_same_run(runs: Callable[[str], Path], text: Path) -> None:
+    out = runs("ddp:AdamW:int4") / "whole"
+    saved = json.loads((out / "record.json").read_text())["settings"]
+    same = {**saved, "data": text, "out": out, "resume": True}
     for change, message in (
         ({"compress": "int8"}, "--compress int4, this one --compress int8"),
         ({"width": 32}, "--width 64, this one --width 32"),
@@ -198,18 +207,20 @@ def test_resume_needs_the_same_run(runs: Path, text: Path) -> None:
     ):
         with pytest.raises(train.TrainingError, match=message):
             train.train(train.Settings(**{**same, **change}))
-    for number, way in ((6, "fsdp"), (7, "local_sgd"), (8, "diloco")):
-        settings = json.loads((runs / f"whole{number}" / "record.json").read_text())["settings"]
-        with pytest.raises(train.TrainingError, match=f"world size of 2, this one a world size of 1.*--parallel {way}"):
-            train.train(train.Settings(**{**settings, "data": text, "out": runs / f"whole{number}", "resume": True}))
+    for way in WAYS[6:]:
+        out, parallel = runs(way) / "whole", way.split(":")[0]
+        settings = json.loads((out / "record.json").read_text())["settings"]
+        message = f"world size of 2, this one a world size of 1.*--parallel {parallel}"
+        with pytest.raises(train.TrainingError, match=message):
+            train.train(train.Settings(**{**settings, "data": text, "out": out, "resume": True}))
 
 
-@pytest.mark.parametrize("i", range(6), ids=list(RUNS)[:6])
+@pytest.mark.parametrize("way", slowly(WAYS[:6], QUICK))
 def test_a_run_goes_on_with_other_ranks_and_more_steps(
-    tmp_path: Path, runs: Path, text: Path, capsys: pytest.CaptureFixture[str], i: int
+    tmp_path: Path, runs: Callable[[str], Path], text: Path, capsys: pytest.CaptureFixture[str], way: str
 ) -> None:
     """What two ranks have trained for twelve steps, one trains for three more."""
-    shutil.copytree(runs / f"whole{i}", tmp_path / "run")
+    shutil.copytree(runs(way) / "whole", tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "record.json").read_text())["settings"]
     more = {**saved, "data": text, "out": tmp_path / "run", "resume": True, "steps": STEPS + 3, "timeline": 0}
     assert train.train(train.Settings(**more))
@@ -223,6 +234,7 @@ def test_a_run_goes_on_with_other_ranks_and_more_steps(
     assert curve[STEPS + 1]["train_loss"] < curve[STEPS]["train_loss"] + 0.5  # not anew
 
 
+@pytest.mark.slow
 def test_interrupting_torchrun_leaves_a_checkpoint_and_no_process(tmp_path: Path, text: Path) -> None:
     flags = {**TINY, "steps": 300, "data": text, "out": tmp_path, "compress": "int4"}
     arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
@@ -359,6 +371,7 @@ def test_ending_a_child_ends_what_it_started() -> None:
     assert not [pid for pid in family if running(pid)]
 
 
+@pytest.mark.slow
 def test_a_demo_run_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(demo.DemoError, match=r"ended with code 1\nerror: .*unknown codec 'int5'"):
         demo.train(tmp_path, {"compress": "int5"}, 3)

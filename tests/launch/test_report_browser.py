@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import report_samples
+from tiers import slowly
 
 from commpress.launch import records, report
 
@@ -151,7 +152,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", slowly(SIZES, quick=("desk",)))
 def test_the_report_at_the_width_of(chromium: Chromium, page: Path, tmp_path: Path, size: str) -> None:
     chromium.open(page, *SIZES[size])
     found = chromium.evaluate(MEASURE)

@@ -52,6 +52,7 @@ def flags(tmp_path: Path) -> list[str]:
     return [str(part) for name, value in {**TINY, "data": text}.items() for part in (f"--{name}", value)]
 
 
+@pytest.mark.slow
 def test_slurm_trains_on_two_nodes(tmp_path: Path, flags: list[str]) -> None:
     """With its three variables set and Slurm's own programs replaced by stand-ins that run everything on this machine."""
     template = (LAUNCH / "slurm.sbatch").read_text()

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from commands import run_command
 from ranks import outcome, run
 from shared import filled
+from tiers import slowly
 from torch import nn
 
 from commpress.launch import checkpoint, data, recipes, train
@@ -59,8 +61,20 @@ BREAKS = {"ddp": (2, 10, 14, 18), "fsdp": (10, 18)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, and runs by recipe: in one go, with breaks in its phases, and forked."""
+    """A teacher, and runs by recipe under DDP: in one go, with breaks in its phases, and forked."""
     return filled(tmp_path_factory, "recipe", fill)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Callable[[str], Path]:
+    """By one of BREAKS the folder with its run in one go and its run with breaks."""
+
+    def made(way: str) -> Path:
+        if way == "ddp":
+            return folder
+        return filled(tmp_path_factory, way, lambda out: run(2, whole_and_cut, folder, out, way, timeout=240))
+
+    return made
 
 
 def fill(folder: Path) -> None:
@@ -73,15 +87,7 @@ def fill(folder: Path) -> None:
 def train_all(folder: Path) -> None:
     common = {**COMMON, "data": folder / "text.txt"}
     assert train.train(train.Settings(**{**common, "width": 96, "out": folder / "teacher"}))
-    for way, breaks in BREAKS.items():
-        chosen = {**common, "parallel": way, "recipe": folder / "int8.toml", "compress": "int4"}
-        assert train.train(train.Settings(**chosen, out=folder / way))
-        cut, done = train.Settings(**chosen, out=folder / f"{way}-cut"), 0
-        for step in breaks:
-            stop_at(step - done, functools.partial(train.train, cut))
-            assert checkpoint.load_shared(folder / f"{way}-cut")["step"] == step
-            cut, done = train.Settings(**{**vars(cut), "resume": True}), step
-        assert train.train(cut)
+    whole_and_cut(folder, folder, "ddp")
     chosen = {
         **common,
         "recipe": folder / "int4.toml",
@@ -98,6 +104,24 @@ def train_all(folder: Path) -> None:
     assert train.train(
         train.Settings(**common, recipe=folder / "late.toml", out=folder / "pruned", fork=folder / "plain")
     )
+
+
+def whole_and_cut(folder: Path, out: Path, way: str) -> None:
+    """Train by the recipe of 8 bits in one go, and again with breaks."""
+    chosen = {
+        **COMMON,
+        "data": folder / "text.txt",
+        "parallel": way,
+        "recipe": folder / "int8.toml",
+        "compress": "int4",
+    }
+    assert train.train(train.Settings(**chosen, out=out / way))
+    cut, done = train.Settings(**chosen, out=out / f"{way}-cut"), 0
+    for step in BREAKS[way]:
+        stop_at(step - done, functools.partial(train.train, cut))
+        assert checkpoint.load_shared(out / f"{way}-cut")["step"] == step
+        cut, done = train.Settings(**{**vars(cut), "resume": True}), step
+    assert train.train(cut)
 
 
 def stop_at(step: int, training: Any) -> None:
@@ -119,8 +143,9 @@ def stop_at(step: int, training: Any) -> None:
     dist.barrier()
 
 
-@pytest.mark.parametrize("way", BREAKS)
-def test_the_record_tells_phases_and_the_small_file(folder: Path, way: str) -> None:
+@pytest.mark.parametrize("way", slowly(BREAKS, quick=("ddp",)))
+def test_the_record_tells_phases_and_the_small_file(runs: Callable[[str], Path], way: str) -> None:
+    folder = runs(way)
     record = json.loads((folder / way / "record.json").read_text())
     phases = record["report"]["phases"]
     assert list(phases) == [
@@ -142,8 +167,9 @@ def test_the_record_tells_phases_and_the_small_file(folder: Path, way: str) -> N
             assert int((module.weight == 0).sum()) > 0.3 * module.weight.numel(), name
 
 
-@pytest.mark.parametrize("way", BREAKS)
-def test_a_run_that_was_stopped_in_its_phases_ends_the_same(folder: Path, way: str) -> None:
+@pytest.mark.parametrize("way", slowly(BREAKS, quick=("ddp",)))
+def test_a_run_that_was_stopped_in_its_phases_ends_the_same(runs: Callable[[str], Path], way: str) -> None:
+    folder = runs(way)
     whole, cut = (checkpoint.load_shared(folder / name) for name in (way, f"{way}-cut"))
     torch.testing.assert_close(whole["model"], cut["model"], rtol=0, atol=0)
     for loss in ("train_loss", "validation_loss"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run
+from tiers import slow
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 from torch.nn.parallel import DistributedDataParallel
@@ -716,6 +717,7 @@ def loaded(folder: Path) -> Any:
     return BertForMaskedLM.from_pretrained(folder, attn_implementation="eager")
 
 
+@pytest.mark.slow
 def test_a_distilbert_of_all_layers_gives_the_teachers_logits(bert_folder: Path, tmp_path: Path) -> None:
     from transformers import DistilBertForMaskedLM
 
@@ -748,7 +750,7 @@ BERT_TO_DISTILBERT = Distillation(
 
 
 @pytest.mark.parametrize(
-    "settings", [Distillation(temperature=2.0, weight=0.8), BERT_TO_DISTILBERT], ids=["soft", "all"]
+    "settings", [slow(Distillation(temperature=2.0, weight=0.8)), BERT_TO_DISTILBERT], ids=["soft", "all"]
 )
 def test_a_distilbert_comes_nearer_to_its_bert(bert_folder: Path, settings: Distillation) -> None:
     teacher = loaded(bert_folder)

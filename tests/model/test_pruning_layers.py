@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import slow, slowly
 from torch import Tensor, nn
 from torch.nn.functional import linear, mse_loss
 from torch.nn.utils import parametrizations
@@ -293,8 +294,12 @@ def plain_losses(recipe: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("recipe", "backend", "way"), [
-    *((recipe, "eager", "around") for recipe in COMPILED),
-    *((recipe, "aot_eager", "given") for recipe in ("prune", "taylor", "int8", "hidden from step 4")),
+    *slowly(
+        [(recipe, "eager", "around") for recipe in COMPILED],
+        quick=[(recipe, "eager", "around") for recipe in ("prune", "taylor", "hidden from step 4")],
+    ),
+    *((recipe, "aot_eager", "given") for recipe in ("prune", "taylor")),
+    *(slow(recipe, "aot_eager", "given") for recipe in ("int8", "hidden from step 4")),
     *((recipe, "eager", "block") for recipe in ("wanda", "int8", "hidden from the start")),
     *((recipe, "eager", "in place") for recipe in ("wanda", "taylor", "hidden until step 4")),
 ])  # fmt: skip

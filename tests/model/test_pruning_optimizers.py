@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
@@ -334,7 +335,7 @@ def of_zero(kind: str) -> list[int]:
     return trained(Scheduler(recipe, model, optimizer, session=session), wrapped, [optimizer], 5)
 
 
-@pytest.mark.parametrize("kind", ["zero", "local sgd"])
+@pytest.mark.parametrize("kind", [slow("zero"), "local sgd"])
 def test_optimizers_of_torch_distributed(kind: str) -> None:
     assert run(2, of_zero, kind) == [[0] * 5] * 2
 
@@ -476,7 +477,7 @@ def looks(parts: int, buckets: bool) -> list[Any]:
     return wrong
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [slow(1), 2])
 @pytest.mark.parametrize("buckets", [False, True])
 def test_a_step_that_looks_at_all_gradients_clips_those_of_what_is_kept(parts: int, buckets: bool) -> None:
     assert run(2, looks, parts, buckets) == [[], []]

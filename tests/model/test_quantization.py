@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import cross_entropy
@@ -157,7 +158,7 @@ class Each(nn.Module):
         ]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
 def test_a_compiled_model_computes_with_the_codes_of_the_file(backend: str, tmp_path: Path) -> None:
     import torch._dynamo
     import torch._inductor.config
@@ -536,7 +537,7 @@ def trained_under_fsdp(settings: Quantization) -> tuple[list[Tensor], list[Tenso
     return outputs, expected, errors[0], errors[1]
 
 
-@pytest.mark.parametrize("settings", [EVERY[0], EVERY[-1]], ids=named)
+@pytest.mark.parametrize("settings", [slow(EVERY[0]), EVERY[-1]], ids=named)
 def test_prepared_then_sharded_it_computes_as_a_model_that_is_whole(settings: Quantization) -> None:
     for outputs, expected, no_convert, too_late in run(2, trained_under_fsdp, settings):
         for output, right in zip(outputs, expected, strict=True):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -129,7 +130,7 @@ def whole_run(recipe: dict[str, Any], way: str, spec: str, optimizer: str) -> tu
     ("way", "world_size", "optimizer"),
     [
         ("ddp", 2, "AdamW"),
-        ("ddp", 3, "AdamW"),
+        slow("ddp", 3, "AdamW"),
         ("fsdp", 2, "AdamW"),
         ("ddp", 2, "OneBitAdamW"),
         ("ddp", 2, "ZeroOneAdamW"),
@@ -187,7 +188,7 @@ def pairs(way: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
 def test_every_pair_of_techniques(way):
     assert run(2, pairs, way, timeout=120) == [[], []]
 
@@ -216,7 +217,7 @@ def resumed(way: str, optimizer: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize(("way", "optimizer"), [("ddp", "AdamW"), ("fsdp", "AdamW"), ("ddp", "OneBitAdamW")])
+@pytest.mark.parametrize(("way", "optimizer"), [("ddp", "AdamW"), slow("fsdp", "AdamW"), slow("ddp", "OneBitAdamW")])
 def test_resume_bit_for_bit_in_each_phase(way, optimizer):
     wrong = run(2, resumed, way, optimizer, timeout=120)
     # a state saved between DDP's first two steps goes on with the first layout: not bit for bit
@@ -290,7 +291,7 @@ def regrown(way: str) -> tuple[list[int], list[Tensor], float]:
     return kept, masks, moved
 
 
-@pytest.mark.parametrize(("way", "world_size"), [("ddp", 2), ("ddp", 3), ("fsdp", 2)])
+@pytest.mark.parametrize(("way", "world_size"), [("ddp", 2), slow("ddp", 3), slow("fsdp", 2)])
 def test_weights_grow_again_where_gradients_are_large(way, world_size):
     results = run(world_size, regrown, way)
     kept, masks, moved = results[0]
@@ -312,7 +313,7 @@ def drifted(way: str) -> str:
     return outcome(made.step)
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", slow("fsdp")])
 def test_a_mask_that_differs_stops_all_ranks_with_its_name(way):
     for told in run(2, drifted, way, fresh=True):
         assert "weight" in told
@@ -411,7 +412,7 @@ def phases_with_buffers() -> dict[str, Any]:
     return phases
 
 
-@pytest.mark.parametrize(("made", "world_size"), [(phases_of_a_mesh, 4), (phases_with_buffers, 2)])
+@pytest.mark.parametrize(("made", "world_size"), [slow(phases_of_a_mesh, 4), (phases_with_buffers, 2)])
 def test_phases_hold_all_bytes_and_count_steps_once(made, world_size):
     for phases in run(world_size, made):
         assert {name: of["steps"] for name, of in phases.items()} == {"dense": 2, "pruned": 4}

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import run
 from references import Dgc
+from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, finite, network, parameters_of, same, train
@@ -63,9 +64,10 @@ def away(one: list[Tensor], other: list[Tensor], by: float) -> float:
 
 
 @pytest.mark.parametrize("settings", [
-    {"momentum": 0.0}, {}, {"nesterov": True}, {"weight_decay": 0.05}, {"weight_decay": 0.05, "nesterov": True},
+    {"momentum": 0.0}, slow({}), slow({"nesterov": True}), slow({"weight_decay": 0.05}),
+    {"weight_decay": 0.05, "nesterov": True},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, slow(3)])
 def test_exact_it_is_sgd(settings: dict[str, Any], world_size: int) -> None:
     for mine, theirs in run(world_size, beside_sgd, settings):
         assert away(mine, theirs, 1e-5) == 0
@@ -73,9 +75,9 @@ def test_exact_it_is_sgd(settings: dict[str, Any], world_size: int) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"nesterov": True}, {"weight_decay": 0.05}, {"max_norm": 0.2},
+    slow({}), {"nesterov": True}, {"weight_decay": 0.05}, {"max_norm": 0.2},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, slow(3)])
 def test_it_is_deep_gradient_compression(settings: dict[str, Any], world_size: int) -> None:
     """A few values may have been chosen the other way."""
     for mine, theirs in run(world_size, against_reference, 0.1, settings, True):
@@ -106,8 +108,9 @@ def test_other_codecs_warm_up_exactly() -> None:
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("spec", ["topk(0.05)", "topk(0.05)|int4", "sign"])
+@pytest.mark.parametrize(("spec", "world_size"), [
+    slow("topk(0.05)", 2), ("topk(0.05)", 3), ("topk(0.05)|int4", 2), slow("topk(0.05)|int4", 3), ("sign", 2), slow("sign", 3),
+])  # fmt: skip
 def test_replicas_hold_the_same_bits(spec: str, world_size: int) -> None:
     results = run(world_size, replicas, spec, 10, {"lr": 0.02})
     for history, report in results:

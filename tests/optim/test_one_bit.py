@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run
 from references import FrozenAdam, constant
+from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, batch, finite, loss_of, network, parameters_of, same, same_training, train
@@ -318,8 +319,8 @@ def require_equal(actual: list[Tensor], expected: list[Tensor], start: list[Tens
 
 
 @pytest.mark.parametrize(("spec", "exchange", "world_size"), [
-    ("none", None, 2), ("none", None, 3), ("sign", None, 2), ("int4", None, 2), ("topk(0.1)|sign", None, 2),
-    ("topk(0.1)|sign", None, 3), ("sign", "two_shot", 3), ("sign", "one_shot", 3),
+    ("none", None, 2), slow("none", None, 3), ("sign", None, 2), ("int4", None, 2), ("topk(0.1)|sign", None, 2),
+    slow("topk(0.1)|sign", None, 3), ("sign", "two_shot", 3), slow("sign", "one_shot", 3),
 ])  # fmt: skip
 def test_it_is_one_bit_adam(spec: str, exchange: str | None, world_size: int) -> None:
     results = run(world_size, against_reference, spec, exchange, WARM_UP + 10, False, constant, {})
@@ -336,7 +337,7 @@ def test_groups_and_a_schedule(spec: str) -> None:
         assert away(actual, expected, 1e-5) <= (0 if spec == "none" else 0.005)
 
 
-@pytest.mark.parametrize(("spec", "most"), [("none", 0.2), ("sign", 0.2), ("sign", 100.0)])
+@pytest.mark.parametrize(("spec", "most"), [("none", 0.2), ("sign", 0.2), slow("sign", 100.0)])
 def test_clipped_gradients(spec: str, most: float) -> None:
     for actual, expected, start, _, _ in run(
         2, against_reference, spec, None, WARM_UP + 10, False, constant, {"max_norm": most}
@@ -344,7 +345,7 @@ def test_clipped_gradients(spec: str, most: float) -> None:
         require_equal(actual, expected, start, spec != "none")
 
 
-@pytest.mark.parametrize(("world_size", "exchange"), [(2, None), (3, None)])
+@pytest.mark.parametrize(("world_size", "exchange"), [(2, None), slow(3, None)])
 def test_a_compressed_warm_up_hands_its_feedback_over(world_size: int, exchange: str | None) -> None:
     """The reference scales what feedback kept of gradients to what it keeps of n."""
     settings = {"warmup_spec": "int4"}
@@ -410,7 +411,7 @@ def test_the_warm_up_ends_when_the_variance_has_settled() -> None:
         assert same(parameters, results[0][2])
 
 
-@pytest.mark.parametrize("growth", [2.0, 0.5])
+@pytest.mark.parametrize("growth", [2.0, slow(0.5)])
 def test_a_variance_that_moves_keeps_warming_up(growth: float) -> None:
     for frozen, sums, parameters in run(2, settling, growth, 32):
         assert frozen is None
@@ -418,19 +419,19 @@ def test_a_variance_that_moves_keeps_warming_up(growth: float) -> None:
         assert finite(parameters)
 
 
-@pytest.mark.parametrize("spec", ["none", "sign"])
+@pytest.mark.parametrize("spec", [slow("none"), "sign"])
 def test_accumulated_gradients(spec: str) -> None:
     for one, other in run(2, accumulated, spec):
         require_equal(one, other, parameters_of(network()), spec != "none")
 
 
-@pytest.mark.parametrize("spec", ["sign", "topk(0.1)|sign"])
+@pytest.mark.parametrize("spec", [slow("sign"), "topk(0.1)|sign"])
 def test_views_of_buckets_make_no_difference(spec: str) -> None:
     for copies, views in run(2, viewed, spec):
         assert same_training(copies, views)
 
 
-@pytest.mark.parametrize(("when", "views"), [("one", False), ("one", True), ("all", True), ("never", False)])
+@pytest.mark.parametrize(("when", "views"), [slow("one", False), ("one", True), ("all", True), ("never", False)])
 def test_parameters_that_are_not_used_or_not_trained(when: str, views: bool) -> None:
     results = run(2, branching, when, "sign", views)
     for history, before, after in results:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, finite, loss_of, network, parameters_of, same, train
@@ -193,7 +194,7 @@ def test_any_order_of_memory_gives_the_same_training() -> None:
             torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("warmup_steps", [None, 5])
+@pytest.mark.parametrize("warmup_steps", [None, slow(5)])
 def test_parameters_that_are_never_used(warmup_steps: int | None) -> None:
     (one, frozen), (other, _) = run(2, never_used, warmup_steps)
     assert frozen or warmup_steps is None  # the variance of so small a batch may not settle in so few steps

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, parameters_of, same, train
@@ -216,9 +217,9 @@ def test_ranks_of_other_optimizers_all_fail() -> None:
 
 
 @pytest.mark.parametrize(("name", "seeds", "steps", "message"), [
-    ("OneBitAdamW", (0, 0), (4, 6), "optimizer's groups"),
+    slow("OneBitAdamW", (0, 0), (4, 6), "optimizer's groups"),
     ("OneBitAdamW", (0, 0), (1, 2), "optimizer's groups"),  # both in the warm-up
-    ("OneBitAdamW", (0, 1), (5, 5), "frozen variance"),
+    slow("OneBitAdamW", (0, 1), (5, 5), "frozen variance"),
     ("ZeroOneAdamW", (0, 1), (5, 5), "frozen variance"),
     ("DGC", (0, 0), (4, 6), "optimizer's groups"),
 ])  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from test_optimizer_parameters import KINDS, SPECS, WARM, attached, wrapped
+from tiers import slow, slowly
 from torch import nn
 from training import finite, loss_of, network, parameters_of, same, train
 
@@ -141,7 +142,7 @@ def unattached() -> dict[str, str]:
     return said
 
 
-@pytest.mark.parametrize("how", ["norm", "value", "by hand", "another tensor"])
+@pytest.mark.parametrize("how", ["norm", slow("value"), slow("by hand"), "another tensor"])
 def test_what_is_changed_and_is_no_gradient_is_warned_of_once(how: str) -> None:
     of_rank_0, of_others = run(2, all_clips, "OneBitAdamW", how)
     assert of_others == [[], []]
@@ -160,13 +161,28 @@ def test_clipping_is_warned_of_under_each(name: str, closure: bool) -> None:
     assert f"{name}.step()" in said[0]
 
 
-@pytest.mark.parametrize("how", ["nothing", "unscale", "unused", "max_norm", "norm in the warm-up"])
-@pytest.mark.parametrize("name", ["OneBitAdamW", "ZeroOneAdamW"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    slowly(
+        [
+            (name, how)
+            for name in ("OneBitAdamW", "ZeroOneAdamW")
+            for how in ("nothing", "unscale", "unused", "max_norm", "norm in the warm-up")
+        ],
+        quick=[
+            ("OneBitAdamW", "unscale"),
+            ("OneBitAdamW", "max_norm"),
+            ("ZeroOneAdamW", "nothing"),
+            ("ZeroOneAdamW", "unused"),
+            ("ZeroOneAdamW", "norm in the warm-up"),
+        ],
+    ),
+)
 def test_what_is_in_order_is_not_warned_of(name: str, how: str) -> None:
     assert run(2, all_clips, name, how) == [[[], []]] * 2
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slowly(KINDS, quick=("ZeroOneAdamW",)))
 def test_steps_by_closure_are_the_same(name: str) -> None:
     for alike, losses, sound in run(2, by_closures, name):
         assert alike

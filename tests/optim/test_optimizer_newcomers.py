@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from test_optimizer_parameters import KINDS, SPECS, WARM, Replay, attached, wrapped
+from tiers import slow, slowly
 from torch import Tensor, nn
 from training import finite, loss_of, network, parameters_of, same, train
 
@@ -251,7 +252,13 @@ def copied() -> tuple[str, bool]:
 
 @pytest.mark.parametrize(
     ("name", "warmup_steps"),
-    [("OneBitAdamW", WARM), ("OneBitAdamW", None), ("ZeroOneAdamW", WARM), ("ZeroOneAdamW", None), ("DGC", WARM)],
+    [
+        ("OneBitAdamW", WARM),
+        slow("OneBitAdamW", None),
+        ("ZeroOneAdamW", WARM),
+        slow("ZeroOneAdamW", None),
+        ("DGC", WARM),
+    ],
 )
 def test_a_layer_that_joins_behind_the_warm_up_is_trained(name: str, warmup_steps: int | None) -> None:
     results = run(2, joined, name, warmup_steps)
@@ -274,14 +281,14 @@ def test_a_layer_that_joins_warms_up_as_under_adamw() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slowly(KINDS, quick=("OneBitAdamW",)))
 def test_a_run_with_a_layer_that_joined_is_resumed_bit_for_bit(name: str) -> None:
     for results in run(2, resumed_newcomers, name, (9, 14)):
         for at, unbroken, resumed in results:
             assert same(unbroken, resumed), f"from step {at} on"
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slowly(KINDS, quick=("ZeroOneAdamW",)))
 def test_a_second_attach_goes_on_bit_for_bit(name: str) -> None:
     for unbroken, *attached_again in run(2, again, name, [[3, 9], [8]]):
         for parameters in attached_again:
@@ -304,7 +311,7 @@ def test_a_layer_that_is_no_longer_exchanged_goes_on_with_its_momentum(name: str
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["OneBitAdamW", "ZeroOneAdamW"])
+@pytest.mark.parametrize("name", ["OneBitAdamW", slow("ZeroOneAdamW")])
 def test_a_layer_that_is_used_late_warms_up_when_it_is(name: str) -> None:
     results = run(2, used_late, name)
     for parameters, stood, rows in results:

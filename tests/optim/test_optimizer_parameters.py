@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow, slowly
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, batch, finite, loss_of, network, parameters_of, same, train
@@ -350,7 +351,7 @@ def test_what_ddp_does_not_exchange_steps_as_under_torch_in_bfloat16(name: str) 
         assert moved
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slowly(KINDS, quick=("DGC",)))
 def test_a_checkpoint_with_parameters_of_both_kinds(name: str) -> None:
     for unbroken, resumed in run(2, mixed_checkpoint, name):
         assert same(unbroken, resumed)
@@ -364,10 +365,10 @@ def test_a_module_of_another_model_steps_as_under_torch(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "at", "settings"), [
-    ("OneBitAdamW", 2, {}), ("OneBitAdamW", 7, {}), ("OneBitAdamW", 7, {"max_norm": 0.5}),
-    ("OneBitAdamW", 2, {"warmup_spec": "int8"}),
-    ("ZeroOneAdamW", 2, {}), ("ZeroOneAdamW", 7, {}), ("ZeroOneAdamW", 8, {}), ("ZeroOneAdamW", 8, {"refresh_every": 2}),
-    ("DGC", 5, {}), ("DGC", 2, {"warmup_steps": 10}),
+    slow("OneBitAdamW", 2, {}), slow("OneBitAdamW", 7, {}), ("OneBitAdamW", 7, {"max_norm": 0.5}),
+    ("OneBitAdamW", 2, {"warmup_spec": "int8"}), slow("ZeroOneAdamW", 2, {}), ("ZeroOneAdamW", 7, {}),
+    slow("ZeroOneAdamW", 8, {}), ("ZeroOneAdamW", 8, {"refresh_every": 2}),
+    ("DGC", 5, {}), slow("DGC", 2, {"warmup_steps": 10}),
 ], ids=str)  # fmt: skip
 def test_a_frozen_layer_stands_still_with_all_that_is_kept_of_it(name: str, at: int, settings: dict[str, Any]) -> None:
     results = run(2, froze, name, at, True, settings)
@@ -377,7 +378,7 @@ def test_a_frozen_layer_stands_still_with_all_that_is_kept_of_it(name: str, at: 
         assert same(parameters, results[0][1])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slowly(KINDS, quick=("OneBitAdamW",)))
 def test_a_frozen_layer_stands_still_where_its_gradient_is_set_to_zero(name: str) -> None:
     for stood, _, _ in run(2, froze, name, 6, False, {}):
         assert all(stood), stood
@@ -392,7 +393,7 @@ def test_a_layer_that_one_rank_freezes_is_an_error_on_all() -> None:
         assert stood
 
 
-@pytest.mark.parametrize(("layer", "static"), [(0, False), (0, True), (2, False), (4, True)])
+@pytest.mark.parametrize(("layer", "static"), [(0, False), slow(0, True), slow(2, False), (4, True)])
 def test_a_frozen_layer_that_ddp_waits_for_is_an_error(layer: int, static: bool) -> None:
     for said, stood in run(2, froze_without_notice, layer, static, fresh=True):
         assert f"'{layer}.weight' does not require a gradient, and DDP waits for one: expected" in said
@@ -400,7 +401,7 @@ def test_a_frozen_layer_that_ddp_waits_for_is_an_error(layer: int, static: bool)
         assert stood
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slowly(KINDS, quick=("ZeroOneAdamW",)))
 def test_layers_that_are_frozen_in_turn(name: str) -> None:
     results = run(2, in_turn, name)
     for parameters, moved, stood in results:
@@ -420,13 +421,13 @@ def test_a_layer_that_is_frozen_from_the_start(when: str) -> None:
         assert same(parameters[exchanged], results[0][0][exchanged])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slowly(KINDS, quick=("OneBitAdamW",)))
 def test_resumed_while_a_layer_is_frozen(name: str) -> None:
     for unbroken, resumed in run(2, frozen_and_resumed, name):
         assert same(unbroken, resumed)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slowly(KINDS, quick=("ZeroOneAdamW",)))
 def test_a_skipped_step_while_a_layer_is_frozen_never_was(name: str) -> None:
     for skipped, plain in run(2, frozen_under_a_scaler, name):
         for a, b in zip(skipped, plain, strict=True):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import outcome, run
+from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, network, same_training, train
@@ -77,10 +78,10 @@ def totals(states: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "spec", "exchange", "old", "new"), [
-    ("OneBitAdamW", "sign", "two_shot", 4, 2), ("OneBitAdamW", "topk(0.1)|int4", None, 2, 3),
-    ("ZeroOneAdamW", "sign", "two_shot", 2, 3), ("ZeroOneAdamW", "topk(0.1)|int4", None, 4, 2),
-    ("DGC", "sign", "two_shot", 4, 2), ("DGC", "topk(0.1)|int4", None, 2, 3),
-    ("SGD", "sign", "two_shot", 2, 3), ("SGD", "topk(0.1)|int4", None, 4, 2),
+    slow("OneBitAdamW", "sign", "two_shot", 4, 2), ("OneBitAdamW", "topk(0.1)|int4", None, 2, 3),
+    ("ZeroOneAdamW", "sign", "two_shot", 2, 3), slow("ZeroOneAdamW", "topk(0.1)|int4", None, 4, 2),
+    ("DGC", "sign", "two_shot", 4, 2), slow("DGC", "topk(0.1)|int4", None, 2, 3),
+    ("SGD", "sign", "two_shot", 2, 3), slow("SGD", "topk(0.1)|int4", None, 4, 2),
 ])  # fmt: skip
 def test_nothing_is_lost(name: str, spec: str, exchange: str | None, old: int, new: int, tmp_path: Path) -> None:
     run(old, before, name, spec, exchange, str(tmp_path))

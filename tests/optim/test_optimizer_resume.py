@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, finite, gradients_of, loss_of, network, parameters_of, same, same_training
@@ -114,20 +115,20 @@ def interrupted(way: str, spec: str, exchange: str | None, ats: Sequence[int], f
 
 
 @pytest.mark.parametrize(("way", "spec", "exchange", "ats", "world_size"), [
-    ("one bit", "sign", None, [2, 3, 7], 2),  # in the warm-up, at the switch, behind it
+    slow("one bit", "sign", None, [2, 3, 7], 2),  # in the warm-up, at the switch, behind it
     ("one bit", "topk(0.1)|sign", None, [7], 3),
     ("one bit after int4", "sign", None, [2, 3], 2),
-    ("one bit after int4", "int4", "two_shot", [3], 3),
-    ("one bit clipped", "sign", None, [2, 7], 2),
-    ("zero one", "sign", None, [3, 5], 2),  # at the switch, between syncs
+    slow("one bit after int4", "int4", "two_shot", [3], 3),
+    slow("one bit clipped", "sign", None, [2, 7], 2),
+    slow("zero one", "sign", None, [3, 5], 2),  # at the switch, between syncs
     ("zero one", "sign", "two_shot", [6], 3),
-    ("zero one", "topk(0.1)|sign", None, [8], 3),
-    ("zero one", "none", None, [6], 2),
-    ("zero one refreshed", "sign", None, [5, 7], 2),
-    ("zero one refreshed by int4", "sign", "two_shot", [5], 3),
+    slow("zero one", "topk(0.1)|sign", None, [8], 3),
+    slow("zero one", "none", None, [6], 2),
+    slow("zero one refreshed", "sign", None, [5, 7], 2),
+    slow("zero one refreshed by int4", "sign", "two_shot", [5], 3),
     ("zero one refreshed by int4", "topk(0.1)|sign", None, [7], 2),
     ("dgc", "topk(0.1)", None, [4], 2),
-    ("dgc", "topk(0.1)|int4", None, [5], 3),
+    slow("dgc", "topk(0.1)|int4", None, [5], 3),
     ("dgc warming up", "topk(0.01)", None, [5], 2),
 ])  # fmt: skip
 def test_resumed_is_unbroken(
@@ -212,19 +213,19 @@ def with_and_without(
 
 @pytest.mark.parametrize(("way", "spec", "exchange", "bad", "world_size"), [
     ("one bit", "sign", None, [2, 4], 2),  # in the warm-up, and the first one behind it
-    ("one bit", "sign", "two_shot", [6, 7], 3),
-    ("one bit", "topk(0.1)|sign", None, [6], 2),
-    ("one bit after int4", "sign", None, [2, 4], 3),
+    slow("one bit", "sign", "two_shot", [6, 7], 3),
+    slow("one bit", "topk(0.1)|sign", None, [6], 2),
+    slow("one bit after int4", "sign", None, [2, 4], 3),
     ("one bit after int4", "int4", None, [3, 4, 8], 2),
     ("one bit clipped", "sign", None, [2, 6], 2),
     ("zero one", "sign", None, [2, 4, 6, 8, 10], 2),  # each of four steps has other buckets for its sync
-    ("zero one", "topk(0.1)|sign", "two_shot", [5, 8], 3),
+    slow("zero one", "topk(0.1)|sign", "two_shot", [5, 8], 3),
     ("zero one refreshed", "sign", None, [4, 5], 2),
-    ("zero one refreshed by int4", "sign", "two_shot", [3, 4], 3),
-    ("zero one refreshed by int4", "sign", None, [6, 7], 2),
+    slow("zero one refreshed by int4", "sign", "two_shot", [3, 4], 3),
+    slow("zero one refreshed by int4", "sign", None, [6, 7], 2),
     ("dgc", "topk(0.1)", None, [4], 2),
-    ("dgc", "topk(0.1)", None, [2, 5, 6], 3),
-    ("dgc warming up", "topk(0.01)", None, [4, 7], 2),
+    slow("dgc", "topk(0.1)", None, [2, 5, 6], 3),
+    slow("dgc warming up", "topk(0.01)", None, [4, 7], 2),
 ])  # fmt: skip
 def test_a_skipped_step_never_was(way: str, spec: str, exchange: str | None, bad: list[int], world_size: int) -> None:
     """All scales are powers of two, so the bits are the same whatever the scale is."""

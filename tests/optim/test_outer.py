@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -111,10 +112,10 @@ def trained(spec: str, settings: dict[str, Any]) -> list[Tensor]:
     ("world_size", "spec", "settings"),
     [
         (2, "none", {"lr": 1.0, "momentum": 0.0}),
-        (3, "none", {"lr": 0.7, "momentum": 0.9}),
+        slow(3, "none", {"lr": 0.7, "momentum": 0.9}),
         (2, "int8", {"lr": 0.7, "momentum": 0.9}),
         (2, "topk(0.1)|int2", {"lr": 1.0, "momentum": 0.0, "decay": 0.95}),
-        (3, "topk(0.1)|int2", {"lr": 1.0, "momentum": 0.0, "decay": 0.95}),
+        slow(3, "topk(0.1)|int2", {"lr": 1.0, "momentum": 0.0, "decay": 0.95}),
         (2, "none", {"lr": 0.7, "momentum": 0.9, "fragments": 2}),
         (3, "topk(0.1)", {"lr": 0.7, "momentum": 0.5, "fragments": 3, "delay": 2}),
         (2, "none", {"lr": 0.7, "momentum": 0.9, "delay": 3}),
@@ -193,7 +194,7 @@ def learns(spec: str) -> tuple[float, float]:
     return before, loss()
 
 
-@pytest.mark.parametrize("spec", ["none", "int4", "topk(0.03)|int2"])
+@pytest.mark.parametrize("spec", [slow("none"), "int4", "topk(0.03)|int2"])
 def test_learns(spec: str) -> None:
     for before, after in run(2, learns, spec):
         assert before > 2.2
@@ -241,7 +242,7 @@ def interrupted_at(spec: str, settings: dict[str, Any], places: list[int]) -> li
 
 @pytest.mark.parametrize(
     ("spec", "settings"),
-    [("topk(0.1)|int2", {}), ("int4", {"fragments": 2}), ("topk(0.1)", {"fragments": 2, "delay": 2})],
+    [("topk(0.1)|int2", {}), slow("int4", {"fragments": 2}), ("topk(0.1)", {"fragments": 2, "delay": 2})],
 )
 def test_resumes_bit_for_bit(spec: str, settings: dict[str, Any]) -> None:
     assert run(2, interrupted_at, spec, settings, [3, 5, 8, 9]) == [[], []]
@@ -358,7 +359,7 @@ def workers_of_two(spec: str) -> tuple[list[Tensor], commpress.Report, commpress
     return parameters_of(ddp), outer.report(), commpress.Report.merge(session.report(), outer.report())
 
 
-@pytest.mark.parametrize("spec", ["none", "topk(0.1)|int2"])
+@pytest.mark.parametrize("spec", [slow("none"), "topk(0.1)|int2"])
 def test_a_ddp_inside_each_worker(spec: str) -> None:
     results = run(4, workers_of_two, spec)
     assert all(same(results[0][0], parameters) for parameters, _, _ in results)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -95,7 +96,7 @@ def alone() -> str:
 
 @pytest.mark.parametrize("spec", ["none", "int8", "topk(0.03)|int2"])
 @pytest.mark.parametrize("settings", [{}, {"delay": 2}, {"fragments": 1, "momentum": 0.0, "lr": 1.0}], ids=str)
-@pytest.mark.parametrize("at", [8, 10])
+@pytest.mark.parametrize("at", [8, slow(10)])
 def test_a_frozen_layer_meets_its_peers_and_stands(spec: str, at: int, settings: dict[str, Any]) -> None:
     results = run(2, froze, spec, at, settings)
     for stood, frozen, end in results:
@@ -111,7 +112,7 @@ def test_a_layer_that_is_frozen_after_a_sync_stands_at_once() -> None:
         assert all(float(move.abs().max()) == 0 for move in moves)
 
 
-@pytest.mark.parametrize(("delay", "at"), [(0, 7), (0, 10), (2, 9), (2, 13)])
+@pytest.mark.parametrize(("delay", "at"), [slow(0, 7), (0, 10), slow(2, 9), (2, 13)])
 def test_resumed_while_a_layer_is_frozen(delay: int, at: int) -> None:
     for unbroken, again in run(2, resumed, delay, at):
         assert same(unbroken, again)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from references import FrozenAdam, constant
+from tiers import slow, slowly
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, finite, network, parameters_of, same, train
@@ -162,7 +163,7 @@ def require_equal(steps: list[tuple[list[Tensor], list[Tensor]]], lossy: bool) -
 
 
 @pytest.mark.parametrize(("spec", "exchange", "world_size"), [
-    ("none", None, 2), ("none", None, 3), ("sign", None, 2), ("sign", "two_shot", 3), ("topk(0.1)|sign", None, 2),
+    slow("none", None, 2), slow("none", None, 3), ("sign", None, 2), ("sign", "two_shot", 3), ("topk(0.1)|sign", None, 2),
 ])  # fmt: skip
 def test_it_is_zero_one_adam(spec: str, exchange: str | None, world_size: int) -> None:
     results = run(world_size, against_reference, spec, exchange, WARM_UP + 17, constant, {"sync_every": 4}, ())
@@ -173,8 +174,13 @@ def test_it_is_zero_one_adam(spec: str, exchange: str | None, world_size: int) -
         assert same(one[0], other[0]) != drifted
 
 
-@pytest.mark.parametrize("spec", ["none", "sign"])
-@pytest.mark.parametrize("case", ["resting", "clipped", "learning"])
+@pytest.mark.parametrize(
+    ("case", "spec"),
+    slowly(
+        [(case, spec) for case in ("resting", "clipped", "learning") for spec in ("none", "sign")],
+        quick=[("resting", "sign"), ("clipped", "none"), ("learning", "none")],
+    ),
+)
 def test_it_is_zero_one_adam_in_other_settings(case: str, spec: str) -> None:
     schedule = resting if case == "resting" else constant
     settings = {
@@ -188,7 +194,7 @@ def test_it_is_zero_one_adam_in_other_settings(case: str, spec: str) -> None:
         assert all(finite(mine) for mine, _ in steps)
 
 
-@pytest.mark.parametrize(("spec", "world_size"), [("sign", 2), ("topk(0.1)|sign", 3)])
+@pytest.mark.parametrize(("spec", "world_size"), [("sign", 2), slow("topk(0.1)|sign", 3)])
 def test_the_variance_learns_from_coded_gradients(spec: str, world_size: int) -> None:
     settings = {"sync_every": 3, "refresh_every": 2, "warmup_spec": "int8"}
     results = run(world_size, against_reference, spec, None, 23, constant, settings, LEARNS)
@@ -196,7 +202,7 @@ def test_the_variance_learns_from_coded_gradients(spec: str, world_size: int) ->
         require_equal(steps, lossy=True)
 
 
-@pytest.mark.parametrize("spec", ["none", "sign"])
+@pytest.mark.parametrize("spec", [slow("none"), "sign"])
 def test_without_local_steps_it_is_one_bit_adam(spec: str) -> None:
     for zero_one, one_bit in run(2, beside_one_bit, spec):
         assert away(zero_one, one_bit, 1e-5) <= (0.005 if spec != "none" else 0)
@@ -204,7 +210,7 @@ def test_without_local_steps_it_is_one_bit_adam(spec: str) -> None:
 
 
 @pytest.mark.parametrize(("spec", "world_size", "settings"), [
-    ("sign", 2, {"sync_every": 2}), ("sign", 3, {"sync_every": 2}), ("topk(0.1)|sign", 2, {"sync_every": 3}),
+    slow("sign", 2, {"sync_every": 2}), ("sign", 3, {"sync_every": 2}), ("topk(0.1)|sign", 2, {"sync_every": 3}),
     ("sign", 2, {"sync_every": 3, "refresh_every": 2}),
 ])  # fmt: skip
 def test_a_sync_brings_the_same_bits_back(spec: str, world_size: int, settings: dict[str, Any]) -> None:

@@ -38,9 +38,9 @@ def parse(spec: str | Codec) -> Codec:
     if match is None:
         raise ValueError(f"spec {spec!r}: cannot read {first!r}, expected a word such as int4 or topk(0.01)")
     word, argument = match.groups()
-    if spec == AUTO:
+    if word == AUTO:
         raise ValueError(
-            f"spec {spec!r}: attach finds the codec for a DistributedDataParallel; expected one here, as int4"
+            f"spec {spec!r}: attach finds the codec for gradients of DDP and FSDP2; expected one here, as int4"
         )
     if word not in WORDS:
         raise ValueError(f"spec {spec!r}: unknown codec {word!r}, known: {', '.join(WORDS)}")

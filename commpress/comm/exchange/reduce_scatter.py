@@ -67,8 +67,11 @@ def _sizes(cuts: Sequence[int], codec: Codec) -> list[int]:
     return [codec.nbytes(stop - start) if stop > start else 0 for start, stop in itertools.pairwise(cuts)]
 
 
-def native_reduce_scatter(full: Tensor, out: Tensor, op: Op, wire: Wire, label: Label) -> Iterator[Transfer]:
-    """Run the group's own reduce-scatter: the bits are those that it has without us."""
+def native_reduce_scatter(
+    full: Tensor, out: Tensor, op: Op, encoder: Encoder, wire: Wire, label: Label
+) -> Iterator[Transfer]:
+    """Run the group's own reduce-scatter: the bits are those that it has without us, if nothing was kept before."""
+    encoder.add_residual(full)  # what a lossy codec kept: dense, all of it can go
     crossing = native_bytes(out, wire.world_size)
 
     def start(group: dist.ProcessGroup) -> Any:

@@ -10,13 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from tiers import slowly
 
 from commpress.comm.codecs import FAMILIES, WORDS, parse
 from commpress.comm.coding import encode
 
+FEW = (
+    *("none", "bf16", "fp16", "fp8", "int8", "int4", "int4(stochastic)", "int2", "sign"),
+    *("topk(0.01)", "topk(0.1)|int4", "randomk(0.1)", "rotate|int4"),
+)
+"""At least one of each family."""
+
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", slowly(SPECS, quick=FEW))
 def test_codec(spec: str, device: str) -> None:
     subject = Subject(parse(spec), device)
     for check in CODEC_CHECKS:

@@ -1,0 +1,55 @@
+"""How far the means of a step are from dense ones, seen on a sample of each bucket that the ranks exchange exactly.
+
+bucket   [x . . . x . . . x . . . x . . .]     every stride-th value, as it is, to all ranks: their mean is the dense one
+mean     [y . . . y . . . y . . . y . . .]     what arrived of the same values: error = |y - dense| / |dense|
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from commpress.comm.codecs import Codec
+from commpress.comm.exchange import Label, Transfer, Wire
+
+SAMPLE = 2048
+"""Values of a bucket that are looked at, at most."""
+
+
+class ErrorWatch:
+    """The error of one step, of the buckets that travel by `codec`. All ranks find the same figure: they hold the same bits."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self._sums: list[Tensor] = []
+
+    def watch(
+        self, exchange: Iterator[Transfer], x: Tensor, codec: Codec, wire: Wire, label: Label
+    ) -> Iterator[Transfer]:
+        """Run an exchange that leaves the mean in `x` ([n]), and note how far it is off if `codec` is the one in question.
+
+        Every bucket of the step must pass here: their collectives then all start behind a sample, in one order on every rank.
+        """
+        stride = -(-x.numel() // SAMPLE)
+        own = x[::stride].to(torch.float32, copy=True)
+        rows = [torch.empty_like(own) for _ in range(wire.world_size)]
+        rows[wire.rank].copy_(own)
+        received = [row.view(torch.uint8) for row in rows]
+        transfer = wire.all_to_all([own.view(torch.uint8)] * wire.world_size, received, label, last=False)
+        transfer.sent = transfer.received = 0  # the report is of the exchange
+        yield transfer
+        yield from exchange
+        if codec == self.codec:
+            dense = torch.stack(rows).mean(0)
+            far = x[::stride].to(torch.float32) - dense
+            self._sums.append(torch.stack([far.square().sum(), dense.square().sum()]))
+
+    def error(self) -> float | None:
+        """Return |mean - dense| / |dense| over all samples; None if there were none, or if the dense mean is not finite."""
+        if not self._sums:
+            return None
+        far, norm = torch.stack(self._sums).sum(0).tolist()
+        if not math.isfinite(norm):
+            return None
+        return math.sqrt(far / norm) if norm else math.sqrt(far)
