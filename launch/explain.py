@@ -34,6 +34,7 @@ from commpress.launch.predictions import (
     as_json,
     predicted,
     require,
+    require_buckets,
     require_step_seconds,
     require_writable,
     say,
@@ -250,12 +251,7 @@ class Explain:
         self.require_sense()
         specs = [_parsed(spec) for spec in self.spec or SPECS]
         values = units.parameters(self.params, "--params")
-        parts = 4 * values / (self.bucket_mb * BUCKET)
-        require(
-            parts <= MOST_BUCKETS,
-            f"--params {self.params} --bucket-mb {self.bucket_mb}: makes {parts:.3g} buckets, "
-            f"expected {MOST_BUCKETS} at most",
-        )
+        require_buckets(values, self.bucket_mb * BUCKET, f"--params {self.params} --bucket-mb {self.bucket_mb}")
         bandwidth, latency = units.rate(self.bandwidth, "--bandwidth") / 8, units.seconds(self.delay, "--delay")
         if self.json is not None:
             require_writable(self.json)

@@ -111,6 +111,12 @@ def require_step_seconds(seconds: float | None) -> None:
     require(good, f"--step-seconds {seconds}: expected a number from {LEAST_STEP:g} to {MOST_STEP:g}")
 
 
+def require_buckets(values: int, bucket_bytes: float, flags: str) -> None:
+    """Raise ValueError that names the flags if they make more buckets than can be simulated."""
+    buckets = 4 * values / bucket_bytes
+    require(buckets <= MOST_BUCKETS, f"{flags}: makes {buckets:.3g} buckets, expected {MOST_BUCKETS} at most")
+
+
 def require_writable(path: Path) -> None:
     """Raise ValueError for a file that cannot be written, before the work whose result it is to hold."""
     try:

@@ -26,10 +26,10 @@ from commpress.launch.link_speed import LinkSpeed, between_and_inside, by_host
 from commpress.launch.model_size import parts, trained_parameters
 from commpress.launch.predictions import (
     BUCKET,
-    MOST_BUCKETS,
     as_json,
     predicted,
     require,
+    require_buckets,
     require_step_seconds,
     require_writable,
     say,
@@ -176,7 +176,7 @@ class Probe:
         """Raise ValueError for flags that nothing can be measured or predicted by."""
         require(bool(self.params) != bool(self.model), self._either())
         if self.params:
-            require_buckets(units.parameters(self.params, "--params"), self._what())
+            require_buckets(units.parameters(self.params, "--params"), BUCKET_BYTES, self._what())
         else:
             parts(self.model)
         require_step_seconds(self.step_seconds)
@@ -190,7 +190,7 @@ class Probe:
         if self.params:
             return units.parameters(self.params, "--params")
         found = trained_parameters(self.model)
-        require_buckets(found, self._what())
+        require_buckets(found, BUCKET_BYTES, self._what())
         return found
 
     def print(self, values: int, found: Found) -> None:
@@ -224,12 +224,6 @@ class Probe:
         if self.params:
             return f"--params {self.params} --model {self.model}: expected one of the two, not both"
         return "--params or --model: expected one of them, such as --params 7b or --model my_project.models:build"
-
-
-def require_buckets(values: int, flag: str) -> None:
-    """Raise ValueError for more buckets than can be simulated."""
-    buckets = 4 * values / BUCKET_BYTES
-    require(buckets <= MOST_BUCKETS, f"{flag}: makes {buckets:.3g} buckets, expected {MOST_BUCKETS} at most")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from commpress.launch.link_speed import largest, repeats
+from commpress.launch.link_speed import FEWEST, largest, repeats
 
 BEHIND = 1.1
 """A rank is behind whose median is more than so many times that of all ranks."""
@@ -31,8 +31,8 @@ def seconds_of_work(group: dist.ProcessGroup, device: torch.device, seconds: flo
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # ranks of one host do not get into each other's way
     try:
-        work(a, out)
-        once = largest(work(a, out), group, device)  # they also begin together
+        own = min(work(a, out) for _ in range(FEWEST))  # caches and clocks warm up
+        once = largest(own, group, device)  # all begin together
         return statistics.median(work(a, out) for _ in range(repeats(seconds, once, MOST)))
     finally:
         torch.set_num_threads(threads)
