@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 
 import commpress
-from commpress.launch import checkpoint, strategies
+from commpress.comm.rules import is_open
+from commpress.launch import checkpoint, patterns, strategies
 from commpress.launch.model import GPT, Shape
 from commpress.launch.runtime import TrainingError, same_error_on_all_ranks, together
-from commpress.launch.settings import Settings
+from commpress.launch.settings import Settings, check
 from commpress.launch.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def of_settings(settings: Settings) -> "Recipe | None":
 def with_specs(settings: Settings) -> Settings:
     """Return the settings with the specs that --compress and --parameters leave to the recipe, or to the defaults.
 
-    Raises TrainingError if the recipe cannot be read, or if it says another spec than a flag does.
+    Specs by patterns of names are read from their file. Raises TrainingError if that or the recipe cannot be read, if the
+    recipe says another spec than a flag does, and for patterns that do not fit the model's parameters.
     """
     recipe, specs = of_settings(settings), dict[str, Any]()
     for name, key, usual in (
@@ -49,7 +51,20 @@ def with_specs(settings: Settings) -> Settings:
         if given is not None and wanted is not None and given != wanted:
             raise TrainingError(f"--{name} {given}: the recipe has traffic.{key} {wanted!r}; leave one of them out")
         specs[name] = usual if wanted is None else wanted
-    return replace(settings, **specs)
+    by_recipe = settings.compress is None and recipe is not None
+    where = f"--recipe {settings.recipe}: traffic.spec" if by_recipe else f"--compress {settings.compress}"
+    try:
+        found = replace(settings, **{**specs, "compress": patterns.text_of(specs["compress"])})
+        if (table := patterns.table_of(found.compress)) is not None:
+            check(found)
+            patterns.require_fit(table, found.shape)
+    except OSError as error:
+        raise TrainingError(f"cannot read {where}: {error.strerror or error}") from None
+    except TrainingError:
+        raise
+    except ValueError as error:
+        raise TrainingError(f"{where}: {error}") from None
+    return found
 
 
 def read(path: Path, steps: int) -> "Recipe":
@@ -66,11 +81,11 @@ def read(path: Path, steps: int) -> "Recipe":
         raise ValueError(f"{path}: {error}") from None
     recipe.require_within(steps)
     for key, spec in vars(recipe.traffic).items():
-        if spec is not None:
-            try:
+        try:
+            if spec is not None and not (key == "spec" and (is_open(spec) or spec.endswith(patterns.ENDINGS))):
                 commpress.parse(spec)
-            except ValueError as error:
-                raise ValueError(f"{path}: traffic.{key}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: traffic.{key}: {error}") from None
     if recipe.distil is not None and recipe.distil.teacher is None:
         raise ValueError(f"{path}: distil.teacher: missing, expected the folder of a run")
     return recipe

@@ -16,7 +16,8 @@ import torch
 
 import commpress
 from commpress.comm.codecs import AUTO
-from commpress.launch import runtime
+from commpress.comm.rules import is_open
+from commpress.launch import patterns, runtime
 from commpress.launch.model import BYTES, Shape
 from commpress.launch.runtime import TrainingError
 
@@ -26,8 +27,9 @@ class Compression:
     """Codecs, and the optimizer whose traffic they compress."""
 
     compress: str | None = None
-    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ..., or auto (ddp with AdamW or SGD): it is found
-    while training goes on. None: the recipe's, or int4."""
+    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...; auto: it is found while training goes on; or a
+    .toml or .json file of specs by patterns of parameters' names. None: the recipe's, or auto under ddp with AdamW or SGD
+    (the only ones that take auto and such a file), or int4."""
     parameters: str | None = None
     """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4. None: the recipe's, or none."""
     optimizer: str = "AdamW"
@@ -126,8 +128,20 @@ class Settings(Files, Training, Model, Parallel, Compression):  # fields come in
 
     @property
     def spec(self) -> str:
-        """The spec of what is sent instead of gradients."""
-        return DEFAULT_SPEC if self.compress is None else self.compress
+        """The spec of what is sent instead of gradients; specs by patterns of names as JSON."""
+        if self.compress is not None:
+            return self.compress
+        return AUTO if self.takes_auto else DEFAULT_SPEC
+
+    @property
+    def gradients(self) -> str | dict[str, str]:
+        """The spec of what is sent instead of gradients, or specs by patterns of names."""
+        return patterns.table_of(self.spec) or self.spec
+
+    @property
+    def takes_auto(self) -> bool:
+        """Whether a spec may be found while training goes on, and specs may differ from parameter to parameter."""
+        return self.parallel == "ddp" and self.optimizer in ("AdamW", "SGD")
 
     @property
     def parameter_spec(self) -> str:
@@ -163,6 +177,7 @@ class Flags:
 
 
 DEFAULT_SPEC = "int4"
+"""The spec where nobody gives one and `auto` cannot find one."""
 OPTIMIZERS = ("AdamW", "OneBitAdamW", "ZeroOneAdamW", "SGD", "DGC")
 STRATEGIES = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")
 """The names that --parallel takes."""
@@ -218,17 +233,7 @@ def check(settings: Settings) -> None:
         Shape(settings.layers, settings.width, settings.heads, settings.context)
     except ValueError as error:
         raise TrainingError(str(error)) from None
-    for name in ("compress", "warmup_compress", "parameters"):
-        try:
-            if (spec := getattr(settings, name)) is not None and not (name == "compress" and spec == AUTO):
-                commpress.parse(spec)
-        except ValueError as error:
-            raise TrainingError(f"--{name.replace('_', '-')}: {error}") from None
-    if settings.compress == AUTO and (settings.parallel != "ddp" or settings.optimizer not in ("AdamW", "SGD")):
-        raise TrainingError(
-            f"--compress auto: expected --parallel ddp and --optimizer AdamW or SGD, got {settings.parallel} and "
-            f"{settings.optimizer}"
-        )
+    require_specs(settings)
     if settings.optimizer_warmup is not None and settings.optimizer_warmup >= settings.steps:
         raise TrainingError(
             f"--optimizer-warmup {settings.optimizer_warmup}: expected less than --steps {settings.steps}"
@@ -249,6 +254,22 @@ def check(settings: Settings) -> None:
         raise TrainingError(f"--threads {settings.threads}: expected at most {MOST_THREADS}")
     if not 0 <= settings.seed < 2**31:
         raise TrainingError(f"--seed {settings.seed}: expected 0 to {2**31 - 1}")
+
+
+def require_specs(settings: Settings) -> None:
+    """Raise TrainingError, with the flag, for specs that are none, and for `auto` and patterns where they cannot be."""
+    for name in ("compress", "warmup_compress", "parameters"):
+        try:
+            spec = getattr(settings, name)
+            if spec is not None and not (name == "compress" and is_open(settings.gradients)):
+                commpress.parse(spec)
+        except ValueError as error:
+            raise TrainingError(f"--{name.replace('_', '-')}: {error}") from None
+    if settings.compress is not None and is_open(settings.gradients) and not settings.takes_auto:
+        raise TrainingError(
+            f"--compress {settings.compress}: expected --parallel ddp and --optimizer AdamW or SGD, got "
+            f"{settings.parallel} and {settings.optimizer}"
+        )
 
 
 def require_used(settings: Settings) -> None:

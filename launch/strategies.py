@@ -73,7 +73,7 @@ class Strategy(ABC):
 class Replicated(Strategy):
     """DDP: the same model on all ranks. A compressed optimizer is told of it."""
 
-    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, spec: str) -> None:
+    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, spec: str | dict[str, str]) -> None:
         self.bare, self.optimizer = model, optimizer
         self.behind = optimizer if isinstance(optimizer, optim.CompressedOptimizer) else None
         self.model = self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -281,7 +281,7 @@ def make(model: GPT, settings: Settings) -> Strategy:
         return Sharded(model, optimizer_of, settings.spec, settings.parameter_spec)
     optimizer = optimizers.make(model, settings)
     if settings.parallel == "ddp":
-        return Replicated(model, optimizer, settings.spec)
+        return Replicated(model, optimizer, settings.gradients)
     if settings.parallel == "deepspeed":
         specs = settings.spec, settings.parameter_spec
         return Engine(model, optimizer, settings.zero_stage, settings.batch, *specs)

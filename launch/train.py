@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 -m commpress.launch.train --compress "topk(0.01)|int4"
 
 Without torchrun it trains on one rank. Ctrl-C or SIGTERM: all ranks stop after the same step and leave a checkpoint (and
-torchrun itself, which passes the signal on, ends with a traceback of its own). `--resume` goes on from there; on CPU, bit
-for bit as if nothing had happened. What one rank alone meets (a file that it cannot read, a full disk) ends all of them with
-one sentence that says on which rank and host.
+torchrun itself, which passes the signal on, ends with a traceback of its own). `--resume` goes on from there; on CPU, with a
+spec named, bit for bit as if nothing had happened. What one rank alone meets (a file that it cannot read, a full disk) ends all
+of them with one sentence that says on which rank and host.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ is counted beside it (`backend_bytes`). A bucket that is left to them counts as 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from commpress.comm.timeline import Span, Timeline
@@ -40,6 +42,8 @@ class Row:
     reason: str
     role: str = "gradients"
     phase: str = ""
+    rules: dict[str, int] = field(default_factory=dict)
+    """The values in it that each rule decides for, by its text; empty where one spec is given for all."""
     steps: int = 0
     dense_bytes: int = 0
     sent_bytes: int = 0
@@ -104,6 +108,25 @@ class Report:
                 sums |= {key: sums[key] + getattr(row, key) for key in BYTES}
         return found
 
+    @property
+    def rules(self) -> dict[str, dict[str, float]]:
+        """`values` of a step, the bytes and the `ratio` of each rule, in order; empty where one spec is given for all.
+
+        Parameters of rules with one spec travel together: their bytes are shared out by their values.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for row in self.rows:
+            for rule, n in row.rules.items():
+                sums = found.setdefault(rule, dict.fromkeys(("values", *BYTES), 0.0))
+                share = n / max(1, sum(row.rules.values()))
+                sums["values"] += share * row.values * row.steps / max(1, self.steps)
+                sums |= {key: sums[key] + share * getattr(row, key) for key in BYTES}
+        return {
+            rule: {key: round(value) for key, value in sums.items()}
+            | {"ratio": sums["dense_bytes"] / sums["sent_bytes"] if sums["sent_bytes"] else 1.0}
+            for rule, sums in found.items()
+        }
+
     @classmethod
     def merge(cls, *reports: "Report") -> "Report":
         """One report of several sessions of this process, such as a DDP session inside a node and an outer one between nodes.
@@ -138,6 +161,7 @@ class Report:
             "ratio": self.ratio,
             "backend_bytes": self.backend_bytes,
             "roles": self.roles,
+            "rules": self.rules,
             "phases": self.phases,
         }
 
@@ -148,7 +172,7 @@ class Report:
     def __str__(self) -> str:
         each = max(self.steps, 1)
         table = Table(
-            title=f"commpress {self.spec}: rank {self.rank} of {self.world_size}, {self.steps} steps",
+            title=f"commpress {escape(self.spec)}: rank {self.rank} of {self.world_size}, {self.steps} steps",
             caption=self._beside(),
             caption_justify="left",
         )
@@ -169,6 +193,10 @@ class Report:
             mb = (f"{of[key] / 1e6 / each:.3f}" for key in ("dense_bytes", "sent_bytes"))
             ratio = f"{of['dense_bytes'] / of['sent_bytes']:.1f}" if of["sent_bytes"] else "-"
             table.add_row(f"all {role}", "", *mb, ratio, "", "", "", "")
+        for rule, sums in self.rules.items():
+            mb = (f"{sums[key] / 1e6 / each:.3f}" for key in ("dense_bytes", "sent_bytes"))
+            ratio = f"{sums['ratio']:.1f}" if sums["sent_bytes"] else "-"
+            table.add_row(escape(rule), f"{sums['values']:,}", *mb, ratio, "", "", "", "by rule")
         for phase, of in self.phases.items():
             mb = (f"{of[key] / 1e6 / max(of['steps'], 1):.3f}" for key in ("dense_bytes", "sent_bytes"))
             ratio = f"{of['dense_bytes'] / of['sent_bytes']:.1f}" if of["sent_bytes"] else "-"
@@ -199,7 +227,7 @@ def _all_phases(rows: list[Row]) -> list[Row]:
     found: dict[tuple[object, ...], Row] = {}
     for row in rows:
         key = (row.bucket, row.values, row.dtype, row.spec, row.exchange, row.reason, row.role)
-        whole = found.setdefault(key, Row(*key))
+        whole = found.setdefault((*key, *row.rules.items()), Row(*key))
         whole.steps += row.steps
         for name in (*BYTES, "backend_bytes"):
             setattr(whole, name, getattr(whole, name) + getattr(row, name))
@@ -233,12 +261,21 @@ class Meter:
             self._entered.append((phase, self.steps))
 
     def row(
-        self, bucket: int, values: int, dtype: str, spec: str, exchange: str, reason: str, role: str = "gradients"
+        self,
+        bucket: int,
+        values: int,
+        dtype: str,
+        spec: str,
+        exchange: str,
+        reason: str,
+        role: str = "gradients",
+        rules: Mapping[str, int] | None = None,
     ) -> Row:
         """Return the row of a bucket; a bucket that was laid out anew, or has got another plan, gets a new one."""
-        key = (bucket, values, dtype, spec, exchange, reason, role, self.phase)
+        rules = rules or {}
+        key = (bucket, values, dtype, spec, exchange, reason, role, self.phase, *rules.items())
         if key not in self.rows:
-            self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason, role, self.phase)
+            self.rows[key] = Row(bucket, values, dtype, spec, exchange, reason, role, self.phase, dict(rules))
         return self.rows[key]
 
     def record_uncompressed(

@@ -24,6 +24,8 @@ class Rules:
     specs: tuple[tuple[str, str], ...]
     """Patterns and specs, in the order in which they were given."""
     codecs: Mapping[str, Codec | None]
+    patterns: Mapping[str, str]
+    """The pattern that decides for each parameter, by name."""
     budget: float | None = None
     """The error that `auto` allows, the least if several patterns name it; None if none does."""
 
@@ -43,6 +45,14 @@ class Rules:
             found.setdefault(str(codec), ([], codec))[0].append((name, n))
         return [(tuple(part), codec) for part, codec in found.values()]
 
+    def shares(self, segments: Segments) -> dict[str, int]:
+        """Return how many values of these parameters each rule decides for, by its text; all rules in their order."""
+        texts = {pattern: f"{pattern}: {spec}" for pattern, spec in self.specs}
+        values = dict.fromkeys(texts.values(), 0)
+        for name, n in segments:
+            values[texts[self.patterns[name]]] += n
+        return values
+
 
 def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
     """Make the rules for parameters of these names.
@@ -52,6 +62,7 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
     """
     names = list(names)
     codecs: dict[str, Codec | None] = {}
+    patterns: dict[str, str] = {}
     known: dict[str, Codec | None] = {}
     budgets: list[float] = []
     for pattern, spec in given.items():
@@ -73,16 +84,22 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
             )
             raise ValueError(f"gradients, {pattern!r}: decides for none of {len(names)} parameters, {why}")
         codecs.update(dict.fromkeys(mine, known[pattern]))
+        patterns.update(dict.fromkeys(mine, pattern))
     if left := [name for name in names if name not in codecs]:
         raise ValueError(f"gradients: no pattern fits parameter {left[0]!r} ({len(left)} in all); end with '*'")
     specs = tuple((pattern, str(given[pattern] if codec is None else codec)) for pattern, codec in known.items())
-    return Rules(specs, codecs, min(budgets, default=None))
+    return Rules(specs, codecs, patterns, min(budgets, default=None))
+
+
+def is_open(gradients: Spec) -> bool:
+    """Whether no one spec is given for all: `auto` or patterns decide. Raises ValueError for an `auto` that makes no sense."""
+    return isinstance(gradients, Mapping) or budget(gradients) is not None
 
 
 def open_refusal(gradients: Spec, optimizer: object, exchange: str | None) -> Exception | None:
     """Return why gradients cannot go by `auto` or by patterns, if they cannot; None if one codec is named for all."""
     try:
-        if not isinstance(gradients, Mapping) and budget(gradients) is None:
+        if not is_open(gradients):
             return None
     except ValueError as error:
         return error

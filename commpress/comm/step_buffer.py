@@ -8,7 +8,7 @@ that was saved.
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -198,14 +198,16 @@ class StepBuffer:
         then: Callable[[BaseException | None], None] | None,
     ) -> Work:
         """Exchange a bucket in parts, each by the codec that the rules have for it."""
-        send, parts = partial(self.collectives.all_reduce, step=self._current), rules.parts(segments)
+        send, parts = self.collectives.all_reduce, rules.parts(segments)
         if len(parts) == 1:
-            return send(x, segments, index, override=_by_rule(parts[0][1]), last=last, then=then)
+            step = replace(self._current, rules=rules.shares(segments))
+            return send(x, segments, index, override=_by_rule(parts[0][1]), step=step, last=last, then=then)
         whole, flat = Work(x, not_counted), real_view(x).view(-1)
         apart = taken_apart(flat, segments, [part for part, _ in parts], whole.finish if then is None else then)
         for (values, part, done), (_, codec) in zip(apart, parts, strict=True):
             ends = last and part is parts[-1][0]
-            send(values, part, index, override=_by_rule(codec), last=ends, then=done)
+            step = replace(self._current, rules=rules.shares(part))
+            send(values, part, index, override=_by_rule(codec), step=step, last=ends, then=done)
         return whole
 
     def forget_skipped_step(self) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -26,11 +26,12 @@ from commpress.comm.work import Work, not_counted
 @dataclass
 class Step:
     """A step whose collectives belong together: its number, what compares its results, if this step is compared, and what
-    looks into the error of its means, if that is wanted."""
+    looks into the error of its means, if that is wanted. `rules` are those of what is sent, and how many values each has."""
 
     number: int
     comparison: Comparison | None = None
     error: ErrorWatch | None = None
+    rules: dict[str, int] = field(default_factory=dict)
 
 
 class Traffic:
@@ -118,7 +119,8 @@ class Traffic:
         `compared` is what the result is called where all ranks must have the same bits of it. `starts_at_once`: nothing has
         to be computed before its first transfer.
         """
-        row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role)
+        rules = {} if step is None else step.rules
+        row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role, rules)
         number = self._number(role, index) if step is None else step.number
         work = Work(out, partial(self._note_waiting, role) if step is None else not_counted)
         exchange = self._compared(exchange, out, compared, number, step, last)

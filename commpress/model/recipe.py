@@ -27,7 +27,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from commpress.model import recipe_file
 
@@ -199,8 +199,18 @@ class Distil(Part):
 class Traffic(Part):
     """Traffic, for the training program: specs of gradients, and of parameters that FSDP2 gathers."""
 
-    spec: str | None = None
+    spec: str | dict[str, str] | None = None
+    """One spec, or specs by patterns of parameters' names."""
     parameters: str | None = None
+
+    @field_validator("spec", mode="plain")
+    @classmethod
+    def _spec(cls, found: object) -> object:
+        if found is None or isinstance(found, str):
+            return found
+        if isinstance(found, Mapping) and found and all(isinstance(part, str) for part in (*found, *found.values())):
+            return dict(found)
+        raise ValueError(f"expected text in quotes, or a table of such by patterns of names, got {_shown(found)}")
 
 
 class Recipe(Part):

@@ -23,6 +23,7 @@ in is in `replicas` (ZeRO 0), `partitions` (1 and 2) and `gathered` (3).
 
 import copy
 import inspect
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,8 @@ from commpress.comm.collectives import Collectives
 from commpress.comm.joining import follow_default_timeout
 from commpress.comm.meter import dtype_name
 from commpress.comm.plan import Plan, sharded_settings
+from commpress.comm.rules import Spec, is_open, open_refusal
+from commpress.comm.search import PLAIN
 from commpress.comm.session import Session
 from commpress.comm.verify import EVERY, require_interval
 from commpress.hooks.deepspeed.gathered import attach_gathered
@@ -58,7 +61,7 @@ GONE = {"OneBitAdam": "OneBitAdamW", "ZeroOneAdam": "ZeroOneAdamW", "OneBitLamb"
 
 def attach(
     engine: Any,
-    gradients: str | Codec,
+    gradients: Spec,
     *,
     parameters: str | Codec | None = None,
     buffers: str | Codec | None = None,
@@ -70,12 +73,13 @@ def attach(
 ) -> Session:
     """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
 
-    `gradients` is the spec of the gradients, `parameters` that of the parameters under ZeRO 1 to 3 (default: not
-    compressed). Under ZeRO 3 sparse specs are refused for parameters. `optimizer` is one of `commpress.optim` that the
-    engine was given (found by itself if left out), at ZeRO 0 to 2. Under it every rank of ZeRO 1 and 2 keeps and steps all
-    there is, as at ZeRO 0: no parameters travel, `exchange` may be given. OneBitAdamW with `parameters` is sharded instead:
-    less memory, more bytes. Every `verify` steps (0: never) the ranks compare hashes of what all of them hold, and payloads
-    have checksums. The engine's group gets the timeout of the default group, which the user gave.
+    `gradients` is the spec of the gradients; at ZeRO 0 with a torch optimizer it may be `auto`, or specs by patterns of names,
+    as under DDP. `parameters` is the spec of the parameters under ZeRO 1 to 3 (default: not compressed). Under ZeRO 3 sparse
+    specs are refused for parameters. `optimizer` is one of `commpress.optim` that the engine was given (found by itself if left
+    out), at ZeRO 0 to 2. Under it every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no parameters travel,
+    `exchange` may be given. OneBitAdamW with `parameters` is sharded instead: less memory, more bytes. Every `verify` steps (0:
+    never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's group gets the timeout
+    of the default group, which the user gave.
 
     Returns the session; `engine.commpress` is the same.
 
@@ -92,10 +96,15 @@ def attach(
     refusal = not_taken("buffers", buffers, "DeepSpeed sends none")
     refusal = refusal or not_taken("grad_scaler", grad_scaler, "an engine scales its losses by itself")
     refusal = refusal or _refusal(engine, stage, sharded, optimizer, exchange)
+    refusal = refusal or _open_refusal(gradients, stage, optimizer, exchange)
+    found: Spec | None = None
     plans: tuple[Plan, Plan] | None = None
     if refusal is None:
         try:
-            plans = _plans(stage, sharded, gradients, parameters, exchange, error_feedback, optimizer)
+            found = gradients if is_open(gradients) else None
+            by_name = gradients if found is None else PLAIN
+            assert not isinstance(by_name, Mapping)
+            plans = _plans(stage, sharded, by_name, parameters, exchange, error_feedback, optimizer)
             require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error
@@ -107,16 +116,19 @@ def attach(
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
     if plans is not None:
         settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
+        settings |= {} if found is None else {"gradients": str(found)}
     agree_on_all(settings, [group], device, refusal)
     assert plans is not None
     if not sharded:
-        engine.commpress = attach_replicas(engine, plans[0], names, optimizer, verify)
+        engine.commpress = attach_replicas(engine, plans[0], found, names, optimizer, verify)
     else:
         engine.commpress = _shard(engine, stage, plans, names, optimizer, str(settings["parameters"]), verify)
     if optimizer is None:
         stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
         stepped = stepped or engine.optimizer.fp32_partitioned_groups_flat
-        advise(plans[0].codec, set(stepped), speaks(group))
+        buffer = engine.commpress.step_buffer
+        for codec in {plans[0].codec} if buffer is None or buffer.rules is None else buffer.rules.lossy:
+            advise(codec, set(stepped), speaks(group))
     return engine.commpress  # type: ignore[no-any-return]
 
 
@@ -145,7 +157,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
         {"train_micro_batch_size_per_gpu": 8, "commpress": {"gradients": "int4", "parameters": "int8"}, ...}
 
-    The block's keys are arguments of `attach`; `gradients` is the only one that must be there.
+    The block's keys are arguments of `attach`; `gradients` is the only one that must be there, a spec or an object of them.
     `"optimizer": {"type": "OneBitAdamW", "params": {...}}` makes one of `commpress.optim`, as do ZeroOneAdamW and DGC. Takes
     and returns what `deepspeed.initialize` does. Raises ValueError for a key that it does not know, and for the optimizers
     that DeepSpeed no longer has, as well as what `attach` raises. Without a block it is `deepspeed.initialize`.
@@ -286,6 +298,22 @@ def _refusal(
             f"exchange {exchange!r}: ZeRO {stage} sends each part of a gradient to its owner and nowhere else; leave it out"
         )
     return None if optimizer is None else _optimizer_refusal(engine, stage, sharded, optimizer)
+
+
+def _open_refusal(
+    gradients: Spec, stage: int, optimizer: CompressedOptimizer | None, exchange: str | None
+) -> Exception | None:
+    """Return why gradients cannot go by `auto` or by patterns, if they were asked to and cannot."""
+    try:
+        if stage and is_open(gradients):
+            given = "patterns decide" if isinstance(gradients, Mapping) else "auto decides"
+            return ValueError(
+                f"gradients: {given} at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner, as one: expected "
+                'one spec, such as "int4"'
+            )
+    except ValueError as error:
+        return error
+    return open_refusal(gradients, optimizer, exchange)
 
 
 def _offloads(settings: Any) -> bool:

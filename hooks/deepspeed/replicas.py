@@ -13,6 +13,7 @@ from commpress.comm.feedback import Segments
 from commpress.comm.meter import dtype_name
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
+from commpress.comm.rules import Spec
 from commpress.comm.session import Session
 from commpress.comm.step_buffer import StepBuffer
 from commpress.hooks.parameters import bare_parameters
@@ -23,16 +24,24 @@ BUCKET = 4 << 20
 
 
 def attach_replicas(
-    engine: Any, plan: Plan, names: dict[Tensor, str], optimizer: CompressedOptimizer | None, verify: int
+    engine: Any,
+    plan: Plan,
+    found: Spec | None,
+    names: dict[Tensor, str],
+    optimizer: CompressedOptimizer | None,
+    verify: int,
 ) -> Session:
-    """Stand in for an engine's mean of all gradients; at ZeRO 1 and 2 for all that shards them, too."""
+    """Stand in for an engine's mean of all gradients; at ZeRO 1 and 2 for all that shards them, too.
+
+    `found` has what decides in the place of the plan's codec: `auto`, or specs by patterns of names.
+    """
     if optimizer is not None:
         if engine.zero_optimization():
             _hand_back(engine.optimizer)
         optimizer.bind({name: p for p, name in names.items()}, engine.seq_dp_world_size, may_be_unused=False)
         engine.clip_fp32_gradients = partial(_clip_means, engine.clip_fp32_gradients, optimizer)
     session = replicas_session(
-        plan.codec,
+        plan.codec if found is None else found,
         engine.seq_data_parallel_group,
         torch.device(engine.device),
         exchange=None if plan.exchange is None else plan.exchange.name,
@@ -45,7 +54,7 @@ def attach_replicas(
     session.step_buffer.replicas = lambda: [
         (name, p if optimizer is None else optimizer.replica(p)) for p, name in names.items()
     ]
-    dense = optimizer is None and not plan.codec.lossy
+    dense = optimizer is None and found is None and not plan.codec.lossy
     replicas = Replicas(engine.module, session.step_buffer)
     if engine.zero_optimization():
         _step_all(engine, replicas)

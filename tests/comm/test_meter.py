@@ -119,6 +119,39 @@ def test_several_sessions_make_one_report_with_the_roles_apart() -> None:
     assert both.to_dict()["roles"] == both.roles
 
 
+def test_rules_of_one_spec_share_what_they_send_together() -> None:
+    meter = Meter()
+    for steps, spec in ((1, "none"), (3, "int4")):  # auto tries two
+        row = meter.row(0, 1000, "float32", spec, "all_reduce", "", "gradients", {"[ab]*: none": 250, "*: none": 750})
+        row.steps, row.dense_bytes, row.sent_bytes = steps, 4000 * steps, 2000 * steps
+    alone = meter.row(1, 500, "float32", "none", "all_reduce", "", "gradients", {"[ab]*: none": 0, "*: none": 500})
+    alone.steps, alone.dense_bytes, alone.sent_bytes = 4, 8000, 8000
+    meter.steps = 4
+    report = meter.report("[ab]*: none, *: none", 0, 2)
+    assert report.rules == {
+        "[ab]*: none": {
+            **{"values": 250, "dense_bytes": 4000, "sent_bytes": 2000, "received_bytes": 0},
+            "ratio": 2.0,
+        },
+        "*: none": {
+            **{"values": 1250, "dense_bytes": 20_000, "sent_bytes": 14_000, "received_bytes": 0},
+            "ratio": pytest.approx(20 / 14),
+        },
+    }
+    assert report.to_dict()["rules"] == report.rules
+    text = str(report)
+    assert "commpress [ab]*: none, *: none: rank 0 of 2" in text
+    rows = [line for line in text.splitlines() if "by rule" in line]
+    assert [line.split()[1:4] for line in rows] == [["[ab]*:", "none", "│"], ["*:", "none", "│"]]
+    assert "1,250" in rows[1]
+
+
+def test_without_rules_there_is_no_row_of_one() -> None:
+    report = metered().report("int4", 0, 2)
+    assert report.rules == {}
+    assert "by rule" not in str(report)
+
+
 def test_no_reports_are_not_one() -> None:
     with pytest.raises(ValueError, match="got 0 reports"):
         Report.merge()

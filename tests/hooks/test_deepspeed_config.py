@@ -105,6 +105,69 @@ def test_bad_configs_say_what_is_wrong() -> None:
     assert all(said == of_ranks[0] for said in of_ranks)
 
 
+RULES = {"*.bias": "none", "0.*": "int8", "*": "int4"}
+
+
+def by_patterns() -> list[Any]:
+    """Patterns in a block and by attach, beside one spec; then `auto`, and a pattern in a block that fits nothing."""
+    settings = config(0, **ADAMW, commpress={"gradients": RULES})
+    fresh()
+    block, wrong = (initialize(model=network(), config=settings)[0], {"*.wieght": "int8", "*": "int4"})
+    given, plain, searching = (engine(0) for _ in range(3))
+    attach(given, {**RULES, "*": "none"})
+    attach(plain, "none")
+    attach(searching, {"*.bias": "none", "*": "auto"})
+    for e in (block, given, plain):
+        train(e, range(5))
+    train(searching, range(40))
+    return [
+        block.commpress.report().to_dict(),
+        same_on_all_ranks(weights(block)),
+        same(weights(given), weights(plain)),
+        searching.commpress.report().spec,
+        same_on_all_ranks(weights(searching)),
+        outcome(lambda: initialize(model=network(), config={**settings, "commpress": {"gradients": wrong}})),
+    ]
+
+
+def test_zero_0_takes_specs_by_pattern() -> None:
+    for report, alike, plain, spec, also_alike, wrong in run(RANKS, by_patterns, timeout=120):
+        assert alike
+        assert also_alike
+        assert not plain  # the first layer is coded
+        assert list(report["rules"]) == ["*.bias: none", "0.*: int8", "*: int4"]
+        assert [sums["values"] for sums in report["rules"].values()] == [138, 2048, 4736]
+        assert [round(sums["ratio"]) for sums in report["rules"].values()] == [1, 4, 8]
+        assert spec.startswith("*.bias: none, *: auto; auto: ")
+        assert "gradients, '*.wieght': decides for none of 6 parameters, as '0.weight'" in wrong
+
+
+def patterns_elsewhere() -> list[str]:
+    one_bit = engine(0, optimizer=lambda p: OneBitAdamW(p, warmup_steps=3))
+    me = dist.get_rank()
+    return [
+        *(outcome(lambda stage=stage: attach(engine(stage), RULES)) for stage in (1, 2, 3)),
+        outcome(lambda: attach(engine(2), "auto")),
+        outcome(lambda: attach(one_bit, RULES)),
+        outcome(lambda: attach(engine(0), RULES, exchange="two_shot")),
+        outcome(lambda: attach(engine(0), {**RULES, "*": "int4" if me else "int8"})),
+        outcome(lambda: attach(engine(0), "auto(error=0)")),
+    ]
+
+
+def test_patterns_that_cannot_be_are_refused_on_all_ranks() -> None:
+    for said in run(RANKS, patterns_elsewhere, timeout=120):
+        for stage, sentence in zip((1, 2, 3), said, strict=False):
+            assert sentence.startswith(
+                f"ValueError: gradients: patterns decide at ZeRO 0; ZeRO {stage} sends each part"
+            )
+        assert said[3].startswith("ValueError: gradients: auto decides at ZeRO 0; ZeRO 2 sends")
+        assert "OneBitAdamW needs one spec of the gradients" in said[4]
+        assert "with patterns each codec takes its own" in said[5]
+        assert "all ranks must use the same gradients" in said[6]
+        assert "expected an error above 0" in said[7]
+
+
 # --- engines that do not fit -------------------------------------------------------------------------------------
 
 

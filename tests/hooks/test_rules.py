@@ -85,6 +85,17 @@ def test_each_parameter_travels_by_its_own_codec(world_size: int) -> None:
         for spec in ("int8", "int4")
     }
     assert values == {"int8": 32 * 64 + 64, "int4": 64 * 64 + 640}
+    assert list(report["rules"]) == ["0.*: int8", "*.bias: none", "*: int4"]
+    assert {rule: sums["values"] for rule, sums in report["rules"].items()} == {
+        "0.*: int8": values["int8"],
+        "*.bias: none": sum(r["values"] * r["steps"] for r in report["rows"] if r["spec"] == "none") / 6,
+        "*: int4": values["int4"],
+    }
+    for spec, rule in (("int8", "0.*: int8"), ("none", "*.bias: none"), ("int4", "*: int4")):
+        rows = [row for row in report["rows"] if row["spec"] == spec]
+        assert report["rules"][rule]["sent_bytes"] == sum(row["sent_bytes"] for row in rows)
+        assert report["rules"][rule]["dense_bytes"] == sum(row["dense_bytes"] for row in rows)
+    assert report["rules"]["*.bias: none"]["ratio"] == 1.0 < report["rules"]["0.*: int8"]["ratio"]
     (all_none, _), (none, _), (all_int4, _), (int4, _) = rest
     assert same_training(all_none, none)
     assert same_training(all_int4, int4)

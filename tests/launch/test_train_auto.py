@@ -1,12 +1,14 @@
-"""`train --compress auto`, on two ranks: the run ends with its receipt."""
+"""`train` by `auto`, which is its default, and by specs by parameter, on two ranks."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from commands import Ended, ended, run_command
-from ranks import run
+from ranks import outcome, run
 
-from commpress.launch import train
+from commpress.launch import recipes, train
 
 MODEL = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "eval_every": 0, "threads": 1}
 
@@ -32,3 +34,119 @@ def test_auto_is_for_ddp_with_a_plain_optimizer(tmp_path: Path, flags: tuple[str
     refused = run_command("train", "--compress", "auto", *flags, "--out", tmp_path / "refused")
     assert refused.code == 1
     assert "--compress auto: expected --parallel ddp and --optimizer AdamW or SGD" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("chosen", "spec"),
+    [
+        ({}, "auto"),
+        ({"optimizer": "SGD"}, "auto"),
+        ({"compress": "int4"}, "int4"),
+        ({"optimizer": "OneBitAdamW"}, "int4"),
+        *(({"parallel": parallel}, "int4") for parallel in ("fsdp", "deepspeed", "local_sgd", "diloco")),
+    ],
+    ids=str,
+)
+def test_the_default_is_auto_where_auto_works(chosen: dict[str, str], spec: str) -> None:
+    assert recipes.with_specs(train.Settings(**chosen)).compress == spec
+
+
+def cut_and_resumed(folder: Path) -> list[str]:
+    """A run by default that stops after 4 steps and goes on, and what is said to those who go on by another spec."""
+    said = []
+    common = {**MODEL, "data": folder / "text.txt"}
+    for name, spec, other in (("auto", None, "int4"), ("int4", "int4", None)):
+        settings = {**common, "out": folder / name}
+        assert train.train(train.Settings(**settings, compress=spec, steps=4))
+        assert train.train(train.Settings(**settings, compress=spec, steps=6, resume=True))
+        said.append(outcome(lambda s=settings, o=other: train.train(train.Settings(**s, compress=o, resume=True))))
+    return said
+
+
+def test_a_run_by_default_goes_on_by_auto_and_others_do_not(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
+    for by_name, by_default in run(2, cut_and_resumed, tmp_path):
+        assert "has --compress auto, this one --compress int4; both must be the same" in by_name
+        assert "has --compress int4, this one --compress auto; both must be the same" in by_default
+    record = json.loads((tmp_path / "auto" / "record.json").read_text())
+    assert (record["settings"]["compress"], record["steps_done"]) == ("auto", 6)
+
+
+RULES = {"blocks.0.*": "int8", "*.bias": "none", "*": "int4"}
+
+
+def by_patterns(folder: Path) -> list[str]:
+    """A run by the patterns of a file, which goes on by those of another; one by a file of other patterns."""
+    folder.joinpath("rules.toml").write_text("".join(f'"{pattern}" = "{spec}"\n' for pattern, spec in RULES.items()))
+    folder.joinpath("rules.json").write_text(json.dumps(RULES))
+    folder.joinpath("other.toml").write_text('"*.bias" = "none"\n"*" = "int4"\n')
+    common = {**MODEL, "layers": 2, "data": folder / "text.txt", "out": folder / "run"}
+    assert train.train(train.Settings(**common, compress=str(folder / "rules.toml"), steps=4))
+    assert train.train(train.Settings(**common, compress=str(folder / "rules.json"), steps=6, resume=True))
+    saved = json.loads((folder / "run" / "record.json").read_text())["settings"]
+    assert train.train(train.Settings(**{**saved, "data": folder / "text.txt", "out": folder / "run"}))  # is at its end
+    return [
+        outcome(
+            lambda: train.train(train.Settings(**common, compress=str(folder / "other.toml"), steps=6, resume=True))
+        ),
+        outcome(
+            lambda: train.train(
+                train.Settings(
+                    **{**common, "out": folder / "no"},
+                    compress=str(folder / ("rules.toml", "other.toml")[dist.get_rank()]),
+                )
+            )
+        ),
+    ]
+
+
+def test_a_file_has_specs_by_parameter(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
+    for other, differ in run(2, by_patterns, tmp_path):
+        assert f"has --compress {json.dumps(RULES)}, this one --compress " in other
+        assert ' has --compress {"*.bias": "none", "*": "int4"}, rank 0 has --compress {"blocks.0' in differ
+        assert "all ranks need the same" in differ
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert json.loads(record["settings"]["compress"]) == RULES
+    assert list(record["report"]["rules"]) == [f"{pattern}: {spec}" for pattern, spec in RULES.items()]
+    assert {row["spec"] for row in record["report"]["rows"]} == {"int8", "none", "int4"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.toml", '"*.wieght" = "int8"\n"*" = "int4"', "'*.wieght': decides for none of"),
+        ("a.toml", '"*.bias" = "none"', "no pattern fits parameter"),
+        ("a.toml", '"*" = "int5"', "'*': spec 'int5': unknown codec 'int5'"),
+        ("a.toml", 'blocks.0.bias = "none"', "'blocks': expected a spec in quotes"),
+        ("a.toml", '"*" = 4', '\'*\': expected a spec in quotes, as in "*.bias" = "none", got 4'),
+        ("a.toml", "", "expected patterns and their specs"),
+        ("a.toml", '"*" = ', "Invalid value"),
+        ("a.json", '{"*": "int4", "*": "int8"}', "'*': the pattern is there twice"),
+        ("a.json", "[1]", "expected patterns and their specs"),
+        ("a.json", '{"*": ', "line 1"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_named_with_its_key(tmp_path: Path, name: str, text: str, said: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    refused = run_command("train", "--compress", path, "--out", tmp_path / "out", "--steps", 2)
+    assert refused.code == 1
+    assert f"error: --compress {path}: " in refused.err
+    assert said in refused.err
+    assert "Traceback" not in refused.err
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    refused = run_command("train", "--compress", tmp_path / "absent.toml", "--out", tmp_path / "out", "--steps", 2)
+    assert refused.code == 1
+    assert f"error: cannot read --compress {tmp_path / 'absent.toml'}: No such file or directory" in refused.err
+
+
+@pytest.mark.parametrize("flags", [("--parallel", "fsdp"), ("--optimizer", "DGC")], ids=" ".join)
+def test_specs_by_parameter_are_for_ddp_with_a_plain_optimizer(tmp_path: Path, flags: tuple[str, str]) -> None:
+    path = tmp_path / "rules.toml"
+    path.write_text('"*" = "int4"\n')
+    refused = run_command("train", "--compress", path, *flags, "--out", tmp_path / "out", "--steps", 2)
+    assert refused.code == 1
+    assert "expected --parallel ddp and --optimizer AdamW or SGD, got " in refused.err

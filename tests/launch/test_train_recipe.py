@@ -208,10 +208,10 @@ def refused(folder: Path) -> list[str]:
         {"recipe": folder / "odd.toml"},
         {"recipe": folder / "odd.toml", "parallel": "diloco"},
         {"recipe": folder / "missing.toml"},
-        {"recipe": folder / "other.toml", "fork": folder / "early"},
+        {"recipe": folder / "other.toml", "fork": folder / "early", "compress": "int4"},
         {"fork": folder / "early", "resume": True},
         {"fork": folder / "early", "seed": 9, "recipe": folder / "int8.toml"},
-        {"fork": folder / "early"},
+        {"fork": folder / "early", "compress": "int4"},
         {"fork": folder / "early", "recipe": folder / "short.toml", "steps": 14},
         {"recipe": folder / "spec.toml"},
     ]
@@ -237,13 +237,33 @@ def test_what_cannot_be_is_said_on_all_ranks(folder: Path) -> None:
             assert part in sentence
 
 
+def test_a_recipe_may_say_specs_by_parameter(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[traffic.spec]\n"*.bias" = "none"\n"blocks.0.*" = "int8"\n"*" = "auto"\n')
+    found = recipes.with_specs(train.Settings(recipe=recipe, steps=STEPS))
+    assert list((found.gradients if isinstance(found.gradients, dict) else {}).items()) == [
+        *(("*.bias", "none"), ("blocks.0.*", "int8"), ("*", "auto")),
+    ]
+    for text, said in (
+        ('"*.wieght" = "int8"', "traffic.spec: '*.wieght': decides for none of"),
+        ('"*" = "int5"', "traffic.spec: '*': spec 'int5': unknown codec 'int5'"),
+        ('"*" = 4', "traffic.spec: expected text in quotes, or a table of such by patterns of names, got {'*': 4}"),
+        ('blocks.bias = "none"', "traffic.spec: expected text in quotes, or a table of such by patterns of names"),
+    ):
+        recipe.write_text(f"[traffic.spec]\n{text}\n")
+        with pytest.raises(train.TrainingError) as error:
+            recipes.with_specs(train.Settings(recipe=recipe, steps=STEPS))
+        assert said in str(error.value)
+        assert str(recipe) in str(error.value)
+
+
 def test_the_recipe_says_what_travels_unless_a_flag_does(folder: Path) -> None:
     recipe = folder / "traffic.toml"
     recipe.write_text('[traffic]\nspec = "int8"\nparameters = "bf16"\n')
     by_recipe = recipes.with_specs(train.Settings(recipe=recipe, steps=STEPS))
     assert (by_recipe.compress, by_recipe.parameters) == ("int8", "bf16")
     plain = recipes.with_specs(train.Settings())
-    assert (plain.compress, plain.parameters) == ("int4", "none")
+    assert (plain.compress, plain.parameters) == ("auto", "none")
     for flag, given, said in (
         ("compress", "int4", "--compress int4: the recipe has traffic.spec 'int8'"),
         ("parameters", "none", "--parameters none: the recipe has traffic.parameters 'bf16'"),
