@@ -1,4 +1,7 @@
-"""The `commpress` command: train, demo, report, lab, explain. Under torchrun: `torchrun --no-python ... commpress train`."""
+"""The `commpress` command: train, demo, report, lab, explain, probe.
+
+Under torchrun: `torchrun --no-python ... commpress train`.
+"""
 
 import importlib
 import sys
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 
 from commpress import extras
 
-COMMANDS = {"train": "Train", "demo": "Demo", "report": "Report", "lab": "Lab", "explain": "Explain"}
+COMMANDS = {"train": "Train", "demo": "Demo", "report": "Report", "lab": "Lab", "explain": "Explain", "probe": "Probe"}
 """The modules of the commands, and the classes of their flags."""
 
 

@@ -3,7 +3,8 @@
     commpress explain --params 7e9 --world 64 --bandwidth 10gbit --spec int4 --step-seconds 2.5
     commpress explain --check steps.json        # the same model against measured steps of `benchmarks/training.py`
 
-The model is `commpress/comm/cost.py`. How fast the codecs are, `speed.py` measures here, in about a second.
+The model is `commpress/comm/cost.py`. How fast the codecs are, `speed.py` measures here, in about a second. On a cluster
+that is at hand, `commpress probe` measures the link, too.
 """
 
 import json
@@ -18,7 +19,6 @@ from typing import Annotated, Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from commpress import extras
@@ -26,7 +26,22 @@ from commpress.comm.codecs import parse
 from commpress.comm.cost import Cluster, layout, slowest, step
 from commpress.comm.plan import Plan
 from commpress.launch import units
-from commpress.launch.predictions import bits, predicted, table
+from commpress.launch.predictions import (
+    BUCKET,
+    LEAST_STEP,
+    MOST_BUCKETS,
+    MOST_STEP,
+    as_json,
+    predicted,
+    require,
+    require_buckets,
+    require_step_seconds,
+    require_writable,
+    say,
+    show,
+    table,
+    write,
+)
 from commpress.launch.run_record import machine
 from commpress.launch.speed import Measured
 
@@ -38,12 +53,6 @@ except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.explain", error, "launch") from None
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
-BUCKET = 2**20
-"""Bytes of a megabyte in DDP's `bucket_cap_mb`."""
-MOST_BUCKETS = 100_000
-"""The most buckets, whose pipeline is simulated, one after another."""
-LEAST_STEP, MOST_STEP = 1e-9, 1e6
-"""Seconds. The pipeline's times differ by less than a float of other sizes can tell."""
 MOST_MB = 1e9
 MOST_RANKS = 65536
 """The most ranks: what each of them sends is added up, message by message."""
@@ -83,16 +92,16 @@ def compared(record: dict[str, Any], measured: Measured) -> list[Compared]:
         cores = int(re.search(r"(\d+) cores", record["machine"])[1])  # type: ignore[index]
         bandwidth = LINKS[where["rate"]] if where["rate"] in LINKS else units.rate(where["rate"]) / 8
         lossless = units.share(where["loss"]) == 0
-        _require(1 <= W <= MOST_RANKS, f"world_size {W}, expected 1 to {MOST_RANKS}")
-        _require(cores > 0, f"machine {record['machine']!r}, expected at least one core")
+        require(1 <= W <= MOST_RANKS, f"world_size {W}, expected 1 to {MOST_RANKS}")
+        require(cores > 0, f"machine {record['machine']!r}, expected at least one core")
         bucket_bytes = float(record.get("bucket_mb") or 25.0) * BUCKET
-        _require(values > 0 and bucket_bytes > 0, f"{values} parameters in buckets of {bucket_bytes:g} bytes")
-        _require(
+        require(values > 0 and bucket_bytes > 0, f"{values} parameters in buckets of {bucket_bytes:g} bytes")
+        require(
             4 * values / bucket_bytes <= MOST_BUCKETS, f"{values} parameters, expected {MOST_BUCKETS} buckets at most"
         )
-        _require(floor["seconds"] > 0, f"a floor of {floor['seconds']} s, expected a number above 0")
+        require(floor["seconds"] > 0, f"a floor of {floor['seconds']} s, expected a number above 0")
         compute = slowest(floor["seconds"], floor["quartiles"][2], W)
-        _require(
+        require(
             LEAST_STEP <= compute <= MOST_STEP,
             f"a step of {compute:g} s, expected {LEAST_STEP:g} to {MOST_STEP:g}",
         )
@@ -187,7 +196,7 @@ def check_table(found: Sequence[Compared]) -> Table:
 
 @dataclass(frozen=True)
 class Explain:
-    """Predict bytes, seconds and break-even bandwidth of compressing."""
+    """Predict what compressing brings, without a cluster (on one: commpress probe)."""
 
     records: Annotated[Positional[tuple[Path, ...]], arg(help_behavior_hint="")] = ()
     """Step-time records, with --check."""
@@ -231,57 +240,50 @@ class Explain:
     def print_check(self, device: torch.device) -> None:
         """Print predictions beside the seconds of step-time records. Raises ValueError."""
         found, sentence = checked(self.records, device)
-        _print(check_table(found))
-        _say(sentence)
+        show(check_table(found))
+        say(sentence)
         if self.json is not None:
             figures = [{**vars(c), "error": c.error} for c in found]
-            _write(self.json, {"what": "predictions", "rows": figures, "answer": sentence})
+            write(self.json, {"what": "predictions", "rows": figures, "answer": sentence})
 
     def print_predictions(self, device: torch.device) -> None:
         """Print predictions and what they rest on. Raises ValueError."""
         self.require_sense()
         specs = [_parsed(spec) for spec in self.spec or SPECS]
         values = units.parameters(self.params, "--params")
-        parts = 4 * values / (self.bucket_mb * BUCKET)
-        _require(
-            parts <= MOST_BUCKETS,
-            f"--params {self.params} --bucket-mb {self.bucket_mb}: makes {parts:.3g} buckets, "
-            f"expected {MOST_BUCKETS} at most",
-        )
+        require_buckets(values, self.bucket_mb * BUCKET, f"--params {self.params} --bucket-mb {self.bucket_mb}")
         bandwidth, latency = units.rate(self.bandwidth, "--bandwidth") / 8, units.seconds(self.delay, "--delay")
         if self.json is not None:
-            _require_writable(self.json)
+            require_writable(self.json)
         measured = Measured.here(specs, device)
         on_cpu = device.type == "cpu"
         own = (self.cores or machine(device)["cores"]) / self.ranks_per_host if on_cpu else math.inf
         cluster = Cluster(self.world, bandwidth, latency, self.ranks_per_host, own, measured.stack, lines=on_cpu)
         rows = predicted(specs, values, self.bucket_mb * BUCKET, cluster, self.step_seconds, measured)
         title = f"{self.params} parameters, {self.world} ranks, {self.bandwidth} links"
-        _print(table(rows, title, self.step_seconds is not None))
+        show(table(rows, title, self.step_seconds is not None))
         for sentence in assumptions(measured, cluster, self.step_seconds):
-            _say(sentence)
+            say(sentence)
         if self.json is not None:
             about = {"params": values, "world": self.world, "bandwidth": bandwidth, "latency": latency}
             about |= {"bucket_mb": self.bucket_mb, "ranks_per_host": self.ranks_per_host}
             speeds = {spec: vars(speed) for spec, speed in measured.speeds.items()}
-            plain = [{**row, "break_even": bits(row["break_even"])} if "break_even" in row else row for row in rows]
             record = {"what": "explain", **about, "cores": own if on_cpu else None, "step_seconds": self.step_seconds}
-            record |= {"codecs": speeds, "device": measured.device, "stack": measured.stack, "rows": plain}
-            _write(self.json, record)
+            record |= {"codecs": speeds, "device": measured.device, "stack": measured.stack, "rows": as_json(rows)}
+            write(self.json, record)
 
     def require_sense(self) -> None:
         """Raise ValueError for a number that no cluster has."""
-        world, share, seconds = self.world, self.ranks_per_host, self.step_seconds
+        world, share = self.world, self.ranks_per_host
         if self.records:
             raise ValueError(f"{self.records[0]}: records are read with --check only")
-        _require(world >= 2, f"--world {world}: expected the number of ranks, at least 2 (one alone sends nothing)")
-        _require(world <= MOST_RANKS, f"--world {world}: expected at most {MOST_RANKS} ranks")
-        _require(1 <= share <= world, f"--ranks-per-host {share}: expected 1 to {world}, the ranks")
+        require(world >= 2, f"--world {world}: expected the number of ranks, at least 2 (one alone sends nothing)")
+        require(world <= MOST_RANKS, f"--world {world}: expected at most {MOST_RANKS} ranks")
+        require(1 <= share <= world, f"--ranks-per-host {share}: expected 1 to {world}, the ranks")
         good = 0 < self.bucket_mb <= MOST_MB
-        _require(good, f"--bucket-mb {self.bucket_mb}: expected a number above 0, at most {MOST_MB:g}")
-        _require(self.cores >= 0, f"--cores {self.cores}: expected a number above 0")
-        good = seconds is None or LEAST_STEP <= seconds <= MOST_STEP
-        _require(good, f"--step-seconds {seconds}: expected a number from {LEAST_STEP:g} to {MOST_STEP:g}")
+        require(good, f"--bucket-mb {self.bucket_mb}: expected a number above 0, at most {MOST_MB:g}")
+        require(self.cores >= 0, f"--cores {self.cores}: expected a number above 0")
+        require_step_seconds(self.step_seconds)
 
 
 def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> list[str]:
@@ -300,14 +302,6 @@ def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> 
     return said
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file. Raises ValueError that says why it cannot be."""
-    try:
-        path.write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(f"--json {path}: cannot be written: {error.strerror or error}") from None
-
-
 def _parsed(spec: str) -> str:
     """The canonical form of a spec. Raises ValueError that names the flag."""
     try:
@@ -316,34 +310,12 @@ def _parsed(spec: str) -> str:
         raise ValueError(f"--spec {spec}: {error}") from None
 
 
-def _require_writable(path: Path) -> None:
-    """Raises ValueError for a file that cannot be written, before the work whose result it is to hold."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"--json {path}: cannot be written: {error.strerror or error}") from None
-
-
 def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device {name!r}: expected cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device 'cuda': this machine has no GPU that torch can use, expected cpu")
     return torch.device(name)
-
-
-def _require(good: bool, otherwise: str) -> None:
-    if not good:
-        raise ValueError(otherwise)
-
-
-def _print(made: Table) -> None:
-    console = Console()
-    Console(width=max(console.width, 128)).print(made)
-
-
-def _say(text: str) -> None:
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Predictions of bytes and seconds by spec, a row each, and their table for a terminal."""
+"""Predictions of bytes and seconds by spec, a row each, their table for a terminal and their file."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from commpress.comm.cost import Cluster, break_even, feedback_bytes, layout, step
@@ -14,6 +17,12 @@ from commpress.launch.speed import Measured
 
 DAY = 86400.0
 """Seconds."""
+BUCKET = 2**20
+"""Bytes of a megabyte in DDP's `bucket_cap_mb`."""
+MOST_BUCKETS = 100_000
+"""The most buckets, whose pipeline is simulated, one after another."""
+LEAST_STEP, MOST_STEP = 1e-9, 1e6
+"""Seconds. The pipeline's times differ by less than a float of other sizes can tell."""
 
 
 def predicted(
@@ -83,3 +92,53 @@ def bits(bandwidth: float | None) -> str:
     if bandwidth == math.inf:
         return "any link"
     return units.bandwidth(bandwidth * 8)
+
+
+def as_json(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows for a file: a break-even bandwidth in words, as it need not be finite."""
+    return [{**row, "break_even": bits(row["break_even"])} if "break_even" in row else row for row in rows]
+
+
+def require(good: bool, otherwise: str) -> None:
+    """Raise ValueError with this sentence, unless it is good."""
+    if not good:
+        raise ValueError(otherwise)
+
+
+def require_step_seconds(seconds: float | None) -> None:
+    """Raise ValueError for a step that cannot be simulated."""
+    good = seconds is None or LEAST_STEP <= seconds <= MOST_STEP
+    require(good, f"--step-seconds {seconds}: expected a number from {LEAST_STEP:g} to {MOST_STEP:g}")
+
+
+def require_buckets(values: int, bucket_bytes: float, flags: str) -> None:
+    """Raise ValueError that names the flags if they make more buckets than can be simulated."""
+    buckets = 4 * values / bucket_bytes
+    require(buckets <= MOST_BUCKETS, f"{flags}: makes {buckets:.3g} buckets, expected {MOST_BUCKETS} at most")
+
+
+def require_writable(path: Path) -> None:
+    """Raise ValueError for a file that cannot be written, before the work whose result it is to hold."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"--json {path}: cannot be written: {error.strerror or error}") from None
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file. Raises ValueError that says why it cannot be."""
+    try:
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"--json {path}: cannot be written: {error.strerror or error}") from None
+
+
+def show(made: Table) -> None:
+    """Print a table, as wide as it needs."""
+    console = Console()
+    Console(width=max(console.width, 128)).print(made)
+
+
+def say(text: str) -> None:
+    """Print a sentence as it is."""
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 Runs are those of `commpress.launch.train`, step times and losses those of `benchmarks/training.py`, timelines the traces
 of `session.timeline`, reports what `session.report().write_json(...)` writes, and predictions what
-`commpress explain --json` does.
+`commpress explain` and `commpress probe` write with `--json`.
 """
 
 import json
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 """The content of a JSON file."""
 
 RUN, STEP_TIMES, LOSSES, TIMELINE = "run", "step times", "losses", "timeline"
-SESSION, EXPLAINED, CHECKED = "session", "explain", "predictions"
+SESSION, EXPLAINED, CHECKED, PROBED = "session", "explain", "predictions", "probe"
 NEEDED = {
     RUN: ("settings", "traffic", "curve", "steps_done", "median_step_seconds", "machine", "world_size", "backend"),
     STEP_TIMES: ("link", "machine", "torch", "world_size", "model", "parameters", "tokens_per_step", "steps", "rows"),
@@ -26,6 +26,7 @@ NEEDED = {
     SESSION: ("spec", "rank", "world_size", "steps", "dense_bytes", "sent_bytes", "received_bytes", "seconds", "rows"),
     EXPLAINED: ("params", "world", "bandwidth", "device", "rows"),
     CHECKED: ("answer", "rows"),
+    PROBED: ("params", "world", "bandwidth", "answer", "rows"),
 }
 NEEDED_IN_A_ROW = {
     STEP_TIMES: ("name", "kind", "seconds", "quartiles", "ratio", "tokens_per_second"),
@@ -33,6 +34,7 @@ NEEDED_IN_A_ROW = {
     SESSION: ("bucket", "values", "spec", "exchange", "reason", "steps", "dense_bytes", "sent_bytes"),
     EXPLAINED: ("spec", "exchange", "sent_bytes", "ratio", "communication_seconds"),
     CHECKED: ("link", "name", "predicted", "measured", "error"),
+    PROBED: ("spec", "exchange", "sent_bytes", "ratio", "communication_seconds"),
 }
 NEEDED_IN_A_LINK = ("hosts", "ranks_per_host", "rate", "delay", "loss", "shaped")
 CALLED = {
@@ -43,6 +45,7 @@ CALLED = {
     SESSION: "a session's report",
     EXPLAINED: "predictions of `commpress explain`",
     CHECKED: "checked predictions of `commpress explain`",
+    PROBED: "what `commpress probe` found",
 }
 SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 """Names of the spans of a timeline."""
@@ -80,7 +83,7 @@ def not_one(found: str, error: Exception) -> str:
 def kind(record: Any) -> str:
     """Return RUN, STEP_TIMES, ... Raises ValueError for a record that is none of them."""
     if isinstance(record, dict):
-        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED):
+        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED, PROBED):
             return str(record["what"])
         if "traceEvents" in record:
             return TIMELINE

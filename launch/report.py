@@ -16,6 +16,7 @@ from commpress.launch.records import (
     CHECKED,
     EXPLAINED,
     LOSSES,
+    PROBED,
     RUN,
     SESSION,
     STEP_TIMES,
@@ -69,7 +70,7 @@ def page(files: Sequence[Record]) -> str:
         *loss_against_time(runs, of[LOSSES], of[STEP_TIMES], look),
         *recipes(runs),
         *traffic([*runs, *sessions], look),
-        *predictions(of[EXPLAINED], of[CHECKED]),
+        *predictions([*of[EXPLAINED], *of[PROBED]], of[CHECKED]),
         *timelines(of[TIMELINE]),
     ]
     if runs:

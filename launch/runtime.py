@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -107,6 +108,19 @@ def joined(said: list[tuple[str, str]]) -> str:
 def named(rank: int, host: str) -> str:
     """Return how a sentence about one rank begins."""
     return f"rank {rank} ({host}): "
+
+
+def require_same_flags(mine: dict[str, object], device: torch.device) -> None:
+    """Raise TrainingError on all ranks if one has another value for a flag than rank 0; keys are Python's names. Collective."""
+    group = dist.distributed_c10d._get_default_group()
+    everyone = gather_settings({**mine, "host": host_name()}, group, device)
+    for rank, other in enumerate(everyone):
+        for name in mine:
+            if str(here := other[name]) != str(there := everyone[0][name]):  # NaN is unlike itself
+                flag = f"--{name.replace('_', '-')}"
+                who = named(rank, str(other["host"])).removesuffix(": ")
+                kind = LoneError if rank == dist.get_rank() else TrainingError
+                raise kind(f"{who} has {flag} {here}, rank 0 has {flag} {there}: all ranks need the same")
 
 
 def ranks_without(good: bool, device: torch.device) -> str:
@@ -209,6 +223,18 @@ def not_disturbed_in_ending() -> Iterator[None]:
         if "RANK" in os.environ and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
+
+
+def run_on_all_ranks(program: Callable[[], object]) -> None:
+    """Run a collective program. A TrainingError ends the process with code 1; rank 0 says why, and a rank that met it alone."""
+    rank = global_rank()
+    try:
+        with process_group(), not_disturbed_in_ending():
+            program()
+    except TrainingError as error:
+        if rank == 0 or isinstance(error, LoneError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def lost_another(error: Exception) -> bool:

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import commpress
-from commpress.comm.agreement import gather_settings, host_name
 from commpress.comm.codecs import AUTO
 from commpress.comm.rules import is_open
 from commpress.launch import patterns, runtime
@@ -348,15 +346,7 @@ def unusual(settings: Settings) -> list[str]:
 def require_alike(settings: Settings, device: torch.device) -> None:
     """Raise TrainingError on all ranks if they were started with different flags. Collective."""
     mine = {name: value for name, value in asdict(settings).items() if name not in OWN_TO_A_RANK}
-    group = dist.distributed_c10d._get_default_group()
-    everyone = gather_settings({**mine, "host": host_name()}, group, device)
-    for rank, other in enumerate(everyone):
-        for name in mine:
-            if str(here := other[name]) != str(there := everyone[0][name]):  # NaN is unlike itself
-                flag = f"--{name.replace('_', '-')}"
-                who = runtime.named(rank, str(other["host"])).removesuffix(": ")
-                kind = runtime.LoneError if rank == dist.get_rank() else TrainingError
-                raise kind(f"{who} has {flag} {here}, rank 0 has {flag} {there}: all ranks need the same")
+    runtime.require_same_flags(mine, device)
 
 
 def require_identity(saved: dict[str, Any], now: dict[str, Any], settings: Settings, source: Path) -> None:

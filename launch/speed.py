@@ -1,10 +1,11 @@
-"""How fast this machine is at what `commpress explain` needs: seconds a value of each codec, core-seconds a byte of sockets."""
+"""How fast this machine is: seconds a value of each codec, core-seconds a byte of sockets; and the slowest of several."""
 
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -58,3 +59,25 @@ class Measured:
         if device.type == "cpu":
             return cls(f"one core of this machine ({here['processor']})", speeds, socket_seconds())
         return cls(f"the {here['accelerator']} of this machine", speeds, 0.0)
+
+    @classmethod
+    def slowest(cls, everyone: Sequence["Measured"]) -> "Measured":
+        """Of each codec the machine that takes longest to encode, and the dearest sockets: in an exchange all wait for them."""
+        speeds = {
+            spec: max((one.speeds[spec] for one in everyone), key=lambda speed: speed.encode)
+            for spec in everyone[0].speeds
+        }
+        return cls(everyone[0].device, speeds, max(one.stack for one in everyone))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` takes, of JSON's values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> "Measured":
+        """Return what `to_json` was called on."""
+        speeds = {
+            spec: Speed(row["encode"], tuple(row["mean"]), tuple(row["recode"]), row["add"])
+            for spec, row in said["speeds"].items()
+        }
+        return cls(said["device"], speeds, said["stack"])

@@ -10,7 +10,6 @@ of them with one sentence that says on which rank and host.
 
 import contextlib
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +28,6 @@ from commpress.launch.run_record import default_threads
 from commpress.launch.run_state import Run
 from commpress.launch.runtime import TrainingError, process_group, same_error_on_all_ranks, together
 from commpress.launch.settings import Flags, Settings, check, require_alike
-from commpress.notice import global_rank
 
 try:
     from commpress.launch import command_line
@@ -179,14 +177,7 @@ class Train(Flags):
 
     def run(self) -> None:
         """Train as the flags say. Ends the program with code 1 and a sentence if that cannot be."""
-        rank = global_rank()
-        try:
-            with process_group(), runtime.not_disturbed_in_ending():
-                train(self.settings)
-        except TrainingError as error:
-            if rank == 0 or isinstance(error, runtime.LoneError):
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
+        runtime.run_on_all_ranks(lambda: train(self.settings))
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ def require_known(words: list[str]) -> None:
     from commpress.launch.demo import Demo
     from commpress.launch.explain import Explain
     from commpress.launch.lab import Lab
+    from commpress.launch.probe import Probe
     from commpress.launch.report import Report
     from commpress.launch.train import Train
 
@@ -238,9 +239,11 @@ def require_known(words: list[str]) -> None:
                 assert any(need.startswith(name.split("==")[0]) for need in ours), words
                 assert any(name.split("==")[1] in need for need in ours), words
         case ["commpress", command, *flags]:
-            programs = {"train": Train, "demo": Demo, "report": Report, "lab": Lab, "explain": Explain}
+            programs = {"train": Train, "demo": Demo, "report": Report, "lab": Lab, "explain": Explain, "probe": Probe}
             assert command in programs, words
             command_line.read(programs[command], command, list(flags))
+        case ["torchrun", *_] if "commpress.launch.probe" in words:
+            command_line.read(Probe, "probe", arguments_after(words, "commpress.launch.probe"))
         case ["torchrun" | "deepspeed", *_]:
             if settings_of(words) is None:
                 assert words[-1] == "train.py", words  # the block above it
@@ -289,7 +292,7 @@ def test_the_prediction_of_the_readme_prints() -> None:
 
 def test_every_program_has_help() -> None:
     """`python -m commpress.launch.NAME --help`, all in one process."""
-    programs = ("cli", "demo", "explain", "lab", "report", "train")
+    programs = ("cli", "demo", "explain", "lab", "probe", "report", "train")
     code = f"""
 import runpy, sys
 for name in {programs}:

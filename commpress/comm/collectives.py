@@ -159,7 +159,7 @@ class Collectives:
             step=step,
             last=last,
             then=then,
-            starts_at_once=values is x and not (plan.codec.lossy or override.computes),
+            plain=None if values is not x or plan.codec.lossy or override.computes else (x.nbytes, label),
         )
 
     def reduce_scatter(
@@ -226,7 +226,7 @@ class Collectives:
             *("gradients", name, plan, given.numel(), given.dtype, target, index, dense_bytes, exchange),
             buffer=buffer,
             backend_bytes=backend,
-            starts_at_once=buffer is None and not override.computes,
+            plain=None if buffer is not None or override.computes else (full.nbytes, label),
         )
 
     def all_gather(
@@ -275,7 +275,7 @@ class Collectives:
         return self.traffic.submit(
             *("parameters", name, plan, given.numel(), given.dtype, given, index, dense, exchange, compared),
             buffer=buffer,
-            starts_at_once=buffer is None,
+            plain=None if buffer is not None else (out.nbytes, label),
         )
 
     def broadcast(

@@ -32,7 +32,7 @@ class ErrorWatch:
         Every bucket of the step must pass here: their collectives then all start behind a sample, in one order on every rank.
         """
         stride = -(-x.numel() // SAMPLE)
-        own = x[::stride].to(torch.float32, copy=True)
+        own = torch.cat([x[::stride].to(torch.float32), x.isfinite().all().to(torch.float32).view(1)])
         rows = [torch.empty_like(own) for _ in range(wire.world_size)]
         rows[wire.rank].copy_(own)
         received = [row.view(torch.uint8) for row in rows]
@@ -40,16 +40,17 @@ class ErrorWatch:
         transfer.sent = transfer.received = 0  # the report is of the exchange
         yield transfer
         yield from exchange
-        if codec == self.codec:
-            dense = torch.stack(rows).mean(0)
-            far = x[::stride].to(torch.float32) - dense
-            self._sums.append(torch.stack([far.square().sum(), dense.square().sum()]))
+        if codec != self.codec:
+            return
+        dense, finite = torch.stack(rows).mean(0, dtype=torch.float64).tensor_split([-1])
+        far = x[::stride] - dense
+        sums = torch.stack([far.square().sum(), dense.square().sum()])
+        # what is not finite spreads over its block, or lies between the samples: such a bucket says nothing of the codec
+        self._sums.append(torch.where(finite == 1, sums, 0.0))
 
     def error(self) -> float | None:
-        """Return |mean - dense| / |dense| over all samples; None if there were none, or if the dense mean is not finite."""
+        """Return |mean - dense| / |dense| over all samples; None if there were none of finite gradients other than 0."""
         if not self._sums:
             return None
         far, norm = torch.stack(self._sums).sum(0).tolist()
-        if not math.isfinite(norm):
-            return None
-        return math.sqrt(far / norm) if norm else math.sqrt(far)
+        return math.sqrt(far / norm) if norm else None

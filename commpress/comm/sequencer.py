@@ -51,8 +51,8 @@ class Job:
     submitted: float = field(default_factory=time.perf_counter)
     backend_bytes: int | None = None
     """Bytes that the group itself would send in its place, if that is not `dense_bytes`."""
-    starts_at_once: bool = False
-    """Whether nothing has to be computed before its first transfer."""
+    starts_at_once: Callable[[], bool] | None = None
+    """Whether its first transfer can start now, without computing and without waiting for other ranks. None: it cannot."""
 
 
 def make_future(device: torch.device) -> "torch.futures.Future[Any]":
@@ -79,7 +79,8 @@ class Sequencer:
         """Take the next bucket. Call it in the same order on every rank."""
         if self._stream is None:
             lines = self._lines
-            if job.starts_at_once and lines.given == lines.handed_on:
+            # the caller must not wait here: other ranks may need what it does next before they come to this bucket
+            if job.starts_at_once is not None and lines.given == lines.handed_on and job.starts_at_once():
                 lines.flying.put(_encoded(lines, job))
             else:
                 lines.given += 1

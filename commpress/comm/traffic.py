@@ -112,12 +112,12 @@ class Traffic:
         step: Step | None = None,
         last: bool = False,
         then: Callable[[BaseException | None], None] | None = None,
-        starts_at_once: bool = False,
+        plain: tuple[int, Label] | None = None,
     ) -> Work:
         """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `scratch`, is free afterwards.
 
-        `compared` is what the result is called where all ranks must have the same bits of it. `starts_at_once`: nothing has
-        to be computed before its first transfer.
+        `compared` is what the result is called where all ranks must have the same bits of it. `plain` is there if nothing
+        is computed before its one collective: the bytes and the label of that.
         """
         rules = {} if step is None else step.rules
         row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role, rules)
@@ -137,7 +137,7 @@ class Traffic:
                 Job(
                     *(out, exchange, row, number, dense_bytes, last, finished),
                     backend_bytes=backend_bytes,
-                    starts_at_once=starts_at_once,
+                    starts_at_once=None if plain is None else partial(self.wire.starts_at_once, *plain),
                 )
             )
         return work

@@ -11,7 +11,7 @@ from commpress.launch.sections.runs import curve_rows
 
 
 def predictions(explained: Sequence[Record], checked: Sequence[Record]) -> list[str]:
-    """The tables of `commpress explain --json`."""
+    """The tables of `commpress explain --json` and `commpress probe --json`: what they predict, and what was checked."""
     parts = ["<h2>Predictions</h2>"] if explained or checked else []
     for r in explained:
         rows = [["spec", "exchange", "sent MB a step", "ratio", "communication s", "a step s", "pays below"]]
@@ -21,6 +21,7 @@ def predictions(explained: Sequence[Record], checked: Sequence[Record]) -> list[
             rows.append([str(row["spec"]), str(row["exchange"]), *figures_of, step, str(row.get("break_even", ""))])
         link = units.bandwidth(r["bandwidth"] * 8)
         parts += [f"<p>{r['params']:,} parameters, {r['world']} ranks, {escape(link)} links.</p>", table(rows)]
+        parts += [f"<p>{escape(str(r['answer']))}</p>"] if "answer" in r else []
     for r in checked:
         rows = [["link", "row", "predicted s", "measured s", "error"]]
         for row in r["rows"]:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+import commpress
 from commpress.comm.exchange import Label, Wire
 from commpress.comm.replicas import replicas_session
 
@@ -45,7 +48,7 @@ def test_a_bucket_is_on_its_way_while_the_one_before_it_is_waited_for(tmp_path: 
 
 
 def starting_threads(spec: str) -> tuple[list[str], bool]:
-    """Names of the threads in which the sums of two buckets start, and whether the means are right."""
+    """Names of the threads in which the sums of two buckets start in a third step, and whether the means are right."""
     session = replicas_session(spec, dist.group.WORLD, torch.device("cpu"), verify=0)
     wire, threads = session.collectives[0].traffic.wire, []
     start = wire.all_reduce
@@ -55,15 +58,59 @@ def starting_threads(spec: str) -> tuple[list[str], bool]:
         return start(*args)
 
     wire.all_reduce = noted  # type: ignore[method-assign]
-    gradients = [torch.full((N,), float(dist.get_rank())) for _ in range(2)]
-    for index, gradient in enumerate(gradients):
-        session.step_buffer.submit(gradient, ((str(index), N),), index, last=index == 1).wait()
-    return threads, all(bool((gradient == 0.5).all()) for gradient in gradients)
+    for _ in range(3):
+        gradients = [torch.full((N,), float(dist.get_rank())) for _ in range(2)]
+        for index, gradient in enumerate(gradients):
+            session.step_buffer.submit(gradient, ((str(index), N),), index, last=index == 1).wait()
+    return threads[-2:], all(bool((gradient == 0.5).all()) for gradient in gradients)
 
 
 def test_what_has_no_code_starts_in_the_callers_thread() -> None:
+    # from the third step on: before, a rank that has other collectives is waited for, which the caller must not do
     assert run(2, starting_threads, "none") == [(["MainThread"] * 2, True)] * 2
     assert run(2, starting_threads, "bf16") == [(["commpress encode"] * 2, True)] * 2
+
+
+class Summed(torch.autograd.Function):
+    """A layer whose backward waits for the other ranks, as that of SyncBatchNorm does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class Branching(nn.Module):
+    """The bucket of `sometimes` is ready before that layer's backward on a rank that does not use it, behind it on others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first, self.sometimes = (nn.Linear(600, 600, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h = h + self.sometimes(x) if dist.get_rank() == 1 else h
+        out: torch.Tensor = self.last(Summed.apply(h))  # type: ignore[no-untyped-call]
+        return out
+
+
+def trained_with_a_layer_that_waits(spec: str) -> bool:
+    model = DistributedDataParallel(Branching(), bucket_cap_mb=1, find_unused_parameters=True)
+    commpress.attach(model, spec)
+    for _ in range(3):
+        model(torch.ones(4, 600)).sum().backward()
+        model.zero_grad()
+    return True
+
+
+def test_the_callers_thread_waits_for_no_other_rank() -> None:
+    for spec in ("none", "int8"):
+        assert run(2, trained_with_a_layer_that_waits, spec, timeout=30) == [True, True]
 
 
 def closed() -> tuple[list[str], float]:

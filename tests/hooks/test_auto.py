@@ -178,6 +178,28 @@ def test_the_error_that_is_noted_is_that_of_the_means(world_size: int) -> None:
             assert noted == pytest.approx(true, rel=0.2)  # it has a sample of each bucket
 
 
+def overflown(spec: str) -> float | None:
+    """The error of a step in which a value of one rank, between those that are looked at, is infinite."""
+    model = DistributedDataParallel(nn.Linear(600, 20, bias=False))
+    session = commpress.attach(model)
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    search = Scripted(spec, spec)
+    search.checks = True
+    session.step_buffer.auto.search = search  # type: ignore[assignment]
+    x = torch.randn(4, 600, generator=torch.Generator().manual_seed(dist.get_rank()))
+    x[0, 1] = float("inf") if dist.get_rank() == 1 else 0.0
+    model(x).sum().backward()
+    assert not parameters_of_gradient(model).isfinite().all()
+    assert session.step_buffer.auto.watch is not None
+    return session.step_buffer.auto.watch.error()
+
+
+def test_gradients_that_are_not_finite_say_nothing_of_a_codec() -> None:
+    for spec in ("int4", "bf16"):
+        assert run(2, overflown, spec) == [None, None]
+
+
 CLOCK = {"none": 1.0, "bf16": 0.9, "int8": 0.6, "int4": 0.5}
 """Seconds of a step, as far as the ranks of a test say."""
 

@@ -120,6 +120,22 @@ def test_numbers_of_explain(flag: str, values: tuple[str, ...]) -> None:
         requires_a_sentence(commpress_command("explain", *ASKED, flag, value), flag, value)
 
 
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--params", ("0", "x", "-1", "nan", "1e300")),
+        ("--model", ("x", "torch:", ":nn")),
+        ("--step-seconds", ("0.0", "nan", "inf", "x")),
+        ("--seconds", ("0.0", "nan", "inf", "-1.0", "x")),
+    ],
+)
+def test_values_of_probe(flag: str, values: tuple[str, ...]) -> None:
+    """Without torchrun, too: what is wrong with a flag comes before how to start it."""
+    given = () if flag in ("--params", "--model") else ("--params", "7b")
+    for value in values:
+        requires_a_sentence(commpress_command("probe", *given, flag, value), flag, value)
+
+
 def test_paths_of_the_other_commands(tmp_path: Path, bad: dict[str, Path]) -> None:
     good = tmp_path / "good.json"
     good.write_text(json.dumps({"what": "predictions", "answer": "none", "rows": []}))
@@ -131,6 +147,8 @@ def test_paths_of_the_other_commands(tmp_path: Path, bad: dict[str, Path]) -> No
         if sort not in ("absent", "binary"):
             requires_a_sentence(commpress_command("report", path, good), path, "cannot be written")
             requires_a_sentence(commpress_command("explain", *ASKED, "--json", path), f"--json {path}", "cannot be")
+            probe = commpress_command("probe", "--params", "1m", "--json", path)
+            requires_a_sentence(probe, *(() if sort == "no file" else (f"--json {path}", "cannot be")))
     assert not (tmp_path / "deep").exists()
     requires_a_sentence(commpress_command("report", good, good), good, "expected the page to write first")
     assert json.loads(good.read_text())["answer"] == "none"

@@ -163,8 +163,7 @@ class Wire:
         """
         if self.device.type != "cpu":
             return Transfer([(None, start(self.open_group()))], sent, received, last=True)
-        label = replace(label, proven=False)
-        text = f"{label.text}: {nbytes} bytes"
+        label, text = replace(label, proven=False), _collective_text(nbytes, label)
         before, self._before = self._before, text
         none = [torch.empty(0, dtype=torch.uint8, device="cpu")] * self.world_size
         transfer = self._headers(label, True, none, none, nbytes)
@@ -180,6 +179,10 @@ class Wire:
                 raise LostPeerError(None, str(error)) from None
             raise
         return transfer
+
+    def starts_at_once(self, nbytes: int, label: Label) -> bool:
+        """Whether a collective would start now, without waiting for the headers of other ranks."""
+        return self._after.get(self._before) == _collective_text(nbytes, label)
 
     def lost_peer(self) -> int | None:
         """The rank whose connection is broken, where a collective has failed that does not say; None if it is not just one."""
@@ -228,6 +231,10 @@ class Wire:
             return dist.broadcast(x, group=group, group_src=source, async_op=True)
 
         return self.collective(start, x.nbytes, label, x.nbytes * children, x.nbytes * (self.rank != source))
+
+
+def _collective_text(nbytes: int, label: Label) -> str:
+    return f"{label.text}: {nbytes} bytes"
 
 
 def tree_children(rank: int, source: int, world_size: int) -> int:

@@ -1,0 +1,57 @@
+"""How many parameters a model trains, from the text `module:factory`: imported and called, never trained."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def trained_parameters(text: str) -> int:
+    """Return the number of trained parameters of the model that a factory makes, such as `my_project.models:build`.
+
+    The factory is called without arguments, first with tensors that have no memory (torch's meta device), and if it cannot be
+    called so, as it is. Raises ValueError that names the text.
+    """
+    factory = _imported(text)
+    try:
+        with torch.device("meta"):
+            model = factory()
+    except Exception:  # it reads weights, say, or asks for values
+        try:
+            model = factory()
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"--model {text}: the call fails: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {text}: returns a {type(model).__name__}, expected a torch.nn.Module")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained == 0:
+        raise ValueError(f"--model {text}: the model has no parameter to train")
+    return trained
+
+
+def parts(text: str) -> tuple[str, str]:
+    """Return the module and the factory of `module:factory`. Raises ValueError if it is not of that form."""
+    module, _, name = text.partition(":")
+    if not (module and name):
+        raise ValueError(f"--model {text}: expected module:factory, such as my_project.models:build")
+    return module, name
+
+
+def _imported(text: str) -> Callable[[], object]:
+    module, name = parts(text)
+    if os.getcwd() not in sys.path:  # `python -m` has it there, the console script has not
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: object = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--model {text}: {module} cannot be imported: {type(error).__name__}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"--model {text}: {module} has no {name}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"--model {text}: {name} is a {type(found).__name__}, expected something to call")
+    return found
