@@ -37,16 +37,19 @@ SPECS = (PLAIN, "bf16", "int8", "int4")
 TIMED = 2**20
 """Values with which a codec is timed when a session is made."""
 _WORDS = re.compile(rf"{AUTO}(?:\(\s*error\s*=\s*([^()]*?)\s*\))?")
+_LIKE = re.compile(rf"\s*{AUTO}\b.*", re.DOTALL)
 
 
 def budget(spec: object) -> float | None:
     """Return the error that `auto`, or `auto(error=0.2)`, allows a spec to have; None for what is not `auto`.
 
-    Raises ValueError for an error that is no number above 0.
+    Raises ValueError for an error that is no number above 0, and for what begins as `auto` but is not.
     """
-    match = _WORDS.fullmatch(spec) if isinstance(spec, str) else None
-    if match is None:
+    if not isinstance(spec, str) or _LIKE.fullmatch(spec) is None:
         return None
+    match = _WORDS.fullmatch(spec)
+    if match is None:
+        raise ValueError(f"spec {spec!r}: expected auto or auto(error={BUDGET:g})")
     given = match[1]
     try:
         found = BUDGET if given is None else float(given)
@@ -106,20 +109,22 @@ class Auto:
             return
         now = time.perf_counter()
         error = None if self.watch is None else self.watch.error()
+        chosen: list[Choice] = []
         if self._began is not None and self.search.note(now - self._began, error):
             choices = len(self.search.choices)
             everyone = collectives.traffic.ask(self._said(), "how long the steps took")
             self._asked = time.perf_counter() - now
             self.search.compare(everyone)
             self._mark = self._totals()
-            for choice in self.search.choices[choices:]:
-                if choice.cause:
-                    warn(f"commpress: {choice.cause}; from step {choice.step} on {choice.spec}", collectives.rank == 0)
+            chosen = self.search.choices[choices:]
         plan = self._plans[self.search.spec]
         collectives.gradients = plan
         self.watch = ErrorWatch(plan.codec) if self.search.checks and not self._sharded else None
         self._buckets.clear()
         self._began = time.perf_counter()
+        for choice in chosen:  # last: a warning may be an error
+            if choice.cause:
+                warn(f"commpress: {choice.cause}; from step {choice.step} on {choice.spec}", collectives.rank == 0)
 
     def note_bucket(self, n: int, itemsize: int) -> None:
         """Note a bucket of this step."""

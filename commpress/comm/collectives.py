@@ -126,7 +126,7 @@ class Collectives:
         kept_index = self._kept_index(segments, x)
         n = x.numel() if kept_index is None else kept_index.numel()
 
-        override = self._override(override, x, n)
+        named, override = override is not None, self._override(override, x, n)
         plan = self.gradients.choose(n, x.element_size(), W, override)
         chunk = None if W == 1 or override.bypass_feedback else plan.exchange.chunk(n, plan.codec, self.rank, W)
         memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum)
@@ -145,8 +145,9 @@ class Collectives:
         if kept_index is not None and values is not x:
             exchange = packed(x, kept_index, values, exchange)
         exchange = self._overridden(override, x, segments, memory, encoder, exchange, kept_index is None)
-        if step is not None and step.error is not None and W > 1 and plan.exchange is not NO_EXCHANGE:
-            sampled = DENSE if kept_index is not None else plan.codec  # what masks prune is no mean
+        collective = plan.exchange is not NO_EXCHANGE or self.grad_scaler is not None
+        if step is not None and step.error is not None and W > 1 and collective:
+            sampled = DENSE if named or kept_index is not None else plan.codec  # what masks prune is no mean
             told = self.traffic.labels.next(f"a sample of bucket {index}")
             exchange = step.error.watch(exchange, x, sampled, self._wire, told)
 

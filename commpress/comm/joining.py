@@ -10,6 +10,7 @@ on the user's group, so that a rank that dies just then is noticed at once, and 
 
 import contextlib
 import datetime
+import functools
 import threading
 import time
 import uuid
@@ -152,15 +153,27 @@ def _missing(came: str, board: FailureBoard) -> int | None:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Have torch call the group that this thread makes by this name; other threads have their own."""
-    c10d, mine = dist.distributed_c10d, threading.get_ident()
-    torchs = c10d._process_group_name
-
-    def named(ranks: Any, use_hashed_name: bool) -> Any:
-        return name if threading.get_ident() == mine else torchs(ranks, use_hashed_name)
-
-    c10d._process_group_name = named
+    """Have torch call the group that this thread makes by this name; those of other threads get theirs as before."""
+    _install_names()
+    _wanted.name = name
     try:
         yield
     finally:
-        c10d._process_group_name = torchs
+        del _wanted.name
+
+
+_wanted = threading.local()
+"""The name of the group that a thread makes."""
+
+
+@functools.cache
+def _install_names() -> None:
+    """Have torch ask for the name of a group here first. It stays: threads that make groups at once must not take it off."""
+    c10d = dist.distributed_c10d
+    torchs = c10d._process_group_name
+
+    def named(ranks: Any, use_hashed_name: bool) -> Any:
+        mine = getattr(_wanted, "name", None)
+        return torchs(ranks, use_hashed_name) if mine is None else mine
+
+    c10d._process_group_name = named

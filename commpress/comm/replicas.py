@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.auto import Auto, budget
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.feedback import Segments
@@ -55,7 +55,7 @@ def replicas_session(
     assert not isinstance(by_name, Mapping)
     more: dict[str, object] = {"optimizer": name, "grad_scaler": grad_scaler is not None, "verify": verify}
     if by_name is not spec:
-        more["spec"] = str(rules or spec)
+        more |= {"spec": str(rules or AUTO), "error budget": allowed}
     plan = agreed_plan(by_name, exchange, error_feedback, parameters, group, device, more)
     collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
     if collectives.world_size > 1:
@@ -64,7 +64,7 @@ def replicas_session(
         ):
             warm_up(codec, device, dtype, prologue=optimizer is not None)
     auto = None if allowed is None else Auto(collectives, error_feedback, allowed)
-    named = str(plan.codec) if by_name is spec else str(rules or spec)
+    named = str(plan.codec) if by_name is spec else str(rules or AUTO)
 
     def masks(given: Masks) -> list[MaskIndex]:
         return [_mask_index(given, dict(parameters), layouts or {}, collectives.pairs, optimizer)]

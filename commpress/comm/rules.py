@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from commpress.comm.auto import budget
-from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.feedback import Segments
 
 Spec = str | Codec | Mapping[str, str | Codec]
@@ -27,7 +27,7 @@ class Rules:
     patterns: Mapping[str, str]
     """The pattern that decides for each parameter, by name."""
     budget: float | None = None
-    """The error that `auto` allows, the least if several patterns name it; None if none does."""
+    """The error that `auto` allows; None if no pattern names it."""
 
     def __str__(self) -> str:
         return ", ".join(f"{pattern}: {spec}" for pattern, spec in self.specs)
@@ -87,8 +87,12 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
         patterns.update(dict.fromkeys(mine, pattern))
     if left := [name for name in names if name not in codecs]:
         raise ValueError(f"gradients: no pattern fits parameter {left[0]!r} ({len(left)} in all); end with '*'")
-    specs = tuple((pattern, str(given[pattern] if codec is None else codec)) for pattern, codec in known.items())
-    return Rules(specs, codecs, patterns, min(budgets, default=None))
+    if len(set(budgets)) > 1:
+        raise ValueError(
+            f"gradients: error budgets {', '.join(map(str, budgets))}: expected the same for all that is auto"
+        )
+    specs = tuple((pattern, AUTO if codec is None else str(codec)) for pattern, codec in known.items())
+    return Rules(specs, codecs, patterns, budgets[0] if budgets else None)
 
 
 def is_open(gradients: Spec) -> bool:

@@ -101,6 +101,8 @@ class Search:
         self._errors: dict[str, float] = {}
         self._hurt: dict[str, float] = {}
         """Specs that have left the budget since the search began, and their errors."""
+        self._banned: dict[str, int] = {}
+        """The step before which a spec that has left the budget is not tried again."""
         self._setbacks = 0
         self._round = 0
         self._patience = 1
@@ -133,6 +135,8 @@ class Search:
             self._seconds.setdefault(spec, []).append(seconds)
         if error is not None:
             self._errors[spec] = error if math.isnan(error) else max(error, self._errors.get(spec, 0.0))
+            if self._state == "trying":
+                self._ban(self._beyond({spec: error}))
             if not error <= self.budget:  # all ranks hold the same means, so all find this at the same step
                 left = [one for one in self._steps_to_come if one[0] != spec]
                 self._steps_to_come = deque(left if self._state == "trying" else ())
@@ -171,6 +175,7 @@ class Search:
         plain = _agreed(everyone)[PLAIN]
         self._predicted = dict(self.predict(everyone, plain))
         others = [s for s in self._predicted if s != PLAIN and self._predicted[s] < HOPELESS * plain]
+        others = [s for s in others if self._banned.get(s, 0) <= self.steps]
         self._tried = [*sorted(others, key=lambda s: self._predicted[s])[:MOST], PLAIN]
         self._round, self._hurt = 0, {}
         if len(self._tried) == 1:
@@ -189,7 +194,6 @@ class Search:
 
     def _end_round(self, everyone: Sequence[Said]) -> None:
         found, self._round = _agreed(everyone, "least"), self._round + 1
-        self._hurt |= self._beyond(_worst(everyone))
         within = [spec for spec in self._tried if spec not in self._hurt]
         best = min(found[spec] for spec in within)
         self._tried = [spec for spec in within if found[spec] < FAR_BEHIND * best]
@@ -208,9 +212,11 @@ class Search:
         trials = [Trial(spec, self._predicted.get(spec), found.get(spec), errors.get(spec)) for spec in names]
         same = bool(self.choices) and self.choices[-1].spec == best
         self._patience = 2 * self._patience if same else 1
-        self.choices.append(Choice(best, self.steps, trials))
+        cause = "; ".join(self._cause(spec, error) for spec, error in self._hurt.items())
+        self.choices.append(Choice(best, self.steps, trials, cause))
         lost = sum(len(s) * max(0.0, found[spec] - found[best]) for spec, s in self._seconds.items())
         self._next_search = self.steps + max(AGAIN, math.ceil(lost / SHARE / found[best]))
+        self._next_search = min([self._next_search, *(self._banned[spec] for spec in self._hurt)])
         self._state, self._looks = "chosen", 0
         self._watch(everyone, found[best])
 
@@ -239,16 +245,24 @@ class Search:
         """Those that have left the budget; NaN is no error that could be within it."""
         return {spec: error for spec, error in errors.items() if not error <= self.budget}
 
+    def _ban(self, hurt: Mapping[str, float]) -> None:
+        """Try these no more for a while: longer each time."""
+        for spec in hurt:
+            self._banned[spec] = self.steps + RETRY * 2**self._setbacks
+        self._setbacks += len(hurt)
+        self._hurt |= hurt
+
+    def _cause(self, spec: str, error: float) -> str:
+        return f"the means of {spec} were off by {error:.2f} of the dense ones, more than {self.budget:g}"
+
     def _back_off(self, everyone: Sequence[Said], hurt: dict[str, float]) -> None:
         """Choose the fastest of those that have been tried and have not left the budget: `none` at worst."""
         before = self.choices[-1]
-        self._hurt |= hurt
+        self._ban(hurt)
         left = {t.spec: t.measured for t in before.trials if t.measured is not None and t.spec not in self._hurt}
         spec = min(left, key=lambda one: left[one])
-        cause = f"the means of {before.spec} were off by {hurt[before.spec]:.2f} of the dense ones, more than {self.budget:g}"
-        self.choices.append(Choice(spec, self.steps, before.trials, cause))
-        self._next_search = self.steps + RETRY * 2**self._setbacks
-        self._setbacks += 1
+        self.choices.append(Choice(spec, self.steps, before.trials, self._cause(before.spec, hurt[before.spec])))
+        self._next_search = min(self._banned[one] for one in self._hurt)
         self._looks = 0
         self._watch(everyone, left[spec])
 

@@ -160,6 +160,10 @@ def _budget(gradients: str | Codec, held: list[Unit]) -> float | None:
         and len({ranks(g) for unit in held for g in (*unit.shard_groups, unit.replica_group) if g}) > 1
     ):
         raise ValueError("gradients: auto works on a mesh of shards alone; expected a spec on this one, as int4")
+    if allowed is not None and gradients != AUTO:
+        raise ValueError(
+            f"gradients: {gradients}: the error of sharded means is not measured; expected auto without a budget"
+        )
     return allowed
 
 

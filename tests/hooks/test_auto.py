@@ -200,6 +200,36 @@ def test_gradients_that_are_not_finite_say_nothing_of_a_codec() -> None:
         assert run(2, overflown, spec) == [None, None]
 
 
+class Scaler:
+    def get_scale(self) -> float:
+        return 1.0
+
+
+def checked_with_a_layer_that_is_pruned() -> Tensor:
+    """Steps whose error is looked into, in which one bucket has nothing to send but whether it is finite."""
+    layers = [nn.Linear(300, 300, bias=False) for _ in range(4)]
+    model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=0.3)
+    session = commpress.attach(model, grad_scaler=Scaler())
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    search = Scripted(*["bf16"] * 61)
+    search.checks = True
+    session.step_buffer.auto.search = search  # type: ignore[assignment]
+    masks = {
+        name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.module.named_parameters() if name == "2.weight"
+    }
+    session.set_masks(masks)
+    x = torch.randn(8, 300, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for _ in range(60):
+        model(x).sum().backward()
+    return parameters_of_gradient(model)
+
+
+def test_all_collectives_of_a_checked_step_come_in_one_order() -> None:
+    first, *others = run(3, checked_with_a_layer_that_is_pruned)
+    assert all(torch.equal(first, other) for other in others)
+
+
 CLOCK = {"none": 1.0, "bf16": 0.9, "int8": 0.6, "int4": 0.5}
 """Seconds of a step, as far as the ranks of a test say."""
 
@@ -256,6 +286,7 @@ def refusals() -> dict[str, str]:
         "codec": outcome(lambda: commpress.parse("auto")),
         "budget": outcome(lambda: commpress.attach(model, "auto(error=much)")),
         "one budget": outcome(lambda: commpress.attach(model, ("auto(error=0.3)", "auto(error=-1)")[me])),
+        "no budget": outcome(lambda: commpress.attach(model, "auto(0.3)")),
         "budgets": outcome(lambda: commpress.attach(model, ("auto(error=0.3)", "auto")[me])),
         "by hand": outcome(
             lambda: replicas_session(("auto", "auto(error=0)")[me], dist.group.WORLD, torch.device("cpu"))
@@ -282,7 +313,8 @@ def test_what_auto_cannot_choose_is_refused_by_name_on_all_ranks() -> None:
         wanted = "expected an error above 0, a share of the mean, as in auto(error=0.5)"
         assert f"spec 'auto(error=much)': {wanted}" in got["budget"]
         assert f"spec 'auto(error=-1)': {wanted}" in got["one budget"]
-        assert "rank 1 has spec 'auto', rank 0 has 'auto(error=0.3)'" in got["budgets"]
+        assert "rank 1 has error budget 0.5, rank 0 has 0.3" in got["budgets"]
+        assert "spec 'auto(0.3)': expected auto or auto(error=0.5)" in got["no budget"]
         assert f"spec 'auto(error=0)': {wanted}" in got["by hand"]
         assert got["afterwards"] == "auto: none, still looking"
 

@@ -121,6 +121,7 @@ def refusals() -> dict[str, str]:
         "replicas": outcome(lambda: commpress.attach(by_two())),
         "differ": outcome(lambda: commpress.attach(sharded(), ("int4", "auto", "int4", "int4")[dist.get_rank()])),
         "budget": outcome(lambda: commpress.attach(sharded(), "auto(error=0)")),
+        "no budget": outcome(lambda: commpress.attach(sharded(), "auto(error=0.3)")),
     }
 
 
@@ -129,3 +130,4 @@ def test_what_auto_cannot_do_is_refused_by_name_on_all_ranks() -> None:
         assert "auto works on a mesh of shards alone; expected a spec" in got["replicas"]
         assert "rank 1 has" in got["differ"]
         assert "expected an error above 0" in got["budget"]
+        assert "auto(error=0.3): the error of sharded means is not measured" in got["no budget"]

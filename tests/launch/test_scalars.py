@@ -46,7 +46,15 @@ def trained(settings: dict[str, Any], stopped: bool) -> bool:
 def test_a_run_and_its_restart_hold_what_record_json_says(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
-    settings = {**TINY, "data": text, "out": tmp_path / "run", "steps": STEPS, "eval_every": 2, "tensorboard": True}
+    settings = {
+        **TINY,
+        "data": text,
+        "out": tmp_path / "run",
+        "steps": STEPS,
+        "eval_every": 2,
+        "tensorboard": True,
+        "compress": "int4",
+    }
     assert run(2, trained, settings, True) == [False, False]
     assert max(read(tmp_path / "run")["loss/train"]) == STOPPED_AT
     assert run(2, trained, {**settings, "resume": True}, False) == [True, True]
