@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@echo "== training a small language model on 2 ranks: uncompressed, quantised, one bit"
+	@echo "== training a small language model on 2 ranks: uncompressed, by auto, one bit"
 	@$(RUN)/python -m commpress.launch.demo
 
 warm: $(INSTALLED)
