@@ -21,6 +21,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
@@ -34,8 +35,9 @@ MODELS = {
     "deep": (Shape(layers=8, width=128, heads=4, context=128), 8),  # 1.7 M, a long backward
 }
 """Shapes and batches: one whose step is mostly communication, one whose step is mostly backward."""
-PLAIN, AUTO = "plain DDP", "auto"
-FIXED = ("bf16", "int8", "int4")
+PLAIN, HOOKED, AUTO = "plain DDP", "torch's allreduce_hook", "auto"
+"""Without a hook DDP divides a gradient while it copies it; with any hook that is a pass of its own, as `HOOKED` shows."""
+FIXED = ("none", "bf16", "int8", "int4")
 TURN = 10
 """Steps of one way before the next takes its turn."""
 
@@ -48,7 +50,9 @@ class Way:
         self.name, self.shape, self.batch, self.text = name, shape, batch, text
         self.model = DistributedDataParallel(GPT(shape))
         self.session: commpress.Session | None = None
-        if name != PLAIN:
+        if name == HOOKED:
+            self.model.register_comm_hook(None, allreduce_hook)
+        elif name != PLAIN:
             self.session = commpress.attach(self.model, None if name == AUTO else name)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, fused=True)
         self.windows = data.generator(0, dist.get_rank())
@@ -150,7 +154,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     shape, batch = MODELS[chosen.model]
     text = data.load(None).train
-    ways = [Way(name, shape, batch, text) for name in (PLAIN, *FIXED, AUTO)]
+    ways = [Way(name, shape, batch, text) for name in (PLAIN, HOOKED, *FIXED, AUTO)]
     run(ways, chosen.steps, chosen.switch)
     session = ways[-1].session
     assert session is not None
