@@ -418,16 +418,17 @@ def test_a_stopped_demo_leaves_no_process_and_no_network(tmp_path: Path, shaped:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("shaped", OVER)
 def test_the_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shaped: bool
 ) -> None:
     if not shaped:
         monkeypatch.setattr(lab, "missing", lambda: "a network lab needs root")
-    path = demo.demo(tmp_path, 50)
+    path = demo.demo(tmp_path, 40)
     page, said = path.read_text(), " ".join(capsys.readouterr().out.split())
     assert "OneBitAdamW sign" in page
-    assert ("3.3 M parameters, 2 ranks, 50 steps, 1 Gbit/s" if shaped else "2 ranks, 50 steps, loopback") in said
+    assert ("3.3 M parameters, 2 ranks, 40 steps, 1 Gbit/s" if shaped else "2 ranks, 40 steps, loopback") in said
     assert ("a network lab needs root; the ranks talk over this machine's loopback" in said) != shaped
     record = json.loads((tmp_path / "auto" / "record.json").read_text())
     assert record["settings"]["compress"] == "auto"
