@@ -43,7 +43,7 @@ SHARE = 0.01
 AGAIN = 3000
 """Fewest steps from one search to the next, if the steps do not drift."""
 BUDGET = 0.5
-"""Distance of a mean from the dense one, as a share of that, which a spec may have: twice that of `int4` with feedback."""
+"""Distance of a mean from the dense one, as a share of that, which a spec may have; `int4` has about a tenth."""
 RETRY = 300
 """Steps after which a spec that has left the budget is tried again; twice as many each time."""
 
