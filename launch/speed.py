@@ -62,7 +62,7 @@ class Measured:
 
     @classmethod
     def slowest(cls, everyone: Sequence["Measured"]) -> "Measured":
-        """Of each codec the machine that takes longest to encode, and the dearest sockets: in an exchange all wait for them."""
+        """Return each codec's speed on the machine that encodes it slowest, and the dearest sockets: all wait for them."""
         speeds = {
             spec: max((one.speeds[spec] for one in everyone), key=lambda speed: speed.encode)
             for spec in everyone[0].speeds

@@ -2,6 +2,8 @@
 
 bucket   [x . . . x . . . x . . . x . . .]     every stride-th value, as it is, to all ranks: their mean is the dense one
 mean     [y . . . y . . . y . . . y . . .]     what arrived of the same values: error = |y - dense| / |dense|
+
+With the sample goes whether all values of the bucket are finite: one with NaN or Inf in it says nothing of the codec.
 """
 
 import math

@@ -216,7 +216,8 @@ class Search:
         self.choices.append(Choice(best, self.steps, trials, cause))
         lost = sum(len(s) * max(0.0, found[spec] - found[best]) for spec, s in self._seconds.items())
         self._next_search = self.steps + max(AGAIN, math.ceil(lost / SHARE / found[best]))
-        self._next_search = min([self._next_search, *(self._banned[spec] for spec in self._hurt)])
+        ends = [step for step in self._banned.values() if step > self.steps]
+        self._next_search = min([self._next_search, *ends])
         self._state, self._looks = "chosen", 0
         self._watch(everyone, found[best])
 
@@ -242,11 +243,11 @@ class Search:
             self._watch(everyone, now)
 
     def _beyond(self, errors: Mapping[str, float]) -> dict[str, float]:
-        """Those that have left the budget; NaN is no error that could be within it."""
+        """Return the errors that are beyond the budget, by spec. NaN is beyond every budget."""
         return {spec: error for spec, error in errors.items() if not error <= self.budget}
 
     def _ban(self, hurt: Mapping[str, float]) -> None:
-        """Try these no more for a while: longer each time."""
+        """Try the specs that have hurt no more for a while, longer each time."""
         for spec in hurt:
             self._banned[spec] = self.steps + RETRY * 2**self._setbacks
         self._setbacks += len(hurt)

@@ -85,22 +85,19 @@ def attach(
     inner = {ranks(group): group for unit in held for group in unit.shard_groups}
     outer = {ranks(group): group for unit in held if (group := unit.replica_group) is not None}
     described = f"{sum(len(unit.names) for unit in held)} with {sum(unit.values for unit in held)} values"
-    settings: dict[str, object] = {
-        "parameters": f"{described} in {len(held)} modules",
-        "scaler": grad_scaler is not None,
-        "verify": verify,
-    }
+    settings: dict[str, object] = {"parameters": f"{described} in {len(held)} modules"}
+    settings |= {"scaler": grad_scaler is not None, "verify": verify}
     if plan is not None:
         settings |= {"gradients' plan": plan[0].settings(), "parameters' plan": plan[1].settings()}
         settings |= {"gradients": str(gradients)} if allowed is not None else {}
     agree_on_all(settings, [*inner.values(), *outer.values()], device, refusal)
 
-    make = partial(Collectives, device=device, gradients=plan[0], parameters=plan[1])
-    make = partial(make, verify=verify, grad_scaler=grad_scaler)
+    make = partial(
+        Collectives, device=device, gradients=plan[0], parameters=plan[1], verify=verify, grad_scaler=grad_scaler
+    )
     shards = {who: make(group) for who, group in inner.items()}
     replicas = {who: make(group) for who, group in outer.items()}
-    first = held[0]
-    own = shards[ranks(first.shard_groups[0])]
+    own = shards[ranks(held[0].shard_groups[0])]
     auto = None if allowed is None else Auto(own, error_feedback, sharded=True)
     for unit in held:
         unit.module.set_custom_all_gather(Gather(shards, unit))
@@ -109,25 +106,40 @@ def attach(
         if unit.replica_group is not None:
             unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit))
 
+    spec = f"gradients {plan[0].codec if auto is None else gradients}, parameters {plan[1].codec}"
+    saved = sharded_settings(plan[0], plan[1], described) | ({} if auto is None else {"auto": True})
+    session = _session(held, shards, replicas, spec, saved, auto)
+    _watch(model, session, auto)
+    advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
+    return session
+
+
+def _session(
+    held: list[Unit],
+    shards: dict[tuple[int, ...], Collectives],
+    replicas: dict[tuple[int, ...], Collectives],
+    spec: str,
+    settings: dict[str, object],
+    auto: Auto | None,
+) -> Session:
+    """The session of units whose shards and replicas have these collectives, by the ranks of their groups."""
+
     def mask_index(masks: Mapping[str, Tensor]) -> list[MaskIndex]:
         require_fit(masks, held)
         return [of_shards(who, held, masks) for who in shards] + [of_replicas(who, held, masks) for who in replicas]
 
-    session = Session(
+    return Session(
         *shards.values(),
         *replicas.values(),
-        spec=f"gradients {gradients if auto else plan[0].codec}, parameters {plan[1].codec}",
-        settings=sharded_settings(plan[0], plan[1], described) | ({"auto": True} if auto else {}),
+        spec=spec,
+        settings=settings,
         auto=auto,
-        rank=first.rank,
-        world_size=first.world_size,
+        rank=held[0].rank,
+        world_size=held[0].world_size,
         masks=mask_index,
         reshard=partial(resharded, held) if len(shards) == 1 and not replicas else None,
         values=sum(unit.values for unit in held),
     )
-    _watch(model, session, auto)
-    advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
-    return session
 
 
 def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer | None) -> Exception | None:

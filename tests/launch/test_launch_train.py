@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -19,10 +19,11 @@ import torch.distributed as dist
 from commands import Ended, run_command
 from ranks import run
 from shared import filled
+from stopped import stop_at
 from tiers import slowly
 
 from commpress.files import load_state, save_state, write_atomically
-from commpress.launch import checkpoint, data, demo, lab, train
+from commpress.launch import checkpoint, demo, lab, train
 
 STEPS, STOPPED_AT = 12, 5
 RUNS = {
@@ -97,21 +98,7 @@ def whole_and_cut(folder: Path, text: Path, way: str) -> None:
     recorded = 3 if parallel == "ddp" else 0
     whole, cut = ({**chosen, "out": folder / name} for name in ("whole", "cut"))
     assert train.train(train.Settings(**whole, timeline=recorded))
-    sample, drawn = data.sample, 0
-
-    def interrupted(*arguments: Any, sample: Any = sample) -> Any:
-        nonlocal drawn
-        drawn += 1
-        if drawn == STOPPED_AT and dist.get_rank() == 1:
-            signal.raise_signal(signal.SIGINT)
-        return sample(*arguments)
-
-    data.sample = interrupted
-    try:
-        assert not train.train(train.Settings(**cut))
-    finally:
-        data.sample = sample
-    dist.barrier()  # rank 0 writes the marker
+    stop_at(STOPPED_AT, lambda: train.train(train.Settings(**cut)))
     assert checkpoint.load_shared(folder / "cut")["step"] == STOPPED_AT
     assert train.train(train.Settings(**cut, resume=True))
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +14,10 @@ import torch.distributed as dist
 from engines import fresh
 from ranks import outcome, run
 from shared import filled
+from stopped import stop_at
 from tiers import slowly
 
-from commpress.launch import checkpoint, data, demo, train
+from commpress.launch import checkpoint, demo, train
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
@@ -60,21 +60,7 @@ def whole_and_cut(folder: Path, text: Path, name: str) -> None:
     settings = {**COMMON, "data": text, "parallel": "deepspeed", **RUNS[name]}
     whole, cut = ({**settings, "out": folder / way} for way in ("whole", "cut"))
     assert train.train(train.Settings(**whole))
-    sample, drawn = data.sample, 0
-
-    def interrupted(*arguments: Any, sample: Any = sample, last: int = settings.get("accumulate", 1)) -> Any:
-        nonlocal drawn
-        drawn += 1
-        if drawn == STOPPED_AT * last and dist.get_rank() == 1:
-            signal.raise_signal(signal.SIGINT)
-        return sample(*arguments)
-
-    data.sample = interrupted
-    try:
-        assert not train.train(train.Settings(**cut))
-    finally:
-        data.sample = sample
-    dist.barrier()  # rank 0 writes the marker
+    stop_at(STOPPED_AT * settings.get("accumulate", 1), lambda: train.train(train.Settings(**cut)))
     assert checkpoint.load_shared(folder / "cut")["step"] == STOPPED_AT
     assert train.train(train.Settings(**cut, resume=True))
 

@@ -3,21 +3,20 @@
 import functools
 import json
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from commands import run_command
 from ranks import outcome, run
 from shared import filled
+from stopped import stop_at
 from tiers import slowly
 from torch import nn
 
-from commpress.launch import checkpoint, data, recipes, train
+from commpress.launch import checkpoint, recipes, train
 from commpress.launch.model import GPT, Shape
 from commpress.model import stored
 
@@ -122,25 +121,6 @@ def whole_and_cut(folder: Path, out: Path, way: str) -> None:
         assert checkpoint.load_shared(out / f"{way}-cut")["step"] == step
         cut, done = train.Settings(**{**vars(cut), "resume": True}), step
     assert train.train(cut)
-
-
-def stop_at(step: int, training: Any) -> None:
-    """Training that is asked to stop on one rank, after `step` steps, as by Ctrl-C."""
-    sample, drawn = data.sample, 0
-
-    def counting(*arguments: Any) -> Any:
-        nonlocal drawn
-        drawn += 1
-        if drawn == step and dist.get_rank() == 1:
-            signal.raise_signal(signal.SIGINT)
-        return sample(*arguments)
-
-    data.sample = counting
-    try:
-        assert not training()
-    finally:
-        data.sample = sample
-    dist.barrier()
 
 
 @pytest.mark.parametrize("way", slowly(BREAKS, quick=("ddp",)))
