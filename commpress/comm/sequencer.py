@@ -198,7 +198,10 @@ class _Lines:
                 self.error = self.board.explain(error)
 
     def end(self, jobs: list[Job]) -> None:
-        """Close the connections and fail these jobs. A transfer that is still held anywhere keeps them open."""
+        """Close the connections and fail these jobs. A transfer that is still held anywhere keeps them open: an exchange that
+        has stopped halfway may hold its own."""
+        for job in jobs:
+            job.exchange = iter(())
         if not self.closed:
             self.closed = True
             self.wire.close()
@@ -311,7 +314,6 @@ def _crash(lines: _Lines, flights: list[_Flight]) -> None:
         flights += [] if queued is None else [queued]
     if ends:
         lines.flying.put(None)
-    jobs = [flight.job for flight in flights]
     for flight in flights:
         flight.transfer = None
-    lines.end(jobs)
+    lines.end([flight.job for flight in flights])

@@ -1,5 +1,6 @@
 """Replicas that do not hold the same bits, and payloads that are not what was sent: every rank says whose, and of what."""
 
+import gc
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, same, train
 
 import commpress
-from commpress.comm.exchange import EXCHANGES
+from commpress.comm.exchange import EXCHANGES, Transfer
 from commpress.comm.exchange.label import Header
 from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
@@ -90,8 +91,9 @@ def test_a_mean_that_differs_is_named_with_its_rank(spec: str) -> None:
         assert f"rank 1 ({HOST}) has other values of the mean of bucket 0" in said
 
 
-def damaged(spec: str, exchange: str, bad_rank: int) -> str:
-    """A payload that a rank receives has a flipped bit: on its way to an owner, whom all would believe."""
+def damaged(spec: str, exchange: str, bad_rank: int) -> tuple[str, int]:
+    """A payload that a rank receives has a flipped bit: on its way to an owner, whom all would believe. Returns what the rank
+    says, and how many transfers it still holds: they keep its connections open, and other ranks waiting."""
     ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
     commpress.attach(ddp, spec, exchange=exchange)
     train(ddp, range(1))
@@ -104,14 +106,16 @@ def damaged(spec: str, exchange: str, bad_rank: int) -> str:
             sound(self)
 
         Header.prove = flips  # type: ignore[method-assign]
-    return outcome(lambda: loss_of(ddp, 1).backward())
+    said = outcome(lambda: loss_of(ddp, 1).backward())
+    return said, len([one for one in gc.get_objects() if isinstance(one, Transfer)])
 
 
 @pytest.mark.parametrize(("spec", "exchange"), [("int4", "two_shot"), ("sign", "one_shot"), ("topk(0.1)", "two_shot")])
 def test_a_damaged_payload_is_an_error_on_all_ranks(spec: str, exchange: str) -> None:
-    for said in run(3, damaged, spec, exchange, 1, fresh=True, group_timeout=300):
+    for said, held in run(3, damaged, spec, exchange, 1, fresh=True, group_timeout=300):
         assert "from rank 2 are not those that it sent" in said
         assert "rank 1" in said
+        assert held == 0
 
 
 def trained(spec: str, verify: int) -> Any:
