@@ -2,6 +2,7 @@
 
 import gc
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,8 +107,15 @@ def damaged(spec: str, exchange: str, bad_rank: int) -> tuple[str, int]:
             sound(self)
 
         Header.prove = flips  # type: ignore[method-assign]
-    said = outcome(lambda: loss_of(ddp, 1).backward())
-    return said, len([one for one in gc.get_objects() if isinstance(one, Transfer)])
+    said, deadline = outcome(lambda: loss_of(ddp, 1).backward()), time.monotonic() + 10
+    while (held := transfers()) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the bucket that the encode thread was at
+    return said, held
+
+
+def transfers() -> int:
+    """How many transfers this process has."""
+    return sum(isinstance(one, Transfer) for one in gc.get_objects())
 
 
 @pytest.mark.parametrize(("spec", "exchange"), [("int4", "two_shot"), ("sign", "one_shot"), ("topk(0.1)", "two_shot")])
