@@ -27,6 +27,8 @@ from commpress.kernels import table
 SPECS = os.environ["SPECS"].split()
 SIZE = 1024
 """Of the codecs with blocks of 256 a whole program's values; of `sign` and `int2` a block, their programs have 4 or 8."""
+LENGTHS = [int(n) for n in os.environ.get("LENGTHS", "300 5000").split()]
+"""How many values each input alone has."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which tells of each NaN
@@ -129,3 +131,47 @@ def test_mean_and_recode_are_those_of_the_definition(codec: Codec, count: int, b
     assert expected_after is not None
     assert same(codec.define_decode(found, n), codec.define_decode(expected, n))  # the sign of a NaN means nothing
     assert same_bits(after, expected_after)
+
+
+def inputs_alone(n: int) -> dict[str, Tensor]:
+    """The inputs of the battery, one by one."""
+    return {**battery.tame(n), **battery.wild(n)}
+
+
+@pytest.fixture
+def sparse(codec: Codec) -> Codec:
+    if not codec.sparse:
+        pytest.skip("sends all values")
+    return codec
+
+
+@pytest.mark.parametrize("name", inputs_alone(1))
+def test_each_input_is_sent_as_the_definition_sends_it(sparse: Codec, name: str) -> None:
+    for n in LENGTHS:
+        x = inputs_alone(n)[name]
+        for before in battery.memories(x):
+            after, (payload, expected) = before.clone(), defined_encode(sparse, x, before)
+            assert torch.equal(encode(sparse, x, after), payload), n
+            assert expected is not None
+            assert same_bits(after, expected), n
+        found, expected = x.nan_to_num(2.0), x.nan_to_num(2.0)
+        coding.clear(sparse, payload, found)
+        index = sparse.define_positions(payload, n)
+        expected[index if index.numel() else slice(None)] = 0
+        assert same_bits(found, expected), n
+        payloads = torch.cat([payload, defined_encode(sparse, x.flip(0))[0], payload])
+        for count in (1, 3):
+            part = payloads[: count * payload.numel()]
+            mean = coding.defined_mean(sparse, part, n, count)
+            assert same(coding.mean(sparse, part, n, count), mean), (n, count)
+
+
+def test_a_payload_that_does_not_mark_its_positions_is_all_nan_and_writes_nowhere_else(sparse: Codec) -> None:
+    n = 3000
+    for garbage in (0x00, 0xFF, 0x5A):
+        payload = torch.full((sparse.nbytes(n),), garbage, dtype=torch.uint8)
+        memory = torch.full((3 * n,), 5.0)
+        coding.mean(sparse, payload, n, 1, memory[n : 2 * n])
+        assert memory[n : 2 * n].isnan().all()
+        assert (memory[:n] == 5).all()
+        assert (memory[2 * n :] == 5).all()

@@ -23,7 +23,7 @@ from triton.runtime import driver
 
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
-from commpress.kernels.triton import cast, float8, integer, sign, two_bit
+from commpress.kernels.triton import cast, elias_fano, float8, integer, sign, topk, two_bit
 from commpress.kernels.triton.launch import OPTIONS
 
 N = 1 << 20
@@ -38,7 +38,12 @@ FAMILIES: dict[str, Any] = {
     "fp16": cast,
     "sign": sign,
     "int2": two_bit,
+    "topk(0.01)": topk,
 }
+LAUNCHING: tuple[Any, ...] = (*dict.fromkeys(FAMILIES.values()), elias_fano)
+"""The modules that start kernels."""
+STREAMS = {"_count_all", "_set_apart", "_begin"}
+"""The kernels of `topk` that read or write all values; the others look at what was set apart."""
 
 
 def compiled(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Any:
@@ -73,13 +78,16 @@ def main(capability: int, wanted: list[str] | None) -> None:
     driver.set_active(SimpleNamespace(**here))
     x, residual = torch.zeros(N), torch.zeros(N)
     prologue = Prologue(x, x, 1.0, 0.5, 0.5)
+    found: dict[str, Any] = {}
+
+    def note(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        name = kernel.__name__ + (f" {len(found)}" if kernel.__name__ in found else "")
+        found[name] = compiled(kernel, *arguments, **constants)
+
+    for module in LAUNCHING:
+        module.launch = note
     for spec, family in FAMILIES.items():
-        codec, found = parse(spec), {}
-
-        def note(*arguments: Any, found: dict[str, Any] = found, **constants: Any) -> None:
-            found["kernel"] = compiled(*arguments, **constants)
-
-        family.launch = note
+        codec = parse(spec)
         payload = torch.zeros(codec.nbytes(N), dtype=torch.uint8)
         ops = {
             "encode": lambda: family.encode(codec, x, None, None, payload),  # noqa: B023
@@ -87,13 +95,19 @@ def main(capability: int, wanted: list[str] | None) -> None:
             "prologue": lambda: family.encode(codec, x, residual, prologue, payload),  # noqa: B023
             "mean": lambda: family.mean(codec, payload.repeat(4), 4, x),  # noqa: B023
         }
+        if hasattr(family, "clear"):
+            ops["clear"] = lambda: family.clear(codec, payload, x)  # noqa: B023
         if hasattr(family, "recode"):
             ops["recode"] = lambda: family.recode(codec, payload.repeat(4), N, 4, residual, payload)  # noqa: B023
         for op, run in ops.items():
             if wanted is None or f"{spec} {op}" in wanted:
+                found.clear()
                 run()
-                row = {"kernel": f"{spec} {op}", "capability": capability, **needs(found["kernel"])}
-                print(json.dumps(row), flush=True)
+                for name, kernel in found.items():
+                    which = f"{spec} {op}" if len(found) == 1 else f"{spec} {op} {name}"
+                    streams = family is not topk or name in STREAMS
+                    row = {"kernel": which, "capability": capability, "streams": streams, **needs(kernel)}
+                    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

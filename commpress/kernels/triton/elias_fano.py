@@ -20,17 +20,17 @@ MARKS = 1024
 
 
 @triton.jit
-def _put(index, k, low_bits, low_words, high_at, words, not_finite, ENTRIES: tl.constexpr):
-    """Write k positions to the zeroed `words`; none if there are more than k values that are not finite."""
-    marked = tl.where(tl.load(not_finite) <= k, k, 0)
+def _put(index, kept, low_bits, low_words, high_at, words, ENTRIES: tl.constexpr):
+    """Write the positions that are kept to the zeroed `words`."""
+    k = tl.load(kept)
     first = tl.program_id(0).to(tl.int64) * ENTRIES
     i = first + tl.arange(0, ENTRIES)
-    inside = i < marked
+    inside = i < k
     bit = (tl.load(index + i, inside, other=0) >> low_bits) + i
     one = tl.full([ENTRIES], 1, tl.int32) << (bit & 31).to(tl.int32)
     tl.atomic_or(words + high_at + (bit >> 5), one, inside, sem="relaxed")
     if first < low_words:  # there are no more words than positions
-        tl.store(words + i, _low_word(index, i, marked, low_bits).to(tl.int32), i < low_words)
+        tl.store(words + i, _low_word(index, i, k, low_bits).to(tl.int32), i < low_words)
 
 
 @triton.jit
@@ -88,12 +88,12 @@ class Marks(NamedTuple):
     """What `tile_positions` takes behind `ends`."""
 
 
-def put(codec: Any, index: Tensor, n: int, payload: Tensor, not_finite: Tensor) -> None:
-    """Write the positions `index` (int64 [k]) to the payload of n values, but none if `not_finite` (int64 [1]) is above k."""
+def put(codec: Any, index: Tensor, kept: Tensor, n: int, payload: Tensor) -> None:
+    """Write positions `index` (int64 [k]) to the payload of n values: all, or none, as `kept` (int64 [1]) is k or 0."""
     k, low_bits, high_at, values_at = codec.sections(n)
     payload[:values_at].zero_()
     place = low_bits, triton.cdiv(k * low_bits, 32), high_at // 4
-    launch(_put, triton.cdiv(k, ENTRIES), index, k, *place, payload.view(torch.int32), not_finite, ENTRIES=ENTRIES)
+    launch(_put, triton.cdiv(k, ENTRIES), index, kept, *place, payload.view(torch.int32), ENTRIES=ENTRIES)
 
 
 def find(codec: Any, payloads: Tensor, n: int, count: int) -> Marks:

@@ -1,10 +1,10 @@
 """Kernels of `topk`. The definition and the payload stand in `comm/codecs/topk.py`.
 
-The k-th largest magnitude is found by its bits, from the highest: a histogram over the exponents of all values says which
-exponent it has, and one over each of the next 8, 8 and 7 bits, of the values that share all bits above, says the rest. Only
-the first reads all values. A second pass over them sets apart those whose exponent is large enough, mostly a few in a hundred:
-each program writes its own into its own part of a scratch of n values, in their order, and later passes look at these alone.
-Sums over the parts of what each keeps say where in the payload it belongs.
+The k-th largest magnitude is found by its bits, from the highest: a histogram over the first 11 (the exponent, and 3 of the
+mantissa) of all values says which it has, and two more, over 10 bits each of the values that share all bits above, say the
+rest. Only the first reads all values. A second pass over them sets apart those whose first bits are as large or larger, not
+many more than k: each program writes its own into its own part of a scratch of n values, in their order, and later passes
+look at these alone. Sums over the parts of what each keeps say where in the payload it belongs.
 
 The host never waits: no size of a launch depends on values, and what one kernel finds the next one reads. Where more than k
 values are NaN or Inf nothing is set apart, so nothing is kept, and the k values that are coded stay NaN.
@@ -18,15 +18,26 @@ import triton.language as tl
 from torch import Tensor
 
 from commpress.kernels.triton import elias_fano
-from commpress.kernels.triton.blocks import is_finite, magnitude_bits, nan_like, read, total, write
+from commpress.kernels.triton.blocks import INFINITY_BITS, is_finite, magnitude_bits, nan_like, read, total, write
 from commpress.kernels.triton.elias_fano import MARKS, tile_positions
 from commpress.kernels.triton.launch import launch, steps
 
-BINS: tl.constexpr = tl.constexpr(256)
-EXPONENT: tl.constexpr = tl.constexpr(23)
-"""The bits of a magnitude below its exponent."""
-LEVELS = ((23, 15), (15, 7), (7, 0))
-"""The bits that are refined behind the exponent: from here down to there."""
+FIRST: tl.constexpr = tl.constexpr(2048)
+"""The bins of the first histogram, by 11 bits,"""
+NEXT: tl.constexpr = tl.constexpr(1024)
+"""and those of the next two, by 10 bits each."""
+REST: tl.constexpr = tl.constexpr(20)
+"""The bits of a magnitude behind the first 11."""
+UPPER: tl.constexpr = tl.constexpr(0)
+"""Where the state of a search has the upper bits of the k-th largest magnitude,"""
+RANK: tl.constexpr = tl.constexpr(1)
+"""its rank among the values that share them, counted from the largest,"""
+SHARING: tl.constexpr = tl.constexpr(2)
+"""how many do,"""
+KEPT: tl.constexpr = tl.constexpr(3)
+"""and how many values are kept: k, or none if more are NaN or Inf."""
+COUNTED = 4096
+"""The values that are counted at once."""
 SIZE = 2048
 """The values of a part."""
 CHUNK = 128
@@ -39,77 +50,69 @@ PROGRAMS = 2048
 
 
 @triton.jit
-def _add(histogram, count):
+def _add(histogram, count, BINS: tl.constexpr):
     """Add what a program has counted to a histogram of all."""
     tl.atomic_add(histogram + tl.arange(0, BINS), count.to(tl.int64), count > 0, sem="relaxed")
 
 
 @triton.jit
-def _exponents(x, prologue, residual, at, inside):
-    """The histogram of the exponents of some values."""
-    exponent = magnitude_bits(total(x, prologue, residual, at, inside)) >> EXPONENT
+def _first_bits(x, prologue, residual, at, inside):
+    """The histogram of the first bits of some values."""
+    bits = magnitude_bits(total(x, prologue, residual, at, inside)) >> REST
     if inside is None:
-        return tl.histogram(exponent, BINS)
+        return tl.histogram(bits, FIRST)
     else:
-        return tl.histogram(exponent, BINS, mask=inside)
+        return tl.histogram(bits, FIRST, mask=inside)
 
 
 @triton.jit
-def _count_exponents(x, prologue, residual, histogram, n, tiles, SIZE: tl.constexpr):
-    count = tl.zeros([BINS], tl.int32)
+def _count_all(x, prologue, residual, histogram, n, tiles, SIZE: tl.constexpr):
+    """Count the first bits of all values."""
+    count = tl.zeros([FIRST], tl.int32)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         first = tile * SIZE
         at = first + tl.arange(0, SIZE)
         if first + SIZE <= n:
-            count += _exponents(x, prologue, residual, at, None)
+            count += _first_bits(x, prologue, residual, at, None)
         else:
-            count += _exponents(x, prologue, residual, at, at < n)
-    _add(histogram, count)
+            count += _first_bits(x, prologue, residual, at, at < n)
+    _add(histogram, count, FIRST)
 
 
 @triton.jit
-def _bin_of(histogram, rank):
-    """The bin that holds the value of this rank, counted from the largest, and its rank within the bin."""
+def _narrow(histogram, state, k, BINS: tl.constexpr):
+    """Add the bits that a histogram tells to those that are known of the k-th largest magnitude."""
     bins = tl.arange(0, BINS)
     count = tl.load(histogram + bins)
+    if BINS == FIRST:
+        upper, rank = 0, k
+        not_finite = tl.sum(tl.where(bins >= INFINITY_BITS >> REST, count, 0), 0)
+        tl.store(state + KEPT, tl.where(not_finite > k, 0, k))
+    else:
+        upper, rank = tl.load(state + UPPER), tl.load(state + RANK)
     found = tl.max(tl.where(tl.cumsum(count, 0, reverse=True) >= rank, bins, 0), 0)
-    return found, rank - tl.sum(tl.where(bins > found, count, 0), 0)
+    tl.store(state + UPPER, upper * BINS + found)
+    tl.store(state + RANK, rank - tl.sum(tl.where(bins > found, count, 0), 0))
+    tl.store(state + SHARING, tl.sum(tl.where(bins == found, count, 0), 0))
 
 
 @triton.jit
-def _narrow(histograms, state, LEVEL: tl.constexpr, BITS: tl.constexpr):
-    """The upper bits of the k-th largest magnitude, by the BITS that a histogram tells beyond those that were known, and its
-    rank among the values that share them; both are noted for the next kernel."""
-    known, rank = tl.load(state + 2 * LEVEL - 2), tl.load(state + 2 * LEVEL - 1)
-    found, rank = _bin_of(histograms + LEVEL * BINS, rank)
-    _note(state + 2 * LEVEL, (known << BITS) | found, rank)
-    return (known << BITS) | found, rank
-
-
-@triton.jit
-def _note(state, upper, rank):
-    if tl.program_id(0) == 0:
-        tl.store(state, upper)
-        tl.store(state + 1, rank)
-
-
-@triton.jit
-def _set_apart(
+def _set_part_apart(
     x, prologue, residual, values, places, first, n, least, all_nan, WHOLE: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Write the values of a part whose exponent is at least `least` and their places within it to its scratch; count them.
+    """Write the values of a part whose first bits are at least `least`, and their places within it, to its scratch.
 
-    The residual of all others becomes what they are; of these it is needed as it was."""
+    The residual of all others becomes what they are; of these it is needed as it was. Returns how many they are."""
     here = tl.arange(0, SIZE)
     at = first + here
     inside = None if WHOLE else at < n
     value = total(x, prologue, residual, at, inside)
-    apart = (magnitude_bits(value) >> EXPONENT) >= least
+    apart = (magnitude_bits(value) >> REST) >= least
     if not WHOLE:
         apart = apart & inside
-    slot = first + tl.cumsum(apart.to(tl.int32), 0) - 1
-    tl.store(values + slot, value, apart)
-    tl.store(places + slot, here.to(tl.int16), apart)
+    slot = tl.cumsum(apart.to(tl.int32), 0) - 1
+    tl.store(values + first + slot, value, apart)
+    tl.store(places + first + slot, here.to(tl.int16), apart)
     if residual is not None:
         before = read(residual + at, inside)  # from the cache; a mask of its own would make each store one of 4 bytes
         write(residual + at, tl.where(apart | all_nan, before, value), inside)
@@ -117,58 +120,42 @@ def _set_apart(
 
 
 @triton.jit
-def _candidates(x, prologue, residual, values, places, sizes, histograms, state, n, k, SIZE: tl.constexpr):
-    """Set apart what may be kept: all values whose exponent is that of the k-th largest or above."""
-    least, rank = _bin_of(histograms, k)
-    _note(state, least, rank)
-    all_nan = tl.load(histograms + BINS - 1) > k
-    least = tl.where(all_nan, BINS, least)  # which no exponent reaches
+def _set_apart(x, prologue, residual, values, places, sizes, state, n, SIZE: tl.constexpr):
+    """Set apart all values that may be kept: none if more than k are NaN or Inf, and then the residual stays what it was."""
     tile = tl.program_id(0).to(tl.int64)
     first = tile * SIZE
+    least = tl.load(state + UPPER)
+    all_nan = tl.load(state + KEPT) == 0
+    least = tl.where(all_nan, FIRST, least).to(tl.int32)
     if first + SIZE <= n:
-        size = _set_apart(x, prologue, residual, values, places, first, n, least, all_nan, True, SIZE)
-        tl.store(sizes + tile, size)
+        size = _set_part_apart(x, prologue, residual, values, places, first, n, least, all_nan, True, SIZE)
     else:
-        size = _set_apart(x, prologue, residual, values, places, first, n, least, all_nan, False, SIZE)
-        tl.store(sizes + tile, size)
+        size = _set_part_apart(x, prologue, residual, values, places, first, n, least, all_nan, False, SIZE)
+    tl.store(sizes + tile, size)
 
 
 @triton.jit
-def _refine(
-    values,
-    sizes,
-    histograms,
-    state,
-    tiles,
-    LEVEL: tl.constexpr,
-    FROM: tl.constexpr,
-    TO: tl.constexpr,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Count the bits FROM to TO of those that share all bits above with the k-th largest."""
-    if LEVEL == 1:
-        upper = tl.load(state)
-    else:
-        upper, _ = _narrow(histograms, state, LEVEL - 1, 8)
-    count = tl.zeros([BINS], tl.int32)
+def _refine(values, sizes, histogram, state, tiles, SHIFT: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """Count the 10 bits from SHIFT on of the values that share all bits above with the k-th largest."""
+    upper = tl.load(state + UPPER)
+    count = tl.zeros([NEXT], tl.int32)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         size = tl.load(sizes + tile)
         for start in range(0, size, CHUNK):
             i = start + tl.arange(0, CHUNK)
-            bits = magnitude_bits(tl.load(values + tile * SIZE + i, i < size, other=0))
-            shared = (i < size) & ((bits >> FROM) == upper)
-            count += tl.histogram((bits >> TO) & ((1 << (FROM - TO)) - 1), BINS, mask=shared)
-    _add(histograms + LEVEL * BINS, count)
+            bits = magnitude_bits(tl.load(values + tile * SIZE + i, i < size, other=0)) >> SHIFT
+            sharing = (i < size) & ((bits // NEXT) == upper)
+            count += tl.histogram(bits % NEXT, NEXT, mask=sharing)
+    _add(histogram, count, NEXT)
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _count_kept(values, sizes, histograms, state, kinds, tiles, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+def _count_kept(values, sizes, state, kinds, tiles, SIZE: tl.constexpr, CHUNK: tl.constexpr):
     """Count how many of a part exceed the k-th largest, and how many equal it."""
-    threshold, _ = _narrow(histograms, state, 3, 7)
+    threshold = tl.load(state + UPPER)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         size = tl.load(sizes + tile)
         above, tied = tl.zeros([CHUNK], tl.int32), tl.zeros([CHUNK], tl.int32)
@@ -186,7 +173,6 @@ def _keep(
     values,
     places,
     sizes,
-    histograms,
     state,
     kinds,
     ends,
@@ -200,8 +186,7 @@ def _keep(
     """Write positions and values of the k largest in their order. The residual of all others becomes what they are.
 
     Of `ties` that equal the k-th largest `need` are kept; tie t is, where (t + 1) * need / ties passes an integer."""
-    threshold, need = tl.load(state + 6), tl.load(state + 7)
-    ties = tl.load(histograms + 3 * BINS + (threshold & 127))
+    threshold, need, ties = tl.load(state + UPPER), tl.load(state + RANK), tl.load(state + SHARING)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         size = tl.load(sizes + tile)
         above = tl.load(ends + tile) - tl.load(kinds + tile)
@@ -226,10 +211,10 @@ def _keep(
 
 
 @triton.jit
-def _settle(index, value, decoded, residual, not_finite, k, SIZE: tl.constexpr):
+def _settle(index, value, decoded, residual, kept, SIZE: tl.constexpr):
     """The residual of what was kept becomes what its code misses; where that is NaN or Inf it stays what it was."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = i < tl.where(tl.load(not_finite) <= k, k, 0)
+    inside = i < tl.load(kept)
     lost = tl.load(value + i, inside, other=0) - tl.load(decoded + i, inside, other=0)
     at = tl.load(index + i, inside, other=0)
     tl.store(residual + at, lost, inside & is_finite(lost))
@@ -237,47 +222,41 @@ def _settle(index, value, decoded, residual, not_finite, k, SIZE: tl.constexpr):
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table. The codec of the values encodes them as it does any others."""
-    n, k, here = x.numel(), codec.kept(x.numel()), x.device
-    tiles, values_at = triton.cdiv(n, SIZE), codec.sections(n)[3]
-    histograms = torch.zeros(4 * BINS.value, dtype=torch.int64, device=here)
+    n, here = x.numel(), x.device
+    k, _, _, values_at = codec.sections(n)
     index = torch.empty(k, dtype=torch.int64, device=here)
     value = torch.full((k,), torch.nan, dtype=torch.float32, device=here)
-    _select(x, steps(prologue), residual, histograms, n, k, tiles, index, value)
-    not_finite = histograms[BINS.value - 1 :]
-    elias_fano.put(codec, index, n, payload, not_finite)
+    kept = _select(x, residual, steps(prologue), index, value)
+    elias_fano.put(codec, index, kept, n, payload)
     codec.values.encode(value, payload[values_at:])
     if residual is not None:
         decoded = codec.values.decode(payload[values_at:], k)
-        launch(_settle, triton.cdiv(k, SIZE), index, value, decoded, residual, not_finite, k, SIZE=SIZE)
+        launch(_settle, triton.cdiv(k, SIZE), index, value, decoded, residual, kept, SIZE=SIZE)
 
 
-def _select(
-    x: Tensor,
-    prologue: Any,
-    residual: Tensor | None,
-    histograms: Tensor,
-    n: int,
-    k: int,
-    tiles: int,
-    index: Tensor,
-    value: Tensor,
-) -> None:
-    """Find positions and values of the k largest; neither is written if more than k are NaN or Inf."""
-    here, few = x.device, min(tiles, PROGRAMS)
-    launch(_count_exponents, few, x, prologue, residual, histograms, n, tiles, SIZE=SIZE)
-    state = torch.empty(8, dtype=torch.int64, device=here)  # the upper bits of the k-th largest and its rank, by level
+def _select(x: Tensor, residual: Tensor | None, prologue: Any, index: Tensor, value: Tensor) -> Tensor:
+    """Write positions and values of the k largest. Returns how many they are, int64 [1]: k, or 0 if more are NaN or Inf."""
+    n, k, here = x.numel(), index.numel(), x.device
+    tiles, counted = triton.cdiv(n, SIZE), triton.cdiv(n, COUNTED)
+    bins = [FIRST.value, NEXT.value, NEXT.value]
+    first, second, third = torch.zeros(sum(bins), dtype=torch.int64, device=here).split(bins)
+    state = torch.empty(4, dtype=torch.int64, device=here)
+    launch(_count_all, min(counted, PROGRAMS), x, prologue, residual, first, n, counted, SIZE=COUNTED)
+    launch(_narrow, 1, first, state, k, BINS=FIRST.value)
     values = torch.empty(tiles * SIZE, dtype=torch.float32, device=here)
     places = torch.empty(tiles * SIZE, dtype=torch.int16, device=here)
     sizes = torch.empty(tiles, dtype=torch.int32, device=here)
-    launch(_candidates, tiles, x, prologue, residual, values, places, sizes, histograms, state, n, k, SIZE=SIZE)
-    parts = {"SIZE": SIZE, "CHUNK": CHUNK}
-    for level, (above, below) in enumerate(LEVELS, 1):
-        bits = {"LEVEL": level, "FROM": above, "TO": below}
-        launch(_refine, few, values, sizes, histograms, state, tiles, **bits, **parts)
+    launch(_set_apart, tiles, x, prologue, residual, values, places, sizes, state, n, SIZE=SIZE)
+
+    parts, few = {"SIZE": SIZE, "CHUNK": CHUNK}, min(tiles, PROGRAMS)
+    for histogram, shift in ((second, 10), (third, 0)):
+        launch(_refine, few, values, sizes, histogram, state, tiles, SHIFT=shift, **parts)
+        launch(_narrow, 1, histogram, state, k, BINS=NEXT.value)
     kinds = torch.empty(2, tiles, dtype=torch.int32, device=here)
-    launch(_count_kept, few, values, sizes, histograms, state, kinds, tiles, **parts)
-    found = values, places, sizes, histograms, state, kinds, kinds.cumsum(1)
-    launch(_keep, few, *found, tiles, index, value, residual, **parts)
+    launch(_count_kept, few, values, sizes, state, kinds, tiles, **parts)
+    ends = kinds.cumsum(1)
+    launch(_keep, few, values, places, sizes, state, kinds, ends, tiles, index, value, residual, **parts)
+    return state[KEPT.value :]
 
 
 # --- back ---------------------------------------------------------------------------------------------------------
@@ -299,13 +278,13 @@ def _begin(out, ends, W, tiles, n, k, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _scatter(out, n, value, share, words, ends, k, low_bits, high_at, bits, ALONE: tl.constexpr, MARKS: tl.constexpr):
-    """Add the share of a payload's values to `out` where they belong; ALONE has nothing to add to."""
+def _scatter(out, n, value, share, words, ends, k, low_bits, high_at, bits, MARKS: tl.constexpr):
+    """Add the share of a payload's values to `out` where they belong."""
     i, at, inside = tile_positions(words, ends, k, low_bits, high_at, bits, MARKS)
     inside = inside & (at < n)
     part = tl.load(value + i, inside, other=0) * share
     before = tl.load(out + at, inside, other=0)
-    tl.store(out + at, tl.where(is_finite(before), part, before) if ALONE else before + part, inside)
+    tl.store(out + at, before + part, inside)
 
 
 @triton.jit
@@ -331,7 +310,7 @@ def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     for payload, words, ends in zip(payloads.view(count, -1), marks.words, marks.ends, strict=True):
         codec.values.decode(payload[values_at:], k, value)
         place = words, ends, *marks.arguments
-        launch(_scatter, tiles, out, n, value, 1.0 / count, *place, ALONE=count == 1, MARKS=MARKS)
+        launch(_scatter, tiles, out, n, value, 1.0 / count, *place, MARKS=MARKS)
 
 
 def clear(codec: Any, payload: Tensor, values: Tensor) -> None:
