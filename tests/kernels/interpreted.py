@@ -2,7 +2,7 @@
 
 `test_triton.py` runs this file in a process of its own, since Triton asks for its interpreter when it is imported. By hand:
 
-    TRITON_INTERPRET=1 SPECS="int8 sign" pytest tests/kernels/interpreted.py
+    TRITON_INTERPRET=1 SPECS="int8 topk(0.1)" LENGTHS="300 5000" pytest tests/kernels/interpreted.py
 """
 
 import functools
@@ -14,6 +14,7 @@ import battery
 import pytest
 import torch
 from battery import defined_encode, same, same_bits
+from tiers import slowly
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -27,8 +28,8 @@ from commpress.kernels import table
 SPECS = os.environ["SPECS"].split()
 SIZE = 1024
 """Of the codecs with blocks of 256 a whole program's values; of `sign` and `int2` a block, their programs have 4 or 8."""
-LENGTHS = [int(n) for n in os.environ.get("LENGTHS", "300 5000").split()]
-"""How many values each input alone has."""
+LENGTHS = [int(n) for n in os.environ["LENGTHS"].split()]
+"""How many values each input of a sparse codec has."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which tells of each NaN
@@ -145,7 +146,10 @@ def sparse(codec: Codec) -> Codec:
     return codec
 
 
-@pytest.mark.parametrize("name", inputs_alone(1))
+QUICK = ("few magnitudes", "some nan", "many nan and inf")
+
+
+@pytest.mark.parametrize("name", slowly(inputs_alone(1), QUICK))
 def test_each_input_is_sent_as_the_definition_sends_it(sparse: Codec, name: str) -> None:
     for n in LENGTHS:
         x = inputs_alone(n)[name]

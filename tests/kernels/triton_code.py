@@ -81,7 +81,7 @@ def main(capability: int, wanted: list[str] | None) -> None:
     found: dict[str, Any] = {}
 
     def note(kernel: Any, *arguments: Any, **constants: Any) -> None:
-        name = kernel.__name__ + (f" {len(found)}" if kernel.__name__ in found else "")
+        name = " ".join([kernel.__name__, *(f"{key}={value}" for key, value in constants.items())])
         found[name] = compiled(kernel, *arguments, **constants)
 
     for module in LAUNCHING:
@@ -105,7 +105,7 @@ def main(capability: int, wanted: list[str] | None) -> None:
                 run()
                 for name, kernel in found.items():
                     which = f"{spec} {op}" if len(found) == 1 else f"{spec} {op} {name}"
-                    streams = family is not topk or name in STREAMS
+                    streams = family is not topk or name.split()[0] in STREAMS
                     row = {"kernel": which, "capability": capability, "streams": streams, **needs(kernel)}
                     print(json.dumps(row), flush=True)
 

@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commpress.kernels.triton.launch import launch
+from commpress.kernels.triton.launch import counting, launch
 
 ENTRIES = 512
 MARKS = 1024
 """How many high bits a program looks at."""
 
 
-@triton.jit
+@counting
 def _put(index, kept, low_bits, low_words, high_at, words, ENTRIES: tl.constexpr):
     """Write the positions that are kept to the zeroed `words`."""
     k = tl.load(kept)
@@ -52,7 +52,7 @@ def _marks(high, q, bits):
     return (tl.load(high + (q >> 5), q < bits, other=0) >> (q & 31).to(tl.int32)) & 1
 
 
-@triton.jit
+@counting
 def _count_marks(words, row, high_at, bits, found, tiles, MARKS: tl.constexpr):
     """Count the high bits that are set in each tile of each payload."""
     payload, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles

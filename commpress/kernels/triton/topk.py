@@ -20,7 +20,7 @@ from torch import Tensor
 from commpress.kernels.triton import elias_fano
 from commpress.kernels.triton.blocks import INFINITY_BITS, is_finite, magnitude_bits, nan_like, read, total, write
 from commpress.kernels.triton.elias_fano import MARKS, tile_positions
-from commpress.kernels.triton.launch import launch, steps
+from commpress.kernels.triton.launch import counting, launch, steps
 
 FIRST: tl.constexpr = tl.constexpr(2048)
 """The bins of the first histogram, by 11 bits,"""
@@ -65,7 +65,7 @@ def _first_bits(x, prologue, residual, at, inside):
         return tl.histogram(bits, FIRST, mask=inside)
 
 
-@triton.jit
+@counting
 def _count_all(x, prologue, residual, histogram, n, tiles, SIZE: tl.constexpr):
     """Count the first bits of all values."""
     count = tl.zeros([FIRST], tl.int32)
@@ -79,7 +79,7 @@ def _count_all(x, prologue, residual, histogram, n, tiles, SIZE: tl.constexpr):
     _add(histogram, count, FIRST)
 
 
-@triton.jit
+@counting
 def _narrow(histogram, state, k, BINS: tl.constexpr):
     """Add the bits that a histogram tells to those that are known of the k-th largest magnitude."""
     bins = tl.arange(0, BINS)
@@ -90,7 +90,8 @@ def _narrow(histogram, state, k, BINS: tl.constexpr):
         tl.store(state + KEPT, tl.where(not_finite > k, 0, k))
     else:
         upper, rank = tl.load(state + UPPER), tl.load(state + RANK)
-    found = tl.max(tl.where(tl.cumsum(count, 0, reverse=True) >= rank, bins, 0), 0)
+    reach = tl.sum(count, 0) - tl.cumsum(count, 0) + count  # how many are in a bin or above
+    found = tl.max(tl.where(reach >= rank, bins, 0), 0)
     tl.store(state + UPPER, upper * BINS + found)
     tl.store(state + RANK, rank - tl.sum(tl.where(bins > found, count, 0), 0))
     tl.store(state + SHARING, tl.sum(tl.where(bins == found, count, 0), 0))
@@ -119,7 +120,7 @@ def _set_part_apart(
     return tl.sum(apart.to(tl.int32), 0)
 
 
-@triton.jit
+@counting
 def _set_apart(x, prologue, residual, values, places, sizes, state, n, SIZE: tl.constexpr):
     """Set apart all values that may be kept: none if more than k are NaN or Inf, and then the residual stays what it was."""
     tile = tl.program_id(0).to(tl.int64)
@@ -134,7 +135,7 @@ def _set_apart(x, prologue, residual, values, places, sizes, state, n, SIZE: tl.
     tl.store(sizes + tile, size)
 
 
-@triton.jit
+@counting
 def _refine(values, sizes, histogram, state, tiles, SHIFT: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
     """Count the 10 bits from SHIFT on of the values that share all bits above with the k-th largest."""
     upper = tl.load(state + UPPER)
@@ -152,7 +153,7 @@ def _refine(values, sizes, histogram, state, tiles, SHIFT: tl.constexpr, SIZE: t
 # --- what is kept -------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@counting
 def _count_kept(values, sizes, state, kinds, tiles, SIZE: tl.constexpr, CHUNK: tl.constexpr):
     """Count how many of a part exceed the k-th largest, and how many equal it."""
     threshold = tl.load(state + UPPER)
@@ -168,7 +169,7 @@ def _count_kept(values, sizes, state, kinds, tiles, SIZE: tl.constexpr, CHUNK: t
         tl.store(kinds + tiles + tile, tl.sum(tied, 0))
 
 
-@triton.jit
+@counting
 def _keep(
     values,
     places,
@@ -210,7 +211,7 @@ def _keep(
             tied += tl.sum(equal, 0)
 
 
-@triton.jit
+@counting
 def _settle(index, value, decoded, residual, kept, SIZE: tl.constexpr):
     """The residual of what was kept becomes what its code misses; where that is NaN or Inf it stays what it was."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -262,7 +263,7 @@ def _select(x: Tensor, residual: Tensor | None, prologue: Any, index: Tensor, va
 # --- back ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@counting
 def _begin(out, ends, W, tiles, n, k, SIZE: tl.constexpr):
     """The sum of no values: 0, but NaN if one of W payloads does not mark k positions."""
     unmarked = tl.load(ends + tiles - 1) != k
@@ -277,7 +278,7 @@ def _begin(out, ends, W, tiles, n, k, SIZE: tl.constexpr):
         write(out + at, fill, at < n)
 
 
-@triton.jit
+@counting
 def _scatter(out, n, value, share, words, ends, k, low_bits, high_at, bits, MARKS: tl.constexpr):
     """Add the share of a payload's values to `out` where they belong."""
     i, at, inside = tile_positions(words, ends, k, low_bits, high_at, bits, MARKS)
@@ -287,13 +288,13 @@ def _scatter(out, n, value, share, words, ends, k, low_bits, high_at, bits, MARK
     tl.store(out + at, before + part, inside)
 
 
-@triton.jit
+@counting
 def _clear(values, n, words, ends, k, low_bits, high_at, bits, MARKS: tl.constexpr):
     _, at, inside = tile_positions(words, ends, k, low_bits, high_at, bits, MARKS)
     tl.store(values + at, tl.zeros([MARKS], tl.float32), inside & (at < n))
 
 
-@triton.jit
+@counting
 def _clear_all(values, n, ends, tiles, k, SIZE: tl.constexpr):
     """Set all values to 0 if the payload does not mark k of them."""
     if tl.load(ends + tiles - 1) != k:
