@@ -170,6 +170,17 @@ def test_each_input_is_sent_as_the_definition_sends_it(sparse: Codec, name: str)
             assert same(coding.mean(sparse, part, n, count), mean), (n, count)
 
 
+def test_programs_that_have_several_parts_count_them_all(sparse: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    from commpress.kernels.triton import topk
+
+    monkeypatch.setattr(topk, "PROGRAMS", 2)
+    x = battery.gradient(5 * topk.SIZE + 1)
+    after, (payload, expected) = remembered(x), defined_encode(sparse, x, remembered(x))
+    assert torch.equal(encode(sparse, x, after), payload)
+    assert expected is not None
+    assert same_bits(after, expected)
+
+
 def test_a_payload_that_does_not_mark_its_positions_is_all_nan_and_writes_nowhere_else(sparse: Codec) -> None:
     n = 3000
     for garbage in (0x00, 0xFF, 0x5A):

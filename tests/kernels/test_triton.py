@@ -18,9 +18,11 @@ RUNS = {
     # a name: specs, how many values each input of the sparse ones has, and the tier
     "few": ("bf16 int4 sign topk(0.1)|int4", "300", "not slow"),
     "dense": (DENSE, "", "slow or not slow"),
-    "topk": ("topk(0.1) topk(0.05)|sign", "1 7 300 5000", "slow or not slow"),
+    "topk": ("topk(0.1)", "1 7 300 5000", "slow or not slow"),
+    "topk in blocks": ("topk(0.05)|sign", "300 5000", "slow or not slow"),
     "topk of all": ("topk(1)", "300 2200", "slow or not slow"),
-    "topk of few": ("topk(0.001)|fp16 topk(0.3)|int8", "257 4099", "slow or not slow"),
+    "topk of some": ("topk(0.001)|fp16 topk(0.3)|int8", "257 4099", "slow or not slow"),
+    "topk of two": ("topk(0.00003)", "70001", "not slow"),
 }
 
 

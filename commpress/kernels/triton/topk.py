@@ -195,7 +195,7 @@ def _keep(
         for start in range(0, size, CHUNK):
             i = start + tl.arange(0, CHUNK)
             v = tl.load(values + tile * SIZE + i, i < size, other=0)
-            at = tile * SIZE + tl.load(places + tile * SIZE + i, i < size, other=0)
+            at = tile * SIZE + tl.load(places + tile * SIZE + i, i < size, other=0).to(tl.int64)
             larger = ((i < size) & (magnitude_bits(v) > threshold)).to(tl.int64)
             equal = ((i < size) & (magnitude_bits(v) == threshold)).to(tl.int64)
             t = tied + tl.cumsum(equal, 0) - equal
