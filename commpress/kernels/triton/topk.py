@@ -289,7 +289,8 @@ def _scatter(out, n, value, share, words, ends, k, low_bits, high_at, bits, MARK
 
 
 @counting
-def _clear(values, n, words, ends, k, low_bits, high_at, bits, MARKS: tl.constexpr):
+def _clear_marked(values, n, words, ends, k, low_bits, high_at, bits, MARKS: tl.constexpr):
+    """Set the values to 0 that a payload marks."""
     _, at, inside = tile_positions(words, ends, k, low_bits, high_at, bits, MARKS)
     tl.store(values + at, tl.zeros([MARKS], tl.float32), inside & (at < n))
 
@@ -318,5 +319,5 @@ def clear(codec: Any, payload: Tensor, values: Tensor) -> None:
     """`clear` of the table. Nothing is left where a payload does not mark k positions."""
     n, marks = values.numel(), elias_fano.find(codec, payload, values.numel(), 1)
     tiles = marks.ends.shape[1]
-    launch(_clear, tiles, values, n, marks.words, marks.ends, *marks.arguments, MARKS=MARKS)
+    launch(_clear_marked, tiles, values, n, marks.words, marks.ends, *marks.arguments, MARKS=MARKS)
     launch(_clear_all, triton.cdiv(n, SIZE), values, n, marks.ends, tiles, marks.arguments[0], SIZE=SIZE)
