@@ -101,6 +101,8 @@ class Collectives:
             self._wire = self.traffic.wire
             for plan in (gradients, parameters):
                 warm_up(plan.codec, device)
+                if plan.exchange is not None:
+                    plan.exchange.join(self._wire)
 
     def all_reduce(
         self,
@@ -128,12 +130,15 @@ class Collectives:
 
         named, override = override is not None, self._override(override, x, n)
         plan = self.gradients.choose(n, x.element_size(), W, override)
-        chunk = None if W == 1 or override.bypass_feedback else plan.exchange.chunk(n, plan.codec, self.rank, W)
-        memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum)
+        chunk = node_slice = None
+        if W > 1 and not override.bypass_feedback:
+            chunk = plan.exchange.chunk(n, plan.codec, self.rank, W)
+            node_slice = plan.exchange.node_slice(n, plan.codec, self.rank, W)
+        memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum, node_slice)
         scratch = self.scratch.of(segments, self.feedback.memories)
         # a mean of gradients does not send along what is remembered of momenta
         remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
-        if remembers and chunk is None:
+        if remembers and chunk is None and node_slice is None:
             memory.give_back(W)  # nobody encodes a second time now
         encoder = Encoder(plan.codec.drawn(memory.next_draw()), memory if remembers else None, scratch)
 
@@ -144,7 +149,8 @@ class Collectives:
         exchange = self._mean(values, op, override, plan, encoder, label)
         if kept_index is not None and values is not x:
             exchange = packed(x, kept_index, values, exchange)
-        exchange = self._overridden(override, x, segments, memory, encoder, exchange, kept_index is None)
+        sees_all = kept_index is None and plan.exchange.share() == 1
+        exchange = self._overridden(override, x, segments, memory, encoder, exchange, sees_all)
         collective = plan.exchange is not NO_EXCHANGE or self.grad_scaler is not None
         if step is not None and step.error is not None and W > 1 and collective:
             sampled = DENSE if named or kept_index is not None else plan.codec  # what masks prune is no mean

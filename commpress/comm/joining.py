@@ -14,7 +14,7 @@ import functools
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,26 @@ def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...
     if listening.error is not None:
         raise board.explain(LostPeerError(listening.peer, str(listening.error)))
     return making.made, board.hosts
+
+
+def part_of(group: dist.ProcessGroup, members: Sequence[int], name: str, device: torch.device) -> dist.ProcessGroup:
+    """A group of some ranks of a group (`members`, this one among them), of its backend and timeout. Collective over those.
+
+    `name` is the same on all of them, and no other group has it.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    c10d = dist.distributed_c10d
+    with _named(name):
+        made = dist.new_group(
+            [ranks[member] for member in members],
+            timeout=timeout_of(group, device),
+            backend=c10d.get_backend_config(group),
+            use_local_synchronization=True,
+            group_desc="commpress",
+        )
+    assert isinstance(made, dist.ProcessGroup)
+    assert dist.get_rank(made) == members.index(dist.get_rank(group))  # torch sorts the ranks
+    return made
 
 
 class _Making(threading.Thread):

@@ -31,6 +31,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     may_be_masked = True
     """Whether a part of a parameter may be left out of the exchange."""
+    masks_momentum = False
+    """Whether it clears a rank's momentum where that rank has sent."""
     shared: tuple[str, ...] = ("max_norm",)
     """Settings that are the optimizer's, not a group's; they are saved with the groups."""
 
