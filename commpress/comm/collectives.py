@@ -130,10 +130,7 @@ class Collectives:
 
         named, override = override is not None, self._override(override, x, n)
         plan = self.gradients.choose(n, x.element_size(), W, override)
-        chunk = node_slice = None
-        if W > 1 and not override.bypass_feedback:
-            chunk = plan.exchange.chunk(n, plan.codec, self.rank, W)
-            node_slice = plan.exchange.node_slice(n, plan.codec, self.rank, W)
+        chunk, node_slice = (None, None) if override.bypass_feedback else plan.parts(n, self.rank, W)
         memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum, node_slice)
         scratch = self.scratch.of(segments, self.feedback.memories)
         # a mean of gradients does not send along what is remembered of momenta

@@ -93,12 +93,13 @@ def part_of(group: dist.ProcessGroup, members: Sequence[int], name: str, device:
     `name` is the same on all of them, and no other group has it.
     """
     ranks = dist.get_process_group_ranks(group)
-    c10d = dist.distributed_c10d
+    config = dist.distributed_c10d.get_backend_config(group)
+    backends = {part.rpartition(":")[2] for part in config.split(",")}
     with _named(name):
         made = dist.new_group(
             [ranks[member] for member in members],
             timeout=timeout_of(group, device),
-            backend=c10d.get_backend_config(group),
+            backend=backends.pop() if len(backends) == 1 else config,
             use_local_synchronization=True,
             group_desc="commpress",
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange, named
-from commpress.comm.feedback import Memory
+from commpress.comm.feedback import Memory, NodeSlice
 from commpress.comm.meter import dtype_name
 from commpress.comm.prologue import Prologue
 
@@ -28,6 +28,11 @@ class BucketPlan:
     exchange: Exchange
     feedback: bool
     reason: str = ""
+
+    def parts(self, n: int, rank: int, world_size: int) -> tuple[tuple[int, int] | None, NodeSlice | None]:
+        """Return what a rank encodes a second time of n values, and what it encodes for its node; None where there is none."""
+        of = (n, self.codec, rank, world_size)
+        return self.exchange.chunk(*of), self.exchange.node_slice(*of)
 
 
 @dataclass(frozen=True)
