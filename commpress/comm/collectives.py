@@ -101,8 +101,7 @@ class Collectives:
             self._wire = self.traffic.wire
             for plan in (gradients, parameters):
                 warm_up(plan.codec, device)
-                if plan.exchange is not None:
-                    plan.exchange.join(self._wire)
+                plan.join(self._wire)
 
     def all_reduce(
         self,
@@ -121,8 +120,7 @@ class Collectives:
 
         `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two); `index` is its
         place in the report. Where `op` is given, what is not compressed takes the group's own. `dense_bytes` is what the report
-        compares with, if not one dense exchange of `x`. `last` ends a `step`. `then` is called when the mean is in `x`, or with
-        the error for which it cannot be.
+        compares with, if not one dense exchange. `last` ends a `step`. `then` is called with None at its end, or with an error.
         """
         W, given, x = self.world_size, x, real_view(x).view(-1)
         kept_index = self._kept_index(segments, x)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.coding import FLOAT_DTYPES
-from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange, named
+from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange, Wire, named
 from commpress.comm.feedback import Memory, NodeSlice
 from commpress.comm.meter import dtype_name
 from commpress.comm.prologue import Prologue
@@ -87,6 +87,11 @@ class Plan:
     def on(self, ranks: Sequence[int]) -> "Plan":
         """The plan for a group of these ranks of the default group. Raises ValueError if its exchange does not fit them."""
         return self if self.exchange is None else replace(self, exchange=self.exchange.on(ranks))
+
+    def join(self, wire: Wire) -> None:
+        """Make the groups that its exchange needs. Collective."""
+        if self.exchange is not None:
+            self.exchange.join(wire)
 
     def choose(self, n: int, itemsize: int, world_size: int, override: Override | None = None) -> BucketPlan:
         """Return what to do with a bucket of n values of `itemsize` bytes; an optimizer may override it."""
