@@ -270,7 +270,7 @@ class Explain:
             say(sentence)
         if nodes:
             say(
-                "Bytes of hierarchical are those inside a host, too, as they are; between hosts it sends a host's mean once."
+                "Of hierarchical the bytes inside a host count, too, which are not compressed; a host sends its mean once."
             )
         if self.json is not None:
             about = {"params": values, "world": self.world, "bandwidth": bandwidth, "latency": latency}

@@ -136,10 +136,9 @@ class Feedback:
     ) -> Memory:
         """The memory of the bucket that holds these parameters. A new layout takes over what was kept for them.
 
-        `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding; `node_slice`
-        what it encodes for its node, None if it encodes all of its own. Without
-        feedback there is a residual only if something was taken over; a dense exchange sends it along and drops it.
-        With `momentum` there is one of this rank's own gradients.
+        `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding; `node_slice` is
+        what it encodes for its node, None if it encodes its own bucket. Without feedback there is a residual only if something
+        was taken over; a dense exchange sends it along and drops it. With `momentum` there is one of this rank's own gradients.
         """
         found = self.memories.get(segments)
         if found is None or not found.current:

@@ -90,7 +90,8 @@ def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...
 def part_of(group: dist.ProcessGroup, members: Sequence[int], name: str, device: torch.device) -> dist.ProcessGroup:
     """A group of some ranks of a group (`members`, this one among them), of its backend and timeout. Collective over those.
 
-    `name` is the same on all of them, and no other group has it.
+    `name` is the same on all of them, and no other group has it. Where init_process_group was given a `device_id`, torch splits
+    NCCL's default group: then all of its ranks have to make such a group, of theirs, at the same time.
     """
     ranks = dist.get_process_group_ranks(group)
     config = dist.distributed_c10d.get_backend_config(group)

@@ -66,7 +66,8 @@ class Hierarchical(Exchange):
         return self
 
     def join(self, wire: Wire) -> None:
-        self._wires(wire)
+        if not self.idle(wire.world_size):
+            self._wires(wire)
 
     def run(self, x: Tensor, encoder: Encoder, wire: Wire, label: Label) -> Iterator[Transfer]:
         codec, memory = encoder.codec, encoder.memory

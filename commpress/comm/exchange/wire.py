@@ -105,6 +105,7 @@ class Wire:
         if (part := self._parts.get(members)) is None:
             part = self._parts[members] = copy.copy(self)
             part.rank, part.world_size, part.members = members.index(self.rank), len(members), members
+            part._parts = {}
             if not self.by_message and members != self.members:
                 part._open = [part_of(self.open_group(), members, f"{self._name} {members}", self.device)]
         return part
