@@ -10,8 +10,7 @@ way of a bucket is that of `all_reduce`, read from top to bottom: override, plan
 
 It knows no framework. What is lossy is computed with, never kept: the shards that an optimizer steps stay as they are, and all
 ranks compute with the same decoded bits. What is sharded and not compressed takes the group's own collective, whose bits it
-has. Feedback of a reduce-scatter is of the whole gradient, on every rank: W m values of float32. Where that is too much memory,
-leave it out (`error_feedback=False`).
+has. Feedback of a reduce-scatter is of the whole gradient, on every rank: W m values of float32, if there is any.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +40,11 @@ from commpress.comm.exchange.reduce_scatter import (
     reduce_scatter_bytes,
 )
 from commpress.comm.exchange.wire import ring_bytes, tree_children
-from commpress.comm.feedback import Feedback, Memory, Segments
+from commpress.comm.feedback import Feedback, Memory
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import DENSE, BucketPlan, Override, Plan, exact_where_needed
 from commpress.comm.scratch import ScratchPool
+from commpress.comm.segments import Segments, sizes
 from commpress.comm.traffic import Step, Traffic
 from commpress.comm.verify import EVERY
 from commpress.comm.work import Work
@@ -153,7 +153,7 @@ class Collectives:
             exchange = step.error.watch(exchange, x, sampled, self._wire, told)
 
         dense = ring_bytes(x.nbytes, W) if dense_bytes is None else dense_bytes
-        is_complex = given.is_complex() or bool(segments and segments[0][0] in self.pairs)
+        is_complex = given.is_complex() or bool(segments and segments[0].name in self.pairs)
         dtype, count = (x.dtype.to_complex(), x.numel() // 2) if is_complex else (x.dtype, x.numel())
         name, compared = plan.exchange.name, f"the mean of bucket {index}" if override.codec is not None else ""
         return self.traffic.submit(
@@ -397,4 +397,4 @@ class Collectives:
 
 
 def _fits(segments: Segments, full: Tensor) -> bool:
-    return sum(n for _, n in segments) == full.numel()
+    return sum(sizes(segments)) == full.numel()

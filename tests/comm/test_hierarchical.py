@@ -21,10 +21,11 @@ from commpress.comm.cost import Cluster, Speed
 from commpress.comm.exchange import Hierarchical, named
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
+from commpress.comm.segments import Segment
 
 CPU = torch.device("cpu")
 N = 70_001
-SEGMENTS = (("p", N),)
+SEGMENTS = (Segment("p", N),)
 NODES_OF_TWO = "hierarchical(2)"
 
 
