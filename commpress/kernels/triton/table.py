@@ -1,7 +1,9 @@
 """The part of the table of kernels that is for CUDA; `commpress/kernels/table.py` says what its lines mean."""
 
+from functools import partial
+
 from commpress.kernels.table import Kernel
-from commpress.kernels.triton import cast, float8, integer, sign, two_bit
+from commpress.kernels.triton import cast, float8, integer, masks, model, optim, prologue, sign, two_bit
 from commpress.kernels.triton.launch import READABLE
 
 KERNELS: dict[tuple[str, str | None, str], Kernel] = {
@@ -24,4 +26,10 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("recode", "int4", "cuda"): Kernel(integer.recode),
     ("recode", "int2", "cuda"): Kernel(two_bit.recode),
     ("recode", "sign", "cuda"): Kernel(sign.recode),
+    ("prologue", None, "cuda"): Kernel(prologue.apply),
+    ("pack", None, "cuda"): Kernel(masks.pack, dtypes=None),
+    ("unpack", None, "cuda"): Kernel(masks.unpack, dtypes=None),
+    ("keep", None, "cuda"): Kernel(model.keep, dtypes=None),
+    ("count_pruned", None, "cuda"): Kernel(model.count_pruned, dtypes=None),
+    **{(op, None, "cuda"): Kernel(partial(optim.run, op)) for op in optim.FORMULAS},
 }
