@@ -10,11 +10,12 @@ from typing import Any
 import battery
 import pytest
 import torch
-from battery import same_bits
+from battery import same, same_bits
 from interpreted import kernels  # noqa: F401
 from torch import Tensor
 
-from commpress.comm import masks_index
+from commpress.comm import coding, masks_index
+from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
 from commpress.kernels import table
 from commpress.kernels.cpu import optim
@@ -129,3 +130,23 @@ def test_a_prologue_alone_is_that_of_the_loop(n: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(table, "KERNELS", {})
     prologue.apply(expected)
     assert same_values(found, expected)
+
+
+@pytest.mark.parametrize("draws", [(3, 3, 3), (2**40 + 7, 3, 3)], ids=["alike", "of two numbers"])
+@pytest.mark.parametrize("spec", ["randomk(0.3)", "randomk(0.01)|int4"])
+def test_payloads_of_any_draws_have_the_mean_and_the_places_of_the_definition(
+    spec: str, draws: tuple[int, ...]
+) -> None:
+    codec, n = parse(spec), 9000
+    xs = [battery.gradient(n, seed) for seed in range(3)]
+    xs[1][4567] = torch.nan
+    payloads = [codec.drawn(draw).encode(x) for draw, x in zip(draws, xs, strict=True)]
+    assert all(
+        torch.equal(payload, battery.defined_encode(codec.drawn(draw), x)[0])
+        for payload, draw, x in zip(payloads, draws, xs, strict=True)
+    )
+    assert same(codec.mean(torch.cat(payloads), n, 3), coding.defined_mean(codec, torch.cat(payloads), n, 3))
+    values, expected = torch.ones(n), torch.ones(n)
+    coding.clear(codec, payloads[0], values)
+    expected[codec.define_positions(payloads[0], n)] = 0
+    assert torch.equal(values, expected)

@@ -29,6 +29,5 @@ def test_each_codec_of_all_values_as_they_are_has_kernels_for_cuda() -> None:
     words = {word for op, word, device in table.KERNELS if op == "encode" and device == "cpu"}
     assert {word for word in words if table.lookup("encode", str(word), "cuda") is None} == {
         "topk",
-        "randomk",
         "rotate",
     }

@@ -25,7 +25,7 @@ from triton.runtime import driver
 
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
-from commpress.kernels.triton import cast, float8, integer, masks, model, optim, prologue, sign, two_bit
+from commpress.kernels.triton import cast, float8, integer, masks, model, optim, prologue, random_k, sign, two_bit
 from commpress.kernels.triton.launch import OPTIONS
 
 N = 1 << 20
@@ -40,6 +40,10 @@ FAMILIES: dict[str, Any] = {
     "fp16": cast,
     "sign": sign,
     "int2": two_bit,
+    "randomk(0.1)": random_k,
+    "randomk(0.01)|int4": random_k,
+    "randomk(0.001)|int4": random_k,
+    "randomk(0.0001)": random_k,
 }
 
 X, HALVES, INDEX, KEPT = (
@@ -106,7 +110,8 @@ def main(capability: int, wanted: list[str] | None) -> None:
         family.launch = note
         run()
         for kernel in found:
-            print(json.dumps({"kernel": name, "capability": capability, **needs(kernel)}), flush=True)
+            row = {"kernel": name, "function": kernel.metadata.name, "capability": capability, **needs(kernel)}
+            print(json.dumps(row), flush=True)
 
 
 def codec_ops() -> Iterator[tuple[str, Any, Callable[[], object]]]:
@@ -123,6 +128,8 @@ def codec_ops() -> Iterator[tuple[str, Any, Callable[[], object]]]:
         }
         if hasattr(family, "recode"):
             ops["recode"] = partial(family.recode, codec, payload.repeat(4), N, 4, residual, payload)
+        if hasattr(family, "clear"):
+            ops["clear"] = partial(family.clear, codec, payload, X)
         yield from ((f"{spec} {op}", family, run) for op, run in ops.items())
 
 
