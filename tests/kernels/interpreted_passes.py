@@ -132,8 +132,11 @@ def test_a_prologue_alone_is_that_of_the_loop(n: int, monkeypatch: pytest.Monkey
     assert same_values(found, expected)
 
 
-@pytest.mark.parametrize("draws", [(3, 3, 3), (2**40 + 7, 3, 3)], ids=["alike", "of two numbers"])
-@pytest.mark.parametrize("spec", ["randomk(0.3)", "randomk(0.01)|int4"])
+@pytest.mark.parametrize(
+    ("spec", "draws"),
+    [("randomk(0.01)|int4", (3, 3, 3)), ("randomk(0.3)", (2**40 + 7, 3, 3))],
+    ids=["alike", "of two numbers"],
+)
 def test_payloads_of_any_draws_have_the_mean_and_the_places_of_the_definition(
     spec: str, draws: tuple[int, ...]
 ) -> None:

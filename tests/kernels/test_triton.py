@@ -14,7 +14,9 @@ CODE = HERE / "triton_code.py"
 SHARED = 48 * 1024
 """Bytes of shared memory that every GPU gives a program without being asked."""
 SPECS = "bf16 fp16 fp8 fp8(e5m2) int8 int8(stochastic) int4 int4(stochastic) int2 sign"
-OUTER_SPECS = "randomk(0.3)|fp16 randomk(0.1) randomk(0.02)|int4 randomk(0.001)|int4 randomk(0.0001)"
+OUTER_SPECS = (
+    "randomk(0.3)|fp16 randomk(0.1) randomk(0.02)|int4 randomk(0.001)|int4 randomk(0.0001) rotate|int4 rotate|sign"
+)
 """Those whose values are coded in turn; the ratios are such that strata are long and short."""
 SINGLE = {"_settle", "_clear"}
 """Kernels that go to single places."""
@@ -69,8 +71,8 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    every = 9 * 4 + 7 + 14 + 24  # 16-bit casts have no recode; 14 passes belong to no codec; 24 of randomk
-    assert len(rows) == every
+    of_codecs, passes = 9 * 4 + 7 + 17 + 6, 14  # 16-bit casts have no recode; 17 are of randomk, 6 of rotate
+    assert len(rows) == of_codecs + passes
     for row in rows:
         assert row["stack"] == 0, row
         assert row["fused"] == 0, row

@@ -25,7 +25,19 @@ from triton.runtime import driver
 
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
-from commpress.kernels.triton import cast, float8, integer, masks, model, optim, prologue, random_k, sign, two_bit
+from commpress.kernels.triton import (
+    cast,
+    float8,
+    integer,
+    masks,
+    model,
+    optim,
+    prologue,
+    random_k,
+    rotate,
+    sign,
+    two_bit,
+)
 from commpress.kernels.triton.launch import OPTIONS
 
 N = 1 << 20
@@ -41,9 +53,9 @@ FAMILIES: dict[str, Any] = {
     "sign": sign,
     "int2": two_bit,
     "randomk(0.1)": random_k,
-    "randomk(0.01)|int4": random_k,
     "randomk(0.001)|int4": random_k,
     "randomk(0.0001)": random_k,
+    "rotate|int4": rotate,
 }
 
 X, HALVES, INDEX, KEPT = (

@@ -25,7 +25,7 @@ def _pack_part(x, places, out, at, inside):
     write(out + at, tl.load(x + place, _there(place, inside), other=0), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _pack(x, places, out, k, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)
@@ -41,7 +41,7 @@ def _unpack_part(packed, places, out, at, inside):
     tl.store(out + place, tl.load(packed + at, inside), _there(place, inside))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _unpack(packed, places, out, k, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)

@@ -17,7 +17,7 @@ def _keep_part(x, kept, at, inside):
     write(x + at, tl.where(stays != 0, value, 0), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _keep(x, kept, n, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)
@@ -37,7 +37,7 @@ def _count_part(x, kept, found, at, inside):
         tl.atomic_add(found, count.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _count(x, kept, found, n, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)

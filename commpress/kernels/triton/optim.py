@@ -90,7 +90,7 @@ def _momentum_correction(tensors, numbers, at, inside):
     write(x + at, tl.where(nesterov != 0, g + beta * moved, moved), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _pass(tensors, numbers, n, FORMULA: tl.constexpr, SIZE: tl.constexpr):
     """Run a formula on SIZE values."""
     first = tl.program_id(0).to(tl.int64) * SIZE

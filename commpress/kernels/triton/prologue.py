@@ -12,7 +12,7 @@ from commpress.kernels.triton.launch import launch, steps
 SIZE = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _apply(x, prologue, n, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)

@@ -28,7 +28,9 @@ LARGEST = 4096
 """How many values a program holds in registers."""
 LANES = 512
 """How many strata a program has at most."""
-VARYING = ["draw", "blocks", "rest", "rest_strata"]
+CUT = ["blocks", "rest", "rest_strata"]
+DRAWN = ["draw", *CUT]
+ROWS = ["head_row", "row", "W", *CUT]
 """Numbers for which no kernel of their own is compiled."""
 
 
@@ -52,7 +54,7 @@ def _turn_of(draw, width):
 
 @triton.jit
 def _strata(lane, size, strata):
-    """Where strata start, from the start of the block that lane 0 starts, and their widths. Blocks have `size` values."""
+    """Where strata start, counted like `lane` from the start of a block, and their widths. Blocks have `size` values."""
     least, more = size // strata, size % strata
     block = lane // strata
     j = lane - block * strata
@@ -74,8 +76,8 @@ def _places(number, start, width, size, strata, draw):
 
 @triton.jit
 def _share_of(program, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
-    """What a program has: the size of its blocks, their strata; where the block of its first stratum starts, the number of
-    that stratum among all and within its block, and how many strata there are for it."""
+    """What a program has: the size of its blocks and how many strata they have; where the block of its first stratum starts,
+    the number of that stratum among all, and in its block; how many strata are the program's."""
     full = blocks.to(tl.int64) * STRATA
     programs = (full + GROUP - 1) // GROUP
     whole = program < programs
@@ -87,16 +89,15 @@ def _share_of(program, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _fill(out, lo, hi, value):
-    """out[lo : hi] := value."""
+def _fill(out, lo, hi, VALUE: tl.constexpr):
+    """out[lo : hi] := VALUE."""
     low, high = (lo + EDGE - 1) // EDGE * EDGE, hi // EDGE * EDGE
     for at in range(low, high, CHUNK):
         place = tl.multiple_of(at, EDGE) + tl.arange(0, CHUNK)
-        write(out + place, tl.full([CHUNK], 0.0, tl.float32) + value, place < high)
-    edge = tl.arange(0, EDGE)
-    before, behind = lo + edge, tl.maximum(low, high) + edge
-    write(out + before, tl.full([EDGE], 0.0, tl.float32) + value, before < tl.minimum(low, hi))
-    write(out + behind, tl.full([EDGE], 0.0, tl.float32) + value, behind < hi)
+        write(out + place, tl.full([CHUNK], VALUE, tl.float32), place < high)
+    before, behind = lo + tl.arange(0, EDGE), tl.maximum(low, high) + tl.arange(0, EDGE)
+    write(out + before, tl.full([EDGE], VALUE, tl.float32), before < tl.minimum(low, hi))
+    write(out + behind, tl.full([EDGE], VALUE, tl.float32), behind < hi)
 
 
 @triton.jit
@@ -185,11 +186,12 @@ def _send(x, prologue, residual, value, number, place, there, EXACT: tl.constexp
 
 @triton.jit
 def _keep(residual, at, kept, inside):
+    """residual := what is coded, if there is one."""
     if residual is not None:
         write(residual + at, kept, inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=DRAWN)
 def _take(
     x, prologue, residual, head, value, draw, block, blocks, rest, rest_strata,
     EXACT: tl.constexpr, GROUP: tl.constexpr, FITS: tl.constexpr, SIZE: tl.constexpr,
@@ -203,12 +205,9 @@ def _take(
     if FITS:
         lo, hi = origin + _strata(lane, size, strata)[0], origin + _strata(lane + left, size, strata)[0]
         low, high = tl.multiple_of((lo + EDGE - 1) // EDGE * EDGE, EDGE), tl.multiple_of(hi // EDGE * EDGE, EDGE)
-        at, before, behind = (
-            low + tl.arange(0, SIZE),
-            lo + tl.arange(0, EDGE),
-            tl.maximum(low, high) + tl.arange(0, EDGE),
-        )
-        inside, before_inside, behind_inside = at < high, before < tl.minimum(low, hi), behind < hi
+        at, inside = low + tl.arange(0, SIZE), low + tl.arange(0, SIZE) < high
+        before, behind = lo + tl.arange(0, EDGE), tl.maximum(low, high) + tl.arange(0, EDGE)
+        before_inside, behind_inside = before < tl.minimum(low, hi), behind < hi
         kept = total(x, prologue, residual, at, inside)
         kept_before = total(x, prologue, residual, before, before_inside)
         kept_behind = total(x, prologue, residual, behind, behind_inside)
@@ -227,7 +226,7 @@ def _take(
         _with_nan(x, prologue, residual, value, draw, size, strata, origin, number, lane, left, EXACT, GROUP)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=DRAWN)
 def _settle(x, prologue, residual, value, decoded, draw, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
     """The residual of what was sent, once it is coded: what is lost; what it was where that is not finite."""
     program = tl.program_id(0).to(tl.int64)
@@ -267,7 +266,7 @@ def _draw_at(heads):
     return (tl.load(heads + 1).to(tl.int64) << 32) | (tl.load(heads).to(tl.int64) & 0xFFFFFFFF)
 
 
-@triton.jit(do_not_specialize=["blocks", "rest", "rest_strata"])
+@triton.jit(do_not_specialize=ROWS)
 def _mean(heads, head_row, values, row, W, share, out, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
     """Write the mean of W payloads to `out`: zeros, and then what was sent. Rows are so many words apart."""
     program = tl.program_id(0).to(tl.int64)
@@ -310,7 +309,7 @@ def _mean(heads, head_row, values, row, W, share, out, block, blocks, rest, rest
                     _fill(out, origin + lo, origin + lo + many, float("nan"))
 
 
-@triton.jit(do_not_specialize=["blocks", "rest", "rest_strata"])
+@triton.jit(do_not_specialize=CUT)
 def _clear(head, out, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
     """Set to 0 what was sent."""
     program = tl.program_id(0).to(tl.int64)
@@ -359,9 +358,9 @@ def clear(codec: Any, payload: Tensor, values: Tensor) -> None:
 def _group(codec: Any) -> tuple[int, int]:
     """How many strata a program has that looks at their values, and how many values these are at most."""
     group = LANES
-    while group > 1 and -(-group * codec.block // 64) + 1 > LARGEST:
+    while group > 1 and group * codec.block > 64 * LARGEST:
         group //= 2
-    return group, -(-group * codec.block // 64) + 1
+    return group, triton.cdiv(group * codec.block, 64)
 
 
 def _launch(codec: Any, n: int, group: int, kernel: Any, *arguments: Any, **constants: Any) -> None:

@@ -3,7 +3,19 @@
 from functools import partial
 
 from commpress.kernels.table import Kernel
-from commpress.kernels.triton import cast, float8, integer, masks, model, optim, prologue, random_k, sign, two_bit
+from commpress.kernels.triton import (
+    cast,
+    float8,
+    integer,
+    masks,
+    model,
+    optim,
+    prologue,
+    random_k,
+    rotate,
+    sign,
+    two_bit,
+)
 from commpress.kernels.triton.launch import READABLE
 
 KERNELS: dict[tuple[str, str | None, str], Kernel] = {
@@ -15,6 +27,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("encode", "int2", "cuda"): Kernel(two_bit.encode, READABLE),
     ("encode", "sign", "cuda"): Kernel(sign.encode, READABLE),
     ("encode", "randomk", "cuda"): Kernel(random_k.encode, READABLE),
+    ("encode", "rotate", "cuda"): Kernel(rotate.encode, READABLE),
     ("mean", "bf16", "cuda"): Kernel(cast.mean, READABLE),
     ("mean", "fp16", "cuda"): Kernel(cast.mean, READABLE),
     ("mean", "fp8", "cuda"): Kernel(float8.mean, READABLE),
@@ -23,6 +36,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("mean", "int2", "cuda"): Kernel(two_bit.mean, READABLE),
     ("mean", "sign", "cuda"): Kernel(sign.mean, READABLE),
     ("mean", "randomk", "cuda"): Kernel(random_k.mean, READABLE),
+    ("mean", "rotate", "cuda"): Kernel(rotate.mean, READABLE),
     ("recode", "fp8", "cuda"): Kernel(float8.recode),
     ("recode", "int8", "cuda"): Kernel(integer.recode),
     ("recode", "int4", "cuda"): Kernel(integer.recode),
