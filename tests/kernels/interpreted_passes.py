@@ -1,8 +1,9 @@
-"""The kernels for CUDA that belong to no codec give the bits of the loops for the CPU: on Triton's interpreter.
+"""The kernels for CUDA that belong to no codec give the bits of the loops for the CPU, on Triton's interpreter; and some of
+`randomk` and `rotate`, whose whole battery is slow.
 
 `test_triton.py` runs this file in a process of its own. By hand:
 
-    TRITON_INTERPRET=1 pytest tests/kernels/interpreted_passes.py
+    TRITON_INTERPRET=1 SPECS= pytest tests/kernels/interpreted_passes.py
 """
 
 from typing import Any
@@ -153,3 +154,13 @@ def test_payloads_of_any_draws_have_the_mean_and_the_places_of_the_definition(
     coding.clear(codec, payloads[0], values)
     expected[codec.define_positions(payloads[0], n)] = 0
     assert torch.equal(values, expected)
+
+
+def test_rotated_blocks_and_what_is_left_of_one_are_coded_as_by_the_definition() -> None:
+    codec, n = parse("rotate|int4"), 1024 + 777
+    x, before = battery.gradient(n), battery.gradient(n, seed=1)
+    after, (payload, expected) = before.clone(), battery.defined_encode(codec, x, before)
+    assert torch.equal(coding.encode(codec, x, after), payload)
+    assert expected is not None
+    assert same_bits(after, expected)
+    assert same(codec.mean(payload.repeat(2), n, 2), coding.defined_mean(codec, payload.repeat(2), n, 2))

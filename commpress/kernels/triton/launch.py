@@ -8,8 +8,8 @@ from torch import Tensor
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of gradients that the kernels read, and of means that they write."""
 
-
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by how many bytes they have."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """How every kernel is compiled: products and sums are rounded one by one."""
 
