@@ -130,7 +130,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._may_be_frozen, self._speaks = may_be_frozen, speaks
         self._proven, self.binding = None, object()
         self._find_places()
-        loops.warm_up()
+        for device in {p.device for p in held}:
+            loops.warm_up(device)
 
     def hand_over(self, buckets: StepBuffer) -> None:
         """For hooks: `buckets` exchange what was bound. What the one before it had withheld is not lost."""

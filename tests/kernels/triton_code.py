@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,19 @@ from triton.runtime import driver
 
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
-from commpress.kernels.triton import cast, float8, integer, sign, two_bit
+from commpress.kernels.triton import (
+    cast,
+    float8,
+    integer,
+    masks,
+    model,
+    optim,
+    prologue,
+    random_k,
+    rotate,
+    sign,
+    two_bit,
+)
 from commpress.kernels.triton.launch import OPTIONS
 
 N = 1 << 20
@@ -38,7 +52,33 @@ FAMILIES: dict[str, Any] = {
     "fp16": cast,
     "sign": sign,
     "int2": two_bit,
+    "randomk(0.1)": random_k,
+    "randomk(0.001)|int4": random_k,
+    "randomk(0.0001)": random_k,
+    "rotate|int4": rotate,
 }
+
+X, HALVES, INDEX, KEPT = (
+    torch.zeros(N, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int32, torch.bool)
+)
+BEFORE = Prologue(X, X, 1.0, 0.5, 0.5)
+PASSES: dict[str, tuple[Any, Callable[[], object]]] = {
+    "apply_update": (optim, lambda: optim.run("apply_update", X, X, X, 0.5, 0.5)),
+    "local_step": (optim, lambda: optim.run("local_step", *[X] * 6, *[0.5] * 5)),
+    "sync_payload": (optim, lambda: optim.run("sync_payload", *[X] * 5, *[0.5] * 5)),
+    "sync_apply": (optim, lambda: optim.run("sync_apply", *[X] * 6, *[0.5] * 3)),
+    "restore_local": (optim, lambda: optim.run("restore_local", X, X, X, 0.5)),
+    "estimate_momentum": (optim, lambda: optim.run("estimate_momentum", X, HALVES, 0.5, 0.5)),
+    "add_scaled": (optim, lambda: optim.run("add_scaled", X, HALVES, 0.5)),
+    "momentum_correction": (optim, lambda: optim.run("momentum_correction", X, X, X, 0.5, 0.5, 0.0)),
+    "prologue": (prologue, lambda: prologue.apply(X, BEFORE)),
+    "keep": (model, lambda: model.keep(X, KEPT)),
+    "keep of bfloat16": (model, lambda: model.keep(HALVES, KEPT)),
+    "count_pruned": (model, lambda: model.count_pruned(X, KEPT)),
+    "pack": (masks, lambda: masks.pack(X, INDEX, X)),
+    "unpack": (masks, lambda: masks.unpack(X, INDEX, X)),
+}
+"""Kernels that belong to no codec: their modules, and what starts them."""
 
 
 def compiled(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Any:
@@ -71,29 +111,38 @@ def main(capability: int, wanted: list[str] | None) -> None:
     here = {"get_current_stream": lambda _: 0, "get_current_target": lambda: target}
     here["get_current_device"] = lambda: capability  # Triton asks for the target once a device
     driver.set_active(SimpleNamespace(**here))
-    x, residual = torch.zeros(N), torch.zeros(N)
-    prologue = Prologue(x, x, 1.0, 0.5, 0.5)
-    for spec, family in FAMILIES.items():
-        codec, found = parse(spec), {}
+    for name, family, run in [*codec_ops(), *((name, *of) for name, of in PASSES.items())]:
+        if wanted is not None and name not in wanted:
+            continue
+        found: list[Any] = []
 
-        def note(*arguments: Any, found: dict[str, Any] = found, **constants: Any) -> None:
-            found["kernel"] = compiled(*arguments, **constants)
+        def note(*arguments: Any, found: list[Any] = found, **constants: Any) -> None:
+            found.append(compiled(*arguments, **constants))
 
         family.launch = note
+        run()
+        for kernel in found:
+            row = {"kernel": name, "function": kernel.metadata.name, "capability": capability, **needs(kernel)}
+            print(json.dumps(row), flush=True)
+
+
+def codec_ops() -> Iterator[tuple[str, Any, Callable[[], object]]]:
+    """Each op of each codec: its name, its module, and what starts its kernels."""
+    residual = torch.zeros(N)
+    for spec, family in FAMILIES.items():
+        codec = parse(spec)
         payload = torch.zeros(codec.nbytes(N), dtype=torch.uint8)
         ops = {
-            "encode": lambda: family.encode(codec, x, None, None, payload),  # noqa: B023
-            "feedback": lambda: family.encode(codec, x.bfloat16(), residual, None, payload),  # noqa: B023
-            "prologue": lambda: family.encode(codec, x, residual, prologue, payload),  # noqa: B023
-            "mean": lambda: family.mean(codec, payload.repeat(4), 4, x),  # noqa: B023
+            "encode": partial(family.encode, codec, X, None, None, payload),
+            "feedback": partial(family.encode, codec, HALVES, residual, None, payload),
+            "prologue": partial(family.encode, codec, X, residual, BEFORE, payload),
+            "mean": partial(family.mean, codec, payload.repeat(4), 4, X),
         }
         if hasattr(family, "recode"):
-            ops["recode"] = lambda: family.recode(codec, payload.repeat(4), N, 4, residual, payload)  # noqa: B023
-        for op, run in ops.items():
-            if wanted is None or f"{spec} {op}" in wanted:
-                run()
-                row = {"kernel": f"{spec} {op}", "capability": capability, **needs(found["kernel"])}
-                print(json.dumps(row), flush=True)
+            ops["recode"] = partial(family.recode, codec, payload.repeat(4), N, 4, residual, payload)
+        if hasattr(family, "clear"):
+            ops["clear"] = partial(family.clear, codec, payload, X)
+        yield from ((f"{spec} {op}", family, run) for op, run in ops.items())
 
 
 if __name__ == "__main__":
