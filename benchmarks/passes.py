@@ -101,7 +101,7 @@ def optimizers_passes(n: int, values: list[Tensor], inverse: Tensor, half: Tenso
 def masks_passes(n: int, device: torch.device) -> list[Pass]:
     """The passes of masks that keep KEPT of n values."""
     kept = normal(n, 7, device) > torch.special.ndtri(torch.tensor(1 - KEPT, dtype=torch.float64)).item()
-    places = kept.nonzero().flatten().to(torch.int32)
+    places = torch.nn.functional.pad(kept.nonzero().flatten().to(torch.int32), (0, 1), value=-1)  # and a filling zero
     k = places.numel()
     made = []
     for dtype in (torch.float32, torch.bfloat16):
