@@ -220,9 +220,9 @@ def compare_passes(device: torch.device, lengths: tuple[int, ...]) -> Iterator[d
             for i, (found, expected) in enumerate(zip(here.tensors, there.tensors, strict=True)):
                 if not close(found.cpu(), expected, here.exact):
                     said = f"tensor {i}: {difference(found.cpu(), expected)}"
-                    errors.setdefault(here.op, f"{here.op} {here.pair}, n = {n}, {said}")
+                    errors.setdefault(here.op, f"{here.op}, {here.dtype}, n = {n}, {said}")
             if returned[1] is not None and returned[0] != returned[1]:
-                errors.setdefault(here.op, f"{here.op} {here.pair}, n = {n}: {returned[0]}, expected {returned[1]}")
+                errors.setdefault(here.op, f"{here.op}, {here.dtype}, n = {n}: {returned[0]}, expected {returned[1]}")
     for op, count in counts.items():
         kernel = lookup(op, None, device.type) is not None
         yield {"op": op, "comparisons": count, "kernel": kernel, "error": errors.get(op, "")}

@@ -35,8 +35,8 @@ class Pass(NamedTuple):
     """Bytes that it must read and write."""
     exact: bool
     """Whether it gives the same bits everywhere, or the same up to rounding."""
-    pair: str = ""
-    """Which of several of its op."""
+    dtype: str = "float32"
+    """Of the values."""
 
 
 def normal(n: int, seed: int, device: torch.device) -> Tensor:
@@ -65,7 +65,7 @@ def optimizers_passes(n: int, values: list[Tensor], inverse: Tensor, half: Tenso
         pair: str = "",
     ) -> Pass:
         tensors = [x.clone() for x in (*values[:count], *extra)]
-        return Pass(op, lambda: run(*tensors), tensors, round(words * word), exact, pair)
+        return Pass(op, lambda: run(*tensors), tensors, round(words * word), exact)
 
     def nesterov(x: Tensor, momentum: Tensor, p: Tensor) -> None:
         loops.momentum_correction(x, momentum, p, 0.5, 0.01, True)
@@ -110,20 +110,20 @@ def masks_passes(n: int, device: torch.device) -> list[Pass]:
             normal(n, 9, device).to(dtype),
             normal(k, 10, device).to(dtype),
         )
-        narrow, size, pair = torch.empty_like(packed), x.element_size(), str(dtype).removeprefix("torch.")
+        narrow, size, name = torch.empty_like(packed), x.element_size(), str(dtype).removeprefix("torch.")
         spoilt = x.clone()
         made += [
-            Pass("pack", lambda x=x, out=narrow: pack(x, places, out), [narrow], (4 + 2 * size) * k, True, pair),
+            Pass("pack", lambda x=x, out=narrow: pack(x, places, out), [narrow], (4 + 2 * size) * k, True, name),
             Pass(
                 "unpack",
                 lambda p=packed, out=wide: unpack(p, places, out),
                 [wide],
                 (4 + size) * k + size * n,
                 True,
-                pair,
+                name,
             ),
-            Pass("keep", lambda x=spoilt: keep_(x, kept), [spoilt], n + 2 * size * n, True, pair),
-            Pass("count_pruned", lambda x=x: count_pruned(x, kept), [x], n + size * n, True, pair),
+            Pass("keep", lambda x=spoilt: keep_(x, kept), [spoilt], n + 2 * size * n, True, name),
+            Pass("count_pruned", lambda x=x: count_pruned(x, kept), [x], n + size * n, True, name),
         ]
     return made
 
@@ -136,7 +136,7 @@ def rows_of(x: Tensor, repeat: int) -> tuple[float, list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     for i, each in enumerate(found):
         seconds = statistics.median(times[i])
-        about = {"op": each.op, "of": each.pair, "seconds": seconds, "copies": seconds / copy}
+        about = {"op": each.op, "of": each.dtype, "seconds": seconds, "copies": seconds / copy}
         rows.append({**about, "bytes_per_second": each.moved / seconds})
     return copy, rows
 
