@@ -11,6 +11,7 @@ from copies import Times, in_turns
 import commpress
 from commpress.comm import coding
 from commpress.comm.codecs import Codec
+from commpress.comm.codecs.random_k import RandomK
 from commpress.comm.exchange import EXCHANGES
 from commpress.comm.prologue import Prologue
 from commpress.kernels.cpu import slices
@@ -70,8 +71,9 @@ def actions(x: torch.Tensor, codec: Codec) -> dict[str, Callable[[], object]]:
 def moved(codec: Codec, action: str, n: int) -> int:
     """Return the bytes that an action on n float32 values must read and write."""
     values, payload = 4 * n, codec.nbytes(n)
+    drawn = 4 * codec.kept(n) if isinstance(codec, RandomK) else values  # it knows beforehand which it sends
     return {
-        "encode": values + payload,
+        "encode": drawn + payload,
         "feedback": 3 * values + payload,
         "momentum": 5 * values + payload,
         "decode": payload + values,

@@ -34,11 +34,6 @@ def in_turns(calls: Calls[K], x: Tensor, repeat: int) -> tuple[list[float], Time
     return (_by_events if x.device.type == "cuda" else _by_clock)(calls, copy, repeat)
 
 
-def share(moved: int, seconds: float, copied: int, copy_seconds: float) -> float:
-    """Return the rate of `moved` bytes in `seconds` as a share of a copy's, which reads and writes `copied` bytes."""
-    return (moved / seconds) / (2 * copied / copy_seconds)
-
-
 def _by_clock(calls: Calls[K], copy: Callable[[], object], repeat: int) -> tuple[list[float], Times[K]]:
     copies: list[float] = []
     times: Times[K] = {key: [] for key in calls}

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from commpress.comm.codecs import WORDS, parse
 from commpress.launch.gpu_record import ACTIONS, COLUMNS, LEGEND, answer, lines, title
 from commpress.launch.run_record import cores
 
@@ -45,12 +46,16 @@ TOLERANCE, TOLERANCE_BFLOAT16 = 5e-3, 2e-2
 """How far a loss may be from the CPU's. Weights that are changed by 1e-6 move it by 9e-4 at most, that of FSDP2."""
 
 
+EVERY = tuple(sorted({*battery.SPECS, *SPECS}, key=lambda spec: (list(WORDS).index(parse(spec).word), spec)))
+"""Specs to compare: one family after another."""
+
+
 @dataclass(frozen=True)
 class Check:
     """What is tried, and on what. Fields are smaller in a test."""
 
     device: str = "cuda"
-    specs: tuple[str, ...] = battery.SPECS
+    specs: tuple[str, ...] = EVERY
     timed: tuple[str, ...] = SPECS
     passes: bool = True
     runs: tuple[str, ...] = tuple(RUNS)

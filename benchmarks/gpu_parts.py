@@ -51,7 +51,7 @@ class Ranks:
     def __exit__(self, *error: object) -> None:
         self.end()
 
-    def wait(self, seconds: float, watched: Sequence[Path] = (), stall: float = STALL_SECONDS) -> str:
+    def wait(self, seconds: float, watched: Sequence[Path] = (), stall: float = 0.0) -> str:
         """Return when all have ended, "" if all did well; else why not, in words.
 
         So it is after `seconds`, after `stall` in which none of the `watched` files has grown, or soon after one has failed.
@@ -110,8 +110,10 @@ def work_off(job: Job, name: str, folder: Path, seconds: float) -> list[Record]:
         place = folder / f"{name}-{start}.json"
         place.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(job, items=left))))
         outputs = [place.with_suffix(f".{rank}.jsonl") for rank in range(len(job.devices))]
+        for path in outputs:  # of an earlier check
+            path.unlink(missing_ok=True)
         with Ranks([sys.executable, str(WORKER), str(place)], len(job.devices), folder, place.stem) as ranks:
-            reason = ranks.wait(until - time.monotonic(), outputs)
+            reason = ranks.wait(until - time.monotonic(), outputs, STALL_SECONDS)
         records = merged([read(path) for path in outputs])
         found |= {record["item"]: record for record in records}
         left = [item for item in left if item not in found]

@@ -19,8 +19,7 @@ from typing import Any
 import gpu_bytes
 import torch
 import torch.distributed as dist
-from codec_cases import measured, moved, rows_of
-from copies import share
+from codec_cases import measured, rows_of
 from passes import normal
 from passes import rows_of as rows_of_passes
 
@@ -86,7 +85,7 @@ def timed(item: str, job: Job, device: torch.device) -> Record:
     copy = sorted(copies)[len(copies) // 2]
     (costs,) = rows_of(times, 1, [item], copy, x.numel())
     actions = [action for *_, action in times]
-    shares = {a: share(moved(codec, a, x.numel()), costs[a] * copy, x.nbytes, copy) for a in actions}
+    shares = {a: rate * copy / (2 * x.nbytes) for a, rate in costs["bytes_per_second"].items()}
     kernels = [action for action in actions if has_kernel(item, action, device.type)]
     return {"copy_seconds": copy, "copies": {a: costs[a] for a in actions}, "shares": shares, "kernels": kernels}
 
