@@ -76,11 +76,10 @@ def timed(item: str, job: Job, device: torch.device) -> Record:
     if item == PASSES:
         copy, rows = rows_of_passes(x, job.repeat)
         rate = 2 * x.nbytes / copy
-        return {
-            "copy_seconds": copy,
-            "shares": {f"{r['op']} {r['of']}".strip(): r["bytes_per_second"] / rate for r in rows},
-        }
-    codec = commpress.parse(item)
+        passes: dict[str, dict[str, float]] = {}
+        for row in rows:
+            passes.setdefault(row["op"], {})[row["of"]] = row["bytes_per_second"] / rate
+        return {"copy_seconds": copy, "passes": passes}
     copies, times = measured(x, [item], [1], job.repeat)
     copy = sorted(copies)[len(copies) // 2]
     (costs,) = rows_of(times, 1, [item], copy, x.numel())

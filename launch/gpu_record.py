@@ -54,9 +54,8 @@ def said(row: Record) -> str:
     if "off" in row:
         parts.append(f"losses as on the CPU to {row['off']:.1e} (the last is {row['losses'][-1]:.3f})")
     other = {name: share for name, share in row.get("shares", {}).items() if name not in ACTIONS}
-    parts += [
-        f"{share:.0%}{'' if row.get('kernel') else NO_KERNEL} of a copy's rate" for share in list(other.values())[:1]
-    ]
+    rates = [f"{share:.0%}{'' if row.get('kernel') else NO_KERNEL} in {dtype}" for dtype, share in other.items()]
+    parts += [f"{' and '.join(rates)} of a copy's rate"] if rates else []
     return ", ".join(parts) or "done"
 
 
