@@ -86,7 +86,7 @@ def on(threads: int, call: Callable[[], object]) -> Callable[[], object]:
     """Return a call that finds so many idle cores."""
 
     def called() -> object:
-        slices.idle_cores = lambda: threads  # type: ignore[misc]
+        slices.idle_cores = lambda: threads
         return call()
 
     return called

@@ -21,10 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import gpu_bytes
 import gpu_parts
 import torch
 from codec_cases import MB, SPECS, name_of
-from gpu_bytes import battery
 from gpu_ranks import COLLECTIVES, EXCHANGED, RUNS, SIZES, STEPS
 from gpu_worker import PASSES, Job
 from rich.console import Console
@@ -46,7 +46,7 @@ TOLERANCE, TOLERANCE_BFLOAT16 = 5e-3, 2e-2
 """How far a loss may be from the CPU's. Weights that are changed by 1e-6 move it by 9e-4 at most, that of FSDP2."""
 
 
-EVERY = tuple(sorted({*battery.SPECS, *SPECS}, key=lambda spec: (list(WORDS).index(parse(spec).word), spec)))
+EVERY = tuple(sorted({*gpu_bytes.battery.SPECS, *SPECS}, key=lambda spec: (list(WORDS).index(parse(spec).word), spec)))
 """Specs to compare: one family after another."""
 
 

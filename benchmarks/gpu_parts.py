@@ -23,6 +23,8 @@ STALL_SECONDS = 90.0
 AFTERMATH = 5.0
 """Seconds that the other ranks get once one has ended early."""
 POLL = 0.05
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+"""How ranks of one host find each other, unless the environment has another way: a host's name may lead nowhere."""
 
 
 class Ranks:
@@ -38,7 +40,7 @@ class Ranks:
             for rank, log in enumerate(self.logs):
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": W, "LOCAL_WORLD_SIZE": W}
                 store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                environment = os.environ | {key: str(value) for key, value in (place | store).items()}
+                environment = LOOPBACK | os.environ | {key: str(value) for key, value in (place | store).items()}
                 with log.open("wb") as out:
                     self._processes.append(
                         subprocess.Popen(self._command, stdout=out, stderr=out, env=environment, start_new_session=True)

@@ -129,9 +129,8 @@ def together(job: Job, device: torch.device) -> Iterator[Record]:
     """Yield a record for each item of a part that ranks do. Collective. Stops behind one that has set them out of step."""
     import gpu_ranks
 
-    nccl = {"device_id": device} if job.backend == "nccl" else {}  # its communicator is made now, on this device
-    limit = datetime.timedelta(seconds=GROUP_SECONDS)
-    dist.init_process_group(job.backend, timeout=limit, **nccl)
+    here = device if job.backend == "nccl" else None  # its communicator is made now, on this device
+    dist.init_process_group(job.backend, timeout=datetime.timedelta(seconds=GROUP_SECONDS), device_id=here)
     names = iter(job.items)
     try:
         for record in gpu_ranks.records(list(job.items), device, job.steps, job.sizes):

@@ -26,6 +26,7 @@ import gpu_worker
 import passes
 
 from commpress.comm.codecs import parse
+from commpress.comm.exchange import Transfer
 from commpress.kernels import table
 from commpress.launch import gpu_record, report
 
@@ -263,6 +264,34 @@ def test_a_wrong_mean_is_named_with_its_spec_and_exchange_on_both_ranks() -> Non
     for records in run(2, spoilt, 65536):
         assert records[0]["error"].startswith("int8 by ")
         assert "64 KB: a value is off by" in records[0]["error"]
+
+
+class Nobody:
+    """The wire of a rank that has no peers: nothing travels."""
+
+    rank, world_size, device, by_message = 0, 1, CPU, True
+
+    def __init__(self, *_: object) -> None: ...
+
+    def part(self, *_: object) -> "Nobody":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **settings: Transfer([], 0, 0, True)
+
+
+def test_one_rank_alone_runs_every_exchange_and_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_ranks, "Wire", Nobody)
+    assert gpu_ranks.exchanged_alone(CPU, 65536)["comparisons"] > 20
+    right = table.KERNELS["mean", "int4", "cpu"]
+
+    def wrong(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
+        right(codec, payloads, count, out)
+        out.mul_(-1)
+
+    monkeypatch.setitem(table.KERNELS, ("mean", "int4", "cpu"), dataclasses.replace(right, run=wrong))
+    with pytest.raises(gpu_ranks.ItemError, match=r"int4 by one_shot, 64 KB, one rank: the result is off by 2 of x"):
+        gpu_ranks.exchanged_alone(CPU, 65536)
 
 
 def test_losses_that_differ_from_those_of_the_cpu_are_an_error_with_both_values() -> None:
