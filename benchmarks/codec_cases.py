@@ -82,12 +82,15 @@ def moved(codec: Codec, action: str, n: int) -> int:
     }[action]
 
 
-def on(threads: int, call: Callable[[], object]) -> Callable[[], object]:
-    """Return a call that finds so many idle cores."""
+def on(threads: int, what: str, call: Callable[[], object]) -> Callable[[], object]:
+    """Return a call that finds so many idle cores, and whose error says what it was."""
 
     def called() -> object:
         slices.idle_cores = lambda: threads
-        return call()
+        try:
+            return call()
+        except Exception as error:
+            raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
 
     return called
 
@@ -101,7 +104,11 @@ def measured(
     times: Times[Key] = {}
     for group in at_once:
         cases = {(spec, action): call for spec in group for action, call in actions(x, commpress.parse(spec)).items()}
-        calls = {(count, *key): on(count, call) for key, call in cases.items() for count in threads}
+        calls = {
+            (count, spec, action): on(count, f"{action}, float32, n = {x.numel()}", call)
+            for (spec, action), call in cases.items()
+            for count in threads
+        }
         more_copies, more = in_turns(calls, x, repeat)
         copies += more_copies
         times |= more

@@ -50,10 +50,11 @@ SMALL = Inputs(lengths=(0, 1, 257), short=(257,), named=(300,), large=20_011, pa
 
 
 class Comparison:
-    """One codec on one device against its definition on the CPU. `count` says how many results were equal."""
+    """One codec on one device against its definition on the CPU. `count` says how many results were equal, `doing` what was
+    called last: op, dtype, length, input."""
 
     def __init__(self, codec: Codec, device: torch.device) -> None:
-        self.codec, self.device, self.count = codec, device, 0
+        self.codec, self.device, self.count, self.doing = codec, device, 0, "nothing yet"
 
     def all(self, inputs: Inputs) -> int:
         """Compare on all inputs. Returns the number of comparisons; raises UnequalError."""
@@ -75,76 +76,85 @@ class Comparison:
         x = values.to(dtype)
         wide = x.to(torch.float32)
         expected, _ = battery.defined_encode(codec, wide)
+        self.doing = f"encode, {where}"
         payload = coding.encode(codec, x.to(self.device))
-        self.same_payload(payload, expected, n, f"encode, {where}")
+        self.same_payload(payload, expected, n)
         residual = 0.25 * wide.flip(0).nan_to_num(0.5, 3.0, -3.0).clamp(-1e30, 1e30)
         expected_too, after = battery.defined_encode(codec, wide, residual)
         kept = residual.to(self.device)
+        self.doing = f"encode with feedback, {where}"
         payload_too = coding.encode(codec, x.to(self.device), kept)
-        self.same_payload(payload_too, expected_too, n, f"encode with feedback, {where}")
+        self.same_payload(payload_too, expected_too, n)
         if n == 0:
             return
         assert after is not None
         decoded = codec.define_decode(expected_too, n)
         if not battery.same_residual(codec, kept.cpu(), after, wide + residual, decoded):
-            self.refuse(f"residual of encode with feedback, {where}", kept, after)
+            self.refuse(kept, after, "residual of ")
         # of the definition's own bytes, so that one wrong op is not two
+        self.doing = f"decode, {where}"
         found = codec.decode(expected.to(self.device), n, torch.empty(n, dtype=dtype, device=self.device))
-        self.same_values(found, codec.define_decode(expected, n).to(dtype), f"decode, {where}")
+        self.same_values(found, codec.define_decode(expected, n).to(dtype))
         if codec.sparse and dtype == torch.float32:
-            left, cleared = x.to(self.device), x.clone()
+            self.doing = f"clear, {where}"
+            left, cleared = x.to(self.device, copy=True), x.clone()
             coding.clear(codec, expected.to(self.device), left)
             coding.clear(codec, expected, cleared)
-            self.same_values(left, cleared, f"clear, {where}")
+            self.same_values(left, cleared)
 
     def several(self, dtype: torch.dtype, n: int) -> None:
-        """Prologue and encode, and the mean and its code, of several inputs."""
-        if n == 0:
-            return
-        codec, where = self.codec, f"{str(dtype).removeprefix('torch.')}, n = {n}"
-        x = battery.gradient(n).to(dtype)
+        """Prologue and encode, and the mean and its code, of several inputs; once with NaN and Inf among them."""
+        name = str(dtype).removeprefix("torch.")
+        for finite in (True, False) if n else ():
+            where = f"{name}, n = {n}{'' if finite else ', NaN and Inf in it'}"
+            sources = [battery.gradient(n, seed) for seed in range(3)]
+            if not finite:
+                sources[1][n // 2], sources[2][n // 3] = torch.nan, torch.inf
+            self.behind_a_prologue(sources[1].to(dtype), where)
+            self.mean_of(sources, dtype, n, f"{where}, 3 payloads")
+
+    def behind_a_prologue(self, x: Tensor, where: str) -> None:
+        """Encode with feedback what a prologue makes of x."""
+        codec, n = self.codec, x.numel()
         inverse, average, residual = 0.5 + battery.normal(n, 1).abs(), battery.normal(n, 2), battery.normal(n, 3)
         scaled = x.to(torch.float32) * inverse
         made = 0.1 * scaled.clamp(-1.5, 1.5) + 0.9 * average + (scaled - scaled)
         expected, after = battery.defined_encode(codec, made, residual)
         kept = residual.to(self.device)
         prologue = Prologue(inverse.to(self.device), average.to(self.device), 1.5, 0.1, 0.9)
+        self.doing = f"encode with prologue and feedback, {where}"
         payload = coding.encode(codec, x.to(self.device), kept, prologue)
-        self.same_payload(payload, expected, n, f"encode with prologue and feedback, {where}")
+        self.same_payload(payload, expected, n)
         assert after is not None
         decoded = codec.define_decode(expected, n)
         if not battery.same_residual(codec, kept.cpu(), after, made + residual, decoded):
-            self.refuse(f"residual of encode with prologue and feedback, {where}", kept, after)
-        for finite in (True, False):
-            sources = [battery.gradient(n, seed) for seed in range(3)]
-            if not finite:
-                sources[1][n // 2], sources[2][n // 3] = torch.nan, torch.inf
-            self.mean_of(sources, dtype, n, f"{where}, 3 payloads{'' if finite else ' with NaN and Inf'}")
+            self.refuse(kept, after, "residual of ")
 
     def mean_of(self, sources: list[Tensor], dtype: torch.dtype, n: int, where: str) -> None:
         """The mean of the payloads of some inputs, and its code with and without feedback."""
         codec, count, residual = self.codec, len(sources), battery.normal(n, 4)
         payloads = torch.cat([battery.defined_encode(codec, x)[0] for x in sources])
         mean, given = codec.define_mean(payloads, n, count), payloads.to(self.device)
+        self.doing = f"mean, {where}"
         found = codec.mean(given, n, count, torch.empty(n, dtype=dtype, device=self.device))
-        self.same_values(found, mean.to(dtype), f"mean, {where}")
+        self.same_values(found, mean.to(dtype))
         if dtype != torch.float32:
             return
-        self.same_payload(
-            coding.recode(codec, given, n, count), battery.defined_encode(codec, mean)[0], n, f"recode, {where}"
-        )
+        self.doing = f"recode, {where}"
+        self.same_payload(coding.recode(codec, given, n, count), battery.defined_encode(codec, mean)[0], n)
         expected, after = battery.defined_encode(codec, mean, residual)
-        kept = residual.to(self.device)
-        self.same_payload(coding.recode(codec, given, n, count, kept), expected, n, f"recode with feedback, {where}")
+        kept, self.doing = residual.to(self.device), f"recode with feedback, {where}"
+        self.same_payload(coding.recode(codec, given, n, count, kept), expected, n)
         assert after is not None
         if not battery.same_residual(codec, kept.cpu(), after, mean + residual, codec.define_decode(expected, n)):
-            self.refuse(f"residual of recode, {where}", kept, after)
+            self.refuse(kept, after, "residual of ")
 
     def in_a_graph(self, n: int) -> None:
         """Encode with feedback, mean and recode in a CUDA graph, where all have kernels: none may wait for the GPU."""
         codec, device = self.codec, self.device
         if device.type != "cuda" or not has_kernels(codec, "cuda"):
             return
+        self.doing = f"encode with feedback, mean and recode in a CUDA graph, float32, n = {n}"
         x, before = battery.gradient(n).to(device), battery.normal(n, 3).to(device)
         residual, out = before.clone(), torch.empty_like(x)
         expected, after = coding.encode(codec, x, before.clone()), before.clone()
@@ -161,13 +171,12 @@ class Comparison:
         residual.copy_(before)
         graph.replay()
         torch.cuda.synchronize()
-        where = f"in a CUDA graph, float32, n = {n}"
-        self.same_payload(payload, expected.cpu(), n, f"encode with feedback {where}")
-        self.same_payload(again, recoded.cpu(), n, f"recode {where}")
-        self.same_values(residual, after.cpu(), f"residual of encode with feedback {where}")
-        self.same_values(out, mean.cpu(), f"mean {where}")
+        self.same_payload(payload, expected.cpu(), n, "payload of ")
+        self.same_payload(again, recoded.cpu(), n, "recoded payload of ")
+        self.same_values(residual, after.cpu(), "residual of ")
+        self.same_values(out, mean.cpu(), "mean of ")
 
-    def same_payload(self, found: Tensor, expected: Tensor, n: int, what: str) -> None:
+    def same_payload(self, found: Tensor, expected: Tensor, n: int, what: str = "") -> None:
         """Raise UnequalError unless the bytes are equal, or decode to the same where some are of a NaN."""
         self.count += 1
         here = found.cpu()
@@ -177,16 +186,16 @@ class Comparison:
             one, other = (self.codec.define_decode(payload, n) for payload in (here, expected))
             if other.isnan().any() and battery.same(one, other):
                 return
-        self.refuse(what, found, expected)
+        self.refuse(found, expected, what)
 
-    def same_values(self, found: Tensor, expected: Tensor, what: str) -> None:
+    def same_values(self, found: Tensor, expected: Tensor, what: str = "") -> None:
         """Raise UnequalError unless the values are equal, and NaN where NaN is."""
         self.count += 1
         if not battery.same(found.cpu(), expected):
-            self.refuse(what, found, expected)
+            self.refuse(found, expected, what)
 
-    def refuse(self, what: str, found: Tensor, expected: Tensor) -> None:
-        raise UnequalError(f"{self.codec}: {what}: {difference(found.cpu(), expected)}")
+    def refuse(self, found: Tensor, expected: Tensor, what: str) -> None:
+        raise UnequalError(f"{self.codec}: {what}{self.doing}: {difference(found.cpu(), expected)}")
 
 
 def has_kernels(codec: Codec, device: str) -> bool:

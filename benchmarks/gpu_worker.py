@@ -66,6 +66,8 @@ def compared(item: str, job: Job, device: torch.device) -> Record:
         comparison.all(inputs)
     except gpu_bytes.UnequalError as found:
         error = str(found)
+    except Exception as found:  # a kernel that cannot be compiled or started, no memory
+        error = f"{item}: {comparison.doing}: {sentence(found)}"
     kernel = gpu_bytes.has_kernels(comparison.codec, device.type)
     return {"comparisons": comparison.count, "kernel": kernel, "error": error}
 

@@ -83,6 +83,19 @@ def test_a_kernel_that_is_wrong_in_one_dtype_alone_is_found(monkeypatch: pytest.
         gpu_bytes.Comparison(parse("sign"), CPU).all(SMALLEST)
 
 
+def test_a_kernel_that_fails_is_named_with_its_op_dtype_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise ZeroDivisionError("no such kernel")
+
+    job = gpu_worker.Job("bytes", ["int4"], ["cpu"], small=True, values=4096, repeat=1)
+    right = table.KERNELS["recode", "int4", "cpu"]
+    monkeypatch.setitem(table.KERNELS, ("recode", "int4", "cpu"), dataclasses.replace(right, run=failing))
+    said = "int4: recode, float32, n = 1, 3 payloads: ZeroDivisionError: no such kernel (test_gpu_check.py, line "
+    assert gpu_worker.compared("int4", job, CPU)["error"].startswith(said)
+    with pytest.raises(RuntimeError, match="recode 4, float32, n = 4096: ZeroDivisionError: no such kernel"):
+        gpu_worker.timed("int4", job, CPU)
+
+
 def test_passes_are_compared_and_a_wrong_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(row["error"] for row in gpu_bytes.compare_passes(CPU, (1, 1025)))
     calls = iter([lambda out: out.add_(1), lambda out: None])
