@@ -33,6 +33,7 @@ from commpress.comm.codecs import Codec, parse
 from commpress.comm.exchange import EXCHANGES
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
+from commpress.comm.segments import Segment
 from commpress.comm.session import Session
 from commpress.launch.lab import joining, sent_by_kernel
 from commpress.launch.run_record import machine
@@ -64,7 +65,7 @@ class Case:
             x.mul_(1.0 / dist.get_world_size())
             dist.all_reduce(x)
         else:
-            self.session.step_buffer.submit(x, ((f"size {index}", x.numel()),), index, last=True).wait()
+            self.session.step_buffer.submit(x, (Segment.whole(f"size {index}", x),), index, last=True).wait()
         if x.device.type != "cpu":
             torch.accelerator.synchronize()
 

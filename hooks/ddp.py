@@ -23,11 +23,11 @@ from commpress.comm.agreement import refuse_on_all, require_agreement
 from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.collectives import GradScaler
 from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.feedback import Segments
 from commpress.comm.meter import dtype_name
-from commpress.comm.parameters import bare_name, real_numel, unfit_dtype
+from commpress.comm.parameters import bare_name, unfit_dtype
 from commpress.comm.replicas import replicas_session
 from commpress.comm.rules import Spec, open_refusal
+from commpress.comm.segments import Segment, Segments
 from commpress.comm.session import Session
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.verify import EVERY
@@ -96,7 +96,7 @@ class CommState:
             exchange=exchange,
             error_feedback=error_feedback,
             grad_scaler=grad_scaler,
-            parameters=tuple((name, real_numel(p)) for p, name in names.items()),
+            parameters=tuple(Segment.whole(name, p) for p, name in names.items()),
             layouts={name: (p.shape, p.stride()) for p, name in names.items()},
             optimizer=optimizer,
             verify=verify,
@@ -146,7 +146,7 @@ class CommState:
                 self._names[p] = f"parameter {len(self._names)}"
             if p.is_complex() and self._buckets is not None:
                 self._buckets.collectives.pairs.add(self._names[p])
-        return tuple((self._names[p], real_numel(p)) for p in parameters)
+        return tuple(Segment.whole(self._names[p], p) for p in parameters)
 
 
 def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

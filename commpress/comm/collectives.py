@@ -41,10 +41,11 @@ from commpress.comm.exchange.reduce_scatter import (
     reduce_scatter_bytes,
 )
 from commpress.comm.exchange.wire import ring_bytes, tree_children
-from commpress.comm.feedback import Feedback, Memory, Segments
+from commpress.comm.feedback import Feedback, Memory
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import DENSE, BucketPlan, Override, Plan, exact_where_needed
 from commpress.comm.scratch import ScratchPool
+from commpress.comm.segments import Segments, sizes
 from commpress.comm.traffic import Step, Traffic
 from commpress.comm.verify import EVERY
 from commpress.comm.work import Work
@@ -152,7 +153,7 @@ class Collectives:
             exchange = step.error.watch(exchange, x, sampled, self._wire, told)
 
         dense = ring_bytes(x.nbytes, W) if dense_bytes is None else dense_bytes
-        is_complex = given.is_complex() or bool(segments and segments[0][0] in self.pairs)
+        is_complex = given.is_complex() or bool(segments and segments[0].name in self.pairs)
         dtype, count = (x.dtype.to_complex(), x.numel() // 2) if is_complex else (x.dtype, x.numel())
         name, compared = plan.exchange.name, f"the mean of bucket {index}" if override.codec is not None else ""
         return self.traffic.submit(
@@ -396,4 +397,4 @@ class Collectives:
 
 
 def _fits(segments: Segments, full: Tensor) -> bool:
-    return sum(n for _, n in segments) == full.numel()
+    return sum(sizes(segments)) == full.numel()

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from commpress.comm.masks_index import MaskIndex
-from commpress.comm.masks_index import Segments as Segments
 from commpress.comm.parameters import bare_name
+from commpress.comm.segments import Segment, Segments
 
 KEPT = ("residual", "owner_residual", "momentum")
 """The tensors of a memory."""
@@ -115,15 +115,15 @@ class Feedback:
 
     def register(self, segments: Segments) -> None:
         """Have a memory for each of these parameters, if an empty one, as a saved state is of all of them."""
-        if new := tuple((name, n) for name, n in segments if name not in self.layout_of):
+        if new := tuple(segment for segment in segments if segment.name not in self.layout_of):
             self._take_over(new, torch.device("cpu"))
 
     def _take_over(self, segments: Segments, device: torch.device) -> Memory:
         """A new memory that holds what other layouts keep for these parameters; layouts that hold no more are dropped."""
         created, places, at = Memory(), {}, 0
-        for name, n in segments:
-            travel = self.masks.count(name, n)
-            places[name] = slice(at, at + travel)
+        for segment in segments:
+            travel = self.masks.count(segment.name, segment.n)
+            places[segment.name] = slice(at, at + travel)
             at += travel
         layouts = {name: self.layout_of.pop(name) for name in places if name in self.layout_of}
         for old in dict.fromkeys(layouts.values()):
@@ -132,21 +132,21 @@ class Feedback:
             created.draws = max(created.draws, memory.draws)
             memory.fold(self.world_size)
             self._snapshots.pop(old, None)  # it must not bring back what moves on
-            for name, whole in old:
-                n = self.masks.count(name, whole)
-                if layouts.get(name) == old:
+            for part in old:
+                n = self.masks.count(part.name, part.n)
+                if layouts.get(part.name) == old:
                     for kind in ("residual", "momentum"):
                         if (source := getattr(memory, kind)) is None:
                             continue
                         if getattr(created, kind) is None:
                             setattr(created, kind, torch.zeros(at, dtype=torch.float32, device=device))
-                        getattr(created, kind)[places[name]] = source[start : start + n]
+                        getattr(created, kind)[places[part.name]] = source[start : start + n]
                         source[start : start + n] = 0
                 start += n
             if old not in self.layout_of.values():
                 del self.memories[old]
         self.memories[segments] = created
-        self.layout_of.update((name, segments) for name, _ in segments)
+        self.layout_of.update((segment.name, segments) for segment in segments)
         return created
 
     @torch.inference_mode(False)
@@ -190,7 +190,7 @@ class Feedback:
         """Layout and memories, a dict a bucket, each parameter in one of them."""
         return [
             {
-                "segments": [[name, n] for name, n in segments],
+                "segments": [[segment.name, segment.n] for segment in segments],
                 "owner_start": memory.owner_start,
                 "draws": memory.draws,
                 **{k: None if (values := getattr(memory, k)) is None else values.clone() for k in KEPT},
@@ -227,25 +227,25 @@ class Feedback:
             return segments, memory
         kept: dict[str, list[Tensor]] = {"residual": [], "momentum": []}
         at = 0
-        for name, whole in segments:
-            n = self.masks.count(name, whole)
-            if self.layout_of.get(name) == segments:
+        for segment in segments:
+            n = self.masks.count(segment.name, segment.n)
+            if self.layout_of.get(segment.name) == segments:
                 for kind, parts in kept.items():
                     if (values := getattr(memory, kind)) is not None:
                         parts.append(values[at : at + n])
             at += n
-        own = tuple((name, n) for name, n in segments if self.layout_of.get(name) == segments)
+        own = tuple(segment for segment in segments if self.layout_of.get(segment.name) == segments)
         residual, momentum = (torch.cat(kept[kind]) if kept[kind] else None for kind in ("residual", "momentum"))
         return own, Memory(residual=residual, momentum=momentum, draws=memory.draws)
 
     def require_fit(self, state: Sequence[dict[str, Any]]) -> None:
         """Raise ValueError if what was saved is not of the values that the masks of now let travel."""
         for saved in state:
-            segments = tuple((str(name), int(n)) for name, n in saved["segments"])
+            segments = tuple(Segment(str(name), int(n)) for name, n in saved["segments"])
             travel, kept = self.masks.total(segments), saved["residual"]
             if kept is not None and kept.numel() != travel:
                 raise ValueError(
-                    f"cannot restore: feedback was saved for {kept.numel()} values of {segments[0][0]!r} and others, now "
+                    f"cannot restore: feedback was saved for {kept.numel()} values of {segments[0].name!r} and others, now "
                     f"{travel} travel; restore the masks before"
                 )
 
@@ -258,13 +258,13 @@ class Feedback:
         self.layout_of.clear()
         self._snapshots.clear()
         for saved in state:
-            segments = tuple((bare_name(name), int(n)) for name, n in saved["segments"])
+            segments = tuple(Segment(bare_name(name), int(n)) for name, n in saved["segments"])
             memory = Memory(owner_start=int(saved["owner_start"]), draws=int(saved.get("draws", 0)))
             self.memories[segments] = memory
             for name in KEPT:
                 if saved[name] is not None:
                     setattr(memory, name, saved[name].to(device).clone())
-            for name, _ in segments:
-                if name in self.layout_of:
-                    self.memories[self.layout_of[name]].current = False
-            self.layout_of.update((name, segments) for name, _ in segments)
+            for segment in segments:
+                if segment.name in self.layout_of:
+                    self.memories[self.layout_of[segment.name]].current = False
+            self.layout_of.update((segment.name, segments) for segment in segments)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from commpress.comm.agreement import Settings
+from commpress.comm.segments import Segments, sizes
 from commpress.kernels.table import lookup
-
-Segments = tuple[tuple[str, int], ...]
 
 
 class MaskIndex:
@@ -50,22 +49,22 @@ class MaskIndex:
 
     def total(self, segments: Segments) -> int:
         """How many travel for a bucket."""
-        return sum(self.count(name, n) for name, n in segments)
+        return sum(self.count(segment.name, segment.n) for segment in segments)
 
     def kept_index(self, segments: Segments) -> Tensor | None:
         """Where they lie in a bucket of these parameters: int32 [k], -1 for a filling zero; None if all values travel."""
-        if not any(name in self._in for name, _ in segments):
+        if not any(segment.name in self._in for segment in segments):
             return None
         if segments not in self._of:
             parts, at = [], 0
-            for name, n in segments:
-                inside = self._in.get(name)
+            for segment in segments:
+                inside = self._in.get(segment.name)
                 if inside is None:
                     device = next(iter(self._in.values())).device
-                    parts.append(torch.arange(at, at + n, dtype=torch.int32, device=device))
+                    parts.append(torch.arange(at, at + segment.n, dtype=torch.int32, device=device))
                 else:
                     parts.append(torch.where(inside < 0, inside, inside + at))
-                at += n
+                at += segment.n
             self._of[segments] = torch.cat(parts)
         return self._of[segments]
 
@@ -76,7 +75,7 @@ class MaskIndex:
             return values
         bucket = values
         if old is not None:
-            bucket = torch.empty(sum(n for _, n in segments), dtype=values.dtype, device=values.device)
+            bucket = torch.empty(sum(sizes(segments)), dtype=values.dtype, device=values.device)
             unpack(values, old, bucket)
         if new is None:
             return bucket

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.masks_index import Segments
 from commpress.comm.plan import Override
+from commpress.comm.segments import Segments
 
 
 class OptimizerHooks(Protocol):

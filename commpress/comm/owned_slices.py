@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from commpress.comm.feedback import Segments
+from commpress.comm.segments import Segments
 
 
 @dataclass(frozen=True)

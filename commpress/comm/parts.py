@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from commpress.comm.feedback import Segments
+from commpress.comm.segments import Segments, sizes
 
 Finished = Callable[[BaseException | None], None]
 
@@ -22,19 +22,19 @@ def taken_apart(
 
     Then that goes back into the bucket. `finished` is called once: with the last of them, or with the first error.
     """
-    places = dict(zip((name for name, _ in segments), bucket.split([n for _, n in segments]), strict=True))
+    places = dict(zip((segment.name for segment in segments), bucket.split(sizes(segments)), strict=True))
     waiting = len(parts)
 
     def arrived(part: Segments, flat: Tensor, error: BaseException | None) -> None:
         nonlocal waiting
         if error is None:
-            for (name, _), values in zip(part, flat.split([n for _, n in part]), strict=True):
-                places[name].copy_(values)
+            for segment, values in zip(part, flat.split(sizes(part)), strict=True):
+                places[segment.name].copy_(values)
         waiting -= 1
         if waiting == 0 or (error is not None and waiting > 0):
             waiting = min(waiting, 0)  # the others have no one left to tell
             finished(error)
 
     for part in parts:
-        flat = torch.cat([places[name] for name, _ in part])
+        flat = torch.cat([places[segment.name] for segment in part])
         yield flat, part, partial(arrived, part, flat)

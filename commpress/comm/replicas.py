@@ -13,13 +13,13 @@ from commpress.comm.auto import Auto, budget
 from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives, GradScaler
-from commpress.comm.feedback import Segments
 from commpress.comm.masks_index import MaskIndex, in_memory_order, of_pairs
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.plan import Plan
 from commpress.comm.resize import of_replicas
 from commpress.comm.rules import Rules, Spec, rules_for
 from commpress.comm.search import PLAIN
+from commpress.comm.segments import Segments, sizes
 from commpress.comm.session import Masks, Session
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.verify import EVERY, require_interval
@@ -67,7 +67,9 @@ def replicas_session(
     named = str(plan.codec) if by_name is spec else str(rules or AUTO)
 
     def masks(given: Masks) -> list[MaskIndex]:
-        return [_mask_index(given, dict(parameters), layouts or {}, collectives.pairs, optimizer)]
+        return [
+            _mask_index(given, {part.name: part.n for part in parameters}, layouts or {}, collectives.pairs, optimizer)
+        ]
 
     return Session(
         collectives,
@@ -85,7 +87,7 @@ def _agreed_rules(spec: Spec, parameters: Segments, group: dist.ProcessGroup, de
     """The rules, if the spec has patterns. Collective if it makes no sense: then all ranks raise."""
     try:
         if isinstance(spec, Mapping):
-            return rules_for(spec, [name for name, _ in parameters])
+            return rules_for(spec, [segment.name for segment in parameters])
         budget(spec)
         return None
     except (ValueError, TypeError) as error:
@@ -114,7 +116,7 @@ def agreed_plan(
         "exchange": plan.settings()["exchange"],
         "error_feedback": error_feedback,
         "commpress version": version("commpress"),
-        "parameters": f"{len(parameters)} with {sum(n for _, n in parameters)} values",
+        "parameters": f"{len(parameters)} with {sum(sizes(parameters))} values",
         **more,
     }
     require_agreement(settings, group, device)

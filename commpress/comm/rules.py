@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from commpress.comm.auto import budget
 from commpress.comm.codecs import AUTO, Codec, parse
-from commpress.comm.feedback import Segments
+from commpress.comm.segments import Segment, Segments
 
 Spec = str | Codec | Mapping[str, str | Codec]
 """A codec, `auto`, or specs by patterns of parameters' names."""
@@ -39,18 +39,18 @@ class Rules:
 
     def parts(self, segments: Segments) -> list[tuple[Segments, Codec | None]]:
         """Return the parts of a bucket that have one codec each, in the order of their first parameters."""
-        found: dict[str, tuple[list[tuple[str, int]], Codec | None]] = {}
-        for name, n in segments:
-            codec = self.codecs[name]
-            found.setdefault(str(codec), ([], codec))[0].append((name, n))
+        found: dict[str, tuple[list[Segment], Codec | None]] = {}
+        for segment in segments:
+            codec = self.codecs[segment.name]
+            found.setdefault(str(codec), ([], codec))[0].append(segment)
         return [(tuple(part), codec) for part, codec in found.values()]
 
     def shares(self, segments: Segments) -> dict[str, int]:
         """Return how many values of these parameters each rule decides for, by its text; all rules in their order."""
         texts = {pattern: f"{pattern}: {spec}" for pattern, spec in self.specs}
         values = dict.fromkeys(texts.values(), 0)
-        for name, n in segments:
-            values[texts[self.patterns[name]]] += n
+        for segment in segments:
+            values[texts[self.patterns[segment.name]]] += segment.n
         return values
 
 

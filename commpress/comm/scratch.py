@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from commpress.comm.masks_index import Segments
+from commpress.comm.segments import Segments
 
 
 class Scratch:

@@ -16,7 +16,6 @@ from commpress.comm.agreement import Settings, require_equal
 from commpress.comm.auto import Auto, budget
 from commpress.comm.collectives import Collectives
 from commpress.comm.failure import ExchangeError
-from commpress.comm.feedback import Segments
 from commpress.comm.masks_index import MaskIndex, described
 from commpress.comm.meter import Report
 from commpress.comm.optimizer_hooks import OptimizerHooks
@@ -34,6 +33,7 @@ from commpress.comm.resize import (
     summary,
     unreadable,
 )
+from commpress.comm.segments import Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.timeline import Timeline
 
@@ -232,7 +232,7 @@ class Session:
             "side traffic": [other.state_dict() for other in self.side_traffic],
         }
         shared = None if optimizer is None else optimizer.state_dict()
-        return RankState(content, self._values or sum(n for _, n in self._parameters), shared)
+        return RankState(content, self._values or sum(sizes(self._parameters)), shared)
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         """Restore what `state_dict` saved on the same rank; training goes on bit for bit. Collective, between steps.
@@ -327,7 +327,7 @@ class Session:
         saved = {bare_name(name): int(n) for kept in memories for bucket in kept for name, n in bucket["segments"]}
         if self._parameters and saved:
             replicas = self.step_buffer is not None  # else some may not have been exchanged yet
-            present = {name: n for name, n in self._parameters if replicas or name in saved}
+            present = {part.name: part.n for part in self._parameters if replicas or part.name in saved}
             require_same_parameters(saved, present)
         for collectives, kept in zip(self.collectives, memories, strict=True):
             collectives.feedback.require_fit(kept)

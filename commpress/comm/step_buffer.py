@@ -18,13 +18,14 @@ from commpress.comm.agreement import require_equal, require_same_names
 from commpress.comm.auto import Auto
 from commpress.comm.codecs import Codec
 from commpress.comm.collectives import Collectives
-from commpress.comm.feedback import Feedback, Segments
+from commpress.comm.feedback import Feedback
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.parameters import real_view
 from commpress.comm.parts import taken_apart
 from commpress.comm.plan import Override
 from commpress.comm.resize import require_same_parameters
 from commpress.comm.rules import Rules
+from commpress.comm.segments import Segments, sizes
 from commpress.comm.timeline import Span
 from commpress.comm.traffic import Step
 from commpress.comm.verify import Comparison
@@ -107,17 +108,17 @@ class StepBuffer:
             return
         places: dict[str, Tensor] = {}
         for one in pending:
-            values = real_view(one.bucket).view(-1).split([n for _, n in one.segments])
-            places |= zip((name for name, _ in one.segments), values, strict=True)
-        saved = {name: n for layout in layouts for name, n in layout}
+            values = real_view(one.bucket).view(-1).split(sizes(one.segments))
+            places |= zip((segment.name for segment in one.segments), values, strict=True)
+        saved = {segment.name: segment.n for layout in layouts for segment in layout}
         require_same_parameters(saved, {name: part.numel() for name, part in places.items()})
-        flats = [torch.cat([places[name] for name, _ in layout]) for layout in layouts]
+        flats = [torch.cat([places[segment.name] for segment in layout]) for layout in layouts]
         waiting = len(layouts)
 
         def finished(layout: Segments, flat: Tensor, error: BaseException | None) -> None:
             nonlocal waiting
-            for (name, _), part in zip(layout, flat.split([n for _, n in layout]), strict=True):
-                places[name].copy_(part)
+            for segment, part in zip(layout, flat.split(sizes(layout)), strict=True):
+                places[segment.name].copy_(part)
             waiting -= 1
             if waiting == 0 or (error is not None and waiting > 0):
                 waiting = min(waiting, 0)  # the others have no one left to tell

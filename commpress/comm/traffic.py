@@ -13,11 +13,11 @@ from commpress.comm.agreement import Settings
 from commpress.comm.error import ErrorWatch
 from commpress.comm.exchange import Label, Labels, Transfer, Wire
 from commpress.comm.exchange.around import in_inference_mode
-from commpress.comm.feedback import Segments
 from commpress.comm.meter import ROLES, Meter, Report, dtype_name
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import BucketPlan
 from commpress.comm.scratch import ScratchPool
+from commpress.comm.segments import Segments
 from commpress.comm.sequencer import Job, Sequencer
 from commpress.comm.verify import Comparison, is_due
 from commpress.comm.work import Work, not_counted

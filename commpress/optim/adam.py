@@ -26,8 +26,9 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.coding import warm_up
-from commpress.comm.feedback import Memory, Segments
+from commpress.comm.feedback import Memory
 from commpress.comm.plan import Override
+from commpress.comm.segments import Segments
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters, require_in_range
 from commpress.optim.uncompressed import step_adamw
@@ -127,7 +128,7 @@ class FrozenAdamW(CompressedOptimizer):
         return "idle" if state.get("idle") else "warms up"
 
     def override_held(self, segments: Segments, codec: Codec) -> Override:
-        kind = FrozenAdamW.kind(self, segments[0][0])
+        kind = FrozenAdamW.kind(self, segments[0].name)
         if kind == "frozen":
             return self.override_frozen(segments, codec)
         if kind == "idle":  # its first gradients are coarse, and what they lack is kept for later
@@ -315,17 +316,17 @@ class FrozenAdamW(CompressedOptimizer):
 
     def convert_feedback(self, memory: Memory, segments: Segments) -> None:
         """At its first exchange after its warm-up: what feedback kept of a parameter's gradients becomes what it keeps of n."""
-        states = [self.state[self._places[name][0]] for name, _ in segments]
+        states = [self.state[self._places[segment.name][0]] for segment in segments]
         if all(state["feedback_converted"] for state in states):
             return
         if memory.residual is not None:
             memory.fold(self._world_size)
             factors = torch.cat(
                 [
-                    torch.ones(n, dtype=torch.float32, device=memory.residual.device)
+                    torch.ones(segment.n, dtype=torch.float32, device=memory.residual.device)
                     if state["feedback_converted"]
-                    else loops.flat(state["inverse"])[0] * (1 - self._places[name][1]["betas"][0])
-                    for (name, n), state in zip(segments, states, strict=True)
+                    else loops.flat(state["inverse"])[0] * (1 - self._places[segment.name][1]["betas"][0])
+                    for segment, state in zip(segments, states, strict=True)
                 ]
             )
             memory.residual.mul_(factors if memory.kept_index is None else factors[memory.kept_index])

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.feedback import Feedback, Segments
+from commpress.comm.feedback import Feedback
 from commpress.comm.plan import DENSE, Override
+from commpress.comm.segments import Segment, Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
 from commpress.notice import warn
 from commpress.optim import loops
@@ -163,11 +164,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def split(self, segments: Segments) -> list[Segments]:
         """The parts of a bucket that travel in this step, each with a override of its own; the same on every rank."""
-        parts: dict[object, list[tuple[str, int]]] = {}
-        for name, n in segments:
-            if name not in self._frozen:
-                kind = self.kind(name) if name in self._places else None
-                parts.setdefault(kind, []).append((name, n))
+        parts: dict[object, list[Segment]] = {}
+        for segment in segments:
+            if segment.name not in self._frozen:
+                kind = self.kind(segment.name) if segment.name in self._places else None
+                parts.setdefault(kind, []).append(segment)
         return [tuple(part) for part in parts.values()]
 
     def kind(self, name: str) -> object:
@@ -176,7 +177,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def override(self, segments: Segments, codec: Codec) -> Override:
         """Return what to do with a part of a bucket in this step; the same on every rank."""
-        if segments[0][0] not in self._places:
+        if segments[0].name not in self._places:
             return Override(DENSE, "the optimizer does not hold it")
         return self.override_held(segments, codec)
 
@@ -295,7 +296,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         moving = {
             key: place for key, place in self._places.items() if key not in self._frozen and place[0].requires_grad
         }
-        arrived = {key for _, segments in self._received for key, _ in segments}
+        arrived = {segment.name for _, segments in self._received for segment in segments}
         expected = moving if self._may_be_frozen else self._places
         if arrived and (missing := [key for key in expected if key not in arrived]):
             raise RuntimeError(
@@ -336,10 +337,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
         }
         parts: dict[str, Tensor] = {}
         for bucket, segments in self._received if unused else ():
-            for (key, _), part in zip(segments, bucket.split([n for _, n in segments]), strict=True):
-                if key in unused:
-                    p = self._places[key][0]
-                    parts[key] = part.as_strided(p.shape, p.stride()) / self._scale  # in DDP's order of a bucket
+            for segment, part in zip(segments, bucket.split(sizes(segments)), strict=True):
+                if segment.name in unused:
+                    p = self._places[segment.name][0]
+                    parts[segment.name] = (
+                        part.as_strided(p.shape, p.stride()) / self._scale
+                    )  # in DDP's order of a bucket
         return parts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.feedback import Memory, Segments
+from commpress.comm.feedback import Memory
 from commpress.comm.plan import DENSE, Override
+from commpress.comm.segments import Segments, sizes
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters, require_in_range
 from commpress.optim.uncompressed import step_sgd
@@ -60,10 +61,10 @@ class DGC(CompressedOptimizer):
         def prepare(bucket: Tensor, memory: Memory) -> None:
             assert memory.momentum is not None
             self.clip(bucket)
-            sizes = [n for _, n in segments]
-            parts = zip(segments, bucket.split(sizes), memory.momentum.split(sizes), strict=True)
-            for (name, _), part, momentum in parts:
-                p, group = self._places[name]
+            split = sizes(segments)
+            parts = zip(segments, bucket.split(split), memory.momentum.split(split), strict=True)
+            for segment, part, momentum in parts:
+                p, group = self._places[segment.name]
                 decay = group["weight_decay"] * self._scale
                 loops.momentum_correction(part, momentum, p, group["momentum"], decay, group["nesterov"])
 

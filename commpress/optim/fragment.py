@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.feedback import Segments
+from commpress.comm.segments import Segment, Segments
 
 
 @dataclass(eq=False)  # one is not another, whatever it holds
@@ -192,8 +192,10 @@ def _pieces(parameters: Mapping[str, Tensor], part: slice) -> tuple[Segments, in
         if start < stop:
             nbytes += (stop - start) * p.element_size()
             whole = stop - start == size
-            pieces.append((name if whole else f"{name}[{start - at}:{stop - at}]", stop - start))
+            pieces.append(
+                Segment.whole(name, p) if whole else Segment(f"{name}[{start - at}:{stop - at}]", stop - start)
+            )
         at += size
     if part.stop > max(at, part.start):
-        pieces.append((f"zeros behind {name}", part.stop - max(at, part.start)))
+        pieces.append(Segment(f"zeros behind {name}", part.stop - max(at, part.start)))
     return tuple(pieces), nbytes

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.feedback import Memory, Segments
+from commpress.comm.feedback import Memory
 from commpress.comm.plan import Override
 from commpress.comm.prologue import Prologue
+from commpress.comm.segments import Segments, sizes
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
 from commpress.optim.base import Parameters
@@ -54,7 +55,7 @@ class OneBitAdamW(FrozenAdamW):
 
     def override_frozen(self, segments: Segments, codec: Codec) -> Override:
         """Send beta1 n + (1 - beta1) g / d, times the loss scale as the gradients are."""
-        held = [(self.state[p], group) for p, group in (self._places[name] for name, _ in segments)]
+        held = [(self.state[p], group) for p, group in (self._places[segment.name] for segment in segments)]
         first, alike = held[0][1], len({group["betas"][0] for _, group in held}) == 1
         if alike and all(state["inverse"].dtype == torch.float32 for state, _ in held):
             prologue = self._prologue(*self._flat_state(segments), first)  # in the pass that encodes
@@ -65,7 +66,7 @@ class OneBitAdamW(FrozenAdamW):
             self.convert_feedback(memory, segments)
             self.clip(bucket)
             if prologue is None:
-                for (state, group), part in zip(held, bucket.split([n for _, n in segments]), strict=True):
+                for (state, group), part in zip(held, bucket.split(sizes(segments)), strict=True):
                     inverse, average = loops.flat(state["inverse"], state["exp_avg"])
                     self._prologue(inverse, average, group).apply(part)
 
@@ -78,18 +79,18 @@ class OneBitAdamW(FrozenAdamW):
     def _flat_state(self, segments: Segments) -> tuple[Tensor, Tensor]:
         """Return the state of a bucket's parameters, moved to memory of one piece, in the order of their gradients."""
         parts, total = [], 0
-        for name, n in segments:
-            parts.append((self._places[name][0], total))
-            total += n
+        for segment in segments:
+            parts.append((self._places[segment.name][0], total))
+            total += segment.n
         found = self._flat_states.get(segments)
         if found is None or any(
             p.numel() and self.state[p][key].data_ptr() != whole[at:].data_ptr()
             for key, whole in zip(KEPT, found, strict=True)
             for p, at in parts
         ):
-            names = {name for name, _ in segments}
+            names = {segment.name for segment in segments}
             self._flat_states = {
-                of: kept for of, kept in self._flat_states.items() if names.isdisjoint(name for name, _ in of)
+                of: kept for of, kept in self._flat_states.items() if names.isdisjoint(segment.name for segment in of)
             }
             inverse, average = (torch.empty(total, dtype=torch.float32, device=parts[0][0].device) for _ in KEPT)
             found = self._flat_states[segments] = inverse, average

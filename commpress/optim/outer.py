@@ -254,7 +254,7 @@ class Outer:
         # ranks of which one has skipped a step would wait for each other, or take one fragment for another
         fragment.begin()
         moving = fragment.moving()
-        frozen = [segment[0] for segment in fragment.segments if segment not in moving]
+        frozen = [segment.name for segment in fragment.segments if segment not in moving]
         settings: dict[str, object] = {"local steps": self._steps, "fragment": index, "frozen parameters": frozen}
         settings["anchor (its hash)"] = f"{fingerprint(fragment.anchor):016x}"
         self._session.agree(settings)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.feedback import Memory, Segments
+from commpress.comm.feedback import Memory
 from commpress.comm.masks_index import pack, unpack
 from commpress.comm.plan import Override
+from commpress.comm.segments import Segments, sizes
 from commpress.notice import warn
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
@@ -135,8 +136,8 @@ class ZeroOneAdamW(FrozenAdamW):
             self._stand()
 
     def split(self, segments: Segments) -> list[Segments]:
-        self._starts |= dict.fromkeys((name for name, _ in segments), self._seen)
-        self._seen += sum(n for _, n in segments)
+        self._starts |= dict.fromkeys((segment.name for segment in segments), self._seen)
+        self._seen += sum(sizes(segments))
         return super().split(segments)
 
     def kind(self, name: str) -> object:
@@ -196,19 +197,18 @@ class ZeroOneAdamW(FrozenAdamW):
         if self._refreshes():
             codec = parse(self.param_groups[0]["warmup_spec"])
             return Override(codec, "" if codec.lossy else "the variance is refreshed", bypass_feedback=True)
-        if not self._is_due(segments[0][0]):
+        if not self._is_due(segments[0].name):
             return Override(None, "a local step")
-        self._syncing |= {name: self._sync(name) for name, _ in segments}
+        self._syncing |= {segment.name: self._sync(segment.name) for segment in segments}
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
             self.convert_feedback(memory, segments)
             self.clip(bucket)
-            sizes = [n for _, n in segments]
-            leads = self._lead_buffer(segments, bucket)
-            for (name, _), part, lead in zip(segments, bucket.split(sizes), leads.split(sizes), strict=True):
-                p, group = self._places[name]
-                state, sync, beta1 = self.state[p], self._syncing[name], group["betas"][0]
-                self._leads[name] = lead
+            leads, parts = self._lead_buffer(segments, bucket), sizes(segments)
+            for segment, part, lead in zip(segments, bucket.split(parts), leads.split(parts), strict=True):
+                p, group = self._places[segment.name]
+                state, sync, beta1 = self.state[p], self._syncing[segment.name], group["betas"][0]
+                self._leads[segment.name] = lead
                 inverse, average, total = loops.flat(state["inverse"], state["exp_avg"], state["total"])
                 loops.sync_payload(
                     *(part, inverse, average, total, lead),
@@ -229,8 +229,8 @@ class ZeroOneAdamW(FrozenAdamW):
         """Memory of the bucket's size and dtype that stays from sync to sync, until the buckets are laid out anew."""
         found = self._lead_buffers.get(segments)
         if found is None or found.dtype != bucket.dtype or found.device != bucket.device:
-            names = {name for name, _ in segments}
-            kept = {of: lead for of, lead in self._lead_buffers.items() if names.isdisjoint(name for name, _ in of)}
+            names = {segment.name for segment in segments}
+            kept = {of: lead for of, lead in self._lead_buffers.items() if names.isdisjoint(part.name for part in of)}
             self._lead_buffers = kept | {segments: torch.empty_like(bucket)}
             found = self._lead_buffers[segments]
         return found

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from commpress.comm.collectives import Collectives
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.meter import dtype_name
+from commpress.comm.segments import Segment
 
 KEPT_EVERYWHERE = "small: every rank keeps it (stage3_param_persistence_threshold)"
 
@@ -64,7 +65,9 @@ class Gathered:
             if rest:
                 columns[whole, :rest].copy_(flat[whole * size :])
         out = torch.empty(m, dtype=dtype, device=full.device)
-        segments = tuple((f"{self.names[p]}[{r}]", n) for r in range(W) for p, n in zip(params, sizes, strict=True))
+        segments = tuple(
+            Segment(f"{self.names[p]}[{r}]", n) for r in range(W) for p, n in zip(params, sizes, strict=True)
+        )
         shards.reduce_scatter(full.view(-1), out, segments, index).wait()
         return [
             part[: max(0, min(size, p.ds_numel - shards.rank * size))].to(self.zero.gradient_accumulation_dtype)

@@ -17,6 +17,7 @@ from commpress.comm.feedback import Memory
 from commpress.comm.meter import dtype_name
 from commpress.comm.owned_slices import OwnedBucket, OwnedSlice
 from commpress.comm.plan import Override
+from commpress.comm.segments import Segment
 from commpress.comm.work import Work
 from commpress.optim import OneBitAdamW
 from commpress.optim.sharded_one_bit import ShardedOneBitAdamW, shifted
@@ -135,7 +136,7 @@ class Partitions:
             pieces.sort(key=lambda piece: piece.owner)
             cuts = [sum(len(p) for p in pieces if p.owner < r) for r in range(self.shards.world_size + 1)]
             x = torch.empty(cuts[-1], dtype=torch.float32, device=self.shards.device)
-            segments = tuple((piece.name, len(piece)) for piece in pieces)
+            segments = tuple(Segment(piece.name, len(piece)) for piece in pieces)
             self._layouts[key] = OwnedBucket(len(self._layouts), pieces, segments, cuts, x)
         return self._layouts[key]
 

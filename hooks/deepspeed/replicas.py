@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.feedback import Segments
 from commpress.comm.meter import dtype_name
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
 from commpress.comm.rules import Spec
+from commpress.comm.segments import Segment, Segments, sizes
 from commpress.comm.session import Session
 from commpress.comm.step_buffer import StepBuffer
 from commpress.hooks.parameters import bare_parameters
@@ -46,7 +46,7 @@ def attach_replicas(
         torch.device(engine.device),
         exchange=None if plan.exchange is None else plan.exchange.name,
         error_feedback=plan.error_feedback,
-        parameters=tuple((name, p.numel()) for p, name in names.items()),
+        parameters=tuple(Segment.whole(name, p) for p, name in names.items()),
         optimizer=optimizer,
         verify=verify,
     )
@@ -118,7 +118,7 @@ class Bucket:
 
     def parts(self) -> list[Tensor]:
         """Return what of `flat` is each parameter's gradient."""
-        flat = self.flat.split([n for _, n in self.segments])
+        flat = self.flat.split(sizes(self.segments))
         return [
             part.as_strided(p.shape, p.stride(), part.storage_offset()) if dense(p) else part.view(p.shape)
             for p, part in zip(self.parameters, flat, strict=True)
@@ -174,6 +174,6 @@ def _filled(trained: dict[str, Any]) -> Iterator[Bucket]:
             waiting[name] = p
             n = sum(q.numel() for q in waiting.values())
             if n >= BUCKET or p is alike[-1][1]:
-                segments = tuple((name, q.numel()) for name, q in waiting.items())
+                segments = tuple(Segment.whole(name, q) for name, q in waiting.items())
                 yield Bucket(list(waiting.values()), segments, torch.empty(n, dtype=dtype, device=p.device))
                 waiting = {}

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from commpress.comm.feedback import Segments
 from commpress.comm.masks_index import of_pairs
 from commpress.comm.parameters import bare_name
+from commpress.comm.segments import Segment, Segments, sizes
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class Unit:
     def parts(self) -> Segments:
         """Return what wants gradients now: names, and how many reals of each a rank has, padding included."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
-        return tuple((name, _part(p)) for name, p in named if p.sharded_param.requires_grad)
+        return tuple(Segment(name, _part(p)) for name, p in named if p.sharded_param.requires_grad)
 
     def gathered(self) -> Segments:
         """The parts of what FSDP gathers, as `full` has them: all parameters, trained or not."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
-        parts = tuple((name, _part(p)) for name, p in named)
+        parts = tuple(Segment(name, _part(p)) for name, p in named)
         return self.full(parts, dist.get_world_size(self.shard_groups[0]))
 
     def chunks(self, name: str, mask: Tensor) -> list[Tensor]:
@@ -126,18 +126,18 @@ class Unit:
         If they cannot be told, all that are trained, and a reason not to compress. `ends`: nobody asks again in this backward.
         """
         trained = self.parts()
-        touched = tuple((name, size) for name, size in trained if name in self._touched)
+        touched = tuple(segment for segment in trained if segment.name in self._touched)
         if ends:
             self._touched.clear()
         for parts in (trained, touched):
-            if n == sum(size for _, size in parts):
+            if n == sum(sizes(parts)):
                 return parts, ""
-        return trained, f"{n} of {sum(size for _, size in trained)} values, of unknown parameters"
+        return trained, f"{n} of {sum(sizes(trained))} values, of unknown parameters"
 
     def full(self, parts: Segments, chunks: int) -> Segments:
         """The parts of a full gradient: first those of rank 0's shard, then of that of rank 1, ..."""
         if parts not in self._layouts:
-            self._layouts[parts] = tuple((f"{name}[{r}]", n) for r in range(chunks) for name, n in parts)
+            self._layouts[parts] = tuple(Segment(f"{part.name}[{r}]", part.n) for r in range(chunks) for part in parts)
         return self._layouts[parts]
 
     def replace_replica_group(self, group: dist.ProcessGroup) -> None:

@@ -9,6 +9,7 @@ from ranks import outcome, run
 
 from commpress.comm.agreement import gather_settings, require_agreement
 from commpress.comm.replicas import replicas_session
+from commpress.comm.segments import Segment
 
 CPU = torch.device("cpu")
 
@@ -66,8 +67,8 @@ def test_an_error_of_one_rank_is_that_of_all() -> None:
     ({"spec": "int4"}, {"spec": "int4", "exchange": "one_shot"}, ("None", "one_shot")),
     ({"spec": "int4"}, {"spec": "int4", "error_feedback": False}, ("True", "False")),
     (
-        {"spec": "int4", "parameters": (("a", 10), ("b", 20))},
-        {"spec": "int4", "parameters": (("a", 10),)},
+        {"spec": "int4", "parameters": (Segment("a", 10), Segment("b", 20))},
+        {"spec": "int4", "parameters": (Segment("a", 10),)},
         ("2 with 30 values", "1 with 10 values"),
     ),
 ])  # fmt: skip

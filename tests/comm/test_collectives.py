@@ -16,8 +16,8 @@ from commpress.comm.coding import encode
 from commpress.comm.collectives import Collectives
 from commpress.comm.exchange import EXCHANGES
 from commpress.comm.exchange.reduce_scatter import over_mean
-from commpress.comm.feedback import Segments
 from commpress.comm.plan import plans, sharded_settings
+from commpress.comm.segments import Segment, Segments
 from commpress.comm.session import Session
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def shards(gradients: str, parameters: str = "none", feedback: bool = True) -> C
 def layout(m: int, world_size: int) -> Segments:
     """Two parameters of unequal size in each chunk of m values."""
     return tuple(
-        (f"{name} of {m}[{r}]", n) for r in range(world_size) for name, n in (("a", m // 3), ("b", m - m // 3))
+        Segment(f"{name} of {m}[{r}]", n) for r in range(world_size) for name, n in (("a", m // 3), ("b", m - m // 3))
     )
 
 
@@ -130,13 +130,29 @@ def replicated(spec: str) -> tuple[list[bool], list[Tensor]]:
     means, equal = [], []
     for op in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
         x = values(5000, me, 0)
-        here.all_reduce(x, (("p", 5000),), 0, op=op).wait()
+        here.all_reduce(x, (Segment("p", 5000),), 0, op=op).wait()
         means.append(x)
     equal.append(torch.allclose(means[1], W * means[0]))
     small = values(100, me, 1)
-    here.all_reduce(small, (("small", 100),), 1).wait()
+    here.all_reduce(small, (Segment("small", 100),), 1).wait()
     equal.append(torch.allclose(small, torch.stack([values(100, r, 1) for r in range(W)]).mean(dim=0), atol=1e-6))
     return equal, [means[0], small]
+
+
+def laid_otherwise(spec: str) -> str:
+    """Rank 1 has the columns of a matrix in the place of its rows."""
+    here = shards(spec, feedback=False)
+    x = torch.ones(50, 100)
+    if here.rank == 1:
+        x = x.view(100, 50).T
+    return outcome(lambda: here.all_reduce(torch.ones(5000), (Segment.whole("p", x),), 0).wait())
+
+
+@pytest.mark.parametrize("spec", ["none", "int4"])
+def test_ranks_whose_parameters_lie_otherwise_in_memory_say_so(spec: str) -> None:
+    for said in run(2, laid_otherwise, spec):
+        assert "gradients of 'p' (1 parts, 5000 values, layout " in said
+        assert "all ranks must do the same" in said
 
 
 def by_op(spec: str) -> dict[str, Tensor]:
@@ -201,7 +217,7 @@ def laid_out_anew() -> list[Tensor]:
     kept = [{name: torch.zeros(W, n) for name, n in sizes.items()} for _ in range(W)]
     differences = []
     for step, names in enumerate((("a", "b"), ("a", "b"), ("b",), ("b",), ("a", "b"))):
-        trained = tuple((f"{name}[{r}]", sizes[name]) for r in range(W) for name in names)
+        trained = tuple(Segment(f"{name}[{r}]", sizes[name]) for r in range(W) for name in names)
         m = sum(sizes[name] for name in names)
         out = torch.empty(m)
         here.reduce_scatter(values(W * m, me, step), out, trained, 0).wait()

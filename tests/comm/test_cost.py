@@ -17,6 +17,7 @@ from commpress.comm import cost
 from commpress.comm.cost import Cluster, Speed
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
+from commpress.comm.segments import Segment
 
 PAIRS: tuple[tuple[str, str | None], ...] = (
     ("none", None),
@@ -52,7 +53,7 @@ def exchanged() -> list[list[dict[str, Any]]]:
         session = replicas_session(spec, dist.group.WORLD, torch.device("cpu"), exchange=exchange)
         for index, (n, dtype) in enumerate(BUCKETS):
             session.step_buffer.submit(
-                torch.ones(n, dtype=dtype), ((f"p{index}", n),), index, index == len(BUCKETS) - 1
+                torch.ones(n, dtype=dtype), (Segment(f"p{index}", n),), index, index == len(BUCKETS) - 1
             ).wait()
         memory = sum(
             m[k].nbytes

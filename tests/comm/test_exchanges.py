@@ -21,6 +21,7 @@ from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.feedback import Memory
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
+from commpress.comm.segments import Segment
 
 PAIRS: tuple[tuple[str, str | None], ...] = (
     ("int8", None),  # two_shot
@@ -165,7 +166,9 @@ def exchanged(spec: str, exchange: str | None) -> dict[str, Any]:
         futures = []
         for index, (n, dtype) in enumerate(BUCKETS):
             x = values(n, session.rank, step, dtype)
-            futures.append(session.step_buffer.submit(x, ((f"p{index}", n),), index, last=index == len(BUCKETS) - 1))
+            futures.append(
+                session.step_buffer.submit(x, (Segment(f"p{index}", n),), index, last=index == len(BUCKETS) - 1)
+            )
         means.append([future.wait() for future in futures])
         memories.append(session.state_dict()["memories"][0])
     return {"means": means, "memories": memories, "rows": session.report().to_dict()["rows"]}
@@ -221,7 +224,7 @@ def summed(spec: str) -> list[tuple[Tensor, Tensor]]:
             dist.all_reduce(expected)
             expected = expected if payload is None else codec.define_decode(payload, n)
             pairs.append(
-                (session.step_buffer.submit(x, ((f"p{index}", n),), index, last=True).wait(), expected.to(dtype))
+                (session.step_buffer.submit(x, (Segment(f"p{index}", n),), index, last=True).wait(), expected.to(dtype))
             )
     return pairs
 
@@ -236,7 +239,7 @@ def alone(spec: str, exchange: str | None) -> dict[str, Any]:
     before = threading.enumerate()
     session = replicas_session(spec, dist.group.WORLD, CPU, exchange=exchange)
     x = values(5000, 0, 0, torch.float32)
-    result = session.step_buffer.submit(x, (("p", 5000),), 0, last=True).wait()
+    result = session.step_buffer.submit(x, (Segment("p", 5000),), 0, last=True).wait()
     return {
         "result": result.clone(),
         "same memory": result.data_ptr() == x.data_ptr(),
@@ -252,7 +255,9 @@ def in_a_subgroup(spec: str) -> list[Tensor] | None:
         return None
     session = replicas_session(spec, group, CPU)
     return [
-        session.step_buffer.submit(values(5000, session.rank, step, torch.float32), (("p", 5000),), 0, last=True).wait()
+        session.step_buffer.submit(
+            values(5000, session.rank, step, torch.float32), (Segment("p", 5000),), 0, last=True
+        ).wait()
         for step in range(STEPS)
     ]
 
@@ -263,7 +268,9 @@ def among_other_messages(spec: str) -> tuple[list[Tensor], list[Tensor]]:
     me, W = session.rank, session.world_size
     means, others = [], []
     for step in range(STEPS):
-        future = session.step_buffer.submit(values(70_001, me, step, torch.float32), (("p", 70_001),), 0, last=True)
+        future = session.step_buffer.submit(
+            values(70_001, me, step, torch.float32), (Segment("p", 70_001),), 0, last=True
+        )
         theirs, got = torch.full((1000,), float(me + step)), torch.empty(1000)
         sending = dist.isend(theirs, (me + 1) % W, tag=step)
         dist.recv(got, (me - 1) % W, tag=step)

@@ -9,8 +9,9 @@ from battery import normal
 from torch import Tensor
 
 from commpress.comm.exchange.two_shot import chunk_bounds
-from commpress.comm.feedback import Feedback, Memory, Segments
+from commpress.comm.feedback import Feedback, Memory
 from commpress.comm.scratch import Scratch, ScratchPool
+from commpress.comm.segments import Segment, Segments, sizes
 
 CPU = torch.device("cpu")
 SIZES = {"a": 300, "b": 40, "c": 700, "d": 1, "e": 256}
@@ -19,12 +20,12 @@ TOTAL = sum(SIZES.values())
 
 def layout(*names: str) -> Segments:
     """A bucket of these parameters."""
-    return tuple((name, SIZES[name]) for name in names)
+    return tuple(Segment(name, SIZES[name]) for name in names)
 
 
 def memory(feedback: Feedback, rank: int, segments: Segments, granularity: int = 64) -> Memory:
     """The memory of a two_shot bucket on one rank."""
-    cuts = chunk_bounds(sum(n for _, n in segments), feedback.world_size, granularity)
+    cuts = chunk_bounds(sum(sizes(segments)), feedback.world_size, granularity)
     return feedback.memory(segments, True, (cuts[rank], cuts[rank + 1]), CPU)
 
 
@@ -46,8 +47,8 @@ def by_parameter(ranks: list[Feedback]) -> dict[str, Tensor]:
             whole = kept.residual.double() / feedback.world_size
             if kept.owner_residual is not None:
                 whole[kept.owner_start : kept.owner_start + kept.owner_residual.numel()] += kept.owner_residual.double()
-            for (name, _), part in zip(segments, whole.split([n for _, n in segments]), strict=True):
-                total[name] += part
+            for segment, part in zip(segments, whole.split(sizes(segments)), strict=True):
+                total[segment.name] += part
     return total
 
 
@@ -105,7 +106,7 @@ def test_nothing_is_lost_when_buckets_are_laid_out_anew(world_size: int) -> None
             memory(feedback, rank, new)
         assert_same_total(before, by_parameter(ranks))  # half way through as well
     assert all(set(feedback.memories) == {layout("e", "d", "c"), layout("b", "a")} for feedback in ranks)
-    assert all(sum(n for s in feedback.memories for _, n in s) == TOTAL for feedback in ranks)
+    assert all(sum(sum(sizes(s)) for s in feedback.memories) == TOTAL for feedback in ranks)
 
 
 def test_a_new_layout_in_the_order_of_another_rank_is_the_same() -> None:

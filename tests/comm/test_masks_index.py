@@ -17,6 +17,7 @@ from training import SMALL_BUCKETS, loss_of, network, parameters_of, same, sgd
 
 import commpress
 from commpress.comm.masks_index import MaskIndex, pack, unpack
+from commpress.comm.segments import Segment, sizes
 from commpress.model.masks import Masks, whole
 
 STEPS = range(5)
@@ -115,9 +116,9 @@ def residuals(session) -> dict[str, torch.Tensor]:
             continue
         spread = memory.residual
         if memory.kept_index is not None:
-            spread = torch.empty(sum(n for _, n in segments))
+            spread = torch.empty(sum(sizes(segments)))
             unpack(memory.residual, feedback.masks.kept_index(segments), spread)
-        found |= zip((name for name, _ in segments), spread.split([n for _, n in segments]), strict=True)
+        found |= zip((segment.name for segment in segments), spread.split(sizes(segments)), strict=True)
     return found
 
 
@@ -149,10 +150,10 @@ def totals() -> tuple[float, float]:
                 values[memory.owner_start : memory.owner_start + memory.owner_residual.numel()] += (
                     dist.get_world_size() * memory.owner_residual
                 )
-            spread = torch.zeros(sum(n for _, n in segments), dtype=torch.float64)
+            spread = torch.zeros(sum(sizes(segments)), dtype=torch.float64)
             unpack(values, feedback.masks.kept_index(segments), spread)
             at = 0
-            for name, n in segments:
+            for name, n in ((part.name, part.n) for part in segments):
                 start = list(kept).index(name)
                 offset = sum(list(kept.values())[:start])
                 total[offset : offset + n] += spread[at : at + n]
@@ -396,7 +397,7 @@ def test_packed_and_spread_out_again(n, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(n, generator=generator) < 0.4
     x = torch.randn(n + 7, generator=generator).to(dtype)
-    segments = (("a", n), ("b", 7))
+    segments = (Segment("a", n), Segment("b", 7))
     survivors = MaskIndex({"a": mask})
     places = survivors.kept_index(segments)
     kept = torch.empty(survivors.total(segments), dtype=dtype)

@@ -18,6 +18,7 @@ from commpress.comm.exchange.all_gather import all_gather
 from commpress.comm.exchange.reduce_scatter import reduce_scatter
 from commpress.comm.feedback import Memory
 from commpress.comm.replicas import replicas_session
+from commpress.comm.segments import Segment
 
 CPU = torch.device("cpu")
 BAD = (torch.nan, torch.inf, -torch.inf)
@@ -64,7 +65,7 @@ def means_of(spec: str, exchange: str) -> tuple[list[Tensor], list[str]]:
     for step in range(STEPS):
         gradients = [values(n, session.rank, step, dtype, W) for n, dtype in LENGTHS]
         futures = [
-            session.step_buffer.submit(x, ((f"p{i}", x.numel()),), i, last=i == len(LENGTHS) - 1)
+            session.step_buffer.submit(x, (Segment(f"p{i}", x.numel()),), i, last=i == len(LENGTHS) - 1)
             for i, x in enumerate(gradients)
         ]
         for future in futures:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commpress
 from commpress.comm.exchange import Label, Wire
 from commpress.comm.replicas import replicas_session
+from commpress.comm.segments import Segment
 
 N = 100_000
 
@@ -29,7 +30,7 @@ def one_waits(folder: str) -> tuple[bool, bool]:
         while not go.exists():
             time.sleep(0.02)
     for index, gradient in enumerate(gradients):
-        futures.append(session.step_buffer.submit(gradient, ((str(index), N),), index, last=index == 1))
+        futures.append(session.step_buffer.submit(gradient, (Segment(str(index), N),), index, last=index == 1))
         time.sleep(0.3)  # whatever waits for the first bucket does so by now
     if dist.get_rank() == 0:
         deadline = time.monotonic() + 20
@@ -61,7 +62,7 @@ def starting_threads(spec: str) -> tuple[list[str], bool]:
     for _ in range(3):
         gradients = [torch.full((N,), float(dist.get_rank())) for _ in range(2)]
         for index, gradient in enumerate(gradients):
-            session.step_buffer.submit(gradient, ((str(index), N),), index, last=index == 1).wait()
+            session.step_buffer.submit(gradient, (Segment(str(index), N),), index, last=index == 1).wait()
     return threads[-2:], all(bool((gradient == 0.5).all()) for gradient in gradients)
 
 

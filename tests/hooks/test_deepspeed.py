@@ -18,6 +18,7 @@ from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.joining import timeout_of
 from commpress.comm.plan import FEWEST_VALUES, Override, Plan
+from commpress.comm.segments import Segment
 from commpress.hooks.deepspeed import attach
 from commpress.optim.sharded_one_bit import Shift, shifted
 
@@ -210,13 +211,13 @@ def owners_sum(cuts: list[int], known: bool) -> list[float]:
         every = torch.randn(n, generator=torch.Generator().manual_seed(step)).bfloat16()
         along = [Shift(a, every[a:b], 0.9) for a, b in itertools.pairwise(cuts) if b > a] if known else []
         owners.reduce_scatter(
-            *(x, x[mine], (("p", n),), 0, MEAN),
+            *(x, x[mine], (Segment("p", n),), 0, MEAN),
             cuts=cuts,
             plan=choice,
             override=shifted(override, along, mine),
         ).wait()
         sent[mine] += x[mine]
-    kept = owners.feedback.memories[(("p", n),)].residual
+    kept = owners.feedback.memories[(Segment("p", n),)].residual
     assert kept is not None
     held = kept.clone()
     dist.all_reduce(held)

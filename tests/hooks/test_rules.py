@@ -12,6 +12,7 @@ from training import SMALL_BUCKETS, Trained, network, same, same_training, train
 
 import commpress
 from commpress.comm.rules import rules_for
+from commpress.comm.segments import Segment
 
 RULES = {"0.*": "int8", "*.bias": "none", "*": "int4"}
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
@@ -25,11 +26,11 @@ def test_the_first_pattern_that_fits_decides() -> None:
         "2.weight": "int4",
         "2.bias": "none",
     }
-    parts = rules.parts((("2.bias", 4), ("2.weight", 8), ("0.bias", 2), ("0.weight", 6)))
+    parts = rules.parts((Segment("2.bias", 4), Segment("2.weight", 8), Segment("0.bias", 2), Segment("0.weight", 6)))
     assert [(part, str(codec)) for part, codec in parts] == [
-        ((("2.bias", 4),), "none"),
-        ((("2.weight", 8),), "int4"),
-        ((("0.bias", 2), ("0.weight", 6)), "int8"),
+        ((Segment("2.bias", 4),), "none"),
+        ((Segment("2.weight", 8),), "int4"),
+        ((Segment("0.bias", 2), Segment("0.weight", 6)), "int8"),
     ]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit, types
 
 from commpress.kernels.cpu import cast, float8, integer, optim, random_k, rotate, sign, topk, two_bit
-from commpress.kernels.cpu.blocks import block_of, sum_magnitudes, top_of
+from commpress.kernels.cpu.blocks import block_of, put_block, sum_magnitudes, top_of
 
 FLOATS, BYTES = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
 BFLOATS, HALVES = types.Array(types.uint16, 1, "C"), types.Array(types.int16, 1, "C")
@@ -44,6 +44,7 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "block_of, bfloat16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (BFLOATS, INT, FLOATS)),
     "block_of, float16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (HALVES, INT, FLOATS)),
+    "put_block": (lambda out, o, block: put_block(out, o, block, 256), (FLOATS, INT, FLOATS)),
     "int8 write": (lambda x, c, top: integer._write(x, None, c, top, 8, False), (FLOATS, BYTES, types.int32)),
     "int8 write, feedback": (
         lambda x, r, c, top: integer._write(x, r, c, top, 8, False),

@@ -33,6 +33,7 @@ PIECES = {
     "block_of, feedback and prologue": [FLOAT_ADD, FLOAT_MUL, PUT_FLOATS],
     "block_of, bfloat16": ["shl", PUT_FLOATS],
     "block_of, float16": ["shl", PUT_FLOATS],
+    "put_block": [PUT_FLOATS],
     "int8 write": [FLOAT_MUL, FLOAT_ADD, PUT_BYTES],
     "int8 write, feedback": [FLOAT_MUL, FLOAT_SUB, PUT_BYTES, PUT_FLOATS],
     "int4 write": [FLOAT_MUL, FLOAT_ADD, PUT_BYTES],
@@ -109,6 +110,11 @@ def test_each_piece_of_a_loop_computes_with_vectors(compiled: dict[str, dict[str
         if not vectors(code, wanted, width)
     ]
     assert not missing, f"no vectors of {width} lanes on {processor}"
+
+
+def test_a_block_of_a_long_mean_goes_past_the_caches(compiled: dict[str, dict[str, str]]) -> None:
+    for processor in PROCESSORS:
+        assert re.search(r"store <64 x float> .*, align 64.*, !nontemporal", compiled[processor]["put_block"])
 
 
 def test_a_loop_of_single_values_is_found_out(compiled: dict[str, dict[str, str]]) -> None:

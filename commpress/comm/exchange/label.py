@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from commpress.comm.failure import DamagedMessageError, LostPeerError, OtherMessageError, is_lost
-from commpress.comm.masks_index import Segments
+from commpress.comm.segments import Segments
 from commpress.kernels.cpu.fingerprint import fingerprint
 
 TAGS_PER_BUCKET = 2
@@ -99,7 +99,7 @@ class Labels:
         """The label of `n` values of a bucket of these parameters, coded by `spec`."""
         key = (role, segments, n, spec, exchange)
         if (text := self._texts.get(key)) is None:
-            first = repr(segments[0][0]) if segments else "nothing"
+            first = repr(segments[0].name) if segments else "nothing"
             layout = zlib.crc32(repr(segments).encode())
             text = f"{role} of {first} ({len(segments)} parts, {n} values, layout {layout:08x}) by {spec}, {exchange}"
             self._texts[key] = text

@@ -13,7 +13,9 @@ The formulas and layouts stand in `commpress/comm/codecs`; what stands here is h
 - rounding is one addition: the low bits of `x * inv + 1.5 * 2**23 + offset` are the code, half to even;
 - halves (or eighths) of a block are packed together, not neighbours, so that packing vectorises;
 - a block is addressed by slices of fixed start: `range(start, stop, step)` and bare offsets keep LLVM from vectorising;
-- integers are cast back after every operation: Numba widens int32 to int64, which halves the width of a vector.
+- integers are cast back after every operation: Numba widens int32 to int64, which halves the width of a vector;
+- a long mean is summed up in the L1 cache and written past the caches: it is not read before all of it is there, and a store
+  that goes through them reads the memory first.
 
 Numba's cache looks at the time stamp of a loop's own file only. So a file that uses a piece of this one holds its hash, and a
 loop uses no piece of any other file.
@@ -34,6 +36,11 @@ MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY_BITS = np.int32(0x7F800000)
 NAN = np.float32(np.nan)
 LARGEST = np.finfo(np.float32).max
+
+STREAM = 64
+"""Values that are written past the caches by one instruction of ours."""
+LONG = 2**19
+"""From how many values on a mean is: 2 MB, more than most cores have in their own caches."""
 
 ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 PLACES = np.array(
@@ -93,6 +100,43 @@ def put_word(typing: Any, x: Any, at: Any, word: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(x, types.int64, types.uint64), build
+
+
+@instruction
+def _is_aligned(typing: Any, x: Any) -> Any:
+    """Whether float32 memory begins at a multiple of 64 bytes."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, word = context.make_array(signature.args[0])(context, builder, arguments[0]), ir.IntType(64)
+        return builder.icmp_unsigned("==", builder.and_(builder.ptrtoint(array.data, word), word(63)), word(0))
+
+    return types.boolean(x), build
+
+
+@instruction
+def _stream(typing: Any, x: Any, at: Any, block: Any, start: Any) -> Any:
+    """x[at : at + 64] := block[start : start + 64], past the caches; float32, and x[at] at a multiple of 64 bytes."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, source = (context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 2))
+        vector = ir.VectorType(ir.FloatType(), STREAM).as_pointer()
+        values = builder.load(builder.bitcast(builder.gep(source, [arguments[3]]), vector), align=4)
+        stored = builder.store(values, builder.bitcast(builder.gep(target, [arguments[1]]), vector), align=64)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, block, types.int64), build
+
+
+@instruction
+def settle_streams(typing: Any) -> Any:
+    """Have what was written past the caches be seen by other threads before anything that this one writes later."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), build
 
 
 # --- 16-bit floats, as uint32, in whose vectors the loops compute -------------------------------------------------
@@ -174,26 +218,33 @@ def put(x: Any, i: Any, value: Any) -> Any:
 # --- blocks -------------------------------------------------------------------------------------------------------
 
 
-@by_type
-def room_for(out: Any, o: Any, size: Any, scratch: Any) -> Any:
-    """Where the block of at most `size` values at `o` is summed up, in float32: in place, or in `scratch`."""
-    if out.dtype == types.float32:
-        return lambda out, o, size, scratch: out[o : o + size]
-    return lambda out, o, size, scratch: scratch[: min(size, out.size - o)]
+@part
+def _is_streamed(out, o):
+    """Whether the block at `o` is written past the caches."""
+    return out.size >= LONG and o % 16 == 0 and _is_aligned(out)
 
 
 @by_type
-def put_block(out: Any, o: Any, block: Any) -> Any:
-    """Write what `room_for` gave to its place in `out`."""
+def put_block(out: Any, o: Any, block: Any, size: Any) -> Any:
+    """out[o : o + size] := the first `size` values of `block`, float32. Call `settle_streams` behind the last one."""
     if out.dtype == types.float32:
-        return lambda out, o, block: None
 
-    def stored(out, o, block):
-        ob = out[o : o + block.size]
-        for j in range(block.size):
+        def stored(out, o, block, size):
+            done = size // STREAM if _is_streamed(out, o) else 0
+            for k in range(done):
+                _stream(out, o + k * STREAM, block, k * STREAM)
+            ob = out[o : o + size]
+            for j in range(done * STREAM, size):
+                ob[j] = block[j]
+
+        return stored
+
+    def rounded(out, o, block, size):
+        ob = out[o : o + size]
+        for j in range(size):
             put(ob, j, block[j])
 
-    return stored
+    return rounded
 
 
 @part

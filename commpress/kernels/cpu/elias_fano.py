@@ -5,7 +5,7 @@ import numpy as np
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.blocks import ONES, PLACES, put_word
 
-BLOCKS_SHA256 = "d8d1d0722ec4a8b6"
+BLOCKS_SHA256 = "289087e4815a2001"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 
 

@@ -14,13 +14,15 @@ from commpress.kernels.cpu.blocks import (
     block_of,
     pad,
     popcount,
+    put_block,
     reach_mask,
+    settle_streams,
     trailing_zeros,
     value_of,
 )
 from commpress.kernels.cpu.elias_fano import ef_decode, ef_encode
 
-BLOCKS_SHA256 = "d8d1d0722ec4a8b6"
+BLOCKS_SHA256 = "289087e4815a2001"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 KEEP_BLOCK = 256
 BINS = 2048
@@ -329,6 +331,15 @@ def topk_settle(x, prologue, residual, index, value, decoded):
 
 
 @loop
+def fill_zeros(out):
+    """out := 0."""
+    zeros = np.zeros(KEEP_BLOCK, np.float32)
+    for o in range(0, out.size, KEEP_BLOCK):
+        put_block(out, o, zeros, min(KEEP_BLOCK, out.size - o))
+    settle_streams()
+
+
+@loop
 def scatter_add(index, value, share, out):
     """out[index] += value * share; a position beyond `out` is passed over."""
     n = out.size
@@ -358,7 +369,7 @@ def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table. Raises ValueError for a payload that does not mark k positions."""
     k, low_bits, high_at, values_at = codec.sections(out.numel())
     index, value = np.empty(k, np.int64), torch.empty(k, dtype=torch.float32, device="cpu")
-    out.zero_()
+    fill_zeros(out.numpy())
     for payload in payloads.view(count, -1):
         coded = payload.numpy()
         found = ef_decode(low_bits, coded[:high_at], coded[high_at:values_at], index)

@@ -21,6 +21,7 @@ from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.failure import OtherMessageError
 from commpress.comm.feedback import Feedback
 from commpress.comm.replicas import replicas_session
+from commpress.comm.segments import Segment
 
 CPU = torch.device("cpu")
 RATIOS = st.floats(0.002, 1)
@@ -154,7 +155,7 @@ def draws_of(spec: str, exchange: str | None) -> tuple[list[Tensor], list[Tensor
             session.load_state_dict(state)
         for step in range(first, 6):
             x = gradient(5000, 10 * step + session.rank)
-            means.append(session.step_buffer.submit(x, (("p", 5000),), 0, last=True).wait())  # type: ignore[union-attr]
+            means.append(session.step_buffer.submit(x, (Segment("p", 5000),), 0, last=True).wait())  # type: ignore[union-attr]
             if step == 2 and state is None:
                 state = session.state_dict()
         runs.append(means)
@@ -170,12 +171,12 @@ def test_each_step_draws_anew_and_a_restart_goes_on_with_the_next_draw(exchange:
 
 def test_a_new_layout_goes_on_with_the_largest_number() -> None:
     feedback = Feedback(2)
-    one, other = (feedback.memory(((name, 10),), True, None, CPU) for name in "ab")
+    one, other = (feedback.memory((Segment(name, 10),), True, None, CPU) for name in "ab")
     assert [one.next_draw(), one.next_draw(), other.next_draw()] == [0, 1, 0]
-    assert feedback.memory((("a", 10), ("b", 10)), True, None, CPU).next_draw() == 2
+    assert feedback.memory((Segment("a", 10), Segment("b", 10)), True, None, CPU).next_draw() == 2
     restored = Feedback(2)
     restored.load_state_dict(feedback.state_dict(), CPU)
-    assert restored.memory((("a", 10), ("b", 10)), True, None, CPU).next_draw() == 3
+    assert restored.memory((Segment("a", 10), Segment("b", 10)), True, None, CPU).next_draw() == 3
 
 
 def test_values_are_coded_in_turn() -> None:

@@ -15,6 +15,7 @@ from commpress.comm import coding
 from commpress.comm.codecs import parse
 from commpress.comm.codecs.rotate import BLOCK, pieces, rotated, signs
 from commpress.comm.replicas import replicas_session
+from commpress.comm.segments import Segment
 
 CPU = torch.device("cpu")
 
@@ -106,7 +107,7 @@ def losses(specs: tuple[str, ...]) -> dict[str, float]:
         target, w = normal(512, 3), torch.zeros(512)
         for _ in range(60):
             grad = a.T @ (a @ (w - target)) / 64
-            mean = session.step_buffer.submit(grad, (("w", 512),), 0, last=True).wait()  # type: ignore[union-attr]
+            mean = session.step_buffer.submit(grad, (Segment("w", 512),), 0, last=True).wait()  # type: ignore[union-attr]
             w = w - 0.05 * mean
         rows = dist.get_world_size()
         every = torch.cat([normal(64 * 512, 5 + r).view(64, 512) for r in range(rows)])
@@ -134,5 +135,5 @@ def mean_of_three(spec: str) -> Tensor:
     session, total = replicas_session(spec, dist.group.WORLD, CPU), torch.zeros(9000)  # type: ignore[arg-type]
     for step in range(3):
         x = gradient(9000, 10 * step + session.rank)
-        total += session.step_buffer.submit(x, (("p", 9000),), 0, last=True).wait()  # type: ignore[union-attr]
+        total += session.step_buffer.submit(x, (Segment("p", 9000),), 0, last=True).wait()  # type: ignore[union-attr]
     return total
