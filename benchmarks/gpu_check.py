@@ -12,6 +12,7 @@ row failed, 2 without a GPU. OUT/gpu-check.json is for `commpress report`. With 
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import gpu_bytes
@@ -97,7 +99,11 @@ def codecs_and_passes(check: Check) -> tuple[float | None, list[Record]]:
     jobs = [Job("bytes", items[i::count], [check.first], small=check.small) for i in range(count)]
     with ThreadPoolExecutor(count) as pool:
         started = [pool.submit(check.work_off, job, f"bytes{i}", BYTES_SECONDS) for i, job in enumerate(jobs)]
-        compared = {record["item"]: record for future in started for record in future.result()}
+        try:
+            compared = {record["item"]: record for future in started for record in future.result()}
+        except BaseException:
+            gpu_parts.stopped.set()
+            raise
     timed = [*check.timed, *passes]
     say(f"rates of {len(check.timed)} codecs against a copy on the device")
     job = Job("rates", timed, [check.first], values=int(check.mb * 1e6 / 4), repeat=check.repeat)
@@ -254,7 +260,17 @@ def main(arguments: Iterable[str] | None = None) -> int:
         said = f"error: torch {torch.__version__} finds no GPU on this machine; --device cpu rehearses the check without one"
         print(said, file=sys.stderr)
         return 2
-    return finish(run(check), check.folder)
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        return finish(run(check), check.folder)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def interrupted(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends the check as Ctrl-C does, with all processes of its parts."""
+    raise KeyboardInterrupt
 
 
 def finish(record: Record, folder: Path) -> int:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ STALL_SECONDS = 90.0
 AFTERMATH = 5.0
 """Seconds that the other ranks get once one has ended early."""
 POLL = 0.05
+stopped = threading.Event()
+"""Set when the check is interrupted: parts that run in other threads then end, too."""
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 """How ranks of one host find each other, unless the environment has another way: a host's name may lead nowhere."""
 
@@ -64,6 +67,8 @@ class Ranks:
             now = time.monotonic()
             if watched and (found := sum(p.stat().st_size for p in watched if p.exists())) != size:
                 size, grown = found, now
+            if stopped.is_set():
+                return "stopped"
             if now > until:
                 return failed or f"not done after {seconds:.0f} s, killed"
             if watched and now > grown + stall:
@@ -78,7 +83,8 @@ class Ranks:
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep it for ever
+                process.wait(AFTERMATH)
 
     def _failure(self) -> str:
         for rank, (process, log) in enumerate(zip(self._processes, self.logs, strict=True)):
@@ -108,7 +114,7 @@ def work_off(job: Job, name: str, folder: Path, seconds: float) -> list[Record]:
     """
     found: dict[str, Record] = {}
     left, until, start = list(job.items), time.monotonic() + seconds, 0
-    while left and time.monotonic() < until:
+    while left and time.monotonic() < until and not stopped.is_set():
         place = folder / f"{name}-{start}.json"
         place.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(job, items=left))))
         outputs = [place.with_suffix(f".{rank}.jsonl") for rank in range(len(job.devices))]

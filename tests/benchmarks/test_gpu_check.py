@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,22 @@ def test_a_part_ends_when_its_time_is_over_and_what_is_left_says_so(
     assert found["one"] == ""
     assert found["hangs"] == "hangs: not done after 1 s, killed"
     assert found["two"] == "two: not run: the 1 s that this part may take were over"
+
+
+def test_an_interrupted_check_leaves_no_process_of_a_part_that_runs_in_another_thread(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_parts, "STALL_SECONDS", 30.0)
+    job = gpu_worker.Job("bytes", ["hangs", "two"], ["cpu"])
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(gpu_parts.work_off, job, "part", fake, 30)
+        while not list(fake.glob("*.pid")):
+            time.sleep(0.01)
+        gpu_parts.stopped.set()
+        try:
+            assert errors(started.result(timeout=20))["hangs"] == "hangs: stopped"
+        finally:
+            gpu_parts.stopped.clear()
 
 
 def test_records_of_an_earlier_check_in_the_same_folder_are_not_taken_for_new_ones(fake: Path) -> None:
