@@ -1,4 +1,4 @@
-# make demo | test | test-slow | check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
+# make demo | test | test-slow | check | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
 # test: almost every promise, within five minutes on two cores; test-slow: all that it leaves out; the check of a clean clone runs both
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ STEPS := $(RUN)/python benchmarks/training.py
 FEW := --only 'plain DDP' 'torch fp16' 'PowerSGD rank 4' int8 int4 sign 'topk(0.01)|int4'
 ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'ZeroOneAdamW sign, every 4 steps'
 
-.PHONY: demo warm test test-slow check bench bench-quick bench-codecs bench-convergence clean
+.PHONY: demo warm test test-slow check gpu-check bench bench-quick bench-codecs bench-convergence clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (torch first: about a minute)"
@@ -43,6 +43,10 @@ check: $(INSTALLED)
 	@$(RUN)/ruff check -q . && $(RUN)/ruff format -q --check .
 	@rm -rf $(TYPES) && $(RUN)/pip install -q --disable-pip-version-check --no-deps --target $(TYPES) . 
 	@cd $(TYPES) && $(RUN)/mypy -p commpress --config-file $(CURDIR)/pyproject.toml
+
+# on a machine with a GPU, under 8 minutes once all is installed; without one it says so and ends with code 2
+gpu-check: warm
+	@$(RUN)/python benchmarks/gpu_check.py
 
 bench-codecs: $(INSTALLED)
 	@$(RUN)/python benchmarks/codecs.py

@@ -265,7 +265,7 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "nccl"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     W, rank, where = dist.get_world_size(), dist.get_rank(), joining(dist.get_world_size())
     if W < 2:
         raise SystemExit("one rank: nothing to exchange; start it with torchrun --nproc-per-node 2, or in the lab")

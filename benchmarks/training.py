@@ -10,11 +10,14 @@ all. `no communication` is DDP with torch's noop_hook: a row is its median step 
 
 With --loss STEPS it trains every row instead, one after another, from the same weights on the same windows: held-out loss
 against steps and bytes. That does not depend on the link; time to a loss is its steps times the median step above.
+
+With --device cuda, under torchrun, each rank has a GPU of its own and they speak by NCCL.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -67,7 +70,8 @@ class Variant:
     def __init__(self, way: Way, bucket_mb: float | None, text: Tensor, rate: float, adam: bool = False) -> None:
         torch.manual_seed(0)
         self.way, self.text = way, text
-        self.model = DistributedDataParallel(GPT(SHAPE), bucket_cap_mb=way.bucket_mb or bucket_mb)
+        self.device = device()
+        self.model = DistributedDataParallel(GPT(SHAPE).to(self.device), bucket_cap_mb=way.bucket_mb or bucket_mb)
         self.attached: Attached = way.attach(self.model)
         self.optimizer = self.attached.optimizer or (
             torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -82,7 +86,8 @@ class Variant:
 
     def step(self, rate: float | None = None) -> None:
         """One step from a common start; with a rate, the gradient's norm is clipped and that rate taken."""
-        x, y = data.sample(self.text, BATCH, SHAPE.context, self.windows)
+        x, y = (part.to(self.device) for part in data.sample(self.text, BATCH, SHAPE.context, self.windows))
+        finish(self.device)
         dist.barrier()
         before, start = sent_by_kernel(), time.perf_counter()
         with counted() as sent:
@@ -93,6 +98,7 @@ class Variant:
             self.optimizer.step()
             self.attached.after_step()
             self.optimizer.zero_grad()
+        finish(self.device)
         self.times.append(time.perf_counter() - start)
         self.kernel_bytes.append(sent_by_kernel() - before)
         self.sent_bytes.append(sum(sent) + self.attached.uncounted)
@@ -128,6 +134,27 @@ class Variant:
             row["sent_bytes"] = (after.sent_bytes - before.sent_bytes) / steps
             row["phases"] = {k: (v - before.seconds[k]) / steps for k, v in after.seconds.items()}
         return row | {"error": ""}
+
+
+def device() -> torch.device:
+    """Return this rank's device, which its backend tells: a GPU for NCCL."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def finish(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def join(kind: str) -> None:
+    """Join the other ranks, on this rank's GPU or on the CPU."""
+    if kind == "cpu":
+        dist.init_process_group("gloo")
+        return
+    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(here)
+    dist.init_process_group("nccl", device_id=here)
 
 
 def by_period(values: Sequence[float], period: int) -> list[float]:
@@ -204,10 +231,9 @@ def share(step: int, steps: int) -> float:
 def held_out_loss(model: nn.Module, text: Tensor) -> float:
     """Nats a byte over fixed windows, the mean over the ranks' models and their shares of the windows. Collective."""
     mine = data.validation_starts(text, HELD_OUT, SHAPE.context)[dist.get_rank() :: dist.get_world_size()]
-    x, y = data.windows(text, mine, SHAPE.context)
-    total = torch.tensor(
-        [nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() * len(mine), len(mine)]
-    )
+    x, y = (part.to(device()) for part in data.windows(text, mine, SHAPE.context))
+    loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
+    total = torch.tensor([loss * len(mine), len(mine)], device=device())
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
@@ -226,12 +252,12 @@ def steps_to(target: float, row: dict[str, Any]) -> float | None:
 
 def described() -> dict[str, Any]:
     """Return what ran and on what: the head of both records."""
-    here = machine(torch.device("cpu"))
+    here = machine(device())
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(SHAPE).parameters())
     return {
         "link": joining(dist.get_world_size()),
-        "machine": f"{here['processor']}, {here['cores']} cores",
+        "machine": str(here["accelerator"] or f"{here['processor']}, {here['cores']} cores"),
         "torch": torch.__version__.partition("+")[0],
         "world_size": dist.get_world_size(),
         "model": f"GPT, {SHAPE.layers} layers, {SHAPE.width} wide",
@@ -318,8 +344,11 @@ def main() -> None:
     options.add_argument(
         "--adam", action="store_true", help="AdamW instead of SGD, and rows of the optimizers behind it"
     )
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU a rank, and NCCL")
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        options.error("--device cuda: this machine has no GPU that torch can use, expected cpu")
     losses = chosen.loss is not None
     specs = [str(commpress.parse(spec)) for spec in chosen.specs]
     try:
@@ -327,7 +356,7 @@ def main() -> None:
     except ValueError as error:
         options.error(str(error))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    join(chosen.device)
     reasons = probed(rows)
     running = [way for way in rows if way.name not in reasons]
     failed = [{"name": way.name, "kind": way.kind, "error": reasons[way.name]} for way in rows if way.name in reasons]

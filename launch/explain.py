@@ -24,6 +24,7 @@ from rich.table import Table
 from commpress import extras
 from commpress.comm.codecs import parse
 from commpress.comm.cost import Cluster, layout, slowest, step
+from commpress.comm.exchange import Hierarchical
 from commpress.comm.plan import Plan
 from commpress.launch import units
 from commpress.launch.predictions import (
@@ -259,11 +260,18 @@ class Explain:
         on_cpu = device.type == "cpu"
         own = (self.cores or machine(device)["cores"]) / self.ranks_per_host if on_cpu else math.inf
         cluster = Cluster(self.world, bandwidth, latency, self.ranks_per_host, own, measured.stack, lines=on_cpu)
-        rows = predicted(specs, values, self.bucket_mb * BUCKET, cluster, self.step_seconds, measured)
+        bucket, share = self.bucket_mb * BUCKET, self.ranks_per_host
+        nodes = 1 < share < self.world and self.world % share == 0
+        exchanges = (None, f"{Hierarchical.name}({share})") if nodes else (None,)
+        rows = predicted(specs, values, bucket, cluster, self.step_seconds, measured, exchanges)
         title = f"{self.params} parameters, {self.world} ranks, {self.bandwidth} links"
         show(table(rows, title, self.step_seconds is not None))
         for sentence in assumptions(measured, cluster, self.step_seconds):
             say(sentence)
+        if nodes:
+            say(
+                "Of hierarchical the bytes inside a host count, too, which are not compressed; a host sends its mean once."
+            )
         if self.json is not None:
             about = {"params": values, "world": self.world, "bandwidth": bandwidth, "latency": latency}
             about |= {"bucket_mb": self.bucket_mb, "ranks_per_host": self.ranks_per_host}

@@ -1,5 +1,6 @@
 """Predictions of bytes and seconds by spec, a row each, their table for a terminal and their file."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -32,17 +33,21 @@ def predicted(
     cluster: Cluster,
     compute: float | None,
     measured: Measured,
+    exchanges: Sequence[str | None] = (None,),
 ) -> list[dict[str, Any]]:
-    """A row for dense and for each spec. Seconds, bytes a rank and step; `step_seconds` and savings need `compute`."""
+    """A row for dense, and for each spec by each of `exchanges` (None: its own).
+
+    Seconds, bytes a rank and step; `step_seconds` and savings need `compute`.
+    """
     buckets = layout(values, bucket_bytes)
     rows: list[dict[str, Any]] = []
-    for spec in dict.fromkeys(("none", *specs)):
-        plan = Plan.of(spec)
+    for spec, exchange in dict.fromkeys((("none", None), *itertools.product(specs, exchanges))):
+        plan = Plan.of(spec, exchange)
         speed = measured.speeds[spec]
         alone = step(plan, buckets, speed, cluster)
         row: dict[str, Any] = {
             "spec": str(plan.codec),
-            "exchange": plan.choose(buckets[0], 4, cluster.world_size).exchange.name,
+            "exchange": str(plan.choose(buckets[0], 4, cluster.world_size).exchange),
             "sent_bytes": alone.sent_bytes,
             "communication_seconds": alone.seconds,
             "feedback_bytes": feedback_bytes(plan, buckets, cluster.world_size),

@@ -1,8 +1,8 @@
 """The JSON files that a report is made of, recognised by what is in them, and what their links are called.
 
 Runs are those of `commpress.launch.train`, step times and losses those of `benchmarks/training.py`, timelines the traces
-of `session.timeline`, reports what `session.report().write_json(...)` writes, and predictions what
-`commpress explain` and `commpress probe` write with `--json`.
+of `session.timeline`, reports what `session.report().write_json(...)` writes, predictions what
+`commpress explain` and `commpress probe` write with `--json`, and checks of a GPU those of `make gpu-check`.
 """
 
 import json
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 """The content of a JSON file."""
 
 RUN, STEP_TIMES, LOSSES, TIMELINE = "run", "step times", "losses", "timeline"
-SESSION, EXPLAINED, CHECKED, PROBED = "session", "explain", "predictions", "probe"
+SESSION, EXPLAINED, CHECKED, PROBED, GPU_CHECK = "session", "explain", "predictions", "probe", "gpu check"
 NEEDED = {
     RUN: ("settings", "traffic", "curve", "steps_done", "median_step_seconds", "machine", "world_size", "backend"),
     STEP_TIMES: ("link", "machine", "torch", "world_size", "model", "parameters", "tokens_per_step", "steps", "rows"),
@@ -27,6 +27,7 @@ NEEDED = {
     EXPLAINED: ("params", "world", "bandwidth", "device", "rows"),
     CHECKED: ("answer", "rows"),
     PROBED: ("params", "world", "bandwidth", "answer", "rows"),
+    GPU_CHECK: ("machine", "torch", "triton", "rehearsal", "values", "copy_seconds", "seconds", "rows"),
 }
 NEEDED_IN_A_ROW = {
     STEP_TIMES: ("name", "kind", "seconds", "quartiles", "ratio", "tokens_per_second"),
@@ -35,6 +36,7 @@ NEEDED_IN_A_ROW = {
     EXPLAINED: ("spec", "exchange", "sent_bytes", "ratio", "communication_seconds"),
     CHECKED: ("link", "name", "predicted", "measured", "error"),
     PROBED: ("spec", "exchange", "sent_bytes", "ratio", "communication_seconds"),
+    GPU_CHECK: ("part", "name", "error"),
 }
 NEEDED_IN_A_LINK = ("hosts", "ranks_per_host", "rate", "delay", "loss", "shaped")
 CALLED = {
@@ -46,6 +48,7 @@ CALLED = {
     EXPLAINED: "predictions of `commpress explain`",
     CHECKED: "checked predictions of `commpress explain`",
     PROBED: "what `commpress probe` found",
+    GPU_CHECK: "what `make gpu-check` found",
 }
 SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 """Names of the spans of a timeline."""
@@ -83,7 +86,7 @@ def not_one(found: str, error: Exception) -> str:
 def kind(record: Any) -> str:
     """Return RUN, STEP_TIMES, ... Raises ValueError for a record that is none of them."""
     if isinstance(record, dict):
-        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED, PROBED):
+        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED, PROBED, GPU_CHECK):
             return str(record["what"])
         if "traceEvents" in record:
             return TIMELINE

@@ -15,6 +15,7 @@ from commpress.launch import records
 from commpress.launch.records import (
     CHECKED,
     EXPLAINED,
+    GPU_CHECK,
     LOSSES,
     PROBED,
     RUN,
@@ -33,6 +34,7 @@ try:
 
     from commpress.launch import command_line, figures
     from commpress.launch.sections.benchmarks import loss_against_bytes, loss_against_time, predictions, step_time
+    from commpress.launch.sections.gpu import gpu_checks
     from commpress.launch.sections.html import PAGE, table
     from commpress.launch.sections.runs import (
         as_run,
@@ -72,6 +74,7 @@ def page(files: Sequence[Record]) -> str:
         *traffic([*runs, *sessions], look),
         *predictions([*of[EXPLAINED], *of[PROBED]], of[CHECKED]),
         *timelines(of[TIMELINE]),
+        *gpu_checks(of[GPU_CHECK]),
     ]
     if runs:
         parts += ["<h2>Settings and machine</h2>", table(settings(runs), text=True)]

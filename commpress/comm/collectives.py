@@ -10,8 +10,7 @@ way of a bucket is that of `all_reduce`, read from top to bottom: override, plan
 
 It knows no framework. What is lossy is computed with, never kept: the shards that an optimizer steps stay as they are, and all
 ranks compute with the same decoded bits. What is sharded and not compressed takes the group's own collective, whose bits it
-has. Feedback of a reduce-scatter is of the whole gradient, on every rank: W m values of float32. Where that is too much memory,
-leave it out (`error_feedback=False`).
+has. Feedback of a reduce-scatter is of the whole gradient, on every rank: W m values of float32, if there is any.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -102,6 +101,7 @@ class Collectives:
             self._wire = self.traffic.wire
             for plan in (gradients, parameters):
                 warm_up(plan.codec, device)
+                plan.join(self._wire)
 
     def all_reduce(
         self,
@@ -120,8 +120,7 @@ class Collectives:
 
         `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two); `index` is its
         place in the report. Where `op` is given, what is not compressed takes the group's own. `dense_bytes` is what the report
-        compares with, if not one dense exchange of `x`. `last` ends a `step`. `then` is called when the mean is in `x`, or with
-        the error for which it cannot be.
+        compares with, if not one dense exchange. `last` ends a `step`. `then` is called with None at its end, or with an error.
         """
         W, given, x = self.world_size, x, real_view(x).view(-1)
         kept_index = self._kept_index(segments, x)
@@ -129,12 +128,12 @@ class Collectives:
 
         named, override = override is not None, self._override(override, x, n)
         plan = self.gradients.choose(n, x.element_size(), W, override)
-        chunk = None if W == 1 or override.bypass_feedback else plan.exchange.chunk(n, plan.codec, self.rank, W)
-        memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum)
+        chunk, node_slice = (None, None) if override.bypass_feedback else plan.parts(n, self.rank, W)
+        memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum, node_slice)
         scratch = self.scratch.of(segments, self.feedback.memories)
         # a mean of gradients does not send along what is remembered of momenta
         remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
-        if remembers and chunk is None:
+        if remembers and chunk is None and node_slice is None:
             memory.give_back(W)  # nobody encodes a second time now
         encoder = Encoder(plan.codec.drawn(memory.next_draw()), memory if remembers else None, scratch)
 
@@ -145,7 +144,8 @@ class Collectives:
         exchange = self._mean(values, op, override, plan, encoder, label)
         if kept_index is not None and values is not x:
             exchange = packed(x, kept_index, values, exchange)
-        exchange = self._overridden(override, x, segments, memory, encoder, exchange, kept_index is None)
+        sees_all = kept_index is None and plan.exchange.share() == 1
+        exchange = self._overridden(override, x, segments, memory, encoder, exchange, sees_all)
         collective = plan.exchange is not NO_EXCHANGE or self.grad_scaler is not None
         if step is not None and step.error is not None and W > 1 and collective:
             sampled = DENSE if named or kept_index is not None else plan.codec  # what masks prune is no mean

@@ -113,7 +113,8 @@ def transfers(
         # a ring in the order of the ranks leaves a host once
         crossing = message.sent * float(ranks_per_host < W)
         if not message.ring:
-            crossing = max(message.sent, message.received) * abroad
+            leave = {None: abroad, True: ranks_per_host, False: 0}[message.between_nodes]
+            crossing = max(message.sent, message.received) * float(leave)
         found.append(Transfer(message.sent, message.received, crossing, message.rounds))
     return tuple(found)
 
@@ -131,7 +132,7 @@ def feedback_bytes(plan: Plan, buckets: Sequence[int], world_size: int, itemsize
         choice = plan.choose(n, itemsize, world_size)
         again = choice.exchange.chunk(n, choice.codec, 0, world_size) is not None
         chunk = -(-n // world_size) if again else 0
-        kept += 4 * (n + chunk) * choice.feedback
+        kept += 4 * (math.ceil(n * choice.exchange.share()) + chunk) * choice.feedback
     return kept
 
 
@@ -234,11 +235,13 @@ def _job(choice: BucketPlan, n: int, itemsize: int, speed: Speed, cluster: Clust
         seconds = max(message.crossing * FRAME / cluster.bandwidth, busy)
         latency = message.rounds * cluster.latency if message.crossing else 0.0
         sends.append(_Work(seconds, busy / seconds if seconds else 0.0, latency=latency))
-    (one, more), payloads = speed.mean, choice.exchange.payloads(W)
-    decode = n * (one + (payloads - 1) * more) if choice.codec.lossy or not summed else 0.0
-    recode = -(-n // W) * (speed.recode[0] + (W - 1) * speed.recode[1])
+    (one, more), payloads = speed.mean, choice.exchange.payloads(choice.codec, W)
+    coded = n * choice.exchange.share()  # by one rank, of which so many do the same:
+    alike = round(W * choice.exchange.share())
+    decode = coded * (one + (payloads - 1) * more) if choice.codec.lossy or not summed else 0.0
+    recode = -(-n // W) * (speed.recode[0] + (alike - 1) * speed.recode[1])
     threads = max(1.0, cluster.cores) if cluster.cores < math.inf else 1.0
-    return _Job(_Work(fill, threads=threads), _Work(n * speed.encode), sends, _Work(recode), _Work(decode))
+    return _Job(_Work(fill, threads=threads), _Work(coded * speed.encode), sends, _Work(recode), _Work(decode))
 
 
 class _Simulation:

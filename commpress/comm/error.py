@@ -35,16 +35,15 @@ class ErrorWatch:
         """
         stride = max(1, -(-x.numel() // SAMPLE))
         own = torch.cat([x[::stride].to(torch.float32), x.isfinite().all().to(torch.float32).view(1)])
-        rows = [torch.empty_like(own) for _ in range(wire.world_size)]
-        rows[wire.rank].copy_(own)
-        received = [row.view(torch.uint8) for row in rows]
-        transfer = wire.all_to_all([own.view(torch.uint8)] * wire.world_size, received, label, last=False)
+        rows = own.repeat(wire.world_size).view(wire.world_size, -1)
+        whole = rows.view(-1).view(torch.uint8)
+        transfer = wire.all_gather(whole.split(own.nbytes), label, last=False, whole=whole)
         transfer.sent = transfer.received = 0  # the report is of the exchange
         yield transfer
         yield from exchange
         if codec != self.codec:
             return
-        dense, finite = torch.stack(rows).mean(0, dtype=torch.float64).tensor_split([-1])
+        dense, finite = rows.mean(0, dtype=torch.float64).tensor_split([-1])
         far = x[::stride] - dense
         sums = torch.stack([far.square().sum(), dense.square().sum()])
         # what is not finite spreads over its block, or lies between the samples: such a bucket says nothing of the codec

@@ -7,11 +7,12 @@ that is what is sent; where it was sent, it starts anew (momentum factor masking
 Memories belong to parameters, not to buckets: when the buckets are laid out anew, each parameter's part moves along.
 `two_shot` encodes a second time, on the rank that owns a chunk; what that lost waits there for the next mean
 (`owner_residual`). If the owner changes, it goes into the old owner's residual, times W since a mean divides it by W: nothing
-is lost.
+is lost. `hierarchical` encodes the mean of a node, a slice on each of its ranks (`slice_residual`); that counts for the L ranks
+of the node.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,18 @@ from commpress.comm.masks_index import MaskIndex
 from commpress.comm.parameters import bare_name
 from commpress.comm.segments import Segment, Segments
 
-KEPT = ("residual", "owner_residual", "momentum")
+KEPT = ("residual", "slice_residual", "owner_residual", "momentum")
 """The tensors of a memory."""
+
+
+@dataclass(frozen=True)
+class NodeSlice:
+    """What a rank encodes of a bucket of `n` values that travel, for all `ranks` of its node: those from `start` to `stop`."""
+
+    start: int
+    stop: int
+    ranks: int
+    n: int
 
 
 @dataclass
@@ -30,13 +41,17 @@ class Memory:
     """The saved tensors of one bucket of which n values travel."""
 
     residual: Tensor | None = None
-    """The error of the first encoding: float32 [n]; None without feedback."""
+    """The error of the first encoding: float32 [n]; None without feedback, or if a node encodes as one."""
+    slice_residual: Tensor | None = None
+    """That error in this rank's slice of its node's mean: float32 [stop - start]; None if there is none."""
     owner_residual: Tensor | None = None
     """The error of the second encoding in this rank's chunk: float32 [stop - start]; None if there is none."""
     momentum: Tensor | None = None
     """The momentum of this rank's gradients: float32 [n]; None without momentum correction."""
     owner_start: int = 0
     """Where that chunk starts in the bucket."""
+    node_slice: NodeSlice | None = None
+    """Where that slice lies in the bucket."""
     current: bool = True
     """Whether it holds all of its parameters; not if another layout took some over."""
     kept_index: Tensor | None = None
@@ -54,16 +69,47 @@ class Memory:
         return {name: values for name in KEPT if (values := getattr(self, name)) is not None}
 
     def fold(self, world_size: int) -> None:
-        """Give the owner's residual back to the first one, so that its chunk may pass to another rank."""
+        """Give the residuals of a slice and of a chunk back to the first one, so that those may pass to other ranks."""
+        if self.slice_residual is not None and (part := self.node_slice) is not None:
+            if self.residual is None:
+                self.residual = torch.zeros(part.n, dtype=torch.float32, device=self.slice_residual.device)
+            self.residual[part.start : part.stop].add_(self.slice_residual, alpha=part.ranks)
+            self.slice_residual.zero_()
         if self.owner_residual is not None and self.residual is not None:
             stop = self.owner_start + self.owner_residual.numel()
             self.residual[self.owner_start : stop].add_(self.owner_residual, alpha=world_size)
             self.owner_residual.zero_()
 
     def give_back(self, world_size: int) -> None:
-        """Fold, and keep no second residual: this rank does not encode that chunk a second time any more."""
+        """Fold, and keep no other residual: this rank does not encode that slice, or that chunk a second time, any more."""
         self.fold(world_size)
-        self.owner_residual = None
+        self.owner_residual = self.slice_residual = self.node_slice = None
+
+    def is_of(self, chunk: tuple[int, int] | None, node_slice: NodeSlice | None) -> bool:
+        """Whether what it keeps besides the first residual is of this chunk and this slice, or there is nothing of the kind."""
+        second = self.owner_residual
+        owned = None if second is None else (self.owner_start, self.owner_start + second.numel())
+        return (owned is None or owned == chunk) and (self.slice_residual is None or self.node_slice == node_slice)
+
+    @classmethod
+    def saved(cls, bucket: Mapping[str, Any], device: torch.device) -> "Memory":
+        """Return the memory that a saved state has of a bucket, with tensors of its own on `device`."""
+        place = bucket.get("node_slice")
+        memory = cls(owner_start=int(bucket["owner_start"]), draws=int(bucket.get("draws", 0)))
+        memory.node_slice = None if place is None else NodeSlice(*map(int, place))
+        for name in KEPT:
+            if (values := bucket.get(name)) is not None:
+                setattr(memory, name, values.to(device).clone())
+        return memory
+
+    def state(self) -> dict[str, Any]:
+        """Return what `saved` takes; the tensors are copies."""
+        return {
+            "owner_start": self.owner_start,
+            "node_slice": None if self.node_slice is None else list(astuple(self.node_slice)),
+            "draws": self.draws,
+            **{name: None if (values := getattr(self, name)) is None else values.clone() for name in KEPT},
+        }
 
 
 class Feedback:
@@ -86,26 +132,27 @@ class Feedback:
         chunk: tuple[int, int] | None,
         device: torch.device,
         momentum: bool = False,
+        node_slice: NodeSlice | None = None,
     ) -> Memory:
         """The memory of the bucket that holds these parameters. A new layout takes over what was kept for them.
 
-        `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding. Without
-        feedback there is a residual only if something was taken over; a dense exchange sends it along and drops it.
-        With `momentum` there is one of this rank's own gradients.
+        `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding; `node_slice` is
+        what it encodes for its node, None if it encodes its own bucket. Without feedback there is a residual only if something
+        was taken over; a dense exchange sends it along and drops it. With `momentum` there is one of this rank's own gradients.
         """
         found = self.memories.get(segments)
         if found is None or not found.current:
             found = self._take_over(segments, device)
         found.kept_index = self.masks.kept_index(segments)
         n = self.masks.total(segments)
-        if feedback and found.residual is None:
+        if (feedback or chunk is not None) and not found.is_of(chunk, node_slice):
+            found.give_back(self.world_size)  # another codec cuts elsewhere, or another exchange
+        if feedback and node_slice is None and found.residual is None:
             found.residual = torch.zeros(n, dtype=torch.float32, device=device)
-        if (
-            found.owner_residual is not None
-            and chunk is not None
-            and chunk != (found.owner_start, found.owner_start + found.owner_residual.numel())
-        ):
-            found.give_back(self.world_size)  # another codec cuts elsewhere
+        if feedback and node_slice is not None and found.slice_residual is None:
+            found.node_slice = node_slice
+            size = node_slice.stop - node_slice.start
+            found.slice_residual = torch.zeros(size, dtype=torch.float32, device=device)
         if feedback and found.owner_residual is None and chunk is not None:
             found.owner_start = chunk[0]
             found.owner_residual = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32, device=device)
@@ -154,8 +201,7 @@ class Feedback:
     def set_masks(self, masks: MaskIndex) -> None:
         """From now on these travel: what is remembered of others is dropped, and new ones start at 0."""
         for segments, memory in self.memories.items():
-            memory.fold(self.world_size)
-            memory.owner_residual = None
+            memory.give_back(self.world_size)
             for name in ("residual", "momentum"):
                 if (values := getattr(memory, name)) is not None:
                     setattr(memory, name, masks.repacked(values, segments, self.masks))
@@ -189,12 +235,7 @@ class Feedback:
     def state_dict(self) -> list[dict[str, Any]]:
         """Layout and memories, a dict a bucket, each parameter in one of them."""
         return [
-            {
-                "segments": [[segment.name, segment.n] for segment in segments],
-                "owner_start": memory.owner_start,
-                "draws": memory.draws,
-                **{k: None if (values := getattr(memory, k)) is None else values.clone() for k in KEPT},
-            }
+            {"segments": [[segment.name, segment.n] for segment in segments], **memory.state()}
             for segments, memory in map(self._own_part, self.memories)
         ]
 
@@ -206,18 +247,15 @@ class Feedback:
             if all(name for name, _ in known):
                 buckets.append({**bucket, "segments": known})
                 continue
-            if (residual := bucket["residual"]) is not None and (owned := bucket["owner_residual"]) is not None:
-                residual[bucket["owner_start"] : bucket["owner_start"] + owned.numel()].add_(
-                    owned, alpha=self.world_size
-                )
-            kept = {}
+            memory = Memory.saved(bucket, torch.device("cpu"))
+            memory.give_back(self.world_size)
             for kind in ("residual", "momentum"):
-                values = None if bucket[kind] is None else bucket[kind].split([n for _, n in known])
-                parts = [] if values is None else [v for v, (name, _) in zip(values, known, strict=True) if name]
-                kept[kind] = torch.cat(parts) if parts else None
+                whole = getattr(memory, kind)
+                values = () if whole is None else whole.split([n for _, n in known])
+                parts = [v for v, (name, _) in zip(values, known, strict=False) if name]
+                setattr(memory, kind, torch.cat(parts) if parts else None)
             if segments := [segment for segment in known if segment[0]]:
-                moved = {"owner_start": 0, "owner_residual": None, "draws": bucket["draws"]}
-                buckets.append({"segments": segments, **moved, **kept})
+                buckets.append({"segments": segments, **memory.state()})
         return buckets
 
     def _own_part(self, segments: Segments) -> tuple[Segments, Memory]:
@@ -242,10 +280,11 @@ class Feedback:
         """Raise ValueError if what was saved is not of the values that the masks of now let travel."""
         for saved in state:
             segments = tuple(Segment(str(name), int(n)) for name, n in saved["segments"])
-            travel, kept = self.masks.total(segments), saved["residual"]
-            if kept is not None and kept.numel() != travel:
+            travel, kept, place = self.masks.total(segments), saved["residual"], saved.get("node_slice")
+            known = place[-1] if kept is None and place is not None else travel if kept is None else kept.numel()
+            if known != travel:
                 raise ValueError(
-                    f"cannot restore: feedback was saved for {kept.numel()} values of {segments[0].name!r} and others, now "
+                    f"cannot restore: feedback was saved for {known} values of {segments[0].name!r} and others, now "
                     f"{travel} travel; restore the masks before"
                 )
 
@@ -259,11 +298,7 @@ class Feedback:
         self._snapshots.clear()
         for saved in state:
             segments = tuple(Segment(bare_name(name), int(n)) for name, n in saved["segments"])
-            memory = Memory(owner_start=int(saved["owner_start"]), draws=int(saved.get("draws", 0)))
-            self.memories[segments] = memory
-            for name in KEPT:
-                if saved[name] is not None:
-                    setattr(memory, name, saved[name].to(device).clone())
+            self.memories[segments] = Memory.saved(saved, device)
             for segment in segments:
                 if segment.name in self.layout_of:
                     self.memories[self.layout_of[segment.name]].current = False

@@ -14,7 +14,7 @@ import functools
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,28 @@ def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...
     if listening.error is not None:
         raise board.explain(LostPeerError(listening.peer, str(listening.error)))
     return making.made, board.hosts
+
+
+def part_of(group: dist.ProcessGroup, members: Sequence[int], name: str, device: torch.device) -> dist.ProcessGroup:
+    """A group of some ranks of a group (`members`, this one among them), of its backend and timeout. Collective over those.
+
+    `name` is the same on all of them, and no other group has it. Where init_process_group was given a `device_id`, torch splits
+    NCCL's default group: then all of its ranks have to make such a group, of theirs, at the same time.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    config = dist.distributed_c10d.get_backend_config(group)
+    backends = {part.rpartition(":")[2] for part in config.split(",")}
+    with _named(name):
+        made = dist.new_group(
+            [ranks[member] for member in members],
+            timeout=timeout_of(group, device),
+            backend=backends.pop() if len(backends) == 1 else config,
+            use_local_synchronization=True,
+            group_desc="commpress",
+        )
+    assert isinstance(made, dist.ProcessGroup)
+    assert dist.get_rank(made) == members.index(dist.get_rank(group))  # torch sorts the ranks
+    return made
 
 
 class _Making(threading.Thread):

@@ -48,6 +48,8 @@ class Row:
     dense_bytes: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    inside_bytes: int = 0
+    """Bytes of those sent that did not leave the node, as far as the exchange tells them apart."""
     backend_bytes: int = 0
     """Bytes that the group or the framework itself would send uncompressed: `dense_bytes`, or more."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -89,6 +91,11 @@ class Report:
         """Bytes that the group or the framework itself would have sent uncompressed; more than `dense_bytes` where it
         all-reduces instead of a reduce-scatter, as Gloo does."""
         return sum(row.backend_bytes for row in self.rows)
+
+    @property
+    def inside_bytes(self) -> int:
+        """Bytes of those sent that did not leave the node, where the exchange is `hierarchical`: the rest went to others."""
+        return sum(row.inside_bytes for row in self.rows)
 
     @property
     def roles(self) -> dict[str, dict[str, int]]:
@@ -160,6 +167,7 @@ class Report:
             **asdict(self),
             "ratio": self.ratio,
             "backend_bytes": self.backend_bytes,
+            "inside_bytes": self.inside_bytes,
             "roles": self.roles,
             "rules": self.rules,
             "phases": self.phases,
@@ -210,10 +218,21 @@ class Report:
         return text.getvalue()
 
     def _beside(self) -> str | None:
-        """A sentence on what the backend sends in place of a reduce-scatter, if there was one that it does not have."""
+        """Sentences on what stayed inside the node, and on what the backend sends instead of a reduce-scatter."""
+        return " ".join(filter(None, (self._inside_and_between(), self._backend_more()))) or None
+
+    def _inside_and_between(self) -> str:
+        inside = [row for row in self.rows if row.inside_bytes]
+        if not inside:
+            return ""
+        stayed, sent = (sum(getattr(row, key) for row in inside) for key in ("inside_bytes", "sent_bytes"))
+        stay, leave = (f"{b / 1e6 / max(self.steps, 1):.3f}" for b in (stayed, sent - stayed))
+        return f"Of what hierarchical sent, {stay} MB a step stayed inside the node, as it is; {leave} MB went to other nodes."
+
+    def _backend_more(self) -> str:
         more = [row for row in self.rows if row.backend_bytes > row.dense_bytes]
         if not more:
-            return None
+            return ""
         dense, backend = (sum(getattr(row, key) for row in more) for key in ("dense_bytes", "backend_bytes"))
         megabytes = (f"{b / 1e6 / max(self.steps, 1):.3f}" for b in (backend, dense))
         return (
@@ -229,7 +248,7 @@ def _all_phases(rows: list[Row]) -> list[Row]:
         key = (row.bucket, row.values, row.dtype, row.spec, row.exchange, row.reason, row.role)
         whole = found.setdefault((*key, *row.rules.items()), Row(*key))
         whole.steps += row.steps
-        for name in (*BYTES, "backend_bytes"):
+        for name in (*BYTES, "inside_bytes", "backend_bytes"):
             setattr(whole, name, getattr(whole, name) + getattr(row, name))
         whole.seconds = {phase: whole.seconds[phase] + row.seconds[phase] for phase in PHASES}
     return list(found.values())

@@ -14,6 +14,8 @@ class OptimizerHooks(Protocol):
 
     may_be_masked: bool
     """Whether a part of a parameter may be left out of the exchange."""
+    masks_momentum: bool
+    """Whether it clears a rank's momentum where that rank has sent (momentum factor masking)."""
 
     @property
     def awaits_step(self) -> bool:

@@ -1,14 +1,14 @@
 """Plans: which codec and exchange each tensor gets. What is not compressed has a reason, which stands in the report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.coding import FLOAT_DTYPES
-from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange
-from commpress.comm.feedback import Memory
+from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange, Wire, named
+from commpress.comm.feedback import Memory, NodeSlice
 from commpress.comm.meter import dtype_name
 from commpress.comm.prologue import Prologue
 
@@ -28,6 +28,11 @@ class BucketPlan:
     exchange: Exchange
     feedback: bool
     reason: str = ""
+
+    def parts(self, n: int, rank: int, world_size: int) -> tuple[tuple[int, int] | None, NodeSlice | None]:
+        """Return what a rank encodes a second time of n values, and what it encodes for its node; None where there is none."""
+        of = (n, self.codec, rank, world_size)
+        return self.exchange.chunk(*of), self.exchange.node_slice(*of)
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,21 @@ class Plan:
         codec = parse(spec)
         if exchange is None:
             return cls(codec, None, error_feedback)
-        if exchange not in EXCHANGES:
-            raise ValueError(f"unknown exchange {exchange!r}, known: {', '.join(EXCHANGES)}")
-        chosen = EXCHANGES[exchange]
+        chosen = named(exchange)
         if not fits(chosen, codec):
             raise ValueError(
                 f"payloads of {codec} cannot be summed, so it cannot use {chosen.name}; leave exchange out"
             )
         return cls(codec, chosen, error_feedback)
+
+    def on(self, ranks: Sequence[int]) -> "Plan":
+        """The plan for a group of these ranks of the default group. Raises ValueError if its exchange does not fit them."""
+        return self if self.exchange is None else replace(self, exchange=self.exchange.on(ranks))
+
+    def join(self, wire: Wire) -> None:
+        """Make the groups that its exchange needs. Collective."""
+        if self.exchange is not None:
+            self.exchange.join(wire)
 
     def choose(self, n: int, itemsize: int, world_size: int, override: Override | None = None) -> BucketPlan:
         """Return what to do with a bucket of n values of `itemsize` bytes; an optimizer may override it."""
@@ -94,6 +106,8 @@ class Plan:
             feedback = self.error_feedback and not override.bypass_feedback
             plan = replace(self, codec=override.codec, exchange=exchange, error_feedback=feedback)
             return plan.choose(n, itemsize, world_size)
+        if self.exchange is not None and (reason := self.exchange.idle(world_size)):
+            return BucketPlan(DENSE, ALL_REDUCE, False, reason)
         if not self.codec.lossy:
             return BucketPlan(self.codec, self._exchange(world_size), False, "spec is none")
         if n < FEWEST_VALUES:
@@ -106,7 +120,7 @@ class Plan:
         return self.exchange or EXCHANGES[self.codec.exchange].among(world_size)
 
     def settings(self) -> dict[str, object]:
-        """Return what all ranks must agree on."""
+        """Return what a saved state must have alike."""
         exchange = None if self.exchange is None else self.exchange.name
         return {"codec": str(self.codec), "exchange": exchange, "error_feedback": self.error_feedback}
 

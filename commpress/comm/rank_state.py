@@ -128,8 +128,12 @@ def row_bytes(state: Mapping[str, Any]) -> int:
 
     def most(value: Any, key: str, beside: Any) -> int:
         if isinstance(value, Tensor):
-            chunk = key == "owner_residual" and isinstance(beside.get("residual"), Tensor)
-            n = -(-beside["residual"].numel() // world_size) + SLACK // 8 if chunk else value.numel()
+            whole, share = beside.get("residual"), world_size
+            whole = whole.numel() if isinstance(whole, Tensor) else 0
+            if place := beside.get("node_slice"):
+                whole, share = place[-1], place[-2] if key == "slice_residual" else world_size
+            chunk = whole and key in ("owner_residual", "slice_residual")
+            n = -(-whole // share) + SLACK // 8 if chunk else value.numel()
             return n * value.element_size() + 1024
         if isinstance(value, Mapping):
             return sum(most(inner, str(name), value) + len(str(name)) + 16 for name, inner in dict(value).items())

@@ -13,6 +13,7 @@ from commpress.comm.auto import Auto, budget
 from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives, GradScaler
+from commpress.comm.exchange import Hierarchical
 from commpress.comm.masks_index import MaskIndex, in_memory_order, of_pairs
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.plan import Plan
@@ -57,6 +58,11 @@ def replicas_session(
     if by_name is not spec:
         more |= {"spec": str(rules or AUTO), "error budget": allowed}
     plan = agreed_plan(by_name, exchange, error_feedback, parameters, group, device, more)
+    if optimizer is not None and optimizer.masks_momentum and isinstance(plan.exchange, Hierarchical):
+        raise ValueError(
+            f"exchange {str(plan.exchange)!r}: {name} clears each rank's momentum where that rank has sent, and here a node "
+            "sends as one; leave exchange out, or take another optimizer"
+        )
     collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
     if collectives.world_size > 1:
         for dtype, codec in product(
@@ -106,14 +112,14 @@ def agreed_plan(
 ) -> Plan:
     """The plan that all ranks of `group` have asked for, `more` settings alike. Collective. Raises ValueError on all ranks."""
     try:
-        plan = Plan.of(spec, exchange, error_feedback)
+        plan = Plan.of(spec, exchange, error_feedback).on(dist.get_process_group_ranks(group))
         require_interval(more["verify"])
     except (ValueError, TypeError) as error:
         require_agreement({"error": str(error)}, group, device)
         raise
     settings: dict[str, object] = {
         "spec": str(plan.codec),
-        "exchange": plan.settings()["exchange"],
+        "exchange": None if plan.exchange is None else str(plan.exchange),
         "error_feedback": error_feedback,
         "commpress version": version("commpress"),
         "parameters": f"{len(parameters)} with {sum(sizes(parameters))} values",

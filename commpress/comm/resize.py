@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commpress.comm.feedback import Memory
+
 State = dict[str, Any]
 Memories = list[dict[str, Any]]
 """The return type of `Feedback.state_dict`."""
@@ -104,7 +106,7 @@ def share(states: Sequence[State], rank: int, world_size: int) -> list[State]:
 
 
 def of_replicas(memories: list[Memories], old: int) -> list[Memories]:
-    """Return what one of `old` replicas kept, without chunks of its own: its owner's residual counts as part of the first."""
+    """Return what one of `old` replicas kept, without slices and chunks of its own: those residuals count in the first."""
     return [[_folded(bucket, old) for bucket in buckets] for buckets in memories]
 
 
@@ -155,11 +157,9 @@ def require_same_parameters(saved: dict[str, int], present: dict[str, int]) -> N
 
 
 def _folded(bucket: State, world_size: int) -> State:
-    residual, owned = bucket["residual"], bucket["owner_residual"]
-    if residual is not None and owned is not None:
-        start, residual = bucket["owner_start"], residual.clone()
-        residual[start : start + owned.numel()].add_(owned, alpha=world_size)
-    return {**bucket, "residual": residual, "owner_start": 0, "owner_residual": None}
+    memory = Memory.saved(bucket, torch.device("cpu"))
+    memory.give_back(world_size)
+    return {**bucket, **memory.state(), "owner_start": 0}
 
 
 def _sum(parts: Sequence[Tensor | None], share: float) -> Tensor | None:

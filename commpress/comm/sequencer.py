@@ -171,6 +171,7 @@ class _Lines:
 
     def count(self, job: Job, transfer: Transfer) -> None:
         job.row.sent_bytes += transfer.sent
+        job.row.inside_bytes += transfer.sent * transfer.inside
         job.row.received_bytes += transfer.received
 
     def finish(self, job: Job, error: BaseException | None) -> None:

@@ -64,9 +64,9 @@ class Comparison:
     def _compared(self, wire: Wire, label: Label, hashes: list[int], last: bool) -> Iterator[Transfer]:
         """Leave every rank's hashes in `_found`."""
         own = torch.tensor([h - (1 << 63) for h in hashes], dtype=torch.int64, device=wire.device).view(torch.uint8)
-        rows = [torch.empty_like(own) for _ in range(wire.world_size)]
-        rows[wire.rank].copy_(own)
-        transfer = wire.all_to_all([own] * wire.world_size, rows, label, last)
+        whole = own.repeat(wire.world_size)
+        rows = whole.split(own.numel())
+        transfer = wire.all_gather(rows, label, last, whole)
         transfer.sent = transfer.received = 0  # the report is of the exchange
         yield transfer
         self._found = [tuple(row.view(torch.int64).tolist()) for row in rows]

@@ -319,8 +319,8 @@ class FrozenAdamW(CompressedOptimizer):
         states = [self.state[self._places[segment.name][0]] for segment in segments]
         if all(state["feedback_converted"] for state in states):
             return
+        memory.fold(self._world_size)
         if memory.residual is not None:
-            memory.fold(self._world_size)
             factors = torch.cat(
                 [
                     torch.ones(segment.n, dtype=torch.float32, device=memory.residual.device)

@@ -32,6 +32,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     may_be_masked = True
     """Whether a part of a parameter may be left out of the exchange."""
+    masks_momentum = False
+    """Whether it clears a rank's momentum where that rank has sent."""
     shared: tuple[str, ...] = ("max_norm",)
     """Settings that are the optimizer's, not a group's; they are saved with the groups."""
 
@@ -128,7 +130,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._may_be_frozen, self._speaks = may_be_frozen, speaks
         self._proven, self.binding = None, object()
         self._find_places()
-        loops.warm_up()
+        for device in {p.device for p in held}:
+            loops.warm_up(device)
 
     def hand_over(self, buckets: StepBuffer) -> None:
         """For hooks: `buckets` exchange what was bound. What the one before it had withheld is not lost."""

@@ -33,6 +33,7 @@ class DGC(CompressedOptimizer):
     backward is over. Raises ValueError for a setting out of range.
     """
 
+    masks_momentum = True
     may_be_masked = False  # factor masking clears its momenta where values were sent
     shared = ("max_norm", "warmup_steps", "steps")
 

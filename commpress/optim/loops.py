@@ -139,9 +139,9 @@ def total(x: Tensor) -> Tensor:
     return rest.sum()
 
 
-def warm_up() -> None:
-    """Compile the loops now, not in the middle of a step."""
-    x, y, z, p, q, r = (torch.ones(1, dtype=torch.float32, device="cpu") for _ in range(6))
+def warm_up(device: torch.device) -> None:
+    """Compile the loops for a device now, not in the middle of a step."""
+    x, y, z, p, q, r = (torch.ones(1, dtype=torch.float32, device=device) for _ in range(6))
     apply_update(x, y, z, 1.0, 1.0)
     local_step(x, y, z, p, q, r, 1.0, 0.5, 1.0, 1.0, 1.0)
     sync_payload(x, y, z, p, q, 1.0, 0.5, 0.5, 1.0, 1.0)

@@ -44,7 +44,7 @@ def attach_replicas(
         plan.codec if found is None else found,
         engine.seq_data_parallel_group,
         torch.device(engine.device),
-        exchange=None if plan.exchange is None else plan.exchange.name,
+        exchange=None if plan.exchange is None else str(plan.exchange),
         error_feedback=plan.error_feedback,
         parameters=tuple(Segment.whole(name, p) for p, name in names.items()),
         optimizer=optimizer,

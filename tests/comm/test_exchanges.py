@@ -16,7 +16,7 @@ from torch import Tensor
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.rotate import Rotate, rotated
 from commpress.comm.encoder import Encoder
-from commpress.comm.exchange import EXCHANGES, Labels, Wire
+from commpress.comm.exchange import Hierarchical, Labels, Wire, named
 from commpress.comm.exchange.two_shot import chunk_bounds
 from commpress.comm.feedback import Memory
 from commpress.comm.plan import Plan
@@ -49,10 +49,20 @@ PAIRS: tuple[tuple[str, str | None], ...] = (
     ("fp16", "two_shot"),
     ("bf16", "two_shot"),
     ("none", "two_shot"),
+    ("int4", "hierarchical(2)"),
+    ("sign", "hierarchical(2)"),
+    ("topk(0.1)|int4", "hierarchical(2)"),
+    ("bf16", "hierarchical(2)"),
+    ("randomk(0.1)", "hierarchical(2)"),
+    ("rotate|int4", "hierarchical(2)"),
+    ("none", "hierarchical(2)"),
+    ("int4", "hierarchical(3)"),
 )
 """Spec and exchange (None: the codec's own) of the battery. A new one is one line here."""
 SUMMED = ("none", "bf16", "fp16", "randomk(0.1)", "randomk(0.2)|bf16")
 WORLD_SIZES = (2, 3, 4)
+NODES = ((4, "hierarchical(2)"), (6, "hierarchical(2)"), (6, "hierarchical(3)"))
+"""Ranks, and how many of them a node has."""
 FEW = ("int4", "sign", "topk(0.1)|int4", "bf16", "randomk(0.1)", "rotate|int4")
 """Specs at 2 and 4 ranks: the chunks are others than at 3, the codecs are not."""
 BUCKETS = (
@@ -92,10 +102,15 @@ def bits(x: Tensor) -> Tensor:
 
 @dataclass
 class Simulated:
-    """The memories of all ranks for one bucket."""
+    """The memories of all ranks for one bucket; where nodes have several ranks, `residuals` are of each rank's slice."""
 
     residuals: list[Tensor]
     seconds: list[Tensor] = field(default_factory=list)
+    ranks_per_node: int = 0
+
+    def of_slice(self, place: int) -> "Simulated":
+        """Return those of the ranks that own this slice, one a node."""
+        return Simulated(self.residuals[place :: self.ranks_per_node], self.seconds[place :: self.ranks_per_node])
 
 
 def encoded(codec: Codec, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -123,6 +138,17 @@ def mean_of(codec: Codec, payloads: list[Tensor], n: int) -> Tensor:
 def simulated(codec: Codec, exchange: str, inputs: list[Tensor], kept: Simulated | None) -> Tensor:
     """The float32 mean that `exchange` must give for the ranks' inputs; `kept` is brought up to date."""
     n, W = inputs[0].numel(), len(inputs)
+    if L := ranks_per_node(exchange):
+        parts, inner = [], between_nodes(codec, W // L)
+        for place, part in enumerate(chunks(n, L, codec.granularity)):
+            means = []
+            for first in range(0, W, L):
+                total = inputs[first + place][part].float()
+                for step in range(1, L):
+                    total = (total + inputs[first + (place + step) % L][part]).float()
+                means.append(total * (1 / L))
+            parts.append(simulated(codec, inner, means, None if kept is None else kept.of_slice(place)))
+        return torch.cat(parts)
     residuals: list[Tensor | None] = [None] * W if kept is None else list(kept.residuals)
     if exchange == "one_shot":
         return mean_of(codec, [encoded(codec, x, e) for x, e in zip(inputs, residuals, strict=True)], n)
@@ -133,6 +159,17 @@ def simulated(codec: Codec, exchange: str, inputs: list[Tensor], kept: Simulated
         sent = encoded(codec, mean, None if kept is None else kept.seconds[r])
         parts.append(codec.define_decode(sent, mean.numel()) if mean.numel() else mean)
     return torch.cat(parts)
+
+
+def ranks_per_node(exchange: str) -> int:
+    """How many ranks a node has, if nodes matter; else 0."""
+    found = Hierarchical.read(exchange)
+    return 0 if found is None else found.ranks_per_node
+
+
+def between_nodes(codec: Codec, nodes: int) -> str:
+    """The exchange of a slice between nodes."""
+    return "one_shot" if nodes == 2 or codec.exchange == "one_shot" else "two_shot"
 
 
 def chunks(n: int, world_size: int, granularity: int) -> list[slice]:
@@ -146,6 +183,14 @@ def zeros(codec: Codec, exchange: str, n: int, world_size: int) -> Simulated | N
     """Empty memories as a session starts with them."""
     if not codec.lossy:
         return None
+    if L := ranks_per_node(exchange):
+        slices, nodes = chunks(n, L, codec.granularity), world_size // L
+        each = [zeros(codec, between_nodes(codec, nodes), part.stop - part.start, nodes) for part in slices]
+        residuals, seconds = (
+            [kept for of_node in zip(*(getattr(one, kind) for one in each), strict=True) for kept in of_node]
+            for kind in ("residuals", "seconds")
+        )
+        return Simulated(residuals, seconds, L)
     parts = chunks(n, world_size, codec.granularity) if exchange == "two_shot" else []
     return Simulated([torch.zeros(n) for _ in range(world_size)], [torch.zeros(p.stop - p.start) for p in parts])
 
@@ -176,7 +221,8 @@ def exchanged(spec: str, exchange: str | None) -> dict[str, Any]:
 
 def all_tiny(specs: tuple[str, ...]) -> dict[tuple[str, str], list[list[Tensor]]]:
     """The means of every spec by every exchange."""
-    return {(spec, exchange): tiny(spec, exchange) for spec in specs for exchange in ("one_shot", "two_shot")}
+    names = ["one_shot", "two_shot"] + ["hierarchical(2)"] * (dist.get_world_size() == 4)
+    return {(spec, exchange): tiny(spec, exchange) for spec in specs for exchange in names}
 
 
 def tiny(spec: str, exchange: str) -> list[list[Tensor]]:
@@ -184,14 +230,19 @@ def tiny(spec: str, exchange: str) -> list[list[Tensor]]:
     wire, codec, labels = Wire(dist.group.WORLD, CPU), parse(spec), Labels()
     means = []
     for n in TINY:
-        part = chunks(n, wire.world_size, codec.granularity)[wire.rank]
+        kept = zeros(codec, exchange, n, wire.world_size)
         memory = Memory()
-        if codec.lossy:
-            memory.residual, memory.owner_residual = torch.zeros(n), torch.zeros(part.stop - part.start)
+        if kept is not None:
+            residual = kept.residuals[wire.rank]
+            if kept.ranks_per_node:
+                memory.slice_residual = residual
+            else:
+                memory.residual = residual
+            memory.owner_residual = kept.seconds[wire.rank] if kept.seconds else None
         means.append([])
         for step in range(STEPS):
             x = values(n, wire.rank, step, torch.float32)
-            for transfer in EXCHANGES[exchange].run(x, Encoder(codec, memory), wire, labels.next("a bucket")):
+            for transfer in named(exchange).run(x, Encoder(codec, memory), wire, labels.next("a bucket")):
                 if transfer is not None:
                     transfer.wait()
             means[-1].append(x)
@@ -287,15 +338,16 @@ def among_other_messages(spec: str) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize(
     ("world_size", "exchange"),
     slowly(
-        [(ranks, exchange) for ranks in WORLD_SIZES for exchange in (None, "one_shot", "two_shot")],
-        quick=[(2, None), (2, "two_shot"), (3, "two_shot"), (4, "one_shot")],
+        [*((ranks, exchange) for ranks in WORLD_SIZES for exchange in (None, "one_shot", "two_shot")), *NODES],
+        quick=[(2, None), (2, "two_shot"), (3, "two_shot"), (4, "one_shot"), (4, "hierarchical(2)")],
     ),
 )
 def test_means_memories_and_bytes_are_those_of_the_algorithm(world_size: int, exchange: str | None) -> None:
-    pairs = [pair for pair in PAIRS if pair[1] == exchange and (world_size == 3 or pair[0] in FEW)]
+    nodes = (world_size, exchange) in NODES
+    pairs = [pair for pair in PAIRS if pair[1] == exchange and (world_size == 3 or nodes or pair[0] in FEW)]
     ranks = run(world_size, all_exchanged, pairs, timeout=200)
     for place, (spec, _) in enumerate(pairs):
-        name = Plan.of(spec, exchange).choose(100_000, 4, world_size).exchange.name
+        name = str(Plan.of(spec, exchange).choose(100_000, 4, world_size).exchange)
         for index in range(len(BUCKETS)):
             require_the_algorithm(spec, name, index, [rank[place] for rank in ranks])
 
@@ -318,8 +370,10 @@ def require_the_algorithm(spec: str, name: str, index: int, ranks: list[dict[str
             if kept is None:
                 assert memory["residual"] is None
                 continue
-            assert torch.equal(bits(memory["residual"]), bits(kept.residuals[rank])), where
-            if name == "two_shot":
+            first = "slice_residual" if kept.ranks_per_node else "residual"
+            assert torch.equal(bits(memory[first]), bits(kept.residuals[rank])), where
+            assert memory[{"residual": "slice_residual", "slice_residual": "residual"}[first]] is None
+            if kept.seconds:
                 assert torch.equal(bits(memory["owner_residual"]), bits(kept.seconds[rank])), where
         if kept is not None:
             # error feedback loses nothing: what went in came out or is remembered
@@ -328,9 +382,10 @@ def require_the_algorithm(spec: str, name: str, index: int, ranks: list[dict[str
             assert (offered - kept_or_given).abs().max() <= 1e-6 * torch.stack(inputs).double().abs().max()
     for rank, got in enumerate(ranks):
         row = got["rows"][index]
-        sent, received = crossing(codec, name, n, world_size, rank)
-        assert (row["steps"], row["spec"], row["exchange"], row["values"]) == (STEPS, spec, name, n)
+        sent, received = crossing(codec, name, n, world_size, rank, dtype.itemsize)
+        assert (row["steps"], row["spec"], row["exchange"], row["values"]) == (STEPS, spec, named(name).name, n)
         assert (row["sent_bytes"], row["received_bytes"]) == (STEPS * sent, STEPS * received)
+        assert row["inside_bytes"] == STEPS * inside(codec, name, n * dtype.itemsize, n, rank)
         assert row["dense_bytes"] == STEPS * (2 * (world_size - 1) * n * dtype.itemsize // world_size)
 
 
@@ -338,12 +393,20 @@ def contribution(kept: Simulated | None) -> Tensor:
     """What the memories will add to means to come: the mean of the first ones and the second ones in their places."""
     if kept is None:
         return torch.zeros(())
+    if L := kept.ranks_per_node:
+        return torch.cat([contribution(kept.of_slice(place)) for place in range(L)])
     total = torch.stack(kept.residuals).double().mean(dim=0)
     return total + torch.cat(kept.seconds).double() if kept.seconds else total
 
 
-def crossing(codec: Codec, exchange: str, n: int, world_size: int, rank: int) -> tuple[int, int]:
+def crossing(codec: Codec, exchange: str, n: int, world_size: int, rank: int, itemsize: int) -> tuple[int, int]:
     """Bytes that a rank sends and receives for one bucket."""
+    if L := ranks_per_node(exchange):
+        mine = chunks(n, L, codec.granularity)[rank % L]
+        of_slice = between_nodes(codec, world_size // L), mine.stop - mine.start, world_size // L, rank // L
+        sent, received = crossing(codec, *of_slice, itemsize)
+        both = inside(codec, exchange, n * itemsize, n, rank)
+        return both + sent, both + received
     if exchange == "one_shot":
         return (world_size - 1) * codec.nbytes(n), (world_size - 1) * codec.nbytes(n)
     sizes = [codec.nbytes(part.stop - part.start) for part in chunks(n, world_size, codec.granularity)]
@@ -351,9 +414,19 @@ def crossing(codec: Codec, exchange: str, n: int, world_size: int, rank: int) ->
     return both, both
 
 
-@pytest.mark.parametrize("world_size", slowly(WORLD_SIZES, quick=(2, 3)))
+def inside(codec: Codec, exchange: str, nbytes: int, n: int, rank: int) -> int:
+    """Bytes of those that stay inside the node: the slices of the others, and L - 1 times the own one."""
+    if not (L := ranks_per_node(exchange)):
+        return 0
+    mine = chunks(n, L, codec.granularity)[rank % L]
+    own = (mine.stop - mine.start) * nbytes // n
+    return nbytes - own + (L - 1) * own
+
+
+@pytest.mark.parametrize("world_size", slowly(WORLD_SIZES, quick=(2, 3, 4)))
 def test_lengths_below_the_number_of_ranks(world_size: int) -> None:
-    ranks = run(world_size, all_tiny, TINY_SPECS if world_size == 3 else FEW, timeout=200)
+    specs = {2: FEW, 3: TINY_SPECS, 4: ("int4", "topk(0.1)|int4")}[world_size]
+    ranks = run(world_size, all_tiny, specs, timeout=200)
     for spec, exchange in ranks[0]:
         codec = parse(spec)
         for index, n in enumerate(TINY):

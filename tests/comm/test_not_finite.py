@@ -125,7 +125,7 @@ def sharded(specs: tuple[str, ...]) -> dict[str, tuple[list[Tensor], list[Tensor
         for step in range(STEPS):
             full = values(W * m, me, step, torch.float32, W)
             out, whole = torch.empty(m), torch.empty(W * m)
-            buffer = torch.empty((2 * W - 1) * size, dtype=torch.uint8)
+            buffer = torch.empty(2 * W * size, dtype=torch.uint8)
             done(
                 reduce_scatter(
                     full.clone(),

@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,21 @@ from triton.runtime import driver
 
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
-from commpress.kernels.triton import cast, elias_fano, float8, integer, sign, topk, two_bit
+from commpress.kernels.triton import (
+    cast,
+    elias_fano,
+    float8,
+    integer,
+    masks,
+    model,
+    optim,
+    prologue,
+    random_k,
+    rotate,
+    sign,
+    topk,
+    two_bit,
+)
 from commpress.kernels.triton.launch import OPTIONS
 
 N = 1 << 20
@@ -38,12 +54,34 @@ FAMILIES: dict[str, Any] = {
     "fp16": cast,
     "sign": sign,
     "int2": two_bit,
+    "randomk(0.1)": random_k,
+    "randomk(0.001)|int4": random_k,
+    "randomk(0.0001)": random_k,
+    "rotate|int4": rotate,
     "topk(0.01)": topk,
 }
-LAUNCHING: tuple[Any, ...] = (*dict.fromkeys(FAMILIES.values()), elias_fano)
-"""The modules that start kernels."""
-STREAMS = {"_count_all", "_set_apart", "_begin"}
-"""The kernels of `topk` that read or write all values; the others look at what was set apart."""
+
+X, HALVES, INDEX, KEPT = (
+    torch.zeros(N, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int32, torch.bool)
+)
+BEFORE = Prologue(X, X, 1.0, 0.5, 0.5)
+PASSES: dict[str, tuple[Any, Callable[[], object]]] = {
+    "apply_update": (optim, lambda: optim.run("apply_update", X, X, X, 0.5, 0.5)),
+    "local_step": (optim, lambda: optim.run("local_step", *[X] * 6, *[0.5] * 5)),
+    "sync_payload": (optim, lambda: optim.run("sync_payload", *[X] * 5, *[0.5] * 5)),
+    "sync_apply": (optim, lambda: optim.run("sync_apply", *[X] * 6, *[0.5] * 3)),
+    "restore_local": (optim, lambda: optim.run("restore_local", X, X, X, 0.5)),
+    "estimate_momentum": (optim, lambda: optim.run("estimate_momentum", X, HALVES, 0.5, 0.5)),
+    "add_scaled": (optim, lambda: optim.run("add_scaled", X, HALVES, 0.5)),
+    "momentum_correction": (optim, lambda: optim.run("momentum_correction", X, X, X, 0.5, 0.5, 0.0)),
+    "prologue": (prologue, lambda: prologue.apply(X, BEFORE)),
+    "keep": (model, lambda: model.keep(X, KEPT)),
+    "keep of bfloat16": (model, lambda: model.keep(HALVES, KEPT)),
+    "count_pruned": (model, lambda: model.count_pruned(X, KEPT)),
+    "pack": (masks, lambda: masks.pack(X, INDEX, X)),
+    "unpack": (masks, lambda: masks.unpack(X, INDEX, X)),
+}
+"""Kernels that belong to no codec: their modules, and what starts them."""
 
 
 def compiled(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Any:
@@ -76,38 +114,38 @@ def main(capability: int, wanted: list[str] | None) -> None:
     here = {"get_current_stream": lambda _: 0, "get_current_target": lambda: target}
     here["get_current_device"] = lambda: capability  # Triton asks for the target once a device
     driver.set_active(SimpleNamespace(**here))
-    x, residual = torch.zeros(N), torch.zeros(N)
-    prologue = Prologue(x, x, 1.0, 0.5, 0.5)
-    found: dict[str, Any] = {}
+    for name, family, run in [*codec_ops(), *((name, *of) for name, of in PASSES.items())]:
+        if wanted is not None and name not in wanted:
+            continue
+        found: list[Any] = []
 
-    def note(kernel: Any, *arguments: Any, **constants: Any) -> None:
-        name = " ".join([kernel.__name__, *(f"{key}={value}" for key, value in constants.items())])
-        found[name] = compiled(kernel, *arguments, **constants)
+        def note(*arguments: Any, found: list[Any] = found, **constants: Any) -> None:
+            found.append(compiled(*arguments, **constants))
 
-    for module in LAUNCHING:
-        module.launch = note
+        family.launch = elias_fano.launch = note
+        run()
+        for kernel in found:
+            row = {"kernel": name, "function": kernel.metadata.name, "capability": capability, **needs(kernel)}
+            print(json.dumps(row), flush=True)
+
+
+def codec_ops() -> Iterator[tuple[str, Any, Callable[[], object]]]:
+    """Each op of each codec: its name, its module, and what starts its kernels."""
+    residual = torch.zeros(N)
     for spec, family in FAMILIES.items():
         codec = parse(spec)
         payload = torch.zeros(codec.nbytes(N), dtype=torch.uint8)
         ops = {
-            "encode": lambda: family.encode(codec, x, None, None, payload),  # noqa: B023
-            "feedback": lambda: family.encode(codec, x.bfloat16(), residual, None, payload),  # noqa: B023
-            "prologue": lambda: family.encode(codec, x, residual, prologue, payload),  # noqa: B023
-            "mean": lambda: family.mean(codec, payload.repeat(4), 4, x),  # noqa: B023
+            "encode": partial(family.encode, codec, X, None, None, payload),
+            "feedback": partial(family.encode, codec, HALVES, residual, None, payload),
+            "prologue": partial(family.encode, codec, X, residual, BEFORE, payload),
+            "mean": partial(family.mean, codec, payload.repeat(4), 4, X),
         }
-        if hasattr(family, "clear"):
-            ops["clear"] = lambda: family.clear(codec, payload, x)  # noqa: B023
         if hasattr(family, "recode"):
-            ops["recode"] = lambda: family.recode(codec, payload.repeat(4), N, 4, residual, payload)  # noqa: B023
-        for op, run in ops.items():
-            if wanted is None or f"{spec} {op}" in wanted:
-                found.clear()
-                run()
-                for name, kernel in found.items():
-                    which = f"{spec} {op}" if len(found) == 1 else f"{spec} {op} {name}"
-                    streams = family is not topk or name.split()[0] in STREAMS
-                    row = {"kernel": which, "capability": capability, "streams": streams, **needs(kernel)}
-                    print(json.dumps(row), flush=True)
+            ops["recode"] = partial(family.recode, codec, payload.repeat(4), N, 4, residual, payload)
+        if hasattr(family, "clear"):
+            ops["clear"] = partial(family.clear, codec, payload, X)
+        yield from ((f"{spec} {op}", family, run) for op, run in ops.items())
 
 
 if __name__ == "__main__":

@@ -95,6 +95,16 @@ def test_a_table_without_step_seconds_has_communication_alone(tmp_path: Path) ->
     assert "step_seconds" not in int4
 
 
+def test_hosts_of_several_ranks_get_rows_by_node(tmp_path: Path) -> None:
+    path = tmp_path / "explain.json"
+    done = called(*SMALL, "--spec", "int4", "--ranks-per-host", "2", "--json", path)
+    assert "Of hierarchical the bytes inside a host count, too" in done.out
+    dense, flat, by_node = json.loads(path.read_text())["rows"]
+    assert [row["exchange"] for row in (dense, flat, by_node)] == ["all_reduce", "two_shot", "hierarchical(2)"]
+    assert by_node["feedback_bytes"] == 4 * 2_000_000 * 3 // 4 - 2_000_000  # between two nodes nobody encodes again
+    assert by_node["communication_seconds"] < dense["communication_seconds"]
+
+
 def test_a_table_with_step_seconds_has_savings(tmp_path: Path) -> None:
     path = tmp_path / "explain.json"
     done = called("--params", "20m", "--world", "4", "--bandwidth", "1gbit", "--step-seconds", "0.5", "--json", path)

@@ -47,7 +47,7 @@ order = int(os.environ.get("WARM_ORDER", "1"))  # of two processes one begins at
 for spec in SPECS[::order]:
     for dtype in (torch.float32, torch.bfloat16):
         warm_up(commpress.parse(spec), torch.device("cpu"), dtype, prologue=True)
-loops.warm_up()
+loops.warm_up(torch.device("cpu"))
 if len(os.listdir("/proc/self/task")) > 1:
     raise RuntimeError("a thread has been started: it would not be there in the ranks, whose locks it may hold")
 gc.freeze()  # the collector would write to every page that the ranks share

@@ -29,7 +29,7 @@ def all_gather(
     me, W, m = wire.rank, wire.world_size, shard.numel()
     rows, parts = buffer.split(encoder.codec.nbytes(m)), out.split(m)
     encoder.encode(shard, slice(None), out=rows[me])
-    transfer = wire.all_to_all([rows[me]] * W, rows, label, last=True)
+    transfer = wire.all_gather(rows, label, last=True, whole=buffer)
     encoder.decode(rows[me], m, out=parts[me])  # while it is on its way
     yield transfer
     for r in (*range(me), *range(me + 1, W)):

@@ -1,7 +1,7 @@
 """The base of every exchange that makes one mean of the ranks' buckets: how it runs, and what it sends."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,19 +11,22 @@ from commpress.comm.codecs import Codec
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
+from commpress.comm.feedback import NodeSlice
 
 
 @dataclass(frozen=True)
 class Message:
     """One transfer of a bucket: bytes that a rank sends and receives, and how often these wait for a network's latency.
 
-    Around a `ring` they leave a host once, else they go to each of the other ranks.
+    Around a `ring` they leave a host once, else they go to each of the other ranks; where `between_nodes` says so, to those of
+    other nodes alone, or of the own one.
     """
 
     sent: int
     received: int
     rounds: int = 1
     ring: bool = False
+    between_nodes: bool | None = None
 
 
 class Exchange(ABC):
@@ -32,6 +35,17 @@ class Exchange(ABC):
     name: ClassVar[str]
     linear: ClassVar[bool] = False
     """Whether it needs a codec whose payloads can be summed."""
+
+    def __str__(self) -> str:
+        """Return the text that names it: what a user gives, and what the ranks must have alike."""
+        return self.name
+
+    def on(self, ranks: Sequence[int]) -> "Exchange":
+        """Return it for a group of these ranks of the default group. Raises ValueError if it does not fit them."""
+        return self
+
+    def join(self, wire: Wire) -> None:  # noqa: B027
+        """Make the groups of some of the wire's ranks that it needs. Collective."""
 
     @abstractmethod
     def run(self, x: Tensor, encoder: Encoder, wire: Wire, label: Label) -> Iterator[Transfer]:
@@ -45,9 +59,21 @@ class Exchange(ABC):
         """Return the (start, stop) of the bucket that this rank encodes a second time; None if there is no second encoding."""
         return None
 
-    def payloads(self, world_size: int) -> int:
+    def node_slice(self, n: int, codec: Codec, rank: int, world_size: int) -> NodeSlice | None:
+        """Return what of the bucket this rank encodes for all ranks of its node; None if each encodes its own bucket."""
+        return None
+
+    def share(self) -> float:
+        """Return the share of a bucket that a rank encodes and decodes."""
+        return 1.0
+
+    def payloads(self, codec: Codec, world_size: int) -> int:
         """Return how many payloads each value of the mean is decoded from."""
         return 1
+
+    def idle(self, world_size: int) -> str:
+        """Return why it would compress nothing among so many ranks; "" if it would."""
+        return ""
 
     def among(self, world_size: int) -> "Exchange":
         """Return what stands in for this exchange among so many ranks, if nobody has asked for it by name."""

@@ -41,26 +41,27 @@ def reduce_scatter(
     """
     me, W = wire.rank, wire.world_size
     sizes = _sizes(cuts, encoder.codec)
-    *rows, rest = buffer.split([sizes[me]] * W + [sum(sizes) - sizes[me]])
-    others = iter(rest.split([size for r, size in enumerate(sizes) if r != me]))
-    outgoing = [rows[me] if r == me else next(others) for r in range(W)]
+    received, outgoing = buffer.split([W * sizes[me], sum(sizes)])
+    own, payloads = received[me * sizes[me] : (me + 1) * sizes[me]], outgoing.split(sizes)
     for r in (*range(me + 1, W), *range(me)):
         if sizes[r]:
-            encoder.encode(full, slice(cuts[r], cuts[r + 1]), out=outgoing[r])
-    transfer = wire.all_to_all(outgoing, rows, label, last=True)
-    if sizes[me]:
-        encoder.encode(full, slice(cuts[me], cuts[me + 1]), out=rows[me])  # while the others are on their way
+            encoder.encode(full, slice(cuts[r], cuts[r + 1]), out=payloads[r])
+    if sizes[me] and not wire.by_message:  # a collective takes it along
+        encoder.encode(full, slice(cuts[me], cuts[me + 1]), out=payloads[me])
+    transfer = wire.all_to_all(outgoing, sizes, received, label, last=True)
+    if sizes[me] and wire.by_message:
+        encoder.encode(full, slice(cuts[me], cuts[me + 1]), out=own)  # while the others are on their way
     yield transfer
     if sizes[me]:
-        encoder.mean(buffer[: W * sizes[me]], cuts[me + 1] - cuts[me], W, out=out)
+        encoder.mean(received, cuts[me + 1] - cuts[me], W, out=out)
         if (times := over_mean(op, W)) != 1:
             out.mul_(times)
 
 
 def reduce_scatter_bytes(cuts: Sequence[int], codec: Codec, rank: int) -> int:
-    """Return the bytes of all payloads that a rank sends and receives, its own among them once."""
+    """Return the bytes of all payloads that a rank sends and receives, its own among both."""
     sizes = _sizes(cuts, codec)
-    return sum(sizes) + (len(sizes) - 1) * sizes[rank]
+    return sum(sizes) + len(sizes) * sizes[rank]
 
 
 def _sizes(cuts: Sequence[int], codec: Codec) -> list[int]:

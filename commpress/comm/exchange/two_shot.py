@@ -42,17 +42,19 @@ class TwoShot(Exchange):
         lengths = [cuts[r + 1] - cuts[r] for r in range(W)]
         sizes = [encoder.codec.nbytes(length) for length in lengths]
 
-        outgoing = encoder.buffer("outgoing", sum(sizes), x.device).split(sizes)
+        outgoing = encoder.buffer("outgoing", sum(sizes), x.device)
+        payloads = outgoing.split(sizes)
         for r in range(W):
-            encoder.encode(x, slice(cuts[r], cuts[r + 1]), out=outgoing[r])
+            encoder.encode(x, slice(cuts[r], cuts[r + 1]), out=payloads[r])
         gathered = encoder.buffer("gathered", W * sizes[me], x.device)
-        rows = gathered.split(sizes[me]) if sizes[me] else (gathered,) * W
-        rows[me].copy_(outgoing[me])
-        yield wire.all_to_all(outgoing, rows, label, last=False)
+        gathered[me * sizes[me] : (me + 1) * sizes[me]].copy_(payloads[me])
+        yield wire.all_to_all(outgoing, sizes, gathered, label, last=False)
 
-        means = encoder.buffer("means", sum(sizes), x.device).split(sizes)
+        longest = max(sizes)
+        whole = encoder.buffer("means", W * longest, x.device)
+        means = [whole[r * longest : r * longest + sizes[r]] for r in range(W)]
         encoder.recode(gathered, lengths[me], W, out=means[me])
-        yield wire.all_to_all([means[me]] * W, means, label.second(), last=True)
+        yield wire.all_gather(means, label.second(), last=True, whole=whole)
 
         for r in range(W):
             encoder.decode(means[r], lengths[r], out=x[cuts[r] : cuts[r + 1]])

@@ -1,9 +1,10 @@
-"""One process group as seen by an exchange: who is there, and messages between all pairs at once.
+"""One process group as seen by an exchange: who is there, and what goes between all pairs at once.
 
-Point-to-point messages, not collectives, carry the payloads: any lengths, no copies, both directions of a link in use, and
+On an accelerator one collective carries a transfer, `all_to_all_single` or `all_gather_single` over one flat buffer, which NCCL
+and Gloo know for its tensors. On CPU point-to-point messages do: any lengths, no copies, both directions of a link in use, and
 under Gloo a third less time than all_gather for the same bytes. Each message has its own tag, so none is taken for another.
 
-On CPU a header of 24 bytes goes along with every message, at the same time:
+A header of 24 bytes goes along with every message, at the same time:
 
     rank 0 -> 1   [label | length | checksum]   tag t
                   [payload ................]    tag f(t, label, length)
@@ -14,7 +15,9 @@ count headers, nor what the backend itself puts before a message.
 """
 
 import contextlib
+import copy
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +29,7 @@ from torch import Tensor
 from commpress.comm.agreement import Settings, gather_settings, host_name
 from commpress.comm.exchange.label import HALF, HEADER, Header, Label, wait_for
 from commpress.comm.failure import FailureBoard, LostPeerError, is_lost
-from commpress.comm.joining import sibling
+from commpress.comm.joining import part_of, sibling
 
 
 @dataclass
@@ -40,9 +43,13 @@ class Transfer:
     last: bool
     decodes: bool = False
     """Whether its bucket is decoded behind it, although another one follows."""
+    inside: bool = False
+    """Whether it stays inside a node."""
     headers: list[Header] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list, repr=False)
     """Memory that is being sent."""
+    arrived: Callable[[], None] | None = field(default=None, repr=False)
+    """Puts what came to where it belongs, if it came elsewhere."""
 
     def wait(self) -> None:
         """Return when all is received and the sent memory may be reused.
@@ -56,6 +63,8 @@ class Transfer:
             wait_for(peer, work)
         for header in self.headers:
             header.prove()
+        if self.arrived is not None:
+            self.arrived()
 
 
 class Wire:
@@ -67,41 +76,105 @@ class Wire:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.device = device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self.group: dist.ProcessGroup | None = group
+        self.by_message = device.type == "cpu"
+        """Whether messages carry what is sent, and not collectives."""
         if device.type == "cpu":
-            self.group, hosts = sibling(group)
+            group, hosts = sibling(group)
+            self._name = str(group.group_name)
         else:
-            everyone = gather_settings({"host": host_name()}, group, device)
+            everyone = gather_settings({"host": host_name(), "name": uuid.uuid4().hex}, group, device)
             hosts = tuple(str(other["host"]) for other in everyone)
-        self.board = FailureBoard(self.open_group().group_name, self.rank, hosts)
+            self._name = f"commpress {everyone[0]['name']}"
+        self._open = [group]
+        """The group; empty once it is closed."""
+        self.members: tuple[int, ...] = tuple(range(self.world_size))
+        """The ranks in that group of those that this wire connects."""
+        self._parts: dict[tuple[int, ...], Wire] = {}
+        self.board = FailureBoard(group.group_name, self.rank, hosts)
         self._before = ""
         self._after: dict[str, str] = {}
         """Collectives of the group by the one before them, as all ranks had them the last time."""
+
+    def part(self, ranks: Sequence[int]) -> "Wire":
+        """The wire between some of the ranks, this one among them. It closes with this one, and names ranks as this one does.
+
+        It sends messages by the same group. Where collectives are sent it has a group of its own, which all of `ranks` must
+        ask for at the same point, the first time.
+        """
+        members = tuple(ranks)
+        if (part := self._parts.get(members)) is None:
+            part = self._parts[members] = copy.copy(self)
+            part.rank, part.world_size, part.members = members.index(self.rank), len(members), members
+            part._parts = {}
+            if not self.by_message and members != self.members:
+                part._open = [part_of(self.open_group(), members, f"{self._name} {members}", self.device)]
+        return part
 
     @property
     def peers(self) -> list[int]:
         """All other ranks, the next one first."""
         return [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
 
-    def all_to_all(self, sends: Sequence[Tensor], receives: Sequence[Tensor], label: Label, last: bool) -> Transfer:
-        """Start sending `sends[r]` (uint8) to every other rank r and receiving `receives[r]` from it; empty ones do not
-        travel."""
-        group = self.open_group()
+    def all_to_all(
+        self, outgoing: Tensor, sizes: Sequence[int], incoming: Tensor, label: Label, last: bool
+    ) -> Transfer:
+        """Start sending part r of `outgoing` (uint8, `sizes[r]` bytes) to rank r, and receiving the parts that are for this
+        rank from all, one behind the other, in `incoming` (uint8 [W * sizes[rank]]).
+
+        What a rank has for itself it puts there itself, and in `outgoing`, too, unless `by_message`: a collective takes it
+        along.
+        """
+        size, W = sizes[self.rank], self.world_size
+        if self.by_message:
+            rows = incoming.split(size) if size else (incoming,) * W
+            return self._messages(outgoing.split(list(sizes)), rows, label, last)
+        transfer = Transfer([], sum(sizes) - size, (W - 1) * size, last)
+        if sum(sizes):
+            splits = ([size] * W, list(sizes))
+            work = dist.all_to_all_single(incoming, outgoing, *splits, group=self.open_group(), async_op=True)
+            transfer.works.append((None, work))
+        return transfer
+
+    def all_gather(self, rows: Sequence[Tensor], label: Label, last: bool, whole: Tensor | None = None) -> Transfer:
+        """Start sending this rank's row (uint8) to all, and receiving theirs in the other `rows`.
+
+        `whole` is the memory of the rows where row r begins at r times the length of the longest: one collective can fill it.
+        Without it, and unless `by_message`, they are copied there and back.
+        """
+        me, W = self.rank, self.world_size
+        if self.by_message:
+            return self._messages([rows[me]] * W, rows, label, last)
+        size = max(row.numel() for row in rows)
+        transfer = Transfer([], (W - 1) * rows[me].nbytes, sum(row.nbytes for row in rows) - rows[me].nbytes, last)
+        if not size:
+            return transfer
+        found = torch.empty(W * size, dtype=torch.uint8, device=self.device) if whole is None else whole
+        places = found.split(size)
+        if whole is None:
+            places[me][: rows[me].numel()].copy_(rows[me])
+
+            def arrived() -> None:
+                for r in self.peers:
+                    rows[r].copy_(places[r][: rows[r].numel()])
+
+            transfer.arrived = arrived
+        work = dist.all_gather_single(found, places[me], group=self.open_group(), async_op=True)
+        transfer.works.append((None, work))
+        return transfer
+
+    def _messages(self, sends: Sequence[Tensor], receives: Sequence[Tensor], label: Label, last: bool) -> Transfer:
+        """Start sending `sends[r]` to every other rank r and receiving `receives[r]` from it; empty ones do not travel."""
         incoming = [r for r in reversed(self.peers) if receives[r].numel()]
         outgoing = [r for r in self.peers if sends[r].numel()]
-        sent, received = (sum(t[r].nbytes for r in ranks) for t, ranks in ((sends, outgoing), (receives, incoming)))
-        if self.device.type != "cpu":  # NCCL has no tags; it takes all messages as one operation instead
-            operations = [dist.P2POp(dist.irecv, receives[r], group=group, group_peer=r) for r in incoming]
-            operations += [dist.P2POp(dist.isend, sends[r], group=group, group_peer=r) for r in outgoing]
-            batch = dist.batch_isend_irecv(operations) if operations else []
-            return Transfer([(None, work) for work in batch], sent, received, last)
         transfer = self._headers(label, last, sends, receives)
-        transfer.sent, transfer.received = sent, received
+        transfer.sent = sum(sends[r].nbytes for r in outgoing)
+        transfer.received = sum(receives[r].nbytes for r in incoming)
         for r in incoming:
             tag = label.payload_tag(receives[r].nbytes)
-            transfer.works.append((r, self._start(dist.irecv, receives[r], tag, r)))
+            transfer.works.append((self.members[r], self._start(dist.irecv, receives[r], tag, r)))
         for r in outgoing:
-            transfer.works.append((r, self._start(dist.isend, sends[r], label.payload_tag(sends[r].nbytes), r)))
+            tag = label.payload_tag(sends[r].nbytes)
+            transfer.works.append((self.members[r], self._start(dist.isend, sends[r], tag, r)))
         return transfer
 
     def gather(self, settings: Settings, label: Label) -> list[Settings]:
@@ -109,16 +182,16 @@ class Wire:
 
         A rank that does something else meanwhile is an error, here and there.
         """
-        if self.device.type != "cpu":
+        if not self.by_message:
             return gather_settings(settings, self.open_group(), self.device)
         own = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8)
         size = torch.tensor([own.numel()], dtype=torch.int64, device="cpu").view(torch.uint8)
         sizes = [torch.empty_like(size) for _ in range(self.world_size)]
-        self.all_to_all([size] * self.world_size, sizes, label, last=False).wait()
+        self._messages([size] * self.world_size, sizes, label, last=False).wait()
         texts = [
             torch.empty(int(n.view(torch.int64)), dtype=torch.uint8, device="cpu") for n in self._with(size, sizes)
         ]
-        self.all_to_all([own] * self.world_size, texts, label.second(), last=True).wait()
+        self._messages([own] * self.world_size, texts, label.second(), last=True).wait()
         return [json.loads(bytes(text.tolist())) for text in self._with(own, texts)]
 
     def _with(self, own: Tensor, others: list[Tensor]) -> list[Tensor]:
@@ -133,23 +206,24 @@ class Wire:
             buffer = torch.empty(HEADER.size, dtype=torch.uint8, device="cpu")
             work = self._start(dist.irecv, buffer, label.tag % HALF, r)
             expected = receives[r].nbytes if nbytes is None else nbytes
-            transfer.headers.append(
-                Header(r, work, buffer, label, expected, None if nbytes is not None else receives[r])
-            )
+            payload = None if nbytes is not None else receives[r]
+            transfer.headers.append(Header(self.members[r], work, buffer, label, expected, payload))
         for r in self.peers:
             header = label.header(sends[r], sends[r].nbytes if nbytes is None else nbytes)
             transfer.kept.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-            transfer.works.append((r, self._start(dist.isend, transfer.kept[-1], label.tag % HALF, r)))
+            work = self._start(dist.isend, transfer.kept[-1], label.tag % HALF, r)
+            transfer.works.append((self.members[r], work))
         return transfer
 
     def _start(self, operation: Callable[..., Any], x: Tensor, tag: int, peer: int) -> Any:
+        member = self.members[peer]
         try:
             if operation is dist.isend:
-                return dist.isend(x, group=self.open_group(), tag=tag, group_dst=peer)
-            return dist.irecv(x, group=self.open_group(), tag=tag, group_src=peer)
+                return dist.isend(x, group=self.open_group(), tag=tag, group_dst=member)
+            return dist.irecv(x, group=self.open_group(), tag=tag, group_src=member)
         except RuntimeError as error:
             if is_lost(error):
-                raise LostPeerError(peer, str(error)) from None
+                raise LostPeerError(member, str(error)) from None
             raise
 
     def collective(
@@ -161,7 +235,7 @@ class Wire:
         beside it. Any other waits for them first, so no rank is ever in two different collectives, which Gloo does not
         survive: a rank that expected another one is told so by those who start at once.
         """
-        if self.device.type != "cpu":
+        if not self.by_message:
             return Transfer([(None, start(self.open_group()))], sent, received, last=True)
         label, text = replace(label, proven=False), _collective_text(nbytes, label)
         before, self._before = self._before, text
@@ -197,22 +271,27 @@ class Wire:
         return lost[0] if len(lost) == 1 else self.peers[0] if self.world_size == 2 else None
 
     def open_group(self) -> dist.ProcessGroup:
-        """The group. Once closed it is None, which torch would take for the default group, the user's own."""
-        if (group := self.group) is None:
+        """The group. Raises RuntimeError once it is closed: torch would take None for the default group, the user's own."""
+        if not self._open:
             raise RuntimeError("the connections are closed")
-        return group
+        return self._open[0]
 
     def close(self) -> None:
         """Close the connections, so that peers fail at once instead of waiting for the group's timeout.
 
         Gloo's `abort` leaves its sockets open; they close with the last reference to the group and to work in flight.
         """
-        group, self.group = self.open_group(), None
-        with contextlib.suppress(Exception):  # what cannot be closed fails by its timeout
-            if self.device.type == "cpu":
-                dist.destroy_process_group(group)
-            else:
-                group._get_backend(self.device).abort()
+        self.open_group()
+        for wire in (self, *self._parts.values()):
+            if not wire._open:
+                continue  # the same group
+            group = wire._open.pop()
+            with contextlib.suppress(Exception):  # what cannot be closed fails by its timeout
+                if self.device.type == "cpu":
+                    dist.destroy_process_group(group)
+                else:
+                    group._get_backend(self.device).abort()
+            del group
 
     def all_reduce(self, x: Tensor, label: Label, op: Any = dist.ReduceOp.SUM) -> Transfer:
         """Start the group's own reduction of `x`, in place. A ring sends 2 (W - 1) / W of the tensor."""

@@ -65,10 +65,15 @@ def with_prologue(x, prologue, at, inside):
     """The values of a gradient from `at`, behind its prologue."""
     value = read(x + at, inside)
     if prologue is not None:
-        scaled = value * read(prologue[0] + at, inside)
-        clipped = tl.minimum(tl.maximum(scaled, -prologue[2]), prologue[2])
-        value = prologue[3] * clipped + prologue[4] * read(prologue[1] + at, inside) + (scaled - scaled)  # 0, or NaN
+        scaled, average = value * read(prologue[0] + at, inside), read(prologue[1] + at, inside)
+        value = prologue[3] * clipped(scaled, prologue[2]) + prologue[4] * average + (scaled - scaled)  # 0, or NaN
     return value
+
+
+@triton.jit
+def clipped(value, limit):
+    """Values within -limit and limit; NaN stays NaN."""
+    return tl.where(value != value, value, tl.minimum(tl.maximum(value, -limit), limit))
 
 
 @triton.jit

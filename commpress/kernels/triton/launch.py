@@ -9,7 +9,8 @@ from torch import Tensor
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of gradients that the kernels read, and of means that they write."""
 
-
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by how many bytes they have."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """How every kernel is compiled: products and sums are rounded one by one."""
 
@@ -21,7 +22,8 @@ counting: Any = triton.jit(do_not_specialize=COUNTS)
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """Start `programs` programs on the current stream of the tensors' device."""
-    place = next(x for x in arguments if isinstance(x, Tensor))
+    each = (y for x in arguments for y in (x if isinstance(x, tuple) else (x,)))
+    place = next(x for x in each if isinstance(x, Tensor))
     with torch.cuda.device_of(place):
         kernel[(programs,)](*arguments, **OPTIONS, **constants)
 
@@ -31,6 +33,11 @@ def steps(prologue: Any) -> tuple[Any, ...] | None:
     if prologue is None:
         return None
     return prologue.inverse, prologue.average, float(prologue.limit), float(prologue.fresh), float(prologue.kept)
+
+
+def bits(x: Tensor) -> Tensor:
+    """A contiguous tensor as integers [n] as wide as its values."""
+    return x.detach().view(-1).view(BITS[x.element_size()])
 
 
 def words(payload: Tensor) -> Tensor:

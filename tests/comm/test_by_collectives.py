@@ -1,0 +1,175 @@
+"""What runs on an accelerator, with CPU tensors over Gloo: a collective carries each transfer, and the bits are the same."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from battery import gradient
+from ranks import outcome, run
+from torch import Tensor
+
+from commpress.comm.codecs import parse
+from commpress.comm.encoder import Encoder
+from commpress.comm.error import ErrorWatch
+from commpress.comm.exchange import Labels, Transfer, Wire, named
+from commpress.comm.exchange.all_gather import all_gather
+from commpress.comm.exchange.reduce_scatter import reduce_scatter, reduce_scatter_bytes
+from commpress.comm.feedback import Memory
+from commpress.comm.verify import Comparison
+
+CPU = torch.device("cpu")
+SPECS = ("int4", "sign", "topk(0.1)", "topk(0.1)|int4", "bf16", "randomk(0.1)", "none")
+LENGTHS = (
+    (70_001, torch.float32),
+    (8192, torch.float32),
+    (5000, torch.bfloat16),
+    (300, torch.float16),
+    (5, torch.float32),
+)
+"""Among them chunks of one length, and chunks of none."""
+STEPS = 2
+Said = list[tuple[Tensor, int, int]]
+
+
+def wires() -> list[Wire]:
+    """One that sends messages, one that runs collectives."""
+    found = [Wire(dist.group.WORLD, CPU) for _ in range(2)]
+    found[1].by_message = False
+    return found
+
+
+def carried_out(wire: Wire, exchange: Iterator[Transfer]) -> tuple[int, int, int]:
+    """Carry an exchange out: the bytes that it sent and received, and those that stayed in the node."""
+    sent = received = inside = 0
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a message between two ranks")
+
+    with contextlib.ExitStack() as patched:
+        for name in () if wire.by_message else ("isend", "irecv", "send", "recv", "batch_isend_irecv"):
+            patched.enter_context(mock.patch.object(dist, name, refused))
+        for transfer in exchange:
+            transfer.wait()
+            sent, received = sent + transfer.sent, received + transfer.received
+            inside += transfer.sent * transfer.inside
+    return sent, received, inside
+
+
+def means(wire: Wire, exchange: str, spec: str, n: int, dtype: torch.dtype) -> list[Any]:
+    """The means of some steps, what is remembered behind them, and bytes."""
+    chosen, codec, labels, W = named(exchange), parse(spec), Labels(), wire.world_size
+    memory, found = Memory(), []
+    if codec.lossy:
+        part, chunk = (of(n, codec, wire.rank, W) for of in (chosen.node_slice, chosen.chunk))
+        memory.residual = torch.zeros(n) if part is None else None
+        memory.slice_residual = None if part is None else torch.zeros(part.stop - part.start)
+        memory.owner_residual = None if chunk is None else torch.zeros(chunk[1] - chunk[0])
+    for step in range(STEPS):
+        x = gradient(n, 10 * wire.rank + step).to(dtype)
+        found.append(
+            carried_out(wire, chosen.run(x, Encoder(codec.drawn(step), memory), wire, labels.next("a bucket")))
+        )
+        found.append(x)
+    return [*found, *memory.tensors().values()]
+
+
+def both_ways(exchanges: list[str]) -> dict[str, list[list[Any]]]:
+    """By case, the results of messages and of collectives."""
+    found, both = {}, wires()
+    for exchange in exchanges:
+        for spec in SPECS:
+            if not named(exchange).linear or parse(spec).linear:
+                for n, dtype in LENGTHS:
+                    case = f"{exchange} of {spec}, {n} {dtype}"
+                    found[case] = [means(wire, exchange, spec, n, dtype) for wire in both]
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "exchanges"), [
+    (3, ["two_shot", "one_shot", "all_reduce"]), (4, ["hierarchical(2)"]),
+])  # fmt: skip
+def test_collectives_give_the_bits_of_messages(world_size: int, exchanges: list[str]) -> None:
+    for got in run(world_size, both_ways, exchanges, timeout=120):
+        for case, (by_message, by_collective) in got.items():
+            assert len(by_message) == len(by_collective)
+            for x, y in zip(by_message, by_collective, strict=True):
+                assert x == y if isinstance(x, tuple) else same(x, y), case
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
+def shards(spec: str) -> list[list[Tensor]]:
+    """By both ways: this rank's chunk of a mean, chunks of other lengths, what all shards become, samples of an error."""
+    found, codec = [], parse(spec)
+    for wire in wires():
+        me, W, labels, results = wire.rank, wire.world_size, Labels(), []
+        for cuts in ([0, 1000, 2000, 3000], [0, 0, 1500, 3000]):
+            full, out = gradient(cuts[-1], me), torch.empty(cuts[me + 1] - cuts[me])
+            buffer = torch.empty(reduce_scatter_bytes(cuts, codec, me), dtype=torch.uint8)
+            encoder = Encoder(codec, Memory(torch.zeros(cuts[-1])))
+            more = (wire, labels.next("a chunk"))
+            carried_out(wire, reduce_scatter(full, cuts, out, dist.ReduceOp.AVG, encoder, buffer, *more))
+            results += [out, encoder.memory.residual]
+        whole, buffer = torch.empty(W * 1000), torch.empty(W * codec.nbytes(1000), dtype=torch.uint8)
+        more = (wire, labels.next("a shard"))
+        carried_out(wire, all_gather(gradient(1000, me), whole, Encoder(codec), buffer, *more))
+        watch = ErrorWatch(codec)
+        carried_out(wire, watch.watch(iter(()), gradient(3000, me), codec, wire, labels.next("a sample")))
+        found.append([*results, whole, torch.tensor([watch.error()])])
+    return found
+
+
+@pytest.mark.parametrize("spec", ["int4", "topk(0.1)"])
+def test_collectives_of_sharded_models_give_the_bits_of_messages(spec: str) -> None:
+    for by_message, by_collective in run(3, shards, spec):
+        for x, y in zip(by_message, by_collective, strict=True):
+            assert same(x, y)
+
+
+def compared(bad_rank: int | None) -> str:
+    """What hashes say that a collective carries."""
+    _, wire = wires()
+    comparison, labels, x = Comparison(4, ()), Labels(), torch.ones(1000)
+    if wire.rank == bad_rank:
+        x[7] = 2
+    exchange = comparison.finish(comparison.watch(iter(()), x, "the mean"), wire, labels.next("hashes"))
+    return outcome(lambda: carried_out(wire, exchange))
+
+
+def test_hashes_are_compared_by_collectives() -> None:
+    assert run(3, compared, None) == [""] * 3
+    for said in run(3, compared, 2):
+        assert "rank 2 (" in said
+        assert "has other values of the mean" in said
+
+
+def closed() -> tuple[list[str], float]:
+    """What the parts of a closed wire say, and a sum on the user's group afterwards."""
+    _, wire = wires()
+    parts = [wire.part([wire.rank // 2 * 2, wire.rank // 2 * 2 + 1]), wire.part([wire.rank % 2, wire.rank % 2 + 2])]
+    rows = list(torch.zeros(4, 4, dtype=torch.uint8))
+    for part in parts:
+        part.all_gather(rows[:2], Labels().next("a row"), last=True).wait()
+    dist.barrier()
+    wire.close()
+
+    def gather(part: Wire) -> None:
+        part.all_gather(rows[: part.world_size], Labels().next("a row"), last=True)
+
+    said = [outcome(partial(gather, part)) for part in (wire, *parts)]
+    total = torch.ones(())
+    dist.all_reduce(total)
+    return said, total.item()
+
+
+def test_the_groups_of_a_node_close_with_the_whole() -> None:
+    for said, total in run(4, closed):
+        assert said == ["RuntimeError: the connections are closed"] * 3
+        assert total == 4
