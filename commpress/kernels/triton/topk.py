@@ -36,8 +36,6 @@ SHARING: tl.constexpr = tl.constexpr(2)
 """how many do,"""
 KEPT: tl.constexpr = tl.constexpr(3)
 """and how many values are kept: k, or none if more are NaN or Inf."""
-COUNTED = 4096
-"""The values that are counted at once."""
 SIZE = 2048
 """The values of a part."""
 CHUNK = 128
@@ -238,11 +236,11 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
 def _select(x: Tensor, residual: Tensor | None, prologue: Any, index: Tensor, value: Tensor) -> Tensor:
     """Write positions and values of the k largest. Returns how many they are, int64 [1]: k, or 0 if more are NaN or Inf."""
     n, k, here = x.numel(), index.numel(), x.device
-    tiles, counted = triton.cdiv(n, SIZE), triton.cdiv(n, COUNTED)
+    tiles = triton.cdiv(n, SIZE)
     bins = [FIRST.value, NEXT.value, NEXT.value]
     first, second, third = torch.zeros(sum(bins), dtype=torch.int64, device=here).split(bins)
     state = torch.empty(4, dtype=torch.int64, device=here)
-    launch(_count_all, min(counted, PROGRAMS), x, prologue, residual, first, n, counted, SIZE=COUNTED)
+    launch(_count_all, min(tiles, PROGRAMS), x, prologue, residual, first, n, tiles, SIZE=SIZE)
     launch(_narrow, 1, first, state, k, BINS=FIRST.value)
     values = torch.empty(tiles * SIZE, dtype=torch.float32, device=here)
     places = torch.empty(tiles * SIZE, dtype=torch.int16, device=here)
