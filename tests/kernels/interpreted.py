@@ -2,7 +2,7 @@
 
 `test_triton.py` runs this file in a process of its own, since Triton asks for its interpreter when it is imported. By hand:
 
-    TRITON_INTERPRET=1 SPECS="int8 sign" pytest tests/kernels/interpreted.py
+    TRITON_INTERPRET=1 SPECS="int8 topk(0.1)" LENGTHS="300 5000" pytest tests/kernels/interpreted.py
 """
 
 import functools
@@ -14,6 +14,7 @@ import battery
 import pytest
 import torch
 from battery import defined_encode, same, same_bits, same_residual
+from tiers import slowly
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -27,6 +28,8 @@ from commpress.kernels import table
 SPECS = os.environ["SPECS"].split()
 SIZE = 1024
 """Of the codecs with blocks of 256 a whole program's values; of `sign` and `int2` a block, their programs have 4 or 8."""
+LENGTHS = [int(n) for n in os.environ.get("LENGTHS", "").split()]
+"""How many values each input of `topk` has."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which tells of each NaN
@@ -132,3 +135,61 @@ def test_mean_and_recode_are_those_of_the_definition(codec: Codec, count: int, b
     found = recode(codec, payloads, n, count, after)
     assert same(codec.define_decode(found, n), codec.define_decode(expected, n))  # the sign of a NaN means nothing
     assert settled(codec, after, expected_after, mean + before, expected)
+
+
+def inputs_alone(n: int) -> dict[str, Tensor]:
+    """The inputs of the battery, one by one."""
+    return {**battery.tame(n), **battery.wild(n)}
+
+
+@pytest.fixture
+def top(codec: Codec) -> Codec:
+    if codec.word != "topk":
+        pytest.skip("is no topk")
+    return codec
+
+
+QUICK = ("few magnitudes", "some nan", "many nan and inf")
+
+
+@pytest.mark.parametrize("name", slowly(inputs_alone(1), QUICK))
+def test_each_input_is_sent_as_the_definition_sends_it(top: Codec, name: str) -> None:
+    for n in LENGTHS:
+        x = inputs_alone(n)[name]
+        for before in battery.memories(x):
+            after, (payload, expected) = before.clone(), defined_encode(top, x, before)
+            assert torch.equal(encode(top, x, after), payload), n
+            assert expected is not None
+            assert same_bits(after, expected), n
+        found, expected = x.nan_to_num(2.0), x.nan_to_num(2.0)
+        coding.clear(top, payload, found)
+        index = top.define_positions(payload, n)
+        expected[index if index.numel() else slice(None)] = 0
+        assert same_bits(found, expected), n
+        payloads = torch.cat([payload, defined_encode(top, x.flip(0))[0], payload])
+        for count in (1, 3):
+            part = payloads[: count * payload.numel()]
+            mean = coding.defined_mean(top, part, n, count)
+            assert same(coding.mean(top, part, n, count), mean), (n, count)
+
+
+def test_programs_that_have_several_parts_count_them_all(top: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    from commpress.kernels.triton import topk
+
+    monkeypatch.setattr(topk, "PROGRAMS", 2)
+    x = battery.gradient(5 * topk.SIZE + 1)
+    after, (payload, expected) = remembered(x), defined_encode(top, x, remembered(x))
+    assert torch.equal(encode(top, x, after), payload)
+    assert expected is not None
+    assert same_bits(after, expected)
+
+
+def test_a_payload_that_does_not_mark_its_positions_is_all_nan_and_writes_nowhere_else(top: Codec) -> None:
+    n = 3000
+    for garbage in (0x00, 0xFF, 0x5A):
+        payload = torch.full((top.nbytes(n),), garbage, dtype=torch.uint8)
+        memory = torch.full((3 * n,), 5.0)
+        coding.mean(top, payload, n, 1, memory[n : 2 * n])
+        assert memory[n : 2 * n].isnan().all()
+        assert (memory[:n] == 5).all()
+        assert (memory[2 * n :] == 5).all()

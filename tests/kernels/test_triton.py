@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiers import slow
+from tiers import slowly
 
 HERE = Path(__file__).parent
 CODE = HERE / "triton_code.py"
@@ -18,23 +18,33 @@ OUTER_SPECS = (
     "randomk(0.3)|fp16 randomk(0.1) randomk(0.02)|int4 randomk(0.001)|int4 randomk(0.0001) rotate|int4 rotate|sign"
 )
 """Those whose values are coded in turn; the ratios are such that strata are long and short."""
-SINGLE = {"_settle", "_clear"}
+SINGLE = {"_settle", "_clear", "_keep", "_put", "_scatter", "_clear_marked"}
 """Kernels that go to single places."""
+FEW = {"_narrow", "_refine", "_count_kept", "_count_marks"}
+"""Kernels of `topk` that go through what has been set apart, histograms or bits: little of each."""
 LONG = "randomk(0.0001)"
 """Strata are longer than what registers hold, and start anywhere: 4 bytes at once."""
 
 
-@pytest.mark.parametrize(
-    ("checks", "specs"),
-    [
-        ("interpreted.py", "bf16 int4 sign"),
-        slow("interpreted.py", SPECS),
-        slow("interpreted.py", OUTER_SPECS),
-        ("interpreted_passes.py", ""),
-    ],
-    ids=["few", "all", "outer", "passes"],
-)
-def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(checks: str, specs: str) -> None:
+RUNS = {
+    # a name: checks, specs, how many values each input of `topk` has, and the tier
+    "few": ("interpreted.py", "bf16 int4 sign topk(0.1)|int4", "300", "not slow"),
+    "all": ("interpreted.py", SPECS, "", "slow or not slow"),
+    "outer": ("interpreted.py", OUTER_SPECS, "", "slow or not slow"),
+    "topk": ("interpreted.py", "topk(0.1)", "1 7 300 5000", "slow or not slow"),
+    "topk in blocks": ("interpreted.py", "topk(0.05)|sign", "300 5000", "slow or not slow"),
+    "topk of all": ("interpreted.py", "topk(1)", "300 2200", "slow or not slow"),
+    "topk of some": ("interpreted.py", "topk(0.001)|fp16 topk(0.3)|int8", "257 4099", "slow or not slow"),
+    "topk of two": ("interpreted.py", "topk(0.00003)", "70001", "not slow"),
+    "passes": ("interpreted_passes.py", "", "", "slow or not slow"),
+}
+QUICK = (RUNS["few"], RUNS["passes"])
+
+
+@pytest.mark.parametrize(("checks", "specs", "lengths", "tier"), slowly(RUNS.values(), QUICK), ids=list(RUNS))
+def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(
+    checks: str, specs: str, lengths: str, tier: str
+) -> None:
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(
@@ -48,9 +58,11 @@ def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(checks: str
             "-p",
             "no:xdist",
             "--durations=4",
+            "-m",
+            tier,
             str(HERE / checks),
         ],
-        env={**environment, "TRITON_INTERPRET": "1", "SPECS": specs},
+        env={**environment, "TRITON_INTERPRET": "1", "SPECS": specs, "LENGTHS": lengths},
         capture_output=True,
         text=True,
         timeout=280,
@@ -71,10 +83,10 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    of_codecs, passes = 9 * 4 + 7 + 17 + 6, 14  # 16-bit casts have no recode; 17 are of randomk, 6 of rotate
+    of_codecs, passes = 9 * 4 + 7 + 17 + 6 + 41, 14  # 16-bit casts have no recode; of randomk 17, rotate 6, topk 41
     assert len(rows) == of_codecs + passes
     for row in rows:
         assert row["stack"] == 0, row
         assert row["fused"] == 0, row
         assert row["shared"] <= SHARED, row
-        assert row["wide"] > 0 or row["function"] in SINGLE or row["kernel"].startswith(LONG), row
+        assert row["wide"] > 0 or row["function"] in SINGLE | FEW or row["kernel"].startswith(LONG), row

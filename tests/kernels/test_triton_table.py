@@ -24,7 +24,8 @@ def test_without_triton_one_warning_says_that_codecs_are_slower(monkeypatch: pyt
     assert len(said) == 1
 
 
-def test_each_codec_but_topk_has_kernels_for_cuda() -> None:
+def test_each_codec_has_kernels_for_cuda() -> None:
     pytest.importorskip("triton")
-    words = {word for op, word, device in table.KERNELS if op == "encode" and device == "cpu"}
-    assert {word for word in words if table.lookup("encode", str(word), "cuda") is None} == {"topk"}
+    words = {str(word) for op, word, device in table.KERNELS if op == "encode" and device == "cpu"}
+    assert words
+    assert not {word for word in words if table.lookup("encode", word, "cuda") is None}

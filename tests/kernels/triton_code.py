@@ -27,6 +27,7 @@ from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
 from commpress.kernels.triton import (
     cast,
+    elias_fano,
     float8,
     integer,
     masks,
@@ -36,6 +37,7 @@ from commpress.kernels.triton import (
     random_k,
     rotate,
     sign,
+    topk,
     two_bit,
 )
 from commpress.kernels.triton.launch import OPTIONS
@@ -56,6 +58,7 @@ FAMILIES: dict[str, Any] = {
     "randomk(0.001)|int4": random_k,
     "randomk(0.0001)": random_k,
     "rotate|int4": rotate,
+    "topk(0.01)": topk,
 }
 
 X, HALVES, INDEX, KEPT = (
@@ -119,7 +122,7 @@ def main(capability: int, wanted: list[str] | None) -> None:
         def note(*arguments: Any, found: list[Any] = found, **constants: Any) -> None:
             found.append(compiled(*arguments, **constants))
 
-        family.launch = note
+        family.launch = elias_fano.launch = note
         run()
         for kernel in found:
             row = {"kernel": name, "function": kernel.metadata.name, "capability": capability, **needs(kernel)}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -12,6 +13,11 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by how many bytes they have."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """How every kernel is compiled: products and sums are rounded one by one."""
+
+
+COUNTS = ("k", "W", "tiles", "row", "bits", "low_bits", "low_words", "high_at")
+counting: Any = triton.jit(do_not_specialize=COUNTS)
+"""Makes a kernel that is compiled once for all of these counts, and not again where one is 1 or a multiple of 16."""
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

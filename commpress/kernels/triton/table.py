@@ -14,6 +14,7 @@ from commpress.kernels.triton import (
     random_k,
     rotate,
     sign,
+    topk,
     two_bit,
 )
 from commpress.kernels.triton.launch import READABLE
@@ -26,6 +27,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("encode", "int4", "cuda"): Kernel(integer.encode, READABLE),
     ("encode", "int2", "cuda"): Kernel(two_bit.encode, READABLE),
     ("encode", "sign", "cuda"): Kernel(sign.encode, READABLE),
+    ("encode", "topk", "cuda"): Kernel(topk.encode, READABLE),
     ("encode", "randomk", "cuda"): Kernel(random_k.encode, READABLE),
     ("encode", "rotate", "cuda"): Kernel(rotate.encode, READABLE),
     ("mean", "bf16", "cuda"): Kernel(cast.mean, READABLE),
@@ -35,6 +37,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("mean", "int4", "cuda"): Kernel(integer.mean, READABLE),
     ("mean", "int2", "cuda"): Kernel(two_bit.mean, READABLE),
     ("mean", "sign", "cuda"): Kernel(sign.mean, READABLE),
+    ("mean", "topk", "cuda"): Kernel(topk.mean),
     ("mean", "randomk", "cuda"): Kernel(random_k.mean, READABLE),
     ("mean", "rotate", "cuda"): Kernel(rotate.mean, READABLE),
     ("recode", "fp8", "cuda"): Kernel(float8.recode),
@@ -42,6 +45,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("recode", "int4", "cuda"): Kernel(integer.recode),
     ("recode", "int2", "cuda"): Kernel(two_bit.recode),
     ("recode", "sign", "cuda"): Kernel(sign.recode),
+    ("clear", "topk", "cuda"): Kernel(topk.clear),
     ("clear", "randomk", "cuda"): Kernel(random_k.clear),
     ("prologue", None, "cuda"): Kernel(prologue.apply),
     ("pack", None, "cuda"): Kernel(masks.pack, dtypes=None),
