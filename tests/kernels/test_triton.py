@@ -41,11 +41,14 @@ RUNS = {
 QUICK = (RUNS["few"], RUNS["passes"])
 
 
+@pytest.mark.timeout(900)  # the interpreter, and LLVM below, beside three other workers
 @pytest.mark.parametrize(("checks", "specs", "lengths", "tier"), slowly(RUNS.values(), QUICK), ids=list(RUNS))
 def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(
     checks: str, specs: str, lengths: str, tier: str
 ) -> None:
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip(f"the interpreter of Triton {triton.__version__} cannot run these kernels, that of 3.9 can")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(
         [
@@ -65,12 +68,13 @@ def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(
         env={**environment, "TRITON_INTERPRET": "1", "SPECS": specs, "LENGTHS": lengths},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=850,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", ["80", "90", "100"])
 def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(capability: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
@@ -79,7 +83,7 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=850,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
