@@ -324,13 +324,17 @@ def test_the_report_reads_the_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_program_runs_on_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_the_whole_program_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LIMIT", "BYTES", "RATES", "CPU", "RANKS", "PROGRAM"):  # other tests run beside it
+        monkeypatch.setattr(gpu_check, f"{name}_SECONDS", 5 * getattr(gpu_check, f"{name}_SECONDS"))
+    monkeypatch.setattr(gpu_check.gpu_parts, "STALL_SECONDS", 450.0)
     few = ("int4", "topk(0.1)|int4")
     small: dict[str, Any] = {"mb": 0.4, "repeat": 1, "steps": 3, "sizes": (65536,), "small": True}
     runs = ("DDP, int4", "FSDP2, int4, parameters int8")
     check = gpu_check.Check("cpu", specs=few, timed=few, runs=runs, folder=tmp_path, **small)
     record = gpu_check.run(check)
-    assert [row["name"] for row in record["rows"] if row["error"]] == []
+    assert [(row["name"], row["error"]) for row in record["rows"] if row["error"]] == []
     parts = [row["part"] for row in record["rows"]]
     assert list(dict.fromkeys(parts)) == [
         "codecs",
