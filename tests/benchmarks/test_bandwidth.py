@@ -147,7 +147,7 @@ def measure(codec: Codec | str) -> None:
 @pytest.mark.parametrize(
     ("codec", "complaint"),
     [
-        (Garbled(), "a value is off by 0.25 beyond what error feedback remembers"),
+        slow(Garbled(), "a value is off by 0.25 beyond what error feedback remembers"),
         (Empty(), "what was left out is as large as the gradient"),
         (Own(), "the ranks hold different bits"),
     ],

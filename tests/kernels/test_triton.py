@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiers import slowly
 
 HERE = Path(__file__).parent
 CODE = HERE / "triton_code.py"
@@ -38,11 +37,11 @@ RUNS = {
     "topk of two": ("interpreted.py", "topk(0.00003)", "70001", "not slow"),
     "passes": ("interpreted_passes.py", "", "", "slow or not slow"),
 }
-QUICK = (RUNS["few"],)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # the interpreter, and LLVM below, beside three other workers
-@pytest.mark.parametrize(("checks", "specs", "lengths", "tier"), slowly(RUNS.values(), QUICK), ids=list(RUNS))
+@pytest.mark.parametrize(("checks", "specs", "lengths", "tier"), RUNS.values(), ids=list(RUNS))
 def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(
     checks: str, specs: str, lengths: str, tier: str
 ) -> None:

@@ -19,6 +19,7 @@ def core_only(code: str, **environment: str) -> Ended:
     return run_code(BLOCKED + code, **environment)
 
 
+@pytest.mark.slow
 def test_a_program_of_ours_names_the_extra_and_nothing_else() -> None:
     """All in one process, each as `python -m` runs it."""
     code = f"""

@@ -335,7 +335,8 @@ def of_zero(kind: str) -> list[int]:
     return trained(Scheduler(recipe, model, optimizer, session=session), wrapped, [optimizer], 5)
 
 
-@pytest.mark.parametrize("kind", [slow("zero"), "local sgd"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero", "local sgd"])
 def test_optimizers_of_torch_distributed(kind: str) -> None:
     assert run(2, of_zero, kind) == [[0] * 5] * 2
 
