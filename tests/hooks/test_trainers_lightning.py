@@ -258,6 +258,7 @@ def test_a_training_sends_what_the_spec_says_and_learns_as_without(tmp_path: Pat
         assert {row["reason"] for row in report["rows"]} == {""}
 
 
+@pytest.mark.slow
 def test_a_loss_scaler_is_followed(tmp_path: Path) -> None:
     one, other = run(2, trained, str(tmp_path), 24, "int4", True, timeout=120)
     assert torch.equal(one["parameters"], other["parameters"])

@@ -164,6 +164,7 @@ def test_a_network_that_fails_half_way_leaves_nothing() -> None:
     assert not own(os.getpid())
 
 
+@pytest.mark.slow
 @needs_lab
 def test_sigterm_cleans_up_and_spares_other_labs() -> None:
     process = started_lab()
@@ -183,6 +184,7 @@ def test_sigterm_cleans_up_and_spares_other_labs() -> None:
         process.kill()
 
 
+@pytest.mark.slow
 @needs_lab
 def test_the_next_lab_removes_what_a_killed_one_left() -> None:
     process = started_lab("--delay", "1ms")
