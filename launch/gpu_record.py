@@ -47,7 +47,7 @@ def lines(record: Record) -> list[tuple[str, list[list[str]]]]:
 
 
 def said(row: Record) -> str:
-    """What a row that did not fail has found, in words."""
+    """Say in words what a row has found that did not fail."""
     parts = [row["text"]] if row.get("text") else []
     if row.get("comparisons"):
         parts.append(f"{row['comparisons']} results are right")

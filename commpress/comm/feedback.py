@@ -28,7 +28,7 @@ KEPT = ("residual", "slice_residual", "owner_residual", "momentum")
 
 @dataclass(frozen=True)
 class NodeSlice:
-    """What a rank encodes of a bucket of `n` values that travel, for all `ranks` of its node: those from `start` to `stop`."""
+    """The values from `start` to `stop` of a bucket of which `n` travel: a rank encodes them for all `ranks` of its node."""
 
     start: int
     stop: int

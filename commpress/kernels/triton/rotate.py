@@ -40,7 +40,7 @@ def _steps(x, rest, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _factors(signs, rest):
-    """What values are multiplied by: their sign and the root of 1 / size."""
+    """Return the factors of a block's values: their sign and the root of 1 / size."""
     o = tl.arange(0, SIZE)
     if rest is None:
         return tl.load(signs + o) * 2.0**-5
