@@ -76,8 +76,8 @@ def _places(number, start, width, size, strata, draw):
 
 @triton.jit
 def _share_of(program, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
-    """Return a program's share: the size of its blocks and how many strata they have; where the block of its first stratum starts,
-    the number of that stratum among all, and in its block; how many strata are the program's."""
+    """Return a program's share: the size of its blocks and how many strata they have; where the block of its first stratum
+    starts, the number of that stratum among all, and in its block; how many strata are the program's."""
     full = blocks.to(tl.int64) * STRATA
     programs = (full + GROUP - 1) // GROUP
     whole = program < programs
