@@ -32,7 +32,7 @@ warm: $(INSTALLED)
 
 test: warm
 	@echo "== tests"
-	@$(RUN)/python -m pytest -q -n 4 --dist worksteal
+	@$(RUN)/python -m pytest -q -n 3 --dist worksteal
 
 test-slow: warm
 	@echo "== the tests that \`make test\` leaves out"

@@ -4,6 +4,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from copies import Times, in_turns
@@ -86,9 +87,9 @@ def on(threads: int, what: str, call: Callable[[], object]) -> Callable[[], obje
     """Return a call that finds so many idle cores, and whose error says what it was."""
 
     def called() -> object:
-        slices.idle_cores = lambda: threads
         try:
-            return call()
+            with mock.patch.object(slices, "idle_cores", return_value=threads):
+                return call()
         except Exception as error:
             raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
 

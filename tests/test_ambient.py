@@ -376,7 +376,7 @@ def under(setting: str, dtype: torch.dtype = torch.float32, only: tuple[str, ...
     "setting",
     slowly(
         [name for name in SETTINGS if name != "nothing"],
-        quick=("default dtype float64", "default dtype bfloat16", "with torch.device"),
+        quick=("default dtype bfloat16", "with torch.device"),
     ),
 )
 def test_a_setting_of_the_script_changes_no_bit(setting: str) -> None:

@@ -167,6 +167,7 @@ def test_the_hook_registers_by_hand_as_the_readme_says(tmp_path: Path) -> None:
     run_fresh([PRELUDES["ddp"], line[1], "train()"], tmp_path)
 
 
+@pytest.mark.slow
 def test_every_name_of_ours_is_there_after_import_commpress() -> None:
     """Whatever stands as commpress.x.y in the documents, in a process without anything of ours."""
     found = {

@@ -423,7 +423,7 @@ def inside(codec: Codec, exchange: str, nbytes: int, n: int, rank: int) -> int:
     return nbytes - own + (L - 1) * own
 
 
-@pytest.mark.parametrize("world_size", slowly(WORLD_SIZES, quick=(2, 3, 4)))
+@pytest.mark.parametrize("world_size", slowly(WORLD_SIZES, quick=(2, 3)))
 def test_lengths_below_the_number_of_ranks(world_size: int) -> None:
     specs = {2: FEW, 3: TINY_SPECS, 4: ("int4", "topk(0.1)|int4")}[world_size]
     ranks = run(world_size, all_tiny, specs, timeout=200)

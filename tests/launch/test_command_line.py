@@ -271,6 +271,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_commpress_report_takes_all_that_the_package_writes(tmp_path: Path, reports: Path) -> None:
     shutil.copytree(reports, tmp_path, dirs_exist_ok=True)
     code, said = commpress_command("explain", *ASKED, "--step-seconds", "1", "--json", tmp_path / "explain.json")

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import report_samples
-from tiers import slowly
 
 from commpress.launch import records, report
 
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -152,7 +152,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("size", slowly(SIZES, quick=("desk",)))
+@pytest.mark.parametrize("size", SIZES)
 def test_the_report_at_the_width_of(chromium: Chromium, page: Path, tmp_path: Path, size: str) -> None:
     chromium.open(page, *SIZES[size])
     found = chromium.evaluate(MEASURE)

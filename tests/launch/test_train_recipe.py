@@ -13,7 +13,6 @@ from commands import run_command
 from ranks import outcome, run
 from shared import filled
 from stopped import stop_at
-from tiers import slowly
 from torch import nn
 
 from commpress.launch import checkpoint, recipes, train
@@ -60,8 +59,14 @@ BREAKS = {"ddp": (2, 10, 14, 18), "fsdp": (10, 18)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, and runs by recipe under DDP: in one go, with breaks in its phases, and forked."""
+    """A text, recipes, a teacher, and a run that stopped early."""
     return filled(tmp_path_factory, "recipe", fill)
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """Runs under DDP that go on by a recipe where another run stopped."""
+    return filled(tmp_path_factory, "forks", lambda out: run(2, fork_all, folder, out, timeout=240))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +74,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Callable[[st
     """By one of BREAKS the folder with its run in one go and its run with breaks."""
 
     def made(way: str) -> Path:
-        if way == "ddp":
-            return folder
         return filled(tmp_path_factory, way, lambda out: run(2, whole_and_cut, folder, out, way, timeout=240))
 
     return made
@@ -80,29 +83,30 @@ def fill(folder: Path) -> None:
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     for bits in (8, 4):
         (folder / f"int{bits}.toml").write_text(RECIPE.format(bits=bits, teacher=folder / "teacher"))
-    run(2, train_all, folder, timeout=240)
+    run(2, teach_and_begin, folder, timeout=240)
 
 
-def train_all(folder: Path) -> None:
+def teach_and_begin(folder: Path) -> None:
     common = {**COMMON, "data": folder / "text.txt"}
     assert train.train(train.Settings(**{**common, "width": 96, "out": folder / "teacher"}))
-    whole_and_cut(folder, folder, "ddp")
+    early = train.Settings(**{**common, "recipe": folder / "int8.toml", "out": folder / "early"})
+    stop_at(14, functools.partial(train.train, early))
+
+
+def fork_all(folder: Path, out: Path) -> None:
+    common = {**COMMON, "data": folder / "text.txt"}
     chosen = {
         **common,
         "recipe": folder / "int4.toml",
         "compress": "int4",
-        "out": folder / "fork",
+        "out": out / "fork",
         "fork": folder / "early",
     }
-    early = train.Settings(**{**common, "recipe": folder / "int8.toml", "out": folder / "early"})
-    stop_at(14, functools.partial(train.train, early))
     assert train.train(train.Settings(**chosen))
-    (folder / "late.toml").write_text("[[prune]]\nstart = 20\namount = 0.5\n")
-    plain = train.Settings(**common, out=folder / "plain")
+    (out / "late.toml").write_text("[[prune]]\nstart = 20\namount = 0.5\n")
+    plain = train.Settings(**common, out=out / "plain")
     stop_at(15, functools.partial(train.train, plain))
-    assert train.train(
-        train.Settings(**common, recipe=folder / "late.toml", out=folder / "pruned", fork=folder / "plain")
-    )
+    assert train.train(train.Settings(**common, recipe=out / "late.toml", out=out / "pruned", fork=out / "plain"))
 
 
 def whole_and_cut(folder: Path, out: Path, way: str) -> None:
@@ -123,7 +127,8 @@ def whole_and_cut(folder: Path, out: Path, way: str) -> None:
     assert train.train(cut)
 
 
-@pytest.mark.parametrize("way", slowly(BREAKS, quick=("ddp",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", BREAKS)
 def test_the_record_tells_phases_and_the_small_file(runs: Callable[[str], Path], way: str) -> None:
     folder = runs(way)
     record = json.loads((folder / way / "record.json").read_text())
@@ -147,7 +152,8 @@ def test_the_record_tells_phases_and_the_small_file(runs: Callable[[str], Path],
             assert int((module.weight == 0).sum()) > 0.3 * module.weight.numel(), name
 
 
-@pytest.mark.parametrize("way", slowly(BREAKS, quick=("ddp",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", BREAKS)
 def test_a_run_that_was_stopped_in_its_phases_ends_the_same(runs: Callable[[str], Path], way: str) -> None:
     folder = runs(way)
     whole, cut = (checkpoint.load_shared(folder / name) for name in (way, f"{way}-cut"))
@@ -158,18 +164,21 @@ def test_a_run_that_was_stopped_in_its_phases_ends_the_same(runs: Callable[[str]
     assert files[0] == files[1]
 
 
-def test_a_fork_goes_on_by_another_recipe(folder: Path) -> None:
-    fork, straight = (checkpoint.load_shared(folder / name) for name in ("fork", "ddp"))
+@pytest.mark.slow
+def test_a_fork_goes_on_by_another_recipe(folder: Path, forks: Path, runs: Callable[[str], Path]) -> None:
+    made = (forks / "fork", runs("ddp") / "ddp")
+    fork, straight = (checkpoint.load_shared(path) for path in made)
     assert fork["step"] == STEPS
     assert [row["train_loss"] for row in fork["curve"]][:17] == [row["train_loss"] for row in straight["curve"]][:17]
     assert fork["curve"][-1]["validation_loss"] != straight["curve"][-1]["validation_loss"]
-    four, eight = (json.loads((folder / name / "record.json").read_text())["small_model"] for name in ("fork", "ddp"))
+    four, eight = (json.loads((path / "record.json").read_text())["small_model"] for path in made)
     assert four["bytes"] < 0.85 * eight["bytes"]
     assert (folder / "early" / "latest").read_text() == "step-00000014\n"  # as it was
 
 
-def test_a_run_without_a_recipe_goes_on_by_one(folder: Path) -> None:
-    record = json.loads((folder / "pruned" / "record.json").read_text())
+@pytest.mark.slow
+def test_a_run_without_a_recipe_goes_on_by_one(forks: Path) -> None:
+    record = json.loads((forks / "pruned" / "record.json").read_text())
     assert record["small_model"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert record["steps_done"] == STEPS
 
@@ -237,8 +246,8 @@ def test_a_recipe_may_say_specs_by_parameter(tmp_path: Path) -> None:
         assert str(recipe) in str(error.value)
 
 
-def test_the_recipe_says_what_travels_unless_a_flag_does(folder: Path) -> None:
-    recipe = folder / "traffic.toml"
+def test_the_recipe_says_what_travels_unless_a_flag_does(tmp_path: Path) -> None:
+    recipe = tmp_path / "traffic.toml"
     recipe.write_text('[traffic]\nspec = "int8"\nparameters = "bf16"\n')
     by_recipe = recipes.with_specs(train.Settings(recipe=recipe, steps=STEPS))
     assert (by_recipe.compress, by_recipe.parameters) == ("int8", "bf16")

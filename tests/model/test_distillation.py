@@ -642,6 +642,7 @@ def taught_and_alone(steps: int, teacher_steps: int, settings: Distillation) -> 
     return apart(taught, teacher, x), apart(alone, teacher, x)
 
 
+@pytest.mark.slow
 def test_a_smaller_gpt_comes_nearer_to_its_teacher() -> None:
     taught, alone = taught_and_alone(80, 60, Distillation(temperature=1.0, weight=0.9))
     assert taught < 0.5 * alone

@@ -379,6 +379,7 @@ def output_of(model: nn.Module) -> Tensor:
         return output if isinstance(output, Tensor) else output.last_hidden_state  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_smaller_models(tmp_path: Path) -> None:
     models: dict[str, nn.Module] = {"gpt": gpt(), "conv": ConvNet(), "bert": bert()}
     inputs = {"gpt": TOKENS, "conv": torch.randn(2, 1, 8, 8), "bert": {"input_ids": TOKENS}}

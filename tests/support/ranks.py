@@ -255,7 +255,8 @@ def _called(url: str, rank: int, world_size: int, group_timeout: float, call: by
     try:
         dist.barrier()  # a rank that is done early does not go while another still connects to it
         function, args = pickle.loads(call)
-        return function(*args)
+        with mock.patch.dict(os.environ):  # what it sets ends with it
+            return function(*args)
     finally:
         dist.destroy_process_group()
 
