@@ -21,11 +21,14 @@ Numba's cache looks at the time stamp of a loop's own file only. So a file that 
 loop uses no piece of any other file.
 """
 
+import platform
 from typing import Any
 
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
+from llvmlite import ir
+from numba import config, types
+from numba.core import cgutils
 
 from commpress.kernels.compiled import by_type, instruction, loop, part
 
@@ -41,6 +44,15 @@ STREAM = 64
 """Values that are written past the caches by one instruction of ours."""
 LONG = 2**19
 """From how many values on a mean is: 2 MB, more than most cores have in their own caches."""
+PIECE = 256
+"""Values that are asked for at once: more lines of memory than a core can wait for make it stand still."""
+AHEAD = 512
+"""How far ahead of the block that is coded: the processor itself looks no further than some lines behind the last one that
+was read, and reads nothing while a block is coded."""
+CONVERTS_HALVES = platform.machine() == "aarch64" or (
+    config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("f16c"))
+)
+"""Whether the processor has an instruction for float16: all of x86 since 2013, and of Arm."""
 
 ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 PLACES = np.array(
@@ -139,6 +151,57 @@ def settle_streams(typing: Any) -> Any:
     return types.void(), build
 
 
+@instruction
+def widest(typing: Any) -> Any:
+    """Have the function that calls this one made of the widest vectors of the processor; call it in a loop, not in a part.
+
+    LLVM takes half of AVX-512's by itself, lest the clock slow down, as it did on the first processors that had them.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # their own `add` knows no such words
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@instruction
+def _prefetch(typing: Any, x: Any, at: Any) -> Any:
+    """Have x[at] brought to the caches; what lies beyond x is not looked at."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, flag = context.make_array(signature.args[0])(context, builder, arguments[0]), ir.IntType(32)
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), pointer)
+        builder.call(fetch, [place, flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64), build
+
+
+@by_type
+def fetch(x: Any, o: Any, size: Any) -> Any:
+    """Have x[o : o + size] brought to the caches, of a gradient, a residual or a prologue's tensors."""
+    if isinstance(x, types.NoneType):
+        return lambda x, o, size: None
+    if isinstance(x, types.Array):
+        step = 64 // (x.dtype.bitwidth // 8)
+
+        def fetched(x, o, size):
+            for k in range(size // step):
+                _prefetch(x, o + k * step)
+
+        return fetched
+
+    def both(x, o, size):
+        fetch(x[0], o, size)
+        fetch(x[1], o, size)
+
+    return both
+
+
 # --- 16-bit floats, as uint32, in whose vectors the loops compute -------------------------------------------------
 
 
@@ -157,10 +220,45 @@ def from_bfloat16(half):
     return np.uint32(half << np.uint32(16)).view(np.float32)
 
 
+@instruction
+def _narrowed(typing: Any, value: Any) -> Any:
+    """The bits of the float16 nearest to a float32, by the processor's own instruction."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = builder.fptrunc(arguments[0], ir.HalfType())
+        return builder.zext(builder.bitcast(half, ir.IntType(16)), ir.IntType(32))
+
+    return types.uint32(types.float32), build
+
+
+@instruction
+def _widened(typing: Any, half: Any) -> Any:
+    """The float32 of a float16's bits, by the processor's own instruction."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.trunc(arguments[0], ir.IntType(16))
+        return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint32), build
+
+
 @part
 def to_float16(value):
-    """The bits of the float16 nearest to a float32, half to even: below 2**-14, where float16 is denormal, the addition
-    of 0.5 rounds, since one unit of its last place is then float16's smallest denormal, 2**-24."""
+    """The bits of the float16 nearest to a float32, half to even."""
+    half = _narrowed(np.float32(value)) if CONVERTS_HALVES else _rounded_to_float16(value)
+    return half if value == value else np.uint32(0x7E00)
+
+
+@part
+def from_float16(half):
+    """The float32 of a float16's bits."""
+    return _widened(np.uint32(half)) if CONVERTS_HALVES else _spread_float16(half)
+
+
+@part
+def _rounded_to_float16(value):
+    """Do that by bits, but for NaN: below 2**-14, where float16 is denormal, the addition of 0.5 rounds, since one unit of
+    its last place is then float16's smallest denormal, 2**-24."""
     bits = np.float32(value).view(np.uint32)
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
     odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
@@ -169,12 +267,13 @@ def to_float16(value):
     tiny = np.uint32(np.float32(np.abs(value) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000))
     half = tiny if magnitude < np.uint32(0x38800000) else normal
     sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
-    return np.uint32(half | sign) if value == value else np.uint32(0x7E00)
+    return np.uint32(half | sign)
 
 
 @part
-def from_float16(half):
-    """The float32 of a float16's bits: a denormal is its integer times 2**-24; Inf and NaN need the exponent 255."""
+def _spread_float16(half):
+    """Return the float32 of a float16's bits, by bits: a denormal is its integer times 2**-24; Inf and NaN need the exponent
+    255."""
     magnitude = np.uint32(half & np.uint32(0x7FFF))
     shifted = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23))
     special = np.uint32(shifted + np.uint32(112 << 23))
@@ -233,9 +332,9 @@ def put_block(out: Any, o: Any, block: Any, size: Any) -> Any:
             done = size // STREAM if _is_streamed(out, o) else 0
             for k in range(done):
                 _stream(out, o + k * STREAM, block, k * STREAM)
-            ob = out[o : o + size]
-            for j in range(done * STREAM, size):
-                ob[j] = block[j]
+            rest, ob = block[done * STREAM : size], out[o + done * STREAM : o + size]
+            for j in range(ob.size):  # from 0 on: with another start they would be gathered one by one
+                ob[j] = rest[j]
 
         return stored
 
@@ -257,12 +356,23 @@ def prologue_value(x, inverse, average, limit, fresh, kept):
 @part
 def block_of(x, prologue, residual, o, size, scratch):
     """Return the `size` values from `o` on as they are coded, in float32: where they lie, or in `scratch`."""
-    xb = x[o : o + size]
+    done = size // PIECE * PIECE
+    for start in range(o, o + done, PIECE):
+        fetch(x, start + AHEAD, PIECE)
+        fetch(prologue, start + AHEAD, PIECE)
+        fetch(residual, start + AHEAD, PIECE)
+        _gather(x, prologue, residual, start, PIECE, scratch[start - o : start - o + PIECE])
+    _gather(x, prologue, residual, o + done, size - done, scratch[done:size])
+    return _either(x[o : o + size], prologue, residual, scratch)
+
+
+@part
+def _gather(x, prologue, residual, o, size, scratch):
+    """Write the `size` values from `o` on as they are coded to `scratch`, unless they are coded where they lie."""
     if not _lies_there(x, prologue, residual):
-        pb, rb = part_of(prologue, o, size), part_of(residual, o, size)
+        xb, pb, rb = x[o : o + size], part_of(prologue, o, size), part_of(residual, o, size)
         for j in range(size):
             scratch[j] = total(xb, pb, rb, j)
-    return _either(xb, prologue, residual, scratch)
 
 
 def _is_plain(x: Any, prologue: Any, residual: Any) -> bool:

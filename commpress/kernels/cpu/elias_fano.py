@@ -5,7 +5,7 @@ import numpy as np
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.blocks import ONES, PLACES, put_word
 
-BLOCKS_SHA256 = "289087e4815a2001"
+BLOCKS_SHA256 = "81c36f3c575b5f92"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 
 

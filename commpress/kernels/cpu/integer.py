@@ -17,10 +17,11 @@ from commpress.kernels.cpu.blocks import (
     remember,
     settle_streams,
     top_of,
+    widest,
 )
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "289087e4815a2001"
+BLOCKS_SHA256 = "81c36f3c575b5f92"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 INT_BLOCK = 256
 HALF = INT_BLOCK // 2
@@ -244,60 +245,70 @@ def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, bits, stochastic):
 @loop
 def int8_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 8, False)
 
 
 @loop
 def int4_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 4, False)
 
 
 @loop
 def int8_stochastic_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 8, True)
 
 
 @loop
 def int4_stochastic_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 4, True)
 
 
 @loop
 def int8_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     _mean(pf, pu, W, row, out, begin, end, 8)
 
 
 @loop
 def int4_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     _mean(pf, pu, W, row, out, begin, end, 4)
 
 
 @loop
 def int8_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 8, False)
 
 
 @loop
 def int4_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 4, False)
 
 
 @loop
 def int8_stochastic_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 8, True)
 
 
 @loop
 def int4_stochastic_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 4, True)
 
 

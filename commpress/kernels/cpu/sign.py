@@ -20,10 +20,11 @@ from commpress.kernels.cpu.blocks import (
     settle_streams,
     sign_bit,
     sum_magnitudes,
+    widest,
 )
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "289087e4815a2001"
+BLOCKS_SHA256 = "81c36f3c575b5f92"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 PLANE = SIGN_BLOCK // 8
 
@@ -108,6 +109,7 @@ def _read_tail(pf, pu, W, row, b, blocks, share, out):
 @loop
 def sign_encode(x, prologue, residual, pf, pu, begin, end):
     """Signs and magnitudes of x + residual; the residual becomes what they miss."""
+    widest()
     full, blocks = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     scratch, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     lanes = np.empty(SIGN_LANES, np.float32)
@@ -123,6 +125,7 @@ def sign_encode(x, prologue, residual, pf, pu, begin, end):
 @loop
 def sign_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     full, blocks = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(SIGN_BLOCK, np.float32)
@@ -139,6 +142,7 @@ def sign_mean(pf, pu, W, row, out, begin, end):
 @loop
 def sign_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
+    widest()
     full, blocks = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
     mean, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)

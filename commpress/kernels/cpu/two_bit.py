@@ -21,10 +21,11 @@ from commpress.kernels.cpu.blocks import (
     settle_streams,
     sign_bit,
     sum_magnitudes,
+    widest,
 )
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "289087e4815a2001"
+BLOCKS_SHA256 = "81c36f3c575b5f92"
 """Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
 PLANE = SIGN_BLOCK // 8
 
@@ -149,6 +150,7 @@ def _read_tail(pf, pu, W, row, b, blocks, plane, share, out):
 @loop
 def int2_encode(x, prologue, residual, pf, pu, begin, end):
     """Signs and sizes of x + residual; the residual becomes what they miss."""
+    widest()
     full, blocks, plane = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(x.size)
     scratch, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     lanes = np.empty((3, SIGN_LANES), np.float32)
@@ -164,6 +166,7 @@ def int2_encode(x, prologue, residual, pf, pu, begin, end):
 @loop
 def int2_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     full, blocks, plane = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(out.size)
     share = np.float32(1.0 / W)
     scratch = np.empty(SIGN_BLOCK, np.float32)
@@ -180,6 +183,7 @@ def int2_mean(pf, pu, W, row, out, begin, end):
 @loop
 def int2_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
+    widest()
     full, blocks, plane = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(n)
     share = np.float32(1.0 / W)
     mean, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
