@@ -14,12 +14,12 @@ import numpy as np
 from numba import njit, types
 
 from commpress.kernels.cpu import cast, float8, integer, optim, random_k, rotate, sign, topk, two_bit
-from commpress.kernels.cpu.blocks import block_of, put_block, sum_magnitudes, top_of, widest
+from commpress.kernels.cpu.blocks import block_of, put_block, top_of
+from commpress.kernels.cpu.instructions import sum_magnitudes, widest
 
 FLOATS, BYTES = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
 BFLOATS, HALVES = types.Array(types.uint16, 1, "C"), types.Array(types.int16, 1, "C")
 INTS, WORDS = types.Array(types.int32, 1, "C"), types.Array(types.uint32, 1, "C")
-LANES = types.Array(types.float32, 2, "C")
 F, INT, NONE = types.float32, types.int64, types.none
 STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
 
@@ -84,10 +84,10 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda pf, pu, share, out: float8._read(pf, pu, 2, 4096, 0, 8, float8.E4M3, share, 256, out),
         (FLOATS, BYTES, F, FLOATS),
     ),
-    "sum_magnitudes": (sum_magnitudes, (FLOATS, FLOATS)),
+    "sum_magnitudes": (lambda x: sum_magnitudes(x), (FLOATS,)),
     "sign write, feedback": (sign._write, (FLOATS, FLOATS, BYTES, F)),
     "sign read": (lambda pf, pu, share, out: sign._read(pf, pu, 2, 4096, 0, 8, share, out), (FLOATS, BYTES, F, FLOATS)),
-    "int2 sizes": (lambda x, lanes: two_bit._sizes(x, 1024, lanes), (FLOATS, LANES)),
+    "int2 sizes": (lambda x: two_bit._sizes(x, 1024), (FLOATS,)),
     "int2 write, feedback": (two_bit._write, (FLOATS, FLOATS, BYTES, BYTES, F, F, F)),
     "int2 read": (
         lambda pf, pu, share, out: two_bit._read(pf, pu, 2, 4096, 0, 8, 1024, share, out),

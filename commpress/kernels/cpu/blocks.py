@@ -17,31 +17,31 @@ The formulas and layouts stand in `commpress/comm/codecs`; what stands here is h
 - a long mean is summed up in the L1 cache and written past the caches: it is not read before all of it is there, and a store
   that goes through them reads the memory first.
 
-Numba's cache looks at the time stamp of a loop's own file only. So a file that uses a piece of this one holds its hash, and a
-loop uses no piece of any other file.
+Numba's cache looks at the time stamp of a loop's own file only. So a file that uses a piece of this one or of `instructions.py`
+holds the hash of both, and a loop uses no piece of any other file.
 """
 
-import platform
 from typing import Any
 
-import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
-from llvmlite import ir
-from numba import config, types
-from numba.core import cgutils
+from numba import types
 
-from commpress.kernels.compiled import by_type, instruction, loop, part
-
-SIGN_BLOCK = 1024
-SIGN_LANES = 64
+from commpress.kernels.compiled import by_type, loop, part
+from commpress.kernels.cpu.instructions import (
+    CONVERTS_HALVES,
+    STREAM,
+    is_aligned,
+    narrowed,
+    prefetch,
+    stream,
+    widened,
+)
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY_BITS = np.int32(0x7F800000)
 NAN = np.float32(np.nan)
 LARGEST = np.finfo(np.float32).max
 
-STREAM = 64
-"""Values that are written past the caches by one instruction of ours."""
 LONG = 2**19
 """From how many values on a mean is: 2 MB, more than most cores have in their own caches."""
 PIECE = 256
@@ -49,10 +49,6 @@ PIECE = 256
 AHEAD = 512
 """How far ahead of the block that is coded: the processor itself looks no further than some lines behind the last one that
 was read, and reads nothing while a block is coded."""
-CONVERTS_HALVES = platform.machine() == "aarch64" or (
-    config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("f16c"))
-)
-"""Whether the processor has an instruction for float16: all of x86 since 2013, and of Arm."""
 
 ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 PLACES = np.array(
@@ -61,124 +57,7 @@ PLACES = np.array(
 """Byte i of entry `byte`: where the i-th one of its bits stands."""
 
 
-# --- bits ---------------------------------------------------------------------------------------------------------
-
-
-@instruction
-def reach_mask(typing: Any, a: Any, start: Any, threshold: Any) -> Any:
-    """Bit j: whether the magnitude of a[start + j] (float32, 64 of them) has bits of at least `threshold`.
-
-    In LLVM's own words, since a loop cannot say it: a comparison of vectors is a mask in one instruction.
-    """
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        vector, word = ir.VectorType(ir.IntType(32), 64), ir.IntType(64)
-        place = builder.gep(array.data, [arguments[1]])
-        bits = builder.load(builder.bitcast(place, vector.as_pointer()), align=4)
-        magnitudes = builder.and_(bits, ir.Constant(vector, [0x7FFFFFFF] * 64))
-        least = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], ir.IntType(32)(0))
-        every = ir.Constant(vector, [0] * 64)
-        least = builder.shuffle_vector(least, ir.Constant(vector, ir.Undefined), every)
-        return builder.bitcast(builder.icmp_signed(">=", magnitudes, least), word)
-
-    return types.uint64(a, types.int64, types.int32), build
-
-
-@instruction
-def popcount(typing: Any, mask: Any) -> Any:
-    """How many bits of a uint64 are 1."""
-    return types.uint64(types.uint64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
-
-
-@instruction
-def trailing_zeros(typing: Any, mask: Any) -> Any:
-    """The place of the lowest bit that is 1, an int64; 64 if there is none."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.IntType(1)(0))
-
-    return types.int64(types.uint64), build
-
-
-@instruction
-def put_word(typing: Any, x: Any, at: Any, word: Any) -> Any:
-    """x[at : at + 8] := the bytes of a uint64, the lowest first; x is uint8 and has room for them."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
-        builder.store(arguments[2], place, align=1)
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64, types.uint64), build
-
-
-@instruction
-def _is_aligned(typing: Any, x: Any) -> Any:
-    """Whether float32 memory begins at a multiple of 64 bytes."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, word = context.make_array(signature.args[0])(context, builder, arguments[0]), ir.IntType(64)
-        return builder.icmp_unsigned("==", builder.and_(builder.ptrtoint(array.data, word), word(63)), word(0))
-
-    return types.boolean(x), build
-
-
-@instruction
-def _stream(typing: Any, x: Any, at: Any, block: Any, start: Any) -> Any:
-    """x[at : at + 64] := block[start : start + 64], past the caches; float32, and x[at] at a multiple of 64 bytes."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        target, source = (context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 2))
-        vector = ir.VectorType(ir.FloatType(), STREAM).as_pointer()
-        values = builder.load(builder.bitcast(builder.gep(source, [arguments[3]]), vector), align=4)
-        stored = builder.store(values, builder.bitcast(builder.gep(target, [arguments[1]]), vector), align=64)
-        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64, block, types.int64), build
-
-
-@instruction
-def settle_streams(typing: Any) -> Any:
-    """Have what was written past the caches be seen by other threads before anything that this one writes later."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), build
-
-
-@instruction
-def widest(typing: Any) -> Any:
-    """Have the function that calls this one made of the widest vectors of the processor; call it in a loop, not in a part.
-
-    LLVM takes half of AVX-512's by itself, lest the clock slow down, as it did on the first processors that had them.
-    """
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # their own `add` knows no such words
-        return context.get_dummy_value()
-
-    return types.void(), build
-
-
-@instruction
-def _prefetch(typing: Any, x: Any, at: Any) -> Any:
-    """Have x[at] brought to the caches; what lies beyond x is not looked at."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, flag = context.make_array(signature.args[0])(context, builder, arguments[0]), ir.IntType(32)
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), pointer)
-        builder.call(fetch, [place, flag(0), flag(3), flag(1)])
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64), build
+# --- memory -------------------------------------------------------------------------------------------------------
 
 
 @by_type
@@ -191,7 +70,7 @@ def fetch(x: Any, o: Any, size: Any) -> Any:
 
         def fetched(x, o, size):
             for k in range(size // step):
-                _prefetch(x, o + k * step)
+                prefetch(x, o + k * step)
 
         return fetched
 
@@ -220,39 +99,17 @@ def from_bfloat16(half):
     return np.uint32(half << np.uint32(16)).view(np.float32)
 
 
-@instruction
-def _narrowed(typing: Any, value: Any) -> Any:
-    """The bits of the float16 nearest to a float32, by the processor's own instruction."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half = builder.fptrunc(arguments[0], ir.HalfType())
-        return builder.zext(builder.bitcast(half, ir.IntType(16)), ir.IntType(32))
-
-    return types.uint32(types.float32), build
-
-
-@instruction
-def _widened(typing: Any, half: Any) -> Any:
-    """The float32 of a float16's bits, by the processor's own instruction."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.trunc(arguments[0], ir.IntType(16))
-        return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint32), build
-
-
 @part
 def to_float16(value):
     """The bits of the float16 nearest to a float32, half to even."""
-    half = _narrowed(np.float32(value)) if CONVERTS_HALVES else _rounded_to_float16(value)
+    half = narrowed(np.float32(value)) if CONVERTS_HALVES else _rounded_to_float16(value)
     return half if value == value else np.uint32(0x7E00)
 
 
 @part
 def from_float16(half):
     """The float32 of a float16's bits."""
-    return _widened(np.uint32(half)) if CONVERTS_HALVES else _spread_float16(half)
+    return widened(np.uint32(half)) if CONVERTS_HALVES else _spread_float16(half)
 
 
 @part
@@ -320,7 +177,7 @@ def put(x: Any, i: Any, value: Any) -> Any:
 @part
 def _is_streamed(out, o):
     """Whether the block at `o` is written past the caches."""
-    return out.size >= LONG and o % 16 == 0 and _is_aligned(out)
+    return out.size >= LONG and o % 16 == 0 and is_aligned(out)
 
 
 @by_type
@@ -331,7 +188,7 @@ def put_block(out: Any, o: Any, block: Any, size: Any) -> Any:
         def stored(out, o, block, size):
             done = size // STREAM if _is_streamed(out, o) else 0
             for k in range(done):
-                _stream(out, o + k * STREAM, block, k * STREAM)
+                stream(out, o + k * STREAM, block, k * STREAM)
             rest, ob = block[done * STREAM : size], out[o + done * STREAM : o + size]
             for j in range(ob.size):  # from 0 on: with another start they would be gathered one by one
                 ob[j] = rest[j]
@@ -454,18 +311,6 @@ def run_prologue(x, prologue):
 
 
 @part
-def sum_magnitudes(x, lanes):
-    """Return the sum of the magnitudes of a full block of SIGN_BLOCK values, in the order of the format: lane by lane."""
-    for lane in range(SIGN_LANES):
-        lanes[lane] = np.abs(x[lane])
-    for k in range(1, SIGN_BLOCK // SIGN_LANES):
-        row = x[k * SIGN_LANES : (k + 1) * SIGN_LANES]
-        for lane in range(SIGN_LANES):
-            lanes[lane] += np.abs(row[lane])
-    return fold(lanes)
-
-
-@part
 def sign_bit(value, p):
     """Return the sign of a float32, as bit p of a byte."""
     return np.uint32(np.uint32(np.float32(value).view(np.uint32) >> np.uint32(31 - p)) & np.uint32(1 << p))
@@ -486,14 +331,3 @@ def pad(x, a):
     for j in range(x.size):
         a[j] = x[j]
     a[x.size :] = np.float32(0)
-
-
-@part
-def fold(acc):
-    """The sum of the lanes, halves onto halves."""
-    width = SIGN_LANES // 2
-    while width > 0:
-        for lane in range(width):
-            acc[lane] += acc[lane + width]
-        width //= 2
-    return acc[0]

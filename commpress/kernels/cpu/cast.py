@@ -7,22 +7,12 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import (
-    AHEAD,
-    LARGEST,
-    block_of,
-    fetch,
-    part_of,
-    put,
-    put_block,
-    real,
-    settle_streams,
-    widest,
-)
+from commpress.kernels.cpu.blocks import AHEAD, LARGEST, block_of, fetch, part_of, put, put_block, real
+from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "81c36f3c575b5f92"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 CAST_BLOCK = 256
 
 

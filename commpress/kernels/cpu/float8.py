@@ -13,7 +13,6 @@ from torch import Tensor
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
 from commpress.kernels.cpu.blocks import (
-    CONVERTS_HALVES,
     INFINITY_BITS,
     LARGEST,
     MAGNITUDE,
@@ -23,14 +22,13 @@ from commpress.kernels.cpu.blocks import (
     part_of,
     put_block,
     remember,
-    settle_streams,
     top_of,
-    widest,
 )
+from commpress.kernels.cpu.instructions import CONVERTS_HALVES, settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "81c36f3c575b5f92"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 FLOAT8_BLOCK = 256
 FLUSH = np.float32(2.0**-80)
 E4M3 = (np.int32(20), np.int32(120), np.float32(448), np.float32(2.0**-9))

@@ -7,22 +7,12 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import (
-    INFINITY_BITS,
-    LARGEST,
-    NAN,
-    block_of,
-    part_of,
-    put_block,
-    remember,
-    settle_streams,
-    top_of,
-    widest,
-)
+from commpress.kernels.cpu.blocks import INFINITY_BITS, LARGEST, NAN, block_of, part_of, put_block, remember, top_of
+from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "81c36f3c575b5f92"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 INT_BLOCK = 256
 HALF = INT_BLOCK // 2
 FLUSH = np.float32(2.0**-100)
