@@ -55,4 +55,15 @@ def test_shared_pieces_use_those_of_no_other_file() -> None:
 
 def test_all_families_of_shared_pieces_are_found() -> None:
     holders = {path.stem for path in FILES if borrowed(ast.parse(path.read_text()))}
-    assert holders == {"cast", "elias_fano", "float8", "integer", "random_k", "rotate", "sign", "topk", "two_bit"}
+    assert holders == {
+        "cast",
+        "elias_fano",
+        "float8",
+        "integer",
+        "random_k",
+        "rotate",
+        "scatter",
+        "sign",
+        "topk",
+        "two_bit",
+    }

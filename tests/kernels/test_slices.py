@@ -14,9 +14,11 @@ from torch import Tensor
 from commpress.comm import coding
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
-from commpress.kernels.cpu import slices
+from commpress.kernels.cpu import rotate, slices
 
 SPECS = ("bf16", "fp16", "fp8", "fp8(e5m2)", "int8", "int4", "int4(stochastic)", "int2", "sign")
+UNITED = ("topk(0.1)", "topk(0.02)|int4", "randomk(0.1)", "randomk(0.1)|int4", "rotate|int4", "rotate|sign")
+"""Codecs whose payload is made of more than blocks, or of blocks in blocks."""
 LENGTHS = (1, 300, 8 * 1024, 9 * 1024 + 301)
 """Fewer blocks than slices, whole blocks, and a tail."""
 
@@ -30,6 +32,7 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
 
     pool = ThreadPoolExecutor(3)
     monkeypatch.setattr(slices, "LEAST", 1)
+    monkeypatch.setattr(rotate, "CHUNK", 2 * rotate.ROTATED)
     monkeypatch.setattr(slices, "_pool", lambda: pool)
     yield cut
     pool.shutdown()
@@ -54,7 +57,7 @@ def all_ops(spec: str, n: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS + UNITED)
 def test_any_number_of_slices_gives_the_same_bytes(
     spec: str, dtype: torch.dtype, sliced: Callable[[int], None]
 ) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, steps, values
-from commpress.kernels.cpu.blocks import INFINITY_BITS, MAGNITUDE, block_of, put_block, top_of, value_of
-from commpress.kernels.cpu.instructions import settle_streams
+from commpress.kernels.cpu.blocks import AHEAD, INFINITY_BITS, MAGNITUDE, block_of, fetch, put_block, top_of, value_of
+from commpress.kernels.cpu.instructions import settle_streams, widest
+from commpress.kernels.cpu.slices import in_slices
 
 BLOCKS_SHA256 = "ffdb331ab43dadfb"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
@@ -77,14 +78,16 @@ def _take(block, residual, old, top, starts, widths, places, exact, value):
 
 
 @loop
-def randomk_take(x, prologue, residual, number, size, starts, widths, keys, turns, exact, value):
+def randomk_take(x, prologue, residual, number, size, starts, widths, keys, turns, exact, value, begin, end):
     """Write to `value` ([k]) what blocks of `size` values send; the residual becomes x + residual, or 0 there if `exact`."""
+    widest()
     lanes = starts.size
     places, scratch, old = np.empty(lanes, np.int32), np.empty(size, np.float32), np.empty(size, np.float32)
-    for b in range(x.size // size):
+    for b in range(begin, end):
         o = b * size
         sent = value[b * lanes : (b + 1) * lanes]
         _place(number + b * lanes, starts, widths, keys, turns, places)
+        fetch(residual, o + AHEAD, size)
         block = block_of(x, prologue, None, o, size, scratch)
         if residual is None:
             _take(block, None, old, top_of(block, size), starts, widths, places, exact, sent)
@@ -94,11 +97,12 @@ def randomk_take(x, prologue, residual, number, size, starts, widths, keys, turn
 
 
 @loop
-def randomk_settle(x, prologue, residual, number, size, starts, widths, keys, turns, value, decoded):
+def randomk_settle(x, prologue, residual, number, size, starts, widths, keys, turns, value, decoded, begin, end):
     """The residual of what was sent, once it is coded: value - decoded; what it was where that is not finite."""
+    widest()
     lanes = starts.size
     places = np.empty(lanes, np.int32)
-    for b in range(x.size // size):
+    for b in range(begin, end):
         _place(number + b * lanes, starts, widths, keys, turns, places)
         for j in range(lanes):
             sent, got, at = value[b * lanes + j], decoded[b * lanes + j], b * size + places[j]
@@ -131,12 +135,13 @@ def _fill(block, starts, widths, value):
 
 
 @loop
-def randomk_mean(value, number, size, starts, widths, keys, turns, alike, out):
+def randomk_mean(value, number, size, starts, widths, keys, turns, alike, out, begin, end):
     """Write to `out` the mean of W payloads, whose values are `value` ([W, k]); `alike`: all have one draw."""
+    widest()
     lanes, W = starts.size, value.shape[0]
     share = np.float32(1.0 / W)
     places, block = np.empty(lanes, np.int32), np.empty(size, np.float32)
-    for b in range(out.size // size):
+    for b in range(begin, end):
         bad = False
         for w in range(W):
             sent = value[w, b * lanes : (b + 1) * lanes]
@@ -157,11 +162,12 @@ def randomk_mean(value, number, size, starts, widths, keys, turns, alike, out):
 
 
 @loop
-def randomk_clear(x, number, size, starts, widths, keys, turns):
+def randomk_clear(x, number, size, starts, widths, keys, turns, begin, end):
     """Set the values that were sent to 0."""
+    widest()
     lanes = starts.size
     places = np.empty(lanes, np.int32)
-    for b in range(x.size // size):
+    for b in range(begin, end):
         _place(number + b * lanes, starts, widths, keys, turns, places)
         block = x[b * size : (b + 1) * size]
         for j in range(lanes):
@@ -212,14 +218,15 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
         for p in parts
     ]
     for p, of in zip(parts, given, strict=True):
-        randomk_take(*of, *p.drawn(codec.draw), exact, sent[p.value])
+        in_slices(randomk_take, p.x.stop - p.x.start, p.size, *of, *p.drawn(codec.draw), exact, sent[p.value])
     if exact:
         return
     codec.values.encode(value, coded)
     if residual is not None:
         decoded = codec.values.decode(coded, k).numpy()
         for p, of in zip(parts, given, strict=True):
-            randomk_settle(*of, *p.drawn(codec.draw), sent[p.value], decoded[p.value])
+            coded_of = sent[p.value], decoded[p.value]
+            in_slices(randomk_settle, p.x.stop - p.x.start, p.size, *of, *p.drawn(codec.draw), *coded_of)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
@@ -236,14 +243,15 @@ def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     for p in _parts(codec, out.numel()):
         keys, turns = (np.stack(rows) for rows in zip(*(p.drawn(draw)[-2:] for draw in draws), strict=True))
         where = p.value.start, p.size, p.starts, p.widths
-        randomk_mean(value[:, p.value], *where, keys, turns, len(set(draws)) == 1, target[p.x])
+        arguments = value[:, p.value], *where, keys, turns, len(set(draws)) == 1, target[p.x]
+        in_slices(randomk_mean, p.x.stop - p.x.start, p.size, *arguments)
 
 
 def clear(codec: Any, payload: Tensor, values: Tensor) -> None:
     """`clear` of the table."""
     target, draw = values.numpy(), _draw_of(payload)
     for p in _parts(codec, values.numel()):
-        randomk_clear(target[p.x], *p.drawn(draw))
+        in_slices(randomk_clear, p.x.stop - p.x.start, p.size, target[p.x], *p.drawn(draw))
 
 
 def _draw_of(payload: Tensor) -> int:

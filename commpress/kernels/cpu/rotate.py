@@ -14,6 +14,8 @@ from torch import Tensor
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import Floats, floats, steps, values
 from commpress.kernels.cpu.blocks import INFINITY_BITS, MAGNITUDE, NAN, block_of
+from commpress.kernels.cpu.instructions import widest
+from commpress.kernels.cpu.slices import in_slices
 
 BLOCKS_SHA256 = "ffdb331ab43dadfb"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
@@ -128,6 +130,7 @@ def _turn_rest(x, signs, back):
 @loop
 def rotate_forth(x, prologue, residual, signs, factors, total, out):
     """Write to `out` the rotation of x as it is coded; with a residual or a prologue `total` becomes what was rotated."""
+    widest()
     one, other, ones = np.empty(ROTATED, np.float32), np.empty(ROTATED, np.float32), np.ones(ROTATED, np.float32)
     full = x.size // ROTATED
     for b in range(full):
@@ -152,6 +155,7 @@ def _settle(total, decoded, residual):
 @loop
 def rotate_back(x, signs, factors, total, residual):
     """Rotate x back, in place; a residual becomes total - x."""
+    widest()
     one, other, ones = np.empty(ROTATED, np.float32), np.empty(ROTATED, np.float32), np.ones(ROTATED, np.float32)
     full = x.size // ROTATED
     for b in range(full):
@@ -172,10 +176,11 @@ def _tables(codec: Any) -> tuple[Floats, Floats]:
     return signs, signs * np.float32(ROTATED**-0.5)
 
 
-def _chunks(codec: Any, n: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
-    """The parts of n values, and where each plane of their payload lies in the whole one, and in one of its own."""
+def _chunks(codec: Any, n: int, begin: int, end: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+    """The chunks from `begin` to `end` of n values, and where each plane of their payload lies in the whole one, and in one
+    of its own."""
     inner = codec.values
-    for start in range(0, n, CHUNK):
+    for start in range(begin * CHUNK, min(n, end * CHUNK), CHUNK):
         m = min(CHUNK, n - start)
         whole, before, own = (inner.planes(size) for size in (n, start, m))
         yield (
@@ -189,18 +194,24 @@ def _chunks(codec: Any, n: int) -> Iterator[tuple[slice, list[tuple[slice, slice
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table. The codec of the rotated values encodes them as it does any others."""
+    in_slices(_encode, x.numel(), CHUNK, codec, x, residual, prologue, payload)
+
+
+def _encode(
+    codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor, begin: int, end: int
+) -> None:
     inner, n = codec.values, x.numel()
     tables = _tables(codec)
     rotated, total = torch.empty(2, min(n, CHUNK), dtype=torch.float32, device="cpu")
     coded = torch.empty(inner.nbytes(min(n, CHUNK)), dtype=torch.uint8, device="cpu")
-    for at, planes in _chunks(codec, n):
+    for at, planes in _chunks(codec, n, begin, end):
         m = at.stop - at.start
         rest, z, own = floats(None if residual is None else residual[at]), rotated[:m], coded[: inner.nbytes(m)]
         before = None if prologue is None else prologue[at]
         rotate_forth(values(x[at]), steps(before), rest, *tables, total.numpy(), z.numpy())
         inner.encode(z, own)
         for place, plane in planes:
-            payload[place] = own[plane]
+            payload.numpy()[place] = own.numpy()[plane]
         if rest is not None:
             inner.decode(own, m, z)
             rotate_back(z.numpy(), *tables, total.numpy(), rest)
@@ -208,13 +219,18 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table: rotated back once."""
+    in_slices(_mean, out.numel(), CHUNK, codec, payloads, count, out)
+
+
+def _mean(codec: Any, payloads: Tensor, count: int, out: Tensor, begin: int, end: int) -> None:
     inner, n = codec.values, out.numel()
     tables = _tables(codec)
+    given = payloads.view(count, -1).numpy()
     coded = torch.empty(count * inner.nbytes(min(n, CHUNK)), dtype=torch.uint8, device="cpu")
-    for at, planes in _chunks(codec, n):
+    for at, planes in _chunks(codec, n, begin, end):
         m = at.stop - at.start
         rows = coded[: count * inner.nbytes(m)].view(count, -1)
         for place, plane in planes:
-            rows[:, plane] = payloads.view(count, -1)[:, place]
+            rows.numpy()[:, plane] = given[:, place]
         inner.mean(rows.view(-1), m, count, out[at])
         rotate_back(out[at].numpy(), *tables, None, None)

@@ -3,18 +3,23 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
-from commpress.kernels.cpu.arrays import floats, steps, values
-from commpress.kernels.cpu.blocks import INFINITY_BITS, MAGNITUDE, block_of, pad, put_block, value_of
+from commpress.kernels.cpu.arrays import Floats, floats, steps, values
+from commpress.kernels.cpu.blocks import AHEAD, INFINITY_BITS, MAGNITUDE, block_of, fetch, pad, value_of
 from commpress.kernels.cpu.elias_fano import ef_decode, ef_encode
-from commpress.kernels.cpu.instructions import popcount, reach_mask, settle_streams, trailing_zeros
+from commpress.kernels.cpu.instructions import popcount, prefetch, reach_mask, trailing_zeros, widest
+from commpress.kernels.cpu.scatter import ZEROS, fill_zeros, scatter_add
+from commpress.kernels.cpu.slices import in_slices
 
 BLOCKS_SHA256 = "ffdb331ab43dadfb"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 KEEP_BLOCK = 256
+SOON = 64
+"""How many values ahead the memory of their residual is asked for."""
 BINS = 2048
 
 
@@ -42,9 +47,7 @@ def kth_largest(raw, k, low=0):
             shift += 1
         counts[:] = 0
         odd[:] = 0
-        for i in range(
-            raw.size // 2
-        ):  # neighbours often fall into one bin: in one table they would wait for each other
+        for i in range(raw.size // 2):  # neighbours often fall into one bin: in one table they would wait
             counts[_bin(raw[2 * i], base, shift)] += 1
             odd[_bin(raw[2 * i + 1], base, shift)] += 1
         if raw.size % 2:
@@ -156,11 +159,13 @@ def _summed(a, residual, old, o, size, spared):
 
 
 @loop
-def _collect(x, prologue, residual, threshold, room):
-    """One pass: residual := x + residual, and where its magnitude reaches `threshold`, position and value.
+def _collect(x, prologue, residual, threshold, room, begin, stop):
+    """One pass over the blocks from `begin` to `stop`: residual := x + residual, and where its magnitude reaches `threshold`,
+    position and value.
 
     Counts all, stores the first `room` (at least). Returns positions, values, the count, and the old residual where
     the sum is NaN or Inf (an array as long as x; empty where there was none)."""
+    widest()
     n = x.size
     old, scratch = np.empty(KEEP_BLOCK, np.float32), np.empty(KEEP_BLOCK, np.float32)
     index = np.empty(room + KEEP_BLOCK + 16, np.int64)
@@ -168,8 +173,9 @@ def _collect(x, prologue, residual, threshold, room):
     spared = np.empty(0, np.float32)
     full, dense = n // KEEP_BLOCK, room > n // 32
     count, at = np.int64(0), np.int64(0)
-    for b in range(full):
+    for b in range(begin, min(stop, full)):
         o = b * KEEP_BLOCK
+        fetch(residual, o + AHEAD, KEEP_BLOCK)
         xb = block_of(x, prologue, None, o, KEEP_BLOCK, scratch)
         a, spared = _summed(xb, residual, old, o, KEEP_BLOCK, spared)
         end = _positions(a, threshold, o, dense, index, at)
@@ -177,7 +183,7 @@ def _collect(x, prologue, residual, threshold, room):
             value[i] = a[index[i] - o]
         count += end - at
         at = min(end, room)
-    if n > full * KEEP_BLOCK:
+    if stop > full:
         o = full * KEEP_BLOCK
         xb = block_of(x, prologue, None, o, n - o, scratch)
         a, spared = _summed(xb, residual, old, o, n - o, spared)
@@ -269,17 +275,8 @@ def _whole(x, prologue, residual):
 
 
 @loop
-def topk_select(x, prologue, residual, k):
-    """Positions (ascending) and values of the k largest magnitudes of `x + residual`; the residual becomes that sum,
-    but keeps its old value where the sum is NaN or Inf. If more than k of them are NaN or Inf there are no positions, and
-    the residual is what it was, to the rounding of the sum.
-
-    A sampled threshold lets a few more than k through in one pass, and the k largest of those are the k largest of all.
-    Where the sample was wrong (too few or far too many came through) the threshold is found over everything."""
-    n = x.size
-    threshold, room = _sampled_threshold(x, prologue, residual, k / n)
-    room = min(n, room)
-    index, value, count, spared = _collect(x, prologue, residual, threshold, room)
+def _choose(x, prologue, residual, threshold, room, index, value, count, spared, k):
+    """Of what came through, the k largest; over everything if those are too few or were too many."""
     if k <= count <= room:
         raw = value[:count].view(np.int32)
         exact = kth_largest(raw, k, threshold)
@@ -309,10 +306,44 @@ def topk_select(x, prologue, residual, k):
     return index[:k], value[:k]
 
 
+def _select(x: Any, prologue: Any, residual: Any, k: int) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Positions (ascending) and values of the k largest magnitudes of `x + residual`; the residual becomes that sum,
+    but keeps its old value where the sum is NaN or Inf. If more than k of them are NaN or Inf there are no positions, and
+    the residual is what it was, to the rounding of the sum.
+
+    A sampled threshold lets a few more than k through in one pass, and the k largest of those are the k largest of all.
+    Where the sample was wrong (too few or far too many came through) the threshold is found over everything."""
+    n = x.size
+    sampled, expected = _sampled_threshold(x, prologue, residual, k / n)
+    threshold, room = np.int32(sampled), min(n, expected)
+    found: dict[tuple[int, int], Any] = {}
+
+    def collect(begin: int, stop: int) -> None:
+        found[begin, stop] = _collect(x, prologue, residual, threshold, room, begin, stop)
+
+    in_slices(collect, n, KEEP_BLOCK)
+    slices = [found[cut] for cut in sorted(found)]
+    through: tuple[Any, ...] = slices[0] if len(slices) == 1 else _joined(slices, room)
+    index, value, count, spared = through
+    return _choose(x, prologue, residual, threshold, room, index, value, count, spared, k)  # type: ignore[no-any-return]
+
+
+def _joined(slices: list[Any], room: int) -> tuple[Any, ...]:
+    """What came through in all slices, which are in order. If that is more than `room`, nobody will look at it."""
+    index, value, counts, spared = zip(*slices, strict=True)
+    bits = [s.view(np.int32) for s in spared if s.size]  # each is 0 outside its slice
+    all_spared = np.bitwise_or.reduce(bits).view(np.float32) if bits else spared[0]
+    if (count := sum(counts)) > room:
+        return index[0], value[0], count, all_spared
+    joined = (np.concatenate([a[:c] for a, c in zip(arrays, counts, strict=True)]) for arrays in (index, value))
+    return *joined, count, all_spared
+
+
 @loop
-def topk_settle(x, prologue, residual, index, value, decoded):
+def topk_settle(x, prologue, residual, index, value, decoded, begin, end):
     """The residual of the kept entries once their values are coded: value - decoded; what it was where that is NaN."""
-    for i in range(index.size):
+    for i in range(begin * KEEP_BLOCK, min(index.size, end * KEEP_BLOCK)):
+        prefetch(residual, index[min(i + SOON, index.size - 1)])
         lost, at = value[i] - decoded[i], index[i]
         if np.isfinite(lost):
             residual[at] = lost
@@ -320,29 +351,11 @@ def topk_settle(x, prologue, residual, index, value, decoded):
             residual[at] = value[i] - value_of(x, prologue, at)
 
 
-@loop
-def fill_zeros(out):
-    """out := 0."""
-    zeros = np.zeros(KEEP_BLOCK, np.float32)
-    for o in range(0, out.size, KEEP_BLOCK):
-        put_block(out, o, zeros, min(KEEP_BLOCK, out.size - o))
-    settle_streams()
-
-
-@loop
-def scatter_add(index, value, share, out):
-    """out[index] += value * share; a position beyond `out` is passed over."""
-    n = out.size
-    for i in range(index.size):
-        if index[i] < n:
-            out[index[i]] += value[i] * share
-
-
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table. The codec of the values encodes them as it does any others."""
     k, low_bits, high_at, values_at = codec.sections(x.numel())
     before, memory = steps(prologue), floats(residual)
-    index, value = topk_select(values(x), before, memory, k)
+    index, value = _select(values(x), before, memory, k)
     payload[:values_at] = 0
     if not index.size:
         codec.values.encode(torch.full((k,), torch.nan, dtype=torch.float32, device="cpu"), payload[values_at:])
@@ -352,14 +365,14 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
     codec.values.encode(torch.from_numpy(value), payload[values_at:])
     if memory is not None:
         decoded = codec.values.decode(payload[values_at:], k)
-        topk_settle(values(x), before, memory, index, value, decoded.numpy())
+        in_slices(topk_settle, k, KEEP_BLOCK, values(x), before, memory, index, value, decoded.numpy())
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table. Raises ValueError for a payload that does not mark k positions."""
     k, low_bits, high_at, values_at = codec.sections(out.numel())
     index, value = np.empty(k, np.int64), torch.empty(k, dtype=torch.float32, device="cpu")
-    fill_zeros(out.numpy())
+    in_slices(fill_zeros, out.numel(), ZEROS, out.numpy())
     for payload in payloads.view(count, -1):
         coded = payload.numpy()
         found = ef_decode(low_bits, coded[:high_at], coded[high_at:values_at], index)
