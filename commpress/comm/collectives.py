@@ -370,7 +370,7 @@ class Collectives:
         if self.world_size == 1:
             return single_rank(x, encoder, None, times)
         if op is not None and not plan.codec.lossy:
-            return native_all_reduce(x, op, self._wire, label)
+            return native_all_reduce(x, op, encoder, self._wire, label)
         exchange = plan.exchange.run(x, encoder, self._wire, label)
         return exchange if times == 1 else scaled(exchange, x, times)
 
