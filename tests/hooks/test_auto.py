@@ -97,6 +97,7 @@ def predicted_on_unequal_hosts() -> list[float | None]:
     return [trial.predicted for trial in choice.trials]
 
 
+@pytest.mark.slow
 def test_ranks_of_hosts_of_unequal_size_predict_the_same() -> None:
     first, *others = run(4, predicted_on_unequal_hosts)
     assert all(other == first for other in others)
@@ -262,6 +263,7 @@ def breaks(spec: str | None, at: int, steps: int) -> dict[str, Any]:
     return {"losses": losses, "said": said, "parameters": trained.parameters, "explained": session.explain()}
 
 
+@pytest.mark.slow
 def test_a_spec_that_hurts_gives_way_on_all_ranks_and_the_loss_is_that_of_plain_training() -> None:
     first, second = run(2, breaks, None, 60, 300)
     assert same(first["parameters"], second["parameters"])
