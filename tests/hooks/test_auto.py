@@ -240,7 +240,9 @@ def breaks(spec: str | None, at: int, steps: int) -> dict[str, Any]:
     model, plain = replica(), replica()
     with (
         mock.patch.object(Search, "medians", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
-        mock.patch.object(Search, "least", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
+        mock.patch.object(
+            Search, "turns", lambda self: {spec: [CLOCK[spec]] * (self._round + 1) for spec in self._seconds}
+        ),
         mock.patch.object(Auto, "_predicted", return_value=CLOCK),
         mock.patch.dict(table.KERNELS),
         warnings.catch_warnings(record=True) as warned,
