@@ -71,6 +71,7 @@ class ShardedAuto:
             "gradients": {spec: Plan.of(spec, None, error_feedback) for spec in SPECS},
             "parameters": {spec: Plan.of(spec) for spec in PARAMETER_SPECS if parameters},
         }
+        # the gentlest first, as a search wants them
         self._pairs = {_named(spec, other): (spec, other) for other in PARAMETER_SPECS for spec in SPECS}
         if not parameters:
             self._pairs = {spec: (spec, PLAIN) for spec in SPECS}
@@ -143,7 +144,7 @@ class ShardedAuto:
     def _said(self) -> dict[str, object]:
         said: dict[str, object] = {
             "medians": self.search.medians(),
-            "least": self.search.least(),
+            "turns": self.search.turns(),
             "asked": self._asked,
         }
         if self.search.state == "plain":

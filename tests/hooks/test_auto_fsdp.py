@@ -1,5 +1,7 @@
 """`attach(model)` under FSDP2, without a spec: plain at first, one choice on all ranks, nothing lost when the spec changes."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -45,20 +47,29 @@ def test_the_first_steps_have_the_bits_of_plain_training(
         assert same_training(plain, attached)
 
 
-PAIRS = {"none": 1.0, "int4": 0.7, "int4, parameters int8": 0.5, "none, parameters int8": 0.8}
+PAIRS = {"none": 1.0, "int4": 0.7, "none, parameters int8": 0.8, "int4, parameters int8": 0.5}
 """Seconds of a step by candidate, as far as the ranks of a test say."""
+
+
+@contextlib.contextmanager
+def by_clock(clock: dict[str, float]) -> Iterator[None]:
+    """While the block runs, candidates take these seconds, and are predicted to."""
+    with (
+        mock.patch.object(Search, "medians", lambda self: {spec: clock[spec] for spec in self._seconds}),
+        mock.patch.object(
+            Search, "turns", lambda self: {spec: [clock[spec]] * (self._round + 1) for spec in self._seconds}
+        ),
+        mock.patch.object(ShardedAuto, "_predicted", return_value=clock),
+    ):
+        yield
 
 
 def searched(replicas: bool = False, parameters: str | None = None) -> dict[str, Any]:
     """What ranks choose whose clocks say which is the fastest, and what they say of it."""
     model, clock = by_two() if replicas else sharded(), CLOCK if parameters is None else PAIRS
-    with (
-        mock.patch.object(Search, "medians", lambda self: {spec: clock[spec] for spec in self._seconds}),
-        mock.patch.object(Search, "least", lambda self: {spec: clock[spec] for spec in self._seconds}),
-        mock.patch.object(ShardedAuto, "_predicted", return_value=clock),
-    ):
+    with by_clock(clock):
         session = commpress.attach(model, parameters=parameters)
-        trained(model, 45)
+        trained(model, 60)
     full = [p.full_tensor() for p in model.parameters()]
     rows = [row for row in session.report().rows if row.bucket == 0]
     return {
@@ -115,7 +126,7 @@ def predicted(replicas: bool, parameters: str | None) -> dict[str, Any]:
     """The predictions of a real search, from what the ranks have measured."""
     model = by_two() if replicas else sharded()
     session = commpress.attach(model, parameters=parameters)
-    trained(model, 45)
+    trained(model, 60)
     assert session._auto is not None
     assert session._auto.choice is not None
     return {trial.spec: trial.predicted for trial in session._auto.choice.trials}
@@ -231,14 +242,10 @@ def test_a_saved_state_goes_on_with_auto_and_looks_anew(world_size: int, replica
 
 
 def beside_a_spec() -> tuple[str, str]:
-    with (
-        mock.patch.object(Search, "medians", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
-        mock.patch.object(Search, "least", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
-        mock.patch.object(ShardedAuto, "_predicted", return_value=CLOCK),
-    ):
+    with by_clock(CLOCK):
         model = sharded()
         session = commpress.attach(model, parameters="bf16")
-        trained(model, 45)
+        trained(model, 60)
     return session.report().spec, str(session.receipt())
 
 
