@@ -9,7 +9,9 @@ waits for each exchange there and then, so the model that ranks candidates is a 
 with the bytes, and the codec's seconds come on top. Of a sharded mean no rank holds all, so no error is measured.
 """
 
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from statistics import fmean
@@ -81,8 +83,8 @@ class ShardedAuto:
         """Whether the next forward begins a step: something was reduced, or stepped, since the last one began."""
         self._began: float | None = None
         self._asked = 0.0
-        self._noted: list[tuple[str, int, int]] = []
-        """What this step exchanges: role, values, bytes a value."""
+        self._noted: Counter[tuple[str, int, int]] = Counter()
+        """How often this step exchanges what: role, values, bytes a value."""
         self._waited = dict.fromkeys(self._plans, 0.0)
         """Seconds that training waited for what others have sent in our place, by role."""
         self._mark = self._totals()
@@ -118,7 +120,7 @@ class ShardedAuto:
 
     def note(self, role: str, n: int, itemsize: int) -> None:
         """Note an exchange of this step: n values of a gradient before it is reduced, or of a shard that is gathered."""
-        self._noted.append((role, n, itemsize))
+        self._noted[role, n, itemsize] += 1
 
     def note_waiting(self, role: str, seconds: float) -> None:
         """Note that training has waited so long for what the framework has sent by itself."""
@@ -167,7 +169,7 @@ class ShardedAuto:
         own = self._compared[-1 if role == "gradients" else 0]
         W, native = own.world_size, 2 if own.device.type == "cpu" else 1
         speed, sent, coding = self._speeds[str(plan.codec)], 0, 0.0
-        for n, itemsize in ((n, size) for of, n, size in self._noted if of == role):
+        for n, itemsize in ((n, size) for of, n, size in self._noted.elements() if of == role):
             if role == "gradients" and len(self._compared) > 1:
                 choice = plan.choose(n, itemsize, W)
                 messages = transfers(choice, n, itemsize, W)
@@ -201,9 +203,10 @@ def begins_steps(auto: ShardedAuto) -> Callable[..., None]:
 
     def before(module: Any, arguments: Any) -> None:
         if auto.due and torch.is_grad_enabled():
-            auto.begin_step()
+            # none of it is to be compiled; what nobody has compiled with by now is slow to import
+            (torch.compiler.disable(auto.begin_step) if "torch._dynamo" in sys.modules else auto.begin_step)()
 
-    before._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, which is slow to import
+    before._torchdynamo_disable = True  # type: ignore[attr-defined]
     return before
 
 
