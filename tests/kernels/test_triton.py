@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +94,32 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
         assert row["fused"] == 0, row
         assert row["shared"] <= SHARED, row
         assert row["wide"] > 0 or row["function"] in SINGLE | FEW or row["kernel"].startswith(LONG), row
+
+
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (16 * 1024, 16), (5000, 2), (70001, 3)])
+def test_no_kernel_is_compiled_again_for_another_number_of_values_or_of_payloads(n: int, count: int) -> None:
+    pytest.importorskip("triton")
+    import triton_code
+
+    known, found = triton_code.keys(1 << 20, 4), triton_code.keys(n, count)
+    assert known
+    assert all(known.values())
+    assert {op: set(keys) - set(known[op]) for op, keys in found.items() if set(keys) - set(known[op])} == {}
+
+
+def test_no_kernel_takes_an_integer_for_which_it_would_be_compiled_again() -> None:
+    pytest.importorskip("triton")
+    import triton_code
+
+    taken: dict[str, bool] = {}
+
+    def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        for parameter, argument in zip(kernel.params, arguments, strict=False):
+            if isinstance(argument, int):
+                taken[f"{kernel.fn.__module__}.{kernel.fn.__name__}: {parameter.name}"] = parameter.do_not_specialize
+
+    with triton_code.instead_of_launching(90, note):
+        for _, run in triton_code.ops(5000):
+            run()
+    assert len(taken) > 50
+    assert [name for name, free in taken.items() if not free] == []

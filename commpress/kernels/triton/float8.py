@@ -17,10 +17,11 @@ from commpress.kernels.triton.blocks import (
     magnitude_bits,
     read,
     remembered,
+    row_start,
     total,
     write,
 )
-from commpress.kernels.triton.launch import launch, padded, steps, words
+from commpress.kernels.triton.launch import counting, launch, padded, steps, words
 
 BLOCK: tl.constexpr = tl.constexpr(256)
 FLUSH: tl.constexpr = tl.constexpr(2.0**-80)
@@ -61,9 +62,9 @@ def _mean_of(
     """The mean of W payloads at blocks `b`, whose codes lie at `at`."""
     mean = _value(read(pu + at, inside, tl.int32), SHIFT, BIAS, STEP) * read(pf + b, b_inside) * share
     for w in range(1, W):
-        row = tl.multiple_of(row, 4)
-        value = _value(read(pu + w * row + at, inside, tl.int32), SHIFT, BIAS, STEP)
-        mean += value * read(pf + w * (row // 4) + b, b_inside) * share
+        start = row_start(w, row)
+        value = _value(read(pu + 4 * start + at, inside, tl.int32), SHIFT, BIAS, STEP)
+        mean += value * read(pf + start + b, b_inside) * share
     return mean
 
 
@@ -100,7 +101,7 @@ def _rows(
         _put(value, residual, qf, qu, b, at, codes, inside, b_inside, SHIFT, BIAS, LARGEST, STEP)
 
 
-@triton.jit
+@counting
 def _code_blocks(
     x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks,
     ROWS: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr, STEP: tl.constexpr,
@@ -125,14 +126,14 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()), 1.0 / count
+    source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()) // 4, 1.0 / count
     _launch(codec, out.numel(), *source, None, None, None, out)
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     after = padded(payload)
-    source = None, None, words(payloads), payloads, count, codec.nbytes(n), 1.0 / count
+    source = None, None, words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
     _launch(codec, n, *source, residual, words(after), after, None)
 
 

@@ -13,10 +13,11 @@ from commpress.kernels.triton.blocks import (
     only,
     read,
     remembered,
+    row_start,
     total,
     write,
 )
-from commpress.kernels.triton.launch import launch, padded, steps, words
+from commpress.kernels.triton.launch import counting, launch, padded, steps, words
 
 BLOCK: tl.constexpr = tl.constexpr(256)
 HALF: tl.constexpr = tl.constexpr(128)
@@ -93,8 +94,8 @@ def _mean_bytes(pf, pu, W, row, b, blocks, at, share, inside, b_inside):
     scale, code = read(pf + b, b_inside), read(pu + 4 * blocks + at, inside)
     mean = (code - 128.0) * scale * share
     for w in range(1, W):
-        row = tl.multiple_of(row, 4)
-        scale, code = read(pf + w * (row // 4) + b, b_inside), read(pu + w * row + 4 * blocks + at, inside)
+        start = row_start(w, row)
+        scale, code = read(pf + start + b, b_inside), read(pu + 4 * start + 4 * blocks + at, inside)
         mean += (code - 128.0) * scale * share
     return only(mean, inside)
 
@@ -105,8 +106,8 @@ def _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_insid
     at = 4 * blocks + b * HALF + tl.arange(0, HALF)[None, :]
     low, high = _two(pf, pu, b, at, share, inside, b_inside)
     for w in range(1, W):
-        row = tl.multiple_of(row, 4)
-        more_low, more_high = _two(pf + w * (row // 4), pu + w * row, b, at, share, inside, b_inside)
+        start = row_start(w, row)
+        more_low, more_high = _two(pf + start, pu + 4 * start, b, at, share, inside, b_inside)
         low += more_low
         high += more_high
     return only(low, inside), only(high, upper_inside)
@@ -212,7 +213,7 @@ def _rows(
         _half_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE, STOCHASTIC)
 
 
-@triton.jit
+@counting
 def _code_blocks(
     x,
     prologue,
@@ -249,14 +250,14 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()), 1.0 / count
+    source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()) // 4, 1.0 / count
     _launch(codec, out.numel(), *source, None, None, None, out)
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     after = padded(payload)
-    source = None, None, words(payloads), payloads, count, codec.nbytes(n), 1.0 / count
+    source = None, None, words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
     _launch(codec, n, *source, residual, words(after), after, None)
 
 
