@@ -120,7 +120,7 @@ def main(capability: int, wanted: list[str] | None) -> None:
             kernels.clear()
 
 
-def keys(n: int, count: int) -> dict[str, list[tuple[object, ...]]]:
+def keys(n: int, count: int = 4, start: int = 0) -> dict[str, list[tuple[object, ...]]]:
     """What Triton compiles for each op on n values and on so many payloads: two kernels of one key are one."""
     found: dict[str, list[tuple[object, ...]]] = {}
 
@@ -130,24 +130,27 @@ def keys(n: int, count: int) -> dict[str, list[tuple[object, ...]]]:
         found[name].append((kernel.fn.__module__, kernel.fn.__name__, *map(str, specialization)))
 
     with instead_of_launching(90, note):
-        for name, run in ops(n, count):
+        for name, run in ops(n, count, start):
             found[name] = []
             run()
     return found
 
 
-def ops(n: int, count: int = 4) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each op of each codec, and each that belongs to none, for n values and as many payloads: its name, and what starts it."""
-    yield from codec_ops(n, count)
+def ops(n: int, count: int = 4, start: int = 0) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each op of each codec, and each that belongs to none, for n values and `count` payloads: its name, and what starts it.
+
+    A payload that is written starts at byte `start` of its memory.
+    """
+    yield from codec_ops(n, count, start)
     yield from passes(n)
 
 
-def codec_ops(n: int, count: int) -> Iterator[tuple[str, Callable[[], object]]]:
+def codec_ops(n: int, count: int, start: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each op of each codec: its name, and what starts its kernels."""
     (x, halves, before), residual = inputs(n), torch.zeros(n)
     for spec, family in FAMILIES.items():
         codec = parse(spec)
-        payload = torch.zeros(codec.nbytes(n), dtype=torch.uint8)
+        payload = torch.zeros(start + codec.nbytes(n), dtype=torch.uint8)[start:]
         ops = {
             "encode": partial(family.encode, codec, x, None, None, payload),
             "feedback": partial(family.encode, codec, halves, residual, None, payload),
@@ -156,6 +159,7 @@ def codec_ops(n: int, count: int) -> Iterator[tuple[str, Callable[[], object]]]:
         }
         if hasattr(family, "recode"):
             ops["recode"] = partial(family.recode, codec, payload.repeat(count), n, count, residual, payload)
+            ops["recode alone"] = partial(family.recode, codec, payload.repeat(count), n, count, None, payload)
         if hasattr(family, "clear"):
             ops["clear"] = partial(family.clear, codec, payload, x)
         yield from ((f"{spec} {op}", run) for op, run in ops.items())

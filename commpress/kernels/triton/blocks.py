@@ -34,7 +34,7 @@ def read(place, inside, dtype: tl.constexpr = tl.float32):
 
 @triton.jit
 def row_start(w, row):
-    """The word at which payload w starts, of payloads of `row` words: so what is read there is aligned to words at least."""
+    """The word at which payload w starts, of payloads of `row` words."""
     return w * row.to(tl.int64)
 
 

@@ -68,7 +68,7 @@ def _put_bytes(value, residual, pf, pu, b, blocks, at, inside, STOCHASTIC: tl.co
     scale, inverse = block_scale(tl.max(magnitude_bits(value), axis=1, keep_dims=True), 127.0, FLUSH)
     code, level = _code(value, at - b * BLOCK, scale, inverse, 8, STOCHASTIC)
     write(pf + b, scale, None if inside is None else b < blocks)
-    write(pu + 4 * blocks + at, code.to(tl.uint8), inside)
+    write(tl.multiple_of(pu + 4 * blocks + at, [1, 4]), code.to(tl.uint8), inside)
     if residual is not None:
         keep_lost(residual, at, value - level * scale, inside)
 
@@ -81,7 +81,7 @@ def _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper
     code, level = _code(low, at - b * BLOCK, scale, inverse, 4, STOCHASTIC)
     upper_code, upper_level = _code(high, upper - b * BLOCK, scale, inverse, 4, STOCHASTIC)
     write(pf + b, scale, None if inside is None else b < blocks)
-    place = pu + 4 * blocks + b * HALF + tl.arange(0, HALF)[None, :]
+    place = tl.multiple_of(pu + 4 * blocks + b * HALF + tl.arange(0, HALF)[None, :], [1, 4])
     write(place, (code | upper_code << 4).to(tl.uint8), inside)
     if residual is not None:
         keep_lost(residual, at, low - level * scale, inside)
@@ -91,11 +91,14 @@ def _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper
 @triton.jit
 def _mean_bytes(pf, pu, W, row, b, blocks, at, share, inside, b_inside):
     """The mean of W payloads of int8 at blocks `b`, [ROWS, 256]."""
-    scale, code = read(pf + b, b_inside), read(pu + 4 * blocks + at, inside)
+    scale, code = read(pf + b, b_inside), read(tl.multiple_of(pu + 4 * blocks + at, [1, 4]), inside)
     mean = (code - 128.0) * scale * share
     for w in range(1, W):
         start = row_start(w, row)
-        scale, code = read(pf + start + b, b_inside), read(pu + 4 * start + 4 * blocks + at, inside)
+        scale, code = (
+            read(pf + start + b, b_inside),
+            read(tl.multiple_of(pu + 4 * start + 4 * blocks + at, [1, 4]), inside),
+        )
         mean += (code - 128.0) * scale * share
     return only(mean, inside)
 
@@ -116,7 +119,7 @@ def _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_insid
 @triton.jit
 def _two(pf, pu, b, at, share, inside, b_inside):
     """The share of one payload of int4 in a mean."""
-    scale, codes = read(pf + b, b_inside), read(pu + at, inside, tl.int32)
+    scale, codes = read(pf + b, b_inside), read(tl.multiple_of(pu + at, [1, 4]), inside, tl.int32)
     low, high = ((codes & 15) - 8).to(tl.float32), ((codes >> 4) - 8).to(tl.float32)
     return low * scale * share, high * scale * share
 
@@ -243,9 +246,9 @@ def _code_blocks(
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    coded = padded(payload)
+    after = padded(payload)
     source = x, steps(prologue), None, None, 0, 0, 0.0
-    _launch(codec, x.numel(), *source, residual, words(coded), coded, None)
+    _launch(codec, x.numel(), *source, residual, words(after), after, None)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:

@@ -20,8 +20,10 @@ COUNTS = (
     *("n", "k", "W", "row", "head_row", "blocks", "plane", "tiles", "bits", "low_bits", "low_words", "high_at"),
     *("block", "rest", "rest_strata", "draw"),
 )
-counting: Any = triton.jit(do_not_specialize=COUNTS)
-"""Makes a kernel that is compiled once for all of these numbers, and not again where one is 1 or a multiple of 16."""
+PAYLOADS = ("pf", "pu", "qf", "qu", "head", "heads", "words", "ends")
+counting: Any = triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=PAYLOADS)
+"""Makes a kernel that is compiled once for all of these numbers, and not again where one is 1 or a multiple of 16; and once for
+all payloads, wherever they lie: behind others they are at multiples of 4 bytes."""
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

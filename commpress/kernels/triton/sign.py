@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commpress.kernels.triton.blocks import is_finite, keep_lost, nan_like, only, remembered, row_start, total, write
+from commpress.kernels.triton.blocks import (
+    is_finite,
+    keep_lost,
+    nan_like,
+    only,
+    remembered,
+    row_start,
+    total,
+    write,
+)
 from commpress.kernels.triton.launch import counting, launch, padded, steps, words
 from commpress.kernels.triton.planes import BLOCK, LANES, STEPS, WIDTH, bit, folded, lanes, sizes, spread
 
@@ -68,7 +77,7 @@ def _encode_rows(
         i_inside = None if WHOLE else i < size
         byte |= only(negative, i_inside).to(tl.int32) << p
     j_inside = None if WHOLE else j < (size + 7) // 8
-    write(qu + 4 * blocks + b * WIDTH + j, byte.to(tl.uint8), j_inside)
+    write(tl.multiple_of(qu + 4 * blocks + b * WIDTH + j, [1, 4]), byte.to(tl.uint8), j_inside)
 
     if residual is not None:
         tl.debug_barrier()  # all of the program have read what remained before any of it is written over
@@ -107,18 +116,18 @@ def _mean(pf, pu, W, row, share, out, n, blocks, ROWS: tl.constexpr):
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    n, coded = x.numel(), padded(payload)
+    n, after = x.numel(), padded(payload)
     blocks = triton.cdiv(n, BLOCK)
     source = x, steps(prologue), None, None, 0, 0, 0.0
-    launch(_encode, triton.cdiv(blocks, ROWS), *source, residual, words(coded), coded, n, blocks, ROWS=ROWS)
+    launch(_encode, triton.cdiv(blocks, ROWS), *source, residual, words(after), after, n, blocks, ROWS=ROWS)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
     n = out.numel()
     blocks = triton.cdiv(n, BLOCK)
-    coded = words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
-    launch(_mean, triton.cdiv(blocks, ROWS), *coded, out, n, blocks, ROWS=ROWS)
+    source = words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
+    launch(_mean, triton.cdiv(blocks, ROWS), *source, out, n, blocks, ROWS=ROWS)
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:

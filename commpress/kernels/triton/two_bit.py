@@ -7,7 +7,16 @@ import triton.language as tl
 from torch import Tensor
 
 from commpress.comm.codecs.sign import plane_bytes
-from commpress.kernels.triton.blocks import is_finite, keep_lost, nan_like, only, remembered, row_start, total, write
+from commpress.kernels.triton.blocks import (
+    is_finite,
+    keep_lost,
+    nan_like,
+    only,
+    remembered,
+    row_start,
+    total,
+    write,
+)
 from commpress.kernels.triton.launch import counting, launch, padded, steps, words
 from commpress.kernels.triton.planes import BLOCK, LANES, STEPS, WIDTH, bit, folded, lanes, sizes, spread
 
@@ -106,8 +115,11 @@ def _encode_rows(
         large |= only((tl.abs(value) > mean).to(tl.int32), inside).to(tl.int32) << p
     inside = None if WHOLE else j < (size + 7) // 8
     place = qu + 8 * blocks + b * WIDTH + j
-    write(place, signs.to(tl.uint8), inside)
-    write(place + plane, large.to(tl.uint8), inside)
+    write(tl.multiple_of(place, [1, 4]), signs.to(tl.uint8), inside)
+    if plane % 4 == 0:
+        write(tl.multiple_of(place + plane, [1, 4]), large.to(tl.uint8), inside)
+    else:
+        write(place + plane, large.to(tl.uint8), inside)
 
     if residual is not None:
         tl.debug_barrier()  # all of the program have read what remained before any of it is written over
@@ -149,9 +161,9 @@ def _mean(pf, pu, W, row, share, out, n, blocks, plane, ROWS: tl.constexpr):
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    coded = padded(payload)
+    after = padded(payload)
     source = x, steps(prologue), None, None, 0, 0, 0.0
-    _launch(_encode, x.numel(), ROWS, *source, residual, words(coded), coded)
+    _launch(_encode, x.numel(), ROWS, *source, residual, words(after), after)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
