@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 CODE = HERE / "triton_code.py"
@@ -136,3 +137,32 @@ def test_no_kernel_takes_an_integer_for_which_it_would_be_compiled_again() -> No
             run()
     assert len(taken) > 50
     assert [name for name, free in taken.items() if not free] == []
+
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique2"}
+"""What torch runs where the host must know a value or a number of values."""
+
+
+def test_what_starts_the_kernels_asks_for_no_value_of_a_tensor() -> None:
+    pytest.importorskip("triton")
+    import triton_code
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Ran(TorchDispatchMode):
+        """The names of what torch runs."""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    waiting: dict[str, set[str]] = {}
+    with triton_code.instead_of_launching(90, lambda *_, **__: None):
+        for op, run in triton_code.ops(5000):
+            names: set[str] = set()
+            with Ran():
+                run()
+            waiting[op] = names & WAITS
+    with Ran():
+        torch.ones(2).nonzero()[0].item()
+    assert names >= {"aten::nonzero", "aten::_local_scalar_dense"}
+    assert {op: found for op, found in waiting.items() if found} == {}
