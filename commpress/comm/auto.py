@@ -175,7 +175,7 @@ class Auto:
         search = self.search
         said: dict[str, object] = {
             "medians": search.medians(),
-            "least": search.least(),
+            "turns": search.turns(),
             "errors": search.errors(),
             "asked": self._asked,
         }

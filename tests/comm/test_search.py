@@ -49,7 +49,7 @@ class World:
             if due.pop():
                 self.asks += 1
                 everyone: list[Said] = [
-                    {"medians": s.medians(), "least": s.least(), "errors": s.errors(), "asked": self.asked}
+                    {"medians": s.medians(), "turns": s.turns(), "errors": s.errors(), "asked": self.asked}
                     for s in self.searches
                 ]
                 for search in self.searches:
@@ -135,6 +135,26 @@ def test_noise_does_not_hide_a_clear_gain(noise: float) -> None:
         world = World(PAYS, noise=noise, predicted=predicted(PAYS))
         world.random.seed(seed)
         assert world.run(60).chosen in ("int4", "int8")
+
+
+def shaken(seconds: Seconds, seed: int, by: float) -> Seconds:
+    """Steps of a busy machine: all ranks see the same longer or shorter one."""
+    noise = random.Random(seed)
+    return lambda spec, step: seconds(spec, step) * noise.uniform(1 - by, 1 + by)
+
+
+def test_specs_that_are_as_fast_are_seldom_taken_for_noise() -> None:
+    same = link(**dict.fromkeys(SPECS, 1.0))
+    chosen = [World(shaken(same, seed, 0.1)).run(80).chosen for seed in range(100)]
+    assert chosen.count(PLAIN) > 60
+
+
+def test_a_lead_of_a_tenth_is_found_in_such_noise() -> None:
+    ahead = link(none=1.0, bf16=1.0, int8=0.98, int4=0.9)
+    fast = [World(shaken(ahead, seed, 0.1), predicted=predicted(ahead)).run(80) for seed in range(100)]
+    assert [world.chosen for world in fast].count(PLAIN) < 15
+    assert all(world.searches[0].choices[0].step <= 50 for world in fast)
+    assert len({world.searches[0].choices[0].step for world in fast}) > 1  # further rounds where it was open
 
 
 def test_pauses_between_steps_change_nothing() -> None:

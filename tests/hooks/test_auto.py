@@ -97,6 +97,7 @@ def predicted_on_unequal_hosts() -> list[float | None]:
     return [trial.predicted for trial in choice.trials]
 
 
+@pytest.mark.slow
 def test_ranks_of_hosts_of_unequal_size_predict_the_same() -> None:
     first, *others = run(4, predicted_on_unequal_hosts)
     assert all(other == first for other in others)
@@ -239,7 +240,9 @@ def breaks(spec: str | None, at: int, steps: int) -> dict[str, Any]:
     model, plain = replica(), replica()
     with (
         mock.patch.object(Search, "medians", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
-        mock.patch.object(Search, "least", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
+        mock.patch.object(
+            Search, "turns", lambda self: {spec: [CLOCK[spec]] * (self._round + 1) for spec in self._seconds}
+        ),
         mock.patch.object(Auto, "_predicted", return_value=CLOCK),
         mock.patch.dict(table.KERNELS),
         warnings.catch_warnings(record=True) as warned,
@@ -262,6 +265,7 @@ def breaks(spec: str | None, at: int, steps: int) -> dict[str, Any]:
     return {"losses": losses, "said": said, "parameters": trained.parameters, "explained": session.explain()}
 
 
+@pytest.mark.slow
 def test_a_spec_that_hurts_gives_way_on_all_ranks_and_the_loss_is_that_of_plain_training() -> None:
     first, second = run(2, breaks, None, 60, 300)
     assert same(first["parameters"], second["parameters"])

@@ -45,7 +45,9 @@ def searched() -> dict[str, Any]:
     model = sharded()
     with (
         mock.patch.object(Search, "medians", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
-        mock.patch.object(Search, "least", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
+        mock.patch.object(
+            Search, "turns", lambda self: {spec: [CLOCK[spec]] * (self._round + 1) for spec in self._seconds}
+        ),
         mock.patch.object(Auto, "_predicted", return_value=CLOCK),
     ):
         session = commpress.attach(model)

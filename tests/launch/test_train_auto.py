@@ -18,6 +18,7 @@ def trained(folder: Path) -> Ended:
     return ended(lambda: train.train(settings))
 
 
+@pytest.mark.slow
 def test_a_run_with_auto_ends_with_its_receipt(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
     said = run(2, trained, tmp_path)[0]
