@@ -100,6 +100,25 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
         assert wide or row["kernel"].endswith(PAYLOADS), row
 
 
+@pytest.mark.slow
+def test_kernels_of_blocks_move_no_more_bytes_than_they_must() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "triton_bytes.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 5 * 5
+    for row in rows:
+        assert 0.95 * row["least"] < row["memory"] <= row["least"], (
+            row
+        )  # a block of int2 whose bits are 0 needs one level
+
+
 @pytest.mark.parametrize(("n", "count"), [(1, 1), (16 * 1024, 16), (5000, 2), (70001, 3)])
 def test_no_kernel_is_compiled_again_for_another_number_of_values_or_of_payloads(n: int, count: int) -> None:
     pytest.importorskip("triton")
