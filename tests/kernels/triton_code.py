@@ -74,6 +74,7 @@ PASSES: dict[str, tuple[Any, Callable[[], object]]] = {
     "estimate_momentum": (optim, lambda: optim.run("estimate_momentum", X, HALVES, 0.5, 0.5)),
     "add_scaled": (optim, lambda: optim.run("add_scaled", X, HALVES, 0.5)),
     "momentum_correction": (optim, lambda: optim.run("momentum_correction", X, X, X, 0.5, 0.5, 0.0)),
+    "momentum_ahead": (optim, lambda: optim.run("momentum_ahead", X, X, 0.5)),
     "prologue": (prologue, lambda: prologue.apply(X, BEFORE)),
     "keep": (model, lambda: model.keep(X, KEPT)),
     "keep of bfloat16": (model, lambda: model.keep(HALVES, KEPT)),

@@ -90,6 +90,15 @@ def _momentum_correction(tensors, numbers, at, inside):
     write(x + at, tl.where(nesterov != 0, g + beta * moved, moved), inside)
 
 
+@triton.jit
+def _momentum_ahead(tensors, numbers, at, inside):
+    x, momentum = tensors
+    before = read(momentum + at, inside)
+    moved = numbers[0] * (read(x + at, inside) - before)
+    write(momentum + at, before + moved, inside)
+    write(x + at, moved, inside)
+
+
 @triton.jit(do_not_specialize=["n"])
 def _pass(tensors, numbers, n, FORMULA: tl.constexpr, SIZE: tl.constexpr):
     """Run a formula on SIZE values."""
@@ -110,6 +119,7 @@ FORMULAS: dict[str, Any] = {
     "estimate_momentum": _estimate_momentum,
     "add_scaled": _add_scaled,
     "momentum_correction": _momentum_correction,
+    "momentum_ahead": _momentum_ahead,
 }
 
 
