@@ -38,7 +38,8 @@ AS_ADAMW = 0.2
 class EF21Muon(CompressedOptimizer):
     """Muon for the hidden matrices of a model, AdamW for its other parameters: `EF21Muon(model, lr=2e-3)`.
 
-    `attach(ddp_model, "sign", optimizer=...)` says how the momentum of matrices travels: `sign`, `int2`, `topk(0.1)|sign`. The gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. There is no warm-up.
+    `attach(ddp_model, "sign", optimizer=...)` says how the momentum of matrices travels: `sign`, `int2`, `topk(0.1)|sign`. The
+    gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. There is no warm-up.
 
     Hidden matrices have two dimensions or more (more are taken as rows of all but the first); no embeddings, and no matrix that
     has a row for each entry of one, as a head has. `others` are patterns of further names for AdamW. Updates are scaled to the
@@ -49,7 +50,7 @@ class EF21Muon(CompressedOptimizer):
     Raises ValueError for a setting out of range, a pattern that matches nothing, and a group without `muon`.
     """
 
-    shared = ("max_norm", "others_spec")
+    shared = ("max_norm", "others_spec", "steps")
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class EF21Muon(CompressedOptimizer):
                 f"others_spec {others_spec!r}: AdamW loses by sparse gradients; expected int8, int4 or none"
             )
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps}
-        defaults |= {"weight_decay": weight_decay, "others_spec": str(parse(others_spec)), "muon": None}
+        defaults |= {"weight_decay": weight_decay, "others_spec": str(parse(others_spec)), "muon": None, "steps": 0}
         super().__init__(groups(model, others) if isinstance(model, nn.Module) else model, defaults, max_norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -135,6 +136,11 @@ class EF21Muon(CompressedOptimizer):
             others = [p for p, of, _ in updates.values() if of is group and not group["muon"] and p.grad is not None]
             if others:
                 step_adamw(others, group, self.state, fused=True)
+            group["steps"] += 1
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self.came_with_session(state_dict):
+            super().load_state_dict(state_dict)
 
     def step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if not group["muon"]:
