@@ -136,6 +136,7 @@ class Collectives:
         if remembers and chunk is None and node_slice is None:
             memory.give_back(W)  # nobody encodes a second time now
         encoder = Encoder(plan.codec.drawn(memory.next_draw()), memory if remembers else None, scratch)
+        encoder.masks_momentum = override.masks_momentum
 
         values = x
         if kept_index is not None and (override.codec is not None or n == 0):

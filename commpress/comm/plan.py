@@ -40,7 +40,8 @@ class Override:
     """An optimizer's wishes for a bucket in this step: `codec` codes it.
 
     With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare`, then
-    `prologue`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own.
+    `prologue`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own, and
+    `masks_momentum` clears it where something was sent.
     `finish` makes of the mean, in place, what the bucket shall hold. `bypass_feedback`: what feedback remembers is of another
     kind, and has no part in it.
     """
@@ -51,6 +52,7 @@ class Override:
     prologue: Prologue | None = None
     finish: Callable[[Tensor], None] | None = None
     momentum: bool = False
+    masks_momentum: bool = False
     bypass_feedback: bool = False
 
     @property

@@ -148,6 +148,7 @@ class StepBuffer:
                     "but the last backward of a step under no_sync(); with a GradScaler pass grad_scaler= to attach"
                 )
             collectives.feedback.restore_snapshot()
+        collectives.feedback.begin_step()
         collectives.follow_scale()
         if optimizer.must_verify():
             require_equal(collectives.traffic.ask(optimizer.replicated_state(), "an optimizer to compare"))

@@ -176,6 +176,7 @@ def passes(n: int) -> Iterator[tuple[str, Callable[[], object]]]:
         ("sync_apply", 6, 3),
         ("restore_local", 3, 1),
         ("momentum_correction", 3, 3),
+        ("momentum_ahead", 2, 1),
     ):
         yield op, partial(optim.run, op, *[x] * tensors, *[0.5] * numbers)
     yield "estimate_momentum", partial(optim.run, "estimate_momentum", x, halves, 0.5, 0.5)

@@ -84,6 +84,15 @@ def _momentum_correction(arguments, at, inside):
     write(x + at, tl.where(nesterov != 0, g + beta * moved, moved), inside)
 
 
+@triton.jit
+def _momentum_ahead(arguments, at, inside):
+    x, momentum, fresh = arguments
+    before = read(momentum + at, inside)
+    moved = fresh * (read(x + at, inside) - before)
+    write(momentum + at, before + moved, inside)
+    write(x + at, moved, inside)
+
+
 FORMULAS: dict[str, Any] = {
     "apply_update": _apply_update,
     "local_step": _local_step,
@@ -93,6 +102,7 @@ FORMULAS: dict[str, Any] = {
     "estimate_momentum": _estimate_momentum,
     "add_scaled": _add_scaled,
     "momentum_correction": _momentum_correction,
+    "momentum_ahead": _momentum_ahead,
 }
 
 
