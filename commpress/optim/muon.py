@@ -186,7 +186,8 @@ def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]
             raise ValueError(
                 f"others: {pattern!r} matches no parameter that requires a gradient, known: {', '.join(named)}"
             )
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, p in named.items():
         hidden = p.dim() >= 2 and not p.is_complex() and p not in embedded and p.shape[0] not in entries
         chosen = hidden and not any(fnmatch.fnmatchcase(name, pattern) for pattern in others)
