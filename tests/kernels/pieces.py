@@ -14,12 +14,12 @@ import numpy as np
 from numba import njit, types
 
 from commpress.kernels.cpu import cast, float8, integer, optim, random_k, rotate, sign, topk, two_bit
-from commpress.kernels.cpu.blocks import block_of, put_block, sum_magnitudes, top_of
+from commpress.kernels.cpu.blocks import block_of, put_block, top_of
+from commpress.kernels.cpu.instructions import sum_magnitudes, widest
 
 FLOATS, BYTES = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
 BFLOATS, HALVES = types.Array(types.uint16, 1, "C"), types.Array(types.int16, 1, "C")
 INTS, WORDS = types.Array(types.int32, 1, "C"), types.Array(types.uint32, 1, "C")
-LANES = types.Array(types.float32, 2, "C")
 F, INT, NONE = types.float32, types.int64, types.none
 STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
 
@@ -35,6 +35,12 @@ def in_order(x: Any, residual: Any) -> Any:
     return total
 
 
+def widely(x: Any, residual: Any, o: Any, scratch: Any) -> Any:
+    """A block with feedback, in a function that asks for wide vectors."""
+    widest()
+    return block_of(x, None, residual, o, 256, scratch)[7]
+
+
 PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "top_of": (lambda x: top_of(x, 256), (FLOATS,)),
     "block_of, feedback": (lambda x, r, o, s: block_of(x, None, r, o, 256, s)[7], (FLOATS, FLOATS, INT, FLOATS)),
@@ -45,6 +51,7 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "block_of, bfloat16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (BFLOATS, INT, FLOATS)),
     "block_of, float16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (HALVES, INT, FLOATS)),
     "put_block": (lambda out, o, block: put_block(out, o, block, 256), (FLOATS, INT, FLOATS)),
+    "widest": (widely, (FLOATS, FLOATS, INT, FLOATS)),
     "int8 write": (lambda x, c, top: integer._write(x, None, c, top, 8, False), (FLOATS, BYTES, types.int32)),
     "int8 write, feedback": (
         lambda x, r, c, top: integer._write(x, r, c, top, 8, False),
@@ -77,10 +84,10 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda pf, pu, share, out: float8._read(pf, pu, 2, 4096, 0, 8, float8.E4M3, share, 256, out),
         (FLOATS, BYTES, F, FLOATS),
     ),
-    "sum_magnitudes": (sum_magnitudes, (FLOATS, FLOATS)),
+    "sum_magnitudes": (lambda x: sum_magnitudes(x), (FLOATS,)),
     "sign write, feedback": (sign._write, (FLOATS, FLOATS, BYTES, F)),
     "sign read": (lambda pf, pu, share, out: sign._read(pf, pu, 2, 4096, 0, 8, share, out), (FLOATS, BYTES, F, FLOATS)),
-    "int2 sizes": (lambda x, lanes: two_bit._sizes(x, 1024, lanes), (FLOATS, LANES)),
+    "int2 sizes": (lambda x: two_bit._sizes(x, 1024), (FLOATS,)),
     "int2 write, feedback": (two_bit._write, (FLOATS, FLOATS, BYTES, BYTES, F, F, F)),
     "int2 read": (
         lambda pf, pu, share, out: two_bit._read(pf, pu, 2, 4096, 0, 8, 1024, share, out),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "commpress" / "kernels" / "cpu"
-BLOCKS = FOLDER / "blocks.py"
-FILES = sorted(set(FOLDER.glob("*.py")) - {BLOCKS})
+SHARED = FOLDER / "blocks.py", FOLDER / "instructions.py"
+FILES = sorted(set(FOLDER.glob("*.py")) - set(SHARED))
 
 
 def borrowed(tree: ast.Module) -> dict[str, str]:
@@ -32,22 +32,25 @@ def borrowed(tree: ast.Module) -> dict[str, str]:
 def test_a_file_whose_loops_hold_shared_pieces_has_their_hash(path: Path) -> None:
     tree = ast.parse(path.read_text())
     modules = set(borrowed(tree).values())
-    assert modules <= {"commpress.kernels.cpu.blocks"}, "a loop may use pieces of its own file and of blocks.py only"
+    shared = {f"commpress.kernels.cpu.{file.stem}" for file in SHARED}
+    assert modules <= shared, "a loop may use pieces of its own file, of blocks.py and of instructions.py only"
     found = [
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BLOCKS_SHA256"
     ]
-    expected = [hashlib.sha256(BLOCKS.read_bytes()).hexdigest()[:16]] if modules else []
+    expected = [hashlib.sha256(b"".join(file.read_bytes() for file in SHARED)).hexdigest()[:16]] if modules else []
     assert found == expected, (
-        f"blocks.py has changed: write BLOCKS_SHA256 = {expected[0]!r} in {path.name}"
+        f"a shared piece has changed: write BLOCKS_SHA256 = {expected[0]!r} in {path.name}"
         if modules
-        else (f"no loop of {path.name} uses blocks.py: leave BLOCKS_SHA256 out")
+        else (f"no loop of {path.name} uses a shared piece: leave BLOCKS_SHA256 out")
     )
 
 
 def test_shared_pieces_use_those_of_no_other_file() -> None:
-    assert borrowed(ast.parse(BLOCKS.read_text())) == {}
+    blocks, instructions = SHARED
+    assert set(borrowed(ast.parse(blocks.read_text())).values()) == {"commpress.kernels.cpu.instructions"}
+    assert borrowed(ast.parse(instructions.read_text())) == {}
 
 
 def test_all_families_of_shared_pieces_are_found() -> None:

@@ -32,8 +32,9 @@ PIECES = {
     "block_of, feedback": [FLOAT_ADD, PUT_FLOATS],
     "block_of, feedback and prologue": [FLOAT_ADD, FLOAT_MUL, PUT_FLOATS],
     "block_of, bfloat16": ["shl", PUT_FLOATS],
-    "block_of, float16": ["shl", PUT_FLOATS],
+    "block_of, float16": [PUT_FLOATS],
     "put_block": [PUT_FLOATS],
+    "widest": [FLOAT_ADD, PUT_FLOATS],
     "int8 write": [FLOAT_MUL, FLOAT_ADD, PUT_BYTES],
     "int8 write, feedback": [FLOAT_MUL, FLOAT_SUB, PUT_BYTES, PUT_FLOATS],
     "int4 write": [FLOAT_MUL, FLOAT_ADD, PUT_BYTES],
@@ -116,6 +117,17 @@ def test_each_piece_of_a_loop_computes_with_vectors(compiled: dict[str, dict[str
 def test_a_block_of_a_long_mean_goes_past_the_caches(compiled: dict[str, dict[str, str]]) -> None:
     for processor in PROCESSORS:
         assert re.search(r"store <64 x float> .*, align 64.*, !nontemporal", compiled[processor]["put_block"])
+
+
+def test_a_block_is_asked_for_before_it_is_read(compiled: dict[str, dict[str, str]]) -> None:
+    for processor in PROCESSORS:
+        for piece, streams in (("block_of, feedback", 2), ("block_of, feedback and prologue", 4)):
+            assert compiled[processor][piece].count("call void @llvm.prefetch") >= streams
+
+
+def test_loops_take_the_widest_vectors_that_there_are(compiled: dict[str, dict[str, str]]) -> None:
+    for processor, lanes in (("haswell", 8), ("skylake-avx512", 16), ("sapphirerapids", 16)):
+        assert vectors(compiled[processor]["widest"], FLOAT_ADD, lanes)
 
 
 def test_a_loop_of_single_values_is_found_out(compiled: dict[str, dict[str, str]]) -> None:

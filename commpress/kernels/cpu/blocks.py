@@ -17,30 +17,38 @@ The formulas and layouts stand in `commpress/comm/codecs`; what stands here is h
 - a long mean is summed up in the L1 cache and written past the caches: it is not read before all of it is there, and a store
   that goes through them reads the memory first.
 
-Numba's cache looks at the time stamp of a loop's own file only. So a file that uses a piece of this one holds its hash, and a
-loop uses no piece of any other file.
+Numba's cache looks at the time stamp of a loop's own file only. So a file that uses a piece of this one or of `instructions.py`
+holds the hash of both, and a loop uses no piece of any other file.
 """
 
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
-from commpress.kernels.compiled import by_type, instruction, loop, part
-
-SIGN_BLOCK = 1024
-SIGN_LANES = 64
+from commpress.kernels.compiled import by_type, loop, part
+from commpress.kernels.cpu.instructions import (
+    CONVERTS_HALVES,
+    STREAM,
+    is_aligned,
+    narrowed,
+    prefetch,
+    stream,
+    widened,
+)
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY_BITS = np.int32(0x7F800000)
 NAN = np.float32(np.nan)
 LARGEST = np.finfo(np.float32).max
 
-STREAM = 64
-"""Values that are written past the caches by one instruction of ours."""
 LONG = 2**19
 """From how many values on a mean is: 2 MB, more than most cores have in their own caches."""
+PIECE = 256
+"""Values that are asked for at once: more lines of memory than a core can wait for make it stand still."""
+AHEAD = 512
+"""How far ahead of the block that is coded: the processor itself looks no further than some lines behind the last one that
+was read, and reads nothing while a block is coded."""
 
 ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 PLACES = np.array(
@@ -49,94 +57,28 @@ PLACES = np.array(
 """Byte i of entry `byte`: where the i-th one of its bits stands."""
 
 
-# --- bits ---------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------------
 
 
-@instruction
-def reach_mask(typing: Any, a: Any, start: Any, threshold: Any) -> Any:
-    """Bit j: whether the magnitude of a[start + j] (float32, 64 of them) has bits of at least `threshold`.
+@by_type
+def fetch(x: Any, o: Any, size: Any) -> Any:
+    """Have x[o : o + size] brought to the caches, of a gradient, a residual or a prologue's tensors."""
+    if isinstance(x, types.NoneType):
+        return lambda x, o, size: None
+    if isinstance(x, types.Array):
+        step = 64 // (x.dtype.bitwidth // 8)
 
-    In LLVM's own words, since a loop cannot say it: a comparison of vectors is a mask in one instruction.
-    """
+        def fetched(x, o, size):
+            for k in range(size // step):
+                prefetch(x, o + k * step)
 
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        vector, word = ir.VectorType(ir.IntType(32), 64), ir.IntType(64)
-        place = builder.gep(array.data, [arguments[1]])
-        bits = builder.load(builder.bitcast(place, vector.as_pointer()), align=4)
-        magnitudes = builder.and_(bits, ir.Constant(vector, [0x7FFFFFFF] * 64))
-        least = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], ir.IntType(32)(0))
-        every = ir.Constant(vector, [0] * 64)
-        least = builder.shuffle_vector(least, ir.Constant(vector, ir.Undefined), every)
-        return builder.bitcast(builder.icmp_signed(">=", magnitudes, least), word)
+        return fetched
 
-    return types.uint64(a, types.int64, types.int32), build
+    def both(x, o, size):
+        fetch(x[0], o, size)
+        fetch(x[1], o, size)
 
-
-@instruction
-def popcount(typing: Any, mask: Any) -> Any:
-    """How many bits of a uint64 are 1."""
-    return types.uint64(types.uint64), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
-
-
-@instruction
-def trailing_zeros(typing: Any, mask: Any) -> Any:
-    """The place of the lowest bit that is 1, an int64; 64 if there is none."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.IntType(1)(0))
-
-    return types.int64(types.uint64), build
-
-
-@instruction
-def put_word(typing: Any, x: Any, at: Any, word: Any) -> Any:
-    """x[at : at + 8] := the bytes of a uint64, the lowest first; x is uint8 and has room for them."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        place = builder.bitcast(builder.gep(array.data, [arguments[1]]), ir.IntType(64).as_pointer())
-        builder.store(arguments[2], place, align=1)
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64, types.uint64), build
-
-
-@instruction
-def _is_aligned(typing: Any, x: Any) -> Any:
-    """Whether float32 memory begins at a multiple of 64 bytes."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, word = context.make_array(signature.args[0])(context, builder, arguments[0]), ir.IntType(64)
-        return builder.icmp_unsigned("==", builder.and_(builder.ptrtoint(array.data, word), word(63)), word(0))
-
-    return types.boolean(x), build
-
-
-@instruction
-def _stream(typing: Any, x: Any, at: Any, block: Any, start: Any) -> Any:
-    """x[at : at + 64] := block[start : start + 64], past the caches; float32, and x[at] at a multiple of 64 bytes."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        target, source = (context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 2))
-        vector = ir.VectorType(ir.FloatType(), STREAM).as_pointer()
-        values = builder.load(builder.bitcast(builder.gep(source, [arguments[3]]), vector), align=4)
-        stored = builder.store(values, builder.bitcast(builder.gep(target, [arguments[1]]), vector), align=64)
-        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64, block, types.int64), build
-
-
-@instruction
-def settle_streams(typing: Any) -> Any:
-    """Have what was written past the caches be seen by other threads before anything that this one writes later."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), build
+    return both
 
 
 # --- 16-bit floats, as uint32, in whose vectors the loops compute -------------------------------------------------
@@ -159,8 +101,21 @@ def from_bfloat16(half):
 
 @part
 def to_float16(value):
-    """The bits of the float16 nearest to a float32, half to even: below 2**-14, where float16 is denormal, the addition
-    of 0.5 rounds, since one unit of its last place is then float16's smallest denormal, 2**-24."""
+    """The bits of the float16 nearest to a float32, half to even."""
+    half = narrowed(np.float32(value)) if CONVERTS_HALVES else _rounded_to_float16(value)
+    return half if value == value else np.uint32(0x7E00)
+
+
+@part
+def from_float16(half):
+    """The float32 of a float16's bits."""
+    return widened(np.uint32(half)) if CONVERTS_HALVES else _spread_float16(half)
+
+
+@part
+def _rounded_to_float16(value):
+    """Do that by bits, but for NaN: below 2**-14, where float16 is denormal, the addition of 0.5 rounds, since one unit of
+    its last place is then float16's smallest denormal, 2**-24."""
     bits = np.float32(value).view(np.uint32)
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
     odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
@@ -169,12 +124,13 @@ def to_float16(value):
     tiny = np.uint32(np.float32(np.abs(value) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000))
     half = tiny if magnitude < np.uint32(0x38800000) else normal
     sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
-    return np.uint32(half | sign) if value == value else np.uint32(0x7E00)
+    return np.uint32(half | sign)
 
 
 @part
-def from_float16(half):
-    """The float32 of a float16's bits: a denormal is its integer times 2**-24; Inf and NaN need the exponent 255."""
+def _spread_float16(half):
+    """Return the float32 of a float16's bits, by bits: a denormal is its integer times 2**-24; Inf and NaN need the exponent
+    255."""
     magnitude = np.uint32(half & np.uint32(0x7FFF))
     shifted = np.uint32(np.uint32(magnitude << np.uint32(13)) + np.uint32(112 << 23))
     special = np.uint32(shifted + np.uint32(112 << 23))
@@ -221,7 +177,7 @@ def put(x: Any, i: Any, value: Any) -> Any:
 @part
 def _is_streamed(out, o):
     """Whether the block at `o` is written past the caches."""
-    return out.size >= LONG and o % 16 == 0 and _is_aligned(out)
+    return out.size >= LONG and o % 16 == 0 and is_aligned(out)
 
 
 @by_type
@@ -232,10 +188,10 @@ def put_block(out: Any, o: Any, block: Any, size: Any) -> Any:
         def stored(out, o, block, size):
             done = size // STREAM if _is_streamed(out, o) else 0
             for k in range(done):
-                _stream(out, o + k * STREAM, block, k * STREAM)
-            ob = out[o : o + size]
-            for j in range(done * STREAM, size):
-                ob[j] = block[j]
+                stream(out, o + k * STREAM, block, k * STREAM)
+            rest, ob = block[done * STREAM : size], out[o + done * STREAM : o + size]
+            for j in range(ob.size):  # from 0 on: with another start they would be gathered one by one
+                ob[j] = rest[j]
 
         return stored
 
@@ -257,12 +213,23 @@ def prologue_value(x, inverse, average, limit, fresh, kept):
 @part
 def block_of(x, prologue, residual, o, size, scratch):
     """Return the `size` values from `o` on as they are coded, in float32: where they lie, or in `scratch`."""
-    xb = x[o : o + size]
+    done = size // PIECE * PIECE
+    for start in range(o, o + done, PIECE):
+        fetch(x, start + AHEAD, PIECE)
+        fetch(prologue, start + AHEAD, PIECE)
+        fetch(residual, start + AHEAD, PIECE)
+        _gather(x, prologue, residual, start, PIECE, scratch[start - o : start - o + PIECE])
+    _gather(x, prologue, residual, o + done, size - done, scratch[done:size])
+    return _either(x[o : o + size], prologue, residual, scratch)
+
+
+@part
+def _gather(x, prologue, residual, o, size, scratch):
+    """Write the `size` values from `o` on as they are coded to `scratch`, unless they are coded where they lie."""
     if not _lies_there(x, prologue, residual):
-        pb, rb = part_of(prologue, o, size), part_of(residual, o, size)
+        xb, pb, rb = x[o : o + size], part_of(prologue, o, size), part_of(residual, o, size)
         for j in range(size):
             scratch[j] = total(xb, pb, rb, j)
-    return _either(xb, prologue, residual, scratch)
 
 
 def _is_plain(x: Any, prologue: Any, residual: Any) -> bool:
@@ -344,18 +311,6 @@ def run_prologue(x, prologue):
 
 
 @part
-def sum_magnitudes(x, lanes):
-    """Return the sum of the magnitudes of a full block of SIGN_BLOCK values, in the order of the format: lane by lane."""
-    for lane in range(SIGN_LANES):
-        lanes[lane] = np.abs(x[lane])
-    for k in range(1, SIGN_BLOCK // SIGN_LANES):
-        row = x[k * SIGN_LANES : (k + 1) * SIGN_LANES]
-        for lane in range(SIGN_LANES):
-            lanes[lane] += np.abs(row[lane])
-    return fold(lanes)
-
-
-@part
 def sign_bit(value, p):
     """Return the sign of a float32, as bit p of a byte."""
     return np.uint32(np.uint32(np.float32(value).view(np.uint32) >> np.uint32(31 - p)) & np.uint32(1 << p))
@@ -376,14 +331,3 @@ def pad(x, a):
     for j in range(x.size):
         a[j] = x[j]
     a[x.size :] = np.float32(0)
-
-
-@part
-def fold(acc):
-    """The sum of the lanes, halves onto halves."""
-    width = SIGN_LANES // 2
-    while width > 0:
-        for lane in range(width):
-            acc[lane] += acc[lane + width]
-        width //= 2
-    return acc[0]

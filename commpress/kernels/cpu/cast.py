@@ -7,12 +7,13 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import LARGEST, block_of, part_of, put, put_block, real, settle_streams
+from commpress.kernels.cpu.blocks import AHEAD, LARGEST, block_of, fetch, part_of, put, put_block, real
+from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "289087e4815a2001"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
-CAST_BLOCK = 1024
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+CAST_BLOCK = 256
 
 
 @part
@@ -26,25 +27,49 @@ def _encode_block(x, residual, halves, size):
 
 
 @part
+def _add(hb, share, size, first, out):
+    """Add the values of a payload, times `share`, to `out`, or put them there."""
+    for j in range(size):
+        value = real(hb[j]) * share
+        out[j] = value if first else np.float32(out[j] + value)
+
+
+@part
+def _add_four(a, b, c, d, share, size, first, out):
+    """Add those of four payloads one after another: their sum stays in registers."""
+    for j in range(size):
+        total = real(a[j]) * share
+        total = total if first else np.float32(out[j] + total)
+        out[j] = total + real(b[j]) * share + real(c[j]) * share + real(d[j]) * share
+
+
+@part
 def _read(halves, W, row, o, share, size, out):
     """Write the mean of `size` values from `o` on of W payloads to `out`."""
-    for w in range(W):
-        hb = halves[w * row + o : w * row + o + size]
-        if w:
-            for j in range(size):
-                out[j] += real(hb[j]) * share
+    for w in range(0, W // 4 * 4, 4):
+        p, q, r, s = w * row + o, (w + 1) * row + o, (w + 2) * row + o, (w + 3) * row + o
+        a, b, c, d = halves[p : p + size], halves[q : q + size], halves[r : r + size], halves[s : s + size]
+        if w == 0:
+            _add_four(a, b, c, d, share, size, True, out)
         else:
-            for j in range(size):
-                out[j] = real(hb[j]) * share
+            _add_four(a, b, c, d, share, size, False, out)
+    for w in range(W // 4 * 4, W):
+        hb = halves[w * row + o : w * row + o + size]
+        if w == 0:
+            _add(hb, share, size, True, out)
+        else:
+            _add(hb, share, size, False, out)
 
 
 @loop
 def cast_encode(x, prologue, residual, halves, begin, end):
     """The 16-bit floats of x + residual; the residual becomes what they miss."""
+    widest()
     full = x.size // CAST_BLOCK
     scratch = np.empty(CAST_BLOCK, np.float32)
     for b in range(begin, min(end, full)):
         o = b * CAST_BLOCK
+        fetch(residual, o + AHEAD, CAST_BLOCK)
         xb, rb = block_of(x, prologue, None, o, CAST_BLOCK, scratch), part_of(residual, o, CAST_BLOCK)
         _encode_block(xb, rb, halves[o : o + CAST_BLOCK], CAST_BLOCK)
     if end > full:
@@ -56,6 +81,7 @@ def cast_encode(x, prologue, residual, halves, begin, end):
 @loop
 def cast_mean(halves, W, row, out, begin, end):
     """The mean of W payloads of `row` 16-bit floats each."""
+    widest()
     full = out.size // CAST_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(CAST_BLOCK, np.float32)

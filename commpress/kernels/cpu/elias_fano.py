@@ -3,10 +3,11 @@
 import numpy as np
 
 from commpress.kernels.compiled import loop, part
-from commpress.kernels.cpu.blocks import ONES, PLACES, put_word
+from commpress.kernels.cpu.blocks import ONES, PLACES
+from commpress.kernels.cpu.instructions import put_word
 
-BLOCKS_SHA256 = "289087e4815a2001"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 
 
 @loop

@@ -18,16 +18,17 @@ from commpress.kernels.cpu.blocks import (
     MAGNITUDE,
     NAN,
     block_of,
+    from_float16,
     part_of,
     put_block,
     remember,
-    settle_streams,
     top_of,
 )
+from commpress.kernels.cpu.instructions import CONVERTS_HALVES, settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "289087e4815a2001"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 FLOAT8_BLOCK = 256
 FLUSH = np.float32(2.0**-80)
 E4M3 = (np.int32(20), np.int32(120), np.float32(448), np.float32(2.0**-9))
@@ -49,7 +50,19 @@ def _code(y, shift, half, change, first, magic, zero):
 
 @part
 def _value(byte, form):
-    """Return the value of a byte in a block of scale 1."""
+    """Return the value of a byte in a block of scale 1: float16 has the exponent's width of e5m2, and the denormals of both."""
+    if CONVERTS_HALVES:
+        shift, code = form[0], np.int32(byte)
+        sign = np.int32(np.int32(code & np.int32(128)) << np.int32(8))
+        magnitude = np.int32(np.int32(code & np.int32(127)) << np.int32(shift - np.int32(13)))
+        unit = np.float32(2.0 ** (form[1] - 112))
+        return np.float32(from_float16(np.uint32(magnitude | sign)) * unit)
+    return _value_by_bits(byte, form)
+
+
+@part
+def _value_by_bits(byte, form):
+    """Return the same where the processor has no float16."""
     shift, bias, _, step = form
     code = np.int32(byte)
     magnitude = np.int32(code & np.int32(127))
@@ -130,17 +143,45 @@ def _encode_tail(x, residual, b, blocks, form, pf, pu):
 
 
 @part
+def _add(scale, codes, form, share, size, first, out):
+    """Add the values of a payload, times `share`, to `out`, or put them there."""
+    for j in range(size):
+        value = _value(codes[j], form) * scale * share
+        out[j] = value if first else np.float32(out[j] + value)
+
+
+@part
+def _add_four(scales, a, b, c, d, form, share, size, first, out):
+    """Add those of four payloads one after another: their sum stays in registers."""
+    k, m, n, p = scales
+    for j in range(size):
+        total = _value(a[j], form) * k * share
+        total = total if first else np.float32(out[j] + total)
+        total += _value(b[j], form) * m * share
+        total += _value(c[j], form) * n * share
+        out[j] = total + _value(d[j], form) * p * share
+
+
+@part
 def _read(pf, pu, W, row, b, blocks, form, share, size, out):
     """Write the mean of the block `b` of W payloads, of `size` values, to `out`."""
-    for w in range(W if size else 0):
-        at = w * row + 4 * blocks + b * FLOAT8_BLOCK
-        scale, codes = pf[w * (row // 4) + b], pu[at : at + size]
+    grouped = W // 4 * 4 if size else 0
+    at, words = 4 * blocks + b * FLOAT8_BLOCK, row // 4
+    for w in range(0, grouped, 4):
+        i, j, k, m = w * row + at, (w + 1) * row + at, (w + 2) * row + at, (w + 3) * row + at
+        codes = pu[i : i + size], pu[j : j + size], pu[k : k + size], pu[m : m + size]
+        t = w * words + b
+        scales = pf[t], pf[t + words], pf[t + 2 * words], pf[t + 3 * words]
         if w == 0:
-            for j in range(size):
-                out[j] = _value(codes[j], form) * scale * share
+            _add_four(scales, *codes, form, share, size, True, out)
         else:
-            for j in range(size):
-                out[j] += _value(codes[j], form) * scale * share
+            _add_four(scales, *codes, form, share, size, False, out)
+    for w in range(grouped, W if size else 0):
+        scale, codes_of_one = pf[w * words + b], pu[w * row + at : w * row + at + size]
+        if w == 0:
+            _add(scale, codes_of_one, form, share, size, True, out)
+        else:
+            _add(scale, codes_of_one, form, share, size, False, out)
 
 
 @part
@@ -192,36 +233,42 @@ def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, form):
 @loop
 def e4m3_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, E4M3)
 
 
 @loop
 def e5m2_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, E5M2)
 
 
 @loop
 def e4m3_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     _mean(pf, pu, W, row, out, begin, end, E4M3)
 
 
 @loop
 def e5m2_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     _mean(pf, pu, W, row, out, begin, end, E5M2)
 
 
 @loop
 def e4m3_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, E4M3)
 
 
 @loop
 def e5m2_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, E5M2)
 
 

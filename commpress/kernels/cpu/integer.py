@@ -7,21 +7,12 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import (
-    INFINITY_BITS,
-    LARGEST,
-    NAN,
-    block_of,
-    part_of,
-    put_block,
-    remember,
-    settle_streams,
-    top_of,
-)
+from commpress.kernels.cpu.blocks import INFINITY_BITS, LARGEST, NAN, block_of, part_of, put_block, remember, top_of
+from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "289087e4815a2001"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 INT_BLOCK = 256
 HALF = INT_BLOCK // 2
 FLUSH = np.float32(2.0**-100)
@@ -244,60 +235,70 @@ def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, bits, stochastic):
 @loop
 def int8_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 8, False)
 
 
 @loop
 def int4_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 4, False)
 
 
 @loop
 def int8_stochastic_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 8, True)
 
 
 @loop
 def int4_stochastic_encode(x, prologue, residual, pf, pu, begin, end):
     """Codes and scales of x + residual; the residual becomes what they miss."""
+    widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 4, True)
 
 
 @loop
 def int8_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     _mean(pf, pu, W, row, out, begin, end, 8)
 
 
 @loop
 def int4_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     _mean(pf, pu, W, row, out, begin, end, 4)
 
 
 @loop
 def int8_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 8, False)
 
 
 @loop
 def int4_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 4, False)
 
 
 @loop
 def int8_stochastic_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 8, True)
 
 
 @loop
 def int4_stochastic_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
     _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, 4, True)
 
 

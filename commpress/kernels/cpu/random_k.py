@@ -12,18 +12,11 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, steps, values
-from commpress.kernels.cpu.blocks import (
-    INFINITY_BITS,
-    MAGNITUDE,
-    block_of,
-    put_block,
-    settle_streams,
-    top_of,
-    value_of,
-)
+from commpress.kernels.cpu.blocks import INFINITY_BITS, MAGNITUDE, block_of, put_block, top_of, value_of
+from commpress.kernels.cpu.instructions import settle_streams
 
-BLOCKS_SHA256 = "289087e4815a2001"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 NAN = np.float32(np.nan)
 STRATA = 64
 HEAD = 8

@@ -15,8 +15,8 @@ from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import Floats, floats, steps, values
 from commpress.kernels.cpu.blocks import INFINITY_BITS, MAGNITUDE, NAN, block_of
 
-BLOCKS_SHA256 = "289087e4815a2001"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 ROTATED = 1024
 QUARTER = ROTATED // 4
 CHUNK = 128 * ROTATED

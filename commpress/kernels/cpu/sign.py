@@ -7,24 +7,12 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import (
-    NAN,
-    SIGN_BLOCK,
-    SIGN_LANES,
-    block_of,
-    pack_tail_signs,
-    pad,
-    part_of,
-    put_block,
-    remember,
-    settle_streams,
-    sign_bit,
-    sum_magnitudes,
-)
+from commpress.kernels.cpu.blocks import NAN, block_of, pack_tail_signs, pad, part_of, put_block, remember, sign_bit
+from commpress.kernels.cpu.instructions import SIGN_BLOCK, settle_streams, sum_magnitudes, widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "289087e4815a2001"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 PLANE = SIGN_BLOCK // 8
 
 
@@ -43,10 +31,10 @@ def _write(x, residual, codes, scale):
 
 
 @loop
-def _write_rare(x, residual, codes, a, lanes):
+def _write_rare(x, residual, codes, a):
     """Encode a block of any length and any values, to the same bytes; return its scale."""
     pad(x, a)
-    scale = sum_magnitudes(a, lanes) * (np.float32(1) / np.float32(x.size))
+    scale = sum_magnitudes(a) * (np.float32(1) / np.float32(x.size))
     pack_tail_signs(a[: x.size], codes)
     if not np.isfinite(scale):  # the block decodes to NaN; its residual stays as it was
         return NAN
@@ -57,23 +45,23 @@ def _write_rare(x, residual, codes, a, lanes):
 
 
 @part
-def _encode_block(x, residual, a, lanes, b, blocks, pf, pu):
+def _encode_block(x, residual, a, b, blocks, pf, pu):
     """Encode the full block `b`, whose values are `x`."""
     codes = pu[4 * blocks + b * PLANE : 4 * blocks + (b + 1) * PLANE]
-    scale = sum_magnitudes(x, lanes) * np.float32(1 / SIGN_BLOCK)
+    scale = sum_magnitudes(x) * np.float32(1 / SIGN_BLOCK)
     if np.isfinite(scale):
         pf[b] = scale
         _write(x, residual, codes, scale)
     else:
-        pf[b] = _write_rare(x, residual, codes, a, lanes)
+        pf[b] = _write_rare(x, residual, codes, a)
 
 
 @part
-def _encode_tail(x, residual, a, lanes, b, blocks, pf, pu):
+def _encode_tail(x, residual, a, b, blocks, pf, pu):
     """Encode the last block `b`, if it is shorter."""
     start = 4 * blocks + b * PLANE
     if x.size:
-        pf[b] = _write_rare(x, residual, pu[start : start + (x.size + 7) // 8], a, lanes)
+        pf[b] = _write_rare(x, residual, pu[start : start + (x.size + 7) // 8], a)
 
 
 @part
@@ -108,21 +96,22 @@ def _read_tail(pf, pu, W, row, b, blocks, share, out):
 @loop
 def sign_encode(x, prologue, residual, pf, pu, begin, end):
     """Signs and magnitudes of x + residual; the residual becomes what they miss."""
+    widest()
     full, blocks = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     scratch, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
-    lanes = np.empty(SIGN_LANES, np.float32)
     for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
-        _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, lanes, b, blocks, pf, pu)
+        _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, b, blocks, pf, pu)
     if end > full:
         at, rest = full * SIGN_BLOCK, x.size - full * SIGN_BLOCK
         xb = block_of(x, prologue, residual, at, rest, scratch)
-        _encode_tail(xb, part_of(residual, at, rest), a, lanes, full, blocks, pf, pu)
+        _encode_tail(xb, part_of(residual, at, rest), a, full, blocks, pf, pu)
 
 
 @loop
 def sign_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     full, blocks = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
     scratch = np.empty(SIGN_BLOCK, np.float32)
@@ -139,21 +128,21 @@ def sign_mean(pf, pu, W, row, out, begin, end):
 @loop
 def sign_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
+    widest()
     full, blocks = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
     mean, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
-    lanes = np.empty(SIGN_LANES, np.float32)
     for b in range(begin, min(end, full)):
         rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
         _read(pf, pu, W, row, b, blocks, share, mean)
         remember(mean, rb, SIGN_BLOCK)
-        _encode_block(mean, rb, a, lanes, b, blocks, qf, qu)
+        _encode_block(mean, rb, a, b, blocks, qf, qu)
     if end > full:
         at, rest = full * SIGN_BLOCK, n - full * SIGN_BLOCK
         mb, rb = mean[:rest], part_of(residual, at, rest)
         _read_tail(pf, pu, W, row, full, blocks, share, mb)
         remember(mb, rb, rest)
-        _encode_tail(mb, rb, a, lanes, full, blocks, qf, qu)
+        _encode_tail(mb, rb, a, full, blocks, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:

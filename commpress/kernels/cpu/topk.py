@@ -8,22 +8,12 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, steps, values
-from commpress.kernels.cpu.blocks import (
-    INFINITY_BITS,
-    MAGNITUDE,
-    block_of,
-    pad,
-    popcount,
-    put_block,
-    reach_mask,
-    settle_streams,
-    trailing_zeros,
-    value_of,
-)
+from commpress.kernels.cpu.blocks import INFINITY_BITS, MAGNITUDE, block_of, pad, put_block, value_of
 from commpress.kernels.cpu.elias_fano import ef_decode, ef_encode
+from commpress.kernels.cpu.instructions import popcount, reach_mask, settle_streams, trailing_zeros
 
-BLOCKS_SHA256 = "289087e4815a2001"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 KEEP_BLOCK = 256
 BINS = 2048
 

@@ -7,25 +7,12 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import (
-    NAN,
-    SIGN_BLOCK,
-    SIGN_LANES,
-    block_of,
-    fold,
-    pack_tail_signs,
-    pad,
-    part_of,
-    put_block,
-    remember,
-    settle_streams,
-    sign_bit,
-    sum_magnitudes,
-)
+from commpress.kernels.cpu.blocks import NAN, block_of, pack_tail_signs, pad, part_of, put_block, remember, sign_bit
+from commpress.kernels.cpu.instructions import SIGN_BLOCK, settle_streams, split_magnitudes, sum_magnitudes, widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "289087e4815a2001"
-"""Of `blocks.py`, which is compiled into these loops: Numba's cache looks at the time stamp of this file alone."""
+BLOCKS_SHA256 = "ffdb331ab43dadfb"
+"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 PLANE = SIGN_BLOCK // 8
 
 
@@ -36,23 +23,14 @@ def _plane(n):
 
 
 @part
-def _sizes(x, m, lanes):
+def _sizes(x, m):
     """The mean magnitude of a full block of which m values are real and the rest 0, and the means of those magnitudes up to
-    it and above it. `lanes` holds three rows of SIGN_LANES: sums and counts, in the order of the format."""
-    low, high, count = lanes[0], lanes[1], lanes[2]
-    mean = sum_magnitudes(x, low) * (np.float32(1) / np.float32(m))
-    low[:], high[:], count[:] = np.float32(0), np.float32(0), np.float32(0)
-    for k in range(SIGN_BLOCK // SIGN_LANES):
-        row = x[k * SIGN_LANES : (k + 1) * SIGN_LANES]
-        for lane in range(SIGN_LANES):
-            size = np.abs(row[lane])
-            low[lane] += np.float32(0) if size > mean else size
-            high[lane] += size if size > mean else np.float32(0)
-            count[lane] += np.float32(1) if size > mean else np.float32(0)
-    above = fold(count)
+    it and above it."""
+    mean = np.float32(sum_magnitudes(x) * (np.float32(1) / np.float32(m)))
+    low, high, above = split_magnitudes(x, mean)
     below = np.float32(m) - above
-    least = fold(low) * (np.float32(1) / below) if below > 0 else np.float32(0)
-    most = fold(high) * (np.float32(1) / above) if above > 0 else np.float32(0)
+    least = low * (np.float32(1) / below) if below > 0 else np.float32(0)
+    most = high * (np.float32(1) / above) if above > 0 else np.float32(0)
     return mean, least, most
 
 
@@ -73,11 +51,11 @@ def _write(x, residual, signs, sizes, mean, low, high):
 
 
 @loop
-def _write_rare(x, residual, signs, sizes, a, t, lanes):
+def _write_rare(x, residual, signs, sizes, a, t):
     """Encode a block of any length and any values, to the same bytes; return its two sizes."""
     m = x.size
     pad(x, a)
-    mean, low, high = _sizes(a, m, lanes)
+    mean, low, high = _sizes(a, m)
     finite = np.isfinite(mean)
     for j in range(m):
         t[j] = mean - np.abs(a[j]) if finite else np.float32(0)
@@ -92,25 +70,25 @@ def _write_rare(x, residual, signs, sizes, a, t, lanes):
 
 
 @part
-def _encode_block(x, residual, a, t, lanes, b, blocks, plane, pf, pu):
+def _encode_block(x, residual, a, t, b, blocks, plane, pf, pu):
     """Encode the full block `b`, whose values are `x`. All signs are `plane` bytes."""
     start = 8 * blocks + b * PLANE
     signs, sizes = pu[start : start + PLANE], pu[start + plane : start + plane + PLANE]
-    mean, low, high = _sizes(x, SIGN_BLOCK, lanes)
+    mean, low, high = _sizes(x, SIGN_BLOCK)
     if np.isfinite(mean):
         pf[2 * b], pf[2 * b + 1] = low, high
         _write(x, residual, signs, sizes, mean, low, high)
     else:
-        pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t, lanes)
+        pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t)
 
 
 @part
-def _encode_tail(x, residual, a, t, lanes, b, blocks, plane, pf, pu):
+def _encode_tail(x, residual, a, t, b, blocks, plane, pf, pu):
     """Encode the last block `b`, if it is shorter."""
     start, width = 8 * blocks + b * PLANE, (x.size + 7) // 8
     if x.size:
         signs, sizes = pu[start : start + width], pu[start + plane : start + plane + width]
-        pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t, lanes)
+        pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t)
 
 
 @part
@@ -149,21 +127,22 @@ def _read_tail(pf, pu, W, row, b, blocks, plane, share, out):
 @loop
 def int2_encode(x, prologue, residual, pf, pu, begin, end):
     """Signs and sizes of x + residual; the residual becomes what they miss."""
+    widest()
     full, blocks, plane = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(x.size)
     scratch, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
-    lanes = np.empty((3, SIGN_LANES), np.float32)
     for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
-        _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, t, lanes, b, blocks, plane, pf, pu)
+        _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, t, b, blocks, plane, pf, pu)
     if end > full:
         at, rest = full * SIGN_BLOCK, x.size - full * SIGN_BLOCK
         xb = block_of(x, prologue, residual, at, rest, scratch)
-        _encode_tail(xb, part_of(residual, at, rest), a, t, lanes, full, blocks, plane, pf, pu)
+        _encode_tail(xb, part_of(residual, at, rest), a, t, full, blocks, plane, pf, pu)
 
 
 @loop
 def int2_mean(pf, pu, W, row, out, begin, end):
     """The mean of W payloads."""
+    widest()
     full, blocks, plane = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(out.size)
     share = np.float32(1.0 / W)
     scratch = np.empty(SIGN_BLOCK, np.float32)
@@ -180,21 +159,21 @@ def int2_mean(pf, pu, W, row, out, begin, end):
 @loop
 def int2_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     """Encode the mean of W payloads (plus residual): the middle of two_shot."""
+    widest()
     full, blocks, plane = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(n)
     share = np.float32(1.0 / W)
     mean, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
-    lanes = np.empty((3, SIGN_LANES), np.float32)
     for b in range(begin, min(end, full)):
         rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
         _read(pf, pu, W, row, b, blocks, plane, share, mean)
         remember(mean, rb, SIGN_BLOCK)
-        _encode_block(mean, rb, a, t, lanes, b, blocks, plane, qf, qu)
+        _encode_block(mean, rb, a, t, b, blocks, plane, qf, qu)
     if end > full:
         at, rest = full * SIGN_BLOCK, n - full * SIGN_BLOCK
         mb, rb = mean[:rest], part_of(residual, at, rest)
         _read_tail(pf, pu, W, row, full, blocks, plane, share, mb)
         remember(mb, rb, rest)
-        _encode_tail(mb, rb, a, t, lanes, full, blocks, plane, qf, qu)
+        _encode_tail(mb, rb, a, t, full, blocks, plane, qf, qu)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
