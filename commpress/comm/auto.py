@@ -24,6 +24,7 @@ from commpress.comm.codecs import AUTO, parse
 from commpress.comm.cost import Cluster, Speed, transfers
 from commpress.comm.error import ErrorWatch
 from commpress.comm.plan import Plan
+from commpress.comm.question import Question
 from commpress.comm.search import BUDGET, PLAIN, Choice, Said, Search
 from commpress.comm.speed import measure
 from commpress.kernels.cpu.slices import cores
@@ -79,6 +80,9 @@ class Auto:
         self.search = Search(self._predicted, budget)
         self._began: float | None = None
         self._asked = 0.0
+        """Seconds of this rank that the last comparison took."""
+        self._question: Question | None = None
+        """What the ranks tell each other in the step that goes on; None in most steps."""
         self.watch: ErrorWatch | None = None
         """What looks into the error of the step that goes on; None if this one is not looked into."""
         self._buckets: list[tuple[int, int]] = []
@@ -97,20 +101,28 @@ class Auto:
         return f"{AUTO}: {self.search.spec}" + ("" if self.choice else ", still looking")
 
     def begin_step(self) -> None:
-        """A step's first bucket is there: take the plan of this step. Collective in those steps where the ranks compare."""
+        """A step's first bucket is there: take the plan of this step. The ranks say what they have seen in one step, and choose
+        in the next from what has arrived: none of them waits here for the others."""
         collectives = self._collectives
         if collectives.world_size == 1:
             return
         now = time.perf_counter()
         error = None if self.watch is None else self.watch.error()
         chosen: list[Choice] = []
-        if self._began is not None and self.search.note(now - self._began, error):
+        if self._question is not None:
             choices = len(self.search.choices)
-            everyone = collectives.traffic.ask(self._said(), "how long the steps took")
-            self._asked = time.perf_counter() - now
-            self.search.compare(everyone)
+            question, self._question = self._question, None
+            self.search.compare(question.answers())
             self._mark = self._totals()
             chosen = self.search.choices[choices:]
+            self._asked += time.perf_counter() - now
+        elif self._began is not None:
+            warms_up = self.search.state == "warm up"
+            if self.search.note(now - self._began, error):
+                self._question = collectives.traffic.send_question(self._said(), "how long the steps took")
+                self._asked = time.perf_counter() - now
+            elif warms_up:
+                self._mark = self._totals()
         plan = self._plans[self.search.spec]
         collectives.gradients = plan
         self.watch = ErrorWatch(plan.codec) if self.search.checks else None

@@ -9,8 +9,9 @@ gentler one only if it was ahead in each round (one may fail out of five). If th
 A spec must stay within an error budget, too: the distance of what arrives from the dense mean, measured in steps that are not
 timed. One that leaves it is dropped; if it was chosen, a gentler one takes its place, and it may come back in a later search.
 Steps of a turn are timed from one to the next; the first of each turn is not counted. The ranks compare at the same steps, and
-decide from what all of them have said, so all decide the same. No clock and no process group: who holds a search tells it how
-long a step took, and what the ranks said.
+decide from what all of them have said, so all decide the same: what they say takes one step, by the spec of the one before it,
+so that nobody waits for it. No clock and no process group: who holds a search tells it how long a step took, and what the ranks
+said.
 """
 
 import math
@@ -136,7 +137,8 @@ class Search:
     def note(self, seconds: float, error: float | None = None) -> bool:
         """Note how long a step has taken, and how far its means were off, if that was measured.
 
-        Returns whether the ranks must compare before the next one.
+        Returns whether the ranks must compare now: they tell each other what they have seen during one step more, which does
+        not count, and `compare` behind that.
         """
         self.steps += 1
         spec, kind = self._steps_to_come.popleft()
@@ -149,7 +151,14 @@ class Search:
             if not error <= self.budget:  # all ranks hold the same means, so all find this at the same step
                 left = [one for one in self._steps_to_come if one[0] != spec]
                 self._steps_to_come = deque(left if self._state == "trying" else ())
-        return not self._steps_to_come
+        if self._steps_to_come:
+            return False
+        if self._state == "warm up":
+            self._state = "plain"
+            self._begin([(PLAIN, TIMED)] * FIRST_TURN)
+            return False
+        self._steps_to_come = deque([(PLAIN if spec in self._beyond(self._errors) else spec, SKIPPED)])
+        return True
 
     def turns(self) -> dict[str, list[float]]:
         """Return the fastest step of each turn in the rounds so far, by spec: a pause of the machine does not shift it."""
@@ -166,11 +175,12 @@ class Search:
         return {spec: statistics.median(seconds) for spec, seconds in self._seconds.items()}
 
     def compare(self, everyone: Sequence[Said]) -> None:
-        """Go on from the `medians`, `turns` and `errors` of each rank, and the seconds that a comparison took it (`asked`)."""
-        if self._state == "warm up":
-            self._state, self._since = "plain", 0
-            self._begin([(PLAIN, TIMED)] * FIRST_TURN)
-        elif self._state == "plain":
+        """Go on from the `medians`, `turns` and `errors` of each rank, and the seconds that a comparison took it (`asked`).
+
+        They are those of one step ago: the step that has brought them ends here.
+        """
+        self.steps += 1
+        if self._state == "plain":
             self._rank(everyone)
         elif self._state == "trying":
             self._end_round(everyone)

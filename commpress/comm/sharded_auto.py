@@ -83,6 +83,8 @@ class ShardedAuto:
         """Whether the next forward begins a step: something was reduced, or stepped, since the last one began."""
         self._began: float | None = None
         self._asked = 0.0
+        self._told: list[Any] | None = None
+        """What the ranks have said at the beginning of the step that goes on; None in most steps."""
         self._noted: Counter[tuple[str, int, int]] = Counter()
         """How often this step exchanges what: role, values, bytes a value."""
         self._waited = dict.fromkeys(self._plans, 0.0)
@@ -105,11 +107,17 @@ class ShardedAuto:
         if self.world_size == 1:
             return
         now = time.perf_counter()
-        if self._began is not None and self.search.note(now - self._began, None):
-            everyone = self._everyone()
-            self._asked = time.perf_counter() - now
+        if self._told is not None:
+            everyone, self._told = self._told, None
             self.search.compare(everyone)
             self._mark = self._totals()
+        elif self._began is not None:
+            warms_up = self.search.state == "warm up"
+            if self.search.note(now - self._began, None):
+                self._told = self._everyone()
+                self._asked = time.perf_counter() - now
+            elif warms_up:
+                self._mark = self._totals()
         gradients, parameters = self._pairs[self.search.spec]
         for one in self._steered:
             one.gradients = self._plans["gradients"][gradients]

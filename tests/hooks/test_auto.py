@@ -109,7 +109,7 @@ class Scripted:
     def __init__(self, *specs: str) -> None:
         self.specs, self.steps, self.choices = list(specs), 0, ()
 
-    checks = False
+    checks, state = False, "chosen"
 
     @property
     def spec(self) -> str:
