@@ -6,6 +6,7 @@
 Gradients of normal values through `Session.submit`, as the hooks do it, with error feedback: what is timed is what training
 uses. NCCL where there is a GPU, Gloo elsewhere. The dense all-reduce (divided by W, as DDP does) takes turns with each
 spec's exchanges; a time is the median over the repeats of the slowest rank. Each result is checked before it is timed.
+`hierarchical` takes the nodes that LOCAL_WORLD_SIZE tells; where all ranks are on one, it takes each half of them for one.
 
     algorithm bandwidth = size / time           effective bus bandwidth = 2 (W - 1) / W x size / time
 
@@ -30,8 +31,10 @@ from rich.table import Table
 from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
-from commpress.comm.exchange import EXCHANGES
-from commpress.comm.plan import Plan
+from commpress.comm.exchange import EXCHANGES, Hierarchical
+from commpress.comm.exchange.hierarchical import LOCAL_RANKS
+from commpress.comm.feedback import Memory
+from commpress.comm.plan import Plan, fits
 from commpress.comm.replicas import replicas_session
 from commpress.comm.segments import Segment
 from commpress.comm.session import Session
@@ -39,6 +42,8 @@ from commpress.launch.lab import joining, sent_by_kernel
 from commpress.launch.run_record import machine
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)|int4")
+NEARER = 1e-5
+"""By what part a mean must be nearer to the true one than 0 is: more than sums round."""
 UNITS = {"": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
 
 
@@ -91,11 +96,21 @@ class Case:
         }
 
 
+def exchanges(codec: Codec) -> list[str]:
+    """The names of the exchanges that can carry a codec's payloads among all ranks."""
+    W = dist.get_world_size()
+    node = int(os.environ.get(LOCAL_RANKS, W))
+    if node >= W or W % node:
+        node = W // 2 if W % 2 == 0 else 1
+    return [str(exchange) for exchange in (*EXCHANGES.values(), Hierarchical(node)) if fits(exchange, codec)]
+
+
 def check(case: Case, gradient: Tensor, index: int) -> None:
     """Exchange `gradient` for the first time and raise GarbageError on all ranks unless the result is right.
 
     All ranks must hold the same bits, and what those lack of the true mean must be what the memories of error feedback hold,
-    for each value up to rounding. A memory must be smaller than the gradient: what was sent has brought it nearer.
+    for each value up to rounding. It must be less than the mean, and what a rank remembers of its gradient less than that:
+    what was sent has brought both nearer.
     """
     W, x, mean = dist.get_world_size(), gradient.clone(), gradient / dist.get_world_size()
     case.exchanged(x, index)
@@ -109,18 +124,18 @@ def check(case: Case, gradient: Tensor, index: int) -> None:
         codec = case.session.collectives[0].gradients.codec
         if case.exchange == "all_reduce" and codec.sum_dtype is not None:
             rounding = torch.finfo(codec.sum_dtype).eps  # the group's sum rounds, too, and no memory holds that
-        (kept,) = (
+        (saved,) = (
             b for b in case.session.state_dict()["memories"][0] if b["segments"] == [[f"size {index}", x.numel()]]
         )
-        if kept["residual"] is not None:
-            missing += kept["residual"] / W
-            if not kept["residual"].norm() < gradient.norm():
-                complaint = complaint or "what was left out is as large as the gradient"
-        if kept["owner_residual"] is not None:
-            missing[kept["owner_start"] : kept["owner_start"] + kept["owner_residual"].numel()] += kept[
-                "owner_residual"
-            ]
+        kept = Memory.saved(saved, x.device)
+        if kept.residual is not None and not kept.residual.norm() < gradient.norm():
+            complaint = complaint or "what was left out is as large as the gradient"
+        kept.fold(W)
+        if kept.residual is not None:
+            missing = kept.residual / W
     dist.all_reduce(missing)
+    if not _norm(missing) <= (1 - NEARER) * _norm(mean):
+        complaint = complaint or "what was left out is as large as the mean"
     worst = (mean - x - missing).abs().max().item()
     if not worst <= 4 * W * rounding * gradient.abs().max().item():
         complaint = complaint or f"a value is off by {worst:.3g} beyond what error feedback remembers"
@@ -131,6 +146,10 @@ def check(case: Case, gradient: Tensor, index: int) -> None:
         raise GarbageError(f"{case.spec} by {case.exchange}, {shown(case.size)}: {text} (rank {rank})")
 
 
+def _norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item()
+
+
 def measure(specs: Sequence[str | Codec], sizes: Sequence[int], repeats: int, device: torch.device) -> list[Case]:
     """Check and time every exchange of each spec at each size. Collective. Raises GarbageError."""
     W, cases = dist.get_world_size(), []
@@ -139,8 +158,7 @@ def measure(specs: Sequence[str | Codec], sizes: Sequence[int], repeats: int, de
     for codec in map(parse, specs):
         sessions = {
             name: replicas_session(codec, dist.group.WORLD, device, exchange=name, verify=0)
-            for name, exchange in EXCHANGES.items()
-            if not exchange.linear or codec.sum_dtype is not None
+            for name in exchanges(codec)
         }
         for index, size in enumerate(sizes):
             n = size // 4

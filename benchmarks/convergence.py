@@ -34,7 +34,8 @@ from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
 from commpress.launch.model import GPT, Shape
 from commpress.launch.run_record import machine
-from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
+from commpress.optim import DGC, CompressedOptimizer, EF21Muon, OneBitAdamW, ZeroOneAdamW
+from commpress.optim.muon import groups as muon_groups
 
 SHAPE, BATCH = Shape(layers=4, width=128, heads=4, context=64), 4
 BETAS, DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
@@ -50,6 +51,7 @@ WARM_UP_SPEC = "int4"
 EVERY, HELD_OUT = 100, 64
 """Steps between two validations, and their windows."""
 RATES = {"GPT": (3.5e-4, 7e-4, 1.5e-3, 3e-3), "digits": (0.01, 0.03, 0.1, 0.3)}
+MUON_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 DENSE = {"GPT": "AdamW", "digits": "SGD"}
 
 
@@ -71,6 +73,11 @@ def zero_one(spec: str, every: int, seeds: int = 1, **options: Any) -> Way:
     return Way(name, "GPT", "ZeroOneAdamW", spec, seeds, {"sync_every": every, **options})
 
 
+def muon(spec: str, seeds: int = 1, others: str = "int4") -> Way:
+    """EF21Muon with a spec; its other parameters are AdamW's, whose gradients travel by `others`."""
+    return Way(f"EF21Muon {spec}", "GPT", "EF21Muon", spec, seeds, {"others_spec": others})
+
+
 WAYS = (
     Way("AdamW", "GPT", "AdamW", seeds=3),
     Way("OneBitAdamW sign", "GPT", "OneBitAdamW", "sign", 3),
@@ -84,6 +91,11 @@ WAYS = (
     zero_one("sign", 8, 3),
     zero_one("topk(0.1)|sign", 8, 3),
     zero_one("topk(0.03)|sign", 8),
+    muon("none", 3, others="none"),
+    muon("int4", 3),
+    muon("int2", 3),
+    muon("sign", 3),
+    muon("topk(0.1)|sign"),
     Way("SGD", "digits", "SGD", seeds=3),
     Way("SGD, topk(0.01) gradients", "digits", "SGD", "topk(0.01)", 3),
     Way("DGC topk(0.01)", "digits", "DGC", "topk(0.01)", 3),
@@ -154,6 +166,12 @@ def optimizer_of(way: Way, model: DistributedDataParallel, steps: int) -> torch.
         if way.optimizer == "DGC":
             return DGC(parameters, lr=1.0, momentum=0.9, weight_decay=1e-4, warmup_steps=warm_up, **way.options)
         return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=1e-4)
+    if way.optimizer == "EF21Muon":
+        groups = muon_groups(model)
+        vectors = [p for p in groups[1]["params"] if p.dim() <= 1]
+        groups[1]["params"] = [p for p in groups[1]["params"] if p.dim() > 1]
+        groups.append({"params": vectors, "muon": False, "weight_decay": 0.0})
+        return EF21Muon(groups, lr=1.0, betas=BETAS, weight_decay=DECAY, **way.options)
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     if way.optimizer == "AdamW":
@@ -239,7 +257,8 @@ def run_all(folder: Path, ways: Sequence[Way]) -> None:
     tasks: dict[str, Text | Digits] = {}
     for way in ways:
         task = tasks.get(way.task) or tasks.setdefault(way.task, Text() if way.task == "GPT" else Digits())
-        searched = [once(folder, way, task, rate, SEEDS[0], SEARCH) for rate in RATES[way.task]]
+        rates = MUON_RATES if way.optimizer == "EF21Muon" else RATES[way.task]
+        searched = [once(folder, way, task, rate, SEEDS[0], SEARCH) for rate in rates]
         best = min(searched, key=lambda row: (not math.isfinite(row["loss"][-1]), row["loss"][-1]))["rate"]
         for seed in SEEDS[: way.seeds]:
             once(folder, way, task, best, seed, STEPS)

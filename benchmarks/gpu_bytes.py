@@ -39,7 +39,7 @@ class Inputs:
     lengths: tuple[int, ...] = battery.LENGTHS
     """In float32."""
     short: tuple[int, ...] = (1, 257, 20_011)
-    """In bfloat16 and float16: each kind of length makes another kernel of one source, to be compiled."""
+    """In bfloat16 and float16."""
     named: tuple[int, ...] = (257, 5000)
     large: int = 1_000_003
     passes: tuple[int, ...] = (1, 7, 1025, 300_007)

@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commpress
 from commpress.comm.encoder import Encoder
-from commpress.comm.exchange import EXCHANGES, Wire
+from commpress.comm.exchange import EXCHANGES, Hierarchical, Wire
 from commpress.comm.exchange.label import Labels
-from commpress.comm.plan import Plan
+from commpress.comm.plan import Plan, fits
 from commpress.comm.replicas import replicas_session
 from commpress.launch.model import GPT, Shape
 from commpress.optim import OneBitAdamW
@@ -135,9 +135,7 @@ def exchanged(device: torch.device, sizes: tuple[int, ...]) -> dict[str, Any]:
     generator, count, rank = torch.Generator().manual_seed(dist.get_rank()), 0, dist.get_rank()
     for spec in SPECS:
         codec = commpress.parse(spec)
-        for name, exchange in EXCHANGES.items():
-            if exchange.linear and codec.sum_dtype is None:
-                continue
+        for name in bandwidth.exchanges(codec):
             session = replicas_session(codec, dist.group.WORLD, device, exchange=name, verify=0)
             for index, size in enumerate(sizes):
                 if Plan.of(codec, name).choose(size // 4, 4, dist.get_world_size()).reason:
@@ -160,10 +158,10 @@ def exchanged_alone(device: torch.device, size: int) -> dict[str, Any]:
     for spec in SPECS:
         codec = commpress.parse(spec)
         x = torch.randn(size // 4, generator=torch.Generator().manual_seed(0)).to(device)
-        for name, exchange in EXCHANGES.items():
-            if exchange.linear and codec.sum_dtype is None:
+        for exchange in (*EXCHANGES.values(), Hierarchical(ranks_per_node=1)):
+            if not fits(exchange, codec):
                 continue
-            found, where = x.clone(), f"{spec} by {name}, {bandwidth.shown(size)}, one rank"
+            found, where = x.clone(), f"{spec} by {exchange}, {bandwidth.shown(size)}, one rank"
             try:
                 for transfer in exchange.run(found, Encoder(codec), wire, labels.next(where)):
                     transfer.wait()

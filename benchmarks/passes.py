@@ -95,6 +95,7 @@ def optimizers_passes(n: int, values: list[Tensor], inverse: Tensor, half: Tenso
         made("estimate_momentum", 1.5, lambda x, k: loops.estimate_momentum(x, k, 0.5, 1.0), half, count=1),
         made("add_scaled", 2.5, lambda x, k: loops.add_scaled(x, k, 0.5), half, count=1),
         made("momentum_correction", 5, nesterov, count=3),
+        made("momentum_ahead", 4, lambda x, m: loops.momentum_ahead(x, m, 0.05), count=2),
     ]
 
 

@@ -59,9 +59,9 @@ def attach(
 
     `model` is a `DistributedDataParallel`, the root of what `fully_shard` took, a DeepSpeed engine, or what `torch.compile`
     made of one of these. `gradients`, `parameters` and `buffers` are specs of what travels: DDP sends gradients and buffers,
-    FSDP2 and ZeRO 1 to 3 gradients and parameters. For DDP, FSDP2 and ZeRO 0 `gradients` may be left out, for DDP and ZeRO 0
-    they may be specs by patterns of names. `optimizer` is one of `commpress.optim`. The others, and what they mean for a
-    wrapper, stand in `commpress.hooks.ddp.attach`, `commpress.hooks.fsdp.attach` and `commpress.hooks.deepspeed.attach`.
+    FSDP2 and ZeRO 1 to 3 gradients and parameters. `gradients` may be left out, and `parameters` beside them be `auto`; for DDP
+    and ZeRO 0 they may be specs by patterns of names. `optimizer` is one of `commpress.optim`. The others, and what they mean
+    for a wrapper, stand in `commpress.hooks.ddp.attach`, `commpress.hooks.fsdp.attach` and `commpress.hooks.deepspeed.attach`.
 
     Raises TypeError for any other model and for arguments that mean nothing here, ValueError on all ranks if a spec is unknown
     or the ranks differ.

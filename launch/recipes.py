@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import commpress
+from commpress.comm.codecs import AUTO
 from commpress.comm.rules import is_open
 from commpress.launch import checkpoint, patterns, strategies
 from commpress.launch.model import GPT, Shape
@@ -82,7 +83,8 @@ def read(path: Path, steps: int) -> "Recipe":
     recipe.require_within(steps)
     for key, spec in vars(recipe.traffic).items():
         try:
-            if spec is not None and not (key == "spec" and (is_open(spec) or spec.endswith(patterns.ENDINGS))):
+            left_open = is_open(spec) or spec.endswith(patterns.ENDINGS) if key == "spec" and spec else spec == AUTO
+            if spec is not None and not left_open:
                 commpress.parse(spec)
         except ValueError as error:
             raise ValueError(f"{path}: traffic.{key}: {error}") from None

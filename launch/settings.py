@@ -28,10 +28,11 @@ class Compression:
 
     compress: str | None = None
     """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...; auto: it is found while training goes on; or a
-    .toml or .json file of specs by patterns of parameters' names. None: the recipe's, or auto under ddp with AdamW or SGD
-    (the only ones that take auto and such a file), or int4."""
+    .toml or .json file of specs by patterns of parameters' names. None: the recipe's, or auto under ddp, fsdp and deepspeed
+    with AdamW or SGD (the only ones that take it; such a file is for ddp), or int4."""
     parameters: str | None = None
-    """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4. None: the recipe's, or none."""
+    """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; auto beside --compress auto. None:
+    the recipe's, or none."""
     optimizer: str = "AdamW"
     """AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies."""
     optimizer_warmup: int | None = None
@@ -140,8 +141,8 @@ class Settings(Files, Training, Model, Parallel, Compression):  # fields come in
 
     @property
     def takes_auto(self) -> bool:
-        """Whether a spec may be found while training goes on, and specs may differ from parameter to parameter."""
-        return self.parallel == "ddp" and self.optimizer in ("AdamW", "SGD")
+        """Whether a spec may be found while training goes on."""
+        return self.parallel in ("ddp", "fsdp", "deepspeed") and self.optimizer in ("AdamW", "SGD")
 
     @property
     def parameter_spec(self) -> str:
@@ -261,14 +262,22 @@ def require_specs(settings: Settings) -> None:
     for name in ("compress", "warmup_compress", "parameters"):
         try:
             spec = getattr(settings, name)
-            if spec is not None and not (name == "compress" and is_open(settings.gradients)):
+            left_open = is_open(settings.gradients) if name == "compress" else name == "parameters" and spec == AUTO
+            if spec is not None and not left_open:
                 commpress.parse(spec)
         except ValueError as error:
             raise TrainingError(f"--{name.replace('_', '-')}: {error}") from None
-    if settings.compress is not None and is_open(settings.gradients) and not settings.takes_auto:
+    if settings.compress is None or not is_open(settings.gradients):
+        if settings.compress is not None and settings.parameters == AUTO:
+            raise TrainingError(
+                f"--parameters auto: one search finds both specs; expected --compress auto, got {settings.compress}"
+            )
+        return
+    by_patterns = not isinstance(settings.gradients, str)
+    if not settings.takes_auto or (by_patterns and settings.parallel != "ddp"):
         raise TrainingError(
-            f"--compress {settings.compress}: expected --parallel ddp and --optimizer AdamW or SGD, got "
-            f"{settings.parallel} and {settings.optimizer}"
+            f"--compress {settings.compress}: expected --parallel {'ddp' if by_patterns else 'ddp, fsdp or deepspeed'} and "
+            f"--optimizer AdamW or SGD, got {settings.parallel} and {settings.optimizer}"
         )
 
 

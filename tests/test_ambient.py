@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
-from tiers import slow, slowly
+from tiers import slowly
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -399,7 +399,7 @@ OWN = frozenset({"broadcasts"})
 """Rank 0 keeps its own values."""
 
 
-@pytest.mark.parametrize("setting", slowly(THAT_CHANGE_THE_MODEL, quick=("matmul precision medium", "autocast")))
+@pytest.mark.parametrize("setting", slowly(THAT_CHANGE_THE_MODEL, quick=("matmul precision medium",)))
 def test_a_setting_that_changes_what_the_model_computes_leaves_the_ranks_alike(setting: str) -> None:
     only = SOME if setting in FOR_SOME else tuple(PROGRAMS)
     ranks = under(setting, only=only)
@@ -409,7 +409,8 @@ def test_a_setting_that_changes_what_the_model_computes_leaves_the_ranks_alike(s
     require_one_model(ranks, OWN)
 
 
-@pytest.mark.parametrize("dtype", [slow(torch.float64), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_model_of_the_default_dtype_trains_as_one_model(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     only = tuple(PROGRAMS) if dtype == torch.float64 else SOME

@@ -54,6 +54,7 @@ PRELUDES = {
     "checkpoint": SCRIPT
     + "model = DistributedDataParallel(net)\nsession = commpress.attach(model, 'int4')\nfolder = '../checkpoint'"
     + OPTIMIZER,
+    "fsdp": SCRIPT + "from torch.distributed.fsdp import fully_shard\nmodel = fully_shard(net)" + OPTIMIZER,
     "buffers": SCRIPT + "model = net\nddp = DistributedDataParallel(net)" + OPTIMIZER,
     "gpt": SCRIPT + "GPT = lambda _: net\n",
     "vector": "import commpress\nimport torch\nx = torch.randn(1000)\n",

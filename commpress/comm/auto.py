@@ -24,6 +24,7 @@ from commpress.comm.codecs import AUTO, parse
 from commpress.comm.cost import Cluster, Speed, transfers
 from commpress.comm.error import ErrorWatch
 from commpress.comm.plan import Plan
+from commpress.comm.question import Question
 from commpress.comm.search import BUDGET, PLAIN, Choice, Said, Search
 from commpress.comm.speed import measure
 from commpress.kernels.cpu.slices import cores
@@ -69,22 +70,19 @@ def speeds(device: torch.device) -> dict[str, Speed]:
 class Auto:
     """Steers the plan of one set of replicas' gradients, step by step. `error_feedback` as in `attach`.
 
-    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that. Of `sharded`
-    gradients no rank holds all means, so no error is measured; and the model, which is that of an all-reduce, only ranks specs.
+    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that.
     """
 
-    def __init__(
-        self, collectives: "Collectives", error_feedback: bool, budget: float = BUDGET, sharded: bool = False
-    ) -> None:
+    def __init__(self, collectives: "Collectives", error_feedback: bool, budget: float = BUDGET) -> None:
         self._collectives = collectives
         self._plans = {spec: Plan.of(spec, None, error_feedback) for spec in SPECS}
         self._speeds = speeds(collectives.device) if collectives.world_size > 1 else {}
         self.search = Search(self._predicted, budget)
         self._began: float | None = None
         self._asked = 0.0
-        self.due = False
-        """Whether the next gradient begins a step, for a wrapper that does not know which one is the first."""
-        self._sharded = sharded
+        """Seconds of this rank that the last comparison took."""
+        self._question: Question | None = None
+        """What the ranks tell each other in the step that goes on; None in most steps."""
         self.watch: ErrorWatch | None = None
         """What looks into the error of the step that goes on; None if this one is not looked into."""
         self._buckets: list[tuple[int, int]] = []
@@ -103,23 +101,31 @@ class Auto:
         return f"{AUTO}: {self.search.spec}" + ("" if self.choice else ", still looking")
 
     def begin_step(self) -> None:
-        """A step's first bucket is there: take the plan of this step. Collective in those steps where the ranks compare."""
-        collectives, self.due = self._collectives, False
+        """A step's first bucket is there: take the plan of this step. The ranks say what they have seen in one step, and choose
+        in the next from what has arrived: none of them waits here for the others."""
+        collectives = self._collectives
         if collectives.world_size == 1:
             return
         now = time.perf_counter()
         error = None if self.watch is None else self.watch.error()
         chosen: list[Choice] = []
-        if self._began is not None and self.search.note(now - self._began, error):
+        if self._question is not None:
             choices = len(self.search.choices)
-            everyone = collectives.traffic.ask(self._said(), "how long the steps took")
-            self._asked = time.perf_counter() - now
-            self.search.compare(everyone)
+            question, self._question = self._question, None
+            self.search.compare(question.answers())
             self._mark = self._totals()
             chosen = self.search.choices[choices:]
+            self._asked += time.perf_counter() - now
+        elif self._began is not None:
+            warms_up = self.search.state == "warm up"
+            if self.search.note(now - self._began, error):
+                self._question = collectives.traffic.send_question(self._said(), "how long the steps took")
+                self._asked = time.perf_counter() - now
+            elif warms_up:
+                self._mark = self._totals()
         plan = self._plans[self.search.spec]
         collectives.gradients = plan
-        self.watch = ErrorWatch(plan.codec) if self.search.checks and not self._sharded else None
+        self.watch = ErrorWatch(plan.codec) if self.search.checks else None
         self._buckets.clear()
         self._began = time.perf_counter()
         for choice in chosen:  # last: a warning may be an error
@@ -132,33 +138,11 @@ class Auto:
 
     def explain(self) -> str:
         """Return the specs that were tried last, and their steps, as a table."""
-        if self._collectives.world_size == 1:
-            return "one rank: nothing to send, so nothing to choose"
-        choice = self.choice
-        if choice is None:
-            return f"after {self.search.steps} steps the choice is still open"
-        table = Table(
-            title=f"auto: {choice.spec}, chosen after {choice.step} steps", caption=f"choices so far: {self._history()}"
-        )
-        for name in ("spec", "predicted ms a step", "measured ms a step", "error", ""):
-            table.add_column(name, justify="right" if name not in ("spec", "") else "left")
-        for trial in choice.trials:
-            times = ("-" if of is None else f"{of * 1e3:.1f}" for of in (trial.predicted, trial.measured))
-            error = "-" if trial.error is None else f"{trial.error:.2f}"
-            table.add_row(trial.spec, *times, error, "chosen" if trial.spec == choice.spec else "")
-        text = StringIO()
-        Console(file=text, width=100).print(table)
-        return text.getvalue()
-
-    def _history(self) -> str:
-        return ", ".join(
-            f"{choice.spec} at step {choice.step}" + (f" ({choice.cause})" if choice.cause else "")
-            for choice in self.search.choices
-        )
+        return explained(self.search, self._collectives.world_size)
 
     def break_even(self) -> float | None:
         """Return the bytes a second of a link above which `none` is predicted to be faster than what is chosen."""
-        if self._sharded or self.choice is None or self.choice.spec == PLAIN or self._model is None:
+        if self.choice is None or self.choice.spec == PLAIN or self._model is None:
             return None
         spec, (buckets, known, cluster, compute, itemsize) = self.choice.spec, self._model
         if cluster.ranks_per_host >= cluster.world_size:
@@ -175,7 +159,7 @@ class Auto:
         search = self.search
         said: dict[str, object] = {
             "medians": search.medians(),
-            "least": search.least(),
+            "turns": search.turns(),
             "errors": search.errors(),
             "asked": self._asked,
         }
@@ -246,3 +230,26 @@ class _Told:
             spec: Speed(row["encode"], tuple(row["mean"]), tuple(row["recode"]), row["add"])
             for spec, row in rows.items()
         }
+
+
+def explained(search: Search, world_size: int) -> str:
+    """Return the specs that a search has tried last, and their steps, as a table; a sentence if there is none yet."""
+    if world_size == 1:
+        return "one rank: nothing to send, so nothing to choose"
+    if not search.choices:
+        return f"after {search.steps} steps the choice is still open"
+    choice = search.choices[-1]
+    history = (f"{one.spec} at step {one.step}" + (f" ({one.cause})" if one.cause else "") for one in search.choices)
+    table = Table(
+        title=f"auto: {choice.spec}, chosen after {choice.step} steps",
+        caption=f"choices so far: {', '.join(history)}",
+    )
+    for name in ("spec", "predicted ms a step", "measured ms a step", "error", ""):
+        table.add_column(name, justify="right" if name not in ("spec", "") else "left")
+    for trial in choice.trials:
+        times = ("-" if of is None else f"{of * 1e3:.1f}" for of in (trial.predicted, trial.measured))
+        error = "-" if trial.error is None else f"{trial.error:.2f}"
+        table.add_row(trial.spec, *times, error, "chosen" if trial.spec == choice.spec else "")
+    text = StringIO()
+    Console(file=text, width=100).print(table)
+    return text.getvalue()

@@ -136,6 +136,7 @@ class Collectives:
         if remembers and chunk is None and node_slice is None:
             memory.give_back(W)  # nobody encodes a second time now
         encoder = Encoder(plan.codec.drawn(memory.next_draw()), memory if remembers else None, scratch)
+        encoder.masks_momentum = override.masks_momentum
 
         values = x
         if kept_index is not None and (override.codec is not None or n == 0):
@@ -370,7 +371,7 @@ class Collectives:
         if self.world_size == 1:
             return single_rank(x, encoder, None, times)
         if op is not None and not plan.codec.lossy:
-            return native_all_reduce(x, op, self._wire, label)
+            return native_all_reduce(x, op, encoder, self._wire, label)
         exchange = plan.exchange.run(x, encoder, self._wire, label)
         return exchange if times == 1 else scaled(exchange, x, times)
 

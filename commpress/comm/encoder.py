@@ -18,10 +18,11 @@ from commpress.comm.scratch import Scratch
 class Encoder:
     """Encodes one bucket in one step. `prologue` is applied to the values in the pass that encodes them; None leaves them.
 
-    `memory` is what feedback keeps of the bucket; an empty one means no feedback.
+    `memory` is what feedback keeps of the bucket; an empty one means no feedback. `masks_momentum` clears the momentum that it
+    keeps where something is sent.
     """
 
-    __slots__ = ("codec", "memory", "prologue", "scratch")
+    __slots__ = ("codec", "masks_momentum", "memory", "prologue", "scratch")
 
     def __init__(
         self,
@@ -29,8 +30,9 @@ class Encoder:
         memory: Memory | None = None,
         scratch: Scratch | None = None,
         prologue: Prologue | None = None,
+        masks_momentum: bool = False,
     ) -> None:
-        self.codec, self.prologue = codec, prologue
+        self.codec, self.prologue, self.masks_momentum = codec, prologue, masks_momentum
         self.memory = Memory() if memory is None else memory
         self.scratch = Scratch() if scratch is None else scratch
 
@@ -39,7 +41,7 @@ class Encoder:
         memory, prologue = self.memory, self.prologue
         residual = None if memory.residual is None else memory.residual[part]
         coding.encode(self.codec, x[part], residual, None if prologue is None else prologue[part], out)
-        if memory.momentum is not None:
+        if self.masks_momentum and memory.momentum is not None:
             coding.clear(self.codec, out, memory.momentum[part])
 
     def mean(self, payloads: Tensor, n: int, count: int, out: Tensor) -> None:

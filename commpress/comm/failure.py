@@ -65,7 +65,7 @@ class DamagedMessageError(RuntimeError):
 
 
 class DriftError(RuntimeError):
-    """The replicas hold different bits. All ranks find out together, so each says so itself."""
+    """The replicas hold different bits, or settings. All ranks find out together, so each says so itself."""
 
 
 def is_lost(error: BaseException) -> bool:

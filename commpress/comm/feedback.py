@@ -122,6 +122,8 @@ class Feedback:
         """The layout in which each parameter's residual stands now."""
         self.masks = MaskIndex()
         self._snapshots: dict[Segments, dict[str, Tensor]] = {}
+        self._of_this_step: set[Segments] = set()
+        """The layouts whose snapshots were made in this step; others would bring back an earlier one."""
 
     @torch.inference_mode(False)  # what is made here outlives the mode in which a model is looked at
     @torch.no_grad()
@@ -208,8 +210,13 @@ class Feedback:
         self._snapshots.clear()
         self.masks = masks
 
+    def begin_step(self) -> None:
+        """Begin a step: the exchanges before it are used, and not taken back any more."""
+        self._of_this_step.clear()
+
     def snapshot(self, segments: Segments, memory: Memory) -> None:
         """Copy the memory of a bucket as it is now, for `restore_snapshot`."""
+        self._of_this_step.add(segments)
         copies = self._snapshots.setdefault(segments, {})
         tensors = memory.tensors()
         for name in copies.keys() - tensors.keys():
@@ -220,10 +227,11 @@ class Feedback:
             copies[name].copy_(values)
 
     def restore_snapshot(self) -> None:
-        """Take back the last exchange: its mean was not used."""
+        """Take back the exchanges of the step that ended last: their means were not used."""
         for segments, memory in self.memories.items():
-            for name, values in self._snapshots.get(segments, {}).items():
-                setattr(memory, name, values.clone())
+            if segments in self._of_this_step:
+                for name, values in self._snapshots.get(segments, {}).items():
+                    setattr(memory, name, values.clone())
 
     def rescale(self, factor: float) -> None:
         """Multiply all memories, as when the loss scale by which gradients are multiplied changes."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange, Wire, named
 from commpress.comm.feedback import Memory, NodeSlice
@@ -40,7 +40,8 @@ class Override:
     """An optimizer's wishes for a bucket in this step: `codec` codes it.
 
     With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare`, then
-    `prologue`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own.
+    `prologue`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own, and
+    `masks_momentum` clears it where something was sent.
     `finish` makes of the mean, in place, what the bucket shall hold. `bypass_feedback`: what feedback remembers is of another
     kind, and has no part in it.
     """
@@ -51,6 +52,7 @@ class Override:
     prologue: Prologue | None = None
     finish: Callable[[Tensor], None] | None = None
     momentum: bool = False
+    masks_momentum: bool = False
     bypass_feedback: bool = False
 
     @property
@@ -154,11 +156,24 @@ def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool)
     return made[0], made[1]
 
 
-def sharded_settings(gradients: Plan, parameters: Plan, holds: str) -> dict[str, object]:
-    """Return what saved states of a sharded model must have alike; `holds` says what the ranks hold, in words."""
-    return {
+def sharded_settings(
+    gradients: Plan, parameters: Plan, holds: str, by_auto: tuple[bool, bool] = (False, False)
+) -> dict[str, object]:
+    """Return what saved states of a sharded model must have alike; `holds` says what the ranks hold, in words.
+
+    `by_auto` says whether `auto` decides for gradients, and for parameters.
+    """
+    settings: dict[str, object] = {
         "kind": "sharded",
         "gradients": gradients.settings(),
         "parameters": parameters.settings(),
         "holds": holds,
     }
+    return settings | ({"auto": "gradients and parameters" if by_auto[1] else True} if by_auto[0] else {})
+
+
+def sharded_spec(gradients: Plan, parameters: Plan, by_auto: tuple[bool, bool]) -> str:
+    """Return what a report calls the traffic of a sharded model by: `auto` where that decides for all that is compressed."""
+    if by_auto[0] and (by_auto[1] or not parameters.codec.lossy):
+        return AUTO
+    return f"gradients {AUTO if by_auto[0] else gradients.codec}, parameters {parameters.codec}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from commpress.comm.codecs import AUTO
 from commpress.comm.meter import NOT_SENT, Report
 from commpress.comm.search import PLAIN, Choice
 
@@ -37,6 +38,8 @@ class Receipt:
     """Seconds of a step as it is now; None if nobody has measured it."""
     plain_seconds: float | None = None
     """Seconds of a step whose gradients are exchanged as they are, by `none`, measured in the same run; None if nobody has."""
+    whole: bool = True
+    """Whether `auto` decides for all that is compressed; if not, what has a spec of its own is so in plain steps, too."""
     break_even: float | None = None
     """Bytes a second of a link on which this spec is predicted to take as long as `none`; None if not known."""
     uncompressed: dict[str, int] = field(default_factory=dict)
@@ -62,8 +65,9 @@ class Receipt:
                 f"commpress {self.spec}: steps without compression were not measured here (attach(model) measures them)"
             )
         times = self.plain_seconds / self.seconds
+        plain = "without compression" if self.whole else f"with none in the place of {AUTO}"
         told = (
-            f"commpress {self.spec}: a step takes {self.seconds:.4f} s, without compression {self.plain_seconds:.4f} s "
+            f"commpress {self.spec}: a step takes {self.seconds:.4f} s, {plain} {self.plain_seconds:.4f} s "
             f"(both measured in this run): {times:.2f} times as fast"
         )
         if self.break_even is None:
@@ -87,8 +91,15 @@ class Receipt:
         return [f"not compressed: {values:,} values a step, {why}" for why, values in self.uncompressed.items()]
 
 
-def receipt(report: Report, choice: Choice | None, spec: str, counted: int | None, break_even: float | None) -> Receipt:
-    """Make the receipt from a report; `counted` are the kernel's bytes since the session began."""
+def receipt(
+    report: Report,
+    choice: Choice | None,
+    spec: str,
+    counted: int | None,
+    break_even: float | None,
+    whole: bool = True,
+) -> Receipt:
+    """Make the receipt from a report; `counted` are the kernel's bytes since the session began, `whole` as in `Receipt`."""
     steps = max(1, report.steps)
     fp32 = bf16 = 0.0
     uncompressed: dict[str, int] = {}
@@ -109,6 +120,7 @@ def receipt(report: Report, choice: Choice | None, spec: str, counted: int | Non
         link_bytes=None if counted is None else counted / steps,
         seconds=None if choice is None else choice.seconds(choice.spec),
         plain_seconds=None if choice is None else choice.seconds(PLAIN),
+        whole=whole,
         break_even=break_even,
         uncompressed={why: -(-values // steps) for why, values in uncompressed.items()},
     )

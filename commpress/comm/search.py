@@ -1,14 +1,17 @@
-"""Which of several specs makes the shortest steps: tried in turns, decided by medians that all ranks know, looked at again.
+"""Which of several specs makes the shortest steps: tried in turns, decided by what all ranks have measured, looked at again.
 
     none  not counted | none | A B none | A B none | A B none | A ................ | A ................ ...
                              ^ ranked   ^ one is far          ^ chosen             ^ the ranks look: are the steps still
                                           behind: dropped                            as long as they were? Else from `none` on
 
+On a noisy machine a median of a few steps decides nothing between specs that lie close together. So a spec takes the place of a
+gentler one only if it was ahead in each round (one may fail out of five). If that is still open, further rounds follow.
 A spec must stay within an error budget, too: the distance of what arrives from the dense mean, measured in steps that are not
 timed. One that leaves it is dropped; if it was chosen, a gentler one takes its place, and it may come back in a later search.
 Steps of a turn are timed from one to the next; the first of each turn is not counted. The ranks compare at the same steps, and
-decide from what all of them have said, so all decide the same. No clock and no process group: who holds a search tells it how
-long a step took, and what the ranks said.
+decide from what all of them have said, so all decide the same: what they say takes one step, by the spec of the one before it,
+so that nobody waits for it. No clock and no process group: who holds a search tells it how long a step took, and what the ranks
+said.
 """
 
 import math
@@ -26,6 +29,11 @@ FIRST_TURN = 3
 TURN = 3
 """Steps of a turn, of which the first is not timed. The first turn of a spec has one more, in which its error is measured."""
 ROUNDS = 3
+"""Fewest rounds; a spec that is ahead in each of them by chance alone is one in eight."""
+LATEST = 50
+"""No round begins that would end more steps than this after the search began."""
+FORGIVEN = 5
+"""Of so many rounds a spec may have lost one."""
 MOST = 2
 """So many specs are tried against `none`."""
 HOPELESS = 1.3
@@ -33,7 +41,7 @@ HOPELESS = 1.3
 FAR_BEHIND = 1.25
 """After a round a spec whose fastest step takes so many times as long as the best one's is tried no more."""
 WORTH = 0.98
-"""A spec is chosen only if its steps take less than this share of those of `none`."""
+"""A spec is chosen only if its steps take less than this share of those of any gentler one."""
 DRIFT = 1.2
 """Steps that have become so many times as long, or as short, are looked into."""
 LOOK = 16
@@ -82,7 +90,7 @@ class Choice:
 class Search:
     """The specs that are tried beside `none`; `predict` ranks them, from what each rank said at the end of the plain steps.
 
-    `predict` returns seconds a step by spec, that of `none` among them, the same on all ranks.
+    `predict` returns seconds a step by spec, the gentlest spec first, that of `none` among them, the same on all ranks.
     """
 
     predict: Callable[[Sequence[Said], float], Mapping[str, float]]
@@ -105,6 +113,8 @@ class Search:
         """The step before which a spec that has left the budget is not tried again."""
         self._setbacks = 0
         self._round = 0
+        self._since = 0
+        """The step before which the search began."""
         self._patience = 1
         self._looks = 0
         self._next_search = 0
@@ -127,7 +137,8 @@ class Search:
     def note(self, seconds: float, error: float | None = None) -> bool:
         """Note how long a step has taken, and how far its means were off, if that was measured.
 
-        Returns whether the ranks must compare before the next one.
+        Returns whether the ranks must compare now: they tell each other what they have seen during one step more, which does
+        not count, and `compare` behind that.
         """
         self.steps += 1
         spec, kind = self._steps_to_come.popleft()
@@ -140,11 +151,20 @@ class Search:
             if not error <= self.budget:  # all ranks hold the same means, so all find this at the same step
                 left = [one for one in self._steps_to_come if one[0] != spec]
                 self._steps_to_come = deque(left if self._state == "trying" else ())
-        return not self._steps_to_come
+        if self._steps_to_come:
+            return False
+        if self._state == "warm up":
+            self._state = "plain"
+            self._begin([(PLAIN, TIMED)] * FIRST_TURN)
+            return False
+        self._steps_to_come = deque([(PLAIN if spec in self._beyond(self._errors) else spec, SKIPPED)])
+        return True
 
-    def least(self) -> dict[str, float]:
-        """Return the fastest steps of the same: a pause of the machine does not shift them."""
-        return {spec: min(seconds) for spec, seconds in self._seconds.items()}
+    def turns(self) -> dict[str, list[float]]:
+        """Return the fastest step of each turn in the rounds so far, by spec: a pause of the machine does not shift it."""
+        each = TURN - 1
+        rounds = {spec: seconds[-(self._round + 1) * each :] for spec, seconds in self._seconds.items()}
+        return {spec: [min(s[i : i + each]) for i in range(0, len(s), each)] for spec, s in rounds.items()}
 
     def errors(self) -> dict[str, float]:
         """Return the largest errors that this rank has seen since the search began, or since the last look, by spec."""
@@ -155,11 +175,12 @@ class Search:
         return {spec: statistics.median(seconds) for spec, seconds in self._seconds.items()}
 
     def compare(self, everyone: Sequence[Said]) -> None:
-        """Go on from the `medians`, `least` and `errors` of each rank, and the seconds that a comparison took it (`asked`)."""
-        if self._state == "warm up":
-            self._state = "plain"
-            self._begin([(PLAIN, TIMED)] * FIRST_TURN)
-        elif self._state == "plain":
+        """Go on from the `medians`, `turns` and `errors` of each rank, and the seconds that a comparison took it (`asked`).
+
+        They are those of one step ago: the step that has brought them ends here.
+        """
+        self.steps += 1
+        if self._state == "plain":
             self._rank(everyone)
         elif self._state == "trying":
             self._end_round(everyone)
@@ -193,20 +214,46 @@ class Search:
         self._begin(steps, keep=True)
 
     def _end_round(self, everyone: Sequence[Said]) -> None:
-        found, self._round = _agreed(everyone, "least"), self._round + 1
+        turns, self._round = _turns(everyone), self._round + 1
         within = [spec for spec in self._tried if spec not in self._hurt]
-        best = min(found[spec] for spec in within)
-        self._tried = [spec for spec in within if found[spec] < FAR_BEHIND * best]
-        if self._round == ROUNDS or len(self._tried) == 1:
-            self._choose(everyone)
-        else:
+        best = min(min(turns[spec]) for spec in within)
+        self._tried = [spec for spec in within if min(turns[spec]) < FAR_BEHIND * best]
+        still_open = self._round < ROUNDS
+        if not still_open:  # only those between which nothing is decided go on
+            contenders = [self._best(everyone), *self._ahead_by_median(everyone)]
+            still_open = len(contenders) > 1 and self.steps - self._since + TURN * len(contenders) <= LATEST
+            self._tried = [spec for spec in self._tried if spec in contenders] if still_open else self._tried
+        if still_open and len(self._tried) > 1:
             self._next_round()
+        else:
+            self._choose(everyone)
+
+    def _lead(self, spec: str, gentler: str, everyone: Sequence[Said]) -> tuple[bool, bool]:
+        """Whether a spec's steps are shorter by as much as is worth it, and whether it was ahead in the rounds."""
+        if gentler not in self._tried:
+            return True, True  # it is far behind, or has left the budget
+        found, turns = _agreed(everyone), _turns(everyone)
+        lost = sum(mine >= other for mine, other in zip(turns[spec], turns[gentler], strict=True))
+        return found[spec] < WORTH * found[gentler], lost <= len(turns[spec]) // FORGIVEN
+
+    def _gentlest_first(self) -> list[str]:
+        return [spec for spec in dict.fromkeys([PLAIN, *self._predicted]) if spec in self._tried]
+
+    def _best(self, everyone: Sequence[Said]) -> str:
+        """The spec that has the lead over all gentler ones. A pair of specs that are as fast is the gentler one's."""
+        best, *others = self._gentlest_first()
+        for spec in others:
+            if all(self._lead(spec, best, everyone)):
+                best = spec
+        return best
+
+    def _ahead_by_median(self, everyone: Sequence[Said]) -> list[str]:
+        """The specs whose steps are shorter than those of what would be chosen, but which were not ahead in the rounds."""
+        best, order = self._best(everyone), self._gentlest_first()
+        return [spec for spec in order[order.index(best) + 1 :] if self._lead(spec, best, everyone) == (True, False)]
 
     def _choose(self, everyone: Sequence[Said]) -> None:
-        found = _agreed(everyone)
-        best = min(self._tried, key=lambda spec: found[spec])
-        if best != PLAIN and found[best] >= WORTH * found[PLAIN]:
-            best = PLAIN
+        found, best = _agreed(everyone), self._best(everyone)
         names = dict.fromkeys([PLAIN, *self._predicted])
         errors = _worst(everyone)
         trials = [Trial(spec, self._predicted.get(spec), found.get(spec), errors.get(spec)) for spec in names]
@@ -237,7 +284,7 @@ class Search:
         assert then is not None
         drifted = not then / DRIFT < now < then * DRIFT
         if (drifted and self._looks >= self._patience) or self.steps >= self._next_search:
-            self._state = "plain"
+            self._state, self._since = "plain", self.steps
             self._begin([(PLAIN, SKIPPED)] + [(PLAIN, TIMED)] * (TURN - 1))
         else:
             self._watch(everyone, now)
@@ -279,8 +326,19 @@ def _worst(everyone: Sequence[Said]) -> dict[str, float]:
     return found
 
 
-def _agreed(everyone: Sequence[Said], of: str = "medians") -> dict[str, float]:
+def _turns(everyone: Sequence[Said]) -> dict[str, list[float]]:
+    """The mean of the ranks' fastest steps of each turn, by spec."""
+    turns: dict[str, list[list[float]]] = {}
+    for said in everyone:
+        mine = said["turns"]
+        assert isinstance(mine, Mapping)
+        for spec, seconds in mine.items():
+            turns.setdefault(spec, []).append(seconds)
+    return {spec: [statistics.fmean(of) for of in zip(*ranks, strict=True)] for spec, ranks in turns.items()}
+
+
+def _agreed(everyone: Sequence[Said]) -> dict[str, float]:
     """The mean of the ranks' medians, by spec: they wait for each other, so they have nearly the same."""
-    medians = [said[of] for said in everyone]
+    medians = [said["medians"] for said in everyone]
     assert all(isinstance(mine, Mapping) for mine in medians)
     return {spec: statistics.fmean(mine[spec] for mine in medians) for spec in medians[0]}  # type: ignore[attr-defined, index]

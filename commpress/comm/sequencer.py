@@ -34,6 +34,8 @@ from commpress.comm.meter import Meter, Row
 from commpress.comm.timeline import Span
 
 STOP_SECONDS = 5.0
+NO_BUCKET = -1
+"""The place in a report of what is no bucket, and stands in none."""
 
 
 @dataclass
@@ -167,7 +169,8 @@ class _Lines:
         """Note that a phase of a bucket lasted from then until now."""
         end = time.perf_counter()
         job.row.seconds[phase] += end - start
-        self.meter.note(Span(phase, job.step, job.row.bucket, start, end))
+        if job.row.bucket != NO_BUCKET:
+            self.meter.note(Span(phase, job.step, job.row.bucket, start, end))
 
     def count(self, job: Job, transfer: Transfer) -> None:
         job.row.sent_bytes += transfer.sent

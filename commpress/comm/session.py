@@ -34,6 +34,7 @@ from commpress.comm.resize import (
     unreadable,
 )
 from commpress.comm.segments import Segments, sizes
+from commpress.comm.sharded_auto import ShardedAuto
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.timeline import Timeline
 
@@ -74,7 +75,7 @@ class Session:
         spec: str,
         settings: Settings,
         step_buffer: StepBuffer | None = None,
-        auto: Auto | None = None,
+        auto: Auto | ShardedAuto | None = None,
         parameters: Segments = (),
         rank: int | None = None,
         world_size: int | None = None,
@@ -168,8 +169,9 @@ class Session:
         auto = self._auto
         if auto is None:
             return receipt(self.report(), None, self._spec, counted, None)
-        spec = auto.search.spec if budget(self._spec) is not None else f"{self._spec} ({auto.search.spec})"
-        return receipt(self.report(), auto.choice, spec, counted, auto.break_even())
+        whole = budget(self._spec) is not None
+        spec = auto.search.spec if whole else f"{self._spec} ({auto.search.spec})"
+        return receipt(self.report(), auto.choice, spec, counted, auto.break_even(), whole)
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""

@@ -3,7 +3,7 @@
     bucket -> [pending, if the optimizer must see all first, or a restart has another layout] -> Collectives.all_reduce
 
 They wait where a norm over all gradients is clipped, and in the first step after a restart, which is exchanged in the layout
-that was saved.
+that was saved; on an accelerator where the ranks compare what they begin a step with, too.
 """
 
 import time
@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from commpress.comm.agreement import require_equal, require_same_names
 from commpress.comm.auto import Auto
 from commpress.comm.codecs import Codec
 from commpress.comm.collectives import Collectives
@@ -66,6 +65,8 @@ class StepBuffer:
         self.restored: list[Segments] = []
         """The layout in which the next step is exchanged, if it is another than that of the buckets."""
         self._pending: list[PendingBucket] = []
+        self._compared: Callable[[], None] | None = None
+        """Waits until the ranks have compared what this step begins with, where the exchanges do not see to that."""
         self._begins = True
         self._current = Step(0)
         self._backward_started: float | None = None
@@ -87,7 +88,8 @@ class StepBuffer:
         if last and self._backward_started is not None:
             self.note("backward", self._backward_started)
             self._backward_started = None
-        if self.restored or (self.optimizer is not None and self.optimizer.needs_all_buckets()):
+        waits = self.restored or self._compared is not None
+        if waits or (self.optimizer is not None and self.optimizer.needs_all_buckets()):
             work = Work(bucket, not_counted)
             self._pending.append(PendingBucket(bucket, segments, index, work))
             if last:
@@ -148,13 +150,18 @@ class StepBuffer:
                     "but the last backward of a step under no_sync(); with a GradScaler pass grad_scaler= to attach"
                 )
             collectives.feedback.restore_snapshot()
+        collectives.feedback.begin_step()
         collectives.follow_scale()
+        compare = collectives.traffic.compare
         if optimizer.must_verify():
-            require_equal(collectives.traffic.ask(optimizer.replicated_state(), "an optimizer to compare"))
-        elif (frozen := optimizer.frozen_parameters()) is not None and collectives.world_size > 1:
-            require_same_names("frozen parameters", frozen, collectives.group, collectives.device)
+            self._compared = compare(optimizer.replicated_state(), "an optimizer to compare")
+        elif (frozen := optimizer.frozen_parameters()) is not None:
+            self._compared = compare({"frozen parameters": frozen}, "frozen parameters to compare")
 
     def _on_all_buckets(self, gradients: list[Tensor]) -> None:
+        if self._compared is not None:
+            compared, self._compared = self._compared, None
+            compared()
         if self.optimizer is not None:
             self.optimizer.on_all_buckets(gradients)
 

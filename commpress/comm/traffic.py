@@ -9,16 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import Settings
+from commpress.comm.agreement import Settings, require_equal
 from commpress.comm.error import ErrorWatch
 from commpress.comm.exchange import Label, Labels, Transfer, Wire
 from commpress.comm.exchange.around import in_inference_mode
-from commpress.comm.meter import ROLES, Meter, Report, dtype_name
+from commpress.comm.failure import DriftError
+from commpress.comm.meter import ROLES, Meter, Report, Row, dtype_name
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import BucketPlan
+from commpress.comm.question import Question
 from commpress.comm.scratch import ScratchPool
 from commpress.comm.segments import Segments
-from commpress.comm.sequencer import Job, Sequencer
+from commpress.comm.sequencer import NO_BUCKET, Job, Sequencer
 from commpress.comm.verify import Comparison, is_due
 from commpress.comm.work import Work, not_counted
 
@@ -49,10 +51,55 @@ class Traffic:
             self._sequencer = Sequencer(self.wire, self.meter)
 
     def ask(self, settings: Settings, what: str) -> list[Settings]:
-        """Every rank's settings. Collective: a rank that does something else meanwhile is an error on all."""
+        """Every rank's settings. Collective: a rank that does something else meanwhile is an error on all.
+
+        It waits for all ranks, so call it between steps: inside a backward there is `send_question`.
+        """
         if self.world_size == 1:
             return [settings]
         return self._sequencer.ask(settings, self.labels.next(what))
+
+    def send_question(self, settings: Settings, what: str) -> Question:
+        """Ask all ranks, of which there are several, without waiting. Their answers are there before the means of the buckets
+        that are submitted after this: read them in the next step."""
+        question = Question(settings, self.wire)
+        self._submit_question(question, question.exchange(self.labels.next(what)))
+        return question
+
+    def compare(self, settings: Settings, what: str) -> Callable[[], None] | None:
+        """Have what is submitted from now on exchanged only if all ranks have these settings. Collective, without waiting.
+
+        On CPU the line of exchanges compares, and ends with a DisagreementError on all ranks where they differ. Elsewhere
+        returns what must be called before the next bucket is submitted: it waits for the ranks, and raises ValueError.
+        """
+        if self.world_size == 1:
+            return None
+        question = Question.of_hash(settings, self.wire)
+        label, more = self.labels.next(what), self.labels.next(what)
+
+        def compared() -> Iterator[Transfer]:
+            for transfer in question.exchange(label):
+                transfer.wait()  # no bucket after this may start before
+            if not question.is_unanimous():
+                try:
+                    require_equal(self.wire.gather(settings, more))
+                except ValueError as error:
+                    raise DriftError(str(error)) from None
+            yield from ()
+
+        def read() -> None:
+            question.work.wait()
+            if not question.is_unanimous():
+                require_equal(self._sequencer.ask(settings, more))
+
+        in_line = self.wire.by_message
+        self._submit_question(question, compared() if in_line else question.exchange(label))
+        return None if in_line else read
+
+    def _submit_question(self, question: Question, exchange: Iterator[Transfer]) -> None:
+        row = Row(NO_BUCKET, 0, "", "", "", "")
+        job = Job(question.work.out, exchange, row, self.meter.steps, 0, False, question.work.finish)
+        self._sequencer.submit(job)
 
     def count(self, index: int) -> int:
         """Note a reduction of what has this place in the report; returns how many there were before."""

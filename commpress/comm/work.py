@@ -23,7 +23,7 @@ class Work(dist.Work):
     def __init__(self, out: Tensor, waited: Callable[[float], None]) -> None:
         super().__init__()
         self.submitted = time.perf_counter()
-        self._out, self._waited = out, waited
+        self.out, self._waited = out, waited
         self._future = make_future(out.device)
 
     def wait(self, timeout: Any = None) -> bool:
@@ -40,11 +40,11 @@ class Work(dist.Work):
 
     def future(self) -> "Future[Tensor]":
         """Return a future of `out` that raises what the exchange raised. No collective hangs on it."""
-        return self._future.then(partial(_result, self._out))
+        return self._future.then(partial(_result, self.out))
 
     def finish(self, error: BaseException | None) -> None:
         """Note that the result is there, or cannot be."""
-        _resolve(self._future, self._out, error)
+        _resolve(self._future, self.out, error)
 
 
 def _resolve(future: "Future[Any]", out: Tensor, error: BaseException | None) -> None:

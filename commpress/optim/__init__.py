@@ -9,7 +9,8 @@ divided away when it comes. Behind the division all is linear, and feedback repa
 
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.dgc import DGC
+from commpress.optim.muon import EF21Muon
 from commpress.optim.one_bit import OneBitAdamW
 from commpress.optim.zero_one import Growing, ZeroOneAdamW
 
-__all__ = ["DGC", "CompressedOptimizer", "Growing", "OneBitAdamW", "ZeroOneAdamW"]
+__all__ = ["DGC", "CompressedOptimizer", "EF21Muon", "Growing", "OneBitAdamW", "ZeroOneAdamW"]

@@ -86,17 +86,8 @@ class FrozenAdamW(CompressedOptimizer):
         return super().begin_backward(scale)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        steps = state_dict["param_groups"][0].get("steps", 0)
-        if (
-            steps and not state_dict["state"]
-        ):  # torch.distributed.checkpoint reads no tensors for one that has not stepped
-            if self.state and self.param_groups[0]["steps"] == steps:
-                return  # the session, loaded before, has brought them
-            raise ValueError(
-                f"{type(self).__name__}: a state of {steps} steps without tensors; expected the session to be loaded, too: "
-                'torch.distributed.checkpoint.load({"optimizer": optimizer, "commpress": session}, ...)'
-            )
-        super().load_state_dict(state_dict)
+        if not self.came_with_session(state_dict):
+            super().load_state_dict(state_dict)
 
     @property
     def takes_means(self) -> bool:

@@ -348,6 +348,22 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     )  # in DDP's order of a bucket
         return parts
 
+    def came_with_session(self, state_dict: dict[str, Any]) -> bool:
+        """Whether this state lacks its tensors, and the session, loaded before, has brought them.
+
+        torch.distributed.checkpoint reads no tensors for an optimizer that has not stepped. Raises ValueError if nobody has
+        brought them. For optimizers that keep something of each parameter, and count `steps`.
+        """
+        steps = state_dict["param_groups"][0].get("steps", 0)
+        if not steps or state_dict["state"]:
+            return False
+        if self.state and self.param_groups[0]["steps"] == steps:
+            return True
+        raise ValueError(
+            f"{type(self).__name__}: a state of {steps} steps without tensors; expected the session to be loaded, too: "
+            'torch.distributed.checkpoint.load({"optimizer": optimizer, "commpress": session}, ...)'
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; the ranks compare their standing at the next backward."""
         super().load_state_dict(state_dict)

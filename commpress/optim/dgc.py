@@ -71,11 +71,11 @@ class DGC(CompressedOptimizer):
 
         steps, warm_up = (self.param_groups[0][k] for k in ("steps", "warmup_steps"))
         if steps >= warm_up or not codec.lossy:
-            return Override(codec, prepare=prepare, momentum=True)
+            return Override(codec, prepare=prepare, momentum=True, masks_momentum=True)
         if not codec.sparse:
-            return Override(DENSE, "momentum warms up", prepare, momentum=True)
+            return Override(DENSE, "momentum warms up", prepare, momentum=True, masks_momentum=True)
         ratio = 0.25 ** (1 + steps * STAGES // warm_up)
-        return Override(codec.keeping(ratio), prepare=prepare, momentum=True)
+        return Override(codec.keeping(ratio), prepare=prepare, momentum=True, masks_momentum=True)
 
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
         for p, group, update in updates.values():

@@ -130,6 +130,16 @@ def momentum_correction(x: Tensor, momentum: Tensor, p: Tensor, beta: float, dec
     x.copy_(x + beta * momentum if nesterov else momentum)
 
 
+def momentum_ahead(x: Tensor, momentum: Tensor, fresh: float) -> None:
+    """x <- fresh * (x - momentum), momentum <- momentum + x: how far a momentum moves on a gradient, in place."""
+    x, momentum = flat(x, momentum)
+    if kernel := _kernel("momentum_ahead", x, momentum):
+        kernel(x, momentum, fresh)
+        return
+    x.sub_(momentum).mul_(fresh)
+    momentum.add_(x)
+
+
 def total(x: Tensor) -> Tensor:
     """The sum of a tensor in float64: the same bits with any number of threads, since each row is summed by one of them."""
     rest = flat(x)[0].to(torch.float64)
@@ -148,6 +158,7 @@ def warm_up(device: torch.device) -> None:
     sync_apply(x, y, z, p, q, r, 1.0, 1.0, 1.0)
     restore_local(x, y, z, 1.0)
     momentum_correction(x, y, z, 0.5, 0.5, False)
+    momentum_ahead(x, y, 0.5)
     estimate_momentum(x, y.bfloat16(), 1.0, 1.0)
     add_scaled(x, y.bfloat16(), 1.0)
 

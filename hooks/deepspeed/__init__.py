@@ -36,11 +36,13 @@ from commpress.comm.codecs import Codec
 from commpress.comm.collectives import Collectives
 from commpress.comm.joining import follow_default_timeout
 from commpress.comm.meter import dtype_name
-from commpress.comm.plan import Plan, sharded_settings
+from commpress.comm.plan import Plan, sharded_settings, sharded_spec
 from commpress.comm.rules import Spec, is_open, open_refusal
 from commpress.comm.search import PLAIN
 from commpress.comm.session import Session
+from commpress.comm.sharded_auto import ShardedAuto, decides
 from commpress.comm.verify import EVERY, require_interval
+from commpress.hooks.deepspeed.auto import follow_steps
 from commpress.hooks.deepspeed.gathered import attach_gathered
 from commpress.hooks.deepspeed.partitions import attach_partitions
 from commpress.hooks.deepspeed.replicas import attach_replicas
@@ -73,13 +75,15 @@ def attach(
 ) -> Session:
     """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
 
-    `gradients` is the spec of the gradients; at ZeRO 0 with a torch optimizer it may be `auto`, or specs by patterns of names,
-    as under DDP. `parameters` is the spec of the parameters under ZeRO 1 to 3 (default: not compressed). Under ZeRO 3 sparse
-    specs are refused for parameters. `optimizer` is one of `commpress.optim` that the engine was given (found by itself if left
-    out), at ZeRO 0 to 2. Under it every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no parameters travel,
-    `exchange` may be given. OneBitAdamW with `parameters` is sharded instead: less memory, more bytes. Every `verify` steps (0:
-    never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's group gets the timeout
-    of the default group, which the user gave.
+    `gradients` is the spec of the gradients; with a torch optimizer it may be `auto`, and at ZeRO 0 specs by patterns of names,
+    as under DDP. `parameters` is the spec of the parameters under ZeRO 1 to 3 (default: not compressed); beside `auto` for the
+    gradients it may be `auto`, too: one search finds both. Under ZeRO 3 sparse specs are refused for parameters.
+
+    `optimizer` is one of `commpress.optim` that the engine was given (found by itself if left out), at ZeRO 0 to 2. Under it
+    every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no parameters travel, `exchange` may be given.
+    OneBitAdamW with `parameters` is sharded instead: less memory, more bytes. Every `verify` steps (0: never) the ranks compare
+    hashes of what all of them hold, and payloads have checksums. The engine's group gets the timeout of the default group,
+    which the user gave.
 
     Returns the session; `engine.commpress` is the same.
 
@@ -98,13 +102,16 @@ def attach(
     refusal = refusal or _refusal(engine, stage, sharded, optimizer, exchange)
     refusal = refusal or _open_refusal(gradients, stage, optimizer, exchange)
     found: Spec | None = None
+    by_auto = (False, False)
     plans: tuple[Plan, Plan] | None = None
     if refusal is None:
         try:
             found = gradients if is_open(gradients) else None
             by_name = gradients if found is None else PLAIN
             assert not isinstance(by_name, Mapping)
-            plans = _plans(stage, sharded, by_name, parameters, exchange, error_feedback, optimizer)
+            by_auto = decides(gradients, parameters) if sharded else by_auto
+            of_parameters = None if by_auto[1] else parameters
+            plans = _plans(stage, sharded, by_name, of_parameters, exchange, error_feedback, optimizer)
             require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error
@@ -116,13 +123,13 @@ def attach(
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
     if plans is not None:
         settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
-        settings |= {} if found is None else {"gradients": str(found)}
+        settings |= {} if found is None else {"gradients": str(found), "parameters by auto": by_auto[1]}
     agree_on_all(settings, [group], device, refusal)
     assert plans is not None
     if not sharded:
         engine.commpress = attach_replicas(engine, plans[0], found, names, optimizer, verify)
     else:
-        engine.commpress = _shard(engine, stage, plans, names, optimizer, str(settings["parameters"]), verify)
+        engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, str(settings["parameters"]), verify)
     if optimizer is None:
         stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
         stepped = stepped or engine.optimizer.fp32_partitioned_groups_flat
@@ -136,20 +143,23 @@ def _shard(
     engine: Any,
     stage: int,
     plans: tuple[Plan, Plan],
+    by_auto: tuple[bool, bool],
     names: dict[Any, str],
     optimizer: CompressedOptimizer | None,
     holds: str,
     verify: int,
 ) -> Session:
     shards = Collectives(engine.seq_data_parallel_group, torch.device(engine.device), *plans, verify=verify)
+    auto = ShardedAuto([shards], [shards], plans[0].error_feedback, by_auto[1]) if by_auto[0] else None
     if stage == 3:
-        attach_gathered(engine, shards, names)
+        attach_gathered(engine, shards, names, auto)
     else:
         assert optimizer is None or isinstance(optimizer, OneBitAdamW)
-        attach_partitions(engine, shards, names, optimizer)
-    values = sum(_numel(p) for p in names)
-    spec, settings = f"gradients {plans[0].codec}, parameters {plans[1].codec}", sharded_settings(*plans, holds)
-    return Session(shards, spec=spec, settings=settings, values=values)
+        attach_partitions(engine, shards, names, optimizer, auto)
+    if auto is not None:
+        follow_steps(engine, auto)
+    values, settings = sum(_numel(p) for p in names), sharded_settings(*plans, holds, by_auto)
+    return Session(shards, spec=sharded_spec(*plans, by_auto), settings=settings, auto=auto, values=values)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -304,15 +314,11 @@ def _open_refusal(
     gradients: Spec, stage: int, optimizer: CompressedOptimizer | None, exchange: str | None
 ) -> Exception | None:
     """Return why gradients cannot go by `auto` or by patterns, if they were asked to and cannot."""
-    try:
-        if stage and is_open(gradients):
-            given = "patterns decide" if isinstance(gradients, Mapping) else "auto decides"
-            return ValueError(
-                f"gradients: {given} at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner, as one: expected "
-                'one spec, such as "int4"'
-            )
-    except ValueError as error:
-        return error
+    if stage and isinstance(gradients, Mapping):
+        return ValueError(
+            f"gradients: patterns decide at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner, as one: "
+            'expected one spec, such as "int4", or "auto"'
+        )
     return open_refusal(gradients, optimizer, exchange)
 
 

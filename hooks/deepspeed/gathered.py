@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from commpress.comm.collectives import Collectives
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.meter import dtype_name
-from commpress.comm.segments import Segment
+from commpress.comm.segments import Segment, Segments
+from commpress.comm.sharded_auto import ShardedAuto
+from commpress.hooks.deepspeed.auto import timed
 
 KEPT_EVERYWHERE = "small: every rank keeps it (stage3_param_persistence_threshold)"
 
@@ -24,6 +26,7 @@ class Gathered:
     module: nn.Module
     shards: Collectives
     names: dict[Tensor, str]
+    auto: ShardedAuto | None = None
     _indices: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -52,11 +55,18 @@ class Gathered:
         sizes = [p.partition_numel() for p in params]
         m, dtype = sum(sizes), params[0].grad.dtype
         index = self._indices.setdefault(tuple(self._places[id(p)] for p in params), len(self._indices))
+        if self.auto is not None:
+            self.auto.note("gradients", W * m, dtype.itemsize)
+        segments = tuple(
+            Segment(f"{self.names[p]}[{r}]", n) for r in range(W) for p, n in zip(params, sizes, strict=True)
+        )
         choice = shards.gradients.choose(m, dtype.itemsize, W)
         if choice.reason or not choice.codec.lossy:
             shards.meter.record_uncompressed(index, W * m, dtype_name(dtype), how, choice.reason, "gradients", crossing)
             shards.traffic.count(index)
-            return original()
+            if self.auto is not None:
+                self._add_residual(params, segments)
+            return timed(self.auto, "gradients", original)()  # type: ignore[no-any-return]
         full = torch.zeros(W, m, dtype=dtype, device=params[0].grad.device)
         for p, size, columns in zip(params, sizes, full.split(sizes, dim=1), strict=True):
             flat, rest = p.grad.reshape(-1), p.ds_numel % size
@@ -65,14 +75,21 @@ class Gathered:
             if rest:
                 columns[whole, :rest].copy_(flat[whole * size :])
         out = torch.empty(m, dtype=dtype, device=full.device)
-        segments = tuple(
-            Segment(f"{self.names[p]}[{r}]", n) for r in range(W) for p, n in zip(params, sizes, strict=True)
-        )
         shards.reduce_scatter(full.view(-1), out, segments, index).wait()
         return [
             part[: max(0, min(size, p.ds_numel - shards.rank * size))].to(self.zero.gradient_accumulation_dtype)
             for p, size, part in zip(params, sizes, out.split(sizes), strict=True)
         ]
+
+    def _add_residual(self, params: list[Any], segments: Segments) -> None:
+        """Add what a lossy codec has kept before, and forget it: it travels exactly now."""
+        memory = self.shards.feedback.memory(segments, False, None, self.shards.device)
+        if memory.residual is None:
+            return
+        kept = memory.residual.view(self.shards.world_size, -1)
+        for p, columns in zip(params, kept.split([p.partition_numel() for p in params], dim=1), strict=True):
+            p.grad.add_(columns.flatten()[: p.ds_numel].view(p.grad.shape))  # the rest is padding
+        memory.residual = None
 
     def gather(self, original: Callable[..., Any], params: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
         """Start to gather parameters. Each is coded for itself: what is decoded does not depend on which come together."""
@@ -87,6 +104,8 @@ class Gathered:
         for p in sorted(params, key=lambda p: p.ds_id):
             shard = p.ds_tensor
             choice = shards.parameters.choose(shard.ds_numel, shard.element_size(), W)
+            if self.auto is not None and not p.ds_persist:
+                self.auto.note("parameters", shard.ds_numel, shard.element_size())
             if p.ds_persist or choice.reason or not choice.codec.lossy:
                 exact.append(p)
                 self._note(p, choice.reason or KEPT_EVERYWHERE)
@@ -98,7 +117,9 @@ class Gathered:
             pending = shards.all_gather(self._own(p), out, self._places[id(p)])
             handles.append(AllGatherHandle(pending, p, param_buffer=out, original_dtype=shard.dtype))
         if exact:
-            handles.append(original(exact, safe_mode=safe_mode, quantize=quantize))
+            handle = original(exact, safe_mode=safe_mode, quantize=quantize)
+            handle.wait = timed(self.auto, "parameters", handle.wait)
+            handles.append(handle)
         return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
 
     def _own(self, p: Any) -> Tensor:
@@ -133,10 +154,12 @@ class Gathered:
         )
 
 
-def attach_gathered(engine: Any, shards: Collectives, names: dict[Tensor, str]) -> None:
+def attach_gathered(
+    engine: Any, shards: Collectives, names: dict[Tensor, str], auto: ShardedAuto | None = None
+) -> None:
     """Stand in for what a ZeRO 3 optimizer sends."""
     zero = engine.optimizer
-    gathered = Gathered(zero, engine.module, shards, names)
+    gathered = Gathered(zero, engine.module, shards, names, auto)
     mangled = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter"
     setattr(zero, f"{mangled}_grads", partial(gathered.reduce, getattr(zero, f"{mangled}_grads")))
     contiguous = partial(gathered.reduce_contiguous, getattr(zero, f"{mangled}_contiguous_grads"))

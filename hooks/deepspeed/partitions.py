@@ -18,7 +18,9 @@ from commpress.comm.meter import dtype_name
 from commpress.comm.owned_slices import OwnedBucket, OwnedSlice
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segment
+from commpress.comm.sharded_auto import ShardedAuto
 from commpress.comm.work import Work
+from commpress.hooks.deepspeed.auto import timed
 from commpress.optim import OneBitAdamW
 from commpress.optim.sharded_one_bit import ShardedOneBitAdamW, shifted
 
@@ -34,6 +36,7 @@ class Partitions:
     shards: Collectives
     names: dict[Tensor, str]
     sharded: ShardedOneBitAdamW | None = None
+    auto: ShardedAuto | None = None
     _layouts: dict[tuple[int, ...], OwnedBucket] = field(default_factory=dict)
     _before: list[Tensor] | None = None
     """Values of this rank's partitions that all ranks have, while the optimizer steps."""
@@ -64,13 +67,13 @@ class Partitions:
         with device.stream(stream):
             sizes = [zero.bit16_groups[i][j].numel() for i, j, _ in bucket.params]
             if not self._reduce(tensor.split(sizes), bucket.params):
-                original(tensor, communication_data_type)
+                timed(self.auto, "gradients", original)(tensor, communication_data_type)
 
     def average_apart(self, original: Callable[..., None], place: int, *args: Any, **kwargs: Any) -> None:
         """The same for gradients that have no memory in common (`contiguous_gradients` off): `args[place]`."""
         bucket = next(b for b in self.zero.ipg_buckets.values() if b.grads is args[place])
         if not self._reduce([g.view(-1) for g in bucket.grads], bucket.params):
-            original(*args, **kwargs)
+            timed(self.auto, "gradients", original)(*args, **kwargs)
 
     def _reduce(self, gradients: Sequence[Tensor], params: Sequence[tuple[int, int, int]]) -> bool:
         """Exchange a bucket if it is to be compressed, else count it and return False."""
@@ -80,6 +83,8 @@ class Partitions:
         shards, dtype = self.shards, gradients[0].dtype
         override = Override(shards.gradients.codec) if self.sharded is None else self.sharded.override(layout)
         n = layout.cuts[-1]
+        if self.auto is not None:
+            self.auto.note("gradients", n, dtype.itemsize)
         choice = shards.gradients.choose(n, dtype.itemsize, shards.world_size, override)
         crossing = self._crossing(layout, dtype.itemsize)
         parts = list(zip(layout.pieces, layout.x.split([len(piece) for piece in layout.pieces]), strict=True))
@@ -92,6 +97,8 @@ class Partitions:
                 layout.index, n, dtype_name(dtype), "all_reduce", choice.reason, "gradients", crossing
             )
             shards.traffic.count(layout.index)
+            if self.auto is not None:
+                self._add_residual(layout, gradients)
             if override.prepare is not None:
                 override.prepare(layout.x, Memory())
                 for piece, part in parts:
@@ -117,6 +124,16 @@ class Partitions:
                 zero._add_to_grad_partition_buffer(total, part)
                 gradients[piece.place][piece.start : piece.stop].copy_(part)
         return True
+
+    def _add_residual(self, layout: OwnedBucket, gradients: Sequence[Tensor]) -> None:
+        """Add what a lossy codec has kept before, and forget it: it travels exactly now."""
+        memory = self.shards.feedback.memory(layout.segments, False, None, self.shards.device)
+        if memory.residual is None:
+            return
+        kept = memory.residual.split([len(piece) for piece in layout.pieces])
+        for piece, part in zip(layout.pieces, kept, strict=True):
+            gradients[piece.place][piece.start : piece.stop].add_(part)
+        memory.residual = None
 
     def _crossing(self, layout: OwnedBucket, itemsize: int) -> int:
         """Return what DeepSpeed would send: it all-reduces, whoever owns what, unless told otherwise."""
@@ -170,6 +187,9 @@ class Partitions:
         codec, reason = shards.parameters.codec, ""
         if self.sharded is not None:
             codec, reason = self.sharded.parameters(codec)
+        if self.auto is not None and self._before is not None:
+            for part in self._before:
+                self.auto.note("parameters", part.numel(), size)
         if shards.world_size == 1:
             reason = "one rank: nothing to send"
         elif not codec.lossy:
@@ -188,7 +208,7 @@ class Partitions:
                 shards.meter.record_uncompressed(
                     i, flat.numel(), dtype_name(flat.dtype), "all_gather", reason, "parameters", sent
                 )
-        original(**arguments)
+        timed(self.auto, "parameters", original)(**arguments)
 
     def _differences(self, codec: Codec) -> None:
         """Send what was stepped minus what all ranks have of it, in pieces, and add what was decoded."""
@@ -230,13 +250,17 @@ _GATHERS: "weakref.WeakValueDictionary[int, Partitions]" = weakref.WeakValueDict
 
 
 def attach_partitions(
-    engine: Any, shards: Collectives, names: dict[Tensor, str], optimizer: OneBitAdamW | None
+    engine: Any,
+    shards: Collectives,
+    names: dict[Tensor, str],
+    optimizer: OneBitAdamW | None,
+    auto: ShardedAuto | None = None,
 ) -> None:
     """Stand in for what a ZeRO 1 or 2 optimizer sends."""
     from deepspeed.runtime.zero import stage_1_and_2
 
     zero = engine.optimizer
-    partitions = Partitions(zero, shards, names)
+    partitions = Partitions(zero, shards, names, auto=auto)
     if optimizer is not None:
         partitions.sharded = ShardedOneBitAdamW(
             optimizer,

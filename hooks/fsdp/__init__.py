@@ -18,18 +18,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from commpress.comm.agreement import agree_on_all
-from commpress.comm.auto import Auto, budget
 from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.masks_index import MaskIndex
 from commpress.comm.parameters import unfit_dtype
-from commpress.comm.plan import plans, sharded_settings
+from commpress.comm.plan import plans, sharded_settings, sharded_spec
 from commpress.comm.search import PLAIN
 from commpress.comm.session import Session
+from commpress.comm.sharded_auto import ShardedAuto, begins_steps, decides
 from commpress.comm.verify import EVERY, require_interval
 from commpress.hooks.fsdp.comms import Gather, Reduce, Replicas
 from commpress.hooks.fsdp.masks import of_replicas, of_shards, require_fit
@@ -55,9 +54,10 @@ def attach(
     """Compress what FSDP sends for `model`, the root of the modules that `fully_shard` took. Collective over its mesh.
 
     `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas). Without one
-    it is found while training goes on, as under DDP, on a mesh of shards alone; the error of the means is not measured.
-    `parameters` is the spec of the all-gather (default: not compressed), for which sparse ones are refused. The sharded
-    parameters stay in full precision; forward and backward compute with what was decoded, also when the model is evaluated.
+    it is found while training goes on, as under DDP; the error of the means is not measured. `parameters` is the spec of the
+    all-gather (default: not compressed), for which sparse ones are refused; `auto` finds it in the same search, among `none`,
+    `bf16` and `int8`. The sharded parameters stay in full precision; forward and backward compute with what was decoded, also
+    when the model is evaluated.
     `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's
     `torch.amp.GradScaler`, if there is one. Every `verify` steps (0: never) the ranks compare hashes of what they gathered, and
     payloads have checksums.
@@ -70,15 +70,20 @@ def attach(
     held = units(model)
     device = held[0].device
     plan: Any = None
-    allowed: float | None = None
+    by_auto = (False, False)
     refusal = not_taken("buffers", buffers, "FSDP sends none")
     refusal = refusal or not_taken("exchange", exchange, "FSDP's are a reduce-scatter and an all-gather")
     refusal = refusal or _refusal(model, held, optimizer)
     if refusal is None:
         try:
-            allowed = _budget(gradients, held)
-            by_name = gradients if allowed is None else PLAIN
-            plan = plans(by_name, "none" if parameters is None else parameters, error_feedback)
+            by_auto = decides(gradients, parameters)
+            if by_auto[0]:
+                _require_one_mesh(held)
+            plan = plans(
+                PLAIN if by_auto[0] else gradients,
+                PLAIN if by_auto[1] or parameters is None else parameters,
+                error_feedback,
+            )
             require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error
@@ -89,7 +94,7 @@ def attach(
     settings |= {"scaler": grad_scaler is not None, "verify": verify}
     if plan is not None:
         settings |= {"gradients' plan": plan[0].settings(), "parameters' plan": plan[1].settings()}
-        settings |= {"gradients": str(gradients)} if allowed is not None else {}
+        settings |= {"by auto": [role for role, auto in zip(("gradients", "parameters"), by_auto, strict=True) if auto]}
     agree_on_all(settings, [*inner.values(), *outer.values()], device, refusal)
 
     make = partial(
@@ -97,18 +102,19 @@ def attach(
     )
     shards = {who: make(group) for who, group in inner.items()}
     replicas = {who: make(group) for who, group in outer.items()}
-    own = shards[ranks(held[0].shard_groups[0])]
-    auto = None if allowed is None else Auto(own, error_feedback, sharded=True)
+    auto = None
+    if by_auto[0]:
+        own = [shards[ranks(held[0].shard_groups[0])], *replicas.values()]
+        auto = ShardedAuto([*shards.values(), *replicas.values()], own, error_feedback, by_auto[1])
     for unit in held:
-        unit.module.set_custom_all_gather(Gather(shards, unit))
+        unit.module.set_custom_all_gather(Gather(shards, unit, auto))
         unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit, auto))
         unit.follow()
         if unit.replica_group is not None:
-            unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit))
+            unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit, auto))
 
-    spec = f"gradients {plan[0].codec if auto is None else gradients}, parameters {plan[1].codec}"
-    saved = sharded_settings(plan[0], plan[1], described) | ({} if auto is None else {"auto": True})
-    session = _session(held, shards, replicas, spec, saved, auto)
+    saved = sharded_settings(plan[0], plan[1], described, by_auto)
+    session = _session(held, shards, replicas, sharded_spec(plan[0], plan[1], by_auto), saved, auto)
     _watch(model, session, auto)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
     return session
@@ -120,7 +126,7 @@ def _session(
     replicas: dict[tuple[int, ...], Collectives],
     spec: str,
     settings: dict[str, object],
-    auto: Auto | None,
+    auto: ShardedAuto | None,
 ) -> Session:
     """The session of units whose shards and replicas have these collectives, by the ranks of their groups."""
 
@@ -164,23 +170,18 @@ def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer 
     return None
 
 
-def _budget(gradients: str | Codec, held: list[Unit]) -> float | None:
-    """The error budget, if `auto` is to find the spec. Raises ValueError where it cannot."""
-    allowed = budget(gradients)
-    if (
-        allowed is not None
-        and len({ranks(g) for unit in held for g in (*unit.shard_groups, unit.replica_group) if g}) > 1
-    ):
-        raise ValueError("gradients: auto works on a mesh of shards alone; expected a spec on this one, as int4")
-    if allowed is not None and gradients != AUTO:
+def _require_one_mesh(held: list[Unit]) -> None:
+    """Raise ValueError for units on several meshes: no one group of ranks could compare for all of them."""
+    meshes = {(ranks(u.shard_groups[0]), None if u.replica_group is None else ranks(u.replica_group)) for u in held}
+    if len(meshes) > 1:
         raise ValueError(
-            f"gradients: {gradients}: the error of sharded means is not measured; expected auto without a budget"
+            f"gradients: auto for modules on {len(meshes)} meshes: no group of ranks compares for all of them; expected one "
+            "mesh, or a spec, such as 'int4'"
         )
-    return allowed
 
 
-def _watch(model: nn.Module, session: Session, auto: Auto | None) -> None:
-    """Have the session follow the loss scale from forward to forward; behind each, `auto` meets the gradients of one step."""
+def _watch(model: nn.Module, session: Session, auto: ShardedAuto | None) -> None:
+    """Have the session follow the loss scale from forward to forward; `auto` begins its steps with forwards, too."""
     is_root = root(model)
 
     def before(module: nn.Module, arguments: Any) -> None:
@@ -189,7 +190,7 @@ def _watch(model: nn.Module, session: Session, auto: Auto | None) -> None:
                 "commpress.attach was given a module inside another that fully_shard took; expected the root"
             )
         session.follow_scale()
-        if auto is not None and torch.is_grad_enabled():
-            auto.due = True
 
     model.register_forward_pre_hook(before)
+    if auto is not None:
+        model.register_forward_pre_hook(begins_steps(auto), prepend=True)  # FSDP's own gathers the root's parameters

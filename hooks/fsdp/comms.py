@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.auto import Auto
 from commpress.comm.collectives import Collectives
 from commpress.comm.exchange.reduce_scatter import Op
 from commpress.comm.parameters import real_numel
 from commpress.comm.plan import Override
+from commpress.comm.sharded_auto import ShardedAuto
 from commpress.comm.work import Work
 from commpress.hooks.fsdp.units import Unit, ranks
 
@@ -32,8 +32,8 @@ class Gather:
 
     allocate = staticmethod(empty)
 
-    def __init__(self, shards: dict[tuple[int, ...], Collectives], unit: Unit) -> None:
-        self._shards, self._unit = shards, unit
+    def __init__(self, shards: dict[tuple[int, ...], Collectives], unit: Unit, auto: ShardedAuto | None = None) -> None:
+        self._shards, self._unit, self._auto = shards, unit, auto
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -41,6 +41,8 @@ class Gather:
         """Gather `input_tensor` ([m]) into `output_tensor` ([W * m])."""
         who = ranks(group)
         again = "" if who == ranks(self._unit.shard_groups[0]) else AGAIN
+        if self._auto is not None and not again:
+            self._auto.note("parameters", input_tensor.numel(), input_tensor.element_size())
         segments = () if again else self._unit.gathered()  # which do not fit what is gathered as bytes, of mixed dtypes
         work = self._shards[who].all_gather(input_tensor, output_tensor, self._unit.index, again, segments)
         if async_op or output_tensor.device.type == "cpu":
@@ -54,18 +56,17 @@ class Reduce:
 
     allocate = staticmethod(empty)
 
-    def __init__(self, shards: Collectives, unit: Unit, auto: Auto | None = None) -> None:
+    def __init__(self, shards: Collectives, unit: Unit, auto: ShardedAuto | None = None) -> None:
         self._shards, self._unit, self._auto = shards, unit, auto
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Op, async_op: bool = False
     ) -> Work | None:
         """Reduce `input_tensor` ([W * m]) to `output_tensor` ([m])."""
-        if self._auto is not None:
-            if self._auto.due:  # the first one behind a forward
-                self._auto.begin_step()
-            self._auto.note_bucket(input_tensor.numel(), input_tensor.element_size())
         inside = self._unit.replica_group is not None
+        if self._auto is not None and not inside:
+            self._auto.note("gradients", input_tensor.numel(), input_tensor.element_size())
+            self._auto.due = True
         parts, reason = self._unit.reduced(real_numel(output_tensor), ends=not inside)
         if inside and self._shards.gradients.codec.lossy:
             reason = INSIDE
@@ -80,13 +81,16 @@ class Reduce:
 class Replicas(dist.ProcessGroup):
     """The replicas of one unit's shard, as FSDP sees them: a process group whose all_reduce is ours."""
 
-    def __init__(self, shards: Collectives, unit: Unit) -> None:
+    def __init__(self, shards: Collectives, unit: Unit, auto: ShardedAuto | None = None) -> None:
         super().__init__(shards.rank, shards.world_size)  # type: ignore[call-arg]  # torch's stub lacks this form
-        self._shards, self._unit = shards, unit
+        self._shards, self._unit, self._auto = shards, unit, auto
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Work:
         """Reduce `tensors` (a list of one, a shard's gradient) over the replicas, in place, by `opts.reduceOp`."""
         (x,) = tensors
+        if self._auto is not None:
+            self._auto.note("gradients", x.numel(), x.element_size())
+            self._auto.due = True
         parts, reason = self._unit.reduced(real_numel(x), ends=True)
         override = Override(self._shards.gradients.codec, reason) if reason else None
         return self._shards.all_reduce(x, parts, self._unit.index, op=opts.reduceOp, override=override)

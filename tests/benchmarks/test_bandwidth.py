@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import bandwidth
 
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import Codec, parse
 from commpress.comm.codecs.integer import Int8
 from commpress.comm.plan import Plan
+from commpress.comm.replicas import replicas_session
 from commpress.kernels import table
 from commpress.kernels.cpu import integer
 
+CPU = torch.device("cpu")
 ROW = {
     *("size", "spec", "exchange", "seconds", "quartiles", "sent_bytes", "kernel_bytes"),
     *("algorithm_bandwidth", "bus_bandwidth", "ratio"),
@@ -52,12 +55,12 @@ def test_it_runs_and_its_figures_fit_together(tmp_path: Path) -> None:
     assert record["what"] == "bandwidth"
     assert (record["world_size"], record["backend"], record["link"]["shaped"]) == (2, "gloo", False)
     assert set(record["link"]) == {"hosts", "ranks_per_host", "rate", "delay", "loss", "shaped", "relayed"}
-    exchanges = {"dense": {"all_reduce"}, "bf16": {"all_reduce", "two_shot", "one_shot"}}
-    exchanges |= {spec: {"two_shot", "one_shot"} for spec in ("int4", "topk(0.01)|int4")}
+    every = {"two_shot", "one_shot", "hierarchical(1)"}
+    exchanges = {"dense": {"all_reduce"}, "bf16": {"all_reduce", *every}, "int4": every, "topk(0.01)|int4": every}
     for size in (2**16, 2**18, 2**20):
         rows = [row for row in record["rows"] if row["size"] == size]
         assert {s: {row["exchange"] for row in rows if row["spec"] == s} for s in exchanges} == exchanges
-        assert len(rows) == 8
+        assert len(rows) == 11
         for row in rows:
             assert set(row) == ROW
             assert row["algorithm_bandwidth"] == pytest.approx(size / row["seconds"])
@@ -65,7 +68,7 @@ def test_it_runs_and_its_figures_fit_together(tmp_path: Path) -> None:
             if (row["spec"], row["exchange"]) == ("int4", "one_shot"):
                 assert row["sent_bytes"] == Plan.of("int4").codec.nbytes(size // 4)
             assert row["kernel_bytes"] is None  # on loopback the counter is that of all ranks
-    assert len(record["rows"]) == 24
+    assert len(record["rows"]) == 33
     last = said.strip().splitlines()[-1]
     assert last.startswith("faster than dense: bf16 ")
     assert all(spec in last for spec in ("int4", "topk(0.01)|int4"))
@@ -132,16 +135,57 @@ class Own(Garbled):
         out[0] += 1e-6 * torch.distributed.get_rank()
 
 
+def put_in_table(codec: Codec | str) -> None:
+    """Give a codec of these its kernels."""
+    if isinstance(codec, Garbled | Empty):
+        table.KERNELS["encode", codec.word, "cpu"] = table.Kernel(codec.encode_values)
+        table.KERNELS["mean", codec.word, "cpu"] = table.Kernel(codec.decode_mean)
+        table.KERNELS["recode", codec.word, "cpu"] = table.Kernel(codec.recode_values)
+
+
+def by_nodes(*codecs: Codec) -> list[str]:
+    """What the check says of each codec by `hierarchical(2)`."""
+    gradient = torch.randn(2**14, generator=torch.Generator().manual_seed(dist.get_rank()))
+    said = []
+    for codec in codecs:
+        put_in_table(codec)
+        session = replicas_session(codec, dist.group.WORLD, CPU, exchange="hierarchical(2)", verify=0)
+        case = bandwidth.Case(2**16, str(codec), "hierarchical(2)", session)
+        said.append(outcome(lambda case=case: bandwidth.check(case, gradient, 0)))
+    return said
+
+
+def test_garbage_between_nodes_is_not_timed() -> None:
+    for garbled, empty, own, sound in run(4, by_nodes, Garbled(), Empty(), Own(), Int8()):
+        assert garbled.startswith("GarbageError: garbled by hierarchical(2), 64 KB: a value is off by 0.25 beyond what")
+        assert empty.startswith(
+            "GarbageError: empty by hierarchical(2), 64 KB: what was left out is as large as the mean"
+        )
+        assert own.startswith("GarbageError: own by hierarchical(2), 64 KB: the ranks hold different bits")
+        assert sound == ""
+
+
+def named_exchanges(spec: str, *local_world_sizes: str) -> list[list[str]]:
+    found = []
+    for size in local_world_sizes:
+        with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": size}):
+            found.append(bandwidth.exchanges(parse(spec)))
+    return found
+
+
+def test_nodes_are_those_of_torchrun_and_the_halves_of_a_node_that_has_all_ranks() -> None:
+    of_four, of_two = run(4, named_exchanges, "int4", "2", "1", "4", "3")[0], run(2, named_exchanges, "bf16", "2")[0]
+    assert of_four == [["two_shot", "one_shot", f"hierarchical({node})"] for node in (2, 1, 2, 2)]
+    assert of_two == [["all_reduce", "two_shot", "one_shot", "hierarchical(1)"]]
+
+
 def measured(*codecs: Codec | str) -> list[str]:
     return [outcome(lambda c=c: measure(c)) for c in codecs]
 
 
 def measure(codec: Codec | str) -> None:
-    if isinstance(codec, Garbled | Empty):
-        table.KERNELS["encode", codec.word, "cpu"] = table.Kernel(codec.encode_values)
-        table.KERNELS["mean", codec.word, "cpu"] = table.Kernel(codec.decode_mean)
-        table.KERNELS["recode", codec.word, "cpu"] = table.Kernel(codec.recode_values)
-    bandwidth.measure([codec], [2**16, 2**18], 1, torch.device("cpu"))
+    put_in_table(codec)
+    bandwidth.measure([codec], [2**16, 2**18], 1, CPU)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +205,7 @@ def test_garbage_is_not_timed(codec: Codec, complaint: str) -> None:
 @pytest.mark.parametrize(("world_size", "specs"), [
     (2, ("none", "bf16", "fp16", "int8", "int4", "sign", "topk(0.01)", "topk(0.05)|sign")),
     slow(3, ("bf16", "int4", "topk(0.05)|sign")),
+    slow(4, ("bf16", "int4", "topk(0.05)|sign", "randomk(0.1)")),
 ])  # fmt: skip
 def test_what_is_sound_passes(world_size: int, specs: tuple[str, ...]) -> None:
     assert run(world_size, measured, *specs) == [[""] * len(specs)] * world_size

@@ -153,6 +153,10 @@ def test_rates_are_shares_of_a_copy_and_say_what_has_no_kernel(monkeypatch: pyte
 # --- ranks -------------------------------------------------------------------------------------------------------
 
 
+SUMMED = sum(parse(spec).sum_dtype is not None for spec in gpu_ranks.SPECS)
+"""Specs that go by `all_reduce` as well as by `two_shot`, `one_shot` and `hierarchical`."""
+
+
 def errors(records: list[Record]) -> dict[str, str]:
     return {record["item"]: record["error"] for record in records}
 
@@ -176,7 +180,14 @@ def test_every_training_and_every_exchange_runs_on_two_ranks() -> None:
     names = [gpu_ranks.EXCHANGED, *gpu_ranks.RUNS]
     found = run(2, records_of, names, 10, 65536, timeout=120)[0]
     assert errors(found) == dict.fromkeys(names, "")
-    assert found[0]["comparisons"] > 20
+    assert found[0]["comparisons"] == 3 * len(gpu_ranks.SPECS) + SUMMED
+
+
+@pytest.mark.slow
+def test_every_exchange_runs_on_two_nodes_of_two_ranks() -> None:
+    for records in run(4, records_of, [gpu_ranks.EXCHANGED], 1, 65536, timeout=120):
+        assert errors(records) == {gpu_ranks.EXCHANGED: ""}
+        assert records[0]["comparisons"] == 3 * len(gpu_ranks.SPECS) + SUMMED
 
 
 def spoilt(size: int) -> list[Record]:
@@ -203,7 +214,7 @@ def test_a_wrong_mean_is_named_with_its_spec_and_exchange_on_both_ranks() -> Non
 class Nobody:
     """The wire of a rank that has no peers: nothing travels."""
 
-    rank, world_size, device, by_message = 0, 1, CPU, True
+    rank, world_size, device, by_message, peers = 0, 1, CPU, True, ()
 
     def __init__(self, *_: object) -> None: ...
 
@@ -216,7 +227,7 @@ class Nobody:
 
 def test_one_rank_alone_runs_every_exchange_and_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_ranks, "Wire", Nobody)
-    assert gpu_ranks.exchanged_alone(CPU, 65536)["comparisons"] > 20
+    assert gpu_ranks.exchanged_alone(CPU, 65536)["comparisons"] == 3 * len(gpu_ranks.SPECS) + SUMMED
     right = table.KERNELS["mean", "int4", "cpu"]
 
     def wrong(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:

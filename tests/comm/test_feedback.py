@@ -268,3 +268,15 @@ def test_a_snapshot_is_what_was_remembered_then() -> None:
     feedback.restore_snapshot()
     assert kept.tensors().keys() == before.keys() == {"residual", "owner_residual"}
     assert all(torch.equal(values, before[name]) for name, values in kept.tensors().items())
+
+
+def test_a_snapshot_of_an_earlier_step_brings_nothing_back() -> None:
+    feedback = Feedback(2)
+    kept = memory(feedback, 1, layout("a", "c"))
+    feedback.snapshot(layout("a", "c"), kept)
+    fill(feedback)
+    now = {name: values.clone() for name, values in kept.tensors().items()}
+    feedback.begin_step()  # in which these parameters are frozen
+    feedback.restore_snapshot()
+    assert any(values.any() for values in now.values())
+    assert all(torch.equal(values, now[name]) for name, values in kept.tensors().items())

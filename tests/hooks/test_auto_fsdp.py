@@ -1,5 +1,7 @@
 """`attach(model)` under FSDP2, without a spec: plain at first, one choice on all ranks, nothing lost when the spec changes."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -10,12 +12,13 @@ from ranks import outcome, run
 from test_auto import CLOCK, PLAIN_STEPS, Scripted
 from test_fsdp import by_two, sharded, shards_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training import Trained, loss_of, same, same_training, sgd
+from training import Trained, loss_of, network, same, same_training, sgd
 
 import commpress
-from commpress.comm.auto import Auto
 from commpress.comm.search import Search
+from commpress.comm.sharded_auto import ShardedAuto, decides
 
 
 def trained(model: nn.Module, steps: int) -> Trained:
@@ -29,69 +32,141 @@ def trained(model: nn.Module, steps: int) -> Trained:
     return got
 
 
-def first_steps() -> tuple[Trained, Trained]:
-    plain, attached = sharded(), sharded()
-    commpress.attach(attached)
+def first_steps(replicas: bool, parameters: str | None) -> tuple[Trained, Trained]:
+    model = by_two if replicas else sharded
+    plain, attached = model(), model()
+    commpress.attach(attached, parameters=parameters)
     return trained(plain, PLAIN_STEPS), trained(attached, PLAIN_STEPS)
 
 
-def test_the_first_steps_have_the_bits_of_plain_training() -> None:
-    for plain, attached in run(2, first_steps):
+@pytest.mark.parametrize(("world_size", "replicas", "parameters"), [(2, False, "auto"), (4, True, None)])
+def test_the_first_steps_have_the_bits_of_plain_training(
+    world_size: int, replicas: bool, parameters: str | None
+) -> None:
+    for plain, attached in run(world_size, first_steps, replicas, parameters):
         assert same_training(plain, attached)
 
 
-def searched() -> dict[str, Any]:
-    """What ranks choose whose clocks say that int4 is the fastest, and what they say of it."""
-    model = sharded()
+PAIRS = {"none": 1.0, "int4": 0.7, "none, parameters int8": 0.8, "int4, parameters int8": 0.5}
+"""Seconds of a step by candidate, as far as the ranks of a test say."""
+
+
+@contextlib.contextmanager
+def by_clock(clock: dict[str, float]) -> Iterator[None]:
+    """While the block runs, candidates take these seconds, and are predicted to."""
     with (
-        mock.patch.object(Search, "medians", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
-        mock.patch.object(Search, "least", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
-        mock.patch.object(Auto, "_predicted", return_value=CLOCK),
+        mock.patch.object(Search, "medians", lambda self: {spec: clock[spec] for spec in self._seconds}),
+        mock.patch.object(
+            Search, "turns", lambda self: {spec: [clock[spec]] * (self._round + 1) for spec in self._seconds}
+        ),
+        mock.patch.object(ShardedAuto, "_predicted", return_value=clock),
     ):
-        session = commpress.attach(model)
-        trained(model, 45)
-    full = [p.full_tensor() for p in model.parameters()]  # type: ignore[attr-defined]
+        yield
+
+
+def searched(replicas: bool = False, parameters: str | None = None) -> dict[str, Any]:
+    """What ranks choose whose clocks say which is the fastest, and what they say of it."""
+    model, clock = by_two() if replicas else sharded(), CLOCK if parameters is None else PAIRS
+    with by_clock(clock):
+        session = commpress.attach(model, parameters=parameters)
+        trained(model, 60)
+    full = [p.full_tensor() for p in model.parameters()]
+    rows = [row for row in session.report().rows if row.bucket == 0]
     return {
         "parameters": full,
         "explained": session.explain(),
         "spec": session.report().spec,
         "receipt": str(session.receipt()),
-        "sent": {row.spec: row.sent_bytes / row.steps for row in session.report().rows if row.bucket == 0},
+        "sent": {
+            role: {(row.exchange, row.spec): row.sent_bytes / row.steps for row in rows if row.role == role}
+            for role in ("gradients", "parameters")
+        },
     }
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_all_ranks_choose_the_same(world_size: int) -> None:
     first, *others = run(world_size, searched)
-    assert first["spec"] == "gradients auto, parameters none; auto: int4"
+    assert first["spec"] == "auto: int4"
     assert "auto: int4, chosen after" in first["explained"]
     assert "a step takes 0.5000 s, without compression 1.0000 s" in first["receipt"]
-    assert 0 < first["sent"]["int4"] < first["sent"]["int8"] < first["sent"]["none"]
+    sent = {spec: nbytes for (_, spec), nbytes in first["sent"]["gradients"].items()}
+    assert 0 < sent["int4"] < sent["int8"] < sent["none"]
     for other in others:
         assert same(other["parameters"], first["parameters"])
         assert other["explained"] == first["explained"]
 
 
-def predicted() -> dict[str, Any]:
+def test_shards_and_replicas_choose_the_same_where_replicas_are_averaged() -> None:
+    first, *others = run(4, searched, True)
+    assert first["spec"] == "auto: int4"
+    sent = first["sent"]["gradients"]
+    assert 0 < sent["one_shot", "int4"] < sent["one_shot", "int8"] < sent["all_reduce", "none"]
+    assert [spec for how, spec in sent if how == "reduce_scatter"] == ["none"]  # among the shards of a replica
+    for other in others:
+        assert same(other["parameters"], first["parameters"])
+        assert other["explained"] == first["explained"]
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(2, False), (4, True)])
+def test_one_search_finds_the_specs_of_gradients_and_parameters(world_size: int, replicas: bool) -> None:
+    first, *others = run(world_size, searched, replicas, "auto")
+    assert first["spec"] == "auto: int4, parameters int8"
+    assert "auto: int4, parameters int8, chosen after" in first["explained"]
+    assert "a step takes 0.5000 s, without compression 1.0000 s" in first["receipt"]
+    sent = {spec: nbytes for (_, spec), nbytes in first["sent"]["parameters"].items()}
+    assert set(sent) == {"none", "int8"}
+    assert 0 < sent["int8"] < sent["none"]
+    for other in others:
+        assert same(other["parameters"], first["parameters"])
+        assert other["explained"] == first["explained"]
+
+
+def predicted(replicas: bool, parameters: str | None) -> dict[str, Any]:
     """The predictions of a real search, from what the ranks have measured."""
-    model = sharded()
-    session = commpress.attach(model)
-    trained(model, 45)
+    model = by_two() if replicas else sharded()
+    session = commpress.attach(model, parameters=parameters)
+    trained(model, 60)
     assert session._auto is not None
     assert session._auto.choice is not None
     return {trial.spec: trial.predicted for trial in session._auto.choice.trials}
 
 
-def test_the_model_ranks_specs_from_what_was_measured() -> None:
-    first, second = run(2, predicted)
-    assert first == second
-    assert set(first) == set(CLOCK)
-    assert all(seconds > 0 for seconds in first.values())
+def test_the_model_ranks_candidates_from_what_was_measured() -> None:
+    for world_size, replicas, parameters, count in ((2, False, None, 4), (2, False, "auto", 12), (4, True, None, 4)):
+        first, *others = run(world_size, predicted, replicas, parameters)
+        assert all(other == first for other in others)
+        assert len(first) == count
+        assert set(CLOCK) <= set(first)
+        assert all(seconds > 0 for seconds in first.values())
 
 
-def summed(*specs: str) -> tuple[Tensor, Tensor]:
+def slow_link() -> list[str]:
+    """The candidates from the best to the worst, where training waits for the link and the codecs cost nothing to speak of."""
+    model = sharded()
+    session = commpress.attach(model, parameters="auto")
+    trained(model, 1)
+    auto = session._auto
+    assert isinstance(auto, ShardedAuto)
+    said = auto._said()
+    costs = {role: {s: auto._cost(role, plan) for s, plan in plans.items()} for role, plans in auto._plans.items()}
+    said["roles"] = {role: {"waited": 1.0, "costs": of} for role, of in costs.items()}
+    seconds = auto._predicted([said, said], 3.0)
+    assert seconds["none"] == 3.0
+    return sorted(seconds, key=lambda one: seconds[one])
+
+
+def test_on_a_slow_link_what_sends_least_is_tried_first() -> None:
+    for order in run(2, slow_link):
+        assert order[:2] == ["int4, parameters int8", "int8, parameters int8"]
+        assert order[-1] == "none"
+
+
+def summed(replicas: bool, *specs: str) -> tuple[Tensor, Tensor]:
     """The sum of the means that arrived in so many steps of one gradient, and what it should be."""
-    model = fully_shard(nn.Linear(600, 2, bias=False))
+    shape = (dist.get_world_size(), 1) if replicas else (1, dist.get_world_size())
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
+    model = fully_shard(nn.Linear(600, 2, bias=False), mesh=mesh)
     session = commpress.attach(model)
     assert session._auto is not None
     session._auto.search = Scripted(*specs)  # type: ignore[assignment]
@@ -108,18 +183,92 @@ def summed(*specs: str) -> tuple[Tensor, Tensor]:
     return arrived, len(specs) * bare.weight.grad
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_what_feedback_holds_arrives_when_the_spec_changes(world_size: int) -> None:
-    for arrived, wanted in run(world_size, summed, "int4", "int4", "int8", "int4", "none"):
+@pytest.mark.parametrize(("world_size", "replicas"), [(2, False), (3, False), (3, True)])
+def test_what_feedback_holds_arrives_when_the_spec_changes(world_size: int, replicas: bool) -> None:
+    for arrived, wanted in run(world_size, summed, replicas, "int4", "int4", "int8", "int4", "none"):
         assert torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
-    for arrived, wanted in run(world_size, summed, "int4", "int4"):
+    for arrived, wanted in run(world_size, summed, replicas, "int4", "int4"):
         assert not torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
+
+
+def accumulated(every_time: bool) -> tuple[list[str], int]:
+    """The specs that arrive, backward by backward, where two make a step; and the steps that the search has counted."""
+    model = sharded()
+    session = commpress.attach(model)
+    auto = session._auto
+    assert isinstance(auto, ShardedAuto)
+    auto.search = Scripted(*["none", "int8"] * 4)  # type: ignore[assignment]
+    specs = []
+    for step in range(8):
+        model.set_requires_gradient_sync(every_time or step % 2 == 1)
+        loss_of(model, step).backward()
+        specs.append(auto.search.spec)
+    model.set_requires_gradient_sync(True)
+    return specs, auto.search.steps
+
+
+def test_a_step_ends_where_gradients_are_reduced() -> None:
+    for specs, steps in run(2, accumulated, False):
+        assert specs == ["none", "none", "int8", "int8"] * 2
+        assert steps == 3  # the fourth goes on
+    for specs, steps in run(2, accumulated, True):
+        assert specs == ["none", "int8"] * 4
+        assert steps == 7
+
+
+def resumed(replicas: bool) -> tuple[str, str, bool]:
+    """A state of a search that had come to int4 goes on anew, and what was held back arrives."""
+    model, again, other = (by_two() if replicas else sharded() for _ in range(3))
+    session = commpress.attach(model, parameters="auto")
+    assert session._auto is not None
+    session._auto.search = Scripted(*["int4"] * 5)  # type: ignore[assignment]
+    trained(model, 3)
+    state = session.state_dict()
+    kept = [b["residual"] is not None and bool(b["residual"].any()) for m in state["memories"] for b in m]
+    second, third = commpress.attach(again, parameters="auto"), commpress.attach(other)
+    second.load_state_dict(state)
+    refused = outcome(lambda: third.load_state_dict(state))
+    trained(again, 1)  # by none, which sends it along
+    left = [b["residual"] is not None for m in second.state_dict()["memories"] for b in m]
+    return refused, second.report().spec, any(kept) and not any(left)
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(2, False), (4, True)])
+def test_a_saved_state_goes_on_with_auto_and_looks_anew(world_size: int, replicas: bool) -> None:
+    for refused, spec, arrived in run(world_size, resumed, replicas):
+        assert "the saved state has auto 'gradients and parameters', this run has True" in refused
+        assert spec == "auto: none, still looking"
+        assert arrived
+
+
+def beside_a_spec() -> tuple[str, str]:
+    with by_clock(CLOCK):
+        model = sharded()
+        session = commpress.attach(model, parameters="bf16")
+        trained(model, 60)
+    return session.report().spec, str(session.receipt())
+
+
+def test_the_receipt_of_gradients_beside_a_spec_for_parameters_does_not_call_plain_what_is_not() -> None:
+    for spec, said in run(2, beside_a_spec):
+        assert spec == "gradients auto, parameters bf16; auto: int4"
+        assert "auto, parameters bf16 (int4): a step takes 0.5000 s, with none in the place of auto 1.0000 s" in said
+
+
+def on_two_meshes() -> Any:
+    model = network()
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
 
 
 def refusals() -> dict[str, str]:
     return {
-        "replicas": outcome(lambda: commpress.attach(by_two())),
+        "meshes": outcome(lambda: commpress.attach(on_two_meshes())),
         "differ": outcome(lambda: commpress.attach(sharded(), ("int4", "auto", "int4", "int4")[dist.get_rank()])),
+        "parameters differ": outcome(
+            lambda: commpress.attach(sharded(), parameters=("none", "auto", "none", "none")[dist.get_rank()])
+        ),
+        "parameters alone": outcome(lambda: commpress.attach(sharded(), "int4", parameters="auto")),
         "budget": outcome(lambda: commpress.attach(sharded(), "auto(error=0)")),
         "no budget": outcome(lambda: commpress.attach(sharded(), "auto(error=0.3)")),
     }
@@ -127,7 +276,17 @@ def refusals() -> dict[str, str]:
 
 def test_what_auto_cannot_do_is_refused_by_name_on_all_ranks() -> None:
     for got in run(4, refusals):
-        assert "auto works on a mesh of shards alone; expected a spec" in got["replicas"]
+        assert "auto for modules on 2 meshes: no group of ranks compares for all of them; expected one" in got["meshes"]
         assert "rank 1 has" in got["differ"]
+        assert "rank 1 has" in got["parameters differ"]
+        assert "parameters: auto beside gradients by int4: one search decides for both" in got["parameters alone"]
         assert "expected an error above 0" in got["budget"]
         assert "auto(error=0.3): the error of sharded means is not measured" in got["no budget"]
+
+
+def test_who_decides_for_what() -> None:
+    assert decides("auto", None) == decides("auto", "int8") == (True, False)
+    assert decides("auto", "auto") == (True, True)
+    assert decides("int4", "int8") == decides({"*": "auto"}, None) == (False, False)
+    with pytest.raises(ValueError, match=r"parameters: auto\(error=0.3\): the error"):
+        decides("auto", "auto(error=0.3)")

@@ -186,6 +186,7 @@ def compiled_copies() -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_copies_of_a_compiled_model() -> None:
     one, other = run(2, compiled_copies, timeout=120)
     assert [SAYS in text for text in one] == [True, True]

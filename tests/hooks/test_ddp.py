@@ -333,6 +333,7 @@ def refusals() -> dict[str, str]:
             "unused, several buckets",
             "accumulated in views",
             "compiled inside",
+            "compiled outside",
             "compiled outside, several buckets",
         },
     ),

@@ -249,7 +249,8 @@ def replicas_catch_up(spec: str) -> list[float]:
     return distances
 
 
-@pytest.mark.parametrize("spec", ["sign", slow("topk(0.1)|int8")])
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["sign", "topk(0.1)|int8"])
 def test_replicas_reach_the_exact_parameters(spec: str) -> None:
     for distances in run(RANKS, replicas_catch_up, spec, timeout=120):
         assert distances[0] > 0.1

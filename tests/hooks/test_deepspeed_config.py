@@ -147,7 +147,7 @@ def patterns_elsewhere() -> list[str]:
     me = dist.get_rank()
     return [
         *(outcome(lambda stage=stage: attach(engine(stage), RULES)) for stage in (1, 2, 3)),
-        outcome(lambda: attach(engine(2), "auto")),
+        outcome(lambda: attach(engine(2), "int4", parameters="auto")),
         outcome(lambda: attach(one_bit, RULES)),
         outcome(lambda: attach(engine(0), RULES, exchange="two_shot")),
         outcome(lambda: attach(engine(0), {**RULES, "*": "int4" if me else "int8"})),
@@ -161,7 +161,7 @@ def test_patterns_that_cannot_be_are_refused_on_all_ranks() -> None:
             assert sentence.startswith(
                 f"ValueError: gradients: patterns decide at ZeRO 0; ZeRO {stage} sends each part"
             )
-        assert said[3].startswith("ValueError: gradients: auto decides at ZeRO 0; ZeRO 2 sends")
+        assert "parameters: auto beside gradients by int4: one search decides for both" in said[3]
         assert "OneBitAdamW needs one spec of the gradients" in said[4]
         assert "with patterns each codec takes its own" in said[5]
         assert "all ranks must use the same gradients" in said[6]

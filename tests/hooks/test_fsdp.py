@@ -512,7 +512,8 @@ def check(name: str, world_size: int) -> list[list[Trained]]:
     "name",
     slowly(
         VARIANTS,
-        quick=VARIANTS.keys() - {"prefetching", "bf16", "fp16", "offloaded", "checkpointed", "accumulated", "GPT"},
+        quick=VARIANTS.keys()
+        - {"compiled", "prefetching", "bf16", "fp16", "offloaded", "checkpointed", "accumulated", "GPT"},
     ),
 )
 def test_every_way_of_using_fsdp(name: str) -> None:
@@ -567,6 +568,7 @@ def test_evaluation_under_inference_mode(specs: Specs) -> None:
         assert (losses == plain and same_training(trained, alone)) == (specs == NONE)
 
 
+@pytest.mark.slow
 def test_learning_is_as_good_as_uncompressed() -> None:
     pairs = (None, ("int8", "int8"), ("int4", "int4"), ("sign", "none"), ("topk(0.1)|int4", "int8"))
     plain, *lossy = run(2, after_learning, pairs, timeout=120)[0]

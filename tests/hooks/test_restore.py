@@ -14,10 +14,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, Trained, loss_of, network, same_training, sgd, train
+from training import SMALL_BUCKETS, Trained, by_dimensions, loss_of, network, same_training, sgd, train
 
 import commpress
-from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
+from commpress.optim import DGC, EF21Muon, OneBitAdamW, ZeroOneAdamW
 
 HOST = socket.gethostname()
 PATIENT = 300.0
@@ -161,8 +161,9 @@ KINDS: dict[str, Any] = {
     "OneBitAdamW": lambda p: OneBitAdamW(p, lr=1e-3, warmup_steps=2),
     "ZeroOneAdamW": lambda p: ZeroOneAdamW(p, lr=1e-3, warmup_steps=2, sync_every=2),
     "DGC": lambda p: DGC(p, lr=0.05),
+    "EF21Muon": lambda p: EF21Muon(by_dimensions(p), lr=0.01),
 }
-SPECS = {"SGD": "int4", "OneBitAdamW": "sign", "ZeroOneAdamW": "sign", "DGC": "topk(0.1)"}
+SPECS = {"EF21Muon": "sign", "SGD": "int4", "OneBitAdamW": "sign", "ZeroOneAdamW": "sign", "DGC": "topk(0.1)"}
 
 
 def started(kind: str, seed: int) -> tuple[Any, Any, Any]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
-from tiers import slow
 from torch import nn
 from torch.utils.data import DataLoader
 from trainers import MICRO, OPTIMIZERS, blocks, examples, flat, launched, payload_bytes
@@ -265,7 +264,8 @@ def test_a_loss_scaler_is_followed(tmp_path: Path) -> None:
     assert sum(one["losses"][-8:]) < 0.8 * sum(one["losses"][:8])
 
 
-@pytest.mark.parametrize(("spec", "optimizer"), [("int4", "adamw"), slow("sign", "one bit"), slow("sign", "zero one")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "optimizer"), [("int4", "adamw"), ("sign", "one bit"), ("sign", "zero one")])
 def test_ckpt_path_goes_on_as_unbroken(spec: str, optimizer: str, tmp_path: Path) -> None:
     ranks = run(2, interrupted, str(tmp_path), 4, 8, spec, optimizer, timeout=120)
     for rank, (whole, pieced, without) in enumerate(ranks):

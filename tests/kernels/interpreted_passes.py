@@ -36,6 +36,7 @@ PASSES: dict[str, tuple[int, tuple[float, ...]]] = {
     "estimate_momentum": (2, (-2.0, 3.0)),
     "add_scaled": (2, (0.9,)),
     "momentum_correction": (3, (0.9, 0.01, 0.0)),
+    "momentum_ahead": (2, (0.1,)),
     "momentum_correction, Nesterov's": (3, (0.9, 0.01, 1.0)),
 }
 """How many tensors each takes, and its numbers."""

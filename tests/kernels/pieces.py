@@ -112,6 +112,7 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "sync_payload": (optim.LOOPS["sync_payload"].py_func, (FLOATS,) * 5 + (F,) * 5),
     "sync_apply": (optim.LOOPS["sync_apply"].py_func, (FLOATS,) * 6 + (F,) * 3),
     "momentum_correction": (optim.LOOPS["momentum_correction"].py_func, (FLOATS,) * 3 + (F,) * 3),
+    "momentum_ahead": (optim.LOOPS["momentum_ahead"].py_func, (FLOATS,) * 2 + (F,)),
     "a sum in order": (in_order, (FLOATS, NONE)),
 }
 

@@ -71,6 +71,7 @@ PIECES = {
     "sync_payload": [FLOAT_MUL, PUT_FLOATS],
     "sync_apply": [FLOAT_MUL, PUT_FLOATS],
     "momentum_correction": [FLOAT_MUL, PUT_FLOATS],
+    "momentum_ahead": [FLOAT_MUL, PUT_FLOATS],
 }
 """What each piece computes with vectors, as LLVM names it."""
 pytestmark = pytest.mark.slow

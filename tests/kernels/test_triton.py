@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 CODE = HERE / "triton_code.py"
@@ -23,6 +25,8 @@ FEW = {"_narrow", "_refine", "_count_kept", "_count_marks"}
 """Kernels of `topk` that go through what has been set apart, histograms or bits: little of each."""
 LONG = "randomk(0.0001)"
 """Strata are longer than what registers hold, and start anywhere: 4 bytes at once."""
+PAYLOADS = "recode alone"
+"""Nothing but payloads is read and written: 4 bytes at once."""
 
 
 RUNS = {
@@ -86,10 +90,98 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    of_codecs, passes = 9 * 4 + 7 + 17 + 6 + 41, 14  # 16-bit casts have no recode; of randomk 17, rotate 6, topk 41
+    of_codecs, passes = 9 * 4 + 2 * 7 + 17 + 6 + 41, 14  # 16-bit casts have no recode; of randomk 17, rotate 6, topk 41
     assert len(rows) == of_codecs + passes
     for row in rows:
         assert row["stack"] == 0, row
         assert row["fused"] == 0, row
         assert row["shared"] <= SHARED, row
-        assert row["wide"] > 0 or row["function"] in SINGLE | FEW or row["kernel"].startswith(LONG), row
+        wide = row["wide"] > 0 or row["function"] in SINGLE | FEW or row["kernel"].startswith(LONG)
+        assert wide or row["kernel"].endswith(PAYLOADS), row
+
+
+@pytest.mark.slow
+def test_kernels_of_blocks_move_no_more_bytes_than_they_must() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "triton_bytes.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 5 * 5
+    for row in rows:
+        assert 0.95 * row["least"] < row["memory"] <= row["least"], (
+            row
+        )  # a block of int2 whose bits are 0 needs one level
+
+
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (16 * 1024, 16), (5000, 2), (70001, 3)])
+def test_no_kernel_is_compiled_again_for_another_number_of_values_or_of_payloads(n: int, count: int) -> None:
+    pytest.importorskip("triton")
+    import triton_code
+
+    known, found = triton_code.keys(1 << 20, 4), triton_code.keys(n, count)
+    assert known
+    assert all(known.values())
+    assert {op: set(keys) - set(known[op]) for op, keys in found.items() if set(keys) - set(known[op])} == {}
+
+
+def test_no_kernel_of_a_code_of_blocks_is_compiled_again_for_a_payload_behind_another() -> None:
+    pytest.importorskip("triton")
+    import triton_code
+
+    known, found = (triton_code.keys(1 << 20, start=start) for start in (0, 4))
+    blocks = [op for op in known if op.startswith(("int", "fp8", "sign", "rotate"))]
+    assert len(blocks) > 40
+    assert [op for op in blocks if found[op] != known[op]] == []
+
+
+def test_no_kernel_takes_an_integer_for_which_it_would_be_compiled_again() -> None:
+    pytest.importorskip("triton")
+    import triton_code
+
+    taken: dict[str, bool] = {}
+
+    def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        for parameter, argument in zip(kernel.params, arguments, strict=False):
+            if isinstance(argument, int):
+                taken[f"{kernel.fn.__module__}.{kernel.fn.__name__}: {parameter.name}"] = parameter.do_not_specialize
+
+    with triton_code.instead_of_launching(90, note):
+        for _, run in triton_code.ops(5000):
+            run()
+    assert len(taken) > 50
+    assert [name for name, free in taken.items() if not free] == []
+
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique2"}
+"""What torch runs where the host must know a value or a number of values."""
+
+
+def test_what_starts_the_kernels_asks_for_no_value_of_a_tensor() -> None:
+    pytest.importorskip("triton")
+    import triton_code
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Ran(TorchDispatchMode):
+        """The names of what torch runs."""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    waiting: dict[str, set[str]] = {}
+    with triton_code.instead_of_launching(90, lambda *_, **__: None):
+        for op, run in triton_code.ops(5000):
+            names: set[str] = set()
+            with Ran():
+                run()
+            waiting[op] = names & WAITS
+    with Ran():
+        torch.ones(2).nonzero()[0].item()
+    assert names >= {"aten::nonzero", "aten::_local_scalar_dense"}
+    assert {op: found for op, found in waiting.items() if found} == {}

@@ -7,6 +7,7 @@ Compute capabilities, each with the kernels that are wanted, or all. A row a ker
 it.
 """
 
+import contextlib
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -30,6 +32,7 @@ from commpress.kernels.triton import (
     elias_fano,
     float8,
     integer,
+    launch,
     masks,
     model,
     optim,
@@ -40,9 +43,9 @@ from commpress.kernels.triton import (
     topk,
     two_bit,
 )
-from commpress.kernels.triton.launch import OPTIONS
 
 N = 1 << 20
+"""How many values the kernels are given."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 FAMILIES: dict[str, Any] = {
     "int8": integer,
@@ -61,32 +64,10 @@ FAMILIES: dict[str, Any] = {
     "topk(0.01)": topk,
 }
 
-X, HALVES, INDEX, KEPT = (
-    torch.zeros(N, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int32, torch.bool)
-)
-BEFORE = Prologue(X, X, 1.0, 0.5, 0.5)
-PASSES: dict[str, tuple[Any, Callable[[], object]]] = {
-    "apply_update": (optim, lambda: optim.run("apply_update", X, X, X, 0.5, 0.5)),
-    "local_step": (optim, lambda: optim.run("local_step", *[X] * 6, *[0.5] * 5)),
-    "sync_payload": (optim, lambda: optim.run("sync_payload", *[X] * 5, *[0.5] * 5)),
-    "sync_apply": (optim, lambda: optim.run("sync_apply", *[X] * 6, *[0.5] * 3)),
-    "restore_local": (optim, lambda: optim.run("restore_local", X, X, X, 0.5)),
-    "estimate_momentum": (optim, lambda: optim.run("estimate_momentum", X, HALVES, 0.5, 0.5)),
-    "add_scaled": (optim, lambda: optim.run("add_scaled", X, HALVES, 0.5)),
-    "momentum_correction": (optim, lambda: optim.run("momentum_correction", X, X, X, 0.5, 0.5, 0.0)),
-    "prologue": (prologue, lambda: prologue.apply(X, BEFORE)),
-    "keep": (model, lambda: model.keep(X, KEPT)),
-    "keep of bfloat16": (model, lambda: model.keep(HALVES, KEPT)),
-    "count_pruned": (model, lambda: model.count_pruned(X, KEPT)),
-    "pack": (masks, lambda: masks.pack(X, INDEX, X)),
-    "unpack": (masks, lambda: masks.unpack(X, INDEX, X)),
-}
-"""Kernels that belong to no codec: their modules, and what starts them."""
-
 
 def compiled(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Any:
     """Compile for these arguments what `launch` would start."""
-    return kernel.warmup(*arguments, grid=(programs,), **OPTIONS, **constants)
+    return kernel.warmup(*arguments, grid=(programs,), **launch.OPTIONS, **constants)
 
 
 def needs(kernel: Any) -> dict[str, int]:
@@ -108,44 +89,110 @@ def needs(kernel: Any) -> dict[str, int]:
     }
 
 
-def main(capability: int, wanted: list[str] | None) -> None:
-    """Print a line of JSON for each kernel: what it needs on a GPU of this compute capability."""
+@contextlib.contextmanager
+def instead_of_launching(capability: int, note: Callable[..., object]) -> Iterator[None]:
+    """Have Triton take a GPU of this compute capability for the one that is here, and give `note` what is to be launched."""
     target = GPUTarget("cuda", capability, 32)
     here = {"get_current_stream": lambda _: 0, "get_current_target": lambda: target}
     here["get_current_device"] = lambda: capability  # Triton asks for the target once a device
-    driver.set_active(SimpleNamespace(**here))
-    for name, family, run in [*codec_ops(), *((name, *of) for name, of in PASSES.items())]:
-        if wanted is not None and name not in wanted:
-            continue
-        found: list[Any] = []
-
-        def note(*arguments: Any, found: list[Any] = found, **constants: Any) -> None:
-            found.append(compiled(*arguments, **constants))
-
-        family.launch = elias_fano.launch = note
-        run()
-        for kernel in found:
-            row = {"kernel": name, "function": kernel.metadata.name, "capability": capability, **needs(kernel)}
-            print(json.dumps(row), flush=True)
+    with contextlib.ExitStack() as patched:
+        patched.enter_context(mock.patch.object(driver, "_active", SimpleNamespace(**here)))
+        for module in {launch, elias_fano, *FAMILIES.values()}:
+            patched.enter_context(mock.patch.object(module, "launch", note))
+        yield
 
 
-def codec_ops() -> Iterator[tuple[str, Any, Callable[[], object]]]:
-    """Each op of each codec: its name, its module, and what starts its kernels."""
-    residual = torch.zeros(N)
+def main(capability: int, wanted: list[str] | None) -> None:
+    """Print a line of JSON for each kernel: what it needs on a GPU of this compute capability."""
+    kernels: list[Any] = []
+
+    def note(*arguments: Any, **constants: Any) -> None:
+        kernels.append(compiled(*arguments, **constants))
+
+    with instead_of_launching(capability, note):
+        for name, run in ops(N):
+            if wanted is not None and name not in wanted:
+                continue
+            run()
+            for kernel in kernels:
+                row = {"kernel": name, "function": kernel.metadata.name, "capability": capability, **needs(kernel)}
+                print(json.dumps(row), flush=True)
+            kernels.clear()
+
+
+def keys(n: int, count: int = 4, start: int = 0) -> dict[str, list[tuple[object, ...]]]:
+    """What Triton compiles for each op on n values and on so many payloads: two kernels of one key are one."""
+    found: dict[str, list[tuple[object, ...]]] = {}
+
+    def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        binder = kernel.device_caches[90][-1]
+        _, specialization, _ = binder(*arguments, **launch.OPTIONS, **constants)
+        found[name].append((kernel.fn.__module__, kernel.fn.__name__, *map(str, specialization)))
+
+    with instead_of_launching(90, note):
+        for name, run in ops(n, count, start):
+            found[name] = []
+            run()
+    return found
+
+
+def ops(n: int, count: int = 4, start: int = 0) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each op of each codec, and each that belongs to none, for n values and `count` payloads: its name, and what starts it.
+
+    A payload that is written starts at byte `start` of its memory.
+    """
+    yield from codec_ops(n, count, start)
+    yield from passes(n)
+
+
+def codec_ops(n: int, count: int, start: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each op of each codec: its name, and what starts its kernels."""
+    (x, halves, before), residual = inputs(n), torch.zeros(n)
     for spec, family in FAMILIES.items():
         codec = parse(spec)
-        payload = torch.zeros(codec.nbytes(N), dtype=torch.uint8)
+        payload = torch.zeros(start + codec.nbytes(n), dtype=torch.uint8)[start:]
         ops = {
-            "encode": partial(family.encode, codec, X, None, None, payload),
-            "feedback": partial(family.encode, codec, HALVES, residual, None, payload),
-            "prologue": partial(family.encode, codec, X, residual, BEFORE, payload),
-            "mean": partial(family.mean, codec, payload.repeat(4), 4, X),
+            "encode": partial(family.encode, codec, x, None, None, payload),
+            "feedback": partial(family.encode, codec, halves, residual, None, payload),
+            "prologue": partial(family.encode, codec, x, residual, before, payload),
+            "mean": partial(family.mean, codec, payload.repeat(count), count, x),
         }
         if hasattr(family, "recode"):
-            ops["recode"] = partial(family.recode, codec, payload.repeat(4), N, 4, residual, payload)
+            ops["recode"] = partial(family.recode, codec, payload.repeat(count), n, count, residual, payload)
+            ops["recode alone"] = partial(family.recode, codec, payload.repeat(count), n, count, None, payload)
         if hasattr(family, "clear"):
-            ops["clear"] = partial(family.clear, codec, payload, X)
-        yield from ((f"{spec} {op}", family, run) for op, run in ops.items())
+            ops["clear"] = partial(family.clear, codec, payload, x)
+        yield from ((f"{spec} {op}", run) for op, run in ops.items())
+
+
+def passes(n: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each op that belongs to no codec: its name, and what starts its kernel."""
+    x, halves, before = inputs(n)
+    index, kept = torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.bool)
+    for op, tensors, numbers in (
+        ("apply_update", 3, 2),
+        ("local_step", 6, 5),
+        ("sync_payload", 5, 5),
+        ("sync_apply", 6, 3),
+        ("restore_local", 3, 1),
+        ("momentum_correction", 3, 3),
+        ("momentum_ahead", 2, 1),
+    ):
+        yield op, partial(optim.run, op, *[x] * tensors, *[0.5] * numbers)
+    yield "estimate_momentum", partial(optim.run, "estimate_momentum", x, halves, 0.5, 0.5)
+    yield "add_scaled", partial(optim.run, "add_scaled", x, halves, 0.5)
+    yield "prologue", partial(prologue.apply, x, before)
+    yield "keep", partial(model.keep, x, kept)
+    yield "keep of bfloat16", partial(model.keep, halves, kept)
+    yield "count_pruned", partial(model.count_pruned, x, kept)
+    yield "pack", partial(masks.pack, x, index, x)
+    yield "unpack", partial(masks.unpack, x, index, x)
+
+
+def inputs(n: int) -> tuple[torch.Tensor, torch.Tensor, Prologue]:
+    """A gradient in float32 and one in bfloat16, and a prologue."""
+    x = torch.zeros(n)
+    return x, x.bfloat16(), Prologue(x, x, 1.0, 0.5, 0.5)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def test_slurm_is_clean_shell() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_kubeflow_takes_the_job_and_the_program_its_flags() -> None:
     """By the models that Kubeflow generates from its own schema: they drop what they do not know."""
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="kubeflow_trainer_api is not installed")

@@ -18,6 +18,7 @@ def trained(folder: Path) -> Ended:
     return ended(lambda: train.train(settings))
 
 
+@pytest.mark.slow
 def test_a_run_with_auto_ends_with_its_receipt(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
     said = run(2, trained, tmp_path)[0]
@@ -29,11 +30,37 @@ def test_a_run_with_auto_ends_with_its_receipt(tmp_path: Path) -> None:
     assert said.out.rstrip().splitlines()[-1].startswith(("sent ", "not compressed: "))
 
 
-@pytest.mark.parametrize("flags", [("--parallel", "fsdp"), ("--optimizer", "OneBitAdamW")], ids=" ".join)
-def test_auto_is_for_ddp_with_a_plain_optimizer(tmp_path: Path, flags: tuple[str, str]) -> None:
+def sharded(folder: Path) -> Ended:
+    folder.joinpath("recipe.toml").write_text('[traffic]\nspec = "auto"\nparameters = "auto"\n')
+    settings = train.Settings(
+        **MODEL, steps=60, parallel="fsdp", recipe=folder / "recipe.toml", data=folder / "text.txt", out=folder / "run"
+    )
+    return ended(lambda: train.train(settings))
+
+
+def test_a_sharded_run_finds_the_specs_that_its_recipe_leaves_open(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
+    said = run(2, sharded, tmp_path)[0]
+    assert said.code == 0, said.err
+    assert "both measured in this run" in said.out or "compression does not pay here, it is off" in said.out
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["settings"]["compress"], record["settings"]["parameters"]) == ("auto", "auto")
+    assert record["report"]["spec"].startswith("auto: ")
+    assert "still looking" not in record["report"]["spec"]
+
+
+@pytest.mark.parametrize("flags", [("--parallel", "diloco"), ("--optimizer", "OneBitAdamW")], ids=" ".join)
+def test_auto_is_for_gradients_of_a_plain_optimizer(tmp_path: Path, flags: tuple[str, str]) -> None:
     refused = run_command("train", "--compress", "auto", *flags, "--out", tmp_path / "refused")
     assert refused.code == 1
-    assert "--compress auto: expected --parallel ddp and --optimizer AdamW or SGD" in refused.err
+    assert "--compress auto: expected --parallel ddp, fsdp or deepspeed and --optimizer AdamW or SGD" in refused.err
+
+
+def test_parameters_are_found_beside_gradients(tmp_path: Path) -> None:
+    flags = ("--parallel", "fsdp", "--compress", "int4", "--parameters", "auto")
+    refused = run_command("train", *flags, "--out", tmp_path / "refused")
+    assert refused.code == 1
+    assert "--parameters auto: one search finds both specs; expected --compress auto, got int4" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -43,7 +70,8 @@ def test_auto_is_for_ddp_with_a_plain_optimizer(tmp_path: Path, flags: tuple[str
         ({"optimizer": "SGD"}, "auto"),
         ({"compress": "int4"}, "int4"),
         ({"optimizer": "OneBitAdamW"}, "int4"),
-        *(({"parallel": parallel}, "int4") for parallel in ("fsdp", "deepspeed", "local_sgd", "diloco")),
+        *(({"parallel": parallel}, "auto") for parallel in ("fsdp", "deepspeed")),
+        *(({"parallel": parallel}, "int4") for parallel in ("local_sgd", "diloco")),
     ],
     ids=str,
 )

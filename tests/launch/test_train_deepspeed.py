@@ -136,6 +136,23 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, text
             assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-4), stage
 
 
+def by_default(folder: Path, text: Path) -> None:
+    """A run at ZeRO 2 without a spec that stops after 4 steps and goes on, past the choice."""
+    fresh()
+    settings = {**TINY, "data": text, "out": folder / "out", "parallel": "deepspeed", "parameters": "auto"}
+    assert train.train(train.Settings(**{**settings, "steps": 4}))
+    assert train.train(train.Settings(**{**settings, "steps": 64}, resume=True))
+
+
+def test_a_run_by_default_finds_its_specs_and_goes_on(tmp_path: Path, text: Path) -> None:
+    run(2, by_default, tmp_path, text)
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert (record["settings"]["compress"], record["settings"]["parameters"]) == ("auto", "auto")
+    assert record["steps_done"] == 64
+    assert record["report"]["spec"].startswith("auto: ")
+    assert "still looking" not in record["report"]["spec"]
+
+
 def refused(folder: Path, text: Path) -> list[str]:
     """What is said about settings that no engine takes."""
     fresh()

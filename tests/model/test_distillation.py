@@ -558,6 +558,7 @@ def on_ddp() -> tuple[list[Tensor | None], str]:
     return compressed_steps(torch.distributed.get_rank())
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_the_same_gradients_under_int4() -> None:
     one, other = run(2, on_ddp)
     assert all(

@@ -341,6 +341,7 @@ def test_optimizers_of_torch_distributed(kind: str) -> None:
     assert run(2, of_zero, kind) == [[0] * 5] * 2
 
 
+@pytest.mark.slow
 def test_lightning_steps_by_closures() -> None:
     import lightning
 

@@ -27,6 +27,8 @@ def started(name: str, spec: str, exchange: str | None) -> tuple[DistributedData
         optimizer = optim.ZeroOneAdamW(ddp.parameters(), lr=0.01, warmup_steps=3, sync_every=4)
     elif name == "DGC":
         optimizer = optim.DGC(ddp.parameters(), lr=0.05)
+    elif name == "EF21Muon":
+        optimizer = optim.EF21Muon(ddp, lr=0.01)
     else:
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
     behind = optimizer if isinstance(optimizer, optim.CompressedOptimizer) else None
@@ -81,6 +83,7 @@ def totals(states: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
     slow("OneBitAdamW", "sign", "two_shot", 4, 2), ("OneBitAdamW", "topk(0.1)|int4", None, 2, 3),
     ("ZeroOneAdamW", "sign", "two_shot", 2, 3), slow("ZeroOneAdamW", "topk(0.1)|int4", None, 4, 2),
     ("DGC", "sign", "two_shot", 4, 2), slow("DGC", "topk(0.1)|int4", None, 2, 3),
+    ("EF21Muon", "sign", "two_shot", 3, 2), slow("EF21Muon", "topk(0.1)|sign", None, 2, 3),
     ("SGD", "sign", "two_shot", 2, 3), slow("SGD", "topk(0.1)|int4", None, 4, 2),
 ])  # fmt: skip
 def test_nothing_is_lost(name: str, spec: str, exchange: str | None, old: int, new: int, tmp_path: Path) -> None:
@@ -93,7 +96,7 @@ def test_nothing_is_lost(name: str, spec: str, exchange: str | None, old: int, n
         assert there.keys() == here.keys()
         for bucket in there:
             torch.testing.assert_close(here[bucket], there[bucket], rtol=1e-5, atol=1e-6)
-        assert any(bool(t.any()) for t in there.values()) == (key == "residual" or name == "DGC")
+        assert any(bool(t.any()) for t in there.values()) == (key == "residual" or name in ("DGC", "EF21Muon"))
     assert not any(bucket["owner_residual"] is not None for state in states for bucket in state["memories"][0])
     if name == "ZeroOneAdamW":  # a rank's own drift becomes the mean of all
         for part, values in states[0]["optimizer"]["0.weight"].items():

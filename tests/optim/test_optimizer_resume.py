@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, finite, gradients_of, loss_of, network, parameters_of, same, same_training
 
 import commpress
-from commpress.optim import DGC, OneBitAdamW, ZeroOneAdamW
+from commpress.optim import DGC, EF21Muon, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.base import CompressedOptimizer
 
 WARM_UP = 3
@@ -36,6 +36,8 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "dgc": {"weight_decay": 0.01},
     "dgc warming up": {"warmup_steps": 15, "nesterov": True, "max_norm": 0.3},
+    "muon": {},
+    "muon clipped": {"max_norm": 0.3, "others_spec": "none"},
 }
 """Settings by name; its first words say which optimizer."""
 
@@ -45,6 +47,9 @@ def started(
 ) -> tuple[DistributedDataParallel, CompressedOptimizer, commpress.Session]:
     """A network, its optimizer in two groups, and its session."""
     ddp = DistributedDataParallel(network(seed), bucket_cap_mb=SMALL_BUCKETS)
+    if way.startswith("muon"):
+        muon = EF21Muon(ddp, lr=0.01, **WAYS[way])
+        return ddp, muon, commpress.attach(ddp, spec, optimizer=muon, exchange=exchange, **attaching)
     kind = {"one": OneBitAdamW, "zero": ZeroOneAdamW, "dgc": DGC}[way.split()[0]]
     first, rest = list(ddp.module[0].parameters()), list(ddp.module[1:].parameters())
     lr = 0.1 if kind is DGC else 0.01
@@ -130,6 +135,9 @@ def interrupted(way: str, spec: str, exchange: str | None, ats: Sequence[int], f
     ("dgc", "topk(0.1)", None, [4], 2),
     slow("dgc", "topk(0.1)|int4", None, [5], 3),
     ("dgc warming up", "topk(0.01)", None, [5], 2),
+    ("muon", "sign", None, [3], 2),
+    slow("muon", "topk(0.1)|sign", None, [4], 3),
+    slow("muon clipped", "int2", "two_shot", [5], 3),
 ])  # fmt: skip
 def test_resumed_is_unbroken(
     way: str, spec: str, exchange: str | None, ats: list[int], world_size: int, tmp_path: Path
@@ -226,6 +234,8 @@ def with_and_without(
     ("dgc", "topk(0.1)", None, [4], 2),
     slow("dgc", "topk(0.1)", None, [2, 5, 6], 3),
     slow("dgc warming up", "topk(0.01)", None, [4, 7], 2),
+    ("muon", "sign", "two_shot", [2, 5], 2),
+    slow("muon clipped", "topk(0.1)|sign", None, [4], 3),
 ])  # fmt: skip
 def test_a_skipped_step_never_was(way: str, spec: str, exchange: str | None, bad: list[int], world_size: int) -> None:
     """All scales are powers of two, so the bits are the same whatever the scale is."""

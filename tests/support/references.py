@@ -310,3 +310,64 @@ class Dgc:
                     u[at] = 0
             for name, update in bucket.parts(mean, values).items():
                 values[name] -= self.lr * update
+
+
+class Ef21Muon:
+    """EF21-Muon with an estimate of each rank's momentum, and AdamW on mean gradients for the other parameters.
+
+    `layout` are the buckets of matrices. What a rank's momentum is ahead of its estimate is coded, all ranks take the mean.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        world_size: int,
+        codec: Codec,
+        *,
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+    ) -> None:
+        self.model, self.world_size, self.codec = model, world_size, codec
+        self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
+        self.buckets = [Bucket(segments, world_size) for segments in layout]
+        sizes = [sum(bucket.sizes) for bucket in self.buckets]
+        self.momenta, self.estimates = ([[torch.zeros(n) for n in sizes] for _ in range(world_size)] for _ in range(2))
+        self.common = [torch.zeros(n) for n in sizes]
+        names = {name for bucket in self.buckets for name in bucket.names}
+        self.others = [p for name, p in model.named_parameters() if name not in names]
+        self.adamw = torch.optim.AdamW(self.others, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def step(self, batch: int) -> None:
+        """One step of all ranks on a step's batches."""
+        own = [gradients(self.model, batch, rank) for rank in range(self.world_size)]
+        values = dict(self.model.named_parameters())
+        for i, bucket in enumerate(self.buckets):
+            moved = torch.zeros_like(self.common[i])
+            for rank in range(self.world_size):
+                m, e = self.momenta[rank][i], self.estimates[rank][i]
+                m.lerp_(bucket.flat(own[rank]), 1 - self.momentum)
+                ahead = m - e
+                coded = self.codec.decode(self.codec.encode(ahead), ahead.numel()) if self.codec.lossy else ahead
+                e += coded
+                moved += coded / self.world_size
+            self.common[i] += moved
+            direction = self.common[i] + self.momentum * moved if self.nesterov else self.common[i]
+            for name, part in bucket.parts(direction, values).items():
+                with torch.no_grad():
+                    p, step = values[name], _orthogonal(part)
+                    p.mul_(1 - self.lr * 0.1).sub_(step, alpha=0.2 * self.lr * math.sqrt(max(p.shape)))
+        means = {name: torch.stack([g[name] for g in own]).mean(dim=0) for name in own[0]}
+        for name, p in values.items():
+            p.grad = means[name]
+        self.adamw.step()
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """Five steps of the quintic of Muon, in float64."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.float()

@@ -1,7 +1,7 @@
 """A small network and its training, for tests of the hooks: the same data and start on every run."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,15 @@ def gradients_of(model: nn.Module) -> list[Tensor | None]:
 def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
     """SGD with momentum for what is trained."""
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9)
+
+
+def by_dimensions(parameters: Iterable[Any]) -> list[dict[str, Any]]:
+    """Groups for EF21Muon, of parameters or of groups of them: what has two dimensions is a hidden matrix."""
+    held = list(parameters)
+    if held and isinstance(held[0], dict):
+        return [{**group, **part} for group in held for part in by_dimensions(group["params"])]
+    parts = [{"params": [p for p in held if (p.dim() == 2) == two], "muon": two} for two in (True, False)]
+    return [part for part in parts if part["params"]]
 
 
 def train(

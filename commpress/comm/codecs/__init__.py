@@ -40,7 +40,7 @@ def parse(spec: str | Codec) -> Codec:
     word, argument = match.groups()
     if word == AUTO:
         raise ValueError(
-            f"spec {spec!r}: attach finds the codec for gradients of DDP and FSDP2; expected one here, as int4"
+            f"spec {spec!r}: attach finds the codec of gradients while training goes on; expected one here, as int4"
         )
     if word not in WORDS:
         raise ValueError(f"spec {spec!r}: unknown codec {word!r}, known: {', '.join(WORDS)}")

@@ -49,6 +49,7 @@ class AllReduce(Exchange):
         return (Message(size, size, rounds=2 * (world_size - 1), ring=True),)
 
 
-def native_all_reduce(x: Tensor, op: Any, wire: Wire, label: Label) -> Iterator[Transfer]:
-    """Run the group's own reduction: the bits are those that it has without us."""
+def native_all_reduce(x: Tensor, op: Any, encoder: Encoder, wire: Wire, label: Label) -> Iterator[Transfer]:
+    """Run the group's own reduction: the bits are those that it has without us, if nothing was kept before."""
+    encoder.add_residual(x)
     yield wire.all_reduce(x, label, op)

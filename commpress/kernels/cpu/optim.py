@@ -74,6 +74,14 @@ def _momentum_correction(x, momentum, p, beta, decay, nesterov):
         x[i] = g + beta * momentum[i] if nesterov else momentum[i]
 
 
+@loop
+def _momentum_ahead(x, momentum, fresh):
+    for i in range(x.size):
+        moved = fresh * (x[i] - momentum[i])
+        momentum[i] += moved
+        x[i] = moved
+
+
 LOOPS: dict[str, Any] = {
     "apply_update": _apply_update,
     "local_step": _local_step,
@@ -83,6 +91,7 @@ LOOPS: dict[str, Any] = {
     "estimate_momentum": _estimate_momentum,
     "add_scaled": _add_scaled,
     "momentum_correction": _momentum_correction,
+    "momentum_ahead": _momentum_ahead,
 }
 
 

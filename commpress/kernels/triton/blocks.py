@@ -33,6 +33,12 @@ def read(place, inside, dtype: tl.constexpr = tl.float32):
 
 
 @triton.jit
+def row_start(w, row):
+    """The word at which payload w starts, of payloads of `row` words."""
+    return w * row.to(tl.int64)
+
+
+@triton.jit
 def only(value, inside):
     """Values, and 0 where `inside` is False."""
     if inside is None:

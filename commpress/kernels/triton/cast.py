@@ -7,8 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commpress.kernels.triton.blocks import INFINITY_BITS, bfloat16_bits, keep_lost, magnitude_bits, total, write
-from commpress.kernels.triton.launch import launch, padded, steps
+from commpress.kernels.triton.blocks import (
+    INFINITY_BITS,
+    bfloat16_bits,
+    keep_lost,
+    magnitude_bits,
+    row_start,
+    total,
+    write,
+)
+from commpress.kernels.triton.launch import counting, launch, padded, steps
 
 SIZE = 1024
 
@@ -42,7 +50,7 @@ def _encode_part(x, prologue, residual, coded, n, at, WHOLE: tl.constexpr, BF16:
         keep_lost(residual, at, value - _float(word, BF16), inside)
 
 
-@triton.jit
+@counting
 def _encode(x, prologue, residual, coded, n, BF16: tl.constexpr, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)
@@ -53,23 +61,26 @@ def _encode(x, prologue, residual, coded, n, BF16: tl.constexpr, SIZE: tl.conste
 
 
 @triton.jit
-def _mean_part(coded, W, row, out, n, at, share, WHOLE: tl.constexpr, BF16: tl.constexpr):
+def _mean_part(coded, W, row, out, n, at, share, WHOLE: tl.constexpr, WORDS: tl.constexpr, BF16: tl.constexpr):
+    """The mean of W payloads at values `at`; rows are multiples of WORDS words."""
     inside = None if WHOLE else at < n
     mean = _float(tl.load(coded + at, inside), BF16) * share
     for w in range(1, W):
-        row = tl.multiple_of(row, 2)
-        mean += _float(tl.load(coded + w * row + at, inside), BF16) * share
+        start = row_start(w, row // WORDS) * WORDS
+        mean += _float(tl.load(coded + 2 * start + at, inside), BF16) * share
     write(out + at, mean, inside)
 
 
-@triton.jit
+@counting
 def _mean(coded, W, row, out, n, share, BF16: tl.constexpr, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)
-    if first + SIZE <= n:
-        _mean_part(coded, W, row, out, n, at, share, True, BF16)
+    if first + SIZE > n:
+        _mean_part(coded, W, row, out, n, at, share, False, 1, BF16)
+    elif row % 4 == 0:  # then all rows are read 16 bytes at once
+        _mean_part(coded, W, row, out, n, at, share, True, 4, BF16)
     else:
-        _mean_part(coded, W, row, out, n, at, share, False, BF16)
+        _mean_part(coded, W, row, out, n, at, share, True, 1, BF16)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
@@ -82,5 +93,5 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
     n, coded = out.numel(), payloads.view(torch.int16)
-    half, row = codec.sum_dtype is torch.bfloat16, codec.nbytes(out.numel()) // 2
+    half, row = codec.sum_dtype is torch.bfloat16, codec.nbytes(out.numel()) // 4
     launch(_mean, triton.cdiv(n, SIZE), coded, count, row, out, n, 1.0 / count, BF16=half, SIZE=SIZE)

@@ -17,14 +17,17 @@ from commpress.kernels.triton.blocks import (
     magnitude_bits,
     read,
     remembered,
+    row_start,
     total,
     write,
 )
-from commpress.kernels.triton.launch import launch, padded, steps, words
+from commpress.kernels.triton.launch import counting, launch, padded, steps, words
 
 BLOCK: tl.constexpr = tl.constexpr(256)
 FLUSH: tl.constexpr = tl.constexpr(2.0**-80)
 ROWS = 4
+RECODE_ROWS = 2
+"""Fewer, or a thread's registers do not hold what it needs of W payloads."""
 FORMATS = {
     "e4m3": {"SHIFT": 20, "BIAS": 120, "LARGEST": 448.0, "STEP": 2.0**-9},
     "e5m2": {"SHIFT": 21, "BIAS": 112, "LARGEST": 57344.0, "STEP": 2.0**-16},
@@ -59,11 +62,15 @@ def _mean_of(
     pf, pu, W, row, b, at, share, inside, b_inside, SHIFT: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr
 ):
     """The mean of W payloads at blocks `b`, whose codes lie at `at`."""
-    mean = _value(read(pu + at, inside, tl.int32), SHIFT, BIAS, STEP) * read(pf + b, b_inside) * share
+    mean = (
+        _value(read(tl.multiple_of(pu + at, [1, 4]), inside, tl.int32), SHIFT, BIAS, STEP)
+        * read(pf + b, b_inside)
+        * share
+    )
     for w in range(1, W):
-        row = tl.multiple_of(row, 4)
-        value = _value(read(pu + w * row + at, inside, tl.int32), SHIFT, BIAS, STEP)
-        mean += value * read(pf + w * (row // 4) + b, b_inside) * share
+        start = row_start(w, row)
+        value = _value(read(tl.multiple_of(pu + 4 * start + at, [1, 4]), inside, tl.int32), SHIFT, BIAS, STEP)
+        mean += value * read(pf + start + b, b_inside) * share
     return mean
 
 
@@ -76,7 +83,7 @@ def _put(
     scale, inverse = block_scale(tl.max(magnitude_bits(value), axis=1, keep_dims=True), LARGEST, FLUSH)
     code = tl.where(inverse == 0, 0, _code(value * inverse, SHIFT, BIAS, STEP))
     write(qf + b, scale, b_inside)
-    write(qu + codes, code.to(tl.uint8), inside)
+    write(tl.multiple_of(qu + codes, [1, 4]), code.to(tl.uint8), inside)
     if residual is not None:
         keep_lost(residual, at, value - _value(code, SHIFT, BIAS, STEP) * scale, inside)
 
@@ -100,7 +107,7 @@ def _rows(
         _put(value, residual, qf, qu, b, at, codes, inside, b_inside, SHIFT, BIAS, LARGEST, STEP)
 
 
-@triton.jit
+@counting
 def _code_blocks(
     x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks,
     ROWS: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr, STEP: tl.constexpr,
@@ -118,24 +125,24 @@ def _code_blocks(
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    coded = padded(payload)
+    after = padded(payload)
     source = x, steps(prologue), None, None, 0, 0, 0.0
-    _launch(codec, x.numel(), *source, residual, words(coded), coded, None)
+    _launch(codec, x.numel(), ROWS, *source, residual, words(after), after, None)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()), 1.0 / count
-    _launch(codec, out.numel(), *source, None, None, None, out)
+    source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()) // 4, 1.0 / count
+    _launch(codec, out.numel(), ROWS, *source, None, None, None, out)
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     after = padded(payload)
-    source = None, None, words(payloads), payloads, count, codec.nbytes(n), 1.0 / count
-    _launch(codec, n, *source, residual, words(after), after, None)
+    source = None, None, words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
+    _launch(codec, n, RECODE_ROWS, *source, residual, words(after), after, None)
 
 
-def _launch(codec: Any, n: int, *arguments: Any) -> None:
+def _launch(codec: Any, n: int, rows: int, *arguments: Any) -> None:
     blocks = triton.cdiv(n, BLOCK)
-    launch(_code_blocks, triton.cdiv(blocks, ROWS), *arguments, n, blocks, ROWS=ROWS, **FORMATS[codec.format])
+    launch(_code_blocks, triton.cdiv(blocks, rows), *arguments, n, blocks, ROWS=rows, **FORMATS[codec.format])

@@ -13,10 +13,11 @@ from commpress.kernels.triton.blocks import (
     only,
     read,
     remembered,
+    row_start,
     total,
     write,
 )
-from commpress.kernels.triton.launch import launch, padded, steps, words
+from commpress.kernels.triton.launch import counting, launch, padded, steps, words
 
 BLOCK: tl.constexpr = tl.constexpr(256)
 HALF: tl.constexpr = tl.constexpr(128)
@@ -67,7 +68,7 @@ def _put_bytes(value, residual, pf, pu, b, blocks, at, inside, STOCHASTIC: tl.co
     scale, inverse = block_scale(tl.max(magnitude_bits(value), axis=1, keep_dims=True), 127.0, FLUSH)
     code, level = _code(value, at - b * BLOCK, scale, inverse, 8, STOCHASTIC)
     write(pf + b, scale, None if inside is None else b < blocks)
-    write(pu + 4 * blocks + at, code.to(tl.uint8), inside)
+    write(tl.multiple_of(pu + 4 * blocks + at, [1, 4]), code.to(tl.uint8), inside)
     if residual is not None:
         keep_lost(residual, at, value - level * scale, inside)
 
@@ -80,7 +81,7 @@ def _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper
     code, level = _code(low, at - b * BLOCK, scale, inverse, 4, STOCHASTIC)
     upper_code, upper_level = _code(high, upper - b * BLOCK, scale, inverse, 4, STOCHASTIC)
     write(pf + b, scale, None if inside is None else b < blocks)
-    place = pu + 4 * blocks + b * HALF + tl.arange(0, HALF)[None, :]
+    place = tl.multiple_of(pu + 4 * blocks + b * HALF + tl.arange(0, HALF)[None, :], [1, 4])
     write(place, (code | upper_code << 4).to(tl.uint8), inside)
     if residual is not None:
         keep_lost(residual, at, low - level * scale, inside)
@@ -90,11 +91,14 @@ def _put_halves(low, high, residual, pf, pu, b, blocks, at, upper, inside, upper
 @triton.jit
 def _mean_bytes(pf, pu, W, row, b, blocks, at, share, inside, b_inside):
     """The mean of W payloads of int8 at blocks `b`, [ROWS, 256]."""
-    scale, code = read(pf + b, b_inside), read(pu + 4 * blocks + at, inside)
+    scale, code = read(pf + b, b_inside), read(tl.multiple_of(pu + 4 * blocks + at, [1, 4]), inside)
     mean = (code - 128.0) * scale * share
     for w in range(1, W):
-        row = tl.multiple_of(row, 4)
-        scale, code = read(pf + w * (row // 4) + b, b_inside), read(pu + w * row + 4 * blocks + at, inside)
+        start = row_start(w, row)
+        scale, code = (
+            read(pf + start + b, b_inside),
+            read(tl.multiple_of(pu + 4 * start + 4 * blocks + at, [1, 4]), inside),
+        )
         mean += (code - 128.0) * scale * share
     return only(mean, inside)
 
@@ -105,8 +109,8 @@ def _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_insid
     at = 4 * blocks + b * HALF + tl.arange(0, HALF)[None, :]
     low, high = _two(pf, pu, b, at, share, inside, b_inside)
     for w in range(1, W):
-        row = tl.multiple_of(row, 4)
-        more_low, more_high = _two(pf + w * (row // 4), pu + w * row, b, at, share, inside, b_inside)
+        start = row_start(w, row)
+        more_low, more_high = _two(pf + start, pu + 4 * start, b, at, share, inside, b_inside)
         low += more_low
         high += more_high
     return only(low, inside), only(high, upper_inside)
@@ -115,7 +119,7 @@ def _mean_halves(pf, pu, W, row, b, blocks, share, inside, upper_inside, b_insid
 @triton.jit
 def _two(pf, pu, b, at, share, inside, b_inside):
     """The share of one payload of int4 in a mean."""
-    scale, codes = read(pf + b, b_inside), read(pu + at, inside, tl.int32)
+    scale, codes = read(pf + b, b_inside), read(tl.multiple_of(pu + at, [1, 4]), inside, tl.int32)
     low, high = ((codes & 15) - 8).to(tl.float32), ((codes >> 4) - 8).to(tl.float32)
     return low * scale * share, high * scale * share
 
@@ -212,7 +216,7 @@ def _rows(
         _half_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, out, n, blocks, b, WHOLE, STOCHASTIC)
 
 
-@triton.jit
+@counting
 def _code_blocks(
     x,
     prologue,
@@ -242,21 +246,21 @@ def _code_blocks(
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    coded = padded(payload)
+    after = padded(payload)
     source = x, steps(prologue), None, None, 0, 0, 0.0
-    _launch(codec, x.numel(), *source, residual, words(coded), coded, None)
+    _launch(codec, x.numel(), *source, residual, words(after), after, None)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()), 1.0 / count
+    source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()) // 4, 1.0 / count
     _launch(codec, out.numel(), *source, None, None, None, out)
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     after = padded(payload)
-    source = None, None, words(payloads), payloads, count, codec.nbytes(n), 1.0 / count
+    source = None, None, words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
     _launch(codec, n, *source, residual, words(after), after, None)
 
 

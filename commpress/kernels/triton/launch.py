@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,9 +16,14 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """How every kernel is compiled: products and sums are rounded one by one."""
 
 
-COUNTS = ("k", "W", "tiles", "row", "bits", "low_bits", "low_words", "high_at")
-counting: Any = triton.jit(do_not_specialize=COUNTS)
-"""Makes a kernel that is compiled once for all of these counts, and not again where one is 1 or a multiple of 16."""
+COUNTS = (
+    *("n", "k", "W", "row", "head_row", "blocks", "plane", "tiles", "bits", "low_bits", "low_words", "high_at"),
+    *("block", "rest", "rest_strata", "draw"),
+)
+PAYLOADS = ("pf", "pu", "qf", "qu", "head", "heads", "words", "ends")
+counting: Any = triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=PAYLOADS)
+"""Makes a kernel that is compiled once for all of these numbers, and not again where one is 1 or a multiple of 16; and once for
+all payloads, wherever they lie: behind others they are at multiples of 4 bytes."""
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -26,6 +32,25 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
     place = next(x for x in each if isinstance(x, Tensor))
     with torch.cuda.device_of(place):
         kernel[(programs,)](*arguments, **OPTIONS, **constants)
+
+
+@counting
+def _walk(arguments, n, PART: tl.constexpr, SIZE: tl.constexpr):
+    """Run PART on SIZE values."""
+    first = tl.program_id(0).to(tl.int64) * SIZE
+    at = first + tl.arange(0, SIZE)
+    if first + SIZE <= n:
+        PART(arguments, at, None)
+    else:
+        PART(arguments, at, at < n)
+
+
+def walk(part: Any, n: int, *arguments: Any, size: int) -> None:
+    """Start a program for each `size` of n values, which calls `part(arguments, at, inside)`, a function for kernels.
+
+    It handles the values `at`: all of them where `inside` is None, else those where it is True.
+    """
+    launch(_walk, triton.cdiv(n, size), arguments, n, PART=part, SIZE=size)
 
 
 def steps(prologue: Any) -> tuple[Any, ...] | None:

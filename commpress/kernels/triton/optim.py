@@ -10,24 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from commpress.kernels.triton.blocks import clipped, read, write
-from commpress.kernels.triton.launch import launch
+from commpress.kernels.triton.launch import walk
 
 SIZE = 1024
 
 
 @triton.jit
-def _apply_update(tensors, numbers, at, inside):
-    p, update, average = tensors
-    keep, rate = numbers
+def _apply_update(arguments, at, inside):
+    p, update, average, keep, rate = arguments
     new = read(update + at, inside)
     write(p + at, keep * read(p + at, inside) - rate * new, inside)
     write(average + at, new, inside)
 
 
 @triton.jit
-def _local_step(tensors, numbers, at, inside):
-    g, inverse, average, total, anchor, p = tensors
-    limit, beta, keep, rate, decay = numbers
+def _local_step(arguments, at, inside):
+    g, inverse, average, total, anchor, p, limit, beta, keep, rate, decay = arguments
     scaled = clipped(read(g + at, inside) * read(inverse + at, inside), limit)
     one = tl.full(at.shape, 1.0, tl.float32)  # a difference of two numbers is one of float64 on the interpreter
     momentum = beta * read(average + at, inside) + (one - beta) * scaled
@@ -38,9 +36,8 @@ def _local_step(tensors, numbers, at, inside):
 
 
 @triton.jit
-def _sync_payload(tensors, numbers, at, inside):
-    g, inverse, average, total, lead = tensors
-    limit, fresh, kept, share, carry = numbers
+def _sync_payload(arguments, at, inside):
+    g, inverse, average, total, lead, limit, fresh, kept, share, carry = arguments
     scaled = read(g + at, inside) * read(inverse + at, inside)
     n = fresh * clipped(scaled, limit) + kept * read(average + at, inside) + (scaled - scaled)  # which is 0, or NaN
     sent = share * n + carry * read(total + at, inside)
@@ -49,9 +46,8 @@ def _sync_payload(tensors, numbers, at, inside):
 
 
 @triton.jit
-def _sync_apply(tensors, numbers, at, inside):
-    p, update, average, total, anchor, lead = tensors
-    decay, weight, unscale = numbers
+def _sync_apply(arguments, at, inside):
+    p, update, average, total, anchor, lead, decay, weight, unscale = arguments
     new = read(update + at, inside)
     moved = decay * read(anchor + at, inside) - weight * new
     write(anchor + at, moved, inside)
@@ -61,44 +57,40 @@ def _sync_apply(tensors, numbers, at, inside):
 
 
 @triton.jit
-def _restore_local(tensors, numbers, at, inside):
-    p, anchor, total = tensors
-    write(p + at, numbers[0] * read(anchor + at, inside) - read(total + at, inside), inside)
+def _restore_local(arguments, at, inside):
+    p, anchor, total, keep = arguments
+    write(p + at, keep * read(anchor + at, inside) - read(total + at, inside), inside)
 
 
 @triton.jit
-def _estimate_momentum(tensors, numbers, at, inside):
-    differences, known = tensors
-    factor, most = numbers
+def _estimate_momentum(arguments, at, inside):
+    differences, known, factor, most = arguments
     k = factor * read(differences + at, inside)
     write(known + at, tl.where(tl.abs(k) <= most, k, 0.0), inside)
 
 
 @triton.jit
-def _add_scaled(tensors, numbers, at, inside):
-    x, known = tensors
-    write(x + at, read(x + at, inside) + numbers[0] * read(known + at, inside), inside)
+def _add_scaled(arguments, at, inside):
+    x, known, factor = arguments
+    write(x + at, read(x + at, inside) + factor * read(known + at, inside), inside)
 
 
 @triton.jit
-def _momentum_correction(tensors, numbers, at, inside):
-    x, momentum, p = tensors
-    beta, decay, nesterov = numbers
+def _momentum_correction(arguments, at, inside):
+    x, momentum, p, beta, decay, nesterov = arguments
     g = read(x + at, inside) + decay * read(p + at, inside)
     moved = beta * read(momentum + at, inside) + g
     write(momentum + at, moved, inside)
     write(x + at, tl.where(nesterov != 0, g + beta * moved, moved), inside)
 
 
-@triton.jit(do_not_specialize=["n"])
-def _pass(tensors, numbers, n, FORMULA: tl.constexpr, SIZE: tl.constexpr):
-    """Run a formula on SIZE values."""
-    first = tl.program_id(0).to(tl.int64) * SIZE
-    at = first + tl.arange(0, SIZE)
-    if first + SIZE <= n:
-        FORMULA(tensors, numbers, at, None)
-    else:
-        FORMULA(tensors, numbers, at, at < n)
+@triton.jit
+def _momentum_ahead(arguments, at, inside):
+    x, momentum, fresh = arguments
+    before = read(momentum + at, inside)
+    moved = fresh * (read(x + at, inside) - before)
+    write(momentum + at, before + moved, inside)
+    write(x + at, moved, inside)
 
 
 FORMULAS: dict[str, Any] = {
@@ -110,12 +102,12 @@ FORMULAS: dict[str, Any] = {
     "estimate_momentum": _estimate_momentum,
     "add_scaled": _add_scaled,
     "momentum_correction": _momentum_correction,
+    "momentum_ahead": _momentum_ahead,
 }
 
 
 def run(op: str, *arguments: Tensor | float) -> None:
     """Any op of the table that stands here: tensors first, then numbers, which become float32."""
-    tensors = tuple(x for x in arguments if isinstance(x, Tensor))
-    numbers = tuple(float(x) for x in arguments if not isinstance(x, Tensor))
-    n = tensors[0].numel()
-    launch(_pass, triton.cdiv(n, SIZE), tensors, numbers, n, FORMULA=FORMULAS[op], SIZE=SIZE)
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    numbers = [float(x) for x in arguments if not isinstance(x, Tensor)]
+    walk(FORMULAS[op], tensors[0].numel(), *tensors, *numbers, size=SIZE)

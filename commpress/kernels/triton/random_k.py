@@ -17,7 +17,7 @@ from torch import Tensor
 
 from commpress.kernels.triton.blocks import INFINITY_BITS, is_finite, magnitude_bits, nan_like, read, total, write
 from commpress.kernels.triton.blocks import with_prologue as value_of
-from commpress.kernels.triton.launch import launch, steps, words
+from commpress.kernels.triton.launch import counting, launch, steps, words
 
 STRATA: tl.constexpr = tl.constexpr(64)
 CHUNK: tl.constexpr = tl.constexpr(1024)
@@ -28,10 +28,6 @@ LARGEST = 4096
 """How many values a program holds in registers."""
 LANES = 512
 """How many strata a program has at most."""
-CUT = ["blocks", "rest", "rest_strata"]
-DRAWN = ["draw", *CUT]
-ROWS = ["head_row", "row", "W", *CUT]
-"""Numbers for which no kernel of their own is compiled."""
 
 
 @triton.jit
@@ -191,7 +187,7 @@ def _keep(residual, at, kept, inside):
         write(residual + at, kept, inside)
 
 
-@triton.jit(do_not_specialize=DRAWN)
+@counting
 def _take(
     x, prologue, residual, head, value, draw, block, blocks, rest, rest_strata,
     EXACT: tl.constexpr, GROUP: tl.constexpr, FITS: tl.constexpr, SIZE: tl.constexpr,
@@ -226,7 +222,7 @@ def _take(
         _with_nan(x, prologue, residual, value, draw, size, strata, origin, number, lane, left, EXACT, GROUP)
 
 
-@triton.jit(do_not_specialize=DRAWN)
+@counting
 def _settle(x, prologue, residual, value, decoded, draw, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
     """The residual of what was sent, once it is coded: what is lost; what it was where that is not finite."""
     program = tl.program_id(0).to(tl.int64)
@@ -266,7 +262,7 @@ def _draw_at(heads):
     return (tl.load(heads + 1).to(tl.int64) << 32) | (tl.load(heads).to(tl.int64) & 0xFFFFFFFF)
 
 
-@triton.jit(do_not_specialize=ROWS)
+@counting
 def _mean(heads, head_row, values, row, W, share, out, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
     """Write the mean of W payloads to `out`: zeros, and then what was sent. Rows are so many words apart."""
     program = tl.program_id(0).to(tl.int64)
@@ -309,7 +305,7 @@ def _mean(heads, head_row, values, row, W, share, out, block, blocks, rest, rest
                     _fill(out, origin + lo, origin + lo + many, float("nan"))
 
 
-@triton.jit(do_not_specialize=CUT)
+@counting
 def _clear(head, out, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
     """Set to 0 what was sent."""
     program = tl.program_id(0).to(tl.int64)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from commpress.comm.codecs.rotate import signs
 from commpress.kernels.triton.blocks import is_finite, keep_lost, nan_like, read, total, write
-from commpress.kernels.triton.launch import launch, steps
+from commpress.kernels.triton.launch import counting, launch, steps
 
 SIZE: tl.constexpr = tl.constexpr(1024)
 COLUMNS: tl.constexpr = tl.constexpr(16)
@@ -74,7 +74,7 @@ def _forth_block(x, prologue, residual, signs, out, at, inside, rest):
     write(out + at, _with_one_nan(turned, value, rest), inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@counting
 def _forth(x, prologue, residual, signs, out, n):
     """Write to `out` the rotation of x as it is coded."""
     first = tl.program_id(0).to(tl.int64) * SIZE
@@ -101,7 +101,7 @@ def _back_block(z, signs, x, prologue, residual, out, at, inside, rest):
         keep_lost(residual, at, total(x, prologue, residual, at, inside) - turned, inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@counting
 def _back(z, signs, x, prologue, residual, out, n):
     """Rotate z back, into `out`, which may be z, or without it leave in the residual what z misses of x."""
     first = tl.program_id(0).to(tl.int64) * SIZE

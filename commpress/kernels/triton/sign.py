@@ -6,8 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commpress.kernels.triton.blocks import is_finite, keep_lost, nan_like, only, remembered, total, write
-from commpress.kernels.triton.launch import launch, padded, steps, words
+from commpress.kernels.triton.blocks import (
+    is_finite,
+    keep_lost,
+    nan_like,
+    only,
+    remembered,
+    row_start,
+    total,
+    write,
+)
+from commpress.kernels.triton.launch import counting, launch, padded, steps, words
 from commpress.kernels.triton.planes import BLOCK, LANES, STEPS, WIDTH, bit, folded, lanes, sizes, spread
 
 ROWS = 8
@@ -21,8 +30,8 @@ def _mean_of(pf, pu, W, row, blocks, share, b, i, size, WHOLE: tl.constexpr):
     b_inside = None if WHOLE else size > 0
     mean = _signed(pf, pu + 4 * blocks, b, i, size, b_inside, WHOLE) * share
     for w in range(1, W):
-        row = tl.multiple_of(row, 4)
-        mean += _signed(pf + w * (row // 4), pu + w * row + 4 * blocks, b, i, size, b_inside, WHOLE) * share
+        start = row_start(w, row)
+        mean += _signed(pf + start, pu + 4 * start + 4 * blocks, b, i, size, b_inside, WHOLE) * share
     return mean
 
 
@@ -68,7 +77,7 @@ def _encode_rows(
         i_inside = None if WHOLE else i < size
         byte |= only(negative, i_inside).to(tl.int32) << p
     j_inside = None if WHOLE else j < (size + 7) // 8
-    write(qu + 4 * blocks + b * WIDTH + j, byte.to(tl.uint8), j_inside)
+    write(tl.multiple_of(qu + 4 * blocks + b * WIDTH + j, [1, 4]), byte.to(tl.uint8), j_inside)
 
     if residual is not None:
         tl.debug_barrier()  # all of the program have read what remained before any of it is written over
@@ -79,7 +88,7 @@ def _encode_rows(
             keep_lost(residual, b * BLOCK + lanes(k), value - decoded, inside)
 
 
-@triton.jit
+@counting
 def _encode(x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, ROWS: tl.constexpr):
     """Encode x, or without it the mean of W payloads (pf, pu), into (qf, qu)."""
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -90,7 +99,7 @@ def _encode(x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, ROW
         _encode_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, b, False, ROWS)
 
 
-@triton.jit
+@counting
 def _mean(pf, pu, W, row, share, out, n, blocks, ROWS: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
     b = first + tl.arange(0, ROWS)[:, None]
@@ -107,23 +116,23 @@ def _mean(pf, pu, W, row, share, out, n, blocks, ROWS: tl.constexpr):
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    n, coded = x.numel(), padded(payload)
+    n, after = x.numel(), padded(payload)
     blocks = triton.cdiv(n, BLOCK)
     source = x, steps(prologue), None, None, 0, 0, 0.0
-    launch(_encode, triton.cdiv(blocks, ROWS), *source, residual, words(coded), coded, n, blocks, ROWS=ROWS)
+    launch(_encode, triton.cdiv(blocks, ROWS), *source, residual, words(after), after, n, blocks, ROWS=ROWS)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
     n = out.numel()
     blocks = triton.cdiv(n, BLOCK)
-    coded = words(payloads), payloads, count, codec.nbytes(n), 1.0 / count
-    launch(_mean, triton.cdiv(blocks, ROWS), *coded, out, n, blocks, ROWS=ROWS)
+    source = words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
+    launch(_mean, triton.cdiv(blocks, ROWS), *source, out, n, blocks, ROWS=ROWS)
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     blocks, after = triton.cdiv(n, BLOCK), padded(payload)
-    source = None, None, words(payloads), payloads, count, codec.nbytes(n), 1.0 / count
+    source = None, None, words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
     programs = triton.cdiv(blocks, RECODE_ROWS)
     launch(_encode, programs, *source, residual, words(after), after, n, blocks, ROWS=RECODE_ROWS)

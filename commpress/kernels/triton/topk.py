@@ -297,8 +297,12 @@ def _clear_marked(values, n, words, ends, k, low_bits, high_at, bits, MARKS: tl.
 def _clear_all(values, n, ends, tiles, k, SIZE: tl.constexpr):
     """Set all values to 0 if the payload does not mark k of them."""
     if tl.load(ends + tiles - 1) != k:
-        at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-        tl.store(values + at, tl.zeros([SIZE], tl.float32), at < n)
+        first = tl.program_id(0).to(tl.int64) * SIZE
+        at, zero = first + tl.arange(0, SIZE), tl.zeros([SIZE], tl.float32)
+        if first + SIZE <= n:
+            write(values + at, zero, None)
+        else:
+            write(values + at, zero, at < n)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:

@@ -7,8 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from commpress.comm.codecs.sign import plane_bytes
-from commpress.kernels.triton.blocks import is_finite, keep_lost, nan_like, only, remembered, total, write
-from commpress.kernels.triton.launch import launch, padded, steps, words
+from commpress.kernels.triton.blocks import (
+    is_finite,
+    keep_lost,
+    nan_like,
+    only,
+    remembered,
+    row_start,
+    total,
+    write,
+)
+from commpress.kernels.triton.launch import counting, launch, padded, steps, words
 from commpress.kernels.triton.planes import BLOCK, LANES, STEPS, WIDTH, bit, folded, lanes, sizes, spread
 
 ROWS = 8
@@ -30,8 +39,8 @@ def _mean_of(pf, pu, W, row, blocks, plane, share, b, i, size, WHOLE: tl.constex
     """The mean of W payloads at values `i` of blocks `b`."""
     mean = _one(pf, pu, blocks, plane, b, i, size, WHOLE) * share
     for w in range(1, W):
-        row = tl.multiple_of(row, 4)
-        mean += _one(pf + w * (row // 4), pu + w * row, blocks, plane, b, i, size, WHOLE) * share
+        start = row_start(w, row)
+        mean += _one(pf + start, pu + 4 * start, blocks, plane, b, i, size, WHOLE) * share
     return mean
 
 
@@ -106,8 +115,11 @@ def _encode_rows(
         large |= only((tl.abs(value) > mean).to(tl.int32), inside).to(tl.int32) << p
     inside = None if WHOLE else j < (size + 7) // 8
     place = qu + 8 * blocks + b * WIDTH + j
-    write(place, signs.to(tl.uint8), inside)
-    write(place + plane, large.to(tl.uint8), inside)
+    write(tl.multiple_of(place, [1, 4]), signs.to(tl.uint8), inside)
+    if plane % 4 == 0:
+        write(tl.multiple_of(place + plane, [1, 4]), large.to(tl.uint8), inside)
+    else:
+        write(place + plane, large.to(tl.uint8), inside)
 
     if residual is not None:
         tl.debug_barrier()  # all of the program have read what remained before any of it is written over
@@ -118,7 +130,7 @@ def _encode_rows(
             keep_lost(residual, b * BLOCK + lanes(k), value - decoded, None if WHOLE else lanes(k) < size)
 
 
-@triton.jit
+@counting
 def _encode(x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, plane, ROWS: tl.constexpr):
     """Encode x, or without it the mean of W payloads (pf, pu), into (qf, qu)."""
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -137,7 +149,7 @@ def _mean_rows(pf, pu, W, row, share, out, n, blocks, plane, b, WHOLE: tl.conste
         write(out + b * BLOCK + lanes(k), mean, None if WHOLE else lanes(k) < size)
 
 
-@triton.jit
+@counting
 def _mean(pf, pu, W, row, share, out, n, blocks, plane, ROWS: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
     b = first + tl.arange(0, ROWS)[:, None]
@@ -149,21 +161,21 @@ def _mean(pf, pu, W, row, share, out, n, blocks, plane, ROWS: tl.constexpr):
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
-    coded = padded(payload)
+    after = padded(payload)
     source = x, steps(prologue), None, None, 0, 0, 0.0
-    _launch(_encode, x.numel(), ROWS, *source, residual, words(coded), coded)
+    _launch(_encode, x.numel(), ROWS, *source, residual, words(after), after)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    row = codec.nbytes(out.numel())
+    row = codec.nbytes(out.numel()) // 4
     _launch(_mean, out.numel(), ROWS, words(payloads), payloads, count, row, 1.0 / count, out)
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     after = padded(payload)
-    source = None, None, words(payloads), payloads, count, codec.nbytes(n), 1.0 / count
+    source = None, None, words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
     _launch(_encode, n, RECODE_ROWS, *source, residual, words(after), after)
 
 

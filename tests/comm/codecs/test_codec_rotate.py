@@ -115,6 +115,7 @@ def losses(specs: tuple[str, ...]) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_small_trainings_come_as_near_as_without_rotation() -> None:
     specs = ("none", "int4", "rotate|int4", "sign", "rotate|sign", "randomk(0.2)")
     first, second = run(2, losses, specs)

@@ -1,0 +1,62 @@
+"""Questions to all ranks that no caller waits for: they go in line with the buckets, and are read when they have come.
+
+    step k      [question][bucket 0][bucket 1] ...     backward goes on at once, whatever the other ranks do meanwhile
+    step k + 1  the answers are read: they came before the buckets of step k
+
+In the middle of a backward a rank must not wait for the others: one of them may be held in a collective of the user's own, and
+wait there for what this rank does next.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator
+
+import torch
+
+from commpress.comm.agreement import Settings
+from commpress.comm.exchange import Label, Transfer, Wire
+from commpress.comm.work import Work, not_counted
+
+ROOM = 1 << 13
+"""Bytes of a rank's answer, the same on all ranks, so that one message brings it. It is filled up with spaces."""
+KEY = "hash"
+
+
+class Question:
+    """One question: this rank's `settings` (JSON values), and what all ranks say once `exchange` has run."""
+
+    def __init__(self, settings: Settings, wire: Wire, room: int = ROOM) -> None:
+        own = json.dumps(settings).encode().ljust(room)
+        if len(own) > room:
+            raise ValueError(f"an answer of {len(own)} bytes: expected at most {room}")
+        self._wire = wire
+        self._whole = torch.empty(wire.world_size * room, dtype=torch.uint8, device=wire.device)
+        self._rows = self._whole.split(room)
+        self._rows[wire.rank].copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        self.work = Work(self._whole, not_counted)
+        """Finished by who runs the exchange."""
+
+    @classmethod
+    def of_hash(cls, settings: Settings, wire: Wire) -> "Question":
+        """A short question: whether all ranks have the same `settings`."""
+        return cls({KEY: zlib.crc32(json.dumps(settings).encode())}, wire, room=32)
+
+    def exchange(self, label: Label) -> Iterator[Transfer]:
+        """Bring each rank's answer to all."""
+        transfer = self._wire.all_gather(self._rows, label, last=True, whole=self._whole)
+        transfer.sent = transfer.received = 0  # the report is of gradients
+        yield transfer
+
+    def answers(self) -> list[Settings]:
+        """Every rank's settings, in the order of the ranks. Waits until they are there, raises what the exchange raised."""
+        self.work.wait()
+        return self.arrived()
+
+    def arrived(self) -> list[Settings]:
+        """Every rank's settings, of which the caller knows that they are there."""
+        return [json.loads(bytes(row.tolist())) for row in self._rows]
+
+    def is_unanimous(self) -> bool:
+        """Whether all have said the same, of which the caller knows that it is there."""
+        first, *others = self.arrived()
+        return all(other == first for other in others)

@@ -1,0 +1,239 @@
+"""`auto` where parameters are sharded (FSDP2, ZeRO 1 to 3): one search for the spec of gradients and, if wanted, of parameters.
+
+    forward: gathers | backward: gathers, reductions | optimizer | forward ...
+    ^ a step begins: the ranks compare, and both specs change                ^ the next one
+
+A candidate is a pair of specs, such as `int4, parameters int8`; in `none` nothing is compressed. What has a group for shards
+and one for replicas is compared in one after the other, so that all ranks of the mesh decide from the same figures. Training
+waits for each exchange there and then, so the model that ranks candidates is a sum: for each role, what is waited for shrinks
+with the bytes, and the codec's seconds come on top. Of a sharded mean no rank holds all, so no error is measured.
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from commpress.comm.auto import SPECS, budget, explained, speeds
+from commpress.comm.codecs import AUTO, Codec
+from commpress.comm.cost import Speed, transfers
+from commpress.comm.plan import Plan
+from commpress.comm.rules import Spec
+from commpress.comm.search import PLAIN, Choice, Said, Search
+
+if TYPE_CHECKING:
+    from commpress.comm.collectives import Collectives
+
+PARAMETER_SPECS = (PLAIN, "bf16", "int8")
+"""The specs of parameters that `auto` may choose: those that keep the loss. By `int4` a GPT's was 3.6 % higher."""
+LEAST = 0.01
+"""A predicted step is at least this share of a plain one."""
+
+
+def decides(gradients: Spec, parameters: str | Codec | None) -> tuple[bool, bool]:
+    """Return whether `auto` decides for gradients that are sharded, and for parameters. Raises ValueError where it cannot."""
+    found = []
+    for role, spec in (("gradients", gradients), ("parameters", parameters)):
+        found.append(budget(spec) is not None)
+        if found[-1] and spec != AUTO:
+            raise ValueError(
+                f"{role}: {spec}: the error of sharded means is not measured; expected auto without a budget"
+            )
+    if found == [False, True]:
+        raise ValueError(
+            f"parameters: auto beside gradients by {gradients}: one search decides for both; expected "
+            "attach(model, parameters='auto'), or a spec of the parameters, such as 'int8'"
+        )
+    return found[0], found[1]
+
+
+class ShardedAuto:
+    """Steers the plans of a sharded model's traffic, step by step. `error_feedback` as in `attach`.
+
+    `steered` are the collectives whose plans change. `compared` are this rank's among the shards and, if there are any, among
+    the replicas: where gradients are compressed is the last of them, where parameters are gathered the first. `parameters` says
+    whether those have a spec that is looked for, too. Collective: `begin_step` is called at the same place on every rank.
+    """
+
+    def __init__(
+        self,
+        steered: Sequence["Collectives"],
+        compared: Sequence["Collectives"],
+        error_feedback: bool,
+        parameters: bool = False,
+    ) -> None:
+        self._steered, self._compared = steered, compared
+        self.world_size = prod(one.world_size for one in compared)
+        self._plans = {
+            "gradients": {spec: Plan.of(spec, None, error_feedback) for spec in SPECS},
+            "parameters": {spec: Plan.of(spec) for spec in PARAMETER_SPECS if parameters},
+        }
+        # the gentlest first, as a search wants them
+        self._pairs = {_named(spec, other): (spec, other) for other in PARAMETER_SPECS for spec in SPECS}
+        if not parameters:
+            self._pairs = {spec: (spec, PLAIN) for spec in SPECS}
+        self._speeds = speeds(compared[0].device) if self.world_size > 1 else {}
+        self.search = Search(self._predicted)
+        self.due = True
+        """Whether the next forward begins a step: something was reduced, or stepped, since the last one began."""
+        self._began: float | None = None
+        self._asked = 0.0
+        self._told: list[Any] | None = None
+        """What the ranks have said at the beginning of the step that goes on; None in most steps."""
+        self._noted: Counter[tuple[str, int, int]] = Counter()
+        """How often this step exchanges what: role, values, bytes a value."""
+        self._waited = dict.fromkeys(self._plans, 0.0)
+        """Seconds that training waited for what others have sent in our place, by role."""
+        self._mark = self._totals()
+
+    @property
+    def choice(self) -> Choice | None:
+        """The last choice; None before the first one."""
+        return self.search.choices[-1] if self.search.choices else None
+
+    @property
+    def spec(self) -> str:
+        """The name of the traffic in a report: the specs of this step, and whether the search still goes on."""
+        return f"{AUTO}: {self.search.spec}" + ("" if self.choice else ", still looking")
+
+    def begin_step(self) -> None:
+        """A step's first forward begins: take its plans. Collective in those steps where the ranks compare."""
+        self.due = False
+        if self.world_size == 1:
+            return
+        now = time.perf_counter()
+        if self._told is not None:
+            everyone, self._told = self._told, None
+            self.search.compare(everyone)
+            self._mark = self._totals()
+        elif self._began is not None:
+            warms_up = self.search.state == "warm up"
+            if self.search.note(now - self._began, None):
+                self._told = self._everyone()
+                self._asked = time.perf_counter() - now
+            elif warms_up:
+                self._mark = self._totals()
+        gradients, parameters = self._pairs[self.search.spec]
+        for one in self._steered:
+            one.gradients = self._plans["gradients"][gradients]
+            if self._plans["parameters"]:
+                one.parameters = self._plans["parameters"][parameters]
+        self._noted.clear()
+        self._began = time.perf_counter()
+
+    def note(self, role: str, n: int, itemsize: int) -> None:
+        """Note an exchange of this step: n values of a gradient before it is reduced, or of a shard that is gathered."""
+        self._noted[role, n, itemsize] += 1
+
+    def note_waiting(self, role: str, seconds: float) -> None:
+        """Note that training has waited so long for what the framework has sent by itself."""
+        self._waited[role] += seconds
+
+    def explain(self) -> str:
+        """Return the specs that were tried last, and their steps, as a table."""
+        return explained(self.search, self.world_size)
+
+    def break_even(self) -> float | None:
+        """Return None: the model has no link, so it knows no bandwidth above which `none` would be faster."""
+        return None
+
+    # what the ranks tell each other
+
+    def _everyone(self) -> list[Any]:
+        """Return what every rank of the mesh has to say, in the same order on all. Collective over all its groups."""
+        rows: Any = [self._said()]
+        for one in self._compared:
+            rows = [row for told in one.traffic.ask({"rows": rows}, "how long the steps took") for row in told["rows"]]  # type: ignore[attr-defined]
+        return list(rows)
+
+    def _said(self) -> dict[str, object]:
+        said: dict[str, object] = {
+            "medians": self.search.medians(),
+            "turns": self.search.turns(),
+            "asked": self._asked,
+        }
+        if self.search.state == "plain":
+            (before, *then), (after, *now) = self._mark, self._totals()
+            waited = ((b - a) / max(1, after - before) for a, b in zip(then, now, strict=True))
+            said["roles"] = {
+                role: {"waited": seconds, "costs": {spec: self._cost(role, plan) for spec, plan in plans.items()}}
+                for (role, plans), seconds in zip(self._plans.items(), waited, strict=True)
+            }
+        return said
+
+    def _totals(self) -> tuple[int, float, float]:
+        """Steps so far, and the seconds that training has waited for gradients and for parameters."""
+        own = {"gradients": self._compared[-1], "parameters": self._compared[0]}
+        gradients, parameters = (one.traffic.spent(role)[0] + self._waited[role] for role, one in own.items())
+        return self.search.steps, gradients, parameters
+
+    def _cost(self, role: str, plan: Plan) -> tuple[int, float]:
+        """The bytes that this rank sends in a step of what it has noted for this role, and the seconds that it codes."""
+        own = self._compared[-1 if role == "gradients" else 0]
+        W, native = own.world_size, 2 if own.device.type == "cpu" else 1
+        speed, sent, coding = self._speeds[str(plan.codec)], 0, 0.0
+        for n, itemsize in ((n, size) for of, n, size in self._noted.elements() if of == role):
+            if role == "gradients" and len(self._compared) > 1:
+                choice = plan.choose(n, itemsize, W)
+                messages = transfers(choice, n, itemsize, W)
+                sent += sum(message.sent for message in messages)
+                if choice.codec.lossy:
+                    coding += n * _coded(speed, choice.exchange.payloads(choice.codec, W))
+                    coding += (len(messages) > 1) * -(-n // W) * (speed.recode[0] + (W - 1) * speed.recode[1])
+                continue
+            m = n if role == "parameters" else -(-n // W)
+            choice = plan.choose(m, itemsize, W)
+            if not choice.codec.lossy:
+                sent += (W - 1) * m * itemsize * (native if role == "gradients" else 1)
+                continue
+            sent += (W - 1) * choice.codec.nbytes(m)
+            if role == "gradients":
+                coding += n * speed.encode + m * (speed.mean[0] + (W - 1) * speed.mean[1])
+            else:
+                coding += m * speed.encode + W * m * speed.mean[0]
+        return sent, coding
+
+    def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
+        """Seconds of a step by candidate: a plain one, less what is waited for no more, and what coding takes."""
+        return {
+            name: max(LEAST * plain, plain + sum(_gain(everyone, *of) for of in zip(self._plans, pair, strict=True)))
+            for name, pair in self._pairs.items()
+        }
+
+
+def begins_steps(auto: ShardedAuto) -> Callable[..., None]:
+    """Return a forward pre-hook for a model: the first forward behind what made a step due begins it, if it is trained."""
+
+    def before(module: Any, arguments: Any) -> None:
+        if auto.due and torch.is_grad_enabled():
+            # none of it is to be compiled; what nobody has compiled with by now is slow to import
+            (torch.compiler.disable(auto.begin_step) if "torch._dynamo" in sys.modules else auto.begin_step)()
+
+    before._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return before
+
+
+def _named(gradients: str, parameters: str) -> str:
+    """The name of a candidate."""
+    return gradients if parameters == PLAIN else f"{gradients}, parameters {parameters}"
+
+
+def _coded(speed: Speed, payloads: int) -> float:
+    """Seconds a value for encoding it, and for the mean of so many payloads."""
+    return speed.encode + speed.mean[0] + (payloads - 1) * speed.mean[1]
+
+
+def _gain(everyone: Sequence[Said], role: str, spec: str) -> float:
+    """Seconds by which a step is longer if this role goes by a spec, less than 0 if it is shorter, as all ranks have it."""
+    if spec == PLAIN:
+        return 0.0
+    told: list[Any] = [said["roles"][role] for said in everyone]  # type: ignore[index]
+    dense, sent = (sum(one["costs"][of][0] for one in told) for of in (PLAIN, spec))
+    less = 1 - sent / dense if dense else 0.0
+    coding = max(float(one["costs"][spec][1]) for one in told)
+    return coding - fmean(one["waited"] for one in told) * less

@@ -1,0 +1,195 @@
+"""Muon (Jordan et al., 2024; scaled as in arXiv:2502.16982) whose momentum is exchanged behind an estimate that all ranks hold:
+EF21-Muon (arXiv:2510.00643; EF21: arXiv:2106.05203).
+
+Newton-Schulz raises what is small in a matrix, so the noise of a coarse code in front of it comes out as large as the signal,
+and error feedback cannot repay that. What a rank's momentum is ahead of an estimate is small and gets smaller, and so does the
+noise of its code:
+
+    m <- beta m + (1 - beta) g          each rank's own
+    sent: c = Q(m - e),  e <- e + c     e is what the others know of m
+    E <- E + mean of c                  on all ranks, the same bits
+    p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) NewtonSchulz(E + beta mean of c)
+
+Here each rank sends how far its momentum has moved, with error feedback: the residual is then m - e, and e itself is not kept.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commpress.comm.codecs import Codec, parse
+from commpress.comm.coding import warm_up
+from commpress.comm.feedback import Memory
+from commpress.comm.parameters import bare_name
+from commpress.comm.plan import Override
+from commpress.comm.segments import Segments
+from commpress.optim import loops
+from commpress.optim.base import CompressedOptimizer, require_in_range
+from commpress.optim.newton_schulz import newton_schulz
+from commpress.optim.uncompressed import step_adamw
+
+AS_ADAMW = 0.2
+"""Root mean square of an update of AdamW, to which that of Muon is scaled (arXiv:2502.16982, section 2.2)."""
+
+
+class EF21Muon(CompressedOptimizer):
+    """Muon for the hidden matrices of a model, AdamW for its other parameters: `EF21Muon(model, lr=2e-3)`.
+
+    `attach(ddp_model, "sign", optimizer=...)` says how the momentum of matrices travels: `sign`, `int2`, `topk(0.1)|sign`. The
+    gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. There is no warm-up.
+
+    Hidden matrices have two dimensions or more (more are taken as rows of all but the first); no embeddings, and no matrix that
+    has a row for each entry of one, as a head has. `others` are patterns of further names for AdamW. Updates are scaled to the
+    size of AdamW's, so that one `lr` serves both. `momentum`, `nesterov` and `weight_decay` as in torch.optim.Muon. `max_norm`
+    clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent before backward is over.
+
+    In place of a model it takes groups as those of torch's optimizers, with `muon` True or False in each.
+    Raises ValueError for a setting out of range, a pattern that matches nothing, and a group without `muon`.
+    """
+
+    shared = ("max_norm", "others_spec", "steps")
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        nesterov: bool = True,
+        others: Sequence[str] = (),
+        others_spec: str = "int8",
+        max_norm: float | None = None,
+    ) -> None:
+        require_in_range("lr", float(lr), 0)
+        require_in_range("momentum", momentum, 0, 1)
+        require_in_range("betas[0]", betas[0], 0, 1)
+        require_in_range("betas[1]", betas[1], 0, 1)
+        require_in_range("eps", eps, 0)
+        require_in_range("weight_decay", weight_decay, 0)
+        if parse(others_spec).sparse:
+            raise ValueError(
+                f"others_spec {others_spec!r}: AdamW loses by sparse gradients; expected int8, int4 or none"
+            )
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps}
+        defaults |= {"weight_decay": weight_decay, "others_spec": str(parse(others_spec)), "muon": None, "steps": 0}
+        super().__init__(groups(model, others) if isinstance(model, nn.Module) else model, defaults, max_norm)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["muon"] not in (True, False):
+            raise ValueError(
+                f"EF21Muon: a group has muon {group['muon']!r}: expected a model, or groups that say True (Newton-Schulz) or "
+                "False (AdamW)"
+            )
+        for p in group["params"] if group["muon"] else ():
+            if p.dim() < 2 or p.is_complex():
+                raise ValueError(
+                    f"EF21Muon: a group of matrices has a parameter of shape {tuple(p.shape)} and {p.dtype}: expected real "
+                    "ones of two dimensions or more"
+                )
+
+    def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
+        super().bind(parameters, world_size, may_be_unused, **more)
+        warm_up(parse(self.param_groups[0]["others_spec"]), next(iter(parameters.values())).device)
+
+    def needs_all_buckets(self) -> bool:
+        return self.param_groups[0]["max_norm"] is not None
+
+    def kind(self, name: str) -> object:
+        group = self._places[name][1]
+        return ("matrix", group["momentum"]) if group["muon"] else "other"
+
+    def override_held(self, segments: Segments, codec: Codec) -> Override:
+        group = self._places[segments[0].name][1]
+        if not group["muon"]:
+            return Override(parse(group["others_spec"]), prepare=lambda bucket, memory: self.clip(bucket))
+
+        def prepare(bucket: Tensor, memory: Memory) -> None:
+            assert memory.momentum is not None
+            self.clip(bucket)
+            index, fresh = memory.kept_index, 1 - group["momentum"]
+            if index is None:
+                loops.momentum_ahead(bucket, memory.momentum, fresh)
+                return
+            kept = bucket[index]
+            loops.momentum_ahead(kept, memory.momentum, fresh)
+            bucket[index] = kept
+
+        return Override(codec, prepare=prepare, momentum=True)
+
+    def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
+        shapes: dict[object, list[tuple[Tensor, dict[str, Any], Tensor]]] = {}
+        for p, group, update in updates.values():
+            if group["muon"] and update is not None:
+                alike = (p.shape, p.device, p.dtype, group["nesterov"], group["momentum"])
+                shapes.setdefault(alike, []).append((p, group, update))
+        for matrices in shapes.values():
+            self._step_matrices(matrices)
+        for group in self.param_groups:
+            others = [p for p, of, _ in updates.values() if of is group and not group["muon"] and p.grad is not None]
+            if others:
+                step_adamw(others, group, self.state, fused=True)
+            group["steps"] += 1
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self.came_with_session(state_dict):
+            super().load_state_dict(state_dict)
+
+    def step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        if not group["muon"]:
+            step_adamw(parameters, group, self.state)
+            return
+        for p in parameters:  # the momentum's own move, of which nothing is left out
+            assert p.grad is not None
+            moved = (1 - group["momentum"]) * (p.grad - self._estimate(p))
+            self._step_matrices([(p, group, moved)])
+
+    def _estimate(self, p: Tensor) -> Tensor:
+        """What all ranks hold of the momentum of a matrix."""
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]  # type: ignore[no-any-return]
+
+    def _step_matrices(self, matrices: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
+        """Step matrices of one shape by how far the momentum of each has moved on the mean of the ranks."""
+        directions = []
+        for p, group, moved in matrices:
+            estimate = self._estimate(p)
+            estimate.add_(moved)
+            direction = estimate.add(moved, alpha=group["momentum"]) if group["nesterov"] else estimate
+            directions.append(direction.reshape(p.shape[0], -1))
+        steps = newton_schulz(torch.stack(directions))
+        for (p, group, _), step in zip(matrices, steps, strict=True):
+            lr = float(group["lr"])
+            p.mul_(1 - lr * group["weight_decay"])
+            p.add_(step.reshape(p.shape), alpha=-AS_ADAMW * lr * max(step.shape) ** 0.5)
+
+
+def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The parameters of a model that require a gradient: one group with the hidden matrices, one with the others.
+
+    `others` are patterns of names (as of fnmatch) for the second one. Raises ValueError for a pattern that matches nothing.
+    """
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    embedded, entries = {m.weight for m in tables}, {m.num_embeddings for m in tables}
+    named = {bare_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    for pattern in others:
+        if not fnmatch.filter(named, pattern):
+            raise ValueError(
+                f"others: {pattern!r} matches no parameter that requires a gradient, known: {', '.join(named)}"
+            )
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, p in named.items():
+        hidden = p.dim() >= 2 and not p.is_complex() and p not in embedded and p.shape[0] not in entries
+        chosen = hidden and not any(fnmatch.fnmatchcase(name, pattern) for pattern in others)
+        (matrices if chosen else rest).append(p)
+    return [group for group in ({"params": matrices, "muon": True}, {"params": rest, "muon": False}) if group["params"]]

@@ -1,0 +1,25 @@
+"""Newton-Schulz (Jordan et al., Muon, 2024): the nearest matrix with singular values of about 1, by matrix products alone."""
+
+import torch
+from torch import Tensor
+
+STEPS = 5
+A, B, C = 3.4445, -4.7750, 2.0315
+"""The quintic a x + b x^3 + c x^5 that torch.optim.Muon takes: its slope at 0 is as large as can be."""
+LEAST_NORM = 1e-7
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Return of each matrix ([k, rows, columns], any float dtype) U S V^T with S between about 0.7 and 1.2, in float32.
+
+    On an accelerator products are in bfloat16, on a CPU in float32: few CPUs have products in bfloat16 that are faster.
+    """
+    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.flatten(1).norm(dim=1).clamp(min=LEAST_NORM)[:, None, None]
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return (x.mT if tall else x).to(torch.float32)

@@ -1,0 +1,189 @@
+"""EF21-Muon: torch's Muon and AdamW as long as nothing is left out, the paper's formula once something is."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import outcome, run
+from references import Ef21Muon
+from tiers import slow
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from training import SMALL_BUCKETS, finite, loss_of, network, parameters_of, same, train
+
+import commpress
+from commpress.comm.codecs import parse
+from commpress.comm.meter import Report
+from commpress.optim import EF21Muon
+from commpress.optim.muon import groups
+from commpress.optim.newton_schulz import newton_schulz
+
+LR = 0.01
+STEPS = 15
+
+
+def attached(
+    spec: str, bucket_cap_mb: float = SMALL_BUCKETS, exchange: str | None = None, unused: bool = False, **settings: Any
+) -> tuple[DistributedDataParallel, EF21Muon, commpress.Session]:
+    """A network, its optimizer and its session."""
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=bucket_cap_mb, find_unused_parameters=unused)
+    optimizer = EF21Muon(ddp, **{"lr": LR, "others_spec": "none", **settings})
+    return ddp, optimizer, commpress.attach(ddp, spec, optimizer=optimizer, exchange=exchange)
+
+
+def beside_torch(settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters after some steps, and those of torch's Muon and AdamW."""
+    mine, optimizer, _ = attached("none", **settings)
+    theirs = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    matrices, others = ([p for p in theirs.parameters() if (p.dim() == 2) == two] for two in (True, False))
+    muon = torch.optim.Muon(matrices, lr=LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", **settings)
+    adamw = torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
+    ours = train(mine, range(STEPS), optimizer=optimizer).parameters
+    with mock.patch("torch.optim._muon._zeropower_via_newtonschulz", in_float32):
+        for step in range(STEPS):
+            theirs.zero_grad()
+            loss_of(theirs, step).backward()
+            muon.step()
+            adamw.step()
+    return ours, parameters_of(theirs)
+
+
+def in_float32(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The Newton-Schulz of torch's Muon, without its rounding to bfloat16."""
+    a, b, c = coefficients
+    x = matrix / matrix.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def distance(one: list[Tensor], other: list[Tensor]) -> float:
+    """How far the parameters of one training are from the other's, as a share of how far that one went."""
+    start = torch.cat([t.reshape(-1) for t in parameters_of(network())])
+    a, b = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (one, other))
+    return float((a - b).norm() / (b - start).norm())
+
+
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"momentum": 0.5}], ids=str)
+@pytest.mark.parametrize("world_size", [2, slow(3)])
+def test_exact_it_is_torchs_muon(settings: dict[str, Any], world_size: int) -> None:
+    for mine, theirs in run(world_size, beside_torch, settings):
+        assert distance(mine, theirs) < 1e-3
+
+
+def against_reference(spec: str, settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    ddp, optimizer, session = attached(
+        spec, bucket_cap_mb=25, exchange="one_shot", unused=True, **settings
+    )  # one layout
+    mine = train(ddp, range(STEPS), optimizer=optimizer).parameters
+    layout = [bucket["segments"] for bucket in session.state_dict()["memories"][0]]
+    matrices = [segments for segments in layout if all(name.endswith("weight") for name, _ in segments)]
+    assert len(matrices) == 1
+    model = network()
+    chosen = {"lr": LR, "momentum": 0.95, "nesterov": True, **settings}
+    reference = Ef21Muon(model, matrices, dist.get_world_size(), parse(spec), **chosen)
+    for step in range(STEPS):
+        reference.step(step)
+    return mine, parameters_of(model)
+
+
+@pytest.mark.parametrize(("spec", "settings"), [
+    ("sign", {}), ("int4", {"nesterov": False}), slow("int2", {"momentum": 0.8}), ("topk(0.1)|sign", {}),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("world_size", [2, slow(3)])
+def test_it_is_ef21_muon(spec: str, settings: dict[str, Any], world_size: int) -> None:
+    """A few values of the momentum are so small that rounding decides on their sign."""
+    for mine, theirs in run(world_size, against_reference, spec, settings):
+        assert distance(mine, theirs) < 0.02
+
+
+def replicas(spec: str, steps: int, settings: dict[str, Any]) -> tuple[list[list[Tensor]], Report]:
+    """Parameters after each step, and what was sent."""
+    ddp, optimizer, session = attached(spec, **settings)
+    return [train(ddp, [step], optimizer=optimizer).parameters for step in range(steps)], session.report()
+
+
+@pytest.mark.parametrize(("spec", "world_size"), [("sign", 3), ("int2", 2), slow("topk(0.1)|sign", 4), slow("int4", 4)])
+def test_replicas_hold_the_same_bits(spec: str, world_size: int) -> None:
+    results = run(world_size, replicas, spec, 8, {"others_spec": "int8"})
+    for history, report in results:
+        assert all(same(one, other) for one, other in zip(history, results[0][0], strict=True))
+        assert all(finite(parameters) for parameters in history)
+        assert not same(history[-1], history[-2])
+        assert spec in {row.spec for row in report.rows}
+
+
+def test_matrices_and_others_have_rows_of_their_own() -> None:
+    for _, report in run(2, replicas, "sign", 4, {"others_spec": "int8", "bucket_cap_mb": 25}):
+        sent = {row.spec: row for row in report.rows}
+        assert sent.keys() == {"sign", "none"}  # the biases are too few for a code
+        assert sent["sign"].values == 32 * 64 + 64 * 64 + 64 * 10
+
+
+def losses(spec: str, settings: dict[str, Any]) -> list[float]:
+    ddp, optimizer, _ = attached(spec, **settings)
+    train(ddp, range(60), optimizer=optimizer)
+    with torch.no_grad():
+        return [sum(float(loss_of(ddp.module, 1000 + step)) for step in range(16)) / 16]
+
+
+def test_one_bit_trains_as_far_as_none() -> None:
+    exact, coded = (run(2, losses, spec, {})[0][0] for spec in ("none", "sign"))
+    untrained = run(2, losses, "none", {"lr": 0.0})[0][0]
+    assert coded - exact < 0.05 * (untrained - exact)
+
+
+def kinds_of(model: nn.Module, **more: Any) -> dict[str, bool]:
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: group["muon"] for group in groups(model, **more) for p in group["params"]}
+
+
+class Language(nn.Module):
+    """Embeddings, a convolution, hidden layers and a head."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.hidden, self.norm = nn.Embedding(50, 16), nn.Linear(16, 16), nn.LayerNorm(16)
+        self.convolution, self.head = nn.Conv1d(16, 16, 3), nn.Linear(16, 50, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+
+def test_hidden_matrices_are_muons_and_the_rest_adamws() -> None:
+    expected = {
+        "embedding.weight": False, "hidden.weight": True, "hidden.bias": False, "norm.weight": False, "norm.bias": False,
+        "convolution.weight": True, "convolution.bias": False, "head.weight": False,
+    }  # fmt: skip
+    assert kinds_of(Language()) == expected
+    del expected["head.weight"]
+    assert kinds_of(Language(tied=True)) == expected
+    assert not kinds_of(Language(), others=["hidden.*"])["hidden.weight"]
+    frozen = Language()
+    frozen.hidden.weight.requires_grad_(False)
+    assert "hidden.weight" not in kinds_of(frozen)
+
+
+def test_what_is_wrong_with_groups_says_so() -> None:
+    model = Language()
+    assert "others: 'hiden.*' matches no parameter" in outcome(lambda: EF21Muon(model, others=["hiden.*"]))
+    assert "a group has muon None" in outcome(lambda: EF21Muon([{"params": list(model.parameters())}]))
+    group = {"params": [model.norm.weight], "muon": True}
+    assert "a parameter of shape (16,)" in outcome(lambda: EF21Muon([group]))
+    assert "others_spec 'topk(0.1)'" in outcome(lambda: EF21Muon(model, others_spec="topk(0.1)"))
+    assert "momentum 1.0: expected a number in [0, 1)" in outcome(lambda: EF21Muon(model, momentum=1.0))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 40), (2, 40, 5), (1, 1, 9)])
+def test_newton_schulz_makes_singular_values_of_about_one(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = newton_schulz(1000 * x)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    cosine = (found * (u @ v)).sum(dim=(1, 2)) / found.flatten(1).norm(dim=1) / (u @ v).flatten(1).norm(dim=1)
+    assert cosine.min() > 0.95
+    assert newton_schulz(torch.zeros(shape)).abs().max() == 0
