@@ -17,6 +17,9 @@ class OptimizerHooks(Protocol):
     masks_momentum: bool
     """Whether it clears a rank's momentum where that rank has sent (momentum factor masking)."""
 
+    needs_feedback: bool
+    """Whether what a lossy codec withholds must be remembered: it sums up what arrives."""
+
     @property
     def awaits_step(self) -> bool:
         """Whether what was exchanged last has not been used."""

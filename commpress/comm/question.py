@@ -28,7 +28,9 @@ class Question:
     def __init__(self, settings: Settings, wire: Wire, room: int = ROOM) -> None:
         own = json.dumps(settings).encode().ljust(room)
         if len(own) > room:
-            raise ValueError(f"an answer of {len(own)} bytes: expected at most {room}")
+            raise ValueError(
+                f"{len(own)} bytes to tell the other ranks ({own[:60].decode()}...): expected at most {room}"
+            )
         self._wire = wire
         self._whole = torch.empty(wire.world_size * room, dtype=torch.uint8, device=wire.device)
         self._rows = self._whole.split(room)

@@ -63,6 +63,10 @@ def replicas_session(
             f"exchange {str(plan.exchange)!r}: {name} clears each rank's momentum where that rank has sent, and here a node "
             "sends as one; leave exchange out, or take another optimizer"
         )
+    if optimizer is not None and optimizer.needs_feedback and not error_feedback:
+        raise ValueError(
+            f"error_feedback=False: {name} sums up what arrives, so what is left out must follow; leave it out"
+        )
     collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
     if collectives.world_size > 1:
         for dtype, codec in product(

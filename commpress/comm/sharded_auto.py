@@ -210,7 +210,7 @@ def begins_steps(auto: ShardedAuto) -> Callable[..., None]:
     """Return a forward pre-hook for a model: the first forward behind what made a step due begins it, if it is trained."""
 
     def before(module: Any, arguments: Any) -> None:
-        if auto.due and torch.is_grad_enabled():
+        if auto.due and module.training and torch.is_grad_enabled():
             # none of it is to be compiled; what nobody has compiled with by now is slow to import
             (torch.compiler.disable(auto.begin_step) if "torch._dynamo" in sys.modules else auto.begin_step)()
 

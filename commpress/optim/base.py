@@ -34,6 +34,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
     """Whether a part of a parameter may be left out of the exchange."""
     masks_momentum = False
     """Whether it clears a rank's momentum where that rank has sent."""
+    needs_feedback = False
+    """Whether it sums up what arrives, so that what is withheld must follow."""
     shared: tuple[str, ...] = ("max_norm",)
     """Settings that are the optimizer's, not a group's; they are saved with the groups."""
 

@@ -31,6 +31,8 @@ from commpress.optim.base import CompressedOptimizer, require_in_range
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.uncompressed import step_adamw
 
+GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
+"""Codecs of gradients that keep AdamW's loss."""
 AS_ADAMW = 0.2
 """Root mean square of an update of AdamW, to which that of Muon is scaled (arXiv:2502.16982, section 2.2)."""
 
@@ -41,15 +43,17 @@ class EF21Muon(CompressedOptimizer):
     `attach(ddp_model, "sign", optimizer=...)` says how the momentum of matrices travels: `sign`, `int2`, `topk(0.1)|sign`. The
     gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. There is no warm-up.
 
-    Hidden matrices have two dimensions or more (more are taken as rows of all but the first); no embeddings, and no matrix that
-    has a row for each entry of one, as a head has. `others` are patterns of further names for AdamW. Updates are scaled to the
-    size of AdamW's, so that one `lr` serves both. `momentum`, `nesterov` and `weight_decay` as in torch.optim.Muon. `max_norm`
-    clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent before backward is over.
+    Hidden matrices are float32 and have two dimensions or more (more are taken as rows of all but the first); embeddings are
+    none, nor is what has the shape of the largest one, as a head has. `others` are patterns of further names for AdamW. Updates
+    are scaled to the size of AdamW's, so that one `lr` serves both. `momentum`, `nesterov` and `weight_decay` as in
+    torch.optim.Muon. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent
+    before backward is over.
 
     In place of a model it takes groups as those of torch's optimizers, with `muon` True or False in each.
     Raises ValueError for a setting out of range, a pattern that matches nothing, and a group without `muon`.
     """
 
+    needs_feedback = True
     shared = ("max_norm", "others_spec", "steps")
 
     def __init__(
@@ -72,10 +76,8 @@ class EF21Muon(CompressedOptimizer):
         require_in_range("betas[1]", betas[1], 0, 1)
         require_in_range("eps", eps, 0)
         require_in_range("weight_decay", weight_decay, 0)
-        if parse(others_spec).sparse:
-            raise ValueError(
-                f"others_spec {others_spec!r}: AdamW loses by sparse gradients; expected int8, int4 or none"
-            )
+        if parse(others_spec).word not in GENTLE:
+            raise ValueError(f"others_spec {others_spec!r}: AdamW loses by it; expected one of {', '.join(GENTLE)}")
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "others_spec": str(parse(others_spec)), "muon": None, "steps": 0}
         super().__init__(groups(model, others) if isinstance(model, nn.Module) else model, defaults, max_norm)
@@ -83,21 +85,30 @@ class EF21Muon(CompressedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for name, below in (("lr", float("inf")), ("momentum", 1), ("weight_decay", float("inf"))):
+            require_in_range(name, float(group[name]), 0, below)
         if group["muon"] not in (True, False):
             raise ValueError(
                 f"EF21Muon: a group has muon {group['muon']!r}: expected a model, or groups that say True (Newton-Schulz) or "
                 "False (AdamW)"
             )
         for p in group["params"] if group["muon"] else ():
-            if p.dim() < 2 or p.is_complex():
+            if p.dim() < 2 or p.dtype != torch.float32:  # an estimate in 16 bits would keep each rounding for good
                 raise ValueError(
-                    f"EF21Muon: a group of matrices has a parameter of shape {tuple(p.shape)} and {p.dtype}: expected real "
-                    "ones of two dimensions or more"
+                    f"EF21Muon: a group of matrices has a parameter of shape {tuple(p.shape)} and {p.dtype}: expected float32 "
+                    "and two dimensions or more"
                 )
 
     def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
         super().bind(parameters, world_size, may_be_unused, **more)
         warm_up(parse(self.param_groups[0]["others_spec"]), next(iter(parameters.values())).device)
+
+    def replicated_state(self) -> dict[str, object]:
+        device = next(iter(self._bound.values())).device
+        how = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            how = torch.cuda.get_device_name(device)
+        return {**super().replicated_state(), "matrix products by": how}  # the bits of the update depend on that
 
     def needs_all_buckets(self) -> bool:
         return self.param_groups[0]["max_norm"] is not None
@@ -179,7 +190,8 @@ def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]
     `others` are patterns of names (as of fnmatch) for the second one. Raises ValueError for a pattern that matches nothing.
     """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    embedded, entries = {m.weight for m in tables}, {m.num_embeddings for m in tables}
+    embedded = {m.weight for m in tables}
+    head = max((m.weight.shape for m in tables), default=None)
     named = {bare_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     for pattern in others:
         if not fnmatch.filter(named, pattern):
@@ -189,7 +201,7 @@ def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for name, p in named.items():
-        hidden = p.dim() >= 2 and not p.is_complex() and p not in embedded and p.shape[0] not in entries
+        hidden = p.dim() >= 2 and p.dtype == torch.float32 and p not in embedded and p.shape != head
         chosen = hidden and not any(fnmatch.fnmatchcase(name, pattern) for pattern in others)
         (matrices if chosen else rest).append(p)
     return [group for group in ({"params": matrices, "muon": True}, {"params": rest, "muon": False}) if group["params"]]

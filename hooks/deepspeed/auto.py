@@ -23,6 +23,20 @@ def follow_steps(engine: Any, auto: ShardedAuto) -> None:
     engine.module.register_forward_pre_hook(begins_steps(auto), prepend=True)  # ZeRO 3's own gather parameters
 
 
+class TimedHandle:
+    """Stands in for a handle of DeepSpeed's, and notes how long training waits for it.
+
+    A new `wait` on the handle itself would be a cycle of references, which keeps its buffer until the next collection.
+    """
+
+    def __init__(self, handle: Any, auto: ShardedAuto) -> None:
+        self._handle, self._auto = handle, auto
+
+    def wait(self, **kwargs: Any) -> None:
+        """Wait as the handle does."""
+        timed(self._auto, "parameters", self._handle.wait)(**kwargs)
+
+
 def timed(auto: ShardedAuto | None, role: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of DeepSpeed's that sends gradients or parameters, and how long training waits in it is noted."""
     if auto is None:

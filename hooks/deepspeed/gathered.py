@@ -13,7 +13,7 @@ from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.meter import dtype_name
 from commpress.comm.segments import Segment, Segments
 from commpress.comm.sharded_auto import ShardedAuto
-from commpress.hooks.deepspeed.auto import timed
+from commpress.hooks.deepspeed.auto import TimedHandle, timed
 
 KEPT_EVERYWHERE = "small: every rank keeps it (stage3_param_persistence_threshold)"
 
@@ -118,8 +118,7 @@ class Gathered:
             handles.append(AllGatherHandle(pending, p, param_buffer=out, original_dtype=shard.dtype))
         if exact:
             handle = original(exact, safe_mode=safe_mode, quantize=quantize)
-            handle.wait = timed(self.auto, "parameters", handle.wait)
-            handles.append(handle)
+            handles.append(handle if self.auto is None else TimedHandle(handle, self.auto))
         return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
 
     def _own(self, p: Any) -> Tensor:

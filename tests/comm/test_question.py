@@ -76,7 +76,7 @@ def answered() -> tuple[list[Settings], str]:
 def test_all_ranks_read_what_all_have_said() -> None:
     for answers, refused in run(3, answered):
         assert answers == [{"rank": rank, "text": "ä" * 100} for rank in range(3)]
-        assert refused.startswith("ValueError: an answer of ")
+        assert refused.startswith("ValueError: 8204 bytes to tell the other ranks (")
 
 
 def unequal() -> tuple[str, bool]:

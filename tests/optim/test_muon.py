@@ -123,6 +123,24 @@ def test_matrices_and_others_have_rows_of_their_own() -> None:
         assert sent["sign"].values == 32 * 64 + 64 * 64 + 64 * 10
 
 
+def mistakes() -> list[str]:
+    """What is said to a session without feedback, and to ranks whose products may differ."""
+    ddp = DistributedDataParallel(network())
+    said = [outcome(lambda: commpress.attach(ddp, "sign", optimizer=EF21Muon(ddp), error_feedback=False))]
+    ddp, optimizer, _ = attached("sign")
+    torch.set_num_threads(1 + dist.get_rank())
+    said.append(outcome(lambda: train(ddp, range(3), optimizer=optimizer)))
+    torch.set_num_threads(1)
+    return said
+
+
+def test_what_would_part_the_replicas_is_an_error_on_all() -> None:
+    for without, threads in run(2, mistakes, fresh=True):
+        assert without.startswith("ValueError: error_feedback=False: EF21Muon sums up what arrives")
+        assert "matrix products by" in threads
+        assert "2 threads" in threads
+
+
 def losses(spec: str, settings: dict[str, Any]) -> list[float]:
     ddp, optimizer, _ = attached(spec, **settings)
     train(ddp, range(60), optimizer=optimizer)
@@ -172,6 +190,10 @@ def test_what_is_wrong_with_groups_says_so() -> None:
     assert "a group has muon None" in outcome(lambda: EF21Muon([{"params": list(model.parameters())}]))
     group = {"params": [model.norm.weight], "muon": True}
     assert "a parameter of shape (16,)" in outcome(lambda: EF21Muon([group]))
+    assert "others_spec 'sign'" in outcome(lambda: EF21Muon(model, others_spec="sign"))
+    assert "torch.bfloat16" in outcome(
+        lambda: EF21Muon([{"params": [Language().hidden.bfloat16().weight], "muon": True}])
+    )
     assert "others_spec 'topk(0.1)'" in outcome(lambda: EF21Muon(model, others_spec="topk(0.1)"))
     assert "momentum 1.0: expected a number in [0, 1)" in outcome(lambda: EF21Muon(model, momentum=1.0))
 
