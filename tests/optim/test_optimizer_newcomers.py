@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
-from test_optimizer_parameters import KINDS, SPECS, WARM, Replay, attached, wrapped
+from test_optimizer_parameters import KINDS, LIKE_TORCHS, SPECS, WARM, Replay, attached, wrapped
 from tiers import slow, slowly
 from torch import Tensor, nn
 from training import finite, loss_of, network, parameters_of, same, train
@@ -295,7 +295,7 @@ def test_a_second_attach_goes_on_bit_for_bit(name: str) -> None:
             assert same(unbroken, parameters)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", LIKE_TORCHS)
 def test_a_layer_that_no_ddp_knows_of_steps_as_under_torch(name: str) -> None:
     results = run(2, added_without_a_wrapper, name)
     for agree, exchanged in results:
