@@ -47,7 +47,7 @@ def decides(gradients: Spec, parameters: str | Codec | None) -> tuple[bool, bool
     if found == [False, True]:
         raise ValueError(
             f"parameters: auto beside gradients by {gradients}: one search decides for both; expected "
-            "attach(model, parameters='auto'), or a spec of the parameters, such as 'int8'"
+            "auto for the gradients, too, or a spec of the parameters, such as 'int8'"
         )
     return found[0], found[1]
 
