@@ -281,7 +281,7 @@ def test_a_layer_that_joins_warms_up_as_under_adamw() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", slowly(KINDS, quick=("OneBitAdamW",)))
+@pytest.mark.parametrize("name", slowly(LIKE_TORCHS, quick=("OneBitAdamW",)))
 def test_a_run_with_a_layer_that_joined_is_resumed_bit_for_bit(name: str) -> None:
     for results in run(2, resumed_newcomers, name, (9, 14)):
         for at, unbroken, resumed in results:
