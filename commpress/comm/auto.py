@@ -80,7 +80,7 @@ class Auto:
         self.search = Search(self._predicted, budget)
         self._began: float | None = None
         self._asked = 0.0
-        """Seconds of this rank that the last comparison took."""
+        """Seconds of this rank that a comparison took: the one before, while it says what it has seen."""
         self._question: Question | None = None
         """What the ranks tell each other in the step that goes on; None in most steps."""
         self.watch: ErrorWatch | None = None
@@ -91,14 +91,9 @@ class Auto:
         """The last prediction: buckets, speeds, cluster, seconds of computation, bytes a value."""
 
     @property
-    def choice(self) -> Choice | None:
-        """The last choice; None before the first one."""
-        return self.search.choices[-1] if self.search.choices else None
-
-    @property
     def spec(self) -> str:
         """The name of the traffic in a report: the spec of this step, and whether the search still goes on."""
-        return f"{AUTO}: {self.search.spec}" + ("" if self.choice else ", still looking")
+        return f"{AUTO}: {self.search.spec}" + ("" if self.search.choice else ", still looking")
 
     def begin_step(self) -> None:
         """A step's first bucket is there: take the plan of this step. The ranks say what they have seen in one step, and choose
@@ -142,9 +137,9 @@ class Auto:
 
     def break_even(self) -> float | None:
         """Return the bytes a second of a link above which `none` is predicted to be faster than what is chosen."""
-        if self.choice is None or self.choice.spec == PLAIN or self._model is None:
+        if self.search.choice is None or self.search.choice.spec == PLAIN or self._model is None:
             return None
-        spec, (buckets, known, cluster, compute, itemsize) = self.choice.spec, self._model
+        spec, (buckets, known, cluster, compute, itemsize) = self.search.choice.spec, self._model
         if cluster.ranks_per_host >= cluster.world_size:
             return None  # there is no link between hosts
         speed, dense = known[spec], known[PLAIN]

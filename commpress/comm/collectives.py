@@ -135,8 +135,8 @@ class Collectives:
         remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
         if remembers and chunk is None and node_slice is None:
             memory.give_back(W)  # nobody encodes a second time now
-        encoder = Encoder(plan.codec.drawn(memory.next_draw()), memory if remembers else None, scratch)
-        encoder.masks_momentum = override.masks_momentum
+        codec, kept = plan.codec.drawn(memory.next_draw()), memory if remembers else None
+        encoder = Encoder(codec, kept, scratch, override.masks_momentum)
 
         values = x
         if kept_index is not None and (override.codec is not None or n == 0):

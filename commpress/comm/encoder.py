@@ -29,10 +29,10 @@ class Encoder:
         codec: Codec,
         memory: Memory | None = None,
         scratch: Scratch | None = None,
-        prologue: Prologue | None = None,
         masks_momentum: bool = False,
     ) -> None:
-        self.codec, self.prologue, self.masks_momentum = codec, prologue, masks_momentum
+        self.codec, self.masks_momentum = codec, masks_momentum
+        self.prologue: Prologue | None = None
         self.memory = Memory() if memory is None else memory
         self.scratch = Scratch() if scratch is None else scratch
 

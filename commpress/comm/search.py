@@ -9,9 +9,9 @@ gentler one only if it was ahead in each round (one may fail out of five). If th
 A spec must stay within an error budget, too: the distance of what arrives from the dense mean, measured in steps that are not
 timed. One that leaves it is dropped; if it was chosen, a gentler one takes its place, and it may come back in a later search.
 Steps of a turn are timed from one to the next; the first of each turn is not counted. The ranks compare at the same steps, and
-decide from what all of them have said, so all decide the same: what they say takes one step, by the spec of the one before it,
-so that nobody waits for it. No clock and no process group: who holds a search tells it how long a step took, and what the ranks
-said.
+decide from what all of them have said, so all decide the same. Their messages travel during one more step, by the spec of the
+step before it, so that nobody waits for them. No clock and no process group: who holds a search tells it how long a step took,
+and what the ranks said.
 """
 
 import math
@@ -118,6 +118,11 @@ class Search:
         self._patience = 1
         self._looks = 0
         self._next_search = 0
+
+    @property
+    def choice(self) -> Choice | None:
+        """The last choice; None before the first one."""
+        return self.choices[-1] if self.choices else None
 
     @property
     def spec(self) -> str:

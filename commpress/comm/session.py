@@ -171,7 +171,7 @@ class Session:
             return receipt(self.report(), None, self._spec, counted, None)
         whole = budget(self._spec) is not None
         spec = auto.search.spec if whole else f"{self._spec} ({auto.search.spec})"
-        return receipt(self.report(), auto.choice, spec, counted, auto.break_even(), whole)
+        return receipt(self.report(), auto.search.choice, spec, counted, auto.break_even(), whole)
 
     def report(self) -> Report:
         """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""

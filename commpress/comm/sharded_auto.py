@@ -3,10 +3,10 @@
     forward: gathers | backward: gathers, reductions | optimizer | forward ...
     ^ a step begins: the ranks compare, and both specs change                ^ the next one
 
-A candidate is a pair of specs, such as `int4, parameters int8`; in `none` nothing is compressed. What has a group for shards
-and one for replicas is compared in one after the other, so that all ranks of the mesh decide from the same figures. Training
-waits for each exchange there and then, so the model that ranks candidates is a sum: for each role, what is waited for shrinks
-with the bytes, and the codec's seconds come on top. Of a sharded mean no rank holds all, so no error is measured.
+A candidate is a pair of specs, such as `int4, parameters int8`; in `none` nothing is compressed. Where there are replicas of
+shards, the ranks compare among the shards first, then among the replicas: so all have the same figures. Training waits for each
+exchange there and then, so the model that ranks candidates is a sum: for each role, what is waited for shrinks with the bytes,
+and the codec's seconds come on top. Of a sharded mean no rank holds all, so no error is measured.
 """
 
 import sys
@@ -24,7 +24,7 @@ from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.cost import Speed, transfers
 from commpress.comm.plan import Plan
 from commpress.comm.rules import Spec
-from commpress.comm.search import PLAIN, Choice, Said, Search
+from commpress.comm.search import PLAIN, Said, Search
 
 if TYPE_CHECKING:
     from commpress.comm.collectives import Collectives
@@ -55,9 +55,9 @@ def decides(gradients: Spec, parameters: str | Codec | None) -> tuple[bool, bool
 class ShardedAuto:
     """Steers the plans of a sharded model's traffic, step by step. `error_feedback` as in `attach`.
 
-    `steered` are the collectives whose plans change. `compared` are this rank's among the shards and, if there are any, among
-    the replicas: where gradients are compressed is the last of them, where parameters are gathered the first. `parameters` says
-    whether those have a spec that is looked for, too. Collective: `begin_step` is called at the same place on every rank.
+    `steered` are the collectives whose plans change. `compared` are this rank's: first those of the shards, which gather the
+    parameters, then those of the replicas, if there are any. The last of them compress the gradients. `parameters` says whether
+    a spec of the parameters is looked for, too. Collective: `begin_step` is called at the same place on every rank.
     """
 
     def __init__(
@@ -92,14 +92,9 @@ class ShardedAuto:
         self._mark = self._totals()
 
     @property
-    def choice(self) -> Choice | None:
-        """The last choice; None before the first one."""
-        return self.search.choices[-1] if self.search.choices else None
-
-    @property
     def spec(self) -> str:
         """The name of the traffic in a report: the specs of this step, and whether the search still goes on."""
-        return f"{AUTO}: {self.search.spec}" + ("" if self.choice else ", still looking")
+        return f"{AUTO}: {self.search.spec}" + ("" if self.search.choice else ", still looking")
 
     def begin_step(self) -> None:
         """A step's first forward begins: take its plans. Collective in those steps where the ranks compare."""

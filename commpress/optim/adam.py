@@ -30,7 +30,8 @@ from commpress.comm.feedback import Memory
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segments
 from commpress.optim import loops
-from commpress.optim.base import CompressedOptimizer, Parameters, require_in_range
+from commpress.optim.base import CompressedOptimizer, Parameters
+from commpress.optim.settings import require_in_range
 from commpress.optim.uncompressed import step_adamw
 
 SETTLED = 0.96

@@ -19,6 +19,7 @@ from commpress.comm.segments import Segment, Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
 from commpress.notice import warn
 from commpress.optim import loops
+from commpress.optim.settings import plain, require_in_range
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -396,14 +397,3 @@ def unscaling_counts() -> bool:
     before = x._version
     torch._amp_foreach_non_finite_check_and_unscale_([x], found, scale)
     return x._version != before
-
-
-def plain(value: Any) -> Any:
-    """A setting of a group as a JSON value."""
-    return value.item() if isinstance(value, Tensor) else value
-
-
-def require_in_range(name: str, value: float, least: float, below: float = float("inf")) -> None:
-    """Raise ValueError unless least <= value < below."""
-    if not least <= value < below:
-        raise ValueError(f"{name} {value}: expected a number in [{least:g}, {below:g})")

@@ -17,7 +17,8 @@ from commpress.comm.feedback import Memory
 from commpress.comm.plan import DENSE, Override
 from commpress.comm.segments import Segments, sizes
 from commpress.optim import loops
-from commpress.optim.base import CompressedOptimizer, Parameters, require_in_range
+from commpress.optim.base import CompressedOptimizer, Parameters
+from commpress.optim.settings import require_in_range
 from commpress.optim.uncompressed import step_sgd
 
 STAGES = 5

@@ -27,8 +27,9 @@ from commpress.comm.parameters import bare_name
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segments
 from commpress.optim import loops
-from commpress.optim.base import CompressedOptimizer, require_in_range
+from commpress.optim.base import CompressedOptimizer
 from commpress.optim.newton_schulz import newton_schulz
+from commpress.optim.settings import require_in_range
 from commpress.optim.uncompressed import step_adamw
 
 GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
@@ -163,7 +164,7 @@ class EF21Muon(CompressedOptimizer):
             self._step_matrices([(p, group, moved)])
 
     def _estimate(self, p: Tensor) -> Tensor:
-        """What all ranks hold of the momentum of a matrix."""
+        """Return the estimate of a matrix's momentum that all ranks hold."""
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)

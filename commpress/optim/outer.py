@@ -39,8 +39,8 @@ from commpress.comm.session import Session
 from commpress.comm.work import Work, not_counted
 from commpress.kernels.cpu.fingerprint import fingerprint
 from commpress.notice import speaks, warn
-from commpress.optim.base import require_in_range
 from commpress.optim.fragment import Fragment, split
+from commpress.optim.settings import require_in_range
 
 STATE_VERSION = 1
 

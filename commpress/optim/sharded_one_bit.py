@@ -16,8 +16,8 @@ from commpress.comm.owned_slices import OwnedBucket
 from commpress.comm.plan import Override
 from commpress.comm.prologue import Prologue
 from commpress.optim import loops
-from commpress.optim.base import plain
 from commpress.optim.one_bit import OneBitAdamW
+from commpress.optim.settings import plain
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from commpress.comm.segments import Segments, sizes
 from commpress.notice import warn
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
-from commpress.optim.base import Parameters, require_in_range
+from commpress.optim.base import Parameters
+from commpress.optim.settings import require_in_range
 
 OWN = ("exp_avg", "total")
 """State that a rank has of its own between two syncs: n and u."""

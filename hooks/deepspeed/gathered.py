@@ -45,7 +45,7 @@ class Gathered:
     def reduce_contiguous(
         self, original: Callable[..., list[Tensor]], buffer: Tensor, communication_data_type: torch.dtype
     ) -> list[Tensor]:
-        """Return the same where the gradients lie one behind the other in `buffer` (`reduce_scatter` off)."""
+        """Return what `reduce` does, of gradients that lie one behind the other in `buffer` (`reduce_scatter` off)."""
         params = list(self.zero.ipg_buckets[communication_data_type].params)
         crossing = ring_bytes(buffer.numel() * communication_data_type.itemsize, self.shards.world_size)
         return self._reduce(params, lambda: original(buffer, communication_data_type), "all_reduce", crossing)

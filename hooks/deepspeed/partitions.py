@@ -70,7 +70,7 @@ class Partitions:
                 timed(self.auto, "gradients", original)(tensor, communication_data_type)
 
     def average_apart(self, original: Callable[..., None], place: int, *args: Any, **kwargs: Any) -> None:
-        """The same for gradients that have no memory in common (`contiguous_gradients` off): `args[place]`."""
+        """Reduce gradients that have no memory in common (`contiguous_gradients` off): `args[place]`."""
         bucket = next(b for b in self.zero.ipg_buckets.values() if b.grads is args[place])
         if not self._reduce([g.view(-1) for g in bucket.grads], bucket.params):
             timed(self.auto, "gradients", original)(*args, **kwargs)

@@ -92,7 +92,7 @@ def predicted_on_unequal_hosts() -> list[float | None]:
         train(model, range(50))
     assert session.step_buffer is not None
     assert session.step_buffer.auto is not None
-    choice = session.step_buffer.auto.choice
+    choice = session.step_buffer.auto.search.choice
     assert choice is not None
     return [trial.predicted for trial in choice.trials]
 

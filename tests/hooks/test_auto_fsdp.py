@@ -128,8 +128,8 @@ def predicted(replicas: bool, parameters: str | None) -> dict[str, Any]:
     session = commpress.attach(model, parameters=parameters)
     trained(model, 60)
     assert session._auto is not None
-    assert session._auto.choice is not None
-    return {trial.spec: trial.predicted for trial in session._auto.choice.trials}
+    assert session._auto.search.choice is not None
+    return {trial.spec: trial.predicted for trial in session._auto.search.choice.trials}
 
 
 def test_the_model_ranks_candidates_from_what_was_measured() -> None:

@@ -37,13 +37,13 @@ def test_a_file_whose_loops_hold_shared_pieces_has_their_hash(path: Path) -> Non
     found = [
         ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BLOCKS_SHA256"
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SHARED_SHA256"
     ]
     expected = [hashlib.sha256(b"".join(file.read_bytes() for file in SHARED)).hexdigest()[:16]] if modules else []
     assert found == expected, (
-        f"a shared piece has changed: write BLOCKS_SHA256 = {expected[0]!r} in {path.name}"
+        f"a shared piece has changed: write SHARED_SHA256 = {expected[0]!r} in {path.name}"
         if modules
-        else (f"no loop of {path.name} uses a shared piece: leave BLOCKS_SHA256 out")
+        else (f"no loop of {path.name} uses a shared piece: leave SHARED_SHA256 out")
     )
 
 

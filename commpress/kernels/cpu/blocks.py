@@ -114,8 +114,11 @@ def from_float16(half):
 
 @part
 def _rounded_to_float16(value):
-    """Do that by bits, but for NaN: below 2**-14, where float16 is denormal, the addition of 0.5 rounds, since one unit of
-    its last place is then float16's smallest denormal, 2**-24."""
+    """Round a float32 to float16 by its bits, but for NaN.
+
+    Below 2**-14, where float16 is denormal, the addition of 0.5 rounds, since one unit of its last place is then float16's
+    smallest denormal, 2**-24.
+    """
     bits = np.float32(value).view(np.uint32)
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
     odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))

@@ -217,7 +217,7 @@ def sum_magnitudes(typing: Any, x: Any) -> Any:
 
 @instruction
 def split_magnitudes(typing: Any, x: Any, mean: Any) -> Any:
-    """Of a full block, a tuple: the sum of the magnitudes up to `mean`, of those above it, and how many those are."""
+    """Return the sum of a full block's magnitudes up to `mean`, the sum of those above it, and how many those are."""
     returned = types.UniTuple(types.float32, 3)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

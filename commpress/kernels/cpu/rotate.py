@@ -17,7 +17,7 @@ from commpress.kernels.cpu.blocks import INFINITY_BITS, MAGNITUDE, NAN, block_of
 from commpress.kernels.cpu.instructions import widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "ffdb331ab43dadfb"
+SHARED_SHA256 = "d7aa2f2d5279d613"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 ROTATED = 1024
 QUARTER = ROTATED // 4

@@ -6,7 +6,7 @@ from commpress.kernels.compiled import loop
 from commpress.kernels.cpu.blocks import put_block
 from commpress.kernels.cpu.instructions import settle_streams
 
-BLOCKS_SHA256 = "ffdb331ab43dadfb"
+SHARED_SHA256 = "d7aa2f2d5279d613"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 ZEROS = 256
 

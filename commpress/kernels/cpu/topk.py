@@ -15,7 +15,7 @@ from commpress.kernels.cpu.instructions import popcount, prefetch, reach_mask, t
 from commpress.kernels.cpu.scatter import ZEROS, fill_zeros, scatter_add
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "ffdb331ab43dadfb"
+SHARED_SHA256 = "d7aa2f2d5279d613"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 KEEP_BLOCK = 256
 SOON = 64
@@ -276,7 +276,7 @@ def _whole(x, prologue, residual):
 
 @loop
 def _choose(x, prologue, residual, threshold, room, index, value, count, spared, k):
-    """Of what came through, the k largest; over everything if those are too few or were too many."""
+    """Choose the k largest of what passed the threshold, or of all values if those are too few or were too many."""
     if k <= count <= room:
         raw = value[:count].view(np.int32)
         exact = kth_largest(raw, k, threshold)
@@ -329,7 +329,7 @@ def _select(x: Any, prologue: Any, residual: Any, k: int) -> tuple[npt.NDArray[n
 
 
 def _joined(slices: list[Any], room: int) -> tuple[Any, ...]:
-    """What came through in all slices, which are in order. If that is more than `room`, nobody will look at it."""
+    """Join what passed the threshold in each slice, in order. If that is more than `room`, nobody will look at it."""
     index, value, counts, spared = zip(*slices, strict=True)
     bits = [s.view(np.int32) for s in spared if s.size]  # each is 0 outside its slice
     all_spared = np.bitwise_or.reduce(bits).view(np.float32) if bits else spared[0]

@@ -11,7 +11,7 @@ from commpress.kernels.cpu.blocks import NAN, block_of, pack_tail_signs, pad, pa
 from commpress.kernels.cpu.instructions import SIGN_BLOCK, settle_streams, split_magnitudes, sum_magnitudes, widest
 from commpress.kernels.cpu.slices import in_slices
 
-BLOCKS_SHA256 = "ffdb331ab43dadfb"
+SHARED_SHA256 = "d7aa2f2d5279d613"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 PLANE = SIGN_BLOCK // 8
 
