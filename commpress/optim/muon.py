@@ -83,6 +83,11 @@ class EF21Muon(CompressedOptimizer):
         defaults |= {"weight_decay": weight_decay, "others_spec": str(parse(others_spec)), "muon": None, "steps": 0}
         super().__init__(groups(model, others) if isinstance(model, nn.Module) else model, defaults, max_norm)
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._lacks_momenta = False
+        """Whether estimates were loaded, but not yet the momenta of which they are estimates."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -153,6 +158,18 @@ class EF21Muon(CompressedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self.came_with_session(state_dict):
             super().load_state_dict(state_dict)
+            self._lacks_momenta = any("momentum_buffer" in state for state in self.state.values())
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        self._lacks_momenta = False  # a session restores its feedback along with this
+
+    def begin_backward(self, scale: float) -> bool:
+        if self._lacks_momenta:
+            raise RuntimeError(
+                "EF21Muon: a state was loaded without the session's, which has each rank's momentum: expected "
+                "session.load_state_dict(...) behind optimizer.load_state_dict(...)"
+            )
+        return super().begin_backward(scale)
 
     def step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if not group["muon"]:

@@ -141,6 +141,26 @@ def test_what_would_part_the_replicas_is_an_error_on_all() -> None:
         assert "2 threads" in threads
 
 
+def loaded_apart() -> tuple[str, str]:
+    """What is said to an optimizer's state without the session's, and then to both."""
+    ddp, optimizer, session = attached("sign")
+    train(ddp, range(3), optimizer=optimizer)
+    saved = optimizer.state_dict(), session.state_dict()
+    ddp, optimizer, session = attached("sign")
+    optimizer.load_state_dict(saved[0])
+    alone = outcome(lambda: train(ddp, range(1), optimizer=optimizer))
+    ddp, optimizer, session = attached("sign")  # DDP does not survive an error
+    optimizer.load_state_dict(saved[0])
+    session.load_state_dict(saved[1])
+    return alone, outcome(lambda: train(ddp, range(1), optimizer=optimizer))
+
+
+def test_a_state_without_the_momenta_is_an_error_unless_the_session_brings_them() -> None:
+    for alone, together in run(2, loaded_apart):
+        assert "EF21Muon: a state was loaded without the session's" in alone
+        assert together == ""
+
+
 def losses(spec: str, settings: dict[str, Any]) -> list[float]:
     ddp, optimizer, _ = attached(spec, **settings)
     train(ddp, range(60), optimizer=optimizer)
