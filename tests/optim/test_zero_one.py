@@ -156,9 +156,13 @@ def away(one: list[Tensor], other: list[Tensor], by: float) -> float:
 
 
 def require_equal(steps: list[tuple[list[Tensor], list[Tensor]]], lossy: bool) -> None:
-    """In every step to rounding; a few values may have been coded the other way."""
+    """In every step to rounding.
+
+    Under a lossy codec a few values are coded the other way, which ones depends on how a processor multiplies matrices, and the
+    gradients of later steps carry that to the others: a fiftieth of a step.
+    """
     for mine, theirs in steps:
-        assert away(mine, theirs, 2e-5) <= (0.005 if lossy else 0)
+        assert away(mine, theirs, LR / 50 if lossy else 2e-5) <= (0.005 if lossy else 0)
     assert away(steps[0][1], steps[-1][1], LR) > 0.5
 
 
