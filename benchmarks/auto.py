@@ -5,7 +5,8 @@
 All ways train a copy of the same byte-level GPT on the same windows, in turns of a few steps, so that a noisy machine shifts
 all. `auto` begins to search in its first step; what it loses while it searches is in its sum. The last line holds the bounds:
 the sum of auto's steps against as many medians of the better of plain DDP and DDP with bf16, and auto's median once it has
-chosen against that of the best fixed spec. `--switch` changes the lab's links in the middle, there and back: auto looks again.
+chosen against that of the best fixed spec. `--switch` changes the lab's links in the middle, there and back: auto looks again,
+and the medians are those of each third. On a slow link `--others 20` spares time: the other ways take so many steps a third.
 """
 
 import argparse
@@ -40,6 +41,8 @@ PLAIN, HOOKED, AUTO = "plain DDP", "torch's allreduce_hook", "auto"
 FIXED = ("none", "bf16", "int8", "int4")
 TURN = 10
 """Steps of one way before the next takes its turn."""
+SETTLED = 50
+"""By which step auto has chosen."""
 
 
 class Way:
@@ -56,7 +59,8 @@ class Way:
             self.session = commpress.attach(self.model, None if name == AUTO else name)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, fused=True)
         self.windows = data.generator(0, dist.get_rank())
-        self.seconds: list[float] = []
+        self.seconds: list[list[float]] = [[]]
+        """Of the steps of each phase: the link is the same in all of it."""
         self.losses: list[float] = []
 
     def step(self) -> None:
@@ -67,7 +71,7 @@ class Way:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.seconds.append(time.perf_counter() - started)
+        self.seconds[-1].append(time.perf_counter() - started)
         self.losses.append(loss.item())
 
 
@@ -81,25 +85,38 @@ def reshape(rate: str) -> None:
     dist.barrier()
 
 
-def run(ways: list[Way], steps: int, switch: str | None) -> None:
-    """All ways in turn. With `switch` the middle third runs on links of that rate. Collective."""
-    before = joining(dist.get_world_size())["rate"]
-    for turn in range(-(-steps // TURN)):
-        if switch is not None and turn in (steps // TURN // 3, 2 * (steps // TURN) // 3):
-            reshape(switch if turn == steps // TURN // 3 else before)
-        for way in ways:
-            dist.barrier()
-            for _ in range(TURN):
-                way.step()
+def run(ways: list[Way], steps: int, switch: str | None, others: int) -> None:
+    """All ways in turn. With `switch` the middle third runs on links of that rate. Collective.
+
+    All ways but auto rest in some turns where each is to take but `others` steps of a phase.
+    """
+    rates = [None] if switch is None else [None, switch, joining(dist.get_world_size())["rate"]]
+    turns = steps // len(rates) // TURN
+    for rate in rates:
+        if rate is not None:
+            reshape(rate)
+            for way in ways:
+                way.seconds.append([])
+        rest = max(1, turns * TURN // others)
+        for turn in range(turns):
+            for way in ways:
+                if way.name == AUTO or turn % rest == rest - 1:
+                    dist.barrier()
+                    for _ in range(TURN):
+                        way.step()
 
 
-def rows(ways: list[Way], settled: int) -> list[dict[str, Any]]:
-    """Medians and sums of each way; `settled` is the step from which on auto has chosen."""
+def rows(ways: list[Way]) -> list[dict[str, Any]]:
+    """Of each way the medians of each phase, over all steps and over those once auto has settled, and the sum."""
+    auto = next(way for way in ways if way.name == AUTO)
     found = []
     for way in ways:
-        row: dict[str, Any] = {"name": way.name, "median": statistics.median(way.seconds), "sum": sum(way.seconds)}
-        row["steps"] = len(way.seconds)
-        row["settled"] = statistics.median(way.seconds[settled:])
+        row: dict[str, Any] = {"name": way.name, "medians": [statistics.median(phase) for phase in way.seconds]}
+        row["sum"], row["steps"] = sum(map(sum, way.seconds)), [len(phase) for phase in way.seconds]
+        row["settled"] = [
+            statistics.median(phase[SETTLED * len(phase) // len(autos) :])
+            for phase, autos in zip(way.seconds, auto.seconds, strict=True)
+        ]
         row["loss"] = statistics.fmean(way.losses[-20:])
         report = None if way.session is None else way.session.report()
         row["sent_bytes"] = None if report is None else report.sent_bytes / report.steps
@@ -107,30 +124,38 @@ def rows(ways: list[Way], settled: int) -> list[dict[str, Any]]:
     return found
 
 
-def bounds(found: list[dict[str, Any]], changed: bool) -> dict[str, float]:
-    """What auto's whole run is of the better of plain DDP and bf16, and its median of the best fixed spec's, once settled.
-
-    Where the link has `changed`, medians say little: the sums are compared.
-    """
+def bounds(found: list[dict[str, Any]]) -> dict[str, float]:
+    """What auto's whole run is of the better of plain DDP and bf16, and its steps, once settled, of the best fixed spec's."""
     by_name = {row["name"]: row for row in found}
-    auto, key = by_name[AUTO], "sum" if changed else "median"
-    whole = min(by_name[name][key] for name in (PLAIN, "bf16")) * (1 if changed else auto["steps"])
-    best = min(by_name[name]["settled"] for name in (PLAIN, *FIXED))
-    return {"whole": auto["sum"] / whole, "settled": auto["settled"] / best}
+    auto = by_name[AUTO]
+    whole = min(
+        sum(n * m for n, m in zip(auto["steps"], by_name[name]["medians"], strict=True)) for name in (PLAIN, "bf16")
+    )
+    best = [min(by_name[name]["settled"][phase] for name in (PLAIN, *FIXED)) for phase in range(len(auto["steps"]))]
+    return {"whole": auto["sum"] / whole, "settled": sum(auto["settled"]) / sum(best)}
+
+
+def named(link: dict[str, Any]) -> str:
+    """The link, as a title says it."""
+    said = str(link["rate"])
+    if link["delay"] != "0ms":
+        said += f" with {link['delay']}"
+    return said if link["switch"] is None else f"{said}, {link['switch']} in the middle third"
 
 
 def show(record: dict[str, Any], explained: str, receipt: str) -> None:
     """Print the table, what auto has chosen, and the bounds."""
     link = record["link"]
     table = Table(
-        title=f"{record['parameters'] / 1e6:.1f} M parameters, {record['world_size']} ranks, {link['rate']}, "
+        title=f"{record['parameters'] / 1e6:.1f} M parameters, {record['world_size']} ranks, {named(link)}, "
         f"{record['steps']} steps, {record['machine']}"
     )
-    for name in ("", "ms a step", "once settled", "sum, s", "MB a step", "loss"):
+    for name in ("", "steps", "ms a step", "once settled", "sum, s", "MB a step", "loss"):
         table.add_column(name, justify="right" if name else "left")
     for row in record["rows"]:
         mb = "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.2f}"
-        times = f"{row['median'] * 1e3:.1f}", f"{row['settled'] * 1e3:.1f}", f"{row['sum']:.1f}"
+        times = (" | ".join(f"{seconds * 1e3:.1f}" for seconds in row[key]) for key in ("medians", "settled"))
+        times = str(sum(row["steps"])), *times, f"{row['sum']:.1f}"
         table.add_row(row["name"], *times, mb, f"{row['loss']:.3f}")
     Console(width=132).print(table)
     print(f"{explained}\n{receipt}")
@@ -146,20 +171,25 @@ def main() -> None:
     options.add_argument("--model", choices=list(MODELS), default="wide")
     options.add_argument("--steps", type=int, default=300)
     options.add_argument("--switch", metavar="RATE", help="the links' rate in the middle third, as 100mbit")
+    options.add_argument(
+        "--others", type=int, metavar="STEPS", help="of each other way in a third, or without --switch in all"
+    )
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
-    if chosen.steps < 10 * TURN:
-        options.error(f"--steps {chosen.steps}: expected at least {10 * TURN}: auto takes up to 50 to choose")
+    least = 2 * SETTLED * (1 if chosen.switch is None else 3)
+    if chosen.steps < least:
+        options.error(f"--steps {chosen.steps}: expected at least {least}: auto takes up to {SETTLED} to choose")
+    if chosen.others is not None and chosen.others < TURN:
+        options.error(f"--others {chosen.others}: expected at least {TURN}, a turn")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     shape, batch = MODELS[chosen.model]
     text = data.load(None).train
     ways = [Way(name, shape, batch, text) for name in (PLAIN, HOOKED, *FIXED, AUTO)]
-    run(ways, chosen.steps, chosen.switch)
+    run(ways, chosen.steps, chosen.switch, chosen.others or chosen.steps)
     session = ways[-1].session
     assert session is not None
-    settled = 50 if chosen.switch is None else 0
-    found = rows(ways, settled)
+    found = rows(ways)
     if dist.get_rank() == 0:
         here = machine(torch.device("cpu"))
         record = {
@@ -171,7 +201,7 @@ def main() -> None:
             "parameters": sum(p.numel() for p in ways[0].model.parameters()),
             "steps": chosen.steps,
             "rows": found,
-            "bounds": bounds(found, chosen.switch is not None),
+            "bounds": bounds(found),
             "receipt": session.receipt().to_dict(),
         }
         show(record, session.explain(), str(session.receipt()))
