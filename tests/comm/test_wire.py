@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Died, outcome, run
+from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, train
@@ -190,7 +191,7 @@ def stops(who: int, folder: str, after: int) -> tuple[str, float]:
     return said, took
 
 
-@pytest.mark.parametrize(("world_size", "who"), [(3, 0), (2, 1)])
+@pytest.mark.parametrize(("world_size", "who"), [slow(3, 0), (2, 1)])
 def test_a_stopped_rank_is_named_within_the_timeout(world_size: int, who: int, tmp_path: Path) -> None:
     """Rank 0 keeps the store: nobody may wait for what it has to say."""
     timeout = 4.0

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from engines import RANKS, adamw, config, engine, fresh, same_on_all_ranks, train, weights
 from ranks import outcome, run
 from test_auto import PLAIN_STEPS, Scripted
+from tiers import slowly
 from torch import nn
 from training import network, same
 
@@ -61,7 +62,7 @@ def searched(stage: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", slowly(STAGES, quick=(3,)))
 def test_all_ranks_choose_the_same_for_gradients_and_parameters(stage: int) -> None:
     first, *others = run(RANKS, searched, stage, timeout=120)
     assert first["plain at first"]

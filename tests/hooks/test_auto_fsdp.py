@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ranks import outcome, run
 from test_auto import CLOCK, PLAIN_STEPS, Scripted
 from test_fsdp import by_two, sharded, shards_of
+from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -39,7 +40,7 @@ def first_steps(replicas: bool, parameters: str | None) -> tuple[Trained, Traine
     return trained(plain, PLAIN_STEPS), trained(attached, PLAIN_STEPS)
 
 
-@pytest.mark.parametrize(("world_size", "replicas", "parameters"), [(2, False, "auto"), (4, True, None)])
+@pytest.mark.parametrize(("world_size", "replicas", "parameters"), [(2, False, "auto"), slow(4, True, None)])
 def test_the_first_steps_have_the_bits_of_plain_training(
     world_size: int, replicas: bool, parameters: str | None
 ) -> None:
@@ -84,7 +85,7 @@ def searched(replicas: bool = False, parameters: str | None = None) -> dict[str,
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [slow(2), 3])
 def test_all_ranks_choose_the_same(world_size: int) -> None:
     first, *others = run(world_size, searched)
     assert first["spec"] == "auto: int4"
@@ -108,7 +109,7 @@ def test_shards_and_replicas_choose_the_same_where_replicas_are_averaged() -> No
         assert other["explained"] == first["explained"]
 
 
-@pytest.mark.parametrize(("world_size", "replicas"), [(2, False), (4, True)])
+@pytest.mark.parametrize(("world_size", "replicas"), [slow(2, False), (4, True)])
 def test_one_search_finds_the_specs_of_gradients_and_parameters(world_size: int, replicas: bool) -> None:
     first, *others = run(world_size, searched, replicas, "auto")
     assert first["spec"] == "auto: int4, parameters int8"
@@ -183,7 +184,7 @@ def summed(replicas: bool, *specs: str) -> tuple[Tensor, Tensor]:
     return arrived, len(specs) * bare.weight.grad
 
 
-@pytest.mark.parametrize(("world_size", "replicas"), [(2, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("world_size", "replicas"), [slow(2, False), (3, False), slow(3, True)])
 def test_what_feedback_holds_arrives_when_the_spec_changes(world_size: int, replicas: bool) -> None:
     for arrived, wanted in run(world_size, summed, replicas, "int4", "int4", "int8", "int4", "none"):
         assert torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
@@ -233,7 +234,7 @@ def resumed(replicas: bool) -> tuple[str, str, bool]:
     return refused, second.report().spec, any(kept) and not any(left)
 
 
-@pytest.mark.parametrize(("world_size", "replicas"), [(2, False), (4, True)])
+@pytest.mark.parametrize(("world_size", "replicas"), [(2, False), slow(4, True)])
 def test_a_saved_state_goes_on_with_auto_and_looks_anew(world_size: int, replicas: bool) -> None:
     for refused, spec, arrived in run(world_size, resumed, replicas):
         assert "the saved state has auto 'gradients and parameters', this run has True" in refused
