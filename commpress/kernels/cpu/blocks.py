@@ -28,6 +28,7 @@ from numba import types
 
 from commpress.kernels.compiled import by_type, loop, part
 from commpress.kernels.cpu.instructions import (
+    ASKS_AHEAD,
     CONVERTS_HALVES,
     STREAM,
     is_aligned,
@@ -47,8 +48,8 @@ LONG = 2**19
 PIECE = 256
 """Values that are asked for at once: more lines of memory than a core can wait for make it stand still."""
 AHEAD = 512
-"""How far ahead of the block that is coded: the processor itself looks no further than some lines behind the last one that
-was read, and reads nothing while a block is coded."""
+"""How far ahead of the block that is coded. Intel's processors look no further than some lines behind the last one that was
+read, and read nothing while a block is coded."""
 
 ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 PLACES = np.array(
@@ -62,8 +63,8 @@ PLACES = np.array(
 
 @by_type
 def fetch(x: Any, o: Any, size: Any) -> Any:
-    """Have x[o : o + size] brought to the caches, of a gradient, a residual or a prologue's tensors."""
-    if isinstance(x, types.NoneType):
+    """Have x[o : o + size] brought to the caches, of a gradient, a residual or a prologue's tensors, where that helps."""
+    if not ASKS_AHEAD or isinstance(x, types.NoneType):
         return lambda x, o, size: None
     if isinstance(x, types.Array):
         step = 64 // (x.dtype.bitwidth // 8)

@@ -15,7 +15,7 @@ from commpress.kernels.cpu.instructions import popcount, prefetch, reach_mask, t
 from commpress.kernels.cpu.scatter import ZEROS, fill_zeros, scatter_add
 from commpress.kernels.cpu.slices import in_slices
 
-SHARED_SHA256 = "d7aa2f2d5279d613"
+SHARED_SHA256 = "e3b5e22ed819a0c6"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 KEEP_BLOCK = 256
 SOON = 64
