@@ -322,8 +322,8 @@ def _open_refusal(
     refusal = open_refusal(gradients, optimizer, exchange)
     if refusal is None and sharded and optimizer is not None and is_open(gradients):
         return TypeError(
-            f"gradients: auto under ZeRO {stage} with {type(optimizer).__name__} and parameters: expected one spec, as in "
-            'attach(engine, "sign", parameters="int4"), or parameters left out'
+            f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients where it is sharded, as in "
+            'attach(engine, "sign", parameters="int4"), got auto; without parameters= auto chooses behind it'
         )
     return refusal
 
