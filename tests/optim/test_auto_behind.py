@@ -106,7 +106,7 @@ def searched(name: str, bytes_per_second: float, steps: int, settings: dict[str,
     ],
 )
 def test_on_a_slow_link_all_ranks_choose_what_sends_least(name: str, world_size: int, chosen: str) -> None:
-    first, *others = run(world_size, searched, name, 1e4, STEPS, {})
+    first, *others = run(world_size, searched, name, 1e3, STEPS, {})
     for other in others:
         assert same(first["parameters"], other["parameters"])
         assert other["table"] == first["table"]
@@ -223,9 +223,9 @@ def unlike() -> tuple[str, str]:
 
 def test_ranks_of_unlike_optimizers_end_with_a_disagreement() -> None:
     for differ, later in run(2, unlike):
-        assert differ.startswith("DisagreementError")
+        assert "DisagreementError" in differ
         assert "all ranks must use the same optimizer's groups" in differ
-        assert later.startswith("DisagreementError")
+        assert "DisagreementError" in later
 
 
 def resumed(steps: int) -> tuple[list[str], list[Tensor]]:
