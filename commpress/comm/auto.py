@@ -99,8 +99,8 @@ class Auto:
 
     @property
     def spec(self) -> str:
-        """The name of the traffic in a report: the spec of this step, and whether the search still goes on."""
-        return f"{AUTO}: {self.search.spec}" + ("" if self.search.choice else ", still looking")
+        """The name of the traffic in a report: what was chosen, or what is tried before the first choice."""
+        return f"{AUTO}: {self.search.named}" + ("" if self.search.choice else ", still looking")
 
     def begin_step(self) -> None:
         """A step's first bucket is there: take the plan of this step. The ranks say what they have seen in one step, and choose

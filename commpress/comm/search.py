@@ -32,7 +32,7 @@ TURN = 3
 ROUNDS = 3
 """Fewest rounds; a spec that is ahead in each of them by chance alone is one in eight."""
 LATEST = 50
-"""No round begins that would end more steps than this after the search began."""
+"""No round begins that would end more steps than this after the search began; so many periods, if those are longer."""
 FORGIVEN = 5
 """Of so many rounds a spec may have lost one."""
 MOST = 2
@@ -133,6 +133,11 @@ class Search:
     def spec(self) -> str:
         """The spec of the step that goes on now, or begins next."""
         return self._steps_to_come[0][0]
+
+    @property
+    def named(self) -> str:
+        """The spec that a report names: the choice, beside whose steps it stands; before the first one, that of this step."""
+        return self.choices[-1].spec if self.choices else self.spec
 
     @property
     def state(self) -> str:
@@ -249,8 +254,9 @@ class Search:
         still_open = self._round < ROUNDS
         if not still_open:  # only those between which nothing is decided go on
             contenders = [self._best(everyone), *self._ahead_by_median(everyone)]
-            turns_to_come = TURN * sum(self.period(spec) for spec in contenders)
-            still_open = len(contenders) > 1 and self.steps - self._since + turns_to_come <= LATEST
+            periods = [self.period(spec) for spec in contenders]
+            ends = self.steps - self._since + TURN * sum(periods)
+            still_open = len(contenders) > 1 and ends <= LATEST * max(periods)
             self._tried = [spec for spec in self._tried if spec in contenders] if still_open else self._tried
         if still_open and len(self._tried) > 1:
             self._next_round()

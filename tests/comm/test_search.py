@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from commpress.comm.search import LOOK, PLAIN, Said, Search
+from commpress.comm.search import LATEST, LOOK, PLAIN, Said, Search
 
 SPECS = (PLAIN, "bf16", "int8", "int4")
 Seconds = Callable[[str, int], float]
@@ -228,6 +228,20 @@ def test_steps_that_take_turns_count_by_their_mean(mean: float, chosen: str) -> 
     trials = {trial.spec: trial.measured for trial in world.searches[0].choices[0].trials}
     assert trials["int4"] == pytest.approx(mean)
     assert len(world.searches[0].choices) == 1  # a look takes whole periods, too
+
+
+def test_long_periods_have_as_many_rounds_as_single_steps() -> None:
+    noise = random.Random(3)
+    blurred = [noise.uniform(0.92, 1.08) for _ in range(400)]
+    both = {PLAIN: 1.0, "bf16": 1.4, "int8": 0.5, "int4": 0.45}
+    pair = link(none=0.7, bf16=0.7, int8=0.32, int4=0.3)
+    found = []
+    for seed in range(40):
+        shift = 7 * seed
+        seconds: Seconds = lambda spec, step, s=shift: pair(spec, step) * blurred[(step // 4 + s) % 400]  # noqa: E731
+        found.append(World(seconds, predicted=both, period=lambda spec: 1 if spec == PLAIN else 4).run(300))
+    assert max(world.searches[0].choices[0].step for world in found) > 100  # where it was open, it went on
+    assert max(world.searches[0].choices[0].step for world in found) <= 6 + 4 * LATEST
 
 
 def test_while_a_search_is_held_the_plain_steps_go_on() -> None:

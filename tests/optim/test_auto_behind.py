@@ -125,6 +125,33 @@ def test_on_a_fast_link_nothing_is_compressed_nor_put_off() -> None:
     assert 0 in first["sent"]  # local steps were tried
 
 
+def looking_again() -> list[tuple[str, str, str, str]]:
+    """In the steps of a second search: its state, the spec on trial, what the receipt calls the traffic, and its first line."""
+    model, optimizer, session = attached("OneBitAdamW")
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    search, seen = session.step_buffer.auto.search, []
+    with clocked(session, 1e3) as clock:
+        for step in range(STEPS):
+            clock.now += 50 * (step >= 100)  # from there on steps are far longer
+            train(model, [step], optimizer=optimizer)
+            clock.tick()
+            if search.choice is not None and search.state in ("plain", "trying") and len(search.choices) == 1:
+                receipt = session.receipt()
+                seen.append((search.spec, session.report().spec, receipt.spec, str(receipt).splitlines()[0]))
+    return seen
+
+
+def test_while_it_looks_again_report_and_receipt_name_the_choice_whose_steps_they_tell() -> None:
+    for seen in run(2, looking_again):
+        tried = {spec for spec, *_ in seen}
+        assert "none" in tried
+        assert len(tried) == 3
+        for _, report, receipt, line in seen:
+            assert (report, receipt) == ("auto: topk(0.1)|sign", "topk(0.1)|sign")
+            assert line.startswith("commpress topk(0.1)|sign: a step takes")
+
+
 def warmed_up(name: str, settings: dict[str, Any]) -> bool:
     """Whether the warm-up by `auto` has the bits of one by a fixed spec."""
     trained = []
