@@ -176,6 +176,7 @@ def attach(
     when the steps drift it looks again (`session.explain()`, `session.receipt()`). Timing then decides which bits a run has.
     A dict has specs by patterns of names, `{"*embed*": "int8", "*.bias": "none", "*": "auto"}`: the first that fits decides.
     `optimizer` is one of `commpress.optim`: what it is about to apply travels instead of the gradient. Leave it out for others.
+    Without a spec `auto` chooses among the optimizer's own once its warm-up is over, and how often ZeroOneAdamW syncs.
     `exchange` names one of `two_shot`, `one_shot`, `all_reduce`, `hierarchical` (dense inside a node of LOCAL_WORLD_SIZE ranks;
     `hierarchical(8)` of 8) instead of the codec's own choice. `grad_scaler` is the
     `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that

@@ -29,7 +29,7 @@ class Compression:
     compress: str | None = None
     """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...; auto: it is found while training goes on; or a
     .toml or .json file of specs by patterns of parameters' names. None: the recipe's, or auto under ddp, fsdp and deepspeed
-    with AdamW or SGD (the only ones that take it; such a file is for ddp), or int4."""
+    (but where OneBitAdamW is sharded, by --parameters; such a file is for ddp with AdamW or SGD), or int4."""
     parameters: str | None = None
     """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; auto beside --compress auto. None:
     the recipe's, or none."""
@@ -142,7 +142,8 @@ class Settings(Files, Training, Model, Parallel, Compression):  # fields come in
     @property
     def takes_auto(self) -> bool:
         """Whether a spec may be found while training goes on."""
-        return self.parallel in ("ddp", "fsdp", "deepspeed") and self.optimizer in ("AdamW", "SGD")
+        shards_optimizer = self.optimizer not in PLAIN and self.parameters not in (None, "none")
+        return self.parallel in ("ddp", "fsdp", "deepspeed") and not shards_optimizer
 
     @property
     def parameter_spec(self) -> str:
@@ -180,6 +181,8 @@ class Flags:
 DEFAULT_SPEC = "int4"
 """The spec where nobody gives one and `auto` cannot find one."""
 OPTIMIZERS = ("AdamW", "OneBitAdamW", "ZeroOneAdamW", "SGD", "DGC")
+PLAIN = ("AdamW", "SGD")
+"""Those that step on what arrives."""
 STRATEGIES = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")
 """The names that --parallel takes."""
 RESUME_KEYS = (
@@ -212,7 +215,7 @@ def check(settings: Settings) -> None:
         raise TrainingError(f"--optimizer {settings.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     if settings.parallel not in STRATEGIES:
         raise TrainingError(f"--parallel {settings.parallel}: expected one of {', '.join(STRATEGIES)}")
-    if settings.parallel not in ("ddp", "deepspeed") and settings.optimizer not in ("AdamW", "SGD"):
+    if settings.parallel not in ("ddp", "deepspeed") and settings.optimizer not in PLAIN:
         raise TrainingError(
             f"--optimizer {settings.optimizer} exchanges by itself: expected --parallel ddp or deepspeed"
         )
@@ -274,10 +277,15 @@ def require_specs(settings: Settings) -> None:
             )
         return
     by_patterns = not isinstance(settings.gradients, str)
-    if not settings.takes_auto or (by_patterns and settings.parallel != "ddp"):
+    if by_patterns and (settings.parallel != "ddp" or settings.optimizer not in PLAIN):
         raise TrainingError(
-            f"--compress {settings.compress}: expected --parallel {'ddp' if by_patterns else 'ddp, fsdp or deepspeed'} and "
-            f"--optimizer AdamW or SGD, got {settings.parallel} and {settings.optimizer}"
+            f"--compress {settings.compress}: expected --parallel ddp and --optimizer AdamW or SGD, got "
+            f"{settings.parallel} and {settings.optimizer}"
+        )
+    if not settings.takes_auto:
+        raise TrainingError(
+            f"--compress {settings.compress}: expected --parallel ddp, fsdp or deepspeed, and no --parameters beside "
+            f"--optimizer OneBitAdamW, got {settings.parallel}, {settings.parameters} and {settings.optimizer}"
         )
 
 

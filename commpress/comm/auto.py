@@ -62,21 +62,28 @@ def budget(spec: object) -> float | None:
 
 
 @lru_cache(maxsize=8)
-def speeds(device: torch.device) -> dict[str, Speed]:
+def speeds(device: torch.device, specs: tuple[str, ...] = SPECS) -> dict[str, Speed]:
     """Seconds a value of each spec on one core of this machine, or on its accelerator; measured once a process."""
-    return {spec: measure(parse(spec), device, TIMED) for spec in SPECS}
+    return {spec: measure(parse(spec), device, TIMED) for spec in specs}
 
 
 class Auto:
     """Steers the plan of one set of replicas' gradients, step by step. `error_feedback` as in `attach`.
 
-    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that.
+    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that. `specs` are those
+    that it may choose, the gentlest first, `none`.
     """
 
-    def __init__(self, collectives: "Collectives", error_feedback: bool, budget: float = BUDGET) -> None:
+    def __init__(
+        self,
+        collectives: "Collectives",
+        error_feedback: bool,
+        budget: float = BUDGET,
+        specs: tuple[str, ...] = SPECS,
+    ) -> None:
         self._collectives = collectives
-        self._plans = {spec: Plan.of(spec, None, error_feedback) for spec in SPECS}
-        self._speeds = speeds(collectives.device) if collectives.world_size > 1 else {}
+        self._plans = {spec: Plan.of(spec, None, error_feedback) for spec in specs}
+        self._speeds = speeds(collectives.device, specs) if collectives.world_size > 1 else {}
         self.search = Search(self._predicted, budget)
         self._began: float | None = None
         self._asked = 0.0
@@ -92,8 +99,8 @@ class Auto:
 
     @property
     def spec(self) -> str:
-        """The name of the traffic in a report: the spec of this step, and whether the search still goes on."""
-        return f"{AUTO}: {self.search.spec}" + ("" if self.search.choice else ", still looking")
+        """The name of the traffic in a report: what was chosen, or what is tried before the first choice."""
+        return f"{AUTO}: {self.search.named}" + ("" if self.search.choice else ", still looking")
 
     def begin_step(self) -> None:
         """A step's first bucket is there: take the plan of this step. The ranks say what they have seen in one step, and choose
@@ -203,14 +210,19 @@ class Auto:
             stack=0.0 if crossing else busy / max(1, moved),
             lines=self._collectives.device.type == "cpu",
         )
-        slowest = {spec: max((one.speeds[spec] for one in found), key=lambda speed: speed.encode) for spec in SPECS}
+        slowest = {
+            spec: max((one.speeds[spec] for one in found), key=lambda speed: speed.encode) for spec in self._speeds
+        }
         compute = max(0.0, plain - exposed)
         self._model = buckets, slowest, cluster, compute, itemsize
-        seconds = {
-            spec: cost.step(self._plans[spec], buckets, slowest[spec], cluster, compute, itemsize).seconds
-            for spec in SPECS
-        }
-        return {spec: plain * seconds[spec] / seconds[PLAIN] for spec in SPECS}
+        seconds = {spec: self._step_seconds(spec) for spec in self._plans}
+        return {spec: plain * seconds[spec] / seconds[PLAIN] for spec in self._plans}
+
+    def _step_seconds(self, spec: str) -> float:
+        """Seconds of a step by the last model, which is there."""
+        assert self._model is not None
+        buckets, known, cluster, compute, itemsize = self._model
+        return cost.step(self._plans[spec], buckets, known[spec], cluster, compute, itemsize).seconds
 
 
 class _Told:

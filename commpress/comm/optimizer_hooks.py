@@ -1,5 +1,7 @@
 """The protocol of an optimizer that is compressed behind its preconditioner: calls in the order of a backward."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -7,6 +9,18 @@ from torch import Tensor
 from commpress.comm.codecs import Codec
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segments
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A choice that `auto` may make behind an optimizer: a spec of what it sends, and steps from one sync of a parameter to the
+    next. More than one are an upper bound where the optimizer's own interval grows."""
+
+    spec: str
+    sync_every: int = 1
+
+    def __str__(self) -> str:
+        return self.spec if self.sync_every == 1 else f"{self.spec} every {self.sync_every}"
 
 
 class OptimizerHooks(Protocol):
@@ -50,6 +64,19 @@ class OptimizerHooks(Protocol):
 
     def override(self, segments: Segments, codec: Codec) -> Override:
         """Return what to do with a part of a bucket in this step; the same on every rank."""
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Return what `auto` may choose from now on, the gentlest first, which is `none`; the same on every rank.
+
+        Raises TypeError, with the specs that may be given, if `auto` cannot choose.
+        """
+
+    def take(self, candidate: Candidate) -> None:
+        """Go on as `auto` has chosen. The spec is the session's to use."""
+
+    def own_spec(self) -> str | None:
+        """Return the spec by which all goes in the step that begins, whatever `auto` has chosen, as in a warm-up; None if there
+        is none."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what of its state all ranks have alike, as of any optimizer."""

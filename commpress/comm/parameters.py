@@ -28,6 +28,16 @@ def real_view(x: Tensor) -> Tensor:
     return torch.view_as_real(x.conj() if x.is_conj() else x)  # a mean of conjugates is the conjugate of a mean
 
 
+def dense(p: Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps or overlaps, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def real_numel(x: Tensor) -> int:
     """How many real numbers a tensor holds."""
     return x.numel() * (2 if x.is_complex() else 1)

@@ -26,7 +26,7 @@ class Receipt:
     """The costs and savings of a session on this rank. Seconds and bytes are of one step; bytes are means over all steps."""
 
     spec: str
-    """The spec of the gradients now."""
+    """The spec of the gradients: the choice, also while a search tries others."""
     steps: int
     sent_bytes: float
     fp32_bytes: float

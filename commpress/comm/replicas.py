@@ -10,7 +10,8 @@ from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
 from commpress.comm.auto import Auto, budget
-from commpress.comm.codecs import AUTO, Codec
+from commpress.comm.auto_behind import AutoBehind
+from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.exchange import Hierarchical
@@ -67,13 +68,22 @@ def replicas_session(
         raise ValueError(
             f"error_feedback=False: {name} sums up what arrives, so what is left out must follow; leave it out"
         )
+    if optimizer is not None and allowed is not None and not error_feedback:
+        raise ValueError(
+            f"error_feedback=False: the specs that auto chooses behind {name} keep its loss with feedback; leave it out, "
+            "or give a spec"
+        )
+    behind = () if optimizer is None or allowed is None else optimizer.candidates()
     collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
     if collectives.world_size > 1:
         for dtype, codec in product(
-            set(dtypes) | {torch.float32}, {plan.codec, *(() if rules is None else rules.lossy)}
+            set(dtypes) | {torch.float32},
+            {plan.codec, *(() if rules is None else rules.lossy), *(parse(one.spec) for one in behind)},
         ):
             warm_up(codec, device, dtype, prologue=optimizer is not None)
-    auto = None if allowed is None else Auto(collectives, error_feedback, allowed)
+    auto = None
+    if allowed is not None:
+        auto = Auto(collectives, error_feedback, allowed) if optimizer is None else AutoBehind(collectives, optimizer)
     named = str(plan.codec) if by_name is spec else str(rules or AUTO)
 
     def masks(given: Masks) -> list[MaskIndex]:

@@ -107,12 +107,21 @@ def open_refusal(gradients: Spec, optimizer: object, exchange: str | None) -> Ex
             return None
     except ValueError as error:
         return error
-    given = "patterns" if isinstance(gradients, Mapping) else "auto"
-    if optimizer is not None:
+    given, name = "patterns" if isinstance(gradients, Mapping) else "auto", type(optimizer).__name__
+    if optimizer is not None and isinstance(gradients, Mapping):
         return TypeError(
-            f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients, as in "
-            f'attach(model, "sign", optimizer=...), got {given}'
+            f"commpress.attach: {name} needs one spec of the gradients, as in "
+            f'attach(model, "sign", optimizer=...), or auto; got {given}'
         )
+    if optimizer is not None and gradients != AUTO:
+        return ValueError(
+            f"{gradients}: what {name} sends is no gradient, whose error is measured; expected auto alone"
+        )
+    if (candidates := getattr(optimizer, "candidates", None)) is not None:  # else it is refused for what it is
+        try:
+            candidates()
+        except TypeError as error:
+            return error
     if exchange is not None:
         return ValueError(
             f"exchange={exchange!r}: with {given} each codec takes its own; leave it out, or give one spec"

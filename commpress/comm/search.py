@@ -8,10 +8,11 @@ On a noisy machine a median of a few steps decides nothing between specs that li
 gentler one only if it was ahead in each round (one may fail out of five). If that is still open, further rounds follow.
 A spec must stay within an error budget, too: the distance of what arrives from the dense mean, measured in steps that are not
 timed. One that leaves it is dropped; if it was chosen, a gentler one takes its place, and it may come back in a later search.
-Steps of a turn are timed from one to the next; the first of each turn is not counted. The ranks compare at the same steps, and
-decide from what all of them have said, so all decide the same. Their messages travel during one more step, by the spec of the
-step before it, so that nobody waits for them. No clock and no process group: who holds a search tells it how long a step took,
-and what the ranks said.
+Steps of a turn are timed from one to the next; the first of each turn is not counted. Where steps of several kinds take turns
+under a spec (its `period`), whole periods stand in the place of steps, and each counts by its mean step. The ranks compare at
+the same steps, and decide from what all of them have said, so all decide the same. Their messages travel during one more step,
+by the spec of the step before it, so that nobody waits for them. No clock and no process group: who holds a search tells it how
+long a step took, and what the ranks said.
 """
 
 import math
@@ -31,7 +32,7 @@ TURN = 3
 ROUNDS = 3
 """Fewest rounds; a spec that is ahead in each of them by chance alone is one in eight."""
 LATEST = 50
-"""No round begins that would end more steps than this after the search began."""
+"""No round begins that would end more steps than this after the search began; so many periods, if those are longer."""
 FORGIVEN = 5
 """Of so many rounds a spec may have lost one."""
 MOST = 2
@@ -95,6 +96,10 @@ class Search:
 
     predict: Callable[[Sequence[Said], float], Mapping[str, float]]
     budget: float = BUDGET
+    period: Callable[[str], int] = lambda spec: 1
+    """Steps after which those of a spec begin anew: what counts is the mean of so many. That of `none` is 1."""
+    holds: bool = False
+    """While on, no spec may be tried yet: the plain steps go on, and the last turn of them counts."""
     choices: list[Choice] = field(default_factory=list)
     """What was chosen, the last one last."""
     steps: int = 0
@@ -130,6 +135,11 @@ class Search:
         return self._steps_to_come[0][0]
 
     @property
+    def named(self) -> str:
+        """The spec that a report names: the choice, beside whose steps it stands; before the first one, that of this step."""
+        return self.choices[-1].spec if self.choices else self.spec
+
+    @property
     def state(self) -> str:
         """One of "warm up", "plain", "trying", "chosen"."""
         return self._state
@@ -162,13 +172,17 @@ class Search:
             self._state = "plain"
             self._begin([(PLAIN, TIMED)] * FIRST_TURN)
             return False
+        if self._state == "plain" and self.holds:
+            self._since = self.steps
+            self._begin([(PLAIN, TIMED)] * FIRST_TURN)
+            return False
         self._steps_to_come = deque([(PLAIN if spec in self._beyond(self._errors) else spec, SKIPPED)])
         return True
 
     def turns(self) -> dict[str, list[float]]:
         """Return the fastest step of each turn in the rounds so far, by spec: a pause of the machine does not shift it."""
-        each = TURN - 1
-        rounds = {spec: seconds[-(self._round + 1) * each :] for spec, seconds in self._seconds.items()}
+        each = TURN - 1  # steps, or periods
+        rounds = {spec: seconds[-(self._round + 1) * each :] for spec, seconds in self._means().items()}
         return {spec: [min(s[i : i + each]) for i in range(0, len(s), each)] for spec, s in rounds.items()}
 
     def errors(self) -> dict[str, float]:
@@ -177,7 +191,15 @@ class Search:
 
     def medians(self) -> dict[str, float]:
         """Return what this rank has measured since the search began, or since the last look: seconds by spec."""
-        return {spec: statistics.median(seconds) for spec, seconds in self._seconds.items()}
+        return {spec: statistics.median(seconds) for spec, seconds in self._means().items()}
+
+    def _means(self) -> dict[str, list[float]]:
+        """The mean step of each period that was timed, by spec."""
+        periods = {spec: self.period(spec) for spec in self._seconds}
+        return {
+            spec: [statistics.fmean(seconds[i : i + periods[spec]]) for i in range(0, len(seconds), periods[spec])]
+            for spec, seconds in self._seconds.items()
+        }
 
     def compare(self, everyone: Sequence[Said]) -> None:
         """Go on from the `medians`, `turns` and `errors` of each rank, and the seconds that a comparison took it (`asked`).
@@ -193,7 +215,7 @@ class Search:
             self._look(everyone)
 
     def _begin(self, steps: Sequence[tuple[str, str]], keep: bool = False) -> None:
-        self._steps_to_come = deque(steps)
+        self._steps_to_come = deque(step for step in steps for _ in range(self.period(step[0])))
         if not keep:
             self._seconds, self._errors = {}, {}
 
@@ -202,13 +224,19 @@ class Search:
         self._predicted = dict(self.predict(everyone, plain))
         others = [s for s in self._predicted if s != PLAIN and self._predicted[s] < HOPELESS * plain]
         others = [s for s in others if self._banned.get(s, 0) <= self.steps]
-        self._tried = [*sorted(others, key=lambda s: self._predicted[s])[:MOST], PLAIN]
+        self._tried = [*sorted(others, key=lambda s: (not self._may_be_worth(s), self._predicted[s]))[:MOST], PLAIN]
         self._round, self._hurt = 0, {}
         if len(self._tried) == 1:
             self._choose(everyone)
             return
         self._state = "trying"
         self._next_round()
+
+    def _may_be_worth(self, spec: str) -> bool:
+        """Whether a spec is predicted to be ahead of all gentler ones by as much as is worth it."""
+        order = list(self._predicted)
+        gentler = [self._predicted[one] for one in order[: order.index(spec)]]
+        return self._predicted[spec] < WORTH * min(gentler)
 
     def _next_round(self) -> None:
         timed = [TIMED] * (TURN - 1)
@@ -226,7 +254,9 @@ class Search:
         still_open = self._round < ROUNDS
         if not still_open:  # only those between which nothing is decided go on
             contenders = [self._best(everyone), *self._ahead_by_median(everyone)]
-            still_open = len(contenders) > 1 and self.steps - self._since + TURN * len(contenders) <= LATEST
+            periods = [self.period(spec) for spec in contenders]
+            ends = self.steps - self._since + TURN * sum(periods)
+            still_open = len(contenders) > 1 and ends <= LATEST * max(periods)
             self._tried = [spec for spec in self._tried if spec in contenders] if still_open else self._tried
         if still_open and len(self._tried) > 1:
             self._next_round()
@@ -278,7 +308,7 @@ class Search:
         asked = max(float(str(said.get("asked", 0.0))) for said in everyone)
         interval = max(LOOK, math.ceil(asked / SHARE / seconds))
         first = [SKIPPED] if spec == PLAIN else [SKIPPED, CHECKED]
-        self._begin([(spec, kind) for kind in (*first, *[TIMED] * interval)])
+        self._begin([(spec, kind) for kind in (*first, *[TIMED] * math.ceil(interval / self.period(spec)))])
 
     def _look(self, everyone: Sequence[Said]) -> None:
         if hurt := self._beyond(_worst(everyone)):

@@ -170,7 +170,7 @@ class Session:
         if auto is None:
             return receipt(self.report(), None, self._spec, counted, None)
         whole = budget(self._spec) is not None
-        spec = auto.search.spec if whole else f"{self._spec} ({auto.search.spec})"
+        spec = auto.search.named if whole else f"{self._spec} ({auto.search.named})"
         return receipt(self.report(), auto.search.choice, spec, counted, auto.break_even(), whole)
 
     def report(self) -> Report:

@@ -93,8 +93,8 @@ class ShardedAuto:
 
     @property
     def spec(self) -> str:
-        """The name of the traffic in a report: the specs of this step, and whether the search still goes on."""
-        return f"{AUTO}: {self.search.spec}" + ("" if self.search.choice else ", still looking")
+        """The name of the traffic in a report: what was chosen, or what is tried before the first choice."""
+        return f"{AUTO}: {self.search.named}" + ("" if self.search.choice else ", still looking")
 
     def begin_step(self) -> None:
         """A step's first forward begins: take its plans. Collective in those steps where the ranks compare."""

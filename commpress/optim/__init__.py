@@ -9,8 +9,9 @@ divided away when it comes. Behind the division all is linear, and feedback repa
 
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.dgc import DGC
+from commpress.optim.intervals import Growing
 from commpress.optim.muon import EF21Muon
 from commpress.optim.one_bit import OneBitAdamW
-from commpress.optim.zero_one import Growing, ZeroOneAdamW
+from commpress.optim.zero_one import ZeroOneAdamW
 
 __all__ = ["DGC", "CompressedOptimizer", "EF21Muon", "Growing", "OneBitAdamW", "ZeroOneAdamW"]

@@ -6,7 +6,7 @@ require a gradient, and what is kept of it stays as it is until it does again.
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Feedback
+from commpress.comm.optimizer_hooks import Candidate
+from commpress.comm.parameters import dense
 from commpress.comm.plan import DENSE, Override
 from commpress.comm.segments import Segment, Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
@@ -213,6 +215,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def override_held(self, segments: Segments, codec: Codec) -> Override:
         """Return what to do with parameters of one kind that this optimizer steps."""
 
+    @abstractmethod
+    def candidates(self) -> Sequence[Candidate]:
+        """Return what `auto` may choose, the gentlest first. Raises TypeError, with specs, if it cannot choose."""
+
+    def take(self, candidate: Candidate) -> None:
+        """Go on as `auto` has chosen."""
+
+    def own_spec(self) -> str | None:
+        """Return the spec by which all goes in the step that begins, whatever `auto` has chosen; None if there is none."""
+        return None
+
     def on_bucket(self, bucket: Tensor, segments: Segments) -> None:
         """This bucket will hold what was exchanged when backward is over."""
         self._received.append((bucket, segments))
@@ -346,9 +359,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
             for segment, part in zip(segments, bucket.split(sizes(segments)), strict=True):
                 if segment.name in unused:
                     p = self._places[segment.name][0]
-                    parts[segment.name] = (
-                        part.as_strided(p.shape, p.stride()) / self._scale
-                    )  # in DDP's order of a bucket
+                    # in DDP's order of a bucket
+                    parts[segment.name] = part.as_strided(p.shape, p.stride()) / self._scale
         return parts
 
     def came_with_session(self, state_dict: dict[str, Any]) -> bool:
@@ -374,20 +386,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
         for p, state in self.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and key != "step" and value.stride() != p.stride():
-                    state[key] = torch.empty_like(p, dtype=value.dtype).copy_(
-                        value
-                    )  # the loops want one order of memory
+                    # the loops want one order of memory
+                    state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self._find_places()
-
-
-def dense(p: Tensor) -> bool:
-    """Whether a tensor fills its memory without gaps or overlaps, in any order of its dimensions."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 @functools.cache

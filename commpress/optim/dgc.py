@@ -8,12 +8,14 @@ gradients, and that is what is sent, with error feedback (momentum correction):
 Where a rank has sent, its u starts anew (momentum factor masking), so that a late momentum does not push the wrong way.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Memory
+from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.plan import DENSE, Override
 from commpress.comm.segments import Segments, sizes
 from commpress.optim import loops
@@ -23,6 +25,10 @@ from commpress.optim.uncompressed import step_sgd
 
 STAGES = 5
 """Stages of the ratio's warm-up; each keeps a quarter of what the one before it kept, as in section 3.3."""
+
+SPECS = ("none", "int4", "topk(0.01)", "topk(0.001)")
+"""The specs that `auto` may choose, the gentlest first. By `topk(0.01)` and `topk(0.001)` the net of benchmarks/convergence.py
+ended within the seeds' spread of SGD; `int4` keeps the loss of gradients under any optimizer."""
 
 
 class DGC(CompressedOptimizer):
@@ -58,6 +64,14 @@ class DGC(CompressedOptimizer):
 
     def needs_all_buckets(self) -> bool:
         return self.param_groups[0]["max_norm"] is not None
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Return `SPECS`."""
+        return [Candidate(spec) for spec in SPECS]
+
+    def own_spec(self) -> str | None:
+        """Return `none` in the warm-up: `auto` has no ratio yet."""
+        return "none" if self.param_groups[0]["steps"] < self.param_groups[0]["warmup_steps"] else None
 
     def override_held(self, segments: Segments, codec: Codec) -> Override:
         def prepare(bucket: Tensor, memory: Memory) -> None:

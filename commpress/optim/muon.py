@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.coding import warm_up
 from commpress.comm.feedback import Memory
+from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.parameters import bare_name
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segments
@@ -118,6 +119,13 @@ class EF21Muon(CompressedOptimizer):
 
     def needs_all_buckets(self) -> bool:
         return self.param_groups[0]["max_norm"] is not None
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Raise TypeError: each coarser spec costs some of the loss, which is no choice for a clock."""
+        raise TypeError(
+            'EF21Muon: auto cannot choose, since each coarser spec has a higher loss; expected one of "none", "int4", "int2", '
+            '"sign", as in attach(model, "int4", optimizer=optimizer)'
+        )
 
     def kind(self, name: str) -> object:
         group = self._places[name][1]

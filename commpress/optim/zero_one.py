@@ -14,8 +14,7 @@ all; held-out loss of three seeds: 1.965 in the paper's way, 1.939 so; AdamW 1.9
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,50 +23,25 @@ from torch import Tensor
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.feedback import Memory
 from commpress.comm.masks_index import pack, unpack
+from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segments, sizes
 from commpress.notice import warn
 from commpress.optim import loops
-from commpress.optim.adam import FrozenAdamW
+from commpress.optim.adam import SPECS, FrozenAdamW
 from commpress.optim.base import Parameters
+from commpress.optim.intervals import Growing, Sync, candidates
 from commpress.optim.settings import require_in_range
 
 OWN = ("exp_avg", "total")
 """State that a rank has of its own between two syncs: n and u."""
 
 
-@dataclass(frozen=True)
-class Growing:
-    """Syncs every `first` steps, and twice as rarely after each `steps` further ones, up to every `last`."""
-
-    steps: int
-    first: int = 1
-    last: int = 16
-
-    def __post_init__(self) -> None:
-        require_in_range("Growing.steps", self.steps, 1)
-        require_in_range("Growing.first", self.first, 1)
-        require_in_range("Growing.last", self.last, self.first)
-
-    def interval(self, step: int) -> int:
-        """Steps between syncs, `step` steps after the warm-up."""
-        return int(min(self.last, self.first << min(step // self.steps, 62)))
-
-
-@dataclass(frozen=True)
-class Sync:
-    """A step's effect on a parameter's local steps: `keep` is 1 - lr wd, `weight` that of all since the last sync, and
-    `share` this step's part of it."""
-
-    keep: float
-    weight: float
-    share: float
-
-
 class ZeroOneAdamW(FrozenAdamW):
     """AdamW with local steps: each bucket is exchanged every `sync_every` steps, a part of the buckets in every step.
 
-    `sync_every` is a number of steps or a `Growing` one. `warmup_steps`, `warmup_spec`, `max_norm` are as in OneBitAdamW.
+    `sync_every` is a number of steps or a `Growing` one; under `auto` it is the most that may be chosen. `warmup_steps`,
+    `warmup_spec`, `max_norm` are as in OneBitAdamW.
     `refresh_every` is the paper's kappa: the variance goes on learning from mean gradients, exact or by `warmup_spec` as in the
     warm-up, at steps that lie 1, 2, 4, ... apart, kappa times each, as far as they lie behind it; 0 leaves it frozen.
 
@@ -105,6 +79,7 @@ class ZeroOneAdamW(FrozenAdamW):
         self._seen = 0  # values in the buckets of this step so far
         self._starts: dict[str, int] = {}  # how many there were before the bucket of a parameter
         self._backwards = 0  # since it was attached; DDP lays its buckets out anew before the second
+        self._most: int | None = None  # steps between syncs as `auto` has it
         self._turns: dict[str, int] = {}  # `_starts` that stand, from when a variance is frozen on
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
@@ -131,7 +106,7 @@ class ZeroOneAdamW(FrozenAdamW):
         before = set(self._bound.values())
         if before != set(parameters.values()):
             self._turns = {}
-        self._backwards = 0
+        self._backwards, self._most = 0, None
         super().bind(parameters, world_size, may_be_unused, **more)
         if before:  # wrapped anew: DDP has given all ranks the values of the first
             self._stand()
@@ -150,10 +125,25 @@ class ZeroOneAdamW(FrozenAdamW):
         state = self.state[self._places[name][0]]
         steps = self._steps_of(state)
         interval = Growing(*self.param_groups[0]["sync_every"]).interval(steps)
+        interval = interval if self._most is None else min(interval, self._most)
         # where its bucket lies among all says in which of the steps it is its turn; a resumed run begins with other buckets
         start = self._turns.get(name, self._starts[name])
         turn = start * interval // sum(p.numel() for p in self._bound.values())
         return (steps + 1 + turn) % interval == 0
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Return `SPECS` every 1, 2, 4, ... steps up to `sync_every`. What sends more is gentler.
+
+        Local steps cost no loss that can be told from the seeds' (benchmarks/convergence.py: `sign` 1.939 every 4 steps, 1.943
+        under OneBitAdamW). Every 8 steps it is 1.2 % above AdamW's: how far to go is for who gives `sync_every`.
+        """
+        first = self.param_groups[0]
+        growing, steps = Growing(*first["sync_every"]), first["steps"] - first["frozen_at"] if self.frozen else 0
+        return candidates(SPECS, growing.interval(steps), growing.last)
+
+    def take(self, candidate: Candidate) -> None:
+        """Sync no more rarely than this from the step that begins on."""
+        self._most = candidate.sync_every
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. Load the model before it, and behind it the session, which has each rank's
@@ -204,6 +194,7 @@ class ZeroOneAdamW(FrozenAdamW):
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
             self.convert_feedback(memory, segments)
+            self._follow_interval(memory, segments)
             self.clip(bucket)
             leads, parts = self._lead_buffer(segments, bucket), sizes(segments)
             for segment, part, lead in zip(segments, bucket.split(parts), leads.split(parts), strict=True):
@@ -225,6 +216,13 @@ class ZeroOneAdamW(FrozenAdamW):
                 unpack(kept, memory.kept_index, leads)
 
         return Override(codec, prepare=prepare)
+
+    def _follow_interval(self, memory: Memory, segments: Segments) -> None:
+        """Under `auto`: what was withheld of a mean of so many steps becomes that of a mean of as many as this sync has."""
+        of = [(self.state[self._places[s.name][0]].get("covered", 0), self._syncing[s.name].steps) for s in segments]
+        factors = [before / now if before and now else 1.0 for before, now in of]
+        if self._most is not None and any(factor != 1 for factor in factors):
+            self.scale_feedback(memory, segments, factors)
 
     def _lead_buffer(self, segments: Segments, bucket: Tensor) -> Tensor:
         """Memory of the bucket's size and dtype that stays from sync to sync, until the buckets are laid out anew."""
@@ -264,6 +262,8 @@ class ZeroOneAdamW(FrozenAdamW):
                     self._scale,
                 )
                 state["decay"], state["weight"] = 1.0, 0.0
+                if self._most is not None and sync.steps:
+                    state["covered"] = sync.steps
                 continue
             if not refreshes:
                 self.clip(update)

@@ -75,7 +75,7 @@ def attach(
 ) -> Session:
     """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
 
-    `gradients` is the spec of the gradients; with a torch optimizer it may be `auto`, and at ZeRO 0 specs by patterns of names,
+    `gradients` is the spec of the gradients; it may be `auto`, and at ZeRO 0 with a torch optimizer specs by patterns of names,
     as under DDP. `parameters` is the spec of the parameters under ZeRO 1 to 3 (default: not compressed); beside `auto` for the
     gradients it may be `auto`, too: one search finds both. Under ZeRO 3 sparse specs are refused for parameters.
 
@@ -100,7 +100,7 @@ def attach(
     refusal = not_taken("buffers", buffers, "DeepSpeed sends none")
     refusal = refusal or not_taken("grad_scaler", grad_scaler, "an engine scales its losses by itself")
     refusal = refusal or _refusal(engine, stage, sharded, optimizer, exchange)
-    refusal = refusal or _open_refusal(gradients, stage, optimizer, exchange)
+    refusal = refusal or _open_refusal(gradients, stage, sharded, optimizer, exchange)
     found: Spec | None = None
     by_auto = (False, False)
     plans: tuple[Plan, Plan] | None = None
@@ -311,7 +311,7 @@ def _refusal(
 
 
 def _open_refusal(
-    gradients: Spec, stage: int, optimizer: CompressedOptimizer | None, exchange: str | None
+    gradients: Spec, stage: int, sharded: bool, optimizer: CompressedOptimizer | None, exchange: str | None
 ) -> Exception | None:
     """Return why gradients cannot go by `auto` or by patterns, if they were asked to and cannot."""
     if stage and isinstance(gradients, Mapping):
@@ -319,7 +319,13 @@ def _open_refusal(
             f"gradients: patterns decide at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner, as one: "
             'expected one spec, such as "int4", or "auto"'
         )
-    return open_refusal(gradients, optimizer, exchange)
+    refusal = open_refusal(gradients, optimizer, exchange)
+    if refusal is None and sharded and optimizer is not None and is_open(gradients):
+        return TypeError(
+            f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients where it is sharded, as in "
+            'attach(engine, "sign", parameters="int4"), got auto; without parameters= auto chooses behind it'
+        )
+    return refusal
 
 
 def _offloads(settings: Any) -> bool:

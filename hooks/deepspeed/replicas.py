@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.meter import dtype_name
+from commpress.comm.parameters import dense
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
 from commpress.comm.rules import Spec
@@ -17,7 +18,7 @@ from commpress.comm.segments import Segment, Segments, sizes
 from commpress.comm.session import Session
 from commpress.comm.step_buffer import StepBuffer
 from commpress.hooks.parameters import bare_parameters
-from commpress.optim.base import CompressedOptimizer, dense
+from commpress.optim.base import CompressedOptimizer
 
 BUCKET = 4 << 20
 """Values of a bucket, all of which DeepSpeed would send as one: while one is on the wire, the next is encoded."""

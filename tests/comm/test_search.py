@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from commpress.comm.search import LOOK, PLAIN, Said, Search
+from commpress.comm.search import LATEST, LOOK, PLAIN, Said, Search
 
 SPECS = (PLAIN, "bf16", "int8", "int4")
 Seconds = Callable[[str, int], float]
@@ -25,10 +25,13 @@ class World:
         predicted: Mapping[str, float] | None = None,
         asked: float = 0.0,
         errors: Errors | None = None,
+        period: Callable[[str], int] = lambda spec: 1,
     ) -> None:
         self.seconds, self.noise, self.asked, self.errors = seconds, noise, asked, errors
         said = dict.fromkeys(SPECS, 0.5) if predicted is None else predicted
-        self.searches = [Search(lambda everyone, plain: {s: f * plain for s, f in said.items()}) for _ in range(ranks)]
+        self.searches = [
+            Search(lambda everyone, plain: {s: f * plain for s, f in said.items()}, period=period) for _ in range(ranks)
+        ]
         self.random = random.Random(0)
         self.time = 0.0
         self.specs: list[str] = []
@@ -210,6 +213,49 @@ def test_what_leaves_the_error_budget_while_it_is_tried_is_not_chosen() -> None:
     assert world.specs.count("int4") == 2
     errors = {trial.spec: trial.error for trial in world.searches[0].choices[0].trials}
     assert errors["int8"] == 0.1
+
+
+def every_fourth(mean: float) -> Seconds:
+    """Steps of `int4` that exchange in every fourth step, and take so long in the mean."""
+    return lambda spec, step: PAYS(spec, step) if spec != "int4" else 4 * mean - 0.3 if step % 4 == 0 else 0.1
+
+
+@pytest.mark.parametrize(("mean", "chosen"), [(0.29, "int4"), (0.34, "int8")])
+def test_steps_that_take_turns_count_by_their_mean(mean: float, chosen: str) -> None:
+    ahead = {PLAIN: 1.0, "bf16": 1.4, "int8": 0.5, "int4": 0.4}
+    world = World(every_fourth(mean), predicted=ahead, period=lambda spec: 4 if spec == "int4" else 1).run(200)
+    assert world.chosen == chosen
+    trials = {trial.spec: trial.measured for trial in world.searches[0].choices[0].trials}
+    assert trials["int4"] == pytest.approx(mean)
+    assert len(world.searches[0].choices) == 1  # a look takes whole periods, too
+
+
+def test_long_periods_have_as_many_rounds_as_single_steps() -> None:
+    noise = random.Random(3)
+    blurred = [noise.uniform(0.92, 1.08) for _ in range(400)]
+    both = {PLAIN: 1.0, "bf16": 1.4, "int8": 0.5, "int4": 0.45}
+    pair = link(none=0.7, bf16=0.7, int8=0.32, int4=0.3)
+    found = []
+    for seed in range(40):
+        shift = 7 * seed
+        seconds: Seconds = lambda spec, step, s=shift: pair(spec, step) * blurred[(step // 4 + s) % 400]  # noqa: E731
+        found.append(World(seconds, predicted=both, period=lambda spec: 1 if spec == PLAIN else 4).run(300))
+    assert max(world.searches[0].choices[0].step for world in found) > 100  # where it was open, it went on
+    assert max(world.searches[0].choices[0].step for world in found) <= 6 + 4 * LATEST
+
+
+def test_while_a_search_is_held_the_plain_steps_go_on() -> None:
+    world = World(lambda spec, step: PAYS(spec, step) * (3 if step < 20 else 1), predicted=predicted(PAYS))
+    for search in world.searches:
+        search.holds = True
+    world.run(40)
+    assert set(world.specs) == {PLAIN}
+    for search in world.searches:
+        search.holds = False
+    world.run(60)
+    assert world.chosen == "int4"
+    trials = {trial.spec: trial.measured for trial in world.searches[0].choices[0].trials}
+    assert trials[PLAIN] == pytest.approx(0.7)  # the last of them count
 
 
 def hurts(since: int, until: int = 10**9) -> Errors:

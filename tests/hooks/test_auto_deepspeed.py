@@ -9,14 +9,14 @@ import torch.distributed as dist
 from engines import RANKS, adamw, config, engine, fresh, same_on_all_ranks, train, weights
 from ranks import outcome, run
 from test_auto import PLAIN_STEPS, Scripted
-from tiers import slowly
+from tiers import slow, slowly
 from torch import nn
 from training import network, same
 
 from commpress.comm.search import Search
 from commpress.comm.sharded_auto import ShardedAuto
 from commpress.hooks.deepspeed import attach, initialize
-from commpress.optim import OneBitAdamW
+from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
 LIBRARIES = ("engines",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -152,6 +152,27 @@ def test_a_block_takes_auto_and_its_state_goes_on() -> None:
         assert kept == [True, False]
         assert spec == "auto: none, still looking"
         assert "the saved state has auto 'gradients and parameters', this run has True" in refused
+
+
+def behind(stage: int) -> dict[str, Any]:
+    """A search behind 0/1 Adam, every rank of which holds all, from its warm-up on."""
+    e = engine(stage, optimizer=lambda p: ZeroOneAdamW(p, lr=1e-2, warmup_steps=8, sync_every=2))
+    session = attach(e, "auto")
+    losses = train(e, range(90))
+    with e.basic_optimizer.synced():
+        alike = same_on_all_ranks(weights(e))
+    assert session.step_buffer is not None
+    candidates = {str(one) for one in e.basic_optimizer.candidates()}
+    return {"alike": alike, "spec": session.report().spec, "candidates": candidates, "losses": losses}
+
+
+@pytest.mark.parametrize("stage", [0, slow(2)])
+def test_auto_chooses_behind_an_optimizer_that_every_rank_holds(stage: int) -> None:
+    first, *others = run(RANKS, behind, stage)
+    assert first["alike"]
+    assert first["spec"].removeprefix("auto: ") in first["candidates"]  # and no longer looks
+    assert all(other["spec"] == first["spec"] for other in others)
+    assert sum(first["losses"][-5:]) < sum(first["losses"][:5])
 
 
 def refusals() -> list[str]:

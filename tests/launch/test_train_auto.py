@@ -49,11 +49,14 @@ def test_a_sharded_run_finds_the_specs_that_its_recipe_leaves_open(tmp_path: Pat
     assert "still looking" not in record["report"]["spec"]
 
 
-@pytest.mark.parametrize("flags", [("--parallel", "diloco"), ("--optimizer", "OneBitAdamW")], ids=" ".join)
-def test_auto_is_for_gradients_of_a_plain_optimizer(tmp_path: Path, flags: tuple[str, str]) -> None:
+SHARDED = ("--parallel", "deepspeed", "--optimizer", "OneBitAdamW", "--parameters", "int8")
+
+
+@pytest.mark.parametrize("flags", [("--parallel", "diloco"), SHARDED], ids=" ".join)
+def test_auto_is_for_gradients_and_for_optimizers_that_are_not_sharded(tmp_path: Path, flags: tuple[str, ...]) -> None:
     refused = run_command("train", "--compress", "auto", *flags, "--out", tmp_path / "refused")
     assert refused.code == 1
-    assert "--compress auto: expected --parallel ddp, fsdp or deepspeed and --optimizer AdamW or SGD" in refused.err
+    assert "--compress auto: expected --parallel ddp, fsdp or deepspeed, and no --parameters beside" in refused.err
 
 
 def test_parameters_are_found_beside_gradients(tmp_path: Path) -> None:
@@ -69,7 +72,8 @@ def test_parameters_are_found_beside_gradients(tmp_path: Path) -> None:
         ({}, "auto"),
         ({"optimizer": "SGD"}, "auto"),
         ({"compress": "int4"}, "int4"),
-        ({"optimizer": "OneBitAdamW"}, "int4"),
+        ({"optimizer": "OneBitAdamW"}, "auto"),
+        ({"optimizer": "OneBitAdamW", "parallel": "deepspeed", "parameters": "int8"}, "int4"),
         *(({"parallel": parallel}, "auto") for parallel in ("fsdp", "deepspeed")),
         *(({"parallel": parallel}, "int4") for parallel in ("local_sgd", "diloco")),
     ],
@@ -98,6 +102,30 @@ def test_a_run_by_default_goes_on_by_auto_and_others_do_not(tmp_path: Path) -> N
         assert "has --compress int4, this one --compress auto; both must be the same" in by_default
     record = json.loads((tmp_path / "auto" / "record.json").read_text())
     assert (record["settings"]["compress"], record["steps_done"]) == ("auto", 6)
+
+
+def behind(folder: Path) -> Ended:
+    settings = train.Settings(
+        **MODEL,
+        steps=75,
+        optimizer="ZeroOneAdamW",
+        optimizer_warmup=6,
+        sync_every=2,
+        compress="auto",
+        data=folder / "text.txt",
+        out=folder / "run",
+    )
+    return ended(lambda: train.train(settings))
+
+
+def test_a_run_by_zero_one_adam_finds_its_spec_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
+    said = run(2, behind, tmp_path)[0]
+    assert said.code == 0, said.err
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["report"]["spec"].startswith("auto: ")
+    assert "still looking" not in record["report"]["spec"]
+    assert "both measured in this run" in said.out or "compression does not pay here, it is off" in said.out
 
 
 RULES = {"blocks.0.*": "int8", "*.bias": "none", "*": "int4"}

@@ -1,0 +1,85 @@
+"""`auto` behind a compressed optimizer: what the optimizer sends, and how often, is found once its warm-up is over.
+
+    warm-up, by warmup_spec ............ | none | A  B  none | A  B  none | ...     A, B: candidates of the optimizer
+    its steps are plain ones if it is exact     ^ ranked                            ^ chosen, as in `search.py`
+
+The optimizer names its candidates: specs with which it holds its loss, and, if it takes local steps, how often it syncs. With
+local steps most of a step's buckets stay where they are: a trial lasts whole intervals, and its mean step counts. A step that
+goes by a spec of the optimizer's own, as one in which a variance is refreshed, is not counted. What is sent there is no
+gradient, so there is no dense mean beside it, and no error is measured: feedback repays in full.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from commpress.comm import cost
+from commpress.comm.auto import Auto
+from commpress.comm.optimizer_hooks import Candidate, OptimizerHooks
+from commpress.comm.plan import Plan
+from commpress.comm.search import PLAIN, Said, Search
+
+if TYPE_CHECKING:
+    from commpress.comm.collectives import Collectives
+
+
+class AutoBehind(Auto):
+    """Steers what an optimizer sends, step by step, with error feedback.
+
+    Raises TypeError for an optimizer behind which `auto` cannot choose.
+    """
+
+    def __init__(self, collectives: "Collectives", optimizer: OptimizerHooks) -> None:
+        self._optimizer = optimizer
+        self._candidates: dict[str, Candidate] = {}
+        """All that were ever there, by name: an interval that grows brings others."""
+        specs = tuple(dict.fromkeys(candidate.spec for candidate in optimizer.candidates()))
+        super().__init__(collectives, True, specs=specs)
+        self.search = Search(self._predicted, period=lambda name: self._candidates[name].sync_every)
+        self._look_up()
+        self._counts = True
+        """Whether the step that goes on may say something of its candidate."""
+
+    def _look_up(self) -> None:
+        """Ask the optimizer for its candidates as of now."""
+        found = {str(candidate): candidate for candidate in self._optimizer.candidates()}
+        self._candidates |= found
+        self._plans = {name: Plan.of(candidate.spec) for name, candidate in found.items()}
+
+    def begin_step(self) -> None:
+        if self._collectives.world_size == 1:
+            return
+        own, search = self._optimizer.own_spec(), self.search
+        if self._began is not None and not self._counts and self._question is None:
+            search.steps += 1
+            self._began = None
+        search.holds = own is not None
+        super().begin_step()
+        self.watch = None
+        self._counts = own is None or (own == PLAIN and search.state in ("warm up", "plain"))
+        self._optimizer.take(self._candidates[search.spec])
+
+    def break_even(self) -> float | None:
+        choice = self.search.choice
+        if choice is None or self._candidates[choice.spec].sync_every > 1:
+            return None  # the model's link is one that all buckets cross in every step
+        return super().break_even()
+
+    def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
+        self._look_up()
+        return super()._predicted(everyone, plain)
+
+    def _step_seconds(self, name: str) -> float:
+        """Seconds of a step by the last model; with local steps the mean of an interval, in which each bucket has its turn."""
+        assert self._model is not None
+        buckets, known, cluster, compute, itemsize = self._model
+        candidate, total = self._candidates[name], sum(buckets)
+        turns: list[list[int]] = [[] for _ in range(candidate.sync_every)]
+        start = 0
+        for n in buckets:
+            turns[start * candidate.sync_every // total].append(n)
+            start += n
+        of = self._plans[name], known[candidate.spec]
+        return fmean(
+            cost.step(of[0], turn, of[1], cluster, compute, itemsize).seconds if turn else compute for turn in turns
+        )
