@@ -34,9 +34,8 @@ class ErrorWatch:
         Every bucket of the step must pass here: their collectives then all start behind a sample, in one order on every rank.
         """
         stride = max(1, -(-x.numel() // SAMPLE))
-        ends = (
-            torch.stack(x.aminmax()) if x.numel() else x
-        )  # NaN comes out at both: one pass, and no copy of the bucket
+        # NaN comes out at both ends: one pass, and no copy of the bucket
+        ends = torch.stack(x.aminmax()) if x.numel() else x
         own = torch.cat([x[::stride].to(torch.float32), ends.isfinite().all().to(torch.float32).view(1)])
         rows = own.repeat(wire.world_size).view(wire.world_size, -1)
         whole = rows.view(-1).view(torch.uint8)
