@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
-from commpress.comm.auto import Auto, budget
+from commpress.comm.auto import Auto, budget, compile_loops
 from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives, GradScaler
@@ -73,6 +73,8 @@ def replicas_session(
             set(dtypes) | {torch.float32}, {plan.codec, *(() if rules is None else rules.lossy)}
         ):
             warm_up(codec, device, dtype, prologue=optimizer is not None)
+        if allowed is not None:
+            compile_loops(device, set(dtypes))
     auto = None if allowed is None else Auto(collectives, error_feedback, allowed)
     named = str(plan.codec) if by_name is spec else str(rules or AUTO)
 
