@@ -9,7 +9,7 @@ then a step is looked into: if its means are too far from the dense ones, all ra
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from io import StringIO
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from commpress.comm import cost
 from commpress.comm.codecs import AUTO, parse
+from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.cost import Cluster, Speed, transfers
 from commpress.comm.error import ErrorWatch
 from commpress.comm.plan import Plan
@@ -37,6 +38,10 @@ SPECS = (PLAIN, "bf16", "int8", "int4")
 """The specs that `auto` may choose, the gentlest first."""
 TIMED = 2**20
 """Values with which a codec is timed when a session is made."""
+UNSEEN = (
+    "Predicted from what the host sees, which on an accelerator is not how long exchanges take: the codecs' seconds decide "
+    "which specs are tried. Which one of those is chosen is measured.\n"
+)
 _WORDS = re.compile(rf"{AUTO}(?:\(\s*error\s*=\s*([^()]*?)\s*\))?")
 _LIKE = re.compile(rf"\s*{AUTO}\b.*", re.DOTALL)
 
@@ -65,6 +70,13 @@ def budget(spec: object) -> float | None:
 def speeds(device: torch.device, specs: tuple[str, ...] = SPECS) -> dict[str, Speed]:
     """Seconds a value of each spec on one core of this machine, or on its accelerator; measured once a process."""
     return {spec: measure(parse(spec), device, TIMED) for spec in specs}
+
+
+def compile_loops(device: torch.device, dtypes: Collection[torch.dtype]) -> None:
+    """Compile the loops of each spec for gradients of these dtypes now, not when a spec has its turn."""
+    for dtype in (dtype for dtype in FLOAT_DTYPES if dtype in dtypes):
+        for spec in SPECS:
+            warm_up(parse(spec), device, dtype)
 
 
 class Auto:
@@ -140,7 +152,7 @@ class Auto:
 
     def explain(self) -> str:
         """Return the specs that were tried last, and their steps, as a table."""
-        return explained(self.search, self._collectives.world_size)
+        return explained(self.search, self._collectives.world_size, self._collectives.device)
 
     def break_even(self) -> float | None:
         """Return the bytes a second of a link above which `none` is predicted to be faster than what is chosen."""
@@ -239,7 +251,7 @@ class _Told:
         }
 
 
-def explained(search: Search, world_size: int) -> str:
+def explained(search: Search, world_size: int, device: torch.device) -> str:
     """Return the specs that a search has tried last, and their steps, as a table; a sentence if there is none yet."""
     if world_size == 1:
         return "one rank: nothing to send, so nothing to choose"
@@ -259,4 +271,4 @@ def explained(search: Search, world_size: int) -> str:
         table.add_row(trial.spec, *times, error, "chosen" if trial.spec == choice.spec else "")
     text = StringIO()
     Console(file=text, width=100).print(table)
-    return text.getvalue()
+    return text.getvalue() + ("" if device.type == "cpu" else UNSEEN)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import require_agreement
-from commpress.comm.auto import Auto, budget
+from commpress.comm.auto import Auto, budget, compile_loops
 from commpress.comm.auto_behind import AutoBehind
 from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.coding import warm_up
@@ -81,6 +81,8 @@ def replicas_session(
             {plan.codec, *(() if rules is None else rules.lossy), *(parse(one.spec) for one in behind)},
         ):
             warm_up(codec, device, dtype, prologue=optimizer is not None)
+        if allowed is not None and optimizer is None:
+            compile_loops(device, set(dtypes))
     auto = None
     if allowed is not None:
         auto = Auto(collectives, error_feedback, allowed) if optimizer is None else AutoBehind(collectives, optimizer)

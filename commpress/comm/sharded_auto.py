@@ -1,28 +1,33 @@
 """`auto` where parameters are sharded (FSDP2, ZeRO 1 to 3): one search for the spec of gradients and, if wanted, of parameters.
 
     forward: gathers | backward: gathers, reductions | optimizer | forward ...
-    ^ a step begins: the ranks compare, and both specs change                ^ the next one
+    ^ a step begins: both specs change                           ^ the next one
+    [what the ranks have seen, to all] goes in line              ^ is read
 
 A candidate is a pair of specs, such as `int4, parameters int8`; in `none` nothing is compressed. Where there are replicas of
-shards, the ranks compare among the shards first, then among the replicas: so all have the same figures. Training waits for each
-exchange there and then, so the model that ranks candidates is a sum: for each role, what is waited for shrinks with the bytes,
-and the codec's seconds come on top. Of a sharded mean no rank holds all, so no error is measured.
+shards, the ranks tell each other among the shards first, a step later among the replicas: so all have the same figures. Nobody
+waits for that (`question.py`): one rank may be in its forward while another is in a collective of the user's own. Training
+waits for each exchange there and then, so the model that ranks candidates is a sum: for each role, what is waited for shrinks
+with the bytes, and the codec's seconds come on top. (On an accelerator the host sees no waiting: there the seconds decide.)
+Of a sharded mean no rank holds all, so no error is measured.
 """
 
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from commpress.comm.auto import SPECS, budget, explained, speeds
+from commpress.comm.auto import SPECS, budget, compile_loops, explained, speeds
 from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.cost import Speed, transfers
 from commpress.comm.plan import Plan
+from commpress.comm.question import ROOM, Question
 from commpress.comm.rules import Spec
 from commpress.comm.search import PLAIN, Said, Search
 
@@ -33,6 +38,8 @@ PARAMETER_SPECS = (PLAIN, "bf16", "int8")
 """The specs of parameters that `auto` may choose: those that keep the loss. By `int4` a GPT's was 3.6 % higher."""
 LEAST = 0.01
 """A predicted step is at least this share of a plain one."""
+PATIENCE = 8
+"""So many forwards a step is put off at most, for backwards that are to come: some outputs are never used."""
 
 
 def decides(gradients: Spec, parameters: str | Codec | None) -> tuple[bool, bool]:
@@ -57,7 +64,8 @@ class ShardedAuto:
 
     `steered` are the collectives whose plans change. `compared` are this rank's: first those of the shards, which gather the
     parameters, then those of the replicas, if there are any. The last of them compress the gradients. `parameters` says whether
-    a spec of the parameters is looked for, too. Collective: `begin_step` is called at the same place on every rank.
+    a spec of the parameters is looked for, too; `dtypes` are those of what is exchanged. `begin_step` is called at the same
+    place on every rank, and waits for none.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class ShardedAuto:
         compared: Sequence["Collectives"],
         error_feedback: bool,
         parameters: bool = False,
+        dtypes: Collection[torch.dtype] = (),
     ) -> None:
         self._steered, self._compared = steered, compared
         self.world_size = prod(one.world_size for one in compared)
@@ -78,13 +87,20 @@ class ShardedAuto:
         if not parameters:
             self._pairs = {spec: (spec, PLAIN) for spec in SPECS}
         self._speeds = speeds(compared[0].device) if self.world_size > 1 else {}
+        if self.world_size > 1:
+            compile_loops(compared[0].device, dtypes)
         self.search = Search(self._predicted)
         self.due = True
         """Whether the next forward begins a step: something was reduced, or stepped, since the last one began."""
+        self.outstanding: set[object] = set()
+        """One for each forward of this step whose backward has not begun: it computes with the parameters of its forward."""
+        self._put_off = 0
         self._began: float | None = None
         self._asked = 0.0
-        self._told: list[Any] | None = None
-        """What the ranks have said at the beginning of the step that goes on; None in most steps."""
+        self._asks = [one for one in compared if one.world_size > 1]
+        """The groups in which the ranks tell each other what they have seen, one behind the other."""
+        self._questions: list[Question] = []
+        """Those of the steps before, one for each group so far; empty in most steps."""
         self._noted: Counter[tuple[str, int, int]] = Counter()
         """How often this step exchanges what: role, values, bytes a value."""
         self._waited = dict.fromkeys(self._plans, 0.0)
@@ -97,19 +113,27 @@ class ShardedAuto:
         return f"{AUTO}: {self.search.named}" + ("" if self.search.choice else ", still looking")
 
     def begin_step(self) -> None:
-        """A step's first forward begins: take its plans. Collective in those steps where the ranks compare."""
-        self.due = False
+        """A step's first forward begins: take its plans. What the ranks say of one step is read in the next, and goes on to the
+        replicas, if there are any."""
+        self.due, self._put_off = False, 0
+        self.outstanding.clear()
         if self.world_size == 1:
             return
         now = time.perf_counter()
-        if self._told is not None:
-            everyone, self._told = self._told, None
-            self.search.compare(everyone)
-            self._mark = self._totals()
+        if self._questions:
+            rows = [row for told in self._questions[-1].answers() for row in told["rows"]]  # type: ignore[attr-defined]
+            if len(self._questions) < len(self._asks):
+                self.search.steps += 1
+                self._ask(rows)
+            else:
+                self._questions.clear()
+                self.search.compare(rows)
+                self._mark = self._totals()
+            self._asked += time.perf_counter() - now
         elif self._began is not None:
             warms_up = self.search.state == "warm up"
             if self.search.note(now - self._began, None):
-                self._told = self._everyone()
+                self._ask([self._said()])
                 self._asked = time.perf_counter() - now
             elif warms_up:
                 self._mark = self._totals()
@@ -121,6 +145,13 @@ class ShardedAuto:
         self._noted.clear()
         self._began = time.perf_counter()
 
+    def may_begin(self) -> bool:
+        """Whether the forward that comes begins a step. While backwards of the last one are to come it is put off."""
+        if self.due and self.outstanding and self._put_off < PATIENCE:
+            self._put_off += 1
+            return False
+        return self.due
+
     def note(self, role: str, n: int, itemsize: int) -> None:
         """Note an exchange of this step: n values of a gradient before it is reduced, or of a shard that is gathered."""
         self._noted[role, n, itemsize] += 1
@@ -131,7 +162,7 @@ class ShardedAuto:
 
     def explain(self) -> str:
         """Return the specs that were tried last, and their steps, as a table."""
-        return explained(self.search, self.world_size)
+        return explained(self.search, self.world_size, self._compared[0].device)
 
     def break_even(self) -> float | None:
         """Return None: the model has no link, so it knows no bandwidth above which `none` would be faster."""
@@ -139,12 +170,11 @@ class ShardedAuto:
 
     # what the ranks tell each other
 
-    def _everyone(self) -> list[Any]:
-        """Return what every rank of the mesh has to say, in the same order on all. Collective over all its groups."""
-        rows: Any = [self._said()]
-        for one in self._compared:
-            rows = [row for told in one.traffic.ask({"rows": rows}, "how long the steps took") for row in told["rows"]]  # type: ignore[attr-defined]
-        return list(rows)
+    def _ask(self, rows: list[Any]) -> None:
+        """Tell the next group what the ranks in front of it have said: in the end all have the rows of all, in one order."""
+        one = self._asks[len(self._questions)]
+        told: dict[str, object] = {"rows": rows}
+        self._questions.append(one.traffic.send_question(told, "how long the steps took", len(rows) * ROOM))
 
     def _said(self) -> dict[str, object]:
         said: dict[str, object] = {
@@ -205,12 +235,29 @@ def begins_steps(auto: ShardedAuto) -> Callable[..., None]:
     """Return a forward pre-hook for a model: the first forward behind what made a step due begins it, if it is trained."""
 
     def before(module: Any, arguments: Any) -> None:
-        if auto.due and module.training and torch.is_grad_enabled():
+        if auto.due and module.training and torch.is_grad_enabled() and auto.may_begin():
             # none of it is to be compiled; what nobody has compiled with by now is slow to import
             (torch.compiler.disable(auto.begin_step) if "torch._dynamo" in sys.modules else auto.begin_step)()
 
     before._torchdynamo_disable = True  # type: ignore[attr-defined]
     return before
+
+
+def follows_backwards(auto: ShardedAuto) -> Callable[..., None]:
+    """Return a forward hook for a model: until a backward comes to what a forward returned, that is outstanding."""
+
+    def behind(module: Any, arguments: Any, output: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        # not auto: a hook on a gradient is held by the graph
+        forward, outstanding = object(), auto.outstanding
+        for one in torch.utils._pytree.tree_leaves(output):
+            if isinstance(one, Tensor) and one.requires_grad:
+                outstanding.add(forward)
+                one.register_hook(lambda gradient: outstanding.discard(forward))
+
+    behind._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return behind
 
 
 def _named(gradients: str, parameters: str) -> str:

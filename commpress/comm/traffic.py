@@ -17,7 +17,7 @@ from commpress.comm.failure import DriftError
 from commpress.comm.meter import ROLES, Meter, Report, Row, dtype_name
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import BucketPlan
-from commpress.comm.question import Question
+from commpress.comm.question import ROOM, Question
 from commpress.comm.scratch import ScratchPool
 from commpress.comm.segments import Segments
 from commpress.comm.sequencer import NO_BUCKET, Job, Sequencer
@@ -59,10 +59,10 @@ class Traffic:
             return [settings]
         return self._sequencer.ask(settings, self.labels.next(what))
 
-    def send_question(self, settings: Settings, what: str) -> Question:
+    def send_question(self, settings: Settings, what: str, room: int = ROOM) -> Question:
         """Ask all ranks, of which there are several, without waiting. Their answers are there before the means of the buckets
-        that are submitted after this: read them in the next step."""
-        question = Question(settings, self.wire)
+        that are submitted after this: read them in the next step. `room` is for one answer, in bytes, the same on all ranks."""
+        question = Question(settings, self.wire, room)
         self._submit_question(question, question.exchange(self.labels.next(what)))
         return question
 

@@ -150,7 +150,10 @@ def _shard(
     verify: int,
 ) -> Session:
     shards = Collectives(engine.seq_data_parallel_group, torch.device(engine.device), *plans, verify=verify)
-    auto = ShardedAuto([shards], [shards], plans[0].error_feedback, by_auto[1]) if by_auto[0] else None
+    auto = None
+    if by_auto[0]:
+        dtypes = {engine.communication_data_type, *(p.dtype for p in names)}
+        auto = ShardedAuto([shards], [shards], plans[0].error_feedback, by_auto[1], dtypes)
     if stage == 3:
         attach_gathered(engine, shards, names, auto)
     else:

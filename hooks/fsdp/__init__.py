@@ -28,7 +28,7 @@ from commpress.comm.parameters import unfit_dtype
 from commpress.comm.plan import plans, sharded_settings, sharded_spec
 from commpress.comm.search import PLAIN
 from commpress.comm.session import Session
-from commpress.comm.sharded_auto import ShardedAuto, begins_steps, decides
+from commpress.comm.sharded_auto import ShardedAuto, begins_steps, decides, follows_backwards
 from commpress.comm.verify import EVERY, require_interval
 from commpress.hooks.fsdp.comms import Gather, Reduce, Replicas
 from commpress.hooks.fsdp.masks import of_replicas, of_shards, require_fit
@@ -105,7 +105,8 @@ def attach(
     auto = None
     if by_auto[0]:
         own = [shards[ranks(held[0].shard_groups[0])], *replicas.values()]
-        auto = ShardedAuto([*shards.values(), *replicas.values()], own, error_feedback, by_auto[1])
+        dtypes = {dtype for unit in held for dtype in unit.dtypes}
+        auto = ShardedAuto([*shards.values(), *replicas.values()], own, error_feedback, by_auto[1], dtypes)
     for unit in held:
         unit.module.set_custom_all_gather(Gather(shards, unit, auto))
         unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit, auto))
@@ -194,3 +195,4 @@ def _watch(model: nn.Module, session: Session, auto: ShardedAuto | None) -> None
     model.register_forward_pre_hook(before)
     if auto is not None:
         model.register_forward_pre_hook(begins_steps(auto), prepend=True)  # FSDP's own gathers the root's parameters
+        model.register_forward_hook(follows_backwards(auto))

@@ -52,6 +52,9 @@ class Unit:
             self.world_size *= info.replicate_mesh_size
         self.values = sum(p._orig_size.numel() * _reals(p) for p in self.group.fsdp_params)
         self.comms: list[object] = [self.group._all_gather_comm, self.group._reduce_scatter_comm]
+        policy, own = self.group.mp_policy, {p.sharded_param.dtype for p in self.group.fsdp_params}
+        self.dtypes = own | ({policy.param_dtype, policy.reduce_dtype} - {None})
+        """The dtypes in which FSDP gathers and reduces, and those of the shards."""
         self.parts()  # raises now if something is not where torch 2.13 has it
         self._touched: set[str] = set()
         self._layouts: dict[Segments, Segments] = {}

@@ -1,8 +1,10 @@
 """`attach(model)` without a spec, on real ranks: plain at first, the same choice everywhere, nothing lost on the way."""
 
+import contextlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, sgd, train
 
 import commpress
-from commpress.comm.auto import Auto
+from commpress.comm import coding
+from commpress.comm.auto import Auto, explained
 from commpress.comm.replicas import replicas_session
-from commpress.comm.search import FIRST_TURN, WARM_UP, Search
+from commpress.comm.search import FIRST_TURN, WARM_UP, Choice, Search, Trial
 from commpress.kernels import table
 
 PLAIN_STEPS = WARM_UP + FIRST_TURN
@@ -346,3 +349,45 @@ def test_one_rank_has_nothing_to_choose() -> None:
     explained, receipt = run(1, alone)[0]
     assert explained == "one rank: nothing to send, so nothing to choose"
     assert "steps without compression were not measured" in receipt
+
+
+@contextlib.contextmanager
+def encoded() -> Iterator[set[tuple[str, torch.dtype, bool]]]:
+    """What is encoded while the block runs: the codec, of which dtype, and whether with a residual: a loop for each."""
+    seen: set[tuple[str, torch.dtype, bool]] = set()
+    real = coding.encode
+
+    def noting(codec: Any, x: Tensor, residual: Tensor | None = None, *more: Any, **named: Any) -> Tensor:
+        seen.add((str(codec), x.dtype, residual is not None))
+        return real(codec, x, residual, *more, **named)
+
+    with mock.patch.object(coding, "encode", noting):
+        yield seen
+
+
+def loops_of_bfloat16() -> tuple[Any, Any]:
+    """What was encoded when a model in bfloat16 was attached, and what while it goes through the specs."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(600, 20, bias=False).bfloat16())
+    with encoded() as ahead:
+        session = commpress.attach(model)
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    session.step_buffer.auto.search = Scripted("none", "int4", "int8", "none")  # type: ignore[assignment]
+    with encoded() as used:
+        for _ in range(4):
+            model(torch.randn(4, 600).bfloat16()).sum().backward()
+    return ahead, used
+
+
+def test_no_loop_is_compiled_when_a_spec_has_its_turn() -> None:
+    for ahead, used in run(2, loops_of_bfloat16):
+        assert {("int4", torch.bfloat16, True), ("int8", torch.bfloat16, True)} <= used <= ahead
+
+
+def test_on_an_accelerator_explain_says_what_the_prediction_is_worth() -> None:
+    search = Search(lambda everyone, plain: {}, choices=[Choice("none", 9, [Trial("none", 1.0, 1.0)])])
+    found = {name: explained(search, 2, torch.device(name)) for name in ("cpu", "cuda")}
+    assert "Predicted from what the host sees" in found["cuda"]
+    assert found["cuda"].startswith(found["cpu"])
+    assert "host" not in found["cpu"]

@@ -11,7 +11,7 @@ from ranks import outcome, run
 from test_auto import PLAIN_STEPS, Scripted
 from tiers import slow, slowly
 from torch import nn
-from training import network, same
+from training import batch, network, same
 
 from commpress.comm.search import Search
 from commpress.comm.sharded_auto import ShardedAuto
@@ -125,6 +125,29 @@ def counted(stage: int) -> int:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_is_one_of_the_optimizer(stage: int) -> None:
     assert run(RANKS, counted, stage) == [3] * RANKS  # the fourth goes on
+
+
+def where_a_rank_is_held_back(stage: int) -> int:
+    """The steps of a search where rank 0 waits, before each of its forwards, for what the others do behind theirs."""
+    e = engine(stage)
+    session = attach(e, "auto")
+    own = dist.new_group(list(range(RANKS)))
+    for step in range(12):
+        if dist.get_rank() == 0:
+            dist.barrier(own)
+        x, y = batch(step, dist.get_rank())
+        loss = nn.functional.cross_entropy(e(x).float(), y)
+        if dist.get_rank() != 0:
+            dist.barrier(own)
+        e.backward(loss)
+        e.step()
+    assert session._auto is not None
+    assert session._auto.search.state != "plain"  # the ranks have told each other how long its steps took
+    return session._auto.search.steps
+
+
+def test_no_rank_waits_for_another_in_its_forward() -> None:
+    assert run(RANKS, where_a_rank_is_held_back, 1) == [11] * RANKS
 
 
 def by_block_and_resumed() -> list[Any]:

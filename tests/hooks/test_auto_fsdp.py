@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
-from test_auto import CLOCK, PLAIN_STEPS, Scripted
+from test_auto import CLOCK, PLAIN_STEPS, Scripted, encoded
 from test_fsdp import by_two, sharded, shards_of
 from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from training import Trained, loss_of, network, same, same_training, sgd
 
 import commpress
 from commpress.comm.search import Search
-from commpress.comm.sharded_auto import ShardedAuto, decides
+from commpress.comm.sharded_auto import PATIENCE, ShardedAuto, decides
 
 
 def trained(model: nn.Module, steps: int) -> Trained:
@@ -291,3 +291,49 @@ def test_who_decides_for_what() -> None:
     assert decides("int4", "int8") == decides({"*": "auto"}, None) == (False, False)
     with pytest.raises(ValueError, match=r"parameters: auto\(error=0.3\): the error"):
         decides("auto", "auto(error=0.3)")
+
+
+def two_forwards_then_two_backwards(kept: bool) -> list[str]:
+    """The specs after each of some forwards, of which two are outstanding at a time, or one is never used."""
+    model = sharded()
+    session = commpress.attach(model, parameters="auto")
+    auto = session._auto
+    assert isinstance(auto, ShardedAuto)
+    auto.search = Scripted("none", *["none, parameters int8"] * 20)  # type: ignore[assignment]
+    specs, first = [], loss_of(model, 0)
+    second = loss_of(model, 1)
+    first.backward()  # which makes a step due, while the second backward is to come
+    for step in range(2, 12):
+        loss = loss_of(model, step)
+        specs.append(auto.search.spec)
+        loss.backward()
+        if step == 3 and not kept:
+            second.backward()
+    return specs
+
+
+def test_a_step_begins_where_no_backward_is_to_come() -> None:
+    for specs in run(2, two_forwards_then_two_backwards, False):
+        assert specs == ["none", "none", *["none, parameters int8"] * 8]
+    for specs in run(2, two_forwards_then_two_backwards, True):  # the output of a forward is never used
+        assert specs == [*["none"] * PATIENCE, *["none, parameters int8"] * (10 - PATIENCE)]
+
+
+def loops_of_bfloat16() -> tuple[Any, Any]:
+    """What was encoded when a model that computes and reduces in bfloat16 was attached, and what while it is trained."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    model = fully_shard(nn.Linear(600, 20, bias=False), mp_policy=policy)
+    with encoded() as ahead:
+        session = commpress.attach(model, parameters="auto")
+    assert session._auto is not None
+    specs = ("none", "int4, parameters int8", "int8, parameters bf16", "none")
+    session._auto.search = Scripted(*specs)  # type: ignore[assignment]
+    with encoded() as used:
+        for _ in specs:
+            model(torch.randn(4, 600)).sum().backward()
+    return ahead, used
+
+
+def test_no_loop_is_compiled_when_a_spec_has_its_turn() -> None:
+    for ahead, used in run(2, loops_of_bfloat16):
+        assert {("int4", torch.bfloat16, True), ("int8", torch.bfloat16, False)} <= used <= ahead
