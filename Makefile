@@ -9,6 +9,7 @@ RECORDS := runs/bench
 LAB := $(RUN)/python -m commpress.launch.lab
 STEPS := $(RUN)/python benchmarks/training.py
 FEW := --only 'plain DDP' 'torch fp16' 'PowerSGD rank 4' int8 int4 sign 'topk(0.01)|int4'
+AUTO := $(RUN)/python benchmarks/auto.py --model deep --steps 100 --others 20
 ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'ZeroOneAdamW sign, every 4 steps'
 
 .PHONY: demo warm test test-slow check gpu-check bench bench-quick bench-codecs bench-convergence clean
@@ -57,6 +58,7 @@ bench-quick: $(INSTALLED)
 	@$(LAB) 2 1gbit -- $(STEPS) $(FEW) --rounds 3 --json $(RECORDS)/quick-1gbit.json
 	@$(LAB) 2 100mbit -- $(STEPS) $(FEW) --rounds 2 --steps 2 --json $(RECORDS)/quick-100mbit.json
 	@$(RUN)/python -m commpress.launch.cli report $(RECORDS)/quick.html $(RECORDS)/quick-*.json
+	@for rate in 1gbit 10gbit; do $(LAB) 2 $$rate -- $(AUTO) || exit 1; done
 
 # the README's tables and pictures, under 40 minutes
 bench: $(INSTALLED)

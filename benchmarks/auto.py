@@ -3,10 +3,11 @@
     python -m commpress.launch.lab 2 1gbit -- python benchmarks/auto.py [--model wide|deep] [--steps 300] [--json FILE]
 
 All ways train a copy of the same byte-level GPT on the same windows, in turns of a few steps, so that a noisy machine shifts
-all. `auto` begins to search in its first step; what it loses while it searches is in its sum. The last line holds the bounds:
-the sum of auto's steps against as many medians of the better of plain DDP and DDP with bf16, and auto's median once it has
-chosen against that of the best fixed spec. `--switch` changes the lab's links in the middle, there and back: auto looks again,
-and the medians are those of each third. On a slow link `--others 20` spares time: the other ways take so many steps a third.
+all; the first step of each is not counted. `auto` begins to search at once. The last line holds the bounds: the mean of auto's
+steps, its search included, against that of the better of plain DDP and DDP with bf16, and auto's median once it has chosen
+against that of the best fixed spec. `--switch` changes the lab's links in the middle, there and back: auto looks again, and
+each third is compared with the others' same third. On a slow link `--others 20` spares time: the other ways take so many
+steps of a third.
 """
 
 import argparse
@@ -92,6 +93,9 @@ def run(ways: list[Way], steps: int, switch: str | None, others: int) -> None:
     """
     rates = [None] if switch is None else [None, switch, joining(dist.get_world_size())["rate"]]
     turns = steps // len(rates) // TURN
+    for way in ways:
+        way.step()
+        way.seconds[-1].clear()
     for rate in rates:
         if rate is not None:
             reshape(rate)
@@ -107,12 +111,13 @@ def run(ways: list[Way], steps: int, switch: str | None, others: int) -> None:
 
 
 def rows(ways: list[Way]) -> list[dict[str, Any]]:
-    """Of each way the medians of each phase, over all steps and over those once auto has settled, and the sum."""
+    """Of each way the medians of each phase, over all steps and over those once auto has settled, and the means."""
     auto = next(way for way in ways if way.name == AUTO)
     found = []
     for way in ways:
         row: dict[str, Any] = {"name": way.name, "medians": [statistics.median(phase) for phase in way.seconds]}
-        row["sum"], row["steps"] = sum(map(sum, way.seconds)), [len(phase) for phase in way.seconds]
+        row["means"] = [statistics.fmean(phase) for phase in way.seconds]
+        row["steps"] = [len(phase) for phase in way.seconds]
         row["settled"] = [
             statistics.median(phase[SETTLED * len(phase) // len(autos) :])
             for phase, autos in zip(way.seconds, auto.seconds, strict=True)
@@ -128,11 +133,12 @@ def bounds(found: list[dict[str, Any]]) -> dict[str, float]:
     """What auto's whole run is of the better of plain DDP and bf16, and its steps, once settled, of the best fixed spec's."""
     by_name = {row["name"]: row for row in found}
     auto = by_name[AUTO]
-    whole = min(
-        sum(n * m for n, m in zip(auto["steps"], by_name[name]["medians"], strict=True)) for name in (PLAIN, "bf16")
-    )
+
+    def whole(name: str) -> float:
+        return sum(n * m for n, m in zip(auto["steps"], by_name[name]["means"], strict=True))
+
     best = [min(by_name[name]["settled"][phase] for name in (PLAIN, *FIXED)) for phase in range(len(auto["steps"]))]
-    return {"whole": auto["sum"] / whole, "settled": sum(auto["settled"]) / sum(best)}
+    return {"whole": whole(AUTO) / min(whole(PLAIN), whole("bf16")), "settled": sum(auto["settled"]) / sum(best)}
 
 
 def named(link: dict[str, Any]) -> str:
@@ -150,13 +156,12 @@ def show(record: dict[str, Any], explained: str, receipt: str) -> None:
         title=f"{record['parameters'] / 1e6:.1f} M parameters, {record['world_size']} ranks, {named(link)}, "
         f"{record['steps']} steps, {record['machine']}"
     )
-    for name in ("", "steps", "ms a step", "once settled", "sum, s", "MB a step", "loss"):
+    for name in ("", "steps", "mean, ms", "median, ms", "once settled", "MB a step", "loss"):
         table.add_column(name, justify="right" if name else "left")
     for row in record["rows"]:
         mb = "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.2f}"
-        times = (" | ".join(f"{seconds * 1e3:.1f}" for seconds in row[key]) for key in ("medians", "settled"))
-        times = str(sum(row["steps"])), *times, f"{row['sum']:.1f}"
-        table.add_row(row["name"], *times, mb, f"{row['loss']:.3f}")
+        times = (" | ".join(f"{seconds * 1e3:.1f}" for seconds in row[key]) for key in ("means", "medians", "settled"))
+        table.add_row(row["name"], str(sum(row["steps"])), *times, mb, f"{row['loss']:.3f}")
     Console(width=132).print(table)
     print(f"{explained}\n{receipt}")
     of = record["bounds"]
