@@ -93,7 +93,7 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
     of_codecs, passes = 9 * 4 + 2 * 7 + 17 + 6 + 41, 15  # 16-bit casts have no recode; of randomk 17, rotate 6, topk 41
     assert len(rows) == of_codecs + passes
     for row in rows:
-        assert row["stack"] == 0, row
+        assert row["stack"] == row["spilled"] == 0, row
         assert row["fused"] == 0, row
         assert row["shared"] <= SHARED, row
         wide = row["wide"] > 0 or row["function"] in SINGLE | FEW or row["kernel"].startswith(LONG)

@@ -3,8 +3,8 @@
     python tests/kernels/triton_code.py 90 "80:int8 prologue,sign mean"
 
 Compute capabilities, each with the kernels that are wanted, or all. A row a kernel: registers of a thread, bytes of its stack
-(what was spilled), bytes of shared memory, products that are fused with a sum, and accesses of 16 bytes. `test_triton.py` runs
-it.
+(what was spilled), bytes of shared memory, and by the instructions that it would run: accesses to what was spilled, products
+that are fused with a sum, accesses of 16 bytes. `test_triton.py` runs it.
 """
 
 import contextlib
@@ -78,14 +78,19 @@ def needs(kernel: Any) -> dict[str, int]:
         said = subprocess.run(
             [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
+        machine = subprocess.run(
+            [TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
     usage = {name: int(found) for name, found in re.findall(r"(REG|STACK):(\d+)", said.stdout)}
     code = kernel.asm["ptx"]
+    divides = re.search(r"\b(?:div|rcp|sqrt)\.", code)  # which ptxas makes of fused products
     return {
         "registers": usage["REG"],
         "stack": usage["STACK"],
         "shared": kernel.metadata.shared,
-        "fused": len(re.findall(r"\bfma\.", code)),
-        "wide": len(re.findall(r"(?:ld|st)\.global[.\w]*\.v4\.b32", code)),
+        "spilled": len(re.findall(r"\b(?:LDL|STL)\b", machine)),
+        "fused": len(re.findall(r"\bfma\.", code)) + (0 if divides else len(re.findall(r"\bFFMA", machine))),
+        "wide": len(re.findall(r"\b(?:LDG|STG)\.[.\w]*128", machine)),
     }
 
 
