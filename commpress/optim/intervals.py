@@ -37,11 +37,6 @@ class Sync:
     weight: float
     share: float
 
-    @property
-    def steps(self) -> int:
-        """So many steps of this rate have that weight; 0 if the rate is 0."""
-        return round(1 / self.share) if self.share else 0
-
 
 def candidates(specs: Iterable[str], now: int, most: int) -> list[Candidate]:
     """Return `none` in every step, and `specs` every 1, 2, 4, ... steps below `now`, and every `most`; what sends more first.

@@ -227,8 +227,8 @@ class ZeroOneAdamW(FrozenAdamW):
         p will have all that it lacks, then. n lacks what was withheld as it was: returns how much less that has become, which
         n is to gain beside it ([n] of what travels, times the loss scale); None if nothing was withheld, or it stays.
         """
-        of = [(self.state[self._places[s.name][0]].get("covered", 0), self._syncing[s.name].steps) for s in segments]
-        factors = [before / now if before and now else 1.0 for before, now in of]
+        states = [self.state[self._places[segment.name][0]] for segment in segments]
+        factors = [state["covered"] / (state.get("waiting", 0) + 1) if "covered" in state else 1.0 for state in states]
         if self._most is None or all(factor == 1 for factor in factors):
             return None
         memory.fold(self._world_size)
@@ -274,8 +274,9 @@ class ZeroOneAdamW(FrozenAdamW):
                     self._scale,
                 )
                 state["decay"], state["weight"] = 1.0, 0.0
-                if self._most is not None and sync.steps:
-                    state["covered"] = sync.steps
+                if self._most is not None:
+                    state["covered"] = state.get("waiting", 0) + 1
+                state["waiting"] = 0
                 continue
             if not refreshes:
                 self.clip(update)
@@ -284,6 +285,7 @@ class ZeroOneAdamW(FrozenAdamW):
             sync = self._sync(name)
             state["decay"] *= sync.keep
             state["weight"] = sync.weight
+            state["waiting"] = state.get("waiting", 0) + 1
             loops.local_step(
                 *(update, state["inverse"], state["exp_avg"], state["total"], state["anchor"], p),
                 limit=self.limit(group),
