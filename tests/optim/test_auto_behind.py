@@ -20,6 +20,7 @@ from commpress.comm.auto_behind import AutoBehind
 from commpress.comm.search import FIRST_TURN, PLAIN
 from commpress.comm.search import WARM_UP as NOT_COUNTED
 from commpress.optim import DGC, CompressedOptimizer, EF21Muon, Growing, OneBitAdamW, ZeroOneAdamW
+from commpress.optim.intervals import candidates
 
 WARM_UP = 8
 COMPUTING = 0.1
@@ -335,3 +336,4 @@ def test_what_sends_more_is_gentler_and_no_interval_is_above_the_bound() -> None
         "sign every 8",
         "topk(0.1)|sign every 8",
     ]
+    assert {candidate.now for candidate in candidates(["int4"], 2, 16)} == {1, 2}
