@@ -196,7 +196,7 @@ def attach(
     device = next(model.module.parameters()).device
     refusal = not_taken("parameters", parameters, "DistributedDataParallel sends none")
     refusal = refusal or (None if buffers is None else buffer_refusal(model, buffers))
-    refusal = refusal or open_refusal(gradients, optimizer, exchange)
+    refusal = refusal or open_refusal(gradients, optimizer, exchange, error_feedback)
     refusal = refusal or _refusal(model, names, optimizer)  # which binds the optimizer, if it finds nothing
     if refusal is not None:
         refuse_on_all(refusal, model.process_group, device)

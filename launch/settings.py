@@ -29,7 +29,7 @@ class Compression:
     compress: str | None = None
     """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...; auto: it is found while training goes on; or a
     .toml or .json file of specs by patterns of parameters' names. None: the recipe's, or auto under ddp, fsdp and deepspeed
-    (but where OneBitAdamW is sharded, by --parameters; such a file is for ddp with AdamW or SGD), or int4."""
+    (except where OneBitAdamW is sharded, by --parameters; such a file is for ddp with AdamW or SGD), or int4."""
     parameters: str | None = None
     """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; auto beside --compress auto. None:
     the recipe's, or none."""
@@ -285,7 +285,8 @@ def require_specs(settings: Settings) -> None:
     if not settings.takes_auto:
         raise TrainingError(
             f"--compress {settings.compress}: expected --parallel ddp, fsdp or deepspeed, and no --parameters beside "
-            f"--optimizer OneBitAdamW, got {settings.parallel}, {settings.parameters} and {settings.optimizer}"
+            f"--optimizer OneBitAdamW, ZeroOneAdamW or DGC, got {settings.parallel}, {settings.parameters} and "
+            f"{settings.optimizer}"
         )
 
 

@@ -67,8 +67,8 @@ def budget(spec: object) -> float | None:
 
 
 @lru_cache(maxsize=8)
-def speeds(device: torch.device, specs: tuple[str, ...] = SPECS) -> dict[str, Speed]:
-    """Seconds a value of each spec on one core of this machine, or on its accelerator; measured once a process."""
+def speeds(device: torch.device, specs: tuple[str, ...]) -> dict[str, Speed]:
+    """Seconds a value of each spec on one core of this machine, or on its accelerator; once a process for these specs."""
     return {spec: measure(parse(spec), device, TIMED) for spec in specs}
 
 

@@ -32,10 +32,10 @@ class AutoBehind(Auto):
     def __init__(self, collectives: "Collectives", optimizer: OptimizerHooks) -> None:
         self._optimizer = optimizer
         self._candidates: dict[str, Candidate] = {}
-        """All that were ever there, by name: an interval that grows brings others."""
+        """All that were ever there, by name, as of the last ranking: an interval that grows brings others."""
         specs = tuple(dict.fromkeys(candidate.spec for candidate in optimizer.candidates()))
         super().__init__(collectives, True, specs=specs)
-        self.search = Search(self._predicted, period=lambda name: self._candidates[name].sync_every)
+        self.search = Search(self._predicted, period=lambda name: self._candidates[name].now)
         self._look_up()
         self._counts = True
         """Whether the step that goes on may say something of its candidate."""
@@ -61,7 +61,9 @@ class AutoBehind(Auto):
 
     def break_even(self) -> float | None:
         choice = self.search.choice
-        if choice is None or self._candidates[choice.spec].sync_every > 1:
+        if choice is None or choice.spec not in self._plans:
+            return None
+        if self._candidates[choice.spec].sync_every > 1:
             return None  # the model's link is one that all buckets cross in every step
         return super().break_even()
 
@@ -74,10 +76,10 @@ class AutoBehind(Auto):
         assert self._model is not None
         buckets, known, cluster, compute, itemsize = self._model
         candidate, total = self._candidates[name], sum(buckets)
-        turns: list[list[int]] = [[] for _ in range(candidate.sync_every)]
+        turns: list[list[int]] = [[] for _ in range(candidate.now)]
         start = 0
-        for n in buckets:
-            turns[start * candidate.sync_every // total].append(n)
+        for n in filter(None, buckets):
+            turns[start * candidate.now // total].append(n)
             start += n
         of = self._plans[name], known[candidate.spec]
         return fmean(

@@ -14,10 +14,11 @@ from commpress.comm.segments import Segments
 @dataclass(frozen=True)
 class Candidate:
     """A choice that `auto` may make behind an optimizer: a spec of what it sends, and steps from one sync of a parameter to the
-    next. More than one are an upper bound where the optimizer's own interval grows."""
+    next. `sync_every` above 1 is an upper bound where the optimizer's own interval grows: `now` is what it is as yet."""
 
     spec: str
     sync_every: int = 1
+    now: int = 1
 
     def __str__(self) -> str:
         return self.spec if self.sync_every == 1 else f"{self.spec} every {self.sync_every}"

@@ -56,7 +56,7 @@ class Question:
 
     def arrived(self) -> list[Settings]:
         """Every rank's settings, of which the caller knows that they are there."""
-        return [json.loads(bytes(row.tolist())) for row in self._rows]
+        return [json.loads(row.cpu().numpy().tobytes()) for row in self._rows]
 
     def is_unanimous(self) -> bool:
         """Whether all have said the same, of which the caller knows that it is there."""

@@ -68,11 +68,6 @@ def replicas_session(
         raise ValueError(
             f"error_feedback=False: {name} sums up what arrives, so what is left out must follow; leave it out"
         )
-    if optimizer is not None and allowed is not None and not error_feedback:
-        raise ValueError(
-            f"error_feedback=False: the specs that auto chooses behind {name} keep its loss with feedback; leave it out, "
-            "or give a spec"
-        )
     behind = () if optimizer is None or allowed is None else optimizer.candidates()
     collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
     if collectives.world_size > 1:

@@ -100,7 +100,7 @@ def is_open(gradients: Spec) -> bool:
     return isinstance(gradients, Mapping) or budget(gradients) is not None
 
 
-def open_refusal(gradients: Spec, optimizer: object, exchange: str | None) -> Exception | None:
+def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error_feedback: bool) -> Exception | None:
     """Return why gradients cannot go by `auto` or by patterns, if they cannot; None if one codec is named for all."""
     try:
         if not is_open(gradients):
@@ -122,6 +122,11 @@ def open_refusal(gradients: Spec, optimizer: object, exchange: str | None) -> Ex
             candidates()
         except TypeError as error:
             return error
+    if candidates is not None and not error_feedback:
+        return ValueError(
+            f"error_feedback=False: the specs that auto chooses behind {name} keep its loss with feedback; leave it out, "
+            "or give a spec"
+        )
     if exchange is not None:
         return ValueError(
             f"exchange={exchange!r}: with {given} each codec takes its own; leave it out, or give one spec"

@@ -120,6 +120,8 @@ class Search:
         self._round = 0
         self._since = 0
         """The step before which the search began."""
+        self._longest = 1
+        """The longest period of what this search has tried, of which some may have been dropped."""
         self._patience = 1
         self._looks = 0
         self._next_search = 0
@@ -225,6 +227,7 @@ class Search:
         others = [s for s in self._predicted if s != PLAIN and self._predicted[s] < HOPELESS * plain]
         others = [s for s in others if self._banned.get(s, 0) <= self.steps]
         self._tried = [*sorted(others, key=lambda s: (not self._may_be_worth(s), self._predicted[s]))[:MOST], PLAIN]
+        self._longest = max(map(self.period, self._tried))
         self._round, self._hurt = 0, {}
         if len(self._tried) == 1:
             self._choose(everyone)
@@ -254,9 +257,8 @@ class Search:
         still_open = self._round < ROUNDS
         if not still_open:  # only those between which nothing is decided go on
             contenders = [self._best(everyone), *self._ahead_by_median(everyone)]
-            periods = [self.period(spec) for spec in contenders]
-            ends = self.steps - self._since + TURN * sum(periods)
-            still_open = len(contenders) > 1 and ends <= LATEST * max(periods)
+            ends = self.steps - self._since + TURN * sum(map(self.period, contenders))
+            still_open = len(contenders) > 1 and ends <= LATEST * self._longest
             self._tried = [spec for spec in self._tried if spec in contenders] if still_open else self._tried
         if still_open and len(self._tried) > 1:
             self._next_round()

@@ -86,7 +86,7 @@ class ShardedAuto:
         self._pairs = {_named(spec, other): (spec, other) for other in PARAMETER_SPECS for spec in SPECS}
         if not parameters:
             self._pairs = {spec: (spec, PLAIN) for spec in SPECS}
-        self._speeds = speeds(compared[0].device) if self.world_size > 1 else {}
+        self._speeds = speeds(compared[0].device, SPECS) if self.world_size > 1 else {}
         if self.world_size > 1:
             compile_loops(compared[0].device, dtypes)
         self.search = Search(self._predicted)
@@ -252,7 +252,7 @@ def follows_backwards(auto: ShardedAuto) -> Callable[..., None]:
         # not auto: a hook on a gradient is held by the graph
         forward, outstanding = object(), auto.outstanding
         for one in torch.utils._pytree.tree_leaves(output):
-            if isinstance(one, Tensor) and one.requires_grad:
+            if isinstance(one, Tensor) and one.requires_grad and not one.is_leaf:  # a leaf would keep the hook
                 outstanding.add(forward)
                 one.register_hook(lambda gradient: outstanding.discard(forward))
 

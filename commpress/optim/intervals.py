@@ -37,11 +37,6 @@ class Sync:
     weight: float
     share: float
 
-    @property
-    def steps(self) -> int:
-        """So many steps of this rate have that weight; 0 if the rate is 0."""
-        return round(1 / self.share) if self.share else 0
-
 
 def candidates(specs: Iterable[str], now: int, most: int) -> list[Candidate]:
     """Return `none` in every step, and `specs` every 1, 2, 4, ... steps below `now`, and every `most`; what sends more first.
@@ -49,5 +44,5 @@ def candidates(specs: Iterable[str], now: int, most: int) -> list[Candidate]:
     `most` stands for the interval that was asked for: as long as that grows, it is `now`.
     """
     intervals = [*(1 << power for power in range(now.bit_length()) if 1 << power < now), most]
-    found = {Candidate("none"), *(Candidate(spec, every) for spec in specs for every in intervals)}
-    return sorted(found, key=lambda one: (-parse(one.spec).nbytes(MANY) / one.sync_every, one.sync_every))
+    found = {Candidate("none"), *(Candidate(spec, every, min(every, now)) for spec in specs for every in intervals)}
+    return sorted(found, key=lambda one: (-parse(one.spec).nbytes(MANY) / one.now, one.sync_every))

@@ -194,7 +194,7 @@ class ZeroOneAdamW(FrozenAdamW):
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
             self.convert_feedback(memory, segments)
-            self._follow_interval(memory, segments)
+            gained = self._follow_interval(memory, segments)
             self.clip(bucket)
             leads, parts = self._lead_buffer(segments, bucket), sizes(segments)
             for segment, part, lead in zip(segments, bucket.split(parts), leads.split(parts), strict=True):
@@ -213,16 +213,28 @@ class ZeroOneAdamW(FrozenAdamW):
             if memory.kept_index is not None:  # what is pruned has no momentum
                 kept = torch.empty(memory.kept_index.numel(), dtype=leads.dtype, device=leads.device)
                 pack(leads, memory.kept_index, kept)
+                if gained is not None:
+                    kept += gained
                 unpack(kept, memory.kept_index, leads)
+            elif gained is not None:
+                leads += gained
 
         return Override(codec, prepare=prepare)
 
-    def _follow_interval(self, memory: Memory, segments: Segments) -> None:
-        """Under `auto`: what was withheld of a mean of so many steps becomes that of a mean of as many as this sync has."""
-        of = [(self.state[self._places[s.name][0]].get("covered", 0), self._syncing[s.name].steps) for s in segments]
-        factors = [before / now if before and now else 1.0 for before, now in of]
-        if self._most is not None and any(factor != 1 for factor in factors):
-            self.scale_feedback(memory, segments, factors)
+    def _follow_interval(self, memory: Memory, segments: Segments) -> Tensor | None:
+        """Under `auto`: what was withheld of a mean of so many steps becomes that of a mean of as many as this sync has.
+
+        p will have all that it lacks, then. n lacks what was withheld as it was: returns how much less that has become, which
+        n is to gain beside it ([n] of what travels, times the loss scale); None if nothing was withheld, or it stays.
+        """
+        states = [self.state[self._places[segment.name][0]] for segment in segments]
+        factors = [state["covered"] / (state.get("waiting", 0) + 1) if "covered" in state else 1.0 for state in states]
+        if self._most is None or all(factor == 1 for factor in factors):
+            return None
+        memory.fold(self._world_size)
+        before = None if memory.residual is None else memory.residual.clone()
+        self.scale_feedback(memory, segments, factors)
+        return None if before is None or memory.residual is None else before.sub_(memory.residual)
 
     def _lead_buffer(self, segments: Segments, bucket: Tensor) -> Tensor:
         """Memory of the bucket's size and dtype that stays from sync to sync, until the buckets are laid out anew."""
@@ -262,8 +274,9 @@ class ZeroOneAdamW(FrozenAdamW):
                     self._scale,
                 )
                 state["decay"], state["weight"] = 1.0, 0.0
-                if self._most is not None and sync.steps:
-                    state["covered"] = sync.steps
+                if self._most is not None:
+                    state["covered"] = state.get("waiting", 0) + 1
+                state["waiting"] = 0
                 continue
             if not refreshes:
                 self.clip(update)
@@ -272,6 +285,7 @@ class ZeroOneAdamW(FrozenAdamW):
             sync = self._sync(name)
             state["decay"] *= sync.keep
             state["weight"] = sync.weight
+            state["waiting"] = state.get("waiting", 0) + 1
             loops.local_step(
                 *(update, state["inverse"], state["exp_avg"], state["total"], state["anchor"], p),
                 limit=self.limit(group),

@@ -100,7 +100,7 @@ def attach(
     refusal = not_taken("buffers", buffers, "DeepSpeed sends none")
     refusal = refusal or not_taken("grad_scaler", grad_scaler, "an engine scales its losses by itself")
     refusal = refusal or _refusal(engine, stage, sharded, optimizer, exchange)
-    refusal = refusal or _open_refusal(gradients, stage, sharded, optimizer, exchange)
+    refusal = refusal or _open_refusal(gradients, stage, sharded, optimizer, exchange, error_feedback)
     found: Spec | None = None
     by_auto = (False, False)
     plans: tuple[Plan, Plan] | None = None
@@ -314,7 +314,12 @@ def _refusal(
 
 
 def _open_refusal(
-    gradients: Spec, stage: int, sharded: bool, optimizer: CompressedOptimizer | None, exchange: str | None
+    gradients: Spec,
+    stage: int,
+    sharded: bool,
+    optimizer: CompressedOptimizer | None,
+    exchange: str | None,
+    error_feedback: bool,
 ) -> Exception | None:
     """Return why gradients cannot go by `auto` or by patterns, if they were asked to and cannot."""
     if stage and isinstance(gradients, Mapping):
@@ -322,7 +327,7 @@ def _open_refusal(
             f"gradients: patterns decide at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner, as one: "
             'expected one spec, such as "int4", or "auto"'
         )
-    refusal = open_refusal(gradients, optimizer, exchange)
+    refusal = open_refusal(gradients, optimizer, exchange, error_feedback)
     if refusal is None and sharded and optimizer is not None and is_open(gradients):
         return TypeError(
             f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients where it is sharded, as in "

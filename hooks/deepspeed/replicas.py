@@ -50,6 +50,7 @@ def attach_replicas(
         parameters=tuple(Segment.whole(name, p) for p, name in names.items()),
         optimizer=optimizer,
         verify=verify,
+        dtypes={p.dtype for p in names},
     )
     assert session.step_buffer is not None
     session.step_buffer.replicas = lambda: [

@@ -20,6 +20,7 @@ from commpress.comm.auto_behind import AutoBehind
 from commpress.comm.search import FIRST_TURN, PLAIN
 from commpress.comm.search import WARM_UP as NOT_COUNTED
 from commpress.optim import DGC, CompressedOptimizer, EF21Muon, Growing, OneBitAdamW, ZeroOneAdamW
+from commpress.optim.intervals import candidates
 
 WARM_UP = 8
 COMPUTING = 0.1
@@ -204,36 +205,47 @@ class Scripted:
         return False
 
 
-def constant(candidates: list[str]) -> Tensor:
-    """The parameters after one step a candidate behind a warm-up, under gradients that are always the same."""
+def constant(candidates: list[str], spec: str = "auto", drop: int = -1) -> Tensor:
+    """Where one step a candidate behind a warm-up, and all that n has yet to move, lead the parameters to, under gradients that
+    are always the same; in the mean of the ranks. From step `drop` on the rate is a tenth."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(600, 2, bias=False))
     optimizer = ZeroOneAdamW(
-        model.parameters(), lr=0.01, betas=(0.0, 0.999), weight_decay=0.0, warmup_steps=2, sync_every=4
+        model.parameters(), lr=0.01, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=2, sync_every=4
     )
-    session = commpress.attach(model, optimizer=optimizer)
+    session = commpress.attach(model, spec, optimizer=optimizer)
     assert session.step_buffer is not None
-    assert session.step_buffer.auto is not None
-    session.step_buffer.auto.search = Scripted(PLAIN, PLAIN, *candidates)  # type: ignore[assignment]
+    if session.step_buffer.auto is not None:
+        session.step_buffer.auto.search = Scripted(PLAIN, PLAIN, *candidates)  # type: ignore[assignment]
     x = torch.randn(4, 600, generator=torch.Generator().manual_seed(dist.get_rank()))
-    for _ in range(2 + len(candidates)):
+    for step in range(2 + len(candidates)):
+        optimizer.param_groups[0]["lr"] *= 0.1 if step == drop else 1
         optimizer.zero_grad()
         model(x).sum().backward()
         optimizer.step()
+    group, weight = optimizer.param_groups[0], model.module.weight
+    momentum = optimizer.state[weight]["exp_avg"] / group["unit"]
+    dist.all_reduce(momentum)
     with optimizer.synced():
-        return parameters_of(model)[0]
+        return weight.detach() - group["lr"] * 0.9 / (1 - 0.9) * momentum / dist.get_world_size()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_what_was_withheld_arrives_in_full_when_the_interval_changes(world_size: int) -> None:
     often, seldom = ["topk(0.1)|sign"] * 4, ["topk(0.1)|sign every 4"] * 8
-    trials = [*seldom, *often, *seldom, "none"]  # which brings all that is left
+    trials = [*seldom, "none", *seldom, *often, *seldom, "none"]  # which brings all that is left
     plain = run(world_size, constant, ["none"] * len(trials))[0]
     start = run(world_size, constant, [])[0]
     for found in run(world_size, constant, trials):
         assert torch.allclose(found - start, plain - start, rtol=1e-3, atol=1e-4)
     for found in run(world_size, constant, [*trials[:-1], "sign"]):
         assert not torch.allclose(found - start, plain - start, rtol=1e-3, atol=1e-4)
+
+
+def test_a_change_of_the_rate_is_no_change_of_the_interval() -> None:
+    trials = ["topk(0.1)|sign every 4"] * 12
+    by_hand = run(2, constant, trials, "topk(0.1)|sign", 9)
+    assert same(run(2, constant, trials, "auto", 9), by_hand)
 
 
 def unlike() -> tuple[str, str]:
@@ -324,3 +336,4 @@ def test_what_sends_more_is_gentler_and_no_interval_is_above_the_bound() -> None
         "sign every 8",
         "topk(0.1)|sign every 8",
     ]
+    assert {candidate.now for candidate in candidates(["int4"], 2, 16)} == {1, 2}
