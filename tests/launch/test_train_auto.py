@@ -107,7 +107,7 @@ def test_a_run_by_default_goes_on_by_auto_and_others_do_not(tmp_path: Path) -> N
 def behind(folder: Path) -> Ended:
     settings = train.Settings(
         **MODEL,
-        steps=75,
+        steps=125,  # 6 of warm-up, 4 as they are, and a search of at most 50, times the longest interval
         optimizer="ZeroOneAdamW",
         optimizer_warmup=6,
         sync_every=2,
