@@ -181,9 +181,8 @@ def behind(stage: int) -> dict[str, Any]:
     """A search behind 0/1 Adam, every rank of which holds all, from its warm-up on."""
     e = engine(stage, optimizer=lambda p: ZeroOneAdamW(p, lr=1e-2, warmup_steps=8, sync_every=2))
     session = attach(e, "auto")
-    losses = train(
-        e, range(130)
-    )  # 8 of warm-up, 4 as they are, and a search of at most 50 steps, times the longest interval
+    # 8 steps of warm-up, 4 as they are, and a search of at most 50 steps, times the longest interval
+    losses = train(e, range(130))
     with e.basic_optimizer.synced():
         alike = same_on_all_ranks(weights(e))
     assert session.step_buffer is not None
