@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from scripted import Scripted
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, sgd, train
@@ -104,23 +105,6 @@ def predicted_on_unequal_hosts() -> list[float | None]:
 def test_ranks_of_hosts_of_unequal_size_predict_the_same() -> None:
     first, *others = run(4, predicted_on_unequal_hosts)
     assert all(other == first for other in others)
-
-
-class Scripted:
-    """A search whose outcome is written down."""
-
-    def __init__(self, *specs: str) -> None:
-        self.specs, self.steps, self.choices = list(specs), 0, ()
-
-    checks, state = False, "chosen"
-
-    @property
-    def spec(self) -> str:
-        return self.specs[self.steps]
-
-    def note(self, seconds: float, error: float | None) -> bool:
-        self.steps += 1
-        return False
 
 
 def summed(*specs: str) -> tuple[Tensor, Tensor]:

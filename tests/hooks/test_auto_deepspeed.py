@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from engines import RANKS, adamw, config, engine, fresh, same_on_all_ranks, train, weights
 from ranks import outcome, run
-from test_auto import PLAIN_STEPS, Scripted
+from scripted import Scripted
+from test_auto import PLAIN_STEPS
 from tiers import slow, slowly
 from torch import nn
 from training import batch, network, same

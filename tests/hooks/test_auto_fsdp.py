@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
-from test_auto import CLOCK, PLAIN_STEPS, Scripted, encoded
+from scripted import Scripted
+from test_auto import CLOCK, PLAIN_STEPS, encoded
 from test_fsdp import by_two, sharded, shards_of
 from tiers import slow
 from torch import Tensor, nn

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from scripted import Scripted
 from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -186,23 +187,6 @@ def test_steps_of_a_warm_up_that_is_not_exact_are_no_plain_ones() -> None:
         first = next(i for i, spec in enumerate(specs) if spec != "auto: none, still looking")
         assert first == WARM_UP + NOT_COUNTED + FIRST_TURN + 1  # in the last one the ranks tell each other
         assert f"{COMPUTING * 1e3:.1f}" in table
-
-
-class Scripted:
-    """A search whose outcome is written down."""
-
-    checks, state, choices, holds = False, "chosen", (), False
-
-    def __init__(self, *specs: str) -> None:
-        self.specs, self.steps = specs, 0
-
-    @property
-    def spec(self) -> str:
-        return self.specs[self.steps]
-
-    def note(self, seconds: float, error: float | None) -> bool:
-        self.steps += 1
-        return False
 
 
 def constant(candidates: list[str], spec: str = "auto", drop: int = -1) -> Tensor:

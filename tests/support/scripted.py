@@ -1,0 +1,18 @@
+"""A search of `auto` whose outcome a test writes down."""
+
+
+class Scripted:
+    """Has each step take the spec that stands at its place, and decides nothing."""
+
+    checks, state, choices, holds = False, "chosen", (), False
+
+    def __init__(self, *specs: str) -> None:
+        self.specs, self.steps = specs, 0
+
+    @property
+    def spec(self) -> str:
+        return self.specs[self.steps]
+
+    def note(self, seconds: float, error: float | None) -> bool:
+        self.steps += 1
+        return False
