@@ -52,7 +52,7 @@ gpu-check: warm
 bench-codecs: $(INSTALLED)
 	@$(RUN)/python benchmarks/codecs.py
 
-# as root, or the links are loopback (and it says so); under 5 minutes
+# as root, or the links are loopback (and it says so); under 6 minutes
 bench-quick: $(INSTALLED)
 	@mkdir -p $(RECORDS)
 	@$(LAB) 2 1gbit -- $(STEPS) $(FEW) --rounds 3 --json $(RECORDS)/quick-1gbit.json
