@@ -5,7 +5,8 @@
                                           behind: dropped                            as long as they were? Else from `none` on
 
 On a noisy machine a median of a few steps decides nothing between specs that lie close together. So a spec takes the place of a
-gentler one only if it was ahead in each round (one may fail out of five). If that is still open, further rounds follow.
+gentler one only if it was ahead in each round (one may fail out of five). If that is still open, further rounds follow. A spec
+that was close to the chosen one meets it again afterwards (`duel.py`).
 A spec must stay within an error budget, too: the distance of what arrives from the dense mean, measured in steps that are not
 timed. One that leaves it is dropped; if it was chosen, a gentler one takes its place, and it may come back in a later search.
 Steps of a turn are timed from one to the next; the first of each turn is not counted. Where steps of several kinds take turns
@@ -19,7 +20,9 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from commpress.comm.duel import CLOSE, Duel
 
 PLAIN = "none"
 SKIPPED, CHECKED, TIMED = "skipped", "checked", "timed"
@@ -117,6 +120,9 @@ class Search:
         self._banned: dict[str, int] = {}
         """The step before which a spec that has left the budget is not tried again."""
         self._setbacks = 0
+        self._rivals: list[str] = []
+        """What is still to go into a duel with the chosen spec."""
+        self._duel: Duel | None = None
         self._round = 0
         self._since = 0
         """The step before which the search began."""
@@ -303,28 +309,57 @@ class Search:
         ends = [step for step in self._banned.values() if step > self.steps]
         self._next_search = min([self._next_search, *ends])
         self._state, self._looks = "chosen", 0
+        others = [spec for spec in found if spec != best and spec not in self._hurt]
+        self._rivals = sorted((s for s in others if found[s] < CLOSE * found[best]), key=found.__getitem__)
+        self._next_duel()
         self._watch(everyone, found[best])
 
     def _watch(self, everyone: Sequence[Said], seconds: float) -> None:
         spec = self.choices[-1].spec
         asked = max(float(str(said.get("asked", 0.0))) for said in everyone)
         interval = max(LOOK, math.ceil(asked / SHARE / seconds))
-        first = [SKIPPED] if spec == PLAIN else [SKIPPED, CHECKED]
-        self._begin([(spec, kind) for kind in (*first, *[TIMED] * math.ceil(interval / self.period(spec)))])
+        turns = (spec,) if self._duel is None else self._duel.turns()
+        steps = []
+        for turn in turns:
+            first = [SKIPPED, CHECKED] if turn == spec != PLAIN else [SKIPPED]
+            timed = math.ceil(interval / len(turns) / self.period(turn))
+            steps += [(turn, kind) for kind in (*first, *[TIMED] * timed)]
+        self._begin(steps)
+
+    def _next_duel(self) -> None:
+        """Match the chosen spec with its next rival. Of a pair that is as fast the gentler one is to win."""
+        self._duel, chosen, order = None, self.choices[-1].spec, [PLAIN, *self._predicted]
+        if self._rivals:
+            rival = self._rivals.pop(0)
+            limit = WORTH if order.index(chosen) < order.index(rival) else 1 / WORTH
+            self._duel = Duel(chosen, rival, limit)
+
+    def _end_bout(self, duel: Duel, found: Mapping[str, float]) -> None:
+        """Count a bout; after the last one the winner is the choice."""
+        if not duel.count(found):
+            return
+        choice, seconds = self.choices[-1], duel.seconds()
+        choice.trials = [replace(trial, measured=seconds.get(trial.spec, trial.measured)) for trial in choice.trials]
+        if duel.winner() != choice.spec:
+            self.choices.append(Choice(duel.winner(), self.steps, choice.trials))
+        self._next_duel()
 
     def _look(self, everyone: Sequence[Said]) -> None:
         if hurt := self._beyond(_worst(everyone)):
             self._back_off(everyone, hurt)
             return
         choice, self._looks = self.choices[-1], self._looks + 1
-        now, then = _agreed(everyone)[choice.spec], choice.seconds(choice.spec)
+        found = _agreed(everyone)
+        now, then = found[choice.spec], choice.seconds(choice.spec)
         assert then is not None
         drifted = not then / DRIFT < now < then * DRIFT
         if (drifted and self._looks >= self._patience) or self.steps >= self._next_search:
-            self._state, self._since = "plain", self.steps
+            self._state, self._since, self._duel = "plain", self.steps, None
             self._begin([(PLAIN, SKIPPED)] + [(PLAIN, TIMED)] * (TURN - 1))
-        else:
-            self._watch(everyone, now)
+            return
+        if self._duel is not None:
+            self._end_bout(self._duel, found)
+        self._watch(everyone, now)
 
     def _beyond(self, errors: Mapping[str, float]) -> dict[str, float]:
         """Return the errors that are beyond the budget, by spec. NaN is beyond every budget."""
@@ -348,7 +383,7 @@ class Search:
         spec = min(left, key=lambda one: left[one])
         self.choices.append(Choice(spec, self.steps, before.trials, self._cause(before.spec, hurt[before.spec])))
         self._next_search = min(self._banned[one] for one in self._hurt)
-        self._looks = 0
+        self._looks, self._duel = 0, None
         self._watch(everyone, left[spec])
 
 

@@ -59,6 +59,7 @@ def errors(records: list[Record]) -> dict[str, str]:
     return {record["item"]: record["error"] for record in records}
 
 
+@pytest.mark.slow
 def test_what_hangs_dies_or_ends_is_a_row_that_says_so_and_the_others_go_on(fake: Path) -> None:
     items = ["one", "hangs", "two", "dies", "exits", "three"]
     found = errors(gpu_parts.work_off(gpu_worker.Job("bytes", items, ["cpu"]), "part", fake, 30))
@@ -69,6 +70,7 @@ def test_what_hangs_dies_or_ends_is_a_row_that_says_so_and_the_others_go_on(fake
     assert [item for item, error in found.items() if not error] == ["one", "two", "three"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_or_hangs_is_named_and_the_other_rank_does_not_stay(fake: Path) -> None:
     items = ["one", "rank 1 fails", "two", "rank 1 hangs", "three"]
     found = errors(gpu_parts.work_off(gpu_worker.Job("ranks", items, ["cpu"] * 2, "gloo"), "part", fake, 30))

@@ -88,7 +88,44 @@ def test_the_fastest_is_chosen_within_fifty_steps() -> None:
     world = World(PAYS, predicted=predicted(PAYS)).run(50)
     assert world.chosen == "int4"
     assert world.searches[0].choices[0].step <= 50
-    assert world.specs[-1] == "int4"
+    before = world.time
+    world.run(150)  # int8 is close behind, so they meet again
+    assert world.specs[-50:] == ["int4"] * 50
+    assert world.time - before < 150 * 0.3 * 1.02
+
+
+def test_what_chance_has_decided_is_decided_again_by_longer_turns() -> None:
+    near = link(none=0.265, bf16=0.259, int8=0.234, int4=0.222)
+    worlds = [World(shaken(near, seed, 0.1), predicted=predicted(near)).run(300) for seed in range(60)]
+    first = [world.searches[0].choices[0].spec for world in worlds]
+    assert first.count("int4") < 50
+    assert [world.chosen for world in worlds].count("int4") >= 55
+    lost = [sum(near(spec, 0) for spec in world.specs[50:]) / (250 * 0.222) for world in worlds]
+    assert sum(of > 1.03 for of in lost) <= 6
+
+
+def test_between_specs_that_are_as_fast_a_duel_finds_the_gentler_one() -> None:
+    same = link(none=0.5, bf16=0.5, int8=0.3, int4=0.299)
+    worlds = [World(shaken(same, seed, 0.04), predicted=predicted(same)).run(250) for seed in range(30)]
+    assert [world.chosen for world in worlds].count("int8") >= 27
+    for world in worlds:
+        trials = {trial.spec: trial.measured for trial in world.searches[0].choices[-1].trials}
+        assert trials["int4"] == pytest.approx(0.299, rel=0.02)  # of the duel, which has more steps than the trial
+
+
+def test_what_hurts_in_a_duel_is_out_of_it() -> None:
+    near = link(none=0.5, bf16=0.5, int8=0.3, int4=0.29)
+    world = World(near, predicted=predicted(near), errors=hurts(45)).run(200)
+    assert world.chosen == "int8"
+    assert "int4" not in world.specs[100:]
+
+
+def test_a_link_that_changes_during_a_duel_is_noticed() -> None:
+    def seconds(spec: str, step: int) -> float:
+        return (PAYS if step < 60 else link(none=0.1, bf16=0.11, int8=0.2, int4=0.2))(spec, step)
+
+    world = World(seconds, predicted=predicted(PAYS)).run(150)
+    assert world.chosen == PLAIN
 
 
 def test_the_first_steps_are_plain_training() -> None:

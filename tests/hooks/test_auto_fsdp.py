@@ -99,6 +99,7 @@ def test_all_ranks_choose_the_same(world_size: int) -> None:
         assert other["explained"] == first["explained"]
 
 
+@pytest.mark.slow
 def test_shards_and_replicas_choose_the_same_where_replicas_are_averaged() -> None:
     first, *others = run(4, searched, True)
     assert first["spec"] == "auto: int4"
@@ -134,6 +135,7 @@ def predicted(replicas: bool, parameters: str | None) -> dict[str, Any]:
     return {trial.spec: trial.predicted for trial in session._auto.search.choice.trials}
 
 
+@pytest.mark.slow
 def test_the_model_ranks_candidates_from_what_was_measured() -> None:
     for world_size, replicas, parameters, count in ((2, False, None, 4), (2, False, "auto", 12), (4, True, None, 4)):
         first, *others = run(world_size, predicted, replicas, parameters)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Died, outcome, run
-from tiers import slow
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, train
 
@@ -160,7 +159,8 @@ def test_a_rank_that_dies_is_noticed_at_once(world_size: int, bad_rank: int, tcp
             assert f"commpress: rank {bad_rank} ({socket.gethostname()}) is gone" in message
 
 
-@pytest.mark.parametrize("world_size", [2, slow(3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_a_rank_that_stops_sending_is_an_error_after_the_timeout(world_size: int, tmp_path: Path) -> None:
     ranks = run(world_size, silent, 1, str(tmp_path), group_timeout=5, fresh=True)
     for rank, said in enumerate(ranks):

@@ -276,6 +276,7 @@ def test_ckpt_path_goes_on_as_unbroken(spec: str, optimizer: str, tmp_path: Path
         assert without["linked"] == 1
 
 
+@pytest.mark.slow
 def test_files_go_with_their_checkpoint(tmp_path: Path) -> None:
     for names in run(2, removed, str(tmp_path / "kept"), timeout=120):
         assert names == ["step=6.ckpt", "step=6.ckpt.commpress-rank0", "step=6.ckpt.commpress-rank1", "weights.ckpt"]

@@ -203,6 +203,7 @@ def test_what_cannot_be_attached_says_why_on_all_ranks(tmp_path: Path) -> None:
     assert "got BertForSequenceClassification. Accelerate sees one process" in said
 
 
+@pytest.mark.slow
 def test_the_page(tmp_path: Path) -> None:
     one, other = run(2, follow_the_page, str(tmp_path), timeout=120)
     assert torch.equal(one["parameters"], other["parameters"])

@@ -99,6 +99,7 @@ def test_a_link_has_its_rate() -> None:
     assert not own(os.getpid())
 
 
+@pytest.mark.slow
 @needs_lab
 def test_delay_and_loss_are_those_of_a_network() -> None:
     """Delay once each way, from host to host. Single packets are lost, all bytes arrive nevertheless."""
@@ -338,6 +339,7 @@ def cut_off(link: lab.Link, hosts: Sequence[lab.Host], folder: Path, timeout: fl
         os._exit(0)
 
 
+@pytest.mark.slow
 @needs_lab
 def test_a_store_that_falls_silent_keeps_nobody_beyond_the_timeout(tmp_path: Path) -> None:
     timeout, link = 4.0, lab.Link(3, "100mbit")

@@ -245,6 +245,7 @@ def test_the_share_falls_along_a_cosine() -> None:
     assert share_at(5, 5, 5, 0.3) == 0
 
 
+@pytest.mark.slow
 def test_17_million_scores_take_about_a_second() -> None:
     scores = {"w": torch.randn(17_000, 1_000, generator=torch.Generator().manual_seed(0)).abs_()}
     began = time.process_time()

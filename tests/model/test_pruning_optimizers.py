@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
-from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
@@ -479,8 +478,9 @@ def looks(parts: int, buckets: bool) -> list[Any]:
     return wrong
 
 
-@pytest.mark.parametrize("parts", [slow(1), 2])
-@pytest.mark.parametrize("buckets", [slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("buckets", [False, True])
 def test_a_step_that_looks_at_all_gradients_clips_those_of_what_is_kept(parts: int, buckets: bool) -> None:
     assert run(2, looks, parts, buckets) == [[], []]
 

@@ -158,7 +158,8 @@ class Each(nn.Module):
         ]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_model_computes_with_the_codes_of_the_file(backend: str, tmp_path: Path) -> None:
     import torch._dynamo
     import torch._inductor.config

@@ -121,7 +121,7 @@ def test_on_a_slow_link_all_ranks_choose_what_sends_least(name: str, world_size:
 
 
 def test_on_a_fast_link_nothing_is_compressed_nor_put_off() -> None:
-    first, other = run(2, searched, "ZeroOneAdamW", 1e12, STEPS, {})
+    first, other = run(2, searched, "ZeroOneAdamW", 1e12, 2 * STEPS, {})  # what is as fast as none meets it again
     assert first["specs"][-1] == other["specs"][-1] == "auto: none"
     assert set(first["sent"][-20:]) == {first["sent"][0]}
     assert 0 in first["sent"]  # local steps were tried

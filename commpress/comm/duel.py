@@ -1,0 +1,47 @@
+"""Two specs that lie close together, compared by longer turns than a search has: each is nearly the best, so it costs little.
+
+A ........ B ........ | B ........ A ........ | A ........ B ........ | over if all three had one winner, else two more
+"""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+CLOSE = 1.08
+"""A spec goes into a duel with the chosen one if its steps took less than so many times as long."""
+SOONEST, BOUTS = 3, 5
+"""After so many bouts a duel is over if all had the same winner, and in any case."""
+
+
+@dataclass
+class Duel:
+    """`rival` wins a bout if its step takes less than `limit` times that of `chosen`."""
+
+    chosen: str
+    rival: str
+    limit: float
+    bouts: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds of a step of the chosen spec and of its rival."""
+
+    def turns(self) -> tuple[str, str]:
+        """Return who comes first in the next bout, and who comes then: in turns, so that a drift favours neither."""
+        return (self.chosen, self.rival) if len(self.bouts) % 2 == 0 else (self.rival, self.chosen)
+
+    def count(self, seconds: Mapping[str, float]) -> bool:
+        """Count a bout with these seconds a step, by spec. Returns whether the duel is over."""
+        self.bouts.append((seconds[self.chosen], seconds[self.rival]))
+        won = self._won()
+        return len(won) == BOUTS or (len(won) >= SOONEST and len(set(won)) == 1)
+
+    def winner(self) -> str:
+        """Return the spec that has won most bouts."""
+        won = self._won()
+        return self.rival if 2 * sum(won) > len(won) else self.chosen
+
+    def seconds(self) -> dict[str, float]:
+        """Return the median of what a step has taken, by spec."""
+        mine, theirs = (statistics.median(of) for of in zip(*self.bouts, strict=True))
+        return {self.chosen: mine, self.rival: theirs}
+
+    def _won(self) -> list[bool]:
+        return [theirs < self.limit * mine for mine, theirs in self.bouts]
