@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from commpress.comm import cost
+from commpress.comm.choice import Choice
 from commpress.comm.codecs import AUTO, parse
 from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.cost import Cluster, Speed, transfers
 from commpress.comm.error import ErrorWatch
 from commpress.comm.plan import Plan
 from commpress.comm.question import Question
-from commpress.comm.search import BUDGET, PLAIN, Choice, Said, Search
+from commpress.comm.search import BUDGET, PLAIN, Said, Search
 from commpress.comm.speed import measure
 from commpress.kernels.cpu.slices import cores
 from commpress.notice import warn

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-CLOSE = 1.08
-"""A spec goes into a duel with the chosen one if its steps took less than so many times as long."""
+CLOSE = 1.06
+"""A spec goes into a duel with the chosen one if its steps took less than so many times as long as would make it win."""
 SOONEST, BOUTS = 3, 5
 """After so many bouts a duel is over if all had the same winner, and in any case."""
 

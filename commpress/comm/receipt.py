@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from commpress.comm.choice import Choice
 from commpress.comm.codecs import AUTO
 from commpress.comm.meter import NOT_SENT, Report
-from commpress.comm.search import PLAIN, Choice
+from commpress.comm.search import PLAIN
 
 COUNTER = "/sys/class/net/{}/statistics/tx_bytes"
 

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from commpress.comm.choice import Choice, Trial
 from commpress.comm.duel import CLOSE, Duel
 
 PLAIN = "none"
@@ -60,34 +61,6 @@ RETRY = 300
 """Steps after which a spec that has left the budget is tried again; twice as many each time."""
 
 Said = Mapping[str, object]
-
-
-@dataclass
-class Trial:
-    """One spec: the step that was predicted for it and the median of those that it took, in seconds, and the largest error that
-    was seen; None where there is none."""
-
-    spec: str
-    predicted: float | None = None
-    measured: float | None = None
-    error: float | None = None
-
-
-@dataclass
-class Choice:
-    """The outcome of a search, or of a look: `spec` was chosen at the end of step `step`, among these.
-
-    `cause` says why it took the place of another one, if that has left the error budget.
-    """
-
-    spec: str
-    step: int
-    trials: list[Trial]
-    cause: str = ""
-
-    def seconds(self, spec: str) -> float | None:
-        """Return the measured step of a spec; None if it was not tried."""
-        return next((trial.measured for trial in self.trials if trial.spec == spec), None)
 
 
 @dataclass
@@ -309,10 +282,19 @@ class Search:
         ends = [step for step in self._banned.values() if step > self.steps]
         self._next_search = min([self._next_search, *ends])
         self._state, self._looks = "chosen", 0
-        others = [spec for spec in found if spec != best and spec not in self._hurt]
-        self._rivals = sorted((s for s in others if found[s] < CLOSE * found[best]), key=found.__getitem__)
+        self._rivals = self._close_to(best, found)
         self._next_duel()
         self._watch(everyone, found[best])
+
+    def _close_to(self, best: str, found: Mapping[str, float]) -> list[str]:
+        """Return what is to meet the best spec again: what was close to it, and what was not tried but predicted to be ahead.
+
+        Where `none` is the best one, the predictions were wrong.
+        """
+        near = [s for s in found if s != best and found[s] < CLOSE * self._limit(best, s) * found[best]]
+        untried = [s for s in self._predicted if s not in found and best != PLAIN]
+        ahead = [s for s in untried if self._predicted[s] < self._predicted[best]]
+        return [s for s in sorted(near, key=found.__getitem__) + ahead if self._banned.get(s, 0) <= self.steps]
 
     def _watch(self, everyone: Sequence[Said], seconds: float) -> None:
         spec = self.choices[-1].spec
@@ -321,44 +303,57 @@ class Search:
         turns = (spec,) if self._duel is None else self._duel.turns()
         steps = []
         for turn in turns:
-            first = [SKIPPED, CHECKED] if turn == spec != PLAIN else [SKIPPED]
+            known = turn == PLAIN or (turn != spec and self.choices[-1].error(turn) is not None)
+            first = [SKIPPED] if known else [SKIPPED, CHECKED]
             timed = math.ceil(interval / len(turns) / self.period(turn))
             steps += [(turn, kind) for kind in (*first, *[TIMED] * timed)]
         self._begin(steps)
 
     def _next_duel(self) -> None:
-        """Match the chosen spec with its next rival. Of a pair that is as fast the gentler one is to win."""
-        self._duel, chosen, order = None, self.choices[-1].spec, [PLAIN, *self._predicted]
+        """Match the chosen spec with its next rival."""
+        self._duel, chosen = None, self.choices[-1].spec
         if self._rivals:
             rival = self._rivals.pop(0)
-            limit = WORTH if order.index(chosen) < order.index(rival) else 1 / WORTH
-            self._duel = Duel(chosen, rival, limit)
+            self._duel = Duel(chosen, rival, self._limit(chosen, rival))
 
-    def _end_bout(self, duel: Duel, found: Mapping[str, float]) -> None:
+    def _limit(self, chosen: str, rival: str) -> float:
+        """Return the share of the chosen spec's seconds below which a rival wins: the gentler one if they are as fast."""
+        order = [PLAIN, *self._predicted]
+        return WORTH if order.index(chosen) < order.index(rival) else 1 / WORTH
+
+    def _end_bout(self, duel: Duel, everyone: Sequence[Said]) -> None:
         """Count a bout; after the last one the winner is the choice."""
-        if not duel.count(found):
+        if not duel.count(_agreed(everyone)):
             return
         choice, seconds = self.choices[-1], duel.seconds()
-        choice.trials = [replace(trial, measured=seconds.get(trial.spec, trial.measured)) for trial in choice.trials]
+        choice.trials = [replace(t, measured=seconds.get(t.spec, t.measured)) for t in choice.trials]
         if duel.winner() != choice.spec:
             self.choices.append(Choice(duel.winner(), self.steps, choice.trials))
         self._next_duel()
 
     def _look(self, everyone: Sequence[Said]) -> None:
-        if hurt := self._beyond(_worst(everyone)):
+        choice, errors = self.choices[-1], _worst(everyone)
+        choice.trials = [replace(t, error=errors.get(t.spec) if t.error is None else t.error) for t in choice.trials]
+        hurt, then = self._beyond(errors), choice.seconds(choice.spec)
+        if choice.spec in hurt:
             self._back_off(everyone, hurt)
             return
-        choice, self._looks = self.choices[-1], self._looks + 1
-        found = _agreed(everyone)
-        now, then = found[choice.spec], choice.seconds(choice.spec)
+        self._looks += 1
         assert then is not None
+        if hurt:  # a rival, whose turn ended there
+            self._ban(hurt)
+            self._next_search = min([self._next_search, *(self._banned[spec] for spec in hurt)])
+            self._next_duel()
+            self._watch(everyone, then)
+            return
+        now = _agreed(everyone)[choice.spec]
         drifted = not then / DRIFT < now < then * DRIFT
         if (drifted and self._looks >= self._patience) or self.steps >= self._next_search:
             self._state, self._since, self._duel = "plain", self.steps, None
             self._begin([(PLAIN, SKIPPED)] + [(PLAIN, TIMED)] * (TURN - 1))
             return
         if self._duel is not None:
-            self._end_bout(self._duel, found)
+            self._end_bout(self._duel, everyone)
         self._watch(everyone, now)
 
     def _beyond(self, errors: Mapping[str, float]) -> dict[str, float]:

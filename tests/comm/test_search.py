@@ -108,9 +108,28 @@ def test_between_specs_that_are_as_fast_a_duel_finds_the_gentler_one() -> None:
     same = link(none=0.5, bf16=0.5, int8=0.3, int4=0.299)
     worlds = [World(shaken(same, seed, 0.04), predicted=predicted(same)).run(250) for seed in range(30)]
     assert [world.chosen for world in worlds].count("int8") >= 27
-    for world in worlds:
-        trials = {trial.spec: trial.measured for trial in world.searches[0].choices[-1].trials}
-        assert trials["int4"] == pytest.approx(0.299, rel=0.02)  # of the duel, which has more steps than the trial
+
+
+def test_what_was_not_tried_but_predicted_to_be_ahead_has_its_chance() -> None:
+    near = link(none=0.3, bf16=0.266, int8=0.242, int4=0.229)
+    said = {PLAIN: 1.0, "bf16": 0.85, "int8": 0.79, "int4": 0.78}
+    world = World(near, predicted=said, errors=lambda spec, step: 0.1).run(300)
+    assert (
+        world.searches[0].choices[0].spec == "int8"
+    )  # int4 is not predicted to be worth it, so bf16 was tried beside it
+    assert world.chosen == "int4"
+    trials = {trial.spec: (trial.measured, trial.error) for trial in world.searches[0].choices[-1].trials}
+    assert trials["int4"] == (pytest.approx(0.229), 0.1)
+
+
+def test_what_was_not_tried_and_hurts_is_not_chosen() -> None:
+    near = link(none=0.3, bf16=0.266, int8=0.242, int4=0.229)
+    said = {PLAIN: 1.0, "bf16": 0.85, "int8": 0.79, "int4": 0.78}
+    world = World(near, predicted=said, errors=lambda spec, step: 0.9 if spec == "int4" else 0.1).run(280)
+    assert world.chosen == "int8"
+    assert world.specs.count("int4") == 2  # one behind another spec, and one that is looked into
+    trials = {trial.spec: (trial.measured, trial.error) for trial in world.searches[0].choices[-1].trials}
+    assert trials["int4"] == (None, 0.9)
 
 
 def test_what_hurts_in_a_duel_is_out_of_it() -> None:

@@ -20,8 +20,9 @@ from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_traini
 import commpress
 from commpress.comm import coding
 from commpress.comm.auto import Auto, explained
+from commpress.comm.choice import Choice, Trial
 from commpress.comm.replicas import replicas_session
-from commpress.comm.search import FIRST_TURN, WARM_UP, Choice, Search, Trial
+from commpress.comm.search import FIRST_TURN, WARM_UP, Search
 from commpress.kernels import table
 
 PLAIN_STEPS = WARM_UP + FIRST_TURN

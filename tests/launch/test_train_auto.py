@@ -14,7 +14,7 @@ MODEL = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "eval_
 
 
 def trained(folder: Path) -> Ended:
-    settings = train.Settings(**MODEL, steps=45, compress="auto", data=folder / "text.txt", out=folder / "run")
+    settings = train.Settings(**MODEL, steps=60, compress="auto", data=folder / "text.txt", out=folder / "run")
     return ended(lambda: train.train(settings))
 
 
