@@ -1,0 +1,119 @@
+"""Held-out loss against the seconds of training on a link of a given speed: `auto` beside plain DDP, `bf16` and PowerSGD.
+
+    python -m commpress.launch.lab 2 1gbit -- python benchmarks/time_to_loss.py --seconds 40 --json runs/loss-1gbit.json
+    python benchmarks/time_to_loss.py --picture docs/time_to_loss.svg runs/loss-*.json
+
+The model, the text and the rates of `training.py`, from the same weights on the same windows. Each way trains for so many steps
+of one schedule, or until its seconds are over. The clock stands still while the loss is measured; auto's search is in its time.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peers import Attached, Way
+from training import EVERY, RATE, Variant, chosen_ways, described, held_out_loss, share, title
+
+import commpress
+from commpress.launch import data, records, units
+
+AUTO = "auto"
+ROWS = ("plain DDP", "bf16", "PowerSGD rank 4", AUTO)
+STYLES = {"plain DDP": ("0.4", "--"), "bf16": ("0.4", "-"), "PowerSGD rank 4": ("0.4", ":"), "auto": ("#1d4ed8", "-")}
+"""Colour and line."""
+
+
+def train(way: Way, steps: int, seconds: float, text: data.Text) -> dict[str, Any]:
+    """Return the row of one way: the seconds of training at each validation, and the loss there."""
+    variant = Variant(way, None, text.train, RATE)
+    row: dict[str, Any] = {"name": way.name, "steps": [], "seconds": [], "loss": []}
+    for done in range(steps + 1):
+        ends = done == steps or over(variant, seconds)
+        if done % EVERY == 0 or ends:
+            row["steps"].append(done)
+            row["seconds"].append(sum(variant.times))
+            row["loss"].append(held_out_loss(variant.model.module, text.validation))
+        if ends:
+            break
+        variant.step(RATE * share(done, steps))
+    row["chosen"] = variant.attached.session.report().spec if way.name == AUTO and variant.attached.session else ""
+    return row
+
+
+def over(variant: Variant, seconds: float) -> bool:
+    """Whether the time of a way is over on any rank. Collective."""
+    spent = torch.tensor([sum(variant.times)])
+    dist.all_reduce(spent, dist.ReduceOp.MAX)
+    return spent.item() > seconds
+
+
+def draw(paths: list[Path], out: Path) -> None:
+    """Write one picture with a panel a link, the slowest last. Raises ValueError for another file."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "commpress", "font.size": 11}
+    from matplotlib import pyplot
+
+    links = [json.loads(path.read_text()) for path in paths]
+    for path, record in zip(paths, links, strict=True):
+        if record.get("what") != "loss by time":
+            raise ValueError(f"{path}: expected a record of benchmarks/time_to_loss.py")
+    links.sort(key=lambda record: -units.rate(record["link"]["rate"]))
+    figure, panels = pyplot.subplots(1, len(links), figsize=(3.6 * len(links), 3.4), sharey=True, squeeze=False)
+    for axes, record in zip(panels[0], links, strict=True):
+        for row in record["rows"]:
+            color, line = STYLES.get(row["name"], ("0.4", "-"))
+            axes.plot(row["seconds"], row["loss"], color=color, linestyle=line, linewidth=2, label=row["name"])
+        axes.set(title=units.bandwidth(units.rate(record["link"]["rate"])), xlabel="seconds of training")
+        axes.grid(alpha=0.3)
+    panels[0][0].set(ylabel="held-out loss")
+    panels[0][-1].legend(frameon=False)
+    first = links[0]
+    figure.suptitle(
+        f"{first['parameters'] / 1e6:.1f} M-parameter transformer, {records.conditions(first)}", fontsize=11
+    )
+    figure.tight_layout()
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure and print, or draw."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--steps", type=int, default=100)
+    options.add_argument("--seconds", type=float, default=60.0, help="of training, a way")
+    options.add_argument(
+        "--only", nargs="+", metavar="NAME", default=list(ROWS), help="rows, by the names of training.py"
+    )
+    options.add_argument("--json", type=Path)
+    options.add_argument("--picture", nargs="+", type=Path, metavar=("OUT.svg", "RECORD.json"))
+    chosen = options.parse_args()
+    if chosen.picture:
+        draw(chosen.picture[1:], chosen.picture[0])
+        return
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    names = [name for name in chosen.only if name != AUTO]
+    ways = chosen_ways([name for name in names if name not in ROWS] + ["bf16"], names, names[0], None) if names else []
+    if AUTO in chosen.only:
+        ways.append(Way(AUTO, "commpress", lambda model: Attached(session=commpress.attach(model))))
+    text = data.load(None)
+    record = {"what": "loss by time", **described(), "rows": []}
+    for way in ways:
+        record["rows"].append(train(way, chosen.steps, chosen.seconds, text))
+    if dist.get_rank() == 0:
+        print(title(record))
+        for row in record["rows"]:
+            last = f"loss {row['loss'][-1]:.3f} after {row['steps'][-1]} steps, {row['seconds'][-1]:.1f} s"
+            print(f"  {row['name']:<16} {last} {row['chosen']}")
+        if chosen.json:
+            chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
