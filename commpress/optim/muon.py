@@ -37,13 +37,16 @@ GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
 """Codecs of gradients that keep AdamW's loss."""
 AS_ADAMW = 0.2
 """Root mean square of an update of AdamW, to which that of Muon is scaled (arXiv:2502.16982, section 2.2)."""
+SPECS = ("none", "int4")
+"""The specs that `auto` may choose, the gentlest first. Coarser ones cost more, which is no choice for a clock."""
 
 
 class EF21Muon(CompressedOptimizer):
     """Muon for the hidden matrices of a model, AdamW for its other parameters: `EF21Muon(model, lr=2e-3)`.
 
     `attach(ddp_model, "sign", optimizer=...)` says how the momentum of matrices travels: `sign`, `int2`, `topk(0.1)|sign`. The
-    gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. There is no warm-up.
+    gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. By `none` all is exact. There
+    is no warm-up.
 
     Hidden matrices are float32 and have two dimensions or more (more are taken as rows of all but the first); embeddings are
     none, nor is what has the shape of the largest one, as a head has. `others` are patterns of further names for AdamW. Updates
@@ -121,11 +124,8 @@ class EF21Muon(CompressedOptimizer):
         return self.param_groups[0]["max_norm"] is not None
 
     def candidates(self) -> Sequence[Candidate]:
-        """Raise TypeError: each coarser spec costs some of the loss, which is no choice for a clock."""
-        raise TypeError(
-            'EF21Muon: auto cannot choose, since each coarser spec has a higher loss; expected one of "none", "int4", "int2", '
-            '"sign", as in attach(model, "int4", optimizer=optimizer)'
-        )
+        """Return `SPECS`."""
+        return [Candidate(spec) for spec in SPECS]
 
     def kind(self, name: str) -> object:
         group = self._places[name][1]
@@ -134,7 +134,8 @@ class EF21Muon(CompressedOptimizer):
     def override_held(self, segments: Segments, codec: Codec) -> Override:
         group = self._places[segments[0].name][1]
         if not group["muon"]:
-            return Override(parse(group["others_spec"]), prepare=lambda bucket, memory: self.clip(bucket))
+            other = parse(group["others_spec"]) if codec.lossy else codec
+            return Override(other, prepare=lambda bucket, memory: self.clip(bucket))
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
             assert memory.momentum is not None
