@@ -12,40 +12,57 @@ from commpress.launch.settings import SYNC_EVERY, Settings
 BETAS = (0.9, 0.95)
 MOMENTUM = 0.9
 """SGD's and DGC's."""
+HEAD = "head.*"
+"""The model's last layer; with a long context the table of positions is larger, and its shape would not tell."""
 FINAL_LR = 0.1
 """Where the cosine ends, as a share of --lr."""
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not."""
-    return [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    """All of a model's parameters, in two groups by weight decay."""
+    return by_decay([{"params": list(model.parameters())}], settings)
+
+
+def by_decay(groups: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
+    """Divide groups: matrices decay, biases and norms do not."""
+    parts = [
+        {**group, "params": [p for p in group["params"] if (p.dim() > 1) == decays], "weight_decay": decay}
+        for group in groups
+        for decays, decay in ((True, settings.weight_decay), (False, 0.0))
     ]
+    return [part for part in parts if part["params"]]
 
 
-def adamw(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """torch's own."""
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr, betas=BETAS, fused=True)
 
 
-def one_bit(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+def one_bit(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """1-bit Adam."""
-    return optim.OneBitAdamW(groups, settings.lr, BETAS, **behind_warm_up(settings))
+    return optim.OneBitAdamW(parameter_groups(model, settings), settings.lr, BETAS, **behind_warm_up(settings))
 
 
-def zero_one(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+def zero_one(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """0/1 Adam."""
+    groups = parameter_groups(model, settings)
     return optim.ZeroOneAdamW(groups, settings.lr, BETAS, sync_every=sync_every(settings), **behind_warm_up(settings))
 
 
-def sgd(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+def ef21_muon(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Muon for hidden matrices behind a shared estimate, AdamW for embeddings, the head and vectors."""
+    groups = optim.muon.groups(model, others=[HEAD])
+    return optim.EF21Muon(by_decay(groups, settings), settings.lr, betas=BETAS)
+
+
+def sgd(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """torch's own, with momentum."""
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=MOMENTUM, fused=True)
+    return torch.optim.SGD(parameter_groups(model, settings), lr=settings.lr, momentum=MOMENTUM, fused=True)
 
 
-def dgc(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+def dgc(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Deep Gradient Compression."""
+    groups = parameter_groups(model, settings)
     return optim.DGC(groups, settings.lr, MOMENTUM, warmup_steps=behind_warm_up(settings)["warmup_steps"])
 
 
@@ -56,10 +73,17 @@ def sync_every(settings: Settings) -> int:
 
 def make(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Make the optimizer of --optimizer for a model's parameters."""
-    return MAKERS[settings.optimizer](parameter_groups(model, settings), settings)
+    return MAKERS[settings.optimizer](model, settings)
 
 
-MAKERS = {"AdamW": adamw, "OneBitAdamW": one_bit, "ZeroOneAdamW": zero_one, "SGD": sgd, "DGC": dgc}
+MAKERS = {
+    "AdamW": adamw,
+    "OneBitAdamW": one_bit,
+    "ZeroOneAdamW": zero_one,
+    "EF21Muon": ef21_muon,
+    "SGD": sgd,
+    "DGC": dgc,
+}
 
 
 def behind_warm_up(settings: Settings) -> dict[str, Any]:

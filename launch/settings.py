@@ -34,9 +34,11 @@ class Compression:
     """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; auto beside --compress auto. None:
     the recipe's, or none."""
     optimizer: str = "AdamW"
-    """AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies."""
+    """AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies; EF21Muon: how far its momentum has
+    moved."""
     optimizer_warmup: int | None = None
-    """Steps until those three compress fully. None: twice --warmup-steps, a quarter of --steps at most."""
+    """Steps until OneBitAdamW, ZeroOneAdamW or DGC compresses fully. None: twice --warmup-steps, a quarter of --steps at
+    most."""
     warmup_compress: str = "none"
     """Spec of gradients until then, under OneBitAdamW and ZeroOneAdamW: none, int8, int4."""
 
@@ -180,11 +182,18 @@ class Flags:
 
 DEFAULT_SPEC = "int4"
 """The spec where nobody gives one and `auto` cannot find one."""
-OPTIMIZERS = ("AdamW", "OneBitAdamW", "ZeroOneAdamW", "SGD", "DGC")
+OPTIMIZERS = ("AdamW", "OneBitAdamW", "ZeroOneAdamW", "EF21Muon", "SGD", "DGC")
 PLAIN = ("AdamW", "SGD")
 """Those that step on what arrives."""
 STRATEGIES = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")
 """The names that --parallel takes."""
+EXCHANGE_UNDER = {
+    "OneBitAdamW": ("ddp", "deepspeed"),
+    "ZeroOneAdamW": ("ddp", "deepspeed"),
+    "EF21Muon": ("ddp",),
+    "DGC": ("ddp", "deepspeed"),
+}
+"""Under which of them an optimizer that exchanges by itself can run."""
 RESUME_KEYS = (
     *("optimizer", "compress", "layers", "width", "heads", "context", "batch", "accumulate"),
     *("lr", "warmup_steps", "weight_decay", "seed"),
@@ -215,9 +224,10 @@ def check(settings: Settings) -> None:
         raise TrainingError(f"--optimizer {settings.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     if settings.parallel not in STRATEGIES:
         raise TrainingError(f"--parallel {settings.parallel}: expected one of {', '.join(STRATEGIES)}")
-    if settings.parallel not in ("ddp", "deepspeed") and settings.optimizer not in PLAIN:
+    if settings.parallel not in (expected := EXCHANGE_UNDER.get(settings.optimizer, STRATEGIES)):
         raise TrainingError(
-            f"--optimizer {settings.optimizer} exchanges by itself: expected --parallel ddp or deepspeed"
+            f"--optimizer {settings.optimizer} exchanges by itself: expected --parallel {' or '.join(expected)}, got "
+            f"{settings.parallel}"
         )
     if settings.zero_stage not in range(4):
         raise TrainingError(f"--zero-stage {settings.zero_stage}: expected 0, 1, 2 or 3")

@@ -43,6 +43,10 @@ class MaskIndex:
     def __contains__(self, name: str) -> bool:
         return name in self._in
 
+    def places(self, name: str) -> Tensor | None:
+        """Where the values of a parameter lie in its memory that travel: int32 [k]; None if all of it does."""
+        return self._in.get(name)
+
     def count(self, name: str, n: int) -> int:
         """How many values travel for a parameter of `n`."""
         return self._in[name].numel() if name in self._in else n
@@ -100,6 +104,14 @@ def unpack(packed: Tensor, places: Tensor, out: Tensor) -> None:
     else:
         there = places >= 0
         out.zero_().index_copy_(0, places[there].long(), packed[there])
+
+
+def zero_others(x: Tensor, places: Tensor) -> None:
+    """Set to 0 what of `x` (any shape, memory without gaps) lies elsewhere in its memory than at `places` (int32 [k])."""
+    flat = in_memory_order(x)
+    kept = torch.empty(places.numel(), dtype=x.dtype, device=x.device)
+    pack(flat, places, kept)
+    unpack(kept, places, flat)
 
 
 def described(masks: Mapping[str, Tensor], refusal: str | None = None) -> Settings:

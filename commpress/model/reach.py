@@ -10,7 +10,7 @@ from torch import nn
 from commpress.model import layers
 from commpress.model.distillation import PROJECTIONS
 from commpress.model.recipe import Prune, Recipe, RecipeError, matching
-from commpress.model.steps import LocalSteps, SendsUpdates
+from commpress.model.steps import LocalSteps, SendsMoves, SendsUpdates
 from commpress.notice import warn
 
 KEEP_ZEROS = ("_WeightNorm", "_SpectralNorm")
@@ -156,6 +156,11 @@ def _require_gradients(index: int, entry: Prune, optimizers: Sequence[Any]) -> N
             raise RecipeError(
                 f"prune[{index}].criterion: {entry.criterion} needs gradients that all ranks share; under {kind} each has "
                 "its own between syncs, expected magnitude or wanda"
+            )
+        if entry.criterion in ("taylor", "movement") and isinstance(optimizer, SendsMoves):
+            raise RecipeError(
+                f"prune[{index}].criterion: {entry.criterion} needs gradients; what {kind} gets is how far a momentum has "
+                "moved, expected magnitude or wanda"
             )
 
 

@@ -36,6 +36,13 @@ class SendsUpdates(Protocol):
 
 
 @runtime_checkable
+class SendsMoves(Protocol):
+    """An optimizer of `commpress.optim` whose gradients are how far a momentum has moved, and no gradients at any time."""
+
+    sends_moves: bool
+
+
+@runtime_checkable
 class LocalSteps(Protocol):
     """An optimizer under which the ranks' weights differ between two syncs."""
 

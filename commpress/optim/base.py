@@ -14,6 +14,7 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Feedback
+from commpress.comm.masks_index import MaskIndex
 from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.parameters import dense
 from commpress.comm.plan import DENSE, Override
@@ -148,6 +149,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
             if feedback.memories and not masked:
                 buckets.take_over(feedback, names, self._scale)
         self._withheld = buckets.collectives.feedback, dict(self._bound)
+
+    @property
+    def masks(self) -> MaskIndex:
+        """What the session lets travel of each parameter, by name."""
+        return MaskIndex() if self._withheld is None else self._withheld[0].masks
 
     def _find_places(self) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}

@@ -11,10 +11,13 @@ noise of its code:
     p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) NewtonSchulz(E + beta mean of c)
 
 Here each rank sends how far its momentum has moved, with error feedback: the residual is then m - e, and e itself is not kept.
+
+Newton-Schulz mixes the values of a matrix. Where masks prune it, m, e, E and the step are 0, so a weight that is 0 stays 0.
 """
 
 import fnmatch
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +26,12 @@ from torch import Tensor, nn
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.coding import warm_up
 from commpress.comm.feedback import Memory
+from commpress.comm.masks_index import MaskIndex, zero_others
 from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.parameters import bare_name
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segments
+from commpress.comm.step_buffer import StepBuffer
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.newton_schulz import newton_schulz
@@ -37,13 +42,27 @@ GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
 """Codecs of gradients that keep AdamW's loss."""
 AS_ADAMW = 0.2
 """Root mean square of an update of AdamW, to which that of Muon is scaled (arXiv:2502.16982, section 2.2)."""
+SPECS = ("none", "int4")
+"""The specs that `auto` may choose, the gentlest first. Coarser ones cost more, which is no choice for a clock."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in a step: `moved` is how far the mean of the ranks' momenta has, as far as it has arrived."""
+
+    p: Tensor
+    group: dict[str, Any]
+    moved: Tensor
+    kept: Tensor | None = None
+    """Where the values lie in its memory that masks keep: int32 [k]; None if all are kept."""
 
 
 class EF21Muon(CompressedOptimizer):
     """Muon for the hidden matrices of a model, AdamW for its other parameters: `EF21Muon(model, lr=2e-3)`.
 
     `attach(ddp_model, "sign", optimizer=...)` says how the momentum of matrices travels: `sign`, `int2`, `topk(0.1)|sign`. The
-    gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. There is no warm-up.
+    gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. By `none` all is exact. There
+    is no warm-up.
 
     Hidden matrices are float32 and have two dimensions or more (more are taken as rows of all but the first); embeddings are
     none, nor is what has the shape of the largest one, as a head has. `others` are patterns of further names for AdamW. Updates
@@ -56,6 +75,8 @@ class EF21Muon(CompressedOptimizer):
     """
 
     needs_feedback = True
+    sends_moves = True
+    """Whether what travels is how far a momentum has moved: summed up it is no sum of gradients."""
     shared = ("max_norm", "others_spec", "steps")
 
     def __init__(
@@ -88,6 +109,8 @@ class EF21Muon(CompressedOptimizer):
         super()._forget()
         self._lacks_momenta = False
         """Whether estimates were loaded, but not yet the momenta of which they are estimates."""
+        self._pruned_by: MaskIndex | None = None
+        """The masks by which the estimates were pruned last."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -121,11 +144,8 @@ class EF21Muon(CompressedOptimizer):
         return self.param_groups[0]["max_norm"] is not None
 
     def candidates(self) -> Sequence[Candidate]:
-        """Raise TypeError: each coarser spec costs some of the loss, which is no choice for a clock."""
-        raise TypeError(
-            'EF21Muon: auto cannot choose, since each coarser spec has a higher loss; expected one of "none", "int4", "int2", '
-            '"sign", as in attach(model, "int4", optimizer=optimizer)'
-        )
+        """Return `SPECS`."""
+        return [Candidate(spec) for spec in SPECS]
 
     def kind(self, name: str) -> object:
         group = self._places[name][1]
@@ -134,7 +154,8 @@ class EF21Muon(CompressedOptimizer):
     def override_held(self, segments: Segments, codec: Codec) -> Override:
         group = self._places[segments[0].name][1]
         if not group["muon"]:
-            return Override(parse(group["others_spec"]), prepare=lambda bucket, memory: self.clip(bucket))
+            other = parse(group["others_spec"]) if codec.lossy else codec
+            return Override(other, prepare=lambda bucket, memory: self.clip(bucket))
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
             assert memory.momentum is not None
@@ -149,12 +170,25 @@ class EF21Muon(CompressedOptimizer):
 
         return Override(codec, prepare=prepare, momentum=True)
 
+    def hand_over(self, buckets: StepBuffer) -> None:
+        """For hooks: `buckets` exchange what was bound. Estimates start anew where no momenta go along, as behind masks."""
+        before = self._withheld
+        super().hand_over(buckets)
+        if before is not None and not buckets.collectives.feedback.memories:
+            for p in self._bound.values():
+                self.state[p].pop("momentum_buffer", None)
+
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        shapes: dict[object, list[tuple[Tensor, dict[str, Any], Tensor]]] = {}
-        for p, group, update in updates.values():
+        shapes: dict[object, list[Matrix]] = {}
+        masks = self.masks
+        for name, (p, group, update) in updates.items():
             if group["muon"] and update is not None:
+                matrix = Matrix(p, group, update, masks.places(name))
+                if masks is not self._pruned_by and matrix.kept is not None:
+                    zero_others(self._estimate(p), matrix.kept)
                 alike = (p.shape, p.device, p.dtype, group["nesterov"], group["momentum"])
-                shapes.setdefault(alike, []).append((p, group, update))
+                shapes.setdefault(alike, []).append(matrix)
+        self._pruned_by = masks
         for matrices in shapes.values():
             self._step_matrices(matrices)
         for group in self.param_groups:
@@ -186,7 +220,7 @@ class EF21Muon(CompressedOptimizer):
         for p in parameters:  # the momentum's own move, of which nothing is left out
             assert p.grad is not None
             moved = (1 - group["momentum"]) * (p.grad - self._estimate(p))
-            self._step_matrices([(p, group, moved)])
+            self._step_matrices([Matrix(p, group, moved)])
 
     def _estimate(self, p: Tensor) -> Tensor:
         """Return the estimate of a matrix's momentum that all ranks hold."""
@@ -195,19 +229,22 @@ class EF21Muon(CompressedOptimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]  # type: ignore[no-any-return]
 
-    def _step_matrices(self, matrices: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
-        """Step matrices of one shape by how far the momentum of each has moved on the mean of the ranks."""
+    def _step_matrices(self, matrices: list[Matrix]) -> None:
+        """Step matrices of one shape."""
         directions = []
-        for p, group, moved in matrices:
-            estimate = self._estimate(p)
-            estimate.add_(moved)
-            direction = estimate.add(moved, alpha=group["momentum"]) if group["nesterov"] else estimate
-            directions.append(direction.reshape(p.shape[0], -1))
+        for one in matrices:
+            estimate = self._estimate(one.p)
+            estimate.add_(one.moved)
+            direction = estimate.add(one.moved, alpha=one.group["momentum"]) if one.group["nesterov"] else estimate
+            directions.append(direction.reshape(one.p.shape[0], -1))
         steps = newton_schulz(torch.stack(directions))
-        for (p, group, _), step in zip(matrices, steps, strict=True):
-            lr = float(group["lr"])
-            p.mul_(1 - lr * group["weight_decay"])
-            p.add_(step.reshape(p.shape), alpha=-AS_ADAMW * lr * max(step.shape) ** 0.5)
+        for one, step in zip(matrices, steps, strict=True):
+            lr, shaped = float(one.group["lr"]), step.reshape(one.p.shape)
+            if one.kept is not None:
+                shaped = torch.empty_like(one.p).copy_(shaped)
+                zero_others(shaped, one.kept)
+            one.p.mul_(1 - lr * one.group["weight_decay"])
+            one.p.add_(shaped, alpha=-AS_ADAMW * lr * max(step.shape) ** 0.5)
 
 
 def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ RUNS = {
     "ddp:OneBitAdamW:sign": 3.65,  # three of twelve steps are the warm-up's
     "ddp:ZeroOneAdamW:topk(0.1)|sign": 3.95,
     "ddp:DGC:topk(0.01)": 25,  # three at a quarter, a sixteenth, ...
+    "ddp:EF21Muon:sign": 6.8,  # embeddings, the head, and what has its shape by int8: half of so small a model
     "fsdp:AdamW:int4": 4.7,  # gradients by int4, parameters by int8, twice a step and in validations
     "local_sgd:AdamW:int8": 11.8,  # four syncs in twelve steps
     "diloco:AdamW:topk(0.1)|int2": 131,
@@ -194,7 +195,7 @@ def test_resume_needs_the_same_run(runs: Callable[[str], Path], text: Path) -> N
     ):
         with pytest.raises(train.TrainingError, match=message):
             train.train(train.Settings(**{**same, **change}))
-    for way in WAYS[6:]:
+    for way in WAYS[7:]:
         out, parallel = runs(way) / "whole", way.split(":")[0]
         settings = json.loads((out / "record.json").read_text())["settings"]
         message = f"world size of 2, this one a world size of 1.*--parallel {parallel}"
@@ -202,7 +203,7 @@ def test_resume_needs_the_same_run(runs: Callable[[str], Path], text: Path) -> N
             train.train(train.Settings(**{**settings, "data": text, "out": out, "resume": True}))
 
 
-@pytest.mark.parametrize("way", slowly(WAYS[:6], QUICK))
+@pytest.mark.parametrize("way", slowly(WAYS[:7], QUICK))
 def test_a_run_goes_on_with_other_ranks_and_more_steps(
     tmp_path: Path, runs: Callable[[str], Path], text: Path, capsys: pytest.CaptureFixture[str], way: str
 ) -> None:
@@ -282,10 +283,15 @@ def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path, text: Path) -> 
     [
         (["--compress", "int5"], "unknown codec 'int5'"),
         (["--warmup-compress", "int5"], "unknown codec 'int5'"),
-        (["--optimizer", "Adam"], "--optimizer Adam: expected one of AdamW, OneBitAdamW, ZeroOneAdamW, SGD, DGC"),
+        (["--optimizer", "Adam"], "--optimizer Adam: expected one of AdamW, OneBitAdamW, ZeroOneAdamW, EF21Muon"),
         (["--sync-every", 0], "--sync-every 0: expected at least 1"),
         (["--zero-stage", 4], "--zero-stage 4: expected 0, 1, 2 or 3"),
         (["--parallel", "fsdp", "--optimizer", "DGC"], "DGC exchanges by itself: expected --parallel ddp or deepspeed"),
+        (["--parallel", "diloco", "--optimizer", "EF21Muon"], "expected --parallel ddp, got diloco"),
+        (
+            ["--optimizer-warmup", 2, "--optimizer", "EF21Muon"],
+            "--optimizer-warmup 2: counts for nothing here, expected",
+        ),
         (["--width", 30, "--heads", 4], "--width 30 --heads 4: the width must be a multiple of the heads"),
         (["--layers", 0], "--layers 0: expected at least 1"),
         (["--steps", 0], "--steps 0: expected at least 1"),

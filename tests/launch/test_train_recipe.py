@@ -53,8 +53,9 @@ end = 20
 [traffic]
 spec = "int4"
 """
-BREAKS = {"ddp": (2, 10, 14, 18), "fsdp": (10, 18)}
-"""After which steps a run is stopped, one break after another: what one of them loses, its end shows."""
+BREAKS = {"ddp": (2, 10, 14, 18), "fsdp": (10, 18), "ddp:EF21Muon": (10, 18)}
+"""By strategy, and the optimizer if it is not AdamW, after which steps a run is stopped, one break after another: what one of
+them loses, its end shows."""
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +112,12 @@ def fork_all(folder: Path, out: Path) -> None:
 
 def whole_and_cut(folder: Path, out: Path, way: str) -> None:
     """Train by the recipe of 8 bits in one go, and again with breaks."""
+    parallel, _, optimizer = way.partition(":")
     chosen = {
         **COMMON,
         "data": folder / "text.txt",
-        "parallel": way,
+        "parallel": parallel,
+        "optimizer": optimizer or "AdamW",
         "recipe": folder / "int8.toml",
         "compress": "int4",
     }

@@ -44,11 +44,13 @@ class Run:
             prepare(self.model, self.recipe)
             fully_shard(self.model[0])
             fully_shard(self.model)
-        self.optimizer = (
-            torch.optim.AdamW(self.model.parameters(), lr=0.01)
-            if optimizer == "AdamW"
-            else getattr(commpress.optim, optimizer)(self.model.parameters(), lr=0.01, warmup_steps=3)
-        )
+        parameters = self.model.parameters()
+        self.optimizer: Any = {
+            "AdamW": lambda: torch.optim.AdamW(parameters, lr=0.01),
+            "EF21Muon": lambda: commpress.optim.EF21Muon(self.model, lr=0.01),
+            "OneBitAdamW": lambda: commpress.optim.OneBitAdamW(parameters, lr=0.01, warmup_steps=3),
+            "ZeroOneAdamW": lambda: commpress.optim.ZeroOneAdamW(parameters, lr=0.01, warmup_steps=3),
+        }[optimizer]()
         if way == "ddp":
             self.wrapped = DistributedDataParallel(self.model, bucket_cap_mb=SMALL_BUCKETS)
             behind = None if optimizer == "AdamW" else self.optimizer
@@ -134,11 +136,12 @@ def whole_run(recipe: dict[str, Any], way: str, spec: str, optimizer: str) -> tu
         ("fsdp", 2, "AdamW"),
         ("ddp", 2, "OneBitAdamW"),
         ("ddp", 2, "ZeroOneAdamW"),
+        ("ddp", 2, "EF21Muon"),
     ],
 )
 def test_all_at_once_on_all_ranks(way, world_size, optimizer):
-    # gradients of local steps are a rank's own: no taylor under them
-    recipe = ALL if optimizer != "ZeroOneAdamW" else {**ALL, "prune": [PRUNE]}
+    # gradients of local steps are a rank's own, and EF21Muon has none: no taylor under them
+    recipe = ALL if optimizer in ("AdamW", "OneBitAdamW") else {**ALL, "prune": [PRUNE]}
     results = run(world_size, whole_run, recipe, way, "int4", optimizer)
     parameters, masks, phases = results[0]
     for others, other_masks, _ in results:
@@ -195,7 +198,8 @@ def test_every_pair_of_techniques(way):
 
 def resumed(way: str, optimizer: str) -> list[str]:
     """At which steps a restart changes what comes out, until the recipe's next change is through."""
-    straight = Run(ALL, way, "int4", optimizer)
+    recipe = {**ALL, "prune": [PRUNE]} if optimizer == "EF21Muon" else ALL
+    straight = Run(recipe, way, "int4", optimizer)
     states, parameters = {}, []
     for step in range(STEPS):
         if step in (1, 3, 6, 8, 13, 15, 18):
@@ -204,7 +208,7 @@ def resumed(way: str, optimizer: str) -> list[str]:
         parameters.append(straight.parameters())
     wrong = []
     for step, state in states.items():
-        again = Run(ALL, way, "int4", optimizer)
+        again = Run(recipe, way, "int4", optimizer)
         again.load(state)
         if again.scheduler.done != step:
             wrong.append(f"{step}: done {again.scheduler.done}")
@@ -217,7 +221,10 @@ def resumed(way: str, optimizer: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize(("way", "optimizer"), [("ddp", "AdamW"), slow("fsdp", "AdamW"), slow("ddp", "OneBitAdamW")])
+@pytest.mark.parametrize(
+    ("way", "optimizer"),
+    [("ddp", "AdamW"), slow("fsdp", "AdamW"), slow("ddp", "OneBitAdamW"), slow("ddp", "EF21Muon")],
+)
 def test_resume_bit_for_bit_in_each_phase(way, optimizer):
     wrong = run(2, resumed, way, optimizer, timeout=120)
     # a state saved between DDP's first two steps goes on with the first layout: not bit for bit
@@ -544,6 +551,16 @@ def test_no_gradient_criterion_under_local_steps():
     assert all(
         "taylor needs gradients that all ranks share; under ZeroOneAdamW" in told for told in run(2, local_steps)
     )
+
+
+def by_moves(criterion: str) -> str:
+    return outcome(lambda: Run({"prune": [{**PRUNE, "criterion": criterion}]}, optimizer="EF21Muon"))
+
+
+def test_no_gradient_criterion_under_an_optimizer_that_has_no_gradients():
+    for criterion in ("taylor", "movement"):
+        for told in run(2, by_moves, criterion):
+            assert f"prune[0].criterion: {criterion} needs gradients; what EF21Muon gets is how far a momentum" in told
 
 
 def test_without_a_teacher():

@@ -31,6 +31,7 @@ MAKERS: dict[str, Callable[..., CompressedOptimizer]] = {
     "OneBitAdamW": lambda p, **more: OneBitAdamW(p, **{"lr": 0.01, "warmup_steps": WARM_UP, **more}),
     "ZeroOneAdamW": lambda p, **more: ZeroOneAdamW(p, **{"lr": 0.01, "warmup_steps": WARM_UP, "sync_every": 4, **more}),
     "DGC": lambda p, **more: DGC(p, **{"lr": 0.05, "warmup_steps": WARM_UP, **more}),
+    "EF21Muon": lambda p, **more: EF21Muon(by_dimensions(p), **{"lr": 0.01, **more}),
 }
 
 
@@ -125,6 +126,16 @@ def test_on_a_fast_link_nothing_is_compressed_nor_put_off() -> None:
     assert first["specs"][-1] == other["specs"][-1] == "auto: none"
     assert set(first["sent"][-20:]) == {first["sent"][0]}
     assert 0 in first["sent"]  # local steps were tried
+
+
+@pytest.mark.parametrize(("bytes_per_second", "chosen"), [(1e3, "int4"), slow(1e12, "none")])
+def test_muon_has_no_warm_up_and_is_compressed_where_that_pays(bytes_per_second: float, chosen: str) -> None:
+    first, other = run(2, searched, "EF21Muon", bytes_per_second, 60, {})
+    plain = NOT_COUNTED + FIRST_TURN
+    assert first["specs"][:plain] == ["auto: none, still looking"] * plain
+    assert first["specs"][-1] == other["specs"][-1] == f"auto: {chosen}"
+    assert {"none", "int4"} <= first["rows"]
+    assert same(first["parameters"], other["parameters"])
 
 
 def looking_again() -> list[tuple[str, str, str, str]]:
@@ -283,9 +294,8 @@ def test_a_restored_run_searches_anew_on_all_ranks_alike() -> None:
 
 def refusals() -> dict[str, str]:
     model = DistributedDataParallel(network())
-    muon, one_bit = EF21Muon(by_dimensions(model.parameters())), OneBitAdamW(model.parameters())
+    one_bit = OneBitAdamW(model.parameters())
     return {
-        "muon": outcome(lambda: commpress.attach(model, optimizer=muon)),
         "budget": outcome(lambda: commpress.attach(model, "auto(error=0.3)", optimizer=one_bit)),
         "feedback": outcome(lambda: commpress.attach(model, optimizer=one_bit, error_feedback=False)),
         "plain": outcome(lambda: commpress.attach(model, optimizer=torch.optim.SGD(model.parameters()))),
@@ -294,7 +304,6 @@ def refusals() -> dict[str, str]:
 
 def test_what_auto_cannot_do_behind_an_optimizer_is_refused_by_name() -> None:
     for got in run(2, refusals):
-        assert 'expected one of "none", "int4", "int2", "sign", as in attach(model, "int4", optimizer' in got["muon"]
         assert "auto(error=0.3): what OneBitAdamW sends is no gradient, whose error is measured" in got["budget"]
         assert "error_feedback=False: the specs that auto chooses behind OneBitAdamW keep" in got["feedback"]
         assert "optimizer: expected one of commpress.optim, got SGD" in got["plain"]

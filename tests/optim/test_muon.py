@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from references import Ef21Muon
+from scripted import Scripted
 from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -121,6 +122,61 @@ def test_matrices_and_others_have_rows_of_their_own() -> None:
         sent = {row.spec: row for row in report.rows}
         assert sent.keys() == {"sign", "none"}  # the biases are too few for a code
         assert sent["sign"].values == 32 * 64 + 64 * 64 + 64 * 10
+
+
+def switched(*specs: str) -> dict[str, float]:
+    """How far, in units of the mean momentum, the estimate is from it after steps by these specs; and how far each rank's
+    momentum is from one that is kept here, and the ranks' estimates from each other."""
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    optimizer = EF21Muon(ddp, lr=LR)
+    session = commpress.attach(ddp, optimizer=optimizer)
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    session.step_buffer.auto.search = Scripted(*specs)  # type: ignore[assignment]
+    matrices = {name: p for name, p in ddp.module.named_parameters() if p.dim() == 2}
+    momenta = {name: torch.zeros_like(p) for name, p in matrices.items()}
+    for step in range(len(specs)):
+        for name, g in zip(matrices, torch.autograd.grad(loss_of(ddp.module, step), [*matrices.values()]), strict=True):
+            momenta[name].lerp_(g, 1 - 0.95)
+        train(ddp, [step], optimizer=optimizer)
+    mine = torch.cat([momenta[name].view(-1) for name in matrices])
+    estimate = torch.cat([optimizer.state[p]["momentum_buffer"].view(-1) for p in matrices.values()])
+    of, kept = session.collectives[0].feedback, dict[str, Tensor]()
+    for segments, memory in of.memories.items():
+        if memory.momentum is not None:
+            parts = memory.momentum.split([segment.n for segment in segments])
+            kept |= zip((segment.name for segment in segments), parts, strict=True)
+    own = torch.cat([kept[name] for name in matrices])
+    mean, of_rank_0 = mine.clone(), estimate.clone()
+    dist.all_reduce(mean)
+    dist.broadcast(of_rank_0, 0)
+    mean /= dist.get_world_size()
+    ahead = float((estimate - mean).norm() / mean.norm())
+    return {
+        "ahead": ahead,
+        "own": float((own - mine).norm() / mine.norm()),
+        "apart": float((estimate != of_rank_0).sum()),
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, slow(3)])
+def test_a_spec_that_changes_loses_nothing_of_the_momenta(world_size: int) -> None:
+    """What int4 had withheld goes along with the first exact exchange, and with the next coarse one."""
+    for found in run(world_size, switched, *["none"] * 2, *["int4"] * 5, "none"):
+        assert found["ahead"] < 1e-5
+        assert found["own"] < 1e-5
+        assert found["apart"] == 0
+    for found in run(world_size, switched, *["none"] * 2, *["int4"] * 5):
+        assert 1e-3 < found["ahead"] < 0.1
+        assert found["own"] < 1e-5
+        assert found["apart"] == 0
+
+
+def test_by_none_nothing_is_coded() -> None:
+    settings = {"others_spec": "int8", "others": ["0.weight"]}
+    for spec, found in (("none", {"none"}), ("int4", {"int4", "int8", "none"})):  # the biases are too few for a code
+        for _, report in run(2, replicas, spec, 2, settings):
+            assert {row.spec for row in report.rows} == found
 
 
 def mistakes() -> list[str]:
