@@ -56,6 +56,7 @@ class EF21Muon(CompressedOptimizer):
     """
 
     needs_feedback = True
+    may_step_alone = True
     shared = ("max_norm", "others_spec", "steps")
 
     def __init__(
@@ -150,13 +151,8 @@ class EF21Muon(CompressedOptimizer):
         return Override(codec, prepare=prepare, momentum=True)
 
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        shapes: dict[object, list[tuple[Tensor, dict[str, Any], Tensor]]] = {}
-        for p, group, update in updates.values():
-            if group["muon"] and update is not None:
-                alike = (p.shape, p.device, p.dtype, group["nesterov"], group["momentum"])
-                shapes.setdefault(alike, []).append((p, group, update))
-        for matrices in shapes.values():
-            self._step_matrices(matrices)
+        matrices = [(p, group, moved) for p, group, moved in updates.values() if group["muon"] and moved is not None]
+        self._step_matrices(matrices)
         for group in self.param_groups:
             others = [p for p, of, _ in updates.values() if of is group and not group["muon"] and p.grad is not None]
             if others:
@@ -183,10 +179,11 @@ class EF21Muon(CompressedOptimizer):
         if not group["muon"]:
             step_adamw(parameters, group, self.state)
             return
-        for p in parameters:  # the momentum's own move, of which nothing is left out
-            assert p.grad is not None
-            moved = (1 - group["momentum"]) * (p.grad - self._estimate(p))
-            self._step_matrices([(p, group, moved)])
+        # the momentum's own move, of which nothing is left out
+        fresh = 1 - group["momentum"]
+        self._step_matrices(
+            [(p, group, (p.grad - self._estimate(p)).mul_(fresh)) for p in parameters if p.grad is not None]
+        )
 
     def _estimate(self, p: Tensor) -> Tensor:
         """Return the estimate of a matrix's momentum that all ranks hold."""
@@ -196,18 +193,23 @@ class EF21Muon(CompressedOptimizer):
         return state["momentum_buffer"]  # type: ignore[no-any-return]
 
     def _step_matrices(self, matrices: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
-        """Step matrices of one shape by how far the momentum of each has moved on the mean of the ranks."""
-        directions = []
+        """Step matrices by how far the momentum of each has moved on the mean of the ranks."""
+        shapes: dict[object, list[tuple[Tensor, dict[str, Any], Tensor]]] = {}
         for p, group, moved in matrices:
-            estimate = self._estimate(p)
-            estimate.add_(moved)
-            direction = estimate.add(moved, alpha=group["momentum"]) if group["nesterov"] else estimate
-            directions.append(direction.reshape(p.shape[0], -1))
-        steps = newton_schulz(torch.stack(directions))
-        for (p, group, _), step in zip(matrices, steps, strict=True):
-            lr = float(group["lr"])
-            p.mul_(1 - lr * group["weight_decay"])
-            p.add_(step.reshape(p.shape), alpha=-AS_ADAMW * lr * max(step.shape) ** 0.5)
+            shapes.setdefault((p.shape, p.device, p.dtype), []).append((p, group, moved))
+        for alike in shapes.values():
+            steps = newton_schulz(torch.stack([self._direction(*one) for one in alike]))
+            for (p, group, _), step in zip(alike, steps, strict=True):
+                lr = float(group["lr"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(step.reshape(p.shape), alpha=-AS_ADAMW * lr * max(step.shape) ** 0.5)
+
+    def _direction(self, p: Tensor, group: dict[str, Any], moved: Tensor) -> Tensor:
+        """Move the estimate of a matrix, and return what Newton-Schulz is to take: [rows, columns]."""
+        estimate = self._estimate(p)
+        estimate.add_(moved)
+        direction = estimate.add(moved, alpha=group["momentum"]) if group["nesterov"] else estimate
+        return direction.reshape(p.shape[0], -1)
 
 
 def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:
