@@ -75,8 +75,9 @@ WAYS = (
     muon("sign", 30),
     muon("int2", 30),
     muon("topk(0.1)|sign", 30),
-    muon("sign", 100),
-    muon("topk(0.1)|sign", 100),
+    muon("topk(0.1)|sign", 90),
+    muon("sign", 150),
+    muon("topk(0.03)|int2", 40),
     muon("sign", 30, fragments=4, delay=5),
 )
 

@@ -5,8 +5,8 @@
 
 `register_step_post_hook` is called after every `optimizer.step`; a step that a GradScaler skips does not count. Where several
 optimizers train a model, a local step is over when each of them has stepped. Between syncs the replicas are different, and
-nothing travels. torch copies and saves an optimizer without its hooks, but with its
-defaults, which are of a class of ours: by that a copy is known, and says that it takes local steps alone.
+nothing travels. torch copies and saves an optimizer without its hooks, but with its defaults, which are of a class of ours: by
+that a copy is known, and says that it takes local steps alone.
 """
 
 import weakref
@@ -62,7 +62,7 @@ def diloco(
     *,
     every: int,
     lr: float = 0.7,
-    momentum: float = 0.9,
+    momentum: float = 0.6,
     decay: float = 1.0,
     fragments: int = 1,
     delay: int = 0,
@@ -88,7 +88,7 @@ def _attach(
     outer_group = group or dist.distributed_c10d._get_default_group()
     module = uncompiled(model)
     inner = module.process_group if isinstance(module, DistributedDataParallel) else None
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(dict.fromkeys(optimizer))
     # by the bare module's names: a checkpoint does not depend on what wraps it
     trained = {name: p for name, p in replicated_parameters(module).items() if p.requires_grad}
     try:
@@ -116,15 +116,20 @@ class _Stepped:
         self, outer: Outer, module: nn.Module, known: set[Tensor], optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
         self._outer, self._module, self._known = outer, weakref.ref(module), known
-        self._awaited = self._all = frozenset(map(id, optimizers))
+        self._taken = dict.fromkeys(map(id, optimizers), 0)
 
     def __call__(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         if late := [p for p in _trained_by([optimizer]) if p not in self._known]:
             self._refuse(late, type(optimizer).__name__)
-        self._awaited -= {id(optimizer)}
-        if not self._awaited:
-            self._awaited = self._all
+        behind = min(self._taken.values())
+        self._taken[id(optimizer)] += 1
+        if min(self._taken.values()) > behind:
             self._outer.step()
+        elif (ahead := self._taken[id(optimizer)]) - behind > self._outer.settings.every:
+            raise RuntimeError(
+                f"commpress: {type(optimizer).__name__} has taken {ahead} steps, another optimizer of the same outer syncs "
+                f"{behind}: expected all of them to step in each local step"
+            )
 
     def _refuse(self, late: list[Tensor], optimizer: str) -> None:
         """Raise RuntimeError if a parameter of the model is trained by now, and no sync knows it."""
@@ -214,7 +219,7 @@ def _check_optimizers(trained: Mapping[str, Tensor], optimizers: Sequence[torch.
     if missing := [name for name, p in trained.items() if p not in held]:
         raise ValueError(
             f"optimizer: this {names} does not hold {missing[0]!r}, which requires a gradient, and {len(missing) - 1} others. "
-            f"Expected all optimizers of the model, as [muon, adamw], or one for all of it, such as EF21Muon, or "
+            "Expected all optimizers of the model, as [muon, adamw], or one for all of it, such as EF21Muon, or "
             "requires_grad_(False) for what is not to be trained"
         )
 

@@ -27,7 +27,8 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class CompressedOptimizer(torch.optim.Optimizer):
-    """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes. It does not step before it is attached.
+    """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes. It does not step before it is attached, or
+    given to `diloco` or `local_sgd` if it `may_step_alone`.
 
     Between backward and `step`, the `grad` of a parameter that is exchanged holds what `step` will apply: the mean of what
     the ranks sent (while `takes_means`, of their gradients), or, in a local step, this rank's own gradient.

@@ -43,7 +43,8 @@ class EF21Muon(CompressedOptimizer):
     """Muon for the hidden matrices of a model, AdamW for its other parameters: `EF21Muon(model, lr=2e-3)`.
 
     `attach(ddp_model, "sign", optimizer=...)` says how the momentum of matrices travels: `sign`, `int2`, `topk(0.1)|sign`. The
-    gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. There is no warm-up.
+    gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. There is no warm-up. Attached
+    to nothing it takes the local steps of `diloco` and `local_sgd`: Muon on each rank's gradients as they are.
 
     Hidden matrices are float32 and have two dimensions or more (more are taken as rows of all but the first); embeddings are
     none, nor is what has the shape of the largest one, as a head has. `others` are patterns of further names for AdamW. Updates

@@ -196,3 +196,18 @@ def refused(case: str) -> str:
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(case: str, message: str) -> None:
     assert all(message in said for said in run(2, refused, case, fresh=case == "attached later"))
+
+
+def one_that_rests() -> str:
+    model = network()
+    muon, adamw = muon_and_adamw(model)
+    commpress.diloco(model, [muon, adamw], "none", every=EVERY)
+    take_steps(model, [muon, adamw], range(2))
+    return outcome(lambda: take_steps(model, muon, range(2, 2 + 2 * EVERY)))
+
+
+def test_an_optimizer_that_no_longer_steps_is_an_error_within_an_interval() -> None:
+    for said in run(2, one_that_rests):
+        assert said.startswith(
+            "RuntimeError: commpress: Muon has taken 7 steps, another optimizer of the same outer syncs 2:"
+        )
