@@ -158,7 +158,7 @@ class Digits:
         return statistics.mean(losses)
 
 
-def optimizer_of(way: Way, model: DistributedDataParallel, steps: int) -> torch.optim.Optimizer:
+def optimizer_of(way: Way, model: nn.Module, steps: int) -> torch.optim.Optimizer:
     """The optimizer of a way, at any rate."""
     warm_up = round(WARM_UP * steps)
     if way.task == "digits":
@@ -274,8 +274,7 @@ def once(
     train: Callable[..., dict[str, Any]] = train,
 ) -> dict[str, Any]:
     """A run's row: from its file, or trained now and written to it. Rank 0 says whether it is there."""
-    letters = "".join(c if c.isalnum() or c == "." else "-" for c in way.name)
-    path = folder / f"{letters}_{rate:g}_{seed}_{steps}.json"
+    path = folder / f"{stem(way.name, rate, seed, steps)}.json"
     found: list[Any] = [json.loads(path.read_text()) if dist.get_rank() == 0 and path.exists() else None]
     dist.broadcast_object_list(found)
     if found[0] is not None:
@@ -289,6 +288,12 @@ def once(
             flush=True,
         )
     return row
+
+
+def stem(name: str, rate: float, seed: int, steps: int) -> str:
+    """Return the name of a run's file, without its suffix."""
+    letters = "".join(c if c.isalnum() or c == "." else "-" for c in name)
+    return f"{letters}_{rate:g}_{seed}_{steps}"
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:

@@ -1,17 +1,20 @@
 """The cost in loss of local steps under a compressed outer optimizer, against data parallel training on as many tokens.
 
-    torchrun --nproc-per-node 2 benchmarks/outer.py runs/outer [--only NAME ...]
+    torchrun --nproc-per-node 2 benchmarks/outer.py runs/outer [--steps N] [--search N] [--only NAME ...]
     python -m commpress.launch.lab 2 10gbit -- python benchmarks/outer.py runs/outer        # bytes by kernel, too
 
-The GPT and the text of `convergence.py`, AdamW inside, 6,000 steps. Each way gets the learning rate that is better of two
-after 1,500 steps of seed 0; then three seeds for those that matter most and one for the rest. Each finished run is a file of
-JSON in the folder, and is not run again. About an hour on 2 cores; `--show` prints what is there.
+The GPT and the text of `convergence.py`, AdamW or Muon (EF21Muon) inside, 6,000 steps. Each way gets the learning rate that is
+best of its optimizer's after 1,500 steps of seed 0; then three seeds for those that matter most and one for the rest. Each
+finished run is a file of JSON in the folder, and is not run again; one that was stopped goes on where it was, to the last 250
+steps. Some hours on 2 cores; `--show` prints what is there.
 """
 
 import argparse
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,11 @@ import commpress
 from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
 
-RATES, SEARCH, STEPS, SEEDS = (2e-3, 4e-3), 1500, 6000, (0, 1, 2)
+RATES = {"AdamW": (2e-3, 4e-3), "EF21Muon": (6e-3, 1.2e-2, 2.4e-2)}
+SEARCH, STEPS, SEEDS, PIECE = 1500, 6000, (0, 1, 2), 250
 OUTER = {"lr": 0.7, "momentum": 0.6}
 DENSE = "DDP"
+OPTIONS: dict[str, dict[str, Any]] = {"AdamW": {}, "EF21Muon": {"others_spec": "none"}}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,13 @@ class Way:
     spec: str = "none"
     seeds: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "AdamW"
+
+
+def muon(spec: str, every: int, **settings: Any) -> Way:
+    """DiLoCo with Muon inside, at the outer rates that it has by default."""
+    more = "".join(f", {key} {value}" for key, value in settings.items())
+    return Way(f"Muon {spec} every {every}{more}", spec, 1, {"every": every, **settings}, "EF21Muon")
 
 
 def diloco(spec: str, every: int, seeds: int = 1, **settings: Any) -> Way:
@@ -57,65 +69,123 @@ WAYS = (
     diloco("sign", 100),
     diloco("topk(0.1)|sign", 100, fragments=4, delay=5),
     diloco("none", 30),
+    Way("DDP, Muon", optimizer="EF21Muon"),
+    muon("none", 20),
+    muon("sign", 20),
+    muon("sign", 30),
+    muon("int2", 30),
+    muon("topk(0.1)|sign", 30),
+    muon("topk(0.1)|sign", 90),
+    muon("sign", 150),
+    muon("topk(0.03)|int2", 40),
+    muon("sign", 30, fragments=4, delay=5),
 )
 
 
-def train(way: Way, task: convergence.Text, rate: float, seed: int, steps: int) -> dict[str, Any]:
+class Training:
+    """A run between two of its steps: what is trained, by what, and what it has sent so far."""
+
+    def __init__(self, way: Way, task: convergence.Text, seed: int, steps: int) -> None:
+        torch.manual_seed(seed)
+        self.model: nn.Module = task.model()
+        self.windows = data.generator(seed, dist.get_rank())
+        inside = convergence.Way(way.name, "GPT", way.optimizer, options=OPTIONS[way.optimizer])
+        self.optimizer = convergence.optimizer_of(inside, self.model, steps)
+        self.trained, self.outer = self.model, None
+        if way.settings:
+            self.session = self.outer = commpress.diloco(self.model, self.optimizer, way.spec, **way.settings)
+        else:
+            self.trained = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            behind = self.optimizer if way.optimizer == "EF21Muon" else None
+            self.session = commpress.attach(self.trained, way.spec, optimizer=behind)
+        self.done = 0
+        self.before = {"sent_bytes": 0, "dense_bytes": 0, "kernel_bytes": 0, "seconds": 0.0}
+        """What the pieces of the run before this one have sent."""
+        self._start, self._kernel = time.perf_counter(), sent_by_kernel()
+
+    def totals(self) -> dict[str, Any]:
+        """What the run has sent and taken so far."""
+        report, kernel, now = self.session.report(), sent_by_kernel() - self._kernel, time.perf_counter()
+        here = {"sent_bytes": report.sent_bytes, "dense_bytes": report.dense_bytes, "kernel_bytes": kernel}
+        return {key: value + self.before[key] for key, value in {**here, "seconds": now - self._start}.items()}
+
+    def save(self, path: Path) -> None:
+        """Write this rank's state."""
+        state = {"done": self.done, "before": self.totals(), "model": self.model.state_dict()}
+        state |= {"optimizer": self.optimizer.state_dict(), "session": self.session.state_dict()}
+        torch.save({**state, "windows": self.windows.get_state()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+
+    def load(self, path: Path) -> None:
+        """Go on where `save` was, if all ranks have the same step of it. Collective."""
+        state = torch.load(path, weights_only=False) if path.exists() else {"done": 0}
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, state["done"])
+        if min(everyone) != max(everyone) or not state["done"]:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.session.load_state_dict(state["session"])
+        self.windows.set_state(state["windows"])
+        self.done, self.before = state["done"], state["before"]
+
+
+def train(way: Way, task: convergence.Text, rate: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """One run: its row. Collective."""
-    torch.manual_seed(seed)
-    model: nn.Module = task.model()
-    windows = data.generator(seed, dist.get_rank())
-    groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": convergence.DECAY}]
-    groups += [{"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=convergence.BETAS, fused=True)
-    outer, trained = None, model
-    if way.settings:
-        outer = session = commpress.diloco(model, optimizer, way.spec, **way.settings)
-    else:
-        trained = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        session = commpress.attach(trained, way.spec)
-    start, kernel = time.perf_counter(), sent_by_kernel()
-    for done in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * convergence.share(done, steps)
-        task.loss(trained, windows).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), convergence.CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-    if outer is not None:
-        outer.sync()
-    kernel = sent_by_kernel() - kernel
-    report = session.report()
+    run = Training(way, task, seed, steps)
+    path = folder / f"{convergence.stem(way.name, rate, seed, steps)}_rank{dist.get_rank()}.pt"
+    run.load(path)
+    while run.done < steps:
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate * convergence.share(run.done, steps)
+        task.loss(run.trained, run.windows).backward()
+        if run.outer is not None or way.optimizer == "AdamW":
+            nn.utils.clip_grad_norm_(run.model.parameters(), convergence.CLIP)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.done += 1
+        if run.done % PIECE == 0 and run.done < steps:
+            run.save(path)
+    if run.outer is not None:
+        run.outer.sync()
+    totals = run.totals()
+    path.unlink(missing_ok=True)
     return {
-        **{"name": way.name, "rate": rate, "seed": seed, "of_steps": steps, "seconds": time.perf_counter() - start},
-        **{"loss": [convergence.validate(task, model, optimizer)], "sent_bytes": report.sent_bytes},
-        **{"dense_bytes": report.dense_bytes, "kernel_bytes": kernel, "torch": torch.__version__},
+        **{"name": way.name, "rate": rate, "seed": seed, "of_steps": steps, "settings": way.settings, **totals},
+        **{"loss": [convergence.validate(task, run.model, run.optimizer)], "torch": torch.__version__},
     }
 
 
-def run_all(folder: Path, ways: list[Way]) -> None:
+def run_all(ways: list[Way], chosen: argparse.Namespace) -> None:
     """All runs that are not there yet. Collective."""
-    task = convergence.Text()
+    folder, task = chosen.folder, convergence.Text()
+    run = partial(train, folder=folder)
     for way in ways:
-        searched = [convergence.once(folder, way, task, rate, SEEDS[0], SEARCH, train) for rate in RATES]
-        best = min(searched, key=lambda row: row["loss"][-1])["rate"]
-        for seed in SEEDS[: way.seeds]:
-            convergence.once(folder, way, task, best, seed, STEPS, train)
+        rates = chosen.rates or RATES[way.optimizer]
+        losses = {}
+        for rate in rates if len(rates) > 1 else ():
+            loss = convergence.once(folder, way, task, rate, SEEDS[0], chosen.search, run)["loss"][-1]
+            losses[rate] = loss if math.isfinite(loss) else math.inf
+        best = min(rates, key=lambda rate: losses.get(rate, math.inf))
+        for seed in SEEDS[: min(way.seeds, chosen.seeds)]:
+            convergence.once(folder, way, task, best, seed, chosen.steps, run)
 
 
-def show(folder: Path) -> None:
+def show(folder: Path, steps: int) -> None:
     """Print the table."""
     runs = convergence.rows_in(folder)
     table = Table(
-        title=f"{STEPS} steps, 2 ranks", caption="fewer: bytes of fp32 DDP on as many tokens, over those sent"
+        title=f"{steps} steps, 2 ranks", caption="fewer: bytes of fp32 DDP on as many tokens, over those sent"
     )
     for name in ("", "rate", "seeds", "held-out loss", "spread", "against DDP", "MB sent", "fewer", "kernel"):
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     dense = None
     for way in WAYS:
-        final = [run for run in runs if run["name"] == way.name and run["of_steps"] == STEPS]
+        final = [run for run in runs if run["name"] == way.name and run["of_steps"] == steps]
         if not final:
             continue
+        rate = min(final, key=lambda run: (run["seed"], run["loss"][-1]))["rate"]  # a search may be as long as a run
+        final = [run for run in final if run["rate"] == rate]
         losses, one = [run["loss"][-1] for run in final], final[0]
         loss = statistics.mean(losses)
         dense = loss if way.name == DENSE else dense
@@ -133,6 +203,12 @@ def main() -> None:
     """Run what is missing and print the table on rank 0."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folder", type=Path, help="where each finished run is a file")
+    options.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"steps of a run, {STEPS} if not given")
+    options.add_argument("--search", type=int, default=SEARCH, metavar="N", help="steps in which a rate is searched")
+    options.add_argument(
+        "--rates", type=float, nargs="+", metavar="R", help="rates to search among; one is taken as it is"
+    )
+    options.add_argument("--seeds", type=int, default=len(SEEDS), metavar="N", help="the most seeds of a row")
     options.add_argument("--only", nargs="+", metavar="NAME", help="rows to run, by the names in the table")
     options.add_argument("--show", action="store_true", help="run nothing")
     chosen = options.parse_args()
@@ -144,11 +220,11 @@ def main() -> None:
         dist.init_process_group("gloo")
         rank = dist.get_rank()
         chosen.folder.mkdir(parents=True, exist_ok=True)
-        run_all(chosen.folder, [way for way in WAYS if not chosen.only or way.name in chosen.only])
+        run_all([way for way in WAYS if not chosen.only or way.name in chosen.only], chosen)
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        show(chosen.folder)
+        show(chosen.folder, chosen.steps)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
     outer = commpress.diloco(model, optimizer, every=30)        # then train as before
     with outer.synced(): validate(model)
 
-`register_step_post_hook` is called after every `optimizer.step`; a step that a GradScaler skips does not count. Between
-syncs the replicas are different, and nothing travels. torch copies and saves an optimizer without its hooks, but with its
-defaults, which are of a class of ours: by that a copy is known, and says that it takes local steps alone.
+`register_step_post_hook` is called after every `optimizer.step`; a step that a GradScaler skips does not count. Where several
+optimizers train a model, a local step is over when each of them has stepped. Between syncs the replicas are different, and
+nothing travels. torch copies and saves an optimizer without its hooks, but with its defaults, which are of a class of ours: by
+that a copy is known, and says that it takes local steps alone.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,12 @@ from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.outer import Outer, OuterSettings
 
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
 
 def local_sgd(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     spec: str | Codec = "int8",
     *,
     every: int,
@@ -40,24 +43,26 @@ def local_sgd(
 ) -> Outer:
     """Average the parameters every `every` steps of `optimizer`, as compressed differences from the last average.
 
+    `optimizer` is one of torch's own or an EF21Muon that is attached to nothing; or several, `[muon, adamw]`, that hold all
+    that is trained between them: a step is over when each has stepped, in any order. Its state stays this rank's own.
     `model` is a plain module, an FSDP2 one, or a DDP whose process group is one worker (a node): then `group` holds the ranks
     of the same place in all workers, and what that DDP ignores is left alone. `fragments` and `delay` are as in `diloco`.
     Collective over all ranks. Raises ValueError on all ranks of `group` for a bad spec or setting or if they differ, for a
-    `group` whose ranks share a DDP or one model's shards, and for an optimizer that has outer syncs, or holds none of the
-    parameters; TypeError for an optimizer of `commpress.optim`. A parameter that is unfrozen later is a RuntimeError in the
-    optimizer's next step.
+    `group` whose ranks share a DDP or one model's shards, for an optimizer that has outer syncs, is attached to a session or
+    clips by `max_norm`, and if none holds a parameter that is trained; TypeError for another optimizer of `commpress.optim`. A
+    parameter that is unfrozen later is a RuntimeError in the optimizer's next step.
     """
     return _attach(model, optimizer, spec, group, every=every, fragments=fragments, delay=delay)
 
 
 def diloco(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     spec: str | Codec = "topk(0.03)|int2",
     *,
     every: int,
     lr: float = 0.7,
-    momentum: float = 0.9,
+    momentum: float = 0.6,
     decay: float = 1.0,
     fragments: int = 1,
     delay: int = 0,
@@ -66,8 +71,8 @@ def diloco(
     """DiLoCo: every `every` steps an outer Nesterov step (`lr`, `momentum`) on the mean of how far the workers have gone.
 
     With `momentum=0`, `lr=1` and a `decay` of 0.95 of what the codec withheld it is SparseLoCo. `fragments` parts of the model
-    sync at different steps, and with a `delay` training goes on for so many steps while one travels (Streaming DiLoCo).
-    `model`, `group` and errors are as in `local_sgd`.
+    sync at different steps, and with a `delay` training goes on for so many steps while one travels (Streaming DiLoCo). With
+    Muon inside it is MuLoCo (arXiv:2505.23725). `model`, `optimizer`, `group` and errors are as in `local_sgd`.
     """
     settings = {"every": every, "lr": lr, "momentum": momentum, "decay": decay, "fragments": fragments, "delay": delay}
     return _attach(model, optimizer, spec, group, **settings)
@@ -75,7 +80,7 @@ def diloco(
 
 def _attach(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     spec: str | Codec,
     group: dist.ProcessGroup | None,
     **settings: Any,
@@ -83,31 +88,48 @@ def _attach(
     outer_group = group or dist.distributed_c10d._get_default_group()
     module = uncompiled(model)
     inner = module.process_group if isinstance(module, DistributedDataParallel) else None
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(dict.fromkeys(optimizer))
     # by the bare module's names: a checkpoint does not depend on what wraps it
     trained = {name: p for name, p in replicated_parameters(module).items() if p.requires_grad}
     try:
         chosen = OuterSettings(**settings)
-        _check(trained, optimizer, outer_group, inner)
+        _check_model(trained, outer_group, inner)
+        _check_optimizers(trained, optimizers)
     except (ValueError, TypeError) as error:
         device = next((x.device for x in module.parameters()), torch.device("cpu"))
         refuse_on_all(error, outer_group, device)
     held = {name: _local(p) for name, p in trained.items()}
     outer = Outer(held, spec, chosen, outer_group, inner, owners=trained)
-    optimizer.register_step_post_hook(_Stepped(outer, module, {*trained.values(), *_trained_by(optimizer)}))
-    optimizer.defaults = _local_steps(optimizer.defaults)
+    stepped = _Stepped(outer, module, {*trained.values(), *_trained_by(optimizers)}, optimizers)
+    for one in optimizers:
+        if isinstance(one, CompressedOptimizer):
+            one.step_alone()
+        one.register_step_post_hook(stepped)
+        one.defaults = _local_steps(one.defaults)
     return outer
 
 
 class _Stepped:
-    """The hook that an optimizer calls after each of its steps. `known` is what was trained when the syncs began."""
+    """The hook that optimizers call after each of their steps. `known` is what was trained when the syncs began."""
 
-    def __init__(self, outer: Outer, module: nn.Module, known: set[Tensor]) -> None:
+    def __init__(
+        self, outer: Outer, module: nn.Module, known: set[Tensor], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
         self._outer, self._module, self._known = outer, weakref.ref(module), known
+        self._taken = dict.fromkeys(map(id, optimizers), 0)
 
     def __call__(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
-        if late := [p for p in _trained_by(optimizer) if p not in self._known]:
+        if late := [p for p in _trained_by([optimizer]) if p not in self._known]:
             self._refuse(late, type(optimizer).__name__)
-        self._outer.step()
+        behind = min(self._taken.values())
+        self._taken[id(optimizer)] += 1
+        if min(self._taken.values()) > behind:
+            self._outer.step()
+        elif (ahead := self._taken[id(optimizer)]) - behind > self._outer.settings.every:
+            raise RuntimeError(
+                f"commpress: {type(optimizer).__name__} has taken {ahead} steps, another optimizer of the same outer syncs "
+                f"{behind}: expected all of them to step in each local step"
+            )
 
     def _refuse(self, late: list[Tensor], optimizer: str) -> None:
         """Raise RuntimeError if a parameter of the model is trained by now, and no sync knows it."""
@@ -122,8 +144,8 @@ class _Stepped:
         self._known.update(late)  # of something else
 
 
-def _trained_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+def _trained_by(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    return [p for one in optimizers for group in one.param_groups for p in group["params"] if p.requires_grad]
 
 
 class _LocalSteps(dict[str, Any]):
@@ -161,30 +183,11 @@ def _has_syncs(optimizer: torch.optim.Optimizer) -> bool:
     return any(isinstance(hook, _Stepped) for hook in optimizer._optimizer_step_post_hooks.values())
 
 
-def _check(
-    trained: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    group: dist.ProcessGroup,
-    inner: dist.ProcessGroup | None,
-) -> None:
+def _check_model(trained: Mapping[str, Tensor], group: dist.ProcessGroup, inner: dist.ProcessGroup | None) -> None:
     if not trained:
         raise ValueError("no parameter is trained: expected a model with at least one that requires a gradient")
     if refusal := unfit_dtype({name: _local(p) for name, p in trained.items()}):
         raise ValueError(refusal)
-    if isinstance(optimizer, CompressedOptimizer):
-        raise TypeError(
-            f"optimizer: {type(optimizer).__name__} exchanges by itself; expected one that takes local steps, such as AdamW"
-        )
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    if not held & set(trained.values()):
-        raise ValueError(
-            f"optimizer: this {type(optimizer).__name__} holds none of the model's parameters, expected the one that trains "
-            "them, made after the model was sharded"
-        )
-    if _has_syncs(optimizer):
-        raise ValueError(
-            f"optimizer: this {type(optimizer).__name__} has outer syncs already, expected one without: attach once"
-        )
     workers = set(dist.get_process_group_ranks(group))
     if inner is not None and len(shared := workers & set(dist.get_process_group_ranks(inner))) > 1:
         raise ValueError(
@@ -197,6 +200,45 @@ def _check(
                 f"the sharded model and the outer group share ranks {sorted(shared)}: they hold different parts of {name!r}. "
                 "Give fully_shard the mesh of one worker and `group` the ranks of the same place in all workers"
             )
+
+
+def _check_optimizers(trained: Mapping[str, Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if isinstance(optimizer, CompressedOptimizer):
+            _check_compressed(optimizer, name)
+        if _has_syncs(optimizer):
+            raise ValueError(f"optimizer: this {name} has outer syncs already, expected one without: attach once")
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    names = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
+    if not held & set(trained.values()):
+        raise ValueError(
+            f"optimizer: this {names} holds none of the model's parameters, expected the one that trains them, made after the "
+            "model was sharded"
+        )
+    if missing := [name for name, p in trained.items() if p not in held]:
+        raise ValueError(
+            f"optimizer: this {names} does not hold {missing[0]!r}, which requires a gradient, and {len(missing) - 1} others. "
+            "Expected all optimizers of the model, as [muon, adamw], or one for all of it, such as EF21Muon, or "
+            "requires_grad_(False) for what is not to be trained"
+        )
+
+
+def _check_compressed(optimizer: CompressedOptimizer, name: str) -> None:
+    if not optimizer.may_step_alone:
+        raise TypeError(
+            f"optimizer: {name} exchanges by itself; expected one that takes local steps, such as AdamW or EF21Muon"
+        )
+    if optimizer.binding is not None:
+        raise ValueError(
+            f"optimizer: this {name} is attached to a session, and exchanges in every step; expected one that is attached to "
+            "nothing"
+        )
+    if (most := optimizer.param_groups[0]["max_norm"]) is not None:
+        raise ValueError(
+            f"optimizer: max_norm {most} of {name} is for what is exchanged in every step; expected None, and "
+            "torch.nn.utils.clip_grad_norm_ before each step"
+        )
 
 
 def _owners(p: DTensor) -> set[int]:

@@ -28,7 +28,8 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class CompressedOptimizer(torch.optim.Optimizer):
-    """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes. It does not step before it is attached.
+    """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes. It does not step before it is attached, or
+    given to `diloco` or `local_sgd` if it `may_step_alone`.
 
     Between backward and `step`, the `grad` of a parameter that is exchanged holds what `step` will apply: the mean of what
     the ranks sent (while `takes_means`, of their gradients), or, in a local step, this rank's own gradient.
@@ -40,6 +41,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
     """Whether it clears a rank's momentum where that rank has sent."""
     needs_feedback = False
     """Whether it sums up what arrives, so that what is withheld must follow."""
+    may_step_alone = False
+    """Whether it may take local steps, attached to nothing, between outer syncs: it does what no optimizer of torch does."""
     shared: tuple[str, ...] = ("max_norm",)
     """Settings that are the optimizer's, not a group's; they are saved with the groups."""
 
@@ -67,6 +70,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Whether a change of what was exchanged is still to be warned of."""
         self.binding: object = None
         """Another one with every `bind`."""
+        self._alone = False
         self._withheld: tuple[Feedback, dict[str, Tensor]] | None = None
 
     def _watch(self) -> None:
@@ -115,6 +119,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """
         held = {p for group in self.param_groups for p in group["params"]}
         name = type(self).__name__
+        if self._alone:
+            raise ValueError(
+                f"this {name} takes local steps between outer syncs, as commpress.diloco or local_sgd has it; expected another "
+                f"{name} for what is exchanged in every step"
+            )
         for key, p in parameters.items():
             if p not in held and p.requires_grad:
                 raise ValueError(
@@ -154,6 +163,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def masks(self) -> MaskIndex:
         """What the session lets travel of each parameter, by name."""
         return MaskIndex() if self._withheld is None else self._withheld[0].masks
+
+    def step_alone(self) -> None:
+        """For hooks: take local steps from now on, on gradients as they are, attached to nothing."""
+        self._alone = True
 
     def _find_places(self) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}
@@ -293,8 +306,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Apply what the last backward exchanged, and the gradients of parameters that are not exchanged.
 
-        Raises RuntimeError if it is not attached, if no backward has exchanged anything since the last step, or if one has
-        exchanged a part.
+        Raises RuntimeError if it is attached to nothing, if no backward has exchanged anything since the last step, or if one
+        has exchanged a part.
         """
         loss = None
         if closure is not None:
@@ -302,8 +315,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 loss = closure()
             self._require_untouched()
         name = type(self).__name__
-        if not self._bound:
-            raise RuntimeError(f"{name} is not attached: commpress.attach(ddp_model, spec, optimizer=optimizer)")
+        if not self._bound and not self._alone:
+            local = ", or commpress.diloco(model, optimizer, ...)" if self.may_step_alone else ""
+            raise RuntimeError(f"{name} is not attached: commpress.attach(ddp_model, spec, optimizer=optimizer){local}")
         if self._awaits_step:
             self._apply_exchanged()
         elif any(p.grad is not None and p.requires_grad for p, _ in self._places.values()):

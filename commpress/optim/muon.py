@@ -47,7 +47,7 @@ SPECS = ("none", "int4")
 
 
 @dataclass(frozen=True)
-class Matrix:
+class Move:
     """A matrix in a step: `moved` is how far the mean of the ranks' momenta has, as far as it has arrived."""
 
     p: Tensor
@@ -62,7 +62,8 @@ class EF21Muon(CompressedOptimizer):
 
     `attach(ddp_model, "sign", optimizer=...)` says how the momentum of matrices travels: `sign`, `int2`, `topk(0.1)|sign`. The
     gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. By `none` all is exact. There
-    is no warm-up.
+    is no warm-up. Attached to nothing it takes the local steps of `diloco` and `local_sgd`: Muon on each rank's gradients as
+    they are.
 
     Hidden matrices are float32 and have two dimensions or more (more are taken as rows of all but the first); embeddings are
     none, nor is what has the shape of the largest one, as a head has. `others` are patterns of further names for AdamW. Updates
@@ -77,6 +78,7 @@ class EF21Muon(CompressedOptimizer):
     needs_feedback = True
     sends_moves = True
     """Whether what travels is how far a momentum has moved: summed up it is no sum of gradients."""
+    may_step_alone = True
     shared = ("max_norm", "others_spec", "steps")
 
     def __init__(
@@ -179,18 +181,16 @@ class EF21Muon(CompressedOptimizer):
                 self.state[p].pop("momentum_buffer", None)
 
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        shapes: dict[object, list[Matrix]] = {}
+        moves = []
         masks = self.masks
         for name, (p, group, update) in updates.items():
             if group["muon"] and update is not None:
-                matrix = Matrix(p, group, update, masks.places(name))
-                if masks is not self._pruned_by and matrix.kept is not None:
-                    zero_others(self._estimate(p), matrix.kept)
-                alike = (p.shape, p.device, p.dtype, group["nesterov"], group["momentum"])
-                shapes.setdefault(alike, []).append(matrix)
+                move = Move(p, group, update, masks.places(name))
+                if masks is not self._pruned_by and move.kept is not None:
+                    zero_others(self._estimate(p), move.kept)
+                moves.append(move)
         self._pruned_by = masks
-        for matrices in shapes.values():
-            self._step_matrices(matrices)
+        self._step_matrices(moves)
         for group in self.param_groups:
             others = [p for p, of, _ in updates.values() if of is group and not group["muon"] and p.grad is not None]
             if others:
@@ -217,10 +217,10 @@ class EF21Muon(CompressedOptimizer):
         if not group["muon"]:
             step_adamw(parameters, group, self.state)
             return
-        for p in parameters:  # the momentum's own move, of which nothing is left out
-            assert p.grad is not None
-            moved = (1 - group["momentum"]) * (p.grad - self._estimate(p))
-            self._step_matrices([Matrix(p, group, moved)])
+        fresh = 1 - group["momentum"]  # the momentum's own move, of which nothing is left out
+        self._step_matrices(
+            [Move(p, group, (p.grad - self._estimate(p)).mul_(fresh)) for p in parameters if p.grad is not None]
+        )
 
     def _estimate(self, p: Tensor) -> Tensor:
         """Return the estimate of a matrix's momentum that all ranks hold."""
@@ -229,22 +229,27 @@ class EF21Muon(CompressedOptimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]  # type: ignore[no-any-return]
 
-    def _step_matrices(self, matrices: list[Matrix]) -> None:
-        """Step matrices of one shape."""
-        directions = []
-        for one in matrices:
-            estimate = self._estimate(one.p)
-            estimate.add_(one.moved)
-            direction = estimate.add(one.moved, alpha=one.group["momentum"]) if one.group["nesterov"] else estimate
-            directions.append(direction.reshape(one.p.shape[0], -1))
-        steps = newton_schulz(torch.stack(directions))
-        for one, step in zip(matrices, steps, strict=True):
-            lr, shaped = float(one.group["lr"]), step.reshape(one.p.shape)
-            if one.kept is not None:
-                shaped = torch.empty_like(one.p).copy_(shaped)
-                zero_others(shaped, one.kept)
-            one.p.mul_(1 - lr * one.group["weight_decay"])
-            one.p.add_(shaped, alpha=-AS_ADAMW * lr * max(step.shape) ** 0.5)
+    def _step_matrices(self, moves: Iterable[Move]) -> None:
+        """Step matrices, those of one shape together."""
+        shapes: dict[object, list[Move]] = {}
+        for one in moves:
+            shapes.setdefault((one.p.shape, one.p.device, one.p.dtype), []).append(one)
+        for alike in shapes.values():
+            steps = newton_schulz(torch.stack([self._direction(one) for one in alike]))
+            for one, step in zip(alike, steps, strict=True):
+                lr, shaped = float(one.group["lr"]), step.reshape(one.p.shape)
+                if one.kept is not None:
+                    shaped = torch.empty_like(one.p).copy_(shaped)
+                    zero_others(shaped, one.kept)
+                one.p.mul_(1 - lr * one.group["weight_decay"])
+                one.p.add_(shaped, alpha=-AS_ADAMW * lr * max(step.shape) ** 0.5)
+
+    def _direction(self, one: Move) -> Tensor:
+        """Move the estimate of a matrix, and return what Newton-Schulz is to take: [rows, columns]."""
+        estimate, beta = self._estimate(one.p), one.group["momentum"]
+        estimate.add_(one.moved)
+        direction = estimate.add(one.moved, alpha=beta) if one.group["nesterov"] else estimate
+        return direction.reshape(one.p.shape[0], -1)
 
 
 def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:

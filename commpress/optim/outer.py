@@ -1,5 +1,6 @@
 """Local steps under an outer optimizer: local SGD (Stich, arXiv:1805.09767), DiLoCo (Douillard et al., arXiv:2311.08105),
-Streaming DiLoCo (Douillard et al., arXiv:2501.18512), SparseLoCo (Sarfi et al., arXiv:2508.15706).
+Streaming DiLoCo (Douillard et al., arXiv:2501.18512), SparseLoCo (Sarfi et al., arXiv:2508.15706), with Muon inside MuLoCo
+(Therien et al., arXiv:2505.23725).
 
 Every worker takes `every` steps of its own from the anchor a, the same bits on all of them; then, with a codec Q and what it
 withheld before, e,

@@ -1,6 +1,7 @@
 """Local SGD and DiLoCo against the same in plain torch, and what they promise: one anchor on all ranks, resume, joiners."""
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -26,11 +27,17 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rank: int | None = None) -> None:
+def take_steps(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    steps: range,
+    rank: int | None = None,
+) -> None:
     for step in steps:
-        optimizer.zero_grad()
+        model.zero_grad()
         loss_of(model, step, rank).backward()
-        optimizer.step()
+        for one in [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer:
+            one.step()
 
 
 def started(spec: str, seed: int | None = None, **settings: Any) -> tuple[nn.Module, torch.optim.Optimizer, Outer]:
@@ -41,12 +48,19 @@ def started(spec: str, seed: int | None = None, **settings: Any) -> tuple[nn.Mod
 
 
 class Reference:
-    """DiLoCo by all workers in one process; what a codec withholds is kept by worker and fragment."""
+    """DiLoCo by all workers in one process; what a codec withholds is kept by worker and fragment. `inside` makes what
+    takes the local steps."""
 
-    def __init__(self, spec: str, workers: int, settings: OuterSettings) -> None:
+    def __init__(
+        self,
+        spec: str,
+        workers: int,
+        settings: OuterSettings,
+        inside: Callable[[nn.Module], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]] = adamw,
+    ) -> None:
         self.codec, self.settings = commpress.parse(spec), settings
         self.models = [network(0) for _ in range(workers)]
-        self.optimizers = [adamw(model) for model in self.models]
+        self.optimizers = [inside(model) for model in self.models]
         names = [name for name, _ in self.models[0].named_parameters()]
         sizes = [p.numel() for p in self.models[0].parameters()]
         self.members: list[list[int]] = [[] for _ in range(settings.fragments)]
@@ -488,6 +502,8 @@ def refused(case: str) -> str:
     if case == "nothing trained" or (case == "one rank trains nothing" and rank == 1):
         optimizer = sgd(model)
         model.requires_grad_(False)
+    if case == "a part":
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1])
     if case == "twice":
         commpress.diloco(model, optimizer, "int8", every=4)
     if case == "shards":
@@ -514,6 +530,10 @@ def refused(case: str) -> str:
         ("same group", "the DDP module and the outer group share ranks [0, 1]"),
         ("shards", "the sharded model and the outer group share ranks [0, 1]"),
         ("twice", "this AdamW has outer syncs already"),
+        (
+            "a part",
+            "this AdamW does not hold '0.weight', which requires a gradient, and 2 others. Expected all optimizers",
+        ),
     ],
 )
 def test_is_refused_on_all_ranks(case: str, message: str) -> None:
