@@ -14,7 +14,7 @@ Here each rank sends how far its momentum has moved, with error feedback: the re
 """
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +31,11 @@ from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.settings import require_in_range
-from commpress.optim.uncompressed import step_adamw
+from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon
+from commpress.optim.uncompressed import begin_adamw, step_adamw
 
 GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
 """Codecs of gradients that keep AdamW's loss."""
-AS_ADAMW = 0.2
-"""Root mean square of an update of AdamW, to which that of Muon is scaled (arXiv:2502.16982, section 2.2)."""
 
 
 class EF21Muon(CompressedOptimizer):
@@ -88,6 +87,8 @@ class EF21Muon(CompressedOptimizer):
         super()._forget()
         self._lacks_momenta = False
         """Whether estimates were loaded, but not yet the momenta of which they are estimates."""
+        self._sharded: ShardedMuon | None = None
+        """What steps the matrices where they are sharded."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -108,9 +109,26 @@ class EF21Muon(CompressedOptimizer):
 
     def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
         super().bind(parameters, world_size, may_be_unused, **more)
+        self._sharded = None
         warm_up(parse(self.param_groups[0]["others_spec"]), next(iter(parameters.values())).device)
 
+    @property
+    def takes_means(self) -> bool:
+        return self._sharded is not None
+
+    def hold_shards(self, sharded: ShardedMuon) -> None:
+        """For hooks, behind `bind`: what is bound holds shards, whose mean gradients are there when `step` is called.
+
+        All that is kept of them exists from now on: a checkpoint is loaded into what is there.
+        """
+        self._sharded = sharded
+        for p, group in self._places.values():
+            if not group["muon"] and "exp_avg" not in self.state[p]:
+                begin_adamw(p, self.state[p])
+
     def replicated_state(self) -> dict[str, object]:
+        if self._sharded is not None:
+            return super().replicated_state()
         device = next(iter(self._bound.values())).device
         how = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         if device.type == "cuda":
@@ -149,14 +167,22 @@ class EF21Muon(CompressedOptimizer):
 
         return Override(codec, prepare=prepare, momentum=True)
 
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if self._sharded is not None:
+            self.begin_backward(1.0)  # what was reduced is there
+        return super().step(closure)
+
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        shapes: dict[object, list[tuple[Tensor, dict[str, Any], Tensor]]] = {}
-        for p, group, update in updates.values():
-            if group["muon"] and update is not None:
-                alike = (p.shape, p.device, p.dtype, group["nesterov"], group["momentum"])
-                shapes.setdefault(alike, []).append((p, group, update))
-        for matrices in shapes.values():
-            self._step_matrices(matrices)
+        there = {name: (p, group, update) for name, (p, group, update) in updates.items() if update is not None}
+        matrices = {name: place for name, place in there.items() if place[1]["muon"]}
+        if self._sharded is None:
+            self._step_by_shape(matrices.values())
+        else:
+            if self.must_verify():
+                self._sharded.begin(self.replicated_state())
+            self._sharded.clip([gradient for _, _, gradient in there.values()])
+            self._sharded.step(matrices)
         for group in self.param_groups:
             others = [p for p, of, _ in updates.values() if of is group and not group["muon"] and p.grad is not None]
             if others:
@@ -166,7 +192,7 @@ class EF21Muon(CompressedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self.came_with_session(state_dict):
             super().load_state_dict(state_dict)
-            self._lacks_momenta = any("momentum_buffer" in state for state in self.state.values())
+            self._lacks_momenta = self._sharded is None and any("momentum_buffer" in s for s in self.state.values())
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self._lacks_momenta = False  # a session restores its feedback along with this
@@ -194,6 +220,14 @@ class EF21Muon(CompressedOptimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]  # type: ignore[no-any-return]
+
+    def _step_by_shape(self, matrices: Iterable[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
+        shapes: dict[object, list[tuple[Tensor, dict[str, Any], Tensor]]] = {}
+        for p, group, moved in matrices:
+            alike = (p.shape, p.device, p.dtype, group["nesterov"], group["momentum"])
+            shapes.setdefault(alike, []).append((p, group, moved))
+        for one in shapes.values():
+            self._step_matrices(one)
 
     def _step_matrices(self, matrices: list[tuple[Tensor, dict[str, Any], Tensor]]) -> None:
         """Step matrices of one shape by how far the momentum of each has moved on the mean of the ranks."""
