@@ -43,7 +43,7 @@ BACK = parse("int8")
 """The codec of updates; those behind an exact momentum are exact."""
 MOMENTUM, SENT, UPDATE = "momentum_buffer", "sent_momentum", "update"
 """m, e and k in an optimizer's state: of the shape of what holds a shard."""
-KEYS = {MOMENTUM, SENT, UPDATE}
+KEYS = (MOMENTUM, SENT, UPDATE)
 Updates = dict[str, tuple[Tensor, dict[str, Any], Tensor]]
 """A tensor that holds parts of matrices, its group and its gradient, by name."""
 
@@ -160,8 +160,8 @@ class ShardedMuon:
             warm_up(momentum, collectives.device)
             warm_up(self._back, collectives.device)
         for holder in dict.fromkeys(matrix.holder for matrix in matrices):  # a checkpoint is loaded into what is there
-            state = optimizer.state[self._holders[holder]]
-            state |= {key: torch.zeros_like(self._holders[holder]) for key in KEYS - state.keys()}
+            for key in KEYS:
+                optimizer.state[self._holders[holder]].setdefault(key, torch.zeros_like(self._holders[holder]))
 
     @torch.no_grad()
     def clip(self, gradients: Sequence[Tensor]) -> None:
@@ -184,12 +184,10 @@ class ShardedMuon:
         Raises ValueError on all ranks if settings differ, or if the state is not of sharded matrices.
         """
         fresh = self._optimizer.param_groups[0]["steps"] == 0
-        held = {matrix.holder for matrix in self._matrices}
-        if lost := [name for name in held if KEYS - self._optimizer.state[self._holders[name]].keys()]:
-            error = (
-                f"EF21Muon: the state that was loaded has no {SENT} of {lost[0]!r}: expected one of sharded matrices"
-            )
-            settings = {"error": error}
+        held = dict.fromkeys(matrix.holder for matrix in self._matrices)
+        if lost := [name for name in held if set(KEYS) - self._optimizer.state[self._holders[name]].keys()]:
+            what = f"EF21Muon: the state that was loaded has no {SENT} of {lost[0]!r}"
+            settings = {"error": f"{what}: expected one of sharded matrices"}
         require_equal(self._collectives.traffic.ask(settings, "an optimizer to compare"))
         if fresh:
             mine = (m for m in self._matrices if self._owner[m.name] == self._collectives.rank)
@@ -258,9 +256,9 @@ class ShardedMuon:
         out = self._empty(sum(at_owners))
         self._send(matrices, x, at_rows, out, at_owners, 1, self._back)
         decoded = iter(x.split([m.numel(r) for r in range(self._collectives.world_size) for m in mine]))
-        of_ranks = [[next(decoded) for _ in mine] for _ in range(self._collectives.world_size)]
+        arrived = [[next(decoded) for _ in mine] for _ in range(self._collectives.world_size)]
         for i, matrix in enumerate(mine):
-            self._known[matrix.name][1].add_(matrix.whole([of_rank[i] for of_rank in of_ranks]))
+            self._known[matrix.name][1].add_(matrix.whole([of_rank[i] for of_rank in arrived]))
         return list(out.split([matrix.numel(self._collectives.rank) for matrix in matrices]))
 
     def _send(
