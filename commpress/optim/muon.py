@@ -50,6 +50,9 @@ class EF21Muon(CompressedOptimizer):
     torch.optim.Muon. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent
     before backward is over.
 
+    Under FSDP2 and ZeRO 1 and 2 it is sharded (`sharded_muon.py`): all gradients travel by `others_spec`, and `max_norm` clips
+    their mean.
+
     In place of a model it takes groups as those of torch's optimizers, with `muon` True or False in each.
     Raises ValueError for a setting out of range, a pattern that matches nothing, and a group without `muon`.
     """

@@ -94,7 +94,7 @@ class Matrix:
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """Return what each rank has, flat."""
-        return [part.reshape(-1) for part in whole.view(self.cut).split(list(self.lengths), self.dim)]
+        return [part.reshape(-1) for part in whole.reshape(self.cut).split(list(self.lengths), self.dim)]
 
 
 def owners(matrices: Sequence[Matrix], world_size: int) -> dict[str, int]:
@@ -308,4 +308,4 @@ def _orthogonal(directions: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]
         alike.setdefault(direction.shape, []).append(name)
     for shape, names in alike.items():
         steps = newton_schulz(torch.stack([directions[name].reshape(shape[0], -1) for name in names]))
-        yield from ((name, step.view(shape)) for name, step in zip(names, steps, strict=True))
+        yield from ((name, step.reshape(shape)) for name, step in zip(names, steps, strict=True))

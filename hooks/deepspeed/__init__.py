@@ -15,7 +15,8 @@ all have: what a coarse spec withholds is part of the next difference, which is 
 
 A compressed optimizer codes a momentum that every rank has to know (OneBitAdamW) or that is its own (ZeroOneAdamW, DGC). So
 under one ZeRO 1 and 2 do what ZeRO 0 does, on every rank. OneBitAdamW can be sharded instead, by giving `parameters`: then the
-owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those.
+owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those. EF21Muon always is: its
+gradients go to the owners by `others_spec`, and when the engine steps, matrices go to one rank each and their updates back.
 
 All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
 in is in `replicas` (ZeRO 0), `partitions` (1 and 2) and `gathered` (3).
@@ -82,9 +83,9 @@ def attach(
 
     `optimizer` is one of `commpress.optim` that the engine was given (found by itself if left out), at ZeRO 0 to 2. Under it
     every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no parameters travel, `exchange` may be given.
-    OneBitAdamW with `parameters` is sharded instead: less memory, more bytes. Every `verify` steps (0: never) the ranks compare
-    hashes of what all of them hold, and payloads have checksums. The engine's group gets the timeout of the default group,
-    which the user gave.
+    OneBitAdamW with `parameters` is sharded instead (less memory, more bytes), and so is EF21Muon, with or without. Every
+    `verify` steps (0: never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's group
+    gets the timeout of the default group, which the user gave.
 
     Returns the session; `engine.commpress` is the same.
 
@@ -97,9 +98,8 @@ def attach(
     follow_default_timeout(group, device)
     if optimizer is None and isinstance(engine.basic_optimizer, CompressedOptimizer):
         optimizer = engine.basic_optimizer
-    muon = isinstance(optimizer, EF21Muon)
     one_bit = isinstance(optimizer, OneBitAdamW) and parameters is not None
-    sharded = stage > 0 and (optimizer is None or muon or one_bit)
+    sharded = stage > 0 and (optimizer is None or isinstance(optimizer, EF21Muon) or one_bit)
     refusal = not_taken("buffers", buffers, "DeepSpeed sends none")
     refusal = refusal or not_taken("grad_scaler", grad_scaler, "an engine scales its losses by itself")
     refusal = refusal or _refusal(engine, stage, sharded, optimizer, exchange)
@@ -136,8 +136,8 @@ def attach(
     if not sharded:
         engine.commpress = attach_replicas(engine, plans[0], found, names, optimizer, verify)
     else:
-        of_all = str(settings["parameters"])
-        engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, momentum, of_all, verify)
+        holds = str(settings["parameters"])
+        engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, momentum, holds, verify)
     if optimizer is None:
         stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
         stepped = stepped or engine.optimizer.fp32_partitioned_groups_flat

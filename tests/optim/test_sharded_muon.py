@@ -110,7 +110,8 @@ def beside_ddp(name: str) -> tuple[float, list[Tensor]]:
 
 
 @pytest.mark.parametrize(("name", "world_size"), [
-    ("odd", 3), ("odd", 1), slow("odd", 2), slow("without nesterov", 2), ("frozen", 2), slow("by columns", 3), ("accumulated", 2),
+    ("odd", 3), ("odd", 1), slow("odd", 2), slow("without nesterov", 2), ("frozen", 2), slow("by columns", 3),
+    ("accumulated", 2),
 ])  # fmt: skip
 def test_exact_it_steps_as_under_ddp(name: str, world_size: int) -> None:
     ranks = run(world_size, beside_ddp, name)
