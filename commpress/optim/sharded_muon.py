@@ -30,7 +30,7 @@ from commpress.comm.codecs import Codec, parse
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives
 from commpress.comm.plan import DENSE
-from commpress.comm.rules import Spec, is_open
+from commpress.comm.rules import Spec, open_refusal
 from commpress.comm.segments import Segment
 from commpress.optim.newton_schulz import newton_schulz
 
@@ -109,8 +109,8 @@ def owners(matrices: Sequence[Matrix], world_size: int) -> dict[str, int]:
 def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> Codec:
     """Return the codec of the momentum. Raises TypeError for `auto` and for patterns, ValueError for an unknown spec, or where
     there shall be no feedback."""
-    if is_open(spec):
-        optimizer.candidates()  # raises
+    if (refusal := open_refusal(spec, optimizer, None, error_feedback)) is not None:
+        raise refusal
     if not error_feedback:
         raise ValueError(
             "error_feedback=False: EF21Muon sums up what arrives, so what is left out must follow; leave it out (where it is "

@@ -93,7 +93,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "odd": {},
     "without nesterov": {"optimizer": {"nesterov": False, "momentum": 0.8}},
     "frozen": {"frozen": True},
-    "by columns": {"shard": {"shard_placement_fn": lambda p: Shard(p.dim() - 1)}},
+    "by columns": {"shard": {"shard_placement_fn": lambda p: Shard(1 if p.dim() == 2 else 0)}},
     "accumulated": {"accumulate": 2},
 }
 
@@ -110,7 +110,7 @@ def beside_ddp(name: str) -> tuple[float, list[Tensor]]:
 
 
 @pytest.mark.parametrize(("name", "world_size"), [
-    ("odd", 3), ("odd", 1), slow("odd", 2), slow("without nesterov", 2), ("frozen", 2), slow("by columns", 3),
+    ("odd", 3), ("odd", 1), slow("odd", 2), slow("without nesterov", 2), ("frozen", 2), slow("by columns", 2),
     ("accumulated", 2),
 ])  # fmt: skip
 def test_exact_it_steps_as_under_ddp(name: str, world_size: int) -> None:
@@ -124,8 +124,8 @@ def against_reference(spec: str) -> tuple[float, list[Tensor]]:
     W = dist.get_world_size()
     model, reference = sharded(), network()
     optimizer, _ = attached(model, spec)
-    # by work the middle one is the largest, and then comes the first
-    chosen = {2: {"2.weight": 0, "0.weight": 1, "4.weight": 1}, 3: {"2.weight": 0, "0.weight": 1, "4.weight": 2}}[W]
+    # in the order of FSDP's units, of which the root is the first; by work "2.weight" is the largest, and "0.weight" the next
+    chosen = {"2.weight": 0, "4.weight": W - 1, "0.weight": 1}
     other = ShardedEf21Muon(reference, chosen, W, parse(spec), LR)
     train(model, optimizer, range(STEPS))
     for step in range(STEPS):
@@ -226,7 +226,7 @@ def clipped() -> list[float]:
 def test_max_norm_is_of_the_mean_gradient() -> None:
     for as_torch, as_none in run(2, clipped):
         assert as_torch < 1e-4
-        assert as_none > 1e-2
+        assert as_none > 1e-3
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -373,9 +373,9 @@ def test_what_is_not_possible_says_so() -> None:
     assert "expected one mesh of one dimension for all modules" in one["replicas"]
     assert "leave offload_policy out" in one["offloaded"]
     assert one["auto"].startswith("TypeError: EF21Muon: auto cannot choose")
-    assert one["patterns"].startswith("TypeError: EF21Muon: auto cannot choose")
+    assert "EF21Muon needs one spec of the gradients, as in" in one["patterns"]
     assert one["unknown"].startswith("ValueError: spec 'int5': unknown codec 'int5'")
     assert "expected auto for the gradients, too, or a spec of the parameters" in one["parameters by auto"]
     assert one["feedback"].startswith("ValueError: error_feedback=False: EF21Muon sums up what arrives")
-    assert "parameter '0.bias' is trained, but the optimizer does not hold it" in one["not held"]
+    assert "is trained, but the optimizer does not hold it" in one["not held"]
     assert "OneBitAdamW does not work on sharded parameters; expected DistributedDataParallel" in one["another"]
