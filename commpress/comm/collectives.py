@@ -3,6 +3,7 @@
     all_reduce       x on each rank [n]              -->  its mean on all [n]              gradients; outer updates
     reduce_scatter   full gradient [W m] on each     -->  the mean of my chunk [m]         gradients of sharded parameters
     all_gather       my shard [m]                    -->  all shards on all ranks [W m]    sharded parameters
+    all_to_all       parts for each rank [n]         -->  parts from each rank [m]         rows of matrices and their owners
     broadcast        x on one rank                   -->  x on all
 
 Each starts one operation in the background and returns a `Work` at once; all ranks call the same ones in the same order. The
@@ -27,6 +28,7 @@ from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import NO_EXCHANGE, Label, Transfer, all_reduce_found_inf, single_rank
 from commpress.comm.exchange.all_gather import all_gather, native_all_gather
 from commpress.comm.exchange.all_reduce import native_all_reduce
+from commpress.comm.exchange.all_to_all import all_to_all, all_to_all_bytes
 from commpress.comm.exchange.around import prepared, scaled
 from commpress.comm.exchange.broadcast import broadcast, exact_broadcast
 from commpress.comm.exchange.packed import packed
@@ -42,7 +44,7 @@ from commpress.comm.exchange.reduce_scatter import (
 from commpress.comm.exchange.wire import ring_bytes, tree_children
 from commpress.comm.feedback import Feedback, Memory
 from commpress.comm.parameters import real_view
-from commpress.comm.plan import DENSE, BucketPlan, Override, Plan, exact_where_needed
+from commpress.comm.plan import ALL_REDUCE, DENSE, BucketPlan, Override, Plan, exact_where_needed
 from commpress.comm.scratch import ScratchPool
 from commpress.comm.segments import Segments, sizes
 from commpress.comm.traffic import Step, Traffic
@@ -279,6 +281,39 @@ class Collectives:
             *("parameters", name, plan, given.numel(), given.dtype, given, index, dense, exchange, compared),
             buffer=buffer,
             plain=None if buffer is not None else (out.nbytes, label),
+        )
+
+    def all_to_all(
+        self,
+        x: Tensor,
+        sizes: Sequence[int],
+        out: Tensor,
+        arriving: Sequence[int],
+        segments: Segments,
+        index: int,
+        codec: Codec,
+        reason: str = "",
+    ) -> Work:
+        """Send part r of `x` (`sizes[r]` values) to rank r by `codec`; fill `out` with all ranks' parts for this one.
+
+        Both float32, contiguous; `arriving[r]` values come from rank r. What a rank has for itself is copied. Afterwards `x` is
+        what its receivers have decoded. `segments` names what is sent by all ranks together. `reason` says why it is exact.
+        """
+        W, n = self.world_size, sum(part.n for part in segments)
+        if W == 1:
+            codec, reason = DENSE, "one rank: nothing to send"
+        plan = BucketPlan(codec, ALL_REDUCE, False, reason or ("" if codec.lossy else "spec is none"))
+        buffer: Tensor | None = None
+        if W == 1:
+            out.copy_(x)
+            exchange: Iterator[Transfer] = iter(())
+        else:
+            label = self.traffic.label("updates", segments, n, plan, "all_to_all", index, Step(self.meter.steps))
+            buffer = self.scratch.take(all_to_all_bytes(sizes, arriving, codec, self.rank))
+            exchange = all_to_all(x, sizes, out, arriving, Encoder(codec), buffer, self._wire, label)
+        dense = x.element_size() * (x.numel() - sizes[self.rank])
+        return self.traffic.submit(
+            *("updates", "all_to_all", plan, n, x.dtype, out, index, dense, exchange), buffer=buffer
         )
 
     def broadcast(

@@ -2,9 +2,10 @@
 
 Bytes are those that this rank handed to its process group for other ranks. The dense figure is what must be sent without
 compression: of gradients a ring all-reduce of the same buckets in their own dtype, 2 (W - 1) / W of their size; of sharded
-gradients a reduce-scatter, and of sharded parameters an all-gather, W - 1 shards each; of an outer update what DDP would have
-sent in the steps since the one before. Gloo and DeepSpeed all-reduce where a reduce-scatter would do: what they would have sent
-is counted beside it (`backend_bytes`). A bucket that is left to them counts as dense what they did send.
+gradients a reduce-scatter, and of sharded parameters an all-gather, W - 1 shards each; of a sharded matrix that one rank steps
+for all the float32 rows that change hands; of an outer update what DDP would have sent in the steps since the one before. Gloo
+and DeepSpeed all-reduce where a reduce-scatter would do: what they would have sent is counted beside it (`backend_bytes`). A
+bucket that is left to them counts as dense what they did send.
 """
 
 import json
@@ -22,9 +23,9 @@ from rich.table import Table
 from commpress.comm.timeline import Span, Timeline
 
 PHASES = ("encode", "wire", "decode")
-ROLES = ("gradients", "parameters", "outer", "buffers")
-"""Kinds of traffic: in every step the gradients and, where parameters are sharded, the parameters; between rounds of local
-steps their outer updates; the buffers that DDP broadcasts."""
+ROLES = ("gradients", "parameters", "updates", "outer", "buffers")
+"""Kinds of traffic: in every step the gradients and, where parameters are sharded, the parameters; what an optimizer sends of
+sharded matrices; between rounds of local steps their outer updates; the buffers that DDP broadcasts."""
 NOT_SENT = "none"
 """The name of the exchange that leaves a bucket on its rank."""
 BYTES = ("dense_bytes", "sent_bytes", "received_bytes")

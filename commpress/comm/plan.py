@@ -157,11 +157,15 @@ def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool)
 
 
 def sharded_settings(
-    gradients: Plan, parameters: Plan, holds: str, by_auto: tuple[bool, bool] = (False, False)
+    gradients: Plan,
+    parameters: Plan,
+    holds: str,
+    by_auto: tuple[bool, bool] = (False, False),
+    momentum: Codec | None = None,
 ) -> dict[str, object]:
     """Return what saved states of a sharded model must have alike; `holds` says what the ranks hold, in words.
 
-    `by_auto` says whether `auto` decides for gradients, and for parameters.
+    `by_auto` says whether `auto` decides for gradients, and for parameters. `momentum` is the codec of an optimizer's traffic.
     """
     settings: dict[str, object] = {
         "kind": "sharded",
@@ -169,11 +173,13 @@ def sharded_settings(
         "parameters": parameters.settings(),
         "holds": holds,
     }
+    settings |= {} if momentum is None else {"momentum": str(momentum)}
     return settings | ({"auto": "gradients and parameters" if by_auto[1] else True} if by_auto[0] else {})
 
 
-def sharded_spec(gradients: Plan, parameters: Plan, by_auto: tuple[bool, bool]) -> str:
+def sharded_spec(gradients: Plan, parameters: Plan, by_auto: tuple[bool, bool], momentum: Codec | None = None) -> str:
     """Return what a report calls the traffic of a sharded model by: `auto` where that decides for all that is compressed."""
     if by_auto[0] and (by_auto[1] or not parameters.codec.lossy):
         return AUTO
-    return f"gradients {AUTO if by_auto[0] else gradients.codec}, parameters {parameters.codec}"
+    spec = f"gradients {AUTO if by_auto[0] else gradients.codec}, parameters {parameters.codec}"
+    return spec if momentum is None else f"momentum {momentum}, {spec}"

@@ -191,6 +191,8 @@ class Traffic:
 
     def _number(self, role: str, index: int) -> int:
         """The step of what has this place in the report: how many reductions it had before."""
+        if role == "updates":
+            return self.meter.steps
         return self._counts.get(index, 0) if role == "parameters" else self.count(index)
 
     def _compared(

@@ -16,7 +16,7 @@ Newton-Schulz mixes the values of a matrix. Where masks prune it, m, e, E and th
 """
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,11 @@ from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.settings import require_in_range
-from commpress.optim.uncompressed import step_adamw
+from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon, Updates
+from commpress.optim.uncompressed import begin_adamw, step_adamw
 
 GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
 """Codecs of gradients that keep AdamW's loss."""
-AS_ADAMW = 0.2
-"""Root mean square of an update of AdamW, to which that of Muon is scaled (arXiv:2502.16982, section 2.2)."""
 SPECS = ("none", "int4")
 """The specs that `auto` may choose, the gentlest first. Coarser ones cost more, which is no choice for a clock."""
 
@@ -70,6 +69,9 @@ class EF21Muon(CompressedOptimizer):
     are scaled to the size of AdamW's, so that one `lr` serves both. `momentum`, `nesterov` and `weight_decay` as in
     torch.optim.Muon. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent
     before backward is over.
+
+    Under FSDP2 and ZeRO 1 and 2 it is sharded (`sharded_muon.py`): all gradients travel by `others_spec`, and `max_norm` clips
+    their mean.
 
     In place of a model it takes groups as those of torch's optimizers, with `muon` True or False in each.
     Raises ValueError for a setting out of range, a pattern that matches nothing, and a group without `muon`.
@@ -113,6 +115,8 @@ class EF21Muon(CompressedOptimizer):
         """Whether estimates were loaded, but not yet the momenta of which they are estimates."""
         self._pruned_by: MaskIndex | None = None
         """The masks by which the estimates were pruned last."""
+        self._sharded: ShardedMuon | None = None
+        """What steps the matrices where they are sharded."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -133,9 +137,26 @@ class EF21Muon(CompressedOptimizer):
 
     def bind(self, parameters: dict[str, Tensor], world_size: int, may_be_unused: bool, **more: bool) -> None:
         super().bind(parameters, world_size, may_be_unused, **more)
+        self._sharded = None
         warm_up(parse(self.param_groups[0]["others_spec"]), next(iter(parameters.values())).device)
 
+    @property
+    def takes_means(self) -> bool:
+        return self._sharded is not None
+
+    def hold_shards(self, sharded: ShardedMuon) -> None:
+        """For hooks, behind `bind`: what is bound holds shards, whose mean gradients are there when `step` is called.
+
+        All that is kept of them exists from now on: a checkpoint is loaded into what is there.
+        """
+        self._sharded = sharded
+        for p, group in self._places.values():
+            if not group["muon"] and "exp_avg" not in self.state[p]:
+                begin_adamw(p, self.state[p])
+
     def replicated_state(self) -> dict[str, object]:
+        if self._sharded is not None:
+            return super().replicated_state()
         device = next(iter(self._bound.values())).device
         how = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         if device.type == "cuda":
@@ -180,17 +201,22 @@ class EF21Muon(CompressedOptimizer):
             for p in self._bound.values():
                 self.state[p].pop("momentum_buffer", None)
 
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if self._sharded is not None:
+            self.begin_backward(1.0)  # what was reduced is there
+        return super().step(closure)
+
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        moves = []
-        masks = self.masks
-        for name, (p, group, update) in updates.items():
-            if group["muon"] and update is not None:
-                move = Move(p, group, update, masks.places(name))
-                if masks is not self._pruned_by and move.kept is not None:
-                    zero_others(self._estimate(p), move.kept)
-                moves.append(move)
-        self._pruned_by = masks
-        self._step_matrices(moves)
+        there = {name: (p, group, update) for name, (p, group, update) in updates.items() if update is not None}
+        matrices = {name: place for name, place in there.items() if place[1]["muon"]}
+        if self._sharded is None:
+            self._step_matrices(self._moves(matrices))
+        else:
+            if self.must_verify():
+                self._sharded.begin(self.replicated_state())
+            self._sharded.clip([gradient for _, _, gradient in there.values()])
+            self._sharded.step(matrices)
         for group in self.param_groups:
             others = [p for p, of, _ in updates.values() if of is group and not group["muon"] and p.grad is not None]
             if others:
@@ -200,7 +226,7 @@ class EF21Muon(CompressedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self.came_with_session(state_dict):
             super().load_state_dict(state_dict)
-            self._lacks_momenta = any("momentum_buffer" in state for state in self.state.values())
+            self._lacks_momenta = self._sharded is None and any("momentum_buffer" in s for s in self.state.values())
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self._lacks_momenta = False  # a session restores its feedback along with this
@@ -228,6 +254,16 @@ class EF21Muon(CompressedOptimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]  # type: ignore[no-any-return]
+
+    def _moves(self, matrices: Updates) -> list[Move]:
+        """What has arrived of matrices. Behind other masks than before the estimates are pruned."""
+        masks = self.masks
+        moves = [Move(p, group, moved, masks.places(name)) for name, (p, group, moved) in matrices.items()]
+        for one in moves if masks is not self._pruned_by else ():
+            if one.kept is not None:
+                zero_others(self._estimate(one.p), one.kept)
+        self._pruned_by = masks
+        return moves
 
     def _step_matrices(self, moves: Iterable[Move]) -> None:
         """Step matrices, those of one shape together."""

@@ -22,9 +22,7 @@ def step_adamw(parameters: Sequence[Tensor], group: dict[str, Any], states: Stat
     for p in parameters:
         state = states[p]
         if "exp_avg" not in state:
-            device = p.device if fused else torch.device("cpu")  # where torch keeps it, too
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            begin_adamw(p, state, fused)
         elif fused and state["step"].device != p.device:
             state["step"] = state["step"].to(p.device)
     kept = {key: [states[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq", "step")}
@@ -43,6 +41,13 @@ def step_adamw(parameters: Sequence[Tensor], group: dict[str, Any], states: Stat
         beta2=group["betas"][1],
         **{key: group[key] for key in ("lr", "weight_decay", "eps")},
     )
+
+
+def begin_adamw(p: Tensor, state: dict[str, Any], fused: bool = True) -> None:
+    """Make the state that `step_adamw` keeps of a parameter before its first step."""
+    device = p.device if fused else torch.device("cpu")  # where torch keeps it, too
+    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
 
 
 def step_sgd(parameters: Sequence[Tensor], group: dict[str, Any], states: State) -> None:

@@ -15,7 +15,8 @@ all have: what a coarse spec withholds is part of the next difference, which is 
 
 A compressed optimizer codes a momentum that every rank has to know (OneBitAdamW) or that is its own (ZeroOneAdamW, DGC). So
 under one ZeRO 1 and 2 do what ZeRO 0 does, on every rank. OneBitAdamW can be sharded instead, by giving `parameters`: then the
-owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those.
+owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those. EF21Muon always is: its
+gradients go to the owners by `others_spec`, and when the engine steps, matrices go to one rank each and their updates back.
 
 All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
 in is in `replicas` (ZeRO 0), `partitions` (1 and 2) and `gathered` (3).
@@ -48,8 +49,9 @@ from commpress.hooks.deepspeed.partitions import attach_partitions
 from commpress.hooks.deepspeed.replicas import attach_replicas
 from commpress.hooks.parameters import bare_parameters, not_taken
 from commpress.notice import speaks
-from commpress.optim import DGC, CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
+from commpress.optim import DGC, CompressedOptimizer, EF21Muon, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.advice import advise
+from commpress.optim.sharded_muon import momentum_codec
 
 TESTED = "0.19.8"
 """The version that this file was tested with; later ones of the same line are taken, too."""
@@ -81,9 +83,9 @@ def attach(
 
     `optimizer` is one of `commpress.optim` that the engine was given (found by itself if left out), at ZeRO 0 to 2. Under it
     every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no parameters travel, `exchange` may be given.
-    OneBitAdamW with `parameters` is sharded instead: less memory, more bytes. Every `verify` steps (0: never) the ranks compare
-    hashes of what all of them hold, and payloads have checksums. The engine's group gets the timeout of the default group,
-    which the user gave.
+    OneBitAdamW with `parameters` is sharded instead (less memory, more bytes), and so is EF21Muon, with or without. Every
+    `verify` steps (0: never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's group
+    gets the timeout of the default group, which the user gave.
 
     Returns the session; `engine.commpress` is the same.
 
@@ -96,7 +98,8 @@ def attach(
     follow_default_timeout(group, device)
     if optimizer is None and isinstance(engine.basic_optimizer, CompressedOptimizer):
         optimizer = engine.basic_optimizer
-    sharded = stage > 0 and (optimizer is None or (isinstance(optimizer, OneBitAdamW) and parameters is not None))
+    one_bit = isinstance(optimizer, OneBitAdamW) and parameters is not None
+    sharded = stage > 0 and (optimizer is None or isinstance(optimizer, EF21Muon) or one_bit)
     refusal = not_taken("buffers", buffers, "DeepSpeed sends none")
     refusal = refusal or not_taken("grad_scaler", grad_scaler, "an engine scales its losses by itself")
     refusal = refusal or _refusal(engine, stage, sharded, optimizer, exchange)
@@ -104,8 +107,12 @@ def attach(
     found: Spec | None = None
     by_auto = (False, False)
     plans: tuple[Plan, Plan] | None = None
+    momentum: Codec | None = None
     if refusal is None:
         try:
+            if sharded and isinstance(optimizer, EF21Muon):
+                momentum = momentum_codec(gradients, optimizer, error_feedback)
+                gradients, error_feedback = optimizer.param_groups[0]["others_spec"], False
             found = gradients if is_open(gradients) else None
             by_name = gradients if found is None else PLAIN
             assert not isinstance(by_name, Mapping)
@@ -119,7 +126,7 @@ def attach(
         p: name for name, p in bare_parameters(engine.module).items() if p.requires_grad and _numel(p)
     }
     settings: dict[str, object] = {"ZeRO stage": stage, "optimizer": type(optimizer).__name__ if optimizer else None}
-    settings |= {"sharded": sharded, "verify": verify}
+    settings |= {"sharded": sharded, "verify": verify, "momentum": str(momentum)}
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
     if plans is not None:
         settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
@@ -129,7 +136,8 @@ def attach(
     if not sharded:
         engine.commpress = attach_replicas(engine, plans[0], found, names, optimizer, verify)
     else:
-        engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, str(settings["parameters"]), verify)
+        holds = str(settings["parameters"])
+        engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, momentum, holds, verify)
     if optimizer is None:
         stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
         stepped = stepped or engine.optimizer.fp32_partitioned_groups_flat
@@ -146,6 +154,7 @@ def _shard(
     by_auto: tuple[bool, bool],
     names: dict[Any, str],
     optimizer: CompressedOptimizer | None,
+    momentum: Codec | None,
     holds: str,
     verify: int,
 ) -> Session:
@@ -157,12 +166,12 @@ def _shard(
     if stage == 3:
         attach_gathered(engine, shards, names, auto)
     else:
-        assert optimizer is None or isinstance(optimizer, OneBitAdamW)
-        attach_partitions(engine, shards, names, optimizer, auto)
+        assert optimizer is None or isinstance(optimizer, OneBitAdamW | EF21Muon)
+        attach_partitions(engine, shards, names, optimizer, momentum, auto)
     if auto is not None:
         follow_steps(engine, auto)
-    values, settings = sum(_numel(p) for p in names), sharded_settings(*plans, holds, by_auto)
-    return Session(shards, spec=sharded_spec(*plans, by_auto), settings=settings, auto=auto, values=values)
+    values, settings = sum(_numel(p) for p in names), sharded_settings(*plans, holds, by_auto, momentum)
+    return Session(shards, spec=sharded_spec(*plans, by_auto, momentum), settings=settings, auto=auto, values=values)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -282,7 +291,8 @@ def _refusal(
         "sequence parallelism": engine.sequence_parallel_size > 1,
         "DeepCompile": engine.is_deepcompile_enabled(),
         "ZenFlow": bool(engine.zenflow),
-        "Muon": "muon" in type(engine.basic_optimizer).__name__.lower(),
+        "DeepSpeed's Muon (commpress.optim.EF21Muon is)": "muon" in type(engine.basic_optimizer).__name__.lower()
+        and not isinstance(engine.basic_optimizer, CompressedOptimizer),
         "offload of the optimizer or of parameters": _offloads(engine.zero_offload_optimizer())
         or _offloads(engine.zero_offload_param()),
         "fp16 (feedback would have to follow its loss scale; bf16 has none)": engine.fp16_enabled()
@@ -328,7 +338,7 @@ def _open_refusal(
             'expected one spec, such as "int4", or "auto"'
         )
     refusal = open_refusal(gradients, optimizer, exchange, error_feedback)
-    if refusal is None and sharded and optimizer is not None and is_open(gradients):
+    if refusal is None and sharded and isinstance(optimizer, OneBitAdamW) and is_open(gradients):
         return TypeError(
             f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients where it is sharded, as in "
             'attach(engine, "sign", parameters="int4"), got auto; without parameters= auto chooses behind it'
@@ -361,7 +371,7 @@ def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -
         )
     if stage > 0 and not sharded and engine.zero_elastic_checkpoint():
         return ValueError(f"{name} under ZeRO {stage}: elastic_checkpoint would save a part of its state; leave it out")
-    if sharded and optimizer.param_groups[0]["max_norm"] is not None:
+    if sharded and isinstance(optimizer, OneBitAdamW) and optimizer.param_groups[0]["max_norm"] is not None:
         return ValueError(
             f"max_norm {optimizer.param_groups[0]['max_norm']} under ZeRO {stage}: each bucket leaves before the others are "
             "known; expected None. DeepSpeed's gradient_clipping clips in the warm-up"

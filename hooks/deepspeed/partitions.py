@@ -21,7 +21,8 @@ from commpress.comm.segments import Segment
 from commpress.comm.sharded_auto import ShardedAuto
 from commpress.comm.work import Work
 from commpress.hooks.deepspeed.auto import timed
-from commpress.optim import OneBitAdamW
+from commpress.optim import EF21Muon, OneBitAdamW
+from commpress.optim.sharded_muon import Matrix, ShardedMuon
 from commpress.optim.sharded_one_bit import ShardedOneBitAdamW, shifted
 
 PIECE = 1 << 20
@@ -165,6 +166,16 @@ class Partitions:
             name = self.names[p] if stop - start == n else f"{self.names[p]}[{start}:{stop}]"
             yield OwnedSlice(name, owner, place, start, stop, group, offset + start)
 
+    def matrices(self, groups: set[int]) -> Iterator[Matrix]:
+        """The parameters of these groups, as their values are cut."""
+        ranks, me = range(self.shards.world_size), self.shards.rank
+        for i in sorted(groups):
+            for p in self.zero.round_robin_bit16_groups[i]:
+                pieces = {piece.owner: piece for piece in self._pieces(p, 0)}
+                lengths = tuple(len(pieces[r]) if r in pieces else 0 for r in ranks)
+                at = pieces[me].at - me * int(self.zero.partition_size[i]) if me in pieces else 0
+                yield Matrix(self.names[p], tuple(p.shape), (p.numel(),), 0, lengths, _partition(i), at)
+
     # parameters
 
     def step(self, original: Callable[..., None], closure: Any = None) -> None:
@@ -253,15 +264,19 @@ def attach_partitions(
     engine: Any,
     shards: Collectives,
     names: dict[Tensor, str],
-    optimizer: OneBitAdamW | None,
+    optimizer: OneBitAdamW | EF21Muon | None,
+    momentum: Codec | None,
     auto: ShardedAuto | None = None,
 ) -> None:
-    """Stand in for what a ZeRO 1 or 2 optimizer sends."""
+    """Stand in for what a ZeRO 1 or 2 optimizer sends. `momentum` is the codec of an EF21Muon's."""
     from deepspeed.runtime.zero import stage_1_and_2
 
     zero = engine.optimizer
     partitions = Partitions(zero, shards, names, auto=auto)
-    if optimizer is not None:
+    if isinstance(optimizer, EF21Muon):
+        assert momentum is not None
+        _shard_muon(optimizer, partitions, momentum)
+    elif optimizer is not None:
         partitions.sharded = ShardedOneBitAdamW(
             optimizer,
             shards,
@@ -280,6 +295,35 @@ def attach_partitions(
     if not hasattr(stage_1_and_2.all_gather_dp_groups, "commpress"):
         # a function of DeepSpeed's module: there is no object of the engine's to stand in for
         stage_1_and_2.all_gather_dp_groups = _gathering(stage_1_and_2.all_gather_dp_groups)
+
+
+def _partition(group: int) -> str:
+    return f"partition of group {group}"
+
+
+def _shard_muon(optimizer: EF21Muon, partitions: Partitions, momentum: Codec) -> None:
+    """Have an EF21Muon step the partitions, with the last of DeepSpeed's groups."""
+    zero, shards = partitions.zero, partitions.shards
+    flats = list(zero.single_partition_of_fp32_groups)
+    holders = {_partition(i): flat for i, flat in enumerate(flats)}
+    optimizer.bind(holders, shards.world_size, may_be_unused=True)
+    hidden = {i for i, group in enumerate(optimizer.param_groups) if group["muon"]}
+    optimizer.hold_shards(ShardedMuon(optimizer, shards, list(partitions.matrices(hidden)), holders, momentum))
+    gradients: list[Tensor] = []
+
+    def step(group: int) -> None:
+        gradients.append(flats[group].grad)  # which DeepSpeed takes away before it comes to the next one
+        if group < len(flats) - 1:
+            return
+        for flat, gradient in zip(flats, gradients, strict=True):
+            flat.grad = gradient
+        gradients.clear()
+        optimizer.step()
+        for flat in flats:
+            flat.grad = None
+        zero._lazy_init_hp_params_optimizer_state()
+
+    zero._optimizer_step = step
 
 
 def _step_group(zero: Any, optimizer: ShardedOneBitAdamW, group: int) -> None:

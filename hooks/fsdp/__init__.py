@@ -10,8 +10,12 @@ On a mesh of replicas x shards (HSDP) the gradients are compressed where they ar
 among the shards of a replica, inside a node, they are dense. FSDP has no public way to replace that average: it calls
 `all_reduce` of a process group that it keeps, and ours stands in for it (`Replicas`).
 
+Under an EF21Muon gradients are reduced by its `others_spec`; at each step the momentum of a matrix's rows goes by the spec to
+the one rank that owns it, and the update comes back.
+
 `units.py` reads what torch keeps private: that process group, the parameters that travel together, and which module is the
-root. `comms.py` has what FSDP calls, `masks.py` and `reshard.py` what masks and a saved state mean for its shards.
+root. `comms.py` has what FSDP calls, `masks.py`, `reshard.py` and `muon.py` what masks, a saved state and EF21Muon mean for its
+shards.
 """
 
 from collections.abc import Mapping
@@ -30,13 +34,15 @@ from commpress.comm.search import PLAIN
 from commpress.comm.session import Session
 from commpress.comm.sharded_auto import ShardedAuto, begins_steps, decides, follows_backwards
 from commpress.comm.verify import EVERY, require_interval
+from commpress.hooks.fsdp import muon
 from commpress.hooks.fsdp.comms import Gather, Reduce, Replicas
 from commpress.hooks.fsdp.masks import of_replicas, of_shards, require_fit
 from commpress.hooks.fsdp.reshard import resharded
 from commpress.hooks.fsdp.units import Unit, ranks, root, units
 from commpress.hooks.parameters import not_taken
 from commpress.optim.advice import advise
-from commpress.optim.base import CompressedOptimizer
+from commpress.optim.muon import EF21Muon
+from commpress.optim.sharded_muon import momentum_codec
 
 
 def attach(
@@ -45,7 +51,7 @@ def attach(
     *,
     parameters: str | Codec | None = None,
     buffers: str | Codec | None = None,
-    optimizer: CompressedOptimizer | None = None,
+    optimizer: EF21Muon | None = None,
     exchange: str | None = None,
     error_feedback: bool = True,
     grad_scaler: GradScaler | None = None,
@@ -62,20 +68,28 @@ def attach(
     `torch.amp.GradScaler`, if there is one. Every `verify` steps (0: never) the ranks compare hashes of what they gathered, and
     payloads have checksums.
 
+    `optimizer` is an EF21Muon of the sharded parameters. Then `gradients` is the spec of its momentum, gradients go by its
+    `others_spec`, and nothing takes more memory than shards and what a rank owns (`commpress.optim.sharded_muon`).
+
     Raises on all ranks: ValueError if a spec is unknown, if the ranks differ, or if a trained parameter has a dtype whose
-    gradients cannot be exchanged, such as float8; TypeError for an `optimizer` of `commpress.optim`, for `buffers` and
+    gradients cannot be exchanged, such as float8; for an EF21Muon on more than one dimension of a mesh, with parameters
+    offloaded, or without one that is trained; TypeError for another `optimizer` of `commpress.optim`, for `buffers` and
     `exchange`; RuntimeError for a module inside the root, or one that has custom collectives already, ours or others. A model
     that was not run yet does not know its root: then the first forward raises.
     """
     held = units(model)
     device = held[0].device
     plan: Any = None
+    momentum: Codec | None = None
     by_auto = (False, False)
     refusal = not_taken("buffers", buffers, "FSDP sends none")
     refusal = refusal or not_taken("exchange", exchange, "FSDP's are a reduce-scatter and an all-gather")
     refusal = refusal or _refusal(model, held, optimizer)
     if refusal is None:
         try:
+            if optimizer is not None:
+                momentum = momentum_codec(gradients, optimizer, error_feedback)
+                gradients, error_feedback = optimizer.param_groups[0]["others_spec"], False
             by_auto = decides(gradients, parameters)
             if by_auto[0]:
                 _require_one_mesh(held)
@@ -92,6 +106,7 @@ def attach(
     described = f"{sum(len(unit.names) for unit in held)} with {sum(unit.values for unit in held)} values"
     settings: dict[str, object] = {"parameters": f"{described} in {len(held)} modules"}
     settings |= {"scaler": grad_scaler is not None, "verify": verify}
+    settings |= {"optimizer": None if optimizer is None else type(optimizer).__name__, "momentum": str(momentum)}
     if plan is not None:
         settings |= {"gradients' plan": plan[0].settings(), "parameters' plan": plan[1].settings()}
         settings |= {"by auto": [role for role, auto in zip(("gradients", "parameters"), by_auto, strict=True) if auto]}
@@ -107,6 +122,9 @@ def attach(
         own = [shards[ranks(held[0].shard_groups[0])], *replicas.values()]
         dtypes = {dtype for unit in held for dtype in unit.dtypes}
         auto = ShardedAuto([*shards.values(), *replicas.values()], own, error_feedback, by_auto[1], dtypes)
+    if optimizer is not None and momentum is not None:
+        (of_all,) = shards.values()
+        muon.shard(optimizer, of_all, held, momentum)
     for unit in held:
         unit.module.set_custom_all_gather(Gather(shards, unit, auto))
         unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit, auto))
@@ -114,8 +132,9 @@ def attach(
         if unit.replica_group is not None:
             unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit, auto))
 
-    saved = sharded_settings(plan[0], plan[1], described, by_auto)
-    session = _session(held, shards, replicas, sharded_spec(plan[0], plan[1], by_auto), saved, auto)
+    saved = sharded_settings(plan[0], plan[1], described, by_auto, momentum)
+    spec = sharded_spec(plan[0], plan[1], by_auto, momentum)
+    session = _session(held, shards, replicas, spec, saved, auto)
     _watch(model, session, auto)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
     return session
@@ -149,12 +168,12 @@ def _session(
     )
 
 
-def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer | None) -> Exception | None:
+def _refusal(model: nn.Module, held: list[Unit], optimizer: object) -> Exception | None:
     """Why this rank cannot attach, if it cannot."""
-    if optimizer is not None:
+    if optimizer is not None and not isinstance(optimizer, EF21Muon):
         return TypeError(
             f"optimizer: {type(optimizer).__name__} does not work on sharded parameters; expected DistributedDataParallel for "
-            "it, or a torch optimizer here, which needs no optimizer="
+            "it, or here EF21Muon, or a torch optimizer, which needs no optimizer="
         )
     if root(model)() is False:
         return RuntimeError("commpress.attach: this module is inside another that fully_shard took; expected the root")
@@ -168,7 +187,7 @@ def _refusal(model: nn.Module, held: list[Unit], optimizer: CompressedOptimizer 
                 return RuntimeError(
                     f"commpress.attach: {unit.names[0]} and others travel by {type(comm).__name__}; expected FSDP's default"
                 )
-    return None
+    return None if optimizer is None else muon.refusal(held, optimizer)
 
 
 def _require_one_mesh(held: list[Unit]) -> None:

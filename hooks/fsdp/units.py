@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from commpress.comm.masks_index import of_pairs
 from commpress.comm.parameters import bare_name
@@ -73,6 +73,22 @@ class Unit:
         """Return how a parameter is cut among the ranks that share it."""
         p = self.group.fsdp_params[self.names.index(name)]
         return Cut(p.fsdp_placement.dim, p._orig_size.numel() * _reals(p), _part(p))
+
+    def lengths(self, name: str) -> tuple[int, tuple[int, ...]]:
+        """Return the dimension along which a parameter is cut, and how long each rank's shard is there, without padding."""
+        p = self.group.fsdp_params[self.names.index(name)]
+        dim, ranks = p.fsdp_placement.dim, range(dist.get_world_size(self.shard_groups[0]))
+        whole, most = p._orig_size[dim], p.padded_sharded_param_size[dim]
+        return dim, tuple(min(most, max(0, whole - r * most)) for r in ranks)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The sharded parameters, as the module and its optimizer have them, by name."""
+        return {name: p.sharded_param for name, p in zip(self.names, self.group.fsdp_params, strict=True)}
+
+    @property
+    def offloads(self) -> bool:
+        """Whether shards and their gradients are kept in another memory than that of the device that computes."""
+        return isinstance(self.group.offload_policy, CPUOffloadPolicy)
 
     def trained_parameters(self) -> list[Tensor]:
         """The shards of what wants gradients now."""

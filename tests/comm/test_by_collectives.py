@@ -19,6 +19,7 @@ from commpress.comm.encoder import Encoder
 from commpress.comm.error import ErrorWatch
 from commpress.comm.exchange import Labels, Transfer, Wire, named
 from commpress.comm.exchange.all_gather import all_gather
+from commpress.comm.exchange.all_to_all import all_to_all, all_to_all_bytes
 from commpress.comm.exchange.reduce_scatter import reduce_scatter, reduce_scatter_bytes
 from commpress.comm.feedback import Memory
 from commpress.comm.verify import Comparison
@@ -132,6 +133,39 @@ def test_collectives_of_sharded_models_give_the_bits_of_messages(spec: str) -> N
     for by_message, by_collective in run(3, shards, spec):
         for x, y in zip(by_message, by_collective, strict=True):
             assert same(x, y)
+
+
+def swapped(spec: str) -> list[list[Tensor]]:
+    """By both ways: parts of other lengths for each rank, none for some, what came of the others', and what its own became."""
+    found, codec = [], parse(spec)
+    lengths = [[300, 0, 1000], [20, 700, 0], [0, 0, 4]]
+    for wire in wires():
+        me, labels = wire.rank, Labels()
+        sizes, arriving = lengths[me], [of[me] for of in lengths]
+        x, out = gradient(sum(sizes), me), torch.full((sum(arriving),), torch.nan)
+        buffer = torch.empty(all_to_all_bytes(sizes, arriving, codec, me), dtype=torch.uint8)
+        more = (Encoder(codec), buffer, wire, labels.next("parts"))
+        sent, received, _ = carried_out(wire, all_to_all(x, sizes, out, arriving, *more))
+        assert sent == sum(codec.nbytes(n) for r, n in enumerate(sizes) if n and r != me)
+        assert received == sum(codec.nbytes(n) for r, n in enumerate(arriving) if n and r != me)
+        found.append([x, out, gradient(sum(sizes), me)])
+    return found
+
+
+@pytest.mark.parametrize("spec", ["int4", "none"])
+def test_parts_arrive_as_their_senders_know_them(spec: str) -> None:
+    ranks = run(3, swapped, spec)
+    codec, lengths = parse(spec), [[300, 0, 1000], [20, 700, 0], [0, 0, 4]]
+    for got in ranks:
+        for x, y in zip(*got, strict=True):
+            assert same(x, y)
+    for source, ((x, _, before), _) in enumerate(ranks):
+        parts = zip(x.split(lengths[source]), before.split(lengths[source]), strict=True)
+        for target, (known, exact) in enumerate(parts):
+            arrived = ranks[target][0][1].split([of[target] for of in lengths])[source]
+            assert same(arrived, known)
+            coded = codec.decode(codec.encode(exact), exact.numel()) if len(exact) and source != target else exact
+            assert same(known, coded)
 
 
 def compared(bad_rank: int | None) -> str:

@@ -4,7 +4,7 @@ Only the codecs are commpress's. No unit, no loss scale, no thread, no fused loo
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -362,6 +362,56 @@ class Ef21Muon:
         for name, p in values.items():
             p.grad = means[name]
         self.adamw.step()
+
+
+class ShardedEf21Muon:
+    """EF21Muon on matrices whose rows are sharded as FSDP2 has them, each with an owner; AdamW for the other parameters.
+
+    Gradients are exact means. A rank codes all of its rows that one owner gets as one message; its own are exact.
+    """
+
+    def __init__(self, model: nn.Module, owners: Mapping[str, int], world_size: int, codec: Codec, lr: float) -> None:
+        self.model, self.owners, self.world_size, self.codec, self.lr = model, owners, world_size, codec, lr
+        values = dict(model.named_parameters())
+        self.names = sorted(owners, key=lambda name: owners[name])
+        self.m, self.e, self.k = ({name: torch.zeros_like(values[name]) for name in owners} for _ in range(3))
+        self.adamw = torch.optim.AdamW(
+            [p for name, p in values.items() if name not in owners], lr=lr, betas=(0.9, 0.95), weight_decay=0.1
+        )
+
+    def step(self, batch: int) -> None:
+        """One step of all ranks on a step's batches."""
+        own = [gradients(self.model, batch, rank) for rank in range(self.world_size)]
+        for name, p in self.model.named_parameters():
+            p.grad = torch.stack([g[name] for g in own]).mean(dim=0)
+            if name in self.owners:
+                self.m[name].lerp_(p.grad, 0.05)
+        coded = self._coded({name: self.m[name] - self.e[name] for name in self.names}, self.codec)
+        steps = {}
+        for name in self.names:
+            self.e[name] += coded[name]
+            steps[name] = _orthogonal(self.e[name] + 0.95 * coded[name])
+        back = self._coded({name: steps[name] - self.k[name] for name in self.names}, parse("int8"))
+        for name, p in self.model.named_parameters():
+            if name in self.owners:
+                self.k[name] += back[name]
+                p.data.mul_(1 - self.lr * 0.1).sub_(self.k[name], alpha=0.2 * self.lr * math.sqrt(max(p.shape)))
+                p.grad = None
+        self.adamw.step()
+
+    def _coded(self, matrices: dict[str, Tensor], codec: Codec) -> dict[str, Tensor]:
+        """What arrives of matrices on the other end, whichever of the two it is."""
+        found = {name: matrix.clone() for name, matrix in matrices.items()}
+        for rank in range(self.world_size):
+            for owner in set(range(self.world_size)) - {rank}:
+                parts = [found[name].chunk(self.world_size) for name in self.names if self.owners[name] == owner]
+                rows = [part[rank] for part in parts if rank < len(part)]
+                if rows:
+                    flat = torch.cat([part.reshape(-1) for part in rows])
+                    decoded = codec.decode(codec.encode(flat), flat.numel()).split([part.numel() for part in rows])
+                    for part, values in zip(rows, decoded, strict=True):
+                        part.copy_(values.view_as(part))
+        return found
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

@@ -116,22 +116,28 @@ class Wire:
         return [(self.rank + step) % self.world_size for step in range(1, self.world_size)]
 
     def all_to_all(
-        self, outgoing: Tensor, sizes: Sequence[int], incoming: Tensor, label: Label, last: bool
+        self,
+        outgoing: Tensor,
+        sizes: Sequence[int],
+        incoming: Tensor,
+        label: Label,
+        last: bool,
+        arriving: Sequence[int] | None = None,
     ) -> Transfer:
         """Start sending part r of `outgoing` (uint8, `sizes[r]` bytes) to rank r, and receiving the parts that are for this
-        rank from all, one behind the other, in `incoming` (uint8 [W * sizes[rank]]).
+        rank from all, one behind the other, in `incoming` (uint8, `arriving[r]` bytes from rank r). By default all ranks have
+        the same sizes, so that `sizes[rank]` come from each.
 
         What a rank has for itself it puts there itself, and in `outgoing`, too, unless `by_message`: a collective takes it
         along.
         """
-        size, W = sizes[self.rank], self.world_size
+        me, W = self.rank, self.world_size
+        sent, received = list(sizes), [sizes[me]] * W if arriving is None else list(arriving)
         if self.by_message:
-            rows = incoming.split(size) if size else (incoming,) * W
-            return self._messages(outgoing.split(list(sizes)), rows, label, last)
-        transfer = Transfer([], sum(sizes) - size, (W - 1) * size, last)
-        if sum(sizes):
-            splits = ([size] * W, list(sizes))
-            work = dist.all_to_all_single(incoming, outgoing, *splits, group=self.open_group(), async_op=True)
+            return self._messages(outgoing.split(sent), incoming.split(received), label, last)
+        transfer = Transfer([], sum(sent) - sent[me], sum(received) - received[me], last)
+        if sum(sent) or arriving is not None:  # where sizes differ, others may have something to send
+            work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self.open_group(), async_op=True)
             transfer.works.append((None, work))
         return transfer
 
