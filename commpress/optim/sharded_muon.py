@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm.agreement import require_equal
-from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives
 from commpress.comm.plan import DENSE
@@ -109,6 +109,11 @@ def owners(matrices: Sequence[Matrix], world_size: int) -> dict[str, int]:
 def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> Codec:
     """Return the codec of the momentum. Raises TypeError for `auto` and for patterns, ValueError for an unknown spec, or where
     there shall be no feedback."""
+    if spec == AUTO:
+        raise TypeError(
+            'EF21Muon: auto cannot choose where it is sharded; expected one of "none", "int4", "int2", "sign", as in '
+            'attach(model, "int4", optimizer=optimizer)'
+        )
     if (refusal := open_refusal(spec, optimizer, None, error_feedback)) is not None:
         raise refusal
     if not error_feedback:
