@@ -134,7 +134,7 @@ def attach(
 
     saved = sharded_settings(plan[0], plan[1], described, by_auto, momentum)
     spec = sharded_spec(plan[0], plan[1], by_auto, momentum)
-    session = _session(held, shards, replicas, spec, saved, auto)
+    session = _session(held, shards, replicas, spec, saved, auto, optimizer)
     _watch(model, session, auto)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
     return session
@@ -147,11 +147,17 @@ def _session(
     spec: str,
     settings: dict[str, object],
     auto: ShardedAuto | None,
+    optimizer: EF21Muon | None,
 ) -> Session:
     """The session of units whose shards and replicas have these collectives, by the ranks of their groups."""
 
     def mask_index(masks: Mapping[str, Tensor]) -> list[MaskIndex]:
         require_fit(masks, held)
+        if optimizer is not None and masks:
+            raise ValueError(
+                "masks: EF21Muon mixes the values of a matrix, and where it is sharded nothing sets pruned ones back to 0; "
+                "expected DistributedDataParallel, or a torch optimizer"
+            )
         return [of_shards(who, held, masks) for who in shards] + [of_replicas(who, held, masks) for who in replicas]
 
     return Session(

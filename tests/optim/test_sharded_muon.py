@@ -362,7 +362,9 @@ def refusals() -> dict[str, str]:
         "not held": attach(model, "sign", optimizer=part),
         "another": attach(model, "sign", optimizer=OneBitAdamW(model.parameters(), lr=LR)),
     }
-    optimizer, _ = attached(model, "sign")  # none of these has harmed it
+    optimizer, session = attached(model, "sign")  # none of these has harmed it
+    name, p = next(iter(model.named_parameters()))
+    said["masks"] = outcome(lambda: session.set_masks({name: torch.ones(p.shape, dtype=torch.bool, device="cpu")}))
     train(model, optimizer, range(2))
     return said
 
@@ -379,3 +381,4 @@ def test_what_is_not_possible_says_so() -> None:
     assert one["feedback"].startswith("ValueError: error_feedback=False: EF21Muon sums up what arrives")
     assert "is trained, but the optimizer does not hold it" in one["not held"]
     assert "OneBitAdamW does not work on sharded parameters; expected DistributedDataParallel" in one["another"]
+    assert one["masks"].startswith("ValueError: rank 0: masks: EF21Muon mixes the values of a matrix, and where it is sharded")
