@@ -17,7 +17,6 @@ from torch import Tensor
 from commpress.comm.masks_index import MaskIndex
 from commpress.comm.parameters import bare_name
 from commpress.comm.segments import Segment, Segments
-from commpress.kernels.cpu.fingerprint import fingerprint
 
 
 @dataclass
@@ -29,17 +28,13 @@ class Version:
     own: Tensor | None = None
     """This rank's part of it, [m], if that is all there is: it comes from a saved state."""
     mark: int = 0
-    """The hash of the shard of which it is."""
+    """The hash of this rank's shard as it was then."""
 
     @torch.inference_mode(False)  # it outlives the mode in which a model is looked at
     def room(self, world_size: int, shard: Tensor) -> Tensor:
         """Memory for the values of so many ranks: [W * m]."""
         dtype = shard.dtype if shard.element_size() == 2 else torch.bfloat16
         return torch.empty(world_size * shard.numel(), dtype=dtype, device=shard.device)
-
-    def is_of(self, shard: Tensor) -> bool:
-        """Whether it is of these values of the shard, bit for bit."""
-        return self.mark == fingerprint(shard)
 
 
 class Versions:

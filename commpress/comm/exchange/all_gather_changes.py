@@ -10,9 +10,9 @@
 What a codec leaves out stays in a - v_a, and is sent the next time: no other memory is needed, and nothing adds up. Every rank
 keeps `v` (`versions.py`), in two bytes a value. The paper's ranks have it anyway, since they keep the weights.
 
-A shard is far that differs from its version by more than half of its own norm, or is not finite: weights were loaded, say. So a
-first step from them is never worse than by the code of the values themselves. Each rank sends (W - 1) bytes to tell, and then
-nothing, (W - 1) * nbytes(m) or (W - 1) * 2 m. What was not stepped between two gathers is not sent again.
+A shard is far that differs from its version by more than half of its own norm, or if either is not finite: weights were loaded,
+say. So no step is worse than by the code of the values themselves. Each rank sends W - 1 bytes to tell, and then nothing,
+(W - 1) * nbytes(m) or (W - 1) * 2 m. What was not stepped between two gathers is not sent again.
 """
 
 from collections.abc import Iterator
@@ -45,19 +45,19 @@ def all_gather_changes(
 
     Any float dtype. `buffer` is uint8 [W * nbytes(m)]; `told` is the label of what the ranks tell each other before.
     """
-    me, W, m = wire.rank, wire.world_size, shard.numel()
+    me, W, m, mark = wire.rank, wire.world_size, shard.numel(), fingerprint(shard)
     if version.values is None:
         values = version.room(W, shard)
         if version.own is None:
-            version.mark = fingerprint(shard)
+            version.mark = mark
         yield from _whole(shard if version.own is None else version.own, values, wire, told.second())
         version.values, version.own = values, None
     parts, rows = version.values.split(m), buffer.split(encoder.codec.nbytes(m))
     step = torch.empty(m, dtype=torch.float32, device=shard.device)
 
     mine = SAME
-    if not version.is_of(shard):
-        step.copy_(shard).sub_(_finite(parts[me]))
+    if version.mark != mark:
+        step.copy_(shard).sub_(parts[me])
         near = bool(step.norm() <= FARTHEST * shard.float().norm())  # not, if either is NaN
         mine = CHANGED if near else FAR
     flags = torch.full((W,), mine, dtype=torch.uint8, device=shard.device)
@@ -70,18 +70,17 @@ def all_gather_changes(
     if most == SAME:
         out.copy_(version.values)
         return
-    version.mark = fingerprint(shard)
+    version.mark = mark
     if most == FAR:
         yield from _whole(shard, version.values, wire, label)
         out.copy_(version.values)
         return
     if mine == SAME:
-        step.copy_(shard).sub_(_finite(parts[me]))
-        encoder.encode(step, slice(None), out=rows[me])
+        encoder.encode(step.zero_(), slice(None), out=rows[me])
     yield wire.all_gather(rows, label, last=True, whole=buffer)
     for r, part in enumerate(parts):
         encoder.decode(rows[r], m, out=step)
-        part.copy_(step.add_(_finite(part)))
+        part.copy_(step.add_(part))
     out.copy_(version.values)
 
 
@@ -91,8 +90,3 @@ def _whole(shard: Tensor, values: Tensor, wire: Wire, label: Label) -> Iterator[
     values.split(m)[wire.rank].copy_(shard)
     whole = values.view(torch.uint8)
     yield wire.all_gather(whole.split(m * values.element_size()), label, last=False, whole=whole)
-
-
-def _finite(part: Tensor) -> Tensor:
-    """Values of a version, 0 for those that are not finite: what comes next must not depend on them."""
-    return torch.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)
