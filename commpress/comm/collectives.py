@@ -9,8 +9,9 @@ Each starts one operation in the background and returns a `Work` at once; all ra
 way of a bucket is that of `all_reduce`, read from top to bottom: override, plan, memory, encoder, exchange, submit.
 
 It knows no framework. What is lossy is computed with, never kept: the shards that an optimizer steps stay as they are, and all
-ranks compute with the same decoded bits. Of shards what has changed may be sent alone, to a version that all ranks keep. What is
-sharded and not compressed takes the group's own collective, whose bits it has. Feedback of a reduce-scatter is of the whole gradient, on every rank: W m values of float32, if there is any.
+ranks compute with the same decoded bits. Of shards, what has changed may be sent alone: then all ranks keep a version of them.
+What is sharded and not compressed takes the group's own collective, whose bits it has. Feedback of a reduce-scatter is of the
+whole gradient, on every rank: W m values of float32, if there is any.
 """
 
 from collections.abc import Callable, Iterator, Sequence
