@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import outcome, run
-from test_fsdp import VARIANTS, digest, sharded, shards_of, trained_as
+from test_fsdp import ON_FOUR, VARIANTS, digest, sharded, shards_of, trained_as
 from tiers import slow, slowly
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from training import WIDTH, finite, loss_of, network, same, sgd
+from training import WIDTH, Trained, finite, loss_of, network, same, sgd
 
 import commpress
+from commpress.hooks.fsdp.comms import AGAIN
 
 SPEC = "delta|int4"
 LAYERS = (0, 2, 4)
@@ -168,22 +169,24 @@ def test_what_is_not_finite_is_there_on_all_ranks_and_goes_again() -> None:
         assert max(got["mended"]) < 0.1
 
 
+def by_both(name: str) -> tuple[Trained, Trained]:
+    """A training by plain FSDP, and by changes."""
+    way = (VARIANTS | ON_FOUR)[name]
+    return trained_as(way, None), trained_as(way, ("none", SPEC))
+
+
 @pytest.mark.parametrize(
-    "name",
-    slowly(VARIANTS, quick=("one unit", "bf16, reduced in fp32", "frozen", "unused", "by columns", "checkpointed")),
+    "name", slowly(VARIANTS | ON_FOUR, quick=("one unit", "bf16", "frozen", "unused", "by columns", "checkpointed"))
 )
 def test_every_way_of_using_fsdp(name: str) -> None:
-    for plain, ours in zip(run(2, trained_as, VARIANTS[name], None), run(2, variant, name), strict=True):
+    for plain, ours in run(4 if name in ON_FOUR else 2, by_both, name, timeout=120):
         assert finite(ours.parameters)
         distance = sum(float((a - b).norm()) for a, b in zip(ours.parameters, plain.parameters, strict=True))
         assert distance < 0.02 * sum(float(p.norm()) for p in plain.parameters)
         rows = [row for row in ours.extra["rows"] if row["role"] == "parameters"]
-        assert {row["reason"] for row in rows} == ({"uint8 is no float"} if name == "mixed dtypes" else {""})
-
-
-def variant(name: str) -> Any:
-    """A training by changes."""
-    return trained_as(VARIANTS[name], ("none", SPEC))
+        few = "fewer than 256 values"
+        exact = {"mixed dtypes": {"uint8 is no float"}, "sharded anew": {"", AGAIN, few}}
+        assert {row["reason"] for row in rows} == exact.get(name, {""})
 
 
 def pruned() -> list[dict[str, Any]]:
