@@ -8,7 +8,7 @@
     any far    a, b, c, in the two bytes of v                            v <- a b c
 
 What a codec leaves out stays in a - v_a, and is sent the next time: no other memory is needed, and nothing adds up. Every rank
-keeps `v` (`versions.py`), in two bytes a value. The paper's ranks have it anyway, since they keep the weights.
+keeps `v` (`versions.py`), in two bytes a value, which FSDP alone does not.
 
 A shard is far that differs from its version by more than half of its own norm, or if either is not finite: weights were loaded,
 say. So no step is worse than by the code of the values themselves. Each rank sends W - 1 bytes to tell, and then nothing,
