@@ -22,6 +22,7 @@ WAYS: dict[str, tuple[str, str] | None] = {
     "gradients int4, parameters int8": ("int4", "int8"),
     "gradients int4, parameters int4": ("int4", "int4"),
     "the same, forward prefetch": ("int4", "int4"),
+    "gradients int4, parameters delta|int4": ("int4", "delta|int4"),
 }
 
 

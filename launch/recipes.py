@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import commpress
 from commpress.comm.codecs import AUTO
+from commpress.comm.plan import Plan
 from commpress.comm.rules import is_open
 from commpress.launch import checkpoint, patterns, strategies
 from commpress.launch.model import GPT, Shape
@@ -85,7 +86,7 @@ def read(path: Path, steps: int) -> "Recipe":
         try:
             left_open = is_open(spec) or spec.endswith(patterns.ENDINGS) if key == "spec" and spec else spec == AUTO
             if spec is not None and not left_open:
-                commpress.parse(spec)
+                Plan.of_parameters(spec) if key == "parameters" else commpress.parse(spec)
         except ValueError as error:
             raise ValueError(f"{path}: traffic.{key}: {error}") from None
     if recipe.distil is not None and recipe.distil.teacher is None:

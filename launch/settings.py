@@ -16,6 +16,7 @@ import torch
 
 import commpress
 from commpress.comm.codecs import AUTO
+from commpress.comm.plan import Plan
 from commpress.comm.rules import is_open
 from commpress.launch import patterns, runtime
 from commpress.launch.model import BYTES, Shape
@@ -31,8 +32,8 @@ class Compression:
     .toml or .json file of specs by patterns of parameters' names. None: the recipe's, or auto under ddp, fsdp and deepspeed
     (except where OneBitAdamW is sharded, by --parameters; such a file is for ddp with AdamW or SGD), or int4."""
     parameters: str | None = None
-    """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; auto beside --compress auto. None:
-    the recipe's, or none."""
+    """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; under fsdp delta|int4, of what has
+    changed; auto beside --compress auto. None: the recipe's, or none."""
     optimizer: str = "AdamW"
     """AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies; EF21Muon: how far its momentum has
     moved."""
@@ -277,7 +278,7 @@ def require_specs(settings: Settings) -> None:
             spec = getattr(settings, name)
             left_open = is_open(settings.gradients) if name == "compress" else name == "parameters" and spec == AUTO
             if spec is not None and not left_open:
-                commpress.parse(spec)
+                Plan.of_parameters(spec) if name == "parameters" else commpress.parse(spec)
         except ValueError as error:
             raise TrainingError(f"--{name.replace('_', '-')}: {error}") from None
     if settings.compress is None or not is_open(settings.gradients):

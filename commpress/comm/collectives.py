@@ -10,8 +10,9 @@ Each starts one operation in the background and returns a `Work` at once; all ra
 way of a bucket is that of `all_reduce`, read from top to bottom: override, plan, memory, encoder, exchange, submit.
 
 It knows no framework. What is lossy is computed with, never kept: the shards that an optimizer steps stay as they are, and all
-ranks compute with the same decoded bits. What is sharded and not compressed takes the group's own collective, whose bits it
-has. Feedback of a reduce-scatter is of the whole gradient, on every rank: W m values of float32, if there is any.
+ranks compute with the same decoded bits. Of shards, what has changed may be sent alone: then all ranks keep a version of them.
+What is sharded and not compressed takes the group's own collective, whose bits it has. Feedback of a reduce-scatter is of the
+whole gradient, on every rank: W m values of float32, if there is any.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from commpress.comm.coding import warm_up
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import NO_EXCHANGE, Label, Transfer, all_reduce_found_inf, single_rank
 from commpress.comm.exchange.all_gather import all_gather, native_all_gather
+from commpress.comm.exchange.all_gather_changes import all_gather_changes
 from commpress.comm.exchange.all_reduce import native_all_reduce
 from commpress.comm.exchange.all_to_all import all_to_all, all_to_all_bytes
 from commpress.comm.exchange.around import prepared, scaled
@@ -49,6 +51,7 @@ from commpress.comm.scratch import ScratchPool
 from commpress.comm.segments import Segments, sizes
 from commpress.comm.traffic import Step, Traffic
 from commpress.comm.verify import EVERY
+from commpress.comm.versions import Versions
 from commpress.comm.work import Work
 
 ALIGNED = 64
@@ -89,6 +92,8 @@ class Collectives:
         self.gradients, self.parameters = gradients, parameters
         self.role, self.grad_scaler = role, grad_scaler
         self.feedback, self.scratch = Feedback(self.world_size), ScratchPool(device)
+        self.versions = Versions(self.rank)
+        """What all ranks have of gathered parameters, where only changes of those are sent."""
         self.traffic = Traffic(group, device, self.scratch, verify)
         self.meter = self.traffic.meter
         self.send_dense = False
@@ -248,8 +253,9 @@ class Collectives:
         """Fill `out` ([W * m]) with the ranks' `shard` ([m], which may be this rank's part of `out`).
 
         Both contiguous, of one dtype; one that is neither float nor complex is not compressed. `segments` names the parts of
-        `out`, in reals, for masks. `codec` stands in for the plan's, and `itemsize` is what a value takes without us, if not
-        its own size. Raises ValueError if the sizes do not fit.
+        `out`, in reals, for masks, and for the version that all ranks have, if the plan sends its changes. `codec` stands in
+        for the plan's, and `itemsize` is what a value takes without us, if not its own size. Raises ValueError if the sizes do
+        not fit.
         """
         W, given = self.world_size, out
         shard, out = real_view(shard).view(-1), real_view(out).view(-1)
@@ -264,17 +270,24 @@ class Collectives:
         buffer, all_kept, kept, payload = self._room(kept_index, out, m, payloads)
         source, values = (shard, out) if kept_index is None else (kept, all_kept)
         label = self.traffic.label(f"parameters of unit {index}", segments, m, plan, "all_gather", index)
+        dense, name, compared = (W - 1) * shard.numel() * size, "all_gather", f"the gathered parameters of unit {index}"
         if W == 1:
             exchange = single_rank(source, Encoder(plan.codec), values)
         elif m == 0:
             exchange = iter(())
+        elif plan.codec.lossy and self.parameters.delta:
+            name, told = (
+                "all_gather_changes",
+                self.traffic.labels.next(f"whether the shards of unit {index} have changed"),
+            )
+            known, encoder = self.versions.of(segments), Encoder(plan.codec)
+            exchange = all_gather_changes(source, values, known, encoder, payload, self._wire, told, label)
         elif plan.codec.lossy:
             exchange = all_gather(source, values, Encoder(plan.codec), payload, self._wire, label)
         else:
             exchange = native_all_gather(source, values, self._wire, label)
         if kept_index is not None:
             exchange = packed(shard, self._own_kept_index(segments), kept, exchange, (out, kept_index, all_kept))
-        dense, name, compared = (W - 1) * shard.numel() * size, "all_gather", f"the gathered parameters of unit {index}"
         if plan.exchange is NO_EXCHANGE:
             name, compared = NO_EXCHANGE.name, ""
         return self.traffic.submit(

@@ -17,6 +17,8 @@ FEWEST_VALUES = 256
 
 DENSE = parse("none")
 NOTHING_LEFT = "nothing is left of it"
+DELTA = "delta"
+"""The word in front of the codec of what has changed: `delta|int4`."""
 ALL_REDUCE = EXCHANGES["all_reduce"]
 
 
@@ -72,6 +74,26 @@ class Plan:
     codec: Codec
     exchange: Exchange | None = None
     error_feedback: bool = True
+    delta: bool = False
+    """Whether the codec is that of what has changed since all ranks had it last; of gathered parameters alone."""
+
+    @property
+    def spec(self) -> str:
+        """The text of it: `of_parameters` reads it."""
+        return f"{DELTA}|{self.codec}" if self.delta else str(self.codec)
+
+    @classmethod
+    def of_parameters(cls, spec: str | Codec) -> "Plan":
+        """Return the plan for parameters that are gathered: of their values by a codec, or of their changes by `delta|codec`.
+
+        Raises ValueError for a spec that makes none, TypeError for one that is no string.
+        """
+        word, bar, rest = spec.partition("|") if isinstance(spec, str) else ("", "", "")
+        delta = word.strip() == DELTA
+        plan = replace(cls.of(rest if delta and bar else spec, None, False), delta=delta) if bar or not delta else None
+        if plan is None or (delta and not plan.codec.lossy):
+            raise ValueError(f"spec {spec!r}: delta takes the codec of what has changed behind it, as in delta|int4")
+        return plan
 
     @classmethod
     def of(cls, spec: str | Codec, exchange: str | None = None, error_feedback: bool = True) -> "Plan":
@@ -124,7 +146,7 @@ class Plan:
     def settings(self) -> dict[str, object]:
         """Return what a saved state must have alike."""
         exchange = None if self.exchange is None else self.exchange.name
-        return {"codec": str(self.codec), "exchange": exchange, "error_feedback": self.error_feedback}
+        return {"codec": self.spec, "exchange": exchange, "error_feedback": self.error_feedback}
 
 
 def exact_where_needed(override: Override, x: Tensor, n: int) -> Override:
@@ -146,12 +168,12 @@ def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool)
     made = []
     for name, spec in (("gradients", gradients), ("parameters", parameters)):
         try:
-            made.append(Plan.of(spec, None, error_feedback and name == "gradients"))
+            made.append(Plan.of(spec, None, error_feedback) if name == "gradients" else Plan.of_parameters(spec))
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
     if made[1].codec.sparse:
         raise ValueError(
-            f"parameters: {made[1].codec} would make most of them 0; expected none, or a codec that sends all values"
+            f"parameters: {made[1].spec} would make most of them 0; expected none, or a codec that sends all values"
         )
     return made[0], made[1]
 
@@ -181,5 +203,5 @@ def sharded_spec(gradients: Plan, parameters: Plan, by_auto: tuple[bool, bool], 
     """Return what a report calls the traffic of a sharded model by: `auto` where that decides for all that is compressed."""
     if by_auto[0] and (by_auto[1] or not parameters.codec.lossy):
         return AUTO
-    spec = f"gradients {AUTO if by_auto[0] else gradients.codec}, parameters {parameters.codec}"
+    spec = f"gradients {AUTO if by_auto[0] else gradients.codec}, parameters {parameters.spec}"
     return spec if momentum is None else f"momentum {momentum}, {spec}"

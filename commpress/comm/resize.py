@@ -19,7 +19,7 @@ Memories = list[dict[str, Any]]
 """The return type of `Feedback.state_dict`."""
 SUMMED = ("residual", "momentum")
 """Entries of a memory that add up over the ranks."""
-OF_RANK = ("rank", "optimizer", "memories", "side traffic")
+OF_RANK = ("rank", "optimizer", "memories", "versions", "side traffic")
 """Entries of a state that each rank has of its own."""
 
 
@@ -40,7 +40,9 @@ def summary(state: State) -> State:
         ]
         for memories in state["memories"]
     ]
-    return {key: value for key, value in state.items() if key not in OF_RANK} | {"layouts": layouts}
+    versions = [[[v["segments"], v["own"].numel()] for v in known] for known in state.get("versions", ())]
+    alike = {key: value for key, value in state.items() if key not in OF_RANK}
+    return alike | {"layouts": layouts, "versions of": versions}
 
 
 def unreadable(error: Exception) -> Exception:

@@ -134,6 +134,7 @@ class Session:
             self.step_buffer.forget_skipped_step()
         for collectives, index in zip(self.collectives, found, strict=True):
             collectives.feedback.set_masks(index)
+            collectives.versions.clear()
 
     def send_dense(self, on: bool) -> None:
         """While on, exact gradients of all values travel, also of those that masks prune: to see which shall grow again."""
@@ -231,6 +232,7 @@ class Session:
             "scale": self.collectives[0].scale,
             "optimizer": None if optimizer is None else optimizer.own_state(),
             "memories": [collectives.feedback.state_dict() for collectives in self.collectives],
+            "versions": [collectives.versions.state_dict() for collectives in self.collectives],
             "side traffic": [other.state_dict() for other in self.side_traffic],
         }
         shared = None if optimizer is None else optimizer.state_dict()
@@ -287,9 +289,11 @@ class Session:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from the state of this rank, which fits, as all ranks do. Not collective."""
-        for collectives, memories in zip(self.collectives, state["memories"], strict=True):
+        versions = state.get("versions") or [()] * len(self.collectives)
+        for collectives, memories, known in zip(self.collectives, state["memories"], versions, strict=True):
             collectives.scale = float(state["scale"])
             collectives.feedback.load_state_dict(memories, collectives.device)
+            collectives.versions.load_state_dict(known, collectives.feedback.masks, collectives.device)
         if self.step_buffer is not None:
             self.step_buffer.restored = list(self.collectives[0].feedback.memories)
         if self._optimizer is not None and state["optimizer"] is not None:

@@ -394,9 +394,14 @@ def _plans(
         who = f"{type(optimizer).__name__} under ZeRO {stage}" if stage else "ZeRO 0"
         raise ValueError(f"parameters {str(parameters)!r}: {who} sends no parameters; leave it out")
     try:
-        other = Plan.of("none" if parameters is None else parameters, None, False)
+        other = Plan.of_parameters("none" if parameters is None else parameters)
     except (ValueError, TypeError) as error:
         raise type(error)(f"parameters: {error}") from None
+    if other.delta:
+        raise ValueError(
+            f"parameters: {other.spec}: ZeRO 1 and 2 send what has changed by the codec alone, ZeRO 3 does not; expected "
+            f"{other.codec}, or FSDP2"
+        )
     if stage == 3 and other.codec.sparse:
         raise ValueError(
             f"parameters: {other.codec} would make most of them 0; expected none, or a codec that sends all values"

@@ -63,7 +63,8 @@ def attach(
     it is found while training goes on, as under DDP; the error of the means is not measured. `parameters` is the spec of the
     all-gather (default: not compressed), for which sparse ones are refused; `auto` finds it in the same search, among `none`,
     `bf16` and `int8`. The sharded parameters stay in full precision; forward and backward compute with what was decoded, also
-    when the model is evaluated.
+    when the model is evaluated. By `delta|int4` a codec is given what has changed since all ranks had it last, and what it
+    leaves out the next time; for that every rank keeps two bytes for each value of the whole model.
     `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's
     `torch.amp.GradScaler`, if there is one. Every `verify` steps (0: never) the ranks compare hashes of what they gathered, and
     payloads have checksums.

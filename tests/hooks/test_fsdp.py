@@ -560,7 +560,7 @@ def test_all_ranks_compute_with_the_same_decoded_parameters(parameters: str, wor
         assert got["differs"]
 
 
-@pytest.mark.parametrize("specs", [slow(NONE), ("int4", "int8")], ids=" and ".join)
+@pytest.mark.parametrize("specs", [slow(NONE), ("int4", "int8"), ("int4", "delta|int4")], ids=" and ".join)
 def test_evaluation_under_inference_mode(specs: Specs) -> None:
     for (plain, alone), (losses, trained) in zip(run(2, evaluated, None), run(2, evaluated, specs), strict=True):
         assert len(losses) == STEPS
@@ -577,7 +577,9 @@ def test_learning_is_as_good_as_uncompressed() -> None:
         assert loss < plain * (1.05 if pair[0] in ("int8", "int4") else 1.3), pair
 
 
-@pytest.mark.parametrize("specs", [("int4", "int8"), ("topk(0.1)|int4", "int4")], ids=" and ".join)
+@pytest.mark.parametrize(
+    "specs", [("int4", "int8"), ("topk(0.1)|int4", "int4"), ("int4", "delta|int4")], ids=" and ".join
+)
 def test_resharding_after_forward_changes_no_bit(specs: Specs) -> None:
     for freed, kept in run(2, both_ways_of_resharding, specs):
         assert same_training(freed, kept)

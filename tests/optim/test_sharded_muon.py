@@ -381,4 +381,6 @@ def test_what_is_not_possible_says_so() -> None:
     assert one["feedback"].startswith("ValueError: error_feedback=False: EF21Muon sums up what arrives")
     assert "is trained, but the optimizer does not hold it" in one["not held"]
     assert "OneBitAdamW does not work on sharded parameters; expected DistributedDataParallel" in one["another"]
-    assert one["masks"].startswith("ValueError: rank 0: masks: EF21Muon mixes the values of a matrix, and where it is sharded")
+    assert one["masks"].startswith(
+        "ValueError: rank 0: masks: EF21Muon mixes the values of a matrix, and where it is sharded"
+    )

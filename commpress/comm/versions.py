@@ -1,0 +1,79 @@
+"""The version of sharded parameters that all ranks have: what they were given last, and what only a change is sent for.
+
+    owner of shard r    x_r (exact, stepped by the optimizer)
+    every rank          v_0 v_1 .. v_(W-1), two bytes a value, the same bits everywhere
+
+A version is a copy of all that is gathered, on every rank: 2 W m bytes for shards of m values. The owner has x_r, so x_r - v_r
+is all that is missing of it. A state has each rank's own v_r alone; without a version nothing is lost, it is sent anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commpress.comm.masks_index import MaskIndex
+from commpress.comm.parameters import bare_name
+from commpress.comm.segments import Segment, Segments
+
+
+@dataclass
+class Version:
+    """What all ranks have of the shards that are gathered together. One that was not sent yet is empty."""
+
+    values: Tensor | None = None
+    """All ranks' shards, [W * m], in two bytes a value; None if no rank has those of others."""
+    own: Tensor | None = None
+    """This rank's part of it, [m], if that is all there is: it comes from a saved state."""
+    mark: int = 0
+    """The hash of this rank's shard as it was then."""
+
+    @torch.inference_mode(False)  # it outlives the mode in which a model is looked at
+    def room(self, world_size: int, shard: Tensor) -> Tensor:
+        """Memory for the values of so many ranks: [W * m]."""
+        dtype = shard.dtype if shard.element_size() == 2 else torch.bfloat16
+        return torch.empty(world_size * shard.numel(), dtype=dtype, device=shard.device)
+
+
+class Versions:
+    """The versions of what one group of ranks gathers, by the parts of what comes together."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._of: dict[Segments, Version] = {}
+
+    def of(self, segments: Segments) -> Version:
+        """The version of these parameters."""
+        return self._of.setdefault(segments, Version())
+
+    def clear(self) -> None:
+        """Forget all: what comes next is sent as a whole. On all ranks, or on none."""
+        self._of.clear()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return this rank's part of each version, a copy."""
+        return [
+            {"segments": [[part.name, part.n] for part in segments], "own": own.clone(), "mark": version.mark}
+            for segments, version in self._of.items()
+            if (own := self._own(version, segments)) is not None
+        ]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]], masks: MaskIndex, device: torch.device) -> None:
+        """Restore what `state_dict` saved, if as many values travel now; else forget it. On all ranks."""
+        self.clear()
+        for saved in state:
+            segments = tuple(Segment(bare_name(name), int(n)) for name, n in saved["segments"])
+            if saved["own"].numel() * _ranks(segments) == masks.total(segments):
+                self._of[segments] = Version(own=saved["own"].to(device).clone(), mark=int(saved["mark"]))
+
+    def _own(self, version: Version, segments: Segments) -> Tensor | None:
+        if version.values is None:
+            return version.own
+        return version.values.view(_ranks(segments), -1)[self._rank]
+
+
+def _ranks(segments: Segments) -> int:
+    """How many ranks have parts in a gathered whole: its parts are named "weight[0]", ..., those of the last rank last."""
+    return int(segments[-1].name.rpartition("[")[2].removesuffix("]")) + 1
