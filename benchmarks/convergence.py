@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 benchmarks/convergence.py runs/convergence [--only NAME ...] [--picture OUT.svg]
     python -m commpress.launch.lab 2 10gbit -- python benchmarks/convergence.py runs/convergence        # bytes by kernel, too
 
-A byte-level GPT of 0.9 M parameters on the standard library's source, by AdamW, and a convolutional net on scikit-learn's
-digits (8 x 8 pixels: small), by SGD with momentum. Each way gets the learning rate that is best of four after 500 steps of seed
-0; then 1,500 steps, three seeds for those that matter most and one for the rest. Each finished run is a file of JSON in the
-folder, and is not run again: stop it when you like. An hour and a half on 2 cores; `--show` prints what is there.
+A byte-level GPT of 0.9 M parameters on the standard library's source, by AdamW or Muon, and a convolutional net on
+scikit-learn's digits (8 x 8 pixels: small), by SGD with momentum. Each way gets the learning rate that is best of four after
+500 steps of seed 0 (those of Muon that of exact Muon); then 1,500 steps, three seeds for those that matter most and one for the
+rest. Each finished run is a file of JSON in the folder, and is not run again: stop it when you like. An hour and a half on 2
+cores; `--show` prints what is there.
 """
 
 import argparse
@@ -78,6 +79,8 @@ def muon(spec: str, seeds: int = 1, others: str = "int4") -> Way:
     return Way(f"EF21Muon {spec}", "GPT", "EF21Muon", spec, seeds, {"others_spec": others})
 
 
+MUON_DENSE = muon("none", 3, others="none")
+"""All rows of Muon have the rate that is best for this one."""
 WAYS = (
     Way("AdamW", "GPT", "AdamW", seeds=3),
     Way("OneBitAdamW sign", "GPT", "OneBitAdamW", "sign", 3),
@@ -91,7 +94,8 @@ WAYS = (
     zero_one("sign", 8, 3),
     zero_one("topk(0.1)|sign", 8, 3),
     zero_one("topk(0.03)|sign", 8),
-    muon("none", 3, others="none"),
+    MUON_DENSE,
+    muon("int8"),
     muon("int4", 3),
     muon("int2", 3),
     muon("sign", 3),
@@ -257,8 +261,9 @@ def run_all(folder: Path, ways: Sequence[Way]) -> None:
     tasks: dict[str, Text | Digits] = {}
     for way in ways:
         task = tasks.get(way.task) or tasks.setdefault(way.task, Text() if way.task == "GPT" else Digits())
-        rates = MUON_RATES if way.optimizer == "EF21Muon" else RATES[way.task]
-        searched = [once(folder, way, task, rate, SEEDS[0], SEARCH) for rate in rates]
+        muon_way = way.optimizer == "EF21Muon"
+        rates, like = (MUON_RATES, MUON_DENSE) if muon_way else (RATES[way.task], way)
+        searched = [once(folder, like, task, rate, SEEDS[0], SEARCH) for rate in rates]
         best = min(searched, key=lambda row: (not math.isfinite(row["loss"][-1]), row["loss"][-1]))["rate"]
         for seed in SEEDS[: way.seeds]:
             once(folder, way, task, best, seed, STEPS)
