@@ -63,7 +63,7 @@ def beside_ddp(names: list[str]) -> list[tuple[str, float, bool]]:
     return found
 
 
-@pytest.mark.parametrize("names", [["ZeRO 0", "ZeRO 1", "ZeRO 2"], slow(["ZeRO 2, accumulated"])], ids=" and ".join)
+@pytest.mark.parametrize("names", [["ZeRO 2"], slow(["ZeRO 0", "ZeRO 1", "ZeRO 2, accumulated"])], ids=" and ".join)
 def test_exact_it_steps_as_under_ddp(names: list[str]) -> None:
     for found in run(RANKS, beside_ddp, names, timeout=120):
         for name, apart, alike in found:
@@ -82,7 +82,7 @@ def coded(name: str) -> dict[str, Any]:
     """A training by `sign`, with parameters by `int4`: losses before and after, what is held and what was sent."""
     e = engine(**CODED[name], optimizer=lambda p: muon(p, others_spec="int8", max_norm=1.0))
     session = attach(e, "sign", parameters="int4")
-    losses = train(e, range(40))
+    losses = train(e, range(25))
     tensors = [x for state in e.basic_optimizer.state.values() for x in state.values()]
     return {
         "losses": (losses[0], losses[-1]),
@@ -102,7 +102,7 @@ def test_it_is_sharded(name: str) -> None:
         assert got["agree"]
         assert got["held"] <= 3 * got["flat"] + 10
         assert not any(got["feedback"])
-        assert got["updates"] == {(spec, 32 * 64 + 64 * 64 + 64 * 10, 40) for spec in ("sign", "int8")}
+        assert got["updates"] == {(spec, 32 * 64 + 64 * 64 + 64 * 10, 25) for spec in ("sign", "int8")}
         assert got["gradients"] == {"int8"}
 
 

@@ -111,7 +111,7 @@ def beside_ddp(name: str) -> tuple[float, list[Tensor]]:
 
 @pytest.mark.parametrize(("name", "world_size"), [
     ("odd", 3), ("odd", 1), slow("odd", 2), slow("without nesterov", 2), ("frozen", 2), slow("by columns", 2),
-    ("accumulated", 2),
+    slow("accumulated", 2),
 ])  # fmt: skip
 def test_exact_it_steps_as_under_ddp(name: str, world_size: int) -> None:
     ranks = run(world_size, beside_ddp, name)
@@ -150,7 +150,8 @@ def losses(spec: str, others: str, under_ddp: bool, lr: float = LR) -> float:
         return sum(float(loss_of(model, 1000 + step, 0)) for step in range(16)) / 16
 
 
-@pytest.mark.parametrize("spec", [slow("int4"), "sign"])
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["int4", "sign"])
 def test_it_trains_as_far_as_under_ddp(spec: str) -> None:
     exact, untrained = (run(2, losses, "none", "none", True, lr)[0] for lr in (LR, 0.0))
     coded = run(2, losses, spec, "int8", False)[0]
