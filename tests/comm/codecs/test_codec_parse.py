@@ -13,6 +13,7 @@ from commpress.comm.codecs import FAMILIES, WORDS, Codec, parse
 from commpress.comm.codecs.cast import BFloat16, Float16, Identity
 from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
+from commpress.comm.codecs.powersgd import PowerSGD
 from commpress.comm.codecs.random_k import RandomK
 from commpress.comm.codecs.rotate import Rotate
 from commpress.comm.codecs.sign import Sign
@@ -44,6 +45,7 @@ from commpress.comm.codecs.two_bit import Int2
         ("randomk(0.01)", RandomK(0.01)),
         ("randomk(0.1)|int4", RandomK(0.1, Int4())),
         (" rotate | int4", Rotate(Int4())),
+        (" powersgd( 4 ) ", PowerSGD(4)),
         ("topk(0.1)|rotate|sign", TopK(0.1, Rotate(Sign()))),
     ],
 )
