@@ -40,7 +40,7 @@ from commpress.launch.run_record import machine
 
 SHAPE = Shape(layers=5, width=528, heads=8, context=64)
 BATCH = 2
-SPECS = ("int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
+SPECS = ("int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4", "powersgd(4)")
 FLOOR, DENSE = "no communication", "plain DDP"
 WARM_UP = 4
 """Steps before the clock starts: DDP lays its buckets out anew after the first, torch's PowerSGD begins in the third."""

@@ -23,9 +23,10 @@ from rich.table import Table
 
 from commpress import extras
 from commpress.comm.codecs import parse
+from commpress.comm.codecs.powersgd import PowerSGD
 from commpress.comm.cost import Cluster, layout, slowest, step
 from commpress.comm.exchange import Hierarchical
-from commpress.comm.plan import Plan
+from commpress.comm.plan import Plan, require_flat
 from commpress.launch import units
 from commpress.launch.predictions import (
     BUCKET,
@@ -129,7 +130,7 @@ def compared(record: dict[str, Any], measured: Measured) -> list[Compared]:
 def _spec(row: dict[str, Any]) -> str:
     """The spec that predicts a row; "" if none does."""
     if row["kind"] == "commpress":
-        return str(row["name"])
+        return "" if str(row["name"]).startswith(PowerSGD.word) else str(row["name"])
     return "none" if row["kind"] == "torch" and str(row["name"]).lower() in DENSE_ROWS else ""
 
 
@@ -313,7 +314,8 @@ def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> 
 def _parsed(spec: str) -> str:
     """The canonical form of a spec. Raises ValueError that names the flag."""
     try:
-        return str(parse(spec))
+        require_flat(codec := parse(spec), "how many bytes these take, the shapes of a model say, not --params")
+        return str(codec)
     except ValueError as error:
         raise ValueError(f"--spec {spec}: {error}") from None
 

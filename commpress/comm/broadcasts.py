@@ -19,7 +19,7 @@ from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.collectives import UNCOMPRESSED, Collectives
 from commpress.comm.meter import Report, dtype_name
 from commpress.comm.parameters import real_view
-from commpress.comm.plan import Plan
+from commpress.comm.plan import Plan, require_flat
 from commpress.comm.work import Work
 
 STATE_VERSION = 1
@@ -45,6 +45,7 @@ class Broadcasts:
         self.source, world_size = source, dist.get_world_size(group)
         try:
             plan = Plan.of(spec, None)
+            require_flat(plan.codec, "a broadcast has the values of one rank")
             if not 0 <= source < world_size:
                 raise ValueError(f"source {source}: expected a rank of the group, 0 to {world_size - 1}")
         except (ValueError, TypeError) as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from commpress.comm import factors
 from commpress.comm.prologue import Prologue
 from commpress.kernels.table import lookup
 
@@ -108,6 +109,9 @@ def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.flo
 
     `dtype` is that of the gradients; with `prologue`, what encodes behind one is compiled as well.
     """
+    if not codec.flat:
+        factors.warm_up(device)
+        return
     x = torch.linspace(-1, 1, WARM_UP_VALUES, dtype=torch.float32, device=device)
     residual = torch.zeros_like(x)
     payload = encode(codec, x.to(dtype))

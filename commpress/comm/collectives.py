@@ -134,7 +134,7 @@ class Collectives:
         n = x.numel() if kept_index is None else kept_index.numel()
 
         named, override = override is not None, self._override(override, x, n)
-        plan = self.gradients.choose(n, x.element_size(), W, override)
+        plan = self.gradients.choose(n, x.element_size(), W, override, segments)
         chunk, node_slice = (None, None) if override.bypass_feedback else plan.parts(n, self.rank, W)
         memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum, node_slice)
         scratch = self.scratch.of(segments, self.feedback.memories)

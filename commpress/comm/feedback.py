@@ -12,7 +12,7 @@ of the node.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -56,6 +56,9 @@ class Memory:
     """Whether it holds all of its parameters; not if another layout took some over."""
     kept_index: Tensor | None = None
     """Where these values lie in the bucket: int32 [n]; None if all of it travels."""
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    """The second factors of matrices by parameter, which the next step of `low_rank` begins with: float32 [rank, columns], the
+    same on all ranks."""
     draws: int = 0
     """How often the bucket was sent: the number of the next draw, the same on all ranks."""
 
@@ -100,6 +103,7 @@ class Memory:
         for name in KEPT:
             if (values := bucket.get(name)) is not None:
                 setattr(memory, name, values.to(device).clone())
+        memory.factors = {bare_name(name): q.to(device).clone() for name, q in bucket.get("factors", ())}
         return memory
 
     def state(self) -> dict[str, Any]:
@@ -108,6 +112,7 @@ class Memory:
             "owner_start": self.owner_start,
             "node_slice": None if self.node_slice is None else list(astuple(self.node_slice)),
             "draws": self.draws,
+            "factors": [[name, q.clone()] for name, q in self.factors.items()],
             **{name: None if (values := getattr(self, name)) is None else values.clone() for name in KEPT},
         }
 
@@ -180,6 +185,8 @@ class Feedback:
             memory.current = False
             created.draws = max(created.draws, memory.draws)
             memory.fold(self.world_size)
+            moving = memory.factors.keys() & places.keys()
+            created.factors |= {name: memory.factors.pop(name) for name in sorted(moving)}
             self._snapshots.pop(old, None)  # it must not bring back what moves on
             for part in old:
                 n = self.masks.count(part.name, part.n)
@@ -252,6 +259,7 @@ class Feedback:
         buckets = []
         for bucket in self.state_dict():
             known = [(names.get(name, ""), n) for name, n in bucket["segments"]]
+            bucket["factors"] = [[names[name], q] for name, q in bucket["factors"] if names.get(name)]
             if all(name for name, _ in known):
                 buckets.append({**bucket, "segments": known})
                 continue
@@ -282,7 +290,7 @@ class Feedback:
             at += n
         own = tuple(segment for segment in segments if self.layout_of.get(segment.name) == segments)
         residual, momentum = (torch.cat(kept[kind]) if kept[kind] else None for kind in ("residual", "momentum"))
-        return own, Memory(residual=residual, momentum=momentum, draws=memory.draws)
+        return own, Memory(residual=residual, momentum=momentum, factors=memory.factors, draws=memory.draws)
 
     def require_fit(self, state: Sequence[dict[str, Any]]) -> None:
         """Raise ValueError if what was saved is not of the values that the masks of now let travel."""

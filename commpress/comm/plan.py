@@ -11,11 +11,13 @@ from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange, Wire, name
 from commpress.comm.feedback import Memory, NodeSlice
 from commpress.comm.meter import dtype_name
 from commpress.comm.prologue import Prologue
+from commpress.comm.segments import Segments
 
 FEWEST_VALUES = 256
 """A bucket below this travels dense: one small message either way."""
 
 DENSE = parse("none")
+SHARDED = "a sharded model's ranks hold parts of them"
 NOTHING_LEFT = "nothing is left of it"
 DELTA = "delta"
 """The word in front of the codec of what has changed: `delta|int4`."""
@@ -102,6 +104,11 @@ class Plan:
         if exchange is None:
             return cls(codec, None, error_feedback)
         chosen = named(exchange)
+        if codec.flat != chosen.flat:
+            raise ValueError(
+                f"exchange={exchange!r}: {codec} goes by {codec.exchange}; leave exchange out"
+                + ("" if chosen.flat else f", or take a codec of matrices for {chosen.name}, as powersgd(4)")
+            )
         if not fits(chosen, codec):
             raise ValueError(
                 f"payloads of {codec} cannot be summed, so it cannot use {chosen.name}; leave exchange out"
@@ -117,8 +124,13 @@ class Plan:
         if self.exchange is not None:
             self.exchange.join(wire)
 
-    def choose(self, n: int, itemsize: int, world_size: int, override: Override | None = None) -> BucketPlan:
-        """Return what to do with a bucket of n values of `itemsize` bytes; an optimizer may override it."""
+    def choose(
+        self, n: int, itemsize: int, world_size: int, override: Override | None = None, segments: Segments = ()
+    ) -> BucketPlan:
+        """Return what to do with a bucket of n values of `itemsize` bytes; an optimizer may override it.
+
+        A codec of matrices finds them by the shapes of the `segments`.
+        """
         if world_size == 1:
             return BucketPlan(DENSE, ALL_REDUCE, False, "one rank: nothing to send")
         if override is not None:
@@ -129,16 +141,17 @@ class Plan:
             exchange = self.exchange if self.exchange is None or fits(self.exchange, override.codec) else None
             feedback = self.error_feedback and not override.bypass_feedback
             plan = replace(self, codec=override.codec, exchange=exchange, error_feedback=feedback)
-            return plan.choose(n, itemsize, world_size)
+            return plan.choose(n, itemsize, world_size, segments=segments)
         if self.exchange is not None and (reason := self.exchange.idle(world_size)):
             return BucketPlan(DENSE, ALL_REDUCE, False, reason)
         if not self.codec.lossy:
             return BucketPlan(self.codec, self._exchange(world_size), False, "spec is none")
         if n < FEWEST_VALUES:
             return BucketPlan(DENSE, ALL_REDUCE, False, f"fewer than {FEWEST_VALUES} values")
-        if self.codec.nbytes(n) >= n * itemsize:
+        exchange = self._exchange(world_size).laid_out(n, segments, self.codec)
+        if exchange.nbytes(n, self.codec) >= n * itemsize:
             return BucketPlan(DENSE, ALL_REDUCE, False, f"payload would be no smaller than {itemsize} bytes a value")
-        return BucketPlan(self.codec, self._exchange(world_size), self.error_feedback)
+        return BucketPlan(self.codec, exchange, self.error_feedback)
 
     def _exchange(self, world_size: int) -> Exchange:
         return self.exchange or EXCHANGES[self.codec.exchange].among(world_size)
@@ -160,7 +173,13 @@ def exact_where_needed(override: Override, x: Tensor, n: int) -> Override:
 
 def fits(exchange: Exchange, codec: Codec) -> bool:
     """Return whether an exchange can carry a codec's payloads."""
-    return codec.sum_dtype is not None or not exchange.linear
+    return exchange.flat == codec.flat and (codec.sum_dtype is not None or not exchange.linear)
+
+
+def require_flat(codec: Codec, what: str) -> None:
+    """Raise ValueError for a codec of matrices where `what`, a sentence, is in its way."""
+    if not codec.flat:
+        raise ValueError(f"{codec} sends whole matrices as factors; {what}; expected another spec, such as int4")
 
 
 def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool) -> tuple[Plan, Plan]:
@@ -169,6 +188,7 @@ def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool)
     for name, spec in (("gradients", gradients), ("parameters", parameters)):
         try:
             made.append(Plan.of(spec, None, error_feedback) if name == "gradients" else Plan.of_parameters(spec))
+            require_flat(made[-1].codec, SHARDED)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
     if made[1].codec.sparse:

@@ -17,7 +17,7 @@ from commpress.comm.collectives import Collectives, GradScaler
 from commpress.comm.exchange import Hierarchical
 from commpress.comm.masks_index import MaskIndex, in_memory_order, of_pairs
 from commpress.comm.optimizer_hooks import OptimizerHooks
-from commpress.comm.plan import Plan
+from commpress.comm.plan import Plan, require_flat
 from commpress.comm.resize import of_replicas
 from commpress.comm.rules import Rules, Spec, rules_for
 from commpress.comm.search import PLAIN
@@ -68,6 +68,8 @@ def replicas_session(
         raise ValueError(
             f"error_feedback=False: {name} sums up what arrives, so what is left out must follow; leave it out"
         )
+    if optimizer is not None:
+        require_flat(plan.codec, f"{name} sends no gradients, or shares a pass over them")
     behind = () if optimizer is None or allowed is None else optimizer.candidates()
     collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
     if collectives.world_size > 1:
@@ -84,6 +86,8 @@ def replicas_session(
     named = str(plan.codec) if by_name is spec else str(rules or AUTO)
 
     def masks(given: Masks) -> list[MaskIndex]:
+        for codec in {plan.codec, *(() if rules is None else rules.lossy)}:
+            require_flat(codec, "masks leave no matrices whole")
         return [
             _mask_index(given, {part.name: part.n for part in parameters}, layouts or {}, collectives.pairs, optimizer)
         ]

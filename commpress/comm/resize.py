@@ -36,6 +36,7 @@ def summary(state: State) -> State:
         [
             {"segments": [list(part) for part in bucket["segments"]], "draws": bucket.get("draws", 0)}
             | {key: bucket[key] is not None for key in SUMMED}
+            | {"factors": bool(bucket.get("factors"))}
             for bucket in memories
         ]
         for memories in state["memories"]
@@ -129,6 +130,7 @@ def merged_memories(mine: Sequence[list[Memories]], times: float) -> list[Memori
         for parts in zip(*of_collectives, strict=True):
             kept = {key: _sum([part[key] for part in parts], times) for key in SUMMED}
             alike = {"segments": parts[0]["segments"], "draws": parts[0].get("draws", 0)}
+            alike["factors"] = parts[0].get("factors", [])
             buckets.append({**alike, "owner_start": 0, "owner_residual": None, **kept})
         total.append(buckets)
     return total

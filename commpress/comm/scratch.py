@@ -13,6 +13,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._inner: dict[str, Scratch] = {}
 
     def buffer(self, name: str, nbytes: int, device: torch.device) -> Tensor:
         """Return the uint8 buffer of this name, [nbytes]; what is in it is undefined."""
@@ -21,6 +22,10 @@ class Scratch:
             with torch.inference_mode(False):  # it will be written to again in training
                 found = self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return found
+
+    def inner(self, name: str) -> "Scratch":
+        """Return the scratch of this name for an exchange inside another, whose buffers are others."""
+        return self._inner.setdefault(name, Scratch())
 
 
 class ScratchPool:

@@ -284,6 +284,9 @@ class Session:
             kept = [empty_memories(first)]
         memories = merged_memories([self._reshard(one, old) for one in kept], self.world_size / old)
         memories = memories or [[] for _ in self.collectives]
+        layouts: Any = first["layouts"]
+        if any(bucket.get("factors") for buckets in layouts for bucket in buckets):
+            self._share_factors(memories)
         own = self._mean_of_own([one["optimizer"] for one in mine], old)
         self.restore({"scale": first["scale"], "memories": memories, "optimizer": own, "side traffic": []})
 
@@ -346,6 +349,16 @@ class Session:
             "world_size": self.world_size,
             "groups": [collectives.world_size for collectives in self.collectives],
         }
+
+    def _share_factors(self, memories: list[Memories]) -> None:
+        """Give the factors that rank 0 has, as all have that have saved, to those that go on without a state. Collective."""
+        kept = [[[[name, q.cpu()] for name, q in one.get("factors", ())] for one in buckets] for buckets in memories]
+        said = [kept]
+        source = dist.get_global_rank(self.collectives[0].group, 0)
+        dist.broadcast_object_list(said, source, group=self.collectives[0].group, device=self.device)
+        for buckets, found in zip(memories, said[0], strict=True):
+            for bucket, factors in zip(buckets, found, strict=True):
+                bucket["factors"] = factors
 
     def _mean_of_own(self, mine: list[Any], saved: int) -> Any:
         """Return what an optimizer has of its own on a rank, as the mean over all that have saved. Collective."""

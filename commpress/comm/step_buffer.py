@@ -109,11 +109,13 @@ class StepBuffer:
                 self._send(one.bucket, one.segments, one.index, one is pending[-1], one.work.finish)
             return
         places: dict[str, Tensor] = {}
+        known = {segment.name: segment for one in pending for segment in one.segments}
         for one in pending:
             values = real_view(one.bucket).view(-1).split(sizes(one.segments))
             places |= zip((segment.name for segment in one.segments), values, strict=True)
         saved = {segment.name: segment.n for layout in layouts for segment in layout}
         require_same_parameters(saved, {name: part.numel() for name, part in places.items()})
+        layouts = [tuple(known[segment.name] for segment in layout) for layout in layouts]  # a state has no shapes
         flats = [torch.cat([places[segment.name] for segment in layout]) for layout in layouts]
         waiting = len(layouts)
 

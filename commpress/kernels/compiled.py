@@ -47,6 +47,14 @@ def loop(function: F) -> F:
     return compiled  # type: ignore[no-any-return]
 
 
+def summing_loop(function: F) -> F:
+    """Compile a loop whose sums may be made in any order, so that they are made of vectors; else as `loop`."""
+    compiled: Any = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})(function)
+    if hasattr(compiled, "_cache"):
+        compiled._cache = _cache_of(function)
+    return compiled  # type: ignore[no-any-return]
+
+
 def part(function: F) -> F:
     """A piece of a loop, to be inlined wherever it is used."""
     return njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ when it is first asked for.
 Here x and out are [n], residual is float32 [n] or None, payload uint8 [nbytes(n)], prologue one of `comm/prologue.py` or None.
 Behind a prologue x is undefined. All are contiguous and on the device, n is not 0. `commpress/comm/coding.py` calls them.
 
+    project, orthonormalize, project_back, expand                  of `powersgd`: `commpress/comm/factors.py`
     prologue      (x, prologue)                                    x <- what the prologue makes of it
     pack, unpack  (x, places, out)                                 `commpress/comm/masks_index.py`
     keep, count_pruned (x, kept)                                   `commpress/model/loops.py`
@@ -30,6 +31,7 @@ from commpress.kernels.cpu import (
     cast,
     float8,
     integer,
+    low_rank,
     masks,
     model,
     optim,
@@ -89,6 +91,10 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("recode", "sign", "cpu"): Kernel(sign.recode),
     ("clear", "topk", "cpu"): Kernel(topk.clear),
     ("clear", "randomk", "cpu"): Kernel(random_k.clear),
+    ("project", "powersgd", "cpu"): Kernel(low_rank.project),
+    ("orthonormalize", "powersgd", "cpu"): Kernel(low_rank.orthonormalize),
+    ("project_back", "powersgd", "cpu"): Kernel(low_rank.project_back),
+    ("expand", "powersgd", "cpu"): Kernel(low_rank.expand),
     ("prologue", None, "cpu"): Kernel(prologue.apply),
     ("pack", None, "cpu"): Kernel(masks.pack_kept, dtypes=None),
     ("unpack", None, "cpu"): Kernel(masks.unpack_kept, dtypes=None),

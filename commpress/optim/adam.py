@@ -28,7 +28,7 @@ from commpress.comm.codecs import Codec, parse
 from commpress.comm.coding import warm_up
 from commpress.comm.feedback import Memory
 from commpress.comm.optimizer_hooks import Candidate
-from commpress.comm.plan import Override
+from commpress.comm.plan import Override, require_flat
 from commpress.comm.segments import Segments
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters
@@ -72,6 +72,7 @@ class FrozenAdamW(CompressedOptimizer):
         if warmup_steps is not None:
             require_in_range("warmup_steps", warmup_steps, 1)
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        require_flat(parse(warmup_spec), f"warmup_spec of {type(self).__name__} is for flat gradients")
         defaults |= {"warmup_steps": warmup_steps, "warmup_spec": str(parse(warmup_spec))}
         super().__init__(params, {**defaults, "steps": 0, "frozen_at": 0, "unit": 1.0, "variance": 0.0}, max_norm)
 

@@ -31,7 +31,7 @@ from commpress.comm.feedback import Memory
 from commpress.comm.meter import Report
 from commpress.comm.parameters import real_view
 from commpress.comm.parts import taken_apart
-from commpress.comm.plan import Override
+from commpress.comm.plan import Override, require_flat
 from commpress.comm.rank_state import RankState
 from commpress.comm.receipt import Receipt, receipt
 from commpress.comm.replicas import agreed_plan
@@ -111,6 +111,7 @@ class Outer:
         # it has no steps to count: what the anchors become is compared in each sync
         alike: dict[str, object] = {"optimizer": None, "grad_scaler": False, "verify": 0}
         plan = agreed_plan(spec, None, True, parts, group, self.device, alike)
+        require_flat(plan.codec, "the fragments of an outer sync have parts of parameters")
         self._collectives = Collectives(group, self.device, plan, role="outer", verify=0)
         settings_alike: dict[str, object] = {"settings": {**plan.settings(), "optimizer": None}}
         self._session = Session(self._collectives, spec=str(plan.codec), settings=settings_alike, parameters=parts)

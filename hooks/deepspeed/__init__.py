@@ -37,7 +37,7 @@ from commpress.comm.codecs import Codec
 from commpress.comm.collectives import Collectives
 from commpress.comm.joining import follow_default_timeout
 from commpress.comm.meter import dtype_name
-from commpress.comm.plan import Plan, sharded_settings, sharded_spec
+from commpress.comm.plan import SHARDED, Plan, require_flat, sharded_settings, sharded_spec
 from commpress.comm.rules import Spec, is_open, open_refusal
 from commpress.comm.search import PLAIN
 from commpress.comm.session import Session
@@ -390,11 +390,14 @@ def _plans(
 ) -> tuple[Plan, Plan]:
     """The plans of gradients and of parameters. Raises ValueError or TypeError for a spec that makes none."""
     plan = Plan.of(gradients, exchange, error_feedback)
+    if sharded:
+        require_flat(plan.codec, SHARDED)
     if not sharded and parameters is not None:
         who = f"{type(optimizer).__name__} under ZeRO {stage}" if stage else "ZeRO 0"
         raise ValueError(f"parameters {str(parameters)!r}: {who} sends no parameters; leave it out")
     try:
         other = Plan.of_parameters("none" if parameters is None else parameters)
+        require_flat(other.codec, SHARDED)
     except (ValueError, TypeError) as error:
         raise type(error)(f"parameters: {error}") from None
     if other.delta:

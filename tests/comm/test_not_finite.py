@@ -17,6 +17,7 @@ from commpress.comm.exchange import EXCHANGES, Labels, Transfer, Wire
 from commpress.comm.exchange.all_gather import all_gather
 from commpress.comm.exchange.reduce_scatter import reduce_scatter
 from commpress.comm.feedback import Memory
+from commpress.comm.plan import fits
 from commpress.comm.replicas import replicas_session
 from commpress.comm.segments import Segment
 
@@ -83,8 +84,7 @@ def all_means(specs: tuple[str, ...]) -> dict[str, tuple[list[Tensor], list[str]
         f"{spec} {exchange}": means_of(spec, exchange)
         for spec in specs
         for exchange in EXCHANGES
-        if exchange == parse(spec).exchange
-        or (spec in FEW and (not EXCHANGES[exchange].linear or parse(spec).sum_dtype is not None))
+        if exchange == parse(spec).exchange or (spec in FEW and fits(EXCHANGES[exchange], parse(spec)))
     }
 
 

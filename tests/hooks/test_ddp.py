@@ -36,7 +36,7 @@ import commpress
 from commpress.hooks.ddp import CommState, comm_hook
 
 STEPS = 4
-COMPRESSED = ("int4", "sign", "topk(0.01)|int4")
+COMPRESSED = ("int4", "sign", "topk(0.01)|int4", "powersgd(2)")
 
 
 # --- models that DDP treats in its own ways ----------------------------------------------------------------------
@@ -364,11 +364,11 @@ def test_none_is_plain_ddp_on_three_ranks() -> None:
     ("spec", "world_size"),
     slowly(
         [(spec, ranks) for spec in COMPRESSED for ranks in (2, 3, 4)],
-        quick=[("int4", 2), ("topk(0.01)|int4", 2), ("sign", 3), ("int4", 4)],
+        quick=[("int4", 2), ("topk(0.01)|int4", 2), ("sign", 3), ("int4", 4), ("powersgd(2)", 3)],
     ),
 )
 def test_gradients_are_the_same_bits_on_all_ranks_and_in_every_run(spec: str, world_size: int) -> None:
-    bound = {"int4": 0.3, "sign": 0.9, "topk(0.01)|int4": 1.0}[spec]
+    bound = {"int4": 0.3, "sign": 0.9, "topk(0.01)|int4": 1.0, "powersgd(2)": 0.9}[spec]
     ranks = run(world_size, plain_and, spec, 2)
     plain, first, *_ = ranks[0]
     for rank, (_, *repeats) in enumerate(ranks):
@@ -420,7 +420,9 @@ def test_compiled_by_inductor() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("spec", ["none", "bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.1)|int4"])
+@pytest.mark.parametrize(
+    "spec", ["none", "bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.1)|int4", "powersgd(2)"]
+)
 def test_nan_and_inf_arrive_on_all_ranks_and_do_not_stay(spec: str, bad: float) -> None:
     ranks = run(2, with_nan, spec, bad)
     for got in ranks:
@@ -437,6 +439,8 @@ def test_nan_and_inf_arrive_on_all_ranks_and_do_not_stay(spec: str, bad: float) 
             assert 1 < spoilt <= 256  # its block
         elif spec == "sign":
             assert 1 < spoilt <= 1024
+        elif spec == "powersgd(2)":
+            assert spoilt == WIDTH * WIDTH  # its matrix
 
 
 def test_a_thousand_tiny_parameters_travel_in_few_messages() -> None:

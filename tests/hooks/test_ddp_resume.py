@@ -14,7 +14,7 @@ from training import INPUTS, SMALL_BUCKETS, WIDTH, Trained, network, same_traini
 
 import commpress
 
-SPECS = ("int8", "int4", "sign", "topk(0.1)|int4", "topk(0.01)")
+SPECS = ("int8", "int4", "sign", "topk(0.1)|int4", "topk(0.01)", "powersgd(2)")
 
 
 def interrupted(
@@ -96,7 +96,7 @@ def refusals(path: str) -> dict[str, str]:
     ("spec", "world_size"),
     slowly(
         [(spec, ranks) for spec in SPECS for ranks in (2, 3)],
-        quick=[("int8", 2), ("int4", 2), ("sign", 3), ("topk(0.1)|int4", 2)],
+        quick=[("int8", 2), ("int4", 2), ("sign", 3), ("topk(0.1)|int4", 2), ("powersgd(2)", 3)],
     ),
 )
 def test_resumed_is_unbroken(spec: str, world_size: int, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_resumed_alone(tmp_path: Path) -> None:
     assert same_training(whole, pieced)
 
 
-@pytest.mark.parametrize("spec", ["int4", "sign"])
+@pytest.mark.parametrize("spec", ["int4", "sign", "powersgd(2)"])
 def test_without_the_memories_it_would_not_be(spec: str) -> None:
     for whole, pieced in run(2, without_memories, spec):
         assert not same_training(whole, pieced)

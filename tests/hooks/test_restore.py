@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import outcome, run
 from tiers import slow, slowly
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -158,12 +158,20 @@ def test_the_same_on_all_is_restored() -> None:
 
 KINDS: dict[str, Any] = {
     "SGD": None,
+    "SGD, factors": None,
     "OneBitAdamW": lambda p: OneBitAdamW(p, lr=1e-3, warmup_steps=2),
     "ZeroOneAdamW": lambda p: ZeroOneAdamW(p, lr=1e-3, warmup_steps=2, sync_every=2),
     "DGC": lambda p: DGC(p, lr=0.05),
     "EF21Muon": lambda p: EF21Muon(by_dimensions(p), lr=0.01),
 }
-SPECS = {"EF21Muon": "sign", "SGD": "int4", "OneBitAdamW": "sign", "ZeroOneAdamW": "sign", "DGC": "topk(0.1)"}
+SPECS = {
+    "EF21Muon": "sign",
+    "SGD": "int4",
+    "SGD, factors": "powersgd(2)",
+    "OneBitAdamW": "sign",
+    "ZeroOneAdamW": "sign",
+    "DGC": "topk(0.1)",
+}
 
 
 def started(kind: str, seed: int) -> tuple[Any, Any, Any]:
@@ -175,11 +183,15 @@ def started(kind: str, seed: int) -> tuple[Any, Any, Any]:
     return ddp, optimizer, commpress.attach(ddp, SPECS[kind], optimizer=optimizer)
 
 
-def save(kind: str, folder: str, asynchronously: bool = False) -> tuple[Trained, Trained, float]:
-    """Four steps and a checkpoint; the four that follow; the total of what feedback keeps, as it counts in a mean."""
+def save(kind: str, folder: str, asynchronously: bool = False) -> tuple[Trained, Trained, float, dict[str, Tensor]]:
+    """Four steps and a checkpoint; the four that follow; the total of what feedback keeps, as it counts in a mean; factors."""
     ddp, optimizer, session = started(kind, 0)
     before = train(ddp, range(4), optimizer=optimizer)
-    content = {"model": ddp.module, "commpress": session, "optimizer": Plain(optimizer) if kind == "SGD" else optimizer}
+    content = {
+        "model": ddp.module,
+        "commpress": session,
+        "optimizer": Plain(optimizer) if KINDS[kind] is None else optimizer,
+    }
     if asynchronously:
         dcp.async_save(content, checkpoint_id=folder).result()
     else:
@@ -187,8 +199,8 @@ def save(kind: str, folder: str, asynchronously: bool = False) -> tuple[Trained,
     if dist.get_rank() == 0:
         torch.save(optimizer.state_dict(), f"{folder}.pt")
     dist.barrier()
-    kept = withheld(session)
-    return before, train(ddp, range(4, 8), optimizer=optimizer), kept
+    kept, factors = withheld(session), factors_of(session)
+    return before, train(ddp, range(4, 8), optimizer=optimizer), kept, factors
 
 
 class Plain:
@@ -206,17 +218,22 @@ class Plain:
         self.lr = state["lr"]
 
 
-def load(kind: str, folder: str) -> tuple[Trained, float]:
-    """The four steps that follow, by new objects."""
+def load(kind: str, folder: str) -> tuple[Trained, float, dict[str, Tensor]]:
+    """The four steps that follow, by new objects; what these hold of factors at first."""
     ddp, optimizer, session = started(kind, 99)
     dcp.load({"model": ddp.module}, checkpoint_id=folder)
-    if kind == "SGD":
+    if KINDS[kind] is None:
         optimizer.load_state_dict(torch.load(f"{folder}.pt", weights_only=True))
         dcp.load({"commpress": session}, checkpoint_id=folder)
     else:  # whose state comes with the session
         dcp.load({"commpress": session, "optimizer": optimizer}, checkpoint_id=folder)
-    kept = withheld(session)
-    return train(ddp, range(4, 8), optimizer=optimizer), kept
+    kept, factors = withheld(session), factors_of(session)
+    return train(ddp, range(4, 8), optimizer=optimizer), kept, factors
+
+
+def factors_of(session: Any) -> dict[str, Tensor]:
+    """The factors that a session begins its next step with, by parameter."""
+    return {name: q for bucket in session.state_dict()["memories"][0] for name, q in bucket["factors"]}
 
 
 def withheld(session: Any) -> float:
@@ -234,29 +251,33 @@ def withheld(session: Any) -> float:
     ("kind", "asynchronously"),
     slowly(
         [(kind, False) for kind in KINDS] + [("SGD", True)],
-        quick=[("SGD", False), ("SGD", True), ("OneBitAdamW", False)],
+        quick=[("SGD", False), ("SGD", True), ("SGD, factors", False), ("OneBitAdamW", False)],
     ),
 )
 def test_a_session_goes_on_bit_for_bit_from_torchs_distributed_checkpoint(
     kind: str, asynchronously: bool, tmp_path: Path
 ) -> None:
     whole = run(2, save, kind, str(tmp_path / "c"), asynchronously)
-    for (_, after, _), (again, _) in zip(whole, run(2, load, kind, str(tmp_path / "c")), strict=True):
+    for (_, after, *_), (again, *_) in zip(whole, run(2, load, kind, str(tmp_path / "c")), strict=True):
         assert same_training(after, again)
 
 
 @pytest.mark.parametrize(("old", "new", "kind"), [
     (3, 2, "SGD"), slow(2, 3, "SGD"), (2, 1, "SGD"), (3, 2, "OneBitAdamW"), slow(2, 3, "ZeroOneAdamW"),
+    (2, 3, "SGD, factors"), slow(3, 2, "SGD, factors"),
 ])  # fmt: skip
 def test_another_number_of_ranks_loads_it_and_nothing_is_lost(old: int, new: int, kind: str, tmp_path: Path) -> None:
     saved = run(old, save, kind, str(tmp_path / "c"))
     ranks = run(new, load, kind, str(tmp_path / "c"))
-    for trained, kept in ranks:
+    for trained, kept, factors in ranks:
         assert kept == pytest.approx(saved[0][2], rel=1e-4, abs=1e-5)
+        assert factors.keys() == saved[0][3].keys()  # also on a rank that had no state
+        assert all(torch.equal(q, saved[0][3][name]) for name, q in factors.items())
+        assert bool(factors) == (kind == "SGD, factors")
         assert len(trained.parameters) == 6
     if kind != "ZeroOneAdamW":  # whose replicas drift between syncs
         assert all(
-            torch.equal(a, b) for one, _ in ranks for a, b in zip(one.parameters, ranks[0][0].parameters, strict=True)
+            torch.equal(a, b) for one, *_ in ranks for a, b in zip(one.parameters, ranks[0][0].parameters, strict=True)
         )
 
 

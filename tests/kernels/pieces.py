@@ -13,7 +13,7 @@ import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
 from numba import njit, types
 
-from commpress.kernels.cpu import blocks, cast, float8, integer, optim, random_k, rotate, sign, topk, two_bit
+from commpress.kernels.cpu import blocks, cast, float8, integer, low_rank, optim, random_k, rotate, sign, topk, two_bit
 from commpress.kernels.cpu.blocks import block_of, put_block, top_of
 from commpress.kernels.cpu.instructions import sum_magnitudes, widest
 
@@ -107,6 +107,8 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "rotate collect": (rotate._collect, (FLOATS, FLOATS)),
     "rotate last": (rotate._last, (FLOATS, FLOATS, FLOATS)),
     "rotate settle": (rotate._settle, (FLOATS, FLOATS, FLOATS)),
+    "powersgd write, feedback": (low_rank._write_and_keep, (FLOATS,) * 6 + (F,) * 4),
+    "powersgd add, feedback": (low_rank._add_and_take, (FLOATS,) * 6 + (F,) * 4),
     "apply_update": (optim.LOOPS["apply_update"].py_func, (FLOATS, FLOATS, FLOATS, F, F)),
     "local_step": (optim.LOOPS["local_step"].py_func, (FLOATS,) * 6 + (F,) * 5),
     "sync_payload": (optim.LOOPS["sync_payload"].py_func, (FLOATS,) * 5 + (F,) * 5),

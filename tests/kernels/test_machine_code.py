@@ -66,6 +66,8 @@ PIECES = {
     "rotate collect": [FLOAT_ADD, FLOAT_SUB, PUT_FLOATS],
     "rotate last": [FLOAT_MUL, PUT_FLOATS],
     "rotate settle": [FLOAT_SUB, PUT_FLOATS],
+    "powersgd write, feedback": [FLOAT_MUL, FLOAT_ADD, FLOAT_SUB, PUT_FLOATS],
+    "powersgd add, feedback": [FLOAT_MUL, FLOAT_ADD, FLOAT_SUB, PUT_FLOATS],
     "apply_update": [FLOAT_MUL, PUT_FLOATS],
     "local_step": [FLOAT_MUL, PUT_FLOATS],
     "sync_payload": [FLOAT_MUL, PUT_FLOATS],

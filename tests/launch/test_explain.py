@@ -61,6 +61,7 @@ def record(rate: str = "1gbit", **changes: Any) -> dict[str, Any]:
         (("--delay", "20"), "delay '20': expected a number and us, ms or s, such as 20ms"),
         (("--world", "1"), "world 1: expected the number of ranks, at least 2"),
         (("--spec", "int5"), "spec 'int5': unknown codec 'int5'"),
+        (("--spec", "powersgd(4)"), "--spec powersgd(4): powersgd(4) sends whole matrices as factors"),
         (("--bucket-mb", "0"), "bucket-mb 0.0: expected a number above 0"),
         (("--ranks-per-host", "8"), "ranks-per-host 8: expected 1 to 4"),
         (("--step-seconds", "-1"), "step-seconds -1.0: expected a number from 1e-09 to 1e+06"),

@@ -37,6 +37,7 @@ SPECS = (
     "topk(0.1)|sign",
     "randomk(0.1)",
     "rotate|int4",
+    "powersgd(2)",
 )
 """The codecs whose loops every rank finds compiled."""
 

@@ -6,13 +6,17 @@ from commpress.comm.codecs.base import ArgumentError, Codec
 from commpress.comm.codecs.cast import BFloat16, Float16, Identity
 from commpress.comm.codecs.float8 import Float8
 from commpress.comm.codecs.integer import Int4, Int8
+from commpress.comm.codecs.powersgd import PowerSGD
 from commpress.comm.codecs.random_k import RandomK
 from commpress.comm.codecs.rotate import Rotate
 from commpress.comm.codecs.sign import Sign
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.codecs.two_bit import Int2
 
-FAMILIES: tuple[type[Codec], ...] = (Identity, BFloat16, Float16, Float8, Int8, Int4, Int2, Sign, TopK, RandomK, Rotate)
+FAMILIES: tuple[type[Codec], ...] = (
+    *(Identity, BFloat16, Float16, Float8, Int8, Int4, Int2, Sign),
+    *(TopK, RandomK, Rotate, PowerSGD),
+)
 WORDS = {family.word: family for family in FAMILIES}
 
 AUTO = "auto"
@@ -48,7 +52,12 @@ def parse(spec: str | Codec) -> Codec:
     if rest and not family.outer:
         outer = ", ".join(f"{known.word}(...)" if known.sparse else known.word for known in FAMILIES if known.outer)
         raise ValueError(f"spec {spec!r}: only the values of one of {outer} can be coded in turn, not those of {word}")
+    values = parse(rest[0]) if rest else None
+    if values is not None and not values.flat:
+        raise ValueError(
+            f"spec {spec!r}: {values} codes matrices, and the values of {word} are none; expected int4 or sign"
+        )
     try:
-        return family.from_spec(argument, parse(rest[0]) if rest else None)
+        return family.from_spec(argument, values)
     except ArgumentError as error:
         raise ValueError(f"spec {spec!r}: {error}") from None

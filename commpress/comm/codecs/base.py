@@ -33,6 +33,8 @@ class Codec(ABC):
     """Whether it sends some of the values only."""
     outer: ClassVar[bool] = False
     """Whether what it makes of the values is coded in turn: its spec may go on with `|` and another one."""
+    flat: ClassVar[bool] = True
+    """Whether it codes n values by themselves; if not, only its own exchange can use it, which knows the tensors' shapes."""
     granularity: ClassVar[int] = 1
     """Where two_shot cuts: at multiples of the block, so that no block is cut in two."""
 

@@ -9,11 +9,14 @@ from commpress.comm.exchange.base import Exchange, Message
 from commpress.comm.exchange.hierarchical import Hierarchical
 from commpress.comm.exchange.label import Label, Labels
 from commpress.comm.exchange.local import NoExchange, all_reduce_found_inf, single_rank
+from commpress.comm.exchange.low_rank import LowRank
 from commpress.comm.exchange.one_shot import OneShot
 from commpress.comm.exchange.two_shot import TwoShot
 from commpress.comm.exchange.wire import Transfer, Wire
 
-EXCHANGES: dict[str, Exchange] = {exchange.name: exchange for exchange in (AllReduce(), TwoShot(), OneShot())}
+EXCHANGES: dict[str, Exchange] = {
+    exchange.name: exchange for exchange in (AllReduce(), TwoShot(), OneShot(), LowRank())
+}
 """Exchanges that make one mean of the buckets of any ranks, by the name that a user gives."""
 NO_EXCHANGE = NoExchange()
 

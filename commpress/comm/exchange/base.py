@@ -12,6 +12,7 @@ from commpress.comm.encoder import Encoder
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
 from commpress.comm.feedback import NodeSlice
+from commpress.comm.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Exchange(ABC):
     name: ClassVar[str]
     linear: ClassVar[bool] = False
     """Whether it needs a codec whose payloads can be summed."""
+    flat: ClassVar[bool] = True
+    """Whether it carries payloads of n values; if not, it needs a codec of matrices, and their shapes."""
 
     def __str__(self) -> str:
         """Return the text that names it: what a user gives, and what the ranks must have alike."""
@@ -54,6 +57,14 @@ class Exchange(ABC):
     @abstractmethod
     def messages(self, n: int, itemsize: int, codec: Codec, world_size: int, rank: int) -> tuple[Message, ...]:
         """Return the transfers of a bucket of `n` values of `itemsize` bytes, byte for byte those of `run`."""
+
+    def laid_out(self, n: int, segments: Segments, codec: Codec) -> "Exchange":
+        """Return it for a bucket of n values, of these segments if they are known."""
+        return self
+
+    def nbytes(self, n: int, codec: Codec) -> int:
+        """Return the bytes that a rank makes of a bucket of n values."""
+        return codec.nbytes(n)
 
     def chunk(self, n: int, codec: Codec, rank: int, world_size: int) -> tuple[int, int] | None:
         """Return the (start, stop) of the bucket that this rank encodes a second time; None if there is no second encoding."""

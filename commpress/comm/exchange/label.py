@@ -14,7 +14,7 @@ from commpress.comm.failure import DamagedMessageError, LostPeerError, OtherMess
 from commpress.comm.segments import Segments
 from commpress.kernels.cpu.fingerprint import fingerprint
 
-TAGS_PER_BUCKET = 2
+TAGS_PER_BUCKET = 4
 HEADER = struct.Struct("<QQQ")
 """The hash of a message's label, its payload's length in bytes, the payload's checksum or 0."""
 HALF = 1 << 30
@@ -32,7 +32,7 @@ class Label:
     draw: int = 0
 
     def second(self) -> "Label":
-        """The label of the second message of an exchange."""
+        """The label of the message after this one, of an exchange that sends several."""
         return replace(self, tag=self.tag + 1)
 
     def header(self, payload: Tensor, nbytes: int) -> bytes:
