@@ -29,7 +29,7 @@ from commpress.comm.agreement import require_equal
 from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives
-from commpress.comm.plan import DENSE
+from commpress.comm.plan import DENSE, require_flat
 from commpress.comm.rules import Spec, open_refusal
 from commpress.comm.segments import Segment
 from commpress.optim.newton_schulz import newton_schulz
@@ -122,7 +122,8 @@ def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> C
             "sharded, gradients have no feedback)"
         )
     assert isinstance(spec, str | Codec)
-    return parse(spec)
+    require_flat(codec := parse(spec), "the momentum of a sharded matrix goes to its owner as rows")
+    return codec
 
 
 @dataclass

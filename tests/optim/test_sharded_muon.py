@@ -358,6 +358,7 @@ def refusals() -> dict[str, str]:
         "auto": attach(model),
         "patterns": attach(model, {"*": "sign"}),
         "unknown": attach(model, "int5"),
+        "factors": attach(model, "powersgd(4)"),
         "parameters by auto": attach(model, "sign", parameters="auto"),
         "feedback": attach(model, "sign", error_feedback=False),
         "not held": attach(model, "sign", optimizer=part),
@@ -378,6 +379,7 @@ def test_what_is_not_possible_says_so() -> None:
     assert one["auto"].startswith("TypeError: EF21Muon: auto cannot choose")
     assert "EF21Muon needs one spec of the gradients, as in" in one["patterns"]
     assert one["unknown"].startswith("ValueError: spec 'int5': unknown codec 'int5'")
+    assert "powersgd(4) sends whole matrices as factors" in one["factors"]
     assert "expected auto for the gradients, too, or a spec of the parameters" in one["parameters by auto"]
     assert one["feedback"].startswith("ValueError: error_feedback=False: EF21Muon sums up what arrives")
     assert "is trained, but the optimizer does not hold it" in one["not held"]
