@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 benchmarks/convergence.py runs/convergence [--only NAME ...] [--picture OUT.svg]
     python -m commpress.launch.lab 2 10gbit -- python benchmarks/convergence.py runs/convergence        # bytes by kernel, too
 
-A byte-level GPT of 0.9 M parameters on the standard library's source, by AdamW, and a convolutional net on scikit-learn's
-digits (8 x 8 pixels: small), by SGD with momentum. Each way gets the learning rate that is best of four after 500 steps of seed
-0; then 1,500 steps, three seeds for those that matter most and one for the rest. Each finished run is a file of JSON in the
-folder, and is not run again: stop it when you like. An hour and a half on 2 cores; `--show` prints what is there.
+A byte-level GPT of 0.9 M parameters on the standard library's source, by AdamW or Muon, and a convolutional net on
+scikit-learn's digits (8 x 8 pixels: small), by SGD with momentum. Each way gets the learning rate that is best of four after
+500 steps of seed 0 (those of Muon that of exact Muon); then 1,500 steps, three seeds for those that matter most and one for the
+rest. Each finished run is a file of JSON in the folder, and is not run again: stop it when you like. An hour and a half on 2
+cores; `--show` prints what is there.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
+from commpress.comm.meter import Report
 from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
 from commpress.launch.model import GPT, Shape
@@ -78,6 +80,8 @@ def muon(spec: str, seeds: int = 1, others: str = "int4") -> Way:
     return Way(f"EF21Muon {spec}", "GPT", "EF21Muon", spec, seeds, {"others_spec": others})
 
 
+MUON_DENSE = muon("none", 3, others="none")
+"""All rows of Muon have the rate that is best for this one."""
 WAYS = (
     Way("AdamW", "GPT", "AdamW", seeds=3),
     Way("OneBitAdamW sign", "GPT", "OneBitAdamW", "sign", 3),
@@ -91,7 +95,8 @@ WAYS = (
     zero_one("sign", 8, 3),
     zero_one("topk(0.1)|sign", 8, 3),
     zero_one("topk(0.03)|sign", 8),
-    muon("none", 3, others="none"),
+    MUON_DENSE,
+    muon("int8"),
     muon("int4", 3),
     muon("int2", 3),
     muon("sign", 3),
@@ -198,7 +203,7 @@ def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> 
         if done % EVERY == 0 or done == steps or done == round(WARM_UP * steps):
             kernel += sent_by_kernel() - before
             loss = validate(task, ddp.module, optimizer)
-            sent = counts if session is None else session.report().sent_bytes
+            sent = counts if session is None else between_nodes(session.report())
             for key, value in (("steps", done), ("loss", loss), ("sent_bytes", sent), ("kernel_bytes", kernel)):
                 row[key].append(value)
             before = sent_by_kernel()
@@ -230,6 +235,11 @@ def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> 
     }
 
 
+def between_nodes(report: Report) -> int:
+    """Bytes sent, without the updates that ranks of one node make for each other: the table is of hosts of one rank."""
+    return report.sent_bytes - report.inside_bytes
+
+
 @torch.no_grad()
 def validate(task: Text | Digits, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     """The held-out loss, the mean over the ranks. Collective."""
@@ -257,8 +267,9 @@ def run_all(folder: Path, ways: Sequence[Way]) -> None:
     tasks: dict[str, Text | Digits] = {}
     for way in ways:
         task = tasks.get(way.task) or tasks.setdefault(way.task, Text() if way.task == "GPT" else Digits())
-        rates = MUON_RATES if way.optimizer == "EF21Muon" else RATES[way.task]
-        searched = [once(folder, way, task, rate, SEEDS[0], SEARCH) for rate in rates]
+        muon_way = way.optimizer == "EF21Muon"
+        rates, like = (MUON_RATES, MUON_DENSE) if muon_way else (RATES[way.task], way)
+        searched = [once(folder, like, task, rate, SEEDS[0], SEARCH) for rate in rates]
         best = min(searched, key=lambda row: (not math.isfinite(row["loss"][-1]), row["loss"][-1]))["rate"]
         for seed in SEEDS[: way.seeds]:
             once(folder, way, task, best, seed, STEPS)

@@ -128,13 +128,13 @@ def test_on_a_fast_link_nothing_is_compressed_nor_put_off() -> None:
     assert 0 in first["sent"]  # local steps were tried
 
 
-@pytest.mark.parametrize(("bytes_per_second", "chosen"), [(1e3, "int4"), slow(1e12, "none")])
+@pytest.mark.parametrize(("bytes_per_second", "chosen"), [(1e3, "int8"), slow(1e12, "none")])
 def test_muon_has_no_warm_up_and_is_compressed_where_that_pays(bytes_per_second: float, chosen: str) -> None:
     first, other = run(2, searched, "EF21Muon", bytes_per_second, 60, {})
     plain = NOT_COUNTED + FIRST_TURN
     assert first["specs"][:plain] == ["auto: none, still looking"] * plain
     assert first["specs"][-1] == other["specs"][-1] == f"auto: {chosen}"
-    assert {"none", "int4"} <= first["rows"]
+    assert {"none", "int8"} <= first["rows"]
     assert same(first["parameters"], other["parameters"])
 
 
