@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
+from commpress.comm.meter import Report
 from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
 from commpress.launch.model import GPT, Shape
@@ -202,7 +203,7 @@ def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> 
         if done % EVERY == 0 or done == steps or done == round(WARM_UP * steps):
             kernel += sent_by_kernel() - before
             loss = validate(task, ddp.module, optimizer)
-            sent = counts if session is None else session.report().sent_bytes
+            sent = counts if session is None else between_nodes(session.report())
             for key, value in (("steps", done), ("loss", loss), ("sent_bytes", sent), ("kernel_bytes", kernel)):
                 row[key].append(value)
             before = sent_by_kernel()
@@ -232,6 +233,11 @@ def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> 
         **{"dense_bytes_a_step": dense, "seconds": time.perf_counter() - start, **row},
         **{"machine": machine(torch.device("cpu"))["processor"], "torch": torch.__version__},
     }
+
+
+def between_nodes(report: Report) -> int:
+    """Bytes sent, without the updates that ranks of one node make for each other: the table is of hosts of one rank."""
+    return report.sent_bytes - report.inside_bytes
 
 
 @torch.no_grad()

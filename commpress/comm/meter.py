@@ -25,7 +25,8 @@ from commpress.comm.timeline import Span, Timeline
 PHASES = ("encode", "wire", "decode")
 ROLES = ("gradients", "parameters", "updates", "outer", "buffers")
 """Kinds of traffic: in every step the gradients and, where parameters are sharded, the parameters; what an optimizer sends of
-sharded matrices; between rounds of local steps their outer updates; the buffers that DDP broadcasts."""
+sharded matrices, and the updates that the ranks of a node make for each other; between rounds of local steps their outer
+updates; the buffers that DDP broadcasts."""
 NOT_SENT = "none"
 """The name of the exchange that leaves a bucket on its rank."""
 BYTES = ("dense_bytes", "sent_bytes", "received_bytes")
@@ -95,7 +96,8 @@ class Report:
 
     @property
     def inside_bytes(self) -> int:
-        """Bytes of those sent that did not leave the node, where the exchange is `hierarchical`: the rest went to others."""
+        """Bytes of those sent that did not leave the node, where the exchange is `hierarchical` or ranks share out what they
+        compute: the rest went to others."""
         return sum(row.inside_bytes for row in self.rows)
 
     @property
@@ -228,7 +230,8 @@ class Report:
             return ""
         stayed, sent = (sum(getattr(row, key) for row in inside) for key in ("inside_bytes", "sent_bytes"))
         stay, leave = (f"{b / 1e6 / max(self.steps, 1):.3f}" for b in (stayed, sent - stayed))
-        return f"Of what hierarchical sent, {stay} MB a step stayed inside the node, as it is; {leave} MB went to other nodes."
+        of = ", ".join(dict.fromkeys("updates" if row.role == "updates" else "hierarchical" for row in inside))
+        return f"Of what was sent ({of}), {stay} MB a step stayed inside the node, as it is; {leave} MB went to other nodes."
 
     def _backend_more(self) -> str:
         more = [row for row in self.rows if row.backend_bytes > row.dense_bytes]

@@ -37,6 +37,7 @@ from commpress.optim.base import CompressedOptimizer
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.settings import require_in_range
 from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon, Updates
+from commpress.optim.shared_products import SharedProducts
 from commpress.optim.uncompressed import begin_adamw, step_adamw
 
 GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
@@ -55,6 +56,11 @@ class Move:
     moved: Tensor
     kept: Tensor | None = None
     """Where the values lie in its memory that masks keep: int32 [k]; None if all are kept."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and columns: all dimensions but the first."""
+        return self.p.shape[0], self.p[0].numel()
 
 
 class EF21Muon(CompressedOptimizer):
@@ -114,6 +120,7 @@ class EF21Muon(CompressedOptimizer):
         super()._forget()
         self._lacks_momenta = False
         """Whether estimates were loaded, but not yet the momenta of which they are estimates."""
+        self._products: SharedProducts | None = None
         self._pruned_by: MaskIndex | None = None
         """The masks by which the estimates were pruned last."""
         self._sharded: ShardedMuon | None = None
@@ -159,7 +166,8 @@ class EF21Muon(CompressedOptimizer):
         if self._sharded is not None:
             return super().replicated_state()
         device = next(iter(self._bound.values())).device
-        how = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        ranks = 1 if self._products is None else len(self._products.node.ranks)
+        how = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {ranks} ranks a node"
         if device.type == "cuda":
             how = torch.cuda.get_device_name(device)
         return {**super().replicated_state(), "matrix products by": how}  # the bits of the update depend on that
@@ -196,7 +204,7 @@ class EF21Muon(CompressedOptimizer):
 
     def hand_over(self, buckets: StepBuffer) -> None:
         """For hooks: `buckets` exchange what was bound. Estimates start anew where no momenta go along, as behind masks."""
-        before = self._withheld
+        before, self._products = self._withheld, SharedProducts(buckets.collectives)
         super().hand_over(buckets)
         if before is not None and not buckets.collectives.feedback.memories:
             for p in self._bound.values():
@@ -212,7 +220,7 @@ class EF21Muon(CompressedOptimizer):
         there = {name: (p, group, update) for name, (p, group, update) in updates.items() if update is not None}
         matrices = {name: place for name, place in there.items() if place[1]["muon"]}
         if self._sharded is None:
-            self._step_matrices(self._moves(matrices))
+            self._step_matrices(self._moves(matrices), self._products)
         else:
             if self.must_verify():
                 self._sharded.begin(self.replicated_state())
@@ -266,27 +274,36 @@ class EF21Muon(CompressedOptimizer):
         self._pruned_by = masks
         return moves
 
-    def _step_matrices(self, moves: Iterable[Move]) -> None:
-        """Step matrices, those of one shape together."""
-        shapes: dict[object, list[Move]] = {}
+    def _step_matrices(self, moves: Sequence[Move], products: SharedProducts | None = None) -> None:
+        """Step matrices by how far their momenta have moved. The ranks of a node share out Newton-Schulz."""
         for one in moves:
-            shapes.setdefault((one.p.shape, one.p.device, one.p.dtype), []).append(one)
-        for alike in shapes.values():
-            steps = newton_schulz(torch.stack([self._direction(one) for one in alike]))
-            for one, step in zip(alike, steps, strict=True):
-                lr, shaped = float(one.group["lr"]), step.reshape(one.p.shape)
-                if one.kept is not None:
-                    shaped = torch.empty_like(one.p).copy_(shaped)
-                    zero_others(shaped, one.kept)
-                one.p.mul_(1 - lr * one.group["weight_decay"])
-                one.p.add_(shaped, alpha=-AS_ADAMW * lr * max(step.shape) ** 0.5)
+            self._estimate(one.p).add_(one.moved)
+        shapes = [one.shape for one in moves]
+        me = 0 if products is None else products.node.me
+        owners = [me] * len(shapes) if products is None else products.owners(shapes)
+        alike: dict[object, list[int]] = {}
+        for number, (one, owner) in enumerate(zip(moves, owners, strict=True)):
+            if owner == me:
+                alike.setdefault((one.shape, one.p.device), []).append(number)
+        steps: dict[int, Tensor] = {}
+        for numbers in alike.values():
+            directions = torch.stack([self._direction(moves[number]) for number in numbers])
+            steps |= zip(numbers, newton_schulz(directions), strict=True)
+        if products is not None and len(set(owners)) > 1:
+            steps = dict(enumerate(products.gather(steps, shapes, owners)))
+        for number, one in enumerate(moves):
+            lr, step = float(one.group["lr"]), steps[number].reshape(one.p.shape)
+            if one.kept is not None:
+                step = torch.empty_like(one.p).copy_(step)
+                zero_others(step, one.kept)
+            one.p.mul_(1 - lr * one.group["weight_decay"])
+            one.p.add_(step, alpha=-AS_ADAMW * lr * max(one.shape) ** 0.5)
 
     def _direction(self, one: Move) -> Tensor:
-        """Move the estimate of a matrix, and return what Newton-Schulz is to take: [rows, columns]."""
-        estimate, beta = self._estimate(one.p), one.group["momentum"]
-        estimate.add_(one.moved)
-        direction = estimate.add(one.moved, alpha=beta) if one.group["nesterov"] else estimate
-        return direction.reshape(one.p.shape[0], -1)
+        """Return what Newton-Schulz shall make of a matrix: [rows, columns]."""
+        estimate = self._estimate(one.p)
+        direction = estimate.add(one.moved, alpha=one.group["momentum"]) if one.group["nesterov"] else estimate
+        return direction.reshape(one.shape)
 
 
 def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ class Hierarchical(Exchange):
         if len(ranks) == 1:
             return replace(self, ranks_per_node=1)
         if not self.ranks_per_node:
-            return replace(self, ranks_per_node=_found(ranks))
+            return replace(self, ranks_per_node=count_on_nodes(ranks))
         if len(ranks) % self.ranks_per_node:
             raise ValueError(
                 f"exchange {str(self)!r}: {len(ranks)} ranks do not make nodes of {self.ranks_per_node}; all nodes must have "
@@ -83,7 +83,7 @@ class Hierarchical(Exchange):
         if L > 1:
             if not node.by_message:
                 rows[me].copy_(mine)
-            yield _inside(node.all_to_all(x.view(torch.uint8), nbytes, received, label, last=False))
+            yield inside(node.all_to_all(x.view(torch.uint8), nbytes, received, label, last=False))
         mean = mine
         if x.dtype != torch.float32:
             mean = encoder.buffer("slice", 4 * mine.numel(), x.device).view(torch.float32).copy_(mine)
@@ -105,7 +105,7 @@ class Hierarchical(Exchange):
         if L > 1:
             whole = x.view(torch.uint8) if len(set(nbytes)) == 1 else None
             places = [part.view(torch.uint8) for part in slices]
-            yield _inside(node.all_gather(places, label.second(), last=True, whole=whole))
+            yield inside(node.all_gather(places, label.second(), last=True, whole=whole))
 
     def messages(self, n: int, itemsize: int, codec: Codec, world_size: int, rank: int) -> tuple[Message, ...]:
         L = self.ranks_per_node
@@ -152,13 +152,13 @@ class Hierarchical(Exchange):
         return inside, wire.part(range(me, wire.world_size, self.ranks_per_node))
 
 
-def _inside(transfer: Transfer) -> Transfer:
+def inside(transfer: Transfer) -> Transfer:
     """Say of a transfer that it does not leave the node."""
     transfer.inside = True
     return transfer
 
 
-def _found(ranks: Sequence[int]) -> int:
+def count_on_nodes(ranks: Sequence[int]) -> int:
     """How many of these ranks of the default group each node has, by torchrun's environment. Raises ValueError."""
     text = os.environ.get(LOCAL_RANKS, "")
     if not re.fullmatch(r"[1-9]\d*", text):

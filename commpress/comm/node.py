@@ -1,0 +1,51 @@
+"""The ranks of a node: who they are, and what they hand each other as it is, beside what is compressed between all ranks.
+
+    rank 0   [a . ]  --> 1   rows, one of them each rank's own    [a b]
+    rank 1   [. b ]  --> 0   nothing leaves the node              [a b]
+
+A rank of L sends its row to L - 1 others.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from commpress.comm.collectives import Collectives
+from commpress.comm.exchange import NO_EXCHANGE, Transfer
+from commpress.comm.exchange.hierarchical import count_on_nodes, inside
+from commpress.comm.plan import DENSE, BucketPlan
+from commpress.comm.traffic import Step
+from commpress.comm.work import Work
+
+
+class Node:
+    """The ranks of this rank's node, by torchrun's environment; this one alone where that does not say, or where nodes have
+    unlike numbers of ranks."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        self._traffic, rank = collectives.traffic, collectives.rank
+        try:
+            size = count_on_nodes(dist.get_process_group_ranks(collectives.group))
+        except ValueError:
+            size = 1
+        self.ranks = range(rank // size * size, rank // size * size + size)
+        self.me = rank % size
+        """The place of this rank among them."""
+
+    def all_gather(self, rows: Sequence[Tensor], what: str) -> Work:
+        """Fill `rows` (contiguous, one for each rank of the node) with what each of them has in its own. `what` names it.
+
+        Collective over all ranks of the group: each hands it round in its own node.
+        """
+        traffic, mine = self._traffic, rows[self.me]
+        label = traffic.labels.next(what)
+
+        def exchange() -> Iterator[Transfer]:
+            wire = traffic.wire.part(self.ranks)
+            yield inside(wire.all_gather([row.view(torch.uint8) for row in rows], label, last=True))
+
+        plan = BucketPlan(DENSE, NO_EXCHANGE, False, "stays inside the node")
+        named = ("updates", "all_gather", plan, mine.numel(), mine.dtype, mine)
+        return traffic.submit(*named, 0, 0, exchange(), step=Step(traffic.meter.steps))
