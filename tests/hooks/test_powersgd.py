@@ -38,7 +38,7 @@ def refusals() -> dict[str, str]:
     """What is said to what cannot be done, by what was tried; then a training all the same."""
     model = replica()
     optimizer = OneBitAdamW(model.parameters(), lr=1e-3, warmup_steps=2)
-    codec, x = parse(SPEC), torch.ones(5000)
+    codec, x, alone = parse(SPEC), torch.ones(5000), network()
     said = {
         "encode": outcome(lambda: codec.encode(x)),
         "decode": outcome(lambda: codec.decode(torch.zeros(8, dtype=torch.uint8), 5000)),
@@ -46,7 +46,7 @@ def refusals() -> dict[str, str]:
         "FSDP2's parameters": outcome(lambda: commpress.attach(sharded(), "int4", parameters=SPEC)),
         "an optimizer": outcome(lambda: commpress.attach(model, SPEC, optimizer=optimizer)),
         "its warm-up": outcome(lambda: OneBitAdamW(model.parameters(), lr=1e-3, warmup_spec=SPEC)),
-        "outer": outcome(lambda: commpress.diloco(network(), sgd(network()), SPEC, every=2)),
+        "outer": outcome(lambda: commpress.diloco(alone, sgd(alone), SPEC, every=2)),
         "broadcast": outcome(lambda: commpress.broadcast_parameters(network(), SPEC)),
         "another exchange": outcome(lambda: commpress.attach(model, SPEC, exchange="two_shot")),
         "its exchange": outcome(lambda: commpress.attach(model, "int4", exchange="low_rank")),
