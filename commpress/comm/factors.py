@@ -86,8 +86,9 @@ def first_factor(rank: int, columns: int, device: torch.device) -> Tensor:
 
 def warm_up(device: torch.device) -> None:
     """Compile the loops now, not in the middle of the first step."""
-    x, residual = torch.ones(64, 32, device=device), torch.zeros(64, 32, device=device)
-    q, p = first_factor(2, 32, device), torch.empty(2, 64, device=device)
+    x = torch.ones(64, 32, dtype=torch.float32, device=device)
+    residual = torch.zeros_like(x)
+    q, p = first_factor(2, 32, device), torch.empty(2, 64, dtype=torch.float32, device=device)
     for kept in (residual, None):
         project(x, kept, q, p)
         orthonormalize(p.unsqueeze(0))
