@@ -13,6 +13,8 @@ from test_muon import distance, in_float32
 from test_outer import EVERY, STEPS, Reference, take_steps
 from tiers import slow
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import finite, network, parameters_of, same
 
@@ -169,6 +171,9 @@ def refused(case: str) -> str:
     """What is said to an optimizer that does not fit outer syncs, or whose outer syncs do not fit what is asked of it."""
     model = network()
     settings: dict[str, Any] = {"max_norm": 1.0} if case == "clips" and dist.get_rank() else {}
+    if case == "shards":
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+        fully_shard(model, mesh=DeviceMesh.from_group(alone, "cpu"))
     optimizer = EF21Muon(model, lr=LR, **settings)
     if case == "attached":
         commpress.attach(DistributedDataParallel(model), "sign", optimizer=optimizer)
@@ -189,6 +194,7 @@ def refused(case: str) -> str:
     ("attached", "ValueError: optimizer: this EF21Muon is attached to a session, and exchanges in every step"),
     ("attached later", "this EF21Muon takes local steps between outer syncs, as commpress.diloco or local_sgd has it"),
     ("clips", "optimizer: max_norm 1.0 of EF21Muon is for what is exchanged in every step"),
+    ("shards", "TypeError: optimizer: EF21Muon steps whole parameters, and those of this model are sharded"),
     ("twice", "this EF21Muon has outer syncs already"),
     ("copied", "RuntimeError: EF21Muon is not attached"),
     ("not attached", "optimizer=optimizer), or commpress.diloco(model, optimizer, ...)"),
