@@ -117,18 +117,19 @@ class _Stepped:
     ) -> None:
         self._outer, self._module, self._known = outer, weakref.ref(module), known
         self._taken = dict.fromkeys(map(id, optimizers), 0)
+        """Steps of each since the last local step was over."""
 
     def __call__(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         if late := [p for p in _trained_by([optimizer]) if p not in self._known]:
             self._refuse(late, type(optimizer).__name__)
-        behind = min(self._taken.values())
         self._taken[id(optimizer)] += 1
-        if min(self._taken.values()) > behind:
+        if min(self._taken.values()) > 0:
+            self._taken = dict.fromkeys(self._taken, 0)  # a scaler may have skipped one of them
             self._outer.step()
-        elif (ahead := self._taken[id(optimizer)]) - behind > self._outer.settings.every:
+        elif (ahead := self._taken[id(optimizer)]) > self._outer.settings.every:
             raise RuntimeError(
                 f"commpress: {type(optimizer).__name__} has taken {ahead} steps, another optimizer of the same outer syncs "
-                f"{behind}: expected all of them to step in each local step"
+                "none: expected all of them to step in each local step"
             )
 
     def _refuse(self, late: list[Tensor], optimizer: str) -> None:

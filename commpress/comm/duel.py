@@ -11,6 +11,8 @@ CLOSE = 1.06
 """A spec goes into a duel with the chosen one if its steps took less than so many times as long as would make it win."""
 SOONEST, BOUTS = 3, 5
 """After so many bouts a duel is over if all had the same winner, and in any case."""
+HOPELESS = 1.25
+"""A rival whose steps took so many times as long in its first bout has lost: it was predicted to be close, and is not."""
 
 
 @dataclass
@@ -30,8 +32,8 @@ class Duel:
     def count(self, seconds: Mapping[str, float]) -> bool:
         """Count a bout with these seconds a step, by spec. Returns whether the duel is over."""
         self.bouts.append((seconds[self.chosen], seconds[self.rival]))
-        won = self._won()
-        return len(won) == BOUTS or (len(won) >= SOONEST and len(set(won)) == 1)
+        won, (mine, theirs) = self._won(), self.bouts[0]
+        return len(won) == BOUTS or (len(won) >= SOONEST and len(set(won)) == 1) or theirs > HOPELESS * mine
 
     def winner(self) -> str:
         """Return the spec that has won most bouts."""

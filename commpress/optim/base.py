@@ -371,6 +371,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def _late(self, moving: dict[str, tuple[Tensor, dict[str, Any]]]) -> dict[str, Tensor]:
         """Return what was exchanged of parameters that no rank used: DDP leaves their `grad` None or 0."""
+        if not self._received:
+            return {}
         unused = {
             key for key, (p, _) in moving.items() if p.grad is None or (self._may_be_unused and not bool(p.grad.any()))
         }

@@ -71,17 +71,18 @@ class EF21Muon(CompressedOptimizer):
     is no warm-up. Attached to nothing it takes the local steps of `diloco` and `local_sgd`: Muon on each rank's gradients as
     they are.
 
-    Hidden matrices are float32 and have two dimensions or more (more are taken as rows of all but the first); embeddings are
-    none, nor is what has the shape of the largest one, as a head has. `others` are patterns of further names for AdamW. Updates
-    are scaled to the size of AdamW's, so that one `lr` serves both. `momentum`, `nesterov` and `weight_decay` as in
-    torch.optim.Muon. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent
+    Hidden matrices are float32 and have two dimensions or more (more are taken as rows of all but the first). Embeddings are
+    none, nor is the model's last matrix if it has the shape of one, as a head has. `others` are patterns of further names for
+    AdamW. Updates are scaled to the size of AdamW's, so that one `lr` serves both. `momentum`, `nesterov` and `weight_decay` as
+    in torch.optim.Muon. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent
     before backward is over.
 
     Under FSDP2 and ZeRO 1 and 2 it is sharded (`sharded_muon.py`): all gradients travel by `others_spec`, and `max_norm` clips
     their mean.
 
     In place of a model it takes groups as those of torch's optimizers, with `muon` True or False in each.
-    Raises ValueError for a setting out of range, a pattern that matches nothing, and a group without `muon`.
+    Raises ValueError for a setting out of range, a pattern that matches nothing, a group without `muon`, and a model whose
+    hidden matrices are all in 16 bits.
     """
 
     needs_feedback = True
@@ -121,8 +122,8 @@ class EF21Muon(CompressedOptimizer):
         self._lacks_momenta = False
         """Whether estimates were loaded, but not yet the momenta of which they are estimates."""
         self._products: SharedProducts | None = None
-        self._pruned_by: MaskIndex | None = None
-        """The masks by which the estimates were pruned last."""
+        self._pruned_by: dict[str, MaskIndex] = {}
+        """The masks by which an estimate was pruned last, by name."""
         self._sharded: ShardedMuon | None = None
         """What steps the matrices where they are sharded."""
 
@@ -157,7 +158,7 @@ class EF21Muon(CompressedOptimizer):
 
         All that is kept of them exists from now on: a checkpoint is loaded into what is there.
         """
-        self._sharded = sharded
+        self._sharded, self._lacks_momenta = sharded, False  # a state has all of them
         for p, group in self._places.values():
             if not group["muon"] and "exp_avg" not in self.state[p]:
                 begin_adamw(p, self.state[p])
@@ -267,12 +268,12 @@ class EF21Muon(CompressedOptimizer):
     def _moves(self, matrices: Updates) -> list[Move]:
         """What has arrived of matrices. Behind other masks than before the estimates are pruned."""
         masks = self.masks
-        moves = [Move(p, group, moved, masks.places(name)) for name, (p, group, moved) in matrices.items()]
-        for one in moves if masks is not self._pruned_by else ():
-            if one.kept is not None:
+        moves = {name: Move(p, group, moved, masks.places(name)) for name, (p, group, moved) in matrices.items()}
+        for name, one in moves.items():
+            if one.kept is not None and self._pruned_by.get(name) is not masks:
                 zero_others(self._estimate(one.p), one.kept)
-        self._pruned_by = masks
-        return moves
+        self._pruned_by |= dict.fromkeys(moves, masks)
+        return list(moves.values())
 
     def _step_matrices(self, moves: Sequence[Move], products: SharedProducts | None = None) -> None:
         """Step matrices by how far their momenta have moved. The ranks of a node share out Newton-Schulz."""
@@ -309,21 +310,28 @@ class EF21Muon(CompressedOptimizer):
 def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The parameters of a model that require a gradient: one group with the hidden matrices, one with the others.
 
-    `others` are patterns of names (as of fnmatch) for the second one. Raises ValueError for a pattern that matches nothing.
+    `others` are patterns of names (as of fnmatch) for the second one. Raises ValueError for a pattern that matches nothing, and
+    where no hidden matrix is float32.
     """
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    embedded = {m.weight for m in tables}
-    head = max((m.weight.shape for m in tables), default=None)
+    embedded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     named = {bare_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     for pattern in others:
         if not fnmatch.filter(named, pattern):
             raise ValueError(
                 f"others: {pattern!r} matches no parameter that requires a gradient, known: {', '.join(named)}"
             )
+    hidden = [p for p in named.values() if p.dim() >= 2 and p not in embedded]
+    if hidden and hidden[-1].shape in {table.shape for table in embedded}:
+        hidden.pop()  # the head
+    if hidden and not any(p.dtype == torch.float32 for p in hidden):
+        raise ValueError(
+            f"EF21Muon: the hidden matrices are {hidden[0].dtype}, expected float32; make the optimizer before the model is "
+            "cast, as by DeepSpeed"
+        )
+    chosen = {p for p in hidden if p.dtype == torch.float32}
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for name, p in named.items():
-        hidden = p.dim() >= 2 and p.dtype == torch.float32 and p not in embedded and p.shape != head
-        chosen = hidden and not any(fnmatch.fnmatchcase(name, pattern) for pattern in others)
-        (matrices if chosen else rest).append(p)
+        other = any(fnmatch.fnmatchcase(name, pattern) for pattern in others)
+        (matrices if p in chosen and not other else rest).append(p)
     return [group for group in ({"params": matrices, "muon": True}, {"params": rest, "muon": False}) if group["params"]]

@@ -369,7 +369,7 @@ def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -
             f"{name} under ZeRO {stage} with bf16: every rank steps all parameters, of which DeepSpeed gives it a part in "
             "float32; expected a float32 model, or OneBitAdamW with parameters='int4' or so, which is sharded"
         )
-    if stage > 0 and not sharded and engine.zero_elastic_checkpoint():
+    if stage > 0 and (not sharded or isinstance(optimizer, EF21Muon)) and engine.zero_elastic_checkpoint():
         return ValueError(f"{name} under ZeRO {stage}: elastic_checkpoint would save a part of its state; leave it out")
     if sharded and isinstance(optimizer, OneBitAdamW) and optimizer.param_groups[0]["max_norm"] is not None:
         return ValueError(

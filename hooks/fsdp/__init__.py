@@ -124,8 +124,7 @@ def attach(
         dtypes = {dtype for unit in held for dtype in unit.dtypes}
         auto = ShardedAuto([*shards.values(), *replicas.values()], own, error_feedback, by_auto[1], dtypes)
     if optimizer is not None and momentum is not None:
-        (of_all,) = shards.values()
-        muon.shard(optimizer, of_all, held, momentum)
+        muon.shard(optimizer, shards[ranks(held[0].shard_groups[0])], held, momentum)
     for unit in held:
         unit.module.set_custom_all_gather(Gather(shards, unit, auto))
         unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit, auto))

@@ -122,6 +122,13 @@ def test_what_was_not_tried_but_predicted_to_be_ahead_has_its_chance() -> None:
     assert trials["int4"] == (pytest.approx(0.229), 0.1)
 
 
+def test_what_was_predicted_to_be_ahead_and_is_far_behind_leaves_at_once() -> None:
+    said = {PLAIN: 1.0, "bf16": 0.85, "int8": 0.79, "int4": 0.78}
+    world = World(link(none=0.3, bf16=0.266, int8=0.242, int4=0.6), predicted=said).run(300)
+    assert world.chosen == "int8"
+    assert world.specs.count("int4") < LOOK
+
+
 def test_what_was_not_tried_and_hurts_is_not_chosen() -> None:
     near = link(none=0.3, bf16=0.266, int8=0.242, int4=0.229)
     said = {PLAIN: 1.0, "bf16": 0.85, "int8": 0.79, "int4": 0.78}

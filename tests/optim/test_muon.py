@@ -255,6 +255,8 @@ def test_hidden_matrices_are_muons_and_the_rest_adamws() -> None:
     del expected["head.weight"]
     assert kinds_of(Language(tied=True)) == expected
     assert not kinds_of(Language(), others=["hidden.*"])["hidden.weight"]
+    wide = nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 64), nn.Linear(64, 16), nn.Linear(16, 64))
+    assert [kind for name, kind in kinds_of(wide).items() if "weight" in name] == [True, True, False, False]
     frozen = Language()
     frozen.hidden.weight.requires_grad_(False)
     assert "hidden.weight" not in kinds_of(frozen)
@@ -269,6 +271,9 @@ def test_what_is_wrong_with_groups_says_so() -> None:
     assert "others_spec 'sign'" in outcome(lambda: EF21Muon(model, others_spec="sign"))
     assert "torch.bfloat16" in outcome(
         lambda: EF21Muon([{"params": [Language().hidden.bfloat16().weight], "muon": True}])
+    )
+    assert "the hidden matrices are torch.bfloat16, expected float32" in outcome(
+        lambda: EF21Muon(Language().bfloat16())
     )
     assert "others_spec 'topk(0.1)'" in outcome(lambda: EF21Muon(model, others_spec="topk(0.1)"))
     assert "momentum 1.0: expected a number in [0, 1)" in outcome(lambda: EF21Muon(model, momentum=1.0))

@@ -212,8 +212,23 @@ def one_that_rests() -> str:
     return outcome(lambda: take_steps(model, muon, range(2, 2 + 2 * EVERY)))
 
 
+def skipped_now_and_then() -> int:
+    """Local steps of one whose optimizers a scaler skips in turn, each in more steps than there are between two syncs."""
+    model = network()
+    optimizers = muon_and_adamw(model)
+    outer = commpress.diloco(model, optimizers, "none", every=EVERY)
+    for turn in range(2 * EVERY):
+        take_steps(model, [optimizers[turn % 2]], range(2 * turn, 2 * turn + 1))
+        take_steps(model, optimizers, range(2 * turn + 1, 2 * turn + 2))
+    return outer.state_dict()["steps"]  # type: ignore[no-any-return]
+
+
+def test_steps_of_one_optimizer_that_a_scaler_skips_do_not_add_up() -> None:
+    assert run(2, skipped_now_and_then) == [3 * EVERY - 1] * 2  # two halves are one; the first half was a part of the next
+
+
 def test_an_optimizer_that_no_longer_steps_is_an_error_within_an_interval() -> None:
     for said in run(2, one_that_rests):
         assert said.startswith(
-            "RuntimeError: commpress: Muon has taken 7 steps, another optimizer of the same outer syncs 2:"
+            f"RuntimeError: commpress: Muon has taken {EVERY + 1} steps, another optimizer of the same outer syncs none:"
         )

@@ -95,6 +95,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "frozen": {"frozen": True},
     "by columns": {"shard": {"shard_placement_fn": lambda p: Shard(1 if p.dim() == 2 else 0)}},
     "accumulated": {"accumulate": 2},
+    "sharded anew": {"shard": {"reshard_after_forward": 2}},
 }
 
 
@@ -111,7 +112,7 @@ def beside_ddp(name: str) -> tuple[float, list[Tensor]]:
 
 @pytest.mark.parametrize(("name", "world_size"), [
     ("odd", 3), ("odd", 1), slow("odd", 2), slow("without nesterov", 2), ("frozen", 2), slow("by columns", 2),
-    slow("accumulated", 2),
+    slow("accumulated", 2), slow("sharded anew", 4),
 ])  # fmt: skip
 def test_exact_it_steps_as_under_ddp(name: str, world_size: int) -> None:
     ranks = run(world_size, beside_ddp, name)
