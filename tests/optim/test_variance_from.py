@@ -149,8 +149,9 @@ def test_it_goes_on_compressed_and_near_to_adamw(kind: str, spec: str, settings:
         if "refresh_every" not in settings:
             assert {row.spec for row in report.rows if row.sent_bytes} == {spec}
             assert report.dense_bytes > 20 * report.sent_bytes
-        assert losses["dense"] < 0.8 * losses["before"]
-        assert losses["compressed"] < 1.05 * losses["dense"]
+        gained = losses["before"] - losses["dense"]
+        assert gained > 0.2 * losses["before"]
+        assert abs(losses["compressed"] - losses["dense"]) < 0.2 * gained
 
 
 @pytest.mark.parametrize("kind", KINDS)
