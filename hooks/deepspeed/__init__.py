@@ -361,7 +361,7 @@ def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -
         )
     if stage > 0 and not sharded and engine.zero_elastic_checkpoint():
         return ValueError(f"{name} under ZeRO {stage}: elastic_checkpoint would save a part of its state; leave it out")
-    if sharded and optimizer.awaits_freezing():
+    if sharded and isinstance(optimizer, OneBitAdamW) and optimizer.awaits_freezing():
         return ValueError(
             f"variance_from under ZeRO {stage} with parameters=: each rank steps a part of the parameters as one tensor, which "
             "has no such state; expected warmup_steps, or attach without parameters=, as under ZeRO 0"
