@@ -12,6 +12,8 @@ does not; the gradient of one of W ranks is up to sqrt(W) times as noisy as thei
 `sign`, 500 steps of which 75 warm up; held-out loss of dense AdamW 2.052, with bounds of 1.0 to 1000 times the root:
 1.0 2.127, 1.4 2.089, 2.0 2.079, 3.0 2.077, 6.3 2.096, 1000 2.122; between seeds about 0.02.)
 
+A run that AdamW has trained so far has a variance: with `variance_from` that one is frozen, and no step warms up.
+
 A parameter that joins later, or had few gradients until then, has a warm-up of its own: exact means of its gradients and AdamW,
 for as many steps in which it has one. So a layer that is unfrozen in the middle of a training learns its variance first.
 """
@@ -31,6 +33,7 @@ from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.plan import Override, require_flat
 from commpress.comm.segments import Segments
 from commpress.optim import loops
+from commpress.optim.adam_state import AdamState, adam_states
 from commpress.optim.base import CompressedOptimizer, Parameters
 from commpress.optim.settings import require_in_range
 from commpress.optim.uncompressed import step_adamw
@@ -49,6 +52,7 @@ class FrozenAdamW(CompressedOptimizer):
     State of a parameter: as AdamW's `step`, `exp_avg`, `exp_avg_sq` in the warm-up; then `exp_avg` is n in units of `unit`, a
     power of two that gives it about the size of the momentum, and `inverse` is unit / d. `warmed` counts the steps of a warm-up
     of its own, `variance` is what its sum was when it was last looked at; `idle` says that no rank had a gradient of it.
+    `given` marks a state of `variance_from`, until the first backward that exchanges the parameter.
     """
 
     shared: tuple[str, ...] = ("max_norm", "warmup_spec", "steps", "frozen_at", "unit", "variance")
@@ -63,6 +67,7 @@ class FrozenAdamW(CompressedOptimizer):
         warmup_steps: int | None,
         warmup_spec: str,
         max_norm: float | None,
+        variance_from: AdamState | None,
     ) -> None:
         require_in_range("lr", float(lr), 0)
         require_in_range("betas[0]", betas[0], 0, 1)
@@ -71,10 +76,24 @@ class FrozenAdamW(CompressedOptimizer):
         require_in_range("weight_decay", weight_decay, 0)
         if warmup_steps is not None:
             require_in_range("warmup_steps", warmup_steps, 1)
+            if variance_from is not None:
+                raise ValueError(
+                    f"warmup_steps {warmup_steps} and variance_from: expected one of them; with a variance nothing warms up"
+                )
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         require_flat(parse(warmup_spec), f"warmup_spec of {type(self).__name__} is for flat gradients")
         defaults |= {"warmup_steps": warmup_steps, "warmup_spec": str(parse(warmup_spec))}
         super().__init__(params, {**defaults, "steps": 0, "frozen_at": 0, "unit": 1.0, "variance": 0.0}, max_norm)
+        if variance_from is not None:
+            self._take(adam_states(variance_from, self.param_groups))
+
+    def _take(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """Go on from AdamW's state: its steps were the warm-up. Values of the parameters may still change until a backward."""
+        steps = max(int(state["step"]) for state in states.values())
+        for p, state in states.items():
+            self.state[p] = {**state, "given": True}
+        for group in [self.defaults, *self.param_groups]:
+            group |= {"steps": steps, "frozen_at": steps}
 
     def _forget(self) -> None:
         super()._forget()
@@ -90,7 +109,10 @@ class FrozenAdamW(CompressedOptimizer):
 
     def begin_backward(self, scale: float) -> bool:
         self._settling = []
-        return super().begin_backward(scale)
+        used = super().begin_backward(scale)
+        if given := [name for name, (p, _) in self._places.items() if self.state.get(p, {}).pop("given", False)]:
+            self._freeze(given, first=not any("inverse" in state for state in self.state.values()))
+        return used
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self.came_with_session(state_dict):
@@ -104,6 +126,10 @@ class FrozenAdamW(CompressedOptimizer):
     def frozen(self) -> bool:
         """Whether the warm-up is over."""
         return bool(self.param_groups[0]["frozen_at"])
+
+    def awaits_freezing(self) -> bool:
+        """Return whether it has a state of `variance_from` that no backward has exchanged so far."""
+        return any("given" in state for state in self.state.values())
 
     def needs_all_buckets(self) -> bool:
         return self.frozen and self.param_groups[0]["max_norm"] is not None
@@ -124,7 +150,7 @@ class FrozenAdamW(CompressedOptimizer):
             if (kept := self.state.get(p, {}).get("inverse")) is not None:
                 total += int(loops.flat(kept)[0].view(torch.uint8).sum(dtype=torch.int64))
         warming = {"parameters that warm up": sorted(self._warming())} if self.frozen else {}
-        return {**super().replicated_state(), **warming, "frozen variance (sum of its bytes)": total}
+        return {"frozen variance (sum of its bytes)": total, **super().replicated_state(), **warming}
 
     def kind(self, name: str) -> object:
         state = self.state.get(self._places[name][0], {})

@@ -12,6 +12,7 @@ from commpress.comm.prologue import Prologue
 from commpress.comm.segments import Segments, sizes
 from commpress.optim import loops
 from commpress.optim.adam import FrozenAdamW
+from commpress.optim.adam_state import AdamState
 from commpress.optim.base import Parameters
 
 KEPT = ("inverse", "exp_avg")
@@ -23,6 +24,8 @@ class OneBitAdamW(FrozenAdamW):
 
     `warmup_steps` of AdamW on mean gradients come first, or as many as it takes until the variance has settled (None: the
     paper's test, every 1 / (1 - beta2) steps). They are exact, unless `warmup_spec` says `int8` or `int4`.
+    Instead of them, `variance_from` takes the state of a run by torch's Adam or AdamW: that optimizer, of the same parameters,
+    or its `state_dict()` (by name where both know names, else in the same order). All is compressed from the first step then.
     Then the variance is frozen; each rank sends, with error feedback, what its momentum over the root of the variance would
     be, and all apply the mean. Replicas hold the same bits.
 
@@ -31,7 +34,7 @@ class OneBitAdamW(FrozenAdamW):
 
     Differs from the paper: what is coded is the momentum over the root of the variance, not the momentum before it; Adam's
     bias is corrected; a single gradient is bounded (`commpress/optim/adam.py` says why). Raises ValueError for a setting
-    out of range.
+    out of range, and for a `variance_from` that does not fit (`commpress/optim/adam_state.py` says when).
     """
 
     def __init__(
@@ -45,8 +48,9 @@ class OneBitAdamW(FrozenAdamW):
         warmup_steps: int | None = None,
         warmup_spec: str = "none",
         max_norm: float | None = None,
+        variance_from: AdamState | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
+        super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm, variance_from)
 
     def _forget(self) -> None:
         super()._forget()

@@ -29,6 +29,7 @@ from commpress.comm.segments import Segments, sizes
 from commpress.notice import warn
 from commpress.optim import loops
 from commpress.optim.adam import SPECS, FrozenAdamW
+from commpress.optim.adam_state import AdamState
 from commpress.optim.base import Parameters
 from commpress.optim.intervals import Growing, Sync, candidates
 from commpress.optim.settings import require_in_range
@@ -41,7 +42,7 @@ class ZeroOneAdamW(FrozenAdamW):
     """AdamW with local steps: each bucket is exchanged every `sync_every` steps, a part of the buckets in every step.
 
     `sync_every` is a number of steps or a `Growing` one; under `auto` it is the most that may be chosen. `warmup_steps`,
-    `warmup_spec`, `max_norm` are as in OneBitAdamW.
+    `warmup_spec`, `max_norm`, `variance_from` are as in OneBitAdamW.
     `refresh_every` is the paper's kappa: the variance goes on learning from mean gradients, exact or by `warmup_spec` as in the
     warm-up, at steps that lie 1, 2, 4, ... apart, kappa times each, as far as they lie behind it; 0 leaves it frozen.
 
@@ -65,12 +66,13 @@ class ZeroOneAdamW(FrozenAdamW):
         warmup_spec: str = "none",
         max_norm: float | None = None,
         refresh_every: int = 0,
+        variance_from: AdamState | None = None,
     ) -> None:
         if isinstance(sync_every, int):
             require_in_range("sync_every", sync_every, 1)
             sync_every = Growing(1, sync_every, sync_every)
         require_in_range("refresh_every", refresh_every, 0)
-        super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm)
+        super().__init__(params, lr, betas, eps, weight_decay, warmup_steps, warmup_spec, max_norm, variance_from)
         for group in [self.defaults, *self.param_groups]:
             group |= {"sync_every": list(vars(sync_every).values()), "refresh_every": refresh_every}
 

@@ -371,6 +371,11 @@ def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -
         )
     if stage > 0 and (not sharded or isinstance(optimizer, EF21Muon)) and engine.zero_elastic_checkpoint():
         return ValueError(f"{name} under ZeRO {stage}: elastic_checkpoint would save a part of its state; leave it out")
+    if sharded and isinstance(optimizer, OneBitAdamW) and optimizer.awaits_freezing():
+        return ValueError(
+            f"variance_from under ZeRO {stage} with parameters=: each rank steps a part of the parameters as one tensor, which "
+            "has no such state; expected warmup_steps, or attach without parameters=, as under ZeRO 0"
+        )
     if sharded and isinstance(optimizer, OneBitAdamW) and optimizer.param_groups[0]["max_norm"] is not None:
         return ValueError(
             f"max_norm {optimizer.param_groups[0]['max_norm']} under ZeRO {stage}: each bucket leaves before the others are "

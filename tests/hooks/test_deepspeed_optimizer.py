@@ -396,6 +396,37 @@ def refused() -> list[str]:
     return found
 
 
+def variance_taken_over(stage: int) -> tuple[set[str], bool, list[Tensor], str]:
+    """The specs of four steps that begin with AdamW's variance; whether all moved; the weights; what sharding says to it."""
+    model = network()
+    source = adamw(model.parameters())
+    for step in range(3):
+        source.zero_grad()
+        x, y = batch(step, 0)
+        nn.functional.cross_entropy(model(x), y).backward()
+        source.step()
+
+    def make(parameters: Iterable[Tensor]) -> OneBitAdamW:
+        return OneBitAdamW(parameters, lr=1e-2, variance_from=source.state_dict())
+
+    e = engine(stage, optimizer=make, model=lambda: copy.deepcopy(model))
+    session = attach(e, "sign")
+    train(e, range(4))
+    moved = not any(same([a], [b]) for a, b in zip(weights(e), model.state_dict().values(), strict=True))
+    refusal = outcome(lambda: attach(engine(2, optimizer=make), "sign", parameters="int4"))
+    return {row.spec for row in session.report().rows if row.sent_bytes}, moved, weights(e), refusal
+
+
+@pytest.mark.parametrize("stage", [slow(0), 2])
+def test_a_variance_of_adamw_is_taken_over_unless_it_would_be_sharded(stage: int) -> None:
+    results = run(RANKS, variance_taken_over, stage, timeout=120)
+    for specs, moved, values, refusal in results:
+        assert specs == {"sign"}
+        assert moved
+        assert same(values, results[0][2])
+        assert "variance_from under ZeRO 2 with parameters=" in refusal
+
+
 def test_what_is_not_possible_says_so() -> None:
     of_ranks = run(RANKS, refused, timeout=120)
     norm, stage, other, parameters, bf16, one_bit_bf16, elastic, copies, another, torchs = of_ranks[0]

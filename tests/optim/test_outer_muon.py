@@ -224,7 +224,8 @@ def skipped_now_and_then() -> int:
 
 
 def test_steps_of_one_optimizer_that_a_scaler_skips_do_not_add_up() -> None:
-    assert run(2, skipped_now_and_then) == [3 * EVERY - 1] * 2  # two halves are one; the first half was a part of the next
+    steps = 3 * EVERY - 1  # two halves are one; the first half was a part of the next
+    assert run(2, skipped_now_and_then) == [steps] * 2
 
 
 def test_an_optimizer_that_no_longer_steps_is_an_error_within_an_interval() -> None:
