@@ -98,7 +98,7 @@ def coded(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [slow("ZeRO 1"), "ZeRO 2", slow("ZeRO 2, bf16")])
 def test_it_is_sharded(name: str) -> None:
     for got in run(RANKS, coded, name, timeout=120):
-        assert got["losses"][1] < 0.8 * got["losses"][0]
+        assert got["losses"][1] < 0.9 * got["losses"][0]
         assert got["agree"]
         assert got["held"] <= 3 * got["flat"] + 10
         assert not any(got["feedback"])
