@@ -27,7 +27,8 @@ from commpress.comm.cost import Cluster, Speed, transfers
 from commpress.comm.error import ErrorWatch
 from commpress.comm.plan import Plan
 from commpress.comm.question import Question
-from commpress.comm.search import BUDGET, PLAIN, Said, Search
+from commpress.comm.said import Said
+from commpress.comm.search import BUDGET, PLAIN, Search
 from commpress.comm.speed import measure
 from commpress.kernels.cpu.slices import cores
 from commpress.notice import warn

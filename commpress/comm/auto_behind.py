@@ -17,7 +17,8 @@ from commpress.comm import cost
 from commpress.comm.auto import Auto
 from commpress.comm.optimizer_hooks import Candidate, OptimizerHooks
 from commpress.comm.plan import Plan
-from commpress.comm.search import PLAIN, Said, Search
+from commpress.comm.said import Said
+from commpress.comm.search import PLAIN, Search
 
 if TYPE_CHECKING:
     from commpress.comm.collectives import Collectives

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 
 from commpress.comm.choice import Choice, Trial
 from commpress.comm.duel import CLOSE, Duel
+from commpress.comm.said import Said, fastest_turns, mean_medians, worst_errors
 
 PLAIN = "none"
 SKIPPED, CHECKED, TIMED = "skipped", "checked", "timed"
@@ -59,8 +60,6 @@ BUDGET = 0.5
 """Distance of a mean from the dense one, as a share of that, which a spec may have; `int4` has about a tenth."""
 RETRY = 300
 """Steps after which a spec that has left the budget is tried again; twice as many each time."""
-
-Said = Mapping[str, object]
 
 
 @dataclass
@@ -201,7 +200,7 @@ class Search:
             self._seconds, self._errors = {}, {}
 
     def _rank(self, everyone: Sequence[Said]) -> None:
-        plain = _agreed(everyone)[PLAIN]
+        plain = mean_medians(everyone)[PLAIN]
         self._predicted = dict(self.predict(everyone, plain))
         others = [s for s in self._predicted if s != PLAIN and self._predicted[s] < HOPELESS * plain]
         others = [s for s in others if self._banned.get(s, 0) <= self.steps]
@@ -229,7 +228,7 @@ class Search:
         self._begin(steps, keep=True)
 
     def _end_round(self, everyone: Sequence[Said]) -> None:
-        turns, self._round = _turns(everyone), self._round + 1
+        turns, self._round = fastest_turns(everyone), self._round + 1
         within = [spec for spec in self._tried if spec not in self._hurt]
         best = min(min(turns[spec]) for spec in within)
         self._tried = [spec for spec in within if min(turns[spec]) < FAR_BEHIND * best]
@@ -248,7 +247,7 @@ class Search:
         """Whether a spec's steps are shorter by as much as is worth it, and whether it was ahead in the rounds."""
         if gentler not in self._tried:
             return True, True  # it is far behind, or has left the budget
-        found, turns = _agreed(everyone), _turns(everyone)
+        found, turns = mean_medians(everyone), fastest_turns(everyone)
         lost = sum(mine >= other for mine, other in zip(turns[spec], turns[gentler], strict=True))
         return found[spec] < WORTH * found[gentler], lost <= len(turns[spec]) // FORGIVEN
 
@@ -269,9 +268,9 @@ class Search:
         return [spec for spec in order[order.index(best) + 1 :] if self._lead(spec, best, everyone) == (True, False)]
 
     def _choose(self, everyone: Sequence[Said]) -> None:
-        found, best = _agreed(everyone), self._best(everyone)
+        found, best = mean_medians(everyone), self._best(everyone)
         names = dict.fromkeys([PLAIN, *self._predicted])
-        errors = _worst(everyone)
+        errors = worst_errors(everyone)
         trials = [Trial(spec, self._predicted.get(spec), found.get(spec), errors.get(spec)) for spec in names]
         same = bool(self.choices) and self.choices[-1].spec == best
         self._patience = 2 * self._patience if same else 1
@@ -323,7 +322,7 @@ class Search:
 
     def _end_bout(self, duel: Duel, everyone: Sequence[Said]) -> None:
         """Count a bout; after the last one the winner is the choice."""
-        if not duel.count(_agreed(everyone)):
+        if not duel.count(mean_medians(everyone)):
             return
         choice, seconds = self.choices[-1], duel.seconds()
         choice.trials = [replace(t, measured=seconds.get(t.spec, t.measured)) for t in choice.trials]
@@ -332,7 +331,7 @@ class Search:
         self._next_duel()
 
     def _look(self, everyone: Sequence[Said]) -> None:
-        choice, errors = self.choices[-1], _worst(everyone)
+        choice, errors = self.choices[-1], worst_errors(everyone)
         choice.trials = [replace(t, error=errors.get(t.spec) if t.error is None else t.error) for t in choice.trials]
         hurt, then = self._beyond(errors), choice.seconds(choice.spec)
         if choice.spec in hurt:
@@ -346,7 +345,7 @@ class Search:
             self._next_duel()
             self._watch(everyone, then)
             return
-        now = _agreed(everyone)[choice.spec]
+        now = mean_medians(everyone)[choice.spec]
         drifted = not then / DRIFT < now < then * DRIFT
         if (drifted and self._looks >= self._patience) or self.steps >= self._next_search:
             self._state, self._since, self._duel = "plain", self.steps, None
@@ -380,32 +379,3 @@ class Search:
         self._next_search = min(self._banned[one] for one in self._hurt)
         self._looks, self._duel = 0, None
         self._watch(everyone, left[spec])
-
-
-def _worst(everyone: Sequence[Said]) -> dict[str, float]:
-    """The largest error by spec that any rank has seen."""
-    found: dict[str, float] = {}
-    for said in everyone:
-        errors = said.get("errors", {})
-        assert isinstance(errors, Mapping)
-        for spec, error in errors.items():
-            found[spec] = error if math.isnan(error) else max(error, found.get(spec, 0.0))
-    return found
-
-
-def _turns(everyone: Sequence[Said]) -> dict[str, list[float]]:
-    """The mean of the ranks' fastest steps of each turn, by spec."""
-    turns: dict[str, list[list[float]]] = {}
-    for said in everyone:
-        mine = said["turns"]
-        assert isinstance(mine, Mapping)
-        for spec, seconds in mine.items():
-            turns.setdefault(spec, []).append(seconds)
-    return {spec: [statistics.fmean(of) for of in zip(*ranks, strict=True)] for spec, ranks in turns.items()}
-
-
-def _agreed(everyone: Sequence[Said]) -> dict[str, float]:
-    """The mean of the ranks' medians, by spec: they wait for each other, so they have nearly the same."""
-    medians = [said["medians"] for said in everyone]
-    assert all(isinstance(mine, Mapping) for mine in medians)
-    return {spec: statistics.fmean(mine[spec] for mine in medians) for spec in medians[0]}  # type: ignore[attr-defined, index]

@@ -29,7 +29,8 @@ from commpress.comm.cost import Speed, transfers
 from commpress.comm.plan import Plan
 from commpress.comm.question import ROOM, Question
 from commpress.comm.rules import Spec
-from commpress.comm.search import PLAIN, Said, Search
+from commpress.comm.said import Said
+from commpress.comm.search import PLAIN, Search
 
 if TYPE_CHECKING:
     from commpress.comm.collectives import Collectives

@@ -18,7 +18,7 @@ under one ZeRO 1 and 2 do what ZeRO 0 does, on every rank. OneBitAdamW can be sh
 owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those. EF21Muon always is: its
 gradients go to the owners by `others_spec`, and when the engine steps, matrices go to one rank each and their updates back.
 
-All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED`) and refuses others. What stands
+All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED` in `refusals`) and refuses others. What stands
 in is in `replicas` (ZeRO 0), `partitions` (1 and 2) and `gathered` (3).
 """
 
@@ -29,16 +29,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from commpress import extras
 from commpress.comm.agreement import agree_on_all
 from commpress.comm.codecs import Codec
 from commpress.comm.collectives import Collectives
 from commpress.comm.joining import follow_default_timeout
-from commpress.comm.meter import dtype_name
 from commpress.comm.plan import SHARDED, Plan, require_flat, sharded_settings, sharded_spec
-from commpress.comm.rules import Spec, is_open, open_refusal
+from commpress.comm.rules import Spec, is_open
 from commpress.comm.search import PLAIN
 from commpress.comm.session import Session
 from commpress.comm.sharded_auto import ShardedAuto, decides
@@ -46,15 +44,13 @@ from commpress.comm.verify import EVERY, require_interval
 from commpress.hooks.deepspeed.auto import follow_steps
 from commpress.hooks.deepspeed.gathered import attach_gathered
 from commpress.hooks.deepspeed.partitions import attach_partitions
+from commpress.hooks.deepspeed.refusals import attach_refusal, gradients_refusal, require_deepspeed
 from commpress.hooks.deepspeed.replicas import attach_replicas
 from commpress.hooks.parameters import bare_parameters, not_taken
 from commpress.notice import speaks
 from commpress.optim import DGC, CompressedOptimizer, EF21Muon, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.advice import advise
 from commpress.optim.sharded_muon import momentum_codec
-
-TESTED = "0.19.8"
-"""The version that this file was tested with; later ones of the same line are taken, too."""
 
 KEYS = ("gradients", "parameters", "exchange", "error_feedback", "verify")
 """Keys of a `commpress` block in a DeepSpeed config."""
@@ -92,7 +88,7 @@ def attach(
     Raises on all ranks: ValueError if a spec is unknown, the ranks differ, or the engine is set up in a way that is not
     supported, TypeError for optimizers of other kinds, RuntimeError for another version of DeepSpeed or a second attach.
     """
-    _require_deepspeed(engine)
+    require_deepspeed(engine)
     stage = int(engine.zero_optimization_stage())
     group, device = engine.seq_data_parallel_group, torch.device(engine.device)
     follow_default_timeout(group, device)
@@ -102,8 +98,8 @@ def attach(
     sharded = stage > 0 and (optimizer is None or isinstance(optimizer, EF21Muon) or one_bit)
     refusal = not_taken("buffers", buffers, "DeepSpeed sends none")
     refusal = refusal or not_taken("grad_scaler", grad_scaler, "an engine scales its losses by itself")
-    refusal = refusal or _refusal(engine, stage, sharded, optimizer, exchange)
-    refusal = refusal or _open_refusal(gradients, stage, sharded, optimizer, exchange, error_feedback)
+    refusal = refusal or attach_refusal(engine, stage, sharded, optimizer, exchange)
+    refusal = refusal or gradients_refusal(gradients, stage, sharded, optimizer, exchange, error_feedback)
     found: Spec | None = None
     by_auto = (False, False)
     plans: tuple[Plan, Plan] | None = None
@@ -252,136 +248,6 @@ def _make_optimizer(name: str, settings: dict[str, Any], parameters: Any) -> Com
 
 
 # --- what is supported -------------------------------------------------------------------------------------------
-
-
-def _require_deepspeed(engine: Any) -> None:
-    """Raises RuntimeError for other versions than those tested, TypeError for what is no engine."""
-    try:
-        import deepspeed
-    except ModuleNotFoundError as error:
-        raise extras.missing("commpress.hooks.deepspeed", error, "deepspeed") from error
-
-    found, expected = _version(deepspeed.__version__), _version(TESTED)
-    if found[:2] != expected[:2] or found < expected:
-        raise RuntimeError(
-            f"commpress.hooks.deepspeed: found DeepSpeed {deepspeed.__version__}, expected {TESTED} or a later "
-            f"{expected[0]}.{expected[1]}.x: what it stands in for is not public, and other versions have it elsewhere"
-        )
-    if not isinstance(engine, deepspeed.DeepSpeedEngine):
-        raise TypeError(f"expected a deepspeed.DeepSpeedEngine, got {type(engine).__name__}")
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in text.split("+")[0].split(".")[:3])
-
-
-def _refusal(
-    engine: Any, stage: int, sharded: bool, optimizer: CompressedOptimizer | None, exchange: str | None
-) -> Exception | None:
-    """Why this rank cannot attach, if it cannot."""
-    if getattr(engine, "commpress", None) is not None:
-        return RuntimeError("commpress.attach: attached already; expected an engine without a session")
-    kind = type(engine.optimizer).__name__
-    scalers = (engine.torch_autocast_z0_gradscaler, getattr(engine.optimizer, "torch_autocast_gradscaler", None))
-    quantised = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
-    unsupported = {
-        "an engine without an optimizer": engine.basic_optimizer is None,
-        "pipeline parallelism": engine.pipeline_parallelism,
-        "mixture of experts": engine.has_moe_layers,
-        "sequence parallelism": engine.sequence_parallel_size > 1,
-        "DeepCompile": engine.is_deepcompile_enabled(),
-        "ZenFlow": bool(engine.zenflow),
-        "DeepSpeed's Muon (commpress.optim.EF21Muon is)": "muon" in type(engine.basic_optimizer).__name__.lower()
-        and not isinstance(engine.basic_optimizer, CompressedOptimizer),
-        "offload of the optimizer or of parameters": _offloads(engine.zero_offload_optimizer())
-        or _offloads(engine.zero_offload_param()),
-        "fp16 (feedback would have to follow its loss scale; bf16 has none)": engine.fp16_enabled()
-        or any(scaler is not None for scaler in scalers),
-        "bf16 with float32 gradient accumulation under ZeRO 1 (ZeRO 2 is)": kind == "BF16_Optimizer",
-        "gradient_allreduce_op other than mean": not engine.gradient_average,
-        "zero_hpz_partition_size above 1": stage == 3 and engine.zero_hpz_partition_size() > 1,
-        **{name: stage == 3 and getattr(engine, name)() for name in quantised},
-    }
-    for what, found in unsupported.items():
-        if found:
-            return ValueError(f"commpress.attach: {what} is not supported")
-    for name, module in engine.module.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
-            return TypeError(
-                f"{name}: {type(module).__name__}(sparse=True) has sparse gradients, expected sparse=False"
-            )
-    for name, p in bare_parameters(engine.module).items():
-        if p.is_complex() and p.requires_grad:
-            return ValueError(
-                f"parameter {name!r} is {dtype_name(p.dtype)}: DeepSpeed steps real parts alone, expected real parameters, or "
-                "DistributedDataParallel"
-            )
-    if exchange is not None and sharded:
-        return ValueError(
-            f"exchange {exchange!r}: ZeRO {stage} sends each part of a gradient to its owner and nowhere else; leave it out"
-        )
-    return None if optimizer is None else _optimizer_refusal(engine, stage, sharded, optimizer)
-
-
-def _open_refusal(
-    gradients: Spec,
-    stage: int,
-    sharded: bool,
-    optimizer: CompressedOptimizer | None,
-    exchange: str | None,
-    error_feedback: bool,
-) -> Exception | None:
-    """Return why gradients cannot go by `auto` or by patterns, if they were asked to and cannot."""
-    if stage and isinstance(gradients, Mapping):
-        return ValueError(
-            f"gradients: patterns decide at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner, as one: "
-            'expected one spec, such as "int4", or "auto"'
-        )
-    refusal = open_refusal(gradients, optimizer, exchange, error_feedback)
-    if refusal is None and sharded and isinstance(optimizer, OneBitAdamW) and is_open(gradients):
-        return TypeError(
-            f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients where it is sharded, as in "
-            'attach(engine, "sign", parameters="int4"), got auto; without parameters= auto chooses behind it'
-        )
-    return refusal
-
-
-def _offloads(settings: Any) -> bool:
-    return settings is not None and str(getattr(settings.device, "value", settings.device)) != "none"
-
-
-def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -> Exception | None:
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, CompressedOptimizer):
-        return TypeError(
-            f"optimizer: expected one of commpress.optim, got {name}; others take what arrives, leave optimizer= out for them"
-        )
-    if optimizer is not engine.basic_optimizer:
-        return ValueError(
-            f"optimizer: the engine steps another {type(engine.basic_optimizer).__name__}, not this {name}"
-        )
-    if stage == 3:
-        return ValueError(
-            f"{name} under ZeRO 3: expected ZeRO 0, 1 or 2; parameters that come and go have no place for it"
-        )
-    if stage > 0 and not sharded and engine.bfloat16_enabled():
-        return ValueError(
-            f"{name} under ZeRO {stage} with bf16: every rank steps all parameters, of which DeepSpeed gives it a part in "
-            "float32; expected a float32 model, or OneBitAdamW with parameters='int4' or so, which is sharded"
-        )
-    if stage > 0 and (not sharded or isinstance(optimizer, EF21Muon)) and engine.zero_elastic_checkpoint():
-        return ValueError(f"{name} under ZeRO {stage}: elastic_checkpoint would save a part of its state; leave it out")
-    if sharded and isinstance(optimizer, OneBitAdamW) and optimizer.awaits_freezing():
-        return ValueError(
-            f"variance_from under ZeRO {stage} with parameters=: each rank steps a part of the parameters as one tensor, which "
-            "has no such state; expected warmup_steps, or attach without parameters=, as under ZeRO 0"
-        )
-    if sharded and isinstance(optimizer, OneBitAdamW) and optimizer.param_groups[0]["max_norm"] is not None:
-        return ValueError(
-            f"max_norm {optimizer.param_groups[0]['max_norm']} under ZeRO {stage}: each bucket leaves before the others are "
-            "known; expected None. DeepSpeed's gradient_clipping clips in the warm-up"
-        )
-    return None
 
 
 def _plans(

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from commpress.comm.search import LATEST, LOOK, PLAIN, Said, Search
+from commpress.comm.said import Said
+from commpress.comm.search import LATEST, LOOK, PLAIN, Search
 
 SPECS = (PLAIN, "bf16", "int8", "int4")
 Seconds = Callable[[str, int], float]

@@ -1,0 +1,145 @@
+"""Why an engine of DeepSpeed, an optimizer or a spec cannot be attached, if it cannot."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from commpress import extras
+from commpress.comm.meter import dtype_name
+from commpress.comm.rules import Spec, is_open, open_refusal
+from commpress.hooks.parameters import bare_parameters
+from commpress.optim import CompressedOptimizer, EF21Muon, OneBitAdamW
+
+TESTED = "0.19.8"
+"""The version that this file was tested with; later ones of the same line are taken, too."""
+
+
+def require_deepspeed(engine: Any) -> None:
+    """Raises RuntimeError for other versions than those tested, TypeError for what is no engine."""
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        raise extras.missing("commpress.hooks.deepspeed", error, "deepspeed") from error
+
+    found, expected = _version(deepspeed.__version__), _version(TESTED)
+    if found[:2] != expected[:2] or found < expected:
+        raise RuntimeError(
+            f"commpress.hooks.deepspeed: found DeepSpeed {deepspeed.__version__}, expected {TESTED} or a later "
+            f"{expected[0]}.{expected[1]}.x: what it stands in for is not public, and other versions have it elsewhere"
+        )
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise TypeError(f"expected a deepspeed.DeepSpeedEngine, got {type(engine).__name__}")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in text.split("+")[0].split(".")[:3])
+
+
+def attach_refusal(
+    engine: Any, stage: int, sharded: bool, optimizer: CompressedOptimizer | None, exchange: str | None
+) -> Exception | None:
+    """Why this rank cannot attach, if it cannot."""
+    if getattr(engine, "commpress", None) is not None:
+        return RuntimeError("commpress.attach: attached already; expected an engine without a session")
+    kind = type(engine.optimizer).__name__
+    scalers = (engine.torch_autocast_z0_gradscaler, getattr(engine.optimizer, "torch_autocast_gradscaler", None))
+    quantised = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+    unsupported = {
+        "an engine without an optimizer": engine.basic_optimizer is None,
+        "pipeline parallelism": engine.pipeline_parallelism,
+        "mixture of experts": engine.has_moe_layers,
+        "sequence parallelism": engine.sequence_parallel_size > 1,
+        "DeepCompile": engine.is_deepcompile_enabled(),
+        "ZenFlow": bool(engine.zenflow),
+        "DeepSpeed's Muon (commpress.optim.EF21Muon is)": "muon" in type(engine.basic_optimizer).__name__.lower()
+        and not isinstance(engine.basic_optimizer, CompressedOptimizer),
+        "offload of the optimizer or of parameters": _offloads(engine.zero_offload_optimizer())
+        or _offloads(engine.zero_offload_param()),
+        "fp16 (feedback would have to follow its loss scale; bf16 has none)": engine.fp16_enabled()
+        or any(scaler is not None for scaler in scalers),
+        "bf16 with float32 gradient accumulation under ZeRO 1 (ZeRO 2 is)": kind == "BF16_Optimizer",
+        "gradient_allreduce_op other than mean": not engine.gradient_average,
+        "zero_hpz_partition_size above 1": stage == 3 and engine.zero_hpz_partition_size() > 1,
+        **{name: stage == 3 and getattr(engine, name)() for name in quantised},
+    }
+    for what, found in unsupported.items():
+        if found:
+            return ValueError(f"commpress.attach: {what} is not supported")
+    for name, module in engine.module.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            return TypeError(
+                f"{name}: {type(module).__name__}(sparse=True) has sparse gradients, expected sparse=False"
+            )
+    for name, p in bare_parameters(engine.module).items():
+        if p.is_complex() and p.requires_grad:
+            return ValueError(
+                f"parameter {name!r} is {dtype_name(p.dtype)}: DeepSpeed steps real parts alone, expected real parameters, or "
+                "DistributedDataParallel"
+            )
+    if exchange is not None and sharded:
+        return ValueError(
+            f"exchange {exchange!r}: ZeRO {stage} sends each part of a gradient to its owner and nowhere else; leave it out"
+        )
+    return None if optimizer is None else _optimizer_refusal(engine, stage, sharded, optimizer)
+
+
+def gradients_refusal(
+    gradients: Spec,
+    stage: int,
+    sharded: bool,
+    optimizer: CompressedOptimizer | None,
+    exchange: str | None,
+    error_feedback: bool,
+) -> Exception | None:
+    """Return why gradients cannot go by `auto` or by patterns, if they were asked to and cannot."""
+    if stage and isinstance(gradients, Mapping):
+        return ValueError(
+            f"gradients: patterns decide at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner, as one: "
+            'expected one spec, such as "int4", or "auto"'
+        )
+    refusal = open_refusal(gradients, optimizer, exchange, error_feedback)
+    if refusal is None and sharded and isinstance(optimizer, OneBitAdamW) and is_open(gradients):
+        return TypeError(
+            f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients where it is sharded, as in "
+            'attach(engine, "sign", parameters="int4"), got auto; without parameters= auto chooses behind it'
+        )
+    return refusal
+
+
+def _offloads(settings: Any) -> bool:
+    return settings is not None and str(getattr(settings.device, "value", settings.device)) != "none"
+
+
+def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -> Exception | None:
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, CompressedOptimizer):
+        return TypeError(
+            f"optimizer: expected one of commpress.optim, got {name}; others take what arrives, leave optimizer= out for them"
+        )
+    if optimizer is not engine.basic_optimizer:
+        return ValueError(
+            f"optimizer: the engine steps another {type(engine.basic_optimizer).__name__}, not this {name}"
+        )
+    if stage == 3:
+        return ValueError(
+            f"{name} under ZeRO 3: expected ZeRO 0, 1 or 2; parameters that come and go have no place for it"
+        )
+    if stage > 0 and not sharded and engine.bfloat16_enabled():
+        return ValueError(
+            f"{name} under ZeRO {stage} with bf16: every rank steps all parameters, of which DeepSpeed gives it a part in "
+            "float32; expected a float32 model, or OneBitAdamW with parameters='int4' or so, which is sharded"
+        )
+    if stage > 0 and (not sharded or isinstance(optimizer, EF21Muon)) and engine.zero_elastic_checkpoint():
+        return ValueError(f"{name} under ZeRO {stage}: elastic_checkpoint would save a part of its state; leave it out")
+    if sharded and isinstance(optimizer, OneBitAdamW) and optimizer.awaits_freezing():
+        return ValueError(
+            f"variance_from under ZeRO {stage} with parameters=: each rank steps a part of the parameters as one tensor, which "
+            "has no such state; expected warmup_steps, or attach without parameters=, as under ZeRO 0"
+        )
+    if sharded and isinstance(optimizer, OneBitAdamW) and optimizer.param_groups[0]["max_norm"] is not None:
+        return ValueError(
+            f"max_norm {optimizer.param_groups[0]['max_norm']} under ZeRO {stage}: each bucket leaves before the others are "
+            "known; expected None. DeepSpeed's gradient_clipping clips in the warm-up"
+        )
+    return None
