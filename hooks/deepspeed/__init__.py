@@ -18,8 +18,8 @@ under one ZeRO 1 and 2 do what ZeRO 0 does, on every rank. OneBitAdamW can be sh
 owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those. EF21Muon always is: its
 gradients go to the owners by `others_spec`, and when the engine steps, matrices go to one rank each and their updates back.
 
-All of these are DeepSpeed's own and may change; so this knows one line of versions (`TESTED` in `refusals`) and refuses others. What stands
-in is in `replicas` (ZeRO 0), `partitions` (1 and 2) and `gathered` (3).
+All of these are DeepSpeed's own and may change; so this knows one line of versions and refuses others (`refusals`). What
+stands in is in `replicas` (ZeRO 0), `partitions` (1 and 2) and `gathered` (3).
 """
 
 import copy
