@@ -27,6 +27,7 @@ SPECS = (
     "int2",
     "sign",
     "topk(0.1)|int4",
+    "topk(0.1)|sign",
     "topk(0.01)",
     "topk(0.01)|int4",
     "topk(0.001)|int4",
