@@ -4,8 +4,11 @@ It knows no framework and sends nothing by itself: its `Collectives` do. The hoo
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -351,14 +354,27 @@ class Session:
         }
 
     def _share_factors(self, memories: list[Memories]) -> None:
-        """Give the factors that rank 0 has, as all have that have saved, to those that go on without a state. Collective."""
-        kept = [[[[name, q.cpu()] for name, q in one.get("factors", ())] for one in buckets] for buckets in memories]
-        said = [kept]
-        source = dist.get_global_rank(self.collectives[0].group, 0)
-        dist.broadcast_object_list(said, source, group=self.collectives[0].group, device=self.device)
-        for buckets, found in zip(memories, said[0], strict=True):
-            for bucket, factors in zip(buckets, found, strict=True):
-                bucket["factors"] = factors
+        """Give the factors that rank 0 has, as all have that have saved, to those that go on without a state. Collective.
+
+        Their names and shapes travel as JSON, their values as float32: nothing that runs code when it is read.
+        """
+        send = partial(_from_first, group=self.collectives[0].group)
+        kept = [[one.get("factors", ()) for one in buckets] for buckets in memories]
+        layout = json.dumps(
+            [[[[name, list(q.shape)] for name, q in of] for of in buckets] for buckets in kept]
+        ).encode()
+        length = send(torch.tensor([len(layout)], dtype=torch.int64, device=self.device), 1)
+        text = send(torch.tensor(list(layout), dtype=torch.uint8, device=self.device), int(length))
+        shapes = json.loads(bytes(text.tolist()))
+        values = [q.reshape(-1).to(self.device) for buckets in kept for of in buckets for _, q in of]
+        n = sum(prod(shape) for buckets in shapes for of in buckets for _, shape in of)
+        flat, at = send(torch.cat([torch.empty(0, dtype=torch.float32, device=self.device), *values]), n), 0
+        for buckets, found in zip(memories, shapes, strict=True):
+            for bucket, of in zip(buckets, found, strict=True):
+                bucket["factors"] = []
+                for name, shape in of:
+                    bucket["factors"].append([name, flat[at : at + prod(shape)].view(shape).cpu()])
+                    at += prod(shape)
 
     def _mean_of_own(self, mine: list[Any], saved: int) -> Any:
         """Return what an optimizer has of its own on a rank, as the mean over all that have saved. Collective."""
@@ -373,3 +389,11 @@ class Session:
                 dist.all_reduce(total, group=self.collectives[0].group)
                 kept[key] = total / saved
         return mean
+
+
+def _from_first(x: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
+    """Return the `n` values of x, in one dimension, that the first rank of a group has. Collective."""
+    found = x if dist.get_rank(group) == 0 else torch.empty(n, dtype=x.dtype, device=x.device)
+    if n:
+        dist.broadcast(found, dist.get_global_rank(group, 0), group=group)
+    return found

@@ -21,7 +21,7 @@ from commpress.comm.segments import Segment, Segments
 
 @dataclass
 class Version:
-    """What all ranks have of the shards that are gathered together. One that was not sent yet is empty."""
+    """The copy that all ranks have of shards that are gathered together; empty as long as none was sent."""
 
     values: Tensor | None = None
     """All ranks' shards, [W * m], in two bytes a value; None if no rank has those of others."""

@@ -161,7 +161,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     @property
     def masks(self) -> MaskIndex:
-        """What the session lets travel of each parameter, by name."""
+        """The index of the values that travel, by parameter: of all of them where no masks are set."""
         return MaskIndex() if self._withheld is None else self._withheld[0].masks
 
     def step_alone(self) -> None:

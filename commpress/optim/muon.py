@@ -266,7 +266,7 @@ class EF21Muon(CompressedOptimizer):
         return state["momentum_buffer"]  # type: ignore[no-any-return]
 
     def _moves(self, matrices: Updates) -> list[Move]:
-        """What has arrived of matrices. Behind other masks than before the estimates are pruned."""
+        """Return the moves of these matrices that have arrived, and prune the estimates of those whose masks are new."""
         masks = self.masks
         moves = {name: Move(p, group, moved, masks.places(name)) for name, (p, group, moved) in matrices.items()}
         for name, one in moves.items():

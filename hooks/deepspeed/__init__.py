@@ -135,12 +135,17 @@ def attach(
         holds = str(settings["parameters"])
         engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, momentum, holds, verify)
     if optimizer is None:
-        stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
-        stepped = stepped or engine.optimizer.fp32_partitioned_groups_flat
-        buffer = engine.commpress.step_buffer
-        for codec in {plans[0].codec} if buffer is None or buffer.rules is None else buffer.rules.lossy:
-            advise(codec, set(stepped), speaks(group))
+        _advise(engine, plans[0].codec, speaks(group))
     return engine.commpress  # type: ignore[no-any-return]
+
+
+def _advise(engine: Any, codec: Codec, speaks: bool) -> None:
+    """Warn of a spec that costs the loss under the optimizer that the engine steps with."""
+    stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    stepped = stepped or engine.optimizer.fp32_partitioned_groups_flat
+    buffer = engine.commpress.step_buffer
+    for one in {codec} if buffer is None or buffer.rules is None else buffer.rules.lossy:
+        advise(one, set(stepped), speaks)
 
 
 def _shard(

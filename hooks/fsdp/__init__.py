@@ -94,11 +94,8 @@ def attach(
             by_auto = decides(gradients, parameters)
             if by_auto[0]:
                 _require_one_mesh(held)
-            plan = plans(
-                PLAIN if by_auto[0] else gradients,
-                PLAIN if by_auto[1] or parameters is None else parameters,
-                error_feedback,
-            )
+            specs = (PLAIN if by_auto[0] else gradients, PLAIN if by_auto[1] or parameters is None else parameters)
+            plan = plans(*specs, error_feedback)
             require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error
@@ -108,9 +105,7 @@ def attach(
     settings: dict[str, object] = {"parameters": f"{described} in {len(held)} modules"}
     settings |= {"scaler": grad_scaler is not None, "verify": verify}
     settings |= {"optimizer": None if optimizer is None else type(optimizer).__name__, "momentum": str(momentum)}
-    if plan is not None:
-        settings |= {"gradients' plan": plan[0].settings(), "parameters' plan": plan[1].settings()}
-        settings |= {"by auto": [role for role, auto in zip(("gradients", "parameters"), by_auto, strict=True) if auto]}
+    settings |= _planned(plan, by_auto)
     agree_on_all(settings, [*inner.values(), *outer.values()], device, refusal)
 
     make = partial(
@@ -118,26 +113,41 @@ def attach(
     )
     shards = {who: make(group) for who, group in inner.items()}
     replicas = {who: make(group) for who, group in outer.items()}
-    auto = None
-    if by_auto[0]:
-        own = [shards[ranks(held[0].shard_groups[0])], *replicas.values()]
-        dtypes = {dtype for unit in held for dtype in unit.dtypes}
-        auto = ShardedAuto([*shards.values(), *replicas.values()], own, error_feedback, by_auto[1], dtypes)
+    first, dtypes = shards[ranks(held[0].shard_groups[0])], {dtype for unit in held for dtype in unit.dtypes}
+    own, of_all = [first, *replicas.values()], [*shards.values(), *replicas.values()]
+    auto = ShardedAuto(of_all, own, error_feedback, by_auto[1], dtypes) if by_auto[0] else None
     if optimizer is not None and momentum is not None:
-        muon.shard(optimizer, shards[ranks(held[0].shard_groups[0])], held, momentum)
-    for unit in held:
-        unit.module.set_custom_all_gather(Gather(shards, unit, auto))
-        unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit, auto))
-        unit.follow()
-        if unit.replica_group is not None:
-            unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit, auto))
-
+        muon.shard(optimizer, first, held, momentum)
+    _stand_in(held, shards, replicas, auto)
     saved = sharded_settings(plan[0], plan[1], described, by_auto, momentum)
     spec = sharded_spec(plan[0], plan[1], by_auto, momentum)
     session = _session(held, shards, replicas, spec, saved, auto, optimizer)
     _watch(model, session, auto)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
     return session
+
+
+def _planned(plan: Any, by_auto: tuple[bool, bool]) -> dict[str, object]:
+    """What must be alike of the plans of gradients and parameters; nothing where this rank has none."""
+    if plan is None:
+        return {}
+    chosen = [role for role, auto in zip(("gradients", "parameters"), by_auto, strict=True) if auto]
+    return {"gradients' plan": plan[0].settings(), "parameters' plan": plan[1].settings(), "by auto": chosen}
+
+
+def _stand_in(
+    held: list[Unit],
+    shards: dict[tuple[int, ...], Collectives],
+    replicas: dict[tuple[int, ...], Collectives],
+    auto: ShardedAuto | None,
+) -> None:
+    """Have FSDP call these collectives in place of its own."""
+    for unit in held:
+        unit.module.set_custom_all_gather(Gather(shards, unit, auto))
+        unit.module.set_custom_reduce_scatter(Reduce(shards[ranks(unit.shard_groups[0])], unit, auto))
+        unit.follow()
+        if unit.replica_group is not None:
+            unit.replace_replica_group(Replicas(replicas[ranks(unit.replica_group)], unit, auto))
 
 
 def _session(

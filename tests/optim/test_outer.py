@@ -234,22 +234,28 @@ def test_the_report_has_the_bytes_against_those_of_ddp_in_the_same_steps() -> No
     assert report.roles["outer"]["sent_bytes"] == report.sent_bytes
 
 
-def interrupted_at(spec: str, settings: dict[str, Any], places: list[int]) -> list[int]:
-    """The places after which a run that went on in new objects is another than the one without a break."""
+def interrupted_at(
+    spec: str,
+    settings: dict[str, Any],
+    places: list[int],
+    started: Callable[..., Any] = started,
+    kept: Callable[..., list[Tensor]] = lambda model, optimizer: parameters_of(model),
+) -> list[int]:
+    """The places after which a run that went on in new objects has `kept` something else than the one without a break."""
     model, optimizer, outer = started(spec, **settings)
     saved = {}
     for step in range(STEPS):
         if step in places:
             saved[step] = copy.deepcopy((model.state_dict(), optimizer.state_dict(), outer.state_dict()))
         take_steps(model, optimizer, range(step, step + 1))
-    whole, wrong = parameters_of(model), []
+    whole, wrong = kept(model, optimizer), []
     for at, state in saved.items():
         model, optimizer, outer = started(spec, seed=7, **settings)
         model.load_state_dict(state[0])
         optimizer.load_state_dict(state[1])
         outer.load_state_dict(state[2])
         take_steps(model, optimizer, range(at, STEPS))
-        if not same(whole, parameters_of(model)):
+        if not same(whole, kept(model, optimizer)):
             wrong.append(at)
     return wrong
 

@@ -1,7 +1,6 @@
 """Muon under local SGD and DiLoCo: EF21Muon steps as torch's Muon and AdamW do, and keeps its momentum to itself."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from test_muon import distance, in_float32
-from test_outer import EVERY, STEPS, Reference, take_steps
+from test_outer import EVERY, STEPS, Reference, interrupted_at, take_steps
 from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -140,31 +139,16 @@ def test_a_sync_leaves_each_rank_its_own_momentum() -> None:
         assert same(before, after)
 
 
-def interrupted_at(spec: str, settings: dict[str, Any], places: Sequence[int]) -> list[int]:
-    """The places after which a run that went on in new objects is another than the one without a break."""
-    model, optimizer, outer = started(spec, **settings)
-    saved = {}
-    for step in range(STEPS):
-        if step in places:
-            saved[step] = copy.deepcopy((model.state_dict(), optimizer.state_dict(), outer.state_dict()))
-        take_steps(model, optimizer, range(step, step + 1))
-    whole, wrong = (parameters_of(model), momenta(optimizer)), []
-    for at, state in saved.items():
-        model, optimizer, outer = started(spec, seed=7, **settings)
-        model.load_state_dict(state[0])
-        optimizer.load_state_dict(state[1])
-        outer.load_state_dict(state[2])
-        take_steps(model, optimizer, range(at, STEPS))
-        if not same(whole[0], parameters_of(model)) or not same(whole[1], momenta(optimizer)):
-            wrong.append(at)
-    return wrong
+def interrupted(spec: str, settings: dict[str, Any], places: list[int]) -> list[int]:
+    """The places after which a run that went on in new objects ends with other parameters or momenta."""
+    return interrupted_at(spec, settings, places, started, lambda model, by: [*parameters_of(model), *momenta(by)])
 
 
 @pytest.mark.parametrize(
     ("spec", "settings"), [("sign", {}), ("topk(0.1)|sign", {"fragments": 2, "delay": 2})], ids=str
 )
 def test_resumes_bit_for_bit(spec: str, settings: dict[str, Any]) -> None:
-    assert run(2, interrupted_at, spec, settings, [3, 6, 9]) == [[], []]
+    assert run(2, interrupted, spec, settings, [3, 6, 9]) == [[], []]
 
 
 def refused(case: str) -> str:
