@@ -1,8 +1,8 @@
 """Which of several specs makes the shortest steps: tried in turns, decided by what all ranks have measured, looked at again.
 
-    none  not counted | none | A B none | A B none | A B none | A ................ | A ................ ...
-                             ^ ranked   ^ one is far          ^ chosen             ^ the ranks look: are the steps still
-                                          behind: dropped                            as long as they were? Else from `none` on
+    none  not counted | none A B | none A B | none A B | A ................ | A ................ ...
+                           ^ ranked        ^ one is far     ^ chosen             ^ the ranks look: are the steps still
+                                             behind: dropped                       as long as they were? Else from `none` on
 
 On a noisy machine a median of a few steps decides nothing between specs that lie close together. So a spec takes the place of a
 gentler one only if it was ahead in each round (one may fail out of five). If that is still open, further rounds follow. A spec
@@ -204,7 +204,7 @@ class Search:
         self._predicted = dict(self.predict(everyone, plain))
         others = [s for s in self._predicted if s != PLAIN and self._predicted[s] < HOPELESS * plain]
         others = [s for s in others if self._banned.get(s, 0) <= self.steps]
-        self._tried = [*sorted(others, key=lambda s: (not self._may_be_worth(s), self._predicted[s]))[:MOST], PLAIN]
+        self._tried = [PLAIN, *sorted(others, key=lambda s: (not self._may_be_worth(s), self._predicted[s]))[:MOST]]
         self._longest = max(map(self.period, self._tried))
         self._round, self._hurt = 0, {}
         if len(self._tried) == 1:
@@ -222,7 +222,7 @@ class Search:
     def _next_round(self) -> None:
         timed = [TIMED] * (TURN - 1)
         steps = []
-        for spec in self._tried:
+        for spec in self._tried if self._round else self._tried[1:]:  # the plain steps were the first turn of `none`
             first = [SKIPPED, CHECKED] if self._round == 0 and spec != PLAIN else [SKIPPED]
             steps += [(spec, kind) for kind in (*first, *timed)]
         self._begin(steps, keep=True)
@@ -235,7 +235,7 @@ class Search:
         still_open = self._round < ROUNDS
         if not still_open:  # only those between which nothing is decided go on
             contenders = [self._best(everyone), *self._ahead_by_median(everyone)]
-            ends = self.steps - self._since + TURN * sum(map(self.period, contenders))
+            ends = self.steps - self._since + TURN * sum(map(self.period, contenders)) + 1  # the ranks tell each other
             still_open = len(contenders) > 1 and ends <= LATEST * self._longest
             self._tried = [spec for spec in self._tried if spec in contenders] if still_open else self._tried
         if still_open and len(self._tried) > 1:
