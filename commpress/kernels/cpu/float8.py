@@ -53,11 +53,11 @@ def _code(y, shift, half, change, first, magic, zero):
 def _value(byte, form):
     """Return the value of a byte in a block of scale 1: float16 has the exponent's width of e5m2, and the denormals of both."""
     if CONVERTS_HALVES:
-        shift, code = form[0], np.int32(byte)
-        sign = np.int32(np.int32(code & np.int32(128)) << np.int32(8))
-        magnitude = np.int32(np.int32(code & np.int32(127)) << np.int32(shift - np.int32(13)))
+        shift = np.int32(form[0] - np.int32(13))
+        kept = np.int32(np.int32(127 << shift) | np.int32(0x8000))
+        spread = np.int32(np.int32(np.int8(byte)) << shift)  # the sign in all bits above the magnitude's
         unit = np.float32(2.0 ** (form[1] - 112))
-        return np.float32(from_float16(np.uint32(magnitude | sign)) * unit)
+        return np.float32(from_float16(np.uint32(spread & kept)) * unit)
     return _value_by_bits(byte, form)
 
 
