@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from commpress.comm import factors
+from commpress.comm.fingerprint import fingerprint_on_device
 from commpress.comm.masks_index import pack, unpack
 from commpress.comm.prologue import Prologue
 from commpress.model.loops import count_pruned, keep_
@@ -137,6 +138,16 @@ def masks_passes(n: int, device: torch.device) -> list[Pass]:
             Pass("count_pruned", lambda x=x: count_pruned(x, kept), [x], n + size * n, True, name),
         ]
     return made
+
+
+def fingerprint_pass(n: int, device: torch.device) -> Pass:
+    """The hash of n values that stays on their device."""
+    x, hashed = normal(n, 16, device), torch.zeros((), dtype=torch.int64, device=device)
+
+    def run() -> None:
+        hashed.copy_(fingerprint_on_device(x))
+
+    return Pass("fingerprint", run, [hashed], x.nbytes, True)
 
 
 def factors_passes(n: int, device: torch.device) -> list[Pass]:

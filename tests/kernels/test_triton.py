@@ -93,7 +93,7 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    of_codecs, passes = 9 * 4 + 2 * 7 + 17 + 6 + 41, 15  # 16-bit casts have no recode; of randomk 17, rotate 6, topk 41
+    of_codecs, passes = 9 * 4 + 2 * 7 + 17 + 6 + 41, 17  # 16-bit casts have no recode; of randomk 17, rotate 6, topk 41
     of_factors = 3 * (2 + 1 + 2 * 2) + 1  # for each width; an expansion looks at its factors first
     assert len(rows) == of_codecs + passes + of_factors
     for row in rows:

@@ -30,6 +30,7 @@ from commpress.comm.prologue import Prologue
 from commpress.kernels.triton import (
     cast,
     elias_fano,
+    fingerprint,
     float8,
     integer,
     launch,
@@ -192,6 +193,8 @@ def passes(n: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "keep", partial(model.keep, x, kept)
     yield "keep of bfloat16", partial(model.keep, halves, kept)
     yield "count_pruned", partial(model.count_pruned, x, kept)
+    yield "fingerprint", partial(fingerprint.fingerprint, x.view(torch.int32))
+    yield "fingerprint of bfloat16", partial(fingerprint.fingerprint, halves.view(torch.int16))
     yield "pack", partial(masks.pack, x, index, x)
     yield "unpack", partial(masks.unpack, x, index, x)
 

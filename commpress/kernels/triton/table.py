@@ -5,6 +5,7 @@ from functools import partial
 from commpress.kernels.table import Kernel
 from commpress.kernels.triton import (
     cast,
+    fingerprint,
     float8,
     integer,
     low_rank,
@@ -52,6 +53,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("orthonormalize", "powersgd", "cuda"): Kernel(low_rank.orthonormalize),
     ("project_back", "powersgd", "cuda"): Kernel(low_rank.project_back),
     ("expand", "powersgd", "cuda"): Kernel(low_rank.expand),
+    ("fingerprint", None, "cuda"): Kernel(fingerprint.fingerprint, dtypes=None),
     ("prologue", None, "cuda"): Kernel(prologue.apply),
     ("pack", None, "cuda"): Kernel(masks.pack, dtypes=None),
     ("unpack", None, "cuda"): Kernel(masks.unpack, dtypes=None),
