@@ -9,7 +9,7 @@ from commpress.launch.records import Record
 from commpress.launch.sections.html import figure, table
 
 COLUMNS = ("trial", "choice", "quality", "size")
-STATES = {"done": "tried", "pruned": "given up early", "failed": "without a finite quality"}
+STATES = {"done": "judged to the end", "pruned": "given up early", "failed": "without a finite quality"}
 """What a trial's state is called."""
 
 

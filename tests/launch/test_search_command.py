@@ -77,7 +77,7 @@ def test_it_prints_the_front_and_leaves_a_record_and_a_picture(place: Path) -> N
     code, out, err = searched("--trials", 10, "--finalists", 2)
     assert (code, err) == (0, "")
     assert "trial 10/10" in out
-    assert "tpe looked for the front of quality and size: 10 trials, 10 tried." in out
+    assert "tpe looked for the front of quality and size: 10 trials, 10 judged to the end." in out
     found = record()
     assert len(found["rows"]) == 10
     assert len(found["finals"]) == 2
@@ -168,6 +168,14 @@ def test_what_cannot_be_is_a_sentence(place: Path, flags: tuple[object, ...], wo
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert words in err
+
+
+def test_without_optuna_it_names_the_extra(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    done = searched()
+    assert done.code == 1
+    assert done.err.endswith(": found no optuna, expected it; pip install 'commpress[search]'\n")
+    assert not (place / "found").exists()
 
 
 def test_without_a_space() -> None:
