@@ -31,6 +31,7 @@ from commpress.launch.predictions import require, say, show
 from commpress.launch.records import SEARCHED, Record
 from commpress.launch.run_record import default_threads
 from commpress.launch.runtime import TrainingError, same_error_on_all_ranks, together
+from commpress.notice import global_rank
 
 try:
     from commpress.launch import command_line, report
@@ -70,8 +71,13 @@ class Search:
     """Folder for trials, search.json, front.html. Who has the same one shares the search."""
 
     def run(self) -> None:
-        """Search and print. Ends the program with code 1 and a sentence on all ranks if that cannot be."""
-        runtime.run_on_all_ranks(self.search)
+        """Search and print. Ends the program with code 1 and a sentence on all ranks if that cannot be, with 130 on Ctrl-C."""
+        try:
+            runtime.run_on_all_ranks(self.search)
+        except KeyboardInterrupt:
+            if global_rank() == 0:
+                print(f"stopped; the same command goes on with the trials in {self.out}", file=sys.stderr)
+            sys.exit(130)
 
     def search(self) -> None:
         """Search on all ranks, print on rank 0. Collective. Raises TrainingError on all ranks."""

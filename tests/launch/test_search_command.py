@@ -40,6 +40,15 @@ def broken():
     return Problem(SPACE, breaks, size)
 
 
+def interrupted():
+    def stops(trial):
+        if trial.number == 3:
+            raise KeyboardInterrupt
+        return quality(trial)
+
+    return Problem(SPACE, stops, size)
+
+
 def hopeless():
     return Problem(SPACE, lambda trial: math.nan, size)
 
@@ -107,6 +116,14 @@ def test_the_same_command_goes_on_and_h_says_which_is_best(place: Path) -> None:
     assert code == 1
     assert err.count("\n") == 1
     assert "found: the search there has seed 3, this one 4" in err
+
+
+def test_ctrl_c_loses_the_trial_under_way_alone(place: Path) -> None:
+    code, _, err = searched("--trials", 9, problem="interrupted")
+    assert (code, err) == (130, "stopped; the same command goes on with the trials in found\n")
+    done = searched("--trials", 9)
+    assert done.code == 0
+    assert done.out.startswith("trial 3/9")
 
 
 def test_all_choices(place: Path) -> None:
