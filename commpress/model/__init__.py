@@ -1,4 +1,4 @@
-"""Making a model small while it trains: pruning, quantisation-aware training and distillation."""
+"""Making a model small while it trains: pruning, quantisation-aware training, distillation and search."""
 
 from commpress import extras
 
@@ -6,6 +6,7 @@ try:
     from commpress.model.recipe import Recipe, RecipeError
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.model", error, "model") from error
+from commpress.model import search
 from commpress.model.schedule import Scheduler, prepare
 
-__all__ = ["Recipe", "RecipeError", "Scheduler", "prepare"]
+__all__ = ["Recipe", "RecipeError", "Scheduler", "prepare", "search"]
