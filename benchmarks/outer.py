@@ -77,6 +77,7 @@ WAYS = (
     muon("topk(0.1)|sign", 30),
     muon("topk(0.1)|sign", 90),
     muon("sign", 150),
+    muon("rotate|sign", 150),
     muon("topk(0.03)|int2", 40),
     muon("sign", 30, fragments=4, delay=5),
 )
