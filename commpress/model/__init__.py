@@ -6,6 +6,7 @@ try:
     from commpress.model.recipe import Recipe, RecipeError
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.model", error, "model") from error
+from commpress.model.export import Exported, export
 from commpress.model.schedule import Scheduler, prepare
 
-__all__ = ["Recipe", "RecipeError", "Scheduler", "prepare"]
+__all__ = ["Exported", "Recipe", "RecipeError", "Scheduler", "export", "prepare"]
