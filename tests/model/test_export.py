@@ -1,5 +1,7 @@
 """Export: one call, a file a format and what it computes; the model stays as it was, and errors come before files."""
 
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,13 @@ from commpress.model.export import FORMATS, parts
 from commpress.model.quantization import Quantization
 
 X = torch.randn(4, 32)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "export.md"
+BLOCKS_IN_A_FOLDER = """
+import sys
+for block in sys.argv[1:]:
+    exec(compile(block, "<block>", "exec"), names := {"__name__": "__main__"})
+    assert "logits" not in names or names["logits"].shape == (5, 10)
+"""
 
 
 def small() -> nn.Module:
@@ -137,6 +146,18 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ModuleNotFoundError, match=r"export to onnx: found no onnxruntime, .*'commpress\[export\]'"):
         export(small(), tmp_path, formats=("onnx",), example_inputs=(X,))
+
+
+@pytest.mark.slow
+def test_the_document_exports_and_loads(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    text = DOCUMENT.read_text()
+    toml, *rest = re.findall(r"```(?:toml|python)\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "recipe.toml").write_text(toml)
+    first, *loads = rest
+    assert len(loads) == 2
+    for blocks in ([first], *([each] for each in loads)):  # what loads has imported nothing of ours
+        subprocess.run([sys.executable, "-c", BLOCKS_IN_A_FOLDER, *blocks], check=True, timeout=200, cwd=tmp_path)
 
 
 def test_every_format_is_a_file_of_its_own() -> None:

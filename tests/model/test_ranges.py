@@ -8,12 +8,14 @@ import pytest
 import torch
 from ranks import run
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from training import batch, network, same, sgd
 
 import commpress
 from commpress.model import Recipe, Scheduler, quantization, ranges, stored
+from commpress.model.masks import whole
 from commpress.model.quantization import Quantization
 
 STATIC = Quantization(activations="static")
@@ -104,16 +106,21 @@ def test_a_step_that_overflowed_teaches_nothing() -> None:
 
 
 class Trained:
-    """A network under a recipe with static scales from step 2 on, alone or under DDP."""
+    """A network under a recipe with static scales from step 2 on, alone or under DDP or FSDP2."""
 
-    def __init__(self, **attach: Any) -> None:
+    def __init__(self, *, sharded: bool = False, **attach: Any) -> None:
         self.model = network()
         recipe = Recipe.of({"quantize": [{"start": 2, "activations": "static"}]})
-        self.optimizer, self.wrapped, self.session = sgd(self.model), self.model, None
-        if torch.distributed.is_initialized():
+        self.wrapped, self.session = self.model, None
+        if sharded:
+            quantization.prepare(self.model, STATIC)
+            fully_shard(self.model)
+            self.session = commpress.attach(self.model, "int4")
+        elif torch.distributed.is_initialized():
             quantization.prepare(self.model, STATIC)
             self.wrapped = DistributedDataParallel(self.model, bucket_cap_mb=0.002)
             self.session = commpress.attach(self.wrapped, "int4", **attach)
+        self.optimizer = sgd(self.model)
         self.scheduler = Scheduler(recipe, self.model, self.optimizer, session=self.session)
 
     def steps(self, *which: int) -> list[Tensor]:
@@ -124,14 +131,16 @@ class Trained:
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
-        return [*self.model.parameters(), *(q.range for q in ranges.quantizers(self.model))]
+        return [*map(whole, self.model.parameters()), *(q.range for q in ranges.quantizers(self.model))]
 
 
 def trained_on_ranks(attach: dict[str, Any]) -> list[Tensor]:
     return [t.detach().clone() for t in Trained(**attach).steps(*range(6))]
 
 
-@pytest.mark.parametrize("attach", [{}, {"buffers": "int4"}], ids=["ddp", "compressed buffers"])
+@pytest.mark.parametrize(
+    "attach", [{}, {"buffers": "int4"}, {"sharded": True}], ids=["ddp", "compressed buffers", "fsdp"]
+)
 @pytest.mark.usefixtures("ranks_of_our_own")
 def test_all_ranks_learn_one_range_from_all_data(attach: dict[str, Any]) -> None:
     one, other = run(2, trained_on_ranks, attach)
