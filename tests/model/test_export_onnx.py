@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from exports import SETTINGS, learned, mlp, text_model
-from tiers import slowly
+from tiers import slow, slowly
 from torch import Tensor, nn
 
 from commpress.launch.model import GPT, Shape
@@ -93,7 +93,7 @@ def test_without_being_asked_onnxruntime_rounds_inputs_of_integer_weights(tmp_pa
     assert there.difference == pytest.approx(float((expected - found).abs().max()))
 
 
-@pytest.mark.parametrize(("bits", "group", "times"), [(8, None, 3.8), (4, None, 7.3), (4, 32, 6.0)])
+@pytest.mark.parametrize(("bits", "group", "times"), [(8, None, 3.8), slow(4, None, 7.3), slow(4, 32, 6.0)])
 def test_the_file_is_as_small_as_its_integers(bits: Any, group: Any, times: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
@@ -113,6 +113,7 @@ def test_a_shared_table_is_in_the_file_once(tmp_path: Path) -> None:
     assert len(tables) == 1
 
 
+@pytest.mark.slow
 def test_removed_rows_make_a_smaller_graph_and_masked_ones_are_zeros(tmp_path: Path) -> None:
     def gpt() -> GPT:
         torch.manual_seed(0)

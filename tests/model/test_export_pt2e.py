@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exports import SETTINGS, learned, mlp, named, text_model
-from tiers import slowly
+from tiers import slow, slowly
 from torch import Tensor, nn
 
 from commpress.model import export
@@ -39,7 +39,7 @@ def exported(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Any:
     return export(model, folder, formats=("pt2e",), example_inputs=inputs)[0]
 
 
-@pytest.mark.parametrize("settings", slowly(SETTINGS, [SETTINGS[1], SETTINGS[4], SETTINGS[8]]), ids=named)
+@pytest.mark.parametrize("settings", slowly(SETTINGS, [SETTINGS[1], SETTINGS[8]]), ids=named)
 @pytest.mark.parametrize("of", [mlp, text_model])
 def test_the_file_computes_what_training_computed(of: Any, settings: Quantization, tmp_path: Path) -> None:
     model, inputs = of()
@@ -59,7 +59,7 @@ def test_codes_of_an_odd_width_are_packed_by_row(tmp_path: Path) -> None:
     assert exported(learned(model, (x,), Quantization(4)), (x,), tmp_path).difference < 1e-6
 
 
-@pytest.mark.parametrize(("bits", "group", "times"), [(8, None, 3.7), (4, None, 7.0), (4, 32, 6.4)])
+@pytest.mark.parametrize(("bits", "group", "times"), [(8, None, 3.7), slow(4, None, 7.0), (4, 32, 6.4)])
 def test_the_file_is_as_small_as_its_integers(bits: Any, group: Any, times: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(768, 768), nn.ReLU(), nn.Linear(768, 768))

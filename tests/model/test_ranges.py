@@ -165,6 +165,30 @@ def test_a_run_resumes_bit_for_bit() -> None:
     assert same(again.steps(4, 5), expected)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same_ranges() -> None:
+    import torch._dynamo
+
+    def trained(compiled: bool) -> list[Tensor]:
+        torch._dynamo.reset()
+        model = network()
+        quantization.prepare(model, STATIC)
+        called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        optimizer = sgd(model)
+        for step in range(6):
+            if step == 2:
+                quantization.enable(model)
+            for part in (0, 1):
+                x, y = batch(step, part)
+                cross_entropy(called(x), y).backward()
+            optimizer.step()
+            ranges.learn(model)
+            optimizer.zero_grad()
+        return [*model.parameters(), *(q.range for q in ranges.quantizers(model))]
+
+    assert same(trained(True), trained(False))
+
+
 def test_a_converted_model_computes_what_training_computed_and_learns_no_more() -> None:
     trained = Trained()
     trained.steps(*range(5))
