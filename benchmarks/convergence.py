@@ -100,6 +100,8 @@ WAYS = (
     muon("int4", 3),
     muon("int2", 3),
     muon("sign", 3),
+    muon("rotate|int2"),
+    muon("rotate|sign"),
     muon("topk(0.1)|sign"),
     Way("SGD", "digits", "SGD", seeds=3),
     Way("SGD, topk(0.01) gradients", "digits", "SGD", "topk(0.01)", 3),

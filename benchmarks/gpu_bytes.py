@@ -25,7 +25,7 @@ import battery
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = 2e-6
-"""By how much of the largest value the passes of the optimizers may differ: they are not the same to the bit."""
+"""By how much of the largest value the passes of the optimizers and of factors may differ: they are not the same to the bit."""
 
 
 class UnequalError(RuntimeError):
@@ -219,12 +219,13 @@ def difference(found: Tensor, expected: Tensor) -> str:
 
 
 def compare_passes(device: torch.device, lengths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Yield a record for each pass without a codec: whether it gives on this device what it gives on the CPU."""
+    """Yield a record for each pass that codes no flat values: whether it gives on this device what it gives on the CPU."""
     errors: dict[str, str] = {}
     counts: dict[str, int] = {}
+    words: dict[str, str | None] = {}
     for n in lengths:
         for here, there in zip(passes(n, device), passes(n, torch.device("cpu")), strict=True):
-            counts[here.op] = counts.get(here.op, 0) + 1
+            counts[here.op], words[here.op] = counts.get(here.op, 0) + 1, here.word
             returned = here.call(), there.call()
             for i, (found, expected) in enumerate(zip(here.tensors, there.tensors, strict=True)):
                 if not close(found.cpu(), expected, here.exact):
@@ -233,7 +234,7 @@ def compare_passes(device: torch.device, lengths: tuple[int, ...]) -> Iterator[d
             if returned[1] is not None and returned[0] != returned[1]:
                 errors.setdefault(here.op, f"{here.op}, {here.dtype}, n = {n}: {returned[0]}, expected {returned[1]}")
     for op, count in counts.items():
-        kernel = lookup(op, None, device.type) is not None
+        kernel = lookup(op, words[op], device.type) is not None
         yield {"op": op, "comparisons": count, "kernel": kernel, "error": errors.get(op, "")}
 
 

@@ -66,7 +66,7 @@ def ddp(device: torch.device, spec: str, dtype: torch.dtype = torch.float32, sgd
     return model, optimizer, commpress.attach(model, spec)
 
 
-def fsdp2(device: torch.device) -> Trained:
+def fsdp2(device: torch.device, gradients: str = "int4", parameters: str = "int8") -> Trained:
     """FSDP2 and AdamW, gradients and parameters compressed."""
     model = model_on(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))  # by default it is that of the accelerator
@@ -74,7 +74,7 @@ def fsdp2(device: torch.device) -> Trained:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    return model, optimizer, commpress.attach(model, gradients="int4", parameters="int8")
+    return model, optimizer, commpress.attach(model, gradients=gradients, parameters=parameters)
 
 
 def one_bit(device: torch.device) -> Trained:
@@ -88,7 +88,9 @@ RUNS: dict[str, Callable[[torch.device], Trained]] = {
     "DDP, int4": lambda device: ddp(device, "int4"),
     "DDP, bfloat16, int8": lambda device: ddp(device, "int8", torch.bfloat16),
     "DDP, SGD, topk(0.1)|int4": lambda device: ddp(device, "topk(0.1)|int4", sgd=True),
+    "DDP, powersgd(2)": lambda device: ddp(device, "powersgd(2)"),
     "FSDP2, int4, parameters int8": fsdp2,
+    "FSDP2, none, parameters delta|int4": lambda device: fsdp2(device, "none", "delta|int4"),
     "OneBitAdamW, sign": one_bit,
 }
 EXCHANGED, COLLECTIVES = "every exchange", "torch's collectives"

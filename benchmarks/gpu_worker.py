@@ -28,7 +28,7 @@ from commpress.kernels.table import lookup
 from commpress.launch.runtime import sentence
 
 Record = dict[str, Any]
-PASSES = "passes of optimizers and masks"
+PASSES = "passes of optimizers, masks and factors"
 KERNEL_OF = {"encode": "encode", "feedback": "encode", "momentum": "encode", "decode": "mean", "mean of 4": "mean"}
 """The op of the table of kernels that an action needs. "recode 4" needs both, or one of its own."""
 GROUP_SECONDS = 45

@@ -1,7 +1,8 @@
 """How fast are the passes of optimizers, masks and prologues, in memory copies? `python benchmarks/passes.py [--device cuda]`
 
-Those that have no codec: `commpress/optim/loops.py`, `commpress/model/loops.py`, `pack` and `unpack` of
-`commpress/comm/masks_index.py`, `Prologue.apply`. A row is the median over the median copy of the same values, in turn.
+Those that code no flat values: `commpress/optim/loops.py`, `commpress/model/loops.py`, `pack` and `unpack` of
+`commpress/comm/masks_index.py`, `Prologue.apply`, `commpress/comm/factors.py` at rank 4. A row is the
+median over the median copy of the same values, in turn.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from commpress.comm import factors
+from commpress.comm.fingerprint import fingerprint_on_device
 from commpress.comm.masks_index import pack, unpack
 from commpress.comm.prologue import Prologue
 from commpress.model.loops import count_pruned, keep_
@@ -23,6 +26,8 @@ from commpress.optim import loops
 
 KEPT = 0.5
 """The share of values that the masks keep."""
+RANK, LENGTH = 4, 4096
+"""Of the factors, and of their vectors where these are made orthonormal."""
 
 
 class Pass(NamedTuple):
@@ -37,6 +42,8 @@ class Pass(NamedTuple):
     """Whether it gives the same bits everywhere, or the same up to rounding."""
     dtype: str = "float32"
     """Of the values."""
+    word: str | None = None
+    """Of the codec that it belongs to."""
 
 
 def normal(n: int, seed: int, device: torch.device) -> Tensor:
@@ -48,7 +55,11 @@ def passes(n: int, device: torch.device) -> list[Pass]:
     """All passes over n values."""
     a, b, c, d, e, f = (normal(n, seed, device) for seed in range(6))
     inverse, half = 0.5 + b.abs(), c.bfloat16()
-    return [*optimizers_passes(n, [a, b, c, d, e, f], inverse, half), *masks_passes(n, device)]
+    return [
+        *optimizers_passes(n, [a, b, c, d, e, f], inverse, half),
+        *masks_passes(n, device),
+        *factors_passes(n, device),
+    ]
 
 
 def optimizers_passes(n: int, values: list[Tensor], inverse: Tensor, half: Tensor) -> list[Pass]:
@@ -127,6 +138,37 @@ def masks_passes(n: int, device: torch.device) -> list[Pass]:
             Pass("count_pruned", lambda x=x: count_pruned(x, kept), [x], n + size * n, True, name),
         ]
     return made
+
+
+def fingerprint_pass(n: int, device: torch.device) -> Pass:
+    """The hash of n values that stays on their device."""
+    x, hashed = normal(n, 16, device), torch.zeros((), dtype=torch.int64, device=device)
+
+    def run() -> None:
+        hashed.copy_(fingerprint_on_device(x))
+
+    return Pass("fingerprint", run, [hashed], x.nbytes, True)
+
+
+def factors_passes(n: int, device: torch.device) -> list[Pass]:
+    """The passes of `powersgd` over a matrix that is nearly square, and its Gram-Schmidt over n values of factors."""
+    columns = max(1, int(n**0.5) // 4 * 4)
+    rows, word = n // columns, factors.WORD
+    rank, length = min(RANK, rows, columns), min(n, LENGTH)
+    x, residual = (normal(rows * columns, seed, device).view(rows, columns) for seed in (11, 12))
+    p, q = normal(rank * rows, 13, device).view(rank, rows), normal(rank * columns, 14, device).view(rank, columns)
+    batch = normal(max(1, n // (rank * length)) * rank * length, 15, device).view(-1, rank, length)
+
+    def made(op: str, words: int, run: Callable[..., Any], *tensors: Tensor) -> Pass:
+        copies = [tensor.clone() for tensor in tensors]
+        return Pass(op, lambda: run(*copies), copies, 4 * words * x.numel(), False, word=word)
+
+    return [
+        made("project", 3, factors.project, x, residual, q, torch.zeros_like(p)),
+        made("project_back", 1, factors.project_back, x, p, torch.zeros_like(q)),
+        made("expand", 3, factors.expand, p, q, x, residual),
+        made("orthonormalize", 2, factors.orthonormalize, batch),
+    ]
 
 
 def rows_of(x: Tensor, repeat: int) -> tuple[float, list[dict[str, Any]]]:

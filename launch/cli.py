@@ -1,4 +1,4 @@
-"""The `commpress` command: train, demo, report, lab, explain, probe.
+"""The `commpress` command: train, demo, report, lab, explain, probe, search.
 
 Under torchrun: `torchrun --no-python ... commpress train`.
 """
@@ -9,7 +9,15 @@ from collections.abc import Sequence
 
 from commpress import extras
 
-COMMANDS = {"train": "Train", "demo": "Demo", "report": "Report", "lab": "Lab", "explain": "Explain", "probe": "Probe"}
+COMMANDS = {
+    "train": "Train",
+    "demo": "Demo",
+    "report": "Report",
+    "lab": "Lab",
+    "explain": "Explain",
+    "probe": "Probe",
+    "search": "Search",
+}
 """The modules of the commands, and the classes of their flags."""
 
 

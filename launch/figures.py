@@ -206,6 +206,26 @@ def bars(
     return styled(figure, entries=len(series))
 
 
+def front(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> go.Figure:
+    """Quality over size of a search's trials: "front" as steps, others as grey points. A point is (size, quality, text)."""
+    figure = go.Figure()
+    for name, found in points.items():
+        best = name == "front"
+        figure.add_scatter(
+            x=[size for size, _, _ in found],
+            y=[quality for _, quality, _ in found],
+            name=escape(name),
+            mode="lines+markers" if best else "markers",
+            line={"shape": "hv", "color": COLOURS[0]},
+            marker={"color": COLOURS[0] if best else GREYS[1], "size": 9 if best else 6},
+            text=[escape(text) for _, _, text in found],
+            hovertemplate="%{text}<br>%{y:.4~g} at %{x:,.6~g}<extra></extra>",
+        )
+    figure.update_xaxes(title="size (g)")
+    figure.update_yaxes(title="quality (f)")
+    return styled(figure)
+
+
 class Bar(NamedTuple):
     """Bytes that one run sent a step of one bucket."""
 

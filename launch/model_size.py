@@ -15,7 +15,7 @@ def trained_parameters(text: str) -> int:
     The factory is called without arguments, first with tensors that have no memory (torch's meta device), and if it cannot be
     called so, as it is. Raises ValueError that names the text.
     """
-    factory = _imported(text)
+    factory = imported(text)
     try:
         with torch.device("meta"):
             model = factory()
@@ -32,26 +32,27 @@ def trained_parameters(text: str) -> int:
     return trained
 
 
-def parts(text: str) -> tuple[str, str]:
-    """Return the module and the factory of `module:factory`. Raises ValueError if it is not of that form."""
+def parts(text: str, flag: str = "--model") -> tuple[str, str]:
+    """Return the module and the factory of `module:factory`. Raises ValueError, with the flag, if it is not of that form."""
     module, _, name = text.partition(":")
     if not (module and name):
-        raise ValueError(f"--model {text}: expected module:factory, such as my_project.models:build")
+        raise ValueError(f"{flag} {text}: expected module:factory, such as my_project.models:build")
     return module, name
 
 
-def _imported(text: str) -> Callable[[], object]:
-    module, name = parts(text)
+def imported(text: str, flag: str = "--model") -> Callable[[], object]:
+    """Return the factory that `module:factory` names. Raises ValueError, with the flag, if there is none."""
+    module, name = parts(text, flag)
     if os.getcwd() not in sys.path:  # `python -m` has it there, the console script has not
         sys.path.insert(0, os.getcwd())
     try:
         found: object = importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--model {text}: {module} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{flag} {text}: {module} cannot be imported: {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"--model {text}: {module} has no {name}")
+            raise ValueError(f"{flag} {text}: {module} has no {name}")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"--model {text}: {name} is a {type(found).__name__}, expected something to call")
+        raise ValueError(f"{flag} {text}: {name} is a {type(found).__name__}, expected something to call")
     return found

@@ -2,7 +2,8 @@
 
 Runs are those of `commpress.launch.train`, step times and losses those of `benchmarks/training.py`, timelines the traces
 of `session.timeline`, reports what `session.report().write_json(...)` writes, predictions what
-`commpress explain` and `commpress probe` write with `--json`, and checks of a GPU those of `make gpu-check`.
+`commpress explain` and `commpress probe` write with `--json`, checks of a GPU those of `make gpu-check`, and searches
+the search.json of `commpress search`.
 """
 
 import json
@@ -18,6 +19,7 @@ Record = dict[str, Any]
 
 RUN, STEP_TIMES, LOSSES, TIMELINE = "run", "step times", "losses", "timeline"
 SESSION, EXPLAINED, CHECKED, PROBED, GPU_CHECK = "session", "explain", "predictions", "probe", "gpu check"
+SEARCHED = "search"
 NEEDED = {
     RUN: ("settings", "traffic", "curve", "steps_done", "median_step_seconds", "machine", "world_size", "backend"),
     STEP_TIMES: ("link", "machine", "torch", "world_size", "model", "parameters", "tokens_per_step", "steps", "rows"),
@@ -28,6 +30,7 @@ NEEDED = {
     CHECKED: ("answer", "rows"),
     PROBED: ("params", "world", "bandwidth", "answer", "rows"),
     GPU_CHECK: ("machine", "torch", "triton", "rehearsal", "values", "copy_seconds", "seconds", "rows"),
+    SEARCHED: ("problem", "strategy", "weights", "front", "best", "finals", "rows"),
 }
 NEEDED_IN_A_ROW = {
     STEP_TIMES: ("name", "kind", "seconds", "quartiles", "ratio", "tokens_per_second"),
@@ -37,6 +40,7 @@ NEEDED_IN_A_ROW = {
     CHECKED: ("link", "name", "predicted", "measured", "error"),
     PROBED: ("spec", "exchange", "sent_bytes", "ratio", "communication_seconds"),
     GPU_CHECK: ("part", "name", "error"),
+    SEARCHED: ("number", "choice", "state", "quality", "size"),
 }
 NEEDED_IN_A_LINK = ("hosts", "ranks_per_host", "rate", "delay", "loss", "shaped")
 CALLED = {
@@ -49,6 +53,7 @@ CALLED = {
     CHECKED: "checked predictions of `commpress explain`",
     PROBED: "what `commpress probe` found",
     GPU_CHECK: "what `make gpu-check` found",
+    SEARCHED: "what `commpress search` found",
 }
 SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 """Names of the spans of a timeline."""
@@ -86,7 +91,7 @@ def not_one(found: str, error: Exception) -> str:
 def kind(record: Any) -> str:
     """Return RUN, STEP_TIMES, ... Raises ValueError for a record that is none of them."""
     if isinstance(record, dict):
-        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED, PROBED, GPU_CHECK):
+        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED, PROBED, GPU_CHECK, SEARCHED):
             return str(record["what"])
         if "traceEvents" in record:
             return TIMELINE

@@ -1,5 +1,5 @@
 """One HTML file from any number of JSON files: runs of the training program, reports of sessions, benchmarks of step time and
-loss, predictions, timelines.
+loss, predictions, timelines, searches.
 
 A file is recognised by what is in it. The page needs nothing from the network: plotly's script is in it, once.
 """
@@ -19,6 +19,7 @@ from commpress.launch.records import (
     LOSSES,
     PROBED,
     RUN,
+    SEARCHED,
     SESSION,
     STEP_TIMES,
     TIMELINE,
@@ -46,6 +47,7 @@ try:
         traffic,
         what_was_sent,
     )
+    from commpress.launch.sections.searches import searches
     from commpress.launch.sections.timelines import timelines
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.report", error, "launch") from None
@@ -75,6 +77,7 @@ def page(files: Sequence[Record]) -> str:
         *predictions([*of[EXPLAINED], *of[PROBED]], of[CHECKED]),
         *timelines(of[TIMELINE]),
         *gpu_checks(of[GPU_CHECK]),
+        *searches(of[SEARCHED]),
     ]
     if runs:
         parts += ["<h2>Settings and machine</h2>", table(settings(runs), text=True)]

@@ -62,6 +62,10 @@ PRELUDES = {
     + "import copy\nfrom torch.nn.functional import cross_entropy\nmodel, teacher = net, copy.deepcopy(net).eval()\n"
     + "batches = [(x, y)] * 3"
     + OPTIMIZER,
+    "search": SCRIPT
+    + "from torch import nn\nfrom torch.nn.functional import cross_entropy\nbatches = [(x, y)] * 3\n"
+    + "network = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Sequential(nn.Linear(64, 10)))\n"
+    + "def accuracy(model):\n    return (model(x).argmax(1) == y).float().mean().item()\n",
     # where no compiler is: docs/deepspeed.md, "Start"
     "deepspeed": "import deepspeed\ndeepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n",
 }
@@ -226,6 +230,7 @@ def require_known(words: list[str]) -> None:
     from commpress.launch.lab import Lab
     from commpress.launch.probe import Probe
     from commpress.launch.report import Report
+    from commpress.launch.search import Search
     from commpress.launch.train import Train
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -242,10 +247,13 @@ def require_known(words: list[str]) -> None:
                 assert any(name.split("==")[1] in need for need in ours), words
         case ["commpress", command, *flags]:
             programs = {"train": Train, "demo": Demo, "report": Report, "lab": Lab, "explain": Explain, "probe": Probe}
+            programs |= {"search": Search}
             assert command in programs, words
             command_line.read(programs[command], command, list(flags))
         case ["torchrun", *_] if "commpress.launch.probe" in words:
             command_line.read(Probe, "probe", arguments_after(words, "commpress.launch.probe"))
+        case ["torchrun", *_] if "commpress.launch.search" in words:
+            command_line.read(Search, "search", arguments_after(words, "commpress.launch.search"))
         case ["torchrun" | "deepspeed", *_]:
             if settings_of(words) is None:
                 assert words[-1] == "train.py", words  # the block above it
@@ -295,7 +303,7 @@ def test_the_prediction_of_the_readme_prints() -> None:
 @pytest.mark.slow
 def test_every_program_has_help() -> None:
     """`python -m commpress.launch.NAME --help`, all in one process."""
-    programs = ("cli", "demo", "explain", "lab", "probe", "report", "train")
+    programs = ("cli", "demo", "explain", "lab", "probe", "report", "search", "train")
     code = f"""
 import runpy, sys
 for name in {programs}:

@@ -13,7 +13,9 @@ from commands import started_by_torchrun
 from ranks import run
 from tiers import slowly
 
-EXAMPLES = sorted(Path(__file__).parents[1].joinpath("examples").glob("*.py"))
+SEARCH = "search"
+"""The example that sends nothing by itself: tests/launch/test_search_command.py runs it."""
+EXAMPLES = sorted(p for p in Path(__file__).parents[1].joinpath("examples").glob("*.py") if p.stem != SEARCH)
 FEWER = {"ddp": 7, "fsdp": 4, "diloco": 200, "one_bit_adam": 3, "recipe": 8}
 """How many times fewer bytes each sends, at least."""
 

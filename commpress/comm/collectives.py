@@ -29,6 +29,7 @@ from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import NO_EXCHANGE, Label, Transfer, all_reduce_found_inf, single_rank
 from commpress.comm.exchange.all_gather import all_gather, native_all_gather
 from commpress.comm.exchange.all_gather_changes import all_gather_changes
+from commpress.comm.exchange.all_gather_changes_unseen import all_gather_changes_bytes
 from commpress.comm.exchange.all_reduce import native_all_reduce
 from commpress.comm.exchange.all_to_all import all_to_all, all_to_all_bytes
 from commpress.comm.exchange.around import prepared, scaled
@@ -92,7 +93,7 @@ class Collectives:
         self.gradients, self.parameters = gradients, parameters
         self.role, self.grad_scaler = role, grad_scaler
         self.feedback, self.scratch = Feedback(self.world_size), ScratchPool(device)
-        self.versions = Versions(self.rank)
+        self.versions = Versions(self.rank, self.world_size)
         """What all ranks have of gathered parameters, where only changes of those are sent."""
         self.traffic = Traffic(group, device, self.scratch, verify)
         self.meter = self.traffic.meter
@@ -267,6 +268,8 @@ class Collectives:
         override = exact_where_needed(Override(codec or self.parameters.codec, reason), shard, m)
         plan = self.parameters.choose(m, size, W, override)
         payloads = W * plan.codec.nbytes(m) if plan.codec.lossy else 0
+        if payloads and self.parameters.delta:
+            payloads = all_gather_changes_bytes(m, plan.codec, W)
         buffer, all_kept, kept, payload = self._room(kept_index, out, m, payloads)
         source, values = (shard, out) if kept_index is None else (kept, all_kept)
         label = self.traffic.label(f"parameters of unit {index}", segments, m, plan, "all_gather", index)

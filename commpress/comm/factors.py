@@ -86,11 +86,11 @@ def first_factor(rank: int, columns: int, device: torch.device) -> Tensor:
 
 def warm_up(device: torch.device) -> None:
     """Compile the loops now, not in the middle of the first step."""
-    x = torch.ones(64, 32, dtype=torch.float32, device=device)
-    residual = torch.zeros_like(x)
-    q, p = first_factor(2, 32, device), torch.empty(2, 64, dtype=torch.float32, device=device)
-    for kept in (residual, None):
-        project(x, kept, q, p)
-        orthonormalize(p.unsqueeze(0))
-        project_back(x, p, q)
-        expand(p, q, x, kept)
+    for columns in (32, 128, 512):  # the widths of tiles that kernels for CUDA have
+        x = torch.ones(64, columns, dtype=torch.float32, device=device)
+        q, p = first_factor(2, columns, device).clone(), torch.empty(2, 64, dtype=torch.float32, device=device)
+        for kept in (torch.zeros_like(x), None):
+            project(x, kept, q, p)
+            orthonormalize(p.unsqueeze(0))
+            project_back(x, p, q)
+            expand(p, q, x, kept)

@@ -6,6 +6,7 @@ closed, look into the store and report the same reason. If nothing stands there,
 The store is in another process, which may be silent: who asks it waits for `PATIENCE` and no longer.
 """
 
+import contextlib
 import json
 import re
 import threading
@@ -114,6 +115,31 @@ class FailureBoard:
     def __init__(self, name: str, rank: int, hosts: Sequence[str]) -> None:
         self._rank, self.hosts = rank, tuple(hosts)
         self._key = f"commpress/failure/{name}"
+        self._waits = False
+        """Whether this rank has said what it waits for."""
+
+    def say(self, text: str) -> None:
+        """Let the others find what this rank has been waiting for, for long."""
+        self._waits = True
+        with contextlib.suppress(RuntimeError, TimeoutError):  # then nobody finds it
+            with_timeout(PATIENCE, lambda: own_store().set(f"{self._key}/{self._rank}", text))
+
+    def unsay(self) -> None:
+        """Take back what this rank has said: it goes on."""
+        self._waits = False
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            with_timeout(PATIENCE, lambda: own_store().delete_key(f"{self._key}/{self._rank}"))
+
+    def silent(self) -> int | None:
+        """The first rank that has said nothing, where this one has waited long enough to say something, and so have others.
+
+        None if there is none, or they are of several hosts. Raises TimeoutError or RuntimeError if the store does not answer.
+        """
+        if not self._waits:
+            return None
+        keys = {rank: f"{self._key}/{rank}" for rank in range(len(self.hosts)) if rank != self._rank}
+        found = with_timeout(PATIENCE, lambda: [rank for rank, key in keys.items() if not own_store().check([key])])
+        return found[0] if len({self.hosts[rank] for rank in found}) == 1 else None
 
     def name(self, rank: int) -> str:
         """A rank and its host, in words."""
@@ -129,6 +155,8 @@ class FailureBoard:
         kind = DisagreementError if isinstance(error, OtherMessageError | DriftError) else ExchangeError
         try:
             told = partial(self._both if isinstance(error, OtherMessageError) else self._own, error)
+            if isinstance(error, LostPeerError) and self._waits and not SILENT_PEER.search(str(error)):
+                told = partial(self._own_if_nobody_else, error)
             text = with_timeout(2 * PATIENCE, told)
             posted = with_timeout(PATIENCE, lambda: self._post(kind, text or self._own(error)))
         except (RuntimeError, TimeoutError) as gone:  # the store went down, or silent, with the rank that kept it
@@ -158,6 +186,16 @@ class FailureBoard:
         what = "did not answer within the group's timeout" if silent else "is gone"
         who = "another rank" if error.peer is None else self.name(error.peer)
         return f"{who} {what}: the gradient exchange failed on rank {self._rank}, which lost it: {error}"
+
+    def _own_if_nobody_else(self, error: BaseException) -> str:
+        """Return what this rank has to say, once the one that it lost has had time to say why it left.
+
+        Ranks that wait for a silent one time out together, and close their connections a moment before they say so.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not own_store().check([self._key]) and time.monotonic() < deadline:
+            time.sleep(PATIENCE / 20)
+        return self._own(error)
 
     def _post(self, kind: type[ExchangeError], text: str) -> dict[str, str] | None:
         """Leave a reason if there is none yet. Returns the one that was there."""

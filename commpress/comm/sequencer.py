@@ -198,7 +198,7 @@ class _Lines:
         with self.noting:
             if self.error is None:
                 if isinstance(error, LostPeerError) and error.peer is None and self.wire.device.type == "cpu":
-                    error = LostPeerError(self.wire.lost_peer(), str(error))
+                    error = self.wire.lost_peer(str(error))
                 self.error = self.board.explain(error)
 
     def end(self, jobs: list[Job]) -> None:

@@ -27,8 +27,8 @@ class Version:
     """All ranks' shards, [W * m], in two bytes a value; None if no rank has those of others."""
     own: Tensor | None = None
     """This rank's part of it, [m], if that is all there is: it comes from a saved state."""
-    mark: int = 0
-    """The hash of this rank's shard as it was then."""
+    mark: int | Tensor = 0
+    """The hash of this rank's shard as it was then; int64 [] on its device where the host does not look at it."""
 
     @torch.inference_mode(False)  # it outlives the mode in which a model is looked at
     def room(self, world_size: int, shard: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ class Version:
 
 
 class Versions:
-    """The versions of what one group of ranks gathers, by the parts of what comes together."""
+    """The versions of what one group of ranks gathers, by the parts of what comes together: those of rank 0, of rank 1, ..."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
         self._of: dict[Segments, Version] = {}
 
     def of(self, segments: Segments) -> Version:
@@ -55,9 +55,9 @@ class Versions:
     def state_dict(self) -> list[dict[str, Any]]:
         """Return this rank's part of each version, a copy."""
         return [
-            {"segments": [[part.name, part.n] for part in segments], "own": own.clone(), "mark": version.mark}
+            {"segments": [[part.name, part.n] for part in segments], "own": own.clone(), "mark": int(version.mark)}
             for segments, version in self._of.items()
-            if (own := self._own(version, segments)) is not None
+            if (own := self._own(version)) is not None
         ]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]], masks: MaskIndex, device: torch.device) -> None:
@@ -65,15 +65,10 @@ class Versions:
         self.clear()
         for saved in state:
             segments = tuple(Segment(bare_name(name), int(n)) for name, n in saved["segments"])
-            if saved["own"].numel() * _ranks(segments) == masks.total(segments):
+            if saved["own"].numel() * self._world_size == masks.total(segments):
                 self._of[segments] = Version(own=saved["own"].to(device).clone(), mark=int(saved["mark"]))
 
-    def _own(self, version: Version, segments: Segments) -> Tensor | None:
+    def _own(self, version: Version) -> Tensor | None:
         if version.values is None:
             return version.own
-        return version.values.view(_ranks(segments), -1)[self._rank]
-
-
-def _ranks(segments: Segments) -> int:
-    """How many ranks have parts in a gathered whole: its parts are named "weight[0]", ..., those of the last rank last."""
-    return int(segments[-1].name.rpartition("[")[2].removesuffix("]")) + 1
+        return version.values.view(self._world_size, -1)[self._rank]

@@ -12,6 +12,7 @@ Here x and out are [n], residual is float32 [n] or None, payload uint8 [nbytes(n
 Behind a prologue x is undefined. All are contiguous and on the device, n is not 0. `commpress/comm/coding.py` calls them.
 
     project, orthonormalize, project_back, expand                  of `powersgd`: `commpress/comm/factors.py`
+    fingerprint   (words)                                          `commpress/comm/fingerprint.py`, on accelerators
     prologue      (x, prologue)                                    x <- what the prologue makes of it
     pack, unpack  (x, places, out)                                 `commpress/comm/masks_index.py`
     keep, count_pruned (x, kept)                                   `commpress/model/loops.py`

@@ -1,4 +1,4 @@
-"""Making a model small while it trains: pruning, quantisation-aware training and distillation."""
+"""Making a model small while it trains: pruning, quantisation-aware training, distillation and search."""
 
 from commpress import extras
 
@@ -6,7 +6,8 @@ try:
     from commpress.model.recipe import Recipe, RecipeError
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.model", error, "model") from error
+from commpress.model import search
 from commpress.model.export import Exported, export
 from commpress.model.schedule import Scheduler, prepare
 
-__all__ = ["Exported", "Recipe", "RecipeError", "Scheduler", "export", "prepare"]
+__all__ = ["Exported", "Recipe", "RecipeError", "Scheduler", "export", "prepare", "search"]

@@ -20,6 +20,7 @@ from commpress.comm.error import ErrorWatch
 from commpress.comm.exchange import Labels, Transfer, Wire, named
 from commpress.comm.exchange.all_gather import all_gather
 from commpress.comm.exchange.all_gather_changes import all_gather_changes
+from commpress.comm.exchange.all_gather_changes_unseen import all_gather_changes_bytes
 from commpress.comm.exchange.all_to_all import all_to_all, all_to_all_bytes
 from commpress.comm.exchange.reduce_scatter import reduce_scatter, reduce_scatter_bytes
 from commpress.comm.feedback import Memory
@@ -124,12 +125,17 @@ def shards(spec: str) -> list[list[Tensor]]:
         whole, buffer = torch.empty(W * 1000), torch.empty(W * codec.nbytes(1000), dtype=torch.uint8)
         more = (wire, labels.next("a shard"))
         carried_out(wire, all_gather(gradient(1000, me), whole, Encoder(codec), buffer, *more))
-        version = Version()
-        for step in (0, 1, 1, 200):  # as a whole, what has changed, nothing, far from it
+        version, buffer = Version(), torch.empty(all_gather_changes_bytes(1000, codec, W), dtype=torch.uint8)
+        for step in (
+            0,
+            1,
+            1,
+            2,
+        ):  # as a whole, what has changed, nothing, what has changed: the bytes sent are not alike
             shard, known = gradient(1000, me) + 0.01 * step * gradient(1000, 7), torch.empty(W * 1000)
             more = (wire, labels.next("who has changed"), labels.next("what has changed"))
-            sent = carried_out(wire, all_gather_changes(shard, known, version, Encoder(codec), buffer, *more))
-            results += [known, torch.tensor(sent)]
+            carried_out(wire, all_gather_changes(shard, known, version, Encoder(codec), buffer, *more))
+            results.append(known)
         watch = ErrorWatch(codec)
         carried_out(wire, watch.watch(iter(()), gradient(3000, me), codec, wire, labels.next("a sample")))
         found.append([*results, whole, torch.tensor([watch.error()])])

@@ -1,17 +1,23 @@
 """`powersgd(r)` by `low_rank`, over real ranks, against the algorithm in one process in plain torch."""
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
+from test_by_collectives import carried_out, wires
 from tiers import slow
 from torch import Tensor
+from unseen import values_are_unseen
 
 from commpress.comm import cost, factors
-from commpress.comm.exchange.low_rank import matrix_shape
-from commpress.comm.feedback import Feedback
+from commpress.comm.codecs import parse
+from commpress.comm.encoder import Encoder
+from commpress.comm.exchange import Labels
+from commpress.comm.exchange.low_rank import LowRank, matrix_shape
+from commpress.comm.feedback import Feedback, Memory
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
 from commpress.comm.segments import Segment, Segments
@@ -258,3 +264,29 @@ def test_factors_move_with_their_parameters_and_survive_a_file() -> None:
     assert sorted(other.memory((a, b), True, None, CPU).factors) == ["a", "b"]
     renamed = feedback.renamed({"b": "c"})
     assert [name for bucket in renamed for name, _ in bucket["factors"]] == ["c"]
+
+
+def unseen(dtype: torch.dtype) -> list[Tensor]:
+    """Means of two steps of a bucket by messages, then by collectives, on the definitions, of which the host sees no value."""
+    found = []
+    for wire in wires():
+        x, codec = flat(tensors(wire.rank, 0, 0)).to(dtype), parse(f"powersgd({RANK})")
+        exchange, labels = LowRank().laid_out(x.numel(), segments(0), codec), Labels()
+        encoder = Encoder(codec, Memory(torch.zeros(x.numel())))
+        for _ in range(2):
+            mean = x.clone()
+            with contextlib.nullcontext() if wire.by_message else values_are_unseen():
+                carried_out(wire, exchange.run(mean, encoder, wire, labels.next("factors")))
+            found.append(mean)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_by_collectives_nobody_waits_for_a_value(dtype: torch.dtype) -> None:
+    one, other = run(2, unseen, dtype)
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.equal(mine, theirs)
+    rounding = 1e-3 if dtype == torch.float32 else 2**-7
+    for by_message, by_collective in zip(one[:2], one[2:], strict=True):
+        torch.testing.assert_close(by_collective, by_message, rtol=rounding, atol=1e-3)
+    assert not torch.equal(one[2], one[3])  # the residual and the factors of the first step

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, train
 
 import commpress
-from commpress.comm.exchange import Label, Wire
+from commpress.comm.exchange import Label, Wire, held
+from commpress.comm.failure import own_store
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
 
@@ -61,7 +63,9 @@ def later(collective: bool) -> str:
             rows = [torch.empty_like(x) for _ in range(wire.world_size)]
             (wire.all_reduce(x, label) if collective else wire.all_gather(rows, label, True)).wait()
     except RuntimeError as error:
-        return f"{tag}: {wire.board.explain(error)}"
+        said = f"{tag}: {wire.board.explain(error)}"
+        wire.close()  # who has started a collective waits for that
+        return said
     return ""
 
 
@@ -113,10 +117,10 @@ def replanned(spec: str, parameters: str) -> list[str]:
     """Rank 1's session gets another plan behind the user's back."""
     ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
     session = commpress.attach(ddp, spec)
-    train(ddp, range(2))
+    train(ddp, range(5))
     if dist.get_rank() == 1:
         session.collectives[0].gradients = Plan.of(parameters)
-    return [outcome(lambda step=step: loss_of(ddp, step).backward()) for step in range(2, 4)]
+    return [outcome(lambda step=step: loss_of(ddp, step).backward()) for step in range(5, 7)]
 
 
 @pytest.mark.parametrize(
@@ -130,24 +134,65 @@ def test_another_spec_on_one_rank_is_an_error_on_both(spec: str, other: str) -> 
             assert f"rank 1 ({socket.gethostname()})" in message
 
 
-def keeps(action: str) -> str:
+def keeps(action: str, spec: str) -> str:
     """Rank 0 calls something collective, rank 1 goes on training."""
     ddp = DistributedDataParallel(network())
-    session = commpress.attach(ddp, "int4")
-    train(ddp, range(2))
+    session = commpress.attach(ddp, spec)
+    train(ddp, range(5))  # so that no step is compared, and all of it comes as it came before
     if dist.get_rank() == 1:
-        return outcome(lambda: loss_of(ddp, 2).backward())
+        return outcome(lambda: loss_of(ddp, 5).backward())
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in ddp.module.named_parameters()}
-    actions = {"keep": lambda: session.set_masks(masks), "agree": lambda: session.agree({"step": 2})}
+    actions = {"keep": lambda: session.set_masks(masks), "agree": lambda: session.agree({"step": 5})}
     return outcome(actions[action])
 
 
-@pytest.mark.parametrize("action", ["keep", "agree"])
-def test_a_collective_call_on_one_rank_alone_is_an_error_on_both(action: str) -> None:
-    for said in run(2, keeps, action, group_timeout=PATIENT, fresh=True):
+@pytest.mark.parametrize(("action", "spec"), [("keep", "int4"), ("agree", "int4"), ("keep", "none"), ("agree", "bf16")])
+def test_a_collective_call_on_one_rank_alone_is_an_error_on_both(action: str, spec: str) -> None:
+    for said in run(2, keeps, action, spec, group_timeout=PATIENT, fresh=True):
         assert "gradients of" in said
         assert "rank 0" in said
         assert "rank 1" in said
+
+
+def held_up(spec: str, after: str) -> tuple[list[bool], bool, str]:
+    """Each rank in turn is late for a step, longer than the other one waits in silence; then the traffic changes.
+
+    Whether gradients are those of plain DDP, whether the store has what they said, and an error.
+    """
+    plain = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    session = commpress.attach(ddp, spec)
+    train(ddp, range(5))
+    train(plain, range(5))
+    wire, said, equal = session.collectives[0].traffic.wire, [], []
+    say = wire.board.say
+    with (
+        mock.patch.object(held, "HELD_SECONDS", 0.1),
+        mock.patch.object(wire.board, "say", lambda text: (said.append(text), say(text))),
+    ):
+        for step in range(5, 11):
+            if dist.get_rank() == step % 2:
+                time.sleep(0.4)
+            for model in (ddp, plain):
+                model.zero_grad()
+                loss_of(model, step).backward()
+            pairs = zip(ddp.parameters(), plain.parameters(), strict=True)
+            equal.append(all(torch.equal(p.grad, q.grad) for p, q in pairs))
+            dist.barrier()
+    keys = [f"{wire.board._key}/{rank}" for rank in range(2)]
+    left = any(own_store().check([key]) for key in keys)
+    session.collectives[0].gradients = Plan.of(after)
+    error = outcome(lambda: [loss_of(ddp, step).backward() for step in range(11, 14)])
+    return equal if said else [], left, error
+
+
+@pytest.mark.parametrize("after", ["int8", "bf16"])
+def test_a_rank_that_is_late_is_told_and_all_goes_on(after: str) -> None:
+    """Nobody takes the headers that were sent meanwhile: they do not get between later ones."""
+    for equal, left, error in run(2, held_up, "none", after, group_timeout=20.0, fresh=True):
+        assert equal == [True] * 6
+        assert not left
+        assert error == ""
 
 
 # --- ranks that leave --------------------------------------------------------------------------------------------
@@ -174,10 +219,10 @@ def test_a_rank_that_dies_while_a_group_is_made_is_named(world_size: int, bad_ra
             assert f"rank {bad_rank} ({socket.gethostname()}) is gone" in said
 
 
-def stops(who: int, folder: str, after: int) -> tuple[str, float]:
+def stops(who: int, folder: str, after: int, spec: str) -> tuple[str, float]:
     """A rank is stopped (SIGSTOP) behind a step; what the others say, and seconds."""
     ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
-    commpress.attach(ddp, "int4")
+    commpress.attach(ddp, spec)
     train(ddp, range(after))
     dist.barrier()
     if dist.get_rank() == who:
@@ -191,8 +236,10 @@ def stops(who: int, folder: str, after: int) -> tuple[str, float]:
     return said, took
 
 
-@pytest.mark.parametrize(("world_size", "who"), [slow(3, 0), (2, 1)])
-def test_a_stopped_rank_is_named_within_the_timeout(world_size: int, who: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world_size", "who", "spec"), [
+    slow(3, 0, "int4"), (2, 1, "int4"), slow(3, 0, "none"), (3, 1, "none"), slow(3, 2, "bf16"),
+])  # fmt: skip
+def test_a_stopped_rank_is_named_within_the_timeout(world_size: int, who: int, spec: str, tmp_path: Path) -> None:
     """Rank 0 keeps the store: nobody may wait for what it has to say."""
     timeout = 4.0
 
@@ -205,7 +252,7 @@ def test_a_stopped_rank_is_named_within_the_timeout(world_size: int, who: int, t
 
     waker = threading.Thread(target=wake, daemon=True)
     waker.start()
-    ranks = run(world_size, stops, who, str(tmp_path), 2, group_timeout=timeout, fresh=True, tcp=True)
+    ranks = run(world_size, stops, who, str(tmp_path), 5, spec, group_timeout=timeout, fresh=True, tcp=True)
     waker.join(5)
     for rank, (said, took) in enumerate(ranks):
         if rank != who:

@@ -148,6 +148,7 @@ def test_no_group_has_the_name_of_a_closed_one() -> None:
 
 @pytest.mark.parametrize(("world_size", "bad_rank", "tcp", "spec"), [
     (2, 1, False, "int4"), (3, 1, True, "topk(0.1)|int4"), (2, 0, True, "int4"), (2, 1, False, "bf16"),
+    (3, 0, True, "none"),
 ])  # fmt: skip
 def test_a_rank_that_dies_is_noticed_at_once(world_size: int, bad_rank: int, tcp: bool, spec: str) -> None:
     ranks = run(world_size, dying, bad_rank, spec, group_timeout=PATIENT, fresh=True, tcp=tcp)

@@ -87,8 +87,8 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "sum_magnitudes": (lambda x: sum_magnitudes(x), (FLOATS,)),
     "sign write, feedback": (sign._write, (FLOATS, FLOATS, BYTES, F)),
     "sign read": (lambda pf, pu, share, out: sign._read(pf, pu, 2, 4096, 0, 8, share, out), (FLOATS, BYTES, F, FLOATS)),
-    "int2 sizes": (lambda x: two_bit._sizes(x, 1024), (FLOATS,)),
-    "int2 write, feedback": (two_bit._write, (FLOATS, FLOATS, BYTES, BYTES, F, F, F)),
+    "int2 pack": (lambda x, mean, c, d: two_bit._pack(x, 1024, mean, c, d), (FLOATS, F, BYTES, BYTES)),
+    "int2 feedback": (two_bit._keep_loss, (FLOATS, FLOATS, F, F, F)),
     "int2 read": (
         lambda pf, pu, share, out: two_bit._read(pf, pu, 2, 4096, 0, 8, 1024, share, out),
         (FLOATS, BYTES, F, FLOATS),

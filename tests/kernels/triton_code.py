@@ -30,9 +30,11 @@ from commpress.comm.prologue import Prologue
 from commpress.kernels.triton import (
     cast,
     elias_fano,
+    fingerprint,
     float8,
     integer,
     launch,
+    low_rank,
     masks,
     model,
     optim,
@@ -67,7 +69,7 @@ FAMILIES: dict[str, Any] = {
 
 def compiled(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Any:
     """Compile for these arguments what `launch` would start."""
-    return kernel.warmup(*arguments, grid=(programs,), **launch.OPTIONS, **constants)
+    return kernel.warmup(*arguments, grid=(programs,), **(launch.OPTIONS | constants))
 
 
 def needs(kernel: Any) -> dict[str, int]:
@@ -102,7 +104,7 @@ def instead_of_launching(capability: int, note: Callable[..., object]) -> Iterat
     here["get_current_device"] = lambda: capability  # Triton asks for the target once a device
     with contextlib.ExitStack() as patched:
         patched.enter_context(mock.patch.object(driver, "_active", SimpleNamespace(**here)))
-        for module in {launch, elias_fano, *FAMILIES.values()}:
+        for module in {launch, elias_fano, low_rank, *FAMILIES.values()}:
             patched.enter_context(mock.patch.object(module, "launch", note))
         yield
 
@@ -131,7 +133,7 @@ def keys(n: int, count: int = 4, start: int = 0) -> dict[str, list[tuple[object,
 
     def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         binder = kernel.device_caches[90][-1]
-        _, specialization, _ = binder(*arguments, **launch.OPTIONS, **constants)
+        _, specialization, _ = binder(*arguments, **(launch.OPTIONS | constants))
         found[name].append((kernel.fn.__module__, kernel.fn.__name__, *map(str, specialization)))
 
     with instead_of_launching(90, note):
@@ -148,6 +150,7 @@ def ops(n: int, count: int = 4, start: int = 0) -> Iterator[tuple[str, Callable[
     """
     yield from codec_ops(n, count, start)
     yield from passes(n)
+    yield from factors(n)
 
 
 def codec_ops(n: int, count: int, start: int) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -190,8 +193,24 @@ def passes(n: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "keep", partial(model.keep, x, kept)
     yield "keep of bfloat16", partial(model.keep, halves, kept)
     yield "count_pruned", partial(model.count_pruned, x, kept)
+    yield "fingerprint", partial(fingerprint.fingerprint, x.view(torch.int32))
+    yield "fingerprint of bfloat16", partial(fingerprint.fingerprint, halves.view(torch.int16))
     yield "pack", partial(masks.pack, x, index, x)
     yield "unpack", partial(masks.unpack, x, index, x)
+
+
+def factors(n: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each op of `powersgd` on a matrix of each width of a tile, of some n values and of a rank that n decides."""
+    rank = 1 + n % 31
+    for columns in (24, 100, 1000 + n % 2):
+        rows = n // columns + 1
+        x, p, q = torch.zeros(rows, columns), torch.zeros(rank, rows), torch.zeros(rank, columns)
+        yield f"project {columns // 2 * 2}", partial(low_rank.project, x, None, q, p)
+        yield f"project feedback {columns // 2 * 2}", partial(low_rank.project, x, torch.zeros_like(x), q, p)
+        yield f"project_back {columns // 2 * 2}", partial(low_rank.project_back, x, p, q)
+        yield f"expand {columns // 2 * 2}", partial(low_rank.expand, p, q, x, None)
+        yield f"expand feedback {columns // 2 * 2}", partial(low_rank.expand, p, q, x, torch.zeros_like(x))
+    yield "orthonormalize", partial(low_rank.orthonormalize, torch.zeros(3, rank, n // 64 + 1))
 
 
 def inputs(n: int) -> tuple[torch.Tensor, torch.Tensor, Prologue]:

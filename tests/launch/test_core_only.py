@@ -7,11 +7,11 @@ from commpress import extras
 
 EXTRAS = (
     *("tyro", "plotly", "tensorboard", "ray", "torchao", "torch_pruning", "pydantic", "safetensors", "yaml", "tomli"),
-    *("accelerate", "transformers", "lightning", "deepspeed"),
+    *("optuna", "accelerate", "transformers", "lightning", "deepspeed"),
 )
 """What `pip install .` does not install."""
 BLOCKED = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS}))\n"
-PROGRAMS = ("train", "demo", "lab", "explain", "probe", "report", "ray_train", "cli", "figures")
+PROGRAMS = ("train", "demo", "lab", "explain", "probe", "report", "search", "ray_train", "cli", "figures")
 
 
 def core_only(code: str, **environment: str) -> Ended:

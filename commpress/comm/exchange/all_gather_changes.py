@@ -13,6 +13,9 @@ keeps `v` (`versions.py`), in two bytes a value, which FSDP alone does not.
 A shard is far that differs from its version by more than half of its own norm, or if either is not finite: weights were loaded,
 say. So no step is worse than by the code of the values themselves. Each rank sends W - 1 bytes to tell, and then nothing,
 (W - 1) * nbytes(m) or (W - 1) * 2 m. What was not stepped between two gathers is not sent again.
+
+The host has to know the answers, so this is for the CPU. On an accelerator `all_gather_changes_unseen.py` follows the version
+as closely in ordinary steps, and nobody waits.
 """
 
 from collections.abc import Iterator
@@ -21,8 +24,10 @@ import torch
 from torch import Tensor
 
 from commpress.comm.encoder import Encoder
+from commpress.comm.exchange.all_gather_changes_unseen import all_gather_changes_unseen
 from commpress.comm.exchange.label import Label
 from commpress.comm.exchange.wire import Transfer, Wire
+from commpress.comm.fingerprint import fingerprint_on_device
 from commpress.comm.versions import Version
 from commpress.kernels.cpu.fingerprint import fingerprint
 
@@ -43,16 +48,22 @@ def all_gather_changes(
 ) -> Iterator[Transfer]:
     """Fill `out` ([W * m]) with the version of the ranks' `shard` ([m], which may be this rank's part of `out`).
 
-    Any float dtype. `buffer` is uint8 [W * nbytes(m)]; `told` is the label of what the ranks tell each other before.
+    Any float dtype. `buffer` is uint8 [all_gather_changes_bytes(m, codec, W)]; `told` is the label of what the ranks tell each
+    other before.
     """
-    me, W, m, mark = wire.rank, wire.world_size, shard.numel(), fingerprint(shard)
+    me, W, m = wire.rank, wire.world_size, shard.numel()
+    mark: int | Tensor = fingerprint(shard) if wire.by_message else fingerprint_on_device(shard)
     if version.values is None:
         values = version.room(W, shard)
         if version.own is None:
             version.mark = mark
         yield from _whole(shard if version.own is None else version.own, values, wire, told.second())
         version.values, version.own = values, None
-    parts, rows = version.values.split(m), buffer.split(encoder.codec.nbytes(m))
+    if isinstance(mark, Tensor):
+        yield from all_gather_changes_unseen(shard, mark, out, version, encoder, buffer, wire, label)
+        return
+    nbytes = encoder.codec.nbytes(m)
+    parts, rows = version.values.split(m), buffer[: W * nbytes].split(nbytes)
     step = torch.empty(m, dtype=torch.float32, device=shard.device)
 
     mine = SAME
@@ -61,7 +72,7 @@ def all_gather_changes(
         near = bool(step.norm() <= FARTHEST * shard.float().norm())  # not, if either is NaN
         mine = CHANGED if near else FAR
     flags = torch.full((W,), mine, dtype=torch.uint8, device=shard.device)
-    transfer = wire.all_gather(flags.split(1), told, last=False, whole=flags)
+    transfer = wire.all_gather(flags.split(1), told, last=False)
     if mine == CHANGED:
         encoder.encode(step, slice(None), out=rows[me])  # while it is on its way
     yield transfer
@@ -77,7 +88,7 @@ def all_gather_changes(
         return
     if mine == SAME:
         encoder.encode(step.zero_(), slice(None), out=rows[me])
-    yield wire.all_gather(rows, label, last=True, whole=buffer)
+    yield wire.all_gather(rows, label, last=True)
     for r, part in enumerate(parts):
         encoder.decode(rows[r], m, out=step)
         part.copy_(step.add_(part))

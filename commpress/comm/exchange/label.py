@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from commpress.comm.failure import DamagedMessageError, LostPeerError, OtherMessageError, is_lost
@@ -35,9 +36,10 @@ class Label:
         """The label of the message after this one, of an exchange that sends several."""
         return replace(self, tag=self.tag + 1)
 
-    def header(self, payload: Tensor, nbytes: int) -> bytes:
-        """The header of a payload (uint8, contiguous) that belongs to a whole of `nbytes`."""
-        return HEADER.pack(self.key, nbytes, (fingerprint(payload) or 1) if self.proven else 0)
+    def header(self, payload: Tensor, nbytes: int) -> Tensor:
+        """The header (uint8 [24]) of a payload (uint8, contiguous) that belongs to a whole of `nbytes`."""
+        packed = HEADER.pack(self.key, nbytes, (fingerprint(payload) or 1) if self.proven else 0)
+        return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
     @property
     def key(self) -> int:

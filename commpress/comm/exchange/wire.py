@@ -12,6 +12,9 @@ A header of 24 bytes goes along with every message, at the same time:
 The receiver compares the header with what it expects, and both ranks do; a payload that is not expected has no taker. Without
 this Gloo ends the process of a rank that gets more than it has room for, and passes over less in silence. The report does not
 count headers, nor what the backend itself puts before a message.
+
+A collective of the group that comes as it came the last time has none, which would cost more than the collective's own start:
+whoever waits for it in vain for `HELD_SECONDS` sends them then (`held.py`).
 """
 
 import contextlib
@@ -20,6 +23,7 @@ import json
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +31,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import Settings, gather_settings, host_name
+from commpress.comm.exchange.held import Held
 from commpress.comm.exchange.label import HALF, HEADER, Header, Label, wait_for
-from commpress.comm.failure import FailureBoard, LostPeerError, is_lost
+from commpress.comm.failure import SILENT_PEER, FailureBoard, LostPeerError, is_lost
 from commpress.comm.joining import part_of, sibling
 
 
@@ -50,6 +55,8 @@ class Transfer:
     """Memory that is being sent."""
     arrived: Callable[[], None] | None = field(default=None, repr=False)
     """Puts what came to where it belongs, if it came elsewhere."""
+    held: Held | None = field(default=None, repr=False)
+    """What tells the other ranks of a collective without headers."""
 
     def wait(self) -> None:
         """Return when all is received and the sent memory may be reused.
@@ -60,7 +67,7 @@ class Transfer:
         for header in self.headers:
             header.check()
         for peer, work in self.works:
-            wait_for(peer, work)
+            wait_for(peer, work) if self.held is None else self.held.wait_for(work)
         for header in self.headers:
             header.prove()
         if self.arrived is not None:
@@ -91,6 +98,9 @@ class Wire:
         """The ranks in that group of those that this wire connects."""
         self._parts: dict[tuple[int, ...], Wire] = {}
         self.board = FailureBoard(group.group_name, self.rank, hosts)
+        ranks = dist.get_process_group_ranks(group)
+        self._keeper = ranks.index(0) if 0 in ranks else None
+        """The rank that keeps the default group's store, or whose host does; None if it is in another group."""
         self._before = ""
         self._after: dict[str, str] = {}
         """Collectives of the group by the one before them, as all ranks had them the last time."""
@@ -215,11 +225,15 @@ class Wire:
             payload = None if nbytes is not None else receives[r]
             transfer.headers.append(Header(self.members[r], work, buffer, label, expected, payload))
         for r in self.peers:
-            header = label.header(sends[r], sends[r].nbytes if nbytes is None else nbytes)
-            transfer.kept.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+            transfer.kept.append(label.header(sends[r], sends[r].nbytes if nbytes is None else nbytes))
             work = self._start(dist.isend, transfer.kept[-1], label.tag % HALF, r)
             transfer.works.append((self.members[r], work))
         return transfer
+
+    def _send_header(self, label: Label, nbytes: int) -> tuple[Tensor, list[Any]]:
+        """Send all ranks the header of a collective over `nbytes`. Returns what must be kept until it has ended."""
+        header = label.header(torch.empty(0, dtype=torch.uint8, device="cpu"), nbytes)
+        return header, [self._start(dist.isend, header, label.tag % HALF, r) for r in self.peers]
 
     def _start(self, operation: Callable[..., Any], x: Tensor, tag: int, peer: int) -> Any:
         member = self.members[peer]
@@ -233,21 +247,33 @@ class Wire:
             raise
 
     def collective(
-        self, start: Callable[[dist.ProcessGroup], Any], nbytes: int, label: Label, sent: int, received: int
+        self,
+        start: Callable[[dist.ProcessGroup], Any],
+        nbytes: int,
+        label: Label,
+        sent: int,
+        received: int,
+        ends_together: bool = True,
     ) -> Transfer:
         """Start one of the group's own collectives, over `nbytes` on each rank: it is the only transfer of its bucket.
 
-        `start` takes the group and returns the work. One that comes as it came the last time starts at once, its headers
-        beside it. Any other waits for them first, so no rank is ever in two different collectives, which Gloo does not
-        survive: a rank that expected another one is told so by those who start at once.
+        `start` takes the group and returns the work. One that comes as it came the last time starts at once. Any other waits
+        for its headers first, so no rank is ever in two different collectives, which Gloo does not survive: a rank that
+        expected another one is told so by those who have started at once. They send their headers when they are held up, which
+        needs that it `ends_together`: on no rank before all have started it. Else, and where the ranks must have drawn alike,
+        the headers go beside it.
         """
         if not self.by_message:
             return Transfer([(None, start(self.open_group()))], sent, received, last=True)
         label, text = replace(label, proven=False), _collective_text(nbytes, label)
         before, self._before = self._before, text
-        none = [torch.empty(0, dtype=torch.uint8, device="cpu")] * self.world_size
-        transfer = self._headers(label, True, none, none, nbytes)
-        if self._after.get(before) != text:
+        known, transfer = self._after.get(before) == text, Transfer([], 0, 0, last=True)
+        if not known or label.draw or not ends_together:
+            none = [torch.empty(0, dtype=torch.uint8, device="cpu")] * self.world_size
+            transfer = self._headers(label, True, none, none, nbytes)
+        else:
+            transfer.held = Held(self.board, text, partial(self._send_header, label, nbytes))
+        if not known:
             transfer.wait()
             self._after[before] = text
             transfer.headers, transfer.works = [], []
@@ -264,8 +290,23 @@ class Wire:
         """Whether a collective would start now, without waiting for the headers of other ranks."""
         return self._after.get(self._before) == _collective_text(nbytes, label)
 
-    def lost_peer(self) -> int | None:
-        """The rank whose connection is broken, where a collective has failed that does not say; None if it is not just one."""
+    def lost_peer(self, text: str) -> LostPeerError:
+        """The error for the rank whose fault it is that a collective has failed, which does not say more than this text."""
+        if self.world_size == 2:
+            return LostPeerError(self.peers[0], text)
+        try:
+            silent = self.board.silent()
+        except TimeoutError as error:  # with the rank that keeps the store
+            return LostPeerError(self._keeper, f"Wait timeout of the store ({error}): {text}")
+        except RuntimeError:
+            return LostPeerError(self._keeper, text)
+        lost = self._lost_connections()
+        if silent is not None and (len(lost) != 1 or SILENT_PEER.search(text)):
+            return LostPeerError(silent, text)
+        return LostPeerError(lost[0] if len(lost) == 1 else None, text)
+
+    def _lost_connections(self) -> list[int]:
+        """The ranks whose connections are broken; none if they have been closed here."""
         lost = []
         for r in self.peers:
             try:
@@ -273,8 +314,8 @@ class Wire:
             except LostPeerError:
                 lost.append(r)
             except RuntimeError:
-                return None  # closed by ourselves
-        return lost[0] if len(lost) == 1 else self.peers[0] if self.world_size == 2 else None
+                return []  # closed by ourselves
+        return lost
 
     def open_group(self) -> dist.ProcessGroup:
         """The group. Raises RuntimeError once it is closed: torch would take None for the default group, the user's own."""
@@ -315,7 +356,8 @@ class Wire:
         def start(group: dist.ProcessGroup) -> Any:
             return dist.broadcast(x, group=group, group_src=source, async_op=True)
 
-        return self.collective(start, x.nbytes, label, x.nbytes * children, x.nbytes * (self.rank != source))
+        sent, received = x.nbytes * children, x.nbytes * (self.rank != source)
+        return self.collective(start, x.nbytes, label, sent, received, ends_together=False)
 
 
 def _collective_text(nbytes: int, label: Label) -> str:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import AHEAD, LARGEST, block_of, fetch, part_of, put, put_block, real
+from commpress.kernels.cpu.blocks import AHEAD, LARGEST, block_of, fetch, part_of, put, put_block, real, scratch_beside
 from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-SHARED_SHA256 = "e3b5e22ed819a0c6"
+SHARED_SHA256 = "b3c9e927d4b25bf4"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 CAST_BLOCK = 256
 
@@ -66,7 +66,7 @@ def cast_encode(x, prologue, residual, halves, begin, end):
     """The 16-bit floats of x + residual; the residual becomes what they miss."""
     widest()
     full = x.size // CAST_BLOCK
-    scratch = np.empty(CAST_BLOCK, np.float32)
+    scratch = scratch_beside(x, CAST_BLOCK)
     for b in range(begin, min(end, full)):
         o = b * CAST_BLOCK
         fetch(residual, o + AHEAD, CAST_BLOCK)
@@ -84,7 +84,7 @@ def cast_mean(halves, W, row, out, begin, end):
     widest()
     full = out.size // CAST_BLOCK
     share = np.float32(1.0 / W)
-    scratch = np.empty(CAST_BLOCK, np.float32)
+    scratch = scratch_beside(out, CAST_BLOCK)
     for b in range(begin, min(end, full)):  # a block's sum stays in the L1 cache
         _read(halves, W, row, b * CAST_BLOCK, share, CAST_BLOCK, scratch)
         put_block(out, b * CAST_BLOCK, scratch, CAST_BLOCK)

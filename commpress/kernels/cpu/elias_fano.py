@@ -6,7 +6,7 @@ from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.blocks import ONES, PLACES
 from commpress.kernels.cpu.instructions import put_word
 
-SHARED_SHA256 = "e3b5e22ed819a0c6"
+SHARED_SHA256 = "b3c9e927d4b25bf4"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 
 

@@ -22,12 +22,13 @@ from commpress.kernels.cpu.blocks import (
     part_of,
     put_block,
     remember,
+    scratch_beside,
     top_of,
 )
 from commpress.kernels.cpu.instructions import CONVERTS_HALVES, settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-SHARED_SHA256 = "e3b5e22ed819a0c6"
+SHARED_SHA256 = "b3c9e927d4b25bf4"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 FLOAT8_BLOCK = 256
 FLUSH = np.float32(2.0**-80)
@@ -52,11 +53,11 @@ def _code(y, shift, half, change, first, magic, zero):
 def _value(byte, form):
     """Return the value of a byte in a block of scale 1: float16 has the exponent's width of e5m2, and the denormals of both."""
     if CONVERTS_HALVES:
-        shift, code = form[0], np.int32(byte)
-        sign = np.int32(np.int32(code & np.int32(128)) << np.int32(8))
-        magnitude = np.int32(np.int32(code & np.int32(127)) << np.int32(shift - np.int32(13)))
+        shift = np.int32(form[0] - np.int32(13))
+        kept = np.int32(np.int32(127 << shift) | np.int32(0x8000))
+        spread = np.int32(np.int32(np.int8(byte)) << shift)  # the sign in all bits above the magnitude's
         unit = np.float32(2.0 ** (form[1] - 112))
-        return np.float32(from_float16(np.uint32(magnitude | sign)) * unit)
+        return np.float32(from_float16(np.uint32(spread & kept)) * unit)
     return _value_by_bits(byte, form)
 
 
@@ -187,7 +188,7 @@ def _read(pf, pu, W, row, b, blocks, form, share, size, out):
 @part
 def _encode(x, prologue, residual, pf, pu, begin, end, form):
     full, blocks = x.size // FLOAT8_BLOCK, (x.size + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
-    scratch = np.empty(FLOAT8_BLOCK, np.float32)
+    scratch = scratch_beside(x, FLOAT8_BLOCK)
     for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * FLOAT8_BLOCK, FLOAT8_BLOCK, scratch)
         _encode_block(xb, part_of(residual, b * FLOAT8_BLOCK, FLOAT8_BLOCK), b, blocks, form, pf, pu)
@@ -201,7 +202,7 @@ def _encode(x, prologue, residual, pf, pu, begin, end, form):
 def _mean(pf, pu, W, row, out, begin, end, form):
     full, blocks = out.size // FLOAT8_BLOCK, (out.size + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
     share = np.float32(1.0 / W)
-    scratch = np.empty(FLOAT8_BLOCK, np.float32)
+    scratch = scratch_beside(out, FLOAT8_BLOCK)
     for b in range(begin, min(end, full)):
         _read(pf, pu, W, row, b, blocks, form, share, FLOAT8_BLOCK, scratch)
         put_block(out, b * FLOAT8_BLOCK, scratch, FLOAT8_BLOCK)
@@ -216,7 +217,7 @@ def _mean(pf, pu, W, row, out, begin, end, form):
 def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, form):
     full, blocks = n // FLOAT8_BLOCK, (n + FLOAT8_BLOCK - 1) // FLOAT8_BLOCK
     share = np.float32(1.0 / W)
-    mean = np.empty(FLOAT8_BLOCK, np.float32)
+    mean = scratch_beside(pu, FLOAT8_BLOCK)
     for b in range(begin, min(end, full)):
         rb = part_of(residual, b * FLOAT8_BLOCK, FLOAT8_BLOCK)
         _read(pf, pu, W, row, b, blocks, form, share, FLOAT8_BLOCK, mean)

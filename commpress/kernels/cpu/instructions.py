@@ -22,6 +22,8 @@ PROCESSOR = config.CPU_NAME or llvm.get_host_cpu_name()
 ASKS_AHEAD = not PROCESSOR.startswith("znver")
 """Whether loops ask for a block's memory before they read it. Intel's Emerald Rapids encodes momentum in 0.80 to 0.88 of the
 time with it; AMD's Zen 4, whose own prefetchers follow all streams of a block, takes 1.3 to 1.9 times as long."""
+WIDE = config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("avx512f"))
+"""Whether the processor has 32 registers of 16 lanes."""
 CONVERTS_HALVES = platform.machine() == "aarch64" or (
     config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("f16c"))
 )
@@ -170,38 +172,53 @@ def widened(typing: Any, half: Any) -> Any:
 # --- magnitudes of a block, in the order of the format: lane by lane, then halves of the lanes onto halves ----------
 
 
-LANES = ir.VectorType(ir.FloatType(), SIGN_LANES)
-WORDS = ir.VectorType(ir.IntType(32), SIGN_LANES)
 Value = Any  # llvmlite has no types
+PACKED = SIGN_LANES if WIDE else 16
+"""Lanes whose bits are packed at a time: what is kept of them must fit the registers."""
+
+
+def _floats(lanes: int) -> Any:
+    return ir.VectorType(ir.FloatType(), lanes)
+
+
+def _words(lanes: int) -> Any:
+    return ir.VectorType(ir.IntType(32), lanes)
+
+
+def _all_words(lanes: int, word: int) -> Value:
+    """Return the same word in so many lanes."""
+    return ir.Constant(_words(lanes), [word] * lanes)
 
 
 def _magnitudes(context: Any, builder: Any, array_type: Any, array: Value) -> list[Value]:
     """The magnitudes of SIGN_BLOCK values, SIGN_LANES at a time."""
     data = context.make_array(array_type)(context, builder, array).data
-    mask = ir.Constant(WORDS, [0x7FFFFFFF] * SIGN_LANES)
+    words, mask = _words(SIGN_LANES), _all_words(SIGN_LANES, 0x7FFFFFFF)
     rows = []
     for o in range(0, SIGN_BLOCK, SIGN_LANES):
         place = builder.gep(data, [ir.IntType(64)(o)])
-        bits = builder.load(builder.bitcast(place, WORDS.as_pointer()), align=4)
-        rows.append(builder.bitcast(builder.and_(bits, mask), LANES))
+        bits = builder.load(builder.bitcast(place, words.as_pointer()), align=4)
+        rows.append(builder.bitcast(builder.and_(bits, mask), _floats(SIGN_LANES)))
     return rows
 
 
-def _everywhere(builder: Any, value: Value) -> Value:
-    """Return one float32 in all lanes."""
-    one = builder.insert_element(ir.Constant(LANES, ir.Undefined), value, ir.IntType(32)(0))
-    return builder.shuffle_vector(one, ir.Constant(LANES, ir.Undefined), ir.Constant(WORDS, [0] * SIGN_LANES))
+def _everywhere(builder: Any, value: Value, lanes: int) -> Value:
+    """Return one float32 in so many lanes."""
+    undefined = ir.Constant(_floats(lanes), ir.Undefined)
+    one = builder.insert_element(undefined, value, ir.IntType(32)(0))
+    return builder.shuffle_vector(one, undefined, _all_words(lanes, 0))
 
 
 def _folded(builder: Any, lanes: Value) -> Value:
     """The sum of the lanes, halves onto halves."""
-    width = SIGN_LANES // 2
+    add = builder.fadd if lanes.type.element == ir.FloatType() else builder.add
+    width = lanes.type.count // 2
     while width:
         parts = []
         for first in (0, width):
             places = ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(first, first + width)))
             parts.append(builder.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), places))
-        lanes = builder.fadd(*parts)
+        lanes = add(*parts)
         width //= 2
     return builder.extract_element(lanes, ir.IntType(32)(0))
 
@@ -220,20 +237,68 @@ def sum_magnitudes(typing: Any, x: Any) -> Any:
 
 
 @instruction
-def split_magnitudes(typing: Any, x: Any, mean: Any) -> Any:
-    """Return the sum of a full block's magnitudes up to `mean`, the sum of those above it, and how many those are."""
+def pack_magnitudes(typing: Any, x: Any, mean: Any, signs: Any, sizes: Any) -> Any:
+    """Write the bits of a full block to `signs` and `sizes`: which values are negative, and whose magnitudes exceed `mean`.
+    Return the sum of the magnitudes up to it, the sum of those above it, and how many those are.
+
+    All in one sweep, PACKED lanes at a time: what is summed up of them, and their bits, stay in registers.
+    """
     returned = types.UniTuple(types.float32, 3)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zero = ir.Constant(LANES, [0.0] * SIGN_LANES)
-        low, high, count = zero, zero, zero
-        mean, one = _everywhere(builder, arguments[1]), ir.Constant(LANES, [1.0] * SIGN_LANES)
-        for row in _magnitudes(context, builder, signature.args[0], arguments[0]):
-            above = builder.fcmp_ordered(">", row, mean)
-            low = builder.fadd(low, builder.select(above, zero, row))
-            high = builder.fadd(high, builder.select(above, row, zero))
-            count = builder.fadd(count, builder.select(above, one, zero))
-        sums = [_folded(builder, lanes) for lanes in (low, high, count)]
-        return context.make_tuple(builder, returned, sums)
+        data, *planes = (context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 2, 3))
+        lows, highs, above = [], [], ir.Constant(_words(PACKED), [0] * PACKED)
+        for first in range(0, SIGN_LANES, PACKED):
+            low, high, bits = _packed(builder, data, arguments[1], first)
+            lows.append(low)
+            highs.append(high)
+            for at, plane in ((0, planes[0]), (16, planes[1])):
+                for half in (0, 1):
+                    byte = builder.lshr(bits, _all_words(PACKED, at + 8 * half))
+                    codes = builder.trunc(byte, ir.VectorType(ir.IntType(8), PACKED))
+                    place = builder.gep(plane, [ir.IntType(64)(first + half * SIGN_LANES)])
+                    builder.store(codes, builder.bitcast(place, codes.type.as_pointer()), align=1)
+            above = builder.add(above, _ones(builder, builder.lshr(bits, _all_words(PACKED, 16))))
+        count = builder.uitofp(_folded(builder, above), ir.FloatType())
+        sums = [_folded(builder, _joined(builder, lanes)) for lanes in (lows, highs)]
+        return context.make_tuple(builder, returned, [*sums, count])
 
-    return returned(x, types.float32), build
+    return returned(x, types.float32, signs, sizes), build
+
+
+def _packed(builder: Any, data: Value, mean: Value, first: int) -> tuple[Value, Value, Value]:
+    """Return of the lanes from `first` on the sums of magnitudes up to `mean` and above it, and the bits of their values.
+
+    Of value k of a lane, bit 8 * (k % 2) + k // 2 of the word is its sign, and the one 16 above tells whether it exceeds.
+    """
+    zero, words = ir.Constant(_floats(PACKED), [0.0] * PACKED), _words(PACKED)
+    low, high, bits = zero, zero, ir.Constant(words, [0] * PACKED)
+    mean = _everywhere(builder, mean, PACKED)
+    for k in range(SIGN_BLOCK // SIGN_LANES):
+        place = builder.gep(data, [ir.IntType(64)(k * SIGN_LANES + first)])
+        value = builder.load(builder.bitcast(place, words.as_pointer()), align=4)
+        size = builder.bitcast(builder.and_(value, _all_words(PACKED, 0x7FFFFFFF)), zero.type)
+        above = builder.fcmp_ordered(">", size, mean)
+        low = builder.fadd(low, builder.select(above, zero, size), flags=("nsz",))
+        high = builder.fadd(high, builder.select(above, size, zero), flags=("nsz",))
+        at = 8 * (k % 2) + k // 2
+        sign = builder.and_(builder.lshr(value, _all_words(PACKED, 31 - at)), _all_words(PACKED, 1 << at))
+        bits = builder.or_(bits, sign)
+        bits = builder.select(above, builder.or_(bits, _all_words(PACKED, 1 << 16 + at)), bits)
+    return low, high, bits
+
+
+def _ones(builder: Any, words: Value) -> Value:
+    """Return how many bits of each word are 1."""
+    kind = ir.FunctionType(words.type, [words.type])
+    count = cgutils.get_or_insert_function(builder.module, kind, f"llvm.ctpop.v{words.type.count}i32")
+    return builder.call(count, [words])
+
+
+def _joined(builder: Any, parts: list[Value]) -> Value:
+    """Return vectors of equal length behind one another as one."""
+    while len(parts) > 1:
+        width = 2 * parts[0].type.count
+        places = ir.Constant(_words(width), list(range(width)))
+        parts = [builder.shuffle_vector(a, b, places) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]

@@ -7,11 +7,21 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import INFINITY_BITS, LARGEST, NAN, block_of, part_of, put_block, remember, top_of
+from commpress.kernels.cpu.blocks import (
+    INFINITY_BITS,
+    LARGEST,
+    NAN,
+    block_of,
+    part_of,
+    put_block,
+    remember,
+    scratch_beside,
+    top_of,
+)
 from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-SHARED_SHA256 = "e3b5e22ed819a0c6"
+SHARED_SHA256 = "b3c9e927d4b25bf4"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 INT_BLOCK = 256
 HALF = INT_BLOCK // 2
@@ -135,7 +145,7 @@ def _encode_tail(x, residual, b, blocks, bits, stochastic, pf, pu):
 @part
 def _encode(x, prologue, residual, pf, pu, begin, end, bits, stochastic):
     full, blocks = x.size // INT_BLOCK, (x.size + INT_BLOCK - 1) // INT_BLOCK
-    scratch = np.empty(INT_BLOCK, np.float32)
+    scratch = scratch_beside(x, INT_BLOCK)
     for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * INT_BLOCK, INT_BLOCK, scratch)
         _encode_block(xb, part_of(residual, b * INT_BLOCK, INT_BLOCK), b, blocks, bits, stochastic, pf, pu)
@@ -203,7 +213,7 @@ def _read_tail(pf, pu, W, row, b, blocks, bits, share, out):
 def _mean(pf, pu, W, row, out, begin, end, bits):
     full, blocks = out.size // INT_BLOCK, (out.size + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
-    scratch = np.empty(INT_BLOCK, np.float32)
+    scratch = scratch_beside(out, INT_BLOCK)
     for b in range(begin, min(end, full)):
         _read(pf, pu, W, row, b, blocks, bits, share, scratch)
         put_block(out, b * INT_BLOCK, scratch, INT_BLOCK)
@@ -218,7 +228,7 @@ def _mean(pf, pu, W, row, out, begin, end, bits):
 def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, bits, stochastic):
     full, blocks = n // INT_BLOCK, (n + INT_BLOCK - 1) // INT_BLOCK
     share = np.float32(1.0 / W)
-    mean = np.empty(INT_BLOCK, np.float32)
+    mean = scratch_beside(pu, INT_BLOCK)
     for b in range(begin, min(end, full)):
         rb = part_of(residual, b * INT_BLOCK, INT_BLOCK)
         _read(pf, pu, W, row, b, blocks, bits, share, mean)

@@ -16,7 +16,7 @@ from commpress.kernels.cpu.blocks import AHEAD, INFINITY_BITS, MAGNITUDE, block_
 from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
-SHARED_SHA256 = "e3b5e22ed819a0c6"
+SHARED_SHA256 = "b3c9e927d4b25bf4"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 NAN = np.float32(np.nan)
 STRATA = 64

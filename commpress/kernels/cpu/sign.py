@@ -7,11 +7,21 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import NAN, block_of, pack_tail_signs, pad, part_of, put_block, remember, sign_bit
+from commpress.kernels.cpu.blocks import (
+    NAN,
+    block_of,
+    pack_tail_signs,
+    pad,
+    part_of,
+    put_block,
+    remember,
+    scratch_beside,
+    sign_bit,
+)
 from commpress.kernels.cpu.instructions import SIGN_BLOCK, settle_streams, sum_magnitudes, widest
 from commpress.kernels.cpu.slices import in_slices
 
-SHARED_SHA256 = "e3b5e22ed819a0c6"
+SHARED_SHA256 = "b3c9e927d4b25bf4"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 PLANE = SIGN_BLOCK // 8
 
@@ -98,7 +108,7 @@ def sign_encode(x, prologue, residual, pf, pu, begin, end):
     """Signs and magnitudes of x + residual; the residual becomes what they miss."""
     widest()
     full, blocks = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK
-    scratch, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
+    scratch, a = scratch_beside(x, SIGN_BLOCK), np.empty(SIGN_BLOCK, np.float32)
     for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
         _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, b, blocks, pf, pu)
@@ -114,7 +124,7 @@ def sign_mean(pf, pu, W, row, out, begin, end):
     widest()
     full, blocks = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
-    scratch = np.empty(SIGN_BLOCK, np.float32)
+    scratch = scratch_beside(out, SIGN_BLOCK)
     for b in range(begin, min(end, full)):
         _read(pf, pu, W, row, b, blocks, share, scratch)
         put_block(out, b * SIGN_BLOCK, scratch, SIGN_BLOCK)
@@ -131,7 +141,7 @@ def sign_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     widest()
     full, blocks = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)
-    mean, a = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
+    mean, a = scratch_beside(pu, SIGN_BLOCK), np.empty(SIGN_BLOCK, np.float32)
     for b in range(begin, min(end, full)):
         rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
         _read(pf, pu, W, row, b, blocks, share, mean)

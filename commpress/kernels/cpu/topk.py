@@ -9,13 +9,13 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import Floats, floats, steps, values
-from commpress.kernels.cpu.blocks import AHEAD, INFINITY_BITS, MAGNITUDE, block_of, fetch, pad, value_of
+from commpress.kernels.cpu.blocks import AHEAD, INFINITY_BITS, MAGNITUDE, block_of, fetch, pad, scratch_beside, value_of
 from commpress.kernels.cpu.elias_fano import ef_decode, ef_encode
 from commpress.kernels.cpu.instructions import popcount, prefetch, reach_mask, trailing_zeros, widest
 from commpress.kernels.cpu.scatter import ZEROS, fill_zeros, scatter_add
 from commpress.kernels.cpu.slices import in_slices
 
-SHARED_SHA256 = "e3b5e22ed819a0c6"
+SHARED_SHA256 = "b3c9e927d4b25bf4"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 KEEP_BLOCK = 256
 SOON = 64
@@ -167,7 +167,7 @@ def _collect(x, prologue, residual, threshold, room, begin, stop):
     the sum is NaN or Inf (an array as long as x; empty where there was none)."""
     widest()
     n = x.size
-    old, scratch = np.empty(KEEP_BLOCK, np.float32), np.empty(KEEP_BLOCK, np.float32)
+    old, scratch = scratch_beside(x, KEEP_BLOCK), scratch_beside(x, KEEP_BLOCK)
     index = np.empty(room + KEEP_BLOCK + 16, np.int64)
     value = np.empty(room + KEEP_BLOCK, np.float32)
     spared = np.empty(0, np.float32)

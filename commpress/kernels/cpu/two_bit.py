@@ -7,11 +7,20 @@ from torch import Tensor
 
 from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.arrays import floats, padded, steps, values
-from commpress.kernels.cpu.blocks import NAN, block_of, pack_tail_signs, pad, part_of, put_block, remember, sign_bit
-from commpress.kernels.cpu.instructions import SIGN_BLOCK, settle_streams, split_magnitudes, sum_magnitudes, widest
+from commpress.kernels.cpu.blocks import (
+    NAN,
+    block_of,
+    pack_tail_signs,
+    pad,
+    part_of,
+    put_block,
+    remember,
+    scratch_beside,
+)
+from commpress.kernels.cpu.instructions import SIGN_BLOCK, pack_magnitudes, settle_streams, sum_magnitudes, widest
 from commpress.kernels.cpu.slices import in_slices
 
-SHARED_SHA256 = "e3b5e22ed819a0c6"
+SHARED_SHA256 = "b3c9e927d4b25bf4"
 """Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
 PLANE = SIGN_BLOCK // 8
 
@@ -23,39 +32,36 @@ def _plane(n):
 
 
 @part
-def _sizes(x, m):
-    """The mean magnitude of a full block of which m values are real and the rest 0, and the means of those magnitudes up to
-    it and above it."""
-    mean = np.float32(sum_magnitudes(x) * (np.float32(1) / np.float32(m)))
-    low, high, above = split_magnitudes(x, mean)
-    below = np.float32(m) - above
-    least = low * (np.float32(1) / below) if below > 0 else np.float32(0)
-    most = high * (np.float32(1) / above) if above > 0 else np.float32(0)
-    return mean, least, most
+def _mean_size(x, m):
+    """The mean magnitude of a full block of which m values are real and the rest 0."""
+    return np.float32(sum_magnitudes(x) * (np.float32(1) / np.float32(m)))
 
 
 @part
-def _write(x, residual, signs, sizes, mean, low, high):
-    """Encode a full block, leave in `residual` what is lost."""
-    for j in range(PLANE):
-        sign, size = np.uint32(0), np.uint32(0)
-        for p in range(8):
-            value = x[p * PLANE + j]
-            sign |= sign_bit(value, p)
-            size |= sign_bit(mean - np.abs(value), p)  # below 0 where the value is large
-        signs[j], sizes[j] = np.uint8(sign), np.uint8(size)
-    if residual is not None:
-        for j in range(SIGN_BLOCK):
-            value = x[j]
-            residual[j] = value - np.copysign(high if np.abs(value) > mean else low, value)
+def _pack(x, m, mean, signs, sizes):
+    """Write the bits of such a block; return the means of its magnitudes up to `mean` and above it."""
+    low, high, above = pack_magnitudes(x, mean, signs, sizes)
+    below = np.float32(m) - above
+    least = low * (np.float32(1) / below) if below > 0 else np.float32(0)
+    most = high * (np.float32(1) / above) if above > 0 else np.float32(0)
+    return least, most
+
+
+@part
+def _keep_loss(x, residual, mean, low, high):
+    """Leave in `residual` what is lost of a full block."""
+    for j in range(SIGN_BLOCK):
+        value = x[j]
+        residual[j] = value - np.copysign(high if np.abs(value) > mean else low, value)
 
 
 @loop
 def _write_rare(x, residual, signs, sizes, a, t):
     """Encode a block of any length and any values, to the same bytes; return its two sizes."""
-    m = x.size
+    m, bits = x.size, t.view(np.uint8)
     pad(x, a)
-    mean, low, high = _sizes(a, m)
+    mean = _mean_size(a, m)
+    low, high = _pack(a, m, mean, bits[:PLANE], bits[PLANE : 2 * PLANE])  # bits that nobody reads: they lie otherwise
     finite = np.isfinite(mean)
     for j in range(m):
         t[j] = mean - np.abs(a[j]) if finite else np.float32(0)
@@ -74,10 +80,12 @@ def _encode_block(x, residual, a, t, b, blocks, plane, pf, pu):
     """Encode the full block `b`, whose values are `x`. All signs are `plane` bytes."""
     start = 8 * blocks + b * PLANE
     signs, sizes = pu[start : start + PLANE], pu[start + plane : start + plane + PLANE]
-    mean, low, high = _sizes(x, SIGN_BLOCK)
+    mean = _mean_size(x, SIGN_BLOCK)
     if np.isfinite(mean):
+        low, high = _pack(x, SIGN_BLOCK, mean, signs, sizes)
         pf[2 * b], pf[2 * b + 1] = low, high
-        _write(x, residual, signs, sizes, mean, low, high)
+        if residual is not None:
+            _keep_loss(x, residual, mean, low, high)
     else:
         pf[2 * b], pf[2 * b + 1] = _write_rare(x, residual, signs, sizes, a, t)
 
@@ -129,7 +137,7 @@ def int2_encode(x, prologue, residual, pf, pu, begin, end):
     """Signs and sizes of x + residual; the residual becomes what they miss."""
     widest()
     full, blocks, plane = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(x.size)
-    scratch, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
+    scratch, a, t = scratch_beside(x, SIGN_BLOCK), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     for b in range(begin, min(end, full)):
         xb = block_of(x, prologue, residual, b * SIGN_BLOCK, SIGN_BLOCK, scratch)
         _encode_block(xb, part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK), a, t, b, blocks, plane, pf, pu)
@@ -145,7 +153,7 @@ def int2_mean(pf, pu, W, row, out, begin, end):
     widest()
     full, blocks, plane = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(out.size)
     share = np.float32(1.0 / W)
-    scratch = np.empty(SIGN_BLOCK, np.float32)
+    scratch = scratch_beside(out, SIGN_BLOCK)
     for b in range(begin, min(end, full)):
         _read(pf, pu, W, row, b, blocks, plane, share, scratch)
         put_block(out, b * SIGN_BLOCK, scratch, SIGN_BLOCK)
@@ -162,7 +170,7 @@ def int2_recode(pf, pu, W, row, residual, qf, qu, n, begin, end):
     widest()
     full, blocks, plane = n // SIGN_BLOCK, (n + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(n)
     share = np.float32(1.0 / W)
-    mean, a, t = np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
+    mean, a, t = scratch_beside(pu, SIGN_BLOCK), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
     for b in range(begin, min(end, full)):
         rb = part_of(residual, b * SIGN_BLOCK, SIGN_BLOCK)
         _read(pf, pu, W, row, b, blocks, plane, share, mean)

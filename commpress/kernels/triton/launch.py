@@ -13,17 +13,18 @@ READABLE = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by how many bytes they have."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-"""How every kernel is compiled: products and sums are rounded one by one."""
+"""How kernels are compiled, unless a launch has other numbers: products and sums are rounded one by one."""
 
 
 COUNTS = (
     *("n", "k", "W", "row", "head_row", "blocks", "plane", "tiles", "bits", "low_bits", "low_words", "high_at"),
     *("block", "rest", "rest_strata", "draw"),
+    *("rows", "columns", "rank", "together", "groups", "height", "checks", "length", "p_size", "q_size", "p_tiles"),
 )
-PAYLOADS = ("pf", "pu", "qf", "qu", "head", "heads", "words", "ends")
+PAYLOADS = ("pf", "pu", "qf", "qu", "head", "heads", "words", "ends", "p", "q", "sums", "batch")
 counting: Any = triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=PAYLOADS)
 """Makes a kernel that is compiled once for all of these numbers, and not again where one is 1 or a multiple of 16; and once for
-all payloads, wherever they lie: behind others they are at multiples of 4 bytes."""
+all payloads and factors, wherever they lie: behind others they are at multiples of 4 bytes."""
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -31,7 +32,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
     each = (y for x in arguments for y in (x if isinstance(x, tuple) else (x,)))
     place = next(x for x in each if isinstance(x, Tensor))
     with torch.cuda.device_of(place):
-        kernel[(programs,)](*arguments, **OPTIONS, **constants)
+        kernel[(programs,)](*arguments, **(OPTIONS | constants))
 
 
 @counting

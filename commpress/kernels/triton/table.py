@@ -5,8 +5,10 @@ from functools import partial
 from commpress.kernels.table import Kernel
 from commpress.kernels.triton import (
     cast,
+    fingerprint,
     float8,
     integer,
+    low_rank,
     masks,
     model,
     optim,
@@ -47,6 +49,11 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("recode", "sign", "cuda"): Kernel(sign.recode),
     ("clear", "topk", "cuda"): Kernel(topk.clear),
     ("clear", "randomk", "cuda"): Kernel(random_k.clear),
+    ("project", "powersgd", "cuda"): Kernel(low_rank.project),
+    ("orthonormalize", "powersgd", "cuda"): Kernel(low_rank.orthonormalize),
+    ("project_back", "powersgd", "cuda"): Kernel(low_rank.project_back),
+    ("expand", "powersgd", "cuda"): Kernel(low_rank.expand),
+    ("fingerprint", None, "cuda"): Kernel(fingerprint.fingerprint, dtypes=None),
     ("prologue", None, "cuda"): Kernel(prologue.apply),
     ("pack", None, "cuda"): Kernel(masks.pack, dtypes=None),
     ("unpack", None, "cuda"): Kernel(masks.unpack, dtypes=None),

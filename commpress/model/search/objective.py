@@ -1,0 +1,68 @@
+"""What is looked for: the largest h = alpha f - beta g of quality f and size g, or the Pareto front of both."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+
+class Judged(Protocol):
+    """What has a quality, the more the better, and a size, the less the better."""
+
+    @property
+    def quality(self) -> float | None:
+        """f; None if there is none."""
+
+    @property
+    def size(self) -> float:
+        """g."""
+
+
+T = TypeVar("T", bound=Judged)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """h = alpha f - beta g. Raises ValueError for a weight that is below 0 or not finite, or two of 0."""
+
+    alpha: float = 1.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, weight in vars(self).items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} {weight}: expected a finite number from 0 on")
+        if not (self.alpha or self.beta):
+            raise ValueError("alpha 0 and beta 0: expected one of them above 0, or all choices are the same")
+
+    def of(self, quality: float, size: float) -> float:
+        """h."""
+        return self.alpha * quality - self.beta * size
+
+
+def dominates(a: Judged, b: Judged) -> bool:
+    """Whether a is at least as good as b in both, and better in one. What has no quality is behind all that has one."""
+    one, other = _quality(a), _quality(b)
+    return one >= other and a.size <= b.size and (one > other or a.size < b.size)
+
+
+def front(found: Sequence[T]) -> list[T]:
+    """Those that no other dominates, by rising size; of equal ones the first. What has no quality is left out."""
+    best: list[T] = []
+    for each in sorted((x for x in found if x.quality is not None), key=lambda x: (x.size, -_quality(x))):
+        if not best or _quality(each) > _quality(best[-1]):
+            best.append(each)
+    return best
+
+
+def spread(points: Sequence[T], count: int) -> list[T]:
+    """At most `count` of a front, both ends and evenly between them; with one it is the best quality."""
+    if count >= len(points):
+        return list(points)
+    if count <= 1:
+        return list(points[-1:]) * count
+    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+
+
+def _quality(x: Judged) -> float:
+    return -math.inf if x.quality is None else x.quality
