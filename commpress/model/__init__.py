@@ -7,6 +7,7 @@ try:
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.model", error, "model") from error
 from commpress.model import search
+from commpress.model.export import Exported, export
 from commpress.model.schedule import Scheduler, prepare
 
-__all__ = ["Recipe", "RecipeError", "Scheduler", "prepare", "search"]
+__all__ = ["Exported", "Recipe", "RecipeError", "Scheduler", "export", "prepare", "search"]

@@ -75,6 +75,21 @@ def quantize(w: Tensor, bits: int, group: int | None = None) -> Codes:
     return Codes(codes.clamp_(low, high).flatten(1).to(torch.int8), scale, bits)
 
 
+def halves(codes: Tensor) -> Tensor:
+    """int8 codes [..., n] of -8 to 7 as uint8 [..., n / 2, rounded up], two a byte, the first in the low half."""
+    nibbles = codes.view(torch.uint8) & 15
+    low, high = nibbles[..., ::2], nibbles[..., 1::2]
+    packed = low.clone()
+    packed[..., : high.shape[-1]] |= high << 4
+    return packed
+
+
+def joined(packed: Tensor, n: int) -> Tensor:
+    """The int8 [..., n] codes that `halves` packed."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :n]
+    return (nibbles ^ 8).view(torch.int8) - 8
+
+
 @torch.library.custom_op("commpress::fake_quantize", mutates_args=())
 def fake_quantize(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Return s * code, of the weight's shape and dtype, and where no code was clamped. NaN and Inf make their group NaN."""

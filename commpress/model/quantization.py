@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from commpress.model.codes import INTEGERS, Codes, fake_quantize, fixed_point, q
 from commpress.model.distillation import PROJECTIONS
 from commpress.model.layers import input_dim, is_conv1d
 from commpress.model.masks import whole
+from commpress.model.ranges import InputQuantizer, StaticLinear, quantizer_of
 
 __all__ = [
     "Codes",
@@ -33,22 +34,29 @@ __all__ = [
     "prepare",
     "prepared",
     "quantize",
+    "require_range",
     "state_dict",
+    "switch",
 ]
+
+
+Activations = Literal["dynamic", "static"]
 
 
 @dataclass(frozen=True)
 class Quantization:
     """How weights are quantised.
 
-    Raises ValueError if bits are not 4 or 8, if a group has fewer than 2 weights, or if there are no globs.
+    Raises ValueError if bits are not 4 or 8, if a group has fewer than 2 weights, for other activations, or if there are no
+    globs.
     """
 
     bits: int = 8
     group: int | None = None
     """How many neighbours in a row share a scale; None: the whole row, which is an output channel or an embedding."""
-    activations: bool = False
-    """Whether the input of a Linear is int8 as well: asymmetric, with a scale and a zero point a token from its values."""
+    activations: Activations | None = None
+    """Whether the input of a Linear is int8 as well, asymmetric: "dynamic", with a scale and a zero point a token from its
+    values; "static", with one of each for all, which follow from the range that training learns (`ranges.py`)."""
     layers: tuple[str, ...] = ("*",)
     """Globs on the names of modules; only `nn.Linear`, `nn.Embedding` and Transformers' Conv1D are meant, no subclass."""
 
@@ -57,6 +65,8 @@ class Quantization:
             raise ValueError(f"Quantization(bits={self.bits}): expected 4 or 8")
         if self.group is not None and self.group < 2:
             raise ValueError(f"Quantization(group={self.group}): expected at least 2 weights, or None for whole rows")
+        if self.activations not in (None, *get_args(Activations)):
+            raise ValueError(f"Quantization(activations={self.activations!r}): expected 'dynamic', 'static' or None")
         if not self.layers or isinstance(self.layers, str):
             raise ValueError(f"Quantization(layers={self.layers!r}): expected a tuple of globs, as in ('blocks.*',)")
 
@@ -129,9 +139,8 @@ def prepare(model: nn.Module, settings: Quantization) -> list[str]:
         # that nobody uses, and leave those behind who hold the old one
         module.__class__ = _prepared_class(qat, module)
         module.weight_fake_quantizer = _of_weights(qat, settings)
-        of_activations = _of_activations(qat) if settings.activations else None
         if not isinstance(module, nn.Embedding):
-            module.activation_fake_quantizer = of_activations
+            module.activation_fake_quantizer = _of_activations(qat, settings, module.weight.device)
         module.quantization = settings
         _enable(module, False)
     for module in model.modules():
@@ -196,18 +205,24 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) ->
         now, then = ({k: v for k, v in side.items() if k != "enabled"} for side in (here[name], saved))
         if now != then:
             raise ValueError(f"quantisation of {name!r}: saved with {then}, prepared with {now}")
+    switch(model, {name: bool(saved["enabled"]) for name, saved in state.items()})
+
+
+def switch(model: nn.Module, on: Mapping[str, bool]) -> None:
+    """Switch fake quantisers on or off, by the names of their modules."""
     modules = dict(model.named_modules())
-    for name, saved in state.items():
-        _enable(modules[name], bool(saved["enabled"]))
+    for name, is_on in on.items():
+        _enable(modules[name], is_on)
 
 
 def convert(model: nn.Module) -> nn.Module:
     """Put integers in the place of the prepared weights, as torchao's `IntxUnpackedToInt8Tensor`; return the model.
 
     In place: the model trains no more, and what held the old parameters holds them still. For a copy, `copy.deepcopy`
-    first. Outputs are bit for bit those of the model with fake quantisation on. Weights that were shared stay shared.
-    Raises ValueError if nothing is prepared, if weights are sharded, or for a Conv1D: torchao has no kernel for it (its
-    integers can be stored, and its float32 values loaded).
+    first. Outputs are bit for bit those of the model with fake quantisation on. Weights that were shared stay shared. A
+    learned range of inputs stays as it is from here on.
+    Raises ValueError if nothing is prepared, if weights are sharded, if a range is to be learned and nothing has been seen,
+    or for a Conv1D: torchao has no kernel for it (its integers can be stored, and its float32 values loaded).
     """
     modules = {name: module for name, module, _ in prepared(model)}
     if not modules:
@@ -221,17 +236,24 @@ def convert(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"convert: {name}.weight is sharded. Load the full state dict into a model that is not, and that is prepared"
             )
+        require_range(name, module)
     converted: dict[int, nn.Parameter] = {}
     kept = [module.weight for module in modules.values()]  # while they live, no other parameter has their id
     for module, w in zip(modules.values(), kept, strict=True):
         if id(w) not in converted:
             converted[id(w)] = nn.Parameter(_integers(module), requires_grad=False)
-        module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
-        del module.weight_fake_quantizer, module.quantization
-        if not isinstance(module, nn.Embedding):
-            del module.activation_fake_quantizer
+        _unprepare(module)
         module.weight = converted[id(w)]
     return model
+
+
+def require_range(name: str, module: nn.Module) -> None:
+    """Raise ValueError, with the module's name, if its inputs are to be rounded by a range and none has been learned."""
+    static = quantizer_of(module)
+    try:
+        _ = static and static.scale_and_zero()
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
 
 
 def converted_codes(w: Any) -> Codes | None:
@@ -311,7 +333,9 @@ def _of_weights(qat: Any, settings: Quantization) -> nn.Module:
     return WeightQuantizer(settings.bits, settings.group, config)
 
 
-def _of_activations(qat: Any) -> nn.Module:
+def _of_activations(qat: Any, settings: Quantization, device: torch.device) -> nn.Module | None:
+    if settings.activations != "dynamic":
+        return InputQuantizer(device) if settings.activations else None
     config = qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False, scale_precision=None)
     quantizer: nn.Module = qat.IntxFakeQuantizer(config)
     return quantizer
@@ -330,9 +354,21 @@ def _integers(module: Any) -> Tensor:
         block_size=(1, settings.group or w.shape[1]),
         dtype=w.dtype,
         # an embedding ignores it, a Linear that shares the embedding's weight does not
-        activation_quantization="int8_asym_per_token" if settings.activations else None,
+        activation_quantization="int8_asym_per_token" if settings.activations == "dynamic" else None,
     )
     return weight
+
+
+def _unprepare(module: Any) -> None:
+    """Take the fake quantisers away; what rounds inputs by a range stays, and so does the range."""
+    static = quantizer_of(module)
+    module.__class__ = nn.Embedding if isinstance(module, nn.Embedding) else StaticLinear if static else nn.Linear
+    del module.weight_fake_quantizer, module.quantization
+    if not isinstance(module, nn.Embedding):
+        del module.activation_fake_quantizer
+    if static is not None:
+        static.frozen = static.enabled = True
+        module.input_quantizer = static
 
 
 def _conv1d() -> list[type]:

@@ -149,8 +149,8 @@ class Quantize(Part):
     bits: Literal[4, 8] = 8
     group: Annotated[int, Field(ge=2)] | None = None
     """How many weights of a row share a scale. Default: the whole row."""
-    activations: bool = False
-    """Whether inputs are rounded to int8, too, with a scale a token."""
+    activations: Literal["dynamic", "static"] | None = None
+    """Whether inputs are rounded to int8, too: with a scale a token, or one for all that follows from a learned range."""
     layers: Globs = ("*",)
     """Globs of the names of Linear and Embedding layers; what an entry before took is left to it."""
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from commpress.model import layers, quantization
+from commpress.model import layers, quantization, ranges
 from commpress.model.distillation import PROJECTIONS, Distillation, Distiller, fingerprint
 from commpress.model.masks import Masks
 from commpress.model.pruner import LATE, Pruner, Session
@@ -137,6 +137,7 @@ class Scheduler:
         self._pruner.done += 1
         self._pruner.steps.stand_closest()
         self._pruner.check()
+        ranges.learn(self.model, None if self._session is None else self._session.group)
         self._advance()
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A safetensors file, so any program can read it. Of a tensor `name` of the state 
 
 The header's metadata, one key, so that equal models give equal files: {"commpress": JSON of {"version": 2, "checksum": 8 hex
 digits, "layout": {name: {"shape", "dtype" or "bits", "masked"}}, "shared": {name: the name under which its tensor is}}}.
+"ranges", if there are any, has [low, high] of the inputs of each module that rounds them by a learned range (`ranges.py`).
 Where a layout has "transposed": true, the weight is [width, rows] (a Conv1D's), and shape, mask and codes are of [rows, width].
 The checksum is the CRC-32 of the whole file with eight zeros in its place.
 """
@@ -20,7 +21,7 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from commpress.files import DamagedFileError, checksum, replacing
-from commpress.model.codes import INTEGERS, Codes
+from commpress.model.codes import INTEGERS, Codes, halves, joined
 from commpress.model.masks import from_bits, to_bits, whole
 from commpress.model.quantization import computed_codes, converted_codes, prepared
+from commpress.model.ranges import InputQuantizer
 
 VERSION = 2
 CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{8})\\"')
@@ -53,6 +55,8 @@ class Stored:
     """bool, of the weights' shapes: where this is, only the weights that are left are in the file."""
     shared: dict[str, str]
     """Further names of tensors that have several."""
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Low and high of the inputs of a module, by its name, where they are rounded by a learned range."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """For a plain model, with all names: what was quantised as float32, the rest in its own dtype.
@@ -80,7 +84,7 @@ class Stored:
             if codes is not None:
                 layout[name] |= {"bits": codes.bits, **({"transposed": True} if codes.transposed else {})}
                 parts[f"{name}:scale"] = codes.scale
-                x = _halves(x) if codes.bits == 4 else x
+                x = halves(x.reshape(-1)) if codes.bits == 4 else x
             else:
                 layout[name]["dtype"] = _name(x.dtype)
             parts[name] = x.contiguous()
@@ -88,6 +92,7 @@ class Stored:
                 raise ValueError(f"store: {min(twice)!r} would be two tensors of the file: rename it in the model")
             packed.update(parts)
         header = {"version": VERSION, "checksum": UNKNOWN, "layout": layout, "shared": self.shared}
+        header |= {"ranges": self.ranges} if self.ranges else {}
         with replacing(Path(path)) as beside:
             _safetensors().torch.save_file(packed, beside, {"commpress": json.dumps(header)})
             place, _, crc = _summed(beside)
@@ -107,6 +112,8 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
     not 0, for weights to quantise that are not finite, and for anything in the state dict that is no tensor.
     """
     state = model.state_dict(keep_vars=True)
+    ranges = {name: m.range for name, m in model.named_modules() if isinstance(m, InputQuantizer)}
+    state = {name: x for name, x in state.items() if name.removesuffix(".range") not in ranges}
     # only now: state_dict put shards into the places of gathered parameters
     quantized = {id(module.weight): module for _, module, _ in prepared(model)}
     stored, first = Stored({}, {}, {}, {}), dict[int, str]()
@@ -125,6 +132,7 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
             stored.integers[name] = replace(codes, values=codes.values.cpu(), scale=codes.scale.cpu())
         else:
             raise ValueError(f"store: {name!r} has weights that are not finite, and is to be quantised")
+    stored.ranges.update({n.rpartition(".")[0]: tuple(r.tolist()) for n, r in ranges.items() if bool(r.any())})
     for name, mask in (masks or {}).items():
         if name not in state:
             raise KeyError(f"mask of {name!r}: no such parameter, known: {', '.join(state)}")
@@ -218,12 +226,23 @@ def _unpacked(packed: dict[str, Tensor], metadata: Mapping[str, str]) -> Stored:
         raise ValueError(
             f"{wrong[0]!r} is shared with {shared[wrong[0]]!r}: expected a tensor of the file, and no other"
         )
-    stored = Stored({}, {}, {}, shared)
+    stored = Stored({}, {}, {}, shared, _ranges(header.get("ranges", {})))
     for name, how in layout.items():
         _unpack(packed, name, how, stored)
     if packed:
         raise ValueError(f"tensors that its header does not explain: {', '.join(sorted(packed))}")
     return stored
+
+
+def _ranges(told: object) -> dict[str, tuple[float, float]]:
+    """The ranges that a header tells. Raises ValueError for what no `save` wrote."""
+    if not isinstance(told, dict):
+        raise ValueError("its header does not say ranges by module, expected [low, high] by name")
+    for name, pair in told.items():
+        two = isinstance(pair, list) and len(pair) == 2 and all(isinstance(end, float) for end in pair)
+        if not (two and -math.inf < pair[0] <= 0 <= pair[1] < math.inf):
+            raise ValueError(f"the range of {name!r}: expected [low, high] around 0, got {pair!r:.80}")
+    return {name: (pair[0], pair[1]) for name, pair in told.items()}
 
 
 def _unpack(packed: dict[str, Tensor], name: str, how: Mapping[str, Any], stored: Stored) -> None:
@@ -236,7 +255,7 @@ def _unpack(packed: dict[str, Tensor], name: str, how: Mapping[str, Any], stored
         stored.masks[name] = mask
     left = math.prod(shape) if mask is None else int(mask.sum())
     if bits == 4:
-        x = _codes(_take(packed, name, torch.uint8, [-(-left // 2)]), left)
+        x = joined(_take(packed, name, torch.uint8, [-(-left // 2)]), left)
         x = x.view(shape) if mask is None else x
     else:
         x = _take(packed, name, dtype, shape if mask is None else [left])
@@ -286,21 +305,6 @@ def _take(packed: dict[str, Tensor], key: str, dtype: torch.dtype | None, shape:
     if (dtype is not None and x.dtype != dtype) or (shape is not None and list(x.shape) != shape):
         raise ValueError(f"{key!r}: expected {_name(dtype)} {shape}, got {_name(x.dtype)} {list(x.shape)}")
     return x
-
-
-def _halves(codes: Tensor) -> Tensor:
-    """int8 codes of -8 to 7, n of them, as uint8 [n / 2, rounded up]."""
-    nibbles = codes.reshape(-1).view(torch.uint8) & 15
-    low, high = nibbles[::2], nibbles[1::2]
-    packed = low.clone()
-    packed[: high.numel()] |= high << 4
-    return packed
-
-
-def _codes(halves: Tensor, n: int) -> Tensor:
-    """The int8 [n] codes that `_halves` packed."""
-    nibbles = torch.stack((halves & 15, halves >> 4), dim=1).view(-1)[:n]
-    return (nibbles ^ 8).view(torch.int8) - 8
 
 
 def _name(dtype: torch.dtype | None) -> str:

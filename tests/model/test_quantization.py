@@ -25,12 +25,15 @@ LIBRARIES = ("torchao.quantization",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 EVERY = [
-    Quantization(bits, group, activations) for bits in (8, 4) for group in (None, 32) for activations in (False, True)
+    Quantization(bits, group, activations)
+    for bits in (8, 4)
+    for group in (None, 32)
+    for activations in (None, "dynamic")
 ]
 
 
 def named(settings: Quantization) -> str:
-    return f"int{settings.bits}-{settings.group or 'row'}{'-activations' * settings.activations}"
+    return f"int{settings.bits}-{settings.group or 'row'}{'-activations' if settings.activations else ''}"
 
 
 def gpt(seed: int = 0) -> GPT:
@@ -294,7 +297,7 @@ def test_a_prepared_model_is_the_same_model_until_it_is_enabled() -> None:
     model.blocks[0].up.register_forward_hook(lambda *_: seen.append("hook"))
     model.eval()
     random = torch.get_rng_state()
-    names = quantization.prepare(model, Quantization(activations=True))
+    names = quantization.prepare(model, Quantization(activations="dynamic"))
     assert torch.equal(random, torch.get_rng_state())
     assert len(names) == 2 * 4 + 3  # blocks, two embeddings, the head
     for name, module in objects[0].items():
@@ -380,8 +383,8 @@ def test_a_converted_gpt_computes_the_same_from_integers(settings: Quantization)
     assert torch.equal(model(text()), expected)  # the copied one goes on
 
 
-@pytest.mark.parametrize("activations", [False, True])
-def test_shared_weights_stay_shared(activations: bool) -> None:
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+def test_shared_weights_stay_shared(activations: Any) -> None:
     model = gpt()
     model.head.weight = model.tokens.weight
     quantization.prepare(model, Quantization(4, 32, activations))
@@ -416,7 +419,7 @@ def test_training_with_it_beats_rounding_after_training() -> None:
 
 
 def test_a_run_resumes_bit_for_bit() -> None:
-    settings = Quantization(4, 32, activations=True)
+    settings = Quantization(4, 32, activations="dynamic")
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, which: range) -> None:
         for step in which:
@@ -550,12 +553,12 @@ def test_prepared_then_sharded_it_computes_as_a_model_that_is_whole(settings: Qu
 def trained_under_ddp(prepared_at: int) -> list[Tensor]:
     model = network()
     if prepared_at < 0:
-        quantization.prepare(model, Quantization(4, 32, activations=True))
+        quantization.prepare(model, Quantization(4, 32, activations="dynamic"))
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
     optimizer = sgd(ddp)
     for step in range(6):
         if step == prepared_at:
-            quantization.prepare(ddp.module, Quantization(4, 32, activations=True))
+            quantization.prepare(ddp.module, Quantization(4, 32, activations="dynamic"))
         if step == 4:
             quantization.enable(ddp.module)
         optimizer.zero_grad()
@@ -570,7 +573,7 @@ def test_under_ddp_it_may_be_prepared_before_or_in_the_middle() -> None:
     assert same(before[0], before[1])
     assert same(before[0], middle[0])
     alone = network()
-    quantization.prepare(alone, Quantization(4, 32, activations=True))
+    quantization.prepare(alone, Quantization(4, 32, activations="dynamic"))
     optimizer = sgd(alone)
     for step in range(6):
         if step == 4:

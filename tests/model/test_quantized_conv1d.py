@@ -15,7 +15,7 @@ from commpress.model.quantization import Quantization, computed_codes, enable, p
 
 pytest.importorskip("transformers")
 
-SETTINGS = [Quantization(), Quantization(bits=4, group=8), Quantization(bits=4), Quantization(activations=True)]
+SETTINGS = [Quantization(), Quantization(bits=4, group=8), Quantization(bits=4), Quantization(activations="dynamic")]
 X = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -108,7 +108,7 @@ def test_a_default_quantises_the_blocks_of_gpt2(tmp_path: Path) -> None:
 
 def test_a_prepared_conv1d_pickles_copies_and_compiles() -> None:
     conv, _ = pair()
-    prepare(conv, Quantization(bits=4, activations=True))
+    prepare(conv, Quantization(bits=4, activations="dynamic"))
     enable(conv)
     expected = conv(X)
     assert torch.equal(copy.deepcopy(conv)(X), expected)

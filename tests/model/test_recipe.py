@@ -170,12 +170,12 @@ def test_a_file_that_is_no_recipe_is_refused_by_name_and_key(tmp_path, name, tex
 
 
 def test_what_yaml_and_editors_do_to_a_file_does_not_change_it(tmp_path):
-    meant = Recipe.of({"prune": {"start": 1000, "pattern": "2:4"}, "quantize": {"activations": True}})
+    meant = Recipe.of({"prune": {"start": 1000, "pattern": "2:4"}, "quantize": {"activations": "static"}})
     for name, text in (
-        ("unquoted.yaml", "prune: {start: 1_000, pattern: 2:4}\nquantize: {activations: yes}\n"),
-        ("mark.yml", "\ufeffprune: [{start: 1000, pattern: '2:4'}]\r\nquantize: [{activations: true}]\r\n"),
-        ("shared.YAML", "prune: [&a {start: 1000, pattern: 2:4}]\nquantize: [{<<: {activations: on}}]\n"),
-        ("mark.TOML", "\ufeff[[prune]]\r\nstart = 1000\r\npattern = '2:4'\r\n[quantize]\r\nactivations = true\r\n"),
+        ("unquoted.yaml", "prune: {start: 1_000, pattern: 2:4}\nquantize: {activations: static}\n"),
+        ("mark.yml", "\ufeffprune: [{start: 1000, pattern: '2:4'}]\r\nquantize: [{activations: 'static'}]\r\n"),
+        ("shared.YAML", "prune: [&a {start: 1000, pattern: 2:4}]\nquantize: [{<<: {activations: static}}]\n"),
+        ("mark.TOML", "\ufeff[[prune]]\r\nstart = 1000\r\npattern = '2:4'\r\n[quantize]\r\nactivations = 'static'\r\n"),
     ):
         (tmp_path / name).write_bytes(text.encode())
         assert Recipe.load(tmp_path / name) == meant, name

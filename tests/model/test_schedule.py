@@ -160,7 +160,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "prune": {"prune": [{"start": 2, "end": 6, "every": 2, "amount": 0.8}]},
     "2:4": {"prune": [{"start": 3, "pattern": "2:4", "criterion": "wanda", "parameters": ["*.weight"]}]},
     "int4": {"quantize": [{"start": 4, "bits": 4, "group": 16}]},
-    "int8": {"quantize": [{"start": 4, "bits": 8, "activations": True}]},
+    "int8": {"quantize": [{"start": 4, "bits": 8, "activations": "dynamic"}]},
     "distil": {"distil": {"weight": 0.7}},
 }
 """All have begun by step 4, and pruning goes on until step 6."""

@@ -1,0 +1,84 @@
+"""A compressed model in a form that its target runs: one call, one file a format.
+
+    safetensors   model.safetensors   commpress reads it (`stored.py`)
+    onnx          model.onnx          onnxruntime, and what else reads ONNX
+    pt2e          model.pt2           PyTorch: `torch.export.load`, `torch.compile`
+    torchao       transformers/       Transformers: `from_pretrained`
+
+A new format is a module with FILE, `write` and `run`, and a line in FORMATS.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from commpress.model import layers
+from commpress.model.export import onnx, pt2e, safetensors, torchao
+from commpress.model.export.parts import batch_shapes, evaluated, require_exportable, tensors_of
+
+FORMATS: dict[str, ModuleType] = {"safetensors": safetensors, "onnx": onnx, "pt2e": pt2e, "torchao": torchao}
+"""By name: a module with FILE, `write(path, model, inputs, shapes)` and `run(path, model, inputs)`."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file, or a folder of files, that was written."""
+
+    format: str
+    path: Path
+    bytes: int
+    difference: float
+    """The largest between what the model computes of the example inputs, its quantisers on, and what the file does."""
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    formats: Sequence[str],
+    example_inputs: tuple[Any, ...],
+    dynamic_shapes: Any = None,
+) -> list[Exported]:
+    """Write `model` to `folder`, a file a format, and return what was written. The model stays as it is.
+
+    It is one that was prepared for quantisation or converted, or a plain one; on the CPU, whole, and of float32. What counts is
+    what it computes in evaluation, quantisers switched on. `example_inputs` are its positional arguments. Without
+    `dynamic_shapes`, which are torch.export's, the first dimension of the inputs stays free, and all others do not.
+
+    Raises ValueError, before anything is written, for an unknown format, a model that cannot be exported or one row of inputs;
+    ModuleNotFoundError that names the extra for a missing package; what torch.export raises for a model that it cannot trace.
+    """
+    if isinstance(formats, str) or not formats or (unknown := [name for name in formats if name not in FORMATS]):
+        got = formats if isinstance(formats, str) or not formats else unknown[0]
+        raise ValueError(f"export(formats={got!r}): expected some of {', '.join(FORMATS)}, as in formats=('onnx',)")
+    if not isinstance(example_inputs, tuple):
+        raise ValueError(f"export(example_inputs): expected a tuple, got {type(example_inputs).__name__}")
+    model, folder = layers.uncompiled(model), Path(folder)
+    require_exportable(model)
+    shapes = batch_shapes(example_inputs) if dynamic_shapes is None else dynamic_shapes
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in dict.fromkeys(formats):
+        to = FORMATS[name]
+        path = folder / to.FILE
+        with evaluated(model):
+            expected = tensors_of(model(*example_inputs))
+            to.write(path, model, example_inputs, shapes)
+            found = tensors_of(to.run(path, model, example_inputs))
+        pairs = zip(expected, found, strict=True)
+        difference = max((_difference(y, z) for y, z in pairs if y.numel()), default=0.0)
+        written.append(Exported(name, path, _size(path), difference))
+    return written
+
+
+def _size(path: Path) -> int:
+    return sum(each.stat().st_size for each in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.double() - other.double()).abs().max())

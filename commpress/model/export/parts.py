@@ -1,0 +1,143 @@
+"""Layers of integers: what a format is given of each module that is quantised, and the model with others in their places."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from commpress.model import quantization
+from commpress.model.codes import Codes
+from commpress.model.ranges import InputQuantizer, quantizer_of, quantizers
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantised Linear (or Conv1D, which is one) or Embedding."""
+
+    codes: Codes
+    """int8 [rows, width], and float32 scales [rows, groups]; those of a shared weight are the same objects."""
+    bias: nn.Parameter | None
+    activations: quantization.Activations | None
+    embedding: bool = False
+    scale: float = 0.0
+    """Of static inputs: x ~ scale (code - zero), codes of -128 to 127."""
+    zero: int = 0
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a row has one scale."""
+        return self.codes.scale.shape[1] == 1
+
+
+def require_exportable(model: nn.Module) -> None:
+    """Raise ValueError for a model that no format takes: sharded, not on the CPU, in other dtypes than float32, or without a
+    range that its training was to learn."""
+    for name, x in model.state_dict(keep_vars=True).items():
+        if not isinstance(x, Tensor) or isinstance(x, DTensor):
+            raise ValueError(f"export: {name!r} is a {type(x).__name__}, expected whole tensors on this rank")
+        if x.device.type != "cpu":
+            raise ValueError(f"export: {name!r} is on {x.device}, expected a model on the CPU")
+    for name, module in model.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        others = {x.dtype for x in own if x.is_floating_point()} - {torch.float32}
+        if others and not isinstance(module, InputQuantizer):
+            raise ValueError(f"export: {name!r} has {', '.join(map(str, others))}, expected float32")
+        quantization.require_range(name, module)
+
+
+def layers_of(model: nn.Module) -> dict[nn.Module, Layer]:
+    """The quantised modules of a prepared or a converted model. Raises ValueError for weights that are not finite."""
+    found: dict[nn.Module, Layer] = {}
+    codes: dict[int, Codes] = {}
+    for name, module in model.named_modules():
+        settings: Any = getattr(module, "quantization", None)
+        w: Any = getattr(module, "weight", None)
+        if id(w) not in codes:
+            its = quantization.computed_codes(module) if settings else quantization.converted_codes(w)
+            if its is None:
+                continue
+            if not bool(its.scale.isfinite().all()):
+                raise ValueError(f"export: {name!r} has weights that are not finite")
+            codes[id(w)] = replace(its, scale=its.scale.float())
+        found[module] = _layer(module, codes[id(w)], settings)
+    return found
+
+
+def _layer(module: Any, codes: Codes, settings: quantization.Quantization | None) -> Layer:
+    if isinstance(module, nn.Embedding):
+        return Layer(codes, None, None, embedding=True)
+    if (static := quantizer_of(module)) is not None:
+        return Layer(codes, module.bias, "static", False, *static.scale_and_zero())
+    if settings is not None:
+        return Layer(codes, module.bias, settings.activations)
+    return Layer(codes, module.bias, "dynamic" if module.weight.activation_quantization else None)
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation, its quantisers switched on and no gradients, until the block ends; then as it was."""
+    training = {module: module.training for module in model.modules()}
+    states = {name: state["enabled"] for name, state in quantization.state_dict(model).items()}
+    static = {quantizer: quantizer.enabled for quantizer in quantizers(model)}
+    quantization.switch(model, dict.fromkeys(states, True))
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+        quantization.switch(model, states)
+        for quantizer, was in static.items():
+            quantizer.enabled = was
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, make: Callable[[Layer], nn.Module]) -> Iterator[None]:
+    """The model with what `make` gives in the place of each quantised module, until the block ends."""
+    others = {module: make(layer).eval() for module, layer in layers_of(model).items()}
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and child in others
+    ]
+    try:
+        for parent, name, child in places:
+            parent._modules[name] = others[child]
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors of what a model returns, in the order of torch's pytrees."""
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def batch_shapes(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return `dynamic_shapes` that leave the first dimension free, of all inputs where it is that of the first tensor.
+
+    Raises ValueError if there is no input, or only one row: tracing takes a size of 1 for one that never changes.
+    """
+    from torch.utils._pytree import tree_map
+
+    tensors = tensors_of(example_inputs)
+    if not tensors or not tensors[0].dim() or tensors[0].shape[0] < 2:
+        got = tuple(tensors[0].shape) if tensors else "none"
+        raise ValueError(
+            f"example_inputs: expected tensors with 2 rows or more, so that their number stays free, got {got}"
+        )
+    rows, batch = tensors[0].shape[0], torch.export.Dim("batch")
+
+    def shape(x: Any) -> Any:
+        return {0: batch} if isinstance(x, Tensor) and x.dim() and x.shape[0] == rows else None
+
+    return tuple(tree_map(shape, each) for each in example_inputs)
