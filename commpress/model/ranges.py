@@ -104,7 +104,7 @@ def learn(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     learning = [m for m in quantizers(model) if m.enabled and not m.frozen]
     if not learning:
         return
-    nothing = torch.full((2,), NOTHING, device=learning[0].range.device)
+    nothing = torch.full((2,), NOTHING, dtype=torch.float32, device=learning[0].range.device)
     seen = torch.stack([nothing if m.seen is None else m.seen for m in learning])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(seen, dist.ReduceOp.MAX, group=group)

@@ -102,16 +102,16 @@ class Linear(nn.Module):
         self.register_buffer("scale", codes.scale.flatten() if layer.by_row else codes.scale)
         self.integer = codes.bits == 8 and layer.by_row
         if layer.activations == "static":
-            self.register_buffer("input_scale", torch.tensor(layer.scale))
-            self.register_buffer("input_zero", torch.tensor(layer.zero, dtype=torch.int8))
+            self.register_buffer("input_scale", torch.tensor(layer.scale, dtype=torch.float32, device="cpu"))
+            self.register_buffer("input_zero", torch.tensor(layer.zero, dtype=torch.int8, device="cpu"))
         if layer.activations == "static" and self.integer:
             unit = layer.scale * codes.scale.flatten()
-            bias = torch.zeros(rows) if layer.bias is None else layer.bias.detach()
+            bias = unit.new_zeros(rows) if layer.bias is None else layer.bias.detach()
             most = 2.0**31 - 128  # float32 has no 2^31 - 1
             self.register_buffer("bias_codes", (bias / unit).round().clamp(-most, most).to(torch.int32))
             self.register_buffer("bias_scale", unit)
-            self.register_buffer("bias_zero", torch.zeros(rows, dtype=torch.int32))
-            self.register_buffer("zero", torch.zeros(rows, dtype=torch.int8))
+            self.register_buffer("bias_zero", torch.zeros(rows, dtype=torch.int32, device="cpu"))
+            self.register_buffer("zero", torch.zeros(rows, dtype=torch.int8, device="cpu"))
         if layer.activations == "dynamic" and self.integer:
             self.register_buffer("sums", codes.values.sum(1, dtype=torch.int32))
 

@@ -56,7 +56,7 @@ class Weight(nn.Module):
         scale = codes.scale.bfloat16() if self.bits == 4 else codes.scale  # at 4 bits that loses nothing
         self.register_buffer("scale", scale.flatten() if self.by_row else scale)
         if self.bits == 8 and self.by_row:
-            self.register_buffer("zero", torch.zeros(codes.values.shape[0], dtype=torch.int64))
+            self.register_buffer("zero", torch.zeros(codes.values.shape[0], dtype=torch.int64, device="cpu"))
 
     def forward(self) -> Tensor:
         """float32 [rows, width]."""
