@@ -130,27 +130,31 @@ def test_what_is_not_finite_is_there_on_all_ranks_and_goes_again() -> None:
         assert float((after[1] - expected).norm() / expected.norm()) < 0.02
 
 
-def restored() -> list[Tensor]:
-    """What is gathered after three gathers, without and with a restart in between that saves and loads."""
+def restored(jumps: bool) -> list[Tensor]:
+    """What is gathered after three gathers, without and with a restart in between that saves and loads.
+
+    With `jumps` the last of the three sends other weights as a whole, of which the next one sends the rest.
+    """
     found, segments = [], (Segment("of rank 0", M), Segment("of rank 1", M))
     for restarts in (False, True):
         _, wire = wires()
         gathers, versions = Gathers("int4", wire), Versions(wire.rank, 2)
         gathers.version = versions.of(segments)
         for step in range(3):
-            gathers(shard_of(wire.rank, step))
+            gathers(shard_of(wire.rank, step) if step < 2 or not jumps else shard_of(wire.rank + 3, step))
         if restarts:
             saved, versions = versions.state_dict(), Versions(wire.rank, 2)
             assert isinstance(saved[0]["mark"], int)
             versions.load_state_dict(saved, MaskIndex(), CPU)
             gathers.version = versions.of(segments)
             assert gathers.version.own is not None
-        found += [gathers(shard_of(wire.rank, step)) for step in (2, 3)]
+        found += [gathers(shard_of(wire.rank + 3 * jumps, step)) for step in (2, 3)]
     return found
 
 
-def test_a_saved_version_goes_on_to_the_bit() -> None:
-    for *unbroken, again, later in run(2, restored):
+@pytest.mark.parametrize("jumps", [False, True])
+def test_a_saved_version_goes_on_to_the_bit(jumps: bool) -> None:
+    for *unbroken, again, later in run(2, restored, jumps):
         assert same(unbroken[0], again)
         assert same(unbroken[1], later)
 
@@ -167,9 +171,9 @@ def test_a_version_of_other_ranks_is_forgotten_whatever_the_names_are() -> None:
         assert (other.of(segments).own is not None) == kept
 
 
-def test_a_hash_that_a_cpu_has_saved_is_read_as_64_bits() -> None:
-    for mark in (0, 2**63 - 1, 2**63, 2**64 - 1):
-        assert int(known_mark(Version(mark=mark), CPU)) % 2**64 == mark
+def test_a_hash_that_was_saved_is_read_as_64_bits_with_or_without_a_sign() -> None:
+    for mark in (0, 2**63 - 1, 2**63, 2**64 - 1, -1, -(2**63)):
+        assert int(known_mark(Version(mark=mark), CPU)) % 2**64 == mark % 2**64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])

@@ -1,9 +1,11 @@
 """Choices in a model: what is listed, what a path computes, and the plain model that is left."""
 
 import itertools
+import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from battery import EXAMPLES
@@ -160,6 +162,17 @@ def test_a_block_that_stands_twice_is_not_left_out_where_it_is_used_once() -> No
     assert not left_out(model)
 
 
+def test_a_choice_that_stands_twice_is_one_and_counts_where_one_place_is_used() -> None:
+    shared = Width([2, 4], nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    either = OneOf({"a": nn.Sequential(shared, nn.ReLU()), "b": nn.Sequential(shared, nn.Tanh()), "c": nn.Identity()})
+    model = nn.Sequential(either, nn.ReLU())
+    assert space_of(model).conditions["0.candidates.a.0"] == {"0": ("a", "b")}
+    assert space_of(nn.Sequential(either, shared)).conditions["0.candidates.a.0"] == {}
+    narrow = fixed(nn.Sequential(shared, nn.ReLU(), shared), {"0": 2})
+    assert narrow[0] is narrow[2]
+    assert size_of(narrow) == 3 * 2 + 2 + 2 * 3 + 3
+
+
 def test_the_space_of_a_model() -> None:
     space = space_of(nested())
     assert dict(space) == {
@@ -208,6 +221,8 @@ def test_a_wrong_choice_says_what_was_expected_and_changes_nothing(choice: dict[
         (lambda: OneOf(nn.ReLU()), "OneOf: expected at least two modules"),
         (lambda: OneOf(nn.ReLU(), 3), "OneOf: expected at least two modules"),  # type: ignore[arg-type]
         (lambda: OneOf({"a.b": nn.ReLU(), "c": nn.ReLU()}), "OneOf: a candidate's name is 'a.b'"),
+        (lambda: OneOf({3: nn.ReLU(), 5: nn.ReLU()}), "OneOf: a candidate's name is 3"),
+        (lambda: OneOf({"keys": nn.ReLU(), "c": nn.ReLU()}), "OneOf: a candidate's name is 'keys'"),
         (lambda: Depth([1, 3], [nn.ReLU()] * 2), "Depth: the largest choice is 3, expected 2: so many blocks"),
         (lambda: Depth([2, 1], [nn.ReLU()] * 2), "Depth: expected at least two rising whole numbers from 0"),
         (lambda: Width([0, 4], nn.Linear(8, 4), nn.Linear(4, 8)), "Width: expected at least two rising whole numbers from 1"),
@@ -233,7 +248,10 @@ def test_a_choice_that_cannot_be_says_what_was_expected(make: Any, words: str) -
     [
         ({"a": []}, {}, "space 'a': expected a list of options, got []"),
         ({"a": "xy"}, {}, "space 'a': expected a list of options, got 'xy'"),
+        ({}, {}, "space: there is nothing to choose"),
         ({"a": [1, 1]}, {}, "space 'a': an option is there twice"),
+        ({"a": list(np.arange(2.0))}, {}, "is a float64, expected a plain str, int, float or bool"),
+        ({"a": [1.0, math.nan]}, {}, "space 'a': the option nan is a float"),
         (
             {"a": [1], "b": [1]},
             {"a": {"b": [1]}},

@@ -192,6 +192,7 @@ def test_the_journal_is_optunas(tmp_path: Path) -> None:
         ({"together": 5}, "has together 4, this one 5"),
         ({"weights": WEIGHTS}, "has weights None, this one {'alpha': 1.0, 'beta': 0.1}"),
         ({"problem": Problem(Space({"a": (1, 2)}), quality, size)}, "has space {'a': [0, 1, 2, 3, 4]"),
+        ({"problem": Problem(Space({**SPACE}), quality, size)}, "has conditions"),
     ],
 )
 def test_a_folder_of_another_search_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -262,6 +263,8 @@ def test_an_error_names_trial_and_choice_and_what_was_done_stays(tmp_path: Path)
     with pytest.raises(SearchError, match=r"^trial 3, \{'a': .*\}: RuntimeError: no memory$"):
         sought("random", tmp_path, Problem(SPACE, breaks, size))
     assert sought("random", tmp_path) == sought("random")
+    with pytest.raises(SearchError, match=r"trial 0, .*: TypeError: .*'NoneType'"):
+        sought("random", problem=Problem(SPACE, lambda trial: None, size))  # type: ignore[arg-type,return-value]
     with pytest.raises(SearchError, match=r"trial 0, .*: its size is nan, expected a finite number"):
         sought("random", problem=Problem(SPACE, quality, lambda choice: math.nan))
 
@@ -297,6 +300,10 @@ def test_finalists_are_judged_once_on_their_own(tmp_path: Path, weights: Weights
         ({"together": 0}, "together 0: expected a whole number from 1 on"),
         ({"strategy": "nsga2", "together": 1}, "together 1: expected a whole number from 2 on"),
         ({"finalists": 1}, "finalists 1: the problem has no `final`"),
+        (
+            {"problem": Problem({"a": (1, 2)}, quality, size)},
+            "the space of the problem is a dict, expected a commpress",
+        ),  # type: ignore[arg-type]
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], words: str) -> None:

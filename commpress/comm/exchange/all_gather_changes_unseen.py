@@ -72,4 +72,4 @@ def known_mark(version: Version, device: torch.device) -> Tensor:
     """The hash of the shard of which all ranks have a version: int64 []."""
     if isinstance(version.mark, Tensor):
         return version.mark
-    return torch.full((), version.mark - (version.mark >> 63 << 64), dtype=torch.int64, device=device)
+    return torch.full((), (version.mark + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)

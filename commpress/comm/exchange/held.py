@@ -3,7 +3,8 @@
     rank 0   all_reduce ....... HELD_SECONDS ... [header] -->  rank 1, which does something else and so waits for a header
                                 says so in the store           finds another one than its own: both end, with both values
 
-Nobody needs the header where all are only slow; then it is never received, and costs nothing more.
+Nobody needs the header where all are only slow: then it is never received, and the backend keeps about a kilobyte of it on both
+sides. So each that was sent in vain doubles the time before the next one, and a wire has no more than a dozen of them.
 """
 
 import contextlib
@@ -18,23 +19,36 @@ HELD_SECONDS = 1.0
 """How long a rank waits before it tells the others what for."""
 
 
-class Held:
-    """What a rank says that waits for a collective. `send` sends its header, and returns what must live until it has ended."""
+class Waits:
+    """How a rank waits for the collectives of one wire."""
 
-    def __init__(self, board: FailureBoard, text: str, send: Callable[[], object]) -> None:
-        self._board, self._text, self._send = board, text, send
+    def __init__(self, board: FailureBoard) -> None:
+        self._board = board
+        self._silences = 1
+        """After so many times HELD_SECONDS a header goes."""
 
-    def wait_for(self, work: Any) -> None:
-        """Return when the collective has ended. Raises LostPeerError where the backend says that a rank is gone or silent."""
-        with contextlib.suppress(RuntimeError):  # it has not ended, or failed: then it says so again
-            work.wait(datetime.timedelta(seconds=HELD_SECONDS))
-        if work.is_completed():
+    def wait_for(self, work: Any, text: str, send: Callable[[], object]) -> None:
+        """Return when the collective has ended, in words `text`. `send` sends its header, and returns what must live as long.
+
+        Raises LostPeerError where the backend says that a rank is gone or silent.
+        """
+        if _ends_within(work, HELD_SECONDS):
             wait_for(None, work)
             return
-        self._board.say(self._text)
+        self._board.say(text)
         sent: object = None
-        with contextlib.suppress(RuntimeError):  # a rank has left: the collective fails, too
-            sent = self._send()
+        if told := not _ends_within(work, (self._silences - 1) * HELD_SECONDS):
+            with contextlib.suppress(RuntimeError):  # a rank has left: the collective fails, too
+                sent = send()
         wait_for(None, work)
         self._board.unsay()
+        self._silences *= 1 + told
         del sent
+
+
+def _ends_within(work: Any, seconds: float) -> bool:
+    """Whether it has ended by then, well or not."""
+    if seconds > 0:  # for the backend 0 is forever
+        with contextlib.suppress(RuntimeError):  # it has not ended, or failed: then it says so again
+            work.wait(datetime.timedelta(seconds=seconds))
+    return bool(work.is_completed())

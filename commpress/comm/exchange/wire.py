@@ -14,7 +14,7 @@ this Gloo ends the process of a rank that gets more than it has room for, and pa
 count headers, nor what the backend itself puts before a message.
 
 A collective of the group that comes as it came the last time has none, which would cost more than the collective's own start:
-whoever waits for it in vain for `HELD_SECONDS` sends them then (`held.py`).
+whoever waits for it in vain for `HELD_SECONDS`, or longer where ranks are only slow, sends them then (`held.py`).
 """
 
 import contextlib
@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.agreement import Settings, gather_settings, host_name
-from commpress.comm.exchange.held import Held
+from commpress.comm.exchange.held import Waits
 from commpress.comm.exchange.label import HALF, HEADER, Header, Label, wait_for
 from commpress.comm.failure import SILENT_PEER, FailureBoard, LostPeerError, is_lost
 from commpress.comm.joining import part_of, sibling
@@ -55,8 +55,8 @@ class Transfer:
     """Memory that is being sent."""
     arrived: Callable[[], None] | None = field(default=None, repr=False)
     """Puts what came to where it belongs, if it came elsewhere."""
-    held: Held | None = field(default=None, repr=False)
-    """What tells the other ranks of a collective without headers."""
+    wait_for: Callable[[Any], None] | None = field(default=None, repr=False)
+    """Waits for a collective without headers."""
 
     def wait(self) -> None:
         """Return when all is received and the sent memory may be reused.
@@ -67,7 +67,7 @@ class Transfer:
         for header in self.headers:
             header.check()
         for peer, work in self.works:
-            wait_for(peer, work) if self.held is None else self.held.wait_for(work)
+            wait_for(peer, work) if self.wait_for is None else self.wait_for(work)
         for header in self.headers:
             header.prove()
         if self.arrived is not None:
@@ -98,6 +98,7 @@ class Wire:
         """The ranks in that group of those that this wire connects."""
         self._parts: dict[tuple[int, ...], Wire] = {}
         self.board = FailureBoard(group.group_name, self.rank, hosts)
+        self._waits = Waits(self.board)
         ranks = dist.get_process_group_ranks(group)
         self._keeper = ranks.index(0) if 0 in ranks else None
         """The rank that keeps the default group's store, or whose host does; None if it is in another group."""
@@ -272,7 +273,8 @@ class Wire:
             none = [torch.empty(0, dtype=torch.uint8, device="cpu")] * self.world_size
             transfer = self._headers(label, True, none, none, nbytes)
         else:
-            transfer.held = Held(self.board, text, partial(self._send_header, label, nbytes))
+            send = partial(self._send_header, label, nbytes)
+            transfer.wait_for = partial(self._waits.wait_for, text=text, send=send)
         if not known:
             transfer.wait()
             self._after[before] = text

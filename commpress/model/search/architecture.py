@@ -14,29 +14,27 @@ ROOT = "model"
 
 
 def space(model: nn.Module) -> Space:
-    """Return what can be chosen, by the names of the modules. A choice inside of an option counts where that is chosen.
+    """Return what can be chosen, by the names of the modules. A choice inside of an option counts where that is chosen;
+    one that stands at several places, where one of these is used.
 
     Raises ValueError for a model without choices.
     """
-    modules = _modules(model)
-    if not modules:
-        raise ValueError(
-            f"space: a {type(model).__name__} without a OneOf, Depth, Width or Heads, expected a choice in it"
-        )
+    modules = _some_modules(model)
     conditions: dict[str, dict[str, tuple[Option, ...]]] = {name: {} for name in modules}
+    places = _places(model)
     for name, module in modules.items():
-        prefix = "" if name == ROOT and module is uncompiled(model) else f"{name}."
-        for path, options in module.inside().items():
-            for other in modules:
-                if f"{other}.".startswith(f"{prefix}{path}."):
-                    conditions[other][name] = options
+        paths = {f"{place}{path}.": of for place in places[module] for path, of in module.inside().items()}
+        for other, inner in modules.items():
+            under = [{o for path, of in paths.items() if place.startswith(path) for o in of} for place in places[inner]]
+            if all(under):  # no place of it is elsewhere
+                conditions[other][name] = tuple(option for option in module.options if option in set().union(*under))
     return Space({name: module.options for name, module in modules.items()}, conditions)
 
 
 def choose(model: nn.Module, choice: Mapping[str, Option]) -> None:
     """Set choices by name; what is not named stays. Raises ValueError, with nothing changed, for a wrong name or option."""
-    modules = _modules(model)
-    space(model).check(choice, whole=False)
+    modules = _some_modules(model)
+    Space({name: module.options for name, module in modules.items()}).check(choice, whole=False)
     for name, option in choice.items():
         modules[name].choose(option)
 
@@ -54,7 +52,7 @@ def fixed(model: nn.Module, choice: Mapping[str, Option] | None = None) -> nn.Mo
     found = copy.deepcopy(uncompiled(model))
     if choice is not None:
         choose(found, choice)
-    return _without_choices(found)
+    return _without_choices(found, {})
 
 
 def left_out(model: nn.Module) -> list[nn.Parameter]:
@@ -70,13 +68,32 @@ def _modules(model: nn.Module) -> dict[str, ChoiceModule]:
     return {plain(name) or ROOT: module for name, module in named if isinstance(module, ChoiceModule)}
 
 
-def _without_choices(module: nn.Module) -> nn.Module:
-    while isinstance(module, ChoiceModule):
-        module = module.fixed()
-    for name, child in list(module._modules.items()):
-        if child is not None:
-            module._modules[name] = _without_choices(child)
-    return module
+def _some_modules(model: nn.Module) -> dict[str, ChoiceModule]:
+    if modules := _modules(model):
+        return modules
+    raise ValueError(f"space: a {type(model).__name__} without a OneOf, Depth, Width or Heads, expected a choice in it")
+
+
+def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """By choice the beginnings of its parts' names: those of all places where it stands."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in uncompiled(model).named_modules(remove_duplicate=False):
+        if isinstance(module, ChoiceModule):
+            found.setdefault(module, []).append(f"{plain(name)}." if name else "")
+    return found
+
+
+def _without_choices(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """What is left of a module, one for all of its places; `done` has what others have become."""
+    if module not in done:
+        left = module
+        while isinstance(left, ChoiceModule):
+            left = left.fixed()
+        done[module] = left
+        for name, child in list(left._modules.items()):
+            if child is not None:
+                left._modules[name] = _without_choices(child, done)
+    return done[module]
 
 
 def _used(module: nn.Module, without: frozenset[str] = frozenset()) -> Iterator[nn.Parameter]:

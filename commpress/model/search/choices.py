@@ -52,7 +52,7 @@ class OneOf(ChoiceModule):
     """One of several modules; the first until another is chosen.
 
     They are given one after another, and are then called "0", "1", ..., or as a mapping by name. Raises ValueError for fewer
-    than two, or a name with a dot.
+    than two, or a name with a dot or of a method of `nn.ModuleDict`.
     """
 
     def __init__(self, *candidates: nn.Module | Mapping[str, nn.Module]) -> None:
@@ -62,8 +62,11 @@ class OneOf(ChoiceModule):
             named = {str(i): module for i, module in enumerate(candidates)}  # type: ignore[misc]
         if len(named) < 2 or not all(isinstance(module, nn.Module) for module in named.values()):
             raise ValueError(f"OneOf: expected at least two modules, or a mapping of such by name, got {candidates!r}")
-        if bad := [name for name in named if not name or "." in name]:
-            raise ValueError(f"OneOf: a candidate's name is {bad[0]!r}, expected text without a dot")
+        taken = {"", *dir(nn.ModuleDict())}  # "keys", "type"
+        if bad := [name for name in named if not isinstance(name, str) or "." in name or name in taken]:
+            raise ValueError(
+                f"OneOf: a candidate's name is {bad[0]!r}, expected text without a dot that is no attribute of nn.ModuleDict"
+            )
         super().__init__(tuple(named), next(iter(named)))
         self.candidates = nn.ModuleDict(named)
 

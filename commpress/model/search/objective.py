@@ -40,14 +40,9 @@ class Weights:
         return self.alpha * quality - self.beta * size
 
 
-def dominates(a: Judged, b: Judged) -> bool:
-    """Whether a is at least as good as b in both, and better in one. What has no quality is behind all that has one."""
-    one, other = _quality(a), _quality(b)
-    return one >= other and a.size <= b.size and (one > other or a.size < b.size)
-
-
 def front(found: Sequence[T]) -> list[T]:
-    """Those that no other dominates, by rising size; of equal ones the first. What has no quality is left out."""
+    """Those that no other is better than in quality or size, and as good as in the other; by rising size, of equal ones the
+    first. What has no quality is left out."""
     best: list[T] = []
     for each in sorted((x for x in found if x.quality is not None), key=lambda x: (x.size, -_quality(x))):
         if not best or _quality(each) > _quality(best[-1]):

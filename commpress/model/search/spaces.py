@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 
 Option = str | int | float | bool | None
+PLAIN = (str, int, float, bool, type(None))
+"""Types of options: what a file gives back as it was."""
 Choice = dict[str, Option]
 """What is chosen, by name."""
 
@@ -17,7 +19,8 @@ Choice = dict[str, Option]
 class Space(Mapping[str, tuple[Option, ...]]):
     """Options by name, in a fixed order, and for each name under which options of names before it it counts.
 
-    Raises ValueError for a name without options, options that are there twice, or a condition that no choice can meet.
+    Raises ValueError for a space or a name without options, options that are there twice or are no plain text, number, truth
+    value or None (one of NumPy's, say, or NaN), and for a condition that no choice can meet.
     """
 
     def __init__(
@@ -29,9 +32,16 @@ class Space(Mapping[str, tuple[Option, ...]]):
         self.conditions = {
             name: {other: tuple(of) for other, of in (conditions or {}).get(name, {}).items()} for name in self._options
         }
+        if not self._options:
+            raise ValueError("space: there is nothing to choose, expected options by name")
         for name, of in self._options.items():
             if not of or isinstance(options[name], str):
                 raise ValueError(f"space {name!r}: expected a list of options, got {options[name]!r}")
+            if bad := [option for option in of if type(option) not in PLAIN or option != option]:
+                raise ValueError(
+                    f"space {name!r}: the option {bad[0]!r} is a {type(bad[0]).__name__}, expected a plain str, int, float or "
+                    "bool, or None, and no NaN"
+                )
             if len({(type(option), option) for option in of}) < len(of):
                 raise ValueError(f"space {name!r}: an option is there twice in {_listed(of)}")
         before: set[str] = set()

@@ -182,7 +182,7 @@ class _Worker:
 
     def _tried(self, number: int, choice: Choice, before: list[Tried]) -> Tried:
         began = time.perf_counter()
-        size = float(self._guarded(number, choice, lambda: self.problem.size(dict(choice))))
+        size = self._guarded(number, choice, lambda: self.problem.size(dict(choice)))
         if not math.isfinite(size):
             raise SearchError(f"trial {number}, {choice}: its size is {size}, expected a finite number")
         trial = self._trial(number, choice, size, before)
@@ -202,11 +202,11 @@ class _Worker:
 
     def _called(self, trial: Trial, judge: Callable[[Trial], float]) -> float:
         torch.manual_seed(trial.seed)
-        return float(self._guarded(trial.number, trial.choice, lambda: judge(trial)))
+        return self._guarded(trial.number, trial.choice, lambda: judge(trial))
 
     def _guarded(self, number: int, choice: Choice, action: Callable[[], float]) -> float:
         try:
-            return action()
+            return float(action())
         except Pruned:
             raise
         except Exception as error:
@@ -230,6 +230,9 @@ def _settings(problem: Problem, strategy: str, seed: int, weights: Weights | Non
     return {
         "version": VERSION,
         "space": {name: list(options) for name, options in problem.space.items()},
+        "conditions": {
+            name: {other: list(of) for other, of in c.items()} for name, c in problem.space.conditions.items()
+        },
         "strategy": strategy,
         "seed": seed,
         "weights": None if weights is None else asdict(weights),
@@ -238,6 +241,10 @@ def _settings(problem: Problem, strategy: str, seed: int, weights: Weights | Non
 
 
 def _require(problem: Problem, strategy: str, trials: int, together: int, finalists: int) -> None:
+    if not isinstance(problem.space, Space):
+        raise ValueError(
+            f"the space of the problem is a {type(problem.space).__name__}, expected a commpress.model.search.Space"
+        )
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}")
     least_together = 2 if strategy == "nsga2" else 1  # a generation has two parents
