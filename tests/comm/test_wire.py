@@ -186,7 +186,7 @@ def held_up(spec: str, after: str) -> tuple[list[bool], bool, str]:
     return equal if said else [], left, error
 
 
-@pytest.mark.parametrize("after", ["int8", "bf16"])
+@pytest.mark.parametrize("after", [slow("int8"), "bf16"])
 def test_a_rank_that_is_late_is_told_and_all_goes_on(after: str) -> None:
     """Nobody takes the headers that were sent meanwhile: they do not get between later ones."""
     for equal, left, error in run(2, held_up, "none", after, group_timeout=20.0, fresh=True):
@@ -255,7 +255,7 @@ def stops(who: int, folder: str, after: int, spec: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize(("world_size", "who", "spec"), [
-    slow(3, 0, "int4"), (2, 1, "int4"), slow(3, 0, "none"), (3, 1, "none"), slow(3, 2, "bf16"),
+    slow(3, 0, "int4"), (2, 1, "int4"), slow(3, 0, "none"), slow(3, 1, "none"), slow(3, 2, "bf16"),
 ])  # fmt: skip
 def test_a_stopped_rank_is_named_within_the_timeout(world_size: int, who: int, spec: str, tmp_path: Path) -> None:
     """Rank 0 keeps the store: nobody may wait for what it has to say."""
