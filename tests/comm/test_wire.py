@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ranks import Died, outcome, run
 from tiers import slow
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, train
 
@@ -193,6 +194,23 @@ def test_a_rank_that_is_late_is_told_and_all_goes_on(after: str) -> None:
         assert equal == [True] * 6
         assert not left
         assert error == ""
+
+
+def needless_headers() -> int:
+    """How many headers this rank sends while FSDP2 trains by collectives of the group, and nobody is late."""
+    sent: list[object] = []
+    with mock.patch.object(Wire, "_send_header", lambda *of: sent.append(of)):
+        model = network()
+        fully_shard(model)
+        commpress.attach(model, gradients="none", parameters="none")
+        for step in range(5):
+            loss_of(model, step).backward()
+    return len(sent)
+
+
+def test_a_sum_that_ends_in_time_sends_no_header() -> None:
+    """Works of some collectives never say that they are completed."""
+    assert run(2, needless_headers) == [0, 0]
 
 
 def slow_sums() -> int:

@@ -49,6 +49,9 @@ class Waits:
 def _ends_within(work: Any, seconds: float) -> bool:
     """Whether it has ended by then, well or not."""
     if seconds > 0:  # for the backend 0 is forever
-        with contextlib.suppress(RuntimeError):  # it has not ended, or failed: then it says so again
+        try:
             work.wait(datetime.timedelta(seconds=seconds))
+            return True  # not all works say by themselves that they are completed: that of a reduce-scatter never does
+        except RuntimeError:  # it has not ended, or failed: then it says so again
+            pass
     return bool(work.is_completed())
