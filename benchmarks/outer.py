@@ -48,10 +48,10 @@ class Way:
     optimizer: str = "AdamW"
 
 
-def muon(spec: str, every: int, **settings: Any) -> Way:
+def muon(spec: str, every: int, seeds: int = 1, **settings: Any) -> Way:
     """DiLoCo with Muon inside, at the outer rates that it has by default."""
     more = "".join(f", {key} {value}" for key, value in settings.items())
-    return Way(f"Muon {spec} every {every}{more}", spec, 1, {"every": every, **settings}, "EF21Muon")
+    return Way(f"Muon {spec} every {every}{more}", spec, seeds, {"every": every, **settings}, "EF21Muon")
 
 
 def diloco(spec: str, every: int, seeds: int = 1, **settings: Any) -> Way:
@@ -77,7 +77,7 @@ WAYS = (
     muon("topk(0.1)|sign", 30),
     muon("topk(0.1)|sign", 90),
     muon("sign", 150),
-    muon("rotate|sign", 150),
+    muon("rotate|sign", 150, 3),
     muon("topk(0.03)|int2", 40),
     muon("sign", 30, fragments=4, delay=5),
 )
