@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,7 +117,7 @@ class Search:
         run_folder.require_writable(self.out)
 
     def problem(self) -> "Problem":
-        """What the factory returns. Raises ValueError that names the flag if it is no Problem."""
+        """Return the problem that the factory makes, named. Raises ValueError that names the flag if it makes none."""
         from commpress.model.search import Problem
         from commpress.model.search.strategies import library
 
@@ -134,7 +134,7 @@ class Search:
         require(
             not self.finalists or found.final is not None, f"--finalists {self.finalists}: the Problem has no `final`"
         )
-        return found
+        return found if found.name else replace(found, name=self.space)
 
     def tried(self, problem: "Problem") -> Record:
         """Run the trials, with all others that share the folder; the record of it."""

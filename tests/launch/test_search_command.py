@@ -46,7 +46,7 @@ def interrupted():
             raise KeyboardInterrupt
         return quality(trial)
 
-    return Problem(SPACE, stops, size)
+    return Problem(SPACE, stops, size, name="problems:easy")
 
 
 def hopeless():
@@ -116,6 +116,9 @@ def test_the_same_command_goes_on_and_h_says_which_is_best(place: Path) -> None:
     assert code == 1
     assert err.count("\n") == 1
     assert "found: the search there has seed 3, this one 4" in err
+    code, _, err = searched("--trials", 9, *flags, problem="hopeless")  # over the same options
+    assert code == 1
+    assert "found: the search there has problem 'problems:easy', this one 'problems:hopeless'" in err
 
 
 def test_ctrl_c_loses_the_trial_under_way_alone(place: Path) -> None:

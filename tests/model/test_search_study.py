@@ -193,6 +193,7 @@ def test_the_journal_is_optunas(tmp_path: Path) -> None:
         ({"weights": WEIGHTS}, "has weights None, this one {'alpha': 1.0, 'beta': 0.1}"),
         ({"problem": Problem(Space({"a": (1, 2)}), quality, size)}, "has space {'a': [0, 1, 2, 3, 4]"),
         ({"problem": Problem(Space({**SPACE}), quality, size)}, "has conditions"),
+        ({"problem": Problem(SPACE, quality, size, name="another")}, "has problem '', this one 'another'"),
     ],
 )
 def test_a_folder_of_another_search_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:

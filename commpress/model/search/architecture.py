@@ -84,7 +84,7 @@ def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _without_choices(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """What is left of a module, one for all of its places; `done` has what others have become."""
+    """Return a module with each choice in it fixed. `done` holds what modules have become, so that shared ones stay shared."""
     if module not in done:
         left = module
         while isinstance(left, ChoiceModule):

@@ -11,6 +11,7 @@ first of a larger one's blocks, units or heads (slimmable networks, arXiv:1812.0
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from commpress.model.search import cuts
 from commpress.model.search.spaces import Option
 
 
-class ChoiceModule(nn.Module):
+class ChoiceModule(nn.Module, ABC):
     """A module with options, one of which is chosen."""
 
     def __init__(self, options: Sequence[Option], choice: Option) -> None:
@@ -39,12 +40,12 @@ class ChoiceModule(nn.Module):
         """Paths of modules that only some options use, and which do."""
         return {}
 
+    @abstractmethod
     def fixed(self) -> nn.Module:
         """Return a module that computes what this does, without a choice of its own. It may be part of this one."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """What is chosen, of what."""
+        """Return the chosen option and all options, for `print(model)`."""
         return f"{self.choice!r} of {', '.join(map(repr, self.options))}"
 
 

@@ -1,4 +1,4 @@
-"""What is looked for: the largest h = alpha f - beta g of quality f and size g, or the Pareto front of both."""
+"""The aim of a search: the largest h = alpha f - beta g of quality f and size g, or the Pareto front of both."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from typing import Protocol, TypeVar
 
 
 class Judged(Protocol):
-    """What has a quality, the more the better, and a size, the less the better."""
+    """A candidate with a quality, which should be large, and a size, which should be small."""
 
     @property
     def quality(self) -> float | None:
-        """f; None if there is none."""
+        """The quality f; None if none was measured."""
 
     @property
     def size(self) -> float:
-        """g."""
+        """The size g."""
 
 
 T = TypeVar("T", bound=Judged)
@@ -36,13 +36,13 @@ class Weights:
             raise ValueError("alpha 0 and beta 0: expected one of them above 0, or all choices are the same")
 
     def of(self, quality: float, size: float) -> float:
-        """h."""
+        """Return h of a candidate with this quality f and size g."""
         return self.alpha * quality - self.beta * size
 
 
 def front(found: Sequence[T]) -> list[T]:
-    """Those that no other is better than in quality or size, and as good as in the other; by rising size, of equal ones the
-    first. What has no quality is left out."""
+    """Return the Pareto front of candidates, by rising size: no other candidate is better in quality or size and as good in the
+    other. Of equal candidates it has the first, and none without a quality."""
     best: list[T] = []
     for each in sorted((x for x in found if x.quality is not None), key=lambda x: (x.size, -_quality(x))):
         if not best or _quality(each) > _quality(best[-1]):
@@ -51,7 +51,7 @@ def front(found: Sequence[T]) -> list[T]:
 
 
 def spread(points: Sequence[T], count: int) -> list[T]:
-    """At most `count` of a front, both ends and evenly between them; with one it is the best quality."""
+    """Return at most `count` points of a front: both ends and some evenly between; a single one is the best in quality."""
     if count >= len(points):
         return list(points)
     if count <= 1:

@@ -13,7 +13,7 @@ Option = str | int | float | bool | None
 PLAIN = (str, int, float, bool, type(None))
 """Types of options: what a file gives back as it was."""
 Choice = dict[str, Option]
-"""What is chosen, by name."""
+"""The chosen option of each choice, by name."""
 
 
 class Space(Mapping[str, tuple[Option, ...]]):
@@ -96,7 +96,7 @@ class Space(Mapping[str, tuple[Option, ...]]):
         return list(found)
 
     def canonical(self, choice: Mapping[str, Option]) -> Choice:
-        """The same choice in the space's order, the first option where a name does not count. Raises as `check` does."""
+        """Return a choice in the space's order, the first option where a name does not count. Raises as `check` does."""
         self.check(choice)
         counting = set(self.counting(choice))
         return {name: choice[name] if name in counting else self[name][0] for name in self}

@@ -35,7 +35,8 @@ class SearchError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched. The functions give the same for the same choice and seed, or results are those of a first run alone."""
+    """A space and the functions that judge its choices. For one choice and seed they must give the same value each time, or a
+    resumed search differs from an unbroken one."""
 
     space: Space
     quality: Callable[[Trial], float]
@@ -43,14 +44,16 @@ class Problem:
     size: Callable[[Choice], float]
     """g, before f is known: parameters, bytes, seconds."""
     prepare: Callable[[], None] | None = None
-    """What all ranks do together before the first trial: train a supernet, say. Again when a search is resumed."""
+    """Called by all ranks together before the first trial, and again when a search is resumed: it may train a supernet."""
     final: Callable[[Trial], float] | None = None
     """f of a finalist that is trained on its own, where `quality` was that of shared weights."""
+    name: str = ""
+    """A folder holds trials of one name only. `commpress search` gives a problem without a name that of --space."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a search found."""
+    """The trials of a search, and the front or the best choice among them."""
 
     trials: list[Tried]
     """By number."""
@@ -218,7 +221,7 @@ class _Worker:
 
 
 def _finalists(result: Result, count: int) -> list[Tried]:
-    """Those of the front with the largest h; without weights, spread along it."""
+    """Return the `count` trials of the front with the largest h; without weights, as many spread along it."""
     if (weights := result.weights) is None:
         return spread(result.front, count)
     best = sorted(result.front, key=lambda tried: (-weights.of(tried.quality or 0.0, tried.size), tried.number))
@@ -226,9 +229,10 @@ def _finalists(result: Result, count: int) -> list[Tried]:
 
 
 def _settings(problem: Problem, strategy: str, seed: int, weights: Weights | None, together: int) -> dict[str, Any]:
-    """What must be the same for all that share a folder, as JSON values."""
+    """Return the settings that all workers of a folder must share, as JSON values."""
     return {
         "version": VERSION,
+        "problem": problem.name,
         "space": {name: list(options) for name, options in problem.space.items()},
         "conditions": {
             name: {other: list(of) for other, of in c.items()} for name, c in problem.space.conditions.items()

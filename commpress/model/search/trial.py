@@ -31,7 +31,7 @@ class Tried:
     size: float
     """g."""
     curve: Mapping[int, float] = field(default_factory=dict)
-    """What was reported, by step."""
+    """The reported values of f, by step."""
     seconds: float = field(default=0.0, compare=False)
     """How long it took; the only thing that is not the same when it runs again."""
 
