@@ -72,7 +72,7 @@ class Compression(TrainerCallback):
             )
             self._model = model
         if compressed is not None:
-            compressed.watches = False  # the Trainer learns the norm by clipping at infinity
+            compressed.watch.on = False  # the Trainer learns the norm by clipping at infinity
         folder = get_last_checkpoint(args.output_dir) if self._resumed is True else self._resumed
         if not folder:
             return
