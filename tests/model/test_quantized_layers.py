@@ -175,7 +175,7 @@ def test_a_compiled_layer_computes_with_the_codes_of_the_file(kind: str) -> None
 
 
 def test_packed_sequences_and_states_go_through() -> None:
-    model, plain, x = quantized("lstm", Quantization(4))
+    model, plain, x = quantized("deep lstm", Quantization(4))
     packed = nn.utils.rnn.pack_padded_sequence(x, [5, 2, 4], batch_first=True, enforce_sorted=False)
     first = (torch.randn(4, 3, 24), torch.randn(4, 3, 24))
     ours, theirs = model.inner(packed, first), plain.inner(packed, first)

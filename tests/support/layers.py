@@ -17,7 +17,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, time, 32] to [batch, time, 32]."""
-        other = x if self.kdim is None else x[:, :3, : self.kdim]
+        other = x if self.kdim is None else x[:, :3, : self.kdim].contiguous()
         outputs: Tensor = self.inner(x, other, other, need_weights=self.kdim is not None)[0]
         return outputs
 
@@ -44,7 +44,8 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention": (Attention, TEXT),
     "attention of other widths": (lambda: Attention(kdim=16, vdim=16), TEXT),
-    "lstm": (lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), TEXT),
+    "lstm": (lambda: Recurrent(nn.LSTM), TEXT),
+    "deep lstm": (lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), TEXT),
     "lstm with projections": (lambda: Recurrent(nn.LSTM, proj_size=8, bias=False), TEXT),
     "gru": (lambda: Recurrent(nn.GRU), TEXT),
     "rnn": (lambda: Recurrent(nn.RNN), TEXT),

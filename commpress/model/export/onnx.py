@@ -4,7 +4,8 @@
     Linear, by token     the codes by plain arithmetic, MatMulInteger: onnx's DynamicQuantizeLinear has one scale for all tokens
     Linear, else         DequantizeLinear of the weights, in blocks where a group has a scale, MatMul
     Embedding            Gather of codes and of scales, Mul; in groups or at 4 bits DequantizeLinear, Gather
-    Convolution, static  QuantizeLinear, DequantizeLinear of the input, DequantizeLinear of the weights, Conv
+    Convolution, static  QuantizeLinear, DequantizeLinear of the input, DequantizeLinear of the weights, Conv; a batch norm
+                         behind it is part of the scales (`onnx_batchnorm.py`)
     all others           DequantizeLinear of the weights, and what computes with them
     4 bits               tensors of ONNX's INT4, two codes a byte
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from commpress import extras
 from commpress.files import replacing
 from commpress.model.codes import Codes
+from commpress.model.export import onnx_batchnorm
 from commpress.model.export.parts import Layer, decoded, replaced, tensors_of
 from commpress.model.quantized import Quantized
 
@@ -86,6 +88,7 @@ def write(path: Path, model: nn.Module, inputs: tuple[Any, ...], shapes: Any) ->
         )
     _make_halves(program.model)
     program.optimize()
+    onnx_batchnorm.fold(program.model.graph)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     if size >= MOST:
         raise ValueError(f"export to onnx: the model has {size} bytes of weights, expected less than {MOST}")
