@@ -47,10 +47,10 @@ def write(path: Path, model: nn.Module, inputs: tuple[Any, ...], shapes: Any) ->
 
 def lowered(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> Any:
     """ExecuTorch's graph of a model in evaluation, where XNNPACK has what it takes."""
-    exir, partitioner = _libraries()
+    exir, partitioners = _libraries()
     with replaced(model, _module), _quietly():
         program = torch.export.export(model, inputs, dynamic_shapes=shapes)
-        return exir.to_edge_transform_and_lower(program, partitioner=[partitioner()])
+        return exir.to_edge_transform_and_lower(program, partitioner=partitioners)
 
 
 def run(path: Path, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -159,12 +159,17 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _libraries() -> tuple[Any, Any]:
+def _libraries() -> tuple[Any, list[Any]]:
+    """The compiler, and what takes operators for XNNPACK: at first what it has kernels for as it is, then float matrices with
+    weights that others decode."""
     try:
         import executorch.kernels.quantized  # noqa: F401  registers operators
         import torchao.quantization.pt2e  # noqa: F401  as well
         from executorch import exir
+        from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     except ModuleNotFoundError as error:
         raise extras.missing("export to executorch", error, "executorch") from error
-    return exir, XnnpackPartitioner
+    floats = ConfigPrecisionType.FP32
+    decoded = XnnpackPartitioner(config_precisions=floats, force_non_static_weights_for_f32_linear=True)
+    return exir, [XnnpackPartitioner(), decoded]
