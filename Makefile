@@ -12,6 +12,9 @@ FEW := --only 'plain DDP' 'torch fp16' 'PowerSGD rank 4' int8 int4 sign 'topk(0.
 AUTO := $(RUN)/python benchmarks/auto.py --model deep --steps 100 --others 20
 ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'ZeroOneAdamW sign, every 4 steps'
 
+# tests start many processes: without bytecode on disk each of them compiles all of our sources, and pytest all of its own
+warm test test-slow: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo warm test test-slow check gpu-check bench bench-quick bench-codecs bench-convergence clean
 
 $(INSTALLED): pyproject.toml constraints.txt

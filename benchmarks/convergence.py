@@ -23,26 +23,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from convergence_tasks import Digits, Text
 from peers import counted
 from powersgd import PowerSGD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
 from commpress.comm.meter import Report
 from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
-from commpress.launch.model import GPT, Shape
 from commpress.launch.run_record import machine
 from commpress.optim import DGC, CompressedOptimizer, EF21Muon, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.muon import groups as muon_groups
 
-SHAPE, BATCH = Shape(layers=4, width=128, heads=4, context=64), 4
 BETAS, DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
-IMAGES = 32
-"""Digits a rank and step."""
 SEARCH, STEPS = 500, 1500
 SEEDS = (0, 1, 2)
 RISE, FINAL = 0.05, 0.1
@@ -50,8 +47,8 @@ RISE, FINAL = 0.05, 0.1
 WARM_UP = 2 / 15
 """The share of the steps in which the compressed optimizers warm up."""
 WARM_UP_SPEC = "int4"
-EVERY, HELD_OUT = 100, 64
-"""Steps between two validations, and their windows."""
+EVERY = 100
+"""Steps between two validations."""
 RATES = {"GPT": (3.5e-4, 7e-4, 1.5e-3, 3e-3), "digits": (0.01, 0.03, 0.1, 0.3)}
 MUON_RATES = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 DENSE = {"GPT": "AdamW", "digits": "SGD"}
@@ -109,60 +106,6 @@ WAYS = (
     Way("SGD, topk(0.001) gradients", "digits", "SGD", "topk(0.001)", 3),
     Way("DGC topk(0.001)", "digits", "DGC", "topk(0.001)", 3),
 )
-
-
-class Text:
-    """The byte-level GPT."""
-
-    def __init__(self) -> None:
-        self.text = data.load(None)
-
-    def model(self) -> nn.Module:
-        return GPT(SHAPE)
-
-    def loss(self, model: nn.Module, windows: torch.Generator) -> Tensor:
-        x, y = data.sample(self.text.train, BATCH, SHAPE.context, windows)
-        return nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-
-    def held_out(self, model: nn.Module) -> float:
-        """Nats a byte over fixed windows, this rank's share of them."""
-        starts = data.validation_starts(self.text.validation, HELD_OUT, SHAPE.context)
-        x, y = data.windows(self.text.validation, starts[dist.get_rank() :: dist.get_world_size()], SHAPE.context)
-        return float(nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()))
-
-
-class Digits:
-    """1,797 images of 8 x 8 pixels; every fifth is held out."""
-
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        images, labels = load_digits(return_X_y=True)
-        x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-        y = torch.tensor(labels)
-        held = torch.arange(len(y)) % 5 == 0
-        self.train, self.test = (x[~held], y[~held]), (x[held], y[held])
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10)),
-        )
-
-    def loss(self, model: nn.Module, windows: torch.Generator) -> Tensor:
-        x, y = self.train
-        chosen = torch.randint(len(y), (IMAGES,), generator=windows)
-        # moved by up to a pixel, so that there is something to learn for longer than an epoch
-        shift = torch.randint(-1, 2, (2,), generator=windows).tolist()
-        return nn.functional.cross_entropy(model(x[chosen].roll(shift, (2, 3))), y[chosen])
-
-    def held_out(self, model: nn.Module) -> float:
-        """Mean loss over all held-out images, each moved in nine ways."""
-        x, y = self.test
-        losses = [
-            float(nn.functional.cross_entropy(model(x.roll((i, j), (2, 3))), y)) for i in (-1, 0, 1) for j in (-1, 0, 1)
-        ]
-        return statistics.mean(losses)
 
 
 def optimizer_of(way: Way, model: nn.Module, steps: int) -> torch.optim.Optimizer:

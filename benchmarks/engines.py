@@ -16,6 +16,7 @@ import warnings
 from typing import Any
 
 import convergence
+import convergence_tasks
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -99,12 +100,12 @@ def timed(way: tuple[int, str, dict[str, Any] | None], text: data.Text, rounds: 
 
 def learned(way: tuple[int, str, dict[str, Any] | None], text: data.Text, steps: int) -> tuple[str, ...]:
     """Held-out losses of both seeds."""
-    starts = data.validation_starts(text.validation, 2 * convergence.HELD_OUT, LARGE.context)
+    starts = data.validation_starts(text.validation, 2 * convergence_tasks.HELD_OUT, LARGE.context)
     x, y = data.windows(text.validation, starts, LARGE.context)
     losses = []
     for seed in SEEDS:
         torch.manual_seed(seed)
-        engine, _ = made(*way, convergence.SHAPE, round(convergence.WARM_UP * steps), LOSS_BATCH)
+        engine, _ = made(*way, convergence_tasks.SHAPE, round(convergence.WARM_UP * steps), LOSS_BATCH)
         windows = data.generator(seed, dist.get_rank())
         for done in range(steps):
             for group in engine.basic_optimizer.param_groups:

@@ -21,6 +21,7 @@ from typing import Any
 import convergence
 import torch
 import torch.distributed as dist
+from convergence_tasks import Text
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -86,7 +87,7 @@ WAYS = (
 class Training:
     """A run between two of its steps: what is trained, by what, and what it has sent so far."""
 
-    def __init__(self, way: Way, task: convergence.Text, seed: int, steps: int) -> None:
+    def __init__(self, way: Way, task: Text, seed: int, steps: int) -> None:
         torch.manual_seed(seed)
         self.model: nn.Module = task.model()
         self.windows = data.generator(seed, dist.get_rank())
@@ -131,7 +132,7 @@ class Training:
         self.done, self.before = state["done"], state["before"]
 
 
-def train(way: Way, task: convergence.Text, rate: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+def train(way: Way, task: Text, rate: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """One run: its row. Collective."""
     run = Training(way, task, seed, steps)
     path = folder / f"{convergence.stem(way.name, rate, seed, steps)}_rank{dist.get_rank()}.pt"
@@ -159,7 +160,7 @@ def train(way: Way, task: convergence.Text, rate: float, seed: int, steps: int, 
 
 def run_all(ways: list[Way], chosen: argparse.Namespace) -> None:
     """All runs that are not there yet. Collective."""
-    folder, task = chosen.folder, convergence.Text()
+    folder, task = chosen.folder, Text()
     run = partial(train, folder=folder)
     for way in ways:
         rates = chosen.rates or RATES[way.optimizer]

@@ -6,8 +6,10 @@ hook on CUDA only and says nothing elsewhere, and keeps no state of it.
 """
 
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress import extras
@@ -15,6 +17,7 @@ from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.files import DamagedFileError, pack_state, unpack_state
 from commpress.hooks import ddp, rank_checkpoint
+from commpress.hooks.accelerate import inner
 from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
 
@@ -26,6 +29,9 @@ try:
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.hooks.lightning", error, "lightning") from error
 
+if TYPE_CHECKING:
+    from commpress.model import Recipe, Scheduler
+
 
 class CompressedDDP(DDPStrategy):
     """`Trainer(strategy=CompressedDDP("int4"))` instead of `strategy="ddp"`. `settings` are those of DDPStrategy, the others
@@ -34,6 +40,10 @@ class CompressedDDP(DDPStrategy):
     If `configure_optimizers` returns one of `commpress.optim`, what it is about to apply travels instead of the gradient.
     Beside each checkpoint stands a file a rank, `NAME.ckpt.commpress-rank0` and so on, which `fit(ckpt_path=...)` reads.
     The report is logged when training ends. `session` is there from `on_fit_start` on.
+
+    With a `recipe` of `commpress.model` the module is pruned, quantised and distilled while it trains. `scheduler` is there as
+    `session` is; a module that is distilled returns `self.trainer.strategy.scheduler.loss(loss, output, x)` from its
+    `training_step`, and `teacher` is what answers.
 
     Raises ValueError for `ddp_comm_*` settings; `fit` raises ValueError on all ranks for an unknown spec, for ranks that
     differ, for files that do not belong to the checkpoint, and for `gradient_clip_val` or a second optimizer beside a
@@ -47,13 +57,16 @@ class CompressedDDP(DDPStrategy):
         exchange: str | None = None,
         error_feedback: bool = True,
         buffers: str | Codec | None = None,
+        recipe: "Recipe | None" = None,
+        teacher: nn.Module | None = None,
         **settings: Any,
     ) -> None:
         if hooks := sorted(name for name in settings if name.startswith("ddp_comm_")):
             raise ValueError(f"CompressedDDP registers a hook of its own, got {', '.join(hooks)}")
         super().__init__(**settings)
         self.session: Session | None = None
-        self._gradients = gradients
+        self.scheduler: Scheduler | None = None
+        self._gradients, self._recipe, self._teacher = gradients, recipe, teacher
         self._compression: dict[str, Any] = {"exchange": exchange, "error_feedback": error_feedback, "buffers": buffers}
         self._loaded_from = ""
 
@@ -69,6 +82,32 @@ class CompressedDDP(DDPStrategy):
                 grad_scaler=getattr(self.precision_plugin, "scaler", None),
                 **self._compression,
             )
+            self._follow_recipe()
+
+    def _follow_recipe(self) -> None:
+        if self._recipe is None:
+            return
+        from commpress.model import Scheduler
+
+        assert self.lightning_module is not None
+        teacher = None if self._teacher is None else self._teacher.to(self.root_device)
+        module, optimizers = self.lightning_module, self.optimizers
+        self.scheduler = Scheduler(self._recipe, module, optimizers, session=self.session, teacher=teacher)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the module, which a recipe has made ready for what it may have become."""
+        if self._recipe is not None and self.lightning_module is not None:
+            from commpress.model import prepare
+
+            prepare(self.lightning_module, self._recipe)
+        super().load_model_state_dict(checkpoint, strict)
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **named: Any) -> Any:
+        """Step, and behind the last of the optimizers do what the recipe wants done."""
+        output = super().optimizer_step(optimizer, closure, model, **named)
+        if self.scheduler is not None and inner(optimizer) is inner(self.optimizers[-1]):
+            self.scheduler.step()
+        return output
 
     def _compressed(self, trainer: Trainer) -> CompressedOptimizer | None:
         optimizers = [optimizer for optimizer in self.optimizers if isinstance(optimizer, CompressedOptimizer)]
@@ -90,7 +129,8 @@ class CompressedDDP(DDPStrategy):
         """Write the checkpoint on rank 0, and this rank's file beside it."""
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.session is not None and "optimizer_states" in checkpoint:  # not weights only
-            state = {"commpress": pack_state(rank_checkpoint.content(self.session, checkpoint["global_step"]))}
+            content = rank_checkpoint.content(self.session, checkpoint["global_step"], self.scheduler)
+            state = {"commpress": pack_state(content)}
             self.checkpoint_io.save_checkpoint(state, _beside(filepath, self.session.rank), storage_options)
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -124,7 +164,9 @@ class CompressedDDP(DDPStrategy):
             state: rank_checkpoint.State = unpack_state(file.get("commpress") if isinstance(file, dict) else None, path)
             return state
 
-        found = rank_checkpoint.restore(self.session, self.model.process_group, checkpoint["global_step"], read)
+        found = rank_checkpoint.restore(
+            self.session, self.model.process_group, checkpoint["global_step"], read, self.scheduler
+        )
         if not found:
             warn(f"commpress: {self._loaded_from} was saved without compression; what feedback keeps starts empty")
 

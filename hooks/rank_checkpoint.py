@@ -2,7 +2,8 @@
 
     FOLDER/commpress-rank0.pt       {"step": the framework's count, "session": session.state_dict()} of rank 0, and so on
 
-A framework without a count has a number of its own for each save in its place.
+A framework without a count has a number of its own for each save in its place. Where a recipe is followed, "scheduler" is its
+scheduler's state.
 
 The file carries a checksum (`commpress.files`).
 
@@ -11,7 +12,7 @@ With as many ranks as before a rank reads its own file, so hosts need not see ea
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -19,36 +20,56 @@ from commpress.comm.agreement import refuse_on_all, require_agreement
 from commpress.comm.session import Session
 from commpress.files import load_state, save_state
 
+if TYPE_CHECKING:
+    from commpress.model import Scheduler
+
 State = dict[str, Any]
 
 
-def content(session: Session, step: int) -> State:
+def content(session: Session, step: int, scheduler: "Scheduler | None" = None) -> State:
     """Return what this rank's file holds; `step` is the framework's count of steps."""
-    return {"step": step, "session": session.state_dict()}
+    state = {"step": step, "session": session.state_dict()}
+    return state if scheduler is None else {**state, "scheduler": scheduler.state_dict()}
 
 
-def save(session: Session, folder: str | Path, step: int, name: str = "commpress") -> None:
+def save(
+    session: Session, folder: str | Path, step: int, name: str = "commpress", scheduler: "Scheduler | None" = None
+) -> None:
     """Write this rank's file into the folder of a checkpoint. Not collective."""
     path = _path(folder, name, session.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_state(path, content(session, step))
+    save_state(path, content(session, step, scheduler))
 
 
-def load(session: Session, group: dist.ProcessGroup, folder: str | Path, step: int, name: str = "commpress") -> bool:
+def load(
+    session: Session,
+    group: dist.ProcessGroup,
+    folder: str | Path,
+    step: int,
+    name: str = "commpress",
+    scheduler: "Scheduler | None" = None,
+) -> bool:
     """Restore a session from the folder of a checkpoint, as `restore` does."""
 
     def read(rank: int) -> State | None:
         path = _path(folder, name, rank)
         return load_state(path) if path.is_file() else None
 
-    return restore(session, group, step, read)
+    return restore(session, group, step, read, scheduler)
 
 
-def restore(session: Session, group: dist.ProcessGroup, step: int, read: Callable[[int], State | None]) -> bool:
+def restore(
+    session: Session,
+    group: dist.ProcessGroup,
+    step: int,
+    read: Callable[[int], State | None],
+    scheduler: "Scheduler | None" = None,
+) -> bool:
     """Restore a session from what `read(rank)` finds of a saved rank. Load model and optimizer first. Collective.
 
-    `group` is the session's process group. Returns False if nothing was saved. Raises ValueError on all ranks if the files
-    are not those of all ranks at this step, or if one is damaged.
+    `group` is the session's process group. A `scheduler` is restored before the session; from a checkpoint without one it
+    begins at `step`. Returns False if nothing was saved. Raises ValueError on all ranks if the files are not those of all ranks
+    at this step, or if one is damaged.
     """
     try:
         own = read(session.rank)
@@ -58,7 +79,16 @@ def restore(session: Session, group: dist.ProcessGroup, step: int, read: Callabl
         states = [_session(file, rank, step) for rank, file in found.items()]
     except Exception as error:
         refuse_on_all(error, group, session.device)
-    require_agreement({"number of ranks in the checkpoint": saved}, group, session.device)
+    with_recipe = first is not None and "scheduler" in first
+    told: dict[str, object] = {
+        "number of ranks in the checkpoint": saved,
+        "whether the checkpoint has a recipe's state": with_recipe,
+    }
+    require_agreement(told, group, session.device)
+    if scheduler is not None and first is not None and with_recipe:
+        scheduler.load_state_dict(first["scheduler"])
+    elif scheduler is not None:
+        scheduler.begin_at(step)
     if states:
         session.load_state_dict(states[0] if saved == session.world_size else states)
     return bool(states)

@@ -3,11 +3,14 @@
 It wraps the model by Accelerate when training begins, resumes model and optimizer, and then calls `on_train_begin` on every
 rank; callbacks are not told of the wrapper, nor of the folder that is resumed from, so this one holds the Trainer. `on_save`
 comes on every rank once a checkpoint's folder is there. A second `train()` goes on with the wrapper of the first.
+
+A recipe's teacher speaks where the Trainer computes its loss, and its steps are the optimizer's (`on_optimizer_step`).
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress import extras
@@ -24,6 +27,9 @@ try:
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.hooks.transformers", error, "transformers") from error
 
+if TYPE_CHECKING:
+    from commpress.model import Recipe, Scheduler
+
 REPORT = "commpress.json"
 """The report's file in `output_dir`."""
 
@@ -36,17 +42,36 @@ class Compression(TrainerCallback):
     `output_dir/commpress.json`. `session` is there once training has begun. `settings` are those of
     `commpress.hooks.ddp.attach` but for `optimizer` and `grad_scaler`, which are the Trainer's.
 
+    With a `recipe` of `commpress.model` the model is pruned, quantised and distilled while it trains; `teacher` is what it is
+    distilled from, a model that takes the same inputs. `scheduler` is there once training has begun.
+
     `train` raises TypeError if the model is not in a DistributedDataParallel, ValueError on all ranks for an unknown spec, for
     ranks that differ, for files that do not belong to the checkpoint, and for `max_grad_norm` beside a compressed optimizer.
     """
 
-    def __init__(self, trainer: Trainer, gradients: str | Codec, **settings: Any) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        gradients: str | Codec,
+        *,
+        recipe: "Recipe | None" = None,
+        teacher: nn.Module | None = None,
+        **settings: Any,
+    ) -> None:
         self.session: Session | None = None
+        self.scheduler: Scheduler | None = None
+        self._recipe, self._teacher = recipe, teacher
         self._trainer, self._gradients, self._settings = trainer, gradients, settings
         self._model: DistributedDataParallel | None = None
         self._resumed: str | bool | None = None
         self._train = trainer.train
         trainer.train = self._remember
+        if recipe is not None:
+            from commpress.model import prepare
+
+            prepare(trainer.model, recipe)  # before a checkpoint is loaded into it
+            self._compute_loss = trainer.compute_loss
+            trainer.compute_loss = self._loss
 
     def _remember(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._resumed = resume_from_checkpoint
@@ -71,22 +96,58 @@ class Compression(TrainerCallback):
                 model, self._gradients, optimizer=compressed, grad_scaler=scaler, **self._settings
             )
             self._model = model
+            self._follow_recipe(optimizer)
         if compressed is not None:
-            compressed.watches = False  # the Trainer learns the norm by clipping at infinity
+            compressed.watch.on = False  # the Trainer learns the norm by clipping at infinity
         folder = get_last_checkpoint(args.output_dir) if self._resumed is True else self._resumed
         if not folder:
             return
-        found = rank_checkpoint.load(self.session, model.process_group, folder, state.global_step)
+        at, scheduler = state.global_step, self.scheduler
+        found = rank_checkpoint.load(self.session, model.process_group, folder, at, scheduler=scheduler)
         if not found:
             warn(
                 f"commpress: {folder} was saved without compression, or by save_only_model; what feedback keeps starts empty"
             )
 
+    def _follow_recipe(self, optimizer: Any) -> None:
+        if self._recipe is None:
+            return
+        from commpress.model import Scheduler
+
+        assert self._model is not None
+        teacher = None if self._teacher is None else self._teacher.to(self._trainer.args.device)
+        self.scheduler = Scheduler(self._recipe, self._model.module, optimizer, session=self.session, teacher=teacher)
+
+    def _loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **named: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Compute the Trainer's loss, and in training the teacher's part of it."""
+        loss, outputs = self._compute_loss(model, inputs, return_outputs=True, **named)
+        if model.training and self.scheduler is not None:
+            # a loss that is a share of an accumulation's mean is made a mean, as the teacher's is, and a share again
+            shares = self._trainer.current_gradient_accumulation_steps if self._loss_is_a_share(named) else 1
+            loss = self.scheduler.loss(loss * shares, outputs, **inputs) / shares
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_is_a_share(self, named: dict[str, Any]) -> bool:
+        trainer = self._trainer
+        if (told := getattr(trainer, "loss_is_scaled_for_ga", None)) is not None:
+            return bool(told)
+        counted = trainer.model_accepts_loss_kwargs and named.get("num_items_in_batch") is not None
+        return bool(counted or trainer.compute_loss_func is not None)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do what the recipe wants done."""
+        if self.scheduler is not None:
+            self.scheduler.step()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write this rank's file into the checkpoint."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.session is not None and not args.save_only_model and not state.is_hyper_param_search:
-            rank_checkpoint.save(self.session, folder, state.global_step)
+            rank_checkpoint.save(self.session, folder, state.global_step, scheduler=self.scheduler)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -70,6 +70,8 @@ class Scheduler:
         given = [*optimizer] if isinstance(optimizer, Sequence) else [optimizer]
         self.recipe, self.model, self.optimizer = recipe, layers.uncompiled(model), given[0] if given else None
         self._session, self._teacher = session, teacher
+        self._asked = False
+        """Whether the teacher has answered since the last step."""
         self.model.state_dict(keep_vars=True)  # FSDP shards what an evaluation has left whole
         sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
         if session is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -126,14 +128,22 @@ class Scheduler:
                 if not isinstance(p, DTensor):  # DDP waits for a gradient of all its parameters
                     task_loss = task_loss + 0 * p.sum()
             return task_loss
+        self._asked = True
         return self._distiller.loss(task_loss, output, *inputs, **named_inputs)
 
     @naming_the_file
     def step(self) -> None:
         """Do what the recipe wants done after an optimizer step. Collective.
 
-        Raises ValueError on all ranks, with the parameter's name, if their masks differ.
+        Raises ValueError on all ranks, with the parameter's name, if their masks differ; RuntimeError if the recipe distils and
+        `loss` was not called.
         """
+        if self._distils and not self._asked:
+            raise RuntimeError(
+                f"Scheduler.step(): the recipe distils in step {self.done}, and loss() was not called: expected "
+                "scheduler.loss(task_loss, output, x).backward()"
+            )
+        self._asked = False
         self._pruner.done += 1
         self._pruner.steps.stand_closest()
         self._pruner.check()

@@ -4,7 +4,6 @@ Parameters that no session exchanges, as those that DDP ignores, step as under t
 require a gradient, and what is kept of it stays as it is until it does again.
 """
 
-import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,8 +19,8 @@ from commpress.comm.parameters import dense
 from commpress.comm.plan import DENSE, Override
 from commpress.comm.segments import Segment, Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
-from commpress.notice import warn
 from commpress.optim import loops
+from commpress.optim.gradient_watch import GradientWatch
 from commpress.optim.settings import plain, require_in_range
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -64,10 +63,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._scale = 1.0
         self._clip = 1.0
         self._proven: object = None
-        self._written: dict[Tensor, tuple[Tensor, int]] | None = None
+        self.watch = GradientWatch()
         self._speaks = True
-        self.watches = True
-        """Whether a change of what was exchanged is still to be warned of."""
         self.binding: object = None
         """Another one with every `bind`."""
         self._alone = False
@@ -140,7 +137,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
                 f"this {name} is attached to another model, whose {others[0]!r} it steps: expected an optimizer of its own for "
                 "each model, or the same parameters wrapped anew"
             )
-        self._bound, self._awaits_step, self._received, self._written = dict(parameters), False, [], None
+        self._bound, self._awaits_step, self._received = dict(parameters), False, []
+        self.watch.forget()
         self._world_size, self._may_be_unused = world_size, may_be_unused
         self._may_be_frozen, self._speaks = may_be_frozen, speaks
         self._proven, self.binding = None, object()
@@ -180,7 +178,8 @@ class CompressedOptimizer(torch.optim.Optimizer):
     def begin_backward(self, scale: float) -> bool:
         """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
         used, self._awaits_step = not self._awaits_step, True
-        self._received, self._scale, self._clip, self._written = [], scale, 1.0, None
+        self._received, self._scale, self._clip = [], scale, 1.0
+        self.watch.forget()
         self._find_places()
         self._frozen = frozenset(name for name, (p, _) in self._places.items() if not p.requires_grad)
         return used
@@ -277,28 +276,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     def gradients_are_there(self, scaled: bool) -> None:
         """For hooks: backward is over, and `grad` holds what was exchanged. `scaled`: a GradScaler will divide it in place."""
-        if not scaled or not unscaling_counts():
-            self._written = {p: (p.grad, p.grad._version) for p, _ in self._places.values() if p.grad is not None}
+        self.watch.remember((p for p, _ in self._places.values()), scaled)
 
     def _require_untouched(self) -> None:
         """Warn, once, if what was exchanged has been changed since, and is no gradient."""
-        written, self._written = self._written, None
-        if written is None or not self.watches or self.takes_means:
-            return
-        for name, (p, _) in self._places.items():
-            if p not in written or p.grad is None or name in self._frozen:
-                continue
-            gradient, version = written[p]
-            if p.grad is not gradient or gradient._version > version:
-                self.watches, kind = False, type(self).__name__
-                warn(
-                    f"commpress: the grad of {name!r} was changed between backward and {kind}.step(), as "
-                    f"torch.nn.utils.clip_grad_norm_ does. It holds what {kind} is about to apply, which is no gradient: "
-                    f"leave clipping out and set {kind}(..., max_norm=...), scale by lr, and give a GradScaler to "
-                    "attach(grad_scaler=)",
-                    self._speaks,
-                )
-                return
+        if self.takes_means:
+            self.watch.forget()
+        held = {name: p for name, (p, _) in self._places.items() if name not in self._frozen}
+        self.watch.check(held, type(self).__name__, self._speaks)
 
     # what a training script asks of it
 
@@ -411,12 +396,3 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     # the loops want one order of memory
                     state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self._find_places()
-
-
-@functools.cache
-def unscaling_counts() -> bool:
-    """Whether what a GradScaler does to gradients counts as a change of them; not in the versions of torch known so far."""
-    x, found, scale = (torch.ones(1, device="cpu", dtype=torch.float32) for _ in range(3))
-    before = x._version
-    torch._amp_foreach_non_finite_check_and_unscale_([x], found, scale)
-    return x._version != before

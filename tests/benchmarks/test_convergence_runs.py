@@ -11,6 +11,7 @@ from ranks import run
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import convergence
+from convergence_tasks import Digits, Text
 
 SHORT = ("OneBitAdamW sign", "ZeroOneAdamW sign every 4", "AdamW, PowerSGD rank 4", "DGC topk(0.01)")
 
@@ -20,7 +21,7 @@ def trained(folder: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     for name in names:
         way = next(way for way in convergence.WAYS if way.name == name)
-        task = convergence.Text() if way.task == "GPT" else convergence.Digits()
+        task = Text() if way.task == "GPT" else Digits()
         first = convergence.once(Path(folder), way, task, 0.001, 1, 10)
         again = convergence.once(Path(folder), way, task, 0.001, 1, 10)
         assert {**again, "seconds": 0, "kernel_bytes": 0} == {**first, "seconds": 0, "kernel_bytes": 0}

@@ -96,7 +96,7 @@ def both_ways(exchanges: list[str]) -> dict[str, list[list[Any]]]:
 
 
 @pytest.mark.parametrize(("world_size", "exchanges"), [
-    (3, ["two_shot"]), slow(3, ["one_shot", "all_reduce"]), (4, ["hierarchical(2)"]),
+    slow(3, ["two_shot"]), slow(3, ["one_shot", "all_reduce"]), (4, ["hierarchical(2)"]),
 ])  # fmt: skip
 def test_collectives_give_the_bits_of_messages(world_size: int, exchanges: list[str]) -> None:
     for got in run(world_size, both_ways, exchanges, timeout=120):

@@ -65,7 +65,7 @@ def exchanged() -> list[list[dict[str, Any]]]:
     return reports
 
 
-@pytest.mark.parametrize("world_size", [2, 3, slow(4)])
+@pytest.mark.parametrize("world_size", [slow(2), 3, slow(4)])
 def test_bytes_and_memory_are_those_of_a_real_run(world_size: int) -> None:
     for rank, reports in enumerate(run(world_size, exchanged)):
         for (spec, exchange), rows in zip(PAIRS, reports, strict=True):

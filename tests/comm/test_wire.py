@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Died, outcome, run
-from tiers import slow
+from tiers import slow, slowly
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -125,7 +125,7 @@ def replanned(spec: str, parameters: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("spec", "other"), [("int4", "int8"), ("none", "bf16"), ("bf16", "int4"), ("sign", "topk(0.1)")]
+    ("spec", "other"), [("int4", "int8"), slow("none", "bf16"), ("bf16", "int4"), ("sign", "topk(0.1)")]
 )
 def test_another_spec_on_one_rank_is_an_error_on_both(spec: str, other: str) -> None:
     for said in run(2, replanned, spec, other, group_timeout=PATIENT, fresh=True):
@@ -147,7 +147,9 @@ def keeps(action: str, spec: str) -> str:
     return outcome(actions[action])
 
 
-@pytest.mark.parametrize(("action", "spec"), [("keep", "int4"), ("agree", "int4"), ("keep", "none"), ("agree", "bf16")])
+@pytest.mark.parametrize(
+    ("action", "spec"), [("keep", "int4"), ("agree", "int4"), slow("keep", "none"), slow("agree", "bf16")]
+)
 def test_a_collective_call_on_one_rank_alone_is_an_error_on_both(action: str, spec: str) -> None:
     for said in run(2, keeps, action, spec, group_timeout=PATIENT, fresh=True):
         assert "gradients of" in said
@@ -374,7 +376,7 @@ USES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(USES))
+@pytest.mark.parametrize("kind", slowly(USES, quick=("ddp", "fsdp", "outer")))
 def test_sessions_one_after_another_leave_no_descriptors_and_no_threads(kind: str) -> None:
     for early, late in run(2, attached_again, kind, fresh=True, timeout=100):
         assert all(now <= then for now, then in zip(late, early, strict=True)), (early, late)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from scripted import Scripted
+from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, sgd, train
@@ -64,7 +65,7 @@ def searched(steps: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [slow(2), 3])
 def test_all_ranks_choose_the_same_and_hold_the_same_bits(world_size: int) -> None:
     first, *others = run(world_size, searched, 50)
     for other in others:

@@ -86,7 +86,8 @@ def searched(replicas: bool = False, parameters: str | None = None) -> dict[str,
     }
 
 
-@pytest.mark.parametrize("world_size", [slow(2), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_all_ranks_choose_the_same(world_size: int) -> None:
     first, *others = run(world_size, searched)
     assert first["spec"] == "auto: int4"

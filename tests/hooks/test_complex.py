@@ -92,7 +92,7 @@ def ddp_trainings(dtype: torch.dtype, settings: dict[str, Any]) -> dict[tuple[st
 @pytest.mark.parametrize(
     ("dtype", "ranks", "settings"),
     [
-        (torch.complex64, 2, {}),
+        slow(torch.complex64, 2, {}),
         (torch.complex128, 2, {}),
         slow(torch.complex128, 3, {"exchange": "two_shot"}),
         slow(torch.complex64, 2, {"error_feedback": False}),

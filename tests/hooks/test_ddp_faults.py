@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Died, outcome, run
+from tiers import slow
 from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, loss_of, network, train
 
@@ -147,7 +148,7 @@ def test_no_group_has_the_name_of_a_closed_one() -> None:
 
 
 @pytest.mark.parametrize(("world_size", "bad_rank", "tcp", "spec"), [
-    (2, 1, False, "int4"), (3, 1, True, "topk(0.1)|int4"), (2, 0, True, "int4"), (2, 1, False, "bf16"),
+    (2, 1, False, "int4"), (3, 1, True, "topk(0.1)|int4"), slow(2, 0, True, "int4"), slow(2, 1, False, "bf16"),
     (3, 0, True, "none"),
 ])  # fmt: skip
 def test_a_rank_that_dies_is_noticed_at_once(world_size: int, bad_rank: int, tcp: bool, spec: str) -> None:

@@ -103,7 +103,7 @@ def kept_without_feedback() -> list[Any]:
 
 
 @pytest.mark.parametrize(("specs", "world_size", "replicas"), [
-    (("int4", "int8"), 2, 1),
+    slow(("int4", "int8"), 2, 1),
     (("int4", "delta|int4"), 2, 1),
     slow(("topk(0.1)|int4", "int4"), 3, 1),
     slow(("none", "delta|int4"), 4, 2),

@@ -122,6 +122,42 @@ def interrupted(folder: str, at: int, steps: int, spec: str, optimizer: str) -> 
         return whole, pieced, {**result(made, third), "said": said, "linked": last.strategy.session.report().steps}
 
 
+RECIPE = {
+    "prune": [{"start": 1, "end": 3, "every": 1, "amount": 0.6}],
+    "quantize": [{"start": 3, "activations": "static"}],
+    "distil": {"weight": 0.5},
+}
+
+
+def by_recipe(folder: str, at: int, steps: int) -> list[dict[str, Any]]:
+    """A training by a recipe, unbroken and from its checkpoint."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from commpress.hooks.lightning import CompressedDDP
+    from commpress.model import Recipe
+
+    class Taught(type(module())):  # type: ignore[misc]
+        def training_step(self, batch: Any, index: int) -> Any:
+            x, y = data(self.global_step, dist.get_rank())
+            output = self.network(x)
+            loss = nn.functional.cross_entropy(output, y)
+            return self.trainer.strategy.scheduler.loss(loss, output, x)
+
+    found = []
+    for resumed in (False, True):
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=at, save_top_k=-1)
+        settings = {"enable_checkpointing": not resumed, "callbacks": [] if resumed else [keep]}
+        strategy = CompressedDDP("int4", recipe=Recipe.of(RECIPE, "the recipe of a test"), teacher=network())
+        made, model = trainer(folder, steps, None, strategy=strategy, accumulate_grad_batches=1, **settings), Taught()
+        with launched():
+            made.fit(model, loader(), ckpt_path=f"{folder}/step={at}.ckpt" if resumed else None)
+        zeros = [float((m.weight == 0).float().mean()) for m in model.network if isinstance(m, nn.Linear)]
+        ranges = torch.stack([x for name, x in model.named_buffers() if name.endswith("range")])
+        more = {"phase": strategy.scheduler.phase, "zeros": sum(zeros) / len(zeros), "ranges": ranges}
+        found.append({"parameters": flat(model.parameters()), "done": strategy.scheduler.done, **more})
+    return found
+
+
 def removed(folder: str) -> list[str]:
     """What stands in the folder when all but the best checkpoint were removed, and weights alone were saved."""
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -274,6 +310,18 @@ def test_ckpt_path_goes_on_as_unbroken(spec: str, optimizer: str, tmp_path: Path
         assert not torch.equal(whole["parameters"], without["parameters"])
         assert len(without["said"]) == (rank == 0)
         assert without["linked"] == 1
+
+
+@pytest.mark.slow
+def test_a_recipe_prunes_quantises_and_distils_and_goes_on_as_unbroken(tmp_path: Path) -> None:
+    ranks = run(2, by_recipe, str(tmp_path), 4, 8, timeout=120)
+    for whole, pieced in ranks:
+        assert whole["phase"] == "pruned + int8 + distil"
+        assert (whole["done"], pieced["done"]) == (8, 8)
+        assert whole["zeros"] > 0.4
+        for name in ("parameters", "ranges"):
+            assert torch.equal(whole[name], pieced[name])
+            assert torch.equal(whole[name], ranks[0][0][name])
 
 
 @pytest.mark.slow

@@ -106,6 +106,78 @@ def interrupted(folder: str, at: int, steps: int, spec: str, settings: dict[str,
         return whole, pieced, {**result(empty, callback), "said": said}
 
 
+RECIPE = """
+[[prune]]
+start = 1
+end = 4
+every = 1
+amount = 0.6
+
+[[quantize]]
+start = 3
+activations = "static"
+layers = ["bert.encoder.*"]
+
+[distil]
+weight = 0.5
+hidden = {"bert.encoder.layer.0" = "bert.encoder.layer.0"}
+"""
+
+
+def recipe(text: str = RECIPE) -> Any:
+    import tomllib
+
+    from commpress.model import Recipe
+
+    return Recipe.of(tomllib.loads(text), "the recipe of a test")
+
+
+def by_recipe(folder: str, at: int, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A training by a recipe, unbroken and from its checkpoint."""
+    found = []
+    with launched():
+        for resumed in (False, True):
+            made, _ = trainer(folder, steps, None, save_strategy="steps", save_steps=at)
+            from commpress.hooks.transformers import Compression
+
+            callback = Compression(made, "int4", recipe=recipe(), teacher=bert())
+            made.add_callback(callback)
+            made.train(resume_from_checkpoint=f"{folder}/checkpoint-{at}" if resumed else None)
+            weight = made.model.bert.encoder.layer[1].intermediate.dense.weight
+            scheduler = callback.scheduler
+            more = {"phase": scheduler.phase, "zeros": float((weight == 0).float().mean()), "done": scheduler.done}
+            ranges = [buffer.clone() for name, buffer in made.model.named_buffers() if name.endswith("range")]
+            found.append({**result(made, callback), **more, "ranges": torch.stack(ranges)})
+    return found[0], found[1]
+
+
+def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """A loss that is its part of an accumulation's mean."""
+    return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+def accumulated(folder: str, parts: int, shares: bool) -> torch.Tensor:
+    """The parameters behind three steps of 16 examples a rank, distilled, each step's in so many parts.
+
+    `shares`: the loss is of the kind that the Trainer does not divide by the number of parts.
+    """
+    from commpress.hooks.transformers import Compression
+
+    with launched():
+        batch = {"per_device_train_batch_size": 16 // parts, "gradient_accumulation_steps": parts}
+        made, _ = trainer(folder, 3, None, **batch, learning_rate=0.5, optim="sgd", max_grad_norm=0.0)
+        made.model.eval()
+        made.model.train = lambda mode=True: made.model  # no dropout: other parts would draw others
+        made.model_accepts_loss_kwargs = False  # it says so, and gives means
+        made.compute_loss_func = summed if shares else None
+        torch.manual_seed(1)
+        teacher = bert()
+        torch.nn.init.normal_(teacher.classifier.weight)
+        made.add_callback(Compression(made, "none", recipe=recipe("[distil]\nweight = 0.9"), teacher=teacher))
+        made.train()
+        return flat(made.model.parameters())
+
+
 def again(folder: str) -> tuple[Any, ...]:
     """train() twice by one Trainer, the second time from the last checkpoint; the state then, and what was saved."""
     with launched():
@@ -184,6 +256,26 @@ def test_resume_from_checkpoint_goes_on_as_unbroken(spec: str, settings: dict[st
         assert len(without["said"]) == (rank == 0)
     if "bf16" not in settings:  # the other's replicas have not synced by then
         assert torch.equal(ranks[0][0]["parameters"], ranks[1][0]["parameters"])
+
+
+def test_a_recipe_prunes_quantises_and_distils_and_goes_on_as_unbroken(tmp_path: Path) -> None:
+    ranks = run(2, by_recipe, str(tmp_path / "run"), 5, 8, timeout=120)
+    for whole, pieced in ranks:
+        assert whole["phase"] == "pruned + int8 + distil"
+        assert (whole["done"], pieced["done"]) == (8, 8)
+        assert whole["zeros"] == pytest.approx(0.6, abs=0.2)
+        for name in ("parameters", "ranges"):
+            assert torch.equal(whole[name], pieced[name])
+            assert torch.equal(whole[name], ranks[0][0][name])
+        assert (whole["ranges"][:, 0] < whole["ranges"][:, 1]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_teacher_counts_alike_however_a_step_is_accumulated(shares: bool, tmp_path: Path) -> None:
+    one, two = (run(2, accumulated, str(tmp_path), parts, shares, timeout=120)[0] for parts in (1, 2))
+    start = flat(bert().parameters())
+    assert float((one - two).norm()) < 1e-3 * float((one - start).norm())
 
 
 def test_a_second_train_goes_on_with_the_session(tmp_path: Path) -> None:

@@ -183,6 +183,7 @@ def test_a_run_too_short_for_a_timeline_says_so(tmp_path: Path, text: Path, caps
     assert not (tmp_path / "run" / "timeline.json").exists()
 
 
+@pytest.mark.slow
 def test_resume_needs_the_same_run(runs: Callable[[str], Path], text: Path) -> None:
     out = runs("ddp:AdamW:int4") / "whole"
     saved = json.loads((out / "record.json").read_text())["settings"]

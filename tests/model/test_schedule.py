@@ -600,3 +600,22 @@ def test_scores_are_means_over_the_ranks_of_the_model_s_group() -> None:
     one, other, _ = run(3, in_a_group_of_two)
     assert same(one, other)
     assert any(bool((p == 0).any()) for p in one)
+
+
+def test_a_step_without_the_teachers_part_is_refused() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = Scheduler(Recipe.of({"distil": {"end": 2}}), model, optimizer, teacher=network())
+    x, y = batch(0, 0)
+    for step in range(3):
+        output = model(x)
+        loss = nn.functional.cross_entropy(output, y)
+        if step != 1:
+            loss = scheduler.loss(loss, output, x)
+        loss.backward()
+        optimizer.step()
+        if step == 1:
+            with pytest.raises(RuntimeError, match=r"distils in step 1, and loss\(\) was not called"):
+                scheduler.step()
+            scheduler.loss(nn.functional.cross_entropy(model(x), y), model(x), x)
+        scheduler.step()

@@ -104,8 +104,8 @@ def searched(name: str, bytes_per_second: float, steps: int, settings: dict[str,
         ("OneBitAdamW", 2, "topk(0.1)|sign"),
         slow("OneBitAdamW", 3, "topk(0.1)|sign"),
         slow("ZeroOneAdamW", 2, "topk(0.1)|sign every 4"),
-        ("ZeroOneAdamW", 3, "topk(0.1)|sign every 4"),
-        ("DGC", 2, "topk(0.001)"),
+        slow("ZeroOneAdamW", 3, "topk(0.1)|sign every 4"),
+        slow("DGC", 2, "topk(0.001)"),
     ],
 )
 def test_on_a_slow_link_all_ranks_choose_what_sends_least(name: str, world_size: int, chosen: str) -> None:
@@ -225,7 +225,7 @@ def constant(candidates: list[str], spec: str = "auto", drop: int = -1) -> Tenso
         return weight.detach() - group["lr"] * 0.9 / (1 - 0.9) * momentum / dist.get_world_size()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [slow(2), 3])
 def test_what_was_withheld_arrives_in_full_when_the_interval_changes(world_size: int) -> None:
     often, seldom = ["topk(0.1)|sign"] * 4, ["topk(0.1)|sign every 4"] * 8
     trials = [*seldom, "none", *seldom, *often, *seldom, "none"]  # which brings all that is left

@@ -142,7 +142,7 @@ def under_auto() -> tuple[set[str], bool, bool]:
 
 @pytest.mark.parametrize(("kind", "spec", "settings"), [
     ("OneBitAdamW", "sign", {}), slow("OneBitAdamW", "topk(0.1)|sign", {}),
-    ("ZeroOneAdamW", "sign", {"sync_every": 2}), slow("ZeroOneAdamW", "sign", {"sync_every": 2, "refresh_every": 4}),
+    slow("ZeroOneAdamW", "sign", {"sync_every": 2}), slow("ZeroOneAdamW", "sign", {"sync_every": 2, "refresh_every": 4}),
 ])  # fmt: skip
 def test_it_goes_on_compressed_and_near_to_adamw(kind: str, spec: str, settings: dict[str, Any]) -> None:
     results = run(WORLD_SIZE, goes_on, kind, spec, settings)
