@@ -21,6 +21,7 @@ pytest.importorskip("executorch")
 FRESH = """
 import sys
 import torch
+import executorch.kernels.quantized
 from executorch.runtime import Runtime
 method = Runtime.get().load_program(sys.argv[1]).load_method("forward")
 torch.save([method.execute([x])[0] for x in torch.load(sys.argv[2], weights_only=True)], sys.argv[3])
@@ -50,7 +51,7 @@ def test_the_file_computes_what_training_computed(of: Any, settings: Quantizatio
 @pytest.mark.slow
 def test_a_fresh_process_computes_the_same_of_as_many_rows_as_a_dim_says(tmp_path: Path) -> None:
     model, inputs = mlp()
-    learned(model, inputs, Quantization(4, 32, "dynamic"))
+    learned(model, inputs, Quantization(activations="static"))
     shapes = ({0: torch.export.Dim("batch", max=32)},)
     there = exported(model, inputs, tmp_path, dynamic_shapes=shapes)
     given = [torch.randn(rows, 128) for rows in (1, 7, 32)]

@@ -1,9 +1,9 @@
 """ExecuTorch's program for phones and boards: the trained integers, and XNNPACK's kernels for what it takes.
 
     Linear, static, int8    quantize_per_tensor, dequantize_per_channel, linear. XNNPACK computes in int8 where the next layer
-                            rounds its inputs right behind it or behind a ReLU; elsewhere in floats, of decoded weights
+                            rounds its inputs right behind it or behind a ReLU; elsewhere as the last
     Linear, by token        XNNPACK's int8 kernels with float outputs, for int8 or int4 rows and int4 in groups of 32 k
-    Linear, else            decoded in each call (`embedding_byte`, `embedding_4bit` of all rows), linear in floats
+    Linear, else            decoded in each call (`embedding_byte`, `embedding_4bit` of all rows), XNNPACK's float32 matrices
     Embedding               the same operators, of the rows that are asked for
 
 XNNPACK has its own copy of a weight, so one that an embedding shares with a Linear by token is in the file twice. Memory is
