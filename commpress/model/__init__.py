@@ -7,7 +7,8 @@ try:
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.model", error, "model") from error
 from commpress.model import search
+from commpress.model.average import Average
 from commpress.model.export import Exported, export
 from commpress.model.schedule import Scheduler, prepare
 
-__all__ = ["Exported", "Recipe", "RecipeError", "Scheduler", "export", "prepare", "search"]
+__all__ = ["Average", "Exported", "Recipe", "RecipeError", "Scheduler", "export", "prepare", "search"]

@@ -51,6 +51,13 @@ class Codes:
     bits: int
     transposed: bool = False
     """Whether the weight is [width, rows], as Conv1D's."""
+    row: tuple[int, ...] = ()
+    """The shape of a row in the weight, as (inputs, kernel...) of a convolution; empty where it is (width,)."""
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a row has one scale."""
+        return self.scale.shape[1] == 1
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight; in its own dtype it is bit for bit what the fake-quantised model computes with."""
@@ -59,8 +66,15 @@ class Codes:
         return self.as_weight(rows).contiguous()
 
     def as_weight(self, rows: Tensor) -> Tensor:
-        """A matrix [rows, width] as the weight has it, or one of the weight's shape as [rows, width]."""
+        """A matrix [rows, width] as the weight has it."""
+        if self.row:
+            shaped: Tensor = rows.unflatten(1, self.row)
+            return shaped
         return rows.t() if self.transposed else rows
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        """A tensor of the weight's shape as [rows, width]."""
+        return x.t() if self.transposed else x.flatten(1)
 
 
 @torch.no_grad()

@@ -74,6 +74,13 @@ class Masks:
                 keep_(local(self._parameters[name]), mask)
 
     @torch.no_grad()
+    def apply_to(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set to 0 what is pruned in tensors by the parameters' names, of this rank's parts of them."""
+        for name, mask in self._local.items():
+            if name in tensors:
+                keep_(tensors[name], mask)
+
+    @torch.no_grad()
     def apply_to_gradients(self, only: Container[str] | None = None) -> None:
         """Set the gradients of pruned weights to 0; of the parameters `only`, or of all."""
         for name, mask in self._local.items():

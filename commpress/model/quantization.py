@@ -1,29 +1,41 @@
-"""Quantisation-aware training (Jacob et al., arXiv:1712.05877) of Linear and Embedding weights, on torchao's fake quantisers.
+"""Quantisation-aware training (Jacob et al., arXiv:1712.05877) of the weights of layers, on torchao's fake quantisers.
 
-Transformers' Conv1D is a Linear whose weight is transposed: a row of it is a column of the parameter.
-Forward computes with what the integers of `codes.py` stand for, and backward goes straight through.
+`quantized/` says which modules are taken, and how each computes. Forward computes with what the integers of `codes.py` stand
+for, and backward goes straight through.
 """
 
-import sys
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from commpress.model.codes import INTEGERS, Codes, fake_quantize, fixed_point, quantize, scale_dtype
+from commpress.model.codes import INTEGERS, Codes, fixed_point, quantize, scale_dtype
 from commpress.model.distillation import PROJECTIONS
-from commpress.model.layers import input_dim, is_conv1d
+from commpress.model.layers import is_conv1d, never_called, plain
 from commpress.model.masks import whole
+from commpress.model.quantized import (
+    Decoder,
+    Quantized,
+    WeightQuantizer,
+    class_of,
+    kinds,
+    rounds_inputs,
+    row_shape,
+    weights_of,
+)
+from commpress.model.quantized.converted import ConvertedWeight, converted_codes, integers
 from commpress.model.ranges import InputQuantizer, StaticLinear, quantizer_of
 
 __all__ = [
     "Codes",
     "Quantization",
     "WeightQuantizer",
+    "codes_of",
     "computed_codes",
     "convert",
     "converted_codes",
@@ -34,6 +46,7 @@ __all__ = [
     "prepare",
     "prepared",
     "quantize",
+    "quantized_weights",
     "require_range",
     "state_dict",
     "switch",
@@ -53,12 +66,14 @@ class Quantization:
 
     bits: int = 8
     group: int | None = None
-    """How many neighbours in a row share a scale; None: the whole row, which is an output channel or an embedding."""
+    """How many neighbours in a row share a scale; None: the whole row, which is what makes up an output, or an embedding."""
     activations: Activations | None = None
-    """Whether the input of a Linear is int8 as well, asymmetric: "dynamic", with a scale and a zero point a token from its
-    values; "static", with one of each for all, which follow from the range that training learns (`ranges.py`)."""
+    """Whether the input of a Linear or a convolution is int8 as well, asymmetric: "dynamic", with a scale and a zero point a
+    token from its values (Linear only); "static", with one of each for all, which follow from the range that training learns
+    (`ranges.py`). Of embeddings, attention and recurrent layers weights alone are rounded."""
     layers: tuple[str, ...] = ("*",)
-    """Globs on the names of modules; only `nn.Linear`, `nn.Embedding` and Transformers' Conv1D are meant, no subclass."""
+    """Globs on the names of modules; `nn.Linear`, `nn.Embedding`, Transformers' Conv1D, `nn.Conv1d` to `nn.Conv3d`,
+    `nn.MultiheadAttention`, `nn.RNN`, `nn.LSTM` and `nn.GRU` are meant, no subclass."""
 
     def __post_init__(self) -> None:
         if self.bits not in INTEGERS:
@@ -71,50 +86,37 @@ class Quantization:
             raise ValueError(f"Quantization(layers={self.layers!r}): expected a tuple of globs, as in ('blocks.*',)")
 
 
-@runtime_checkable
-class ConvertedWeight(Protocol):
-    """A weight of torchao's kinds: integers, and a scale and a zero point for each block."""
-
-    qdata: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    target_dtype: torch.dtype
-    block_size: tuple[int, ...]
-
-
-class WeightQuantizer(nn.Module):
-    """Gives a weight [rows, width] as its codes say, while `enabled`; in the place of torchao's `IntxFakeQuantizer`."""
-
-    def __init__(self, bits: int, group: int | None, config: Any) -> None:
-        super().__init__()
-        self.bits, self.group = bits, group
-        self.config = config
-        """torchao's, for its own convert."""
-        self.enabled = True
-        self.dtype: torch.dtype | None = None
-        """The dtype in which it last computed; under FSDP2's mixed precision another than the weight's."""
-
-    def forward(self, w: Tensor) -> Tensor:
-        """[rows, width], of the weight's dtype."""
-        if not self.enabled:
-            return w
-        self.dtype = w.dtype
-        values: Tensor = fake_quantize(w, self.bits, self.group or w.shape[1])[0]
-        return values
-
-
-def computed_codes(module: Any) -> Codes:
-    """The codes that a prepared module computes with, of its whole weight. Collective if that is sharded.
+def computed_codes(module: Any, name: str = "weight") -> Codes:
+    """The codes that a prepared module computes with, of one of its whole weights. Collective if that is sharded.
 
     FSDP2's mixed precision rounds a weight before it is quantised; so does this, once the module has computed.
     """
     s: Quantization = module.quantization
-    w = whole(module.weight)
-    if isinstance(module.weight, DTensor):
+    p = weights_of(module)[name]
+    w = whole(p)
+    if isinstance(p, DTensor):
         w = w.to(module.weight_fake_quantizer.dtype or w.dtype)
     if is_conv1d(module):
         return replace(quantize(w.t().contiguous(), s.bits, s.group), transposed=True)
-    return quantize(w, s.bits, s.group)
+    return replace(quantize(w.flatten(1), s.bits, s.group), row=row_shape(module))
+
+
+def codes_of(module: Any, name: str = "weight") -> Codes | None:
+    """The codes of a weight of a prepared or a converted module; None if it has none. Raises as `converted_codes`."""
+    if isinstance(getattr(module, "quantization", None), Quantization):
+        return computed_codes(module, name)
+    codes = converted_codes(weights_of(module)[name])
+    return codes and replace(codes, row=row_shape(module))
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, Any, str, Tensor]]:
+    """The name of a module that is prepared or converted, the module, and name and tensor of each weight that has codes."""
+    inside = never_called(model)
+    for name, module in model.named_modules():
+        ours = isinstance(getattr(module, "quantization", None), Quantization) or isinstance(module, Quantized)
+        torchaos = isinstance(getattr(module, "weight", None), ConvertedWeight) and plain(name) not in inside
+        if ours or torchaos:
+            yield from ((name, module, its, w) for its, w in weights_of(module).items())
 
 
 def prepare(model: nn.Module, settings: Quantization) -> list[str]:
@@ -124,10 +126,11 @@ def prepare(model: nn.Module, settings: Quantization) -> list[str]:
     until `enable`. So it may come before DDP or `fully_shard` wrap the model, or in the middle of a run under DDP (give it
     what DDP wraps); after `fully_shard` it is too late. Modules that were prepared before keep their settings: a second
     call with other settings takes others. `nn.TransformerEncoderLayer` no longer takes its fused path of evaluation, which
-    reads weights past their modules. Of `nn.MultiheadAttention` nothing is quantised.
+    reads weights past their modules.
 
     Raises ValueError, with nothing changed, for a glob without a match; a group that does not divide a row; dtypes but
-    float16, bfloat16 and float32; an embedding with `max_norm` or `sparse`; a weight that a module outside the choice shares.
+    float16, bfloat16 and float32; a convolution with `activations="dynamic"`; an embedding with `max_norm` or `sparse`; a
+    weight that a module outside the choice shares.
     """
     chosen = _chosen(model, settings)
     for name, module in chosen.items():
@@ -137,9 +140,9 @@ def prepare(model: nn.Module, settings: Quantization) -> list[str]:
     for module in chosen.values():
         # what torchao's own swap gives, without a new module: that one would lose hooks, draw random numbers for weights
         # that nobody uses, and leave those behind who hold the old one
-        module.__class__ = _prepared_class(qat, module)
+        module.__class__ = class_of(module, qat)
         module.weight_fake_quantizer = _of_weights(qat, settings)
-        if not isinstance(module, nn.Embedding):
+        if rounds_inputs(module):
             module.activation_fake_quantizer = _of_activations(qat, settings, module.weight.device)
         module.quantization = settings
         _enable(module, False)
@@ -220,7 +223,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     In place: the model trains no more, and what held the old parameters holds them still. For a copy, `copy.deepcopy`
     first. Outputs are bit for bit those of the model with fake quantisation on. Weights that were shared stay shared. A
-    learned range of inputs stays as it is from here on.
+    learned range of inputs stays as it is from here on. Convolutions, attention and recurrent layers hold their codes as
+    [rows, width], and decode them in each forward.
     Raises ValueError if nothing is prepared, if weights are sharded, if a range is to be learned and nothing has been seen,
     or for a Conv1D: torchao has no kernel for it (its integers can be stored, and its float32 values loaded).
     """
@@ -230,20 +234,24 @@ def convert(model: nn.Module) -> nn.Module:
     for name, module in modules.items():
         if is_conv1d(module):
             raise ValueError(
-                f"convert: {name!r} is a Conv1D, expected nn.Linear and nn.Embedding; store the model instead"
+                f"convert: {name!r} is a Conv1D, for which torchao has no kernel; store or export the model instead"
             )
-        if isinstance(module.weight, DTensor):
-            raise ValueError(
-                f"convert: {name}.weight is sharded. Load the full state dict into a model that is not, and that is prepared"
-            )
+        for its, w in weights_of(module).items():
+            if isinstance(w, DTensor):
+                raise ValueError(
+                    f"convert: {name}.{its} is sharded. Load the full state dict into a model that is not, and that is prepared"
+                )
         require_range(name, module)
     converted: dict[int, nn.Parameter] = {}
-    kept = [module.weight for module in modules.values()]  # while they live, no other parameter has their id
-    for module, w in zip(modules.values(), kept, strict=True):
+    kept = [(module, its, w) for module in modules.values() for its, w in weights_of(module).items()]  # ids stay theirs
+    for module, _, w in kept:
         if id(w) not in converted:
-            converted[id(w)] = nn.Parameter(_integers(module), requires_grad=False)
+            converted[id(w)] = nn.Parameter(integers(module, w), requires_grad=False)
+    for module in modules.values():
         _unprepare(module)
-        module.weight = converted[id(w)]
+    for module, its, w in kept:
+        owner, _, leaf = its.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, converted[id(w)])
     return model
 
 
@@ -256,57 +264,46 @@ def require_range(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name!r}: {error}") from None
 
 
-def converted_codes(w: Any) -> Codes | None:
-    """Return the codes of a weight that `convert` or torchao's own convert made; None for any other tensor.
-
-    Raises ValueError for what we cannot hold: other integers than 4 and 8 bits, zero points, groups over several rows.
-    """
-    if not isinstance(w, ConvertedWeight):
-        return None
-    if w.target_dtype not in INTEGERS.values() or bool(w.zero_point.any()) or w.block_size[0] != 1:
-        raise ValueError(
-            f"a converted weight: expected symmetric int4 or int8 with groups within rows, got {_name(w.target_dtype)}, "
-            f"groups of {tuple(w.block_size)}{', zero points' if bool(w.zero_point.any()) else ''}"
-        )
-    return Codes(w.qdata, w.scale, 4 if w.target_dtype == INTEGERS[4] else 8)
-
-
 def _chosen(model: nn.Module, settings: Quantization) -> dict[str, Any]:
-    # by exact type: whoever subclasses Linear, as MultiheadAttention's `out_proj`, may not call its forward
-    kinds = (nn.Linear, nn.Embedding, *_conv1d())
-    free = {name: m for name, m in model.named_modules() if name and type(m) in kinds}
+    free = {name: m for name, m in model.named_modules() if name and type(m) in kinds()}
     free = {name: m for name, m in free.items() if not name.startswith(PROJECTIONS)}  # they leave before the model does
     for glob in settings.layers:
         if not any(fnmatchcase(name, glob) for name in free):
             known = ", ".join(free) or "none"
             raise ValueError(
-                f"Quantization(layers={settings.layers}): {glob!r} matches no Linear or Embedding of the model "
-                f"that is not prepared yet. There are: {known}"
+                f"Quantization(layers={settings.layers}): {glob!r} matches no layer that can be quantised "
+                f"and is not prepared yet. There are: {known}"
             )
     return {name: m for name, m in free.items() if any(fnmatchcase(name, glob) for glob in settings.layers)}
 
 
 def _check(name: str, module: Any, settings: Quantization) -> None:
-    w = module.weight
-    width = w.shape[input_dim(module)]
-    if width < 2 or width % (settings.group or width):
-        raise ValueError(
-            f"Quantization(group={settings.group}): {name!r} has rows of {width} weights, "
-            + ("expected at least 2" if width < 2 else "which the group does not divide")
-        )
-    if w.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"quantisation of {name!r}: expected float16, bfloat16 or float32, got {_name(w.dtype)}")
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         raise ValueError(
             f"quantisation of {name!r}: an embedding with max_norm or sparse gradients cannot be quantised"
         )
-    if isinstance(w, DTensor):
-        raise ValueError(f"quantisation of {name!r}: {name}.weight is sharded already, prepare before fully_shard")
+    if row_shape(module) and settings.activations == "dynamic":
+        raise ValueError(
+            f"Quantization(activations='dynamic'): {name!r} is a {type(module).__name__}, whose inputs are no tokens; "
+            "expected 'static' or None, or layers without it"
+        )
+    for its, w in weights_of(module).items():
+        place = name if its == "weight" else f"{name}.{its}"
+        width = w.shape[0] if is_conv1d(module) else math.prod(w.shape[1:])
+        if width < 2 or width % (settings.group or width):
+            raise ValueError(
+                f"Quantization(group={settings.group}): {place!r} has rows of {width} weights, "
+                + ("expected at least 2" if width < 2 else "which the group does not divide")
+            )
+        if w.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"quantisation of {place!r}: expected float16, bfloat16 or float32, got {_name(w.dtype)}")
+        if isinstance(w, DTensor):
+            raise ValueError(f"quantisation of {name!r}: {name}.{its} is sharded already, prepare before fully_shard")
 
 
 def _check_shared(model: nn.Module, chosen: Mapping[str, Any]) -> None:
-    weights = {id(m.weight): name for name, m in chosen.items()}
-    inside = {id(m) for m in chosen.values()}
+    weights = {id(w): name for name, m in chosen.items() for w in weights_of(m).values()}
+    inside = {id(part) for m in chosen.values() for part in m.modules()}
     for name, module in model.named_modules():
         for of_it, p in module.named_parameters(recurse=False):
             if id(p) in weights and id(module) not in inside:
@@ -341,49 +338,21 @@ def _of_activations(qat: Any, settings: Quantization, device: torch.device) -> n
     return quantizer
 
 
-def _integers(module: Any) -> Tensor:
-    from torchao.quantization import IntxUnpackedToInt8Tensor
-
-    w, settings = module.weight, module.quantization
-    codes = quantize(w, settings.bits, settings.group)
-    weight: Tensor = IntxUnpackedToInt8Tensor(
-        codes.values,
-        codes.scale,
-        torch.zeros_like(codes.scale, dtype=torch.int8),
-        target_dtype=INTEGERS[settings.bits],
-        block_size=(1, settings.group or w.shape[1]),
-        dtype=w.dtype,
-        # an embedding ignores it, a Linear that shares the embedding's weight does not
-        activation_quantization="int8_asym_per_token" if settings.activations == "dynamic" else None,
-    )
-    return weight
-
-
 def _unprepare(module: Any) -> None:
     """Take the fake quantisers away; what rounds inputs by a range stays, and so does the range."""
     static = quantizer_of(module)
+    if static is not None:
+        static.frozen = static.enabled = True
+    del module.quantization
+    if isinstance(module, Quantized):
+        module.weight_fake_quantizer = Decoder(row_shape(module))
+        return
     module.__class__ = nn.Embedding if isinstance(module, nn.Embedding) else StaticLinear if static else nn.Linear
-    del module.weight_fake_quantizer, module.quantization
+    del module.weight_fake_quantizer
     if not isinstance(module, nn.Embedding):
         del module.activation_fake_quantizer
     if static is not None:
-        static.frozen = static.enabled = True
         module.input_quantizer = static
-
-
-def _conv1d() -> list[type]:
-    """Transformers' Conv1D, if any module can be one."""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return [library.Conv1D] if library is not None else []
-
-
-def _prepared_class(qat: Any, module: nn.Module) -> type:
-    if is_conv1d(module):
-        from commpress.model.quantized_conv1d import FakeQuantizedConv1D
-
-        return FakeQuantizedConv1D
-    found: type = qat.FakeQuantizedLinear if isinstance(module, nn.Linear) else qat.FakeQuantizedEmbedding
-    return found
 
 
 def _qat() -> Any:

@@ -12,6 +12,7 @@ The header's metadata, one key, so that equal models give equal files: {"commpre
 digits, "layout": {name: {"shape", "dtype" or "bits", "masked"}}, "shared": {name: the name under which its tensor is}}}.
 "ranges", if there are any, has [low, high] of the inputs of each module that rounds them by a learned range (`ranges.py`).
 Where a layout has "transposed": true, the weight is [width, rows] (a Conv1D's), and shape, mask and codes are of [rows, width].
+A convolution's shape is the weight's, [rows, inputs, kernel...]: a row has all but the first dimension.
 The checksum is the CRC-32 of the whole file with eight zeros in its place.
 """
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from commpress.files import DamagedFileError, checksum, replacing
 from commpress.model.codes import INTEGERS, Codes, halves, joined
 from commpress.model.masks import from_bits, to_bits, whole
-from commpress.model.quantization import computed_codes, converted_codes, prepared
+from commpress.model.quantization import codes_of, quantized_weights
 from commpress.model.ranges import InputQuantizer
 
 VERSION = 2
@@ -74,17 +75,18 @@ class Stored:
         packed: dict[str, Tensor] = {}
         layout: dict[str, dict[str, Any]] = {}
         for name, x in (self.tensors | {name: codes.values for name, codes in self.integers.items()}).items():
-            layout[name] = {"shape": list(x.shape), "masked": name in self.masks}
             parts = {}
             codes = self.integers.get(name)
+            shape = list(x.shape) if codes is None else [x.shape[0], *(codes.row or x.shape[1:])]
+            layout[name] = {"shape": shape, "masked": name in self.masks}
             if name in self.masks:
-                mask = self.masks[name] if codes is None else codes.as_weight(self.masks[name]).contiguous()
+                mask = self.masks[name] if codes is None else codes.as_rows(self.masks[name]).contiguous()
                 parts[f"{name}:mask"] = to_bits(mask)
                 x = x[mask]
             if codes is not None:
                 layout[name] |= {"bits": codes.bits, **({"transposed": True} if codes.transposed else {})}
                 parts[f"{name}:scale"] = codes.scale
-                x = halves(x.reshape(-1)) if codes.bits == 4 else x
+                x = halves(x.reshape(-1)) if codes.bits == 4 else x if name in self.masks else x.reshape(shape)
             else:
                 layout[name]["dtype"] = _name(x.dtype)
             parts[name] = x.contiguous()
@@ -121,7 +123,7 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
     ranges = {name: m.range for name, m in model.named_modules() if isinstance(m, InputQuantizer)}
     state = {name: x for name, x in state.items() if name.removesuffix(".range") not in ranges}
     # only now: state_dict put shards into the places of gathered parameters
-    quantized = {id(module.weight): module for _, module, _ in prepared(model)}
+    quantized = {id(w): (module, its) for _, module, its, w in quantized_weights(model)}
     stored, first = Stored({}, {}, {}, {}), dict[int, str]()
     for name, x in state.items():
         if not isinstance(x, Tensor):
@@ -129,9 +131,7 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
         if first.setdefault(id(x), name) != name:
             stored.shared[name] = first[id(x)]
             continue
-        codes = converted_codes(x)
-        if codes is None and id(x) in quantized:
-            codes = computed_codes(quantized[id(x)])
+        codes = codes_of(*quantized[id(x)]) if id(x) in quantized else None
         if codes is None:
             stored.tensors[name] = whole(x).cpu().clone(memory_format=torch.contiguous_format)
         elif codes.scale.isfinite().all():
@@ -271,8 +271,8 @@ def _unpack(packed: dict[str, Tensor], name: str, how: Mapping[str, Any], stored
         stored.tensors[name] = x
         return
     scale = _take(packed, f"{name}:scale", None, None)
-    groups = scale.shape[1] if scale.dim() == 2 else 0
-    if scale.shape[:1] != x.shape[:1] or (shape[1] % groups if groups else shape[1]):
+    groups, width = scale.shape[1] if scale.dim() == 2 else 0, math.prod(shape[1:])
+    if scale.shape[:1] != x.shape[:1] or (width % groups if groups else width):
         raise ValueError(
             f"{name}:scale: expected groups that divide the rows of {tuple(shape)}, got {tuple(scale.shape)}"
         )
@@ -280,9 +280,10 @@ def _unpack(packed: dict[str, Tensor], name: str, how: Mapping[str, Any], stored
         raise ValueError(
             f"{name}:scale: expected float32, float16 or bfloat16, finite and not below 0, got {_name(scale.dtype)}"
         )
-    stored.integers[name] = codes = Codes(x, scale, bits, how.get("transposed", False))
+    row = tuple(shape[1:]) if len(shape) > 2 else ()
+    stored.integers[name] = codes = Codes(x.flatten(1), scale, bits, how.get("transposed", False), row)
     if mask is not None:
-        stored.masks[name] = codes.as_weight(mask).contiguous()
+        stored.masks[name] = codes.as_weight(mask.flatten(1)).contiguous()
 
 
 def _told(name: str, how: Mapping[str, Any]) -> tuple[list[int], int | None, torch.dtype]:
@@ -299,8 +300,9 @@ def _told(name: str, how: Mapping[str, Any]) -> tuple[list[int], int | None, tor
         if not isinstance(of_torch, torch.dtype):
             raise ValueError(f"{name!r}: expected bits or a dtype, got {dtype!r:.80}")
         return shape, None, of_torch
-    if type(bits) is not int or bits not in INTEGERS or len(shape) != 2:
-        raise ValueError(f"{name!r}: expected a matrix of 4 or 8 bits, got {len(shape)} dimensions of {bits!r:.80}")
+    flat = 2 if how.get("transposed") else 5
+    if type(bits) is not int or bits not in INTEGERS or not 2 <= len(shape) <= flat:
+        raise ValueError(f"{name!r}: expected rows of 4 or 8 bits, got {len(shape)} dimensions of {bits!r:.80}")
     return shape, bits, torch.int8
 
 

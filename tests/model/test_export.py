@@ -92,10 +92,13 @@ def test_a_converted_model_has_the_same_layers(settings: Quantization) -> None:
     before = by_name(model)
     quantization.convert(model)
     after = by_name(model)
-    assert before.keys() == after.keys() == {"tokens", "places", "block.linear1", "block.linear2", "head"}
+    blocks = {f"block.{part}" for part in ("self_attn", "linear1", "linear2")}
+    assert before.keys() == after.keys() == {"tokens", "places", "head", *blocks}
     for name, layer in before.items():
-        assert torch.equal(layer.codes.values, after[name].codes.values)
-        assert torch.equal(layer.codes.scale, after[name].codes.scale)
+        assert layer.weights.keys() == after[name].weights.keys()
+        for its, codes in layer.weights.items():
+            assert torch.equal(codes.values, after[name].weights[its].values)
+            assert torch.equal(codes.scale, after[name].weights[its].scale)
         for its in ("activations", "embedding", "scale", "zero"):
             assert getattr(layer, its) == getattr(after[name], its)
     assert after["tokens"].codes is after["head"].codes

@@ -193,7 +193,7 @@ def test_errors_after_reading_name_the_file_as_well(tmp_path):
             "[prune]\nstart = 0\namount = 0.5\nparameters = ['no']\n",
             "prune[0].parameters: 'no' matches nothing, known: ",
         ),
-        ("[quantize]\nlayers = ['no']\n", "quantize[0]: Quantization(layers=('no',)): 'no' matches no Linear"),
+        ("[quantize]\nlayers = ['no']\n", "quantize[0]: Quantization(layers=('no',)): 'no' matches no layer"),
     ):
         path = tmp_path / "r.toml"
         path.write_text(text)

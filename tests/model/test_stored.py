@@ -487,9 +487,9 @@ def test_two_thousand_damaged_files_are_refused_with_the_one_error(tmp_path: Pat
         (lambda o, i: i["layout"]["0.bias"].update(shape=[True] * 6), "expected a shape"),
         (lambda o, i: i["layout"]["0.bias"].update(shape=6), "expected a shape, got 6"),
         (lambda o, i: i["layout"]["0.bias"].update(masked=1), "expected masked true or false, got 1"),
-        (lambda o, i: i["layout"]["0.weight"].update(bits=2), "expected a matrix of 4 or 8 bits"),
-        (lambda o, i: i["layout"]["0.weight"].update(bits=True), "expected a matrix of 4 or 8 bits"),
-        (lambda o, i: i["layout"]["0.weight"].update(shape=[48]), "expected a matrix of 4 or 8 bits"),
+        (lambda o, i: i["layout"]["0.weight"].update(bits=2), "expected rows of 4 or 8 bits"),
+        (lambda o, i: i["layout"]["0.weight"].update(bits=True), "expected rows of 4 or 8 bits"),
+        (lambda o, i: i["layout"]["0.weight"].update(shape=[48]), "expected rows of 4 or 8 bits"),
         (
             lambda o, i: i["layout"]["0.weight"].update(shape=[2**39, 2**39]),
             r"'0.weight:mask': expected uint8 \[\d+\], got",

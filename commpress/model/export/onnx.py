@@ -4,6 +4,9 @@
     Linear, by token     the codes by plain arithmetic, MatMulInteger: onnx's DynamicQuantizeLinear has one scale for all tokens
     Linear, else         DequantizeLinear of the weights, in blocks where a group has a scale, MatMul
     Embedding            Gather of codes and of scales, Mul; in groups or at 4 bits DequantizeLinear, Gather
+    Convolution, static  QuantizeLinear, DequantizeLinear of the input, DequantizeLinear of the weights, Conv; a batch norm
+                         behind it is part of the scales (`onnx_batchnorm.py`)
+    all others           DequantizeLinear of the weights, and what computes with them
     4 bits               tensors of ONNX's INT4, two codes a byte
 
 torch.onnx traces the model with one operator in the place of each layer, and makes these nodes of it. What they compute is
@@ -24,7 +27,10 @@ from torch import Tensor, nn
 
 from commpress import extras
 from commpress.files import replacing
-from commpress.model.export.parts import Layer, replaced, tensors_of
+from commpress.model.codes import Codes
+from commpress.model.export import onnx_batchnorm
+from commpress.model.export.parts import Layer, decoded, replaced, tensors_of
+from commpress.model.quantized import Quantized
 
 FILE = "model.onnx"
 OPSET = 21
@@ -39,6 +45,8 @@ SCHEMAS = {
     "onnx_by_token": "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? sums) -> Tensor",
     "onnx_weights": "(Tensor x, Tensor codes, Tensor scale, Tensor? bias) -> Tensor",
     "onnx_embedding": "(Tensor x, Tensor codes, Tensor scale) -> Tensor",
+    "onnx_rounded": "(Tensor x, Tensor input_scale, Tensor input_zero) -> Tensor",
+    "onnx_decoded": "(Tensor codes, Tensor scale, Tensor? zero) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"commpress::{_name}", _schema)
@@ -52,8 +60,13 @@ def _embedding_shape(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return scale.new_empty((*x.shape, codes.shape[1]))
 
 
+def _same_shape(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+SHAPES = {"onnx_embedding": _embedding_shape, "onnx_rounded": _same_shape, "onnx_decoded": _same_shape}
 for _name in SCHEMAS:
-    torch.library.register_fake(f"commpress::{_name}")(_embedding_shape if _name == "onnx_embedding" else _linear_shape)
+    torch.library.register_fake(f"commpress::{_name}")(SHAPES.get(_name, _linear_shape))
 
 
 def write(path: Path, model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> None:
@@ -75,6 +88,7 @@ def write(path: Path, model: nn.Module, inputs: tuple[Any, ...], shapes: Any) ->
         )
     _make_halves(program.model)
     program.optimize()
+    onnx_batchnorm.fold(program.model.graph)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     if size >= MOST:
         raise ValueError(f"export to onnx: the model has {size} bytes of weights, expected less than {MOST}")
@@ -150,7 +164,45 @@ class Embedding(nn.Module):
         return rows
 
 
+class Rounded(nn.Module):
+    """What rounds static inputs of a convolution, as one operator."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(layer.scale, dtype=torch.float32, device="cpu"))
+        self.register_buffer("zero", torch.tensor(layer.zero, dtype=torch.int8, device="cpu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...], of the dtype of x."""
+        rounded: Tensor = torch.ops.commpress.onnx_rounded(x, self.scale, self.zero)
+        return rounded
+
+
+class Decoded(nn.Module):
+    """A weight as one operator, of the integers that the file shall have."""
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.stored, self.codes_name = codes, "codes" if codes.bits == 8 else HALF
+        # with a scale a row the codes have the weight's shape: onnxruntime makes no integers of what is reshaped
+        self.register_buffer(self.codes_name, codes.as_weight(codes.values) if codes.by_row else codes.values)
+        self.register_buffer("scale", codes.scale.flatten() if codes.by_row else codes.scale)
+        zero = torch.zeros(len(codes.scale), dtype=torch.int8, device="cpu")
+        self.register_buffer("zero", zero if codes.bits == 8 and codes.by_row else None)
+
+    def forward(self) -> Tensor:
+        """The weight."""
+        its = dict(self.named_buffers())
+        values: Tensor = torch.ops.commpress.onnx_decoded(its[self.codes_name], its["scale"], its.get("zero"))
+        return values if self.stored.by_row else self.stored.as_weight(values)
+
+
 def _module(layer: Layer) -> nn.Module:
+    if isinstance(layer.module, nn.LSTM) and layer.module.proj_size:
+        raise ValueError(f"export to onnx: {layer.module}: ONNX's LSTM has no proj_size")
+    if isinstance(layer.module, Quantized):
+        inputs = Rounded(layer) if layer.activations else None
+        return decoded(layer, {name: Decoded(codes) for name, codes in layer.weights.items()}, inputs)
     return Embedding(layer) if layer.embedding else Linear(layer)
 
 
@@ -219,7 +271,16 @@ def _translations() -> dict[Any, Any]:
         last = op.Constant(value_ints=[-1])
         return op.Mul(op.Cast(op.Gather(codes, x), to=1), op.Unsqueeze(op.Gather(scale, x), last))
 
-    made = (static, gemm, by_token, weights, embedding)
+    def decode(codes: Any, scale: Any, zero: Any) -> Any:
+        if len(scale.shape) == 2:
+            return op.DequantizeLinear(codes, scale, axis=1, block_size=group(codes, scale))
+        return (
+            op.DequantizeLinear(codes, scale, axis=0)
+            if zero is None
+            else op.DequantizeLinear(codes, scale, zero, axis=0)
+        )
+
+    made = (static, gemm, by_token, weights, embedding, rounded, decode)
     return {getattr(torch.ops.commpress, name).default: how for name, how in zip(SCHEMAS, made, strict=True)}
 
 

@@ -1,7 +1,8 @@
 """Layers of integers: what a format is given of each module that is quantised, and the model with others in their places."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,26 +12,43 @@ from torch.distributed.tensor import DTensor
 
 from commpress.model import quantization
 from commpress.model.codes import Codes
+from commpress.model.layers import is_conv1d
+from commpress.model.quantized import Decoder, rounds_inputs
 from commpress.model.ranges import InputQuantizer, quantizer_of, quantizers
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantised Linear (or Conv1D, which is one) or Embedding."""
+    """A module whose weights are quantised."""
 
-    codes: Codes
-    """int8 [rows, width], and float32 scales [rows, groups]; those of a shared weight are the same objects."""
-    bias: nn.Parameter | None
+    module: Any
+    weights: dict[str, Codes]
+    """By the weight's name in the module, with float32 scales; those of a shared weight are the same objects."""
     activations: quantization.Activations | None
-    embedding: bool = False
     scale: float = 0.0
     """Of static inputs: x ~ scale (code - zero), codes of -128 to 127."""
     zero: int = 0
 
     @property
+    def codes(self) -> Codes:
+        """Those of the only weight, of a Linear (or Conv1D, which is one), an Embedding or a convolution."""
+        return self.weights["weight"]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Of a Linear."""
+        bias: nn.Parameter | None = self.module.bias
+        return bias
+
+    @property
+    def embedding(self) -> bool:
+        """Whether it is an Embedding."""
+        return isinstance(self.module, nn.Embedding)
+
+    @property
     def by_row(self) -> bool:
-        """Whether a row has one scale."""
-        return self.codes.scale.shape[1] == 1
+        """Whether a row of the only weight has one scale."""
+        return self.codes.by_row
 
 
 def require_exportable(model: nn.Module) -> None:
@@ -53,28 +71,56 @@ def layers_of(model: nn.Module) -> dict[nn.Module, Layer]:
     """The quantised modules of a prepared or a converted model. Raises ValueError for weights that are not finite."""
     found: dict[nn.Module, Layer] = {}
     codes: dict[int, Codes] = {}
-    for name, module in model.named_modules():
-        settings: Any = getattr(module, "quantization", None)
-        w: Any = getattr(module, "weight", None)
+    for name, module, its, w in quantization.quantized_weights(model):
         if id(w) not in codes:
-            its = quantization.computed_codes(module) if settings else quantization.converted_codes(w)
-            if its is None:
+            of_it = quantization.codes_of(module, its)
+            if of_it is None:
                 continue
-            if not bool(its.scale.isfinite().all()):
+            if not bool(of_it.scale.isfinite().all()):
                 raise ValueError(f"export: {name!r} has weights that are not finite")
-            codes[id(w)] = replace(its, scale=its.scale.float())
-        found[module] = _layer(module, codes[id(w)], settings)
+            codes[id(w)] = replace(of_it, scale=of_it.scale.float())
+        if module not in found:
+            found[module] = _layer(module)
+        found[module].weights[its] = codes[id(w)]
     return found
 
 
-def _layer(module: Any, codes: Codes, settings: quantization.Quantization | None) -> Layer:
-    if isinstance(module, nn.Embedding):
-        return Layer(codes, None, None, embedding=True)
+def _layer(module: Any) -> Layer:
+    """A module without its weights."""
+    settings: quantization.Quantization | None = getattr(module, "quantization", None)
     if (static := quantizer_of(module)) is not None:
-        return Layer(codes, module.bias, "static", False, *static.scale_and_zero())
+        return Layer(module, {}, "static", *static.scale_and_zero())
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return Layer(module, {}, None)
     if settings is not None:
-        return Layer(codes, module.bias, settings.activations)
-    return Layer(codes, module.bias, "dynamic" if module.weight.activation_quantization else None)
+        return Layer(module, {}, settings.activations)
+    weight: Any = module.weight
+    return Layer(module, {}, "dynamic" if weight.activation_quantization else None)
+
+
+def decoded(layer: Layer, weights: Mapping[str, nn.Module], inputs: nn.Module | None) -> nn.Module:
+    """A copy of a module of ours, in evaluation: its weights are what modules give that are called without arguments, by
+    their names; `inputs` rounds what comes in."""
+    made = _hollow(layer.module)
+    for name in weights:
+        owner, _, leaf = name.rpartition(".")
+        if owner:
+            made._modules[owner] = _hollow(made._modules[owner])
+        made.get_submodule(owner)._parameters[leaf] = None
+    given = nn.ModuleDict({name.replace(".", "_"): each for name, each in weights.items()})
+    made.decoded, made.weight_fake_quantizer = given, Decoder(())
+    made.computed = lambda name: given[name.replace(".", "_")]()
+    if rounds_inputs(layer.module):
+        made.activation_fake_quantizer = inputs
+    module: nn.Module = made
+    return module
+
+
+def _hollow(module: Any) -> Any:
+    """A copy that shares parameters and submodules, and can be given others."""
+    made = copy.copy(module)
+    made._parameters, made._modules = dict(module._parameters), dict(module._modules)
+    return made
 
 
 @contextlib.contextmanager

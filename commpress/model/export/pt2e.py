@@ -3,6 +3,8 @@
     Linear, static   quantize_per_tensor, dequantize_per_tensor, dequantize_per_channel of int8 weights, linear
     Linear, else     dequantised weights, linear; inputs that are rounded by token are so by the arithmetic of torchao
     Embedding        codes of the rows times their scales
+    Convolution      as a Linear: static quantize, dequantize and dequantize_per_channel, else dequantised weights
+    all others       dequantised weights, and what computes with them
     4 bits           two codes a byte, [rows, width / 2], the first in the low half
 
 Inductor makes integer kernels of the first, as it does of X86InductorQuantizer's graphs, once weights are frozen. So nothing is
@@ -20,8 +22,9 @@ from torch.nn import functional
 
 from commpress import extras
 from commpress.files import replacing
-from commpress.model.codes import halves, joined
-from commpress.model.export.parts import Layer, replaced
+from commpress.model.codes import Codes, halves, joined
+from commpress.model.export.parts import Layer, decoded, replaced
+from commpress.model.quantized import Quantized
 
 FILE = "model.pt2"
 
@@ -42,29 +45,32 @@ def run(path: Path, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 
 class Weight(nn.Module):
-    """A weight [rows, width] of codes."""
+    """A weight of codes [rows, width]."""
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, codes: Codes) -> None:
         super().__init__()
-        codes = layer.codes
-        self.width, self.bits, self.by_row = codes.values.shape[1], codes.bits, layer.by_row
-        self.register_buffer("codes", codes.values if self.bits == 8 else halves(codes.values))
+        self.width, self.bits, self.by_row = codes.values.shape[1], codes.bits, codes.by_row
+        self.row = codes.row
+        self.integer = self.bits == 8 and self.by_row
+        values = codes.as_weight(codes.values) if self.integer and codes.row else codes.values
+        self.register_buffer("codes", values if self.bits == 8 else halves(values))
         scale = codes.scale.bfloat16() if self.bits == 4 else codes.scale  # at 4 bits that loses nothing
         self.register_buffer("scale", scale.flatten() if self.by_row else scale)
-        if self.bits == 8 and self.by_row:
+        if self.integer:
             self.register_buffer("zero", torch.zeros(codes.values.shape[0], dtype=torch.int64, device="cpu"))
 
     def forward(self) -> Tensor:
-        """float32 [rows, width]."""
-        if self.bits == 8 and self.by_row:
+        """float32 [rows, width]; of a convolution [rows, inputs, kernel...]."""
+        if self.integer:
             decode = _operators().dequantize_per_channel
             values: Tensor = decode(self.codes, self.scale, self.zero, 0, -128, 127, torch.int8)
             return values
-        return self.rows(self.codes, self.scale)
+        rows = self.rows(self.codes, self.scale)
+        return rows.unflatten(1, self.row) if self.row else rows
 
     def rows(self, codes: Tensor, scale: Tensor) -> Tensor:
         """The values of rows as they are stored, [..., width]."""
@@ -76,19 +82,31 @@ class Weight(nn.Module):
         return (groups * scale.unsqueeze(-1)).flatten(-2)
 
 
+class Rounded(nn.Module):
+    """What rounds static inputs, as uint8: what Inductor's kernels on x86 take."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.how = (layer.scale, layer.zero + 128, 0, 255, torch.uint8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...], of the dtype of x."""
+        values: Tensor = _operators().dequantize_per_tensor(_operators().quantize_per_tensor(x, *self.how), *self.how)
+        return values
+
+
 class Linear(nn.Module):
     """A Linear of integers; its inputs by one scale, by one a token, or as they are."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.weight, self.bias, self.layer = Weight(layer), layer.bias, layer
+        self.weight, self.bias, self.layer = Weight(layer.codes), layer.bias, layer
+        self.inputs = Rounded(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         if self.layer.activations == "static":
-            # as uint8: what Inductor's kernels on x86 take
-            how = (self.layer.scale, self.layer.zero + 128, 0, 255, torch.uint8)
-            x = _operators().dequantize_per_tensor(_operators().quantize_per_tensor(x, *how), *how)
+            x = self.inputs(x)
         elif self.layer.activations == "dynamic":
             x = by_token(x)
         return functional.linear(x, self.weight(), self.bias)
@@ -99,7 +117,7 @@ class Embedding(nn.Module):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.weight = Weight(layer)
+        self.weight = Weight(layer.codes)
 
     def forward(self, index: Tensor) -> Tensor:
         """[...] to [..., width]."""
@@ -115,6 +133,9 @@ def by_token(x: Tensor) -> Tensor:
 
 
 def _module(layer: Layer) -> nn.Module:
+    if isinstance(layer.module, Quantized):
+        inputs = Rounded(layer) if layer.activations else None
+        return decoded(layer, {name: Weight(codes) for name, codes in layer.weights.items()}, inputs)
     return Embedding(layer) if layer.embedding else Linear(layer)
 
 

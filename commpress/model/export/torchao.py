@@ -4,7 +4,7 @@
     model.safetensors   torchao's layout: of each weight int8 codes and scales, also at 4 bits a byte a weight
 
 Outputs are bit for bit those of training. There is no place in it for static inputs, for a weight of several modules, nor for
-Transformers' Conv1D. Reading it runs no code of the folder's.
+other layers than Linear and Embedding. Reading it runs no code of the folder's.
 """
 
 import copy
@@ -57,6 +57,11 @@ def _require_place(model: nn.Module, names: dict[str, Layer], library: Any) -> N
         raise ValueError("export to torchao: nothing is quantised, expected integers; use the model's save_pretrained")
     first: dict[int, str] = {}
     for name, layer in names.items():
+        if not isinstance(layer.module, (nn.Linear, nn.Embedding)):
+            raise ValueError(
+                f"export to torchao: {name!r} is a {type(layer.module).__name__}, of which torchao has no integers; "
+                "expected nn.Linear and nn.Embedding"
+            )
         if layer.activations == "static":
             raise ValueError(f"export to torchao: {name!r} has static inputs, expected dynamic ones or none")
         if (other := first.setdefault(id(layer.codes), name)) != name:
