@@ -164,3 +164,22 @@ def test_floats_are_no_inputs(tmp_path: Path) -> None:
     program = integer_run.load(exported(model, (x,), tmp_path).path)
     with pytest.raises(TypeError, match="expected int8 codes, got float32; see rounded"):
         program.run(x.numpy())
+
+
+def test_convolutions_pad_with_the_code_of_zero(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 12, 10) + 0.7  # the code of 0 is none of the extremes
+    one = nn.Sequential(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2), nn.ReLU())
+    there = exported(one, (x,), tmp_path / "one")
+    assert there.difference < 1.01 * integer_run.load(there.path).output_scale
+    layers = nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 5))
+    there = exported(model, (x,), tmp_path / "deep")
+    with torch.no_grad():
+        assert there.difference < 0.01 * model(x).abs().max()
+
+
+def test_a_convolution_without_an_integer_form_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"))
+    with pytest.raises(ValueError, match="'0' has no integer form, expected a chain"):
+        exported(model, (torch.randn(4, 4, 8, 8),), tmp_path)

@@ -5,6 +5,8 @@
     Linear, by token        XNNPACK's int8 kernels with float outputs, for int8 or int4 rows and int4 in groups of 32 k
     Linear, else            decoded in each call (`embedding_byte`, `embedding_4bit` of all rows), XNNPACK's float32 matrices
     Embedding               the same operators, of the rows that are asked for
+    Convolution             as a Linear, static or else
+    attention, recurrent    decoded in each call
 
 XNNPACK has its own copy of a weight, so one that an embedding shares with a Linear by token is in the file twice. Memory is
 planned when the file is written: inputs have at most as many rows as the example, or as a Dim's `max` says. The runtime of the
@@ -25,8 +27,9 @@ from torch.nn import functional
 from commpress import extras
 from commpress.files import replacing
 from commpress.model.codes import Codes, halves
-from commpress.model.export.parts import Layer, replaced, tensors_of
+from commpress.model.export.parts import Layer, decoded, replaced, tensors_of
 from commpress.model.export.pt2e import by_token
+from commpress.model.quantized import Quantized
 
 FILE = "model.pte"
 BLOCK = 32
@@ -79,19 +82,19 @@ class Rows(nn.Module):
 
 
 class Weight(nn.Module):
-    """A weight [rows, width] of codes, in the operators that XNNPACK reads."""
+    """A weight of codes [rows, width], in the operators that XNNPACK reads."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, codes: Codes) -> None:
         super().__init__()
-        codes, self.by_row, self.bits = layer.codes, layer.by_row, layer.codes.bits
+        self.by_row, self.bits = codes.by_row, codes.bits
         self.group = codes.values.shape[1] // codes.scale.shape[1]
         scale = codes.scale.flatten() if self.by_row else codes.scale
-        self.register_buffer("codes", codes.values)
+        self.register_buffer("codes", codes.as_weight(codes.values).contiguous() if codes.row else codes.values)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", torch.zeros(scale.shape, dtype=torch.int64, device="cpu"))
 
     def forward(self) -> Tensor:
-        """float32 [rows, width]."""
+        """float32 [rows, width]; of a convolution [rows, inputs, kernel...]."""
         ops, its, to = (
             torch.ops.quantized_decomposed,
             (self.codes, self.scale, self.zero),
@@ -105,27 +108,53 @@ class Weight(nn.Module):
         return values
 
 
+class Decoded(nn.Module):
+    """A weight of codes [rows, width] that is decoded in each call."""
+
+    def __init__(self, codes: Codes) -> None:
+        super().__init__()
+        self.rows, self.count, self.stored = Rows(codes), len(codes.values), codes
+
+    def forward(self) -> Tensor:
+        """The weight, float32."""
+        values = self.rows(torch.arange(self.count))
+        return values.unflatten(1, self.stored.row) if self.stored.row else values
+
+
+class Rounded(nn.Module):
+    """What rounds static inputs, as XNNPACK's int8."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.how = (layer.scale, layer.zero, -128, 127, torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...], float32."""
+        ops = torch.ops.quantized_decomposed
+        values: Tensor = ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *self.how), *self.how)
+        return values
+
+
 class Linear(nn.Module):
     """A Linear of integers; its inputs by one scale, by one a token, or as they are."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         self.layer, self.bias, self.native = layer, layer.bias, _is_native(layer)
-        self.weight = Weight(layer) if self.native else Rows(layer.codes)
+        self.weight = Weight(layer.codes) if self.native else Decoded(layer.codes)
+        self.inputs = Rounded(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         ops, whole = torch.ops.quantized_decomposed, (-128, 127, torch.int8)
         if self.layer.activations == "static":
-            how = (self.layer.scale, self.layer.zero, *whole)
-            x = ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *how), *how)
+            x = self.inputs(x)
         elif self.layer.activations == "dynamic" and self.native:
             its = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
             x = ops.dequantize_per_token(ops.quantize_per_token(x, *its, *whole), *its, *whole, torch.float32)
         elif self.layer.activations == "dynamic":
             x = by_token(x)
-        w = self.weight() if self.native else self.weight(torch.arange(len(self.layer.codes.values)))
-        return functional.linear(x, w, self.bias)
+        return functional.linear(x, self.weight(), self.bias)
 
 
 def _is_native(layer: Layer) -> bool:
@@ -138,6 +167,13 @@ def _is_native(layer: Layer) -> bool:
 
 
 def _module(layer: Layer) -> nn.Module:
+    if isinstance(layer.module, Quantized):
+        static = layer.activations == "static"
+        weights = {
+            name: Weight(codes) if static and codes.bits == 8 and codes.by_row else Decoded(codes)
+            for name, codes in layer.weights.items()
+        }
+        return decoded(layer, weights, Rounded(layer) if static else None)
     return Rows(layer.codes) if layer.embedding else Linear(layer)
 
 

@@ -8,8 +8,8 @@ A safetensors file of int8 weights and int32 biases, multipliers and shifts; its
 A layer's sums, in units u = s_x s_w, become codes of the next layer's range (s, z) by u / s ~ m / 2^n, 2^30 <= m < 2^31.
 The last layer has no range behind it: its outputs are int32 in steps of the largest u of its rows.
 
-Taken are chains, from one input to one output: Linear of int8 weights with a scale a row and static inputs; ReLU, ReLU6,
-Hardtanh, MaxPool2d, flatten, Dropout between them. What needs floats (softmax, a norm) or has no range of its own (a sum of
+Taken are chains, from one input to one output: Linear and Conv2d of int8 weights with a scale a row and static inputs; ReLU,
+ReLU6, Hardtanh, MaxPool2d, flatten, Dropout between them. What needs floats (softmax, a norm) or has no range of its own (a sum of
 two layers) is refused by name.
 """
 
@@ -24,28 +24,40 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from commpress.model import stored
+from commpress.model.codes import Codes
 from commpress.model.export import integer_run
-from commpress.model.export.parts import Layer, replaced, tensors_of
+from commpress.model.export.parts import Layer, decoded, replaced, tensors_of
+from commpress.model.quantized import Quantized
 
 FILE = "integer.safetensors"
-LINEAR, MAX_POOL, HARDTANH = "integer_linear", "max_pool2d", "hardtanh"
+LINEAR, CONV, MAX_POOL, HARDTANH = "integer_linear", "integer_conv2d", "max_pool2d", "hardtanh"
+LAYERS = (LINEAR, CONV)
 NOTHING = ("dropout", "clone", "alias", "contiguous", "detach", "detach_")
 """Operators that change no value in evaluation."""
 SHAPES = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
 CLAMPS = {"relu": (0.0, math.inf), "relu_": (0.0, math.inf), "relu6": (0.0, 6.0), "relu6_": (0.0, 6.0)}
 EXPECTED = (
-    "expected a chain of Linear layers with int8 weights, a scale a row and static inputs, and between them ReLU, ReLU6, "
+    "expected a chain of Linear and Conv2d with int8 weights, a scale a row and static inputs, and between them ReLU, ReLU6, "
     "MaxPool2d, flatten or Dropout"
 )
 
 torch.library.define(f"commpress::{LINEAR}", "(Tensor x, int rows, int layer) -> Tensor")
+torch.library.define(
+    f"commpress::{CONV}",
+    "(Tensor x, int[] weight, int[] stride, int[] padding, int[] dilation, int groups, int layer) -> Tensor",
+)
 
 
 def _rows(x: Tensor, rows: int, layer: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
+def _channels(x: Tensor, weight: list[int], *how: Any) -> Tensor:
+    return functional.conv2d(x, x.new_empty(weight), None, *how[:-1])
+
+
 torch.library.register_fake(f"commpress::{LINEAR}")(_rows)
+torch.library.register_fake(f"commpress::{CONV}")(_channels)
 
 
 def write(path: Path, model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> None:
@@ -57,11 +69,12 @@ def write(path: Path, model: nn.Module, inputs: tuple[Any, ...], shapes: Any) ->
     layers: list[Layer] = []
 
     def module(layer: Layer) -> nn.Module:
-        fits = not layer.embedding and layer.activations == "static" and layer.codes.bits == 8 and layer.by_row
-        if not fits:
-            return Plain(layer)
+        kinds, its = (nn.Linear, nn.Conv2d), layer.module
+        fits = isinstance(its, kinds) and layer.activations == "static" and layer.codes.bits == 8 and layer.by_row
+        if not fits or (isinstance(its, nn.Conv2d) and (its.padding_mode != "zeros" or isinstance(its.padding, str))):
+            return _plain(layer)
         layers.append(layer)
-        return Linear(layer, len(layers) - 1)
+        return (Linear if isinstance(its, nn.Linear) else Conv2d)(layer, len(layers) - 1)
 
     with replaced(model, module):
         program = torch.export.export(model, inputs, dynamic_shapes=shapes)
@@ -89,21 +102,48 @@ class Linear(nn.Module):
         return sums
 
 
-class Plain(nn.Module):
-    """A layer that has no integer form, so that it is named."""
+class Conv2d(nn.Module):
+    """A convolution as one operator."""
+
+    def __init__(self, layer: Layer, at: int) -> None:
+        super().__init__()
+        its = layer.module
+        self.how = (
+            [its.out_channels, its.in_channels // its.groups, *its.kernel_size],
+            its.stride,
+            its.padding,
+            its.dilation,
+            its.groups,
+            at,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, inputs, height, width] to [rows, outputs, height, width]."""
+        sums: Tensor = torch.ops.commpress.integer_conv2d(x, *self.how)
+        return sums
+
+
+class Values(nn.Module):
+    """The floats of a weight whose layer has no integer form, so that the layer is named."""
 
     weight: Tensor
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, codes: Codes) -> None:
         super().__init__()
-        self.embedding, self.bias = layer.embedding, layer.bias
-        self.register_buffer("weight", layer.codes.dequantized())
+        self.register_buffer("weight", codes.dequantized())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the layer."""
-        if self.embedding:
-            return functional.embedding(x, self.weight)
-        return functional.linear(x, self.weight, self.bias)
+    def forward(self) -> Tensor:
+        """The weight."""
+        return self.weight
+
+
+def _plain(layer: Layer) -> nn.Module:
+    """A layer that has no integer form, so that it is named."""
+    if isinstance(layer.module, Quantized):
+        return decoded(layer, {name: Values(codes) for name, codes in layer.weights.items()}, None)
+    made: nn.Module = nn.Embedding(1, 1) if layer.embedding else nn.Linear(1, 1, bias=False)
+    made.weight = nn.Parameter(layer.codes.dequantized(), requires_grad=False)
+    return made
 
 
 @dataclass(frozen=True)
@@ -124,7 +164,7 @@ class Grid:
 def _program(program: Any, layers: list[Layer]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of the file. Raises ValueError for what has no integer form."""
     nodes = list(_chain(program))
-    order = [layers[node.args[2]] for node in nodes if _name(node) == LINEAR]
+    order = [layers[node.args[-1]] for node in nodes if _name(node) in LAYERS]
     if not order:
         raise ValueError(f"export to integer: the model has no layer that is quantised so, {EXPECTED}")
     grids = [Grid(layer.scale, layer.zero, "int8") for layer in order]
@@ -132,16 +172,25 @@ def _program(program: Any, layers: list[Layer]) -> tuple[dict[str, Tensor], dict
     tensors: dict[str, Tensor] = {}
     steps, done = [], 0
     for node in nodes:
-        if _name(node) == LINEAR:
+        if _name(node) in LAYERS:
             name, done = _place(node), done + 1
             integers, dtype = _integers(name, order[done - 1], grids[done]), grids[done].dtype
             tensors |= {f"{name}.{key}": x for key, x in integers.items()}
             names = {key: f"{name}.{key}" for key in integers}
-            steps.append({"op": "linear", **names, "zero": grids[done].zero, "dtype": dtype})
+            steps.append({**_operator(node, order[done - 1]), **names, "zero": grids[done].zero, "dtype": dtype})
         elif _name(node) not in NOTHING:
             steps.append(_between(node, grids[done]))
     ends = {"input_scale": grids[0].scale, "input_zero": grids[0].zero, "output_scale": grids[-1].scale}
     return tensors, {**ends, "steps": steps}
+
+
+def _operator(node: Any, layer: Layer) -> dict[str, Any]:
+    """What a layer's step does, but for its integers."""
+    if _name(node) == LINEAR:
+        return {"op": "linear"}
+    stride, padding, dilation, groups = node.args[2:6]
+    how = {"stride": list(stride), "padding": list(padding), "dilation": list(dilation), "groups": groups}
+    return {"op": "conv2d", **how, "pad": layer.zero}  # the code of 0
 
 
 def _chain(program: Any) -> Iterator[Any]:
@@ -159,7 +208,7 @@ def _chain(program: Any) -> Iterator[Any]:
         node = users[0]
         if node.op == "output":
             return
-        if _name(node) not in (LINEAR, MAX_POOL, HARDTANH, *NOTHING, *SHAPES, *CLAMPS):
+        if _name(node) not in (*LAYERS, MAX_POOL, HARDTANH, *NOTHING, *SHAPES, *CLAMPS):
             raise ValueError(f"export to integer: {_said(node)} has no integer form, {EXPECTED}")
         yield node
 
@@ -183,7 +232,7 @@ def _integers(name: str, layer: Layer, to: Grid) -> dict[str, Tensor]:
         raise ValueError(f"export to integer: the sums of {name!r} are {float((unit / to.scale).max()):.3g} codes each")
     multiplier = torch.where(shift < 63, multiplier, 0)  # such a sum never reaches half a code
     whole = {"bias": bias, "multiplier": multiplier, "shift": shift.clamp(max=62)}
-    return {"weight": codes.contiguous(), **{key: x.to(torch.int32) for key, x in whole.items()}}
+    return {"weight": layer.codes.as_weight(codes).contiguous(), **{key: x.to(torch.int32) for key, x in whole.items()}}
 
 
 def _unit(layer: Layer) -> Tensor:
@@ -249,5 +298,5 @@ def _place(node: Any) -> str:
 def _said(node: Any) -> str:
     name = _name(node)
     what = "the input" if node.op == "placeholder" else "the output" if node.op == "output" else name or str(node)
-    what = "Linear" if name in (LINEAR, "linear") else what
+    what = {LINEAR: "Linear", "linear": "Linear", CONV: "Conv2d", "conv2d": "Conv2d"}.get(name, what)
     return f"{what} of {_place(node)!r}" if _place(node) else what

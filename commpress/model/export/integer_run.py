@@ -29,6 +29,19 @@ DTYPES = {"I8": np.int8, "I32": np.int32}
 LIMITS = {"int8": (-128, 127), "int32": (-(2**31), 2**31 - 1)}
 KEYS = {
     "linear": {"weight", "bias", "multiplier", "shift", "zero", "dtype"},
+    "conv2d": {
+        "weight",
+        "bias",
+        "multiplier",
+        "shift",
+        "zero",
+        "dtype",
+        "pad",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+    },
     "clamp": {"low", "high"},
     "reshape": {"shape"},
     "max_pool2d": {"kernel", "stride", "padding", "dilation"},
@@ -117,20 +130,44 @@ def _integers(x: Any) -> Any:
 
 
 def _linear(codes: Any, step: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
-    weight, bias, multiplier, shift = (tensors[step[name]] for name in ("weight", "bias", "multiplier", "shift"))
-    sums = _integers(codes.astype(np.int32) @ weight.astype(np.int32).T + bias)
-    half = np.int64(1) << (shift.astype(np.int64) - 1)
-    codes = step["zero"] + ((sums.astype(np.int64) * multiplier + half) >> shift)
-    return np.clip(_integers(codes), *LIMITS[step["dtype"]]).astype(step["dtype"])
+    sums = codes.astype(np.int32) @ tensors[step["weight"]].astype(np.int32).T
+    return _scaled(sums, step, tensors, sums.ndim - 1)
+
+
+def _conv2d(codes: Any, step: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
+    weight = tensors[step["weight"]].astype(np.int32)
+    patches = _patches(codes.astype(np.int32), weight.shape[2:], step, step["pad"])
+    # [rows, groups, inputs, kernel, height, width] with [groups, outputs, inputs, kernel]
+    groups, (rows, _, kernel, *size) = step["groups"], patches.shape
+    patches = patches.reshape(rows, groups, -1, kernel, *size)
+    weight = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], kernel)
+    sums = np.einsum("rgikhw,goik->rgohw", patches, weight).reshape(rows, -1, *size)
+    return _scaled(_integers(sums), step, tensors, 1)
 
 
 def _max_pool2d(codes: Any, step: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
+    return _patches(codes, step["kernel"], step, np.iinfo(codes.dtype).min).max(axis=2)
+
+
+def _patches(x: Any, kernel: Any, step: Mapping[str, Any], pad: int) -> Any:
+    """[rows, channels, height, width] as [rows, channels, kernel, outputs' height, outputs' width]."""
     (up, left), (down, right), (far, wide) = step["padding"], step["stride"], step["dilation"]
-    (high, broad), low = step["kernel"], np.iinfo(codes.dtype).min
-    x = np.pad(codes, ((0, 0), (0, 0), (up, up), (left, left)), constant_values=low)
-    last = x.shape[2] - far * (high - 1), x.shape[3] - wide * (broad - 1)
-    corners = [(i * far, j * wide) for i in range(high) for j in range(broad)]
-    return np.max([x[:, :, i : i + last[0] : down, j : j + last[1] : right] for i, j in corners], axis=0)
+    x = np.pad(x, ((0, 0), (0, 0), (up, up), (left, left)), constant_values=pad)
+    high = (x.shape[2] - far * (kernel[0] - 1) - 1) // down + 1
+    broad = (x.shape[3] - wide * (kernel[1] - 1) - 1) // right + 1
+    corners = [(i * far, j * wide) for i in range(kernel[0]) for j in range(kernel[1])]
+    ends = (down * (high - 1) + 1, right * (broad - 1) + 1)
+    return np.stack([x[:, :, i : i + ends[0] : down, j : j + ends[1] : right] for i, j in corners], axis=2)
+
+
+def _scaled(sums: Any, step: Mapping[str, Any], tensors: Mapping[str, Any], axis: int) -> Any:
+    """Codes of what comes next, of int32 sums whose rows are along `axis`."""
+    along = [-1 if i == axis else 1 for i in range(sums.ndim)]
+    bias, multiplier, shift = (tensors[step[name]].reshape(along) for name in ("bias", "multiplier", "shift"))
+    wide = _integers(sums + bias).astype(np.int64) * multiplier
+    shift = shift.astype(np.int64)
+    codes = step["zero"] + ((wide + (np.int64(1) << (shift - 1))) >> shift)
+    return np.clip(_integers(codes), *LIMITS[step["dtype"]]).astype(step["dtype"])
 
 
 def _clamp(codes: Any, step: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
@@ -143,6 +180,7 @@ def _reshape(codes: Any, step: Mapping[str, Any], tensors: Mapping[str, Any]) ->
 
 OPERATORS = {
     "linear": _linear,
+    "conv2d": _conv2d,
     "clamp": _clamp,
     "reshape": _reshape,
     "max_pool2d": _max_pool2d,
