@@ -27,10 +27,9 @@ def restore(model: nn.Module, stored: Stored) -> nn.Module:
     integers = stored.integers | {
         name: stored.integers[first] for name, first in stored.shared.items() if first in stored.integers
     }
-    modules = {name.rpartition(".")[0]: codes for name, codes in integers.items()}
     if not quantization.is_prepared(model):
-        _prepare(model, stored, modules)
-    _require_same(model, stored, modules)
+        _prepare(model, stored, integers)
+    _require_same(model, stored, integers)
     ranges = {}
     for name, of_buffer in model.named_buffers(remove_duplicate=False):
         module = name.removesuffix(".range").rpartition(".")[0]
@@ -48,38 +47,45 @@ def restore(model: nn.Module, stored: Stored) -> nn.Module:
     return model
 
 
-def _prepare(model: nn.Module, stored: Stored, modules: dict[str, Codes]) -> None:
+def _prepare(model: nn.Module, stored: Stored, integers: dict[str, Codes]) -> None:
     """Fake quantisers as the file's model had them. Those that share a weight had the same."""
-    static = {id(codes) for name, codes in modules.items() if name in stored.ranges}
+    static = {id(codes) for name, codes in integers.items() if _owner(model, name) in stored.ranges}
+    of: dict[str, tuple[int, int | None, Activations | None]] = {}
+    for name, codes in integers.items():
+        groups, owner = codes.scale.shape[1], _owner(model, name)
+        group = of[owner][1] if groups == 1 and owner in of else None
+        group = codes.values.shape[1] // groups if groups > 1 else group
+        of[owner] = codes.bits, group, "static" if id(codes) in static else None
     chosen = defaultdict(list)
-    for name, codes in modules.items():
-        inputs: Activations | None = "static" if id(codes) in static else None
-        chosen[codes.bits, _group(codes), inputs].append(escape(name))
+    for owner, how in of.items():
+        chosen[how].append(escape(owner))
     for (bits, group, inputs), names in chosen.items():
         quantization.prepare(model, Quantization(bits, group, inputs, tuple(names)))
 
 
-def _require_same(model: nn.Module, stored: Stored, modules: dict[str, Codes]) -> None:
-    here = {name: (its.bits, its.group) for name, _, its in quantization.prepared(model)}
-    there = {name: (codes.bits, _group(codes)) for name, codes in modules.items()}
-    for name in sorted(here.keys() | there.keys()):
-        if name not in here or name not in there:
-            where = "model" if name in here else "file"
-            raise ValueError(f"restore: {name!r} has integers in the {where} alone")
-        width = modules[name].values.shape[1]
-        (bits, group), (of_bits, of_group) = here[name], there[name]
-        if (bits, group or width) != (of_bits, of_group or width):
+def _require_same(model: nn.Module, stored: Stored, integers: dict[str, Codes]) -> None:
+    here = {name: settings for name, _, settings in quantization.prepared(model)}
+    if wrong := sorted(here.keys() ^ {_owner(model, name) for name in integers}):
+        where = "model" if wrong[0] in here else "file"
+        raise ValueError(f"restore: {wrong[0]!r} has integers in the {where} alone")
+    for name, codes in integers.items():
+        its, width, groups = here[_owner(model, name)], codes.values.shape[1], codes.scale.shape[1]
+        if (its.bits, width // (its.group or width)) != (codes.bits, groups):
             raise ValueError(
-                f"restore: {name!r} is prepared with {bits} bits and groups of {group or width}, the file has {of_bits} "
-                f"bits and groups of {of_group or width}"
+                f"restore: {name!r} is prepared with {its.bits} bits and groups of {its.group or width}, the file has "
+                f"{codes.bits} bits and groups of {width // groups}"
             )
     static = {name for name, module in model.named_modules() if quantizer_of(module) is not None}
     if wrong := sorted(static ^ stored.ranges.keys()):
-        raise ValueError(
-            f"restore: {wrong[0]!r} has a range of inputs in the {'model' if wrong[0] in static else 'file'} alone"
-        )
+        where = "model" if wrong[0] in static else "file"
+        raise ValueError(f"restore: {wrong[0]!r} has a range of inputs in the {where} alone")
 
 
-def _group(codes: Codes) -> int | None:
-    groups = codes.scale.shape[1]
-    return None if groups == 1 else codes.values.shape[1] // groups
+def _owner(model: nn.Module, name: str) -> str:
+    """The module that computes with a weight: an attention with that of its `out_proj`, which is never called."""
+    owner = name.rpartition(".")[0]
+    above = owner.rpartition(".")[0]
+    try:
+        return above if isinstance(model.get_submodule(above), nn.MultiheadAttention) else owner
+    except AttributeError:
+        raise ValueError(f"restore: the file has {name!r}, the model has no {above!r}") from None
