@@ -106,3 +106,42 @@ def test_four_bits_take_half_a_byte_and_int8_one(tmp_path: Path) -> None:
         x = (torch.randn(4, 512),)
         there = exported(learned(model, x, settings), x, tmp_path / named(settings))
         assert least * weights < there.bytes < most * weights
+
+
+def convolutions() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(8 * 6 * 6, 5)), (torch.randn(4, 4, 8, 8) + 0.5,)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.LSTM(12, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, time, 12] to [batch, time, 3]."""
+        y: Tensor = self.head(self.inner(x)[0])
+        return y
+
+
+def recurrent() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    return Recurrent(), (torch.randn(4, 6, 12),)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("of", "settings"),
+    [
+        (convolutions, Quantization(activations="static")),
+        (convolutions, Quantization(4, None)),
+        (recurrent, Quantization()),
+        (recurrent, Quantization(4, None, "dynamic")),
+    ],
+    ids=["static convolutions", "int4 convolutions", "lstm", "int4 lstm"],
+)
+def test_other_layers_compute_what_training_computed(of: Any, settings: Quantization, tmp_path: Path) -> None:
+    model, inputs = of()
+    there = exported(learned(model, inputs, settings), inputs, tmp_path)
+    assert there.difference < 1e-5

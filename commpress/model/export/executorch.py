@@ -5,8 +5,7 @@
     Linear, by token        XNNPACK's int8 kernels with float outputs, for int8 or int4 rows and int4 in groups of 32 k
     Linear, else            decoded in each call (`embedding_byte`, `embedding_4bit` of all rows), XNNPACK's float32 matrices
     Embedding               the same operators, of the rows that are asked for
-    Convolution             as a Linear, static or else
-    attention, recurrent    decoded in each call
+    all others              decoded in each call, computed in floats; static inputs of a convolution are rounded there
 
 XNNPACK has its own copy of a weight, so one that an embedding shares with a Linear by token is in the file twice. Memory is
 planned when the file is written: inputs have at most as many rows as the example, or as a Dim's `max` says. The runtime of the
@@ -89,12 +88,12 @@ class Weight(nn.Module):
         self.by_row, self.bits = codes.by_row, codes.bits
         self.group = codes.values.shape[1] // codes.scale.shape[1]
         scale = codes.scale.flatten() if self.by_row else codes.scale
-        self.register_buffer("codes", codes.as_weight(codes.values).contiguous() if codes.row else codes.values)
+        self.register_buffer("codes", codes.values)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", torch.zeros(scale.shape, dtype=torch.int64, device="cpu"))
 
     def forward(self) -> Tensor:
-        """float32 [rows, width]; of a convolution [rows, inputs, kernel...]."""
+        """float32 [rows, width]."""
         ops, its, to = (
             torch.ops.quantized_decomposed,
             (self.codes, self.scale, self.zero),
@@ -121,18 +120,21 @@ class Decoded(nn.Module):
         return values.unflatten(1, self.stored.row) if self.stored.row else values
 
 
-class Rounded(nn.Module):
-    """What rounds static inputs, as XNNPACK's int8."""
+class RoundedInFloats(nn.Module):
+    """What rounds static inputs of a convolution, by plain arithmetic.
+
+    ExecuTorch 1.5.1 computes a convolution wrong that is behind quantize_per_tensor and that XNNPACK has not taken: one reads
+    rows, channels, height, width, and the other has written channels last.
+    """
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.how = (layer.scale, layer.zero, -128, 127, torch.int8)
+        self.scale, self.zero = layer.scale, layer.zero
 
     def forward(self, x: Tensor) -> Tensor:
         """[...], float32."""
-        ops = torch.ops.quantized_decomposed
-        values: Tensor = ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *self.how), *self.how)
-        return values
+        codes = ((x / self.scale).round() + self.zero).clamp(-128, 127)
+        return (codes - self.zero) * self.scale
 
 
 class Linear(nn.Module):
@@ -142,13 +144,13 @@ class Linear(nn.Module):
         super().__init__()
         self.layer, self.bias, self.native = layer, layer.bias, _is_native(layer)
         self.weight = Weight(layer.codes) if self.native else Decoded(layer.codes)
-        self.inputs = Rounded(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
         ops, whole = torch.ops.quantized_decomposed, (-128, 127, torch.int8)
         if self.layer.activations == "static":
-            x = self.inputs(x)
+            how = (self.layer.scale, self.layer.zero, *whole)
+            x = ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *how), *how)
         elif self.layer.activations == "dynamic" and self.native:
             its = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
             x = ops.dequantize_per_token(ops.quantize_per_token(x, *its, *whole), *its, *whole, torch.float32)
@@ -168,12 +170,8 @@ def _is_native(layer: Layer) -> bool:
 
 def _module(layer: Layer) -> nn.Module:
     if isinstance(layer.module, Quantized):
-        static = layer.activations == "static"
-        weights = {
-            name: Weight(codes) if static and codes.bits == 8 and codes.by_row else Decoded(codes)
-            for name, codes in layer.weights.items()
-        }
-        return decoded(layer, weights, Rounded(layer) if static else None)
+        weights = {name: Decoded(codes) for name, codes in layer.weights.items()}
+        return decoded(layer, weights, RoundedInFloats(layer) if layer.activations == "static" else None)
     return Rows(layer.codes) if layer.embedding else Linear(layer)
 
 

@@ -9,8 +9,8 @@ A layer's sums, in units u = s_x s_w, become codes of the next layer's range (s,
 The last layer has no range behind it: its outputs are int32 in steps of the largest u of its rows.
 
 Taken are chains, from one input to one output: Linear and Conv2d of int8 weights with a scale a row and static inputs; ReLU,
-ReLU6, Hardtanh, MaxPool2d, flatten, Dropout between them. What needs floats (softmax, a norm) or has no range of its own (a sum of
-two layers) is refused by name.
+ReLU6, Hardtanh, MaxPool2d, flatten, Dropout between them. What needs floats (softmax, a norm) or has no range of its own (a
+sum of two layers) is refused by name.
 """
 
 import math
