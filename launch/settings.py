@@ -234,8 +234,10 @@ def check(settings: Settings) -> None:
         raise TrainingError(f"--zero-stage {settings.zero_stage}: expected 0, 1, 2 or 3")
     if settings.parallel == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise TrainingError("--parallel deepspeed: found no DeepSpeed, expected it; pip install 'commpress[deepspeed]'")
-    if settings.recipe is not None and settings.parallel not in ("ddp", "fsdp"):
-        raise TrainingError(f"--recipe {settings.recipe}: expected --parallel ddp or fsdp, got {settings.parallel}")
+    if settings.recipe is not None and settings.parallel not in ("ddp", "fsdp", "deepspeed"):
+        raise TrainingError(
+            f"--recipe {settings.recipe}: expected --parallel ddp, fsdp or deepspeed, got {settings.parallel}"
+        )
     if settings.fork is not None and settings.resume:
         raise TrainingError(
             f"--fork {settings.fork} starts a run in a new folder, --resume goes on in its own: not both"

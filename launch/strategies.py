@@ -206,6 +206,9 @@ class Engine(Strategy):
     def load(self, shared: State, own: State) -> None:
         if self.stage < 3:
             self.bare.load_state_dict(shared["model"])
+        else:  # parameters are each rank's own
+            for name, buffer in self.bare.named_buffers():
+                buffer.copy_(shared["model"][name])
         if not self.stage:
             self.optimizer.load_state_dict(shared["optimizer"])
         else:

@@ -112,7 +112,9 @@ class Session:
         that keeps a momentum of what travels; TypeError if this kind of sharding takes none.
         """
         if self._masks is None:
-            raise TypeError("masks: expected DistributedDataParallel or a model that fully_shard took")
+            raise TypeError(
+                "masks: expected DistributedDataParallel, a model that fully_shard took, or DeepSpeed at ZeRO 0"
+            )
         refusal: str | None = None
         found: list[MaskIndex] = []
         masks = {bare_name(name): mask for name, mask in masks.items()}

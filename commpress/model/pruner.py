@@ -163,7 +163,9 @@ class Pruner:
         """Restore what `state_dict` returned behind `done` steps of the recipe `saved`. Collective."""
         self.done = done
         self._close_criteria()
-        self._take({layers.plain(name): mask for name, mask in from_state(state["masks"]).items()})
+        masks = {layers.plain(name): mask for name, mask in from_state(state["masks"]).items()}
+        if masks or self.masks.of:  # not every kind of sharding takes some
+            self._take(masks)
         for index, (entry, before, seen) in enumerate(zip(self._entries, saved.prune, state["criteria"], strict=False)):
             if seen is not None and entry == before:  # another starts anew
                 self.criteria[index] = criterion = self._criterion(index)
