@@ -60,7 +60,9 @@ def test_a_fresh_process_computes_the_same_of_as_many_rows_as_a_dim_says(tmp_pat
     subprocess.run([sys.executable, "-c", FRESH, str(there.path), *files], check=True, timeout=200)
     for x, y in zip(given, torch.load(files[1], weights_only=True), strict=True):
         with torch.no_grad():
-            assert (model(x) - y).abs().max() < 1e-5
+            off = (model(x) - y).abs() / y.abs().max()
+        assert off.max() < 0.01  # XNNPACK rounds products and bias at once: a code on an edge takes the next one
+        assert off.median() < 1e-6
 
 
 def left_to_others(settings: Quantization) -> set[str]:
