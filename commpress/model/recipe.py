@@ -150,9 +150,10 @@ class Quantize(Part):
     group: Annotated[int, Field(ge=2)] | None = None
     """How many weights of a row share a scale. Default: the whole row."""
     activations: Literal["dynamic", "static"] | None = None
-    """Whether inputs are rounded to int8, too: with a scale a token, or one for all that follows from a learned range."""
+    """Whether inputs of Linear layers (static: of convolutions, too) are rounded to int8: with a scale a token, or one for all
+    that follows from a learned range."""
     layers: Globs = ("*",)
-    """Globs of the names of Linear and Embedding layers; what an entry before took is left to it."""
+    """Globs of the names of layers, as `quantization.Quantization` takes them; what an entry before took is left to it."""
 
 
 class Distil(Part):

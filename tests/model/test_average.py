@@ -100,6 +100,7 @@ def test_within_the_block_the_model_has_it_and_behind_it_its_own_weights() -> No
     assert torch.equal(trained.model(X), expected)
 
 
+@pytest.mark.slow
 def test_it_is_stored_and_exported_with_codes_of_its_own_and_the_models_ranges(tmp_path: Path) -> None:
     trained = Trained()
     trained.steps(*range(5))

@@ -131,7 +131,7 @@ def test_a_batch_norm_that_cannot_be_folded_stays(tmp_path: Path) -> None:
 
 SETTINGS = [Quantization(), Quantization(4)]
 EVERY = [(kind, settings) for kind in LAYERS for settings in SETTINGS if kind != "lstm with projections"]
-QUICK = [("attention", SETTINGS[0]), ("lstm", SETTINGS[0])]
+QUICK = [("attention", SETTINGS[0])]
 
 
 @pytest.mark.parametrize(("kind", "settings"), slowly(EVERY, QUICK), ids=str)
@@ -155,7 +155,7 @@ def test_onnxruntime_computes_what_training_computed_of_integer_weights(
 
 
 BOTH = [(kind, settings) for kind in LAYERS for settings in (STATIC, *SETTINGS)]
-QUICK = [("conv2d", STATIC), ("attention", SETTINGS[1]), ("lstm", SETTINGS[0])]
+QUICK = [("conv2d", STATIC)]
 
 
 @pytest.mark.parametrize(("kind", "settings"), slowly(BOTH, QUICK), ids=str)
@@ -196,7 +196,8 @@ def test_a_fresh_process_compiles_integer_convolutions(tmp_path: Path) -> None:
     assert counted["qconv_weight_prepack_matcher_count"] >= 3
 
 
-@pytest.mark.parametrize("kind", slowly(OTHERS, ["attention"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
 def test_a_converted_layer_leaves_the_same_file(kind: str, tmp_path: Path) -> None:
     model, x = layer(kind)
     learned(model, (x,), Quantization(4))
@@ -210,6 +211,10 @@ def test_what_a_format_does_not_have_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)export to onnx: QuantizedLSTM\(.*ONNX's LSTM has no proj_size"):
         exported(learned(model, (x,), Quantization()), x, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_torchao_has_no_convolutions(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     audio = transformers.Wav2Vec2Config(
         hidden_size=16, num_hidden_layers=0, conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,)

@@ -156,7 +156,7 @@ def test_a_prepared_layer_pickles_and_copies(kind: str) -> None:
         other(x).sum().backward()
 
 
-@pytest.mark.parametrize("kind", slowly(LAYERS, ["conv2d", "attention"]))
+@pytest.mark.parametrize("kind", slowly(LAYERS, ["attention"]))
 def test_a_compiled_layer_computes_with_the_codes_of_the_file(kind: str) -> None:
     import torch._dynamo
 

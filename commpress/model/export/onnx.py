@@ -274,11 +274,9 @@ def _translations() -> dict[Any, Any]:
     def decode(codes: Any, scale: Any, zero: Any) -> Any:
         if len(scale.shape) == 2:
             return op.DequantizeLinear(codes, scale, axis=1, block_size=group(codes, scale))
-        return (
-            op.DequantizeLinear(codes, scale, axis=0)
-            if zero is None
-            else op.DequantizeLinear(codes, scale, zero, axis=0)
-        )
+        if zero is None:
+            return op.DequantizeLinear(codes, scale, axis=0)
+        return op.DequantizeLinear(codes, scale, zero, axis=0)
 
     made = (static, gemm, by_token, weights, embedding, rounded, decode)
     return {getattr(torch.ops.commpress, name).default: how for name, how in zip(SCHEMAS, made, strict=True)}
