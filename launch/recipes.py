@@ -120,6 +120,28 @@ def follow(
         return strategy, Scheduler(recipe, model, strategy.optimizer, session=strategy.session, teacher=taught_by)
 
 
+def model_of_run(folder: Path) -> GPT:
+    """The model of a run's checkpoint, prepared as its recipe says.
+
+    Raises ValueError if there is none, if it is damaged, or if its recipe is not over.
+    """
+    if not checkpoint.exists(folder):
+        raise ValueError(f"{folder}: there is no checkpoint, expected the folder of a run of `commpress train`")
+    state = checkpoint.load_shared(folder)
+    identity = state["identity"]
+    model = GPT(Shape(*(identity[name] for name in ("layers", "width", "heads", "context"))))
+    if identity.get("recipe"):
+        if state["step"] != identity["steps"]:
+            raise ValueError(
+                f"{folder}: is at step {state['step']} of {identity['steps']}, expected its recipe to be over"
+            )
+        from commpress.model import Recipe, prepare
+
+        prepare(model, Recipe.of(identity["recipe"], str(folder)))
+    model.load_state_dict(state["model"])
+    return model
+
+
 def teacher(recipe: "Recipe", context: int) -> GPT | None:
     """The model of the run that the recipe names. ValueError: there is none, it is damaged, or its context is shorter."""
     if recipe.distil is None:
