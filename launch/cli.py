@@ -1,4 +1,4 @@
-"""The `commpress` command: train, demo, report, lab, explain, probe, search.
+"""The `commpress` command: train, demo, report, lab, explain, probe, search, judge, shrink.
 
 Under torchrun: `torchrun --no-python ... commpress train`.
 """
@@ -17,6 +17,8 @@ COMMANDS = {
     "explain": "Explain",
     "probe": "Probe",
     "search": "Search",
+    "judge": "Judge",
+    "shrink": "Shrink",
 }
 """The modules of the commands, and the classes of their flags."""
 
