@@ -92,7 +92,13 @@ def show(rows: list[dict[str, Any]]) -> None:
         one, other = row["onnxruntime losses"]
         sizes = [row["torch MB"], row["onnxruntime MB"], row["onnxruntime ms"]]
         cells = [f"{a:.2f} to {b:.2f}: {a / b:.2f}x" for a, b in sizes]
-        told = (str(row["seed"]), f"{one:.4f}", f"{other:.4f}", f"{other / one - 1:+.2%}", f"{row['traffic']:.1f}x less")
+        told = (
+            str(row["seed"]),
+            f"{one:.4f}",
+            f"{other:.4f}",
+            f"{other / one - 1:+.2%}",
+            f"{row['traffic']:.1f}x less",
+        )
         table.add_row(*told, *cells)
     Console(width=150).print(table)
 

@@ -95,6 +95,8 @@ def read(path: Path, steps: int) -> "Recipe":
                 Plan.of_parameters(spec) if key == "parameters" else commpress.parse(spec)
         except ValueError as error:
             raise ValueError(f"{path}: traffic.{key}: {error}") from None
+    if recipe.budget is not None and not recipe.budget.settled:
+        raise ValueError(f"{path}: budget: is held against a dense model, which this run has not; see commpress shrink")
     if recipe.distil is not None and recipe.distil.teacher is None:
         raise ValueError(f"{path}: distil.teacher: missing, expected the folder of a run")
     return recipe
