@@ -19,8 +19,7 @@ from torch import nn
 
 from commpress import extras
 from commpress.files import write_atomically
-from commpress.launch import checkpoint, data, run_folder
-from commpress.launch.model import GPT, Shape
+from commpress.launch import checkpoint, data, recipes, run_folder
 from commpress.launch.model_size import imported
 from commpress.launch.predictions import require, say, show
 
@@ -119,21 +118,7 @@ class Judge:
 
 def model_of(folder: Path) -> nn.Module | Path:
     """The model of a run, prepared as its recipe says; or the folder itself, for exported files. Raises ValueError."""
-    if not run_folder.holds_checkpoint(folder, "judge"):
-        return folder
-    from commpress.model import Recipe, prepare
-
-    state = checkpoint.load_shared(folder)
-    identity = state["identity"]
-    model = GPT(Shape(*(identity[name] for name in ("layers", "width", "heads", "context"))))
-    if identity.get("recipe"):
-        steps = identity["steps"]
-        require(
-            state["step"] == steps, f"{folder}: is at step {state['step']} of {steps}, expected its recipe to be over"
-        )
-        prepare(model, Recipe.of(identity["recipe"], str(folder)))
-    model.load_state_dict(state["model"])
-    return model
+    return recipes.model_of_run(folder) if run_folder.holds_checkpoint(folder, "judge") else folder
 
 
 def held_out(folder: Path, text: Path | None) -> Iterator[tuple[Any, Any]]:
