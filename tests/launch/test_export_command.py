@@ -67,6 +67,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("models", None)
 
 
+@pytest.mark.slow
 def test_a_run_of_train_is_exported_as_its_recipe_left_it(place: Path) -> None:
     (place / "text.txt").write_text("All that is gold does not glitter. " * 200)
     size = ("--layers", 1, "--width", 32, "--heads", 2, "--context", 16, "--batch", 2, "--eval-batches", 1)

@@ -128,6 +128,7 @@ def test_what_makes_no_sense_ends_with_a_sentence(
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_recipe_has_the_limits_itself(place: Path) -> None:
     Path("none.toml").write_text("[[prune]]\nstart = 1\namount = 0.5\n")
     assert "none.toml: has no [budget], expected one" in shrunk("--recipe", "none.toml").err

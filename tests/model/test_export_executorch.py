@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from exports import SETTINGS, learned, mlp, named, text_model
-from tiers import slow, slowly
 from torch import Tensor, nn
 
 from commpress.model import export
@@ -33,8 +32,9 @@ def exported(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path, **how: 
     return export(model, folder, formats=("executorch",), example_inputs=inputs, **how)[0]
 
 
-@pytest.mark.parametrize("settings", slowly(SETTINGS, [SETTINGS[5], SETTINGS[8]]), ids=named)
-@pytest.mark.parametrize("of", [mlp, slow(text_model)])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS, ids=named)
+@pytest.mark.parametrize("of", [mlp, text_model])
 def test_the_file_computes_what_training_computed(of: Any, settings: Quantization, tmp_path: Path) -> None:
     model, inputs = of()
     learned(model, inputs, settings)
