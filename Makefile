@@ -1,4 +1,4 @@
-# make demo | test | test-slow | check | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
+# make demo | shrink | test | test-slow | check | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
 # test: almost every promise, within five minutes on two cores; test-slow: all that it leaves out; the check of a clean clone runs both
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'Zer
 # tests start many processes: without bytecode on disk each of them compiles all of our sources, and pytest all of its own
 warm test test-slow: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo warm test test-slow check gpu-check bench bench-quick bench-codecs bench-convergence clean
+.PHONY: demo shrink warm test test-slow check gpu-check bench bench-quick bench-codecs bench-convergence clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (torch first: about a minute)"
@@ -27,6 +27,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@echo "== training a small language model on 2 ranks: uncompressed, by auto, one bit"
 	@$(RUN)/python -m commpress.launch.demo
+
+# a GPT that comes out small, and the report of what that cost and brought; a quarter of an hour
+shrink: $(INSTALLED)
+	@$(RUN)/python benchmarks/shrink.py runs/shrink
 
 warm: $(INSTALLED)
 	@echo "== compiling the loops, once for all workers"

@@ -1,4 +1,4 @@
-"""A GPT that comes out small, against the one that was trained densely: loss, file, latency and traffic, a row a seed.
+"""Models that come out small, against those that were trained densely: loss, file, latency and traffic, a row a seed.
 
     python benchmarks/shrink.py runs/shrink [--seeds 3] [--steps 1500]
 
@@ -6,6 +6,9 @@ Two runs of `commpress train` on two ranks, 3.3 M parameters, the source of Pyth
 and ZeroOneAdamW by `sign` every 4 steps under a recipe that prunes 70 % of all matrices' weights and rounds weights and inputs
 to int8. Both train as long; there is no teacher. `commpress judge` measures both in eager torch and in onnxruntime. A run that
 is there is not trained again. A quarter of an hour a seed on 2 cores.
+
+And the digits of examples/shrink.py by `commpress shrink` on two ranks, a minute: 0.1 MB of model.safetensors, amounts by what
+each layer bears, gradients as `topk(0.01)|int4`.
 """
 
 import argparse
@@ -18,6 +21,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from examples import shrink  # noqa: E402  of this folder
 
 SHAPE = ("--layers", "4", "--width", "256", "--heads", "4", "--context", "64", "--batch", "4")
 RATE = ("--lr", "1.5e-3", "--eval-every", "250", "--eval-batches", "64")
@@ -71,6 +79,42 @@ def both(folder: Path, steps: int, seed: int) -> dict[str, Any]:
     return {"seed": seed, "traffic": report["dense_bytes"] / report["sent_bytes"], **figures(judged)}
 
 
+def digits() -> nn.Module:
+    """The dense network of digits, by the seed in the environment."""
+    return shrink.trained(int(os.environ["DIGITS_SEED"]))
+
+
+def digits_row(folder: Path, seed: int) -> dict[str, Any]:
+    """Shrink the network of digits on two ranks, and return a row."""
+    out = folder / f"digits-{seed}"
+    if not (out / "judgement.json").exists():
+        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        task = ("--model", "benchmarks.shrink:digits", "--data", "examples.shrink:batches", "--format", "safetensors")
+        limits = ("--max-mb", "0.1", "--max-loss", "30%", "--steps", "200", "--lr", "3e-4")
+        command = (*torchrun, "-m", "commpress.launch.shrink", *task, *limits, "--compress", "topk(0.01)|int4")
+        given = {"OMP_NUM_THREADS": "1", **os.environ, "DIGITS_SEED": str(seed)}
+        subprocess.run((*command, "--out", str(out)), check=True, cwd=ROOT, env=given)
+    (row,) = json.loads((out / "judgement.json").read_text())["rows"]
+    report, found = json.loads((out / "traffic.json").read_text()), row["quality"]
+    sizes = [row[name]["bytes"] / 1e6 for name in ("dense", "small")]
+    traffic = report["dense_bytes"] / report["sent_bytes"]
+    return {"seed": seed, "traffic": traffic, "MB": sizes, **found}
+
+
+def show_digits(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(title="digits, 0.3 M parameters, 2 ranks")
+    for name in ("seed", "dense loss", "small", "dense accuracy", "small", "traffic", "model.safetensors"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        (a, b), losses = row["MB"], (f"{row['dense_loss']:.4f}", f"{row['small_loss']:.4f}")
+        right = (f"{row['dense_accuracy']:.1%}", f"{row['small_accuracy']:.1%}")
+        table.add_row(
+            str(row["seed"]), *losses, *right, f"{row['traffic']:.0f}x less", f"{a:.2f} to {b:.2f}: {a / b:.1f}x"
+        )
+    Console(width=150).print(table)
+
+
 def figures(judged: dict[str, Any]) -> dict[str, Any]:
     """Return losses, bytes and milliseconds of a judgement, by runtime."""
     rows = {row["runtime"]: row for row in judged["rows"]}
@@ -110,9 +154,11 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--steps", type=int, default=1500)
     chosen = options.parse_args()
-    chosen.folder.mkdir(parents=True, exist_ok=True)
-    rows = [both(chosen.folder, chosen.steps, seed) for seed in range(chosen.seeds)]
+    folder = chosen.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [both(folder, chosen.steps, seed) for seed in range(chosen.seeds)]
     show(rows)
+    show_digits([digits_row(folder, seed) for seed in range(chosen.seeds)])
     print(f"the report of the last seed: {chosen.folder}/judged-{rows[-1]['seed']}/judgement.html")
 
 

@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from commpress.model import Recipe, Scheduler
 
-CHOSEN, PAGE = "recipe.yaml", "judgement.html"
+CHOSEN, PAGE, TRAFFIC = "recipe.yaml", "judgement.html", "traffic.json"
 CHANGES = 10
 """About as many steps of pruning, where flags make the recipe; they are over after PART of the training."""
 PART = 0.6
@@ -72,7 +72,7 @@ class Shrink:
     compress: str = "none"
     """Spec of the gradients' traffic on several ranks."""
     out: Path = Path("runs/shrunk")
-    """Folder for dense/, small/, judgement.json, judgement.html, model_card.md, recipe.yaml."""
+    """Folder for dense/, small/, judgement.json, judgement.html, model_card.md, recipe.yaml; of several ranks traffic.json."""
 
     def run(self) -> None:
         """Shrink, judge and print. Ends the program with code 1 and a sentence if the budget is not met, or that cannot be."""
@@ -175,6 +175,10 @@ class Shrink:
                 optimizer.zero_grad()
                 if (step + 1) % max(1, self.steps // 10) == 0 and rank == 0:
                     say(f"step {step + 1}/{self.steps}: loss {loss.item():.4f} [{scheduler.phase}]")
+        if session is not None and rank == 0:
+            say(str(session.receipt()))
+            self.out.mkdir(parents=True, exist_ok=True)
+            session.report().write_json(self.out / TRAFFIC)
         return scheduler
 
     def judged(self, dense: nn.Module, small: nn.Module, held_out: Batches, recipe: "Recipe") -> list[str]:
