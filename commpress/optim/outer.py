@@ -103,6 +103,7 @@ class Outer:
         self._group, self._inner = group, inner if inner is not None and dist.get_world_size(inner) > 1 else None
         self._steps = 0
         self._waited = 0.0
+        self._logged: Report | None = None
         require_agreement({**vars(settings), "inner ranks": self._inner_size}, group, self.device)
         count, workers = settings.fragments, dist.get_world_size(group)
         inner_rank = 0 if self._inner is None else dist.get_rank(self._inner)
@@ -194,6 +195,13 @@ class Outer:
         """Return what the outer syncs have sent so far, a step, on this rank."""
         report = self.report()
         return receipt(report, None, report.spec, None, None)
+
+    def log(self) -> dict[str, float]:
+        """Return numbers for a tracker, `wandb.log(outer.log())`: `Report.log` of the steps since the last call of this."""
+        report = self.report()
+        if found := report.log(self._logged):
+            self._logged = report
+        return found
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
