@@ -215,10 +215,10 @@ class Report:
 
 def dense_in(row: Row, itemsize: int) -> float:
     """Return the bytes that a dense exchange of a row would have sent in floats of so many bytes; integers stay as they are."""
-    dtype = getattr(torch, row.dtype)
+    dtype: torch.dtype = getattr(torch, row.dtype)
     if not (dtype.is_floating_point or dtype.is_complex):
         return row.dense_bytes
-    return row.dense_bytes * itemsize * (2 if dtype.is_complex else 1) / dtype.itemsize
+    return row.dense_bytes * (itemsize / (dtype.itemsize / (2 if dtype.is_complex else 1)))
 
 
 class Meter:

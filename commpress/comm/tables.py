@@ -90,8 +90,8 @@ def beside(report: "Report") -> str:
 
 
 def _bytes(dense: float, sent: float, steps: int) -> tuple[str, str, str]:
-    mb = (f"{b / 1e6 / max(steps, 1):.3f}" for b in (dense, sent))
-    return *mb, f"{dense / sent:.1f}" if sent else "-"
+    was, now = (f"{b / 1e6 / max(steps, 1):.3f}" for b in (dense, sent))
+    return was, now, f"{dense / sent:.1f}" if sent else "-"
 
 
 def _inside_and_between(report: "Report") -> str:
