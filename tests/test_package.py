@@ -1,6 +1,7 @@
 """What is handed out: a wheel and an sdist that work in an empty environment, and files about the package that agree."""
 
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -104,7 +105,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The wheel and the sdist of a copy of the tree; the wheel is made of the sdist."""
     pytest.importorskip("build", reason="build is not installed")
     folder = tmp_path_factory.mktemp("built")
-    call("git", "clone", "-q", ROOT, folder / "tree", cwd=folder)
+    for name in ("commpress", "hooks", "launch"):
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "tree" / name)
     call(sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "tree", cwd=folder)
     (wheel,), (sdist,) = (list((folder / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
     return wheel, sdist

@@ -101,7 +101,7 @@ class Outer:
         self.settings = settings
         self.device = next(iter(parameters.values())).device
         self._group, self._inner = group, inner if inner is not None and dist.get_world_size(inner) > 1 else None
-        self._steps = 0
+        self._steps = self._first = 0
         self._waited = 0.0
         self._logged: Report | None = None
         require_agreement({**vars(settings), "inner ranks": self._inner_size}, group, self.device)
@@ -189,7 +189,7 @@ class Outer:
         seconds["hidden"] = max(
             0.0, sum(report.seconds[phase] for phase in ("encode", "wire", "decode")) - self._waited
         )
-        return replace(report, steps=self._steps, seconds=seconds)
+        return replace(report, steps=self._steps - self._first, seconds=seconds)
 
     def receipt(self) -> Receipt:
         """Return what the outer syncs have sent so far, a step, on this rank."""
@@ -227,7 +227,7 @@ class Outer:
         and starts from the anchor. The others may have got other places in the group, and the group another size: what they
         had withheld counts as before. Raises ValueError on all ranks if a state does not fit, or if no rank has one.
         """
-        error, steps = None, None
+        error, steps, before = None, None, self._steps
         try:
             if isinstance(state, RankState) and (rows := state.loaded) is not None:  # by torch.distributed.checkpoint
                 state = rows[0] if rows else None
@@ -252,6 +252,7 @@ class Outer:
             self._session.restore(self._at_this_place(state["session"]))
         if len(holders) < len(everyone):
             self._welcome(holders[0], joined=state is None)
+        self._first += self._steps - before  # what was sent before the restart is in no report of this one
 
     # how it works
 
