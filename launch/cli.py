@@ -44,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if wanted:
         command_line.read(known[args[0]], f"commpress {args[0]}", args[1:]).run()
         return
-    about = "Train with compressed traffic, and see what it brings. --version prints what a report of a bug needs."
+    about = "Train with compressed traffic, and see what it brings.\n--version prints what a report of a bug needs."
     command_line.read_command(known, about, "commpress", args or ["--help"]).run()
 
 
