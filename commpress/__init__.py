@@ -1,8 +1,12 @@
-"""commpress: distributed training in PyTorch that sends 10 to 1000 times fewer bytes.
+"""commpress: distributed training in PyTorch that sends 204 times fewer bytes after a warm-up, at 0.2 % more loss.
 
-session = commpress.attach(ddp_model, "topk(0.01)|int4")
+optimizer = commpress.optim.ZeroOneAdamW(model.parameters(), lr=1e-3, warmup_steps=2000, sync_every=4)
+session = commpress.attach(ddp_model, "topk(0.1)|sign", optimizer=optimizer)
 ...                                # train as before
 print(session.report())            # bytes and seconds, against a dense exchange
+
+The figure is of a small GPT, in the README's table "Adam at 30 to 400 times fewer bytes". Without a spec, `attach(ddp_model)`
+finds one for any optimizer.
 """
 
 import importlib

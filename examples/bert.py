@@ -57,8 +57,8 @@ def fit(model: torch.nn.Module, tokens: torch.Tensor, mask: int, lr: float, teac
         if dist.get_rank() == 0 and teacher and step % 20 == 19:
             print(f"step {step + 1}: loss {output.loss.item():.3f}")
     if dist.get_rank() == 0 and teacher:
-        print(session.report())  # commpress
         stored.save("student.safetensors", model, masks=scheduler.masks.of)  # commpress
+        print(session.report(), session.receipt(), sep="")  # commpress
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def main() -> None:
         if dist.get_rank() == 0 and step % 20 == 19:
             print(f"step {step + 1}: loss {loss.item():.3f}")
     if dist.get_rank() == 0:
-        print(session.report())  # commpress
+        print(session.report(), session.receipt(), sep="")  # commpress
     dist.destroy_process_group()
 
 

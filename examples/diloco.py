@@ -57,7 +57,7 @@ def main() -> None:
             print(f"step {step + 1}: loss {loss.item():.3f}")
     outer.sync()  # commpress: now all ranks hold the same parameters
     if dist.get_rank() == 0:
-        print(outer.report())  # commpress
+        print(outer.report(), outer.receipt(), sep="")  # commpress
     dist.destroy_process_group()
 
 

@@ -63,9 +63,9 @@ def main() -> None:
         if dist.get_rank() == 0 and step % 20 == 19:
             print(f"step {step + 1}: loss {loss.item():.3f}")
     if dist.get_rank() == 0:
-        print(session.report())  # commpress
         stored.save("small.safetensors", model, masks=scheduler.masks.of)  # commpress: integers, and no pruned weights
         print(f"small.safetensors: {os.path.getsize('small.safetensors')} bytes")
+        print(session.report(), session.receipt(), sep="")  # commpress
     dist.destroy_process_group()
 
 

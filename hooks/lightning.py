@@ -39,7 +39,8 @@ class CompressedDDP(DDPStrategy):
 
     If `configure_optimizers` returns one of `commpress.optim`, what it is about to apply travels instead of the gradient.
     Beside each checkpoint stands a file a rank, `NAME.ckpt.commpress-rank0` and so on, which `fit(ckpt_path=...)` reads.
-    The report is logged when training ends. `session` is there from `on_fit_start` on.
+    The loggers have what `session.log()` says, each `log_every_n_steps`. Report and receipt are logged when training ends.
+    `session` is there from `on_fit_start` on.
 
     With a `recipe` of `commpress.model` the module is pruned, quantised and distilled while it trains. `scheduler` is there as
     `session` is; a module that is distilled returns `self.trainer.strategy.scheduler.loss(loss, output, x)` from its
@@ -126,9 +127,22 @@ class CompressedDDP(DDPStrategy):
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **named: Any) -> Any:
         """Step, and behind the last of the optimizers do what the recipe wants done."""
         output = super().optimizer_step(optimizer, closure, model, **named)
-        if self.scheduler is not None and inner(optimizer) is inner(self.optimizers[-1]):
-            self.scheduler.step()
+        if inner(optimizer) is inner(self.optimizers[-1]):
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self._log_traffic()
         return output
+
+    def _log_traffic(self) -> None:
+        """Give the loggers what the session says, on rank 0, in the steps in which they get what the module logs."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        step, every = trainer.global_step, trainer.log_every_n_steps  # the step that is being taken, from 0
+        if self.session is None or not trainer.is_global_zero or not every or (step + 1) % every:
+            return
+        if trainer.loggers and (found := self.session.log()):
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=step)
 
     def _compressed(self, trainer: Trainer) -> CompressedOptimizer | None:
         optimizers = [optimizer for optimizer in self.optimizers if isinstance(optimizer, CompressedOptimizer)]
@@ -195,7 +209,7 @@ class CompressedDDP(DDPStrategy):
         """Say what was sent."""
         super().on_train_end()
         if self.session is not None:
-            rank_zero_info(f"\n{self.session.report()}")
+            rank_zero_info(f"\n{self.session.report()}{self.session.receipt()}")
 
 
 def _beside(filepath: Any, rank: int) -> str:

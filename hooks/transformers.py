@@ -38,7 +38,8 @@ class Compression(TrainerCallback):
     """`trainer.add_callback(Compression(trainer, "int4"))` compresses the gradients of a Trainer that runs under DDP.
 
     If the Trainer's optimizer is one of `commpress.optim`, what it is about to apply travels instead. Checkpoints get a file a
-    rank, which `train(resume_from_checkpoint=...)` reads. At the end rank 0 prints the report and writes it to
+    rank, which `train(resume_from_checkpoint=...)` reads. The Trainer's logs of its steps, and so the trackers of `report_to`,
+    have what `session.log()` says. At the end rank 0 prints report and receipt, and writes the report to
     `output_dir/commpress.json`. `session` is there once training has begun. `settings` are those of
     `commpress.hooks.ddp.attach` but for `optimizer` and `grad_scaler`, which are the Trainer's.
 
@@ -64,10 +65,10 @@ class Compression(TrainerCallback):
         self._trainer, self._gradients, self._settings = trainer, gradients, settings
         self._model: DistributedDataParallel | None = None
         self._resumed: str | bool | None = None
-        self._train = trainer.train
-        trainer.train = self._remember
         if teacher is not None and recipe is None:
             raise ValueError("Compression(teacher=): expected a recipe that distils, recipe=")
+        self._train, self._log = trainer.train, trainer.log
+        trainer.train, trainer.log = self._remember, self._log_traffic
         if recipe is not None:
             from commpress.model import prepare
 
@@ -83,6 +84,12 @@ class Compression(TrainerCallback):
     def _remember(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._resumed = resume_from_checkpoint
         return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _log_traffic(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # not in on_log: the trackers of `report_to` are called before callbacks that were added later
+        if self.session is not None and "loss" in logs:  # of steps, not of an evaluation or a whole training
+            logs.update(self.session.log())
+        self._log(logs, *args, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,4 +173,4 @@ class Compression(TrainerCallback):
         if self.session is not None and state.is_world_process_zero:
             report = self.session.report()
             report.write_json(Path(args.output_dir) / REPORT)
-            print(report)
+            print(f"{report}{self.session.receipt()}")

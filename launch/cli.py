@@ -1,4 +1,4 @@
-"""The `commpress` command: train, demo, report, lab, explain, probe, search, export, judge, shrink.
+"""The `commpress` command: train, demo, report, lab, explain, probe, search, export, judge, shrink; `commpress --version`.
 
 Under torchrun: `torchrun --no-python ... commpress train`.
 """
@@ -26,13 +26,18 @@ COMMANDS = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the console script. Ends with a sentence if the packages of the `launch` extra are not installed."""
+    args = sys.argv[1:] if args is None else args
+    if list(args) == ["--version"]:
+        from commpress.launch import version
+
+        print("\n".join(version.lines()))
+        return
     try:
         import plotly  # noqa: F401  the report's
 
         from commpress.launch import command_line
     except ModuleNotFoundError as error:
         sys.exit(f"error: {extras.missing('the commpress command', error, 'launch')}")
-    args = sys.argv[1:] if args is None else args
     wanted = [name for name in COMMANDS if name == args[0]] if args else []
     # all of them only for the help that lists them: a rank that trains need not import what draws reports
     known = {
@@ -42,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if wanted:
         command_line.read(known[args[0]], f"commpress {args[0]}", args[1:]).run()
         return
-    about = "Train with compressed traffic, and see what it brings."
+    about = "Train with compressed traffic, and see what it brings.\n--version prints what a report of a bug needs."
     command_line.read_command(known, about, "commpress", args or ["--help"]).run()
 
 

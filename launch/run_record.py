@@ -83,18 +83,22 @@ def write_record(
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what the run ran on."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux says more
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        processor = found[1] if found else processor
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor,
+        "processor": processor(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "accelerator": accelerator,
     }
+
+
+def processor() -> str:
+    """Return what the processor is called."""
+    with contextlib.suppress(OSError):  # Linux says more
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def cores() -> int:

@@ -182,7 +182,7 @@ class Run:
             }
         )
         if self.board:
-            self.board.note(self.curve[-1], self.strategy.optimizer.param_groups[0]["lr"], asdict(traffic))
+            self.board.note(self.curve[-1], self.strategy.optimizer.param_groups[0]["lr"], self.strategy.session.log())
 
     def write_record(self) -> None:
         """Write record.json on rank 0. Collective."""

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard: what record.json's curve holds, and the seconds of each phase, written while training runs.
+"""Scalars for TensorBoard: what record.json's curve holds, and what `session.log()` says, written while training runs.
 
 Everything that is "a step" (MB, seconds) is the mean since the row before, so the sums agree with record.json.
 """
@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-PHASES = ("encode", "wire", "decode", "exposed")
 
 
 def require(device: torch.device) -> None:
@@ -33,13 +31,12 @@ def require(device: torch.device) -> None:
 class Scalars:
     """Writes into `folder`, in which a resumed run goes on after step `done`: later steps of an earlier start are hidden.
 
-    `seconds` and `traffic` (bytes, and seconds by phase) are totals of the run, here those at step `done`.
+    `seconds` are those of the run, here up to step `done`.
     """
 
     folder: Path
     done: int
     seconds: float
-    traffic: Mapping[str, float]
 
     def __post_init__(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -47,24 +44,16 @@ class Scalars:
         self.writer = SummaryWriter(str(self.folder), purge_step=self.done + 1 if self.done else 0)
 
     def note(self, row: Mapping[str, Any], lr: float, traffic: Mapping[str, float]) -> None:
-        """A row of the curve with the learning rate of its last update and the totals so far; on disk at once."""
+        """A row of the curve with the learning rate of its last update and what the session logs; on disk at once."""
         values = {"loss/train": row["train_loss"], "loss/validation": row["validation_loss"]}
         steps = row["step"] - self.done
-        if steps:  # nothing has travelled yet at step 0
-            added = {name: value - self.traffic[name] for name, value in traffic.items()}
-            sent, dense = added["sent_bytes"], added["dense_bytes"]
-            values |= {
-                "learning rate": lr,
-                "traffic/MB a step": sent / 1e6 / steps,
-                "traffic/ratio": dense / sent if sent else 1.0,
-                "seconds/step": (row["seconds"] - self.seconds) / steps,
-                **{f"seconds/{phase}": added[phase] / steps for phase in PHASES},
-            }
+        if steps:  # there has been no update at step 0
+            values |= {"learning rate": lr, "seconds/step": (row["seconds"] - self.seconds) / steps, **traffic}
         for name, value in values.items():
             if value is not None:
                 self.writer.add_scalar(name, value, row["step"])
         self.writer.flush()
-        self.done, self.seconds, self.traffic = row["step"], row["seconds"], traffic
+        self.done, self.seconds = row["step"], row["seconds"]
 
     def close(self) -> None:
         """Close the file."""

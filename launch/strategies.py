@@ -38,7 +38,7 @@ class Strategy(ABC):
     """The module that forward goes through."""
     optimizer: torch.optim.Optimizer
     session: Any
-    """Has `report`, `state_dict`, `load_state_dict`, and most have `timeline`."""
+    """Has `report`, `log`, `receipt`, `state_dict`, `load_state_dict`, and most have `timeline`."""
 
     def accumulating(self) -> AbstractContextManager[None]:
         """While the block runs, backward keeps its gradients on this rank."""

@@ -11,7 +11,7 @@ of them with one sentence that says on which rank and host.
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -77,7 +77,7 @@ def set_up(settings: Settings, device: torch.device) -> Run:
     if settings.resume or settings.fork is not None:
         run.restore()
     if settings.tensorboard and run.rank == 0 and not run.finished:
-        run.board = scalars.Scalars(run.out / "tensorboard", run.done, sum(run.durations), asdict(run.before))
+        run.board = scalars.Scalars(run.out / "tensorboard", run.done, sum(run.durations))
     return run
 
 

@@ -53,6 +53,7 @@ def test_each_example_learns_and_sends_less(name: str, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.3, out
     assert losses[-1] < 3.2, out
     assert ratio_in(out) >= FEWER[name], out
+    assert re.fullmatch(r"commpress .+: sent [\d.]+ MB a step, mean of \d+ steps: .+", out.splitlines()[-1]), out
     if name == "recipe":
         assert (tmp_path / "small.safetensors").stat().st_size < 150_000  # of 820 KB in float32
 

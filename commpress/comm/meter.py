@@ -11,15 +11,14 @@ bucket that is left to them counts as dense what they did send.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from io import StringIO
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from commpress.comm import tables
 from commpress.comm.timeline import Span, Timeline
 
 PHASES = ("encode", "wire", "decode")
@@ -180,82 +179,46 @@ class Report:
         """Write `to_dict()` to a file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
+    def log(self, since: "Report | None" = None) -> dict[str, float]:
+        """Return numbers for a tracker such as wandb, TensorBoard or MLflow: means of a step since an earlier report.
+
+        MB are those that this rank sent; ratios say how many times as much a dense exchange sends, in the tensors' own dtype
+        and in bfloat16, and are left out where nothing was sent. Roles have their own where there are several. Empty if there
+        was no step.
+        """
+        steps = self.steps - (since.steps if since else 0)
+        if steps <= 0:
+            return {}
+        found: dict[str, float] = {}
+        roles = list(self.roles)
+        for role in (None, *roles) if len(roles) > 1 else (None,):
+            after = [row for row in self.rows if role in (None, row.role)]
+            before = [row for row in since.rows if role in (None, row.role)] if since else []
+            name = "commpress" if role is None else f"commpress/{role}"
+            sent, dense, bf16 = (
+                sum(map(count, after)) - sum(map(count, before))
+                for count in (attrgetter("sent_bytes"), attrgetter("dense_bytes"), partial(dense_in, itemsize=2))
+            )
+            found[f"{name}/sent_mb_per_step"] = sent / 1e6 / steps
+            if sent:
+                found |= {f"{name}/ratio": dense / sent, f"{name}/ratio_bf16": bf16 / sent}
+        for phase, seconds in self.seconds.items():
+            found[f"commpress/{phase}_ms"] = (seconds - (since.seconds[phase] if since else 0.0)) * 1e3 / steps
+        return found
+
     def __str__(self) -> str:
-        each = max(self.steps, 1)
-        table = Table(
-            title=f"commpress {escape(self.spec)}: rank {self.rank} of {self.world_size}, {self.steps} steps",
-            caption=self._beside(),
-            caption_justify="left",
-        )
-        table.add_column("bucket")
-        for name in ("values", "dense MB/step", "sent MB/step", "ratio", "encode ms", "wire ms", "decode ms"):
-            table.add_column(name, justify="right")
-        table.add_column("how")
-        roles = self.roles
-        for row in _all_phases(self.rows):
-            ratio = f"{row.dense_bytes / row.sent_bytes:.1f}" if row.sent_bytes else "-"
-            mb = (f"{b / 1e6 / max(row.steps, 1):.3f}" for b in (row.dense_bytes, row.sent_bytes))
-            ms = (f"{row.seconds[p] * 1e3 / max(row.steps, 1):.2f}" for p in PHASES)
-            name = str(row.bucket) if len(roles) == 1 else f"{row.role} {row.bucket}"
-            name += f" ({row.steps} steps)" if row.steps != self.steps else ""
-            table.add_row(name, f"{row.values:,}", *mb, ratio, *ms, row.how)
-        table.add_section()
-        for role, of in roles.items() if len(roles) > 1 else ():
-            mb = (f"{of[key] / 1e6 / each:.3f}" for key in ("dense_bytes", "sent_bytes"))
-            ratio = f"{of['dense_bytes'] / of['sent_bytes']:.1f}" if of["sent_bytes"] else "-"
-            table.add_row(f"all {role}", "", *mb, ratio, "", "", "", "")
-        for rule, sums in self.rules.items():
-            mb = (f"{sums[key] / 1e6 / each:.3f}" for key in ("dense_bytes", "sent_bytes"))
-            ratio = f"{sums['ratio']:.1f}" if sums["sent_bytes"] else "-"
-            table.add_row(escape(rule), f"{sums['values']:,}", *mb, ratio, "", "", "", "by rule")
-        for phase, of in self.phases.items():
-            mb = (f"{of[key] / 1e6 / max(of['steps'], 1):.3f}" for key in ("dense_bytes", "sent_bytes"))
-            ratio = f"{of['dense_bytes'] / of['sent_bytes']:.1f}" if of["sent_bytes"] else "-"
-            table.add_row(phase, "", *mb, ratio, "", "", "", f"{of['steps']} steps")
-        mb = (f"{b / 1e6 / each:.3f}" for b in (self.dense_bytes, self.sent_bytes))
-        ms = (f"{self.seconds[p] * 1e3 / each:.2f}" for p in PHASES)
-        after, hidden = (self.seconds[k] * 1e3 / each for k in ("exposed", "hidden"))
-        table.add_row("all", "", *mb, f"{self.ratio:.1f}", *ms, f"{hidden:.2f} ms hidden, {after:.2f} ms exposed")
-        text = StringIO()
-        Console(file=text, width=132).print(table)
-        return text.getvalue()
+        return tables.text(self)
 
-    def _beside(self) -> str | None:
-        """Sentences on what stayed inside the node, and on what the backend sends instead of a reduce-scatter."""
-        return " ".join(filter(None, (self._inside_and_between(), self._backend_more()))) or None
-
-    def _inside_and_between(self) -> str:
-        inside = [row for row in self.rows if row.inside_bytes]
-        if not inside:
-            return ""
-        stayed, sent = (sum(getattr(row, key) for row in inside) for key in ("inside_bytes", "sent_bytes"))
-        stay, leave = (f"{b / 1e6 / max(self.steps, 1):.3f}" for b in (stayed, sent - stayed))
-        of = ", ".join(dict.fromkeys("updates" if row.role == "updates" else "hierarchical" for row in inside))
-        return f"Of what was sent ({of}), {stay} MB a step stayed inside the node, as it is; {leave} MB went to other nodes."
-
-    def _backend_more(self) -> str:
-        more = [row for row in self.rows if row.backend_bytes > row.dense_bytes]
-        if not more:
-            return ""
-        dense, backend = (sum(getattr(row, key) for row in more) for key in ("dense_bytes", "backend_bytes"))
-        megabytes = (f"{b / 1e6 / max(self.steps, 1):.3f}" for b in (backend, dense))
-        return (
-            "Uncompressed, the backend itself would have sent {} MB a step where a reduce-scatter must send {}: it all-reduces "
-            "and keeps a part. Ratios are against the latter."
-        ).format(*megabytes)
+    def _repr_html_(self) -> str:
+        return tables.html(self)
 
 
-def _all_phases(rows: list[Row]) -> list[Row]:
-    """The rows of each bucket and override added up over the phases."""
-    found: dict[tuple[object, ...], Row] = {}
-    for row in rows:
-        key = (row.bucket, row.values, row.dtype, row.spec, row.exchange, row.reason, row.role)
-        whole = found.setdefault((*key, *row.rules.items()), Row(*key))
-        whole.steps += row.steps
-        for name in (*BYTES, "inside_bytes", "backend_bytes"):
-            setattr(whole, name, getattr(whole, name) + getattr(row, name))
-        whole.seconds = {phase: whole.seconds[phase] + row.seconds[phase] for phase in PHASES}
-    return list(found.values())
+def dense_in(row: Row, itemsize: int) -> float:
+    """Return the bytes that a dense exchange of a row would have sent in floats of so many bytes; integers stay as they are."""
+    dtype: torch.dtype = getattr(torch, row.dtype)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return row.dense_bytes
+    return row.dense_bytes * (itemsize / (dtype.itemsize / (2 if dtype.is_complex else 1)))
 
 
 class Meter:

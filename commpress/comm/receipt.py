@@ -5,11 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from commpress.comm.choice import Choice
 from commpress.comm.codecs import AUTO
-from commpress.comm.meter import NOT_SENT, Report
+from commpress.comm.meter import NOT_SENT, Report, dense_in
 from commpress.comm.search import PLAIN
 
 COUNTER = "/sys/class/net/{}/statistics/tx_bytes"
@@ -56,26 +54,38 @@ class Receipt:
         return {**asdict(self), "is_off": self.is_off}
 
     def __str__(self) -> str:
-        return "\n".join([self._time(), self._bytes(), *self._left()])
+        return "\n".join([*self._time(), *self._left(), self.summary])
 
-    def _time(self) -> str:
+    @property
+    def summary(self) -> str:
+        """One line on bytes and, where it was measured, speed: the last one of the receipt."""
         if self.is_off:
-            return f"commpress: compression does not pay here, it is off: a step takes {self.plain_seconds:.4f} s"
+            speed = "compression does not pay here, it is off"
+        elif self.seconds is None or self.plain_seconds is None:
+            speed = "steps without compression were not measured (attach(model) measures them)"
+        else:
+            speed = f"{self.plain_seconds / self.seconds:.2f} times as fast as {self._plain}"
+        return f"commpress {self.spec}: {self._bytes()}; {speed}"
+
+    @property
+    def _plain(self) -> str:
+        return "without compression" if self.whole else f"with none in the place of {AUTO}"
+
+    def _time(self) -> list[str]:
+        if self.is_off:
+            return [f"commpress: compression does not pay here, it is off: a step takes {self.plain_seconds:.4f} s"]
         if self.seconds is None or self.plain_seconds is None:
-            return (
-                f"commpress {self.spec}: steps without compression were not measured here (attach(model) measures them)"
-            )
+            return []
         times = self.plain_seconds / self.seconds
-        plain = "without compression" if self.whole else f"with none in the place of {AUTO}"
         told = (
-            f"commpress {self.spec}: a step takes {self.seconds:.4f} s, {plain} {self.plain_seconds:.4f} s "
+            f"commpress {self.spec}: a step takes {self.seconds:.4f} s, {self._plain} {self.plain_seconds:.4f} s "
             f"(both measured in this run): {times:.2f} times as fast"
         )
         if self.break_even is None:
-            return told
+            return [told]
         if self.break_even == float("inf"):
-            return f"{told}; predicted to pay on a link of any speed"
-        return f"{told}; predicted to pay on links below {self.break_even * 8 / 1e9:.2g} Gbit/s"
+            return [f"{told}; predicted to pay on a link of any speed"]
+        return [f"{told}; predicted to pay on links below {self.break_even * 8 / 1e9:.2g} Gbit/s"]
 
     def _bytes(self) -> str:
         def against(dense: float) -> str:
@@ -102,22 +112,16 @@ def receipt(
 ) -> Receipt:
     """Make the receipt from a report; `counted` are the kernel's bytes since the session began, `whole` as in `Receipt`."""
     steps = max(1, report.steps)
-    fp32 = bf16 = 0.0
     uncompressed: dict[str, int] = {}
     for row in report.rows:
-        dtype = getattr(torch, row.dtype)
-        size = dtype.itemsize / (2 if dtype.is_complex else 1)
-        is_float = dtype.is_floating_point or dtype.is_complex
-        fp32 += row.dense_bytes * (4 / size if is_float else 1)
-        bf16 += row.dense_bytes * (2 / size if is_float else 1)
         if row.reason and row.exchange != NOT_SENT and report.world_size > 1 and row.reason != "spec is none":
             uncompressed[row.reason] = uncompressed.get(row.reason, 0) + row.values * row.steps
     return Receipt(
         spec,
         report.steps,
         report.sent_bytes / steps,
-        fp32 / steps,
-        bf16 / steps,
+        sum(dense_in(row, 4) for row in report.rows) / steps,
+        sum(dense_in(row, 2) for row in report.rows) / steps,
         link_bytes=None if counted is None else counted / steps,
         seconds=None if choice is None else choice.seconds(choice.spec),
         plain_seconds=None if choice is None else choice.seconds(PLAIN),

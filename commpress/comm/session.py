@@ -4,11 +4,9 @@ It knows no framework and sends nothing by itself: its `Collectives` do. The hoo
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from math import prod
+from html import escape
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +36,7 @@ from commpress.comm.resize import (
 )
 from commpress.comm.segments import Segments, sizes
 from commpress.comm.sharded_auto import ShardedAuto
+from commpress.comm.shared_factors import share_factors
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.timeline import Timeline
 
@@ -98,6 +97,7 @@ class Session:
         self._masks, self._reshard, self._values = masks, reshard, values
         self._counted = link_bytes()
         self._auto = auto
+        self._logged: Report | None = None
 
     @property
     def _optimizer(self) -> OptimizerHooks | None:
@@ -191,6 +191,17 @@ class Session:
         own = (one.traffic.report(spec, self.rank, self.world_size) for one in self.collectives)
         merged = Report.merge(*own, *(other.report() for other in self.side_traffic))
         return replace(merged, rank=self.rank, world_size=self.world_size)
+
+    def log(self) -> dict[str, float]:
+        """Return numbers for a tracker, `wandb.log(session.log())`: `Report.log` of the steps since the last call of this."""
+        report = self.report()
+        if found := report.log(self._logged):
+            self._logged = report
+        return found
+
+    def _repr_html_(self) -> str:
+        lines = "<br>\n".join(map(escape, str(self.receipt()).splitlines()))
+        return f"{self.report()._repr_html_()}\n<p>{lines}</p>"
 
     @contextlib.contextmanager
     def timeline(self) -> Iterator[Timeline]:
@@ -291,7 +302,7 @@ class Session:
         memories = memories or [[] for _ in self.collectives]
         layouts: Any = first["layouts"]
         if any(bucket.get("factors") for buckets in layouts for bucket in buckets):
-            self._share_factors(memories)
+            share_factors(memories, self.collectives[0].group, self.device)
         own = self._mean_of_own([one["optimizer"] for one in mine], old)
         self.restore({"scale": first["scale"], "memories": memories, "optimizer": own, "side traffic": []})
 
@@ -355,29 +366,6 @@ class Session:
             "groups": [collectives.world_size for collectives in self.collectives],
         }
 
-    def _share_factors(self, memories: list[Memories]) -> None:
-        """Give the factors that rank 0 has, as all have that have saved, to those that go on without a state. Collective.
-
-        Their names and shapes travel as JSON, their values as float32: nothing that runs code when it is read.
-        """
-        send = partial(_from_first, group=self.collectives[0].group)
-        kept = [[one.get("factors", ()) for one in buckets] for buckets in memories]
-        layout = json.dumps(
-            [[[[name, list(q.shape)] for name, q in of] for of in buckets] for buckets in kept]
-        ).encode()
-        length = send(torch.tensor([len(layout)], dtype=torch.int64, device=self.device), 1)
-        text = send(torch.tensor(list(layout), dtype=torch.uint8, device=self.device), int(length))
-        shapes = json.loads(bytes(text.tolist()))
-        values = [q.reshape(-1).to(self.device) for buckets in kept for of in buckets for _, q in of]
-        n = sum(prod(shape) for buckets in shapes for of in buckets for _, shape in of)
-        flat, at = send(torch.cat([torch.empty(0, dtype=torch.float32, device=self.device), *values]), n), 0
-        for buckets, found in zip(memories, shapes, strict=True):
-            for bucket, of in zip(buckets, found, strict=True):
-                bucket["factors"] = []
-                for name, shape in of:
-                    bucket["factors"].append([name, flat[at : at + prod(shape)].view(shape).cpu()])
-                    at += prod(shape)
-
     def _mean_of_own(self, mine: list[Any], saved: int) -> Any:
         """Return what an optimizer has of its own on a rank, as the mean over all that have saved. Collective."""
         if self._optimizer is None:
@@ -391,11 +379,3 @@ class Session:
                 dist.all_reduce(total, group=self.collectives[0].group)
                 kept[key] = total / saved
         return mean
-
-
-def _from_first(x: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
-    """Return the `n` values of x, in one dimension, that the first rank of a group has. Collective."""
-    found = x if dist.get_rank(group) == 0 else torch.empty(n, dtype=x.dtype, device=x.device)
-    if n:
-        dist.broadcast(found, dist.get_global_rank(group, 0), group=group)
-    return found

@@ -101,8 +101,9 @@ class Outer:
         self.settings = settings
         self.device = next(iter(parameters.values())).device
         self._group, self._inner = group, inner if inner is not None and dist.get_world_size(inner) > 1 else None
-        self._steps = 0
+        self._steps = self._first = 0
         self._waited = 0.0
+        self._logged: Report | None = None
         require_agreement({**vars(settings), "inner ranks": self._inner_size}, group, self.device)
         count, workers = settings.fragments, dist.get_world_size(group)
         inner_rank = 0 if self._inner is None else dist.get_rank(self._inner)
@@ -188,12 +189,19 @@ class Outer:
         seconds["hidden"] = max(
             0.0, sum(report.seconds[phase] for phase in ("encode", "wire", "decode")) - self._waited
         )
-        return replace(report, steps=self._steps, seconds=seconds)
+        return replace(report, steps=self._steps - self._first, seconds=seconds)
 
     def receipt(self) -> Receipt:
         """Return what the outer syncs have sent so far, a step, on this rank."""
         report = self.report()
         return receipt(report, None, report.spec, None, None)
+
+    def log(self) -> dict[str, float]:
+        """Return numbers for a tracker, `wandb.log(outer.log())`: `Report.log` of the steps since the last call of this."""
+        report = self.report()
+        if found := report.log(self._logged):
+            self._logged = report
+        return found
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -219,7 +227,7 @@ class Outer:
         and starts from the anchor. The others may have got other places in the group, and the group another size: what they
         had withheld counts as before. Raises ValueError on all ranks if a state does not fit, or if no rank has one.
         """
-        error, steps = None, None
+        error, steps, before = None, None, self._steps
         try:
             if isinstance(state, RankState) and (rows := state.loaded) is not None:  # by torch.distributed.checkpoint
                 state = rows[0] if rows else None
@@ -244,6 +252,7 @@ class Outer:
             self._session.restore(self._at_this_place(state["session"]))
         if len(holders) < len(everyone):
             self._welcome(holders[0], joined=state is None)
+        self._first += self._steps - before  # what was sent before the restart is in no report of this one
 
     # how it works
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -155,3 +156,58 @@ def test_without_rules_there_is_no_row_of_one() -> None:
 def test_no_reports_are_not_one() -> None:
     with pytest.raises(ValueError, match="got 0 reports"):
         Report.merge()
+
+
+def test_a_log_has_means_of_the_steps_since_an_earlier_report() -> None:
+    meter = metered()
+    first = meter.report("int4", 0, 2)
+    assert first.log() == pytest.approx(
+        {
+            **{"commpress/sent_mb_per_step": 0.05164, "commpress/ratio": 400_040 / 51_640},
+            **{"commpress/ratio_bf16": 200_020 / 51_640, "commpress/encode_ms": 250.0, "commpress/wire_ms": 625.0},
+            **{"commpress/decode_ms": 0.0, "commpress/exposed_ms": 62.5, "commpress/hidden_ms": 2000.0},
+        }
+    )
+    row = meter.row(0, 100_000, "float32", "int4", "two_shot", "")
+    row.dense_bytes += 400_000
+    row.sent_bytes += 100_000
+    meter.steps += 4
+    meter.exposed += 1.0
+    second = meter.report("int4", 0, 2)
+    assert second.log(first) == pytest.approx(
+        {
+            **{"commpress/sent_mb_per_step": 0.025, "commpress/ratio": 4.0, "commpress/ratio_bf16": 2.0},
+            **{f"commpress/{phase}_ms": 0.0 for phase in (*PHASES, "hidden")},
+            "commpress/exposed_ms": 250.0,
+        }
+    )
+    assert second.log(second) == {}
+    assert all(type(value) in (int, float) for value in second.log().values())
+
+
+def test_a_log_has_each_role_where_there_are_several_and_no_ratio_of_nothing() -> None:
+    meter = metered()
+    buffers = meter.row(0, 100, "int64", "none", "broadcast", "", "buffers")
+    buffers.dense_bytes += 1000
+    found = meter.report("int4", 0, 2).log()
+    assert found["commpress/gradients/ratio"] == pytest.approx(400_040 / 51_640)
+    assert found["commpress/buffers/sent_mb_per_step"] == 0.0
+    assert "commpress/buffers/ratio" not in found
+    assert found["commpress/ratio_bf16"] == pytest.approx((400_040 + 1000) / (2 * 51_640))  # integers stay as they are
+
+
+def test_a_notebook_shows_the_same_table_escaped_and_without_scripts() -> None:
+    meter = metered()
+    meter.row(
+        2, 5, "float32", "none", "all_reduce", "<script>alert(1)</script> [b]", rules={"[ab]*: <i>": 5}
+    ).steps += 1
+    report = meter.report("*: <b>int4", 0, 2)
+    page = report._repr_html_()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; [b]" in page
+    assert "<caption>commpress *: &lt;b&gt;int4: rank 0 of 2, 2 steps</caption>" in page
+    root = ElementTree.fromstring(f"<div>{page}</div>")  # every tag is closed
+    cells = ["".join(cell.itertext()) for cell in root.iter() if cell.tag in ("td", "th")]
+    text = str(report)
+    assert [cell for cell in cells if cell and cell not in text and " " not in cell] == []
+    assert len(list(root.iter("tr"))) == 1 + 3 + 2

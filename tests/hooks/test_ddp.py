@@ -293,7 +293,8 @@ def reported(spec: str, path: str) -> dict[str, Any]:
     train(ddp, range(5))
     report = session.report()
     report.write_json(f"{path}/{report.rank}.json")
-    return {"before": before, "dict": report.to_dict(), "text": str(report)}
+    shown = {"text": str(report), "page": session._repr_html_(), "receipt": session.receipt().summary}
+    return {"before": before, "dict": report.to_dict(), **shown}
 
 
 def refusals() -> dict[str, str]:
@@ -471,6 +472,8 @@ def test_report_of_a_training(tmp_path: Path) -> None:
         assert "int4 by one_shot" in got["text"]
         assert "not compressed: fewer than 256 values" in unwrapped(got["text"])
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == report
+        assert got["page"].startswith("<table>\n<caption>commpress int4: rank ")
+        assert got["receipt"] in got["page"]
 
 
 def unwrapped(table: str) -> str:

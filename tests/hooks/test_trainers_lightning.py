@@ -1,5 +1,8 @@
 """Lightning's Trainer on two ranks: accumulation, clipping, checkpoints of all kinds, a loss scaler."""
 
+import contextlib
+import io
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import torch.distributed as dist
 from ranks import outcome, run
 from torch import nn
 from torch.utils.data import DataLoader
-from trainers import MICRO, OPTIMIZERS, blocks, examples, flat, launched, payload_bytes
+from trainers import MICRO, OPTIMIZERS, blocks, examples, flat, launched, payload_bytes, require_sums, tracked
 from training import SMALL_BUCKETS, network
 from training import batch as data
 
@@ -302,6 +305,27 @@ def follow_the_page(folder: str) -> dict[str, Any]:
             exec(compile(block, "docs/trainers.md", "exec"), names)
         report = names["strategy"].session.report().to_dict()
         return {"report": report, "parameters": flat(names["model"].parameters())}
+
+
+def with_a_logger(folder: str) -> tuple[dict[str, Any], list[str]]:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    with launched(), contextlib.redirect_stderr(io.StringIO()) as out:
+        logging.getLogger("lightning.pytorch").addHandler(handler := logging.StreamHandler(out))
+        made, model = trainer(folder, 4, "int4", logger=TensorBoardLogger(folder), log_every_n_steps=2), module()
+        made.fit(model, loader())
+        logging.getLogger("lightning.pytorch").removeHandler(handler)
+        return result(made, model)["report"], out.getvalue().splitlines()
+
+
+def test_loggers_get_the_session_s_numbers_and_the_last_line_says_what_was_sent(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    (report, said), (_, silence) = run(2, with_a_logger, str(tmp_path), timeout=120)
+    found = tracked(tmp_path)
+    require_sums(found, report, every=2)
+    assert set(found["commpress/ratio"]) == {1, 3}  # as Lightning counts the steps of what a module logs
+    assert said[-1].startswith("commpress int4: sent ")
+    assert not [line for line in silence if line.startswith("commpress ")]
 
 
 @pytest.mark.slow

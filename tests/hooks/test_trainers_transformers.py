@@ -1,5 +1,7 @@
 """The Trainer of Transformers on two ranks: a small BERT, accumulation, checkpoints, both ways to give it an optimizer."""
 
+import contextlib
+import io
 import json
 import warnings
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from tiers import slow
-from trainers import blocks, flat, forget, launched, payload_bytes
+from trainers import blocks, flat, forget, launched, payload_bytes, require_sums, tracked
 
 from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
@@ -252,6 +254,21 @@ def follow_the_page(folder: str) -> dict[str, Any]:
         for block in blocks("Transformers"):
             exec(compile(block, "docs/trainers.md", "exec"), names)
         return {"parameters": flat(names["model"].parameters())}
+
+
+def with_a_tracker(folder: str) -> tuple[dict[str, Any], list[str]]:
+    with launched(), contextlib.redirect_stdout(io.StringIO()) as out:
+        made, callback = trainer(folder, 4, report_to=["tensorboard"], logging_steps=2)
+        made.train()
+        return result(made, callback)["report"], out.getvalue().splitlines()
+
+
+def test_trackers_get_the_session_s_numbers_and_the_last_line_says_what_was_sent(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    (report, said), (_, silence) = run(2, with_a_tracker, str(tmp_path), timeout=120)
+    require_sums(tracked(tmp_path), report, every=2)
+    assert said[-1].startswith("commpress int4: sent ")
+    assert not [line for line in silence if line.startswith("commpress ")]
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """What a user reads who has installed less than a part needs: which extra to install, and no traceback from a program."""
 
+from importlib.metadata import version
+
 import pytest
+import torch
 from commands import Ended, run_code
 
 from commpress import extras
@@ -67,6 +70,19 @@ def test_the_console_script_says_the_same() -> None:
     assert done.code == 1
     assert "found no plotly, expected it; pip install 'commpress[launch]'" in done.err
     assert "Traceback" not in done.err
+
+
+def test_version_prints_what_a_report_of_a_bug_needs_without_any_extra() -> None:
+    done = core_only("from commpress.launch.cli import main; main(['--version'])")
+    assert done.code == 0, done.err
+    said = dict(line.split(maxsplit=1) for line in done.out.splitlines())
+    names = ["commpress", "python", "torch", "numba", "triton", "kernels", "backends", "processor", "GPUs"]
+    assert list(said) == names
+    for package in ("commpress", "numba"):
+        assert said[package] == version(package)
+    assert said["torch"] == torch.__version__
+    assert said["kernels"].split(", ")[0] == "cpu"
+    assert "gloo" in said["backends"]
 
 
 IMPORTS = {

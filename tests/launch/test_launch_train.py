@@ -427,7 +427,7 @@ def test_the_demo(
     assert ("a network lab needs root; the ranks talk over this machine's loopback" in said) != shaped
     record = json.loads((tmp_path / "auto" / "record.json").read_text())
     assert record["settings"]["compress"] == "auto"
-    assert len(record["receipt"]) >= 2
+    assert record["receipt"]
     for line in record["receipt"]:
         assert line in said
     if shaped:

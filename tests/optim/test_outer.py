@@ -234,6 +234,29 @@ def test_the_report_has_the_bytes_against_those_of_ddp_in_the_same_steps() -> No
     assert report.roles["outer"]["sent_bytes"] == report.sent_bytes
 
 
+def logged() -> tuple[list[dict[str, float]], commpress.Report, dict[str, float]]:
+    """What the log says after each of two rounds and the report then; and after a round of one that goes on from there."""
+    model, optimizer, outer = started("int4")
+    said = []
+    for round in range(2):
+        take_steps(model, optimizer, range(round * EVERY, (round + 1) * EVERY))
+        said.append(outer.log())
+    state, report = outer.state_dict(), outer.report()
+    _, optimizer, again = started("int4")
+    again.load_state_dict(state)
+    take_steps(_, optimizer, range(2 * EVERY, 3 * EVERY))
+    return said, report, again.log()
+
+
+def test_the_log_has_the_steps_since_the_last_one_and_after_a_restart_since_that() -> None:
+    said, report, after = run(2, logged)[0]
+    assert sum(one["commpress/sent_mb_per_step"] for one in said) * EVERY * 1e6 == pytest.approx(report.sent_bytes)
+    for one in (*said, after):
+        assert one["commpress/sent_mb_per_step"] == pytest.approx(report.sent_bytes / 2 / EVERY / 1e6)
+        assert one["commpress/ratio"] == pytest.approx(report.ratio)
+        assert one["commpress/ratio_bf16"] == pytest.approx(report.ratio / 2)
+
+
 def interrupted_at(
     spec: str,
     settings: dict[str, Any],

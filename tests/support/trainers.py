@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -71,6 +72,29 @@ def payload_bytes(report: dict[str, Any], spec: str) -> int:
         cuts = {"one_shot": [0, row["values"]], "two_shot": chunk_bounds(row["values"], 2, codec.granularity)}
         total += row["steps"] * sum(codec.nbytes(b - a) for a, b in itertools.pairwise(cuts[row["exchange"]]))
     return total
+
+
+def tracked(folder: Path) -> dict[str, dict[int, float]]:
+    """{tag: {step: value}} of ours, of all of TensorBoard's files below a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, dict[int, float]] = {}
+    for file in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file)).Reload()
+        for tag in events.Tags()["scalars"]:
+            if "commpress/" in tag:
+                found.setdefault(tag, {}).update({e.step: e.value for e in events.Scalars(tag)})
+    return found
+
+
+def require_sums(found: dict[str, dict[int, float]], report: dict[str, Any], every: int) -> None:
+    """What a tracker has of a training's windows of so many steps adds up to the report."""
+    sent = next(values for tag, values in found.items() if tag.endswith("commpress/sent_mb_per_step"))
+    assert len(sent) == report["steps"] // every
+    assert sum(sent.values()) * every * 1e6 == pytest.approx(report["sent_bytes"], rel=1e-4)
+    names = {tag[tag.index("commpress/") :] for tag in found}
+    milliseconds = {f"commpress/{phase}_ms" for phase in ("encode", "wire", "decode", "exposed", "hidden")}
+    assert names == milliseconds | {"commpress/sent_mb_per_step", "commpress/ratio", "commpress/ratio_bf16"}
 
 
 def blocks(section: str) -> list[str]:

@@ -1,0 +1,146 @@
+"""What is handed out: a wheel and an sdist that work in an empty environment, and files about the package that agree."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = set(PROJECT["optional-dependencies"])
+OURS = {"test", "dev"}
+"""Extras of those who work on commpress."""
+SOURCES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml")),
+    *(ROOT / "docs").glob("*.md"),
+    *(path for folder in ("commpress", "hooks", "launch", "examples") for path in (ROOT / folder).rglob("*.py")),
+    *(ROOT / "launch").glob("*.yaml"),
+    *(ROOT / "launch").glob("*.sbatch"),
+]
+
+
+def mentions(text: str) -> set[str]:
+    """The extras that a text tells one to install, or whose absence an error names."""
+    lists = re.findall(r"(?:\bcommpress|'\.|pip install \.)\[([\w, ]+)\]", text)
+    lists += re.findall(r"extras\.missing\([^()]*?, error, [\"'](\w+)[\"']\)", text)
+    return {name.strip() for found in lists for name in found.split(",")}
+
+
+def test_every_extra_that_a_text_or_an_error_names_is_one() -> None:
+    found = {path.relative_to(ROOT).as_posix(): mentions(path.read_text()) for path in SOURCES}
+    assert {path: names - EXTRAS for path, names in found.items() if names - EXTRAS} == {}
+    assert {"launch", "model", "search"} <= set().union(*found.values())
+
+
+def test_the_readme_has_all_extras() -> None:
+    section = (ROOT / "README.md").read_text().split("\n## Install\n")[1].split("\n## ")[0]
+    named = mentions(section) | set(re.findall(r"`(\w+)`", section.split("The other extras are")[1].split(". ")[0]))
+    assert named - {"Triton"} == EXTRAS - OURS
+
+
+def test_one_headline_everywhere_and_the_table_has_its_figures() -> None:
+    headline = PROJECT["description"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert readme.startswith(f"# commpress {headline}:")
+    docstring = (ROOT / "commpress" / "__init__.py").read_text().splitlines()[0]
+    assert docstring == f'"""commpress: {headline[0].lower()}{headline[1:]}.'
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["abstract"] == f"{headline}."
+    told = re.search(r"(\d+) times fewer bytes after a warm-up, at ([\d.]+ %) more loss", headline)
+    assert told is not None
+    rows = (ROOT / "README.md").read_text().splitlines()
+    row = next(line for line in rows if line.startswith(r"| ZeroOneAdamW every 4, `topk(0.1)\|sign` |"))
+    cells = [cell.strip() for cell in row.split(" | ")]
+    assert f"+{told[2]}" in cells
+    assert cells[-1].rstrip(" |") == told[1]
+
+
+def test_the_citation_is_one_of_cff_1_2_0() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= set(citation)  # what the format requires
+    assert all(author.get("name") or author.get("family-names") for author in citation["authors"])
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+
+
+# --- what is built -----------------------------------------------------------------------------------------------
+
+DATA = ("commpress/py.typed", "commpress/launch/slurm.sbatch", "commpress/launch/kubeflow.yaml")
+PROGRAM = """
+import importlib.resources as resources
+import commpress, torch
+for package, name in (("commpress", "py.typed"), ("commpress.launch", "slurm.sbatch"), ("commpress.launch", "kubeflow.yaml")):
+    assert resources.files(package).joinpath(name).is_file(), name
+x = torch.linspace(-1, 1, 1000)
+codec = commpress.parse("int4")
+payload = codec.encode(x)
+assert payload.numel() == codec.nbytes(1000)
+assert (codec.decode(payload, 1000) - x).abs().max() < 0.15
+import commpress.hooks.ddp, commpress.optim
+print(commpress.__file__)
+"""
+
+
+def call(*words: object, cwd: Path) -> str:
+    """Run a program to its end; what it wrote."""
+    done = subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheel and the sdist of a copy of the tree; the wheel is made of the sdist."""
+    pytest.importorskip("build", reason="build is not installed")
+    folder = tmp_path_factory.mktemp("built")
+    for name in ("commpress", "hooks", "launch"):
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "tree" / name)
+    call(sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "tree", cwd=folder)
+    (wheel,), (sdist,) = (list((folder / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+    return wheel, sdist
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_have_license_and_data(built: tuple[Path, Path]) -> None:
+    wheel, sdist = built
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+    assert set(DATA) <= set(names)
+    assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "hooks/", "launch/"))]
+    with tarfile.open(sdist) as file:
+        inside = {name.split("/", 1)[-1] for name in file.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "launch/slurm.sbatch", "hooks/ddp.py"} <= inside
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_it_is_installed_into_an_empty_environment_and_works(
+    built: tuple[Path, Path], kind: str, tmp_path: Path
+) -> None:
+    """What it needs comes from the environment of the tests, by a path, so that nothing large is downloaded."""
+    call(sys.executable, "-m", "venv", tmp_path / "empty", cwd=tmp_path)
+    python = tmp_path / "empty" / "bin" / "python"
+    call(python, "-m", "pip", "install", "-q", "--no-deps", built[kind == "sdist"], cwd=tmp_path)
+    place = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    import torch
+
+    others = {str(Path(torch.__file__).parents[1]), sysconfig.get_path("purelib")}
+    Path(place, "others.pth").write_text("\n".join(sorted(others)) + "\n")
+    assert call(python, "-c", PROGRAM, cwd=tmp_path).startswith(place)
+    said = call(tmp_path / "empty" / "bin" / "commpress", "--version", cwd=tmp_path)
+    assert said.splitlines()[0].split() == ["commpress", PROJECT["version"]]
