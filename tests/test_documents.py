@@ -268,6 +268,10 @@ def require_known(words: list[str]) -> None:
         case ["pytest", *_]:
             paths = [word for word in words[1:] if word.startswith("tests/") and "NAME" not in word]
             assert all((ROOT / path).exists() for path in paths), words
+        case ["pip", "uninstall", "commpress"]:
+            pass
+        case ["export", assignment]:
+            assert re.fullmatch(r"[A-Z_]+_SOCKET_IFNAME=\w+", assignment), words
         case ["pre-commit", "install"]:
             assert (ROOT / ".pre-commit-config.yaml").is_file()
         case _:
