@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 BEGIN, END = "<!-- index: begin -->\n", "<!-- index: end -->\n"
 SECTIONS = {
-    "A spec or setting that cannot be": (
+    "Specs and settings": (
         *("commpress/comm/codecs", "commpress/comm/auto.py", "commpress/comm/plan.py", "commpress/comm/rules.py"),
         *("commpress/comm/sharded_auto.py", "commpress/comm/exchange", "commpress/comm/verify.py"),
         *(
@@ -25,12 +25,12 @@ SECTIONS = {
             "commpress/comm/session.py",
         ),
     ),
-    "The ranks differ": ("commpress/comm/agreement.py", "commpress/comm/question.py", "launch/runtime.py"),
-    "A rank is gone, or silent": (
+    "Ranks differ": ("commpress/comm/agreement.py", "commpress/comm/question.py", "launch/runtime.py"),
+    "A lost rank": (
         *("commpress/comm/exchange/wire.py", "commpress/comm/joining.py", "commpress/comm/failure.py"),
         "commpress/comm/exchange/label.py",
     ),
-    "`attach` refuses the model": (
+    "Attaching": (
         *(
             "commpress/__init__.py",
             "commpress/comm/parameters.py",
@@ -39,9 +39,9 @@ SECTIONS = {
         ),
         *("hooks/ddp.py", "hooks/deepspeed", "hooks/fsdp", "hooks/parameters.py", "launch/__init__.py"),
     ),
-    "Compressed optimizers": ("commpress/optim",),
-    "Local steps and outer syncs": ("hooks/outer.py", "commpress/optim/outer.py"),
-    "A state that does not fit": (
+    "Optimizers": ("commpress/optim",),
+    "Outer syncs": ("hooks/outer.py", "commpress/optim/outer.py"),
+    "Checkpoints and files": (
         *(
             "commpress/comm/resize.py",
             "commpress/comm/rank_state.py",
@@ -51,23 +51,23 @@ SECTIONS = {
         *("hooks/fsdp/reshard.py", "hooks/rank_checkpoint.py", "launch/checkpoint.py", "launch/run_state.py"),
     ),
     "Trainers": ("hooks/accelerate.py", "hooks/lightning.py", "hooks/transformers.py"),
-    "Recipes: pruning, quantisation, distillation": ("commpress/model",),
-    "Files of models, and export": ("commpress/model/stored.py", "commpress/model/export"),
+    "Recipes": ("commpress/model",),
+    "Export": ("commpress/model/stored.py", "commpress/model/export"),
     "Search": ("commpress/model/search", "launch/search.py"),
-    "The training program": (
+    "Training program": (
         *("launch/data.py", "launch/model.py", "launch/patterns.py", "launch/recipes.py", "launch/run_folder.py"),
         *("launch/settings.py", "launch/train.py", "launch/command_line.py", "launch/scalars.py"),
     ),
-    "The other programs": (
+    "Other programs": (
         *("launch/demo.py", "launch/explain.py", "launch/lab.py", "launch/link.py", "launch/model_size.py"),
         *("launch/predictions.py", "launch/probe.py", "launch/ray_train.py", "launch/records.py", "launch/report.py"),
         *("launch/units.py", "commpress/comm/meter.py", "commpress/comm/cost.py", "launch/figures.py", "launch"),
     ),
-    "Codecs and tensors by hand": ("commpress/comm/coding.py", "commpress/comm/collectives.py", "commpress/kernels"),
+    "Codecs by hand": ("commpress/comm/coding.py", "commpress/comm/collectives.py", "commpress/kernels"),
 }
 BY_WORDS = {
-    "A state that does not fit": re.compile("cannot restore|damaged|state_dict"),
-    "A package is missing": re.compile("pip install"),
+    "Checkpoints and files": re.compile("cannot restore|damaged|state_dict"),
+    "Missing package": re.compile("pip install"),
 }
 """Texts whose words say more than their file."""
 
@@ -138,11 +138,11 @@ def anchor(section: str) -> str:
 
 def table() -> str:
     """Return the index as a table, sorted by text."""
-    rows = ["| text | more |\n|---|---|\n"]
+    rows = ["| section | text |\n|---|---|\n"]
     for text, section in sorted(found().items(), key=lambda row: row[0].lstrip("…: -").lower()):
         quote = "``" if "`" in text else "`"
         code = text.replace("|", "\\|")
-        rows.append(f"| {quote}{code}{quote} | [{section.replace('`', '')}](#{anchor(section)}) |\n")
+        rows.append(f"| [{section}](#{anchor(section)}) | {quote}{code}{quote} |\n")
     return "".join(rows)
 
 

@@ -1,4 +1,4 @@
-"""The documentation site: links lead somewhere, every page is in the menu, every error text stands on the page that explains it."""
+"""The documentation site: links lead somewhere, pages are in the menu, error texts stand on the page that explains them."""
 
 import contextlib
 import io
