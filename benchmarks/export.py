@@ -1,6 +1,6 @@
 """What a quantised model takes where it runs: bytes and seconds a call by format, against float32 in the same runtime.
 
-python benchmarks/export.py onnx        # onnxruntime; or pt2e: torch.compile with frozen weights, which takes a minute
+python benchmarks/export.py onnx        # onnxruntime; or executorch; or pt2e: torch.compile with frozen weights, a minute
 python benchmarks/export.py onnx --model convolutions
 
 A GPT of 3.3 M parameters, 4 x 64 bytes of text a call, or six convolutions with batch norms, 1.1 M parameters, 4 pictures of
@@ -95,10 +95,23 @@ def compiled(path: Path, inputs: Tensor) -> Callable[[], Any]:
     return call
 
 
+def in_executorch(path: Path, inputs: torch.Tensor) -> Callable[[], Any]:
+    """A call of the file."""
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime
+
+    _unsafe_reset_threadpool(1)
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda: method.execute([inputs])
+
+
+LOADERS = {"onnx": in_onnxruntime, "pt2e": compiled, "executorch": in_executorch}
+
+
 def main() -> None:
     """Export, time and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("format", choices=("onnx", "pt2e"))
+    options.add_argument("format", choices=LOADERS)
     options.add_argument("--model", choices=("gpt", "convolutions"), default="gpt")
     options.add_argument("--ways", nargs="+", choices=WAYS)
     chosen = options.parse_args()
@@ -106,7 +119,7 @@ def main() -> None:
     make, inputs = (lambda: GPT(SHAPE), TEXT) if of_text else (convolutions, PICTURES)
     ways = chosen.ways or (OF_TEXT if of_text else OF_PICTURES)
     torch.set_num_threads(1)
-    load = in_onnxruntime if chosen.format == "onnx" else compiled
+    load = LOADERS[chosen.format]
     calls, files = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for way in ways:

@@ -1,4 +1,4 @@
-"""The `commpress` command: train, demo, report, lab, explain, probe, search.
+"""The `commpress` command: train, demo, report, lab, explain, probe, search, export, judge, shrink.
 
 Under torchrun: `torchrun --no-python ... commpress train`.
 """
@@ -17,6 +17,9 @@ COMMANDS = {
     "explain": "Explain",
     "probe": "Probe",
     "search": "Search",
+    "export": "Export",
+    "judge": "Judge",
+    "shrink": "Shrink",
 }
 """The modules of the commands, and the classes of their flags."""
 

@@ -226,6 +226,22 @@ def front(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> go.Figure
     return styled(figure)
 
 
+def dense_and_small(pairs: Mapping[str, tuple[float, float]], axis: str) -> go.Figure:
+    """Two bars for each name, what the dense model takes and what the small one does."""
+    figure = go.Figure()
+    for i, (legend, colour) in enumerate((("dense", GREYS[1]), ("small", COLOURS[0]))):
+        figure.add_bar(
+            x=[escape(name) for name in pairs],
+            y=[pair[i] for pair in pairs.values()],
+            name=legend,
+            marker_color=colour,
+            hovertemplate="%{x}: %{y:.4~g}<extra>%{fullData.name}</extra>",
+        )
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(title=axis)
+    return styled(figure)
+
+
 class Bar(NamedTuple):
     """Bytes that one run sent a step of one bucket."""
 

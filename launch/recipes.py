@@ -95,6 +95,8 @@ def read(path: Path, steps: int) -> "Recipe":
                 Plan.of_parameters(spec) if key == "parameters" else commpress.parse(spec)
         except ValueError as error:
             raise ValueError(f"{path}: traffic.{key}: {error}") from None
+    if recipe.budget is not None and not recipe.budget.settled:
+        raise ValueError(f"{path}: budget: is held against a dense model, which this run has not; see commpress shrink")
     if recipe.distil is not None and recipe.distil.teacher is None:
         raise ValueError(f"{path}: distil.teacher: missing, expected the folder of a run")
     return recipe
@@ -118,6 +120,28 @@ def follow(
         strategy = strategies.make(model, settings)
         taught_by = None if taught_by is None else taught_by.to(device)
         return strategy, Scheduler(recipe, model, strategy.optimizer, session=strategy.session, teacher=taught_by)
+
+
+def model_of_run(folder: Path) -> GPT:
+    """The model of a run's checkpoint, prepared as its recipe says.
+
+    Raises ValueError if there is none, if it is damaged, or if its recipe is not over.
+    """
+    if not checkpoint.exists(folder):
+        raise ValueError(f"{folder}: there is no checkpoint, expected the folder of a run of `commpress train`")
+    state = checkpoint.load_shared(folder)
+    identity = state["identity"]
+    model = GPT(Shape(*(identity[name] for name in ("layers", "width", "heads", "context"))))
+    if identity.get("recipe"):
+        if state["step"] != identity["steps"]:
+            raise ValueError(
+                f"{folder}: is at step {state['step']} of {identity['steps']}, expected its recipe to be over"
+            )
+        from commpress.model import Recipe, prepare
+
+        prepare(model, Recipe.of(identity["recipe"], str(folder)))
+    model.load_state_dict(state["model"])
+    return model
 
 
 def teacher(recipe: "Recipe", context: int) -> GPT | None:

@@ -2,8 +2,8 @@
 
 Runs are those of `commpress.launch.train`, step times and losses those of `benchmarks/training.py`, timelines the traces
 of `session.timeline`, reports what `session.report().write_json(...)` writes, predictions what
-`commpress explain` and `commpress probe` write with `--json`, checks of a GPU those of `make gpu-check`, and searches
-the search.json of `commpress search`.
+`commpress explain` and `commpress probe` write with `--json`, checks of a GPU those of `make gpu-check`, searches
+the search.json of `commpress search`, and judgements the judgement.json of `commpress judge`.
 """
 
 import json
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 RUN, STEP_TIMES, LOSSES, TIMELINE = "run", "step times", "losses", "timeline"
 SESSION, EXPLAINED, CHECKED, PROBED, GPU_CHECK = "session", "explain", "predictions", "probe", "gpu check"
-SEARCHED = "search"
+SEARCHED, JUDGED = "search", "judgement"
 NEEDED = {
     RUN: ("settings", "traffic", "curve", "steps_done", "median_step_seconds", "machine", "world_size", "backend"),
     STEP_TIMES: ("link", "machine", "torch", "world_size", "model", "parameters", "tokens_per_step", "steps", "rows"),
@@ -31,6 +31,7 @@ NEEDED = {
     PROBED: ("params", "world", "bandwidth", "answer", "rows"),
     GPU_CHECK: ("machine", "torch", "triton", "rehearsal", "values", "copy_seconds", "seconds", "rows"),
     SEARCHED: ("problem", "strategy", "weights", "front", "best", "finals", "rows"),
+    JUDGED: ("machine", "inputs", "batches", "rows", "dense", "small", "left_out", "targets", "sentences"),
 }
 NEEDED_IN_A_ROW = {
     STEP_TIMES: ("name", "kind", "seconds", "quartiles", "ratio", "tokens_per_second"),
@@ -41,6 +42,7 @@ NEEDED_IN_A_ROW = {
     PROBED: ("spec", "exchange", "sent_bytes", "ratio", "communication_seconds"),
     GPU_CHECK: ("part", "name", "error"),
     SEARCHED: ("number", "choice", "state", "quality", "size"),
+    JUDGED: ("runtime", "dense", "small", "quality"),
 }
 NEEDED_IN_A_LINK = ("hosts", "ranks_per_host", "rate", "delay", "loss", "shaped")
 CALLED = {
@@ -54,6 +56,7 @@ CALLED = {
     PROBED: "what `commpress probe` found",
     GPU_CHECK: "what `make gpu-check` found",
     SEARCHED: "what `commpress search` found",
+    JUDGED: "what `commpress judge` found",
 }
 SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 """Names of the spans of a timeline."""
@@ -91,7 +94,7 @@ def not_one(found: str, error: Exception) -> str:
 def kind(record: Any) -> str:
     """Return RUN, STEP_TIMES, ... Raises ValueError for a record that is none of them."""
     if isinstance(record, dict):
-        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED, PROBED, GPU_CHECK, SEARCHED):
+        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED, PROBED, GPU_CHECK, SEARCHED, JUDGED):
             return str(record["what"])
         if "traceEvents" in record:
             return TIMELINE

@@ -1,5 +1,5 @@
 """One HTML file from any number of JSON files: runs of the training program, reports of sessions, benchmarks of step time and
-loss, predictions, timelines, searches.
+loss, predictions, timelines, searches, judgements.
 
 A file is recognised by what is in it. The page needs nothing from the network: plotly's script is in it, once.
 """
@@ -16,6 +16,7 @@ from commpress.launch.records import (
     CHECKED,
     EXPLAINED,
     GPU_CHECK,
+    JUDGED,
     LOSSES,
     PROBED,
     RUN,
@@ -37,6 +38,7 @@ try:
     from commpress.launch.sections.benchmarks import loss_against_bytes, loss_against_time, predictions, step_time
     from commpress.launch.sections.gpu import gpu_checks
     from commpress.launch.sections.html import PAGE, table
+    from commpress.launch.sections.judgements import judgements
     from commpress.launch.sections.runs import (
         as_run,
         recipes,
@@ -75,6 +77,7 @@ def page(files: Sequence[Record]) -> str:
         *recipes(runs),
         *traffic([*runs, *sessions], look),
         *predictions([*of[EXPLAINED], *of[PROBED]], of[CHECKED]),
+        *judgements(of[JUDGED]),
         *timelines(of[TIMELINE]),
         *gpu_checks(of[GPU_CHECK]),
         *searches(of[SEARCHED]),

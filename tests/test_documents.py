@@ -235,10 +235,13 @@ def require_known(words: list[str]) -> None:
     from commpress.launch import command_line
     from commpress.launch.demo import Demo
     from commpress.launch.explain import Explain
+    from commpress.launch.export import Export
+    from commpress.launch.judge import Judge
     from commpress.launch.lab import Lab
     from commpress.launch.probe import Probe
     from commpress.launch.report import Report
     from commpress.launch.search import Search
+    from commpress.launch.shrink import Shrink
     from commpress.launch.train import Train
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -255,11 +258,13 @@ def require_known(words: list[str]) -> None:
                 assert any(name.split("==")[1] in need for need in ours), words
         case ["commpress", command, *flags]:
             programs = {"train": Train, "demo": Demo, "report": Report, "lab": Lab, "explain": Explain, "probe": Probe}
-            programs |= {"search": Search}
+            programs |= {"search": Search, "export": Export, "judge": Judge, "shrink": Shrink}
             assert command in programs, words
             command_line.read(programs[command], command, list(flags))
         case ["torchrun", *_] if "commpress.launch.probe" in words:
             command_line.read(Probe, "probe", arguments_after(words, "commpress.launch.probe"))
+        case ["torchrun", *_] if "commpress.launch.shrink" in words:
+            command_line.read(Shrink, "shrink", arguments_after(words, "commpress.launch.shrink"))
         case ["torchrun", *_] if "commpress.launch.search" in words:
             command_line.read(Search, "search", arguments_after(words, "commpress.launch.search"))
         case ["torchrun" | "deepspeed", *_]:
@@ -315,7 +320,7 @@ def test_the_prediction_of_the_readme_prints() -> None:
 @pytest.mark.slow
 def test_every_program_has_help() -> None:
     """`python -m commpress.launch.NAME --help`, all in one process."""
-    programs = ("cli", "demo", "explain", "lab", "probe", "report", "search", "train")
+    programs = ("cli", "demo", "explain", "export", "lab", "probe", "report", "search", "train")
     code = f"""
 import runpy, sys
 for name in {programs}:

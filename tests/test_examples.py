@@ -14,9 +14,9 @@ from commands import started_by_torchrun
 from ranks import run
 from tiers import slowly
 
-SEARCH = "search"
-"""The example that sends nothing by itself: tests/launch/test_search_command.py runs it."""
-EXAMPLES = sorted(p for p in Path(__file__).parents[1].joinpath("examples").glob("*.py") if p.stem != SEARCH)
+BY_COMMANDS = ("search", "shrink")
+"""The examples that send nothing by themselves: the tests of their commands run them."""
+EXAMPLES = sorted(p for p in Path(__file__).parents[1].joinpath("examples").glob("*.py") if p.stem not in BY_COMMANDS)
 FEWER = {"ddp": 7, "fsdp": 4, "diloco": 200, "one_bit_adam": 3, "recipe": 8, "bert": 7}
 """How many times fewer bytes each sends, at least."""
 

@@ -9,6 +9,18 @@ except ModuleNotFoundError as error:
 from commpress.model import search
 from commpress.model.average import Average
 from commpress.model.export import Exported, export
+from commpress.model.judgement import Judgement, judge
 from commpress.model.schedule import Scheduler, prepare
 
-__all__ = ["Average", "Exported", "Recipe", "RecipeError", "Scheduler", "export", "prepare", "search"]
+__all__ = [
+    "Average",
+    "Exported",
+    "Judgement",
+    "Recipe",
+    "RecipeError",
+    "Scheduler",
+    "export",
+    "judge",
+    "prepare",
+    "search",
+]

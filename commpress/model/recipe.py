@@ -197,6 +197,38 @@ class Distil(Part):
         return LAST if self.end is None else self.end
 
 
+class Budget(Part):
+    """A budget: what the exported file may take, from which the scheduler finds [[prune]] and [[quantize]] entries."""
+
+    start: Step = 0
+    """When the layers are measured and the settings chosen; pruning begins there."""
+    end: Step | None = None
+    """The last change of pruning; from there on forward computes with the integers. Default: `start`."""
+    every: Annotated[int, Field(ge=1)] = 100
+    max_mb: Annotated[float, Field(gt=0)] | None = None
+    """Of the file, 10^6 bytes each."""
+    max_ms: Annotated[float, Field(gt=0)] | None = None
+    """Of a call in the file's runtime on one thread, the median."""
+    max_loss: Annotated[float, Field(ge=0)] | None = None
+    """What the held-out loss may rise by against the dense model's, as a share of that: 0.01 for 1 %."""
+    format: Literal["onnx", "pt2e", "safetensors"] = "onnx"
+    """Which file is held against it. Pruned weights are left out of safetensors alone."""
+    settled: bool = False
+    """Whether the entries were chosen; the scheduler says so in what it saves."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Budget":
+        if self.last < self.start:
+            raise ValueError(f"end: expected at least start, {self.start}, got {self.end}")
+        if self.max_mb is None and self.max_ms is None and self.max_loss is None:
+            raise ValueError("expected some of max_mb, max_ms, max_loss, got none")
+        return self
+
+    @property
+    def last(self) -> int:
+        return self.start if self.end is None else self.end
+
+
 class Traffic(Part):
     """Traffic, for the training program: specs of gradients, and of parameters that FSDP2 gathers."""
 
@@ -220,8 +252,15 @@ class Recipe(Part):
     prune: tuple[Prune, ...] = ()
     quantize: tuple[Quantize, ...] = ()
     distil: Distil | None = None
+    budget: Budget | None = None
     traffic: Traffic = Traffic()
     _source: str | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Recipe":
+        if self.budget is not None and not self.budget.settled and (self.prune or self.quantize):
+            raise ValueError("budget: chooses what [[prune]] and [[quantize]] say, expected neither beside it")
+        return self
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.to_dict() == other.to_dict()  # wherever they were read
@@ -264,6 +303,8 @@ class Recipe(Part):
         for i, prune in enumerate(self.prune):
             if prune.last > steps:
                 raise RecipeError(f"prune[{i}].end: {prune.last}, but the run has {steps} steps")
+        if self.budget is not None and self.budget.last >= steps:
+            raise RecipeError(f"budget.end: {self.budget.last}, but the run has {steps} steps")
         starts = [(f"quantize[{i}]", part.start) for i, part in enumerate(self.quantize)]
         for key, start in [*starts, *([("distil", self.distil.start)] if self.distil else [])]:
             if start >= steps:
@@ -327,9 +368,8 @@ def _sentence(error: Any) -> str:
         return f"{key}: missing"
     if kind == "value_error":  # of a table's own check, which may say the key within
         told = str(error["ctx"]["error"])
-        return (
-            f"{key}.{told}" if told.partition(":")[0] in Prune.model_fields | Distil.model_fields else f"{key}: {told}"
-        )
+        within = told.partition(":")[0] in Prune.model_fields | Distil.model_fields
+        return f"{key}.{told}" if within else f"{key}: {told}" if key else told
     expected = EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
     return f"{key}: expected {expected}, got {_shown(got)}{_advice(key, kind, got)}"
 
@@ -337,6 +377,7 @@ def _sentence(error: Any) -> str:
 def _known(place: tuple[int | str, ...]) -> str:
     """Return which key may be meant, or which there are."""
     tables: dict[Any, type[Part]] = {"prune": Prune, "quantize": Quantize, "distil": Distil, "traffic": Traffic}
+    tables |= {"budget": Budget}
     known = list((tables[place[0]] if len(place) > 1 else Recipe).model_fields)
     near = difflib.get_close_matches(str(place[-1]), known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from commpress.model import layers, quantization, ranges
+from commpress.model import budget, layers, quantization, ranges
 from commpress.model.distillation import PROJECTIONS, Distillation, Distiller, fingerprint
+from commpress.model.judgement.quality import Loss
 from commpress.model.masks import Masks
 from commpress.model.pruner import LATE, Pruner, Session
 from commpress.model.reach import Reach
-from commpress.model.recipe import Quantize, Recipe, RecipeError, naming_the_file
+from commpress.model.recipe import Budget, Quantize, Recipe, RecipeError, naming_the_file
 from commpress.notice import warn
 
 STATE_VERSION = 1
@@ -50,8 +51,9 @@ class Scheduler:
     `model` is the module itself, not its DDP; or what `fully_shard` took, or what `torch.compile` returned and nobody has
     called. `optimizer` is one or a list: all that move weights which the recipe prunes; what Accelerate or Lightning made of
     them does as well. `session` is what `commpress.attach` returned, and is needed with more than one rank. `teacher` is a
-    model of any kind, for a recipe that distils. Call `loss` in each backward and `step` after each optimizer step, once if
-    there are several. `phase` says what goes on now.
+    model of any kind, for a recipe that distils. `held_out` are this rank's batches (inputs, targets) for a recipe with a
+    budget, and `budget_loss` takes outputs and targets, if their loss is not the usual one (`commpress.model.judge`). Call
+    `loss` in each backward and `step` after each optimizer step, once if there are several. `phase` says what goes on now.
 
     Raises RecipeError, naming the key, if the recipe does not fit the model, TypeError or ValueError if something is missing,
     as an optimizer. What is left out, and a share below a half of the model, is a warning, from rank 0.
@@ -66,10 +68,15 @@ class Scheduler:
         *,
         session: Session | None = None,
         teacher: nn.Module | None = None,
+        held_out: Sequence[tuple[Any, Tensor]] = (),
+        budget_loss: Loss | None = None,
     ) -> None:
         given = [*optimizer] if isinstance(optimizer, Sequence) else [optimizer]
         self.recipe, self.model, self.optimizer = recipe, layers.uncompiled(model), given[0] if given else None
         self._session, self._teacher = session, teacher
+        self._optimizers, self._held_out, self._budget_loss = given, held_out, budget_loss
+        if recipe.budget is not None and not recipe.budget.settled and not held_out:
+            raise TypeError("Scheduler: the recipe has a [budget], expected held_out=, batches (inputs, targets)")
         self._asked = False
         """Whether the teacher has answered since the last step."""
         self.model.state_dict(keep_vars=True)  # FSDP shards what an evaluation has left whole
@@ -168,7 +175,8 @@ class Scheduler:
         """Restore what `state_dict` saved; training goes on bit for bit. Collective. Load model and optimizer before, the
         session behind it.
 
-        Another recipe may follow from here on, as long as what it has done so far is what was saved: a run forks. Raises
+        What a budget came to is in the saved recipe: prepare a fresh model for that one before its state is loaded. Another
+        recipe may follow from here on, as long as what it has done so far is what was saved: a run forks. Raises
         ValueError for another version, another teacher, or a recipe that would have done something else by now.
         """
         if state.get("version") != STATE_VERSION:
@@ -177,6 +185,8 @@ class Scheduler:
             )
         done = int(state["done"])
         saved = Recipe.of(state["recipe"], "the saved recipe")
+        if saved.budget is not None and saved.budget.settled and self._follows(saved.budget):
+            self._follow(saved)
         self._require_same_past(saved, done)
         now = None if self._teacher is None else fingerprint(self._teacher)
         if state["teacher"] is not None and now is not None and now != state["teacher"]:
@@ -234,11 +244,32 @@ class Scheduler:
 
     def _advance(self) -> None:
         """Do what is due behind `done` steps."""
+        its = self.recipe.budget
+        if its is not None and not its.settled and its.start == self.done:
+            group = None if self._session is None else self._session.group
+            self._follow(budget.settled(self.recipe, self.model, self._held_out, self._budget_loss, group))
+            self._agree()
         self._pruner.advance()
         for late in self.recipe.quantize:
             if late.start == self.done:
                 quantization.enable(self.model, settings=_settings(late))
         self._announce()
+
+    def _follows(self, saved: Budget) -> bool:
+        """Whether a saved run's choice is that of this recipe's budget."""
+        own = self.recipe.budget
+        return own is not None and own.model_copy(update={"settled": True}) == saved
+
+    def _follow(self, recipe: Recipe) -> None:
+        """Go on by the entries that the budget came to."""
+        done, source = self.done, self.recipe._source
+        self._pruner.close()
+        self.recipe = recipe
+        recipe._source = source
+        if not quantization.is_prepared(self.model):
+            prepare(self.model, recipe)
+        self._pruner = Pruner(recipe, self.model, self._optimizers, self._session, self._require_called)
+        self._pruner.done = done
 
     def _announce(self) -> None:
         """Tell the session what goes on, and whether the next step looks at all gradients."""

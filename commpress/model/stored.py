@@ -93,14 +93,20 @@ class Stored:
             if twice := parts.keys() & packed.keys():
                 raise ValueError(f"store: {min(twice)!r} would be two tensors of the file: rename it in the model")
             packed.update(parts)
-        header = {"version": VERSION, "checksum": UNKNOWN, "layout": layout, "shared": self.shared}
+        header: dict[str, Any] = {"layout": layout, "shared": self.shared}
         header |= {"ranges": self.ranges} if self.ranges else {}
-        with replacing(Path(path)) as beside:
-            _safetensors().torch.save_file(packed, beside, {"commpress": json.dumps(header)})
-            place, _, crc = _summed(beside)
-            with beside.open("r+b") as file:
-                file.seek(place)
-                file.write(f"{crc:08x}".encode())
+        write_summed(Path(path), packed, VERSION, header)
+
+
+def write_summed(path: Path, tensors: dict[str, Tensor], version: int | str, header: Mapping[str, Any]) -> None:
+    """Write a safetensors file whole or not at all, with a header that has its checksum as this module's docstring says."""
+    told = {"version": version, "checksum": UNKNOWN, **header}
+    with replacing(path) as beside:
+        _safetensors().torch.save_file(tensors, beside, {"commpress": json.dumps(told)})
+        place, _, crc = _summed(beside)
+        with beside.open("r+b") as file:
+            file.seek(place)
+            file.write(f"{crc:08x}".encode())
 
 
 def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> Stored:

@@ -11,7 +11,21 @@ EXTRAS = (
 )
 """What `pip install .` does not install."""
 BLOCKED = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS}))\n"
-PROGRAMS = ("train", "demo", "lab", "explain", "probe", "report", "search", "ray_train", "cli", "figures")
+PROGRAMS = (
+    "train",
+    "demo",
+    "lab",
+    "explain",
+    "probe",
+    "report",
+    "search",
+    "export",
+    "judge",
+    "shrink",
+    "ray_train",
+    "cli",
+    "figures",
+)
 
 
 def core_only(code: str, **environment: str) -> Ended:

@@ -9,7 +9,9 @@ from commands import run_command
 from commpress.launch.settings import Settings
 
 
-@pytest.mark.parametrize("command", ["", "train", "demo", "report", "lab", "explain", "probe", "search"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "demo", "report", "lab", "explain", "probe", "search", "export", "judge", "shrink"]
+)
 def test_help_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = run_command(*filter(None, [command]), "--help")

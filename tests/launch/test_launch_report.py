@@ -83,7 +83,7 @@ def test_only_sections_for_which_there_is_data_appear(tmp_path: Path) -> None:
         "run0": ["Loss against bytes", "Loss against time", "Bytes and seconds a step", "Settings and machine"],
     }.items():
         assert sections(report.page([read(tmp_path / f"{kind}.json")])) == expected
-    assert len(sections(report.page([read(path) for path in paths]))) == 6
+    assert len(sections(report.page([read(path) for path in paths]))) == 7
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_the_report_at_the_width_of(chromium: Chromium, page: Path, tmp_path: Pa
     assert [url for url in fetched if not url.startswith("data:")] == [page.as_uri()]
 
     assert found["scroll_width"] <= found["width"] <= SIZES[size][0]
-    assert len(found["figures"]) == 11
+    assert len(found["figures"]) == 14
     for figure in found["figures"]:
         assert figure["shapes"] > 0
         assert 0 < figure["width"] <= found["width"]

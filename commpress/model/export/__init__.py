@@ -3,6 +3,8 @@
     safetensors   model.safetensors   commpress reads it (`stored.py`)
     onnx          model.onnx          onnxruntime, and what else reads ONNX
     pt2e          model.pt2           PyTorch: `torch.export.load`, `torch.compile`
+    executorch    model.pte           ExecuTorch's runtime, with XNNPACK
+    integer       integer.safetensors a device without floats, and NumPy (`integer_run.py`)
     torchao       transformers/       Transformers: `from_pretrained`
 
 A new format is a module with FILE, `write` and `run`, and a line in FORMATS.
@@ -18,10 +20,17 @@ import torch
 from torch import nn
 
 from commpress.model import layers
-from commpress.model.export import onnx, pt2e, safetensors, torchao
+from commpress.model.export import executorch, integer, onnx, pt2e, safetensors, torchao
 from commpress.model.export.parts import batch_shapes, evaluated, require_exportable, tensors_of
 
-FORMATS: dict[str, ModuleType] = {"safetensors": safetensors, "onnx": onnx, "pt2e": pt2e, "torchao": torchao}
+FORMATS: dict[str, ModuleType] = {
+    "safetensors": safetensors,
+    "onnx": onnx,
+    "pt2e": pt2e,
+    "executorch": executorch,
+    "integer": integer,
+    "torchao": torchao,
+}
 """By name: a module with FILE, `write(path, model, inputs, shapes)` and `run(path, model, inputs)`."""
 
 

@@ -1,0 +1,150 @@
+"""Judgement: what a small model costs and brings against the dense one, measured on the user's own batches.
+
+    judgement = judge(dense, small, data, folder="out/")
+    judgement.sentences                               # what helps and what does not, of the measured figures
+    judgement.write("out/")                           # judgement.json, model_card.md
+
+Each form of a model (`forms.py`) is loaded by its runtime (`runtimes.py`) in a process of its own. Dense and small are called
+in turns there (`measuring.py`), on one thread and on all, and what they compute is compared here (`quality.py`).
+"""
+
+import contextlib
+import json
+import platform
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commpress.files import write_atomically
+from commpress.kernels.cpu.slices import cores
+from commpress.model.judgement import content, targets
+from commpress.model.judgement.card import model_card
+from commpress.model.judgement.forms import Batch, Form, Side, arrays_of, batches_of, known_runtimes, side_of
+from commpress.model.judgement.measuring import FormError, Process, Speed, in_turns
+from commpress.model.judgement.quality import Loss, Quality
+from commpress.model.judgement.words import sentences
+
+__all__ = ["FormError", "Judgement", "Loss", "judge"]
+
+RECORD, CARD = "judgement.json", "model_card.md"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was measured, as `judgement.json` has it."""
+
+    record: dict[str, Any]
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the small model brings and what it does not, each of the figures."""
+        found: list[str] = self.record["sentences"]
+        return found
+
+    @property
+    def card(self) -> str:
+        """The model card, Markdown."""
+        return model_card(self.record)
+
+    def write(self, folder: str | Path) -> None:
+        """Write judgement.json and model_card.md. Raises OSError if that cannot be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.record, indent=1, allow_nan=False) + "\n"
+        write_atomically(folder / RECORD, lambda file: file.write(text.encode()))
+        write_atomically(folder / CARD, lambda file: file.write(self.card.encode()))
+
+
+def judge(
+    dense: nn.Module | str | Path,
+    small: nn.Module | str | Path,
+    data: Iterable[tuple[Any, Tensor]],
+    *,
+    loss: Loss | None = None,
+    runtimes: Sequence[str] | None = None,
+    folder: str | Path | None = None,
+) -> Judgement:
+    """Measure the small model against the dense one, each a module on the CPU or a folder that `commpress.model.export` wrote.
+
+    `data` are batches (inputs, targets), held out, read once; inputs are a tensor or a tuple of tensors. Calls are timed with
+    the inputs of the first one, so its rows count: one row says how long a single answer takes. `loss` takes outputs and
+    targets; without it that is cross entropy for whole targets, where predictions are compared as well, else squared error.
+    A module is prepared, converted or plain, and is written to `folder`/dense or `folder`/small in the formats of the runtimes;
+    without `folder` these files do not stay. `runtimes` are some of "torch", "onnxruntime", "pt2e"; default: all.
+
+    A runtime that is not installed, or in which one of both has no form, is left out, and the record says why. Raises
+    ValueError if none is left, without batches, or for outputs and targets that do not go together; FormError, one of them,
+    for a form that its runtime cannot run.
+    """
+    chosen, batches = known_runtimes(runtimes), batches_of(data, "judge(data)")
+    with tempfile.TemporaryDirectory(prefix="commpress-judge-") as scratch:
+        where = Path(scratch) / "files" if folder is None else Path(folder)
+        inputs = batches[0][0]
+        sides = [
+            side_of(name, model, chosen, inputs, where / name, Path(scratch) / name)
+            for name, model in (("dense", dense), ("small", small))
+        ]
+        both = [runtime for runtime in chosen if all(runtime in side.forms for side in sides)]
+        if not both:
+            raise ValueError(f"judge: no runtime has a form of both models: {'; '.join(_reasons(sides))}")
+        rows = [_row(runtime, [side.forms[runtime] for side in sides], batches, loss) for runtime in both]
+        record: dict[str, Any] = {
+            "what": "judgement",
+            "machine": {"processor": processor(), "cores": cores(), "torch": torch.__version__},
+            "inputs": [list(x.shape) for x in inputs],
+            "batches": len(batches),
+            "rows": rows,
+            "dense": content.of_side(sides[0]),
+            "small": content.of_side(sides[1]),
+            "left_out": _reasons(sides),
+            "targets": targets.kernels(content.kinds(sides[1])),
+        }
+    return Judgement({**record, "sentences": sentences(record)})
+
+
+def _row(runtime: str, forms: Sequence[Form], batches: Sequence[Batch], loss: Loss | None) -> dict[str, Any]:
+    """All figures of one runtime."""
+    inputs, quality = arrays_of(batches[0][0]), Quality()
+    speeds: list[list[Speed]] = []
+    for threads in sorted({1, cores()}):
+        with contextlib.ExitStack() as stack:
+            pair = [stack.enter_context(Process(form, inputs, threads)) for form in forms]
+            for each in pair:
+                each.load()
+            speeds.append(in_turns(pair, threads))
+            if quality.rows:
+                continue
+            for given, target in batches:
+                outputs = [each.ask("outputs", arrays_of(given)) for each in pair]
+                if not all(outputs):
+                    raise ValueError(f"judge: {runtime} returns no tensor for a batch, expected outputs")
+                one, other = (torch.from_numpy(each[0]) for each in outputs)
+                quality.add(one, other, target.detach().cpu(), loss)
+    found = {
+        name: {"file": form.file.name, "bytes": form.bytes, "speeds": [asdict(each[i]) for each in speeds]}
+        for i, (name, form) in enumerate(zip(("dense", "small"), forms, strict=True))
+    }
+    return {"runtime": runtime, **found, "quality": quality.to_dict()}
+
+
+def _reasons(sides: Sequence[Side]) -> list[str]:
+    """Why runtimes are left out, a sentence each."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for side in sides:
+        for runtime, why in side.left_out.items():
+            found.setdefault(runtime, {}).setdefault(why, []).append(side.name)
+    return [f"{runtime}, {' and '.join(names)}: {why}" for runtime, by in found.items() for why, names in by.items()]
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    with contextlib.suppress(OSError):  # Linux says more than Python
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()

@@ -1,0 +1,175 @@
+"""Write a model in the forms that targets run: that of a run, or one of your own.
+
+    commpress export runs/small --formats onnx pt2e --out out
+    commpress export --model my_project.models:build --state model.safetensors --example my_project.models:inputs
+
+Files are those of `commpress.model.export` (docs/export.md); export.json in the same folder says what the table does.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from commpress import extras
+from commpress.files import write_atomically
+from commpress.launch import recipes, run_folder
+from commpress.launch.model_size import imported
+from commpress.launch.predictions import require, say, show
+
+try:
+    from tyro.conf import Positional
+
+    from commpress.launch import command_line
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.export", error, "launch") from None
+
+if TYPE_CHECKING:
+    from commpress.model import Exported
+
+Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torchao"]
+RECORD = "export.json"
+ROWS = 4
+"""Of the example inputs of a run's model. What plans memory, ExecuTorch, has it for as many."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a model in the forms that targets run: ONNX, ExecuTorch, integers, ..."""
+
+    folder: Annotated[Path | None, Positional] = None
+    """Folder of a run of `commpress train`; its checkpoint and recipe count. Or --model."""
+    formats: tuple[Format, ...] = ("onnx",)
+    """What to write."""
+    model: str | None = None
+    """Your own model, module:factory; the factory takes nothing and returns it."""
+    state: Path | None = None
+    """Its values: commpress's model.safetensors, or what torch.save wrote of its state dict."""
+    recipe: Path | None = None
+    """The recipe that it was trained by, if the factory does not prepare it."""
+    example: str | None = None
+    """Its example inputs, module:function; it returns a tuple, of 2 rows or more."""
+    out: Path = Path("runs/exported")
+    """Folder for the files and export.json."""
+
+    def run(self) -> None:
+        """Export and print. Ends the program with code 1 and a sentence if that cannot be."""
+        try:
+            self.require_sense()
+            self.print(self.exported())
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(1)
+
+    def require_sense(self) -> None:
+        """Raise ValueError for flags that do not go together."""
+        both = self.folder is not None and self.model is not None
+        require(not both, f"{self.folder} and --model {self.model}: expected a run's folder or a model, not both")
+        require(
+            self.folder is not None or self.model is not None,
+            "expected the folder of a run, or --model module:factory, such as my_project.models:build",
+        )
+        for name in ("state", "recipe", "example"):
+            alone = getattr(self, name) is None or self.model is not None
+            require(alone, f"--{name} {getattr(self, name)}: counts beside --model alone")
+        require(
+            self.model is None or self.example is not None,
+            "--example: expected module:function, such as my_project.models:inputs",
+        )
+        run_folder.require_writable(self.out)
+
+    def exported(self) -> "list[Exported]":
+        """The files. Raises ValueError that names the flag, or what `commpress.model.export` raises."""
+        from commpress.model import export
+
+        if self.folder is not None:
+            model: nn.Module = recipes.model_of_run(self.folder)
+            inputs = bytes_of(model)
+        else:
+            model, inputs = self.own_model(), self.own_inputs()
+        return export(model, self.out, formats=self.formats, example_inputs=inputs)
+
+    def own_model(self) -> nn.Module:
+        """What --model, --recipe and --state say."""
+        assert self.model is not None
+        model = called(self.model, "--model")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"--model {self.model}: returns a {type(model).__name__}, expected a torch.nn.Module")
+        if self.recipe is not None:
+            from commpress.model import Recipe, prepare
+
+            prepare(model, Recipe.load(self.recipe))
+        if self.state is not None:
+            try:
+                load(model, self.state)
+            except RuntimeError as error:
+                raise ValueError(f"--state {self.state}: {error}") from error
+        return model
+
+    def own_inputs(self) -> tuple[Any, ...]:
+        """What --example says."""
+        assert self.example is not None
+        inputs = called(self.example, "--example")
+        if not isinstance(inputs, tuple):
+            raise ValueError(f"--example {self.example}: returns a {type(inputs).__name__}, expected a tuple")
+        return inputs
+
+    def print(self, files: "list[Exported]") -> None:
+        """Print what was written, and write export.json."""
+        made = Table("format", "file", "MB", "difference", title="exported", box=box.SIMPLE_HEAD)
+        for column in made.columns[2:]:
+            column.justify = "right"
+        for each in files:
+            made.add_row(each.format, str(each.path), f"{each.bytes / 1e6:.3f}", f"{each.difference:.1e}")
+        show(made)
+        say("difference: the largest of the example's outputs, between training with quantisers on and the file")
+        rows = [{**vars(each), "path": each.path.name} for each in files]
+        record = {"what": "export", "of": str(self.folder or self.model), "rows": rows}
+        text = json.dumps(record, indent=1) + "\n"
+        write_atomically(self.out / RECORD, lambda file: file.write(text.encode()))
+
+
+def bytes_of(model: Any) -> tuple[torch.Tensor]:
+    """Bytes for a GPT to read: the time is all of its context."""
+    random = torch.Generator().manual_seed(0)
+    return (torch.randint(0, 256, (ROWS, model.positions.num_embeddings), generator=random),)
+
+
+def called(text: str, flag: str) -> Any:
+    """What the function that `module:function` names returns. Raises ValueError that names the flag."""
+    function = imported(text, flag)
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{flag} {text}: the call fails: {type(error).__name__}: {error}") from error
+
+
+def load(model: nn.Module, path: Path) -> None:
+    """Give a model the values of a file. Raises ValueError or RuntimeError if they are not its own, or damaged."""
+    if path.suffix == ".safetensors":
+        from commpress.model import stored
+        from commpress.model.restored import restore
+
+        restore(model, stored.load(path))
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of what torch cannot read it raises what it likes
+        raise ValueError(f"--state {path}: no file of torch.save, or damaged: {error}") from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
+    if not isinstance(state, dict):
+        raise ValueError(f"--state {path}: has a {type(state).__name__}, expected a state dict")
+    model.load_state_dict(state)
+
+
+if __name__ == "__main__":
+    command_line.read(Export, "python -m commpress.launch.export").run()

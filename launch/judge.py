@@ -1,0 +1,142 @@
+"""Judge a small model against the dense one: loss, predictions, bytes, latency and memory, in each runtime that is installed.
+
+    commpress judge runs/dense runs/small                                # two runs of `commpress train`
+    commpress judge out/dense out/small --data my_project.data:held_out  # two folders of `commpress.model.export`
+
+The function of --data takes nothing and returns batches (inputs, targets); runs have held-out text of their own.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich import box
+from rich.table import Table
+from torch import nn
+
+from commpress import extras
+from commpress.files import write_atomically
+from commpress.launch import checkpoint, data, recipes, run_folder
+from commpress.launch.model_size import imported
+from commpress.launch.predictions import require, say, show
+
+try:
+    from tyro.conf import arg
+
+    from commpress.launch import command_line, report
+    from commpress.launch.sections.judgements import conditions
+except ModuleNotFoundError as error:
+    raise extras.missing("commpress.launch.judge", error, "launch") from None
+
+if TYPE_CHECKING:
+    from commpress.model import Judgement
+
+PAGE = "judgement.html"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measure a small model against the dense one: loss, bytes, latency, memory."""
+
+    dense: Annotated[Path, arg(help_behavior_hint="(required)")]
+    """The dense model: the folder of a run of `commpress train`, or of exported files."""
+    small: Annotated[Path, arg(help_behavior_hint="(required)")]
+    """The small model, likewise."""
+    data: str | None = None
+    """module:function that returns batches (inputs, targets); for runs a text file or folder in the place of theirs."""
+    runtimes: tuple[str, ...] = ()
+    """Some of torch, onnxruntime, pt2e. Default: all that are installed; pt2e compiles for about a minute a model."""
+    out: Path = Path("runs/judged")
+    """Folder for judgement.json, judgement.html, model_card.md, and what is exported of runs."""
+
+    def run(self) -> None:
+        """Measure and print. Ends the program with code 1 and a sentence if that cannot be."""
+        try:
+            run_folder.require_writable(self.out)
+            self.print(self.judged())
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(1)
+
+    def judged(self) -> "Judgement":
+        """Return the judgement. Raises ValueError that names the flag for what cannot be."""
+        from commpress.model import judge
+
+        return judge(
+            model_of(self.dense), model_of(self.small), self.batches(), runtimes=self.runtimes or None, folder=self.out
+        )
+
+    def batches(self) -> Iterable[Any]:
+        """Held-out batches: what --data's function returns, or windows of a run's text. Raises ValueError."""
+        run = next((each for each in (self.dense, self.small) if checkpoint.exists(each)), None)
+        if self.data is not None and ":" in self.data and not Path(self.data).exists():
+            function = imported(self.data, "--data")
+            try:
+                found = function()
+            except (Exception, SystemExit) as error:
+                raise ValueError(f"--data {self.data}: the call fails: {type(error).__name__}: {error}") from error
+            require(
+                isinstance(found, Iterable),
+                f"--data {self.data}: returns a {type(found).__name__}, expected batches (inputs, targets)",
+            )
+            assert isinstance(found, Iterable)
+            return found
+        require(run is not None, "--data: expected module:function, such as my_project.data:held_out; no run is given")
+        assert run is not None
+        return held_out(run, None if self.data is None else Path(self.data))
+
+    def print(self, judgement: "Judgement") -> None:
+        """Print what was found, and write the files; the card goes beside the small model's, too."""
+        from commpress.model.judgement import CARD, words
+
+        record = judgement.record
+        say(f"The small model ({words.described(record)}) against the dense one. {conditions(record)}")
+        tables = {
+            "time and memory": words.speed_rows(record),
+            "loss and predictions": words.quality_rows(record),
+            "files": words.size_rows(record),
+            "values": words.count_rows(record),
+            "model.safetensors by layer": words.layer_rows(record),
+            "kernels elsewhere, by their documents": words.target_rows(record),
+        }
+        for title, (head, *rows) in tables.items():
+            if rows:
+                made = Table(*head, title=title, box=box.SIMPLE_HEAD)
+                for row in rows:
+                    made.add_row(*row)
+                show(made)
+        for each in (*record["sentences"], *(f"Not measured: {why}" for why in record["left_out"])):
+            say(f"- {each}")
+        judgement.write(self.out)
+        write_atomically(self.small / CARD, lambda file: file.write(judgement.card.encode()))
+        report.write(self.out / PAGE, report.page([record]))
+        say(f"record, pictures and card in {self.out}; the card is in {self.small}, too")
+
+
+def model_of(folder: Path) -> nn.Module | Path:
+    """The model of a run, prepared as its recipe says; or the folder itself, for exported files. Raises ValueError."""
+    return recipes.model_of_run(folder) if run_folder.holds_checkpoint(folder, "judge") else folder
+
+
+def held_out(folder: Path, text: Path | None) -> Iterator[tuple[Any, Any]]:
+    """The windows on which a run of `commpress train` says its held-out loss, of its own text or of another one."""
+    path = folder / "record.json"
+    try:
+        settings = json.loads(path.read_text())["settings"]
+        context, batch, count = (settings[key] for key in ("context", "batch", "eval_batches"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a run's record.json: {type(error).__name__}: {error}") from None
+    own = None if settings["data"] in (None, "None") else Path(settings["data"])
+    found = data.load(text or own)
+    data.require_context(found, context)
+    starts = data.validation_starts(found.validation, count * batch, context)
+    return (data.windows(found.validation, part, context) for part in starts.split(batch))
+
+
+if __name__ == "__main__":
+    command_line.read(Judge, "python -m commpress.launch.judge").run()

@@ -1,0 +1,160 @@
+"""`commpress shrink`: a budget that is met, one that is not, and flags that make no sense."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import Ended, run_command
+
+from commpress.model import Recipe
+
+pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
+TASK = '''
+"""A trained network, and batches of a task that it knows."""
+import torch
+from torch import nn
+
+TRUTH = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+
+
+def part(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(64, 32, generator=generator)
+        yield x, (x @ TRUTH).argmax(1)
+
+
+def batches():
+    return list(part(1, 40)), list(part(2, 4))
+
+
+def trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for x, y in part(1, 40):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def one_part():
+    return list(part(1, 4))
+
+
+def number():
+    return 3
+'''
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a task, which is where the command runs."""
+    (tmp_path / "shrink_task.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("COLUMNS", "120")
+    yield tmp_path
+    sys.modules.pop("shrink_task", None)
+
+
+def shrunk(*flags: object, model: str = "trained", data: str = "batches") -> Ended:
+    return run_command(
+        *("shrink", "--model", f"shrink_task:{model}", "--data", f"shrink_task:{data}", "--out", "out", *flags)
+    )
+
+
+@pytest.mark.slow
+def test_a_budget_is_met_by_the_exported_file(place: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    code, out, err = shrunk("--max-mb", 0.12, "--max-ms", 50, "--max-loss", "20%", "--steps", 60, "--lr", 1e-3)
+    assert code == 0, err
+    record = json.loads(Path("out/judgement.json").read_text())
+    (row,) = record["rows"]
+    assert row["runtime"] == "onnxruntime"
+    assert row["small"]["bytes"] == Path("out/small/model.onnx").stat().st_size <= 120_000
+    assert row["dense"]["bytes"] > 250_000
+    assert row["quality"]["small_loss"] <= 1.2 * row["quality"]["dense_loss"]
+    assert re.search(r"step 60/60: loss .* \[int8\]", out)
+    assert Path("out/small/model.onnx").exists()
+    chosen = Recipe.load("out/recipe.yaml")
+    assert chosen.budget is not None
+    assert chosen.budget.settled
+    assert [(entry.bits, entry.activations) for entry in chosen.quantize] == [(8, "static")]
+
+
+@pytest.mark.slow
+def test_a_loss_beyond_the_budget_ends_with_its_value_and_code_1(place: Path) -> None:
+    code, _, err = shrunk("--max-mb", 0.03, "--max-loss", "0%", "--steps", 10, "--format", "safetensors")
+    assert code == 1
+    assert re.search(
+        r"error: the budget is not met: max_loss 0: the loss of model.safetensors is \d\.\d+, [\d.]+% above the dense",
+        err,
+    )
+    assert Path("out/judgement.html").exists()
+
+
+def test_a_size_that_no_setting_reaches_ends_before_the_training(place: Path) -> None:
+    code, out, err = shrunk("--max-mb", 0.001, "--format", "safetensors")
+    assert code == 1
+    assert re.search(r"budget.max_mb: 0.001 MB cannot be met, the closest of model.safetensors is 0\.0\d+ MB", err)
+    assert err.count("\n") == 1
+    assert "step" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "how", "said"),
+    [
+        ((), {}, "expected some of --max-mb, --max-ms, --max-loss, or --recipe"),
+        (("--max-loss", "1"), {}, "--max-loss '1': expected a percentage below 100, such as 0.1%"),
+        (("--max-mb", 0), {}, "budget.max_mb: expected greater than 0, got 0.0"),
+        (("--max-mb", 1, "--steps", 0), {}, "--steps 0: expected a whole number from 1 on"),
+        (("--max-mb", 1), {"model": "number"}, "--model shrink_task:number: returns a int, expected a torch.nn.Module"),
+        (("--max-mb", 1), {"data": "number"}, "--data shrink_task:number: expected (training, held_out)"),
+        (("--max-mb", 1), {"data": "one_part"}, "--data shrink_task:one_part: expected (training, held_out)"),
+        (("--max-mb", 1), {"model": "nothing"}, "--model shrink_task:nothing: shrink_task has no nothing"),
+    ],
+)
+def test_what_makes_no_sense_ends_with_a_sentence(
+    place: Path, flags: tuple[object, ...], how: dict[str, str], said: str
+) -> None:
+    code, _, err = shrunk(*flags, **how)
+    assert code == 1
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_recipe_has_the_limits_itself(place: Path) -> None:
+    Path("none.toml").write_text("[[prune]]\nstart = 1\namount = 0.5\n")
+    assert "none.toml: has no [budget], expected one" in shrunk("--recipe", "none.toml").err
+    Path("some.toml").write_text("[budget]\nmax_mb = 0.001\nend = 3\nformat = 'safetensors'\n")
+    assert "has the limits, expected no --max-mb" in shrunk("--recipe", "some.toml", "--max-mb", 1).err
+    assert "0.001 MB cannot be met" in shrunk("--recipe", "some.toml", "--steps", 5).err
+    assert "budget.end: 3, but the run has 3 steps" in shrunk("--recipe", "some.toml", "--steps", 3).err
+
+
+def test_train_takes_no_budget(place: Path) -> None:
+    Path("some.toml").write_text("[budget]\nmax_mb = 1.0\n")
+    code, _, err = run_command("train", "--steps", 3, "--recipe", "some.toml", "--out", "out")
+    assert code == 1
+    assert "some.toml: budget: is held against a dense model, which this run has not; see commpress shrink" in err
+
+
+@pytest.mark.slow
+def test_the_example_meets_the_budget_that_it_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("onnxruntime")
+    root = Path(__file__).parents[2]
+    line = re.search(r"commpress (shrink .*)", (root / "examples" / "shrink.py").read_text())
+    assert line is not None
+    monkeypatch.chdir(root)
+    words = [word for word in line[1].split() if word not in ("--max-ms", "0.3")]  # others' work makes calls slow
+    code, out, err = run_command(*words, "--steps", 100, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "model.onnx is" in out
+    assert (tmp_path / "out" / "small" / "model.onnx").stat().st_size <= 450_000
