@@ -61,6 +61,8 @@ class CompressedDDP(DDPStrategy):
         teacher: nn.Module | None = None,
         **settings: Any,
     ) -> None:
+        if teacher is not None and recipe is None:
+            raise ValueError("CompressedDDP(teacher=): expected a recipe that distils, recipe=")
         if hooks := sorted(name for name in settings if name.startswith("ddp_comm_")):
             raise ValueError(f"CompressedDDP registers a hook of its own, got {', '.join(hooks)}")
         super().__init__(**settings)
@@ -82,25 +84,44 @@ class CompressedDDP(DDPStrategy):
                 grad_scaler=getattr(self.precision_plugin, "scaler", None),
                 **self._compression,
             )
-            self._follow_recipe()
+            self._follow_recipe(trainer)
 
-    def _follow_recipe(self) -> None:
+    def _follow_recipe(self, trainer: Trainer) -> None:
         if self._recipe is None:
             return
         from commpress.model import Scheduler
 
         assert self.lightning_module is not None
+        module, before, done = self.lightning_module, self.scheduler, None
+        if before is not None:  # a second fit goes on where the first one ended
+            done = before.state_dict() if before.model is module and trainer.ckpt_path is None else None
+            before.close()
         teacher = None if self._teacher is None else self._teacher.to(self.root_device)
-        module, optimizers = self.lightning_module, self.optimizers
-        self.scheduler = Scheduler(self._recipe, module, optimizers, session=self.session, teacher=teacher)
+        restoring = done is not None or trainer.ckpt_path is not None
+        self.scheduler = Scheduler(
+            self._recipe, module, self.optimizers, session=self.session, teacher=teacher, restoring=restoring
+        )
+        if done is not None:
+            self.scheduler.load_state_dict(done)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the module, which a recipe has made ready for what it may have become."""
-        if self._recipe is not None and self.lightning_module is not None:
-            from commpress.model import prepare
+        module = self.lightning_module
+        if self._recipe is None or module is None:
+            super().load_model_state_dict(checkpoint, strict)
+            return
+        from commpress.model import prepare, quantization
 
-            prepare(self.lightning_module, self._recipe)
+        prepare(module, self._recipe)
         super().load_model_state_dict(checkpoint, strict)
+        if self._recipe.quantize and module.trainer.state.fn != TrainerFn.FITTING:  # else the scheduler does it
+            file = self._read(0)
+            if file is None or "scheduler" not in file:
+                warn(
+                    f"commpress: {self._loaded_from} has no state of a recipe beside it; its quantisers stay as they are"
+                )
+            else:
+                quantization.load_state_dict(module, file["scheduler"]["quantization"])
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **named: Any) -> Any:
         """Step, and behind the last of the optimizers do what the recipe wants done."""
@@ -151,24 +172,24 @@ class CompressedDDP(DDPStrategy):
         assert self.session is not None
         assert isinstance(self.model, DistributedDataParallel)
 
-        def read(rank: int) -> rank_checkpoint.State | None:
-            path = _beside(self._loaded_from, rank)
-            try:
-                file = self.checkpoint_io.load_checkpoint(path, weights_only=True)
-            except FileNotFoundError:
-                return None
-            except OSError:
-                raise
-            except Exception as error:  # of a library that reads a damaged file
-                raise DamagedFileError(f"{path}: damaged: {error}") from error
-            state: rank_checkpoint.State = unpack_state(file.get("commpress") if isinstance(file, dict) else None, path)
-            return state
-
         found = rank_checkpoint.restore(
-            self.session, self.model.process_group, checkpoint["global_step"], read, self.scheduler
+            self.session, self.model.process_group, checkpoint["global_step"], self._read, self.scheduler
         )
         if not found:
             warn(f"commpress: {self._loaded_from} was saved without compression; what feedback keeps starts empty")
+
+    def _read(self, rank: int) -> rank_checkpoint.State | None:
+        path = _beside(self._loaded_from, rank)
+        try:
+            file = self.checkpoint_io.load_checkpoint(path, weights_only=True)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            raise
+        except Exception as error:  # of a library that reads a damaged file
+            raise DamagedFileError(f"{path}: damaged: {error}") from error
+        state: rank_checkpoint.State = unpack_state(file.get("commpress") if isinstance(file, dict) else None, path)
+        return state
 
     def on_train_end(self) -> None:
         """Say what was sent."""

@@ -85,6 +85,10 @@ def restore(
         "whether the checkpoint has a recipe's state": with_recipe,
     }
     require_agreement(told, group, session.device)
+    if with_recipe and scheduler is None:
+        raise ValueError(
+            "cannot restore: the checkpoint is of a run that follows a recipe, this one has none; expected recipe"
+        )
     if scheduler is not None and first is not None and with_recipe:
         scheduler.load_state_dict(first["scheduler"])
     elif scheduler is not None:

@@ -66,8 +66,15 @@ class Compression(TrainerCallback):
         self._resumed: str | bool | None = None
         self._train = trainer.train
         trainer.train = self._remember
+        if teacher is not None and recipe is None:
+            raise ValueError("Compression(teacher=): expected a recipe that distils, recipe=")
         if recipe is not None:
             from commpress.model import prepare
+
+            if trainer.model_init is not None:
+                raise ValueError(
+                    "Compression(recipe=): the Trainer has model_init, which makes other models; expected model"
+                )
 
             prepare(trainer.model, recipe)  # before a checkpoint is loaded into it
             self._compute_loss = trainer.compute_loss
@@ -96,7 +103,7 @@ class Compression(TrainerCallback):
                 model, self._gradients, optimizer=compressed, grad_scaler=scaler, **self._settings
             )
             self._model = model
-            self._follow_recipe(optimizer)
+            self._follow_recipe(optimizer, restoring=bool(self._resumed))
         if compressed is not None:
             compressed.watch.on = False  # the Trainer learns the norm by clipping at infinity
         folder = get_last_checkpoint(args.output_dir) if self._resumed is True else self._resumed
@@ -109,14 +116,17 @@ class Compression(TrainerCallback):
                 f"commpress: {folder} was saved without compression, or by save_only_model; what feedback keeps starts empty"
             )
 
-    def _follow_recipe(self, optimizer: Any) -> None:
+    def _follow_recipe(self, optimizer: Any, restoring: bool) -> None:
         if self._recipe is None:
             return
         from commpress.model import Scheduler
 
         assert self._model is not None
         teacher = None if self._teacher is None else self._teacher.to(self._trainer.args.device)
-        self.scheduler = Scheduler(self._recipe, self._model.module, optimizer, session=self.session, teacher=teacher)
+        model, session = self._model.module, self.session
+        self.scheduler = Scheduler(
+            self._recipe, model, optimizer, session=session, teacher=teacher, restoring=restoring
+        )
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **named: Any

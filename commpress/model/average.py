@@ -33,8 +33,8 @@ class Average:
         with average as model:
             export(model, ...)
 
-    All ranks have the same one, as they have the same weights; of sharded parameters each has its part. Raises ValueError for a
-    decay below 0 or not below 1.
+    All ranks have the same one where they have the same weights; of sharded parameters each has its part. Raises ValueError
+    for a decay below 0 or not below 1.
     """
 
     def __init__(self, scheduler: Scheduler, decay: float = 0.999) -> None:
@@ -64,6 +64,7 @@ class Average:
         if self._weights is not None:
             raise RuntimeError("Average: the averages are in the model already")
         self._shard()
+        self._scheduler.masks.apply_to({name: local(x) for name, x in self._averages.items()})
         self._weights = {name: local(p).detach().clone() for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
             local(p).copy_(local(self._averages[name]))
@@ -84,7 +85,12 @@ class Average:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave. Raises ValueError, with nothing changed, for other parameters or shapes."""
+        """Restore what `state_dict` gave. Raises ValueError, with nothing changed, for other parameters or shapes, RuntimeError
+        within the block."""
+        if self._weights is not None:
+            raise RuntimeError(
+                "Average.load_state_dict: the averages are in the model now, expected it behind the block"
+            )
         saved = state["averages"]
         if saved.keys() != self._averages.keys():
             others = ", ".join(sorted(saved.keys() ^ self._averages.keys()))

@@ -35,9 +35,12 @@ STATE_VERSION = 1
 def prepare(model: nn.Module, recipe: Recipe) -> None:
     """Make a model ready for what a recipe does to its modules. For FSDP2 before `fully_shard`; else the scheduler does it.
 
-    Its forward, its parameters and their names stay as they are. Raises RecipeError for layers that do not exist or do not
-    fit.
+    Its forward, its parameters and their names stay as they are. Nothing is done to a model that this recipe has made ready
+    before. Raises RecipeError for layers that do not exist or do not fit.
     """
+    before = {settings for _, _, settings in quantization.prepared(model)}
+    if before and before <= {_settings(entry) for entry in recipe.quantize}:
+        return
     for index, entry in enumerate(recipe.quantize):
         try:
             quantization.prepare(model, _settings(entry))
@@ -51,9 +54,11 @@ class Scheduler:
     `model` is the module itself, not its DDP; or what `fully_shard` took, or what `torch.compile` returned and nobody has
     called. `optimizer` is one or a list: all that move weights which the recipe prunes; what Accelerate or Lightning made of
     them does as well. `session` is what `commpress.attach` returned, and is needed with more than one rank. `teacher` is a
-    model of any kind, for a recipe that distils. `held_out` are this rank's batches (inputs, targets) for a recipe with a
-    budget, and `budget_loss` takes outputs and targets, if their loss is not the usual one (`commpress.model.judge`). Call
-    `loss` in each backward and `step` after each optimizer step, once if there are several. `phase` says what goes on now.
+    model of any kind, for a recipe that distils. `restoring`: model and optimizer are those of a checkpoint already, and
+    `load_state_dict` or `begin_at` comes next; until then nothing is pruned. `held_out` are this rank's batches (inputs,
+    targets) for a recipe with a budget, and `budget_loss` takes outputs and targets, if their loss is not the usual one
+    (`commpress.model.judge`). Call `loss` in each backward and `step` after each optimizer step, once if there are several.
+    `phase` says what goes on now.
 
     Raises RecipeError, naming the key, if the recipe does not fit the model, TypeError or ValueError if something is missing,
     as an optimizer. What is left out, and a share below a half of the model, is a warning, from rank 0.
@@ -68,6 +73,7 @@ class Scheduler:
         *,
         session: Session | None = None,
         teacher: nn.Module | None = None,
+        restoring: bool = False,
         held_out: Sequence[tuple[Any, Tensor]] = (),
         budget_loss: Loss | None = None,
     ) -> None:
@@ -96,7 +102,8 @@ class Scheduler:
         self._pruner.tell_reach()
         if teacher is not None and recipe.distil is None:
             warn("Scheduler: a teacher was given, and the recipe has no [distil]: it is not asked")
-        self._advance()
+        if not restoring:
+            self._advance()
 
     @property
     def done(self) -> int:
@@ -142,8 +149,8 @@ class Scheduler:
     def step(self) -> None:
         """Do what the recipe wants done after an optimizer step. Collective.
 
-        Raises ValueError on all ranks, with the parameter's name, if their masks differ; RuntimeError if the recipe distils and
-        `loss` was not called.
+        Raises ValueError on all ranks, with the parameter's name, if their masks differ; RuntimeError, on this
+        rank alone, if the recipe distils and `loss` was not called.
         """
         if self._distils and not self._asked:
             raise RuntimeError(

@@ -158,6 +158,35 @@ def by_recipe(folder: str, at: int, steps: int) -> list[dict[str, Any]]:
     return found
 
 
+def fitted_and_tested(folder: str) -> dict[str, Any]:
+    """Two fits by one strategy, and a test of the first one's checkpoint by that one, and by a fresh one."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from commpress.hooks.lightning import CompressedDDP
+    from commpress.model import Recipe
+
+    class Tested(type(module())):  # type: ignore[misc]
+        def test_step(self, batch: Any, index: int) -> None:
+            self.log("mean", self.network(data(index, 0)[0]).square().mean(), sync_dist=True)
+
+    chosen = {"prune": [{"start": 2, "amount": 0.6}], "quantize": [{"start": 2, "bits": 4}]}
+    found: dict[str, Any] = {}
+    with launched():
+        first = CompressedDDP("int4", recipe=Recipe.of(chosen))
+        keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        settings = {"accumulate_grad_batches": 1, "limit_test_batches": 2, "enable_checkpointing": True}
+        made, model = trainer(folder, 4, None, strategy=first, callbacks=[keep], **settings), Tested()
+        made.fit(model, loader())
+        found["tested"] = made.test(model, loader(), verbose=False)
+        found["tested again"] = made.test(model, loader(), verbose=False, ckpt_path=f"{folder}/step=4.ckpt")
+        made.fit_loop.epoch_loop.max_steps = 5
+        made.fit(model, loader())
+        found["goes on"] = (first.scheduler.done, first.scheduler.phase)
+        fresh = trainer(folder, 4, None, strategy=CompressedDDP("int4", recipe=Recipe.of(chosen)), **settings)
+        found["tested afresh"] = fresh.test(Tested(), loader(), verbose=False, ckpt_path=f"{folder}/step=4.ckpt")
+    return found
+
+
 def removed(folder: str) -> list[str]:
     """What stands in the folder when all but the best checkpoint were removed, and weights alone were saved."""
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -322,6 +351,13 @@ def test_a_recipe_prunes_quantises_and_distils_and_goes_on_as_unbroken(tmp_path:
         for name in ("parameters", "ranges"):
             assert torch.equal(whole[name], pieced[name])
             assert torch.equal(whole[name], ranks[0][0][name])
+
+
+@pytest.mark.slow
+def test_a_second_fit_goes_on_with_the_recipe_and_a_checkpoint_is_tested_as_it_was_trained(tmp_path: Path) -> None:
+    for found in run(2, fitted_and_tested, str(tmp_path), timeout=120):
+        assert found["tested"] == found["tested again"] == found["tested afresh"]
+        assert found["goes on"] == (5, "pruned + int4")
 
 
 @pytest.mark.slow

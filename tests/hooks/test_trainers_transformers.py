@@ -132,6 +132,41 @@ def recipe(text: str = RECIPE) -> Any:
     return Recipe.of(tomllib.loads(text), "the recipe of a test")
 
 
+def from_step_0(folder: str) -> tuple[int, int]:
+    """Zeros of a training that prunes by a threshold at step 0 alone, unbroken and from its checkpoint."""
+    from commpress.hooks.transformers import Compression
+
+    found = []
+    with launched():
+        for resumed in (False, True):
+            made, _ = trainer(folder, 6, None, save_strategy="steps", save_steps=3)
+            made.add_callback(Compression(made, "none", recipe=recipe("[[prune]]\nstart = 0\nthreshold = 0.01")))
+            made.train(resume_from_checkpoint=f"{folder}/checkpoint-3" if resumed else None)
+            found.append(sum(int((p == 0).sum()) for p in made.model.parameters()))
+    return found[0], found[1]
+
+
+def refused_recipes(folder: str) -> dict[str, str]:
+    from transformers import Trainer, TrainingArguments
+
+    from commpress.hooks.transformers import Compression
+
+    with launched():
+        made, _ = trainer(folder, 2, None, save_strategy="steps", save_steps=1)
+        made.add_callback(Compression(made, "none", recipe=recipe("[[quantize]]\nstart = 1")))
+        made.train()
+        plain, _ = trainer(folder, 2, "none")
+        own = Trainer(model_init=bert, args=TrainingArguments(output_dir=folder, use_cpu=True, report_to=[]))
+        again, _ = trainer(folder, 1, None)
+        again.model = made.model
+        return {
+            "no recipe": outcome(lambda: plain.train(resume_from_checkpoint=f"{folder}/checkpoint-1")),
+            "model_init": outcome(lambda: Compression(own, "none", recipe=recipe())),
+            "teacher": outcome(lambda: Compression(made, "none", teacher=bert())),
+            "prepared before": outcome(lambda: Compression(again, "none", recipe=recipe("[[quantize]]\nstart = 1"))),
+        }
+
+
 def by_recipe(folder: str, at: int, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """A training by a recipe, unbroken and from its checkpoint."""
     found = []
@@ -268,6 +303,21 @@ def test_a_recipe_prunes_quantises_and_distils_and_goes_on_as_unbroken(tmp_path:
             assert torch.equal(whole[name], pieced[name])
             assert torch.equal(whole[name], ranks[0][0][name])
         assert (whole["ranges"][:, 0] < whole["ranges"][:, 1]).all()
+
+
+@pytest.mark.slow
+def test_what_is_pruned_at_step_0_is_not_pruned_once_more_when_a_run_resumes(tmp_path: Path) -> None:
+    for whole, pieced in run(2, from_step_0, str(tmp_path), timeout=120):
+        assert whole == pieced > 1000
+
+
+@pytest.mark.slow
+def test_recipes_that_cannot_be_followed_are_refused_on_all_ranks(tmp_path: Path) -> None:
+    for said in run(2, refused_recipes, str(tmp_path), timeout=120):
+        assert "is of a run that follows a recipe, this one has none" in said["no recipe"]
+        assert "the Trainer has model_init" in said["model_init"]
+        assert "expected a recipe that distils" in said["teacher"]
+        assert said["prepared before"] == ""
 
 
 @pytest.mark.slow

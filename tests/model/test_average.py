@@ -182,3 +182,16 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'head.bias' was \(3,\), here it is \(10,\)"):
         trained.average.load_state_dict({"averages": {**saved, "head.bias": torch.ones(3)}})
     assert same([*trained.averages().values()], [*before.values()])
+
+
+def test_it_is_0_where_a_weight_has_been_pruned_since_its_last_update(tmp_path: Path) -> None:
+    trained = Trained({"prune": [{**PRUNES, "start": 2, "end": 2}]})
+    trained.steps(0)
+    x, y = batch(1, 0)
+    cross_entropy(trained.wrapped(x), y).backward()
+    trained.optimizer.step()
+    trained.scheduler.step()  # prunes, and no update follows
+    with trained.average as model:
+        stored.save(tmp_path / "model.safetensors", model, masks=trained.scheduler.masks.of)
+        with pytest.raises(RuntimeError, match="the averages are in the model now"):
+            trained.average.load_state_dict(trained.average.state_dict())

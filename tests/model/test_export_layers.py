@@ -225,3 +225,15 @@ def test_torchao_has_no_convolutions(tmp_path: Path) -> None:
         ValueError, match=r"export to torchao: 'feature.* is a QuantizedConv1d, of which torchao has no"
     ):
         exported(model, x, tmp_path, "torchao")
+
+
+@pytest.mark.parametrize("kind", slowly(LAYERS, ["conv2d"]))
+def test_a_converted_model_stays_as_it_is(kind: str, tmp_path: Path) -> None:
+    model, x = layer(kind)
+    quantization.prepare(model, Quantization())
+    quantization.convert(model)
+    with torch.no_grad():
+        expected = model(x)
+        for each in export(model, tmp_path, formats=("safetensors", "pt2e"), example_inputs=(x,)):
+            assert each.difference < 1e-5
+        assert torch.equal(model(x), expected)

@@ -1,5 +1,6 @@
 """ONNX: what onnxruntime computes, in a process that has no torch, is what training computed; the file is of integers."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,22 @@ def test_the_file_is_as_small_as_its_integers(bits: Any, group: Any, times: floa
     assert dense.bytes > times * small.bytes  # 4 / 5 bits a weight, scales and biases beside
     types = {i.data_type for i in onnx.load(small.path).graph.initializer if list(i.dims) == [512, 512]}
     assert types == {onnx.TensorProto.INT8 if bits == 8 else onnx.TensorProto.INT4}
+
+
+@pytest.mark.parametrize("way", ["pruned", slow("tiny"), slow("convolution")])
+def test_a_row_that_is_pruned_as_a_whole_keeps_its_bias(way: str, tmp_path: Path) -> None:
+    """Its scale may be any; a bias is rounded to the scale of the products."""
+    torch.manual_seed(0)
+    kind: Any = functools.partial(nn.Conv1d, kernel_size=1) if way == "convolution" else nn.Linear
+    model = nn.Sequential(kind(16, 8), nn.ReLU(), kind(8, 4))
+    inputs = (torch.randn(32, 16, 6) if way == "convolution" else torch.randn(32, 16),)
+    with torch.no_grad():
+        model[0].weight[3] *= 1e-13 if way == "tiny" else 0
+        model[2].weight[1] = 0
+        model[0].bias[3], model[2].bias[1] = 1.5, -2.0
+    learned(model, inputs, Quantization(activations="static"))
+    difference = exported(model, inputs, tmp_path).difference
+    assert difference < (0.02 if way == "convolution" else 2e-5)  # onnxruntime rounds a convolution's bias itself
 
 
 def test_a_shared_table_is_in_the_file_once(tmp_path: Path) -> None:

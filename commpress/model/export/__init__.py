@@ -59,7 +59,8 @@ def export(
     what it computes in evaluation, quantisers switched on. `example_inputs` are its positional arguments. Without
     `dynamic_shapes`, which are torch.export's, the first dimension of the inputs stays free, and all others do not.
 
-    Raises ValueError, before anything is written, for an unknown format, a model that cannot be exported or one row of inputs;
+    Raises ValueError, before anything is written, for an unknown format, a model that cannot be exported or one row of inputs,
+    and for what one format does not take, when those before it are written;
     ModuleNotFoundError that names the extra for a missing package; what torch.export raises for a model that it cannot trace.
     """
     if isinstance(formats, str) or not formats or (unknown := [name for name in formats if name not in FORMATS]):

@@ -104,6 +104,19 @@ def run(path: Path, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     return [torch.from_numpy(y) for y in session.run(None, given)]
 
 
+MOST_OF_BIAS = 2.0**31 - 128
+"""The largest code of a bias: float32 has no 2^31 - 1."""
+
+
+def row_scales(codes: Codes) -> Tensor:
+    """The scale of each row, float32 [rows]; that of a row whose codes are all 0, which may be any, is the largest.
+
+    A bias is rounded to the scale of the products: next to a tiny one it would be out of int32's reach.
+    """
+    scale = codes.scale.flatten()
+    return torch.where(codes.values.flatten(1).any(1), scale, scale.max())
+
+
 class Linear(nn.Module):
     """A Linear as one operator, of the integers that the file shall have."""
 
@@ -113,19 +126,21 @@ class Linear(nn.Module):
         self.layer, self.bias = layer, layer.bias
         self.codes_name = "codes" if codes.bits == 8 else HALF
         self.register_buffer(self.codes_name, codes.values)
-        self.register_buffer("scale", codes.scale.flatten() if layer.by_row else codes.scale)
+        scale = row_scales(codes) if layer.by_row else codes.scale
         self.integer = codes.bits == 8 and layer.by_row
         if layer.activations == "static":
             self.register_buffer("input_scale", torch.tensor(layer.scale, dtype=torch.float32, device="cpu"))
             self.register_buffer("input_zero", torch.tensor(layer.zero, dtype=torch.int8, device="cpu"))
         if layer.activations == "static" and self.integer:
-            unit = layer.scale * codes.scale.flatten()
-            bias = unit.new_zeros(rows) if layer.bias is None else layer.bias.detach()
-            most = 2.0**31 - 128  # float32 has no 2^31 - 1
-            self.register_buffer("bias_codes", (bias / unit).round().clamp(-most, most).to(torch.int32))
+            bias = scale.new_zeros(rows) if layer.bias is None else layer.bias.detach()
+            unit = layer.scale * scale
+            self.integer = bool((bias.abs() <= unit * MOST_OF_BIAS).all())
+        if layer.activations == "static" and self.integer:
+            self.register_buffer("bias_codes", (bias / unit).round().clamp(-MOST_OF_BIAS, MOST_OF_BIAS).to(torch.int32))
             self.register_buffer("bias_scale", unit)
             self.register_buffer("bias_zero", torch.zeros(rows, dtype=torch.int32, device="cpu"))
             self.register_buffer("zero", torch.zeros(rows, dtype=torch.int8, device="cpu"))
+        self.register_buffer("scale", scale)
         if layer.activations == "dynamic" and self.integer:
             self.register_buffer("sums", codes.values.sum(1, dtype=torch.int32))
 
@@ -186,7 +201,7 @@ class Decoded(nn.Module):
         self.stored, self.codes_name = codes, "codes" if codes.bits == 8 else HALF
         # with a scale a row the codes have the weight's shape: onnxruntime makes no integers of what is reshaped
         self.register_buffer(self.codes_name, codes.as_weight(codes.values) if codes.by_row else codes.values)
-        self.register_buffer("scale", codes.scale.flatten() if codes.by_row else codes.scale)
+        self.register_buffer("scale", row_scales(codes) if codes.by_row else codes.scale)
         zero = torch.zeros(len(codes.scale), dtype=torch.int8, device="cpu")
         self.register_buffer("zero", zero if codes.bits == 8 and codes.by_row else None)
 
@@ -199,7 +214,10 @@ class Decoded(nn.Module):
 
 def _module(layer: Layer) -> nn.Module:
     if isinstance(layer.module, nn.LSTM) and layer.module.proj_size:
-        raise ValueError(f"export to onnx: {layer.module}: ONNX's LSTM has no proj_size")
+        size = layer.module.proj_size
+        raise ValueError(
+            f"export to onnx: an nn.LSTM has proj_size={size}, expected none: ONNX's LSTM has no projection"
+        )
     if isinstance(layer.module, Quantized):
         inputs = Rounded(layer) if layer.activations else None
         return decoded(layer, {name: Decoded(codes) for name, codes in layer.weights.items()}, inputs)

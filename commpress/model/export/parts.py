@@ -127,9 +127,9 @@ def _hollow(module: Any) -> Any:
 def evaluated(model: nn.Module) -> Iterator[None]:
     """The model in evaluation, its quantisers switched on and no gradients, until the block ends; then as it was."""
     training = {module: module.training for module in model.modules()}
-    states = {name: state["enabled"] for name, state in quantization.state_dict(model).items()}
-    static = {quantizer: quantizer.enabled for quantizer in quantizers(model)}
-    quantization.switch(model, dict.fromkeys(states, True))
+    found: Any = [getattr(module, "weight_fake_quantizer", None) for module in model.modules()]
+    switches = {each: each.enabled for each in (*found, *quantizers(model)) if each is not None}
+    quantization.switch(model, dict.fromkeys(quantization.state_dict(model), True))
     model.eval()
     try:
         with torch.no_grad():
@@ -137,9 +137,8 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was in training.items():
             module.training = was
-        quantization.switch(model, states)
-        for quantizer, was in static.items():
-            quantizer.enabled = was
+        for switch, was in switches.items():
+            switch.enabled = was
 
 
 @contextlib.contextmanager

@@ -58,8 +58,9 @@ def _require_place(model: nn.Module, names: dict[str, Layer], library: Any) -> N
     first: dict[int, str] = {}
     for name, layer in names.items():
         if not isinstance(layer.module, (nn.Linear, nn.Embedding)):
+            kind = next(each for each in type(layer.module).__mro__ if each.__module__.startswith("torch."))
             raise ValueError(
-                f"export to torchao: {name!r} is a {type(layer.module).__name__}, of which torchao has no integers; "
+                f"export to torchao: {name!r} is a {kind.__name__}, of which torchao has no integers; "
                 "expected nn.Linear and nn.Embedding"
             )
         if layer.activations == "static":
