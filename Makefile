@@ -1,4 +1,4 @@
-# make demo | shrink | test | test-slow | check | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
+# make demo | shrink | test | test-slow | check | docs | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
 # test: almost every promise, within five minutes on two cores; test-slow: all that it leaves out; the check of a clean clone runs both
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'Zer
 # tests start many processes: without bytecode on disk each of them compiles all of our sources, and pytest all of its own
 warm test test-slow: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo shrink warm test test-slow check gpu-check bench bench-quick bench-codecs bench-convergence clean
+.PHONY: demo shrink warm test test-slow check docs gpu-check bench bench-quick bench-codecs bench-convergence clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== installing into $(VENV) (torch first: about a minute)"
@@ -51,6 +51,11 @@ check: $(INSTALLED)
 	@$(RUN)/ruff check -q . && $(RUN)/ruff format -q --check .
 	@rm -rf $(TYPES) && $(RUN)/pip install -q --disable-pip-version-check --no-deps --target $(TYPES) . 
 	@cd $(TYPES) && $(RUN)/mypy -p commpress --config-file $(CURDIR)/pyproject.toml
+
+docs: $(INSTALLED)
+	@echo "== the site, into build/site"
+	@$(RUN)/python docs/errors.py
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
 # on a machine with a GPU, under 8 minutes once all is installed; without one it says so and ends with code 2
 gpu-check: warm

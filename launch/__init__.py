@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-PROGRAMS = ("cli", "demo", "explain", "lab", "probe", "ray_train", "report", "search", "train")
+PROGRAMS = ("cli", "demo", "explain", "lab", "probe", "ray_train", "report", "search", "shrink", "train")
 """Imported when they are first asked for: they need the `launch` extra."""
 
 

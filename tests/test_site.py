@@ -1,0 +1,116 @@
+"""The documentation site: links lead somewhere, pages are in the menu, error texts stand on the page that explains them."""
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch.distributed as dist
+from commands import started_by_torchrun
+from ranks import run
+from test_documents import BLOCKS, Block
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+QUICKSTART = next(block for block in BLOCKS if block.file.name == "quickstart.md" and block.kind == "python")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors_of(document: Path) -> set[str]:
+    """Those that GitHub makes of the headings."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.strip().lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_of_a_document_leads_to_a_file_and_a_heading(document: Path) -> None:
+    for link in re.findall(r"\]\(([^()\s]+)\)", without_code(document.read_text())):
+        address = urlsplit(link)
+        if address.scheme:
+            continue
+        target = document.parent / unquote(address.path) if address.path else document
+        assert target.exists(), link
+        assert not address.fragment or address.fragment in anchors_of(target), link
+
+
+def test_every_page_is_in_the_sites_menu_once() -> None:
+    menu = re.findall(r"(\w+)\.md$", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2], re.MULTILINE)
+    beside = ["changelog", "contributing", "overview"]
+    assert sorted(menu) == sorted([*beside, *(page.stem for page in ROOT.glob("docs/*.md"))])
+
+
+def test_every_error_text_stands_on_the_page_with_what_to_do() -> None:
+    """A new one wants `make docs`; one of a new file wants a section in docs/errors.py."""
+    errors = runpy.run_path(str(ROOT / "docs" / "errors.py"))
+    page = errors["PAGE"].read_text()
+    found = errors["found"]()
+    assert len(found) > 500
+    for text in found:
+        assert errors["fixed"](text).replace("|", "\\|") in page, f"{text}: run `make docs`"
+    assert page == errors["with_index"](page), "run `make docs`"
+    assert {errors["anchor"](section) for section in found.values()} <= anchors_of(errors["PAGE"])
+
+
+def started(block: Block, port: int) -> str:
+    """What the script prints on this rank, in the environment that torchrun gives it."""
+    with started_by_torchrun(port), contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(block.code, "train.py", "exec"), {"__name__": "__main__"})
+    return out.getvalue()
+
+
+def test_the_quickstart_learns_and_prints_its_report() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    out, silence = run(2, started, QUICKSTART, store.port)
+    assert not silence
+    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", out, re.MULTILINE)]
+    assert len(losses) == 5
+    assert losses[-1] < 0.3
+    assert "commpress int4: rank 0 of 2, 100 steps" in out
+    assert re.search(r"│ all .*│ +7\.8 │", out), out
+
+
+class Page(HTMLParser):
+    """Names that can be jumped to, and addresses that are asked for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.asked: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        said: dict[str, Any] = dict(attrs)
+        self.names |= {said[key] for key in ("id", "name") if said.get(key)}
+        self.asked += [said[key] for key in ("href", "src") if said.get(key)]
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly_and_all_its_links_resolve(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = {path: Page(path.read_text()) for path in tmp_path.rglob("*.html") if path.name != "404.html"}
+    assert {path.stem for path in pages} >= {"index", "overview", "api", "troubleshooting"}
+    for path, page in pages.items():
+        for asked in page.asked:
+            address = urlsplit(asked)
+            if address.scheme or address.netloc:
+                continue
+            target = (path.parent / unquote(address.path)).resolve() if address.path else path
+            assert target.exists(), f"{path.name}: {asked}"
+            if address.fragment and target in pages and address.fragment != "__tabbed":
+                assert unquote(address.fragment) in pages[target].names, f"{path.name}: {asked}"
