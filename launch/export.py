@@ -138,7 +138,11 @@ class Export:
 def bytes_of(model: Any) -> tuple[torch.Tensor]:
     """Bytes for a GPT to read: the time is all of its context."""
     random = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 256, (ROWS, model.positions.num_embeddings), generator=random),)
+    return (
+        torch.randint(
+            0, 256, (ROWS, model.positions.num_embeddings), generator=random, dtype=torch.int64, device="cpu"
+        ),
+    )
 
 
 def called(text: str, flag: str) -> Any:

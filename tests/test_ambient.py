@@ -376,7 +376,7 @@ def under(setting: str, dtype: torch.dtype = torch.float32, only: tuple[str, ...
     "setting",
     slowly(
         [name for name in SETTINGS if name != "nothing"],
-        quick=("default dtype bfloat16", "with torch.device"),
+        quick=("default dtype bfloat16",),
     ),
 )
 def test_a_setting_of_the_script_changes_no_bit(setting: str) -> None:
@@ -531,7 +531,8 @@ def partly(mode: str) -> list[Found]:
     return [found for found, _ in results]
 
 
-@pytest.mark.parametrize("mode", slowly(MODES, quick=("inference_mode",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_what_is_called_in_a_mode_without_gradients_can_be_trained_with_afterwards(mode: str) -> None:
     for expected, found in zip(partly("none"), partly(mode), strict=True):
         for name in PARTLY:

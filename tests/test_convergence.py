@@ -107,7 +107,8 @@ def uncompressed() -> float:
     return loss(None)
 
 
-@pytest.mark.parametrize("spec", slowly(LOSES_AT_MOST, quick=("int4",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", LOSES_AT_MOST)
 def test_compressed_training_converges_like_uncompressed(spec: str, uncompressed: float) -> None:
     assert abs(loss(spec) - uncompressed) <= LOSES_AT_MOST[spec]
 

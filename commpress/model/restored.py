@@ -34,7 +34,7 @@ def restore(model: nn.Module, stored: Stored) -> nn.Module:
     for name, of_buffer in model.named_buffers(remove_duplicate=False):
         module = name.removesuffix(".range").rpartition(".")[0]
         if name.endswith(".range") and module in stored.ranges:
-            ranges[name] = torch.tensor(stored.ranges[module], dtype=of_buffer.dtype)
+            ranges[name] = torch.tensor(stored.ranges[module], dtype=of_buffer.dtype, device=of_buffer.device)
     model.load_state_dict(stored.state_dict() | ranges)
     if not integers:
         return model

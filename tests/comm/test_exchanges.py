@@ -339,7 +339,7 @@ def among_other_messages(spec: str) -> tuple[list[Tensor], list[Tensor]]:
     ("world_size", "exchange"),
     slowly(
         [*((ranks, exchange) for ranks in WORLD_SIZES for exchange in (None, "one_shot", "two_shot")), *NODES],
-        quick=[(2, None), (2, "two_shot"), (3, "two_shot"), (4, "one_shot")],
+        quick=[(2, None), (3, "two_shot"), (4, "one_shot")],
     ),
 )
 def test_means_memories_and_bytes_are_those_of_the_algorithm(world_size: int, exchange: str | None) -> None:

@@ -10,7 +10,7 @@ from engines import RANKS, adamw, config, engine, fresh, same_on_all_ranks, trai
 from ranks import outcome, run
 from scripted import Scripted
 from test_auto import PLAIN_STEPS
-from tiers import slow, slowly
+from tiers import slowly
 from torch import nn
 from training import batch, network, same
 
@@ -191,7 +191,8 @@ def behind(stage: int) -> dict[str, Any]:
     return {"alike": alike, "spec": session.report().spec, "candidates": candidates, "losses": losses}
 
 
-@pytest.mark.parametrize("stage", [0, slow(2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
 def test_auto_chooses_behind_an_optimizer_that_every_rank_holds(stage: int) -> None:
     first, *others = run(RANKS, behind, stage)
     assert first["alike"]

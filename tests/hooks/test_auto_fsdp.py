@@ -254,6 +254,7 @@ def beside_a_spec() -> tuple[str, str]:
     return session.report().spec, str(session.receipt())
 
 
+@pytest.mark.slow
 def test_the_receipt_of_gradients_beside_a_spec_for_parameters_does_not_call_plain_what_is_not() -> None:
     for spec, said in run(2, beside_a_spec):
         assert spec == "gradients auto, parameters bf16; auto: int4"

@@ -332,6 +332,7 @@ def refusals() -> dict[str, str]:
         quick=VARIANTS.keys()
         - {
             "unused, several buckets",
+            "several buckets",
             "accumulated in views",
             "compiled inside",
             "compiled outside",

@@ -513,7 +513,8 @@ def check(name: str, world_size: int) -> list[list[Trained]]:
     slowly(
         VARIANTS,
         quick=VARIANTS.keys()
-        - {"compiled", "prefetching", "bf16", "fp16", "offloaded", "checkpointed", "accumulated", "GPT"},
+        - {"compiled", "prefetching", "bf16", "fp16", "offloaded", "checkpointed", "accumulated", "GPT"}
+        - {"one unit", "divided", "zeros for unused", "by columns"},
     ),
 )
 def test_every_way_of_using_fsdp(name: str) -> None:

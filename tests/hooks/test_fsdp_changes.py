@@ -95,7 +95,7 @@ def followed_unseen(steps: int, evaluates: bool) -> dict[str, Any]:
         return followed(steps, evaluates)
 
 
-@pytest.mark.parametrize("way", [followed, followed_unseen])
+@pytest.mark.parametrize("way", [followed, slow(followed_unseen)])
 @pytest.mark.parametrize("world_size", [2, slow(3)])
 def test_all_ranks_have_one_version_and_it_does_not_drift(world_size: int, way: Way) -> None:
     ranks = run(world_size, way, 40, False)

@@ -38,6 +38,7 @@ def sharded(folder: Path) -> Ended:
     return ended(lambda: train.train(settings))
 
 
+@pytest.mark.slow
 def test_a_sharded_run_finds_the_specs_that_its_recipe_leaves_open(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
     said = run(2, sharded, tmp_path)[0]
@@ -119,6 +120,7 @@ def behind(folder: Path) -> Ended:
     return ended(lambda: train.train(settings))
 
 
+@pytest.mark.slow
 def test_a_run_by_zero_one_adam_finds_its_spec_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
     said = run(2, behind, tmp_path)[0]

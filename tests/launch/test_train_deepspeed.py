@@ -161,6 +161,7 @@ def by_default(folder: Path, text: Path) -> None:
     assert train.train(train.Settings(**{**settings, "steps": 64}, resume=True))
 
 
+@pytest.mark.slow
 def test_a_run_by_default_finds_its_specs_and_goes_on(tmp_path: Path, text: Path) -> None:
     run(2, by_default, tmp_path, text)
     record = json.loads((tmp_path / "out" / "record.json").read_text())

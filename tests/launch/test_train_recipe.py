@@ -216,7 +216,7 @@ def test_what_cannot_be_is_said_on_all_ranks(folder: Path) -> None:
             "distil.teacher: no checkpoint in nowhere",
             "prune[0].end: 99, but the run has 24 steps",
             "prune[0].parameters: 'blocks.9.*' matches nothing, known: ",
-            "expected --parallel ddp or fsdp, got diloco",
+            "expected --parallel ddp, fsdp or deepspeed, got diloco",
             "No such file",
             "by step 14 prune[0] has begun, and the saved run's is another than this recipe's",
             "not both",

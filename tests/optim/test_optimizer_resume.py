@@ -127,7 +127,7 @@ def interrupted(way: str, spec: str, exchange: str | None, ats: Sequence[int], f
 @pytest.mark.parametrize(("way", "spec", "exchange", "ats", "world_size"), [
     slow("one bit", "sign", None, [2, 3, 7], 2),  # in the warm-up, at the switch, behind it
     ("one bit", "topk(0.1)|sign", None, [7], 3),
-    ("one bit after int4", "sign", None, [2, 3], 2),
+    slow("one bit after int4", "sign", None, [2, 3], 2),
     slow("one bit after int4", "int4", "two_shot", [3], 3),
     slow("one bit clipped", "sign", None, [2, 7], 2),
     slow("zero one", "sign", None, [3, 5], 2),  # at the switch, between syncs
@@ -136,10 +136,10 @@ def interrupted(way: str, spec: str, exchange: str | None, ats: Sequence[int], f
     slow("zero one", "none", None, [6], 2),
     slow("zero one refreshed", "sign", None, [5, 7], 2),
     slow("zero one refreshed by int4", "sign", "two_shot", [5], 3),
-    ("zero one refreshed by int4", "topk(0.1)|sign", None, [7], 2),
+    slow("zero one refreshed by int4", "topk(0.1)|sign", None, [7], 2),
     ("dgc", "topk(0.1)", None, [4], 2),
     slow("dgc", "topk(0.1)|int4", None, [5], 3),
-    ("dgc warming up", "topk(0.01)", None, [5], 2),
+    slow("dgc warming up", "topk(0.01)", None, [5], 2),
     ("muon", "sign", None, [3], 2),
     slow("muon", "topk(0.1)|sign", None, [4], 3),
     slow("muon clipped", "int2", "two_shot", [5], 3),
@@ -229,11 +229,11 @@ def with_and_without(
     slow("one bit", "sign", "two_shot", [6, 7], 3),
     slow("one bit", "topk(0.1)|sign", None, [6], 2),
     slow("one bit after int4", "sign", None, [2, 4], 3),
-    ("one bit after int4", "int4", None, [3, 4, 8], 2),
-    ("one bit clipped", "sign", None, [2, 6], 2),
+    slow("one bit after int4", "int4", None, [3, 4, 8], 2),
+    slow("one bit clipped", "sign", None, [2, 6], 2),
     ("zero one", "sign", None, [2, 4, 6, 8, 10], 2),  # each of four steps has other buckets for its sync
     slow("zero one", "topk(0.1)|sign", "two_shot", [5, 8], 3),
-    ("zero one refreshed", "sign", None, [4, 5], 2),
+    slow("zero one refreshed", "sign", None, [4, 5], 2),
     slow("zero one refreshed by int4", "sign", "two_shot", [3, 4], 3),
     slow("zero one refreshed by int4", "sign", None, [6, 7], 2),
     ("dgc", "topk(0.1)", None, [4], 2),

@@ -116,7 +116,7 @@ class Decoded(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight, float32."""
-        values: Tensor = self.rows(torch.arange(self.count))
+        values: Tensor = self.rows(torch.arange(self.count, dtype=torch.int64, device="cpu"))
         return values.unflatten(1, self.stored.row) if self.stored.row else values
 
 
