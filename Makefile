@@ -72,7 +72,7 @@ bench-quick: $(INSTALLED)
 	@$(RUN)/python -m commpress.launch.cli report $(RECORDS)/quick.html $(RECORDS)/quick-*.json
 	@for rate in 1gbit 10gbit; do $(LAB) 2 $$rate -- $(AUTO) || exit 1; done
 
-# the README's tables and pictures, under 40 minutes
+# the tables of docs/measured.md and the step times' picture, under 40 minutes
 bench: $(INSTALLED)
 	@mkdir -p $(RECORDS)
 	@$(RUN)/python benchmarks/codecs.py

@@ -5,7 +5,7 @@ session = commpress.attach(ddp_model, "topk(0.1)|sign", optimizer=optimizer)
 ...                                # train as before
 print(session.report())            # bytes and seconds, against a dense exchange
 
-The figure is of a small GPT, in the README's table "Adam at 30 to 400 times fewer bytes". Without a spec, `attach(ddp_model)`
+The figure is of a small GPT, in the README's table "Loss beside speed" and in docs/adam.md. Without a spec, `attach(ddp_model)`
 finds one for any optimizer.
 """
 

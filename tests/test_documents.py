@@ -173,9 +173,9 @@ def test_a_python_block_runs_on_two_ranks_of_its_own(block: Block, tmp_path: Pat
         assert names["commpress" if block.test["prelude"] != "deepspeed" else "engine"]
 
 
-def test_the_hook_registers_by_hand_as_the_readme_says(tmp_path: Path) -> None:
+def test_the_hook_registers_by_hand_as_the_page_on_specs_says(tmp_path: Path) -> None:
     """After `import commpress` alone."""
-    line = re.search(r"`(ddp\.register_comm_hook\(.*?)`", FILES[0].read_text())
+    line = re.search(r"`(ddp\.register_comm_hook\(.*?)`", (ROOT / "docs" / "choosing.md").read_text())
     assert line is not None
     run_fresh([PRELUDES["ddp"], line[1], "train()"], tmp_path)
 
@@ -299,19 +299,19 @@ def trained(by_command: list[dict[str, Any]]) -> None:
         assert train.train(train.Settings(**settings))
 
 
-def test_the_training_commands_of_the_readme_train(tmp_path: Path) -> None:
+def test_the_commands_of_the_page_on_training_train(tmp_path: Path) -> None:
     """As they stand there, one after another, but with a small model, few steps and little text."""
     (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     small = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "warmup_steps": 1, "threads": 1}
     small |= {"data": tmp_path / "text", "out": tmp_path / "run"}
-    block = next(b for b in BASH if b.file.name == "README.md" and "--resume" in b.code)
+    block = next(b for b in BASH if b.file.name == "train.md" and "--resume" in b.code)
     found = [settings for words in commands_of(block) if (settings := settings_of(words))]
     assert [settings.resume for settings in found] == [False, True]
     run(2, trained, [{**vars(settings), **small, "steps": 2 + i} for i, settings in enumerate(found)])
 
 
-def test_the_prediction_of_the_readme_prints() -> None:
-    block = next(b for b in BASH if "commpress explain" in b.code)
+def test_the_prediction_of_the_page_on_training_prints() -> None:
+    block = next(b for b in BASH if b.file.name == "train.md" and "commpress explain" in b.code)
     (words,) = commands_of(block)
     assert words[0] == "commpress"
     done = run_command(*words[1:])

@@ -1,4 +1,4 @@
-"""The README's picture: the same records give the same bytes, and others are refused by name."""
+"""The picture of the step times: the same records give the same bytes, and others are refused by name."""
 
 import json
 import sys
