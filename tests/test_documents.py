@@ -5,7 +5,7 @@ the text around it promises. Which one, an HTML comment above the block says:
 
     <!-- test: prelude=NAME -->             one of PRELUDES
     <!-- test: prelude=NAME then=train -->  and the training loop of the prelude runs afterwards
-    <!-- test: prelude=NAME after=1 -->     after the block before it
+    <!-- test: prelude=NAME after=1 -->     after the block before it, or the one so many before it
     <!-- test: by=FILE -->                  another test runs it
 
 A line `...` stands for that loop. The commands of bash blocks are parsed by the programs that they call.
@@ -168,7 +168,7 @@ def test_a_python_block_runs_on_two_ranks_of_its_own(block: Block, tmp_path: Pat
     before = []
     if "after" in block.test:
         others = [b for b in PYTHON if b.file == block.file]
-        before = [in_full(others[others.index(block) - 1])]
+        before = [in_full(others[others.index(block) - int(block.test["after"])])]
     for names in run_fresh([PRELUDES[block.test["prelude"]], *before, in_full(block)], tmp_path):
         assert names["commpress" if block.test["prelude"] != "deepspeed" else "engine"]
 
