@@ -20,8 +20,8 @@ MARK = re.compile(r"<!-- \w+: .*? -->\n")
 CODE = re.compile(r"`[^`\n]*`")
 
 
-def on_pre_build(config: Any) -> None:
-    """Copy the sources to build/api/commpress, hooks and launch among them."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Copy the sources to build/api/commpress, hooks and launch among them, before mkdocstrings looks for that folder."""
     package = ROOT / "build" / "api" / "commpress"
     shutil.rmtree(package, ignore_errors=True)
     for source, target in (("commpress", package), ("hooks", package / "hooks"), ("launch", package / "launch")):
