@@ -96,7 +96,7 @@ class Export:
         return export(model, self.out, formats=self.formats, example_inputs=inputs)
 
     def own_model(self) -> nn.Module:
-        """What --model, --recipe and --state say."""
+        """Return what --model, --recipe and --state say."""
         assert self.model is not None
         model = called(self.model, "--model")
         if not isinstance(model, nn.Module):
@@ -113,7 +113,7 @@ class Export:
         return model
 
     def own_inputs(self) -> tuple[Any, ...]:
-        """What --example says."""
+        """Return what --example says."""
         assert self.example is not None
         inputs = called(self.example, "--example")
         if not isinstance(inputs, tuple):
@@ -146,7 +146,7 @@ def bytes_of(model: Any) -> tuple[torch.Tensor]:
 
 
 def called(text: str, flag: str) -> Any:
-    """What the function that `module:function` names returns. Raises ValueError that names the flag."""
+    """Return what the function that `module:function` names returns. Raises ValueError that names the flag."""
     function = imported(text, flag)
     try:
         return function()

@@ -80,6 +80,8 @@ class Shrink:
 
     def shrink(self) -> None:
         """Train on all ranks, judge on rank 0. Collective. Raises TrainingError on all ranks."""
+        from commpress.model.first_rank import told_by_first_rank
+
         with runtime.process_group() as device, runtime.in_one_voice():
             recipe = together(self.checked, device)
             torch.set_num_threads(default_threads())
@@ -88,10 +90,8 @@ class Shrink:
             scheduler = self.trained(small, dense.to(device), training, held_out, recipe)
             judged = partial(self.judged, dense.cpu(), small.cpu(), held_out, scheduler.recipe)
             missed: list[str] = together(judged if dist.get_rank() == 0 else list, device)
-            told: list[Any] = [missed]
-            dist.broadcast_object_list(told, 0)
-            if told[0]:
-                raise TrainingError(f"the budget is not met: {'; '.join(told[0])}")
+            if missed := told_by_first_rank(missed, None, device):
+                raise TrainingError(f"the budget is not met: {'; '.join(missed)}")
 
     def checked(self) -> "Recipe":
         """The recipe of --recipe or of the limits. Raises ValueError for flags that make no sense."""

@@ -12,7 +12,7 @@ import copy
 import glob
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from commpress.model import layers, quantization, ranges
+from commpress.model.first_rank import told_by_first_rank
 from commpress.model.judgement.forms import arrays_of, batches_of, side_of
 from commpress.model.judgement.measuring import Process, in_turns
 from commpress.model.judgement.quality import Loss
@@ -130,19 +131,17 @@ class _Files:
         """Bytes, and milliseconds if the budget has some. Collective. Raises BudgetError on all ranks if it cannot be had."""
         key = tuple(sorted(choice.items(), key=lambda item: item[0]))
         if key not in self.known:
-            told: list[Any] = [None]
+            told: Any = None
             several = dist.is_available() and dist.is_initialized()
             if not several or dist.get_rank(self._group) == 0:
                 try:
-                    told = [self._measure(choice)]
+                    told = asdict(self._measure(choice))
                 except Exception as error:  # the others wait for this rank's word, whatever it met
-                    told = [f"budget: {budget_file(self._budget)} cannot be measured: {error}"]
-            if several:
-                first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
-                dist.broadcast_object_list(told, first, self._group)
-            if isinstance(told[0], str):
-                raise BudgetError(told[0])
-            self.known[key] = told[0]
+                    told = f"budget: {budget_file(self._budget)} cannot be measured: {error}"
+            told = told_by_first_rank(told, self._group, next(self._model.parameters()).device)
+            if isinstance(told, str):
+                raise BudgetError(told)
+            self.known[key] = Measured(**told)
         return self.known[key]
 
     def _measure(self, choice: Choice) -> Measured:

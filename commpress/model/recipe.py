@@ -206,9 +206,9 @@ class Budget(Part):
     """The last change of pruning; from there on forward computes with the integers. Default: `start`."""
     every: Annotated[int, Field(ge=1)] = 100
     max_mb: Annotated[float, Field(gt=0)] | None = None
-    """Of the file, 10^6 bytes each."""
+    """The most that the file may have, 10^6 bytes each."""
     max_ms: Annotated[float, Field(gt=0)] | None = None
-    """Of a call in the file's runtime on one thread, the median."""
+    """The most that a call may take in the file's runtime on one thread, the median."""
     max_loss: Annotated[float, Field(ge=0)] | None = None
     """What the held-out loss may rise by against the dense model's, as a share of that: 0.01 for 1 %."""
     format: Literal["onnx", "pt2e", "safetensors"] = "onnx"

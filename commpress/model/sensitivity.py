@@ -20,14 +20,14 @@ from commpress.model.judgement.quality import Loss, usual_loss
 from commpress.model.quantization import Quantization
 
 AMOUNTS = (0.5, 0.7, 0.8, 0.9)
-"""Of a layer's weights; tried where pruned weights leave the file."""
+"""Shares of a layer's weights; tried where pruned weights leave the file."""
 BITS: tuple[tuple[int, int | None], ...] = ((8, None), (4, 32))
 """Bits, and how many weights share a scale."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is done to a layer."""
+    """A way to prune and round a layer."""
 
     amount: float = 0.0
     bits: int | None = None
@@ -52,7 +52,7 @@ class Unit:
         return [Setting(amount, *each) for each in rounded for amount in amounts]
 
     def bytes(self, setting: Setting) -> float:
-        """What it takes in the file, about."""
+        """Return the bytes that it takes in the file, about."""
         n = self.rows * self.width
         bits = setting.bits or 32
         scales = 0 if setting.bits is None else self.rows * self.width / (setting.group or self.width)
@@ -178,6 +178,7 @@ def globs(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def pruned_mask(w: Tensor, amount: float) -> Tensor:
+    """Return the mask, bool of the shape of w, that keeps all but the `amount` of its values that are smallest."""
     return pruning.by_amount({"": w.abs()}, amount)[""]
 
 

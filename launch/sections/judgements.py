@@ -14,7 +14,7 @@ def judgements(found: Sequence[Record]) -> list[str]:
 
 
 def conditions(record: Record) -> str:
-    """What was measured where, in one line."""
+    """Return what was measured where, in one line."""
     machine = record["machine"]
     shapes = ", ".join(" x ".join(map(str, shape)) for shape in record["inputs"])
     return (

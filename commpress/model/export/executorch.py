@@ -121,7 +121,7 @@ class Decoded(nn.Module):
 
 
 class RoundedInFloats(nn.Module):
-    """What rounds static inputs of a convolution, by plain arithmetic.
+    """Rounds static inputs of a convolution, by plain arithmetic.
 
     ExecuTorch 1.5.1 computes a convolution wrong that is behind quantize_per_tensor and that XNNPACK has not taken: one reads
     rows, channels, height, width, and the other has written channels last.

@@ -148,7 +148,7 @@ def _plain(layer: Layer) -> nn.Module:
 
 @dataclass(frozen=True)
 class Grid:
-    """What codes stand for: scale (code - zero)."""
+    """The numbers that codes stand for: scale (code - zero)."""
 
     scale: float
     zero: int
@@ -185,7 +185,7 @@ def _program(program: Any, layers: list[Layer]) -> tuple[dict[str, Tensor], dict
 
 
 def _operator(node: Any, layer: Layer) -> dict[str, Any]:
-    """What a layer's step does, but for its integers."""
+    """Return what a layer's step does, but for its integers."""
     if _name(node) == LINEAR:
         return {"op": "linear"}
     stride, padding, dilation, groups = node.args[2:6]
@@ -236,12 +236,12 @@ def _integers(name: str, layer: Layer, to: Grid) -> dict[str, Tensor]:
 
 
 def _unit(layer: Layer) -> Tensor:
-    """What a sum of 1 stands for, float64 [rows]."""
+    """Return the number that a sum of 1 stands for, float64 [rows]."""
     return layer.scale * layer.codes.scale.flatten().double()
 
 
 def _step(layer: Layer) -> float:
-    """What an output of 1 of the last layer stands for."""
+    """Return the number that an output of 1 of the last layer stands for."""
     used = layer.codes.values.any(1)
     if bool(used.any()):
         return float(_unit(layer)[used].max())
@@ -281,7 +281,7 @@ def _pair(value: Any) -> list[int]:
 
 
 def _name(node: Any) -> str:
-    """Of an operator, without its overload."""
+    """Return the name of an operator, without its overload."""
     return node.target.__name__.split(".")[0] if node.op == "call_function" else ""
 
 

@@ -25,7 +25,7 @@ VERSION = "integer-1"
 CHECKSUM = re.compile(rb'\\"checksum\\": \\"([0-9a-f]{8})\\"')
 """The CRC-32 of the file with eight zeros in its place."""
 DTYPES = {"I8": np.int8, "I32": np.int32}
-"""Those of a file's tensors."""
+"""The dtypes of a file's tensors."""
 LIMITS = {"int8": (-128, 127), "int32": (-(2**31), 2**31 - 1)}
 KEYS = {
     "linear": {"weight", "bias", "multiplier", "shift", "zero", "dtype"},
@@ -56,10 +56,10 @@ class Program:
     steps: list[dict[str, Any]]
     tensors: dict[str, Any]
     input_scale: float
-    """Of the inputs: x ~ scale (code - zero)."""
+    """The scale of the inputs: x ~ scale (code - zero)."""
     input_zero: int
     output_scale: float
-    """What an output of 1 stands for."""
+    """The number that an output of 1 stands for."""
 
     def rounded(self, x: Any) -> Any:
         """The int8 codes of floats, which a sensor of integers need not make."""

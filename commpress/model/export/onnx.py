@@ -180,7 +180,7 @@ class Embedding(nn.Module):
 
 
 class Rounded(nn.Module):
-    """What rounds static inputs of a convolution, as one operator."""
+    """Rounds static inputs of a convolution, as one operator."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()

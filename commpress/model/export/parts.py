@@ -26,17 +26,17 @@ class Layer:
     """By the weight's name in the module, with float32 scales; those of a shared weight are the same objects."""
     activations: quantization.Activations | None
     scale: float = 0.0
-    """Of static inputs: x ~ scale (code - zero), codes of -128 to 127."""
+    """The scale of static inputs: x ~ scale (code - zero), codes of -128 to 127."""
     zero: int = 0
 
     @property
     def codes(self) -> Codes:
-        """Those of the only weight, of a Linear (or Conv1D, which is one), an Embedding or a convolution."""
+        """The codes of the only weight, of a Linear (or Conv1D, which is one), an Embedding or a convolution."""
         return self.weights["weight"]
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """Of a Linear."""
+        """The bias of a Linear."""
         bias: nn.Parameter | None = self.module.bias
         return bias
 

@@ -83,7 +83,7 @@ class Weight(nn.Module):
 
 
 class Rounded(nn.Module):
-    """What rounds static inputs, as uint8: what Inductor's kernels on x86 take."""
+    """Rounds static inputs, as uint8, which Inductor's kernels on x86 take."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()

@@ -37,13 +37,13 @@ RECORD, CARD = "judgement.json", "model_card.md"
 
 @dataclass(frozen=True)
 class Judgement:
-    """What was measured, as `judgement.json` has it."""
+    """All that was measured, as `judgement.json` has it."""
 
     record: dict[str, Any]
 
     @property
     def sentences(self) -> list[str]:
-        """What the small model brings and what it does not, each of the figures."""
+        """Sentences on what the small model brings and what it does not, each of the figures."""
         found: list[str] = self.record["sentences"]
         return found
 

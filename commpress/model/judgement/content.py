@@ -56,7 +56,7 @@ def kinds(side: Side) -> dict[str, int]:
 
 
 def of_side(side: Side) -> dict[str, Any]:
-    """What a judgement says of the content of a side; None and empty tables where no file tells it."""
+    """Return what a judgement says of the content of a side; None and empty tables where no file tells it."""
     return {
         "counts": None if side.content is None else counts(side.content),
         "kinds": kinds(side),

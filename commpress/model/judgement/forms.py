@@ -49,9 +49,9 @@ class Side:
     left_out: dict[str, str] = field(default_factory=dict)
     """Why a runtime has no form."""
     stored: Path | None = None
-    """Its model.safetensors, if there is one."""
+    """The model.safetensors, if there is one."""
     content: Stored | None = None
-    """What that has."""
+    """The content of model.safetensors."""
     dynamic: frozenset[str] = frozenset()
     """Weights whose layers round their inputs by token; known of a module alone, no file tells it."""
 
@@ -63,7 +63,7 @@ def size_of(path: Path) -> int:
 
 
 def known_runtimes(runtimes: Sequence[str] | None) -> list[str]:
-    """Those that are asked for, or all. Raises ValueError for an unknown one."""
+    """Return the runtimes that are asked for, or all. Raises ValueError for an unknown one."""
     if isinstance(runtimes, str) or (runtimes is not None and (not runtimes or set(runtimes) - RUNTIMES.keys())):
         raise ValueError(f"judge(runtimes={runtimes!r}): expected some of {', '.join(RUNTIMES)}, as in ('torch',)")
     return list(dict.fromkeys(runtimes or RUNTIMES))

@@ -35,10 +35,10 @@ ENOUGH = 2
 
 @dataclass(frozen=True)
 class Runtime:
-    """What runs a form."""
+    """A program that runs a form."""
 
     format: str
-    """Of `commpress.model.export.FORMATS`: the file that it runs, or that has the values of the module."""
+    """A name in `commpress.model.export.FORMATS`: the file that it runs, or that has the values of the module."""
     needs: tuple[str, ...]
     """Packages."""
     begin: Callable[[int, str], Load]

@@ -14,12 +14,12 @@ SURE = 0.9
 
 
 def sentences(record: Record) -> list[str]:
-    """What the small model brings and what it does not, the shortest answer first."""
+    """Return sentences on what the small model brings and what it does not, the shortest answer first."""
     return [_answer(record), *_busy(record), *_size(record), *_speed(record), *_memory(record), *_quality(record)]
 
 
 def _answer(record: Record) -> str:
-    """What it is, how much smaller, and where it is faster on one thread."""
+    """Return a sentence: what it is, how much smaller, and where it is faster on one thread."""
     files = [side["stored_bytes"] for side in (record["dense"], record["small"])]
     pairs = [files] if all(files) else [[row[side]["bytes"] for side in ("dense", "small")] for row in record["rows"]]
     ratio = max(dense / small for dense, small in pairs)
@@ -42,7 +42,7 @@ def _busy(record: Record) -> list[str]:
 
 
 def described(record: Record) -> str:
-    """What the small model is: "80 % pruned, int8 static"; "float32" if nothing of that."""
+    """Return what the small model is: "80 % pruned, int8 static"; "float32" if nothing of that."""
     small = record["small"]
     counts = small["counts"]
     words = [f"{counts['pruned'] / counts['values']:.0%} of the values pruned"] if counts and counts["pruned"] else []

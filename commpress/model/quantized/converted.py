@@ -20,7 +20,7 @@ class ConvertedWeight(Protocol):
 
 
 def integers(module: Any, w: Tensor) -> Tensor:
-    """What stands in the place of a prepared module's weight once it is converted, [rows, width]."""
+    """Return what stands in the place of a prepared module's weight once it is converted, [rows, width]."""
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     settings = module.quantization

@@ -19,7 +19,7 @@ class Quantized(nn.Module):
     weight_fake_quantizer: nn.Module
 
     def computed(self, name: str) -> Any:
-        """What to compute with in the place of the weight of this name, a Tensor."""
+        """Return what to compute with in the place of the weight of this name, a Tensor."""
         return self.weight_fake_quantizer(attrgetter(name)(self))
 
 
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
         self.enabled = True
 
     def forward(self, w: Any) -> Tensor:
-        """Of the shape and dtype that the weight had."""
+        """Return the floats, of the shape and dtype that the weight had."""
         if not self.enabled:
             return w  # type: ignore[no-any-return]
         values: Tensor = w.dequantize()
