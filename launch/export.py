@@ -20,7 +20,7 @@ from torch import nn
 from commpress import extras
 from commpress.files import write_atomically
 from commpress.launch import recipes, run_folder
-from commpress.launch.model_size import imported
+from commpress.launch.model_size import called
 from commpress.launch.predictions import require, say, show
 
 try:
@@ -143,15 +143,6 @@ def bytes_of(model: Any) -> tuple[torch.Tensor]:
             0, 256, (ROWS, model.positions.num_embeddings), generator=random, dtype=torch.int64, device="cpu"
         ),
     )
-
-
-def called(text: str, flag: str) -> Any:
-    """Return what the function that `module:function` names returns. Raises ValueError that names the flag."""
-    function = imported(text, flag)
-    try:
-        return function()
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{flag} {text}: the call fails: {type(error).__name__}: {error}") from error
 
 
 def load(model: nn.Module, path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from commpress import extras
 from commpress.files import write_atomically
 from commpress.launch import checkpoint, data, recipes, run_folder
-from commpress.launch.model_size import imported
+from commpress.launch.model_size import called
 from commpress.launch.predictions import require, say, show
 
 try:
@@ -73,11 +73,7 @@ class Judge:
         """Held-out batches: what --data's function returns, or windows of a run's text. Raises ValueError."""
         run = next((each for each in (self.dense, self.small) if checkpoint.exists(each)), None)
         if self.data is not None and ":" in self.data and not Path(self.data).exists():
-            function = imported(self.data, "--data")
-            try:
-                found = function()
-            except (Exception, SystemExit) as error:
-                raise ValueError(f"--data {self.data}: the call fails: {type(error).__name__}: {error}") from error
+            found = called(self.data, "--data")
             require(
                 isinstance(found, Iterable),
                 f"--data {self.data}: returns a {type(found).__name__}, expected batches (inputs, targets)",

@@ -1,9 +1,10 @@
-"""How many parameters a model trains, from the text `module:factory`: imported and called, never trained."""
+"""A user's `module:function`: imported and called; and how many parameters a model from there trains."""
 
 import importlib
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,3 +57,12 @@ def imported(text: str, flag: str = "--model") -> Callable[[], object]:
     if not callable(found):
         raise ValueError(f"{flag} {text}: {name} is a {type(found).__name__}, expected something to call")
     return found
+
+
+def called(text: str, flag: str) -> Any:
+    """Return what the function that `module:function` names returns. Raises ValueError that names the flag."""
+    function = imported(text, flag)
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{flag} {text}: the call fails: {type(error).__name__}: {error}") from error

@@ -27,7 +27,7 @@ import commpress
 from commpress import extras
 from commpress.files import write_atomically
 from commpress.launch import run_folder, runtime, units
-from commpress.launch.model_size import imported
+from commpress.launch.model_size import called
 from commpress.launch.predictions import require, say
 from commpress.launch.run_record import default_threads
 from commpress.launch.runtime import TrainingError, together
@@ -122,12 +122,12 @@ class Shrink:
         """The dense model, this rank's training batches, and all held-out ones. Raises ValueError that names the flag."""
         from commpress.model.judgement.forms import batches_of
 
-        dense = _called(self.model, "--model")
+        dense = called(self.model, "--model")
         require(
             isinstance(dense, nn.Module),
             f"--model {self.model}: returns a {type(dense).__name__}, expected a torch.nn.Module",
         )
-        found = _called(self.data, "--data")
+        found = called(self.data, "--data")
         require(
             isinstance(found, (tuple, list)) and len(found) == 2 and all(isinstance(part, Iterable) for part in found),
             f"--data {self.data}: expected (training, held_out), batches (inputs, targets) both, got a {type(found).__name__}",
@@ -197,14 +197,6 @@ class Shrink:
             say(f"- {each}")
         say(f"files in {self.out / 'small'}; pictures, card and the recipe that was chosen in {self.out}")
         return shortfalls(budget, judgement.record)
-
-
-def _called(text: str, flag: str) -> Any:
-    function = imported(text, flag)
-    try:
-        return function()
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{flag} {text}: the call fails: {type(error).__name__}: {error}") from error
 
 
 def _forever(batches: Batches) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
