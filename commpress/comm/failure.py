@@ -90,7 +90,10 @@ def with_timeout(seconds: float, action: Callable[[], T]) -> T:
     thread.start()
     thread.join(seconds)
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # an error that is held by its own frame would hold the caller's frames, and a transfer in them
     if not results:
         raise TimeoutError(f"no answer in {seconds:g} s")
     return results[0]

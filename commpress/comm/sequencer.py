@@ -18,6 +18,7 @@ import contextlib
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -200,6 +201,7 @@ class _Lines:
                 if isinstance(error, LostPeerError) and error.peer is None and self.wire.device.type == "cpu":
                     error = self.wire.lost_peer(str(error))
                 self.error = self.board.explain(error)
+            traceback.clear_frames(error.__traceback__)  # they hold transfers, which keep the connections open
 
     def end(self, jobs: list[Job]) -> None:
         """Close the connections and fail these jobs. A transfer that is still held anywhere keeps them open: an exchange that

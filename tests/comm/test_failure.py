@@ -1,13 +1,16 @@
 """Whose fault an error is: the peer's that is gone, or this rank's own."""
 
+import gc
 import os
 import time
+import weakref
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import Died, run
 
-from commpress.comm.failure import FailureBoard
+from commpress.comm.failure import FailureBoard, with_timeout
 
 
 def said(dies: bool) -> list[str]:
@@ -42,3 +45,21 @@ def test_a_peer_is_lost_where_gloo_says_so_and_nowhere_else() -> None:
         assert len(own) == 1 + dies
         assert all("failed on rank 0: RuntimeError: " in text and "which lost it" not in text for text in own)
         assert own[-1].endswith("topk has no loop for the gloo backend")
+
+
+class Held:
+    """Stands for a transfer in flight: as long as it is held, its connections are open."""
+
+
+def test_an_error_of_an_action_is_not_held_by_the_frames_that_it_went_through() -> None:
+    def caller() -> "weakref.ref[Held]":
+        held = Held()
+        with pytest.raises(ZeroDivisionError):
+            with_timeout(60, lambda: 1 // 0)
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()

@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,8 +45,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A module with one loop."""
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module with one loop. Python keeps no bytecode of it: on a full disk it would keep a part, and fail on that."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     path = tmp_path / "source" / "looped.py"
     path.parent.mkdir()
     path.write_text(SOURCE)
