@@ -6,22 +6,19 @@
 Files are those of `commpress.model.export` (docs/export.md); export.json in the same folder says what the table does.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import nn
 
 from commpress import extras
-from commpress.files import write_atomically
 from commpress.launch import recipes, run_folder
+from commpress.launch.exported import bytes_of, show_exported
 from commpress.launch.model_size import called
-from commpress.launch.predictions import require, say, show
+from commpress.launch.predictions import require
 
 try:
     from tyro.conf import Positional
@@ -34,9 +31,6 @@ if TYPE_CHECKING:
     from commpress.model import Exported
 
 Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torchao"]
-RECORD = "export.json"
-ROWS = 4
-"""Of the example inputs of a run's model. What plans memory, ExecuTorch, has it for as many."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ class Export:
 
         if self.folder is not None:
             model: nn.Module = recipes.model_of_run(self.folder)
-            inputs = bytes_of(model)
+            inputs: tuple[Any, ...] = bytes_of(model)
         else:
             model, inputs = self.own_model(), self.own_inputs()
         return export(model, self.out, formats=self.formats, example_inputs=inputs)
@@ -122,27 +116,10 @@ class Export:
 
     def print(self, files: "list[Exported]") -> None:
         """Print what was written, and write export.json."""
-        made = Table("format", "file", "MB", "difference", title="exported", box=box.SIMPLE_HEAD)
-        for column in made.columns[2:]:
-            column.justify = "right"
-        for each in files:
-            made.add_row(each.format, str(each.path), f"{each.bytes / 1e6:.3f}", f"{each.difference:.1e}")
-        show(made)
-        say("difference: the largest of the example's outputs, between training with quantisers on and the file")
-        rows = [{**vars(each), "path": each.path.name} for each in files]
-        record = {"what": "export", "of": str(self.folder or self.model), "rows": rows}
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(self.out / RECORD, lambda file: file.write(text.encode()))
+        from commpress.model.export.by_recipe import write_record
 
-
-def bytes_of(model: Any) -> tuple[torch.Tensor]:
-    """Bytes for a GPT to read: the time is all of its context."""
-    random = torch.Generator().manual_seed(0)
-    return (
-        torch.randint(
-            0, 256, (ROWS, model.positions.num_embeddings), generator=random, dtype=torch.int64, device="cpu"
-        ),
-    )
+        show_exported(files)
+        write_record(self.out, str(self.folder or self.model), files)
 
 
 def load(model: nn.Module, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Recipes in the training program: the file, the teacher that it names, and the small model that it leaves."""
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from commpress.comm.codecs import AUTO
 from commpress.comm.plan import Plan
 from commpress.comm.rules import is_open
 from commpress.launch import checkpoint, patterns, strategies
+from commpress.launch.exported import bytes_of, show_exported
 from commpress.launch.model import GPT, Shape
 from commpress.launch.runtime import TrainingError, same_error_on_all_ranks, together
 from commpress.launch.settings import Settings, check
@@ -97,6 +99,13 @@ def read(path: Path, steps: int) -> "Recipe":
             raise ValueError(f"{path}: traffic.{key}: {error}") from None
     if recipe.budget is not None and not recipe.budget.settled:
         raise ValueError(f"{path}: budget: is held against a dense model, which this run has not; see commpress shrink")
+    if recipe.export is not None:
+        from commpress.model.export import require
+
+        try:
+            require(recipe.export.formats)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{path}: export.formats: {error}") from None
     if recipe.distil is not None and recipe.distil.teacher is None:
         raise ValueError(f"{path}: distil.teacher: missing, expected the folder of a run")
     return recipe
@@ -119,7 +128,14 @@ def follow(
     with same_error_on_all_ranks():
         strategy = strategies.make(model, settings)
         taught_by = None if taught_by is None else taught_by.to(device)
-        return strategy, Scheduler(recipe, model, strategy.optimizer, session=strategy.session, teacher=taught_by)
+        return strategy, Scheduler(
+            recipe,
+            model,
+            strategy.optimizer,
+            session=strategy.session,
+            teacher=taught_by,
+            example_inputs=bytes_of(model),
+        )
 
 
 def model_of_run(folder: Path) -> GPT:
@@ -160,32 +176,44 @@ def teacher(recipe: "Recipe", context: int) -> GPT | None:
     return model
 
 
-def store(
-    file: Path, shape: Shape, strategy: Strategy, scheduler: "Scheduler", device: torch.device
-) -> tuple[GPT, dict[str, Any]]:
-    """Write the model as small as the recipe left it, and read it back: on the CPU, and what was written. Collective.
+def whole(shape: Shape, strategy: Strategy, scheduler: "Scheduler", device: torch.device) -> GPT | None:
+    """The model as the recipe left it, whole, on the CPU, its quantisers on: on rank 0, None on the others. Collective."""
+    from commpress.model import prepare, quantization
 
-    Rank 0 does both, and sends the others what it has read: they may not see its file.
-    """
-    from commpress.model import prepare, quantization, stored
-
-    model = GPT(shape)
-
-    def write(state: dict[str, Any]) -> int:
+    def load(state: dict[str, Any]) -> GPT | None:
         if dist.get_rank():
-            return 0
+            return None
         full = GPT(shape)
         prepare(full, scheduler.recipe)
         full.load_state_dict(state)
         if quantization.is_prepared(full):
             quantization.enable(full)
+        return full
+
+    with strategy.synced():
+        shared, _ = strategy.state()
+        return together(lambda: load(shared["model"]), device)
+
+
+def store(
+    file: Path, full: GPT | None, shape: Shape, scheduler: "Scheduler", device: torch.device
+) -> tuple[GPT, dict[str, Any]]:
+    """Write the model as small as the recipe left it, and read it back: on the CPU, and what was written. Collective.
+
+    Rank 0, which has the whole model, does both, and sends the others what it has read: they may not see its file.
+    """
+    from commpress.model import stored
+
+    model = GPT(shape)
+
+    def write() -> int:
+        if full is None:
+            return 0
         stored.save(file, full, masks={name: mask.cpu() for name, mask in scheduler.masks.of.items()})
         model.load_state_dict(stored.load(file).state_dict())
         return file.stat().st_size
 
-    with strategy.synced():
-        shared, _ = strategy.state()
-        size = torch.tensor(together(lambda: write(shared["model"]), device), dtype=torch.int64, device=device)
+    size = torch.tensor(together(write, device), dtype=torch.int64, device=device)
     dist.broadcast(size, 0)
     for p in model.parameters():
         values = p.detach().to(device)
@@ -197,6 +225,35 @@ def store(
         "times_smaller": dense / int(size),
         "sparsity": scheduler.masks.sparsity,
     }
+
+
+def exported(full: GPT | None, recipe: "Recipe", folder: Path, done: int, device: torch.device) -> list[str]:
+    """Write what [export] names into the run's folder, on rank 0; what cannot be, a sentence each. Collective."""
+    from commpress.model.export.by_recipe import export_by
+    from commpress.model.first_rank import told_by_first_rank
+
+    def write() -> list[str]:
+        if full is None or recipe.export is None:
+            return []
+        written, failed = export_by(recipe.export, full, folder, bytes_of(full), done)
+        show_exported(written)
+        return failed
+
+    found: list[str] = told_by_first_rank(together(write, device), None, device)
+    return found
+
+
+def is_exported(recipe: "Recipe", folder: Path, done: int) -> bool:
+    """Whether what [export] names was written at this step."""
+    from commpress.model.export.by_recipe import RECORD
+
+    if recipe.export is None:
+        return True
+    try:
+        found = json.loads((folder / recipe.export.folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("steps") == done
 
 
 def phase_label(scheduler: "Scheduler") -> str:

@@ -79,6 +79,16 @@ class Run:
         return self.done == self.settings.steps
 
     @property
+    def must_export(self) -> bool:
+        """Whether the run is over but for its [export]: it was ended there. Collective."""
+        from commpress.model.first_rank import told_by_first_rank
+
+        if self.scheduler is None:
+            return False
+        there = recipes.is_exported(self.scheduler.recipe, self.out, self.done)
+        return not told_by_first_rank(there, None, self.device)
+
+    @property
     def parameters(self) -> int:
         """Values of the whole model."""
         with torch.device("meta"):

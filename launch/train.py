@@ -22,6 +22,7 @@ from commpress import extras
 from commpress.launch import data, recipes, run_folder, runtime, scalars, strategies
 from commpress.launch.display import display, say, say_what_became, say_what_begins
 from commpress.launch.evaluation import cross_entropy, validate
+from commpress.launch.model import GPT
 from commpress.launch.optimizers import learning_rate
 from commpress.launch.recording import Recording
 from commpress.launch.run_record import default_threads
@@ -53,7 +54,11 @@ def train(settings: Settings) -> bool:
     with process_group() as device, runtime.in_one_voice(), runtime.stop_signals() as stop:
         run = set_up(settings, device)
         if run.finished:
-            say(f"{run.out} is already at step {run.done} of {run.settings.steps}: nothing left to do")
+            if run.must_export and run.scheduler is not None:
+                say(f"{run.out} is already at step {run.done} of {run.settings.steps}: what is left is its export")
+                leave(run, recipes.whole(run.settings.shape, run.strategy, run.scheduler, run.device))
+            else:
+                say(f"{run.out} is already at step {run.done} of {run.settings.steps}: nothing left to do")
             return True
         say_what_begins(run)
         with contextlib.closing(run.board) if run.board else contextlib.nullcontext():
@@ -155,14 +160,24 @@ def step(run: Run, stop: runtime.Stop) -> tuple[float, bool]:
 
 
 def finish(run: Run) -> None:
-    """Write what is left of the run, and print what it came to. Collective."""
-    if run.finished and run.scheduler is not None:
-        file, shape = run.out / recipes.SMALL, run.settings.shape
-        model, run.small = recipes.store(file, shape, run.strategy, run.scheduler, run.device)
+    """Write what is left of the run, and print what it came to. Collective. Raises TrainingError as `leave` does."""
+    full, scheduler = None, run.scheduler if run.finished else None
+    if scheduler is not None:
+        full = recipes.whole(run.settings.shape, run.strategy, scheduler, run.device)
+        model, run.small = recipes.store(run.out / recipes.SMALL, full, run.settings.shape, scheduler, run.device)
         run.small["validation_loss"] = validate(model.to(run.device), run.text.validation, run.settings, run.device)
     run.write_record()
     run.save()
     say_what_became(run)
+    if scheduler is not None:
+        leave(run, full)
+
+
+def leave(run: Run, full: GPT | None) -> None:
+    """Write what the recipe exports. Collective. Raises TrainingError for formats that cannot be; the others are written."""
+    assert run.scheduler is not None
+    if failed := recipes.exported(full, run.scheduler.recipe, run.out, run.done, run.device):
+        raise TrainingError(f"export: {'; '.join(failed)}; the run itself is over, in {run.out}")
 
 
 def held_out(run: Run) -> float:

@@ -13,6 +13,7 @@ packs what is kept. Masks follow from what all ranks have alike, weights and mea
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from commpress.model import budget, layers, quantization, ranges
 from commpress.model.distillation import PROJECTIONS, Distillation, Distiller, fingerprint
+from commpress.model.export import Exported, by_recipe
+from commpress.model.export import require as require_packages
+from commpress.model.first_rank import told_by_first_rank
 from commpress.model.judgement.quality import Loss
 from commpress.model.masks import Masks
 from commpress.model.pruner import LATE, Pruner, Session
@@ -57,7 +61,8 @@ class Scheduler:
     model of any kind, for a recipe that distils. `restoring`: model and optimizer are those of a checkpoint already, and
     `load_state_dict` or `begin_at` comes next; until then nothing is pruned. `held_out` are this rank's batches (inputs,
     targets) for a recipe with a budget, and `budget_loss` takes outputs and targets, if their loss is not the usual one
-    (`commpress.model.judge`). Call `loss` in each backward and `step` after each optimizer step, once if there are several.
+    (`commpress.model.judge`). `example_inputs` are the model's positional arguments, a tuple, for a recipe with an [export];
+    `finish` writes its files. Call `loss` in each backward and `step` after each optimizer step, once if there are several.
     `phase` says what goes on now.
 
     Raises RecipeError, naming the key, if the recipe does not fit the model, TypeError or ValueError if something is missing,
@@ -76,6 +81,7 @@ class Scheduler:
         restoring: bool = False,
         held_out: Sequence[tuple[Any, Tensor]] = (),
         budget_loss: Loss | None = None,
+        example_inputs: tuple[Any, ...] | None = None,
     ) -> None:
         given = [*optimizer] if isinstance(optimizer, Sequence) else [optimizer]
         self.recipe, self.model, self.optimizer = recipe, layers.uncompiled(model), given[0] if given else None
@@ -83,6 +89,9 @@ class Scheduler:
         self._optimizers, self._held_out, self._budget_loss = given, held_out, budget_loss
         if recipe.budget is not None and not recipe.budget.settled and not held_out:
             raise TypeError("Scheduler: the recipe has a [budget], expected held_out=, batches (inputs, targets)")
+        if recipe.export is not None and not isinstance(example_inputs, tuple):
+            raise TypeError("Scheduler: the recipe has an [export], expected example_inputs=, a tuple")
+        self._example_inputs = example_inputs
         self._asked = False
         """Whether the teacher has answered since the last step."""
         self.model.state_dict(keep_vars=True)  # FSDP shards what an evaluation has left whole
@@ -99,6 +108,7 @@ class Scheduler:
         # now: a wrong name is told at once, and what is compiled later has its hooks
         self._distiller = self._distilling()
         self._agree()
+        self._require_packages()
         self._pruner.tell_reach()
         if teacher is not None and recipe.distil is None:
             warn("Scheduler: a teacher was given, and the recipe has no [distil]: it is not asked")
@@ -163,6 +173,30 @@ class Scheduler:
         self._pruner.check()
         ranges.learn(self.model, None if self._session is None else self._session.group)
         self._advance()
+
+    @naming_the_file
+    def finish(self, folder: str | Path) -> list[Exported]:
+        """Write the files of [export] on the first rank, into its folder inside of `folder`; what was written there.
+
+        Collective. Raises RecipeError if the recipe is not over, ValueError for sharded parameters and, with the reason, for a
+        format that cannot be written; the others are then. Without [export] nothing is done.
+        """
+        its = self.recipe.export
+        if its is None:
+            return []
+        self.recipe.require_within(self.done)
+        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+            raise ValueError("export: the parameters are sharded, expected a model that is whole on each rank")
+        assert self._example_inputs is not None
+        written, failed = list[Exported](), list[str]()
+        if self._leads:
+            try:
+                written, failed = by_recipe.export_by(its, self.model, Path(folder), self._example_inputs, self.done)
+            except Exception as error:  # the others wait for this rank's word, whatever it met
+                failed = [str(error)]
+        if failed := self._told(failed):
+            raise ValueError(f"export: {'; '.join(failed)}")
+        return written
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, scores, the recipe and how far it is, and which teacher it was. Each rank saves its own: scores may differ.
@@ -236,6 +270,27 @@ class Scheduler:
         teacher = None if self._teacher is None else fingerprint(self._teacher)
         self._session.agree({"recipe": self.recipe.to_dict(), "teacher": teacher})
         self._pruner.require_masks()
+
+    def _require_packages(self) -> None:
+        """Raise RecipeError on all ranks if the first one lacks a package that a format of [export] needs."""
+        said = ""
+        if self.recipe.export is None:
+            return
+        try:
+            require_packages(self.recipe.export.formats)
+        except ModuleNotFoundError as error:
+            said = str(error)
+        if said := self._told(said):
+            raise RecipeError(f"export.formats: {said}")
+
+    @property
+    def _leads(self) -> bool:
+        return self._session is None or torch.distributed.get_rank(self._session.group) == 0
+
+    def _told(self, value: Any) -> Any:
+        """What the first rank has. Collective."""
+        device = next(self.model.parameters()).device
+        return value if self._session is None else told_by_first_rank(value, self._session.group, device)
 
     def _distilling(self) -> Distiller | None:
         distil = self.recipe.distil

@@ -265,3 +265,24 @@ def test_the_recipe_says_what_travels_unless_a_flag_does(tmp_path: Path) -> None
         told = run_command("train", "--recipe", recipe, f"--{flag}", given, "--steps", STEPS)
         assert told.code == 1
         assert f"{said}; leave one of them out" in told.err
+
+
+def test_what_a_recipe_exports_is_written_when_the_run_ends_and_once_more_if_that_was_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "run"
+    recipe.write_text('[[prune]]\nstart = 1\namount = 0.5\n[export]\nformats = ["safetensors", "integer"]\n')
+    settings = {**COMMON, "steps": 2, "data": tmp_path / "text.txt", "recipe": recipe, "out": out, "compress": "none"}
+    with pytest.raises(
+        train.TrainingError, match=r"export: integer cannot be written: .*; the run itself is over, in "
+    ):
+        train.train(train.Settings(**settings))
+    own, exported = (stored.load(out / name / "model.safetensors").state_dict() for name in (".", "exported"))
+    torch.testing.assert_close(own, exported, rtol=0, atol=0)
+    assert json.loads((out / "record.json").read_text())["steps_done"] == 2
+    record = out / "exported" / "export.json"
+    before = json.loads(record.read_text())
+    assert train.train(train.Settings(**settings, resume=True))  # nothing is left to do
+    record.unlink()
+    with pytest.raises(train.TrainingError, match="integer cannot be written"):
+        train.train(train.Settings(**settings, resume=True))
+    assert json.loads(record.read_text()) == before

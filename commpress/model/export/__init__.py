@@ -7,9 +7,10 @@
     integer       integer.safetensors a device without floats, and NumPy (`integer_run.py`)
     torchao       transformers/       Transformers: `from_pretrained`
 
-A new format is a module with FILE, `write` and `run`, and a line in FORMATS.
+A new format is a module with FILE, `write` and `run`, and a line in FORMATS; packages of its own go into NEEDS.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from commpress import extras
 from commpress.model import layers
 from commpress.model.export import executorch, integer, onnx, pt2e, safetensors, torchao
 from commpress.model.export.parts import batch_shapes, evaluated, require_exportable, tensors_of
@@ -34,6 +36,14 @@ FORMATS: dict[str, ModuleType] = {
 """By name: a module with FILE, `write(path, model, inputs, shapes)` and `run(path, model, inputs)`."""
 
 
+NEEDS = {
+    "onnx": ("export", ("onnxruntime", "onnxscript")),
+    "executorch": ("executorch", ("executorch",)),
+    "torchao": ("transformers", ("transformers",)),
+}
+"""By format the extra that installs what it needs beyond commpress.model, and the packages."""
+
+
 @dataclass(frozen=True)
 class Exported:
     """A file, or a folder of files, that was written."""
@@ -43,6 +53,15 @@ class Exported:
     bytes: int
     difference: float
     """The largest between what the model computes of the example inputs, its quantisers on, and what the file does."""
+
+
+def require(formats: Sequence[str]) -> None:
+    """Raise ModuleNotFoundError that names the extra if a package that one of the formats needs is not installed."""
+    for name in formats:
+        extra, packages = NEEDS.get(name, ("", ()))
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                raise extras.missing(f"export to {name}", ModuleNotFoundError(name=package), extra)
 
 
 def export(

@@ -28,10 +28,21 @@ from typing import Any, ParamSpec, TypeVar
 from pydantic import PrivateAttr, ValidationError, model_validator
 
 from commpress.model.recipe import file
-from commpress.model.recipe.sections import SECTIONS, Budget, Distil, Part, Prune, Quantize, Traffic
+from commpress.model.recipe.sections import SECTIONS, Budget, Distil, Export, Part, Prune, Quantize, Traffic
 from commpress.model.recipe.words import sentence
 
-__all__ = ["Budget", "Distil", "Prune", "Quantize", "Recipe", "RecipeError", "Traffic", "matching", "naming_the_file"]
+__all__ = [
+    "Budget",
+    "Distil",
+    "Export",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "RecipeError",
+    "Traffic",
+    "matching",
+    "naming_the_file",
+]
 
 
 class RecipeError(ValueError):
@@ -67,6 +78,7 @@ class Recipe(Part):
     quantize: tuple[Quantize, ...] = ()
     distil: Distil | None = None
     budget: Budget | None = None
+    export: Export | None = None
     traffic: Traffic = Traffic()
     _source: str | None = PrivateAttr(None)
 

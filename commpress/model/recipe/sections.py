@@ -5,6 +5,7 @@ A new section is a class here, a line in SECTIONS and a field of `Recipe`.
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,6 +17,7 @@ LAST = sys.maxsize
 
 Step = Annotated[int, Field(ge=0, le=10**12)]  # no run has more
 Globs = Annotated[tuple[str, ...], Field(min_length=1)]
+Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torchao"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -183,6 +185,22 @@ class Budget(Part):
         return self.start if self.end is None else self.end
 
 
+class Export(Part):
+    """Export: the forms that are written when the run is over, and where."""
+
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)]
+    """Those of `commpress.model.export`."""
+    folder: Annotated[str, Field(min_length=1)] = "exported"
+    """A folder inside of that of the run."""
+
+    @field_validator("folder")
+    @classmethod
+    def _inside(cls, found: str) -> str:
+        if Path(found).is_absolute() or ".." in Path(found).parts or Path(found) == Path():
+            raise ValueError(f"expected a folder inside of the run's, such as 'exported', got {found!r}")
+        return found
+
+
 class Traffic(Part):
     """Traffic, for the training program: specs of gradients, and of parameters that FSDP2 gathers."""
 
@@ -205,6 +223,7 @@ SECTIONS: dict[str, type[Part]] = {
     "quantize": Quantize,
     "distil": Distil,
     "budget": Budget,
+    "export": Export,
     "traffic": Traffic,
 }
 """By the names of the tables."""

@@ -51,7 +51,7 @@ def shown(got: Any) -> str:
 
 
 def _advice(key: str, kind: str, got: Any) -> str:
-    if kind == "tuple_type" and isinstance(got, str) and key.endswith(("parameters", "layers")):
+    if kind == "tuple_type" and isinstance(got, str) and key.endswith(("parameters", "layers", "formats")):
         return f": write [{got!r}]"
     if kind == "float_type" and isinstance(got, str) and got.endswith("%"):
         return ": write a share, 0.8 for 80%"
