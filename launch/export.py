@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from commpress import extras
-from commpress.launch import recipes, run_folder
+from commpress.launch import recipes, run_folder, tasks
 from commpress.launch.exported import bytes_of, show_exported
+from commpress.launch.model import GPT
 from commpress.launch.model_size import called
 from commpress.launch.predictions import require
 
@@ -81,10 +82,12 @@ class Export:
     def exported(self) -> "list[Exported]":
         """The files. Raises ValueError that names the flag, or what `commpress.model.export` raises."""
         from commpress.model import export
+        from commpress.model.export.by_recipe import two_rows
 
         if self.folder is not None:
             model: nn.Module = recipes.model_of_run(self.folder)
-            inputs: tuple[Any, ...] = bytes_of(model)
+            own = not isinstance(model, GPT)
+            inputs: tuple[Any, ...] = two_rows(next(tasks.held_out_of(self.folder))[0]) if own else bytes_of(model)
         else:
             model, inputs = self.own_model(), self.own_inputs()
         return export(model, self.out, formats=self.formats, example_inputs=inputs)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import commpress
 from commpress.comm.receipt import Receipt
 from commpress.files import write_atomically
-from commpress.launch import data
 from commpress.launch.settings import Settings
 
 
@@ -48,7 +47,7 @@ class Traffic:
 def write_record(
     out: Path,
     settings: Settings,
-    text: data.Text,
+    text: dict[str, Any],
     parameters: int,
     device: torch.device,
     durations: list[float],
@@ -62,7 +61,7 @@ def write_record(
     """Write record.json: what ran, where, and what was measured. Bytes and seconds of communication are rank 0's."""
     record = {
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()},
-        "text": {"source": text.source, "bytes": text.fingerprint[0], "files": text.files, "skipped": text.skipped},
+        "text": text,
         "world_size": dist.get_world_size(),
         "backend": dist.get_backend(),
         "machine": machine(device),

@@ -10,7 +10,6 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,7 +76,10 @@ class Model:
     context: int = 256
     """Bytes in a window."""
     data: Path | None = None
-    """A file, or a folder of text files. None: Python's own source."""
+    """A file, or a folder of text files; beside --model a module:function that returns (training, held_out), each of batches
+    (inputs, targets). None: Python's own source."""
+    model: str | None = None
+    """Your own model instead of the GPT, module:factory; the factory returns a torch.nn.Module. For ddp."""
 
 
 @dataclass(frozen=True)
@@ -195,26 +197,9 @@ EXCHANGE_UNDER = {
     "DGC": ("ddp", "deepspeed"),
 }
 """Under which of them an optimizer that exchanges by itself can run."""
-RESUME_KEYS = (
-    *("optimizer", "compress", "layers", "width", "heads", "context", "batch", "accumulate"),
-    *("lr", "warmup_steps", "weight_decay", "seed"),
-)
-"""The settings that decide where training goes; --resume needs them unchanged. It takes more --steps."""
-MAY_FORK = ("recipe", "lr")
-"""Settings that --fork may change."""
 OWN_TO_A_RANK = ("data", "out", "fork", "recipe", "threads", "tensorboard")
 """Settings that ranks on different hosts may have for themselves."""
 MOST_THREADS = 4096
-RESUME_KEYS_COMPRESSED = ("optimizer_warmup", "warmup_compress", "sync_every")
-"""More of them under OneBitAdamW, ZeroOneAdamW and DGC."""
-RESUME_KEYS_OF = {
-    "ddp": (),
-    "fsdp": ("parallel", "parameters"),
-    "deepspeed": ("parallel", "zero_stage", "parameters"),
-    "local_sgd": ("parallel", "sync_every", "fragments", "delay"),
-    "diloco": ("parallel", "sync_every", "fragments", "delay", "outer_lr", "outer_momentum"),
-}
-"""More of them under each --parallel."""
 SYNC_EVERY = {"ddp": 4, "deepspeed": 4, "local_sgd": 30, "diloco": 30}
 """Steps between syncs: of ZeroOneAdamW under the first two, and of the others."""
 
@@ -242,6 +227,7 @@ def check(settings: Settings) -> None:
         raise TrainingError(
             f"--fork {settings.fork} starts a run in a new folder, --resume goes on in its own: not both"
         )
+    require_own_model(settings)
     if settings.parallel in ("local_sgd", "diloco") and settings.timeline:
         raise TrainingError(
             f"--timeline {settings.timeline}: expected --parallel ddp, fsdp or deepspeed, whose steps have phases"
@@ -303,6 +289,22 @@ def require_specs(settings: Settings) -> None:
         )
 
 
+def require_own_model(settings: Settings) -> None:
+    """Raise TrainingError, with the flag, for what does not go together with --model."""
+    if settings.model is None:
+        return
+    if settings.parallel != "ddp":
+        raise TrainingError(f"--model {settings.model}: expected --parallel ddp, got {settings.parallel}")
+    if settings.data is None or ":" not in str(settings.data):
+        raise TrainingError(
+            f"--data {settings.data}: expected module:function beside --model, as my_project.data:batches"
+        )
+    for name in ("layers", "width", "heads", "context", "batch", "eval_batches"):
+        if (value := getattr(settings, name)) != getattr(Settings, name):
+            flag = name.replace("_", "-")
+            raise TrainingError(f"--{flag} {value}: is of the GPT and its text, expected none beside --model")
+
+
 def require_used(settings: Settings) -> None:
     """Raise TrainingError for a flag that this way of training does not look at: it would be left out in silence."""
     behind = ("OneBitAdamW", "ZeroOneAdamW", "DGC")
@@ -340,6 +342,8 @@ def require_outer(settings: Settings) -> None:
 
 def require_room(settings: Settings) -> None:
     """Raise TrainingError for a model or a batch that is larger than this host's memory, by the least that either takes."""
+    if settings.model is not None:
+        return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -378,19 +382,3 @@ def require_alike(settings: Settings, device: torch.device) -> None:
     """Raise TrainingError on all ranks if they were started with different flags. Collective."""
     mine = {name: value for name, value in asdict(settings).items() if name not in OWN_TO_A_RANK}
     runtime.require_same_flags(mine, device)
-
-
-def require_identity(saved: dict[str, Any], now: dict[str, Any], settings: Settings, source: Path) -> None:
-    """Raise ValueError that names the first setting in which the checkpoint and this run differ, and both values."""
-    said, free = f"--resume: the run in {source}", {"steps", "world_size"} if settings.parallel == "ddp" else {"steps"}
-    if settings.fork is not None:
-        said, free = f"--fork: the run in {source}", {*free, *MAY_FORK}
-    for name, value in now.items():
-        before = saved.get(name, getattr(Settings, name, None))  # an older run may not know a setting of today
-        if before != value and name not in free:
-            flag = {"world_size": "a world size of", "text": "a text of (bytes, CRC-32)"}.get(name)
-            flag = flag or f"--{name.replace('_', '-')}"
-            more = ""
-            if name == "world_size":
-                more = f" under --parallel {settings.parallel}, where each rank has a part of the state (ddp takes any)"
-            raise ValueError(f"{said} has {flag} {before}, this one {flag} {value}; both must be the same{more}")

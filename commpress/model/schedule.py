@@ -89,6 +89,10 @@ class Scheduler:
         self._optimizers, self._held_out, self._budget_loss = given, held_out, budget_loss
         if recipe.budget is not None and not recipe.budget.settled and not held_out:
             raise TypeError("Scheduler: the recipe has a [budget], expected held_out=, batches (inputs, targets)")
+        if recipe.search is not None:
+            raise RecipeError(
+                "search: `commpress train` makes it before a run, expected a recipe without it, after_search()"
+            )
         if recipe.export is not None and not isinstance(example_inputs, tuple):
             raise TypeError("Scheduler: the recipe has an [export], expected example_inputs=, a tuple")
         self._example_inputs = example_inputs
@@ -191,7 +195,7 @@ class Scheduler:
         written, failed = list[Exported](), list[str]()
         if self._leads:
             try:
-                written, failed = by_recipe.export_by(its, self.model, Path(folder), self._example_inputs, self.done)
+                written, failed = by_recipe.export_by(its, self.model, Path(folder), self._example_inputs)
             except Exception as error:  # the others wait for this rank's word, whatever it met
                 failed = [str(error)]
         if failed := self._told(failed):
@@ -229,6 +233,11 @@ class Scheduler:
         if saved.budget is not None and saved.budget.settled and self._follows(saved.budget):
             self._follow(saved)
         self._require_same_past(saved, done)
+        its = self.recipe.budget
+        if its is not None and not its.settled and its.start <= done:
+            raise ValueError(
+                f"cannot restore: budget.start is {its.start}, and the saved run is at step {done}: expected more"
+            )
         now = None if self._teacher is None else fingerprint(self._teacher)
         if state["teacher"] is not None and now is not None and now != state["teacher"]:
             raise ValueError(f"cannot restore: the saved run had a teacher {state['teacher']}, this one has {now}")

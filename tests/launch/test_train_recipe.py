@@ -1,6 +1,7 @@
 """The training program by a recipe: phases in the record, restarts in each of them, forks, the small file."""
 
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -281,8 +282,25 @@ def test_what_a_recipe_exports_is_written_when_the_run_ends_and_once_more_if_tha
     assert json.loads((out / "record.json").read_text())["steps_done"] == 2
     record = out / "exported" / "export.json"
     before = json.loads(record.read_text())
-    assert train.train(train.Settings(**settings, resume=True))  # nothing is left to do
     record.unlink()
-    with pytest.raises(train.TrainingError, match="integer cannot be written"):
+    with pytest.raises(train.TrainingError, match="integer cannot be written"):  # it is over, and says so again
         train.train(train.Settings(**settings, resume=True))
+    assert not record.exists()
+    (out / "ending.json").unlink()
+    with pytest.raises(train.TrainingError, match="integer cannot be written"):
+        train.train(train.Settings(**settings))  # the same command
     assert json.loads(record.read_text()) == before
+
+
+def test_a_format_whose_package_is_missing_ends_the_run_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.toml").write_text('[export]\nformats = ["onnx"]\n')
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == "onnxruntime" else found(name, *of)
+    )
+    said = "recipe.toml: export.formats: export to onnx: found no onnxruntime, expected it; pip install 'commpress[export]'"
+    with pytest.raises(train.TrainingError, match=re.escape(said)):
+        train.train(train.Settings(recipe=tmp_path / "recipe.toml", steps=2, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

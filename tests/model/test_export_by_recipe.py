@@ -52,7 +52,7 @@ def test_the_files_are_written_as_training_left_the_model_and_one_format_does_no
         scheduler.finish(tmp_path)
     record = json.loads((tmp_path / "out" / "files" / "export.json").read_text())
     assert [row["format"] for row in record["rows"]] == ["safetensors", "integer"]
-    assert (record["steps"], len(record["failed"])) == (STEPS, 1)
+    assert len(record["failed"]) == 1
     content = stored.load(tmp_path / "out" / "files" / "model.safetensors")
     assert set(content.integers) == {"0.weight", "2.weight"}
     assert set(content.ranges) == {"0", "2"}

@@ -18,11 +18,11 @@ RECORD = "export.json"
 
 
 def export_by(
-    section: Export, model: nn.Module, folder: Path, example_inputs: tuple[Any, ...], steps: int
+    section: Export, model: nn.Module, folder: Path, example_inputs: tuple[Any, ...]
 ) -> tuple[list[Exported], list[str]]:
     """Write the formats of `section`, each by itself, and export.json last: the files, and a sentence for each that cannot be.
 
-    `model` is whole, on any device, `folder` that of the run, which is at step `steps`. A single row of inputs is doubled.
+    `model` is whole, on any device, `folder` that of the run. A single row of inputs is doubled.
     """
     out, written, failed = folder / section.folder, list[Exported](), list[str]()
     plain = copy.deepcopy(layers.uncompiled(model)).cpu()
@@ -33,7 +33,7 @@ def export_by(
         except Exception as error:  # torch.export raises what it likes
             said = f"{error}".strip().splitlines() or [""]
             failed.append(f"{name} cannot be written: {type(error).__name__}: {said[0][:200]}")
-    write_record(out, str(folder), written, steps=steps, failed=failed)
+    write_record(out, str(folder), written, failed=failed)
     return written, failed
 
 

@@ -28,7 +28,7 @@ from typing import Any, ParamSpec, TypeVar
 from pydantic import PrivateAttr, ValidationError, model_validator
 
 from commpress.model.recipe import file
-from commpress.model.recipe.sections import SECTIONS, Budget, Distil, Export, Part, Prune, Quantize, Traffic
+from commpress.model.recipe.sections import SECTIONS, Budget, Distil, Export, Part, Prune, Quantize, Search, Traffic
 from commpress.model.recipe.words import sentence
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Quantize",
     "Recipe",
     "RecipeError",
+    "Search",
     "Traffic",
     "matching",
     "naming_the_file",
@@ -74,6 +75,7 @@ def naming_the_file(function: Callable[P, R]) -> Callable[P, R]:
 class Recipe(Part):
     """All of it. `Recipe.load("recipe.toml")`, or `Recipe.of({"prune": [...]})`."""
 
+    search: Search | None = None
     prune: tuple[Prune, ...] = ()
     quantize: tuple[Quantize, ...] = ()
     distil: Distil | None = None
@@ -86,6 +88,10 @@ class Recipe(Part):
     def _one_of_both(self) -> "Recipe":
         if self.budget is not None and not self.budget.settled and (self.prune or self.quantize):
             raise ValueError("budget: chooses what [[prune]] and [[quantize]] say, expected neither beside it")
+        if self.search is not None and self.search.layers and (self.prune or self.quantize or self.budget):
+            raise ValueError(
+                "search.layers: finds what [[prune]], [[quantize]] and [budget] say, expected none of them beside it"
+            )
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -131,10 +137,22 @@ class Recipe(Part):
                 raise RecipeError(f"prune[{i}].end: {prune.last}, but the run has {steps} steps")
         if self.budget is not None and self.budget.last >= steps:
             raise RecipeError(f"budget.end: {self.budget.last}, but the run has {steps} steps")
+        if self.search is not None and self.search.last >= steps:
+            raise RecipeError(f"search.end: {self.search.last}, but the run has {steps} steps")
         starts = [(f"quantize[{i}]", part.start) for i, part in enumerate(self.quantize)]
         for key, start in [*starts, *([("distil", self.distil.start)] if self.distil else [])]:
             if start >= steps:
                 raise RecipeError(f"{key}.start: {start}, but the run has {steps} steps")
+
+    def after_search(self, entries: "Recipe | None" = None) -> "Recipe":
+        """The recipe that the run follows behind its search; `entries` are the [[prune]] and [[quantize]] that it found."""
+        found = self.to_dict()
+        found.pop("search", None)
+        if entries is not None:
+            found |= {key: value for key, value in entries.to_dict().items() if key in ("prune", "quantize")}
+        made = Recipe.of(found, self._source or "recipe")
+        made._source = self._source
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a file of it would say, without what was left to its default."""

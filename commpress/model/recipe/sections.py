@@ -185,6 +185,43 @@ class Budget(Part):
         return self.start if self.end is None else self.end
 
 
+class Search(Part):
+    """Search: before the run begins, which of a model's choices it is trained with, or which settings compress it."""
+
+    trials: Annotated[int, Field(ge=1)] = 20
+    steps: Step = 500
+    """Steps of training on all ranks before the trials, which are judged with its weights: of a supernet along random paths,
+    with `layers` of the dense model. 0 for a model that is trained already."""
+    strategy: Literal["random", "tpe", "nsga2"] = "tpe"
+    together: Annotated[int, Field(ge=1)] = 4
+    """Trials that are proposed from the same results, and may run at once."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of size in h = -loss - beta size: millions of parameters, with `layers` megabytes of model.safetensors."""
+    layers: dict[str, dict[str, tuple[int | float | None, ...]]] = {}
+    """Options by globs of layers, as `commpress.model.search.Compression` takes them. Default: the choices in the model."""
+    start: Step = 0
+    end: Step | None = None
+    """With `layers`: the last change of pruning; from there on forward computes with the integers. Default: `start`."""
+    every: Annotated[int, Field(ge=1)] = 100
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Search":
+        if self.last < self.start:
+            raise ValueError(f"end: expected at least start, {self.start}, got {self.end}")
+        if self.strategy == "nsga2" and self.together < 2:
+            raise ValueError(
+                f"together: a generation of nsga2 has two parents, expected 2 at least, got {self.together}"
+            )
+        for key in ("start", "end", "every"):
+            if not self.layers and self._says(key):
+                raise ValueError(f"{key}: says when layers are compressed, expected layers beside it")
+        return self
+
+    @property
+    def last(self) -> int:
+        return self.start if self.end is None else self.end
+
+
 class Export(Part):
     """Export: the forms that are written when the run is over, and where."""
 
@@ -219,6 +256,7 @@ class Traffic(Part):
 
 
 SECTIONS: dict[str, type[Part]] = {
+    "search": Search,
     "prune": Prune,
     "quantize": Quantize,
     "distil": Distil,
