@@ -215,13 +215,13 @@ class CompressedDDP(DDPStrategy):
         return state
 
     def on_train_end(self) -> None:
-        """Write what the recipe exports, and say what was sent."""
+        """Say what was sent, and write what the recipe exports."""
         super().on_train_end()
+        if self.session is not None:
+            rank_zero_info(f"\n{self.session.report()}{self.session.receipt()}")
         if self.scheduler is not None:
             assert self.lightning_module is not None
             self.scheduler.finish(self.lightning_module.trainer.default_root_dir)
-        if self.session is not None:
-            rank_zero_info(f"\n{self.session.report()}{self.session.receipt()}")
 
 
 def _beside(filepath: Any, rank: int) -> str:

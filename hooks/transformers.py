@@ -177,10 +177,10 @@ class Compression(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write what the recipe exports, and say what was sent."""
-        if self.scheduler is not None:
-            self.scheduler.finish(args.output_dir)
+        """Say what was sent, and write what the recipe exports."""
         if self.session is not None and state.is_world_process_zero:
             report = self.session.report()
             report.write_json(Path(args.output_dir) / REPORT)
             print(f"{report}{self.session.receipt()}")
+        if self.scheduler is not None:
+            self.scheduler.finish(args.output_dir)

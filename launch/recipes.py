@@ -169,7 +169,14 @@ def follow(
             return strategies.make(model, settings), None
     from commpress.model import Scheduler, prepare
 
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = list(task.held_out(rank, world_size)) if budgets.opens_at(recipe) is not None else []
+
     def get_ready() -> nn.Module | None:
+        if budgets.opens_at(recipe) is not None and not any(rows for _, rows in own):
+            raise ValueError(
+                f"budget: {world_size} ranks measure layers on held-out batches of their own, this one has none"
+            )
         prepare(model, recipe)
         return teacher(recipe, task, settings)
 
@@ -177,7 +184,6 @@ def follow(
     restoring = settings.resume or settings.fork is not None
     if budgets.opens_at(recipe) == 0 and not restoring:
         budgets.keep_dense(settings.folder, model, device)
-    own = task.held_out(dist.get_rank(), dist.get_world_size()) if recipe.budget is not None else ()
     with same_error_on_all_ranks():
         strategy = strategies.make(model, settings)
         taught_by = None if taught_by is None else taught_by.to(device)

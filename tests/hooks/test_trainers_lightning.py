@@ -140,6 +140,9 @@ def by_recipe(folder: str, at: int, steps: int) -> list[dict[str, Any]]:
     from commpress.model import Recipe
 
     class Taught(type(module())):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            return self.network(x)
+
         def training_step(self, batch: Any, index: int) -> Any:
             x, y = data(self.global_step, dist.get_rank())
             output = self.network(x)

@@ -187,6 +187,44 @@ def test_a_run_without_a_recipe_goes_on_by_one(forks: Path) -> None:
     assert record["steps_done"] == STEPS
 
 
+BUDGET = "[budget]\nstart = 4\nend = 10\nevery = 2\nmax_mb = 0.05\nmax_loss = 0.5\nformat = 'safetensors'\n"
+
+
+def under_a_budget(folder: Path) -> str:
+    """A run under a budget in one go, and one that is stopped behind the step at which it chose; a fork from there."""
+    (folder / "budget.toml").write_text(BUDGET)
+    chosen = {**COMMON, "data": folder / "text.txt", "recipe": folder / "budget.toml", "compress": "int8"}
+    assert train.train(train.Settings(**chosen, out=folder / "whole"))
+    stop_at(7, functools.partial(train.train, train.Settings(**chosen, out=folder / "cut")))
+    fork = {**chosen, "fork": folder / "cut", "out": folder / "fork"}
+    told = outcome(lambda: train.train(train.Settings(**fork)))
+    assert train.train(train.Settings(**chosen, out=folder / "cut"))  # the same command
+    return told
+
+
+@pytest.mark.slow
+def test_a_budget_is_held_in_a_run_that_goes_on_and_against_the_model_of_the_step_at_which_it_chose(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    for told in run(2, under_a_budget, tmp_path, timeout=240):
+        assert "its [budget] has chosen, expected a run at a step before 4" in told
+    whole, cut = (checkpoint.load_shared(tmp_path / name) for name in ("whole", "cut"))
+    torch.testing.assert_close(whole["model"], cut["model"], rtol=0, atol=0)
+    assert whole["chosen"] == cut["chosen"]
+    assert whole["chosen"]["recipe"]["quantize"]
+    judged = json.loads((tmp_path / "cut" / "judged" / "judgement.json").read_text())
+    (row,) = judged["rows"]
+    assert row["small"]["bytes"] <= 50_000 < row["dense"]["bytes"]
+    curve = [each["validation_loss"] for each in whole["curve"] if each["validation_loss"]]
+    assert curve[0] > row["quality"]["dense_loss"] > curve[-1] - 0.5
+    assert json.loads((tmp_path / "cut" / "ending.json").read_text()) == {
+        "what": "ending",
+        "steps": STEPS,
+        "missed": [],
+    }
+
+
 def refused(folder: Path) -> list[str]:
     chosen = {**COMMON, "data": folder / "text.txt", "out": folder / "no"}
     (folder / "none.toml").write_text('[distil]\nteacher = "nowhere"\n')

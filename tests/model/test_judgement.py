@@ -100,10 +100,11 @@ def test_the_documents_block_does_what_it_says(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(400)
 def test_modules_are_measured_in_every_runtime(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     dense, (x,) = mlp()
+    dense[3] = nn.ReLU()  # which integers alone have, too
     small = learned(copy.deepcopy(dense), (x,), Quantization(activations="static"))
     data = [(torch.randn(8, 128), torch.randint(0, 64, (8,))) for _ in range(2)]
     found = judge(dense, small, data, folder=tmp_path)
