@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from commpress.model import Recipe
 
 DENSE = "dense.pt"
-"""In the folder of a run: the model as it was when its budget chose."""
+"""In the folder of a run: the model as it was when its budget began."""
 CHOSEN, PAGE = "recipe.yaml", "judgement.html"
 
 
-def opens_at(recipe: "Recipe") -> int | None:
-    """The step at which a recipe's budget is to choose; None without one, or if it has chosen."""
+def begins_at(recipe: "Recipe") -> int | None:
+    """The step whose model a recipe's budget is held against, and at which it may choose; None without one, or if it has."""
     its = recipe.budget
     return None if its is None or its.settled else its.start
 

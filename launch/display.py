@@ -44,10 +44,9 @@ def say_what_became(run: "Run") -> None:
     """Print what a run came to, or how it goes on."""
     settings, done = run.settings, run.done
     if not run.finished:
-        instead = " instead of --fork" if settings.fork is not None else ""
-        say(
-            f"stopped at step {done} of {settings.steps}; the same command with --resume{instead} goes on from {run.out}"
-        )
+        more = " with --resume" + (" instead of --fork" if settings.fork is not None else "")
+        more = "" if settings.recipe is not None or run.is_search else more
+        say(f"stopped at step {done} of {settings.steps}; the same command{more} goes on from {run.out}")
         return
     say(str(run.strategy.session.report()).rstrip())
     say(

@@ -15,6 +15,7 @@ from torch import nn
 from commpress.files import write_atomically
 from commpress.launch import budgets
 from commpress.launch.exported import show_exported
+from commpress.launch.predictions import say
 from commpress.launch.runtime import TrainingError, together
 
 if TYPE_CHECKING:
@@ -63,9 +64,14 @@ def write(run: "Run", full: nn.Module | None) -> None:
 def _ended(run: "Run", recipe: "Recipe", full: nn.Module) -> list[str]:
     missed = []
     held_out = [batch for batch, rows in run.task.held_out(0, 1) if rows]
-    if (dense := budgets.dense(run.out, run.task.model())) is not None and recipe.budget is not None:
+    dense = None if recipe.budget is None else budgets.dense(run.out, run.task.model())
+    if dense is not None:
         short = budgets.judged(dense, full, held_out, recipe, run.out / "judged")
         missed += [f"the budget is not met: {'; '.join(short)}"] if short else []
+    elif recipe.budget is not None:  # as one that another run has settled
+        say(
+            f"[budget]: there is no {run.out / budgets.DENSE}, the dense model: its limits are not held against the file"
+        )
     if recipe.export is not None:
         missed += _exported(recipe, full, run.task.example(), run.out)
     found: dict[str, Any] = {"what": "ending", "steps": run.done, "missed": missed}

@@ -141,6 +141,7 @@ def _trained(
     }
     changed |= {"warmup_steps": min(settings.warmup_steps, steps // 4), "optimizer_warmup": None}
     run = Run.begin(replace(settings, **changed), None, task, device)
+    run.is_search = True
     if not recipe.search.layers:
         run.paths = Paths(run.model, settings.seed)
     if goes_on:
@@ -167,7 +168,13 @@ def _best(
     assert its is not None
     out, weights = settings.folder / FOLDER, Weights(1.0, its.beta)
 
+    told = 0
+
     def go_on(over: int) -> None:
+        nonlocal told
+        if over > told:
+            told = over
+            say(f"search: trial {over}/{its.trials}")
         if stop.asked:
             raise TrainingError(f"stopped in the search, behind {over} trials; the same command goes on")
 

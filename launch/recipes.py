@@ -96,13 +96,17 @@ def chosen_before(
     """The recipe of the run that this one goes on with, as search and budget have left it, and the choice in its model.
 
     None if it goes on with none, or that has no recipe. Collective. Raises TrainingError for a fork of a run whose budget has
-    chosen.
+    chosen, or that is beyond the step at which this one's begins.
     """
     source = settings.folder if settings.resume else settings.fork
     if source is None or recipe is None:
         return None
-    chosen = run_folder.load_shared(source, device).get("chosen")
-    if chosen is None:
+    state = run_folder.load_shared(source, device)
+    if settings.fork is not None and (begins := budgets.begins_at(recipe)) is not None and begins <= state["step"]:
+        raise TrainingError(
+            f"--fork {source}: it is at step {state['step']}, expected a budget.start above that, got {begins}"
+        )
+    if (chosen := state.get("chosen")) is None:
         return None
     from commpress.model import Recipe
 
@@ -137,10 +141,10 @@ def read(path: Path, settings: Settings) -> "Recipe":
                 Plan.of_parameters(spec) if key == "parameters" else commpress.parse(spec)
         except ValueError as error:
             raise ValueError(f"{path}: traffic.{key}: {error}") from None
-    if (opens := budgets.opens_at(recipe)) is not None:
+    if (begins := budgets.begins_at(recipe)) is not None:
         if settings.parallel != "ddp":
             raise ValueError(f"{path}: budget: expected --parallel ddp, where each rank has the whole model")
-        if opens == 0 and settings.model is None and recipe.search is None:
+        if begins == 0 and settings.model is None and recipe.search is None:
             raise ValueError(
                 f"{path}: budget.start: 0, when the model knows nothing yet, expected a step at which it is trained: limits "
                 "are held against the model of that step"
@@ -170,10 +174,10 @@ def follow(
     from commpress.model import Scheduler, prepare
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    own = list(task.held_out(rank, world_size)) if budgets.opens_at(recipe) is not None else []
+    own = list(task.held_out(rank, world_size)) if recipe.chooses else []
 
     def get_ready() -> nn.Module | None:
-        if budgets.opens_at(recipe) is not None and not any(rows for _, rows in own):
+        if recipe.chooses and not any(rows for _, rows in own):
             raise ValueError(
                 f"budget: {world_size} ranks measure layers on held-out batches of their own, this one has none"
             )
@@ -182,7 +186,7 @@ def follow(
 
     taught_by = together(get_ready, device)
     restoring = settings.resume or settings.fork is not None
-    if budgets.opens_at(recipe) == 0 and not restoring:
+    if budgets.begins_at(recipe) == 0 and not restoring:
         budgets.keep_dense(settings.folder, model, device)
     with same_error_on_all_ranks():
         strategy = strategies.make(model, settings)

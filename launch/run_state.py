@@ -53,6 +53,8 @@ class Run:
     """What a search has chosen in the model."""
     paths: "Paths | None" = None
     """Of a supernet in training."""
+    is_search: bool = False
+    """Whether it is the training before the trials of another run's search."""
 
     @classmethod
     def begin(

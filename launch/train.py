@@ -201,7 +201,7 @@ def step(run: Run, stop: runtime.Stop) -> tuple[float, bool]:
         )
     strategy.step()
     if run.scheduler is not None:
-        if budgets.opens_at(run.scheduler.recipe) == run.done + 1:
+        if budgets.begins_at(run.scheduler.recipe) == run.done + 1:
             with strategy.synced():
                 budgets.keep_dense(run.out, run.model, device)
         run.scheduler.step()

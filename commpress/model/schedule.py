@@ -87,7 +87,7 @@ class Scheduler:
         self.recipe, self.model, self.optimizer = recipe, layers.uncompiled(model), given[0] if given else None
         self._session, self._teacher = session, teacher
         self._optimizers, self._held_out, self._budget_loss = given, held_out, budget_loss
-        if recipe.budget is not None and not recipe.budget.settled and not held_out:
+        if recipe.chooses and not held_out:
             raise TypeError("Scheduler: the recipe has a [budget], expected held_out=, batches (inputs, targets)")
         if recipe.search is not None:
             raise RecipeError(
@@ -234,7 +234,7 @@ class Scheduler:
             self._follow(saved)
         self._require_same_past(saved, done)
         its = self.recipe.budget
-        if its is not None and not its.settled and its.start <= done:
+        if its is not None and self.recipe.chooses and its.start <= done:
             raise ValueError(
                 f"cannot restore: budget.start is {its.start}, and the saved run is at step {done}: expected more"
             )
@@ -316,7 +316,7 @@ class Scheduler:
     def _advance(self) -> None:
         """Do what is due behind `done` steps."""
         its = self.recipe.budget
-        if its is not None and not its.settled and its.start == self.done:
+        if its is not None and self.recipe.chooses and its.start == self.done:
             group = None if self._session is None else self._session.group
             self._follow(budget.settled(self.recipe, self.model, self._held_out, self._budget_loss, group))
             self._agree()

@@ -86,13 +86,17 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "Recipe":
+        if self.search is not None and self.search.layers and (self.prune or self.quantize):
+            raise ValueError("search.layers: finds what [[prune]] and [[quantize]] say, expected neither beside it")
         if self.budget is not None and not self.budget.settled and (self.prune or self.quantize):
-            raise ValueError("budget: chooses what [[prune]] and [[quantize]] say, expected neither beside it")
-        if self.search is not None and self.search.layers and (self.prune or self.quantize or self.budget):
-            raise ValueError(
-                "search.layers: finds what [[prune]], [[quantize]] and [budget] say, expected none of them beside it"
-            )
+            starts = [entry.start for entry in self.prune] + [entry.start for entry in self.quantize]
+            self.budget.require_beside(min(starts))
         return self
+
+    @property
+    def chooses(self) -> bool:
+        """Whether its budget is to choose entries. One beside entries of one's own is held against the file in the end."""
+        return self.budget is not None and not self.budget.settled and not (self.prune or self.quantize)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.to_dict() == other.to_dict()  # wherever they were read

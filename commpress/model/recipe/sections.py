@@ -154,7 +154,8 @@ class Distil(Part):
 
 
 class Budget(Part):
-    """A budget: what the exported file may take, from which the scheduler finds [[prune]] and [[quantize]] entries."""
+    """A budget: what the exported file may take, from which the scheduler finds [[prune]] and [[quantize]] entries. Beside
+    entries of one's own it is held in the end alone."""
 
     start: Step = 0
     """When the layers are measured and the settings chosen; pruning begins there."""
@@ -179,6 +180,19 @@ class Budget(Part):
         if self.max_mb is None and self.max_ms is None and self.max_loss is None:
             raise ValueError("expected some of max_mb, max_ms, max_loss, got none")
         return self
+
+    def require_beside(self, first: int) -> None:
+        """Raise ValueError for what makes no sense beside entries of one's own, the first of which begins at step `first`."""
+        for key in ("end", "every"):
+            if self._says(key):
+                raise ValueError(
+                    f"budget.{key}: is of what a budget chooses, expected none beside [[prune]] and [[quantize]]"
+                )
+        if self.start > first:
+            raise ValueError(
+                f"budget.start: limits are held against the model of that step, expected at most {first}, where it is pruned "
+                f"or rounded first, got {self.start}"
+            )
 
     @property
     def last(self) -> int:
