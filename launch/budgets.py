@@ -42,7 +42,8 @@ def dense(out: Path, model: nn.Module) -> nn.Module | None:
     """`model`, a fresh one, with the values that `keep_dense` wrote; None if nothing is there."""
     if not (out / DENSE).exists():
         return None
-    model.load_state_dict(load_state(out / DENSE)["model"])
+    found = load_state(out / DENSE)["model"]
+    model.load_state_dict({name: found[name] for name in model.state_dict()})  # without what a recipe has prepared
     return model
 
 

@@ -16,7 +16,7 @@ from commpress.files import write_atomically
 from commpress.launch import budgets
 from commpress.launch.exported import show_exported
 from commpress.launch.predictions import say
-from commpress.launch.runtime import TrainingError, together
+from commpress.launch.runtime import TrainingError, by_first_rank
 
 if TYPE_CHECKING:
     from commpress.launch.run_state import Run
@@ -50,18 +50,14 @@ def require_good(missed: list[str], folder: Path) -> None:
 
 def write(run: "Run", full: nn.Module | None) -> None:
     """Judge and export the model, which rank 0 has whole. Collective. Raises TrainingError for what was missed."""
-    from commpress.model.first_rank import told_by_first_rank
-
     assert run.scheduler is not None
     recipe = run.scheduler.recipe
-    if not has_one(recipe):
-        return
-    ended = list[str] if full is None else partial(_ended, run, recipe, full)
-    missed: list[str] = told_by_first_rank(together(ended, run.device), None, run.device)
-    require_good(missed, run.out)
+    if has_one(recipe):
+        require_good(by_first_rank(partial(_ended, run, recipe, full), run.device), run.out)
 
 
-def _ended(run: "Run", recipe: "Recipe", full: nn.Module) -> list[str]:
+def _ended(run: "Run", recipe: "Recipe", full: nn.Module | None) -> list[str]:
+    assert full is not None  # on rank 0
     missed = []
     held_out = [batch for batch, rows in run.task.held_out(0, 1) if rows]
     dense = None if recipe.budget is None else budgets.dense(run.out, run.task.model())

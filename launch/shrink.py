@@ -77,8 +77,6 @@ class Shrink:
 
     def shrink(self) -> None:
         """Train on all ranks, judge on rank 0. Collective. Raises TrainingError on all ranks."""
-        from commpress.model.first_rank import told_by_first_rank
-
         with runtime.process_group() as device, runtime.in_one_voice():
             recipe = together(self.checked, device)
             torch.set_num_threads(default_threads())
@@ -88,8 +86,7 @@ class Shrink:
             with runtime.same_error_on_all_ranks():
                 scheduler.finish(self.out)
             judged = partial(budgets.judged, dense.cpu(), small.cpu(), held_out, scheduler.recipe, self.out)
-            missed: list[str] = together(judged if dist.get_rank() == 0 else list, device)
-            if missed := told_by_first_rank(missed, None, device):
+            if missed := runtime.by_first_rank(judged, device):
                 raise TrainingError(f"the budget is not met: {'; '.join(missed)}")
 
     def checked(self) -> "Recipe":
