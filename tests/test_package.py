@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_code
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,6 +75,26 @@ def test_the_citation_is_one_of_cff_1_2_0() -> None:
     assert all(author.get("name") or author.get("family-names") for author in citation["authors"])
     assert citation["version"] == PROJECT["version"]
     assert citation["license"] == PROJECT["license"]
+
+
+def test_python_m_commpress_is_the_command_and_nothing_imports_it_before() -> None:
+    """Without the packages of the `launch` extra it ends as the command does, with a sentence."""
+    code = """
+import runpy, sys
+import commpress
+assert not [name for name in sys.modules if name.startswith(("commpress.launch", "commpress.hooks"))]
+runpy.run_module("commpress", run_name="not the program", alter_sys=True)
+assert not [name for name in sys.modules if name.startswith("commpress.launch")]
+sys.modules.update(dict.fromkeys(BLOCKED))
+sys.argv = ["", *WORDS]
+runpy.run_module("commpress", run_name="__main__", alter_sys=True)
+"""
+    done = run_code(f"BLOCKED, WORDS = (), ('lab', '--help')\n{code}")
+    assert done.code == 0, done.err
+    assert done.out.startswith("usage: commpress lab ")
+    done = run_code(f"BLOCKED, WORDS = ('tyro', 'plotly'), ('lab', '--help')\n{code}")
+    assert done.code == 1
+    assert done.err == "error: the commpress command: found no plotly, expected it; pip install 'commpress[launch]'\n"
 
 
 # --- what is built -----------------------------------------------------------------------------------------------
@@ -145,3 +166,4 @@ def test_it_is_installed_into_an_empty_environment_and_works(
     assert call(python, "-c", PROGRAM, cwd=tmp_path).startswith(place)
     said = call(tmp_path / "empty" / "bin" / "commpress", "--version", cwd=tmp_path)
     assert said.splitlines()[0].split() == ["commpress", PROJECT["version"]]
+    assert call(python, "-m", "commpress", "--version", cwd=tmp_path) == said
