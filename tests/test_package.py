@@ -68,6 +68,17 @@ def test_one_headline_everywhere_and_the_tables_have_its_figures() -> None:
         assert cells[-1].rstrip(" |") == told[1], table
 
 
+def test_the_oldest_versions_are_the_same_wherever_they_are_told() -> None:
+    python = PROJECT["requires-python"].removeprefix(">=")
+    torch = next(need.removeprefix("torch>=") for need in PROJECT["dependencies"] if need.startswith("torch>="))
+    for name in ("README.md", "docs/quickstart.md"):
+        text = (ROOT / name).read_text()
+        assert f"Python {python} or newer" in text, name
+        assert re.search(rf"(torch|PyTorch) {re.escape(torch)} or newer", text), name
+    assert (ROOT / "constraints-oldest.txt").read_text() == f"torch=={torch}.0\n"
+    assert f"PYTHON=python{python} " in (ROOT / "Makefile").read_text()
+
+
 def test_the_citation_is_one_of_cff_1_2_0() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
