@@ -110,7 +110,13 @@ runpy.run_module("commpress", run_name="__main__", alter_sys=True)
 
 # --- what is built -----------------------------------------------------------------------------------------------
 
-DATA = ("commpress/py.typed", "commpress/launch/slurm.sbatch", "commpress/launch/kubeflow.yaml")
+DATA = (
+    "commpress/py.typed",
+    "commpress/launch/slurm.sbatch",
+    "commpress/launch/kubeflow.yaml",
+    "commpress/launch/compose.yaml",
+    "commpress/launch/Dockerfile",
+)
 PROGRAM = """
 import importlib.resources as resources
 import commpress, torch
