@@ -184,3 +184,9 @@ def test_it_is_installed_into_an_empty_environment_and_works(
     said = call(tmp_path / "empty" / "bin" / "commpress", "--version", cwd=tmp_path)
     assert said.splitlines()[0].split() == ["commpress", PROJECT["version"]]
     assert call(python, "-m", "commpress", "--version", cwd=tmp_path) == said
+    tree = built[0].parents[1] / "tree"  # there Python takes the sources, not what is installed
+    assert call(python, "-m", "commpress", "--version", cwd=tree) == said
+    assert (
+        call(python, "-c", "import commpress; print(commpress.hooks.__file__)", cwd=tree)
+        == f"{tree}/hooks/__init__.py\n"
+    )
