@@ -53,7 +53,7 @@ class Average:
         """Move the averages towards the weights. Call it after each `scheduler.step()`. Raises RuntimeError within the
         block."""
         if self._weights is not None:
-            raise RuntimeError("Average.update: the averages are in the model now, expected it behind the `with` block")
+            raise RuntimeError("Average.update: the averages are in the model now; call it after the `with` block")
         averages = {name: local(x) for name, x in self._averages.items()}
         weights = [local(self._parameters[name]).to(x.dtype) for name, x in averages.items()]
         get_ema_multi_avg_fn(self.decay)([*averages.values()], weights, 0)
@@ -92,7 +92,7 @@ class Average:
         """
         if self._weights is not None:
             raise RuntimeError(
-                "Average.load_state_dict: the averages are in the model now, expected it behind the block"
+                "Average.load_state_dict: the averages are in the model now; call it after the `with` block"
             )
         saved = state["averages"]
         if saved.keys() != self._averages.keys():

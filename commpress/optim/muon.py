@@ -245,7 +245,7 @@ class EF21Muon(CompressedOptimizer):
         if self._lacks_momenta:
             raise RuntimeError(
                 "EF21Muon: a state was loaded without the session's, which has each rank's momentum: expected "
-                "session.load_state_dict(...) behind optimizer.load_state_dict(...)"
+                "session.load_state_dict(...) after optimizer.load_state_dict(...)"
             )
         return super().begin_backward(scale)
 

@@ -202,7 +202,7 @@ def _refusal(model: nn.Module, held: list[Unit], optimizer: object) -> Exception
                 return RuntimeError("commpress.attach: attached already; expected a model without a session")
             if not type(comm).__name__.startswith("Default"):
                 return RuntimeError(
-                    f"commpress.attach: {unit.names[0]} and others travel by {type(comm).__name__}; expected FSDP's default"
+                    f"commpress.attach: {unit.names[0]} and others are sent by {type(comm).__name__}, expected FSDP's default"
                 )
     return None if optimizer is None else muon.refusal(held, optimizer)
 
