@@ -36,20 +36,20 @@ Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torcha
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model in the forms that targets run: ONNX, ExecuTorch, integers, ..."""
+    """Write a model in the forms that devices run: ONNX, ExecuTorch, integers, ..."""
 
     folder: Annotated[Path | None, Positional] = None
-    """Folder of a run of `commpress train`; its checkpoint and recipe count. Or --model."""
+    """Folder of a run of `commpress train`: its checkpoint and recipe are used. Leave it out with --model."""
     formats: tuple[Format, ...] = ("onnx",)
-    """What to write."""
+    """Formats to write."""
     model: str | None = None
-    """Your own model, module:factory; the factory takes nothing and returns it."""
+    """Your own model, module:factory; the factory takes no argument and returns the model."""
     state: Path | None = None
-    """Its values: commpress's model.safetensors, or what torch.save wrote of its state dict."""
+    """Values of --model: commpress's model.safetensors, or a state dict that torch.save wrote."""
     recipe: Path | None = None
-    """The recipe that it was trained by, if the factory does not prepare it."""
+    """The recipe that --model was trained with, if the factory does not prepare it."""
     example: str | None = None
-    """Its example inputs, module:function; it returns a tuple, of 2 rows or more."""
+    """Example inputs of --model, module:function; it returns a tuple of tensors with 2 rows or more."""
     out: Path = Path("runs/exported")
     """Folder for the files and export.json."""
 

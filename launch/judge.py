@@ -43,14 +43,14 @@ class Judge:
     dense: Annotated[Path, arg(help_behavior_hint="(required)")]
     """The dense model: the folder of a run of `commpress train`, or of exported files."""
     small: Annotated[Path, arg(help_behavior_hint="(required)")]
-    """The small model, likewise."""
+    """The small model: also the folder of a run, or of exported files."""
     data: str | None = None
-    """module:function that returns batches (inputs, targets); for runs a text file or folder in the place of theirs."""
+    """A function that returns batches (inputs, targets), module:function; for runs also a text file or folder."""
     runtimes: tuple[str, ...] = ()
     """Some of torch, onnxruntime, pt2e, executorch, integer. Default: all that are installed; pt2e and executorch take about a
     minute a model."""
     out: Path = Path("runs/judged")
-    """Folder for judgement.json, judgement.html, model_card.md, and what is exported of runs."""
+    """Folder for judgement.json, judgement.html, model_card.md, and the exported files of runs."""
 
     def run(self) -> None:
         """Measure and print. Ends the program with code 1 and a sentence if that cannot be."""

@@ -27,20 +27,20 @@ class Compression:
     """Codecs, and the optimizer whose traffic they compress."""
 
     compress: str | None = None
-    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...; auto: it is found while training goes on; or a
-    .toml or .json file of specs by patterns of parameters' names. None: the recipe's, or auto under ddp, fsdp and deepspeed
-    (except where OneBitAdamW is sharded, by --parameters; such a file is for ddp with AdamW or SGD), or int4."""
+    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...; auto finds one during training; or a .toml
+    or .json file with specs by patterns of parameter names (for ddp with AdamW or SGD). None: the recipe's spec; else
+    auto under ddp, fsdp and deepspeed, unless --parameters shards OneBitAdamW; else int4."""
     parameters: str | None = None
-    """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; under fsdp delta|int4, of what has
-    changed; auto beside --compress auto. None: the recipe's, or none."""
+    """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; delta|int4 under fsdp sends
+    what has changed; auto needs --compress auto. None: the recipe's spec, or none."""
     optimizer: str = "AdamW"
-    """AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies; EF21Muon: how far its momentum has
-    moved."""
+    """AdamW and SGD step on the mean gradient; OneBitAdamW, ZeroOneAdamW and DGC send their update; EF21Muon sends how
+    far its momentum has moved."""
     optimizer_warmup: int | None = None
-    """Steps until OneBitAdamW, ZeroOneAdamW or DGC compresses fully. None: twice --warmup-steps, a quarter of --steps at
-    most."""
+    """Steps until OneBitAdamW, ZeroOneAdamW or DGC compresses fully. None: twice --warmup-steps, at most a quarter of
+    --steps."""
     warmup_compress: str = "none"
-    """Spec of gradients until then, under OneBitAdamW and ZeroOneAdamW: none, int8, int4."""
+    """Spec of gradients during --optimizer-warmup, under OneBitAdamW and ZeroOneAdamW: none, int8, int4."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Parallel:
     """How the model is spread over the ranks."""
 
     parallel: str = "ddp"
-    """ddp, fsdp (FSDP2), deepspeed, local_sgd or diloco: what is sent, and when."""
+    """ddp, fsdp (FSDP2), deepspeed, local_sgd or diloco: decides what is sent, and when."""
     zero_stage: int = 2
-    """Stage of deepspeed's ZeRO: 0 shards nothing, 1 and 2 what the optimizer keeps, 3 the parameters, too."""
+    """Stage of deepspeed's ZeRO: 0 shards nothing, 1 and 2 shard the optimizer's state, 3 the parameters, too."""
     sync_every: int | None = None
     """Steps between syncs. None: 4 under ZeroOneAdamW, 30 under local_sgd and diloco."""
     outer_lr: float = 0.7
@@ -60,7 +60,7 @@ class Parallel:
     fragments: int = 1
     """Parts of the model that local_sgd and diloco sync at different steps."""
     delay: int = 0
-    """Steps that training goes on while such a part is on its way."""
+    """Steps that training goes on while a fragment is being sent."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Training:
     steps: int = 1000
     """Optimizer steps."""
     batch: int = 8
-    """Windows in a rank's backward."""
+    """Windows of text in a backward of a rank."""
     accumulate: int = 1
-    """Backwards in a step; gradients are sent once."""
+    """Backwards in a step; gradients are sent once a step."""
     lr: float = 1e-3
-    """Highest learning rate; a cosine ends at a tenth of it."""
+    """Highest learning rate; it falls along a cosine to a tenth of it."""
     warmup_steps: int = 100
-    """Steps until the rate is at its highest."""
+    """Steps until the learning rate is at its highest."""
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
     seed: int = 0
@@ -103,9 +103,9 @@ class Training:
     recipe: Path | None = None
     """A .toml or .yaml file that says what to prune, quantise and distil at which step (docs/recipes.md)."""
     eval_every: int = 100
-    """Steps between validations; 0: the first and the last only."""
+    """Steps between validations; 0: only before the first and after the last step."""
     eval_batches: int = 16
-    """Batches of held-out text, all ranks together."""
+    """Batches of held-out text in a validation, all ranks together."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,19 @@ class Files:
     """Files of the run, and the threads that it may use."""
 
     out: Path | None = None
-    """Folder of the run. None: runs/ and the spec."""
+    """Folder of the run. None: runs/ and the name of the spec."""
     resume: bool = False
     """Go on from the checkpoint in --out."""
     fork: Path | None = None
-    """Start from this run's checkpoint; --recipe, --steps and --lr may be others."""
+    """Start from the checkpoint of this run; --recipe, --steps and --lr may differ from its own."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: at the end, or when asked to stop."""
     threads: int | None = None
-    """CPU threads of a rank. None: the host's cores, shared out."""
+    """CPU threads of a rank. None: an equal share of the host's cores."""
     tensorboard: bool = False
     """Write scalars to OUT/tensorboard."""
     timeline: int = 0
-    """Steps whose phases go to OUT/timeline.json, for ui.perfetto.dev and `commpress report`."""
+    """Steps whose phases are written to OUT/timeline.json, for ui.perfetto.dev and `commpress report`."""
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,13 @@ class Shrink:
     data: str = ""
     """module:function that returns (training, held_out), each of batches (inputs, targets). Required."""
     max_mb: float | None = None
-    """Megabytes that the file may have."""
+    """The most megabytes that the file may have."""
     max_ms: float | None = None
-    """Milliseconds that a call may take in the file's runtime on one thread, the median."""
+    """The most milliseconds that a call may take in the file's runtime on one thread, as a median."""
     max_loss: str | None = None
-    """What the held-out loss may rise by, in % of the dense model's, such as 1%."""
+    """The most that the held-out loss may rise, in % of the dense model's, such as 1%."""
     format: Literal["onnx", "pt2e", "safetensors"] = "onnx"
-    """Which file. Pruned weights are left out of safetensors alone."""
+    """The file that must fit. Only safetensors leaves pruned weights out."""
     recipe: Path | None = None
     """A recipe with [budget] in the place of these limits; it may have [distil], whose teacher is the dense model."""
     steps: int = 500

@@ -37,10 +37,10 @@ STATE_VERSION = 1
 
 @naming_the_file
 def prepare(model: nn.Module, recipe: Recipe) -> None:
-    """Make a model ready for what a recipe does to its modules. For FSDP2 before `fully_shard`; else the scheduler does it.
+    """Make a model ready for what a recipe does to its modules. Call it before `fully_shard`; elsewhere the scheduler does it.
 
-    Its forward, its parameters and their names stay as they are. Nothing is done to a model that this recipe has made ready
-    before. Raises RecipeError for layers that do not exist or do not fit.
+    Forward, parameters and names stay as they are. A model that this recipe has prepared already is not changed. Raises
+    RecipeError for layers that do not exist or do not fit.
     """
     before = {settings for _, _, settings in quantization.prepared(model)}
     if before and before <= {_settings(entry) for entry in recipe.quantize}:
@@ -53,20 +53,20 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
 
 
 class Scheduler:
-    """A recipe at work on a model. Collective where ranks share it: all of them make one, at the same point.
+    """A recipe at work on a model. Collective: all ranks make one, at the same point.
 
-    `model` is the module itself, not its DDP; or what `fully_shard` took, or what `torch.compile` returned and nobody has
-    called. `optimizer` is one or a list: all that move weights which the recipe prunes; what Accelerate or Lightning made of
-    them does as well. `session` is what `commpress.attach` returned, and is needed with more than one rank. `teacher` is a
-    model of any kind, for a recipe that distils. `restoring`: model and optimizer are those of a checkpoint already, and
+    `model` is the module itself, not its DDP; or what `fully_shard` took, or what `torch.compile` returned before its first
+    call. `optimizer` is one optimizer or a list: all that change weights which the recipe prunes, also as Accelerate or
+    Lightning wrapped them. `session` is what `commpress.attach` returned, and is required with more than one rank. `teacher`
+    is a model of any kind, for a recipe that distils. `restoring` says that model and optimizer hold a checkpoint already and
     `load_state_dict` or `begin_at` comes next; until then nothing is pruned. `held_out` are this rank's batches (inputs,
-    targets) for a recipe with a budget, and `budget_loss` takes outputs and targets, if their loss is not the usual one
+    targets) for a recipe with a budget; `budget_loss` takes outputs and targets, if the loss is not the usual one
     (`commpress.model.judge`). `example_inputs` are the model's positional arguments, a tuple, for a recipe with an [export];
-    `finish` writes its files. Call `loss` in each backward and `step` after each optimizer step, once if there are several.
-    `phase` says what goes on now.
+    `finish` writes its files. Call `loss` in each backward, and `step` after each optimizer step, once if there are several
+    optimizers. `phase` names what goes on now.
 
-    Raises RecipeError, naming the key, if the recipe does not fit the model, TypeError or ValueError if something is missing,
-    as an optimizer. What is left out, and a share below a half of the model, is a warning, from rank 0.
+    Raises RecipeError, with the key, if the recipe does not fit the model; TypeError or ValueError if something is missing,
+    such as an optimizer. Rank 0 warns of weights that the recipe leaves out, and if it prunes less than half of the model.
     """
 
     @naming_the_file
@@ -147,9 +147,9 @@ class Scheduler:
         return " + ".join(on) or "dense"
 
     def loss(self, task_loss: Tensor, output: Any, *inputs: Any, **named_inputs: Any) -> Tensor:
-        """The loss that backward starts from: `task_loss`, and what the teacher says to the same inputs while it is asked.
+        """Return the loss that backward starts from: `task_loss`, and the teacher's part while the recipe distils.
 
-        `output` is the student's: logits, or a Transformers output that has them.
+        `output` is the student's: logits, or a Transformers output that holds them.
         """
         if self._distiller is None or not self._distils:
             for p in getattr(self.model, PROJECTIONS, nn.Module()).parameters():
@@ -161,10 +161,10 @@ class Scheduler:
 
     @naming_the_file
     def step(self) -> None:
-        """Do what the recipe wants done after an optimizer step. Collective.
+        """Do what the recipe says after an optimizer step. Collective.
 
-        Raises ValueError on all ranks, with the parameter's name, if their masks differ; RuntimeError, on this
-        rank alone, if the recipe distils and `loss` was not called.
+        Raises ValueError on all ranks, with the parameter's name, if their masks differ; RuntimeError, on this rank alone, if
+        the recipe distils and `loss` was not called.
         """
         if self._distils and not self._asked:
             raise RuntimeError(
@@ -203,9 +203,10 @@ class Scheduler:
         return written
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, scores, the recipe and how far it is, and which teacher it was. Each rank saves its own: scores may differ.
+        """Return masks, scores, the recipe and its step, and the teacher's name. Each rank saves its own, since scores may
+        differ.
 
-        Fake quantisers are saved as their settings, and which are on: their scales follow from the weights.
+        Fake quantisers are saved as their settings, and whether they are on: their scales follow from the weights.
         """
         return {
             "version": STATE_VERSION,
@@ -250,7 +251,7 @@ class Scheduler:
         self._announce()
 
     def begin_at(self, done: int) -> None:
-        """Go on with a run that had no recipe, behind `done` steps. Collective. Raises ValueError as `load_state_dict` does."""
+        """Go on with a run that had no recipe, after `done` steps. Collective. Raises ValueError as `load_state_dict` does."""
         self.load_state_dict(
             {
                 **self.state_dict(),

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from tiers import slow
 from trainers import blocks, flat, forget, launched, payload_bytes, require_sums, tracked
 
 from commpress.optim import OneBitAdamW, ZeroOneAdamW
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 LIBRARIES = ("transformers", "accelerate")
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -127,8 +133,6 @@ hidden = {"bert.encoder.layer.0" = "bert.encoder.layer.0"}
 
 
 def recipe(text: str = RECIPE) -> Any:
-    import tomllib
-
     from commpress.model import Recipe
 
     return Recipe.of(tomllib.loads(text), "the recipe of a test")

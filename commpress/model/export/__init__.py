@@ -52,7 +52,7 @@ class Exported:
     path: Path
     bytes: int
     difference: float
-    """The largest between what the model computes of the example inputs, its quantisers on, and what the file does."""
+    """The largest difference between the outputs of the model, its quantisers on, and of the file, for the example inputs."""
 
 
 def require(formats: Sequence[str]) -> None:
@@ -72,15 +72,15 @@ def export(
     example_inputs: tuple[Any, ...],
     dynamic_shapes: Any = None,
 ) -> list[Exported]:
-    """Write `model` to `folder`, a file a format, and return what was written. The model stays as it is.
+    """Write `model` to `folder`, one file a format, and return what was written. The model stays as it is.
 
-    It is one that was prepared for quantisation or converted, or a plain one; on the CPU, whole, and of float32. What counts is
-    what it computes in evaluation, quantisers switched on. `example_inputs` are its positional arguments. Without
-    `dynamic_shapes`, which are torch.export's, the first dimension of the inputs stays free, and all others do not.
+    `model` is plain, or prepared for quantisation, or converted; on the CPU, whole, in float32. The file computes what the
+    model does in evaluation with its quantisers on. `example_inputs` are the model's positional arguments. Without
+    `dynamic_shapes`, which are torch.export's, the first dimension of the inputs stays free, and all others are fixed.
 
-    Raises ValueError, before anything is written, for an unknown format, a model that cannot be exported or one row of inputs,
-    and for what one format does not take, when those before it are written;
-    ModuleNotFoundError that names the extra for a missing package; what torch.export raises for a model that it cannot trace.
+    Raises ValueError, before anything is written, for an unknown format, a model that cannot be exported or inputs of one row;
+    ValueError for what one format does not take, when those before it are written; ModuleNotFoundError that names the extra
+    for a missing package; what torch.export raises for a model that it cannot trace.
     """
     if isinstance(formats, str) or not formats or (unknown := [name for name in formats if name not in FORMATS]):
         got = formats if isinstance(formats, str) or not formats else unknown[0]

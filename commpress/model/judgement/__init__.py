@@ -38,13 +38,13 @@ RECORD, CARD = "judgement.json", "model_card.md"
 
 @dataclass(frozen=True)
 class Judgement:
-    """All that was measured, as `judgement.json` has it."""
+    """All measurements, as judgement.json has them."""
 
     record: dict[str, Any]
 
     @property
     def sentences(self) -> list[str]:
-        """Sentences on what the small model brings and what it does not, each of the figures."""
+        """Return sentences on what the small model brings and what it does not, each with its figures."""
         found: list[str] = self.record["sentences"]
         return found
 
@@ -71,18 +71,20 @@ def judge(
     runtimes: Sequence[str] | None = None,
     folder: str | Path | None = None,
 ) -> Judgement:
-    """Measure the small model against the dense one, each a module on the CPU or a folder that `commpress.model.export` wrote.
+    """Measure the small model against the dense one. Each is a module on the CPU, or a folder that `commpress.model.export`
+    wrote.
 
-    `data` are batches (inputs, targets), held out, read once; inputs are a tensor or a tuple of tensors. Calls are timed with
-    the inputs of the first one, so its rows count: one row says how long a single answer takes. `loss` takes outputs and
-    targets; without it that is cross entropy for whole targets, where predictions are compared as well, else squared error.
-    A module is prepared, converted or plain, and is written to `folder`/dense or `folder`/small in the formats of the runtimes;
-    without `folder` these files do not stay. `runtimes` are some of "torch", "onnxruntime", "pt2e", "executorch", "integer";
-    default: all. A dense model has no form of integers alone: the small one's is compared with another form of it.
+    `data` are held-out batches (inputs, targets), read once; inputs are a tensor or a tuple of tensors. Calls are timed with
+    the inputs of the first batch, so its number of rows counts: one row times a single answer. `loss` takes outputs and
+    targets; the default is cross entropy for integer targets, where predictions are compared as well, and squared error for
+    others. A module may be prepared, converted or plain; it is written to `folder`/dense or `folder`/small in the formats of
+    the runtimes. Without `folder` these files are removed. `runtimes` are some of "torch", "onnxruntime", "pt2e",
+    "executorch", "integer" (default: all). A dense model has no form of integers alone: the small one's is compared with
+    another form of it.
 
-    A runtime that is not installed, or in which one of both has no form, is left out, and the record says why; by default one
-    that cannot run its form, too. Raises ValueError if none is left, without batches, or for outputs and targets that do not go
-    together; FormError, one of them, for a form that a runtime which is asked for cannot run.
+    A runtime that is not installed, or in which one of the two has no form, is left out, and the record says why; by default
+    so is one that cannot run its form. Raises ValueError if none is left, without batches, or for outputs and targets that do
+    not go together; FormError, a ValueError, for a form that a runtime which is asked for cannot run.
     """
     chosen, batches = known_runtimes(runtimes), batches_of(data, "judge(data)")
     of_dense = [runtime for runtime in chosen if RUNTIMES[runtime].dense]
