@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from commpress.files import load_state, save_state, write_atomically
 from commpress.launch.predictions import say
-from commpress.launch.runtime import together
+from commpress.launch.runtime import by_first_rank, together
 
 if TYPE_CHECKING:
     from commpress.model import Recipe
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 DENSE = "dense.pt"
 """In the folder of a run: the model as it was when its budget began."""
 CHOSEN, PAGE = "recipe.yaml", "judgement.html"
+STRUCTURE = "structure.json"
+"""What a budget removed of a model: the share, what file and parameters were and became, and the sizes that are left."""
 
 
 def begins_at(recipe: "Recipe") -> int | None:
@@ -47,20 +50,89 @@ def dense(out: Path, model: nn.Module) -> nn.Module | None:
     return model
 
 
+def takes_structure(recipe: "Recipe | None") -> bool:
+    """Whether a recipe's budget may remove structure."""
+    return recipe is not None and recipe.budget is not None and recipe.budget.structure > 0
+
+
+def narrowed(
+    model: nn.Module, recipe: "Recipe", inputs: tuple[Tensor, ...], out: Path, device: torch.device
+) -> "Recipe":
+    """Remove of the model, in place, what its budget takes of structure; the recipe that says how much. Collective.
+
+    Rank 0 measures and removes, the others follow with its sizes and values. It writes STRUCTURE into `out`. Raises
+    TrainingError on all ranks for a limit that cannot be met.
+    """
+    from commpress.model import Recipe
+    from commpress.model.narrowing import narrow
+    from commpress.model.structured import Shapes, reshape
+
+    def remove() -> dict[str, Any]:
+        said, found = narrow(model, recipe, tuple(x.to(device) for x in inputs))
+        if found.before is not None:
+            record = json.dumps({"what": "structure", **asdict(found)}, indent=1) + "\n"
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(out / STRUCTURE, lambda file: file.write(record.encode()))
+            say(told(asdict(found)))
+        return {"recipe": said.to_dict(), "shapes": asdict(found.shapes)}
+
+    found = by_first_rank(remove, device)
+    together(lambda: None if dist.get_rank() == 0 else reshape(model, Shapes(**found["shapes"])), device)
+    if dist.get_world_size() > 1:
+        for x in model.state_dict().values():
+            if isinstance(x, Tensor):
+                values = x.detach().contiguous()
+                dist.broadcast(values, 0)
+                x.copy_(values)
+    said = Recipe.of(found["recipe"], recipe._source or "recipe")
+    said._source = recipe._source
+    return said
+
+
+def structure_of(out: Path, recipe: "Recipe") -> dict[str, Any] | None:
+    """What STRUCTURE in a folder says of the removal that a recipe names; None if there was none, or the file is of another."""
+    removed = None if recipe.budget is None else recipe.budget.removed
+    if removed is None or not (out / STRUCTURE).exists():
+        return None
+    found: dict[str, Any] = json.loads((out / STRUCTURE).read_text())
+    return found if found.get("removed") == removed else None
+
+
+def told(structure: dict[str, Any]) -> str:
+    """A sentence on what was removed, with the figures before training."""
+    before, after = structure["before"], structure["after"]
+    times = "" if before["ms"] is None else f", a call from {before['ms']:.3g} to {after['ms']:.3g} ms"
+    sizes = (
+        f"the file from {before['bytes'] / 1e6:.3f} MB dense to {after['bytes'] / 1e6:.3f} MB with integers and zeros"
+    )
+    return (
+        f"{structure['removed']:.3g} of each width removed before training: from {before['parameters']:,} to "
+        f"{after['parameters']:,} parameters, {sizes}{times}"
+    )
+
+
 def judged(
     dense: nn.Module,
     small: nn.Module,
     held_out: Sequence[tuple[tuple[Tensor, ...], Tensor]],
     recipe: "Recipe",
     out: Path,
+    structure: dict[str, Any] | None = None,
 ) -> list[str]:
-    """Judge the exported file of a budget, print and write what was found into `out`; the limits that it misses."""
+    """Judge the exported file of a budget, print and write what was found into `out`; the limits that it misses.
+
+    `structure` is what was removed before training; the record has it without the sizes.
+    """
     from commpress.launch import report
-    from commpress.model import judge
+    from commpress.model import Judgement, judge
     from commpress.model.budget import runtime_of, shortfalls
 
     assert recipe.budget is not None
     judgement = judge(dense, small, held_out, runtimes=(runtime_of(recipe.budget),), folder=out)
+    if structure is not None:
+        removed = {key: structure[key] for key in ("removed", "before", "after")}
+        sentences = [*judgement.sentences, told(structure)]
+        judgement = Judgement({**judgement.record, "structure": removed, "sentences": sentences})
     judgement.write(out)
     report.write(out / PAGE, report.page([judgement.record]))
     chosen: dict[str, Any] = recipe.to_dict()

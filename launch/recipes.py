@@ -141,6 +141,8 @@ def read(path: Path, settings: Settings) -> "Recipe":
                 Plan.of_parameters(spec) if key == "parameters" else commpress.parse(spec)
         except ValueError as error:
             raise ValueError(f"{path}: traffic.{key}: {error}") from None
+    if budgets.takes_structure(recipe):
+        raise ValueError(f"{path}: budget.structure: is removed by `commpress shrink` alone, expected none")
     if (begins := budgets.begins_at(recipe)) is not None:
         if settings.parallel != "ddp":
             raise ValueError(f"{path}: budget: expected --parallel ddp, where each rank has the whole model")

@@ -58,6 +58,9 @@ class Shrink:
     """The most milliseconds that a call may take in the file's runtime on one thread, as a median."""
     max_loss: str | None = None
     """The most that the held-out loss may rise, in % of the dense model's, such as 1%."""
+    structure: str | None = None
+    """The most of each width (heads, channels, feed-forward rows) that may be removed before training, such as 50%, where
+    integers and zeros alone miss --max-mb or --max-ms."""
     format: Literal["onnx", "pt2e", "safetensors"] = "onnx"
     """The file that must fit. Only safetensors leaves pruned weights out."""
     recipe: Path | None = None
@@ -69,7 +72,8 @@ class Shrink:
     compress: str = "none"
     """Spec of the gradients' traffic on several ranks."""
     out: Path = Path("runs/shrunk")
-    """Folder for dense/, small/, judgement.json, judgement.html, model_card.md, recipe.yaml; of several ranks traffic.json."""
+    """Folder for dense/, small/, judgement.json, judgement.html, model_card.md, recipe.yaml; with --structure
+    structure.json, of several ranks traffic.json."""
 
     def run(self) -> None:
         """Shrink, judge and print. Ends the program with code 1 and a sentence if the budget is not met, or that cannot be."""
@@ -82,10 +86,13 @@ class Shrink:
             torch.set_num_threads(default_threads())
             dense, training, held_out = together(self.loaded, device)
             small = copy.deepcopy(dense).to(device)
+            if budgets.takes_structure(recipe):
+                recipe = budgets.narrowed(small, recipe, held_out[0][0], self.out, device)
             scheduler = self.trained(small, dense.to(device), training, held_out, recipe)
             with runtime.same_error_on_all_ranks():
                 scheduler.finish(self.out)
-            judged = partial(budgets.judged, dense.cpu(), small.cpu(), held_out, scheduler.recipe, self.out)
+            structure = budgets.structure_of(self.out, scheduler.recipe)
+            judged = partial(budgets.judged, dense.cpu(), small.cpu(), held_out, scheduler.recipe, self.out, structure)
             if missed := runtime.by_first_rank(judged, device):
                 raise TrainingError(f"the budget is not met: {'; '.join(missed)}")
 
@@ -101,9 +108,14 @@ class Shrink:
         limits: dict[str, Any] = {"max_mb": self.max_mb, "max_ms": self.max_ms}
         if self.max_loss is not None:
             limits["max_loss"] = units.share(self.max_loss, "--max-loss")
+        if self.structure is not None:
+            limits["structure"] = units.share(self.structure, "--structure")
         limits = {name: limit for name, limit in limits.items() if limit is not None}
         if self.recipe is not None:
-            require(not limits, f"--recipe {self.recipe}: has the limits, expected no --max-mb, --max-ms, --max-loss")
+            require(
+                not limits,
+                f"--recipe {self.recipe}: has the limits, expected no --max-mb, --max-ms, --max-loss, --structure",
+            )
             recipe = Recipe.load(self.recipe)
             require(recipe.budget is not None, f"--recipe {self.recipe}: has no [budget], expected one")
             require(recipe.search is None, f"--recipe {self.recipe}: has a [search], which `commpress train` makes")

@@ -11,7 +11,7 @@ all choose the same.
 import copy
 import glob
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,18 +71,34 @@ def settled(
     prunes = budget.format == "safetensors"
     dense, rises = sensitivities(model, units, prunes, batches[:FEW], loss, group)
     files = _Files(model, units, budget, batches[0][0], group)
-    # where time counts, integers that have kernels come first
-    ways: list[tuple[int, ...]] = [(8,), (8, 4)] if budget.max_ms is not None else [(8, 4)]
-    missed = ""
-    for bits in ways:
+    told = ""
+    for bits in ways(budget):
         path = greedy(units, rises, prunes, bits)
         if budget.max_mb is None and budget.max_ms is None:
             assert budget.max_loss is not None
             return _with_entries(recipe, units, _within(path, budget.max_loss * abs(dense)))
-        chosen, missed = _shortest(path, budget, files)
+        chosen, told = _shortest(path, budget, files)
         if chosen is not None:
             return _with_entries(recipe, units, chosen)
-    raise BudgetError(missed)
+    raise BudgetError(told)
+
+
+def ways(budget: Budget) -> list[tuple[int, ...]]:
+    """The bits that are tried together, in their order: where time counts, integers that have kernels come first."""
+    return [(8,), (8, 4)] if budget.max_ms is not None else [(8, 4)]
+
+
+def missed(found: Measured, budget: Budget, known: Collection[Measured]) -> str:
+    """A sentence on the limit that a file misses, with the closest of all that are known; empty for one that fits."""
+    name = budget_file(budget)
+    if budget.max_mb is not None and found.bytes > budget.max_mb * MB:
+        near = min(each.bytes for each in known) / MB
+        return f"budget.max_mb: {budget.max_mb:.4g} MB cannot be met, the closest of {name} is {near:.3f} MB"
+    if budget.max_ms is not None and found.ms is not None and found.ms > budget.max_ms:
+        shortest = min(each.ms for each in known if each.ms is not None)
+        told = f"the closest of {name} in {runtime_of(budget)} is {shortest:.3g} ms"
+        return f"budget.max_ms: {budget.max_ms:.4g} ms cannot be met, {told}"
+    return ""
 
 
 def shortfalls(budget: Budget, record: Mapping[str, Any]) -> list[str]:
@@ -135,7 +151,7 @@ class _Files:
             several = dist.is_available() and dist.is_initialized()
             if not several or dist.get_rank(self._group) == 0:
                 try:
-                    told = asdict(self._measure(choice))
+                    told = asdict(measured(self._model, self._units, choice, self._budget, self._inputs))
                 except Exception as error:  # the others wait for this rank's word, whatever it met
                     told = f"budget: {budget_file(self._budget)} cannot be measured: {error}"
             told = told_by_first_rank(told, self._group, next(self._model.parameters()).device)
@@ -144,19 +160,22 @@ class _Files:
             self.known[key] = Measured(**told)
         return self.known[key]
 
-    def _measure(self, choice: Choice) -> Measured:
-        runtime = runtime_of(self._budget)
-        inputs = tuple(x.cpu() for x in self._inputs)
-        made = small(self._model, self._units, choice, self._budget, self._inputs).cpu()
-        with tempfile.TemporaryDirectory(prefix="commpress-budget-") as folder:
-            side = side_of("small", made, (runtime,), inputs, Path(folder) / "files", Path(folder) / "scratch")
-            if runtime not in side.forms:
-                raise ValueError(side.left_out[runtime])
-            form = side.forms[runtime]
-            if self._budget.max_ms is None:
-                return Measured(form.bytes, None)
-            with Process(form, arrays_of(inputs), 1) as process:
-                return Measured(form.bytes, 1e3 * in_turns([process], 1)[0].median)
+
+def measured(
+    model: nn.Module, units: Sequence[Unit], choice: Choice, budget: Budget, inputs: tuple[Tensor, ...]
+) -> Measured:
+    """Export a choice and measure the file, on this rank alone. Raises ValueError with the reason if that cannot be."""
+    runtime, on_cpu = runtime_of(budget), tuple(x.cpu() for x in inputs)
+    made = small(model, units, choice, budget, inputs).cpu()
+    with tempfile.TemporaryDirectory(prefix="commpress-budget-") as folder:
+        side = side_of("small", made, (runtime,), on_cpu, Path(folder) / "files", Path(folder) / "scratch")
+        if runtime not in side.forms:
+            raise ValueError(side.left_out[runtime])
+        form = side.forms[runtime]
+        if budget.max_ms is None:
+            return Measured(form.bytes, None)
+        with Process(form, arrays_of(on_cpu), 1) as process:
+            return Measured(form.bytes, 1e3 * in_turns([process], 1)[0].median)
 
 
 def small(
@@ -196,29 +215,19 @@ def budget_file(budget: Budget) -> str:
 def _shortest(path: Sequence[tuple[Choice, float, float]], budget: Budget, files: _Files) -> tuple[Choice | None, str]:
     """The first choice of the path whose file fits, and else a sentence on the limit that the last one misses."""
 
-    def missed(i: int) -> str:
-        found = files.measured(path[i][0])
-        name = budget_file(budget)
-        if budget.max_mb is not None and found.bytes > budget.max_mb * MB:
-            near = min(each.bytes for each in files.known.values()) / MB
-            return f"budget.max_mb: {budget.max_mb:.4g} MB cannot be met, the closest of {name} is {near:.3f} MB"
-        if budget.max_ms is not None and found.ms is not None and found.ms > budget.max_ms:
-            runtime = runtime_of(budget)
-            near = min(each.ms for each in files.known.values() if each.ms is not None)
-            told = f"the closest of {name} in {runtime} is {near:.3g} ms"
-            return f"budget.max_ms: {budget.max_ms:.4g} ms cannot be met, {told}"
-        return ""
+    def missed_by(i: int) -> str:
+        return missed(files.measured(path[i][0]), budget, files.known.values())
 
     most = (files.measured({}).bytes - budget.max_mb * MB) if budget.max_mb is not None else 0.0
     last = len(path) - 1
     first = next((i for i, (_, saved, _) in enumerate(path) if saved >= most), last)
-    if not missed(first):
+    if not missed_by(first):
         return path[first][0], ""
-    if told := missed(last):
+    if told := missed_by(last):
         return None, told
     while last - first > 1:
         middle = (first + last) // 2
-        first, last = (middle, last) if missed(middle) else (first, middle)
+        first, last = (middle, last) if missed_by(middle) else (first, middle)
     return path[last][0], ""
 
 

@@ -89,6 +89,10 @@ class Scheduler:
         self._optimizers, self._held_out, self._budget_loss = given, held_out, budget_loss
         if recipe.chooses and not held_out:
             raise TypeError("Scheduler: the recipe has a [budget], expected held_out=, batches (inputs, targets)")
+        if recipe.chooses and recipe.budget is not None and recipe.budget.structure and recipe.budget.removed is None:
+            raise RecipeError(
+                "budget.structure: goes before the model is wrapped, expected the recipe that narrowing.narrow returns"
+            )
         if recipe.search is not None:
             raise RecipeError(
                 "search: `commpress train` makes it before a run, expected a recipe without it, after_search()"

@@ -106,11 +106,51 @@ def test_a_size_that_no_setting_reaches_ends_before_the_training(place: Path) ->
     assert "step" not in out
 
 
+@pytest.mark.slow
+def test_structure_goes_where_integers_alone_are_too_large(place: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    limits = ("--max-mb", 0.06, "--max-ms", 50, "--max-loss", "50%", "--steps", 100, "--lr", 3e-3)
+    code, _, err = shrunk(*limits)
+    assert code == 1
+    assert "budget.max_mb: 0.06 MB cannot be met, the closest of model.onnx is 0.0" in err
+    code, out, err = shrunk(*limits, "--structure", "75%")
+    assert code == 0, err
+    assert re.search(r"0\.\d+ of each width removed before training: from 76,296 to \d\d,\d+ parameters, .* ms", out)
+    removed = json.loads(Path("out/structure.json").read_text())
+    record = json.loads(Path("out/judgement.json").read_text())
+    assert record["structure"] == {key: removed[key] for key in ("removed", "before", "after")}
+    assert removed["before"]["parameters"] == 76_296
+    assert 0 < removed["removed"] <= 0.75
+    rows = round(256 * (1 - removed["removed"]))
+    assert removed["after"]["parameters"] == 32 * rows + rows * rows + 8 * rows + 2 * rows + 8
+    assert removed["shapes"]["tensors"]["2.weight"] == [rows, rows]
+    (row,) = record["rows"]
+    assert row["small"]["bytes"] <= 60_000 < row["dense"]["bytes"]
+    assert removed["before"]["bytes"] == pytest.approx(row["dense"]["bytes"], rel=0.02)
+    chosen = Recipe.load("out/recipe.yaml").budget
+    assert chosen is not None
+    assert (chosen.structure, chosen.removed, chosen.settled) == (0.75, removed["removed"], True)
+    assert "of each width removed" in Path("out/judgement.html").read_text()
+
+
+def test_structure_that_is_not_enough_ends_before_the_training(place: Path) -> None:
+    code, out, err = shrunk("--max-mb", 0.001, "--structure", "50%", "--format", "safetensors")
+    assert code == 1
+    said = (
+        r"budget.max_mb: 0.001 MB cannot be met, the closest of model.safetensors is 0\.0\d+ MB, with 0.5 of each width"
+    )
+    assert re.search(said, err)
+    assert err.count("\n") == 1
+    assert "step" not in out
+
+
 @pytest.mark.parametrize(
     ("flags", "how", "said"),
     [
         ((), {}, "expected some of --max-mb, --max-ms, --max-loss, or --recipe"),
         (("--max-loss", "1"), {}, "--max-loss '1': expected a percentage below 100, such as 0.1%"),
+        (("--max-mb", 1, "--structure", "1"), {}, "--structure '1': expected a percentage below 100"),
+        (("--max-loss", "1%", "--structure", "50%"), {}, "budget.structure: is removed for max_mb or max_ms"),
         (("--max-mb", 0), {}, "budget.max_mb: expected greater than 0, got 0.0"),
         (("--max-mb", 1, "--steps", 0), {}, "--steps 0: expected a whole number from 1 on"),
         (("--max-mb", 1), {"model": "number"}, "--model shrink_task:number: returns a int, expected a torch.nn.Module"),

@@ -170,6 +170,10 @@ class Budget(Part):
     """What the held-out loss may rise by against the dense model's, as a share of that: 0.01 for 1 %."""
     format: Literal["onnx", "pt2e", "safetensors"] = "onnx"
     """Which file is held against it. Pruned weights are left out of safetensors alone."""
+    structure: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The most of each width, as a share, that may be removed before the run where integers and zeros alone miss a limit."""
+    removed: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The share that was removed; `narrow` says so in the recipe that it returns."""
     settled: bool = False
     """Whether the entries were chosen; the scheduler says so in what it saves."""
 
@@ -179,11 +183,15 @@ class Budget(Part):
             raise ValueError(f"end: expected at least start, {self.start}, got {self.end}")
         if self.max_mb is None and self.max_ms is None and self.max_loss is None:
             raise ValueError("expected some of max_mb, max_ms, max_loss, got none")
+        if self.structure and self.max_mb is None and self.max_ms is None:
+            raise ValueError("structure: is removed for max_mb or max_ms, expected one of them beside it")
+        if (self.removed or 0) > self.structure:
+            raise ValueError(f"removed: expected at most structure, {self.structure:g}, got {self.removed:g}")
         return self
 
     def require_beside(self, first: int) -> None:
         """Raise ValueError for what makes no sense beside entries of one's own, the first of which begins at step `first`."""
-        for key in ("end", "every"):
+        for key in ("end", "every", "structure"):
             if self._says(key):
                 raise ValueError(
                     f"budget.{key}: is of what a budget chooses, expected none beside [[prune]] and [[quantize]]"

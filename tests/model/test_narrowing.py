@@ -1,0 +1,162 @@
+"""Structure by a budget: no more of it than the file needs, and what cannot be met is told with the model as it was."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from commpress.model import Recipe, RecipeError, Scheduler, export, narrowing, prepare
+from commpress.model.budget import BudgetError, Measured
+from commpress.model.narrowing import narrow
+from commpress.model.sensitivity import Choice, greedy, smallest, units_of
+from commpress.model.structured import Shapes, reshape
+
+LIBRARIES = ("torchao.quantization", "torch_pruning")
+WIDTH, CLASSES = 32, 8
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, CLASSES))
+
+
+def inputs() -> tuple[Tensor, ...]:
+    return (torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(1)),)
+
+
+def recipe(**limits: Any) -> Recipe:
+    return Recipe.of({"budget": {"format": "safetensors", "end": 4, "every": 2, "structure": 0.75, **limits}})
+
+
+def widths(model: nn.Module) -> list[int]:
+    return [layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
+def smallest_bytes(share: float) -> int:
+    model = network()
+    if share:
+        model, _ = narrowed(model, recipe(max_mb=1.0, removed=share))
+    return narrowing._tried(model, recipe(max_mb=1e-6).budget, inputs())[0][-1].bytes  # type: ignore[arg-type]
+
+
+def narrowed(model: nn.Module, of: Recipe) -> tuple[nn.Module, narrowing.Narrowed]:
+    return model, narrow(model, of, inputs())[1]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.125, 0.5, 0.75])
+def test_no_more_goes_than_the_file_needs(share: float) -> None:
+    limit = (smallest_bytes(share) + 1) / 1e6
+    said, found = narrow(model := network(), recipe(max_mb=limit), inputs())
+    assert said.budget is not None
+    assert said.budget.removed == found.removed == share
+    assert said.chooses
+    assert widths(model) == [128 - round(128 * share), 128 - round(128 * share), CLASSES]
+    assert found.before is not None
+    assert found.after is not None
+    assert found.before.parameters == sum(p.numel() for p in network().parameters())
+    assert found.after.parameters == sum(p.numel() for p in model.parameters())
+    assert found.after.bytes <= limit * 1e6 < found.before.bytes
+    assert found.after.ms is None
+
+
+def test_a_file_that_fits_in_the_run_too(tmp_path: Path) -> None:
+    limit = 1.1 * smallest_bytes(0.5) / 1e6
+    said, found = narrow(model := network(), recipe(max_mb=limit), inputs())
+    assert 0 < found.removed <= 0.5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    held_out = [(inputs()[0], torch.arange(16) % CLASSES)]
+    scheduler = Scheduler(said, model, optimizer, held_out=held_out)
+    for _ in range(6):
+        nn.functional.cross_entropy(model(inputs()[0]), held_out[0][1]).backward()
+        optimizer.step()
+        scheduler.step()
+    (file,) = export(model, tmp_path, formats=("safetensors",), example_inputs=inputs())
+    assert file.bytes <= 1e6 * limit
+    # a fresh model, with what the checkpoint says
+    saved = Recipe.of(scheduler.state_dict()["recipe"])
+    again, followed = narrow(fresh := network(), saved, inputs())
+    assert again == saved
+    assert (followed.removed, followed.before) == (found.removed, None)
+    prepare(fresh, saved)
+    fresh.load_state_dict(model.state_dict())
+
+
+def test_a_limit_that_the_most_structure_misses_is_told_and_the_model_is_whole() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    said = r"budget.max_mb: 0.0005 MB cannot be met, the closest of model.safetensors is 0.00\d MB, with 0.75 of each width"
+    with pytest.raises(BudgetError, match=said):
+        narrow(model, recipe(max_mb=0.0005), inputs())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_what_has_no_width_to_remove_is_told() -> None:
+    with pytest.raises(
+        BudgetError, match=r"cannot be met, .*; budget.structure: nothing can be removed: shrink\(0.75\)"
+    ):
+        narrow(nn.Sequential(nn.Linear(WIDTH, CLASSES)), recipe(max_mb=0.0001), inputs())
+
+
+def test_time_is_met_with_a_margin_where_more_could_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call takes as many ms as the second layer has rows."""
+
+    def measured(model: nn.Module, units: Any, choice: Choice, *rest: Any) -> Measured:
+        return Measured(1000, float(widths(model)[1]))
+
+    monkeypatch.setattr(narrowing, "measured", measured)
+    for limit, removed in ((128.0, 0), (127.0, 0.125), (112.0, 0.25), (32.0, 0.75)):
+        _, found = narrow(network(), recipe(max_ms=limit), inputs())
+        assert (limit, found.removed) == (limit, removed)
+        assert found.before is not None
+        assert found.before.ms == 128
+    with pytest.raises(BudgetError, match=r"budget.max_ms: 31 ms cannot be met, the closest .* is 32 ms, with 0.75 of"):
+        narrow(network(), recipe(max_ms=31.0), inputs())
+
+
+def test_sizes_bring_a_fresh_model_to_the_same_shape() -> None:
+    model, found = narrowed(network(), recipe(max_mb=1.0, removed=0.5))
+    reshape(fresh := network(), Shapes(found.shapes.tensors, found.shapes.sizes))
+    fresh.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("bits", [(8,), (8, 4)])
+@pytest.mark.parametrize("prunes", [False, True])
+def test_the_smallest_choice_is_the_end_of_every_path(prunes: bool, bits: tuple[int, ...]) -> None:
+    units = units_of(network())
+    rises = {(i, setting): 1.0 + i for i, unit in enumerate(units) for setting in unit.settings(True, (8, 4))}
+    saved = greedy(units, rises, prunes, bits)[-1][1]
+    found = smallest(units, prunes, bits)
+    dense = units[0].settings(False, ())[0]
+    assert saved == sum(unit.bytes(dense) - unit.bytes(found[i]) for i, unit in enumerate(units))
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (
+            {"max_loss": 0.1, "structure": 0.5},
+            "budget.structure: is removed for max_mb or max_ms, expected one of them",
+        ),
+        ({"max_mb": 1.0, "structure": 1.0}, "budget.structure: expected less than 1, got 1.0"),
+        ({"max_mb": 1.0, "removed": 0.5}, "budget.removed: expected at most structure, 0, got 0.5"),
+    ],
+)
+def test_structure_that_makes_no_sense_is_refused(found: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        Recipe.of({"budget": found})
+    assert told in str(error.value)
+    with pytest.raises(RecipeError, match=r"budget.structure: is of what a budget chooses"):
+        Recipe.of({"budget": {"max_mb": 1.0, "structure": 0.5}, "quantize": [{}]})
+
+
+def test_a_loop_that_has_not_removed_it_is_told() -> None:
+    model = network()
+    with pytest.raises(RecipeError, match=r"budget.structure: goes before the model is wrapped, expected the recipe"):
+        Scheduler(
+            recipe(max_mb=1.0), model, torch.optim.SGD(model.parameters()), held_out=[(inputs()[0], torch.zeros(16))]
+        )
+    with pytest.raises(ValueError, match="narrow: expected a recipe whose"):
+        narrow(model, recipe(max_mb=1.0, structure=0.0), inputs())
