@@ -69,10 +69,11 @@ def narrowed(
 
     def remove() -> dict[str, Any]:
         said, found = narrow(model, recipe, tuple(x.to(device) for x in inputs))
-        if found.before is not None:
+        if structure_of(out, said) is None or found.before is not None:
             record = json.dumps({"what": "structure", **asdict(found)}, indent=1) + "\n"
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / STRUCTURE, lambda file: file.write(record.encode()))
+        if found.before is not None:
             say(told(asdict(found)))
         return {"recipe": said.to_dict(), "shapes": asdict(found.shapes)}
 
@@ -98,9 +99,22 @@ def structure_of(out: Path, recipe: "Recipe") -> dict[str, Any] | None:
     return found if found.get("removed") == removed else None
 
 
+def reshape_as(out: Path, model: nn.Module, recipe: "Recipe") -> None:
+    """Give a fresh model the sizes that STRUCTURE in a run's folder has. Raises ValueError if it is not there."""
+    from commpress.model.structured import Shapes, reshape
+
+    if recipe.budget is None or not recipe.budget.removed:
+        return
+    if (structure := structure_of(out, recipe)) is None:
+        raise ValueError(f"{out}: expected {STRUCTURE} of the run, which has the sizes of its model, found none")
+    reshape(model, Shapes(**structure["shapes"]))
+
+
 def told(structure: dict[str, Any]) -> str:
     """A sentence on what was removed, with the figures before training."""
     before, after = structure["before"], structure["after"]
+    if before is None:
+        return f"{structure['removed']:.3g} of each width removed before training, as the recipe said"
     times = "" if before["ms"] is None else f", a call from {before['ms']:.3g} to {after['ms']:.3g} ms"
     sizes = (
         f"the file from {before['bytes'] / 1e6:.3f} MB dense to {after['bytes'] / 1e6:.3f} MB with integers and zeros"

@@ -60,9 +60,10 @@ def _ended(run: "Run", recipe: "Recipe", full: nn.Module | None) -> list[str]:
     assert full is not None  # on rank 0
     missed = []
     held_out = [batch for batch, rows in run.task.held_out(0, 1) if rows]
-    dense = None if recipe.budget is None else budgets.dense(run.out, run.task.model())
+    dense = None if recipe.budget is None else budgets.dense(run.out, run.task.dense())
     if dense is not None:
-        short = budgets.judged(dense, full, held_out, recipe, run.out / "judged")
+        structure = budgets.structure_of(run.out, recipe)
+        short = budgets.judged(dense, full, held_out, recipe, run.out / "judged", structure)
         missed += [f"the budget is not met: {'; '.join(short)}"] if short else []
     elif recipe.budget is not None:  # as one that another run has settled
         say(

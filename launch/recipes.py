@@ -142,7 +142,7 @@ def read(path: Path, settings: Settings) -> "Recipe":
         except ValueError as error:
             raise ValueError(f"{path}: traffic.{key}: {error}") from None
     if budgets.takes_structure(recipe):
-        raise ValueError(f"{path}: budget.structure: is removed by `commpress shrink` alone, expected none")
+        require_removable(recipe, path, settings)
     if (begins := budgets.begins_at(recipe)) is not None:
         if settings.parallel != "ddp":
             raise ValueError(f"{path}: budget: expected --parallel ddp, where each rank has the whole model")
@@ -164,6 +164,29 @@ def read(path: Path, settings: Settings) -> "Recipe":
     if recipe.distil is not None and recipe.distil.teacher is None and (settings.model is None or recipe.search):
         raise ValueError(f"{path}: distil.teacher: missing, expected the folder of a run")
     return recipe
+
+
+def require_removable(recipe: "Recipe", path: Path, settings: Settings) -> None:
+    """Raise ValueError where a budget's structure cannot be removed, which is before the run and of a model of one's own."""
+    assert recipe.budget is not None
+    if settings.model is None or recipe.search is not None:
+        got = "a [search]" if recipe.search is not None else "the built-in GPT"
+        raise ValueError(
+            f"{path}: budget.structure: expected --model, and no [search], whose widths it finds, got {got}"
+        )
+    if recipe.budget.start:
+        raise ValueError(
+            f"{path}: budget.start: structure is removed before the run, expected 0, got {recipe.budget.start}"
+        )
+    if settings.parallel != "ddp":
+        raise ValueError(f"{path}: budget.structure: expected --parallel ddp, got {settings.parallel}")
+
+
+def narrowed(recipe: "Recipe", task: tasks.Own, settings: Settings, device: torch.device) -> "tuple[Recipe, tasks.Own]":
+    """Remove what the budget takes of structure, or took before; the recipe that says so, and the task. Collective."""
+    model = together(lambda: task.model().to(device), device)
+    recipe = budgets.narrowed(model, recipe, task.example(), settings.folder, device)
+    return recipe, task.narrowed(model.cpu())
 
 
 def follow(
@@ -189,7 +212,8 @@ def follow(
     taught_by = together(get_ready, device)
     restoring = settings.resume or settings.fork is not None
     if budgets.begins_at(recipe) == 0 and not restoring:
-        budgets.keep_dense(settings.folder, model, device)
+        whole = task.dense().to(device) if budgets.takes_structure(recipe) else model
+        budgets.keep_dense(settings.folder, whole, device)
     with same_error_on_all_ranks():
         strategy = strategies.make(model, settings)
         taught_by = None if taught_by is None else taught_by.to(device)
@@ -222,7 +246,9 @@ def model_of_run(folder: Path) -> nn.Module:
             )
         from commpress.model import Recipe, prepare
 
-        prepare(model, Recipe.of(chosen.get("recipe", identity["recipe"]), str(folder)))
+        recipe = Recipe.of(chosen.get("recipe", identity["recipe"]), str(folder))
+        budgets.reshape_as(folder, model, recipe)
+        prepare(model, recipe)
     model.load_state_dict(state["model"])
     return model
 
@@ -247,7 +273,7 @@ def teacher(recipe: "Recipe", task: Task, settings: Settings) -> nn.Module | Non
         return None
     name = recipe.distil.teacher
     if name is None:
-        return task.model()
+        return task.dense()
     if settings.model is not None and ":" in name:
         made = called(name, "distil.teacher")
         if not isinstance(made, nn.Module):

@@ -54,6 +54,9 @@ class Task(Protocol):
     def model(self) -> nn.Module:
         """Return a fresh model on the CPU, with the values that training begins with."""
 
+    def dense(self) -> nn.Module:
+        """Return a model of the sizes that it had before a budget removed structure."""
+
     def begun(self, state: Mapping[str, Tensor]) -> "Task":
         """Return the task whose model begins with these values."""
 
@@ -114,6 +117,9 @@ class Text:
             model.load_state_dict(self.values)
         return model
 
+    def dense(self) -> GPT:
+        return self.model()
+
     def begun(self, state: Mapping[str, Tensor]) -> "Text":
         return replace(self, values=state)
 
@@ -158,11 +164,13 @@ class Own:
     """A model and batches of one's own. The loss is cross entropy for whole targets, else squared error."""
 
     made: nn.Module
-    """What the factory returned, or what a search left of it; copied, never trained."""
+    """What the factory returned, or what a search or a budget left of it; copied, never trained."""
     source: str
     training: Sequence[Batch]
     validation: Sequence[Batch]
     fingerprint: tuple[int, int]
+    whole: nn.Module | None = None
+    """The model that a budget removed structure of."""
     unit = "rows"
 
     @classmethod
@@ -184,6 +192,9 @@ class Own:
 
     def model(self) -> nn.Module:
         return copy.deepcopy(self.made)
+
+    def dense(self) -> nn.Module:
+        return copy.deepcopy(self.made if self.whole is None else self.whole)
 
     def begun(self, state: Mapping[str, Tensor]) -> "Own":
         made = self.model()
@@ -220,6 +231,10 @@ class Own:
         from commpress.model.search import fixed
 
         return replace(self, made=fixed(self.made, choice))
+
+    def narrowed(self, made: nn.Module) -> "Own":
+        """The task whose model is what a budget left of this one's."""
+        return replace(self, made=made, whole=self.made)
 
 
 def module_of(factory: str) -> nn.Module:

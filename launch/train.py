@@ -104,6 +104,9 @@ def set_up(settings: Settings, device: torch.device, stop: runtime.Stop) -> Run 
             return None
         task, recipe, choice = found.task, found.recipe, found.choice
         torch.manual_seed(settings.seed)
+    if recipe is not None and isinstance(task, Own) and budgets.takes_structure(recipe):
+        recipe, task = recipes.narrowed(recipe, task, settings, device)
+        torch.manual_seed(settings.seed)
     run = Run.begin(settings, recipe, task, device, said, choice)
     if settings.resume or settings.fork is not None:
         run.restore()

@@ -54,6 +54,10 @@ def plain():
     return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
 
 
+def wide():
+    return nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 8))
+
+
 def number():
     return 3
 '''
@@ -223,6 +227,58 @@ def test_another_recipe_in_the_same_folder_is_refused_in_the_search_and_behind_i
         trained("out")
 
 
+STRUCTURE = """
+[budget]
+end = 4
+every = 2
+max_mb = 0.004
+max_loss = 9.0
+format = "safetensors"
+structure = 0.75
+
+[distil]
+start = 2
+"""
+NARROWED = {"model": "whole_task:wide", "compress": "none"}
+
+
+def test_structure_that_a_budget_removes_is_gone_when_the_run_goes_on_too(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("recipe.toml").write_text(STRUCTURE)
+    for out, call in (("whole", None), ("cut", 8)):
+        if call is not None:
+            with killed_in(tasks.Own, "sample", call):
+                trained(out, **NARROWED)
+        with killed_in(endings, "_ended", 1):
+            trained(out, **NARROWED)
+    said = capsys.readouterr().out
+    assert said.count("of each width removed before training: from 10,504 to ") == 2
+    assert "of each width removed" not in said.split("going on at step 6")[1]
+    states = [checkpoint.load_shared(Path(each)) for each in ("whole", "cut")]
+    torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=0, atol=0)
+    assert states[0]["chosen"] == states[1]["chosen"]
+    chosen = Recipe.of(states[0]["chosen"]["recipe"]).budget
+    assert chosen is not None
+    assert chosen.removed is not None
+    rows = round(256 * (1 - chosen.removed))
+    assert states[0]["model"]["0.weight"].shape == (rows, 32)
+    assert Path("whole/model.safetensors").stat().st_size <= 4_000
+    model = judge.model_of(Path("whole"))
+    assert isinstance(model, torch.nn.Module)
+    assert model.get_parameter("0.weight").shape == (rows, 32)
+
+
+@pytest.mark.slow
+def test_what_structure_leaves_is_held_against_the_whole_dense_model(place: Path) -> None:
+    Path("recipe.toml").write_text(STRUCTURE)
+    assert trained("whole", **NARROWED)
+    judged = json.loads(Path("whole/judged/judgement.json").read_text())
+    rows = round(256 * (1 - judged["structure"]["removed"]))
+    assert judged["structure"]["after"]["parameters"] == 41 * rows + 8
+    assert judged["rows"][0]["dense"]["bytes"] > 40_000
+
+
 def test_compression_settings_are_found_before_the_run_and_become_its_entries(place: Path) -> None:
     layers = '[search.layers."0"]\nbits = [8, 4]\nsparsity = [0.0, 0.5]\n[search.layers."2"]\nbits = [8]\n'
     search = "[search]\ntrials = 3\nsteps = 4\nbeta = 1.0\nstart = 2\nend = 4\nevery = 1\n"
@@ -265,6 +321,16 @@ def test_compression_settings_are_found_before_the_run_and_become_its_entries(pl
             "[search]\nsteps = 2\n",
             "search: space: a GPT without a OneOf, Depth, Width or Heads, expected a choice in it; expected search.layers, or "
             "a --model with choices",
+        ),
+        (
+            {"model": None, "data": None},
+            "[budget]\nmax_mb = 1\nstructure = 0.5\n",
+            "budget.structure: expected --model",
+        ),
+        (
+            {"model": "whole_task:wide"},
+            "[budget]\nmax_mb = 1\nstructure = 0.5\nstart = 2\n",
+            "budget.start: structure is removed before the run, expected 0, got 2",
         ),
         ({"model": None, "data": None}, "[budget]\nmax_mb = 1\n", "budget.start: 0, when the model knows nothing yet"),
     ],
