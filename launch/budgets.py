@@ -113,6 +113,8 @@ def reshape_as(out: Path, model: nn.Module, recipe: "Recipe") -> None:
 def told(structure: dict[str, Any]) -> str:
     """A sentence on what was removed, with the figures before training."""
     before, after = structure["before"], structure["after"]
+    if structure["removed"] == 0:
+        return "no structure removed: integers and zeros alone meet the budget's megabytes and milliseconds"
     if before is None:
         return f"{structure['removed']:.3g} of each width removed before training, as the recipe said"
     times = "" if before["ms"] is None else f", a call from {before['ms']:.3g} to {after['ms']:.3g} ms"
