@@ -1,5 +1,6 @@
 """The training program: real runs on two ranks, under torchrun too, and single-rank ones in this process."""
 
+import html
 import itertools
 import json
 import os
@@ -427,8 +428,13 @@ def test_the_demo(
     assert ("a network lab needs root; the ranks talk over this machine's loopback" in said) != shaped
     record = json.loads((tmp_path / "auto" / "record.json").read_text())
     assert record["settings"]["compress"] == "auto"
-    assert record["receipt"]
-    for line in record["receipt"]:
-        assert line in said
-    if shaped:
-        assert "both measured in this run" in said  # a link so slow that compression pays
+    last = said[said.rindex("auto ") :] if shaped else said[said.rindex(" auto ") + 1 :]
+    assert re.search(r"x fewer bytes a step \(|the same bytes a step", last), last
+    assert ("on a link of 1 Gbit/s `commpress explain` predicts int4" in last) != shaped
+    assert ("predicted, " in said) != shaped
+    if shaped:  # a link so slow that compression pays
+        assert last.startswith("auto chose int4: 7.8x fewer bytes a step")
+        assert float(re.findall(r"([\d.]+)x faster", last)[0]) > 1.2
+        assert "both measured in this run" in page
+    assert html.escape(last.partition("; on a link")[0]) in page
+    assert "validation loss" in (tmp_path / "auto" / "stdout.log").read_text()
