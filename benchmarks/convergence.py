@@ -325,8 +325,8 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
     mine = sorted((row for row in rows if row["task"] == "GPT"), key=lambda row: row["ratio_after"])
     dense = next(row for row in mine if row["name"] == DENSE["GPT"])
     edge = WORST * dense["loss"]
-    figure, axes = pyplot.subplots(figsize=(8.6, 1.6 + 0.3 * len(mine)))
-    figure.subplots_adjust(left=0.4, right=0.88, top=0.84)
+    figure, axes = pyplot.subplots(figsize=(6.4, 1.6 + 0.26 * len(mine)))
+    figure.subplots_adjust(left=0.42, right=0.87, top=0.84)
     axes.axvspan(dense["least"], dense["most"], color="0.9")
     least = min(row["least"] for row in mine)
     axes.set(
@@ -342,15 +342,15 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
         else:
             bars = [[row["loss"] - row["least"]], [row["most"] - row["loss"]]]
             axes.errorbar(row["loss"], at, xerr=bars, fmt="o", color=color, capsize=3, markersize=6)
-        axes.text(1.13, at, f"{row['ratio_after']:.0f}x", transform=axes.get_yaxis_transform(), ha="right", va="center")
-    axes.text(1.13, 1.0, "fewer bytes", transform=axes.transAxes, ha="right", va="bottom", fontsize=9)
+        axes.text(1.24, at, f"{row['ratio_after']:.0f}x", transform=axes.get_yaxis_transform(), ha="right", va="center")
+    axes.text(1.24, 1.0, "fewer bytes", transform=axes.transAxes, ha="right", va="bottom", fontsize=9)
     axes.set_yticks(range(len(mine)), [row["name"] for row in mine])
     axes.tick_params(axis="y", length=0)
     best = max((row for row in mine if row["loss"] <= 1.01 * dense["loss"]), key=lambda row: row["ratio_after"])
     title = f"{best['name']}: {best['ratio_after']:.0f}x fewer bytes, loss {best['loss'] / dense['loss'] - 1:+.1%}"
-    figure.suptitle(title, x=0.02, y=0.99, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(title, x=-0.08, y=0.99, ha="left", fontsize=12, fontweight="bold")
     about = "GPT; bytes after the warm-up, against AdamW's; bars and the grey band: least and most of the seeds"
-    figure.text(0.02, 0.915, about, fontsize=9)
+    figure.text(-0.08, 0.915, about, fontsize=9)
     labels.save(figure, out)
 
 

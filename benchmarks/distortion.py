@@ -125,8 +125,7 @@ def draw(points: Sequence[Point], title: str, out: Path) -> None:
     below = [each.spec for each in points if each.above < 0]
     said = f"{len(below)} of {len(points)} specs, all top-k, lose less than any code for normal values"
     said = said if all(spec.startswith("topk") for spec in below) else said.replace(", all top-k", "")
-    axes.set_title(said, pad=26, fontsize=12, fontweight="bold")
-    axes.text(0, 1.03, f"one encoding without feedback; {title}", transform=axes.transAxes, fontsize=9)
+    labels.head(axes, said, f"one encoding without feedback; {title}")
     labels.save(figure, out)
 
 

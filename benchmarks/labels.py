@@ -1,6 +1,7 @@
 """What the benchmarks' pictures share: their colours, a name a line at its end, and one way to write an SVG.
 
-A way of training has one colour and one line in every picture; what commpress is compared with is grey.
+A way of training has one colour and one line in every picture; what commpress is compared with is grey. Pictures are small, so
+that their words can be read on a phone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,12 @@ def label_ends(
             ha="right" if left else "left",
             va="center",
         )
+
+
+def head(axes: Any, found: str, about: str) -> None:
+    """Write above a picture what it has found, and smaller what it is of; both may have several lines."""
+    axes.set_title(found, pad=12 + 11 * about.count("\n") + 11, fontsize=11, fontweight="bold")
+    axes.annotate(about, (0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", fontsize=8.5)
 
 
 def save(figure: Any, out: Path) -> None:

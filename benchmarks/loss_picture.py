@@ -43,7 +43,7 @@ def draw(paths: list[Path], out: Path) -> None:
     """Write the picture of these records. Raises ValueError for another file."""
     links = by_link(paths)
     first = json.loads(paths[0].read_text())
-    figure, axes = pyplot.subplots(figsize=(7.6, 4.2))
+    figure, axes = pyplot.subplots(figsize=(5.2, 4.0))
     axes.set(xscale="log", yscale="log", xlabel="bandwidth of a host's link", ylabel="seconds, lower is better")
     ends = {}
     for name in labels.STYLES:
@@ -56,13 +56,10 @@ def draw(paths: list[Path], out: Path) -> None:
     ticks = [tick for tick in TICKS if least <= tick <= most]
     axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(min(links) / (max(links) / min(links)) ** 0.6, max(links) * 1.3)
+    axes.set_xlim(min(links) / (max(links) / min(links)) ** 0.95, max(links) * 1.3)
     labels.label_ends(axes, ends, {end: labels.STYLES[end.partition(", ")[0]][0] for end in ends}, left=True)
-    axes.set_title(title_of(links), pad=26, fontsize=12, fontweight="bold")
     what = f"GPT, {first['parameters'] / 1e6:.1f} M parameters, {records.conditions(first)}, {first['machine']}"
-    axes.text(
-        0, 1.03, f"seconds of training to a held-out loss of {TARGET}; {what}", transform=axes.transAxes, fontsize=9
-    )
+    labels.head(axes, title_of(links), f"seconds of training to a held-out loss of {TARGET}\n{what}")
     labels.save(figure, out)
 
 

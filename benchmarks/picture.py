@@ -47,7 +47,7 @@ def by_rate(paths: list[Path]) -> dict[float, records.Record]:
 
 def draw(links: dict[float, records.Record], out: Path) -> None:
     """Write the picture of the records of links with so many bits a second."""
-    figure, axes = pyplot.subplots(figsize=(7.6, 4.2))
+    figure, axes = pyplot.subplots(figsize=(5.2, 4.0))
     axes.set(xscale="log", yscale="log", xlabel="bandwidth of a host's link", ylabel="step time, lower is better")
     top, ends = 2.0, {}
     for name in SHOWN:
@@ -68,12 +68,11 @@ def draw(links: dict[float, records.Record], out: Path) -> None:
     axes.set_xticks(list(links), [units.bandwidth(rate) for rate in links])
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(min(links) / (max(links) / min(links)) ** 0.62, max(links) * 1.2)
+    axes.set_xlim(min(links) / (max(links) / min(links)) ** 1.1, max(links) * 1.2)
     labels.label_ends(axes, ends, {end: labels.STYLES[end.partition(", ")[0]][0] for end in ends}, left=True)
     record = next(iter(links.values()))
-    axes.set_title(title_of(links), pad=26, fontsize=12, fontweight="bold")
     what = f"GPT, {record['parameters'] / 1e6:.1f} M parameters, {records.conditions(record)}, {record['machine']}"
-    axes.text(0, 1.03, f"step time against no communication; {what}", transform=axes.transAxes, fontsize=9)
+    labels.head(axes, title_of(links), f"step time against no communication\n{what}")
     labels.save(figure, out)
 
 
@@ -83,7 +82,7 @@ def title_of(links: dict[float, records.Record]) -> str:
     ratios = {row["name"]: row["ratio"] for row in record["rows"] if records.ran(row)}
     if not {"plain DDP", "int4"} <= ratios.keys():
         return "Step time against bandwidth"
-    return f"At {units.bandwidth(rate)} a step takes {ratios['plain DDP']:.1f}x by plain DDP, {ratios['int4']:.1f}x by int4"
+    return f"At {units.bandwidth(rate)} a step takes\n{ratios['plain DDP']:.1f}x by plain DDP, {ratios['int4']:.1f}x by int4"
 
 
 if __name__ == "__main__":

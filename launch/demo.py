@@ -76,7 +76,7 @@ def demo(out: Path, steps: int) -> Path:
     names = runs.titles(records)
     foretold = foretell(records, LINK) if reason else None
     path = out / "report.html"
-    report.write(path, report.page(records))
+    report.write(path, report.page([*records, foretold.record] if foretold else records))
     console.print()
     console.print(results(records, over, foretold))
     notes = [

@@ -10,8 +10,8 @@ from commpress.comm.cost import Cluster
 from commpress.launch import units
 from commpress.launch.gain import AUTO, PLAIN, times
 from commpress.launch.link import Link
-from commpress.launch.predictions import BUCKET, predicted
-from commpress.launch.records import Record
+from commpress.launch.predictions import BUCKET, as_json, predicted
+from commpress.launch.records import EXPLAINED, Record
 from commpress.launch.speed import Measured
 
 BUCKET_MB = 25.0
@@ -20,11 +20,13 @@ BUCKET_MB = 25.0
 
 @dataclass(frozen=True)
 class Foretold:
-    """Predicted seconds of a step: of each run, in their order, and of each of auto's specs."""
+    """Predicted seconds of a step: of each run, in their order, and of each of auto's specs; and the record of it all."""
 
     link: str
     steps: list[float]
     specs: dict[str, float]
+    record: Record
+    """As `commpress explain --json` writes it."""
 
     @property
     def sentence(self) -> str:
@@ -56,4 +58,6 @@ def foretell(records: Sequence[Record], link: Link) -> Foretold:
     steps = [
         min(safe.values()) if r["settings"]["compress"] == AUTO else seconds[r["settings"]["compress"]] for r in records
     ]
-    return Foretold(units.bandwidth(link.bits_per_second), steps, safe)
+    about = {"params": plain["parameters"], "world": ranks, "bandwidth": cluster.bandwidth, "device": measured.device}
+    record = {"what": EXPLAINED, **about, "step_seconds": compute, "rows": as_json(rows)}
+    return Foretold(units.bandwidth(link.bits_per_second), steps, safe, record)

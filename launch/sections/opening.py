@@ -66,8 +66,8 @@ def about(files: Sequence[Record], runs: Named) -> str:
             [str(machine.get("processor", "")), *([f"{machine['cores']} cores"] if "cores" in machine else [])]
         )
     told += [str(machine)] if machine else []
-    if (link := first.get("link")) and "rate" in link:
-        told.append(link_name(link, hosts=True) if link.get("shaped") else "no link of the lab")
+    if (link := first.get("link")) and link.get("shaped"):
+        told.append(link_name(link, hosts=True))
     now = datetime.now(timezone.utc).isoformat()
     return " · ".join([*told, f"page made {minute(now)} by commpress {commpress.__version__}"])
 

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+import report_samples
 import torch
 import torch.distributed as dist
 from commands import Ended, run_command
@@ -23,8 +25,9 @@ from shared import filled
 from stopped import stop_at
 from tiers import slowly
 
+import commpress
 from commpress.files import load_state, save_state, write_atomically
-from commpress.launch import checkpoint, demo, lab, train
+from commpress.launch import checkpoint, demo, foretold, lab, train
 
 STEPS, STOPPED_AT = 12, 5
 RUNS = {
@@ -133,6 +136,9 @@ def test_the_loss_falls_and_the_record_says_what_happened(runs: Callable[[str], 
     assert (record["world_size"], record["backend"], record["steps_done"]) == (2, "gloo", STEPS)
     assert record["report"]["steps"] == STEPS
     assert record["median_step_seconds"] > 0
+    assert record["version"] == commpress.__version__
+    assert datetime.fromisoformat(record["date"]).tzinfo is not None
+    assert record["link"]["shaped"] is False
     assert record["machine"]["cores"] >= 1
     # a ring all-reduce over two ranks sends each gradient once, and so does Gloo where half, a reduce-scatter, would do
     assert curve[-1]["dense_bytes"] == record["traffic"]["dense_bytes"]
@@ -376,6 +382,25 @@ def networks() -> set[str]:
     return {path.name for path in Path("/var/run/netns").glob("cp*")}
 
 
+@pytest.mark.parametrize(
+    ("seconds", "sentence"),
+    [
+        ({"none": 0.2, "int8": 0.15, "int4": 0.1}, "predicts int4 2x faster than plain DDP"),
+        ({"none": 0.1, "int8": 0.15, "int4": 0.2}, "predicts no gain either"),
+    ],
+)
+def test_without_a_link_the_table_and_the_sentence_have_what_explain_predicts(
+    seconds: dict[str, float], sentence: str
+) -> None:
+    told = foretold.Foretold("1 Gbit/s", [0.2, 0.1], seconds, {})
+    assert told.sentence == f"on a link of 1 Gbit/s `commpress explain` {sentence}"
+    records = [report_samples.run("none", 32.0), report_samples.run("int4", 4.0)]
+    columns = demo.results(records, "loopback", told).columns
+    assert [[*column.cells] for column in columns][-1] == ["200 ms", "100 ms"]
+    assert "predicted, 1 Gbit/s" in [column.header for column in columns]
+    assert "predicted, 1 Gbit/s" not in [column.header for column in demo.results(records, "1 Gbit/s").columns]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shaped", OVER)
 def test_a_demo_run_that_fails_says_why_and_leaves_nothing(tmp_path: Path, shaped: bool) -> None:
@@ -432,6 +457,7 @@ def test_the_demo(
     assert re.search(r"x fewer bytes a step \(|the same bytes a step", last), last
     assert ("on a link of 1 Gbit/s `commpress explain` predicts int4" in last) != shaped
     assert ("predicted, " in said) != shaped
+    assert ("<h2>Predictions</h2>" in page) != shaped
     if shaped:  # a link so slow that compression pays
         assert last.startswith("auto chose int4: 7.8x fewer bytes a step")
         assert float(re.findall(r"([\d.]+)x faster", last)[0]) > 1.2
