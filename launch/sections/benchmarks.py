@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from commpress.launch import figures, units
+from commpress.launch import figures, loss_figures, units
 from commpress.launch.records import Record, conditions, link_name, model_name, ran
 from commpress.launch.sections.html import figure, megabytes, numbers, table
 from commpress.launch.sections.runs import curve_rows
@@ -126,7 +126,7 @@ def loss_against_bytes(
         parts += [
             "<p>Held-out loss; of a run that was not validated on its way, training loss. Further left and lower is better. "
             "The axis begins at the first validation after the start.</p>",
-            figure(figures.curves(runs, axis, lambda row: row["sent_bytes"] / 1e6, True, look)),
+            figure(loss_figures.curves(runs, axis, lambda row: row["sent_bytes"] / 1e6, True, look)),
             numbers(table(curve_rows(runs), look=look)),
         ]
     for r in measured:
@@ -137,7 +137,7 @@ def loss_against_bytes(
         parts += [
             f"<h3>{escape(model_name(r))}</h3>",
             "<p>Held-out loss, the same windows and initial weights for all.</p>",
-            figure(figures.losses(lines, axis, True, look)),
+            figure(loss_figures.losses(lines, axis, True, look)),
             numbers(
                 table(
                     [
@@ -163,7 +163,7 @@ def loss_against_time(
     parts = []
     if runs:
         axis = "training time (s)"
-        parts.append(figure(figures.curves(runs, axis, lambda row: row["seconds"], False, look)))
+        parts.append(figure(loss_figures.curves(runs, axis, lambda row: row["seconds"], False, look)))
     for r in measured:
         same = [t for t in timed if all(t[key] == r[key] for key in ("world_size", "model", "tokens_per_step"))]
         links: dict[str, dict[str, float]] = {}
@@ -190,7 +190,7 @@ def loss_against_time(
         parts += [
             f"<h3>{escape(model_name(r))}</h3>",
             "<p>Steps times the median step on each link.</p>",
-            figure(figures.losses_by_link(lines, "training time (s)", look)),
+            figure(loss_figures.losses_by_link(lines, "training time (s)", look)),
             table(reached, look=look),
         ]
     return ["<h2>Loss against time</h2>", *parts] if parts else []

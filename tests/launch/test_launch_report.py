@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import report_samples
 from commands import run_command
+from report_samples import PLAIN, compared
 
-from commpress.launch import figures, gain, palette, records, report
+from commpress.launch import figures, loss_figures, palette, records, report
 from commpress.launch.records import Record, read
 from commpress.launch.sections import benchmarks, runs, timelines
 
@@ -54,28 +55,15 @@ def visible(html: str) -> str:
     return re.sub(r"<(script|style).*?</\1>", "", html, flags=re.DOTALL)
 
 
-def compared(spec: str, sent: int, final: float, seconds: float, said: str = "", **settings: object) -> Record:
-    """A run of 20 steps whose dense exchange sends 1000 bytes a step."""
-    curve = [
-        {"step": i, "train_loss": 5.0, "validation_loss": 5.0, "seconds": i * seconds, "sent_bytes": i * sent}
-        | {"dense_bytes": i * 1000}
-        for i in range(21)
-    ]
-    return record(spec, sent, final) | {
-        "settings": {"compress": spec, "out": f"runs/demo/{spec}", "lr": 0.1, **settings},
-        "traffic": {"dense_bytes": 20_000, "sent_bytes": 20 * sent, "ratio": 1000 / sent, **TRAFFIC},
-        "report": {"spec": said or spec},
-        **{"curve": curve, "steps_done": 20, "median_step_seconds": seconds, "parameters": 250},
-        **{"date": "2026-11-30T05:42:07+00:00", "version": "0.1.0", "receipt": [f"receipt of {spec}"]},
-    }
-
-
-PLAIN = compared("none", 1000, 2.5, 0.2)
-
-
 def test_a_report_opens_with_the_gain_then_the_name_the_date_and_the_version() -> None:
     page = visible(
-        report.page([PLAIN, compared("auto", 125, 2.51, 0.1, "auto: int4"), compared("sign", 30, 2.9, 0.05)])
+        report.page(
+            [
+                PLAIN,
+                compared("auto", 125, 2.51, 0.1, "auto: int4"),
+                compared("sign", 30, 2.9, 0.05),
+            ]
+        )
     )
     body = page[page.index("<body>") :].split("\n")
     assert body[1] == "<h1>auto chose int4: 8.0x fewer bytes a step, 2x faster, same loss (2.510, plain 2.500)</h1>"
@@ -105,63 +93,6 @@ def test_what_differs_comes_first_and_what_is_the_same_last_and_folded() -> None
 def test_the_numbers_that_matter_are_on_the_left() -> None:
     head, *_ = runs.summary([("none", PLAIN)])
     assert head == ["run", "fewer bytes", "ms/step", "loss", "against none", "MB/step", "steps"]
-
-
-@pytest.mark.parametrize(
-    ("run", "expected"),
-    [
-        (compared("int4", 125, 2.5, 0.1), "int4: 8.0x fewer bytes a step, 2x faster, same loss (2.500, plain 2.500)"),
-        (
-            compared("int8", 250, 2.6, 0.4),
-            "int8: 4.0x fewer bytes a step, 2x slower, loss 4.0% higher (2.600, plain 2.500)",
-        ),
-        (compared("int8", 250, 2.4, 0.2), "int8: 4.0x fewer bytes a step, no faster and no slower, loss 4.0% lower"),
-        (compared("odd", 2000, 2.5, 0.2), "odd: 2.0x more bytes a step, no faster and no slower, same loss"),
-        (
-            compared("auto", 1000, 2.5, 0.2, "auto: none"),
-            "auto chose none, since no spec was faster on this link: the same bytes a step, no faster and no slower, same loss",
-        ),
-        (
-            compared("auto", 250, 2.5, 0.1, "auto: int8, still looking"),
-            "auto was still looking after 20 steps: 4.0x fewer bytes a step, 2x faster, same loss",
-        ),
-        (
-            compared("auto", 125, 2.5, 0.1, "auto: int4") | {"traffic": {**PLAIN["traffic"], "ratio": 5.0}},
-            "auto chose int4: 8.0x fewer bytes a step (5.0x with its search), 2x faster, same loss",
-        ),
-        (
-            compared("sign", 30, 2.5, 0.1) | {"traffic": {**PLAIN["traffic"], "ratio": 18.0}},
-            "sign: 33.3x fewer bytes a step (18.0x over the run), 2x faster, same loss",
-        ),
-        (
-            compared("int4", 125, 2.5, 0.1) | {"final_validation_loss": None},
-            "int4: 8.0x fewer bytes a step, 2x faster, its loss not known, as a run has not finished",
-        ),
-    ],
-)
-def test_the_sentence_says_what_was_measured_and_no_more(run: Record, expected: str) -> None:
-    assert gain.headline([("none", PLAIN), (run["settings"]["compress"], run)]).startswith(expected)
-
-
-def test_of_several_runs_the_fastest_that_keeps_the_loss_is_told_and_others_models_say_nothing() -> None:
-    fast, kept, other = (
-        compared("sign", 30, 3.0, 0.05),
-        compared("int4", 125, 2.5, 0.1),
-        compared("int8", 250, 2.5, 0.01),
-    )
-    told = gain.headline([("none", PLAIN), ("sign", fast), ("int4", kept), ("int8", other | {"parameters": 999})])
-    assert told.startswith("int4, the fastest of 2 that keeps the loss: 8.0x fewer")
-    assert gain.headline([("int8", other), ("none", PLAIN | {"parameters": 7})]) == "receipt of int8"
-    assert gain.headline([("int8", other | {"receipt": []})]).startswith(
-        "int8: sent 0.000 MB a step, 4.0x fewer bytes a step"
-    )
-
-
-def test_one_with_steps_that_send_nothing_is_told_by_all_its_bytes() -> None:
-    run = compared("topk", 100, 2.5, 0.1)
-    for i, row in enumerate(run["curve"]):
-        row["sent_bytes"] = i // 4 * 400
-    assert gain.headline([("none", PLAIN), ("topk", run)]).startswith("topk: 10.0x fewer bytes a step, 2x faster")
 
 
 def traces(html: str) -> list[dict[str, object]]:
@@ -232,7 +163,7 @@ def test_bytes_are_megabytes_in_every_table_and_figure(tmp_path: Path) -> None:
 
 def test_labels_stand_at_their_lines_and_off_each_other() -> None:
     close = {"none": (1.0, 0.2), "auto": (0.5, 0.21), "OneBitAdamW sign": (0.52, 0.22)}
-    places = figures.label_places(close, {name: len(name) + 6 for name in close})
+    places = loss_figures.label_places(close, {name: len(name) + 6 for name in close})
     assert places["none"][0] is False  # no room on the right of the plot
     assert places["auto"][0] is True
     assert all(0 < up < 1 for _, up in places.values())
@@ -241,7 +172,9 @@ def test_labels_stand_at_their_lines_and_off_each_other() -> None:
 
 def test_loss_axes_leave_out_the_loss_of_a_model_that_knows_nothing() -> None:
     run = report_samples.run("none", 32.0)
-    drawn = figures.curves([("none", run)], "s", lambda row: row["seconds"], False, figures.looks([("none", "torch")]))
+    drawn = loss_figures.curves(
+        [("none", run)], "s", lambda row: row["seconds"], False, figures.looks([("none", "torch")])
+    )
     low, high = drawn.layout.yaxis.range
     found = [row["validation_loss"] for row in run["curve"] if row["validation_loss"]]
     assert low < min(found) < found[1] < high < found[0]

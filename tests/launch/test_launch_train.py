@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
-import report_samples
 import torch
 import torch.distributed as dist
 from commands import Ended, run_command
@@ -27,7 +26,7 @@ from tiers import slowly
 
 import commpress
 from commpress.files import load_state, save_state, write_atomically
-from commpress.launch import checkpoint, demo, foretold, lab, train
+from commpress.launch import checkpoint, demo, lab, train
 
 STEPS, STOPPED_AT = 12, 5
 RUNS = {
@@ -380,25 +379,6 @@ OVER = [pytest.param(True, marks=needs_lab, id="lab"), pytest.param(False, id="l
 def networks() -> set[str]:
     """The namespaces of labs on this machine."""
     return {path.name for path in Path("/var/run/netns").glob("cp*")}
-
-
-@pytest.mark.parametrize(
-    ("seconds", "sentence"),
-    [
-        ({"none": 0.2, "int8": 0.15, "int4": 0.1}, "predicts int4 2x faster than plain DDP"),
-        ({"none": 0.1, "int8": 0.15, "int4": 0.2}, "predicts no gain either"),
-    ],
-)
-def test_without_a_link_the_table_and_the_sentence_have_what_explain_predicts(
-    seconds: dict[str, float], sentence: str
-) -> None:
-    told = foretold.Foretold("1 Gbit/s", [0.2, 0.1], seconds, {})
-    assert told.sentence == f"on a link of 1 Gbit/s `commpress explain` {sentence}"
-    records = [report_samples.run("none", 32.0), report_samples.run("int4", 4.0)]
-    columns = demo.results(records, "loopback", told).columns
-    assert [[*column.cells] for column in columns][-1] == ["200 ms", "100 ms"]
-    assert "predicted, 1 Gbit/s" in [column.header for column in columns]
-    assert "predicted, 1 Gbit/s" not in [column.header for column in demo.results(records, "1 Gbit/s").columns]
 
 
 @pytest.mark.slow
