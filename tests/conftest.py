@@ -1,5 +1,6 @@
 """What all tests share: one thread a process, failed asserts in the battery show their values, ranks of a module's own."""
 
+import gc
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,6 +10,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers and ranks outnumber the cores already
 
 pytest.register_assert_rewrite("battery")
+
+gc.disable()  # while all modules are imported: there is nothing to collect, and it takes a second of each worker
+
+
+def pytest_collection_finish() -> None:
+    """Collect again, but look through nothing that is there by now."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

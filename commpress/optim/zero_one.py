@@ -224,14 +224,14 @@ class ZeroOneAdamW(FrozenAdamW):
         return Override(codec, prepare=prepare)
 
     def _follow_interval(self, memory: Memory, segments: Segments) -> Tensor | None:
-        """Under `auto`: what was withheld of a mean of so many steps becomes that of a mean of as many as this sync has.
+        """What was withheld of a mean of so many steps becomes that of a mean of as many as this sync has.
 
         p will have all that it lacks, then. n lacks what was withheld as it was: returns how much less that has become, which
         n is to gain beside it ([n] of what travels, times the loss scale); None if nothing was withheld, or it stays.
         """
         states = [self.state[self._places[segment.name][0]] for segment in segments]
         factors = [state["covered"] / (state.get("waiting", 0) + 1) if "covered" in state else 1.0 for state in states]
-        if self._most is None or all(factor == 1 for factor in factors):
+        if all(factor == 1 for factor in factors):
             return None
         memory.fold(self._world_size)
         before = None if memory.residual is None else memory.residual.clone()
@@ -276,9 +276,7 @@ class ZeroOneAdamW(FrozenAdamW):
                     self._scale,
                 )
                 state["decay"], state["weight"] = 1.0, 0.0
-                if self._most is not None:
-                    state["covered"] = state.get("waiting", 0) + 1
-                state["waiting"] = 0
+                state["covered"], state["waiting"] = state.get("waiting", 0) + 1, 0
                 continue
             if not refreshes:
                 self.clip(update)

@@ -215,6 +215,7 @@ def checked_with_a_layer_that_is_pruned() -> Tensor:
     return parameters_of_gradient(model)
 
 
+@pytest.mark.slow
 def test_all_collectives_of_a_checked_step_come_in_one_order() -> None:
     first, *others = run(3, checked_with_a_layer_that_is_pruned)
     assert all(torch.equal(first, other) for other in others)

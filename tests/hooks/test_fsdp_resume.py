@@ -109,7 +109,7 @@ def kept_without_feedback() -> list[Any]:
     slow(("none", "delta|int4"), 4, 2),
     slow(("sign", "none"), 2, 1),
     slow(("int4", "none"), 4, 2),
-    (("topk(0.1)|int4", "int8"), 3, 3),
+    slow(("topk(0.1)|int4", "int8"), 3, 3),
 ])  # fmt: skip
 def test_a_resumed_training_goes_on_bit_for_bit(
     specs: tuple[str, str], world_size: int, replicas: int, tmp_path: Path

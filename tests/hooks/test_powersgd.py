@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -127,7 +128,7 @@ def many_buckets(cap: float) -> tuple[Trained, int]:
     return trained, len({row["bucket"] for row in session.report().to_dict()["rows"]})
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, slow(4)])
 def test_many_buckets_go_in_one_order_on_all_ranks(world_size: int) -> None:
     ranks = run(world_size, many_buckets, 0.01)
     for trained, buckets in ranks:

@@ -43,7 +43,7 @@ RUNS = {
 }
 """How the model is spread, optimizer and spec, and how many times fewer bytes they send in all."""
 WAYS = list(RUNS)
-QUICK = ("ddp:AdamW:int4", "ddp:OneBitAdamW:sign", "local_sgd:AdamW:int8")
+QUICK = ("ddp:AdamW:int4", "local_sgd:AdamW:int8")
 SMALL = {
     **{"layers": 2, "width": 64, "heads": 2, "context": 32, "batch": 4, "steps": STEPS, "lr": 1e-2, "warmup_steps": 2},
     **{"eval_every": 4, "eval_batches": 4, "checkpoint_every": 3, "seed": 3, "threads": 1},

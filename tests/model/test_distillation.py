@@ -584,6 +584,7 @@ def on_fsdp() -> list[Tensor]:
     return [p.grad.full_tensor() for p in student.parameters() if p.grad is not None]
 
 
+@pytest.mark.slow
 def test_sharded_students_learn_the_same() -> None:
     student = narrow_student()
     distiller = Distiller(student, net(2, 1), NARROW)

@@ -65,7 +65,7 @@ def relative(expected: Tensor, found: Tensor) -> float:
     return float((expected - found).abs().max() / expected.abs().max())
 
 
-QUICK = [(text_model, SETTINGS[8]), (mlp, SETTINGS[1])]
+QUICK = [(mlp, SETTINGS[1])]
 ALL = [(of, settings) for of in (text_model, mlp) for settings in SETTINGS]
 
 
@@ -84,6 +84,7 @@ def test_onnxruntime_computes_what_training_computed(of: Any, settings: Quantiza
     onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
 
 
+@pytest.mark.slow
 def test_without_being_asked_onnxruntime_rounds_inputs_of_integer_weights(tmp_path: Path) -> None:
     model, inputs = mlp()
     learned(model, inputs, Quantization())
@@ -123,6 +124,7 @@ def test_a_row_that_is_pruned_as_a_whole_keeps_its_bias(way: str, tmp_path: Path
     assert difference < (0.02 if way == "convolution" else 2e-5)  # onnxruntime rounds a convolution's bias itself
 
 
+@pytest.mark.slow
 def test_a_shared_table_is_in_the_file_once(tmp_path: Path) -> None:
     model, inputs = text_model()
     exported(learned(model, inputs, Quantization(activations="static")), inputs, tmp_path)
@@ -157,6 +159,7 @@ def test_removed_rows_make_a_smaller_graph_and_masked_ones_are_zeros(tmp_path: P
     assert shapes[1] < 0.7 * shapes[0]
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_an_error_of_onnxruntime(tmp_path: Path) -> None:
     import onnxruntime
 

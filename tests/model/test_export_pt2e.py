@@ -40,7 +40,7 @@ def exported(model: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("settings", slowly(SETTINGS, [SETTINGS[1], SETTINGS[8]]), ids=named)
-@pytest.mark.parametrize("of", [mlp, text_model])
+@pytest.mark.parametrize("of", [mlp, slow(text_model)])
 def test_the_file_computes_what_training_computed(of: Any, settings: Quantization, tmp_path: Path) -> None:
     model, inputs = of()
     learned(model, inputs, settings)

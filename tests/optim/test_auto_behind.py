@@ -121,6 +121,7 @@ def test_on_a_slow_link_all_ranks_choose_what_sends_least(name: str, world_size:
     assert {"none", chosen.split()[0]} <= first["rows"]
 
 
+@pytest.mark.slow
 def test_on_a_fast_link_nothing_is_compressed_nor_put_off() -> None:
     first, other = run(2, searched, "ZeroOneAdamW", 1e12, 2 * STEPS, {})  # what is as fast as none meets it again
     assert first["specs"][-1] == other["specs"][-1] == "auto: none"
@@ -155,6 +156,7 @@ def looking_again() -> list[tuple[str, str, str, str]]:
     return seen
 
 
+@pytest.mark.slow
 def test_while_it_looks_again_report_and_receipt_name_the_choice_whose_steps_they_tell() -> None:
     for seen in run(2, looking_again):
         tried = {spec for spec, *_ in seen}
@@ -200,13 +202,13 @@ def test_steps_of_a_warm_up_that_is_not_exact_are_no_plain_ones() -> None:
         assert f"{COMPUTING * 1e3:.1f}" in table
 
 
-def constant(candidates: list[str], spec: str = "auto", drop: int = -1) -> Tensor:
+def constant(candidates: list[str], spec: str = "auto", drop: int = -1, sync_every: int | Growing = 4) -> Tensor:
     """Where one step a candidate behind a warm-up, and all that n has yet to move, lead the parameters to, under gradients that
     are always the same; in the mean of the ranks. From step `drop` on the rate is a tenth."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(600, 2, bias=False))
     optimizer = ZeroOneAdamW(
-        model.parameters(), lr=0.01, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=2, sync_every=4
+        model.parameters(), lr=0.01, betas=(0.9, 0.999), weight_decay=0.0, warmup_steps=2, sync_every=sync_every
     )
     session = commpress.attach(model, spec, optimizer=optimizer)
     assert session.step_buffer is not None
@@ -235,6 +237,12 @@ def test_what_was_withheld_arrives_in_full_when_the_interval_changes(world_size:
         assert torch.allclose(found - start, plain - start, rtol=1e-3, atol=1e-4)
     for found in run(world_size, constant, [*trials[:-1], "sign"]):
         assert not torch.allclose(found - start, plain - start, rtol=1e-3, atol=1e-4)
+
+
+def test_a_growing_interval_loses_nothing_either() -> None:
+    often, seldom = ["topk(0.1)|sign"] * 4, ["topk(0.1)|sign every 2"] * 4 + ["topk(0.1)|sign every 4"] * 8
+    by_hand = run(2, constant, [*often, *seldom], "topk(0.1)|sign", -1, Growing(4, 1, 4))
+    assert same(run(2, constant, [*often, *seldom]), by_hand)
 
 
 def test_a_change_of_the_rate_is_no_change_of_the_interval() -> None:

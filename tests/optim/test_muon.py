@@ -224,6 +224,7 @@ def losses(spec: str, settings: dict[str, Any]) -> list[float]:
         return [sum(float(loss_of(ddp.module, 1000 + step)) for step in range(16)) / 16]
 
 
+@pytest.mark.slow
 def test_one_bit_trains_as_far_as_none() -> None:
     exact, coded = (run(2, losses, spec, {})[0][0] for spec in ("none", "sign"))
     untrained = run(2, losses, "none", {"lr": 0.0})[0][0]

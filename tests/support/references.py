@@ -135,6 +135,7 @@ class FrozenAdam:
         self.decay = dict.fromkeys(start, 1.0)
         self.weight = dict.fromkeys(start, 0.0)
         self.steps = self.learnt = 0
+        self.waiting = self.covered = 0  # steps since the last sync, and those that it had
         self.bounded = 0.0
         """The largest share of gradients of a step that were bounded."""
 
@@ -224,9 +225,11 @@ class FrozenAdam:
                 n = self.momenta[rank][name] = beta1 * self.momenta[rank][name] + (1 - beta1) * scaled
                 self.ranks[rank][name] = (1 - lr * wd) * self.ranks[rank][name] - lr * n
         self.bounded = max(self.bounded, beyond / total)
+        self.waiting += 1
         if not refreshes and (behind + 1) % self.every == 0:
             for bucket in self.buckets:
                 self._sync(bucket)
+            self.covered, self.waiting = self.waiting, 0
 
     def _sync(self, bucket: Bucket) -> None:
         if not bucket.settled:  # what feedback kept of gradients becomes what it keeps of n
@@ -234,6 +237,14 @@ class FrozenAdam:
             share = bucket.flat({name: (1 - self._settings(name)[1]) / self.size[name] for name in bucket.names})
             for residual in bucket.residuals:
                 residual *= share
+        gained = [torch.zeros_like(residual) for residual in bucket.residuals]
+        if (
+            self.covered and self.covered != self.waiting
+        ):  # a mean of so many steps becomes one of as many as this sync has
+            bucket.fold(self.codec)
+            for gain, residual in zip(gained, bucket.residuals, strict=True):
+                gain += residual * (1 - self.covered / self.waiting)
+                residual *= self.covered / self.waiting
         sent = []
         for rank in range(self.world_size):
             mine = {}
@@ -242,7 +253,7 @@ class FrozenAdam:
                 direct = self.every == 1 or weight == 0  # what the division would give, without its rounding
                 mine[name] = self.momenta[rank][name] if direct else drift / weight
             sent.append(bucket.flat(mine))
-        own = [bucket.parts(mine, self.anchor) for mine in sent]
+        own = [bucket.parts(mine - gain, self.anchor) for mine, gain in zip(sent, gained, strict=True)]
         got = bucket.parts(bucket.mean(sent, self.codec, self.exchange), self.anchor)
         for name, n in got.items():
             self.anchor[name] = self.decay[name] * self.anchor[name] - self.weight[name] * n
