@@ -40,8 +40,12 @@ def test_seconds_to_a_loss_lie_between_validations_or_are_not_known() -> None:
 
 
 def test_records_of_one_link_are_put_together_and_a_way_that_never_got_there_is_left_out(tmp_path: Path) -> None:
-    cut = record(tmp_path, "100mbit", 8.0, last=3.2)
+    cut = record(tmp_path, "100mbit", 4.0, last=3.2)
     long = record(tmp_path, "100mbit", 8.0, names=("plain DDP",))
+    longer = json.loads(long.read_text())  # it counts, though it was slower than the other
+    for key, value in (("steps", 30), ("seconds", 240), ("loss", 2.9)):
+        longer["rows"][0][key].append(value)
+    long.write_text(json.dumps(longer))
     links = loss_picture.by_link([record(tmp_path, "1gbit", 2.0), cut, long])
     assert list(links) == [1e8, 1e9]
     assert links[1e8] == {"plain DDP": pytest.approx(120.0), "auto": None}
