@@ -1,7 +1,8 @@
-# make demo | shrink | test | test-slow | check | docs | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
+# make demo | shrink | test | test-slow | test-oldest | check | docs | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
 # test: almost every promise, within five minutes on two cores; test-slow: all that it leaves out; the check of a clean clone runs both
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 RUN := $(CURDIR)/$(VENV)/bin
 INSTALLED := $(VENV)/installed
 TYPES := build/types
@@ -15,13 +16,13 @@ ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'Zer
 # tests start many processes: without bytecode on disk each of them compiles all of our sources, and pytest all of its own
 warm test test-slow: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo shrink warm test test-slow check docs gpu-check bench bench-quick bench-codecs bench-convergence clean
+.PHONY: demo shrink warm test test-slow test-oldest check docs gpu-check bench bench-quick bench-codecs bench-convergence clean
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "== installing into $(VENV) (torch first: about a minute)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	@$(RUN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(RUN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
+	@$(RUN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -45,6 +46,10 @@ test: warm
 test-slow: warm
 	@echo "== the tests that \`make test\` leaves out"
 	@$(RUN)/python -m pytest -q -m slow -n 4 --dist worksteal
+
+# before a release: the oldest Python and torch that pyproject.toml declares. It draws several GB, so .ci/run leaves it out
+test-oldest:
+	@$(MAKE) --no-print-directory test PYTHON=python3.10 VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 check: $(INSTALLED)
 	@echo "== ruff, mypy (on the installed package: hooks/ and launch/ are packages of commpress only there)"

@@ -11,6 +11,7 @@ finds one for any optimizer.
 
 import importlib
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from commpress import optim
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from commpress.hooks import broadcast_parameters as broadcast_parameters
     from commpress.hooks import diloco as diloco
     from commpress.hooks import local_sgd as local_sgd
+
+if (_root := Path(__file__).parents[1]).joinpath("hooks").is_dir() and not Path(__file__).with_name("hooks").is_dir():
+    # a program that is started in a clone finds the clone's commpress/, which has hooks/ and launch/ beside it
+    __path__.append(str(_root))
 
 __version__ = version("commpress")
 HOOKS = ("attach", "broadcast_parameters", "diloco", "local_sgd")

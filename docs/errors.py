@@ -55,8 +55,24 @@ SECTIONS = {
     "Export": ("commpress/model/stored.py", "commpress/model/export"),
     "Search": ("commpress/model/search", "launch/search.py"),
     "Training program": (
-        *("launch/data.py", "launch/model.py", "launch/patterns.py", "launch/recipes.py", "launch/run_folder.py"),
-        *("launch/settings.py", "launch/train.py", "launch/command_line.py", "launch/scalars.py"),
+        *(
+            "launch/data.py",
+            "launch/model.py",
+            "launch/identity.py",
+            "launch/tasks.py",
+            "launch/patterns.py",
+            "launch/recipes.py",
+            "launch/run_folder.py",
+        ),
+        *(
+            "launch/settings.py",
+            "launch/budgets.py",
+            "launch/endings.py",
+            "launch/recipe_search.py",
+            "launch/train.py",
+            "launch/command_line.py",
+            "launch/scalars.py",
+        ),
     ),
     "Other programs": (
         *("launch/demo.py", "launch/explain.py", "launch/lab.py", "launch/link.py", "launch/model_size.py"),

@@ -1,9 +1,9 @@
 """Hook of MkDocs: what the site needs that does not lie in docs/ as it shall be shown.
 
 README, CONTRIBUTING and CHANGELOG become pages. Links from one to the other hold on the site as they do in the repository; one
-to a source file becomes its name, since the site has none. Marks for tests go, and so do the backslashes that GitHub wants
-before a pipe in a table's code. `commpress.hooks` and `commpress.launch` are packages of commpress once it is installed: the
-reference is read from such a copy.
+to a source file becomes its name, since the site has none. A mark `<!-- file: PATH -->` becomes that file as a block of code.
+Marks for tests go, and so do the backslashes that GitHub wants before a pipe in a table's code. `commpress.hooks` and
+`commpress.launch` are packages of commpress once it is installed: the reference is read from such a copy.
 """
 
 import re
@@ -16,7 +16,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]+)(#[^()\s]*)?\)")
-MARK = re.compile(r"<!-- \w+: .*? -->\n")
+FILE = re.compile(r"<!-- file: (\S+) -->\n")
+MARK = re.compile(r"<!-- (?!file:)\w+: .*? -->\n")
 CODE = re.compile(r"`[^`\n]*`")
 
 
@@ -40,7 +41,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     source = next((name for name, target in PAGES.items() if target == page.file.src_uri), f"docs/{page.file.src_uri}")
     lines = MARK.sub("", markdown).split("\n")
     lines = [CODE.sub(lambda code: code[0].replace("\\|", "|"), line) if line[:1] == "|" else line for line in lines]
-    return LINK.sub(lambda link: between_pages(link, source), "\n".join(lines))
+    text = LINK.sub(lambda link: between_pages(link, source), "\n".join(lines))
+    return FILE.sub(lambda mark: block_of(ROOT / mark[1]), text)
+
+
+def block_of(path: Path) -> str:
+    """Return a file as a block of code. Raises FileNotFoundError if it is not there."""
+    return f"````{'python' if path.suffix == '.py' else 'text'}\n{path.read_text().rstrip()}\n````\n"
 
 
 def between_pages(link: re.Match[str], source: str) -> str:

@@ -2,6 +2,7 @@
 
     commpress search --space examples.search:problem --finalists 3    # needs 'commpress[launch,search]' and scikit-learn
     torchrun --nproc-per-node 2 -m commpress.launch.search --space examples.search:problem --finalists 3
+    commpress train --model examples.search:network --data examples.search:batches --recipe recipe.toml    # docs/recipes.md
 
 One supernet is trained on all ranks, along paths drawn at random; choices are judged by its weights, and the best for their
 size are trained on their own. The digits are scikit-learn's, 1,797 of 8 x 8 pixels: a small task.
@@ -59,6 +60,17 @@ def train(model: nn.Module, steps: int, paths: search.Paths | None = None) -> nn
 def accuracy(model: nn.Module) -> float:
     """Return the share of held-out digits that it reads."""
     return (model(X[:HELD_OUT]).argmax(1) == Y[:HELD_OUT]).float().mean().item()
+
+
+def batches() -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return batches to train on, and those that are held out."""
+    found = list(zip(X.split(50), Y.split(50), strict=True))
+    return found[HELD_OUT // 50 :], found[: HELD_OUT // 50]
+
+
+def teacher() -> nn.Module:
+    """Return the largest network, trained on its own: what a recipe distils from."""
+    return train(search.fixed(network()), 600).eval()
 
 
 def problem() -> search.Problem:

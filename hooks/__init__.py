@@ -55,16 +55,17 @@ def attach(
     verify: int = EVERY,
     **unknown: object,
 ) -> Session:
-    """Compress a wrapped model's traffic, from the next step on. Collective over its ranks.
+    """Compress a wrapped model's traffic from the next step on. Collective over its ranks.
 
-    `model` is a `DistributedDataParallel`, the root of what `fully_shard` took, a DeepSpeed engine, or what `torch.compile`
-    made of one of these. `gradients`, `parameters` and `buffers` are specs of what travels: DDP sends gradients and buffers,
-    FSDP2 and ZeRO 1 to 3 gradients and parameters. `gradients` may be left out, and `parameters` beside them be `auto`; for DDP
-    and ZeRO 0 they may be specs by patterns of names. `optimizer` is one of `commpress.optim`. The others, and what they mean
-    for a wrapper, stand in `commpress.hooks.ddp.attach`, `commpress.hooks.fsdp.attach` and `commpress.hooks.deepspeed.attach`.
+    `model` is a `DistributedDataParallel`, the root module that `fully_shard` took, a DeepSpeed engine, or one of these after
+    `torch.compile`. `gradients`, `parameters` and `buffers` are the specs of what is sent: DDP sends gradients and buffers,
+    FSDP2 and ZeRO 1 to 3 send gradients and parameters. Without `gradients` a spec is found during training; `parameters` may
+    then be `auto`, too. For DDP and ZeRO 0, `gradients` may be a dict of specs by patterns of names. `optimizer` is one of
+    `commpress.optim`. `commpress.hooks.ddp.attach`, `commpress.hooks.fsdp.attach` and `commpress.hooks.deepspeed.attach` list
+    all other arguments and say what each means there.
 
-    Raises TypeError for any other model and for arguments that mean nothing here, ValueError on all ranks if a spec is unknown
-    or the ranks differ.
+    Raises TypeError for any other model and for an argument that this wrapper does not take, ValueError on all ranks if a spec
+    is unknown or the ranks differ.
     """
     for word in unknown:
         raise TypeError(f"commpress.attach: unknown argument {word!r}, {_meant(word)}")

@@ -31,11 +31,12 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     **settings: Any,
 ) -> Session:
-    """Compress the gradients of a prepared model; `save_state` and `load_state` keep the session, a file a rank.
+    """Compress the gradients of a prepared model. `save_state` and `load_state` keep the session, one file a rank.
 
-    `model` is what `accelerator.prepare` returned, compiled or not, and `optimizer` one of `commpress.optim`, prepared or not.
-    The accelerator's GradScaler is used if it has one; the settings are the others of `commpress.hooks.ddp.attach`. Collective.
-    Raises TypeError for a model that is not in a DistributedDataParallel, and what `commpress.hooks.ddp.attach` raises.
+    `model` is what `accelerator.prepare` returned, compiled or not; `optimizer` is one of `commpress.optim`, prepared or not.
+    The accelerator's GradScaler is used if it has one. All other settings are those of `commpress.hooks.ddp.attach`.
+    Collective. Raises TypeError for a model that is not in a DistributedDataParallel, and what `commpress.hooks.ddp.attach`
+    raises.
     """
     wrapped = prepared(accelerator, model)
     session = ddp.attach(wrapped, gradients, optimizer=inner(optimizer), grad_scaler=accelerator.scaler, **settings)

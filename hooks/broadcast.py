@@ -31,11 +31,11 @@ def broadcast_parameters(
 ) -> Report:
     """Give all ranks of `group` the parameters of its rank `source`. Collective; returns the bytes and seconds of all calls.
 
-    What a DDP module ignores is left alone. With `none` every parameter has the same bits on all ranks. With a lossy spec the
-    first call is exact, too; each later one sends what has changed since the one before it, the ranks other than `source` get
-    the same bits, and `source` keeps its own. That takes one float32 a value, two a complex one; float64, and what is no
-    float, travels as it is. Raises on all ranks: ValueError if the spec is unknown, the ranks differ or there are no
-    parameters, TypeError for a sharded model.
+    Parameters that a DDP module ignores are left alone. With `none` every parameter has the same bits on all ranks. With a
+    lossy spec the first call is exact, too; each later call sends what has changed since the one before, the other ranks get
+    the same bits, and `source` keeps its own. That takes one float32 a value, two for a complex one. float64 and values that
+    are no floats are sent as they are. Raises on all ranks: ValueError if the spec is unknown, the ranks differ or there are
+    no parameters, TypeError for a sharded model.
     """
     module = uncompiled(model)
     module = uncompiled(module.module) if isinstance(module, DistributedDataParallel) else module

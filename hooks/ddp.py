@@ -39,12 +39,14 @@ from commpress.optim.base import CompressedOptimizer
 
 
 class CommState:
-    """State for `ddp.register_comm_hook(CommState("int4"), comm_hook)`. `session` is there after the first backward.
+    """State for `ddp.register_comm_hook(CommState("int4"), comm_hook)`. `session` exists after the first backward.
 
-    `group` is the process group that the DDP module was given (default: the default group). The first backward compares
-    the ranks' specs and compiles the loops; `attach` does both beforehand and knows the parameters' names, so prefer it.
-    A copy, pickled or not, has the settings alone: registered on a module of the default group it starts a session of its own.
-    DDP registers it nowhere in a copy of the module, whose gradients travel dense; only one that was attached says so.
+    `group` is the process group of the DDP module (default: the default group). The first backward compares the ranks' specs
+    and compiles the loops. `attach` does both beforehand and knows the parameters' names, so prefer it.
+
+    A copy, pickled or not, holds the settings alone: registered on a module of the default group, it starts a session of its
+    own. DDP does not register it in a copy of the module, whose gradients are sent uncompressed; a copy of an attached model
+    warns.
     """
 
     def __init__(
@@ -116,14 +118,15 @@ class CommState:
         return self.session
 
     def buckets(self, device: torch.device) -> StepBuffer:
-        """Return what takes the buckets of this rank's backwards. The first one makes the session, if nobody has."""
+        """Return the object that takes the buckets of this rank's backwards. The first one makes the session if there is
+        none."""
         if self._buckets is None:
             self.start(device, {})
         assert self._buckets is not None
         return self._buckets
 
     def follow(self, last: bool) -> None:
-        """For the optimizer: a bucket of its backward is there. Raises RuntimeError if it serves another module by now."""
+        """Tell the optimizer that a bucket is there. For hooks. Raises RuntimeError if it now serves another module."""
         optimizer = self._optimizer
         if optimizer is None:
             return
@@ -150,7 +153,7 @@ class CommState:
 
 
 def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """The hook: the bucket's mean over the ranks, compressed."""
+    """Return a future of the bucket's mean over the ranks, sent compressed: the hook for `register_comm_hook`."""
     gradient = bucket.buffer()
     buckets = state.buckets(gradient.device)
     state.follow(bucket.is_last())
@@ -171,24 +174,27 @@ def attach(
 ) -> Session:
     """Register the hook on `model` and return its session. Collective over the model's process group.
 
-    Without a spec of the `gradients` it is found while training goes on: the first steps are not compressed, then `none`,
-    `bf16`, `int8` and `int4` are tried in turns of a few steps, as far as they may pay, and the medians of all ranks decide;
-    when the steps drift it looks again (`session.explain()`, `session.receipt()`). Timing then decides which bits a run has.
-    A dict has specs by patterns of names, `{"*embed*": "int8", "*.bias": "none", "*": "auto"}`: the first that fits decides.
-    `optimizer` is one of `commpress.optim`: what it is about to apply travels instead of the gradient. Leave it out for others.
-    Without a spec `auto` chooses among the optimizer's own once its warm-up is over, and how often ZeroOneAdamW syncs.
-    `exchange` names one of `two_shot`, `one_shot`, `all_reduce`, `hierarchical` (dense inside a node of LOCAL_WORLD_SIZE ranks;
-    `hierarchical(8)` of 8) instead of the codec's own choice. `grad_scaler` is the
-    `torch.amp.GradScaler` of the run, if there is one: what feedback keeps follows its scale, and with `optimizer` a step that
-    it skips moves no state. `buffers` is a spec for the buffers that DDP broadcasts before each forward; without one DDP sends
-    them, uncounted. Every `verify` steps (0: never) the ranks compare hashes of what they got and of their parameters: a
-    replica that has drifted is an error that names it. What DDP was told to ignore has no part in this; what it delays it
-    sends by itself, dense, and the report says so. A copy of `model`, pickled or not, is without the session: its gradients
-    travel dense, and a warning in its first backward says so.
+    Without `gradients` a spec is found during training. The first steps are not compressed; then `none`, `bf16`, `int8` and
+    `int4` are tried in turns of a few steps, as far as they may pay, and the medians of all ranks decide. When the steps
+    drift, the search starts again (`session.explain()`, `session.receipt()`). Timing then decides which bits a run has. A dict
+    holds specs by patterns of names, `{"*embed*": "int8", "*.bias": "none", "*": "auto"}`: the first pattern that fits
+    decides.
 
-    Raises ValueError on all ranks if a spec is unknown or the ranks differ, the optimizer holds other parameters than the
-    model trains or complex ones, or there is nothing to exchange; TypeError for sparse embeddings and for optimizers of other
-    kinds; RuntimeError if the model already has a hook.
+    `optimizer` is one of `commpress.optim`: its update is sent in place of the gradient. Leave it out for other optimizers.
+    Without a spec, `auto` chooses among the optimizer's own specs after its warm-up, and chooses how often ZeroOneAdamW syncs.
+    `exchange` overrides the codec's own choice: `two_shot`, `one_shot`, `all_reduce` or `hierarchical` (dense inside a node of
+    LOCAL_WORLD_SIZE ranks; `hierarchical(8)` for nodes of 8). `grad_scaler` is the run's `torch.amp.GradScaler`, if it has
+    one: the residuals follow its scale, and a step that it skips changes no state of `optimizer`.
+
+    `buffers` is the spec of the buffers that DDP broadcasts before each forward; without it DDP sends them itself, uncounted.
+    Every `verify` steps (0: never) the ranks compare hashes of the means and of their parameters; a replica that has drifted
+    is an error that names it. Parameters that DDP ignores are left alone. Parameters that DDP delays are sent by DDP,
+    uncompressed, and the report says so. A copy of `model`, pickled or not, has no session: its gradients are sent
+    uncompressed, and it warns in its first backward.
+
+    Raises ValueError on all ranks if a spec is unknown, the ranks differ, the optimizer holds other parameters than the model
+    trains or complex ones, or there is nothing to exchange; TypeError for sparse embeddings and for optimizers of other kinds;
+    RuntimeError if the model already has a hook.
     """
     hooks = getattr(model, "_comm_hooks", [])
     hooks[:] = [pair for pair in hooks if not is_copy(pair[1])]  # those of a copied module are registered nowhere

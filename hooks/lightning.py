@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 
 
 class CompressedDDP(DDPStrategy):
-    """`Trainer(strategy=CompressedDDP("int4"))` instead of `strategy="ddp"`. `settings` are those of DDPStrategy, the others
-    those of `commpress.hooks.ddp.attach`.
+    """A strategy that compresses gradients: `Trainer(strategy=CompressedDDP("int4"))` in place of `strategy="ddp"`.
 
-    If `configure_optimizers` returns one of `commpress.optim`, what it is about to apply travels instead of the gradient.
-    Beside each checkpoint stands a file a rank, `NAME.ckpt.commpress-rank0` and so on, which `fit(ckpt_path=...)` reads.
-    The loggers have what `session.log()` says, each `log_every_n_steps`. Report and receipt are logged when training ends.
-    `session` is there from `on_fit_start` on.
+    `settings` are those of DDPStrategy, and those of `commpress.hooks.ddp.attach`. If `configure_optimizers` returns one of
+    `commpress.optim`, its update is sent in place of the gradient. Beside each checkpoint there is one file a rank,
+    `NAME.ckpt.commpress-rank0` and so on, which `fit(ckpt_path=...)` reads. The loggers get `session.log()` every
+    `log_every_n_steps`. Report and receipt are logged when training ends. `session` exists from `on_fit_start` on.
 
-    With a `recipe` of `commpress.model` the module is pruned, quantised and distilled while it trains. `scheduler` is there as
-    `session` is; a module that is distilled returns `self.trainer.strategy.scheduler.loss(loss, output, x)` from its
-    `training_step`, and `teacher` is what answers.
+    With a `recipe` of `commpress.model` the module is pruned, quantised and distilled while it trains. `scheduler` exists as
+    long as `session`. A module that is distilled returns `self.trainer.strategy.scheduler.loss(loss, output, x)` from its
+    `training_step`, and `teacher` is the model that it learns from. A recipe with an [export] needs `example_inputs`, the
+    positional arguments of the module's forward; its files are written to the Trainer's `default_root_dir` when training ends.
 
     Raises ValueError for `ddp_comm_*` settings; `fit` raises ValueError on all ranks for an unknown spec, for ranks that
     differ, for files that do not belong to the checkpoint, and for `gradient_clip_val` or a second optimizer beside a
@@ -60,6 +60,7 @@ class CompressedDDP(DDPStrategy):
         buffers: str | Codec | None = None,
         recipe: "Recipe | None" = None,
         teacher: nn.Module | None = None,
+        example_inputs: tuple[Any, ...] | None = None,
         **settings: Any,
     ) -> None:
         if teacher is not None and recipe is None:
@@ -70,6 +71,7 @@ class CompressedDDP(DDPStrategy):
         self.session: Session | None = None
         self.scheduler: Scheduler | None = None
         self._gradients, self._recipe, self._teacher = gradients, recipe, teacher
+        self._example_inputs = example_inputs
         self._compression: dict[str, Any] = {"exchange": exchange, "error_feedback": error_feedback, "buffers": buffers}
         self._loaded_from = ""
 
@@ -100,7 +102,13 @@ class CompressedDDP(DDPStrategy):
         teacher = None if self._teacher is None else self._teacher.to(self.root_device)
         restoring = done is not None or trainer.ckpt_path is not None
         self.scheduler = Scheduler(
-            self._recipe, module, self.optimizers, session=self.session, teacher=teacher, restoring=restoring
+            self._recipe,
+            module,
+            self.optimizers,
+            session=self.session,
+            teacher=teacher,
+            restoring=restoring,
+            example_inputs=self._example_inputs,
         )
         if done is not None:
             self.scheduler.load_state_dict(done)
@@ -206,10 +214,13 @@ class CompressedDDP(DDPStrategy):
         return state
 
     def on_train_end(self) -> None:
-        """Say what was sent."""
+        """Say what was sent, and write what the recipe exports."""
         super().on_train_end()
         if self.session is not None:
             rank_zero_info(f"\n{self.session.report()}{self.session.receipt()}")
+        if self.scheduler is not None:
+            assert self.lightning_module is not None
+            self.scheduler.finish(self.lightning_module.trainer.default_root_dir)
 
 
 def _beside(filepath: Any, rank: int) -> str:

@@ -43,14 +43,16 @@ def local_sgd(
 ) -> Outer:
     """Average the parameters every `every` steps of `optimizer`, as compressed differences from the last average.
 
-    `optimizer` is one of torch's own or an EF21Muon that is attached to nothing; or several, `[muon, adamw]`, that hold all
-    that is trained between them: a step is over when each has stepped, in any order. Its state stays this rank's own.
+    `optimizer` is one of torch's own, or an EF21Muon that is attached to nothing; or a list, `[muon, adamw]`, whose members
+    together hold all trained parameters: a step is over when each has stepped, in any order. Its state stays this rank's own.
     `model` is a plain module, an FSDP2 one, or a DDP whose process group is one worker (a node): then `group` holds the ranks
-    of the same place in all workers, and what that DDP ignores is left alone. `fragments` and `delay` are as in `diloco`.
-    Collective over all ranks. Raises ValueError on all ranks of `group` for a bad spec or setting or if they differ, for a
-    `group` whose ranks share a DDP or one model's shards, for an optimizer that has outer syncs, is attached to a session or
-    clips by `max_norm`, and if none holds a parameter that is trained; TypeError for another optimizer of `commpress.optim`. A
-    parameter that is unfrozen later is a RuntimeError in the optimizer's next step.
+    of the same place in all workers, and parameters that DDP ignores are left alone. `fragments` and `delay` are as in
+    `diloco`. Collective over all ranks.
+
+    Raises ValueError on all ranks of `group` for a bad spec or setting or if they differ, for a `group` whose ranks share a
+    DDP or one model's shards, for an optimizer that has outer syncs, is attached to a session or clips by `max_norm`, and if
+    no optimizer holds a trained parameter; TypeError for another optimizer of `commpress.optim`. A parameter that is unfrozen
+    later is a RuntimeError in the optimizer's next step.
     """
     return _attach(model, optimizer, spec, group, every=every, fragments=fragments, delay=delay)
 
@@ -68,11 +70,13 @@ def diloco(
     delay: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Outer:
-    """DiLoCo: every `every` steps an outer Nesterov step (`lr`, `momentum`) on the mean of how far the workers have gone.
+    """Train by DiLoCo: every `every` steps, take an outer Nesterov step (`lr`, `momentum`) on the mean of the workers'
+    updates.
 
-    With `momentum=0`, `lr=1` and a `decay` of 0.95 of what the codec withheld it is SparseLoCo. `fragments` parts of the model
-    sync at different steps, and with a `delay` training goes on for so many steps while one travels (Streaming DiLoCo). With
-    Muon inside it is MuLoCo (arXiv:2505.23725). `model`, `optimizer`, `group` and errors are as in `local_sgd`.
+    With `momentum=0`, `lr=1` and a `decay` of 0.95 of the residual it is SparseLoCo. `fragments` is the number of parts of the
+    model, which sync at different steps; `delay` is the number of steps that training goes on while a part is being sent
+    (Streaming DiLoCo). With Muon inside it is MuLoCo (arXiv:2505.23725). `model`, `optimizer`, `group` and errors are as in
+    `local_sgd`.
     """
     settings = {"every": every, "lr": lr, "momentum": momentum, "decay": decay, "fragments": fragments, "delay": delay}
     return _attach(model, optimizer, spec, group, **settings)

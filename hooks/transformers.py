@@ -35,16 +35,17 @@ REPORT = "commpress.json"
 
 
 class Compression(TrainerCallback):
-    """`trainer.add_callback(Compression(trainer, "int4"))` compresses the gradients of a Trainer that runs under DDP.
+    """A callback that compresses the gradients of a Trainer under DDP: `trainer.add_callback(Compression(trainer, "int4"))`.
 
-    If the Trainer's optimizer is one of `commpress.optim`, what it is about to apply travels instead. Checkpoints get a file a
-    rank, which `train(resume_from_checkpoint=...)` reads. The Trainer's logs of its steps, and so the trackers of `report_to`,
-    have what `session.log()` says. At the end rank 0 prints report and receipt, and writes the report to
-    `output_dir/commpress.json`. `session` is there once training has begun. `settings` are those of
-    `commpress.hooks.ddp.attach` but for `optimizer` and `grad_scaler`, which are the Trainer's.
+    If the Trainer's optimizer is one of `commpress.optim`, its update is sent in place of the gradient. Checkpoints get one
+    file a rank, which `train(resume_from_checkpoint=...)` reads. The Trainer's step logs, and so the trackers of `report_to`,
+    contain `session.log()`. At the end rank 0 prints report and receipt, and writes the report to `output_dir/commpress.json`.
+    `session` exists once training has begun. `settings` are those of `commpress.hooks.ddp.attach` except `optimizer` and
+    `grad_scaler`, which are the Trainer's.
 
-    With a `recipe` of `commpress.model` the model is pruned, quantised and distilled while it trains; `teacher` is what it is
-    distilled from, a model that takes the same inputs. `scheduler` is there once training has begun.
+    With a `recipe` of `commpress.model` the model is pruned, quantised and distilled while it trains; `teacher` is the model
+    that it learns from, and takes the same inputs. `scheduler` exists once training has begun. A recipe with an [export] needs
+    `example_inputs`, the model's positional arguments; its files are written to `output_dir` when training ends.
 
     `train` raises TypeError if the model is not in a DistributedDataParallel, ValueError on all ranks for an unknown spec, for
     ranks that differ, for files that do not belong to the checkpoint, and for `max_grad_norm` beside a compressed optimizer.
@@ -57,11 +58,12 @@ class Compression(TrainerCallback):
         *,
         recipe: "Recipe | None" = None,
         teacher: nn.Module | None = None,
+        example_inputs: tuple[Any, ...] | None = None,
         **settings: Any,
     ) -> None:
         self.session: Session | None = None
         self.scheduler: Scheduler | None = None
-        self._recipe, self._teacher = recipe, teacher
+        self._recipe, self._teacher, self._example_inputs = recipe, teacher, example_inputs
         self._trainer, self._gradients, self._settings = trainer, gradients, settings
         self._model: DistributedDataParallel | None = None
         self._resumed: str | bool | None = None
@@ -132,7 +134,13 @@ class Compression(TrainerCallback):
         teacher = None if self._teacher is None else self._teacher.to(self._trainer.args.device)
         model, session = self._model.module, self.session
         self.scheduler = Scheduler(
-            self._recipe, model, optimizer, session=session, teacher=teacher, restoring=restoring
+            self._recipe,
+            model,
+            optimizer,
+            session=session,
+            teacher=teacher,
+            restoring=restoring,
+            example_inputs=self._example_inputs,
         )
 
     def _loss(
@@ -169,8 +177,10 @@ class Compression(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say what was sent."""
+        """Say what was sent, and write what the recipe exports."""
         if self.session is not None and state.is_world_process_zero:
             report = self.session.report()
             report.write_json(Path(args.output_dir) / REPORT)
             print(f"{report}{self.session.receipt()}")
+        if self.scheduler is not None:
+            self.scheduler.finish(args.output_dir)

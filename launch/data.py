@@ -91,9 +91,9 @@ def require_context(text: Text, context: int) -> None:
             )
 
 
-def require_same_text(text: Text, device: torch.device) -> None:
-    """Collective. Raises ValueError on all ranks if they read different texts."""
-    mine = {"bytes": text.fingerprint[0], "crc": text.fingerprint[1], "host": host_name()}
+def require_same_data(fingerprint: tuple[int, int], device: torch.device) -> None:
+    """Collective. Raises ValueError on all ranks if they read different data."""
+    mine = {"bytes": fingerprint[0], "crc": fingerprint[1], "host": host_name()}
     of_all = gather_settings(mine, dist.distributed_c10d._get_default_group(), device)
     first = of_all[0]
     for rank, other in enumerate(of_all):
@@ -101,7 +101,7 @@ def require_same_text(text: Text, device: torch.device) -> None:
             raise ValueError(
                 f"rank 0 reads {first['bytes']} bytes (CRC {first['crc']:08x}), rank {rank} ({other['host']}) reads "
                 f"{other['bytes']} bytes (CRC {other['crc']:08x}): "
-                "all ranks must train on one text, give --data the same files on every host"
+                "all ranks must train on the same data, give --data the same on every host"
             )
 
 

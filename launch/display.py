@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from commpress.launch.recipes import SMALL
 from commpress.launch.run_record import Traffic
 from commpress.launch.settings import Settings, run_title
+from commpress.launch.tasks import Task
 
 if TYPE_CHECKING:
     from commpress.launch.run_state import Run
@@ -30,13 +31,10 @@ def say(line: str) -> None:
 
 def say_what_begins(run: "Run") -> None:
     """Print a line on a run that is about to train."""
-    text = run.text
     say(
-        f"{run.parameters / 1e6:.1f} M parameters, {run_title(run.settings)}, {dist.get_world_size()} ranks "
+        f"{run.task.parameters / 1e6:.1f} M parameters, {run_title(run.settings)}, {dist.get_world_size()} ranks "
         f"({dist.get_backend()}, {run.device.type}, {torch.get_num_threads()} threads each), "
-        f"{len(text.train) / 1e6:.1f} MB of text from {text.source}"
-        + (f", {text.skipped} files skipped that are not text" if text.skipped else "")
-        + (f"; going on at step {run.done}" if run.done else "")
+        f"{run.task.told()}" + (f"; going on at step {run.done}" if run.done else "")
     )
     if any(run.leaders):
         say(f"--out {run.out} is a folder of its own on each host: each keeps the files of its own ranks")
@@ -46,10 +44,9 @@ def say_what_became(run: "Run") -> None:
     """Print what a run came to, or how it goes on."""
     settings, done = run.settings, run.done
     if not run.finished:
-        instead = " instead of --fork" if settings.fork is not None else ""
-        say(
-            f"stopped at step {done} of {settings.steps}; the same command with --resume{instead} goes on from {run.out}"
-        )
+        more = " with --resume" + (" instead of --fork" if settings.fork is not None else "")
+        more = "" if settings.recipe is not None or run.is_search else more
+        say(f"stopped at step {done} of {settings.steps}; the same command{more} goes on from {run.out}")
         return
     say(str(run.strategy.session.report()).rstrip())
     say(
@@ -67,8 +64,8 @@ def say_what_became(run: "Run") -> None:
 class Display:
     """Progress on rank 0: a bar in a terminal, else a line now and then. Other ranks show nothing."""
 
-    def __init__(self, settings: Settings, bar: Progress | None) -> None:
-        self.settings, self.bar = settings, bar
+    def __init__(self, settings: Settings, task: Task, bar: Progress | None) -> None:
+        self.settings, self.task_of_run, self.bar = settings, task, bar
         self.sent = 0
         self.validation = ""
         self.task = bar.add_task(run_title(settings), total=settings.steps, figures="") if bar else None
@@ -86,9 +83,10 @@ class Display:
         sent, self.sent = traffic.sent_bytes - self.sent, traffic.sent_bytes
         if validation_loss is not None:
             self.validation = f" val {validation_loss:.3f}"
-        speed = dist.get_world_size() * s.batch * s.accumulate * s.context / statistics.median(durations[-PLAIN_LINES:])
+        of = self.task_of_run
+        speed = dist.get_world_size() * s.accumulate * of.amount / statistics.median(durations[-PLAIN_LINES:])
         figures = (
-            f"loss {loss:.3f}{self.validation} {speed / 1e3:.1f}k tokens/s"
+            f"loss {loss:.3f}{self.validation} {speed / 1e3:.1f}k {of.unit}/s"
             f" {sent / 1e6:.3f} MB/step {traffic.ratio:.1f}x less{phase}"
         )
         if self.bar is not None and self.task is not None:
@@ -98,7 +96,7 @@ class Display:
 
 
 @contextlib.contextmanager
-def display(settings: Settings, done: int) -> Iterator[Display]:
+def display(settings: Settings, task: Task, done: int) -> Iterator[Display]:
     """How training is shown on this rank."""
     if dist.get_rank() == 0 and sys.stdout.isatty():
         columns = (
@@ -108,6 +106,6 @@ def display(settings: Settings, done: int) -> Iterator[Display]:
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, expand=True) as bar:
-            yield Display(settings, bar)
+            yield Display(settings, task, bar)
     else:
-        yield Display(settings, None)
+        yield Display(settings, task, None)

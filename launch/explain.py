@@ -198,34 +198,34 @@ def check_table(found: Sequence[Compared]) -> Table:
 
 @dataclass(frozen=True)
 class Explain:
-    """Predict what compressing brings, without a cluster (on one: commpress probe)."""
+    """Predict what compression brings; on a cluster, commpress probe measures it."""
 
     records: Annotated[Positional[tuple[Path, ...]], arg(help_behavior_hint="")] = ()
-    """Step-time records, with --check."""
+    """Step-time records to compare with, for --check."""
     params: str = ""
-    """Trained parameters: 7e9, 7b, 350m."""
+    """Number of trained parameters: 7e9, 7b, 350m."""
     world: int = 0
-    """Ranks."""
+    """Number of ranks."""
     bandwidth: str = ""
     """Bandwidth of each host's link: 10gbit, 100mbit."""
     spec: UseAppendAction[tuple[str, ...]] = ()
-    """A spec; may be given several times. None: the common ones."""
+    """A spec; may be given several times. None: the common specs."""
     step_seconds: float | None = None
-    """Seconds of a step without communication."""
+    """Seconds of a step without communication. None: communication alone is predicted."""
     delay: str = "0ms"
-    """From host to host, one way: 20ms."""
+    """Delay from host to host, one way: 20ms."""
     bucket_mb: float = 25.0
-    """DDP's bucket_cap_mb."""
+    """Size of DDP's buckets, its bucket_cap_mb."""
     ranks_per_host: int = 1
     """Ranks that share a host and its link."""
     cores: int = 0
-    """CPU cores of a host; 0: as many as here."""
+    """CPU cores of a host; 0: as many as this machine has."""
     device: str = "cpu"
     """Where the codecs run and are timed: cpu or cuda."""
     json: Path | None = None
     """Write the figures to this file."""
     check: bool = False
-    """Compare with step-time records instead."""
+    """Compare predictions with step-time records instead."""
 
     def run(self) -> None:
         """Print the table. Ends the program with code 1 and a sentence if a flag makes no sense."""

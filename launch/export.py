@@ -6,22 +6,20 @@
 Files are those of `commpress.model.export` (docs/export.md); export.json in the same folder says what the table does.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import nn
 
 from commpress import extras
-from commpress.files import write_atomically
-from commpress.launch import recipes, run_folder
+from commpress.launch import recipes, run_folder, tasks
+from commpress.launch.exported import bytes_of, show_exported
+from commpress.launch.model import GPT
 from commpress.launch.model_size import called
-from commpress.launch.predictions import require, say, show
+from commpress.launch.predictions import require
 
 try:
     from tyro.conf import Positional
@@ -34,27 +32,24 @@ if TYPE_CHECKING:
     from commpress.model import Exported
 
 Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torchao"]
-RECORD = "export.json"
-ROWS = 4
-"""Of the example inputs of a run's model. What plans memory, ExecuTorch, has it for as many."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model in the forms that targets run: ONNX, ExecuTorch, integers, ..."""
+    """Write a model in the forms that devices run: ONNX, ExecuTorch, integers, ..."""
 
     folder: Annotated[Path | None, Positional] = None
-    """Folder of a run of `commpress train`; its checkpoint and recipe count. Or --model."""
+    """Folder of a run of `commpress train`: its checkpoint and recipe are used. Leave it out with --model."""
     formats: tuple[Format, ...] = ("onnx",)
-    """What to write."""
+    """Formats to write."""
     model: str | None = None
-    """Your own model, module:factory; the factory takes nothing and returns it."""
+    """Your own model, module:factory; the factory takes no argument and returns the model."""
     state: Path | None = None
-    """Its values: commpress's model.safetensors, or what torch.save wrote of its state dict."""
+    """Values of --model: commpress's model.safetensors, or a state dict that torch.save wrote."""
     recipe: Path | None = None
-    """The recipe that it was trained by, if the factory does not prepare it."""
+    """The recipe that --model was trained with, if the factory does not prepare it."""
     example: str | None = None
-    """Its example inputs, module:function; it returns a tuple, of 2 rows or more."""
+    """Example inputs of --model, module:function; it returns a tuple of tensors with 2 rows or more."""
     out: Path = Path("runs/exported")
     """Folder for the files and export.json."""
 
@@ -87,10 +82,12 @@ class Export:
     def exported(self) -> "list[Exported]":
         """The files. Raises ValueError that names the flag, or what `commpress.model.export` raises."""
         from commpress.model import export
+        from commpress.model.export.by_recipe import two_rows
 
         if self.folder is not None:
             model: nn.Module = recipes.model_of_run(self.folder)
-            inputs = bytes_of(model)
+            own = not isinstance(model, GPT)
+            inputs: tuple[Any, ...] = two_rows(next(tasks.held_out_of(self.folder))[0]) if own else bytes_of(model)
         else:
             model, inputs = self.own_model(), self.own_inputs()
         return export(model, self.out, formats=self.formats, example_inputs=inputs)
@@ -122,27 +119,10 @@ class Export:
 
     def print(self, files: "list[Exported]") -> None:
         """Print what was written, and write export.json."""
-        made = Table("format", "file", "MB", "difference", title="exported", box=box.SIMPLE_HEAD)
-        for column in made.columns[2:]:
-            column.justify = "right"
-        for each in files:
-            made.add_row(each.format, str(each.path), f"{each.bytes / 1e6:.3f}", f"{each.difference:.1e}")
-        show(made)
-        say("difference: the largest of the example's outputs, between training with quantisers on and the file")
-        rows = [{**vars(each), "path": each.path.name} for each in files]
-        record = {"what": "export", "of": str(self.folder or self.model), "rows": rows}
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(self.out / RECORD, lambda file: file.write(text.encode()))
+        from commpress.model.export.by_recipe import write_record
 
-
-def bytes_of(model: Any) -> tuple[torch.Tensor]:
-    """Bytes for a GPT to read: the time is all of its context."""
-    random = torch.Generator().manual_seed(0)
-    return (
-        torch.randint(
-            0, 256, (ROWS, model.positions.num_embeddings), generator=random, dtype=torch.int64, device="cpu"
-        ),
-    )
+        show_exported(files)
+        write_record(self.out, str(self.folder or self.model), files)
 
 
 def load(model: nn.Module, path: Path) -> None:

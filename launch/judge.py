@@ -6,9 +6,8 @@
 The function of --data takes nothing and returns batches (inputs, targets); runs have held-out text of their own.
 """
 
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,7 @@ from torch import nn
 
 from commpress import extras
 from commpress.files import write_atomically
-from commpress.launch import checkpoint, data, recipes, run_folder
+from commpress.launch import checkpoint, recipes, run_folder, tasks
 from commpress.launch.model_size import called
 from commpress.launch.predictions import require, say, show
 
@@ -44,13 +43,14 @@ class Judge:
     dense: Annotated[Path, arg(help_behavior_hint="(required)")]
     """The dense model: the folder of a run of `commpress train`, or of exported files."""
     small: Annotated[Path, arg(help_behavior_hint="(required)")]
-    """The small model, likewise."""
+    """The small model: also the folder of a run, or of exported files."""
     data: str | None = None
-    """module:function that returns batches (inputs, targets); for runs a text file or folder in the place of theirs."""
+    """A function that returns batches (inputs, targets), module:function; for runs also a text file or folder."""
     runtimes: tuple[str, ...] = ()
-    """Some of torch, onnxruntime, pt2e. Default: all that are installed; pt2e compiles for about a minute a model."""
+    """Some of torch, onnxruntime, pt2e, executorch, integer. Default: all that are installed; pt2e and executorch take about a
+    minute a model."""
     out: Path = Path("runs/judged")
-    """Folder for judgement.json, judgement.html, model_card.md, and what is exported of runs."""
+    """Folder for judgement.json, judgement.html, model_card.md, and the exported files of runs."""
 
     def run(self) -> None:
         """Measure and print. Ends the program with code 1 and a sentence if that cannot be."""
@@ -82,7 +82,7 @@ class Judge:
             return found
         require(run is not None, "--data: expected module:function, such as my_project.data:held_out; no run is given")
         assert run is not None
-        return held_out(run, None if self.data is None else Path(self.data))
+        return tasks.held_out_of(run, None if self.data is None else Path(self.data))
 
     def print(self, judgement: "Judgement") -> None:
         """Print what was found, and write the files; the card goes beside the small model's, too."""
@@ -97,6 +97,7 @@ class Judge:
             "values": words.count_rows(record),
             "model.safetensors by layer": words.layer_rows(record),
             "kernels elsewhere, by their documents": words.target_rows(record),
+            "files that targets take": words.form_rows(record),
         }
         for title, (head, *rows) in tables.items():
             if rows:
@@ -115,23 +116,6 @@ class Judge:
 def model_of(folder: Path) -> nn.Module | Path:
     """The model of a run, prepared as its recipe says; or the folder itself, for exported files. Raises ValueError."""
     return recipes.model_of_run(folder) if run_folder.holds_checkpoint(folder, "judge") else folder
-
-
-def held_out(folder: Path, text: Path | None) -> Iterator[tuple[Any, Any]]:
-    """The windows on which a run of `commpress train` says its held-out loss, of its own text or of another one."""
-    path = folder / "record.json"
-    try:
-        settings = json.loads(path.read_text())["settings"]
-        context, batch, count = (settings[key] for key in ("context", "batch", "eval_batches"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a run's record.json: {type(error).__name__}: {error}") from None
-    own = None if settings["data"] in (None, "None") else Path(settings["data"])
-    found = data.load(text or own)
-    data.require_context(found, context)
-    starts = data.validation_starts(found.validation, count * batch, context)
-    return (data.windows(found.validation, part, context) for part in starts.split(batch))
 
 
 if __name__ == "__main__":

@@ -285,15 +285,15 @@ class Lab:
     """Run a command as the ranks of several hosts that links of a given speed join."""
 
     hosts: int
-    """How many hosts."""
+    """Number of hosts."""
     rate: str
     """Speed of each link: 100mbit, 1gbit, ..."""
     command: Annotated[list[str], arg(help_behavior_hint="(required)")]
     """The command that each rank runs, after --."""
     delay: str = "0ms"
-    """From host to host, one way: 20ms, ..."""
+    """Delay from host to host, one way: 20ms, ..."""
     loss: str = "0%"
-    """Share of packets that do not arrive: 0.1%, ..."""
+    """Share of packets that are lost: 0.1%, ..."""
     ranks_per_host: int = 1
     """Ranks that share a host and its link."""
 

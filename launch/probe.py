@@ -143,13 +143,13 @@ class Probe:
     """Measure this cluster, under torchrun, and say whether compressing pays there."""
 
     params: str = ""
-    """Trained parameters: 7e9, 7b, 350m."""
+    """Number of trained parameters: 7e9, 7b, 350m."""
     model: str = ""
-    """Instead of --params a function that makes the model, module:factory; it is called, nothing is trained."""
+    """A function that makes the model, module:factory, in place of --params. It is called; nothing is trained."""
     step_seconds: float | None = None
-    """Seconds of a step without communication. None: communication alone."""
+    """Seconds of a step without communication. None: communication alone is predicted."""
     seconds: float = 30.0
-    """Seconds for measuring, about."""
+    """Seconds that measuring takes, about."""
     json: Path | None = None
     """Write the figures to this file."""
 

@@ -32,7 +32,7 @@ def fit(settings: train.Settings, workers: int, gpu: bool = False) -> None:
     if workers < 1:
         raise ValueError(f"workers {workers}: expected at least 1")
     config = {**asdict(settings), "out": settings.folder.absolute()}
-    if settings.data is not None:
+    if settings.data is not None and settings.model is None:
         config["data"] = settings.data.absolute()
     ray.train.torch.TorchTrainer(
         work,

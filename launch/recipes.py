@@ -2,24 +2,29 @@
 
 import importlib.util
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import commpress
 from commpress.comm.codecs import AUTO
 from commpress.comm.plan import Plan
 from commpress.comm.rules import is_open
-from commpress.launch import checkpoint, patterns, strategies
+from commpress.launch import budgets, checkpoint, patterns, run_folder, strategies, tasks
 from commpress.launch.model import GPT, Shape
+from commpress.launch.model_size import called
 from commpress.launch.runtime import TrainingError, same_error_on_all_ranks, together
 from commpress.launch.settings import Settings, check
 from commpress.launch.strategies import Strategy
+from commpress.launch.tasks import Task
 
 if TYPE_CHECKING:
     from commpress.model import Recipe, Scheduler
+    from commpress.model.search.spaces import Choice
 
 SMALL = "model.safetensors"
 """The file that a recipe leaves in a run's folder: integers, and no pruned weights."""
@@ -30,7 +35,7 @@ def of_settings(settings: Settings) -> "Recipe | None":
     if settings.recipe is None:
         return None
     try:
-        recipe = read(settings.recipe, settings.steps)
+        recipe = read(settings.recipe, settings)
         if recipe.prune and settings.parallel == "deepspeed" and settings.zero_stage:
             raise ValueError(
                 f"prune[0]: under ZeRO {settings.zero_stage} each rank steps a part of a parameter, and masks do not reach it; "
@@ -63,7 +68,7 @@ def with_specs(settings: Settings) -> Settings:
     where = f"--recipe {settings.recipe}: traffic.spec" if by_recipe else f"--compress {settings.compress}"
     try:
         found = replace(settings, **{**specs, "compress": patterns.text_of(specs["compress"])})
-        if (table := patterns.table_of(found.compress)) is not None:
+        if (table := patterns.table_of(found.compress)) is not None and found.model is None:
             check(found)
             patterns.require_fit(table, found.shape)
     except OSError as error:
@@ -75,8 +80,49 @@ def with_specs(settings: Settings) -> Settings:
     return found
 
 
-def read(path: Path, steps: int) -> "Recipe":
-    """The recipe of a run of so many steps. Raises ValueError that names the key, OSError if it cannot be read."""
+def going_on(settings: Settings, device: torch.device) -> Settings:
+    """With a recipe the same command goes on with a checkpoint that is in --out, as by --resume. Collective."""
+    if settings.recipe is None or settings.resume:
+        return settings
+    from commpress.model.first_rank import told_by_first_rank
+
+    there = together(partial(run_folder.holds_checkpoint, settings.folder, "--out"), device)
+    return replace(settings, resume=True, fork=None) if told_by_first_rank(there, None, device) else settings
+
+
+def chosen_before(
+    settings: Settings, recipe: "Recipe | None", device: torch.device
+) -> "tuple[Recipe, Choice | None] | None":
+    """The recipe of the run that this one goes on with, as search and budget have left it, and the choice in its model.
+
+    None if it goes on with none, or that has no recipe. Collective. Raises TrainingError for a fork of a run whose budget has
+    chosen, or that is beyond the step at which this one's begins.
+    """
+    source = settings.folder if settings.resume else settings.fork
+    if source is None or recipe is None:
+        return None
+    state = run_folder.load_shared(source, device)
+    if settings.fork is not None and (begins := budgets.begins_at(recipe)) is not None and begins <= state["step"]:
+        raise TrainingError(
+            f"--fork {source}: it is at step {state['step']}, expected a budget.start above that, got {begins}"
+        )
+    if (chosen := state.get("chosen")) is None:
+        return None
+    from commpress.model import Recipe
+
+    saved = Recipe.of(chosen["recipe"], str(source))
+    if settings.fork is None:
+        saved._source = recipe._source
+        return saved, chosen["choice"]
+    if saved.budget is not None and saved.budget.settled:
+        raise TrainingError(
+            f"--fork {source}: its [budget] has chosen, expected a run at a step before {saved.budget.start}"
+        )
+    return recipe, chosen["choice"]
+
+
+def read(path: Path, settings: Settings) -> "Recipe":
+    """The recipe of a run. Raises ValueError that names the key, OSError if it cannot be read."""
     if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("torchao") is None:
         raise ValueError("found no pydantic or torchao, expected both; pip install 'commpress[model]'")
     from commpress.model import Recipe
@@ -87,7 +133,7 @@ def read(path: Path, steps: int) -> "Recipe":
         recipe = Recipe.load(path)
     except ImportError as error:
         raise ValueError(f"{path}: {error}") from None
-    recipe.require_within(steps)
+    recipe.require_within(settings.steps)
     for key, spec in vars(recipe.traffic).items():
         try:
             left_open = is_open(spec) or spec.endswith(patterns.ENDINGS) if key == "spec" and spec else spec == AUTO
@@ -95,15 +141,31 @@ def read(path: Path, steps: int) -> "Recipe":
                 Plan.of_parameters(spec) if key == "parameters" else commpress.parse(spec)
         except ValueError as error:
             raise ValueError(f"{path}: traffic.{key}: {error}") from None
-    if recipe.budget is not None and not recipe.budget.settled:
-        raise ValueError(f"{path}: budget: is held against a dense model, which this run has not; see commpress shrink")
-    if recipe.distil is not None and recipe.distil.teacher is None:
+    if (begins := budgets.begins_at(recipe)) is not None:
+        if settings.parallel != "ddp":
+            raise ValueError(f"{path}: budget: expected --parallel ddp, where each rank has the whole model")
+        if begins == 0 and settings.model is None and recipe.search is None:
+            raise ValueError(
+                f"{path}: budget.start: 0, when the model knows nothing yet, expected a step at which it is trained: limits "
+                "are held against the model of that step"
+            )
+    if recipe.search is not None and (settings.parallel != "ddp" or settings.fork is not None):
+        got = f"--fork {settings.fork}" if settings.fork is not None else f"--parallel {settings.parallel}"
+        raise ValueError(f"{path}: search: expected --parallel ddp and a run from its beginning, got {got}")
+    if recipe.export is not None:
+        from commpress.model.export import require
+
+        try:
+            require(recipe.export.formats)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{path}: export.formats: {error}") from None
+    if recipe.distil is not None and recipe.distil.teacher is None and (settings.model is None or recipe.search):
         raise ValueError(f"{path}: distil.teacher: missing, expected the folder of a run")
     return recipe
 
 
 def follow(
-    recipe: "Recipe | None", model: GPT, settings: Settings, device: torch.device
+    recipe: "Recipe | None", model: nn.Module, task: Task, settings: Settings, device: torch.device
 ) -> "tuple[Strategy, Scheduler | None]":
     """Spread the model over the ranks, and return with it what carries out the recipe. Collective."""
     if recipe is None:
@@ -111,18 +173,37 @@ def follow(
             return strategies.make(model, settings), None
     from commpress.model import Scheduler, prepare
 
-    def get_ready() -> GPT | None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = list(task.held_out(rank, world_size)) if recipe.chooses else []
+
+    def get_ready() -> nn.Module | None:
+        if recipe.chooses and not any(rows for _, rows in own):
+            raise ValueError(
+                f"budget: {world_size} ranks measure layers on held-out batches of their own, this one has none"
+            )
         prepare(model, recipe)
-        return teacher(recipe, settings.context)
+        return teacher(recipe, task, settings)
 
     taught_by = together(get_ready, device)
+    restoring = settings.resume or settings.fork is not None
+    if budgets.begins_at(recipe) == 0 and not restoring:
+        budgets.keep_dense(settings.folder, model, device)
     with same_error_on_all_ranks():
         strategy = strategies.make(model, settings)
         taught_by = None if taught_by is None else taught_by.to(device)
-        return strategy, Scheduler(recipe, model, strategy.optimizer, session=strategy.session, teacher=taught_by)
+        return strategy, Scheduler(
+            recipe,
+            model,
+            strategy.optimizer,
+            session=strategy.session,
+            teacher=taught_by,
+            restoring=restoring,
+            held_out=[batch for batch, rows in own if rows],
+            example_inputs=task.example(),
+        )
 
 
-def model_of_run(folder: Path) -> GPT:
+def model_of_run(folder: Path) -> nn.Module:
     """The model of a run's checkpoint, prepared as its recipe says.
 
     Raises ValueError if there is none, if it is damaged, or if its recipe is not over.
@@ -130,8 +211,8 @@ def model_of_run(folder: Path) -> GPT:
     if not checkpoint.exists(folder):
         raise ValueError(f"{folder}: there is no checkpoint, expected the folder of a run of `commpress train`")
     state = checkpoint.load_shared(folder)
-    identity = state["identity"]
-    model = GPT(Shape(*(identity[name] for name in ("layers", "width", "heads", "context"))))
+    identity, chosen = state["identity"], state.get("chosen") or {}
+    model = _fresh(identity, chosen.get("choice"))
     if identity.get("recipe"):
         if state["step"] != identity["steps"]:
             raise ValueError(
@@ -139,55 +220,91 @@ def model_of_run(folder: Path) -> GPT:
             )
         from commpress.model import Recipe, prepare
 
-        prepare(model, Recipe.of(identity["recipe"], str(folder)))
+        prepare(model, Recipe.of(chosen.get("recipe", identity["recipe"]), str(folder)))
     model.load_state_dict(state["model"])
     return model
 
 
-def teacher(recipe: "Recipe", context: int) -> GPT | None:
-    """The model of the run that the recipe names. ValueError: there is none, it is damaged, or its context is shorter."""
+def _fresh(identity: dict[str, Any], choice: "dict[str, Any] | None") -> nn.Module:
+    if identity.get("model") is None:
+        return GPT(Shape(*(identity[name] for name in ("layers", "width", "heads", "context"))))
+    model = tasks.module_of(identity["model"])
+    if choice is None:
+        return model
+    from commpress.model.search import fixed
+
+    return fixed(model, choice)
+
+
+def teacher(recipe: "Recipe", task: Task, settings: Settings) -> nn.Module | None:
+    """The model that the recipe distils from: that of a run, or for a model of one's own what a factory makes.
+
+    Raises ValueError: there is none, it is damaged, or its context is shorter.
+    """
     if recipe.distil is None:
         return None
-    folder = Path(recipe.distil.teacher or "")
+    name = recipe.distil.teacher
+    if name is None:
+        return task.model()
+    if settings.model is not None and ":" in name:
+        made = called(name, "distil.teacher")
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"distil.teacher: {name} returns a {type(made).__name__}, expected a torch.nn.Module")
+        return made
+    folder = Path(name)
     if not checkpoint.exists(folder):
         raise ValueError(f"distil.teacher: no checkpoint in {folder}")
+    if settings.model is not None:
+        return model_of_run(folder)
     state = checkpoint.load_shared(folder)
     shape = Shape(*(state["identity"][name] for name in ("layers", "width", "heads", "context")))
-    if shape.context < context:
-        raise ValueError(f"distil.teacher: {folder} has a context of {shape.context}, this run {context}")
+    if shape.context < settings.context:
+        raise ValueError(f"distil.teacher: {folder} has a context of {shape.context}, this run {settings.context}")
     model = GPT(shape)
     model.load_state_dict(state["model"])
     return model
 
 
-def store(
-    file: Path, shape: Shape, strategy: Strategy, scheduler: "Scheduler", device: torch.device
-) -> tuple[GPT, dict[str, Any]]:
-    """Write the model as small as the recipe left it, and read it back: on the CPU, and what was written. Collective.
+def whole(task: Task, strategy: Strategy, scheduler: "Scheduler", device: torch.device) -> nn.Module | None:
+    """The model as the recipe left it, whole, on the CPU, its quantisers on: on rank 0, None on the others. Collective."""
+    from commpress.model import prepare, quantization
 
-    Rank 0 does both, and sends the others what it has read: they may not see its file.
-    """
-    from commpress.model import prepare, quantization, stored
-
-    model = GPT(shape)
-
-    def write(state: dict[str, Any]) -> int:
+    def load(state: dict[str, Any]) -> nn.Module | None:
         if dist.get_rank():
-            return 0
-        full = GPT(shape)
+            return None
+        full = task.model()
         prepare(full, scheduler.recipe)
         full.load_state_dict(state)
         if quantization.is_prepared(full):
             quantization.enable(full)
+        return full
+
+    with strategy.synced():
+        shared, _ = strategy.state()
+        return together(lambda: load(shared["model"]), device)
+
+
+def store(
+    file: Path, full: nn.Module | None, task: Task, scheduler: "Scheduler", device: torch.device
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Write the model as small as the recipe left it, and read it back: on the CPU, and what was written. Collective.
+
+    Rank 0, which has the whole model, does both, and sends the others what it has read: they may not see its file.
+    """
+    from commpress.model import stored
+
+    model = task.model()
+
+    def write() -> int:
+        if full is None:
+            return 0
         stored.save(file, full, masks={name: mask.cpu() for name, mask in scheduler.masks.of.items()})
         model.load_state_dict(stored.load(file).state_dict())
         return file.stat().st_size
 
-    with strategy.synced():
-        shared, _ = strategy.state()
-        size = torch.tensor(together(lambda: write(shared["model"]), device), dtype=torch.int64, device=device)
+    size = torch.tensor(together(write, device), dtype=torch.int64, device=device)
     dist.broadcast(size, 0)
-    for p in model.parameters():
+    for p in (*model.parameters(), *model.buffers()):
         values = p.detach().to(device)
         dist.broadcast(values, 0)
         p.data = values.cpu()

@@ -3,10 +3,12 @@
 Runs are those of `commpress.launch.train`, step times and losses those of `benchmarks/training.py`, timelines the traces
 of `session.timeline`, reports what `session.report().write_json(...)` writes, predictions what
 `commpress explain` and `commpress probe` write with `--json`, checks of a GPU those of `make gpu-check`, searches
-the search.json of `commpress search`, and judgements the judgement.json of `commpress judge`.
+the search.json of `commpress search`, judgements the judgement.json of `commpress judge`, and exports the export.json beside
+exported files. A folder stands for those of them that are in it and one level below.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +21,9 @@ Record = dict[str, Any]
 
 RUN, STEP_TIMES, LOSSES, TIMELINE = "run", "step times", "losses", "timeline"
 SESSION, EXPLAINED, CHECKED, PROBED, GPU_CHECK = "session", "explain", "predictions", "probe", "gpu check"
-SEARCHED, JUDGED = "search", "judgement"
+SEARCHED, JUDGED, EXPORTED = "search", "judgement", "export"
+FILES = ("record.json", "search.json", "judgement.json", "export.json", "traffic.json", "timeline.json")
+"""Those that a report looks for in a folder."""
 NEEDED = {
     RUN: ("settings", "traffic", "curve", "steps_done", "median_step_seconds", "machine", "world_size", "backend"),
     STEP_TIMES: ("link", "machine", "torch", "world_size", "model", "parameters", "tokens_per_step", "steps", "rows"),
@@ -32,6 +36,7 @@ NEEDED = {
     GPU_CHECK: ("machine", "torch", "triton", "rehearsal", "values", "copy_seconds", "seconds", "rows"),
     SEARCHED: ("problem", "strategy", "weights", "front", "best", "finals", "rows"),
     JUDGED: ("machine", "inputs", "batches", "rows", "dense", "small", "left_out", "targets", "sentences"),
+    EXPORTED: ("of", "rows"),
 }
 NEEDED_IN_A_ROW = {
     STEP_TIMES: ("name", "kind", "seconds", "quartiles", "ratio", "tokens_per_second"),
@@ -43,6 +48,7 @@ NEEDED_IN_A_ROW = {
     GPU_CHECK: ("part", "name", "error"),
     SEARCHED: ("number", "choice", "state", "quality", "size"),
     JUDGED: ("runtime", "dense", "small", "quality"),
+    EXPORTED: ("format", "path", "bytes", "difference"),
 }
 NEEDED_IN_A_LINK = ("hosts", "ranks_per_host", "rate", "delay", "loss", "shaped")
 CALLED = {
@@ -57,9 +63,21 @@ CALLED = {
     GPU_CHECK: "what `make gpu-check` found",
     SEARCHED: "what `commpress search` found",
     JUDGED: "what `commpress judge` found",
+    EXPORTED: "an export.json",
 }
 SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 """Names of the spans of a timeline."""
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file itself; of a folder the records in it and one level below. Raises ValueError for a folder without any."""
+    if not os.path.isdir(path):
+        return [path]
+    folders = [path, *sorted(each for each in path.iterdir() if each.is_dir())]
+    found = [folder / name for folder in folders for name in FILES if (folder / name).is_file()]
+    if not found:
+        raise ValueError(f"{path}: a folder without {', '.join(FILES)}, expected some of them in it or one level below")
+    return found
 
 
 def read(path: Path) -> Record:
@@ -94,7 +112,17 @@ def not_one(found: str, error: Exception) -> str:
 def kind(record: Any) -> str:
     """Return RUN, STEP_TIMES, ... Raises ValueError for a record that is none of them."""
     if isinstance(record, dict):
-        if record.get("what") in (STEP_TIMES, LOSSES, EXPLAINED, CHECKED, PROBED, GPU_CHECK, SEARCHED, JUDGED):
+        if record.get("what") in (
+            STEP_TIMES,
+            LOSSES,
+            EXPLAINED,
+            CHECKED,
+            PROBED,
+            GPU_CHECK,
+            SEARCHED,
+            JUDGED,
+            EXPORTED,
+        ):
             return str(record["what"])
         if "traceEvents" in record:
             return TIMELINE

@@ -1,9 +1,10 @@
 """One HTML file from any number of JSON files: runs of the training program, reports of sessions, benchmarks of step time and
-loss, predictions, timelines, searches, judgements.
+loss, predictions, timelines, searches, judgements, exports.
 
 A file is recognised by what is in it. The page needs nothing from the network: plotly's script is in it, once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from commpress.launch import records
 from commpress.launch.records import (
     CHECKED,
     EXPLAINED,
+    EXPORTED,
     GPU_CHECK,
     JUDGED,
     LOSSES,
@@ -26,6 +28,7 @@ from commpress.launch.records import (
     STEP_TIMES,
     TIMELINE,
     Record,
+    files_of,
     link_name,
     ran,
     read,
@@ -33,10 +36,11 @@ from commpress.launch.records import (
 
 try:
     import plotly.offline
-    from tyro.conf import arg
+    from tyro.conf import Positional, arg
 
     from commpress.launch import command_line, figures
     from commpress.launch.sections.benchmarks import loss_against_bytes, loss_against_time, predictions, step_time
+    from commpress.launch.sections.exports import exports
     from commpress.launch.sections.gpu import gpu_checks
     from commpress.launch.sections.html import PAGE, table
     from commpress.launch.sections.judgements import judgements
@@ -56,6 +60,8 @@ try:
     from commpress.launch.sections.timelines import timelines
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.report", error, "launch") from None
+
+PAGE_OF_FOLDER = "report.html"
 
 
 def page(files: Sequence[Record]) -> str:
@@ -83,6 +89,7 @@ def page(files: Sequence[Record]) -> str:
         *recipes(runs),
         *traffic([*runs, *sessions], look),
         *predictions([*of[EXPLAINED], *of[PROBED]], of[CHECKED]),
+        *exports(of[EXPORTED]),
         *judgements(of[JUDGED]),
         *timelines(of[TIMELINE]),
         *gpu_checks(of[GPU_CHECK]),
@@ -113,9 +120,9 @@ class Report:
     """Write one HTML report from any mix of the JSON files that commpress writes."""
 
     out: Path
-    """The report to write."""
-    files: Annotated[list[Path], arg(help_behavior_hint="(required)")]
-    """Runs' record.json, sessions' reports, benchmarks' records, timelines."""
+    """The report to write; or the folder of a run, which gets report.html."""
+    files: Annotated[Positional[tuple[Path, ...]], arg(help_behavior_hint="(required without a folder)")] = ()
+    """Runs' record.json, sessions' reports, benchmarks' records, timelines; a folder for all that it has."""
 
     def run(self) -> None:
         """Write the report. Ends the program with code 1 and a sentence if that cannot be."""
@@ -124,11 +131,17 @@ class Report:
                 raise ValueError(
                     f"{self.out}: expected the page to write first, such as report.html, got the name of a JSON file"
                 )
-            write(self.out, page_of([read(path) for path in self.files]))
+            alone = not self.files and os.path.isdir(self.out)  # of a name that is too long, too
+            out, files = (self.out / PAGE_OF_FOLDER, (self.out,)) if alone else (self.out, self.files)
+            if not files:
+                raise ValueError(
+                    f"{self.out}: expected files of runs behind the page to write, or a run's folder alone"
+                )
+            write(out, page_of([read(path) for given in files for path in files_of(given)]))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
-        print(f"report in {self.out}")
+        print(f"report in {out}")
 
 
 def page_of(files: Sequence[Record]) -> str:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 import commpress
 from commpress.comm.receipt import Receipt
 from commpress.files import write_atomically
-from commpress.launch import data
 from commpress.launch.link import joining
 from commpress.launch.settings import Settings
 
@@ -50,7 +49,7 @@ class Traffic:
 def write_record(
     out: Path,
     settings: Settings,
-    text: data.Text,
+    text: dict[str, Any],
     parameters: int,
     device: torch.device,
     durations: list[float],
@@ -66,7 +65,7 @@ def write_record(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": commpress.__version__,
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()},
-        "text": {"source": text.source, "bytes": text.fingerprint[0], "files": text.files, "skipped": text.skipped},
+        "text": text,
         "world_size": dist.get_world_size(),
         "link": joining(dist.get_world_size()),
         "backend": dist.get_backend(),

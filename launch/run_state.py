@@ -7,25 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from commpress import optim
 from commpress.launch import checkpoint, data, recipes, run_folder, strategies
 from commpress.launch.display import say
-from commpress.launch.model import GPT
+from commpress.launch.identity import RESUME_KEYS, RESUME_KEYS_COMPRESSED, RESUME_KEYS_OF, require_identity
 from commpress.launch.run_record import Traffic, write_record
 from commpress.launch.runtime import same_error_on_all_ranks, together
 from commpress.launch.scalars import Scalars
-from commpress.launch.settings import (
-    RESUME_KEYS,
-    RESUME_KEYS_COMPRESSED,
-    RESUME_KEYS_OF,
-    Settings,
-    require_identity,
-)
+from commpress.launch.settings import Settings
+from commpress.launch.tasks import Task
 
 if TYPE_CHECKING:
     from commpress.model import Recipe, Scheduler
+    from commpress.model.search import Paths
+    from commpress.model.search.spaces import Choice
 
 
 @dataclass
@@ -34,8 +31,8 @@ class Run:
 
     settings: Settings
     device: torch.device
-    text: data.Text
-    model: GPT
+    task: Task
+    model: nn.Module
     strategy: strategies.Strategy
     scheduler: "Scheduler | None"
     recipe: dict[str, Any] | None
@@ -52,16 +49,33 @@ class Run:
     small: dict[str, Any] | None = None
     """The model as a recipe leaves it."""
     board: Scalars | None = None
+    choice: "Choice | None" = None
+    """What a search has chosen in the model."""
+    paths: "Paths | None" = None
+    """Of a supernet in training."""
+    is_search: bool = False
+    """Whether it is the training before the trials of another run's search."""
 
     @classmethod
-    def begin(cls, settings: Settings, recipe: "Recipe | None", text: data.Text, device: torch.device) -> "Run":
-        """Make the model, spread it over the ranks and make its folder. Collective."""
-        model = together(lambda: GPT(settings.shape).to(device), device)
-        strategy, scheduler = recipes.follow(recipe, model, settings, device)
+    def begin(
+        cls,
+        settings: Settings,
+        recipe: "Recipe | None",
+        task: Task,
+        device: torch.device,
+        said: dict[str, Any] | None = None,
+        choice: "Choice | None" = None,
+    ) -> "Run":
+        """Make the model, spread it over the ranks and make its folder. Collective.
+
+        `said` is the recipe as its file has it, where a search or a budget has made more of it.
+        """
+        model = together(lambda: task.model().to(device), device)
+        strategy, scheduler = recipes.follow(recipe, model, task, settings, device)
         windows = data.generator(settings.seed, dist.get_rank())
-        said = None if recipe is None else recipe.to_dict()
+        said = recipe.to_dict() if said is None and recipe is not None else said
         leaders = run_folder.leaders(settings.folder, device)
-        return cls(settings, device, text, model, strategy, scheduler, said, windows, leaders)
+        return cls(settings, device, task, model, strategy, scheduler, said, windows, leaders, choice=choice)
 
     @property
     def rank(self) -> int:
@@ -79,12 +93,6 @@ class Run:
         return self.done == self.settings.steps
 
     @property
-    def parameters(self) -> int:
-        """Values of the whole model."""
-        with torch.device("meta"):
-            return sum(p.numel() for p in GPT(self.settings.shape).parameters())
-
-    @property
     def identity(self) -> dict[str, Any]:
         """Settings and texts that must be the same when the run goes on."""
         settings, compressed = self.settings, isinstance(self.strategy.optimizer, optim.CompressedOptimizer)
@@ -92,7 +100,7 @@ class Run:
         return {
             **{name: getattr(settings, name) for name in dict.fromkeys(keys)},
             "world_size": dist.get_world_size(),
-            "text": list(self.text.fingerprint),
+            "text": list(self.task.fingerprint),
             "recipe": self.recipe,
             "steps": settings.steps,
         }
@@ -158,6 +166,8 @@ class Run:
             "curve": self.curve,
             "traffic": asdict(self.traffic),
         }
+        if self.scheduler is not None:
+            shared["chosen"] = {"recipe": self.scheduler.recipe.to_dict(), "choice": self.choice}
         own = {**alone, "windows": self.own_windows.get_state(), "random": random_states()}
         if self.scheduler is not None:
             own["scheduler"] = self.scheduler.state_dict()
@@ -190,7 +200,15 @@ class Run:
         report = session.report()
         write = partial(
             write_record,
-            *(self.out, self.settings, self.text, self.parameters, self.device, self.durations, self.curve),
+            *(
+                self.out,
+                self.settings,
+                self.task.record(),
+                self.task.parameters,
+                self.device,
+                self.durations,
+                self.curve,
+            ),
             *(report, session.receipt(), self.before + Traffic.of(report), self.recipe, self.small),
         )
         together(write if self.rank == 0 else lambda: None, self.device)

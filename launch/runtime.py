@@ -6,16 +6,19 @@ reason in the store, and the others, whose connections close, find it there.
 """
 
 import contextlib
+import itertools
+import json
 import os
 import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,8 @@ T = TypeVar("T")
 PATIENCE = 2.0
 """Seconds in which a rank that lost another looks for the reason in the store."""
 KEY = "commpress/launch/failure"
+ASKED = itertools.count()
+"""The calls of `by_first_rank`, which all ranks make in the same order."""
 LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|timed? ?out", re.IGNORECASE)
 """Words in the errors of a process group that lost a rank."""
 
@@ -89,6 +94,27 @@ def together(action: Callable[[], T], device: torch.device) -> T:
     everyone = [(str(of["host"]), str(of["said"])) for of in found]
     kind = LoneError if said and said != joined(everyone) else TrainingError
     raise kind(joined(everyone)) from cause
+
+
+def by_first_rank(action: Callable[[], Any], device: torch.device) -> Any:
+    """Do something on rank 0 that may take longer than an exchange waits for; what it returned, on all ranks. Collective.
+
+    It is something that JSON can hold. Raises TrainingError on all ranks, with the sentence, if it fails.
+    """
+    store, key = dist.distributed_c10d._get_default_store(), f"{KEY}/first-{next(ASKED)}"
+    if dist.get_rank() == 0:
+        try:
+            said = {"returned": action()}
+        except Exception as error:  # whatever it is, the others must hear of it
+            said = {"failed": sentence(error)}
+        store.set(key, json.dumps(said))
+    while not store.check([key]):
+        time.sleep(PATIENCE / 20)
+    found = json.loads(store.get(key))
+    together(lambda: None, device)  # rank 0 may hold the store, and stays until all have read it
+    if "failed" in found:
+        raise TrainingError(found["failed"])
+    return found["returned"]
 
 
 def joined(said: list[tuple[str, str]]) -> str:

@@ -52,23 +52,23 @@ class Search:
     """Search an architecture or compression settings; ranks share the trials."""
 
     space: str = ""
-    """What is searched, module:factory; the factory returns a commpress.model.search.Problem. Required."""
+    """The problem to search, module:factory; the factory returns a commpress.model.search.Problem. Required."""
     strategy: Literal["random", "tpe", "nsga2"] = "tpe"
-    """How choices are proposed."""
+    """The strategy that proposes choices."""
     trials: int = 20
-    """Trials in all, with those that are in --out already."""
+    """Number of trials, those in --out included."""
     seed: int = 0
-    """Of proposals, and of what is random in a trial."""
+    """Seed of the proposals, and of what is random in a trial."""
     alpha: float = 1.0
-    """Weight of quality in h = alpha f - beta g; counts with --beta."""
+    """Weight of quality in h = alpha f - beta g; used with --beta."""
     beta: float | None = None
-    """Weight of size in h. None: look for the front of both."""
+    """Weight of size in h. None: search the front of both."""
     together: int = 4
-    """Trials that are proposed from the same results, and may run at once; a generation of nsga2."""
+    """Trials that are proposed from the same results and may run at once; the size of a generation of nsga2."""
     finalists: int = 0
-    """How many of the front the problem's `final` trains on their own."""
+    """Number of choices on the front that the problem's `final` trains on their own."""
     out: Path = Path("runs/search")
-    """Folder for trials, search.json, front.html. Who has the same one shares the search."""
+    """Folder for trials, search.json and front.html. Runs with the same folder share the search."""
 
     def run(self) -> None:
         """Search and print. Ends the program with code 1 and a sentence on all ranks if that cannot be, with 130 on Ctrl-C."""

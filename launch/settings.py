@@ -10,7 +10,6 @@ import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,20 +27,20 @@ class Compression:
     """Codecs, and the optimizer whose traffic they compress."""
 
     compress: str | None = None
-    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...; auto: it is found while training goes on; or a
-    .toml or .json file of specs by patterns of parameters' names. None: the recipe's, or auto under ddp, fsdp and deepspeed
-    (except where OneBitAdamW is sharded, by --parameters; such a file is for ddp with AdamW or SGD), or int4."""
+    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...; auto finds one during training; or a .toml
+    or .json file with specs by patterns of parameter names (for ddp with AdamW or SGD). None: the recipe's spec; else
+    auto under ddp, fsdp and deepspeed, unless --parameters shards OneBitAdamW; else int4."""
     parameters: str | None = None
-    """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; under fsdp delta|int4, of what has
-    changed; auto beside --compress auto. None: the recipe's, or none."""
+    """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; delta|int4 under fsdp sends
+    what has changed; auto needs --compress auto. None: the recipe's spec, or none."""
     optimizer: str = "AdamW"
-    """AdamW or SGD on what arrives; OneBitAdamW, ZeroOneAdamW or DGC: send what it applies; EF21Muon: how far its momentum has
-    moved."""
+    """AdamW and SGD step on the mean gradient; OneBitAdamW, ZeroOneAdamW and DGC send their update; EF21Muon sends how
+    far its momentum has moved."""
     optimizer_warmup: int | None = None
-    """Steps until OneBitAdamW, ZeroOneAdamW or DGC compresses fully. None: twice --warmup-steps, a quarter of --steps at
-    most."""
+    """Steps until OneBitAdamW, ZeroOneAdamW or DGC compresses fully. None: twice --warmup-steps, at most a quarter of
+    --steps."""
     warmup_compress: str = "none"
-    """Spec of gradients until then, under OneBitAdamW and ZeroOneAdamW: none, int8, int4."""
+    """Spec of gradients during --optimizer-warmup, under OneBitAdamW and ZeroOneAdamW: none, int8, int4."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Parallel:
     """How the model is spread over the ranks."""
 
     parallel: str = "ddp"
-    """ddp, fsdp (FSDP2), deepspeed, local_sgd or diloco: what is sent, and when."""
+    """ddp, fsdp (FSDP2), deepspeed, local_sgd or diloco: decides what is sent, and when."""
     zero_stage: int = 2
-    """Stage of deepspeed's ZeRO: 0 shards nothing, 1 and 2 what the optimizer keeps, 3 the parameters, too."""
+    """Stage of deepspeed's ZeRO: 0 shards nothing, 1 and 2 shard the optimizer's state, 3 the parameters, too."""
     sync_every: int | None = None
     """Steps between syncs. None: 4 under ZeroOneAdamW, 30 under local_sgd and diloco."""
     outer_lr: float = 0.7
@@ -61,7 +60,7 @@ class Parallel:
     fragments: int = 1
     """Parts of the model that local_sgd and diloco sync at different steps."""
     delay: int = 0
-    """Steps that training goes on while such a part is on its way."""
+    """Steps that training goes on while a fragment is being sent."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,10 @@ class Model:
     context: int = 256
     """Bytes in a window."""
     data: Path | None = None
-    """A file, or a folder of text files. None: Python's own source."""
+    """A file, or a folder of text files; beside --model a module:function that returns (training, held_out), each of batches
+    (inputs, targets). None: Python's own source."""
+    model: str | None = None
+    """Your own model instead of the GPT, module:factory; the factory returns a torch.nn.Module. For ddp."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,13 @@ class Training:
     steps: int = 1000
     """Optimizer steps."""
     batch: int = 8
-    """Windows in a rank's backward."""
+    """Windows of text in a backward of a rank."""
     accumulate: int = 1
-    """Backwards in a step; gradients are sent once."""
+    """Backwards in a step; gradients are sent once a step."""
     lr: float = 1e-3
-    """Highest learning rate; a cosine ends at a tenth of it."""
+    """Highest learning rate; it falls along a cosine to a tenth of it."""
     warmup_steps: int = 100
-    """Steps until the rate is at its highest."""
+    """Steps until the learning rate is at its highest."""
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
     seed: int = 0
@@ -101,9 +103,9 @@ class Training:
     recipe: Path | None = None
     """A .toml or .yaml file that says what to prune, quantise and distil at which step (docs/recipes.md)."""
     eval_every: int = 100
-    """Steps between validations; 0: the first and the last only."""
+    """Steps between validations; 0: only before the first and after the last step."""
     eval_batches: int = 16
-    """Batches of held-out text, all ranks together."""
+    """Batches of held-out text in a validation, all ranks together."""
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,19 @@ class Files:
     """Files of the run, and the threads that it may use."""
 
     out: Path | None = None
-    """Folder of the run. None: runs/ and the spec."""
+    """Folder of the run. None: runs/ and the name of the spec."""
     resume: bool = False
     """Go on from the checkpoint in --out."""
     fork: Path | None = None
-    """Start from this run's checkpoint; --recipe, --steps and --lr may be others."""
+    """Start from the checkpoint of this run; --recipe, --steps and --lr may differ from its own."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: at the end, or when asked to stop."""
     threads: int | None = None
-    """CPU threads of a rank. None: the host's cores, shared out."""
+    """CPU threads of a rank. None: an equal share of the host's cores."""
     tensorboard: bool = False
     """Write scalars to OUT/tensorboard."""
     timeline: int = 0
-    """Steps whose phases go to OUT/timeline.json, for ui.perfetto.dev and `commpress report`."""
+    """Steps whose phases are written to OUT/timeline.json, for ui.perfetto.dev and `commpress report`."""
 
 
 @dataclass(frozen=True)
@@ -195,26 +197,9 @@ EXCHANGE_UNDER = {
     "DGC": ("ddp", "deepspeed"),
 }
 """Under which of them an optimizer that exchanges by itself can run."""
-RESUME_KEYS = (
-    *("optimizer", "compress", "layers", "width", "heads", "context", "batch", "accumulate"),
-    *("lr", "warmup_steps", "weight_decay", "seed"),
-)
-"""The settings that decide where training goes; --resume needs them unchanged. It takes more --steps."""
-MAY_FORK = ("recipe", "lr")
-"""Settings that --fork may change."""
 OWN_TO_A_RANK = ("data", "out", "fork", "recipe", "threads", "tensorboard")
 """Settings that ranks on different hosts may have for themselves."""
 MOST_THREADS = 4096
-RESUME_KEYS_COMPRESSED = ("optimizer_warmup", "warmup_compress", "sync_every")
-"""More of them under OneBitAdamW, ZeroOneAdamW and DGC."""
-RESUME_KEYS_OF = {
-    "ddp": (),
-    "fsdp": ("parallel", "parameters"),
-    "deepspeed": ("parallel", "zero_stage", "parameters"),
-    "local_sgd": ("parallel", "sync_every", "fragments", "delay"),
-    "diloco": ("parallel", "sync_every", "fragments", "delay", "outer_lr", "outer_momentum"),
-}
-"""More of them under each --parallel."""
 SYNC_EVERY = {"ddp": 4, "deepspeed": 4, "local_sgd": 30, "diloco": 30}
 """Steps between syncs: of ZeroOneAdamW under the first two, and of the others."""
 
@@ -242,6 +227,7 @@ def check(settings: Settings) -> None:
         raise TrainingError(
             f"--fork {settings.fork} starts a run in a new folder, --resume goes on in its own: not both"
         )
+    require_own_model(settings)
     if settings.parallel in ("local_sgd", "diloco") and settings.timeline:
         raise TrainingError(
             f"--timeline {settings.timeline}: expected --parallel ddp, fsdp or deepspeed, whose steps have phases"
@@ -303,6 +289,22 @@ def require_specs(settings: Settings) -> None:
         )
 
 
+def require_own_model(settings: Settings) -> None:
+    """Raise TrainingError, with the flag, for what does not go together with --model."""
+    if settings.model is None:
+        return
+    if settings.parallel != "ddp":
+        raise TrainingError(f"--model {settings.model}: expected --parallel ddp, got {settings.parallel}")
+    if settings.data is None or ":" not in str(settings.data):
+        raise TrainingError(
+            f"--data {settings.data}: expected module:function beside --model, as my_project.data:batches"
+        )
+    for name in ("layers", "width", "heads", "context", "batch", "eval_batches"):
+        if (value := getattr(settings, name)) != getattr(Settings, name):
+            flag = name.replace("_", "-")
+            raise TrainingError(f"--{flag} {value}: is of the GPT and its text, expected none beside --model")
+
+
 def require_used(settings: Settings) -> None:
     """Raise TrainingError for a flag that this way of training does not look at: it would be left out in silence."""
     behind = ("OneBitAdamW", "ZeroOneAdamW", "DGC")
@@ -340,6 +342,8 @@ def require_outer(settings: Settings) -> None:
 
 def require_room(settings: Settings) -> None:
     """Raise TrainingError for a model or a batch that is larger than this host's memory, by the least that either takes."""
+    if settings.model is not None:
+        return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -378,19 +382,3 @@ def require_alike(settings: Settings, device: torch.device) -> None:
     """Raise TrainingError on all ranks if they were started with different flags. Collective."""
     mine = {name: value for name, value in asdict(settings).items() if name not in OWN_TO_A_RANK}
     runtime.require_same_flags(mine, device)
-
-
-def require_identity(saved: dict[str, Any], now: dict[str, Any], settings: Settings, source: Path) -> None:
-    """Raise ValueError that names the first setting in which the checkpoint and this run differ, and both values."""
-    said, free = f"--resume: the run in {source}", {"steps", "world_size"} if settings.parallel == "ddp" else {"steps"}
-    if settings.fork is not None:
-        said, free = f"--fork: the run in {source}", {*free, *MAY_FORK}
-    for name, value in now.items():
-        before = saved.get(name, getattr(Settings, name, None))  # an older run may not know a setting of today
-        if before != value and name not in free:
-            flag = {"world_size": "a world size of", "text": "a text of (bytes, CRC-32)"}.get(name)
-            flag = flag or f"--{name.replace('_', '-')}"
-            more = ""
-            if name == "world_size":
-                more = f" under --parallel {settings.parallel}, where each rank has a part of the state (ddp takes any)"
-            raise ValueError(f"{said} has {flag} {before}, this one {flag} {value}; both must be the same{more}")

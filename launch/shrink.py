@@ -10,9 +10,8 @@ the exported file is held against the budget, in its own runtime: exit code 1 an
 
 import copy
 import itertools
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,22 +24,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commpress
 from commpress import extras
-from commpress.files import write_atomically
-from commpress.launch import run_folder, runtime, units
-from commpress.launch.model_size import called
+from commpress.launch import budgets, run_folder, runtime, tasks, units
 from commpress.launch.predictions import require, say
 from commpress.launch.run_record import default_threads
 from commpress.launch.runtime import TrainingError, together
 
 try:
-    from commpress.launch import command_line, report
+    from commpress.launch import command_line
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.shrink", error, "launch") from None
 
 if TYPE_CHECKING:
     from commpress.model import Recipe, Scheduler
 
-CHOSEN, PAGE, TRAFFIC = "recipe.yaml", "judgement.html", "traffic.json"
+TRAFFIC = "traffic.json"
 CHANGES = 10
 """About as many steps of pruning, where flags make the recipe; they are over after PART of the training."""
 PART = 0.6
@@ -56,13 +53,13 @@ class Shrink:
     data: str = ""
     """module:function that returns (training, held_out), each of batches (inputs, targets). Required."""
     max_mb: float | None = None
-    """Megabytes that the file may have."""
+    """The most megabytes that the file may have."""
     max_ms: float | None = None
-    """Milliseconds that a call may take in the file's runtime on one thread, the median."""
+    """The most milliseconds that a call may take in the file's runtime on one thread, as a median."""
     max_loss: str | None = None
-    """What the held-out loss may rise by, in % of the dense model's, such as 1%."""
+    """The most that the held-out loss may rise, in % of the dense model's, such as 1%."""
     format: Literal["onnx", "pt2e", "safetensors"] = "onnx"
-    """Which file. Pruned weights are left out of safetensors alone."""
+    """The file that must fit. Only safetensors leaves pruned weights out."""
     recipe: Path | None = None
     """A recipe with [budget] in the place of these limits; it may have [distil], whose teacher is the dense model."""
     steps: int = 500
@@ -80,17 +77,16 @@ class Shrink:
 
     def shrink(self) -> None:
         """Train on all ranks, judge on rank 0. Collective. Raises TrainingError on all ranks."""
-        from commpress.model.first_rank import told_by_first_rank
-
         with runtime.process_group() as device, runtime.in_one_voice():
             recipe = together(self.checked, device)
             torch.set_num_threads(default_threads())
             dense, training, held_out = together(self.loaded, device)
             small = copy.deepcopy(dense).to(device)
             scheduler = self.trained(small, dense.to(device), training, held_out, recipe)
-            judged = partial(self.judged, dense.cpu(), small.cpu(), held_out, scheduler.recipe)
-            missed: list[str] = together(judged if dist.get_rank() == 0 else list, device)
-            if missed := told_by_first_rank(missed, None, device):
+            with runtime.same_error_on_all_ranks():
+                scheduler.finish(self.out)
+            judged = partial(budgets.judged, dense.cpu(), small.cpu(), held_out, scheduler.recipe, self.out)
+            if missed := runtime.by_first_rank(judged, device):
                 raise TrainingError(f"the budget is not met: {'; '.join(missed)}")
 
     def checked(self) -> "Recipe":
@@ -110,6 +106,12 @@ class Shrink:
             require(not limits, f"--recipe {self.recipe}: has the limits, expected no --max-mb, --max-ms, --max-loss")
             recipe = Recipe.load(self.recipe)
             require(recipe.budget is not None, f"--recipe {self.recipe}: has no [budget], expected one")
+            require(recipe.search is None, f"--recipe {self.recipe}: has a [search], which `commpress train` makes")
+            given, wanted = self.compress, recipe.traffic.spec
+            require(
+                wanted is None or given in ("none", wanted),
+                f"--compress {given}: the recipe has traffic.spec {wanted!r}; leave one of them out",
+            )
         else:
             require(bool(limits), "expected some of --max-mb, --max-ms, --max-loss, or --recipe")
             end = int(PART * self.steps)
@@ -120,19 +122,8 @@ class Shrink:
 
     def loaded(self) -> tuple[nn.Module, Batches, Batches]:
         """The dense model, this rank's training batches, and all held-out ones. Raises ValueError that names the flag."""
-        from commpress.model.judgement.forms import batches_of
-
-        dense = called(self.model, "--model")
-        require(
-            isinstance(dense, nn.Module),
-            f"--model {self.model}: returns a {type(dense).__name__}, expected a torch.nn.Module",
-        )
-        found = called(self.data, "--data")
-        require(
-            isinstance(found, (tuple, list)) and len(found) == 2 and all(isinstance(part, Iterable) for part in found),
-            f"--data {self.data}: expected (training, held_out), batches (inputs, targets) both, got a {type(found).__name__}",
-        )
-        training, held_out = (batches_of(part, f"--data {self.data}") for part in found)
+        dense = tasks.module_of(self.model)
+        training, held_out = tasks.batches(self.data)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         require(
             len(training) >= world_size and len(held_out) >= world_size,
@@ -153,11 +144,14 @@ class Shrink:
         wrapped, session = small, None
         if world_size > 1:
             wrapped = DistributedDataParallel(small)
-            session = commpress.attach(wrapped, self.compress)
+            session = commpress.attach(wrapped, recipe.traffic.spec or self.compress)
         teacher = dense if recipe.distil is not None else None
         own = held_out[rank::world_size]
         with runtime.same_error_on_all_ranks():
-            scheduler = Scheduler(recipe, small, optimizer, session=session, teacher=teacher, held_out=own)
+            example = held_out[0][0]
+            scheduler = Scheduler(
+                recipe, small, optimizer, session=session, teacher=teacher, held_out=own, example_inputs=example
+            )
             small.train()
             device = next(small.parameters()).device
             for step, (inputs, targets) in enumerate(itertools.islice(_forever(training), self.steps)):
@@ -180,23 +174,6 @@ class Shrink:
             self.out.mkdir(parents=True, exist_ok=True)
             session.report().write_json(self.out / TRAFFIC)
         return scheduler
-
-    def judged(self, dense: nn.Module, small: nn.Module, held_out: Batches, recipe: "Recipe") -> list[str]:
-        """Judge the exported file, print and write what was found; the limits that it misses."""
-        from commpress.model import judge
-        from commpress.model.budget import runtime_of, shortfalls
-
-        budget = recipe.budget
-        assert budget is not None
-        judgement = judge(dense, small, held_out, runtimes=(runtime_of(budget),), folder=self.out)
-        judgement.write(self.out)
-        report.write(self.out / PAGE, report.page([judgement.record]))
-        chosen = json.dumps(recipe.to_dict(), indent=1) + "\n"
-        write_atomically(self.out / CHOSEN, lambda file: file.write(chosen.encode()))
-        for each in judgement.sentences:
-            say(f"- {each}")
-        say(f"files in {self.out / 'small'}; pictures, card and the recipe that was chosen in {self.out}")
-        return shortfalls(budget, judgement.record)
 
 
 def _forever(batches: Batches) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:

@@ -73,7 +73,7 @@ class Strategy(ABC):
 class Replicated(Strategy):
     """DDP: the same model on all ranks. A compressed optimizer is told of it."""
 
-    def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, spec: str | dict[str, str]) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, spec: str | dict[str, str]) -> None:
         self.bare, self.optimizer = model, optimizer
         self.behind = optimizer if isinstance(optimizer, optim.CompressedOptimizer) else None
         self.model = self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -277,14 +277,16 @@ def _copied(state: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, torch.clone, state)
 
 
-def make(model: GPT, settings: Settings) -> Strategy:
+def make(model: nn.Module, settings: Settings) -> Strategy:
     """Spread a model over the ranks as --parallel has it, with its optimizer and its session. Collective."""
     if settings.parallel == "fsdp":
+        assert isinstance(model, GPT)
         optimizer_of = partial(optimizers.make, settings=settings)
         return Sharded(model, optimizer_of, settings.spec, settings.parameter_spec)
     optimizer = optimizers.make(model, settings)
     if settings.parallel == "ddp":
         return Replicated(model, optimizer, settings.gradients)
+    assert isinstance(model, GPT)
     if settings.parallel == "deepspeed":
         specs = settings.spec, settings.parameter_spec
         return Engine(model, optimizer, settings.zero_stage, settings.batch, *specs)

@@ -19,7 +19,18 @@ import torch
 import torch.distributed as dist
 
 from commpress import extras
-from commpress.launch import data, recipes, run_folder, runtime, scalars, strategies
+from commpress.launch import (
+    budgets,
+    data,
+    endings,
+    recipe_search,
+    recipes,
+    run_folder,
+    runtime,
+    scalars,
+    strategies,
+    tasks,
+)
 from commpress.launch.display import display, say, say_what_became, say_what_begins
 from commpress.launch.evaluation import cross_entropy, validate
 from commpress.launch.optimizers import learning_rate
@@ -28,6 +39,7 @@ from commpress.launch.run_record import default_threads
 from commpress.launch.run_state import Run
 from commpress.launch.runtime import TrainingError, process_group, same_error_on_all_ranks, together
 from commpress.launch.settings import Flags, Settings, check, require_alike
+from commpress.launch.tasks import Own, Task
 
 try:
     from commpress.launch import command_line
@@ -51,9 +63,11 @@ def train(settings: Settings) -> bool:
     Raises TrainingError on all ranks; its sentence names the rank and its host where it was one alone.
     """
     with process_group() as device, runtime.in_one_voice(), runtime.stop_signals() as stop:
-        run = set_up(settings, device)
+        run = set_up(settings, device, stop)
+        if run is None:
+            return False
         if run.finished:
-            say(f"{run.out} is already at step {run.done} of {run.settings.steps}: nothing left to do")
+            go_over(run)
             return True
         say_what_begins(run)
         with contextlib.closing(run.board) if run.board else contextlib.nullcontext():
@@ -62,18 +76,35 @@ def train(settings: Settings) -> bool:
         return run.finished
 
 
-def set_up(settings: Settings, device: torch.device) -> Run:
-    """Check and read what the run needs, make the model on all ranks, and restore a checkpoint if asked for. Collective."""
-    settings = together(partial(recipes.with_specs, settings), device)
+def set_up(settings: Settings, device: torch.device, stop: runtime.Stop) -> Run | None:
+    """Check and read what the run needs, make the model on all ranks, and restore a checkpoint if asked for. Collective.
+
+    With [search] that comes first; None if it was asked to stop.
+    """
+    settings = recipes.going_on(together(partial(recipes.with_specs, settings), device), device)
     require_alike(settings, device)
-    recipe, text = together(partial(read_all, settings), device)
+    recipe, task = together(partial(read_all, settings), device)
     torch.set_num_threads(settings.threads or default_threads())
     torch.manual_seed(settings.seed)
     with same_error_on_all_ranks():
-        data.require_same_text(text, device)
+        data.require_same_data(task.fingerprint, device)
         if settings.tensorboard:
             scalars.require(device)
-    run = Run.begin(settings, recipe, text, device)
+    said, choice = None if recipe is None else recipe.to_dict(), None
+    if before := recipes.chosen_before(settings, recipe, device):
+        recipe, choice = before
+        task = task.chosen(choice) if isinstance(task, Own) and choice is not None else task
+    elif recipe is not None and recipe.search is not None:
+        together(partial(recipe_search.require_space, recipe, task), device)
+        together(
+            partial(recipes.teacher, recipe, task, settings), device
+        )  # what the run will miss is told before the search
+        found = recipe_search.searched(settings, recipe, task, device, partial(part, stop=stop), stop)
+        if found is None:
+            return None
+        task, recipe, choice = found.task, found.recipe, found.choice
+        torch.manual_seed(settings.seed)
+    run = Run.begin(settings, recipe, task, device, said, choice)
     if settings.resume or settings.fork is not None:
         run.restore()
     if settings.tensorboard and run.rank == 0 and not run.finished:
@@ -81,14 +112,32 @@ def set_up(settings: Settings, device: torch.device) -> Run:
     return run
 
 
-def read_all(settings: Settings) -> "tuple[Recipe | None, data.Text]":
+def read_all(settings: Settings) -> "tuple[Recipe | None, Task]":
     """Check the settings, and read what a rank needs before it can train. Raises ValueError or OSError."""
     check(settings)
     recipe = recipes.of_settings(settings)
     run_folder.require_usable(settings)
-    text = data.load(settings.data)
-    data.require_context(text, settings.context)
-    return recipe, text
+    return recipe, tasks.read(settings)
+
+
+def part(run: Run, stop: runtime.Stop) -> None:
+    """Train a run that is a part of another one. Collective."""
+    say_what_begins(run)
+    loop(run, stop)
+    finish(run)
+
+
+def go_over(run: Run) -> None:
+    """Say that a run was over before, or do what is left of its end. Collective. Raises TrainingError for what it missed."""
+    over = f"{run.out} is already at step {run.done} of {run.settings.steps}"
+    if run.scheduler is None or not endings.has_one(run.scheduler.recipe):
+        say(f"{over}: nothing left to do")
+    elif (missed := endings.of(run.out, run.done, run.device)) is None:
+        say(f"{over}: what is left is its end")
+        endings.write(run, recipes.whole(run.task, run.strategy, run.scheduler, run.device))
+    else:
+        say(f"{over}: nothing left to do")
+        endings.require_good(missed, run.out)
 
 
 def loop(run: Run, stop: runtime.Stop) -> None:
@@ -96,7 +145,7 @@ def loop(run: Run, stop: runtime.Stop) -> None:
     settings = run.settings
     if run.done == 0:
         run.add_to_curve(None, held_out(run))
-    with display(settings, run.done) as show, Recording(run) as recording:
+    with display(settings, run.task, run.done) as show, Recording(run) as recording:
         while not run.finished:
             recording.before_step()
             train_loss, stopping = step(run, stop)
@@ -120,14 +169,20 @@ def step(run: Run, stop: runtime.Stop) -> tuple[float, bool]:
     started, settings, strategy, device = time.perf_counter(), run.settings, run.strategy, run.device
     for group in strategy.optimizer.param_groups:
         group["lr"] = learning_rate(run.done, settings)
+    if run.paths is not None:
+        run.paths.take(run.done)
     loss = torch.zeros((), dtype=torch.float32, device=device)
-    for part in range(settings.accumulate):
-        x, y = (t.to(device) for t in data.sample(run.text.train, settings.batch, settings.context, run.own_windows))
-        # only the last part's backward synchronises the gradients
-        with contextlib.nullcontext() if part == settings.accumulate - 1 else strategy.accumulating():
-            output = strategy.model(x)
-            task_loss = cross_entropy(output, y)
-            whole_loss = task_loss if run.scheduler is None else run.scheduler.loss(task_loss, output, x)
+    for turn in range(settings.accumulate):
+        inputs, targets = run.task.sample(run.own_windows)
+        inputs = tuple(x.to(device) for x in inputs)
+        # only the last one's backward synchronises the gradients
+        with contextlib.nullcontext() if turn == settings.accumulate - 1 else strategy.accumulating():
+            output = strategy.model(*inputs)
+            task_loss = whole_loss = run.task.loss(output, targets.to(device))
+            if run.scheduler is not None:
+                whole_loss = run.scheduler.loss(task_loss, output, *inputs)
+            if run.paths is not None:
+                whole_loss = run.paths.loss(whole_loss)
             strategy.backward(whole_loss / settings.accumulate)
         loss += task_loss.detach() / settings.accumulate
     norm = strategy.clip(CLIP_NORM)
@@ -146,6 +201,9 @@ def step(run: Run, stop: runtime.Stop) -> tuple[float, bool]:
         )
     strategy.step()
     if run.scheduler is not None:
+        if budgets.begins_at(run.scheduler.recipe) == run.done + 1:
+            with strategy.synced():
+                budgets.keep_dense(run.out, run.model, device)
         run.scheduler.step()
     run.done += 1
     if run.finished and isinstance(strategy, strategies.Local):
@@ -155,20 +213,23 @@ def step(run: Run, stop: runtime.Stop) -> tuple[float, bool]:
 
 
 def finish(run: Run) -> None:
-    """Write what is left of the run, and print what it came to. Collective."""
-    if run.finished and run.scheduler is not None:
-        file, shape = run.out / recipes.SMALL, run.settings.shape
-        model, run.small = recipes.store(file, shape, run.strategy, run.scheduler, run.device)
-        run.small["validation_loss"] = validate(model.to(run.device), run.text.validation, run.settings, run.device)
+    """Write what is left of the run, and print what it came to. Collective. Raises TrainingError for what its end missed."""
+    full, scheduler = None, run.scheduler if run.finished else None
+    if scheduler is not None:
+        full = recipes.whole(run.task, run.strategy, scheduler, run.device)
+        model, run.small = recipes.store(run.out / recipes.SMALL, full, run.task, scheduler, run.device)
+        run.small["validation_loss"] = validate(model.to(run.device), run.task, run.device)
     run.write_record()
     run.save()
     say_what_became(run)
+    if scheduler is not None:
+        endings.write(run, full)
 
 
 def held_out(run: Run) -> float:
     """Return the loss on held-out text. Collective."""
     with run.strategy.synced():
-        return validate(run.model, run.text.validation, run.settings, run.device)
+        return validate(run.model, run.task, run.device)
 
 
 @dataclass(frozen=True)

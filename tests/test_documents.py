@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from commands import run_code, run_command
 from ranks import run
+from test_package import PROJECT
 from tiers import slowly
 
 ROOT = Path(__file__).parents[1]
@@ -232,8 +233,6 @@ def settings_from(flags: list[str], train: Any) -> Any:
 
 def require_known(words: list[str]) -> None:
     """A command that a reader can type: its program, files, targets, extras and flags exist."""
-    import tomllib
-
     from commpress.launch import command_line
     from commpress.launch.demo import Demo
     from commpress.launch.explain import Explain
@@ -246,16 +245,15 @@ def require_known(words: list[str]) -> None:
     from commpress.launch.shrink import Shrink
     from commpress.launch.train import Train
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     match words:
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         case ["pip", "install", what]:
             name, _, extra = what.rstrip("]").partition("[")
             if name == ".":
-                assert not extra or extra in project["optional-dependencies"], words
+                assert not extra or extra in PROJECT["optional-dependencies"], words
             else:
-                ours = [need for needs in project["optional-dependencies"].values() for need in needs]
+                ours = [need for needs in PROJECT["optional-dependencies"].values() for need in needs]
                 assert any(need.startswith(name.split("==")[0]) for need in ours), words
                 assert any(name.split("==")[1] in need for need in ours), words
         case ["commpress", command, *flags]:
@@ -269,6 +267,8 @@ def require_known(words: list[str]) -> None:
             command_line.read(Shrink, "shrink", arguments_after(words, "commpress.launch.shrink"))
         case ["torchrun", *_] if "commpress.launch.search" in words:
             command_line.read(Search, "search", arguments_after(words, "commpress.launch.search"))
+        case ["torchrun", *_, script] if script.startswith("examples/"):
+            assert (ROOT / script).is_file(), words
         case ["torchrun" | "deepspeed", *_]:
             if settings_of(words) is None:
                 assert words[-1] == "train.py", words  # the block above it

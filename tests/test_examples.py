@@ -17,6 +17,7 @@ from tiers import slowly
 BY_COMMANDS = ("search", "shrink")
 """The examples that send nothing by themselves: the tests of their commands run them."""
 EXAMPLES = sorted(p for p in Path(__file__).parents[1].joinpath("examples").glob("*.py") if p.stem not in BY_COMMANDS)
+RUNNER = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "run_examples.py"))
 FEWER = {"ddp": 7, "fsdp": 4, "diloco": 200, "one_bit_adam": 3, "recipe": 8, "bert": 7}
 """How many times fewer bytes each sends, at least."""
 
@@ -37,6 +38,59 @@ def ratio_in(out: str) -> float:
     return float([line for line in out.splitlines() if line.startswith("│ all ")][-1].split("│")[column])
 
 
+def stored(name: str) -> str:
+    """What the page on the examples shows as the output of one."""
+    return (RUNNER["OUTPUTS"] / f"{name}.txt").read_text()  # type: ignore[no-any-return]
+
+
+def losses_in(out: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", out, re.MULTILINE)]
+
+
+def bytes_in(out: str) -> list[list[str]]:
+    """The cells of a report's table up to the ratio, and how it was sent: all but milliseconds, without where lines break."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line[:1] == "│"]
+    whole: list[list[str]] = []
+    for row in rows:
+        if any(row[1:5]) or not whole:
+            whole.append(row)
+        else:
+            whole[-1] = [f"{above} {below}".strip() for above, below in zip(whole[-1], row, strict=True)]
+    return [[*row[:5], re.sub(r"[\d.]+ ms", "ms", row[-1])] for row in whole]
+
+
+def without_numbers(out: str) -> list[str]:
+    """The lines of a program, but for what depends on how busy the machine is."""
+    lines = [" ".join(re.sub(r"[-+]?\d[\d,.]*", "#", line).split()) for line in out.splitlines()]
+    return [re.sub("faster|slower", "as fast", line) for line in lines if "had other work" not in line]
+
+
+def test_the_page_on_the_examples_has_them_all() -> None:
+    names = sorted(path.stem for path in Path(__file__).parents[1].glob("examples/*.py"))
+    assert sorted(RUNNER["commands"]()) == names
+    assert sorted(path.stem for path in RUNNER["OUTPUTS"].iterdir()) == names
+    page = RUNNER["PAGE"].read_text()
+    for name in names:
+        assert (
+            page.count(f"<!-- file: examples/{name}.py -->")
+            == page.count(f"<!-- file: docs/outputs/{name}.txt -->")
+            == 1
+        )
+        words = " ".join(RUNNER["commands"]()[name].replace("\\\n", "").split())
+        assert f"    {words}" in page_of(name), name
+
+
+def page_of(name: str) -> str:
+    """What an example says of itself."""
+    return (Path(__file__).parents[1] / "examples" / f"{name}.py").read_text().split('"""')[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_COMMANDS)
+def test_a_command_on_an_example_prints_what_its_page_shows(name: str) -> None:
+    assert without_numbers(RUNNER["printed"](RUNNER["commands"]()[name])) == without_numbers(stored(name))
+
+
 def test_each_example_says_how_many_times_fewer_bytes_it_sends() -> None:
     assert [path.stem for path in EXAMPLES] == sorted(FEWER)
 
@@ -48,7 +102,9 @@ def test_each_example_learns_and_sends_less(name: str, tmp_path: Path) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     out, silence = run(2, started, path, store.port, tmp_path, timeout=240)
     assert not silence  # rank 0 alone speaks
-    losses = [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", out, re.MULTILINE)]
+    losses = losses_in(out)
+    assert losses == pytest.approx(losses_in(stored(name)), abs=0.2)
+    assert bytes_in(out) == bytes_in(stored(name))
     assert len(losses) == 5, out
     assert losses[-1] < losses[0] - 0.3, out
     assert losses[-1] < 3.2, out

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_code
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -67,6 +68,17 @@ def test_one_headline_everywhere_and_the_tables_have_its_figures() -> None:
         assert cells[-1].rstrip(" |") == told[1], table
 
 
+def test_the_oldest_versions_are_the_same_wherever_they_are_told() -> None:
+    python = PROJECT["requires-python"].removeprefix(">=")
+    torch = next(need.removeprefix("torch>=") for need in PROJECT["dependencies"] if need.startswith("torch>="))
+    for name in ("README.md", "docs/quickstart.md"):
+        text = (ROOT / name).read_text()
+        assert f"Python {python} or newer" in text, name
+        assert re.search(rf"(torch|PyTorch) {re.escape(torch)} or newer", text), name
+    assert (ROOT / "constraints-oldest.txt").read_text() == f"torch=={torch}.0\n"
+    assert f"PYTHON=python{python} " in (ROOT / "Makefile").read_text()
+
+
 def test_the_citation_is_one_of_cff_1_2_0() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
@@ -76,9 +88,35 @@ def test_the_citation_is_one_of_cff_1_2_0() -> None:
     assert citation["license"] == PROJECT["license"]
 
 
+def test_python_m_commpress_is_the_command_and_nothing_imports_it_before() -> None:
+    """Without the packages of the `launch` extra it ends as the command does, with a sentence."""
+    code = """
+import runpy, sys
+import commpress
+assert not [name for name in sys.modules if name.startswith(("commpress.launch", "commpress.hooks"))]
+runpy.run_module("commpress", run_name="not the program", alter_sys=True)
+assert not [name for name in sys.modules if name.startswith("commpress.launch")]
+sys.modules.update(dict.fromkeys(BLOCKED))
+sys.argv = ["", *WORDS]
+runpy.run_module("commpress", run_name="__main__", alter_sys=True)
+"""
+    done = run_code(f"BLOCKED, WORDS = (), ('lab', '--help')\n{code}")
+    assert done.code == 0, done.err
+    assert done.out.startswith("usage: commpress lab ")
+    done = run_code(f"BLOCKED, WORDS = ('tyro', 'plotly'), ('lab', '--help')\n{code}")
+    assert done.code == 1
+    assert done.err == "error: the commpress command: found no plotly, expected it; pip install 'commpress[launch]'\n"
+
+
 # --- what is built -----------------------------------------------------------------------------------------------
 
-DATA = ("commpress/py.typed", "commpress/launch/slurm.sbatch", "commpress/launch/kubeflow.yaml")
+DATA = (
+    "commpress/py.typed",
+    "commpress/launch/slurm.sbatch",
+    "commpress/launch/kubeflow.yaml",
+    "commpress/launch/compose.yaml",
+    "commpress/launch/Dockerfile",
+)
 PROGRAM = """
 import importlib.resources as resources
 import commpress, torch
@@ -145,3 +183,10 @@ def test_it_is_installed_into_an_empty_environment_and_works(
     assert call(python, "-c", PROGRAM, cwd=tmp_path).startswith(place)
     said = call(tmp_path / "empty" / "bin" / "commpress", "--version", cwd=tmp_path)
     assert said.splitlines()[0].split() == ["commpress", PROJECT["version"]]
+    assert call(python, "-m", "commpress", "--version", cwd=tmp_path) == said
+    tree = built[0].parents[1] / "tree"  # there Python takes the sources, not what is installed
+    assert call(python, "-m", "commpress", "--version", cwd=tree) == said
+    assert (
+        call(python, "-c", "import commpress; print(commpress.hooks.__file__)", cwd=tree)
+        == f"{tree}/hooks/__init__.py\n"
+    )

@@ -82,13 +82,17 @@ def test_the_quickstart_learns_and_prints_its_report() -> None:
 
 
 class Page(HTMLParser):
-    """Names that can be jumped to, and addresses that are asked for."""
+    """Names that can be jumped to, addresses that are asked for, and the text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.names: set[str] = set()
         self.asked: list[str] = []
+        self.text = ""
         self.feed(text)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         said: dict[str, Any] = dict(attrs)
@@ -114,3 +118,5 @@ def test_the_site_is_built_strictly_and_all_its_links_resolve(tmp_path: Path) ->
             assert target.exists(), f"{path.name}: {asked}"
             if address.fragment and target in pages and address.fragment != "__tabbed":
                 assert unquote(address.fragment) in pages[target].names, f"{path.name}: {asked}"
+    for file in [*ROOT.glob("examples/*.py"), *ROOT.glob("docs/outputs/*.txt")]:
+        assert file.read_text().rstrip() in pages[tmp_path / "examples.html"].text, file.name

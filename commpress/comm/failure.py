@@ -38,11 +38,11 @@ _stores: "weakref.WeakKeyDictionary[dist.ProcessGroup, Any]" = weakref.WeakKeyDi
 
 
 class ExchangeError(RuntimeError):
-    """An exchange failed here or on another rank; the gradients of this step are not to be used."""
+    """An exchange that failed here or on another rank. Do not use the gradients of this step."""
 
 
 class DisagreementError(ExchangeError, ValueError):
-    """The ranks did different things: one sends what another does not expect."""
+    """Ranks that did different things: one sent what another did not expect."""
 
 
 class LostPeerError(RuntimeError):

@@ -63,11 +63,11 @@ class Row:
 
 @dataclass
 class Report:
-    """Bytes and seconds of one rank. `ratio` is dense over sent bytes.
+    """Bytes and seconds of one rank. `ratio` is dense bytes over sent bytes.
 
-    `seconds`: `encode` and `decode` are the codec's, `wire` from the start of a transfer until it was there and a thread was
-    free to go on with it (transfers overlap each other and the codec), `exposed` the part that training waited for after
-    its last gradient was ready, and `hidden` the part of the exchanges that ran while backward went on.
+    `seconds`: `encode` and `decode` are the codec's. `wire` is the time from the start of a transfer until it had arrived and
+    a thread was free to go on with it (transfers overlap each other and the codec). `exposed` is the time that training waited
+    after its last gradient was ready, and `hidden` is the time of the exchanges beside backward.
     """
 
     spec: str
@@ -95,8 +95,8 @@ class Report:
 
     @property
     def inside_bytes(self) -> int:
-        """Bytes of those sent that did not leave the node, where the exchange is `hierarchical` or ranks share out what they
-        compute: the rest went to others."""
+        """Bytes of those sent that did not leave the node, where the exchange is `hierarchical` or ranks share out what
+        they compute. The other bytes went to other nodes."""
         return sum(row.inside_bytes for row in self.rows)
 
     @property
@@ -138,9 +138,10 @@ class Report:
 
     @classmethod
     def merge(cls, *reports: "Report") -> "Report":
-        """One report of several sessions of this process, such as a DDP session inside a node and an outer one between nodes.
+        """Return one report of several sessions of this process, such as a DDP session inside a node and an outer one between
+        nodes.
 
-        They may be of different groups: the sum is of this rank among all ranks. Raises ValueError if there are none.
+        The sessions may be of different groups: the sum is this rank's among all ranks. Raises ValueError if there are none.
         """
         if not reports:
             raise ValueError("Report.merge: got 0 reports, expected at least one")
@@ -164,7 +165,7 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """All of it as plain numbers, strings, lists and dicts."""
+        """Return all of it as plain numbers, strings, lists and dicts."""
         return {
             **asdict(self),
             "ratio": self.ratio,
@@ -182,9 +183,9 @@ class Report:
     def log(self, since: "Report | None" = None) -> dict[str, float]:
         """Return numbers for a tracker such as wandb, TensorBoard or MLflow: means of a step since an earlier report.
 
-        MB are those that this rank sent; ratios say how many times as much a dense exchange sends, in the tensors' own dtype
-        and in bfloat16, and are left out where nothing was sent. Roles have their own where there are several. Empty if there
-        was no step.
+        MB are those that this rank sent. Ratios compare them with a dense exchange, in the tensors' own dtype and in bfloat16;
+        they are left out where nothing was sent. Each role has its own numbers where there are several. Empty if there was no
+        step.
         """
         steps = self.steps - (since.steps if since else 0)
         if steps <= 0:

@@ -94,7 +94,7 @@ class Plan:
         delta = word.strip() == DELTA
         plan = replace(cls.of(rest if delta and bar else spec, None, False), delta=delta) if bar or not delta else None
         if plan is None or (delta and not plan.codec.lossy):
-            raise ValueError(f"spec {spec!r}: delta takes the codec of what has changed behind it, as in delta|int4")
+            raise ValueError(f"spec {spec!r}: delta needs the codec of the changes after it, as in delta|int4")
         return plan
 
     @classmethod
@@ -106,7 +106,7 @@ class Plan:
         chosen = named(exchange)
         if codec.flat != chosen.flat:
             raise ValueError(
-                f"exchange={exchange!r}: {codec} goes by {codec.exchange}; leave exchange out"
+                f"exchange={exchange!r}: {codec} needs {codec.exchange}; leave exchange out"
                 + ("" if chosen.flat else f", or take a codec of matrices for {chosen.name}, as powersgd(4)")
             )
         if not fits(chosen, codec):

@@ -23,23 +23,24 @@ def link_bytes() -> int | None:
 
 @dataclass
 class Receipt:
-    """The costs and savings of a session on this rank. Seconds and bytes are of one step; bytes are means over all steps."""
+    """Costs and savings of a session on this rank. Seconds and bytes are of one step; bytes are means over all steps."""
 
     spec: str
-    """The spec of the gradients: the choice, also while a search tries others."""
+    """The spec of the gradients: the chosen one, also while a search tries others."""
     steps: int
     sent_bytes: float
     fp32_bytes: float
     """Bytes that a dense exchange in float32 would have sent."""
     bf16_bytes: float
     link_bytes: float | None = None
-    """Bytes that this rank's host has sent by the kernel's count, of all programs; None where it is not known."""
+    """Bytes that this rank's host has sent, all programs together, by the kernel's count; None where it is not known."""
     seconds: float | None = None
-    """Seconds of a step as it is now; None if nobody has measured it."""
+    """Seconds of a step as it is now; None if they were not measured."""
     plain_seconds: float | None = None
-    """Seconds of a step whose gradients are exchanged as they are, by `none`, measured in the same run; None if nobody has."""
+    """Seconds of a step whose gradients are sent uncompressed, by `none`, measured in the same run; None if they were not."""
     whole: bool = True
-    """Whether `auto` decides for all that is compressed; if not, what has a spec of its own is so in plain steps, too."""
+    """Whether `auto` decides for all that is compressed. If not, values with a spec of their own are compressed in plain
+    steps, too."""
     break_even: float | None = None
     """Bytes a second of a link on which this spec is predicted to take as long as `none`; None if not known."""
     uncompressed: dict[str, int] = field(default_factory=dict)
@@ -47,11 +48,11 @@ class Receipt:
 
     @property
     def is_off(self) -> bool:
-        """Whether nothing is compressed, since that would not pay."""
+        """Whether nothing is compressed, because it would not pay."""
         return self.spec == PLAIN and self.plain_seconds is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers, strings and dicts."""
+        """Return all of it as plain numbers, strings and dicts."""
         return {**asdict(self), "is_off": self.is_off}
 
     def __str__(self) -> str:
@@ -63,7 +64,7 @@ class Receipt:
 
     @property
     def summary(self) -> str:
-        """One line on bytes and, where it was measured, speed: the last one of the receipt."""
+        """Return one line on bytes and, where it was measured, on speed: the last line of the receipt."""
         if self.is_off:
             speed = "compression does not pay here, it is off"
         elif self.seconds is None or self.plain_seconds is None:

@@ -124,7 +124,7 @@ def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error
             return error
     if candidates is not None and not error_feedback:
         return ValueError(
-            f"error_feedback=False: the specs that auto chooses behind {name} keep its loss with feedback; leave it out, "
+            f"error_feedback=False: the specs that auto chooses for {name} keep its loss only with feedback; leave it out, "
             "or give a spec"
         )
     if exchange is not None:

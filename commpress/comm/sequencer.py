@@ -14,6 +14,7 @@ thread, and streams wait for each other instead of threads.
 An error ends the exchange for good: the group is closed, so that no peer waits for us, and every rank's future fails.
 """
 
+import atexit
 import contextlib
 import queue
 import threading
@@ -35,6 +36,7 @@ from commpress.comm.meter import Meter, Row
 from commpress.comm.timeline import Span
 
 STOP_SECONDS = 5.0
+THREADS = ("commpress encode", "commpress wire")
 NO_BUCKET = -1
 """The place in a report of what is no bucket, and stands in none."""
 
@@ -71,12 +73,13 @@ class Sequencer:
         self._stream = None if wire.device.type == "cpu" else torch.Stream(wire.device)
         if self._stream is None:
             threads = [
-                threading.Thread(target=work, args=(self._lines,), name=f"commpress {name}", daemon=True)
-                for name, work in (("encode", _encode_line), ("wire", _wire_line))
+                threading.Thread(target=work, args=(self._lines,), name=name, daemon=True)
+                for name, work in zip(THREADS, (_encode_line, _wire_line), strict=True)
             ]
             for thread in threads:
                 thread.start()
-            weakref.finalize(self, _stop, self._lines, threads)
+            self._ender = weakref.finalize(self, _stop, self._lines, threads)
+            _sequencers.add(self)
 
     def submit(self, job: Job) -> None:
         """Take the next bucket. Call it in the same order on every rank."""
@@ -237,6 +240,21 @@ class _Flight:
         with record_function("commpress::wire"):
             self.transfer.wait()
         lines.took(self.job, "wire", self.started)
+
+
+_sequencers: "weakref.WeakSet[Sequencer]" = weakref.WeakSet()
+"""All sequencers with threads."""
+
+
+@atexit.register
+def _end_all() -> None:
+    """End the threads before Python shuts down. A thread that drops the last reference to its sequencer runs `_stop` itself,
+    and nobody has joined it then."""
+    for sequencer in list(_sequencers):
+        sequencer._ender()
+    for thread in threading.enumerate():
+        if thread.name in THREADS:
+            thread.join(timeout=STOP_SECONDS)
 
 
 def _stop(lines: _Lines, threads: list[threading.Thread]) -> None:

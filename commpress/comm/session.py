@@ -1,6 +1,6 @@
-"""A session: what a user holds of the traffic of one model. Report, masks, phases, timeline and state, under every wrapper.
+"""Sessions: the user's handle on the traffic of one model. Report, masks, phases, timeline and state, under every wrapper.
 
-It knows no framework and sends nothing by itself: its `Collectives` do. The hooks in `commpress.hooks` make it.
+A session knows no framework and sends nothing by itself: its `Collectives` do. The hooks in `commpress.hooks` make it.
 """
 
 import contextlib
@@ -62,12 +62,12 @@ class SideTraffic(Protocol):
 class Session:
     """The return value of `commpress.attach`: report, masks and state of a model's traffic in one or several groups of ranks.
 
-    `collectives` are those that send it; `rank` and `world_size` are of all ranks together (default: of the first one's group).
-    `settings` is what a saved state must have alike, `spec` what the report calls the traffic by. `step_buffer` is there where
-    the ranks are replicas, `parameters` are then names and sizes of what it exchanges; `auto` where a spec is looked for.
-    `masks` makes of masks by parameter what each of the collectives needs to know; `reshard` makes of what feedback kept among
-    another number of ranks what it is among these (`merged` adds that up), None if that cannot be told. `values` is about how
-    many the model has.
+    `collectives` send the traffic; `rank` and `world_size` count all ranks together (default: the first group's). `settings`
+    must be alike in a saved state and here; `spec` is the name of the traffic in reports. `step_buffer` is given where the
+    ranks are replicas, and `parameters` then holds names and sizes of what it exchanges; `auto` is given where a spec is
+    searched for. `masks` turns masks by parameter into what each of the collectives needs. `reshard` turns the residuals of
+    another number of ranks into those of these ranks (`merged` adds them up), or returns None if it cannot. `values` is the
+    approximate number of values in the model.
     """
 
     def __init__(
@@ -103,12 +103,13 @@ class Session:
         return None if self.step_buffer is None else self.step_buffer.optimizer
 
     def set_masks(self, masks: Masks) -> None:
-        """From the next step on only what these masks keep travels, without indices; elsewhere what arrives is 0. Collective.
+        """Send only the values that these masks keep, without indices, from the next step on. Other values arrive as 0.
+        Collective.
 
-        `masks` are bool, of the whole parameters' shapes, by name, the same on all ranks; of replicas, of their strides, too. A
-        parameter without one travels whole. Feedback of what they prune is dropped. Call it between steps, and before
-        `load_state_dict`. Raises ValueError on all ranks if the ranks' masks differ or one does not fit, or for an optimizer
-        that keeps a momentum of what travels; TypeError if this kind of sharding takes none.
+        `masks` are bool tensors by name, in the whole parameters' shapes (under DDP in their strides, too), the same on all
+        ranks. A parameter without a mask is sent whole. The residual of pruned values is dropped. Call it between steps, and
+        before `load_state_dict`. Raises ValueError on all ranks if the ranks' masks differ or one does not fit, or for an
+        optimizer that keeps a momentum of what is sent; TypeError if this kind of sharding takes no masks.
         """
         if self._masks is None:
             raise TypeError(
@@ -141,7 +142,7 @@ class Session:
             collectives.versions.clear()
 
     def send_dense(self, on: bool) -> None:
-        """While on, exact gradients of all values travel, also of those that masks prune: to see which shall grow again."""
+        """Send exact gradients of all values while on, also of those that masks prune: they show which weights shall regrow."""
         for collectives in self.collectives:
             collectives.send_dense = on
 
@@ -153,22 +154,22 @@ class Session:
             other.phase(name)
 
     def agree(self, settings: Mapping[str, object], what: str = "settings to compare") -> None:
-        """Raise ValueError on every rank, naming both values, if these (JSON values) differ. Collective.
+        """Raise ValueError on every rank, with both values, if these JSON values differ. Collective.
 
-        `what` they are, in words, for a rank that meets another one at something else.
+        `what` names them for the error of a rank that meets another one at something else.
         """
         for collectives in self.collectives:
             require_equal(collectives.traffic.ask(dict(settings), what))
 
     def explain(self) -> str:
-        """Return the specs that `auto` has tried, their predicted and measured steps, and which one it has chosen, as a table.
+        """Return a table of the specs that `auto` has tried, their predicted and measured steps, and its choice.
 
-        Where a spec was given, a sentence that says so.
+        Returns a sentence instead if a spec was given.
         """
         return f"the spec was given: {self._spec}" if self._auto is None else self._auto.explain()
 
     def receipt(self) -> Receipt:
-        """Return whether compression has paid so far: a step against one without compression, on this rank."""
+        """Return whether compression has paid so far: a step with it against one without it, on this rank."""
         counted = link_bytes()
         counted = None if counted is None or self._counted is None else counted - self._counted
         auto = self._auto
@@ -179,7 +180,7 @@ class Session:
         return receipt(self.report(), auto.search.choice, spec, counted, auto.break_even(), whole)
 
     def report(self) -> Report:
-        """Bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
+        """Return bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
         spec = (
             self._spec
             if self._auto is None
@@ -192,7 +193,8 @@ class Session:
         return replace(merged, rank=self.rank, world_size=self.world_size)
 
     def log(self) -> dict[str, float]:
-        """Return numbers for a tracker, `wandb.log(session.log())`: `Report.log` of the steps since the last call of this."""
+        """Return numbers for a tracker, as in `wandb.log(session.log())`: means of a step since the last call
+        (`Report.log`)."""
         report = self.report()
         if found := report.log(self._logged):
             self._logged = report
@@ -203,9 +205,9 @@ class Session:
 
     @contextlib.contextmanager
     def timeline(self) -> Iterator[Timeline]:
-        """Record when what happened while the block runs: `with session.timeline() as t: ...; t.write("trace.json")`.
+        """Record what happens when, while the block runs: `with session.timeline() as t: ...; t.write("trace.json")`.
 
-        Enter and leave it between steps.
+        Enter and leave the block between steps.
         """
         timeline = Timeline(self.rank)
         for collectives in self.collectives:
@@ -231,10 +233,10 @@ class Session:
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what feedback keeps on this rank, and in which layout (every rank saves its own). Call it between steps.
+        """Return this rank's residuals and their layout. Every rank saves its own. Call it between steps.
 
-        DDP lays out its buckets anew between its first and its second step. A state that is saved just there goes on
-        with the first layout: nothing is lost, but not bit for bit.
+        DDP lays out its buckets anew between its first and its second step. A state that is saved just there goes on with the
+        first layout: nothing is lost, but the run does not go on bit for bit.
         """
         if self.step_buffer is not None:
             self.step_buffer.forget_skipped_step()
@@ -255,14 +257,14 @@ class Session:
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         """Restore what `state_dict` saved on the same rank; training goes on bit for bit. Collective, between steps.
 
-        `state` is that dict, or what `torch.distributed.checkpoint` has loaded into one, which is good for any number of ranks
-        of replicas, and of shards under FSDP2 without replicas: what they had withheld is kept in total. So is, of replicas, a
-        sequence of the states of all ranks of a run. By hand, load a compressed optimizer's own state before; a distributed
-        checkpoint has it with the session's. DDP lays its buckets out anew after a restart; the first step is exchanged in the
-        saved layout all the same.
+        `state` is that dict, or what `torch.distributed.checkpoint` has loaded into one. The latter fits any number of ranks:
+        of replicas, and of shards under FSDP2 without replicas; the sum of the residuals is kept. For replicas a sequence of
+        the states of all ranks does the same. By hand, load a compressed optimizer's state first; a distributed checkpoint
+        holds it with the session's. DDP lays its buckets out anew after a restart; the first step is exchanged in the saved
+        layout.
 
         Raises ValueError on all ranks if a state belongs to another version, plan, rank, number of ranks or model, or if the
-        ranks' states are not of one step; TypeError for what is no state, on its rank.
+        ranks' states are not of one step; TypeError on its own rank for an object that is no state.
         """
         refusal: Exception | None = None
         mine: list[dict[str, Any]] = []

@@ -50,9 +50,10 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the weights. Behind each `scheduler.step()`. Raises RuntimeError within the block."""
+        """Move the averages towards the weights. Call it after each `scheduler.step()`. Raises RuntimeError within the
+        block."""
         if self._weights is not None:
-            raise RuntimeError("Average.update: the averages are in the model now, expected it behind the `with` block")
+            raise RuntimeError("Average.update: the averages are in the model now; call it after the `with` block")
         averages = {name: local(x) for name, x in self._averages.items()}
         weights = [local(self._parameters[name]).to(x.dtype) for name, x in averages.items()]
         get_ema_multi_avg_fn(self.decay)([*averages.values()], weights, 0)
@@ -85,11 +86,13 @@ class Average:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave. Raises ValueError, with nothing changed, for other parameters or shapes, RuntimeError
-        within the block."""
+        """Restore what `state_dict` returned.
+
+        Raises ValueError, with nothing changed, for other parameters or shapes, RuntimeError within the block.
+        """
         if self._weights is not None:
             raise RuntimeError(
-                "Average.load_state_dict: the averages are in the model now, expected it behind the block"
+                "Average.load_state_dict: the averages are in the model now; call it after the `with` block"
             )
         saved = state["averages"]
         if saved.keys() != self._averages.keys():

@@ -121,9 +121,7 @@ def _require_fit(key: str, name: str, p: nn.Parameter, model: nn.Module) -> None
         weight = of.partition(".")[0]
         kinds = [type(each).__name__ for each in getattr(layers.module_of(model, owner[1:]).parametrizations, weight)]
         if other := [kind for kind in kinds if kind not in KEEP_ZEROS]:
-            raise RecipeError(
-                f"{key}: {name!r} is behind the parametrization {other[0]}, which may make other values of its zeros"
-            )
+            raise RecipeError(f"{key}: {name!r} has the parametrization {other[0]}, which may change its zeros")
 
 
 def _require_order(recipe: Recipe, before: int, index: int, earlier_names: list[str], names: list[str]) -> None:

@@ -13,6 +13,7 @@ packs what is kept. Masks follow from what all ranks have alike, weights and mea
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from commpress.model import budget, layers, quantization, ranges
 from commpress.model.distillation import PROJECTIONS, Distillation, Distiller, fingerprint
+from commpress.model.export import Exported, by_recipe
+from commpress.model.export import require as require_packages
+from commpress.model.first_rank import told_by_first_rank
 from commpress.model.judgement.quality import Loss
 from commpress.model.masks import Masks
 from commpress.model.pruner import LATE, Pruner, Session
@@ -33,10 +37,10 @@ STATE_VERSION = 1
 
 @naming_the_file
 def prepare(model: nn.Module, recipe: Recipe) -> None:
-    """Make a model ready for what a recipe does to its modules. For FSDP2 before `fully_shard`; else the scheduler does it.
+    """Make a model ready for what a recipe does to its modules. Call it before `fully_shard`; elsewhere the scheduler does it.
 
-    Its forward, its parameters and their names stay as they are. Nothing is done to a model that this recipe has made ready
-    before. Raises RecipeError for layers that do not exist or do not fit.
+    Forward, parameters and names stay as they are. A model that this recipe has prepared already is not changed. Raises
+    RecipeError for layers that do not exist or do not fit.
     """
     before = {settings for _, _, settings in quantization.prepared(model)}
     if before and before <= {_settings(entry) for entry in recipe.quantize}:
@@ -49,19 +53,20 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
 
 
 class Scheduler:
-    """A recipe at work on a model. Collective where ranks share it: all of them make one, at the same point.
+    """A recipe at work on a model. Collective: all ranks make one, at the same point.
 
-    `model` is the module itself, not its DDP; or what `fully_shard` took, or what `torch.compile` returned and nobody has
-    called. `optimizer` is one or a list: all that move weights which the recipe prunes; what Accelerate or Lightning made of
-    them does as well. `session` is what `commpress.attach` returned, and is needed with more than one rank. `teacher` is a
-    model of any kind, for a recipe that distils. `restoring`: model and optimizer are those of a checkpoint already, and
+    `model` is the module itself, not its DDP; or what `fully_shard` took, or what `torch.compile` returned before its first
+    call. `optimizer` is one optimizer or a list: all that change weights which the recipe prunes, also as Accelerate or
+    Lightning wrapped them. `session` is what `commpress.attach` returned, and is required with more than one rank. `teacher`
+    is a model of any kind, for a recipe that distils. `restoring` says that model and optimizer hold a checkpoint already and
     `load_state_dict` or `begin_at` comes next; until then nothing is pruned. `held_out` are this rank's batches (inputs,
-    targets) for a recipe with a budget, and `budget_loss` takes outputs and targets, if their loss is not the usual one
-    (`commpress.model.judge`). Call `loss` in each backward and `step` after each optimizer step, once if there are several.
-    `phase` says what goes on now.
+    targets) for a recipe with a budget; `budget_loss` takes outputs and targets, if the loss is not the usual one
+    (`commpress.model.judge`). `example_inputs` are the model's positional arguments, a tuple, for a recipe with an [export];
+    `finish` writes its files. Call `loss` in each backward, and `step` after each optimizer step, once if there are several
+    optimizers. `phase` names what goes on now.
 
-    Raises RecipeError, naming the key, if the recipe does not fit the model, TypeError or ValueError if something is missing,
-    as an optimizer. What is left out, and a share below a half of the model, is a warning, from rank 0.
+    Raises RecipeError, with the key, if the recipe does not fit the model; TypeError or ValueError if something is missing,
+    such as an optimizer. Rank 0 warns of weights that the recipe leaves out, and if it prunes less than half of the model.
     """
 
     @naming_the_file
@@ -76,13 +81,21 @@ class Scheduler:
         restoring: bool = False,
         held_out: Sequence[tuple[Any, Tensor]] = (),
         budget_loss: Loss | None = None,
+        example_inputs: tuple[Any, ...] | None = None,
     ) -> None:
         given = [*optimizer] if isinstance(optimizer, Sequence) else [optimizer]
         self.recipe, self.model, self.optimizer = recipe, layers.uncompiled(model), given[0] if given else None
         self._session, self._teacher = session, teacher
         self._optimizers, self._held_out, self._budget_loss = given, held_out, budget_loss
-        if recipe.budget is not None and not recipe.budget.settled and not held_out:
+        if recipe.chooses and not held_out:
             raise TypeError("Scheduler: the recipe has a [budget], expected held_out=, batches (inputs, targets)")
+        if recipe.search is not None:
+            raise RecipeError(
+                "search: `commpress train` makes it before a run, expected a recipe without it, after_search()"
+            )
+        if recipe.export is not None and not isinstance(example_inputs, tuple):
+            raise TypeError("Scheduler: the recipe has an [export], expected example_inputs=, a tuple")
+        self._example_inputs = example_inputs
         self._asked = False
         """Whether the teacher has answered since the last step."""
         self.model.state_dict(keep_vars=True)  # FSDP shards what an evaluation has left whole
@@ -99,6 +112,7 @@ class Scheduler:
         # now: a wrong name is told at once, and what is compiled later has its hooks
         self._distiller = self._distilling()
         self._agree()
+        self._require_packages()
         self._pruner.tell_reach()
         if teacher is not None and recipe.distil is None:
             warn("Scheduler: a teacher was given, and the recipe has no [distil]: it is not asked")
@@ -133,9 +147,9 @@ class Scheduler:
         return " + ".join(on) or "dense"
 
     def loss(self, task_loss: Tensor, output: Any, *inputs: Any, **named_inputs: Any) -> Tensor:
-        """The loss that backward starts from: `task_loss`, and what the teacher says to the same inputs while it is asked.
+        """Return the loss that backward starts from: `task_loss`, and the teacher's part while the recipe distils.
 
-        `output` is the student's: logits, or a Transformers output that has them.
+        `output` is the student's: logits, or a Transformers output that holds them.
         """
         if self._distiller is None or not self._distils:
             for p in getattr(self.model, PROJECTIONS, nn.Module()).parameters():
@@ -147,10 +161,10 @@ class Scheduler:
 
     @naming_the_file
     def step(self) -> None:
-        """Do what the recipe wants done after an optimizer step. Collective.
+        """Do what the recipe says after an optimizer step. Collective.
 
-        Raises ValueError on all ranks, with the parameter's name, if their masks differ; RuntimeError, on this
-        rank alone, if the recipe distils and `loss` was not called.
+        Raises ValueError on all ranks, with the parameter's name, if their masks differ; RuntimeError, on this rank alone, if
+        the recipe distils and `loss` was not called.
         """
         if self._distils and not self._asked:
             raise RuntimeError(
@@ -164,10 +178,35 @@ class Scheduler:
         ranges.learn(self.model, None if self._session is None else self._session.group)
         self._advance()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Masks, scores, the recipe and how far it is, and which teacher it was. Each rank saves its own: scores may differ.
+    @naming_the_file
+    def finish(self, folder: str | Path) -> list[Exported]:
+        """Write the files of [export] on the first rank, into its folder inside of `folder`; what was written there.
 
-        Fake quantisers are saved as their settings, and which are on: their scales follow from the weights.
+        Collective. Raises RecipeError if the recipe is not over, ValueError for sharded parameters and, with the reason, for a
+        format that cannot be written; the others are then. Without [export] nothing is done.
+        """
+        its = self.recipe.export
+        if its is None:
+            return []
+        self.recipe.require_within(self.done)
+        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+            raise ValueError("export: the parameters are sharded, expected a model that is whole on each rank")
+        assert self._example_inputs is not None
+        written, failed = list[Exported](), list[str]()
+        if self._leads:
+            try:
+                written, failed = by_recipe.export_by(its, self.model, Path(folder), self._example_inputs)
+            except Exception as error:  # the others wait for this rank's word, whatever it met
+                failed = [str(error)]
+        if failed := self._told(failed):
+            raise ValueError(f"export: {'; '.join(failed)}")
+        return written
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks, scores, the recipe and its step, and the teacher's name. Each rank saves its own, since scores may
+        differ.
+
+        Fake quantisers are saved as their settings, and whether they are on: their scales follow from the weights.
         """
         return {
             "version": STATE_VERSION,
@@ -195,6 +234,11 @@ class Scheduler:
         if saved.budget is not None and saved.budget.settled and self._follows(saved.budget):
             self._follow(saved)
         self._require_same_past(saved, done)
+        its = self.recipe.budget
+        if its is not None and self.recipe.chooses and its.start <= done:
+            raise ValueError(
+                f"cannot restore: budget.start is {its.start}, and the saved run is at step {done}: expected more"
+            )
         now = None if self._teacher is None else fingerprint(self._teacher)
         if state["teacher"] is not None and now is not None and now != state["teacher"]:
             raise ValueError(f"cannot restore: the saved run had a teacher {state['teacher']}, this one has {now}")
@@ -207,7 +251,7 @@ class Scheduler:
         self._announce()
 
     def begin_at(self, done: int) -> None:
-        """Go on with a run that had no recipe, behind `done` steps. Collective. Raises ValueError as `load_state_dict` does."""
+        """Go on with a run that had no recipe, after `done` steps. Collective. Raises ValueError as `load_state_dict` does."""
         self.load_state_dict(
             {
                 **self.state_dict(),
@@ -237,6 +281,27 @@ class Scheduler:
         self._session.agree({"recipe": self.recipe.to_dict(), "teacher": teacher})
         self._pruner.require_masks()
 
+    def _require_packages(self) -> None:
+        """Raise RecipeError on all ranks if the first one lacks a package that a format of [export] needs."""
+        said = ""
+        if self.recipe.export is None:
+            return
+        try:
+            require_packages(self.recipe.export.formats)
+        except ModuleNotFoundError as error:
+            said = str(error)
+        if said := self._told(said):
+            raise RecipeError(f"export.formats: {said}")
+
+    @property
+    def _leads(self) -> bool:
+        return self._session is None or torch.distributed.get_rank(self._session.group) == 0
+
+    def _told(self, value: Any) -> Any:
+        """What the first rank has. Collective."""
+        device = next(self.model.parameters()).device
+        return value if self._session is None else told_by_first_rank(value, self._session.group, device)
+
     def _distilling(self) -> Distiller | None:
         distil = self.recipe.distil
         if distil is None:
@@ -252,7 +317,7 @@ class Scheduler:
     def _advance(self) -> None:
         """Do what is due behind `done` steps."""
         its = self.recipe.budget
-        if its is not None and not its.settled and its.start == self.done:
+        if its is not None and self.recipe.chooses and its.start == self.done:
             group = None if self._session is None else self._session.group
             self._follow(budget.settled(self.recipe, self.model, self._held_out, self._budget_loss, group))
             self._agree()

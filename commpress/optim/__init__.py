@@ -1,10 +1,10 @@
-"""Optimizers whose exchange sits behind their preconditioner: what is compressed is what they are about to apply.
+"""Optimizers that compress behind their preconditioner: what they send is the update that they are about to apply.
 
     opt = commpress.optim.OneBitAdamW(model.parameters(), lr=1e-3, warmup_steps=1000)
     session = commpress.attach(ddp_model, "sign", optimizer=opt)
 
-Adam divides by the root of a variance that it computes from what arrives, so what error feedback held back of a gradient is
-divided away when it comes. Behind the division all is linear, and feedback repays in full.
+Adam divides by the root of a variance that it computes from the gradients it gets. So the residual of a compressed gradient is
+divided away when it arrives a step later. After that division everything is linear, and error feedback repays it in full.
 """
 
 from commpress.optim.base import CompressedOptimizer

@@ -27,11 +27,11 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class CompressedOptimizer(torch.optim.Optimizer):
-    """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes. It does not step before it is attached, or
-    given to `diloco` or `local_sgd` if it `may_step_alone`.
+    """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes.
 
-    Between backward and `step`, the `grad` of a parameter that is exchanged holds what `step` will apply: the mean of what
-    the ranks sent (while `takes_means`, of their gradients), or, in a local step, this rank's own gradient.
+    It does not step before it is attached, or given to `diloco` or `local_sgd` if it `may_step_alone`. Between backward and
+    `step`, the `grad` of an exchanged parameter holds what `step` will apply: the mean of what the ranks sent (of their
+    gradients while `takes_means`), or, in a local step, this rank's own gradient.
     """
 
     may_be_masked = True

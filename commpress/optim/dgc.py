@@ -34,10 +34,10 @@ ended within the seeds' spread of SGD; `int4` keeps the loss of gradients under 
 class DGC(CompressedOptimizer):
     """SGD with momentum for sparse specs: `commpress.attach(ddp_model, "topk(0.001)", optimizer=DGC(...))`.
 
-    In the first `warmup_steps` a `topk(r)` keeps 1/4, 1/16, ... down to r, a fifth of them each; any other codec's
-    place is taken by exact means. Codecs that send every value know no factor masking. `weight_decay` is SGD's, added to the
-    gradient. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent before
-    backward is over. Raises ValueError for a setting out of range.
+    During `warmup_steps` a `topk(r)` keeps 1/4, 1/16, ... down to r, each for a fifth of them; any other codec sends exact
+    means there. Codecs that send every value have no factor masking. `weight_decay` is SGD's, added to the gradient.
+    `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent before backward is
+    over. Raises ValueError for a setting out of range.
     """
 
     masks_momentum = True

@@ -66,23 +66,23 @@ class Move:
 class EF21Muon(CompressedOptimizer):
     """Muon for the hidden matrices of a model, AdamW for its other parameters: `EF21Muon(model, lr=2e-3)`.
 
-    `attach(ddp_model, "sign", optimizer=...)` says how the momentum of matrices travels: `sign`, `int2`, `topk(0.1)|sign`. The
-    gradients of the others travel by `others_spec`, which must be gentle: `int8`, `int4`, `none`. By `none` all is exact. There
-    is no warm-up. Attached to nothing it takes the local steps of `diloco` and `local_sgd`: Muon on each rank's gradients as
-    they are.
+    The spec of `attach(ddp_model, "sign", optimizer=...)` is that of the matrices' momentum: `sign`, `int2`, `topk(0.1)|sign`.
+    Gradients of the other parameters are sent by `others_spec`, which must be gentle: `int8`, `int4`, or `none`, which is
+    exact. There is no warm-up. Attached to nothing, it takes the local steps of `diloco` and `local_sgd`: Muon on each rank's
+    own gradients.
 
-    Hidden matrices are float32 and have two dimensions or more (more are taken as rows of all but the first). Embeddings are
-    none, nor is the model's last matrix if it has the shape of one, as a head has. `others` are patterns of further names for
-    AdamW. Updates are scaled to the size of AdamW's, so that one `lr` serves both. `momentum`, `nesterov` and `weight_decay` as
-    in torch.optim.Muon. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent
-    before backward is over.
+    Hidden matrices are float32 and have two dimensions or more (all but the first are flattened). Embeddings are not among
+    them, nor is the model's last matrix if it has the shape of an embedding, as a head does. `others` holds patterns of
+    further names for AdamW. Updates are scaled to the size of AdamW's, so one `lr` serves both. `momentum`, `nesterov` and
+    `weight_decay` are as in torch.optim.Muon. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and
+    then no bucket is sent before backward is over.
 
-    Under FSDP2 and ZeRO 1 and 2 it is sharded (`sharded_muon.py`): all gradients travel by `others_spec`, and `max_norm` clips
-    their mean.
+    Under FSDP2 and ZeRO 1 and 2 it is sharded (`sharded_muon.py`): all gradients are sent by `others_spec`, and `max_norm`
+    clips their mean.
 
-    In place of a model it takes groups as those of torch's optimizers, with `muon` True or False in each.
-    Raises ValueError for a setting out of range, a pattern that matches nothing, a group without `muon`, and a model whose
-    hidden matrices are all in 16 bits.
+    In place of a model it takes parameter groups, as torch's optimizers do, with `muon` True or False in each. Raises
+    ValueError for a setting out of range, a pattern that matches nothing, a group without `muon`, and a model whose hidden
+    matrices are all in 16 bits.
     """
 
     needs_feedback = True
@@ -245,7 +245,7 @@ class EF21Muon(CompressedOptimizer):
         if self._lacks_momenta:
             raise RuntimeError(
                 "EF21Muon: a state was loaded without the session's, which has each rank's momentum: expected "
-                "session.load_state_dict(...) behind optimizer.load_state_dict(...)"
+                "session.load_state_dict(...) after optimizer.load_state_dict(...)"
             )
         return super().begin_backward(scale)
 

@@ -20,21 +20,21 @@ KEPT = ("inverse", "exp_avg")
 
 
 class OneBitAdamW(FrozenAdamW):
-    """AdamW whose momentum is what travels, coded by the spec of `attach`: `sign`, `topk(0.1)|sign`, `int4`, ...
+    """AdamW whose momentum is sent compressed, by the spec of `attach`: `sign`, `topk(0.1)|sign`, `int4`, ...
 
-    `warmup_steps` of AdamW on mean gradients come first, or as many as it takes until the variance has settled (None: the
-    paper's test, every 1 / (1 - beta2) steps). They are exact, unless `warmup_spec` says `int8` or `int4`.
-    Instead of them, `variance_from` takes the state of a run by torch's Adam or AdamW: that optimizer, of the same parameters,
-    or its `state_dict()` (by name where both know names, else in the same order). All is compressed from the first step then.
-    Then the variance is frozen; each rank sends, with error feedback, what its momentum over the root of the variance would
-    be, and all apply the mean. Replicas hold the same bits.
+    The first `warmup_steps` are AdamW's on mean gradients (None: until the variance has settled, by the paper's test every 1 /
+    (1 - beta2) steps). They are exact unless `warmup_spec` says `int8` or `int4`. In place of a warm-up, `variance_from` takes
+    the state of a run by torch's Adam or AdamW: that optimizer with the same parameters, or its `state_dict()` (by name where
+    both know names, else in the same order); then all steps are compressed. After the warm-up the variance is frozen. Each
+    rank sends its momentum divided by the root of the variance, with error feedback, and all ranks apply the mean. Replicas
+    hold the same bits.
 
-    `max_norm` clips the mean gradient's norm in the warm-up. After it there is no mean gradient: each rank clips its own, to
-    max_norm sqrt(W), before it is sent, and no bucket is sent before backward is over.
+    `max_norm` clips the norm of the mean gradient in the warm-up. After it there is no mean gradient: each rank clips its own,
+    to max_norm sqrt(W), before it is sent, and no bucket is sent before backward is over.
 
-    Differs from the paper: what is coded is the momentum over the root of the variance, not the momentum before it; Adam's
-    bias is corrected; a single gradient is bounded (`commpress/optim/adam.py` says why). Raises ValueError for a setting
-    out of range, and for a `variance_from` that does not fit (`commpress/optim/adam_state.py` says when).
+    Differs from the paper: the momentum is coded after the division by the root of the variance, not before it; Adam's bias is
+    corrected; a single gradient is bounded (`commpress/optim/adam.py` says why). Raises ValueError for a setting out of range,
+    and for a `variance_from` that does not fit (`commpress/optim/adam_state.py` says when).
     """
 
     def __init__(

@@ -39,16 +39,16 @@ OWN = ("exp_avg", "total")
 
 
 class ZeroOneAdamW(FrozenAdamW):
-    """AdamW with local steps: each bucket is exchanged every `sync_every` steps, a part of the buckets in every step.
+    """AdamW with local steps: each bucket is exchanged every `sync_every` steps, and a part of the buckets in every step.
 
-    `sync_every` is a number of steps or a `Growing` one; under `auto` it is the most that may be chosen. `warmup_steps`,
-    `warmup_spec`, `max_norm`, `variance_from` are as in OneBitAdamW.
-    `refresh_every` is the paper's kappa: the variance goes on learning from mean gradients, exact or by `warmup_spec` as in the
-    warm-up, at steps that lie 1, 2, 4, ... apart, kappa times each, as far as they lie behind it; 0 leaves it frozen.
+    `sync_every` is a number of steps or a `Growing` one; under `auto` it is the largest that may be chosen. `warmup_steps`,
+    `warmup_spec`, `max_norm` and `variance_from` are as in OneBitAdamW. `refresh_every` is the paper's kappa: after the
+    warm-up the variance still learns from mean gradients (exact, or by `warmup_spec`), at steps whose distance doubles, 1, 2,
+    4, ..., every kappa times; 0 leaves it frozen.
 
     A parameter holds the same bits on all ranks after each of its syncs, and drifts in between. `with optimizer.synced():`
-    shows the model as of its parameters' last syncs, the same on every rank: to validate, and to save. A parameter that is
-    frozen (`requires_grad_(False)`) stands where its rank was. Raises ValueError for a setting out of range.
+    shows the model as of its parameters' last syncs, the same on every rank: use it to validate and to save. A frozen
+    parameter (`requires_grad_(False)`) keeps its rank's value. Raises ValueError for a setting out of range.
     """
 
     shared = (*FrozenAdamW.shared, "sync_every", "refresh_every")
@@ -148,8 +148,11 @@ class ZeroOneAdamW(FrozenAdamW):
         self._most = candidate.sync_every
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Load the model before it, and behind it the session, which has each rank's
-        own. Another order is told at the next backward."""
+        """Restore what `state_dict` returned. Load the model before it, and after it the session, which has each rank's own
+        state.
+
+        Another order is an error at the next backward.
+        """
         super().load_state_dict(state_dict)
         self._turns, self._loaded = {}, True
         anchors = {name: self._anchor(name) for name in self._own}
@@ -297,7 +300,7 @@ class ZeroOneAdamW(FrozenAdamW):
 
     @contextlib.contextmanager
     def synced(self) -> Iterator[None]:
-        """While the block runs, every parameter has the value of its last sync, the same bits on all ranks."""
+        """Give every parameter the value of its last sync while the block runs: the same bits on all ranks."""
         drifted = [state for state in self.state.values() if "anchor" in state]
         parameters = [p for p, state in self.state.items() if "anchor" in state]
         with torch.no_grad():

@@ -71,22 +71,22 @@ def attach(
     grad_scaler: Any = None,
     verify: int = EVERY,
 ) -> Session:
-    """Compress what a `deepspeed.DeepSpeedEngine` sends, from the next step on. Collective over its data-parallel ranks.
+    """Compress what a `deepspeed.DeepSpeedEngine` sends from the next step on. Collective over its data-parallel ranks.
 
-    `gradients` is the spec of the gradients; it may be `auto`, and at ZeRO 0 with a torch optimizer specs by patterns of names,
-    as under DDP. `parameters` is the spec of the parameters under ZeRO 1 to 3 (default: not compressed); beside `auto` for the
-    gradients it may be `auto`, too: one search finds both. Under ZeRO 3 sparse specs are refused for parameters.
+    `gradients` is the spec of the gradients. It may be `auto`; at ZeRO 0 with a torch optimizer it may be a dict of specs by
+    patterns of names, as under DDP. `parameters` is the spec of the parameters under ZeRO 1 to 3 (default: not compressed). It
+    may be `auto` if `gradients` is: one search finds both. ZeRO 3 refuses sparse specs for parameters.
 
-    `optimizer` is one of `commpress.optim` that the engine was given (found by itself if left out), at ZeRO 0 to 2. Under it
-    every rank of ZeRO 1 and 2 keeps and steps all there is, as at ZeRO 0: no parameters travel, `exchange` may be given.
-    OneBitAdamW with `parameters` is sharded instead (less memory, more bytes), and so is EF21Muon, with or without. Every
-    `verify` steps (0: never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's group
-    gets the timeout of the default group, which the user gave.
+    `optimizer` is the engine's optimizer of `commpress.optim`, at ZeRO 0 to 2 (default: found in the engine). Under it every
+    rank of ZeRO 1 and 2 keeps and steps all parameters, as at ZeRO 0: no parameters are sent, and `exchange` may be given.
+    OneBitAdamW with `parameters` is sharded instead (less memory, more bytes), and EF21Muon always is. Every `verify` steps
+    (0: never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's group gets the
+    timeout of the default group.
 
     Returns the session; `engine.commpress` is the same.
 
     Raises on all ranks: ValueError if a spec is unknown, the ranks differ, or the engine is set up in a way that is not
-    supported, TypeError for optimizers of other kinds, RuntimeError for another version of DeepSpeed or a second attach.
+    supported; TypeError for optimizers of other kinds; RuntimeError for another version of DeepSpeed or a second attach.
     """
     require_deepspeed(engine)
     stage = int(engine.zero_optimization_stage())
@@ -176,14 +176,14 @@ def _shard(
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize`, for configs with a `commpress` block; `engine.commpress` is the session.
+    """Call `deepspeed.initialize` for a config with a `commpress` block; `engine.commpress` is the session.
 
         {"train_micro_batch_size_per_gpu": 8, "commpress": {"gradients": "int4", "parameters": "int8"}, ...}
 
-    The block's keys are arguments of `attach`; `gradients` is the only one that must be there, a spec or an object of them.
-    `"optimizer": {"type": "OneBitAdamW", "params": {...}}` makes one of `commpress.optim`, as do ZeroOneAdamW and DGC. Takes
-    and returns what `deepspeed.initialize` does. Raises ValueError for a key that it does not know, and for the optimizers
-    that DeepSpeed no longer has, as well as what `attach` raises. Without a block it is `deepspeed.initialize`.
+    The block's keys are arguments of `attach`; only `gradients` is required, as a spec or an object of specs. `"optimizer":
+    {"type": "OneBitAdamW", "params": {...}}` makes an optimizer of `commpress.optim`, and so do ZeroOneAdamW and DGC. Takes
+    and returns what `deepspeed.initialize` does. Without a block nothing is compressed. Raises ValueError for an unknown key
+    and for the optimizers that DeepSpeed no longer has, and everything that `attach` raises.
     """
     try:
         import deepspeed

@@ -26,7 +26,7 @@ def require_deepspeed(engine: Any) -> None:
     if found[:2] != expected[:2] or found < expected:
         raise RuntimeError(
             f"commpress.hooks.deepspeed: found DeepSpeed {deepspeed.__version__}, expected {TESTED} or a later "
-            f"{expected[0]}.{expected[1]}.x: what it stands in for is not public, and other versions have it elsewhere"
+            f"{expected[0]}.{expected[1]}.x: it replaces private methods, which other versions have elsewhere"
         )
     if not isinstance(engine, deepspeed.DeepSpeedEngine):
         raise TypeError(f"expected a deepspeed.DeepSpeedEngine, got {type(engine).__name__}")
@@ -102,7 +102,7 @@ def gradients_refusal(
     if refusal is None and sharded and isinstance(optimizer, OneBitAdamW) and is_open(gradients):
         return TypeError(
             f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients where it is sharded, as in "
-            'attach(engine, "sign", parameters="int4"), got auto; without parameters= auto chooses behind it'
+            'attach(engine, "sign", parameters="int4"), got auto; without parameters= auto chooses its specs'
         )
     return refusal
 

@@ -57,26 +57,27 @@ def attach(
     grad_scaler: GradScaler | None = None,
     verify: int = EVERY,
 ) -> Session:
-    """Compress what FSDP sends for `model`, the root of the modules that `fully_shard` took. Collective over its mesh.
+    """Compress what FSDP2 sends for `model`, the root of the modules that `fully_shard` took. Collective over its mesh.
 
-    `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas). Without one
-    it is found while training goes on, as under DDP; the error of the means is not measured. `parameters` is the spec of the
-    all-gather (default: not compressed), for which sparse ones are refused; `auto` finds it in the same search, among `none`,
-    `bf16` and `int8`. The sharded parameters stay in full precision; forward and backward compute with what was decoded, also
-    when the model is evaluated. By `delta|int4` a codec is given what has changed since all ranks had it last, and what it
-    leaves out the next time; for that every rank keeps two bytes for each value of the whole model.
+    `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas). Without it
+    a spec is found during training, as under DDP, but the error of the means is not measured. `parameters` is the spec of the
+    all-gather (default: not compressed; sparse specs are refused); `auto` finds it in the same search, among `none`, `bf16`
+    and `int8`. The sharded parameters stay in full precision; forward and backward compute with the decoded values, also in
+    evaluation. `delta|int4` sends what has changed since the last gather, and adds what the codec left out to the next one;
+    every rank keeps two bytes for each value of the whole model.
+
     `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's
-    `torch.amp.GradScaler`, if there is one. Every `verify` steps (0: never) the ranks compare hashes of what they gathered, and
+    `torch.amp.GradScaler`, if it has one. Every `verify` steps (0: never) the ranks compare hashes of the gathered values, and
     payloads have checksums.
 
-    `optimizer` is an EF21Muon of the sharded parameters. Then `gradients` is the spec of its momentum, gradients go by its
-    `others_spec`, and nothing takes more memory than shards and what a rank owns (`commpress.optim.sharded_muon`).
+    `optimizer` is an EF21Muon of the sharded parameters. Then `gradients` is the spec of its momentum, gradients are sent by
+    its `others_spec`, and memory grows only by shards and by the matrices that a rank owns (`commpress.optim.sharded_muon`).
 
     Raises on all ranks: ValueError if a spec is unknown, if the ranks differ, or if a trained parameter has a dtype whose
-    gradients cannot be exchanged, such as float8; for an EF21Muon on more than one dimension of a mesh, with parameters
-    offloaded, or without one that is trained; TypeError for another `optimizer` of `commpress.optim`, for `buffers` and
-    `exchange`; RuntimeError for a module inside the root, or one that has custom collectives already, ours or others. A model
-    that was not run yet does not know its root: then the first forward raises.
+    gradients cannot be exchanged, such as float8; ValueError for an EF21Muon on more than one dimension of a mesh, with
+    offloaded parameters, or without a trained one; TypeError for another `optimizer` of `commpress.optim`, for `buffers` and
+    for `exchange`; RuntimeError for a module inside the root, or one that already has custom collectives. A model that has not
+    run yet does not know its root: then the first forward raises.
     """
     held = units(model)
     device = held[0].device
@@ -201,7 +202,7 @@ def _refusal(model: nn.Module, held: list[Unit], optimizer: object) -> Exception
                 return RuntimeError("commpress.attach: attached already; expected a model without a session")
             if not type(comm).__name__.startswith("Default"):
                 return RuntimeError(
-                    f"commpress.attach: {unit.names[0]} and others travel by {type(comm).__name__}; expected FSDP's default"
+                    f"commpress.attach: {unit.names[0]} and others are sent by {type(comm).__name__}, expected FSDP's default"
                 )
     return None if optimizer is None else muon.refusal(held, optimizer)
 

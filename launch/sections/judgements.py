@@ -50,6 +50,8 @@ def _judgement(record: Record) -> list[str]:
     parts += ["<h3>Loss and predictions</h3>", table(words.quality_rows(record))]
     if record["targets"]:
         parts += ["<h3>Kernels elsewhere, by their documents</h3>", table(words.target_rows(record), text=True)]
+    if len(forms := words.form_rows(record)) > 1:
+        parts += ["<h3>Files that targets take</h3>", table(forms, text=True)]
     if record["left_out"]:
         parts += ["<h3>Not measured</h3>", *(f"<p>{escape(each)}</p>" for each in record["left_out"])]
     return parts

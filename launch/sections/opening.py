@@ -36,6 +36,8 @@ def headline(runs: Named, sessions: Named, of: Mapping[str, Sequence[Record]]) -
             return str(record["answer"]) if "answer" in record else _explained(record)
     for record in of[records.GPU_CHECK]:
         return gpu_record.answer(record)
+    for record in of[records.EXPORTED]:
+        return _exported(record)
     for record in of[records.SEARCHED]:
         return searches.sentence(record)
     for record in of[records.STEP_TIMES]:
@@ -100,6 +102,8 @@ def _session(name: str, run: Record) -> str:
 
 
 def _explained(record: Record) -> str:
+    if not record["rows"]:
+        return "Nothing is predicted"
     key = (
         "step_seconds"
         if all(row.get("step_seconds") is not None for row in record["rows"])
@@ -108,6 +112,15 @@ def _explained(record: Record) -> str:
     best = min(record["rows"], key=lambda row: float(row[key]))
     what = "a step" if key == "step_seconds" else "the exchange of a step"
     return f"{best['spec']} is predicted to be fastest: {what} takes {best[key]:.3g} s, with {best['ratio']:.1f}x fewer bytes"
+
+
+def _exported(record: Record) -> str:
+    rows = record["rows"]
+    if not rows:
+        return "Nothing was exported"
+    least = min(rows, key=lambda row: float(row["bytes"]))
+    formats = ", ".join(str(row["format"]) for row in rows)
+    return f"Exported as {formats}; the smallest is {least['format']}, {megabytes(least['bytes'])} MB"
 
 
 def _step_times(record: Record) -> str:

@@ -25,7 +25,7 @@ def test_the_codecs_own_exchange_if_none_is_named(spec: str, world_size: int) ->
 @pytest.mark.parametrize("exchange", list(EXCHANGES))
 def test_a_named_exchange_is_taken_if_it_fits(spec: str, exchange: str) -> None:
     if not EXCHANGES[exchange].flat:
-        with pytest.raises(ValueError, match=f"exchange='{exchange}'.* goes by .*leave exchange out"):
+        with pytest.raises(ValueError, match=f"exchange='{exchange}'.* needs .*leave exchange out"):
             Plan.of(spec, exchange)
     elif EXCHANGES[exchange].linear and not parse(spec).linear:
         with pytest.raises(ValueError, match=r"cannot be summed.*all_reduce") as caught:

@@ -8,15 +8,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from ranks import outcome, run
 from torch.nn.parallel import DistributedDataParallel
 from training import network, train
 
 import commpress
+from commpress.comm import sequencer
 
 ENDINGS = {"destroyed": 0, "left": 0, "raised": 3, "collected": 0}
 """What the process returns."""
@@ -104,6 +108,43 @@ def test_sessions_and_threads_end_with_their_model() -> None:
 def test_a_refused_attach_leaves_no_threads() -> None:
     for before, after in run(2, refused, fresh=True):
         assert (before, after) == (2, 2)
+
+
+def ended_by_its_own_thread() -> tuple[list[str], list[str]]:
+    """The threads that are ours before and after the end of the program, where one of them dropped the last reference."""
+    dropped, stopping = threading.Event(), threading.Event()
+    finish, stop = sequencer._Lines.finish, sequencer._stop
+
+    def held(lines: Any, job: Any, error: Any) -> None:
+        finish(lines, job, error)
+        if job.last and not dropped.is_set():
+            dropped.wait(20)  # until the program has let go of all that it has
+
+    def slow(*arguments: Any) -> None:
+        stop(*arguments)
+        stopping.set()
+        time.sleep(0.3)  # the transfer is still to be let go, which calls torch
+
+    sequencer._Lines.finish, sequencer._stop = held, slow  # type: ignore[method-assign]
+    try:
+        ddp = DistributedDataParallel(torch.nn.Linear(64, 64))
+        commpress.attach(ddp, "int4")
+        ddp(torch.randn(8, 64)).square().mean().backward()
+        del ddp
+        gc.collect()
+        dropped.set()
+        assert stopping.wait(20)
+        before = threads()
+        sequencer._end_all()
+        return before, threads()
+    finally:
+        sequencer._Lines.finish, sequencer._stop = finish, stop  # type: ignore[method-assign]
+
+
+def test_a_thread_that_drops_the_last_reference_ends_before_the_program_does() -> None:
+    for before, after in run(2, ended_by_its_own_thread, fresh=True):
+        assert before == ["commpress wire"]
+        assert after == []
 
 
 @pytest.mark.slow

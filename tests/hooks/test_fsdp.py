@@ -704,7 +704,7 @@ def test_refusals_are_sentences_and_harm_nothing() -> None:
     assert one["another word"] == "TypeError: commpress.attach: unknown argument 'spec', expected gradients="
     assert one["a typing error"] == "TypeError: commpress.attach: unknown argument 'paramters', expected parameters="
     assert one["twice"].startswith("RuntimeError: commpress.attach: attached already")
-    assert "travel by Mine; expected FSDP's default" in one["custom"]
+    assert "are sent by Mine, expected FSDP's default" in one["custom"]
     assert one["inside"] == one["inside, not run"].replace(
         "commpress.attach was given a module", "commpress.attach: this module is"
     )

@@ -320,7 +320,7 @@ def test_refusals_are_sentences() -> None:
     for said in run(2, refusals):
         for case in ("alone", "none"):
             assert said[case].startswith("ValueError: parameters: spec 'delta"), case
-            assert "delta takes the codec of what has changed behind it, as in delta|int4" in said[case]
+            assert "delta needs the codec of the changes after it, as in delta|int4" in said[case]
         assert "parameters: delta|topk(0.1) would make most of them 0" in said["sparse"]
         assert "parameters: spec 'int5': unknown codec 'int5'" in said["unknown"]
         assert "gradients: spec 'delta|int4': unknown codec 'delta'" in said["gradients"]

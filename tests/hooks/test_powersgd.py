@@ -79,8 +79,8 @@ def test_where_it_cannot_serve_a_sentence_says_what_to_take() -> None:
     for case in ("an optimizer", "its warm-up", "outer", "broadcast", "masks"):
         assert one[case].startswith("ValueError: ")
         assert "expected another spec, such as int4" in one[case]
-    assert "exchange='two_shot': powersgd(2) goes by low_rank; leave exchange out" in one["another exchange"]
-    assert "exchange='low_rank': int4 goes by two_shot; leave exchange out" in one["its exchange"]
+    assert "exchange='two_shot': powersgd(2) needs low_rank; leave exchange out" in one["another exchange"]
+    assert "exchange='low_rank': int4 needs two_shot; leave exchange out" in one["its exchange"]
     assert "powersgd(2) codes matrices, and the values of topk are none; expected int4 or sign" in one["behind topk"]
     assert "only the values of one of topk(...), randomk(...), rotate can be coded" in one["in front"]
     assert "powersgd(0): the rank must be at least 1, got 0" in one["no rank"]

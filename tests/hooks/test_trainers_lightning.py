@@ -140,6 +140,9 @@ def by_recipe(folder: str, at: int, steps: int) -> list[dict[str, Any]]:
     from commpress.model import Recipe
 
     class Taught(type(module())):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            return self.network(x)
+
         def training_step(self, batch: Any, index: int) -> Any:
             x, y = data(self.global_step, dist.get_rank())
             output = self.network(x)
@@ -150,7 +153,9 @@ def by_recipe(folder: str, at: int, steps: int) -> list[dict[str, Any]]:
     for resumed in (False, True):
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=at, save_top_k=-1)
         settings = {"enable_checkpointing": not resumed, "callbacks": [] if resumed else [keep]}
-        strategy = CompressedDDP("int4", recipe=Recipe.of(RECIPE, "the recipe of a test"), teacher=network())
+        chosen = Recipe.of(RECIPE | {"export": {"formats": ("safetensors",)}}, "the recipe of a test")
+        example = (data(0, 0)[0],)
+        strategy = CompressedDDP("int4", recipe=chosen, teacher=network(), example_inputs=example)
         made, model = trainer(folder, steps, None, strategy=strategy, accumulate_grad_batches=1, **settings), Taught()
         with launched():
             made.fit(model, loader(), ckpt_path=f"{folder}/step={at}.ckpt" if resumed else None)
@@ -375,6 +380,7 @@ def test_a_recipe_prunes_quantises_and_distils_and_goes_on_as_unbroken(tmp_path:
         for name in ("parameters", "ranges"):
             assert torch.equal(whole[name], pieced[name])
             assert torch.equal(whole[name], ranks[0][0][name])
+    assert {each.name for each in (tmp_path / "exported").iterdir()} == {"model.safetensors", "export.json"}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from tiers import slow
 from trainers import blocks, flat, forget, launched, payload_bytes, require_sums, tracked
 
 from commpress.optim import OneBitAdamW, ZeroOneAdamW
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 LIBRARIES = ("transformers", "accelerate")
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -127,8 +133,6 @@ hidden = {"bert.encoder.layer.0" = "bert.encoder.layer.0"}
 
 
 def recipe(text: str = RECIPE) -> Any:
-    import tomllib
-
     from commpress.model import Recipe
 
     return Recipe.of(tomllib.loads(text), "the recipe of a test")
@@ -146,6 +150,22 @@ def from_step_0(folder: str) -> tuple[int, int]:
             made.train(resume_from_checkpoint=f"{folder}/checkpoint-3" if resumed else None)
             found.append(sum(int((p == 0).sum()) for p in made.model.parameters()))
     return found[0], found[1]
+
+
+def exporting(folder: str) -> dict[str, str]:
+    """Train by a recipe that exports, and by one whose example is missing."""
+    from commpress.hooks.transformers import Compression
+
+    found = recipe("[[quantize]]\nstart = 1\n[export]\nformats = ['safetensors', 'pt2e']")
+    ids = torch.stack([each["input_ids"] for each in sentences(4)])
+    with launched():
+        made, _ = trainer(folder, 2, None)
+        callback = Compression(made, "none", recipe=found, example_inputs=(ids,))
+        made.add_callback(callback)
+        made.train()
+        forgetful, _ = trainer(f"{folder}-2", 2, None)
+        forgetful.add_callback(Compression(forgetful, "none", recipe=found))
+        return {"missing": outcome(forgetful.train)}
 
 
 def refused_recipes(folder: str) -> dict[str, str]:
@@ -326,6 +346,15 @@ def test_a_recipe_prunes_quantises_and_distils_and_goes_on_as_unbroken(tmp_path:
 def test_what_is_pruned_at_step_0_is_not_pruned_once_more_when_a_run_resumes(tmp_path: Path) -> None:
     for whole, pieced in run(2, from_step_0, str(tmp_path), timeout=120):
         assert whole == pieced > 1000
+
+
+@pytest.mark.slow
+def test_what_a_recipe_exports_is_there_when_training_ends(tmp_path: Path) -> None:
+    for said in run(2, exporting, str(tmp_path / "run"), timeout=120):
+        assert "the recipe has an [export], expected example_inputs=, a tuple" in said["missing"]
+    record = json.loads((tmp_path / "run" / "exported" / "export.json").read_text())
+    assert [row["format"] for row in record["rows"]] == ["safetensors", "pt2e"]
+    assert max(row["difference"] for row in record["rows"]) < 1e-4
 
 
 @pytest.mark.slow

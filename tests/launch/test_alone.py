@@ -15,7 +15,7 @@ from commands import run_command
 from ranks import Died, run
 from tiers import slow
 
-from commpress.launch import checkpoint, data, train
+from commpress.launch import checkpoint, data, tasks
 
 TINY = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "steps": 6, "warmup-steps": 1, "threads": 1}
 SOON = 15
@@ -166,8 +166,8 @@ def failing(folder: Path, by_rank: list[dict[str, Any]], rank: int, how: str) ->
 
     data.sample = counting
     if how == "nan" and dist.get_rank() == rank:
-        loss = train.cross_entropy
-        train.cross_entropy = lambda *given: loss(*given) * (float("nan") if drawn >= 3 else 1.0)
+        loss = tasks.cross_entropy
+        tasks.cross_entropy = lambda *given: loss(*given) * (float("nan") if drawn >= 3 else 1.0)
     started = time.monotonic()
     end = command(by_rank)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)

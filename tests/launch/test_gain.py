@@ -1,10 +1,12 @@
 """The demo's last line and a report's first: a sentence of the runs' own numbers, and what explain predicts beside them."""
 
+import re
+
 import pytest
 import report_samples
 from report_samples import PLAIN, compared
 
-from commpress.launch import demo, foretold, gain
+from commpress.launch import demo, foretold, gain, report
 from commpress.launch.records import Record
 
 
@@ -91,3 +93,33 @@ def test_without_a_link_the_table_and_the_sentence_have_what_explain_predicts(
     assert [[*column.cells] for column in columns][-1] == ["200 ms", "100 ms"]
     assert "predicted, 1 Gbit/s" in [column.header for column in columns]
     assert "predicted, 1 Gbit/s" not in [column.header for column in demo.results(records, "1 Gbit/s").columns]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            report_samples.step_times(2, "1gbit", 1e3),
+            r"1 Gbit/s, 2 hosts: \S+ is the fastest, .* faster than plain DDP",
+        ),
+        (report_samples.losses(), r"\S.* has the lowest held-out loss, \d\.\d+, with .* MB"),
+        (report_samples.timeline(), "The median of 5 recorded steps took 224 ms"),
+        (report_samples.judgement(), "70% of the values pruned, int8 static: 3.3x smaller; .*"),
+        (
+            {
+                "what": "export",
+                "of": "m",
+                "rows": [{"format": "onnx", "path": "m.onnx", "bytes": 2e6, "difference": 0.0}],
+            },
+            "Exported as onnx; the smallest is onnx, 2.000 MB",
+        ),
+        (
+            {"what": "explain", "params": 10, "world": 2, "bandwidth": 1e9, "device": "one core", "rows": []},
+            "Nothing is predicted",
+        ),
+    ],
+)
+def test_a_report_of_any_other_kind_opens_with_its_result(record: Record, expected: str) -> None:
+    found = re.search(r"<h1>(.*?)</h1>", report.page([record]))
+    assert found is not None
+    assert re.fullmatch(expected, found[1])

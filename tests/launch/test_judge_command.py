@@ -96,7 +96,7 @@ def test_it_prints_the_figures_and_leaves_record_pictures_and_card(place: Path) 
         ((), "missing", "--data judged_files:missing: judged_files has no missing"),
         ((), "fails", "--data judged_files:fails: the call fails: OSError: no disk"),
         ((), "number", "--data judged_files:number: returns a int, expected batches (inputs, targets)"),
-        (("--runtimes", "tflite"), "held_out", "expected some of torch, onnxruntime, pt2e"),
+        (("--runtimes", "tflite"), "held_out", "expected some of torch, onnxruntime, pt2e, executorch, integer"),
         (
             ("--runtimes", "pt2e"),
             "held_out",

@@ -191,6 +191,33 @@ def test_a_run_that_sent_nothing_has_no_place_on_a_logarithmic_axis() -> None:
     report.page([record("none", 0, 3.1)])
 
 
+def test_a_folder_of_a_run_is_a_page_with_its_sizes_and_latencies(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    files = {"record.json": record("int4", 100, 3.0), "judged/judgement.json": report_samples.judgement()}
+    row = {"format": "onnx", "path": "model.onnx", "bytes": 1234567, "difference": 1e-6}
+    failed = ["integer cannot be written: ValueError: softmax of '1'"]
+    files["exported/export.json"] = {"what": "export", "of": "runs/small", "failed": failed, "rows": [row]}
+    for name, content in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps(content))
+    (run / "ending.json").write_text("{}")  # none of a report's
+    assert run_command("report", run) == (0, f"report in {run / 'report.html'}\n", "")
+    html = (run / "report.html").read_text()
+    assert "<h2>Exported files</h2>" in html
+    assert "1.235" in html
+    assert "softmax of &#x27;1&#x27;" in html
+    assert "ms a call, median" in html
+    assert "int4" in html
+    assert run_command("report", tmp_path / "more.html", run, run / "record.json").code == 0
+    (tmp_path / "empty").mkdir()
+    for given in ((tmp_path / "empty",), (tmp_path / "page.html", tmp_path / "empty")):
+        code, _, err = run_command("report", *given)
+        assert code == 1
+        assert "empty: a folder without record.json, search.json, " in err
+    code, _, err = run_command("report", tmp_path / "page.html")
+    assert (code, "expected files of runs behind the page to write" in err) == (1, True)
+
+
 def test_the_command_line(tmp_path: Path) -> None:
     good, bad, out = tmp_path / "good.json", tmp_path / "bad.json", tmp_path / "deep" / "report.html"
     good.write_text(json.dumps(record("int4", 100, 3.0)))

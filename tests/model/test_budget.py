@@ -241,7 +241,7 @@ def test_another_budget_does_not_go_on_from_what_one_has_chosen() -> None:
         ({"budget": {"max_mb": 0.0}}, "budget.max_mb: expected greater than 0, got 0.0"),
         ({"budget": {"max_loss": "1%"}}, "budget.max_loss: expected a number, got '1%': write a share, 0.8 for 80%"),
         ({"budget": {"max_mb": 1.0, "end": 3, "start": 4}}, "budget.end: expected at least start, 4, got 3"),
-        ({"budget": {"max_mb": 1.0}, "quantize": [{}]}, "budget: chooses what [[prune]] and [[quantize]] say"),
+        ({"budget": {"max_mb": 1.0, "every": 3}, "quantize": [{}]}, "budget.every: is of what a budget chooses"),
         ({"budget": {"max_los": 1.0}}, "budget.max_los: unknown key, did you mean 'max_loss'?"),
     ],
 )

@@ -100,21 +100,52 @@ def test_the_documents_block_does_what_it_says(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(400)
 def test_modules_are_measured_in_every_runtime(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     dense, (x,) = mlp()
+    dense[3] = nn.ReLU()  # which integers alone have, too
     small = learned(copy.deepcopy(dense), (x,), Quantization(activations="static"))
     data = [(torch.randn(8, 128), torch.randint(0, 64, (8,))) for _ in range(2)]
     found = judge(dense, small, data, folder=tmp_path)
     assert not found.record["left_out"]
-    assert [row["runtime"] for row in found.record["rows"]] == ["torch", "onnxruntime", "pt2e"]
-    assert {each.name for each in (tmp_path / "small").iterdir()} == {"model.safetensors", "model.onnx", "model.pt2"}
+    assert [row["runtime"] for row in found.record["rows"]] == ["torch", "onnxruntime", "pt2e", "executorch", "integer"]
+    files = {"model.safetensors", "model.onnx", "model.pt2", "model.pte", "integer.safetensors"}
+    assert {each.name for each in (tmp_path / "small").iterdir()} == files
+    assert {row["file"] for row in found.record["forms"] if row["state"].endswith(" MB")} == files - {
+        "model.safetensors"
+    }
     for row in found.record["rows"]:
-        assert row["quality"]["small_loss"] == pytest.approx(found.record["rows"][0]["quality"]["small_loss"], abs=1e-3)
+        off = 1e-2 if row["runtime"] == "integer" else 1e-3
+        assert row["quality"]["small_loss"] == pytest.approx(found.record["rows"][0]["quality"]["small_loss"], abs=off)
         assert row["small"]["bytes"] < row["dense"]["bytes"]
     assert found.record["small"]["kinds"]["int8 static"] == sum(m.weight.numel() for m in small if hasattr(m, "weight"))
     assert "int8 static: " in found.sentences[0]
+
+
+def test_integers_alone_are_compared_with_another_form_of_the_dense_model_and_not_timed(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    dense = torch.randn(WIDTH, CLASSES)
+    model = nn.Sequential(nn.Linear(WIDTH, CLASSES, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(dense.T)
+    x = torch.cat([part for part, _ in batches()])
+    learned(model, (x,), Quantization(activations="static"))
+    export(model, tmp_path / "small", formats=("integer",), example_inputs=(x,))
+    linear_file(tmp_path / "dense", dense)
+    found = judge(tmp_path / "dense", tmp_path / "small", batches(), runtimes=("integer",))
+    (row,) = found.record["rows"]
+    assert [row["dense"]["file"], row["small"]["file"]] == ["model.onnx", "integer.safetensors"]
+    assert row["small"]["speeds"] == []
+    assert row["quality"]["small_loss"] == pytest.approx(row["quality"]["dense_loss"], rel=0.05)
+    assert row["quality"]["small_loss"] != row["quality"]["dense_loss"]
+    assert "Calls of integer were not timed: here NumPy makes them, and no device." in found.sentences
+    forms_of = {each["file"]: each["state"] for each in found.record["forms"]}
+    assert forms_of == {
+        **{"model.onnx": "not asked for", "model.pt2": "not asked for", "model.pte": "not asked for"},
+        "integer.safetensors": "0.00 MB",
+    }
 
 
 @pytest.mark.parametrize(

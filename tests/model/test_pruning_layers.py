@@ -386,7 +386,7 @@ def test_zeros_behind_a_norm_are_zeros_of_the_weight(kind: Any) -> None:
 
 def test_a_parametrization_that_keeps_no_zeros_is_refused() -> None:
     model = nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8)))
-    with pytest.raises(RecipeError, match=r"is behind the parametrization _Orthogonal"):
+    with pytest.raises(RecipeError, match=r"has the parametrization _Orthogonal"):
         scheduled(model, {"start": 0, "amount": 0.5, "parameters": ["*original"]})
 
 

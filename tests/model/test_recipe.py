@@ -82,6 +82,20 @@ def test_toml_and_yaml_say_the_same(tmp_path):
         ({"distil": {"temperature": 0}}, "distil.temperature: expected greater than 0, got 0"),
         ({"distil": {"start": 9, "end": 9}}, "distil.end: expected more than start, 9, got 9"),
         (["prune"], "expected tables such as [[prune]]"),
+        (
+            {"prune": {"start": 2, "amount": 0.5}, "budget": {"max_mb": 1.0, "end": 3}},
+            "budget.end: is of what a budget chooses, expected none beside [[prune]] and [[quantize]]",
+        ),
+        (
+            {"prune": {"start": 2, "amount": 0.5}, "quantize": {"start": 1}, "budget": {"max_mb": 1.0, "start": 2}},
+            "budget.start: limits are held against the model of that step, expected at most 1, where it is pruned or rounded",
+        ),
+        (
+            {"search": {"layers": {"*": {"bits": [8]}}}, "quantize": {"start": 1}},
+            "search.layers: finds what [[prune]] and [[quantize]] say, expected neither beside it",
+        ),
+        ({"search": {"strategy": "nsga2", "together": 1}}, "search.together: a generation of nsga2 has two parents"),
+        ({"search": {"layers": {"*": {"bits": [8]}}, "start": 4, "end": 2}}, "search.end: expected at least start, 4"),
     ],
 )
 def test_what_is_refused(found, told):
@@ -229,3 +243,18 @@ def test_phases_that_a_run_would_not_finish():
 def test_a_key_that_would_count_for_nothing_is_refused(found, told):
     with pytest.raises(RecipeError, match=re.escape(told)):
         Recipe.of(found)
+
+
+def test_a_budget_chooses_unless_the_entries_are_there_or_were_chosen():
+    entries, budget = {"prune": {"start": 2, "amount": 0.5}}, {"max_mb": 1.0}
+    assert Recipe.of({"budget": budget}).chooses
+    assert not Recipe.of({"budget": {**budget, "settled": True}}).chooses
+    assert not Recipe.of({"budget": budget, **entries}).chooses
+    assert not Recipe.of(entries).chooses
+
+
+def test_a_recipe_behind_its_search_has_what_was_found():
+    found = Recipe.of({"search": {"trials": 3}, "budget": {"max_mb": 1.0}, "traffic": {"spec": "int4"}})
+    entries = Recipe.of({"quantize": {"start": 2}})
+    assert found.after_search().to_dict() == {"budget": {"max_mb": 1.0}, "traffic": {"spec": "int4"}}
+    assert found.after_search(entries).quantize == entries.quantize

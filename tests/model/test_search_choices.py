@@ -255,7 +255,7 @@ def test_a_choice_that_cannot_be_says_what_was_expected(make: Any, words: str) -
         (
             {"a": [1], "b": [1]},
             {"a": {"b": [1]}},
-            "space 'a': counts beside 'b', expected a name that stands before it",
+            "space 'a': counts together with 'b', expected the name of an earlier choice",
         ),
         ({"a": [1], "b": [1]}, {"b": {"a": [2]}}, "space 'b': counts where 'a' is one of 2, expected some of 1"),
         ({"a": [1]}, {"c": {}}, "space: a condition of 'c', which is no name of it: 'a'"),

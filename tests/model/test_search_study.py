@@ -251,7 +251,7 @@ def test_with_weights_h_is_compared() -> None:
     assert Trial(4, {"n": 0}, 0.5, 0, before, None).report(1, 0.0) is None  # one of them is no larger: too few
     trial = Trial(4, {"n": 0}, 9.0, 0, before, None)
     trial.report(3, 1.0)
-    with pytest.raises(ValueError, match="step 3 behind step 3"):
+    with pytest.raises(ValueError, match="step 3 after step 3"):
         trial.report(3, 1.0)
 
 

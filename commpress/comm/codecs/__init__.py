@@ -28,9 +28,9 @@ __all__ = ["AUTO", "WORDS", "Codec", "parse"]
 
 
 def parse(spec: str | Codec) -> Codec:
-    """The codec that a spec names; a codec is handed back as it is.
+    """Return the codec that a spec names. A codec is returned as it is.
 
-    `word` or `word(argument)`, and behind an outer stage, after `|`, the codec of its values. `str(parse(s))` is canonical.
+    A spec is `word` or `word(argument)`, and may go on after `|` with the codec of its values. `str(parse(s))` is canonical.
     Raises ValueError with the spec and what was expected, TypeError if it is not a string.
     """
     if isinstance(spec, Codec):

@@ -19,7 +19,7 @@ class ArgumentError(ValueError):
 
 
 class Codec(ABC):
-    """Encodes a 1-D float tensor of n values into one 1-D `uint8` payload of `nbytes(n)` bytes, and back.
+    """A codec of 1-D float tensors: n values become one 1-D `uint8` payload of `nbytes(n)` bytes, and come back.
 
     Values are coded in float32, whatever their dtype. A block that holds NaN or Inf decodes to NaN or Inf.
     """
@@ -40,7 +40,7 @@ class Codec(ABC):
 
     @property
     def sum_dtype(self) -> torch.dtype | None:
-        """For a linear codec the dtype in which payloads may be summed; else None."""
+        """The dtype in which payloads of a linear codec may be summed; None for others."""
         return None
 
     @property
@@ -50,7 +50,7 @@ class Codec(ABC):
 
     @property
     def draw(self) -> int:
-        """The number by which it draws what to send; 0 unless it draws."""
+        """The number that decides what a random codec sends; 0 for others."""
         return 0
 
     @classmethod
@@ -72,11 +72,11 @@ class Codec(ABC):
         return self.spec
 
     def keeping(self, share: float) -> "Codec":
-        """This codec, sending at least this share of the values; itself unless it is sparse."""
+        """Return this codec with at least this share of the values sent; itself unless it is sparse."""
         return self
 
     def drawn(self, number: int) -> "Codec":
-        """This codec with another number for its draw; itself unless it draws."""
+        """Return this codec with another number for its draw; itself unless it draws."""
         return self
 
     def summed(self, n: int) -> slice:
@@ -86,7 +86,7 @@ class Codec(ABC):
 
     @abstractmethod
     def nbytes(self, n: int) -> int:
-        """Length in bytes of the payload of n values; a multiple of 4."""
+        """Return the length in bytes of the payload of n values, a multiple of 4."""
 
     @abstractmethod
     def define_encode(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Codec(ABC):
         return coding.mean(self, payload, n, 1, out)
 
     def mean(self, payloads: Tensor, n: int, count: int, out: Tensor | None = None) -> Tensor:
-        """The mean of `count` payloads that stand one behind the other: the sum over r of decode(payload r) / count.
+        """Return the mean of `count` payloads that lie one behind the other: the sum over r of decode(payload r) / count.
 
         The order of the sum is fixed, so the bytes of the mean depend on the payloads alone.
         """

@@ -55,7 +55,7 @@ class Rotate(Codec):
     def from_spec(cls, argument: str | None, values: Codec | None = None) -> "Rotate":
         if argument is not None or values is None:
             got = "nothing" if argument is None else f"({argument})"
-            raise ArgumentError(f"rotate takes the codec of the rotated values behind it, as in rotate|int4, got {got}")
+            raise ArgumentError(f"rotate needs the codec of the rotated values after it, as in rotate|int4, got {got}")
         return cls(values)
 
     def __post_init__(self) -> None:

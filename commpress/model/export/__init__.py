@@ -7,9 +7,10 @@
     integer       integer.safetensors a device without floats, and NumPy (`integer_run.py`)
     torchao       transformers/       Transformers: `from_pretrained`
 
-A new format is a module with FILE, `write` and `run`, and a line in FORMATS.
+A new format is a module with FILE, `write` and `run`, and a line in FORMATS; packages of its own go into NEEDS.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from commpress import extras
 from commpress.model import layers
 from commpress.model.export import executorch, integer, onnx, pt2e, safetensors, torchao
 from commpress.model.export.parts import batch_shapes, evaluated, require_exportable, tensors_of
@@ -34,6 +36,14 @@ FORMATS: dict[str, ModuleType] = {
 """By name: a module with FILE, `write(path, model, inputs, shapes)` and `run(path, model, inputs)`."""
 
 
+NEEDS = {
+    "onnx": ("export", ("onnxruntime", "onnxscript")),
+    "executorch": ("executorch", ("executorch",)),
+    "torchao": ("transformers", ("transformers",)),
+}
+"""By format the extra that installs what it needs beyond commpress.model, and the packages."""
+
+
 @dataclass(frozen=True)
 class Exported:
     """A file, or a folder of files, that was written."""
@@ -42,7 +52,16 @@ class Exported:
     path: Path
     bytes: int
     difference: float
-    """The largest between what the model computes of the example inputs, its quantisers on, and what the file does."""
+    """The largest difference between the outputs of the model, its quantisers on, and of the file, for the example inputs."""
+
+
+def require(formats: Sequence[str]) -> None:
+    """Raise ModuleNotFoundError that names the extra if a package that one of the formats needs is not installed."""
+    for name in formats:
+        extra, packages = NEEDS.get(name, ("", ()))
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                raise extras.missing(f"export to {name}", ModuleNotFoundError(name=package), extra)
 
 
 def export(
@@ -53,15 +72,15 @@ def export(
     example_inputs: tuple[Any, ...],
     dynamic_shapes: Any = None,
 ) -> list[Exported]:
-    """Write `model` to `folder`, a file a format, and return what was written. The model stays as it is.
+    """Write `model` to `folder`, one file a format, and return what was written. The model stays as it is.
 
-    It is one that was prepared for quantisation or converted, or a plain one; on the CPU, whole, and of float32. What counts is
-    what it computes in evaluation, quantisers switched on. `example_inputs` are its positional arguments. Without
-    `dynamic_shapes`, which are torch.export's, the first dimension of the inputs stays free, and all others do not.
+    `model` is plain, or prepared for quantisation, or converted; on the CPU, whole, in float32. The file computes what the
+    model does in evaluation with its quantisers on. `example_inputs` are the model's positional arguments. Without
+    `dynamic_shapes`, which are torch.export's, the first dimension of the inputs stays free, and all others are fixed.
 
-    Raises ValueError, before anything is written, for an unknown format, a model that cannot be exported or one row of inputs,
-    and for what one format does not take, when those before it are written;
-    ModuleNotFoundError that names the extra for a missing package; what torch.export raises for a model that it cannot trace.
+    Raises ValueError, before anything is written, for an unknown format, a model that cannot be exported or inputs of one row;
+    ValueError for what one format does not take, when those before it are written; ModuleNotFoundError that names the extra
+    for a missing package; what torch.export raises for a model that it cannot trace.
     """
     if isinstance(formats, str) or not formats or (unknown := [name for name in formats if name not in FORMATS]):
         got = formats if isinstance(formats, str) or not formats else unknown[0]

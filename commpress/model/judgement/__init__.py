@@ -28,6 +28,7 @@ from commpress.model.judgement.card import model_card
 from commpress.model.judgement.forms import Batch, Form, Side, arrays_of, batches_of, known_runtimes, side_of
 from commpress.model.judgement.measuring import FormError, Process, Speed, in_turns
 from commpress.model.judgement.quality import Loss, Quality
+from commpress.model.judgement.runtimes import RUNTIMES
 from commpress.model.judgement.words import sentences
 
 __all__ = ["FormError", "Judgement", "Loss", "judge"]
@@ -37,13 +38,13 @@ RECORD, CARD = "judgement.json", "model_card.md"
 
 @dataclass(frozen=True)
 class Judgement:
-    """All that was measured, as `judgement.json` has it."""
+    """All measurements, as judgement.json has them."""
 
     record: dict[str, Any]
 
     @property
     def sentences(self) -> list[str]:
-        """Sentences on what the small model brings and what it does not, each of the figures."""
+        """Return sentences on what the small model brings and what it does not, each with its figures."""
         found: list[str] = self.record["sentences"]
         return found
 
@@ -70,30 +71,43 @@ def judge(
     runtimes: Sequence[str] | None = None,
     folder: str | Path | None = None,
 ) -> Judgement:
-    """Measure the small model against the dense one, each a module on the CPU or a folder that `commpress.model.export` wrote.
+    """Measure the small model against the dense one. Each is a module on the CPU, or a folder that `commpress.model.export`
+    wrote.
 
-    `data` are batches (inputs, targets), held out, read once; inputs are a tensor or a tuple of tensors. Calls are timed with
-    the inputs of the first one, so its rows count: one row says how long a single answer takes. `loss` takes outputs and
-    targets; without it that is cross entropy for whole targets, where predictions are compared as well, else squared error.
-    A module is prepared, converted or plain, and is written to `folder`/dense or `folder`/small in the formats of the runtimes;
-    without `folder` these files do not stay. `runtimes` are some of "torch", "onnxruntime", "pt2e"; default: all.
+    `data` are held-out batches (inputs, targets), read once; inputs are a tensor or a tuple of tensors. Calls are timed with
+    the inputs of the first batch, so its number of rows counts: one row times a single answer. `loss` takes outputs and
+    targets; the default is cross entropy for integer targets, where predictions are compared as well, and squared error for
+    others. A module may be prepared, converted or plain; it is written to `folder`/dense or `folder`/small in the formats of
+    the runtimes. Without `folder` these files are removed. `runtimes` are some of "torch", "onnxruntime", "pt2e",
+    "executorch", "integer" (default: all). A dense model has no form of integers alone: the small one's is compared with
+    another form of it.
 
-    A runtime that is not installed, or in which one of both has no form, is left out, and the record says why. Raises
-    ValueError if none is left, without batches, or for outputs and targets that do not go together; FormError, one of them,
-    for a form that its runtime cannot run.
+    A runtime that is not installed, or in which one of the two has no form, is left out, and the record says why; by default
+    so is one that cannot run its form. Raises ValueError if none is left, without batches, or for outputs and targets that do
+    not go together; FormError, a ValueError, for a form that a runtime which is asked for cannot run.
     """
     chosen, batches = known_runtimes(runtimes), batches_of(data, "judge(data)")
+    of_dense = [runtime for runtime in chosen if RUNTIMES[runtime].dense]
+    of_dense = of_dense or [runtime for runtime in RUNTIMES if RUNTIMES[runtime].dense]
     with tempfile.TemporaryDirectory(prefix="commpress-judge-") as scratch:
         where = Path(scratch) / "files" if folder is None else Path(folder)
         inputs = batches[0][0]
         sides = [
-            side_of(name, model, chosen, inputs, where / name, Path(scratch) / name)
-            for name, model in (("dense", dense), ("small", small))
+            side_of(name, model, asked, inputs, where / name, Path(scratch) / name)
+            for name, model, asked in (("dense", dense, of_dense), ("small", small, chosen))
         ]
-        both = [runtime for runtime in chosen if all(runtime in side.forms for side in sides)]
-        if not both:
+        rows = []
+        for runtime in chosen:
+            if (pair := _pair(runtime, *sides)) is None:
+                continue
+            try:
+                rows.append(_row(runtime, pair, batches, loss))
+            except FormError as error:
+                if runtimes is not None:
+                    raise
+                sides[1].left_out[runtime] = str(error)
+        if not rows:
             raise ValueError(f"judge: no runtime has a form of both models: {'; '.join(_reasons(sides))}")
-        rows = [_row(runtime, [side.forms[runtime] for side in sides], batches, loss) for runtime in both]
         record: dict[str, Any] = {
             "what": "judgement",
             "machine": {"processor": processor(), "cores": cores(), "torch": torch.__version__},
@@ -104,20 +118,29 @@ def judge(
             "small": content.of_side(sides[1]),
             "left_out": _reasons(sides),
             "targets": targets.kernels(content.kinds(sides[1])),
+            "forms": targets.forms(sides[1]),
         }
     return Judgement({**record, "sentences": sentences(record)})
+
+
+def _pair(runtime: str, dense: Side, small: Side) -> list[Form] | None:
+    """The forms that a runtime compares; None if there are not both."""
+    if runtime not in small.forms or (RUNTIMES[runtime].dense and runtime not in dense.forms) or not dense.forms:
+        return None
+    return [dense.forms.get(runtime) or next(iter(dense.forms.values())), small.forms[runtime]]
 
 
 def _row(runtime: str, forms: Sequence[Form], batches: Sequence[Batch], loss: Loss | None) -> dict[str, Any]:
     """All figures of one runtime."""
     inputs, quality = arrays_of(batches[0][0]), Quality()
     speeds: list[list[Speed]] = []
-    for threads in sorted({1, cores()}):
+    for threads in sorted({1, cores()}) if RUNTIMES[runtime].dense else [1]:
         with contextlib.ExitStack() as stack:
             pair = [stack.enter_context(Process(form, inputs, threads)) for form in forms]
             for each in pair:
                 each.load()
-            speeds.append(in_turns(pair, threads))
+            if RUNTIMES[runtime].dense:
+                speeds.append(in_turns(pair, threads))
             if quality.rows:
                 continue
             for given, target in batches:

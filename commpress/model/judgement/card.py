@@ -23,6 +23,7 @@ def model_card(record: dict[str, Any]) -> str:
         *_part("Values", words.count_rows(record)),
         *_part("model.safetensors by layer", words.layer_rows(record)),
         *_part("Kernels elsewhere, by their documents", words.target_rows(record)),
+        *_part("Files that targets take", words.form_rows(record)),
     ]
     if record["left_out"]:
         parts += ["## Not measured", "\n".join(f"- {each}" for each in record["left_out"])]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from commpress.model import quantization
 from commpress.model.export import FORMATS, export
+from commpress.model.export.by_recipe import two_rows
 from commpress.model.export.parts import layers_of
 from commpress.model.judgement.runtimes import CODE, RUNTIMES
 from commpress.model.ranges import quantizer_of
@@ -134,7 +135,7 @@ def _export(
     side.dynamic = frozenset(
         f"{name}.{its}" for name, module in model.named_modules() if module in rounds for its in rounds[module].weights
     )
-    examples = _two_rows(inputs)
+    examples = two_rows(inputs)
     (file,) = export(model, folder, formats=("safetensors",), example_inputs=examples)
     side.stored, side.content = file.path, load(file.path)
     for runtime in runtimes:
@@ -176,13 +177,6 @@ def plain(model: nn.Module, content: Stored) -> nn.Module:
                 quantizer.enabled = False
     quantization.switch(made, dict.fromkeys(quantization.state_dict(made), False))
     return made
-
-
-def _two_rows(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The inputs, a single row doubled: tracing takes a size of 1 for one that never changes."""
-    if not inputs[0].dim() or inputs[0].shape[0] != 1:
-        return inputs
-    return tuple(torch.cat((x, x)) if x.dim() and x.shape[0] == 1 else x for x in inputs)
 
 
 def arrays_of(inputs: Sequence[Tensor]) -> list[Any]:

@@ -3,6 +3,8 @@
     torch         a module as it is, with the values of model.safetensors; zeros and integers cost what floats cost
     onnxruntime   model.onnx
     pt2e          model.pt2, compiled by torch.compile with frozen weights
+    executorch    model.pte, by XNNPACK's kernels and ExecuTorch's own
+    integer       integer.safetensors, by NumPy: what a device computes, not how fast it is
 
 The script imports nothing of commpress, so what it measures is what the runtime takes elsewhere. It talks over a connection:
 
@@ -47,6 +49,8 @@ class Runtime:
     """What it does with pruned weights, for a sentence on why they do not help."""
     integers: str = ""
     """What it does with integers, if none of them helps."""
+    dense: bool = True
+    """Whether a dense model has this form. If not, another form of it is compared, and calls are not timed."""
 
 
 def _torch(threads: int, path: str) -> Load:
@@ -85,6 +89,39 @@ def _pt2e(threads: int, path: str) -> Load:
     return lambda path: _called(torch.compile(torch.export.load(path).module()))
 
 
+def _executorch(threads: int, path: str) -> Load:
+    import executorch.kernels.quantized  # noqa: F401  registers operators
+    import torch
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Runtime as Library
+
+    _unsafe_reset_threadpool(threads)
+
+    def load(path: str) -> Call:
+        method = Library.get().load_program(path).load_method("forward")
+        return lambda inputs: [y.numpy() for y in method.execute([torch.from_numpy(x) for x in inputs])]
+
+    return load
+
+
+def _integer(threads: int, path: str) -> Load:
+    import importlib.util
+
+    file = Path(__file__).parents[1] / "export" / "integer_run.py"  # by its file: commpress itself stays out
+    spec = importlib.util.spec_from_file_location("integer_run", file)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules["integer_run"] = found
+    spec.loader.exec_module(found)
+
+    def load(path: str) -> Call:
+        program = found.load(path)
+        return lambda inputs: [(program.run(program.rounded(inputs[0])) * program.output_scale).astype("float32")]
+
+    return load
+
+
 def _called(model: Any) -> Call:
     import torch
     from torch.utils._pytree import tree_leaves
@@ -101,6 +138,14 @@ RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime("safetensors", (), _torch, "multiplies zeros", "computes with the floats that integers stand for"),
     "onnxruntime": Runtime("onnx", ("onnxruntime",), _onnxruntime, "multiplies zeros"),
     "pt2e": Runtime("pt2e", ("torchao",), _pt2e, "multiplies zeros"),
+    "executorch": Runtime(
+        "executorch",
+        ("executorch",),
+        _executorch,
+        "multiplies zeros",
+        "decodes integers that XNNPACK has no kernel for",
+    ),
+    "integer": Runtime("integer", (), _integer, "multiplies zeros", dense=False),
 }
 
 

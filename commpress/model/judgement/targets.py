@@ -11,6 +11,10 @@ integers only        github.com/ARM-software/CMSIS-NN, README, and its int8 spec
 
 from collections.abc import Iterable
 
+from commpress.model.export import FORMATS
+from commpress.model.judgement.forms import Side
+from commpress.model.judgement.runtimes import RUNTIMES
+
 INTEGER = "integer kernels"
 TARGETS: dict[str, dict[str, str]] = {
     "x86, onnxruntime": {
@@ -45,6 +49,26 @@ TARGETS: dict[str, dict[str, str]] = {
     },
 }
 """By target and kind of weights what there is. What is not listed has none."""
+
+
+TAKES = {
+    "x86, onnxruntime": "onnx",
+    "x86, torch.compile": "pt2e",
+    "Arm, XNNPACK (ExecuTorch, LiteRT)": "executorch",
+    "integers only (CMSIS-NN)": "integer",
+}
+"""By target the format of the files that it takes."""
+
+
+def forms(side: Side) -> list[dict[str, str]]:
+    """A row for each target: the file that it takes, and whether a model has it."""
+    rows = []
+    for target, name in TAKES.items():
+        runtime = next(each for each, of in RUNTIMES.items() if of.format == name)
+        there = f"{side.forms[runtime].bytes / 1e6:.2f} MB" if runtime in side.forms else ""
+        state = there or side.left_out.get(runtime, "not asked for")
+        rows.append({"target": target, "file": FORMATS[name].FILE, "state": state})
+    return rows
 
 
 def kernels(kinds: Iterable[str]) -> list[dict[str, str]]:

@@ -24,11 +24,16 @@ def _answer(record: Record) -> str:
     pairs = [files] if all(files) else [[row[side]["bytes"] for side in ("dense", "small")] for row in record["rows"]]
     ratio = max(dense / small for dense, small in pairs)
     by_word: dict[str, list[str]] = {}
-    for row in record["rows"]:
+    for row in _timed(record):
         by_word.setdefault(speed_word(row["dense"]["speeds"][0], row["small"]["speeds"][0]), []).append(row["runtime"])
     times = ", ".join(f"{word} in {' and '.join(runtimes)}" for word, runtimes in by_word.items())
     size = f"{ratio:.1f}x smaller" if ratio > 1 + ALIKE else "no smaller"
-    return f"{described(record)}: {size}; on one thread {times}."
+    return f"{described(record)}: {size}{times and f'; on one thread {times}'}."
+
+
+def _timed(record: Record) -> list[Record]:
+    """The rows whose calls were timed."""
+    return [row for row in record["rows"] if row["small"]["speeds"]]
 
 
 def _busy(record: Record) -> list[str]:
@@ -56,13 +61,14 @@ def _size(record: Record) -> list[str]:
     found = []
     for row in _one_a_file(record):
         dense, small = row["dense"]["bytes"], row["small"]["bytes"]
+        of = "" if row["dense"]["file"] == row["small"]["file"] else f" of {row['dense']['file']}"
         if small < dense * (1 - ALIKE):
             found.append(
-                f"{row['small']['file']} is {dense / small:.1f}x smaller: {_mb(small)} MB instead of {_mb(dense)} MB."
+                f"{row['small']['file']} is {dense / small:.1f}x smaller: {_mb(small)} MB instead of {_mb(dense)} MB{of}."
             )
         else:
             why = ", it has pruned weights as zeros" if "zeros" in record["small"]["kinds"] else ""
-            found.append(f"{row['small']['file']} is no smaller: {_mb(small)} MB against {_mb(dense)} MB{why}.")
+            found.append(f"{row['small']['file']} is no smaller: {_mb(small)} MB against {_mb(dense)} MB{of}{why}.")
     return found
 
 
@@ -73,6 +79,9 @@ def _one_a_file(record: Record) -> list[Record]:
 def _speed(record: Record) -> list[str]:
     found = []
     for row in record["rows"]:
+        if not row["small"]["speeds"]:
+            found.append(f"Calls of {row['runtime']} were not timed: here NumPy makes them, and no device.")
+            continue
         told, gains = [], False
         for dense, small in zip(row["dense"]["speeds"], row["small"]["speeds"], strict=True):
             word, threads = speed_word(dense, small), small["threads"]
@@ -103,7 +112,7 @@ def speed_word(dense: Record, small: Record) -> str:
 
 def _memory(record: Record) -> list[str]:
     found = []
-    for row in record["rows"]:
+    for row in _timed(record):
         dense, small = (row[side]["speeds"][0]["calling_bytes"] for side in ("dense", "small"))
         if dense and small is not None:
             less = f"{1 - small / dense:.0%} less" if small < dense * (1 - ALIKE) else "no less"
@@ -213,6 +222,12 @@ def target_rows(record: Record) -> list[list[str]]:
     named = list(dict.fromkeys(each["target"] for each in record["targets"]))
     of = {(each["target"], each["kind"]): each["kernels"] for each in record["targets"]}
     return [["target", *kinds], *([target, *(of[target, kind] for kind in kinds)] for target in named)]
+
+
+def form_rows(record: Record) -> list[list[str]]:
+    """The table of the files that targets take, and whether the small model has them, its head first."""
+    rows = [[each["target"], each["file"], each["state"]] for each in record.get("forms", ())]
+    return [["target", "takes", "the small model's"], *rows]
 
 
 def _ms(seconds: float) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from commpress.model import layers, pruning, quantization
 from commpress.model.recipe import Recipe, RecipeError
@@ -76,8 +76,12 @@ class Compression:
 
         That of the trained model differs by the few bytes by which a layer has more of what is pruned than another.
         """
+        return stored_bytes(*self.applied(model, choice))
+
+    def applied(self, model: nn.Module, choice: Mapping[str, Option]) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A copy of the model with a choice carried out at once, pruned by magnitude and prepared, and its masks by name."""
         made, recipe = copy.deepcopy(layers.uncompiled(model)), self.recipe(choice)
-        masks = {}
+        masks: dict[str, Tensor] = {}
         for entry in recipe.prune:
             weights = {name: p for name, p in layers.named_parameters(made).items() if _matches(name, entry.parameters)}
             scores = {name: p.detach().abs() for name, p in weights.items()}
@@ -86,7 +90,7 @@ class Compression:
                 masks[name] = mask
         for each in recipe.quantize:
             quantization.prepare(made, quantization.Quantization(each.bits, each.group, layers=each.layers))
-        return stored_bytes(made, masks)
+        return made, masks
 
     def _prune(self, glob: str, sparsity: Any) -> dict[str, Any]:
         return {**(self.prune or {"start": 0}), "amount": sparsity, "parameters": [f"{glob}.weight"]}

@@ -48,7 +48,9 @@ class Space(Mapping[str, tuple[Option, ...]]):
         for name, needed in self.conditions.items():
             for other, of in needed.items():
                 if other not in before:
-                    raise ValueError(f"space {name!r}: counts beside {other!r}, expected a name that stands before it")
+                    raise ValueError(
+                        f"space {name!r}: counts together with {other!r}, expected the name of an earlier choice"
+                    )
                 if not of or not all(_among(option, self._options[other]) for option in of):
                     raise ValueError(
                         f"space {name!r}: counts where {other!r} is one of {_listed(of)}, expected some of "

@@ -63,7 +63,7 @@ class Trial:
         does not rise.
         """
         if self.curve and step <= max(self.curve):
-            raise ValueError(f"report: step {step} behind step {max(self.curve)}, expected rising steps")
+            raise ValueError(f"report: step {step} after step {max(self.curve)}, expected rising steps")
         self.curve[step] = float(quality)
         rivals = [tried for tried in self._before if math.isfinite(tried.curve.get(step, math.nan))]
         if self._weights is None:

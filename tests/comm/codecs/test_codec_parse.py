@@ -135,9 +135,9 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str, family: ty
         ("topk(0.1)|randomk(0.1)", "topk(0.1)|randomk(0.1): the values of topk(...) cannot be sparsified again"),
         (
             "rotate",
-            "spec 'rotate': rotate takes the codec of the rotated values behind it, as in rotate|int4, got nothing",
+            "spec 'rotate': rotate needs the codec of the rotated values after it, as in rotate|int4, got nothing",
         ),
-        ("rotate(2)|int4", "rotate takes the codec of the rotated values behind it, as in rotate|int4, got (2)"),
+        ("rotate(2)|int4", "rotate needs the codec of the rotated values after it, as in rotate|int4, got (2)"),
         ("rotate|bf16", "rotate|bf16: expected a codec with scales, such as int4 or sign, got bf16"),
         ("rotate|topk(0.1)", "rotate|topk(0.1): expected a codec with scales, such as int4 or sign, got topk(0.1)"),
         ("rotate|rotate|int4", "expected a codec with scales, such as int4 or sign, got rotate|int4"),

@@ -1,68 +1,24 @@
-"""A recipe: what happens to a model at which step of its training. One TOML or YAML file, every key checked.
+"""The sections of a recipe: a class for each table of the file, its keys, and what goes together in it.
 
-    [[prune]]                       # 80 % of all Linear weights by step 3000, along a cubic curve
-    start = 500
-    end = 3000
-    amount = 0.8
-
-    [[quantize]]                    # from step 3500 on with the errors of int8
-    start = 3500
-    bits = 8
-
-    [distil]                        # all along
-    teacher = "runs/teacher"
-    weight = 0.5
-
-    [traffic]
-    spec = "topk(0.01)|int4"
-
-Steps are those of the optimizer; what starts at step n is in force from the n-th update on.
+A new section is a class here, a line in SECTIONS and a field of `Recipe`.
 """
 
-import difflib
-import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from commpress.model import recipe_file
+from commpress.model.recipe.words import shown
 
 LAST = sys.maxsize
 """A phase without an end."""
 
 Step = Annotated[int, Field(ge=0, le=10**12)]  # no run has more
 Globs = Annotated[tuple[str, ...], Field(min_length=1)]
+Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torchao"]
 Share = Annotated[float, Field(gt=0, le=1)]
-
-
-class RecipeError(ValueError):
-    """A recipe that no run can follow; the text names the file and the key."""
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def naming_the_file(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate what takes a recipe, or is a method of what has one: its RecipeErrors name the file that was read."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **named: P.kwargs) -> R:
-        try:
-            return function(*args, **named)
-        except RecipeError as error:
-            given = (*args, *named.values())
-            recipes = [x for each in given for x in (each, getattr(each, "recipe", None)) if isinstance(x, Recipe)]
-            source = recipes[0]._source if recipes else None
-            if source is None or str(error).startswith(source):
-                raise
-            raise RecipeError(f"{source}: {error}") from None
-
-    return wrapped
 
 
 class Part(BaseModel):
@@ -198,7 +154,8 @@ class Distil(Part):
 
 
 class Budget(Part):
-    """A budget: what the exported file may take, from which the scheduler finds [[prune]] and [[quantize]] entries."""
+    """A budget: what the exported file may take, from which the scheduler finds [[prune]] and [[quantize]] entries. Beside
+    entries of one's own it is held in the end alone."""
 
     start: Step = 0
     """When the layers are measured and the settings chosen; pruning begins there."""
@@ -224,9 +181,75 @@ class Budget(Part):
             raise ValueError("expected some of max_mb, max_ms, max_loss, got none")
         return self
 
+    def require_beside(self, first: int) -> None:
+        """Raise ValueError for what makes no sense beside entries of one's own, the first of which begins at step `first`."""
+        for key in ("end", "every"):
+            if self._says(key):
+                raise ValueError(
+                    f"budget.{key}: is of what a budget chooses, expected none beside [[prune]] and [[quantize]]"
+                )
+        if self.start > first:
+            raise ValueError(
+                f"budget.start: limits are held against the model of that step, expected at most {first}, where it is pruned "
+                f"or rounded first, got {self.start}"
+            )
+
     @property
     def last(self) -> int:
         return self.start if self.end is None else self.end
+
+
+class Search(Part):
+    """Search: before the run begins, which of a model's choices it is trained with, or which settings compress it."""
+
+    trials: Annotated[int, Field(ge=1)] = 20
+    steps: Step = 500
+    """Steps of training on all ranks before the trials, which are judged with its weights: of a supernet along random paths,
+    with `layers` of the dense model. 0 for a model that is trained already."""
+    strategy: Literal["random", "tpe", "nsga2"] = "tpe"
+    together: Annotated[int, Field(ge=1)] = 4
+    """Trials that are proposed from the same results, and may run at once."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of size in h = -loss - beta size: millions of parameters, with `layers` megabytes of model.safetensors."""
+    layers: dict[str, dict[str, tuple[int | float | None, ...]]] = {}
+    """Options by globs of layers, as `commpress.model.search.Compression` takes them. Default: the choices in the model."""
+    start: Step = 0
+    end: Step | None = None
+    """With `layers`: the last change of pruning; from there on forward computes with the integers. Default: `start`."""
+    every: Annotated[int, Field(ge=1)] = 100
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Search":
+        if self.last < self.start:
+            raise ValueError(f"end: expected at least start, {self.start}, got {self.end}")
+        if self.strategy == "nsga2" and self.together < 2:
+            raise ValueError(
+                f"together: a generation of nsga2 has two parents, expected 2 at least, got {self.together}"
+            )
+        for key in ("start", "end", "every"):
+            if not self.layers and self._says(key):
+                raise ValueError(f"{key}: says when layers are compressed, expected layers beside it")
+        return self
+
+    @property
+    def last(self) -> int:
+        return self.start if self.end is None else self.end
+
+
+class Export(Part):
+    """Export: the forms that are written when the run is over, and where."""
+
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)]
+    """Those of `commpress.model.export`."""
+    folder: Annotated[str, Field(min_length=1)] = "exported"
+    """A folder inside of that of the run."""
+
+    @field_validator("folder")
+    @classmethod
+    def _inside(cls, found: str) -> str:
+        if Path(found).is_absolute() or ".." in Path(found).parts or Path(found) == Path():
+            raise ValueError(f"expected a folder inside of the run's, such as 'exported', got {found!r}")
+        return found
 
 
 class Traffic(Part):
@@ -243,156 +266,16 @@ class Traffic(Part):
             return found
         if isinstance(found, Mapping) and found and all(isinstance(part, str) for part in (*found, *found.values())):
             return dict(found)
-        raise ValueError(f"expected text in quotes, or a table of such by patterns of names, got {_shown(found)}")
+        raise ValueError(f"expected text in quotes, or a table of such by patterns of names, got {shown(found)}")
 
 
-class Recipe(Part):
-    """All of it. `Recipe.load("recipe.toml")`, or `Recipe.of({"prune": [...]})`."""
-
-    prune: tuple[Prune, ...] = ()
-    quantize: tuple[Quantize, ...] = ()
-    distil: Distil | None = None
-    budget: Budget | None = None
-    traffic: Traffic = Traffic()
-    _source: str | None = PrivateAttr(None)
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> "Recipe":
-        if self.budget is not None and not self.budget.settled and (self.prune or self.quantize):
-            raise ValueError("budget: chooses what [[prune]] and [[quantize]] say, expected neither beside it")
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()  # wherever they were read
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Recipe":
-        """Read a .toml, .yaml or .yml file in UTF-8.
-
-        Raises RecipeError that names file and key, also for an empty file and a key that is there twice; OSError if the file
-        cannot be read, ImportError for YAML without PyYAML.
-        """
-        path = Path(path)
-        try:
-            found = recipe_file.read(path)
-        except ValueError as error:
-            raise RecipeError(f"{path}: {error}") from None
-        if found is None or found == {}:
-            raise RecipeError(
-                f"{path}: is empty, expected tables such as [[prune]]; a run without a recipe needs no file"
-            )
-        recipe = cls.of(found, str(path))
-        recipe._source = str(path)
-        return recipe
-
-    @classmethod
-    def of(cls, found: object, source: str = "recipe") -> "Recipe":
-        """Check what a file said: a dict of tables. Raises RecipeError."""
-        if not isinstance(found, Mapping):
-            raise RecipeError(f"{source}: expected tables such as [[prune]], got {found!r}")
-        try:
-            return cls.model_validate(_tables(found))
-        except ValidationError as error:
-            # a list with something wrong in it counts as too short, too
-            wrong = [each for each in error.errors() if each["type"] != "too_short" or not each["input"]]
-            raise RecipeError("\n".join(f"{source}: {_sentence(each)}" for each in wrong)) from None
-
-    @naming_the_file
-    def require_within(self, steps: int) -> None:
-        """Raises RecipeError for a phase that would not be over in a run of `steps`: nothing is left out in silence."""
-        for i, prune in enumerate(self.prune):
-            if prune.last > steps:
-                raise RecipeError(f"prune[{i}].end: {prune.last}, but the run has {steps} steps")
-        if self.budget is not None and self.budget.last >= steps:
-            raise RecipeError(f"budget.end: {self.budget.last}, but the run has {steps} steps")
-        starts = [(f"quantize[{i}]", part.start) for i, part in enumerate(self.quantize)]
-        for key, start in [*starts, *([("distil", self.distil.start)] if self.distil else [])]:
-            if start >= steps:
-                raise RecipeError(f"{key}.start: {start}, but the run has {steps} steps")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what a file of it would say, without what was left to its default."""
-        return self.model_dump(mode="json", exclude_defaults=True)
-
-
-def matching(key: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The names that a glob matches, in their order. Raises RecipeError, naming the key, for a glob that matches none."""
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise RecipeError(f"{key}: {pattern!r} matches nothing, known: {some}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def _tables(found: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A file's tables as strict checking wants them: lists as tuples, a single [prune] or [quantize] as a list of one."""
-    tables = {key: _as_tuples(value) for key, value in found.items()}
-    return {
-        key: (value,) if key in ("prune", "quantize") and isinstance(value, Mapping) else value
-        for key, value in tables.items()
-    }
-
-
-def _as_tuples(found: Any) -> Any:
-    if isinstance(found, list):
-        return tuple(_as_tuples(each) for each in found)
-    if isinstance(found, Mapping):
-        return {key: _as_tuples(value) for key, value in found.items()}
-    return found
-
-
-EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "text in quotes",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "dict_type": "a table",
-    "model_type": "a table",
-    "string_pattern_mismatch": "text such as '2:4'",
-    "too_short": "at least one, or without this key",
-    "invalid_key": "a word as key",
+SECTIONS: dict[str, type[Part]] = {
+    "search": Search,
+    "prune": Prune,
+    "quantize": Quantize,
+    "distil": Distil,
+    "budget": Budget,
+    "export": Export,
+    "traffic": Traffic,
 }
-"""In the place of what pydantic says, which speaks of Python's types."""
-
-
-def _sentence(error: Any) -> str:
-    """One of pydantic's findings, the key in front."""
-    key = ""
-    for place in error["loc"]:
-        key += f"[{place}]" if isinstance(place, int) else f".{place}"
-    key, kind, got = key.lstrip("."), error["type"], error["input"]
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key, {_known(error['loc'])}"
-    if kind == "missing":
-        return f"{key}: missing"
-    if kind == "value_error":  # of a table's own check, which may say the key within
-        told = str(error["ctx"]["error"])
-        within = told.partition(":")[0] in Prune.model_fields | Distil.model_fields
-        return f"{key}.{told}" if within else f"{key}: {told}" if key else told
-    expected = EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
-    return f"{key}: expected {expected}, got {_shown(got)}{_advice(key, kind, got)}"
-
-
-def _known(place: tuple[int | str, ...]) -> str:
-    """Return which key may be meant, or which there are."""
-    tables: dict[Any, type[Part]] = {"prune": Prune, "quantize": Quantize, "distil": Distil, "traffic": Traffic}
-    tables |= {"budget": Budget}
-    known = list((tables[place[0]] if len(place) > 1 else Recipe).model_fields)
-    near = difflib.get_close_matches(str(place[-1]), known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-
-
-def _shown(got: Any) -> str:
-    text = "nothing" if got is None else repr(list(got) if isinstance(got, tuple) else got)
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _advice(key: str, kind: str, got: Any) -> str:
-    if kind == "tuple_type" and isinstance(got, str) and key.endswith(("parameters", "layers")):
-        return f": write [{got!r}]"
-    if kind == "float_type" and isinstance(got, str) and got.endswith("%"):
-        return ": write a share, 0.8 for 80%"
-    if kind in ("int_type", "float_type") and isinstance(got, str):
-        return ": write it as a number, without quotes"
-    return ""
+"""By the names of the tables."""

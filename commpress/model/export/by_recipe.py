@@ -1,0 +1,53 @@
+"""What a recipe's [export] names, written when its run is over; and the record of an export, export.json."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from commpress.files import write_atomically
+from commpress.model import layers
+from commpress.model.export import Exported, export
+from commpress.model.recipe import Export
+
+RECORD = "export.json"
+
+
+def export_by(
+    section: Export, model: nn.Module, folder: Path, example_inputs: tuple[Any, ...]
+) -> tuple[list[Exported], list[str]]:
+    """Write the formats of `section`, each by itself, and export.json last: the files, and a sentence for each that cannot be.
+
+    `model` is whole, on any device, `folder` that of the run. A single row of inputs is doubled.
+    """
+    out, written, failed = folder / section.folder, list[Exported](), list[str]()
+    plain = copy.deepcopy(layers.uncompiled(model)).cpu()
+    inputs = tree_map_only(Tensor, lambda x: x.detach().cpu(), example_inputs)
+    for name in dict.fromkeys(section.formats):
+        try:
+            written += export(plain, out, formats=(name,), example_inputs=two_rows(inputs))
+        except Exception as error:  # torch.export raises what it likes
+            said = f"{error}".strip().splitlines() or [""]
+            failed.append(f"{name} cannot be written: {type(error).__name__}: {said[0][:200]}")
+    write_record(out, str(folder), written, failed=failed)
+    return written, failed
+
+
+def write_record(out: Path, of: str, files: Sequence[Exported], **more: Any) -> None:
+    """Write export.json beside the files; `of` says whose they are. Raises OSError if that cannot be."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [{**vars(each), "path": each.path.name} for each in files]
+    text = json.dumps({"what": "export", "of": of, **more, "rows": rows}, indent=1) + "\n"
+    write_atomically(out / RECORD, lambda file: file.write(text.encode()))
+
+
+def two_rows(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs, a single row doubled: tracing takes a size of 1 for one that never changes."""
+    first = next((x for x in inputs if isinstance(x, Tensor)), None)
+    if first is None or not first.dim() or first.shape[0] != 1:
+        return inputs
+    return tree_map_only(Tensor, lambda x: x.repeat(2, *[1] * (x.dim() - 1)) if x.dim() and len(x) == 1 else x, inputs)  # type: ignore[no-any-return]

@@ -1,0 +1,350 @@
+"""One recipe file from the search to the exported file, with a model of one's own, killed in the middle and gone on with."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run_command
+
+from commpress.launch import checkpoint, demo, endings, judge, recipe_search, recipes, run_state, tasks, train
+from commpress.model import Recipe, stored
+
+pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
+TASK = '''
+"""A network that leaves something open, and batches of a small task."""
+import torch
+from torch import nn
+
+from commpress.model import search
+
+TRUTH = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+
+
+def part(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(32, 32, generator=generator)
+        yield x, (x @ TRUTH).argmax(1)
+
+
+def batches():
+    return list(part(1, 40)), list(part(2, 4))
+
+
+def layer(activation):
+    return nn.Sequential(nn.Linear(32, 64), activation)
+
+
+def build():
+    width = search.Width([16, 32, 64], nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    return nn.Sequential(search.OneOf({"relu": layer(nn.ReLU()), "tanh": layer(nn.Tanh())}), width, nn.Linear(64, 8))
+
+
+def plain():
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+
+
+def number():
+    return 3
+'''
+BEGINNING = """
+[search]
+trials = 4
+steps = 6
+together = 2
+beta = 0.1
+
+[distil]
+start = 2
+teacher = "whole_task:plain"
+
+[traffic]
+spec = "int8"
+
+[export]
+formats = ["safetensors"]
+"""
+ENTRIES = (
+    BEGINNING
+    + """
+[[prune]]
+start = 4
+end = 8
+every = 2
+amount = 0.5
+
+[[quantize]]
+start = 9
+activations = "static"
+"""
+)
+FORMATS = ('["safetensors"]', '["safetensors", "integer", "onnx"]')
+LIMITS = "max_mb = 0.02\nmax_loss = 0.5\nformat = 'safetensors'\n"
+WHOLE = {
+    "chosen": BEGINNING.replace(*FORMATS) + "[budget]\nstart = 4\nend = 8\nevery = 2\n" + LIMITS,
+    "by hand": ENTRIES.replace(*FORMATS) + "[budget]\n" + LIMITS,
+}
+"""Files with every section; the entries are chosen by the budget, or are there."""
+PRUNE = "[[prune]]\nstart = 1\namount = 0.5\n"
+STEPS = 12
+SETTINGS: dict[str, Any] = {
+    **{"model": "whole_task:build", "data": Path("whole_task:batches"), "recipe": Path("recipe.toml"), "threads": 1},
+    **{"steps": STEPS, "warmup_steps": 2, "lr": 3e-3, "eval_every": 4, "checkpoint_every": 3},
+}
+
+
+class Killed(BaseException):
+    """As if by kill -9: nobody takes it, nothing is saved."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a task and a recipe, which is where the program runs."""
+    (tmp_path / "whole_task.py").write_text(TASK)
+    (tmp_path / "recipe.toml").write_text(ENTRIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield tmp_path
+    sys.modules.pop("whole_task", None)
+
+
+def trained(out: str, **more: Any) -> bool:
+    return train.train(train.Settings(**{**SETTINGS, "out": Path(out), **more}))
+
+
+@contextlib.contextmanager
+def killed_in(owner: Any, name: str, call: int) -> Iterator[None]:
+    """The process ends in the so many-th call of a function."""
+    function, calls = getattr(owner, name), 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return function(*arguments, **named)
+
+    setattr(owner, name, counted)
+    try:
+        with pytest.raises(Killed):
+            yield
+    finally:
+        setattr(owner, name, function)
+
+
+def require_same(one: str, other: str) -> None:
+    """Both runs have the same values and left the same files."""
+    states = [checkpoint.load_shared(Path(each)) for each in (one, other)]
+    torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=0, atol=0)
+    assert states[0]["chosen"] == states[1]["chosen"]
+    for name in ("model.safetensors", "exported/model.safetensors"):
+        assert (Path(one) / name).read_bytes() == (Path(other) / name).read_bytes()
+    searches = [json.loads((Path(each) / "search" / "search.json").read_text()) for each in (one, other)]
+    for found in searches:
+        for row in found["rows"]:
+            del row["seconds"]
+    assert searches[0] == searches[1]
+
+
+def test_a_run_that_is_killed_anywhere_ends_with_the_same_file_by_the_same_command(place: Path) -> None:
+    assert trained("whole")
+    with killed_in(tasks.Own, "sample", 4):  # of the search's training, whose newest checkpoint is of step 3
+        trained("cut")
+    with killed_in(run_state.Run, "save", 1):  # at the end of that
+        trained("cut")
+    with killed_in(recipe_search, "_loss", 3):  # the third trial
+        trained("cut")
+    assert not checkpoint.exists(Path("cut"))
+    with killed_in(tasks.Own, "sample", 8):  # of the run itself
+        trained("cut")
+    assert checkpoint.load_shared(Path("cut"))["step"] == 6
+    with killed_in(endings, "_exported", 1):
+        trained("cut")
+    assert not Path("cut/exported").exists()
+    assert trained("cut")
+    require_same("whole", "cut")
+    record = json.loads(Path("whole/record.json").read_text())
+    assert list(record["report"]["phases"]) == [
+        *("dense", "distil", "prune + distil", "pruned + distil", "pruned + int8 + distil"),
+    ]
+    assert record["small_model"]["sparsity"] == pytest.approx(0.5, abs=0.02)
+    choice = checkpoint.load_shared(Path("whole"))["chosen"]["choice"]
+    rows = json.loads(Path("whole/search/search.json").read_text())
+    assert choice == rows["rows"][rows["best"]]["choice"]
+    left = stored.load("whole/exported/model.safetensors").state_dict()
+    assert left["1.0.weight"].shape == (choice["1"], 64)
+
+
+def test_a_search_that_is_asked_to_stop_leaves_a_checkpoint_and_says_how_it_goes_on(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample, drawn = tasks.Own.sample, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal drawn
+        drawn += 1
+        if drawn == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return sample(*arguments)
+
+    monkeypatch.setattr(tasks.Own, "sample", counted)
+    assert not trained("out")
+    assert "stopped at step 2 of 6; the same command goes on from out/search/training" in capsys.readouterr().out
+    assert checkpoint.load_shared(Path("out/search/training"))["step"] == 2
+    assert trained("out")
+    assert "going on at step 2" in (said := capsys.readouterr().out)
+    assert "search: trial 4/4" in said
+
+
+def test_another_recipe_in_the_same_folder_is_refused_in_the_search_and_behind_it(place: Path) -> None:
+    with killed_in(recipe_search, "_loss", 1):
+        trained("out")
+    recipe = Path("recipe.toml")
+    recipe.write_text(ENTRIES.replace("trials = 4", "trials = 5"))
+    with pytest.raises(
+        train.TrainingError, match=r"the search there has recipe .* expected the same, or another --out"
+    ):
+        trained("out")
+    recipe.write_text(ENTRIES)
+    with killed_in(tasks.Own, "sample", 5):
+        trained("out")
+    recipe.write_text(ENTRIES.replace("amount = 0.5", "amount = 0.6"))
+    with pytest.raises(train.TrainingError, match=r"has --recipe .* both must be the same"):
+        trained("out")
+
+
+def test_compression_settings_are_found_before_the_run_and_become_its_entries(place: Path) -> None:
+    layers = '[search.layers."0"]\nbits = [8, 4]\nsparsity = [0.0, 0.5]\n[search.layers."2"]\nbits = [8]\n'
+    search = "[search]\ntrials = 3\nsteps = 4\nbeta = 1.0\nstart = 2\nend = 4\nevery = 1\n"
+    Path("recipe.toml").write_text(search + layers)
+    assert trained("out", model="whole_task:plain", compress="none", steps=6)
+    found = Recipe.of(checkpoint.load_shared(Path("out"))["chosen"]["recipe"])
+    best = json.loads(Path("out/search/search.json").read_text())
+    choice = best["rows"][best["best"]]["choice"]
+    assert {(entry.bits, entry.start, entry.layers) for entry in found.quantize} == {
+        *((choice["0 bits"], 4, ("0",)), (8, 4, ("2",))),
+    }
+    assert [entry.amount for entry in found.prune] == [0.5] * bool(choice["0 sparsity"])
+    model = judge.model_of(Path("out"))
+    assert isinstance(model, torch.nn.Module)
+    codes = stored.load("out/model.safetensors").integers
+    assert {name: its.bits for name, its in codes.items()} == {"0.weight": choice["0 bits"], "2.weight": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe", "said"),
+    [
+        ({"model": "whole_task:plain"}, ENTRIES, "search: space: a Sequential without a OneOf, Depth, Width or Heads"),
+        (
+            {"model": "whole_task:number"},
+            ENTRIES,
+            "--model whole_task:number: returns a int, expected a torch.nn.Module",
+        ),
+        ({"data": None}, ENTRIES, "--data None: expected module:function beside --model"),
+        ({"data": Path("whole_task:number")}, ENTRIES, "--data whole_task:number: expected (training, held_out)"),
+        ({"parallel": "fsdp"}, PRUNE, "--model whole_task:build: expected --parallel ddp, got fsdp"),
+        ({"width": 64}, ENTRIES, "--width 64: is of the GPT and its text, expected none beside --model"),
+        (
+            {},
+            ENTRIES.replace("whole_task:plain", "whole_task:number"),
+            "distil.teacher: whole_task:number returns a int",
+        ),
+        ({}, "[search]\nstart = 3\n", "search.start: says when layers are compressed, expected layers beside it"),
+        (
+            {"model": None, "data": None},
+            "[search]\nsteps = 2\n",
+            "search: space: a GPT without a OneOf, Depth, Width or Heads, expected a choice in it; expected search.layers, or "
+            "a --model with choices",
+        ),
+        ({"model": None, "data": None}, "[budget]\nmax_mb = 1\n", "budget.start: 0, when the model knows nothing yet"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(
+    place: Path, changes: dict[str, Any], recipe: str, said: str
+) -> None:
+    Path("recipe.toml").write_text(recipe)
+    with pytest.raises(train.TrainingError) as error:
+        trained("out", **changes)
+    assert said in str(error.value)
+    assert not list(Path().glob("out/search/training/*"))
+
+
+def started(out: str) -> "subprocess.Popen[bytes]":
+    flags = {name.replace("_", "-"): value for name, value in SETTINGS.items()}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    launcher = (*launcher, "--master-addr", "127.0.0.1", "--master-port", str(demo.free_port()))
+    command = [*launcher, "-m", "commpress.launch.train", *words, "--out", out]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def kill_when(out: str, there: Callable[[], bool]) -> None:
+    """Start the command on two ranks, and kill all of its processes by -9 once something is there."""
+    child = started(out)
+    try:
+        for _ in range(1200):
+            if there() or child.poll() is not None:
+                break
+            time.sleep(0.05)
+        assert child.poll() is None
+    finally:
+        for pid in {child.pid, *children(child.pid)}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.wait()
+
+
+def children(pid: int) -> set[int]:
+    """The processes below one, on Linux."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found |= {child, *children(child)}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it finds processes in /proc")
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("how", WHOLE)
+def test_the_whole_file_in_one_torchrun_killed_in_search_training_and_end(place: Path, how: str) -> None:
+    pytest.importorskip("onnxruntime")
+    Path("recipe.toml").write_text(WHOLE[how])
+    whole = started("whole")
+    fails = how == "chosen"  # integers alone are for static inputs, which no budget of safetensors has
+    assert whole.wait(300) == fails
+    ending = json.loads(Path("whole/ending.json").read_text())
+    assert [each.split(":")[0] for each in ending["missed"]] == ["export"] * fails
+    cut = Path("cut")
+    kill_when("cut", lambda: (cut / "search" / "training" / "latest").exists())
+    kill_when("cut", lambda: (cut / "latest").exists())
+    kill_when("cut", lambda: (cut / "judged" / "small").exists())
+    assert not (cut / "ending.json").exists()
+    assert started("cut").wait(300) == fails
+    require_same("whole", "cut")
+    assert len(json.loads((cut / "ending.json").read_text())["missed"]) == fails
+    chosen = Recipe.of(checkpoint.load_shared(cut)["chosen"]["recipe"])
+    assert chosen.budget is not None
+    assert chosen.budget.settled == fails
+    assert chosen.quantize
+    judged = json.loads((cut / "judged" / "judgement.json").read_text())["rows"][0]
+    assert judged["small"]["bytes"] <= 20_000 < judged["dense"]["bytes"]
+    files = {"model.safetensors", "model.onnx", "export.json"} | ({"integer.safetensors"} if not fails else set())
+    assert {each.name for each in (cut / "exported").iterdir()} == files
+    shutil.rmtree("cut/exported")
+    done = run_command("export", "cut", "--formats", "safetensors", "--out", "cut/exported")
+    assert done.code == 0, done.err
+    assert (Path("whole/exported/model.safetensors")).read_bytes() == (cut / "exported/model.safetensors").read_bytes()
+    assert recipes.SMALL in {each.name for each in cut.iterdir()}
