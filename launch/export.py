@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from commpress.model import Exported
 
-Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torchao"]
+Format = Literal["safetensors", "onnx", "pt2e", "executorch", "litert", "integer", "torchao"]
 
 
 @dataclass(frozen=True)

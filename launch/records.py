@@ -73,7 +73,10 @@ def files_of(path: Path) -> list[Path]:
     """A file itself; of a folder the records in it and one level below. Raises ValueError for a folder without any."""
     if not os.path.isdir(path):
         return [path]
-    folders = [path, *sorted(each for each in path.iterdir() if each.is_dir())]
+    try:
+        folders = [path, *sorted(each for each in path.iterdir() if each.is_dir())]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     found = [folder / name for folder in folders for name in FILES if (folder / name).is_file()]
     if not found:
         raise ValueError(f"{path}: a folder without {', '.join(FILES)}, expected some of them in it or one level below")

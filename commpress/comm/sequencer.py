@@ -201,10 +201,13 @@ class _Lines:
         """Remember the first error; it ends the exchange."""
         with self.noting:
             if self.error is None:
-                if isinstance(error, LostPeerError) and error.peer is None and self.wire.device.type == "cpu":
-                    error = self.wire.lost_peer(str(error))
-                self.error = self.board.explain(error)
-            traceback.clear_frames(error.__traceback__)  # they hold transfers, which keep the connections open
+                cause = error
+                if isinstance(cause, LostPeerError) and cause.peer is None and self.wire.device.type == "cpu":
+                    cause = self.wire.lost_peer(str(cause))
+                self.error = self.board.explain(cause)
+            for one in (error, error.__cause__, error.__context__):
+                if one is not None:  # its frames hold transfers, which keep the connections open
+                    traceback.clear_frames(one.__traceback__)
 
     def end(self, jobs: list[Job]) -> None:
         """Close the connections and fail these jobs. A transfer that is still held anywhere keeps them open: an exchange that
@@ -250,11 +253,12 @@ _sequencers: "weakref.WeakSet[Sequencer]" = weakref.WeakSet()
 def _end_all() -> None:
     """End the threads before Python shuts down. A thread that drops the last reference to its sequencer runs `_stop` itself,
     and nobody has joined it then."""
+    until = time.monotonic() + 2 * STOP_SECONDS  # torchrun kills what takes 30 s
     for sequencer in list(_sequencers):
         sequencer._ender()
     for thread in threading.enumerate():
         if thread.name in THREADS:
-            thread.join(timeout=STOP_SECONDS)
+            thread.join(timeout=max(0.0, until - time.monotonic()))
 
 
 def _stop(lines: _Lines, threads: list[threading.Thread]) -> None:

@@ -17,7 +17,7 @@ LAST = sys.maxsize
 
 Step = Annotated[int, Field(ge=0, le=10**12)]  # no run has more
 Globs = Annotated[tuple[str, ...], Field(min_length=1)]
-Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torchao"]
+Format = Literal["safetensors", "onnx", "pt2e", "executorch", "litert", "integer", "torchao"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
