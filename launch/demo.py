@@ -1,8 +1,8 @@
-"""The whole thing in a few minutes on one machine: one small GPT, trained on two ranks, uncompressed and compressed.
+"""The demo: in a few minutes on one machine it trains one small GPT on two ranks, uncompressed and compressed.
 
     python -m commpress.launch.demo
 
-Where root may make one, the ranks are two hosts of a network lab (`lab.py`) that a link of 1 Gbit/s joins; else they talk over
+If root may make one, the ranks are two hosts of a network lab (`lab.py`) joined by a link of 1 Gbit/s; else they use
 this machine's loopback, and the demo says so.
 """
 
@@ -44,7 +44,7 @@ MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 64, "batch": 4}
 TRAINING = {"lr": 2e-3, "warmup-steps": 30, "eval-batches": 16, "seed": 0, "threads": 1}
 LIMIT_SECONDS = 600.0
 GRACE_SECONDS = 40.0
-"""torchrun gives its ranks 30 seconds to end."""
+"""Seconds until a run must end; torchrun gives its ranks 30 seconds."""
 LAST_LINES = 30
 
 
@@ -82,7 +82,7 @@ def demo(out: Path, steps: int) -> Path:
 
 
 def without_link() -> str:
-    """Return why no link can be made here; empty if one can, which is tried."""
+    """Return why no link can be made here, after trying; empty if one can."""
     if reason := lab.missing():
         return reason
     try:
@@ -93,10 +93,10 @@ def without_link() -> str:
 
 
 def train(out: Path, chosen: dict[str, Any], steps: int, shaped: bool) -> Record:
-    """One run of the training program on two ranks of this machine, shown live; its record. Raises DemoError.
+    """Run the training program on two ranks of this machine, shown live, and return its record. Raises DemoError.
 
-    `chosen` are the flags by which this run differs from the others. If it is `shaped`, the ranks are hosts that LINK joins,
-    else they talk over loopback. Whatever happens, no process and no network is left.
+    `chosen` are the flags by which this run differs from the others. If it is `shaped`, the ranks are hosts joined by LINK,
+    else they use loopback. No process and no network is left, even after an error.
     """
     spec = chosen["compress"]
     out.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def train(out: Path, chosen: dict[str, Any], steps: int, shaped: bool) -> Record
 
 
 def results(records: list[Record], over: str) -> Table:
-    """The demo's table: a row a spec. `over` says what the ranks talk over."""
+    """Return the demo's table: a row per spec. `over` names the network of the ranks."""
     head, *rows = runs.summary(list(zip(runs.titles(records), records, strict=True)))
     first = records[0]
     table = Table(
@@ -149,7 +149,7 @@ def results(records: list[Record], over: str) -> Table:
 
 
 def end(child: "subprocess.Popen[bytes]") -> None:
-    """End a child and all that it started, if it still runs: politely first, so that torchrun ends its ranks itself."""
+    """End a child and its processes, if it still runs: by SIGTERM first, so that torchrun ends its ranks itself."""
     if child.poll() is not None:
         return
     family = descendants(child.pid)
@@ -166,7 +166,7 @@ def end(child: "subprocess.Popen[bytes]") -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that they started."""
+    """Return the processes that a process started, and their own."""
     listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     parents = {int(child): int(parent) for child, parent in (line.split() for line in listing.splitlines())}
     found = [pid]
@@ -176,14 +176,14 @@ def descendants(pid: int) -> list[int]:
 
 
 def tail(path: Path) -> str:
-    """The last lines of a log before torchrun's own, which say less, and without torch's warnings."""
+    """Return the last lines of a log before torchrun's own, which say less, without torch's warnings."""
     log = re.sub(r"^\[W\d+ .*\n", "", path.read_text(errors="replace"), flags=re.MULTILINE)
     said = re.split(r"^[EW]\d{4} .*torch/distributed/elastic/", log, maxsplit=1, flags=re.MULTILINE)[0]
     return "\n".join((said.strip() or log).splitlines()[-LAST_LINES:])
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends the demo as Ctrl-C does: through its finally blocks."""
+    """End the demo on SIGTERM as on Ctrl-C: through its finally blocks."""
     raise KeyboardInterrupt
 
 

@@ -1,6 +1,6 @@
-"""The report's figures: plain numbers in, a plotly figure out, each fit for a phone.
+"""The report's figures: each function takes numbers and returns a plotly figure that fits a phone.
 
-One name has one look on the whole page: what commpress does in strong colours, what it is compared with grey and dashed.
+A name has the same look on the whole page: commpress in strong colours, the rest grey and dashed.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,13 +28,13 @@ TICKS = tuple(step * scale for scale in (0.1, 1, 10, 100) for step in (1, 1.5, 2
 
 PLOT_HEIGHT = 330
 LEGEND_HEIGHT = 18
-"""Pixels that an entry of the legend takes on a phone, where each may have a line of its own."""
+"""Pixels of a legend entry on a phone, where each may have its own line."""
 BUTTONS = ("toImage", "zoom2d", "resetScale2d")
-"""All that may be done with a figure: more of them would lie over it on a phone."""
+"""The buttons of a figure: more of them would cover it on a phone."""
 
 
 class Look(NamedTuple):
-    """How a name is drawn everywhere."""
+    """The style of a name in all figures."""
 
     colour: str
     dash: str
@@ -51,7 +51,7 @@ class Look(NamedTuple):
 
 
 def looks(names: Iterable[tuple[str, str]]) -> dict[str, Look]:
-    """A look for each (name, kind); kind is "floor", "torch", "peer" or "commpress"."""
+    """Return a look for each (name, kind); kind is "floor", "torch", "peer" or "commpress"."""
     found: dict[str, Look] = {}
     ours = others = 0
     for name, kind in names:
@@ -72,7 +72,7 @@ def looks(names: Iterable[tuple[str, str]]) -> dict[str, Look]:
 def step_times(
     ratios: Mapping[str, Mapping[float, float]], hover: Mapping[str, Sequence[str]], look: Mapping[str, Look]
 ) -> go.Figure:
-    """Lines of step time, no communication = 1, over bits a second of the link, both logarithmic.
+    """Draw lines of step time, no communication = 1, over bits a second of the link, both logarithmic.
 
     `ratios` maps a name to {bits a second: ratio}, rising; `hover` has a text for each of its points.
     """
@@ -102,7 +102,7 @@ def step_times(
 
 
 def step_bars(ratios: Mapping[str, float], hover: Mapping[str, str], look: Mapping[str, Look]) -> go.Figure:
-    """Bars of step time, no communication = 1, where there is no bandwidth to draw it against."""
+    """Draw bars of step time, no communication = 1, for records without a bandwidth."""
     names = list(ratios)[::-1]  # the first one on top
     figure = go.Figure()
     figure.add_bar(
@@ -123,7 +123,7 @@ def step_bars(ratios: Mapping[str, float], hover: Mapping[str, str], look: Mappi
 def curves(
     runs: Sequence[tuple[str, Record]], axis: str, x: Callable[[Record], float], log: bool, look: Mapping[str, Look]
 ) -> go.Figure:
-    """Training loss of runs as a thin line and held-out loss as a marked one. `x` is a place for a row of the curve."""
+    """Draw the training loss of runs as a thin line and held-out loss as a marked one. `x` gives the place of a curve's row."""
     figure = go.Figure()
     for name, record in runs:
         own = look[name]
@@ -148,7 +148,7 @@ def curves(
 def losses(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], axis: str, log: bool, look: Mapping[str, Look]
 ) -> go.Figure:
-    """Held-out loss of each name: (places, losses)."""
+    """Draw the held-out loss of each name: (places, losses)."""
     figure = go.Figure()
     for name, (x, y) in lines.items():
         kept = [(a, b) for a, b in zip(x, y, strict=True) if not log or a > 0]
@@ -166,7 +166,7 @@ def losses(
 def losses_by_link(
     links: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], axis: str, look: Mapping[str, Look]
 ) -> go.Figure:
-    """`losses` of each link in one figure with a menu; a name that has no step time on a link is left out there."""
+    """Draw `losses` of each link in one figure with a menu; a name without a step time on a link is left out there."""
     names = list(dict.fromkeys(name for lines in links.values() for name in lines))
     empty: tuple[Sequence[float], Sequence[float]] = ([], [])
     whole = {link: {name: lines.get(name, empty) for name in names} for link, lines in links.items()}
@@ -179,7 +179,7 @@ def losses_by_link(
 
 
 def over(figure: go.Figure, axis: str, log: bool) -> go.Figure:
-    """Loss over something."""
+    """Return an empty figure of loss over something."""
     figure.update_xaxes(
         title=axis, type="log" if log else "linear", **({"dtick": 1, "tickformat": ",~g"} if log else {})
     )
@@ -190,7 +190,7 @@ def over(figure: go.Figure, axis: str, log: bool) -> go.Figure:
 def bars(
     runs: Sequence[tuple[str, Record]], axis: str, series: dict[str, tuple[str, float]], colours: Mapping[str, str]
 ) -> go.Figure:
-    """A group of bars a run. `series` maps a legend to (the key in its traffic, the unit to divide by)."""
+    """Draw a group of bars per run. `series` maps a legend to (the key in its traffic, the unit to divide by)."""
     figure = go.Figure()
     names = [escape(name) for name, _ in runs]
     for legend, (key, unit) in series.items():
@@ -207,7 +207,7 @@ def bars(
 
 
 def front(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> go.Figure:
-    """Quality over size of a search's trials: "front" as steps, others as grey points. A point is (size, quality, text)."""
+    """Draw quality over size of a search's trials: "front" as steps, others as grey points of (size, quality, text)."""
     figure = go.Figure()
     for name, found in points.items():
         best = name == "front"
@@ -227,7 +227,7 @@ def front(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> go.Figure
 
 
 def dense_and_small(pairs: Mapping[str, tuple[float, float]], axis: str) -> go.Figure:
-    """Two bars for each name, what the dense model takes and what the small one does."""
+    """Draw two bars for each name, one for the dense model and one for the small one."""
     figure = go.Figure()
     for i, (legend, colour) in enumerate((("dense", GREYS[1]), ("small", COLOURS[0]))):
         figure.add_bar(
@@ -251,7 +251,7 @@ class Bar(NamedTuple):
 
 
 def buckets(dense: Mapping[str, float], sent: Mapping[str, Sequence[Bar]], look: Mapping[str, Look]) -> go.Figure:
-    """Bytes a step of each bucket: dense in grey, and a bar a run. `dense` is by bucket, `sent` by run."""
+    """Draw the bytes per step of each bucket: dense in grey, and a bar per run. `dense` is by bucket, `sent` by run."""
     figure = go.Figure()
     figure.add_bar(
         x=[escape(bucket) for bucket in dense],
@@ -275,7 +275,7 @@ def buckets(dense: Mapping[str, float], sent: Mapping[str, Sequence[Bar]], look:
 
 
 class Block(NamedTuple):
-    """One span of a timeline: where it is drawn and what is said of it. `row` is the thread it was on."""
+    """One span of a timeline: its place and its text. `row` is its thread."""
 
     phase: str
     row: int
@@ -285,10 +285,10 @@ class Block(NamedTuple):
 
 
 def timeline(steps: Mapping[str, Sequence[Block]], rows: Mapping[int, str]) -> go.Figure:
-    """Spans in ms on the lines training, encode, wire and decode, one step of several at a time, chosen by a menu.
+    """Draw spans in ms on the lines training, encode, wire and decode, one step at a time, chosen by a menu.
 
-    `steps` maps what the menu says to the step's spans; the first is shown. `rows` names the threads; several of one name
-    (transfers that overlap) are thin lines beside each other. One trace a phase, however many spans.
+    `steps` maps a menu text to the step's spans; the first is shown. `rows` names the threads; several of one name
+    (transfers that overlap) are thin lines beside each other. There is one trace per phase, for any number of spans.
     """
     order = sorted(rows, key=lambda row: ([*LINES, rows[row]].index(rows[row]), row))
     place: dict[int, float] = {}
@@ -331,13 +331,13 @@ def timeline(steps: Mapping[str, Sequence[Block]], rows: Mapping[int, str]) -> g
 
 
 def pale(colour: str) -> str:
-    """A colour let through: its outline then parts spans that touch, and a span of no width still is a line."""
+    """Return a paler colour, so that outlines separate spans that touch, and a span of no width is still a line."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.65)"
 
 
 def with_menu(figure: go.Figure, choices: Mapping[str, Mapping[str, object]]) -> go.Figure:
-    """A menu above the figure, if there is anything to choose; each choice is what it changes in the traces."""
+    """Add a menu above the figure, if there is a choice; each choice is the change that it makes to the traces."""
     if len(choices) > 1:
         buttons = [
             {"label": escape(label), "method": "restyle", "args": [dict(change)]} for label, change in choices.items()
@@ -353,7 +353,7 @@ def with_menu(figure: go.Figure, choices: Mapping[str, Mapping[str, object]]) ->
 def styled(figure: go.Figure, entries: int | None = None, height: int = PLOT_HEIGHT) -> go.Figure:
     """Style a figure to fit a phone: the legend is below, margins are small, and dragging scrolls the page.
 
-    `entries` is how many the legend has: a trace each unless it is given.
+    `entries` is the number of legend entries; default: one per trace.
     """
     shown = sum(trace.showlegend is not False for trace in figure.data) if entries is None else entries
     figure.update_layout(
@@ -373,7 +373,7 @@ def styled(figure: go.Figure, entries: int | None = None, height: int = PLOT_HEI
 
 
 def as_html(figure: go.Figure) -> str:
-    """A figure as a part of a page that has plotly's script."""
+    """Return a figure as a part of a page that has plotly's script."""
     html: str = figure.to_html(
         full_html=False,
         include_plotlyjs=False,

@@ -164,7 +164,7 @@ class Probe:
             runtime.require_same_flags({key: v for key, v in vars(self).items() if key != "json"}, device)
             if dist.get_world_size() == 1:
                 raise TrainingError(
-                    "one rank has no network to probe: start it on all of them, as in "
+                    "one rank has no network to probe: start it on all ranks, as in "
                     f"torchrun --nproc-per-node 2 -m commpress.launch.probe {self._what()}"
                 )
             rank = dist.get_rank()

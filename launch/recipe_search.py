@@ -176,7 +176,7 @@ def _best(
             told = over
             say(f"search: trial {over}/{its.trials}")
         if stop.asked:
-            raise TrainingError(f"stopped in the search, behind {over} trials; the same command goes on")
+            raise TrainingError(f"stopped in the search, after {over} trials; run the same command again to go on")
 
     found = search(
         _problem(recipe, task, model, device),

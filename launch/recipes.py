@@ -116,7 +116,7 @@ def chosen_before(
         return saved, chosen["choice"]
     if saved.budget is not None and saved.budget.settled:
         raise TrainingError(
-            f"--fork {source}: its [budget] has chosen, expected a run at a step before {saved.budget.start}"
+            f"--fork {source}: its [budget] has already chosen, expected a run at a step before {saved.budget.start}"
         )
     return recipe, chosen["choice"]
 
@@ -146,8 +146,8 @@ def read(path: Path, settings: Settings) -> "Recipe":
             raise ValueError(f"{path}: budget: expected --parallel ddp, where each rank has the whole model")
         if begins == 0 and settings.model is None and recipe.search is None:
             raise ValueError(
-                f"{path}: budget.start: 0, when the model knows nothing yet, expected a step at which it is trained: limits "
-                "are held against the model of that step"
+                f"{path}: budget.start: 0, before any training, expected a later step: limits are compared with the model of "
+                "that step"
             )
     if recipe.search is not None and (settings.parallel != "ddp" or settings.fork is not None):
         got = f"--fork {settings.fork}" if settings.fork is not None else f"--parallel {settings.parallel}"
@@ -179,7 +179,7 @@ def follow(
     def get_ready() -> nn.Module | None:
         if recipe.chooses and not any(rows for _, rows in own):
             raise ValueError(
-                f"budget: {world_size} ranks measure layers on held-out batches of their own, this one has none"
+                f"budget: {world_size} ranks measure layers, each on its own held-out batches; this rank has none"
             )
         prepare(model, recipe)
         return teacher(recipe, task, settings)
@@ -216,7 +216,7 @@ def model_of_run(folder: Path) -> nn.Module:
     if identity.get("recipe"):
         if state["step"] != identity["steps"]:
             raise ValueError(
-                f"{folder}: is at step {state['step']} of {identity['steps']}, expected its recipe to be over"
+                f"{folder}: is at step {state['step']} of {identity['steps']}, expected a run whose recipe has finished"
             )
         from commpress.model import Recipe, prepare
 

@@ -106,7 +106,7 @@ def read(path: Path) -> Record:
 
 def not_one(found: str, error: Exception) -> str:
     """Return a sentence for a record of that kind that has a value of another sort than expected."""
-    return f"not {CALLED[found]}, a value in it is none of its: {type(error).__name__}: {error}"
+    return f"not {CALLED[found]}, a value in it does not belong there: {type(error).__name__}: {error}"
 
 
 def kind(record: Any) -> str:

@@ -131,9 +131,7 @@ class Report:
             alone = not self.files and os.path.isdir(self.out)  # of a name that is too long, too
             out, files = (self.out / PAGE_OF_FOLDER, (self.out,)) if alone else (self.out, self.files)
             if not files:
-                raise ValueError(
-                    f"{self.out}: expected files of runs behind the page to write, or a run's folder alone"
-                )
+                raise ValueError(f"{self.out}: expected files of runs after the page to write, or only a run's folder")
             write(out, page_of([read(path) for given in files for path in files_of(given)]))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -102,18 +102,18 @@ class Search:
         least = {"trials": 1, "together": 2 if self.strategy == "nsga2" else 1, "finalists": 0}
         for name, number in least.items():
             value = getattr(self, name)
-            require(value >= number, f"--{name} {value}: expected a whole number from {number} on")
+            require(value >= number, f"--{name} {value}: expected a whole number of at least {number}")
         ranks = dist.get_world_size()
         require(
             self.together >= ranks, f"--together {self.together}: keeps some of {ranks} ranks idle, expected {ranks}"
         )
         for name, weight in (("alpha", self.alpha), ("beta", self.beta)):
             good = weight is None or (math.isfinite(weight) and weight >= 0)
-            require(good, f"--{name} {weight}: expected a finite number from 0 on")
+            require(good, f"--{name} {weight}: expected a finite number of at least 0")
         require(
-            self.alpha > 0 or bool(self.beta), "--alpha 0: expected a --beta above 0 beside it, or all are the same"
+            self.alpha > 0 or bool(self.beta), "--alpha 0: expected a --beta above 0 with it, or all choices are equal"
         )
-        require(self.beta is not None or self.alpha == 1, f"--alpha {self.alpha:g}: counts beside --beta alone")
+        require(self.beta is not None or self.alpha == 1, f"--alpha {self.alpha:g}: has an effect only with --beta")
         run_folder.require_writable(self.out)
 
     def problem(self) -> "Problem":

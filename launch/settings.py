@@ -225,7 +225,7 @@ def check(settings: Settings) -> None:
         )
     if settings.fork is not None and settings.resume:
         raise TrainingError(
-            f"--fork {settings.fork} starts a run in a new folder, --resume goes on in its own: not both"
+            f"--fork {settings.fork} starts a run in a new folder, --resume goes on in its own: expected only one of them"
         )
     require_own_model(settings)
     if settings.parallel in ("local_sgd", "diloco") and settings.timeline:
@@ -297,12 +297,14 @@ def require_own_model(settings: Settings) -> None:
         raise TrainingError(f"--model {settings.model}: expected --parallel ddp, got {settings.parallel}")
     if settings.data is None or ":" not in str(settings.data):
         raise TrainingError(
-            f"--data {settings.data}: expected module:function beside --model, as my_project.data:batches"
+            f"--data {settings.data}: expected module:function with --model, such as my_project.data:batches"
         )
     for name in ("layers", "width", "heads", "context", "batch", "eval_batches"):
         if (value := getattr(settings, name)) != getattr(Settings, name):
             flag = name.replace("_", "-")
-            raise TrainingError(f"--{flag} {value}: is of the GPT and its text, expected none beside --model")
+            raise TrainingError(
+                f"--{flag} {value}: is only for the built-in GPT and its text, expected none with --model"
+            )
 
 
 def require_used(settings: Settings) -> None:
@@ -326,7 +328,7 @@ def require_used(settings: Settings) -> None:
     for name, (looked_at, where) in used.items():
         value, usual = getattr(settings, name), getattr(Settings, name)
         if not looked_at and value != usual and not (name == "parameters" and value == "none"):
-            raise TrainingError(f"--{name.replace('_', '-')} {value}: counts for nothing here, expected {where}")
+            raise TrainingError(f"--{name.replace('_', '-')} {value}: has no effect here, expected {where}")
 
 
 def require_outer(settings: Settings) -> None:

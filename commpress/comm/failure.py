@@ -164,7 +164,7 @@ class FailureBoard:
             posted = with_timeout(PATIENCE, lambda: self._post(kind, text or self._own(error)))
         except (RuntimeError, TimeoutError) as gone:  # the store went down, or silent, with the rank that kept it
             text = self._own(error)
-            return kind(f"commpress: {text} (and the store that would say more does not answer: {gone})")
+            return kind(f"commpress: {text} (and the store, which may say more, does not answer: {gone})")
         if (isinstance(error, LostPeerError) or not text) and posted is not None:
             kind = DisagreementError if posted["kind"] == DisagreementError.__name__ else ExchangeError
             return kind(f"commpress: {posted['text']} (reported by rank {self._rank})")

@@ -300,8 +300,8 @@ class Feedback:
             known = place[-1] if kept is None and place is not None else travel if kept is None else kept.numel()
             if known != travel:
                 raise ValueError(
-                    f"cannot restore: feedback was saved for {known} values of {segments[0].name!r} and others, now "
-                    f"{travel} travel; restore the masks before"
+                    f"cannot restore: feedback was saved for {known} values of {segments[0].name!r} and others, now {travel} "
+                    "are sent; restore the masks first"
                 )
 
     @torch.inference_mode(False)

@@ -52,7 +52,7 @@ def unreadable(error: Exception) -> Exception:
         return error
     what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
     return ValueError(
-        f"cannot restore: the state is damaged, or another thing ({what}); expected what state_dict() returned on this rank"
+        f"cannot restore: the state is damaged, or something else ({what}); expected what state_dict() returned on this rank"
     )
 
 
@@ -63,7 +63,7 @@ def require_one_run(everyone: Sequence[State]) -> State:
             raise ValueError(f"rank {rank}: {other['error']}")
     holders = [rank for rank, other in enumerate(everyone) if "nothing" not in other]
     if not holders:
-        raise ValueError("cannot restore: no rank has a state, expected at least one that has")
+        raise ValueError("cannot restore: no rank has a state, expected at least one with a state")
     first = everyone[holders[0]]
     for rank in holders:
         for key, value in first.items():

@@ -89,7 +89,7 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
         raise ValueError(f"gradients: no pattern fits parameter {left[0]!r} ({len(left)} in all); end with '*'")
     if len(set(budgets)) > 1:
         raise ValueError(
-            f"gradients: error budgets {', '.join(map(str, budgets))}: expected the same for all that is auto"
+            f"gradients: error budgets {', '.join(map(str, budgets))}: expected the same wherever the spec is auto"
         )
     specs = tuple((pattern, AUTO if codec is None else str(codec)) for pattern, codec in known.items())
     return Rules(specs, codecs, patterns, budgets[0] if budgets else None)
@@ -115,7 +115,7 @@ def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error
         )
     if optimizer is not None and gradients != AUTO:
         return ValueError(
-            f"{gradients}: what {name} sends is no gradient, whose error is measured; expected auto alone"
+            f"{gradients}: {name} sends no gradients, whose error a budget limits; expected auto without a budget"
         )
     if (candidates := getattr(optimizer, "candidates", None)) is not None:  # else it is refused for what it is
         try:
@@ -129,6 +129,6 @@ def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error
         )
     if exchange is not None:
         return ValueError(
-            f"exchange={exchange!r}: with {given} each codec takes its own; leave it out, or give one spec"
+            f"exchange={exchange!r}: with {given} each codec uses its own; leave it out, or give one spec"
         )
     return None

@@ -297,9 +297,9 @@ def test_finalists_are_judged_once_on_their_own(tmp_path: Path, weights: Weights
     ("settings", "words"),
     [
         ({"strategy": "tepid"}, "strategy 'tepid': expected one of random, tpe, nsga2"),
-        ({"trials": 0}, "trials 0: expected a whole number from 1 on"),
-        ({"together": 0}, "together 0: expected a whole number from 1 on"),
-        ({"strategy": "nsga2", "together": 1}, "together 1: expected a whole number from 2 on"),
+        ({"trials": 0}, "trials 0: expected a whole number of at least 1"),
+        ({"together": 0}, "together 0: expected a whole number of at least 1"),
+        ({"strategy": "nsga2", "together": 1}, "together 1: expected a whole number of at least 2"),
         ({"finalists": 1}, "finalists 1: the problem has no `final`"),
         (
             {"problem": Problem({"a": (1, 2)}, quality, size)},

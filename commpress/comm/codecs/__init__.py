@@ -55,7 +55,7 @@ def parse(spec: str | Codec) -> Codec:
     values = parse(rest[0]) if rest else None
     if values is not None and not values.flat:
         raise ValueError(
-            f"spec {spec!r}: {values} codes matrices, and the values of {word} are none; expected int4 or sign"
+            f"spec {spec!r}: {values} codes matrices, and the values of {word} are not matrices; expected int4 or sign"
         )
     try:
         return family.from_spec(argument, values)

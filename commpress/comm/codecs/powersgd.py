@@ -58,6 +58,6 @@ class PowerSGD(Codec):
 
     def _refuse(self) -> NoReturn:
         raise TypeError(
-            f"{self} codes no flat values: it needs the shapes of a model's parameters, the factors of the last step, and the "
-            "other ranks; expected commpress.attach(ddp, spec), or another codec"
+            f"{self} cannot code flat values: it needs the shapes of a model's parameters, the factors of the last step, and "
+            "the other ranks; expected commpress.attach(ddp, spec), or another codec"
         )

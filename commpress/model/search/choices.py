@@ -62,7 +62,9 @@ class OneOf(ChoiceModule):
         else:
             named = {str(i): module for i, module in enumerate(candidates)}  # type: ignore[misc]
         if len(named) < 2 or not all(isinstance(module, nn.Module) for module in named.values()):
-            raise ValueError(f"OneOf: expected at least two modules, or a mapping of such by name, got {candidates!r}")
+            raise ValueError(
+                f"OneOf: expected at least two modules, or a mapping of modules by name, got {candidates!r}"
+            )
         taken = {"", *dir(nn.ModuleDict())}  # "keys", "type"
         if bad := [name for name in named if not isinstance(name, str) or "." in name or name in taken]:
             raise ValueError(
@@ -242,4 +244,4 @@ def _require_rising(what: str, choices: Sequence[int], least: int, most: int, of
             f"{what}: expected at least two rising whole numbers from {least} on, got {choices if whole else list(choices)}"
         )
     if choices[-1] != most:
-        raise ValueError(f"{what}: the largest choice is {choices[-1]}, expected {most}: so many {of} there are")
+        raise ValueError(f"{what}: the largest choice is {choices[-1]}, expected {most}, the number of {of}")

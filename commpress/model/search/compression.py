@@ -43,7 +43,7 @@ class Compression:
                 if kind not in KINDS:
                     raise ValueError(f"Compression {glob!r}: {kind!r} is unknown, expected some of {', '.join(KINDS)}")
                 if kind == "group" and not any(kinds.get("bits", ())):
-                    raise ValueError(f"Compression {glob!r}: a group counts beside bits alone, expected bits of 8 or 4")
+                    raise ValueError(f"Compression {glob!r}: a group needs bits, expected bits of 8 or 4")
                 for option in options:
                     self._require_possible(glob, kind, option)
 

@@ -31,9 +31,9 @@ class Weights:
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
             if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name} {weight}: expected a finite number from 0 on")
+                raise ValueError(f"{name} {weight}: expected a finite number of at least 0")
         if not (self.alpha or self.beta):
-            raise ValueError("alpha 0 and beta 0: expected one of them above 0, or all choices are the same")
+            raise ValueError("alpha 0 and beta 0: expected one of them above 0; with both 0 all choices are equal")
 
     def of(self, quality: float, size: float) -> float:
         """Return h of a candidate with this quality f and size g."""

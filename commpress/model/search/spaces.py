@@ -43,22 +43,20 @@ class Space(Mapping[str, tuple[Option, ...]]):
                     "bool, or None, and no NaN"
                 )
             if len({(type(option), option) for option in of}) < len(of):
-                raise ValueError(f"space {name!r}: an option is there twice in {_listed(of)}")
+                raise ValueError(f"space {name!r}: an option appears twice in {_listed(of)}")
         before: set[str] = set()
         for name, needed in self.conditions.items():
             for other, of in needed.items():
                 if other not in before:
-                    raise ValueError(
-                        f"space {name!r}: counts together with {other!r}, expected the name of an earlier choice"
-                    )
+                    raise ValueError(f"space {name!r}: depends on {other!r}, expected the name of an earlier choice")
                 if not of or not all(_among(option, self._options[other]) for option in of):
                     raise ValueError(
-                        f"space {name!r}: counts where {other!r} is one of {_listed(of)}, expected some of "
+                        f"space {name!r}: depends on {other!r} being one of {_listed(of)}, expected some of "
                         f"{_listed(self._options[other])}"
                     )
             before.add(name)
         for name in (conditions or {}).keys() - self._options.keys():
-            raise ValueError(f"space: a condition of {name!r}, which is no name of it: {_listed(tuple(self))}")
+            raise ValueError(f"space: a condition for {name!r}, which is not one of its names: {_listed(tuple(self))}")
 
     def __getitem__(self, name: str) -> tuple[Option, ...]:
         return self._options[name]

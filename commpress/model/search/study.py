@@ -258,6 +258,6 @@ def _require(problem: Problem, strategy: str, trials: int, together: int, finali
         ("finalists", finalists, 0),
     ):
         if value < least:
-            raise ValueError(f"{name} {value}: expected a whole number from {least} on")
+            raise ValueError(f"{name} {value}: expected a whole number of at least {least}")
     if finalists and problem.final is None:
         raise ValueError(f"finalists {finalists}: the problem has no `final` to judge them by, expected one")
