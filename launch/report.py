@@ -1,7 +1,7 @@
 """One HTML file from any number of JSON files: runs of the training program, reports of sessions, benchmarks of step time and
 loss, predictions, timelines, searches, judgements, exports.
 
-A file is recognised by what is in it. The page needs nothing from the network: plotly's script is in it, once.
+A file is recognised by its content. The page needs nothing from the network: plotly's script is in it, once.
 """
 
 import os
@@ -62,7 +62,7 @@ PAGE_OF_FOLDER = "report.html"
 
 
 def page(files: Sequence[Record]) -> str:
-    """The report as HTML, with the sections for which there is something. Raises ValueError without records."""
+    """Return the report as HTML, with the sections that have records. Raises ValueError without records."""
     if not files:
         raise ValueError("a report needs at least one record.json, got none")
     of: dict[str, list[Record]] = {kind: [] for kind in records.NEEDED}
@@ -95,7 +95,7 @@ def page(files: Sequence[Record]) -> str:
 
 
 def what_was_run(runs: Sequence[tuple[str, Record]], measured: Sequence[Record]) -> list[str]:
-    """The tables of runs and of benchmarks."""
+    """Return the tables of runs and of benchmarks."""
     parts = []
     if runs:
         parts += [table(summary(runs)), "<p>Loss is in nats a byte; MB and seconds are those of one rank.</p>"]
@@ -122,7 +122,7 @@ class Report:
     """Runs' record.json, sessions' reports, benchmarks' records, timelines; a folder for all that it has."""
 
     def run(self) -> None:
-        """Write the report. Ends the program with code 1 and a sentence if that cannot be."""
+        """Write the report. Ends the program with code 1 and a sentence if that fails."""
         try:
             if self.out.suffix == ".json":
                 raise ValueError(
@@ -140,7 +140,7 @@ class Report:
 
 
 def page_of(files: Sequence[Record]) -> str:
-    """Return what `page` returns. Raises ValueError that names the file, if a value in one of them is not what it should be."""
+    """Return the result of `page`. Raises ValueError that names the file if it has a wrong value."""
     try:
         return page(files)
     except NOT_AS_EXPECTED as error:
@@ -156,7 +156,7 @@ NOT_AS_EXPECTED = (ValueError, TypeError, KeyError, AttributeError, IndexError, 
 
 
 def write(out: Path, html: str) -> None:
-    """Write the page, and its folder if there is none. Raises ValueError that says why it cannot be."""
+    """Write the page, and its folder if there is none. Raises ValueError with the reason if it cannot."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(html, encoding="utf-8")
