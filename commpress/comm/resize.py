@@ -1,9 +1,9 @@
-"""A training that goes on with another number of ranks: nothing that the old ones had withheld is lost.
+"""Training that goes on with another number of ranks: no residual of the old ones is lost.
 
-What the ranks keep counts by its mean: old rank i's goes to new rank i mod W', times W' / W. What an owner of a chunk kept of
-a mean counts W-fold. What an optimizer has of its own on each rank becomes the mean of them on all.
+Residuals count by their mean: old rank i's goes to new rank i mod W', times W' / W. The residual of an owner of a
+chunk counts W-fold. An optimizer's own state on each rank becomes the mean on all.
 
-Where each rank brings its own state alone (`moved`), what it kept goes with it, times W' / W; that of lost ranks is lost.
+If each rank brings only its own state (`moved`), its residual goes with it, times W' / W; that of lost ranks is lost.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
     bucket [a.weight a.bias b.weight b.bias]  -->  int4 [a.weight b.weight], none [a.bias b.bias]
 
-Patterns are those of a shell (`fnmatch`), on the names that `model.named_parameters()` has.
+Patterns are shell globs (`fnmatch`) on the names of `model.named_parameters()`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,7 +34,7 @@ class Rules:
 
     @property
     def lossy(self) -> set[Codec]:
-        """The lossy codecs that were named."""
+        """Return the named lossy codecs."""
         return {codec for codec in self.codecs.values() if codec is not None and codec.lossy}
 
     def parts(self, segments: Segments) -> list[tuple[Segments, Codec | None]]:
@@ -58,7 +58,7 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
     """Make the rules for parameters of these names.
 
     Raises ValueError for a pattern that decides for no parameter, a parameter that no pattern fits, and an unknown spec, each
-    with its name; TypeError for what is neither pattern nor spec.
+    with its name; TypeError for anything but patterns and specs.
     """
     names = list(names)
     codecs: dict[str, Codec | None] = {}
@@ -96,12 +96,12 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
 
 
 def is_open(gradients: Spec) -> bool:
-    """Whether no one spec is given for all: `auto` or patterns decide. Raises ValueError for an `auto` that makes no sense."""
+    """Return whether `auto` or patterns decide. Raises ValueError for an `auto` that makes no sense."""
     return isinstance(gradients, Mapping) or budget(gradients) is not None
 
 
 def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error_feedback: bool) -> Exception | None:
-    """Return why gradients cannot go by `auto` or by patterns, if they cannot; None if one codec is named for all."""
+    """Return why gradients cannot be sent by `auto` or by patterns, if they cannot; None if one codec is named for all."""
     try:
         if not is_open(gradients):
             return None
