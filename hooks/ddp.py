@@ -358,7 +358,7 @@ def _say_copy(of: "weakref.ref[nn.Module]", gradient: Tensor) -> None:
     _warned.add(module)
     warn(
         "commpress: this DistributedDataParallel is a copy of one that was attached. It has no session, so its gradients "
-        "travel uncompressed: call commpress.attach(copy, spec) before it is trained, or copy model.module",
+        "are sent uncompressed: call commpress.attach(copy, spec) before it is trained, or copy model.module",
         speaks(module.process_group),
     )
 

@@ -303,7 +303,7 @@ def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> 
     else:
         shared = f"{cluster.cores:g} cores a rank, which backward uses and shares with codec and sockets"
         said.append(
-            f"A step computes {compute:g} s, two thirds of it backward, behind which buckets are exchanged; "
+            f"A step computes {compute:g} s, two thirds of it backward, during which buckets are exchanged; "
             + ("backward runs on the accelerator." if cluster.cores == math.inf else f"{shared}.")
         )
         said.append("A day: 24 h of dense training, all ranks together; hours: how much sooner its steps are done.")

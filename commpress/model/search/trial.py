@@ -72,7 +72,7 @@ class Trial:
             return
         median = statistics.median(self._compared(tried.curve[step], tried.size) for tried in rivals)
         if not self._compared(quality, self.size) >= median:  # NaN is behind, too
-            raise Pruned(f"trial {self.number}: {quality:g} at step {step}, behind the median of {len(rivals)} trials")
+            raise Pruned(f"trial {self.number}: {quality:g} at step {step}, below the median of {len(rivals)} trials")
 
     def _compared(self, quality: float, size: float) -> float:
         return quality if self._weights is None else self._weights.of(quality, size)
