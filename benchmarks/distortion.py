@@ -99,15 +99,13 @@ def point(spec: str, xs: Sequence[Tensor]) -> Point:
 
 def draw(points: Sequence[Point], title: str, out: Path) -> None:
     """Write the picture."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "commpress", "font.size": 11}
+    import labels
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.5, 5))
     bits = [2 ** (i / 8) for i in range(-64, 33)]
-    axes.plot(bits, [2.0 ** (-2 * b) for b in bits], color="0.4", label="D = 2^(-2R): normal values")
+    axes.plot(bits, [2.0 ** (-2 * b) for b in bits], color="0.4")
+    axes.annotate("the least for normal values, 2^(-2R)", (bits[8], 1.1), fontsize=8, color="0.4")
     for each in points:
         color = next((color for start, color in COLORS.items() if each.spec.startswith(start)), "black")
         bars = [[each.error - min(each.errors)], [max(each.errors) - each.error]]
@@ -115,20 +113,20 @@ def draw(points: Sequence[Point], title: str, out: Path) -> None:
         sparse, high = each.spec.startswith("topk"), each.spec.endswith(("(stochastic)", "(e5m2)"))
         place = {"xytext": (-5 if sparse else 5, 6 if high else -8), "ha": "right" if sparse else "left"}
         here = each.bits, each.error
+        place |= {"bbox": {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5}}
         axes.annotate(each.spec, here, textcoords="offset points", fontsize=8, color=color, **place)
-    axes.set(xscale="log", yscale="log", xlabel="bits a value, R", ylabel="relative squared error, D")
+    axes.set(xscale="log", yscale="log", xlabel="bits a value, R", ylabel="relative squared error, lower is better")
     axes.set_xlim(min(p.bits for p in points) / 6, max(p.bits for p in points) * 2)
     axes.set_ylim(min(min(p.errors) for p in points) / 5, 2)
     ticks = [tick for tick in (0.003, 0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 16) if tick > axes.get_xlim()[0]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower left")
-    axes.set_title(title, fontsize=11)
-    figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None})
-    pyplot.close(figure)
+    below = [each.spec for each in points if each.above < 0]
+    said = f"{len(below)} of {len(points)} specs, all top-k, lose less than any code for normal values"
+    said = said if all(spec.startswith("topk") for spec in below) else said.replace(", all top-k", "")
+    labels.head(axes, said, f"one encoding without feedback; {title}")
+    labels.save(figure, out)
 
 
 def main() -> None:

@@ -7,24 +7,13 @@ all. The same records give the same bytes.
 import argparse
 from pathlib import Path
 
-import matplotlib
+import labels
+from matplotlib import pyplot
 
-matplotlib.use("svg")
-matplotlib.rcParams |= {"svg.hashsalt": "commpress", "font.size": 11}
+from commpress.launch import records, units
 
-from matplotlib import pyplot  # noqa: E402  (the backend comes first)
-
-from commpress.launch import records, units  # noqa: E402
-
-GREY = {"color": "0.4", "markersize": 4}
-SHOWN = {
-    "plain DDP": {**GREY, "linestyle": "--"},
-    "PowerSGD rank 4": {**GREY, "linestyle": ":", "marker": "s"},
-    "int8": {"color": "#15803d", "linewidth": 2},
-    "int4": {"color": "#1d4ed8", "linewidth": 2},
-    "topk(0.01)|int4": {"color": "#c2410c", "linewidth": 2},
-}
-"""The rows that are drawn, in this order: what they are compared with in grey."""
+SHOWN = ("plain DDP", "PowerSGD rank 4", "int8", "int4", "topk(0.01)|int4")
+"""The rows that are drawn."""
 TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50)
 
 
@@ -58,9 +47,10 @@ def by_rate(paths: list[Path]) -> dict[float, records.Record]:
 
 def draw(links: dict[float, records.Record], out: Path) -> None:
     """Write the picture of the records of links with so many bits a second."""
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
-    top = 2.0
-    for name, style in SHOWN.items():
+    figure, axes = pyplot.subplots(figsize=(5.2, 4.0))
+    axes.set(xscale="log", yscale="log", xlabel="bandwidth of a host's link", ylabel="step time, lower is better")
+    top, ends = 2.0, {}
+    for name in SHOWN:
         points = [
             (rate, row["ratio"])
             for rate, record in links.items()
@@ -68,28 +58,31 @@ def draw(links: dict[float, records.Record], out: Path) -> None:
             if row["name"] == name and records.ran(row)
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, **{"marker": "o", **style})
+            axes.plot(*zip(*points, strict=True), **labels.style(name))
             top = max(top, *(ratio for _, ratio in points))
+            ends[f"{name}, {points[0][1]:.1f}x"] = points[0]
     axes.axhline(1.0, color="0.2", linewidth=1)
-    axes.text(max(links), 0.97, "no communication", ha="right", va="top", color="0.2", fontsize=10)
-    axes.set(
-        xscale="log", yscale="log", xlabel="bandwidth of a host's link", ylabel="seconds a step,\nno communication = 1"
-    )
+    axes.text(max(links), 0.97, "no communication = 1", ha="right", va="top", color="0.2", fontsize=10)
     axes.set_ylim(0.8, top * 1.2)
     ticks = [tick for tick in TICKS if tick <= top * 1.2]
     axes.set_xticks(list(links), [units.bandwidth(rate) for rate in links])
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.set_xlim(min(links) / (max(links) / min(links)) ** 1.1, max(links) * 1.2)
+    labels.label_ends(axes, ends, {end: labels.STYLES[end.partition(", ")[0]][0] for end in ends}, left=True)
     record = next(iter(links.values()))
-    axes.set_title(
-        f"{record['parameters'] / 1e6:.1f} M-parameter transformer, {records.conditions(record)}", fontsize=11
-    )
-    figure.tight_layout()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None})
-    pyplot.close(figure)
+    what = f"GPT, {record['parameters'] / 1e6:.1f} M parameters, {records.conditions(record)}, {record['machine']}"
+    labels.head(axes, title_of(links), f"step time against no communication\n{what}")
+    labels.save(figure, out)
+
+
+def title_of(links: dict[float, records.Record]) -> str:
+    """Say where a step of plain DDP is slow, and what int4 makes of it."""
+    rate, record = next(iter(links.items()))
+    ratios = {row["name"]: row["ratio"] for row in record["rows"] if records.ran(row)}
+    if not {"plain DDP", "int4"} <= ratios.keys():
+        return "Step time against bandwidth"
+    return f"At {units.bandwidth(rate)} a step takes\n{ratios['plain DDP']:.1f}x by plain DDP, {ratios['int4']:.1f}x by int4"
 
 
 if __name__ == "__main__":

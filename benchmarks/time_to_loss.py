@@ -1,10 +1,11 @@
-"""Held-out loss against the seconds of training on a link of a given speed: `auto` beside plain DDP, `bf16` and PowerSGD.
+"""Seconds of training to a held-out loss, on links of given speed: `auto` beside plain DDP, `bf16` and PowerSGD.
 
     python -m commpress.launch.lab 2 1gbit -- python benchmarks/time_to_loss.py --seconds 40 --json runs/loss-1gbit.json
     python benchmarks/time_to_loss.py --picture docs/time_to_loss.svg runs/loss-*.json
 
 The model, the text and the rates of `training.py`, from the same weights on the same windows. Each way trains for so many steps
 of one schedule, or until its seconds are over. The clock stands still while the loss is measured; auto's search is in its time.
+The picture is that of `loss_picture.py`.
 """
 
 import argparse
@@ -18,12 +19,10 @@ from peers import Attached, Way
 from training import EVERY, RATE, Variant, chosen_ways, described, held_out_loss, share, title
 
 import commpress
-from commpress.launch import data, records, units
+from commpress.launch import data
 
 AUTO = "auto"
 ROWS = ("plain DDP", "bf16", "PowerSGD rank 4", AUTO)
-STYLES = {"plain DDP": ("0.4", "--"), "bf16": ("0.4", "-"), "PowerSGD rank 4": ("0.4", ":"), "auto": ("#1d4ed8", "-")}
-"""Colour and line."""
 
 
 def train(way: Way, steps: int, seconds: float, text: data.Text) -> dict[str, Any]:
@@ -50,36 +49,6 @@ def over(variant: Variant, seconds: float) -> bool:
     return spent.item() > seconds
 
 
-def draw(paths: list[Path], out: Path) -> None:
-    """Write one picture with a panel a link, the slowest last. Raises ValueError for another file."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "commpress", "font.size": 11}
-    from matplotlib import pyplot
-
-    links = [json.loads(path.read_text()) for path in paths]
-    for path, record in zip(paths, links, strict=True):
-        if record.get("what") != "loss by time":
-            raise ValueError(f"{path}: expected a record of benchmarks/time_to_loss.py")
-    links.sort(key=lambda record: -units.rate(record["link"]["rate"]))
-    figure, panels = pyplot.subplots(1, len(links), figsize=(3.6 * len(links), 3.4), sharey=True, squeeze=False)
-    for axes, record in zip(panels[0], links, strict=True):
-        for row in record["rows"]:
-            color, line = STYLES.get(row["name"], ("0.4", "-"))
-            axes.plot(row["seconds"], row["loss"], color=color, linestyle=line, linewidth=2, label=row["name"])
-        axes.set(title=units.bandwidth(units.rate(record["link"]["rate"])), xlabel="seconds of training")
-        axes.grid(alpha=0.3)
-    panels[0][0].set(ylabel="held-out loss")
-    panels[0][-1].legend(frameon=False)
-    first = links[0]
-    figure.suptitle(
-        f"{first['parameters'] / 1e6:.1f} M-parameter transformer, {records.conditions(first)}", fontsize=11
-    )
-    figure.tight_layout()
-    figure.savefig(out, metadata={"Date": None})
-
-
 def main() -> None:
     """Measure and print, or draw."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,7 +61,9 @@ def main() -> None:
     options.add_argument("--picture", nargs="+", type=Path, metavar=("OUT.svg", "RECORD.json"))
     chosen = options.parse_args()
     if chosen.picture:
-        draw(chosen.picture[1:], chosen.picture[0])
+        import loss_picture
+
+        loss_picture.draw(chosen.picture[1:], chosen.picture[0])
         return
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -2,8 +2,9 @@
 
     python -m commpress.launch.demo
 
-If root may make one, the ranks are two hosts of a network lab (`lab.py`) joined by a link of 1 Gbit/s; else they use
-this machine's loopback, and the demo says so.
+Where root may make one, the ranks are two hosts of a network lab (`lab.py`) that a link of 1 Gbit/s joins; else they talk over
+this machine's loopback, and what `commpress explain` predicts for that link stands beside what was measured. The last line
+is one sentence: what auto chose, and what that gained (`gain.py`).
 """
 
 import contextlib
@@ -20,10 +21,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from commpress import extras
-from commpress.launch import checkpoint
+from commpress.launch import checkpoint, gain
+from commpress.launch.foretold import Foretold, foretell
 from commpress.launch.link import Link, free_port
 from commpress.launch.records import Record, link_name, read
 
@@ -43,9 +46,13 @@ LINK = Link(hosts=2, rate="1gbit")
 MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 64, "batch": 4}
 TRAINING = {"lr": 2e-3, "warmup-steps": 30, "eval-batches": 16, "seed": 0, "threads": 1}
 LIMIT_SECONDS = 600.0
+GLANCE_SECONDS = 0.2
+"""How often the demo looks at what a run has printed."""
 GRACE_SECONDS = 40.0
 """Seconds until a run must end; torchrun gives its ranks 30 seconds."""
 LAST_LINES = 30
+STEP = re.compile(r"step (\d+)/\d+  (.*?loss \S+( val \S+)?.*)")
+"""A line of progress: the step, all of its figures, the held-out loss."""
 
 
 class DemoError(Exception):
@@ -53,7 +60,7 @@ class DemoError(Exception):
 
 
 def demo(out: Path, steps: int) -> Path:
-    """Train once for each of RUNS, print the table, and return the path of the HTML report. Raises DemoError."""
+    """Train once for each of RUNS, print the table and what was gained; return the HTML report's path. Raises DemoError."""
     console = Console()
     records: list[Record] = []
     started = time.monotonic()
@@ -66,17 +73,23 @@ def demo(out: Path, steps: int) -> Path:
         called = f"{flags.get('optimizer', 'AdamW')} {flags['compress']}"
         console.print(f"\n[bold]{len(records) + 1} of {len(RUNS)}[/bold]", called, highlight=False, markup=True)
         records.append(train(out / folder, flags, steps, shaped=not reason))
-    console.print()
-    console.print(results(records, over))
-    for line in next(r for r in records if r["settings"]["compress"] == "auto")["receipt"]:
-        console.print(line, highlight=False, markup=False)
-    console.print(
-        "OneBitAdamW warms up on int4 gradients, then sends the signs of what AdamW would apply.", style="dim"
-    )
+    names = runs.titles(records)
+    foretold = foretell(records, LINK) if reason else None
     path = out / "report.html"
-    report.write(path, report.page(records))
+    report.write(path, report.page([*records, foretold.record] if foretold else records))
+    console.print()
+    console.print(results(records, over, foretold))
+    notes = [
+        f"All runs, and what each of them printed: {out.resolve()}",
+        "OneBitAdamW warms up on int4 gradients, then sends the signs of what AdamW would apply.",
+        gain.ABOUT_LOSS,
+        f"{time.monotonic() - started:.0f} s in all. Report: {path.resolve()}",
+    ]
+    for note in notes:
+        console.print(note, style="dim", soft_wrap=True, highlight=False, markup=False)
+    said = gain.headline(list(zip(names, records, strict=True)))
     console.print(
-        f"{time.monotonic() - started:.0f} s in all. Report: {path.resolve()}", soft_wrap=True, highlight=False
+        f"\n{said}; {foretold.sentence}" if foretold else f"\n{said}", soft_wrap=True, highlight=False, markup=False
     )
     return path
 
@@ -93,7 +106,7 @@ def without_link() -> str:
 
 
 def train(out: Path, chosen: dict[str, Any], steps: int, shaped: bool) -> Record:
-    """Run the training program on two ranks of this machine, shown live, and return its record. Raises DemoError.
+    """One run of the training program on two ranks of this machine, shown as it goes; its record. Raises DemoError.
 
     `chosen` are the flags by which this run differs from the others. If it is `shaped`, the ranks are hosts joined by LINK,
     else they use loopback. No process and no network is left, even after an error.
@@ -101,7 +114,7 @@ def train(out: Path, chosen: dict[str, Any], steps: int, shaped: bool) -> Record
     spec = chosen["compress"]
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.clear(out)
-    record, errors = out / "record.json", out / "stderr.log"
+    record, errors, printed = out / "record.json", out / "stderr.log", out / "stdout.log"
     record.unlink(missing_ok=True)
     flags = {**MODEL, **TRAINING, **chosen, "steps": steps, "eval-every": max(1, steps // 5), "out": out}
     program = ["-m", "commpress.launch.train"]
@@ -114,11 +127,10 @@ def train(out: Path, chosen: dict[str, Any], steps: int, shaped: bool) -> Record
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port, *program]
     loopback = "lo" if sys.platform == "linux" else "lo0"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
-    with errors.open("wb") as log:
-        # what it prints goes to this terminal, so that its progress bar lives; its errors are shown if it fails
-        child = subprocess.Popen(command, stderr=log, env=environment, start_new_session=True)
+    with errors.open("wb") as log, printed.open("wb") as lines:
+        child = subprocess.Popen(command, stdout=lines, stderr=log, env=environment, start_new_session=True)
         try:
-            code = child.wait(LIMIT_SECONDS)
+            code = watched(child, printed, steps)
         except subprocess.TimeoutExpired:
             raise DemoError(f"{spec}: not done after {LIMIT_SECONDS:.0f} s, killed\n{tail(errors)}") from None
         finally:
@@ -132,19 +144,49 @@ def train(out: Path, chosen: dict[str, Any], steps: int, shaped: bool) -> Record
     return read(record)
 
 
-def results(records: list[Record], over: str) -> Table:
-    """Return the demo's table: a row per spec. `over` names the network of the ranks."""
+def watched(child: "subprocess.Popen[bytes]", printed: Path, steps: int) -> int:
+    """Show how far a run is until it ends; its code. Raises subprocess.TimeoutExpired after LIMIT_SECONDS.
+
+    A bar in a terminal, else a line for each validation. All that it prints is in the file `printed`.
+    """
+    until = time.monotonic() + LIMIT_SECONDS
+    columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[figures]}", markup=False))
+    with printed.open() as lines, Progress(*columns, expand=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=steps, figures="starting")
+        told, cut = None, ""  # the first line is told, too
+        while True:
+            code = child.poll()  # before the last lines are read
+            *whole, cut = (cut + lines.read()).split("\n")
+            for line in whole:
+                if found := STEP.match(line):
+                    bar.update(task, completed=int(found[1]), figures=found[2])
+                    validation = found[3] or ""
+                    if bar.disable and validation != told:
+                        print(line, flush=True)
+                    told = validation
+            if code is not None:
+                return code
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(child.args, LIMIT_SECONDS)
+            time.sleep(GLANCE_SECONDS)
+
+
+def results(records: list[Record], over: str, foretold: Foretold | None = None) -> Table:
+    """The demo's table: a row a run. `over` says what the ranks talk over; beside its seconds those that are foretold."""
     head, *rows = runs.summary(list(zip(runs.titles(records), records, strict=True)))
     first = records[0]
     table = Table(
         title=f"{first['parameters'] / 1e6:.1f} M parameters, {first['world_size']} ranks, {first['steps_done']} steps, {over}",
         box=box.SIMPLE_HEAD,
     )
-    shown = [i for i, name in enumerate(head) if name != "steps"]  # the same for all, and 80 columns are few
+    left_out = {"steps", "against none"} if foretold else {"steps"}  # 80 columns are few
+    shown = [i for i, name in enumerate(head) if name not in left_out]
     for i in shown:
         table.add_column(head[i], justify="right" if i else "left", no_wrap=not i)
-    for row in rows:
-        table.add_row(*(row[i] for i in shown))
+    if foretold:
+        table.add_column(f"predicted, {foretold.link}", justify="right", min_width=10)
+    for at, row in enumerate(rows):
+        table.add_row(*(row[i] for i in shown), *([f"{foretold.steps[at] * 1e3:.0f} ms"] if foretold else []))
     return table
 
 
@@ -193,7 +235,7 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Folder for the three runs and the report."""
-    steps: int = 250
+    steps: int = 200
     """Optimizer steps of each run."""
 
     def run(self) -> None:

@@ -1,14 +1,17 @@
 """The report's figures: each function takes numbers and returns a plotly figure that fits a phone.
 
-A name has the same look on the whole page: commpress in strong colours, the rest grey and dashed.
+A name has the same look on the whole page: commpress in strong colours, the rest grey and dashed. Lines
+and bars are labelled where they are; axes show the range in which they differ.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
 from commpress import extras
-from commpress.launch.records import SPANS, Record
+from commpress.launch import palette
+from commpress.launch.palette import COLOURS, GREYS, INK
+from commpress.launch.records import SPANS
 from commpress.launch.units import bandwidth
 
 try:
@@ -16,19 +19,15 @@ try:
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.figures", error, "launch") from None
 
-INK = "#1e293b"
-COLOURS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#be185d", "#0e7490", "#a16207", "#4338ca")
-GREYS = ("#475569", "#7b8794")
 DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down", "star")
-PHASES = {"encode": "#1d4ed8", "wire": "#c2410c", "decode": "#15803d", "exposed": "#64748b"}
-SPAN_COLOURS = {"forward": "#a5b4fc", "backward": "#7dd3fc", **PHASES}
 LINES = ("training", "encode", "wire", "decode")
 TICKS = tuple(step * scale for scale in (0.1, 1, 10, 100) for step in (1, 1.5, 2, 3, 5, 7))
 
 PLOT_HEIGHT = 330
 LEGEND_HEIGHT = 18
 """Pixels of a legend entry on a phone, where each may have its own line."""
+BAR_HEIGHT, HEADING_HEIGHT = 24, 32
 BUTTONS = ("toImage", "zoom2d", "resetScale2d")
 """The buttons of a figure: more of them would cover it on a phone."""
 
@@ -96,114 +95,60 @@ def step_times(
         ticktext=[bandwidth(rate).removesuffix("bit/s").replace(" ", "") + "bit" for rate in rates],
     )
     figure.update_yaxes(
-        title="against no communication", type="log", tickvals=TICKS, ticktext=[f"{t:g}" for t in TICKS]
+        title="step time, lower is better", type="log", tickvals=TICKS, ticktext=[f"{t:g}" for t in TICKS]
     )
     return styled(figure)
 
 
-def step_bars(ratios: Mapping[str, float], hover: Mapping[str, str], look: Mapping[str, Look]) -> go.Figure:
-    """Draw bars of step time, no communication = 1, for records without a bandwidth."""
-    names = list(ratios)[::-1]  # the first one on top
+class Bar(NamedTuple):
+    """A bar: what it is of (a run, a phase), its value, its colour, what stands in or beside it, and what a pointer is told."""
+
+    name: str
+    value: float
+    colour: str
+    label: str
+    hover: str = ""
+
+
+def bars(groups: Mapping[str, Sequence[Bar]], axis: str, outlines: Mapping[str, float] | None = None) -> go.Figure:
+    """Bars from left to right, each with its label, below the heading of their group.
+
+    `outlines` has a value for a group that is drawn around its bars, as what they are compared with.
+    """
     figure = go.Figure()
-    figure.add_bar(
-        x=[ratios[name] for name in names],
-        y=[escape(name) + " " for name in names],  # a little air before the bar
-        orientation="h",
-        marker_color=[look[name].colour for name in names],
-        text=[f"{ratios[name]:.2f}" for name in names],
-        textposition="outside",
-        cliponaxis=False,
-        hovertext=[escape(hover[name]) for name in names],
-        hovertemplate="%{hovertext}<extra>%{y}</extra>",
-    )
-    figure.update_xaxes(title="no communication = 1", range=[0, max(ratios.values()) * 1.15])
-    return styled(figure, entries=0, height=90 + 30 * len(names))
-
-
-def curves(
-    runs: Sequence[tuple[str, Record]], axis: str, x: Callable[[Record], float], log: bool, look: Mapping[str, Look]
-) -> go.Figure:
-    """Draw the training loss of runs as a thin line and held-out loss as a marked one. `x` gives the place of a curve's row."""
-    figure = go.Figure()
-    for name, record in runs:
-        own = look[name]
-        for key, style in (
-            ("train_loss", {"mode": "lines", "line": {"color": own.colour, "width": 1}, "opacity": 0.35}),
-            ("validation_loss", {"mode": "lines+markers", "line": own.line, "marker": own.marker}),
-        ):
-            # a logarithmic axis has no place for what came before the first byte
-            rows = [row for row in record["curve"] if row[key] is not None and (not log or x(row) > 0)]
-            figure.add_scatter(
-                x=[x(row) for row in rows],
-                y=[row[key] for row in rows],
-                name=escape(name),
-                legendgroup=name,
-                showlegend=key == "validation_loss",
-                hovertemplate=f"%{{y:.4f}} at %{{x:.4~g}}<extra>{escape(name)}, {key.split('_')[0]}</extra>",
-                **style,
-            )
-    return over(figure, axis, log)
-
-
-def losses(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], axis: str, log: bool, look: Mapping[str, Look]
-) -> go.Figure:
-    """Draw the held-out loss of each name: (places, losses)."""
-    figure = go.Figure()
-    for name, (x, y) in lines.items():
-        kept = [(a, b) for a, b in zip(x, y, strict=True) if not log or a > 0]
-        figure.add_scatter(
-            x=[a for a, _ in kept],
-            y=[b for _, b in kept],
-            name=escape(name),
-            mode="lines",
-            line=look[name].line,
-            hovertemplate="%{y:.4f} at %{x:.4~g}<extra>%{fullData.name}</extra>",
+    rows: dict[str, list[tuple[float, Bar]]] = {}
+    at, frames = 0.0, []
+    for heading, found in groups.items():
+        figure.add_annotation(
+            **{"x": 0, "xref": "paper", "xanchor": "left", "y": at, "yanchor": "middle", "showarrow": False},
+            text=f"<b>{escape(heading)}</b>",
         )
-    return over(figure, axis, log)
-
-
-def losses_by_link(
-    links: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], axis: str, look: Mapping[str, Look]
-) -> go.Figure:
-    """Draw `losses` of each link in one figure with a menu; a name without a step time on a link is left out there."""
-    names = list(dict.fromkeys(name for lines in links.values() for name in lines))
-    empty: tuple[Sequence[float], Sequence[float]] = ([], [])
-    whole = {link: {name: lines.get(name, empty) for name in names} for link, lines in links.items()}
-    figure = losses(next(iter(whole.values())), axis, False, look)
-    choices = {
-        link: {"x": [list(x) for x, _ in lines.values()], "y": [list(y) for _, y in lines.values()]}
-        for link, lines in whole.items()
-    }
-    return with_menu(figure, choices)
-
-
-def over(figure: go.Figure, axis: str, log: bool) -> go.Figure:
-    """Return an empty figure of loss over something."""
-    figure.update_xaxes(
-        title=axis, type="log" if log else "linear", **({"dtick": 1, "tickformat": ",~g"} if log else {})
-    )
-    figure.update_yaxes(title="loss (nats a byte)")
-    return styled(figure)
-
-
-def bars(
-    runs: Sequence[tuple[str, Record]], axis: str, series: dict[str, tuple[str, float]], colours: Mapping[str, str]
-) -> go.Figure:
-    """Draw a group of bars per run. `series` maps a legend to (the key in its traffic, the unit to divide by)."""
-    figure = go.Figure()
-    names = [escape(name) for name, _ in runs]
-    for legend, (key, unit) in series.items():
-        heights = [r["traffic"][key] / unit / max(r["steps_done"], 1) for _, r in runs]
+        at += (HEADING_HEIGHT + BAR_HEIGHT) / 2 / BAR_HEIGHT
+        for bar in found:
+            rows.setdefault(bar.name, []).append((at, bar))
+            if outlines:
+                frames.append((at, outlines[heading]))
+            at += 1
+        at += (HEADING_HEIGHT - BAR_HEIGHT) / 2 / BAR_HEIGHT
+    if frames:
         figure.add_bar(
-            x=names,
-            y=heights,
-            name=legend,
-            marker_color=colours[legend],
-            hovertemplate="%{y:.4~g}<extra>%{fullData.name}</extra>",
+            **{"y": [y for y, _ in frames], "x": [x for _, x in frames], "name": "dense", "width": 0.9},
+            **{"orientation": "h", "hovertemplate": "%{x:,.4~g}<extra>dense</extra>"},
+            marker={"color": "rgba(0, 0, 0, 0)", "line": {"color": palette.DENSE, "width": 1.5}},
         )
-    figure.update_yaxes(title=axis)
-    return styled(figure, entries=len(series))
+    for name, placed in rows.items():
+        figure.add_bar(
+            **{"y": [y for y, _ in placed], "x": [bar.value for _, bar in placed], "name": escape(name), "width": 0.8},
+            **{"orientation": "h", "marker_color": [bar.colour for _, bar in placed], "cliponaxis": False},
+            **{"text": [escape(bar.label) for _, bar in placed], "textposition": "auto", "textangle": 0},
+            **{"insidetextanchor": "start", "constraintext": "none"},
+            hovertext=[escape(bar.hover or bar.label) for _, bar in placed],
+            hovertemplate="%{hovertext}<extra>%{fullData.name}</extra>",
+        )
+    figure.update_layout(barmode="overlay")
+    figure.update_xaxes(title=axis, rangemode="tozero")
+    figure.update_yaxes(range=[at - 0.5, -0.7], showticklabels=False, showgrid=False, zeroline=False)
+    return styled(figure, entries=0, height=round(80 + at * BAR_HEIGHT))
 
 
 def front(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> go.Figure:
@@ -216,62 +161,14 @@ def front(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> go.Figure
             y=[quality for _, quality, _ in found],
             name=escape(name),
             mode="lines+markers" if best else "markers",
-            line={"shape": "hv", "color": COLOURS[0]},
-            marker={"color": COLOURS[0] if best else GREYS[1], "size": 9 if best else 6},
+            line={"shape": "hv", "color": palette.FRONT},
+            marker={"color": palette.FRONT if best else GREYS[1], "size": 9 if best else 6},
             text=[escape(text) for _, _, text in found],
             hovertemplate="%{text}<br>%{y:.4~g} at %{x:,.6~g}<extra></extra>",
         )
-    figure.update_xaxes(title="size (g)")
-    figure.update_yaxes(title="quality (f)")
+    figure.update_xaxes(title="size (g), lower is better")
+    figure.update_yaxes(title="quality (f), higher is better")
     return styled(figure)
-
-
-def dense_and_small(pairs: Mapping[str, tuple[float, float]], axis: str) -> go.Figure:
-    """Draw two bars for each name, one for the dense model and one for the small one."""
-    figure = go.Figure()
-    for i, (legend, colour) in enumerate((("dense", GREYS[1]), ("small", COLOURS[0]))):
-        figure.add_bar(
-            x=[escape(name) for name in pairs],
-            y=[pair[i] for pair in pairs.values()],
-            name=legend,
-            marker_color=colour,
-            hovertemplate="%{x}: %{y:.4~g}<extra>%{fullData.name}</extra>",
-        )
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(title=axis)
-    return styled(figure)
-
-
-class Bar(NamedTuple):
-    """Bytes that one run sent a step of one bucket."""
-
-    bucket: str
-    sent_bytes: float
-    hover: str
-
-
-def buckets(dense: Mapping[str, float], sent: Mapping[str, Sequence[Bar]], look: Mapping[str, Look]) -> go.Figure:
-    """Draw the bytes per step of each bucket: dense in grey, and a bar per run. `dense` is by bucket, `sent` by run."""
-    figure = go.Figure()
-    figure.add_bar(
-        x=[escape(bucket) for bucket in dense],
-        y=list(dense.values()),
-        name="dense",
-        marker_color="#94a3b8",
-        hovertemplate="%{y:,.0f} B<extra>dense</extra>",
-    )
-    for name, rows in sent.items():
-        figure.add_bar(
-            x=[escape(row.bucket) for row in rows],
-            y=[row.sent_bytes for row in rows],
-            name=escape(name),
-            marker_color=look[name].colour,
-            hovertext=[escape(row.hover) for row in rows],
-            hovertemplate="%{y:,.0f} B, %{hovertext}<extra>%{fullData.name}</extra>",
-        )
-    figure.update_xaxes(title="bucket", type="category", categoryarray=[escape(bucket) for bucket in dense])
-    figure.update_yaxes(title="bytes a step and rank", type="log", dtick=1, exponentformat="SI")
-    return styled(figure, entries=len(sent) + 1)
 
 
 class Block(NamedTuple):
@@ -319,7 +216,7 @@ def timeline(steps: Mapping[str, Sequence[Block]], rows: Mapping[int, str]) -> g
             **{key: values[i] for key, values in first.items()},
             name=phase,
             orientation="h",
-            marker={"color": pale(SPAN_COLOURS[phase]), "line": {"color": SPAN_COLOURS[phase], "width": 1}},
+            marker={"color": pale(palette.SPANS[phase]), "line": {"color": palette.SPANS[phase], "width": 1}},
             hovertemplate="%{hovertext}<extra>%{fullData.name}</extra>",
         )
     figure.update_layout(barmode="overlay")

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Annotated
 
@@ -43,12 +44,14 @@ try:
     from commpress.launch.sections.gpu import gpu_checks
     from commpress.launch.sections.html import PAGE, table
     from commpress.launch.sections.judgements import judgements
+    from commpress.launch.sections.opening import name, opening
     from commpress.launch.sections.runs import (
+        alike,
         as_run,
+        differences,
         recipes,
+        results,
         session_names,
-        settings,
-        summary,
         titles,
         traffic,
         what_was_sent,
@@ -75,7 +78,10 @@ def page(files: Sequence[Record]) -> str:
     named += [(name, "torch" if r["report"]["spec"] == "none" else "commpress") for name, r in sessions]
     look = figures.looks(named)
     parts = [
-        *what_was_run(runs, of[STEP_TIMES] + of[LOSSES]),
+        *opening(runs, sessions, of),
+        *differences(runs, look),
+        *results(runs, look),
+        *benchmarks_run(of[STEP_TIMES] + of[LOSSES]),
         *what_was_sent(sessions),
         *step_time(of[STEP_TIMES], look),
         *loss_against_bytes(runs, of[LOSSES], look),
@@ -88,28 +94,25 @@ def page(files: Sequence[Record]) -> str:
         *timelines(of[TIMELINE]),
         *gpu_checks(of[GPU_CHECK]),
         *searches(of[SEARCHED]),
+        *alike(runs),
     ]
-    if runs:
-        parts += ["<h2>Settings and machine</h2>", table(settings(runs), text=True)]
-    return PAGE.format(body="\n".join(parts), script=plotly.offline.get_plotlyjs())
+    title = f"{name(files, runs)}: commpress report"
+    return PAGE.format(title=escape(title), body="\n".join(parts), script=plotly.offline.get_plotlyjs())
 
 
-def what_was_run(runs: Sequence[tuple[str, Record]], measured: Sequence[Record]) -> list[str]:
-    """Return the tables of runs and of benchmarks."""
-    parts = []
-    if runs:
-        parts += [table(summary(runs)), "<p>Loss is in nats a byte; MB and seconds are those of one rank.</p>"]
-    if measured:
-        links: dict[tuple[str, ...], list[str]] = {}
-        for r in measured:
-            model = f"{r['model']}, {r['parameters'] / 1e6:.1f} M parameters"
-            where = (str(r.get(key, "")) for key in ("world_size", "tokens_per_step", "machine", "torch"))
-            link = link_name(r["link"], hosts=True) if r["what"] == STEP_TIMES else "any"
-            links.setdefault((r["what"], model, *where), []).append(link)
-        rows = [["benchmark", "model", "ranks", "tokens a step", "machine", "torch", "links"]]
-        rows += [[*key, "; ".join(dict.fromkeys(names))] for key, names in links.items()]
-        parts.append(table(rows, text=True))
-    return parts
+def benchmarks_run(measured: Sequence[Record]) -> list[str]:
+    """The table of benchmarks."""
+    if not measured:
+        return []
+    links: dict[tuple[str, ...], list[str]] = {}
+    for r in measured:
+        model = f"{r['model']}, {r['parameters'] / 1e6:.1f} M parameters"
+        where = (str(r.get(key, "")) for key in ("world_size", "tokens_per_step", "machine", "torch"))
+        link = link_name(r["link"], hosts=True) if r["what"] == STEP_TIMES else "any"
+        links.setdefault((r["what"], model, *where), []).append(link)
+    rows = [["benchmark", "model", "ranks", "tokens a step", "machine", "torch", "links"]]
+    rows += [[*key, "; ".join(dict.fromkeys(names))] for key, names in links.items()]
+    return [table(rows, text=True)]
 
 
 @dataclass(frozen=True)

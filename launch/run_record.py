@@ -7,6 +7,7 @@ import platform
 import re
 import statistics
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import commpress
 from commpress.comm.receipt import Receipt
 from commpress.files import write_atomically
+from commpress.launch.link import joining
 from commpress.launch.settings import Settings
 
 
@@ -60,9 +62,12 @@ def write_record(
 ) -> None:
     """Write record.json: what ran, where, and what was measured. Bytes and seconds of communication are rank 0's."""
     record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": commpress.__version__,
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()},
         "text": text,
         "world_size": dist.get_world_size(),
+        "link": joining(dist.get_world_size()),
         "backend": dist.get_backend(),
         "machine": machine(device),
         "torch": torch.__version__,

@@ -88,22 +88,27 @@ def test_the_citation_is_one_of_cff_1_2_0() -> None:
     assert citation["license"] == PROJECT["license"]
 
 
-def test_python_m_commpress_is_the_command_and_nothing_imports_it_before() -> None:
-    """Without the packages of the `launch` extra it ends as the command does, with a sentence."""
-    code = """
+PROGRAM_RUN = """
 import runpy, sys
 import commpress
 assert not [name for name in sys.modules if name.startswith(("commpress.launch", "commpress.hooks"))]
 runpy.run_module("commpress", run_name="not the program", alter_sys=True)
 assert not [name for name in sys.modules if name.startswith("commpress.launch")]
 sys.modules.update(dict.fromkeys(BLOCKED))
-sys.argv = ["", *WORDS]
+sys.argv = ["", "lab", "--help"]
 runpy.run_module("commpress", run_name="__main__", alter_sys=True)
 """
-    done = run_code(f"BLOCKED, WORDS = (), ('lab', '--help')\n{code}")
+
+
+@pytest.mark.slow
+def test_python_m_commpress_is_the_command() -> None:
+    done = run_code(f"BLOCKED = ()\n{PROGRAM_RUN}")
     assert done.code == 0, done.err
     assert done.out.startswith("usage: commpress lab ")
-    done = run_code(f"BLOCKED, WORDS = ('tyro', 'plotly'), ('lab', '--help')\n{code}")
+
+
+def test_python_m_commpress_without_the_extra_ends_with_a_sentence_and_nothing_imports_it_before() -> None:
+    done = run_code(f"BLOCKED = ('tyro', 'plotly')\n{PROGRAM_RUN}")
     assert done.code == 1
     assert done.err == "error: the commpress command: found no plotly, expected it; pip install 'commpress[launch]'\n"
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class Receipt:
 
     def __str__(self) -> str:
         return "\n".join([*self._time(), *self._left(), self.summary])
+
+    def _repr_html_(self) -> str:
+        lines = "<br>\n".join(map(escape, str(self).splitlines()))
+        return f"<p>{lines}</p>"
 
     @property
     def summary(self) -> str:

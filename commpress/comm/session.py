@@ -6,7 +6,6 @@ A session knows no framework and sends nothing by itself: its `Collectives` do. 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from typing import Any, Protocol
 
 import torch
@@ -202,8 +201,7 @@ class Session:
         return found
 
     def _repr_html_(self) -> str:
-        lines = "<br>\n".join(map(escape, str(self.receipt()).splitlines()))
-        return f"{self.report()._repr_html_()}\n<p>{lines}</p>"
+        return f"{self.report()._repr_html_()}\n{self.receipt()._repr_html_()}"
 
     @contextlib.contextmanager
     def timeline(self) -> Iterator[Timeline]:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from commpress.launch import figures, units
+from commpress.launch import figures, loss_figures, units
 from commpress.launch.records import Record, conditions, link_name, model_name, ran
 from commpress.launch.sections.html import figure, megabytes, numbers, table
 from commpress.launch.sections.runs import curve_rows
@@ -42,7 +42,7 @@ def step_time(measured: Sequence[Record], look: Mapping[str, figures.Look]) -> l
     parts = [
         "<h2>Step time against bandwidth</h2>",
         "<p>Medians of one step against those of the same steps without communication, in the same run. "
-        "A flat line near 1 is the aim.</p>",
+        "Lower is better: a flat line near 1 is the aim.</p>",
     ]
     for (model, where), group in groups.items():
         ratios, hover = ratios_by_rate(group)
@@ -50,9 +50,12 @@ def step_time(measured: Sequence[Record], look: Mapping[str, figures.Look]) -> l
         if group[0]["link"]["shaped"]:
             parts.append(figure(figures.step_times(ratios, hover, look)))
         elif ratios:
-            bars = {name: points[0.0] for name, points in ratios.items()}
-            parts.append(figure(figures.step_bars(bars, {name: texts[0] for name, texts in hover.items()}, look)))
-        parts.append(numbers(table(step_time_rows(group))))
+            bars = {
+                name: [figures.Bar(name, points[0.0], look[name].colour, f"{points[0.0]:.2f}", hover[name][0])]
+                for name, points in ratios.items()
+            }
+            parts.append(figure(figures.bars(bars, "step time, no communication = 1")))
+        parts.append(numbers(table(step_time_rows(group), look=look)))
     failed: dict[tuple[str, str, str], list[str]] = {}
     for r in measured:
         for row in r["rows"]:
@@ -121,9 +124,10 @@ def loss_against_bytes(
     parts = ["<h2>Loss against bytes</h2>"]
     if runs:
         parts += [
-            "<p>Training loss is the thin line, held-out loss the marked one.</p>",
-            figure(figures.curves(runs, axis, lambda row: row["sent_bytes"] / 1e6, True, look)),
-            numbers(table(curve_rows(runs))),
+            "<p>Held-out loss; of a run that was not validated on its way, training loss. Further left and lower is better. "
+            "The axis begins at the first validation after the start.</p>",
+            figure(loss_figures.curves(runs, axis, lambda row: row["sent_bytes"] / 1e6, True, look)),
+            numbers(table(curve_rows(runs), look=look)),
         ]
     for r in measured:
         rows = [row for row in r["rows"] if ran(row)]
@@ -133,7 +137,7 @@ def loss_against_bytes(
         parts += [
             f"<h3>{escape(model_name(r))}</h3>",
             "<p>Held-out loss, the same windows and initial weights for all.</p>",
-            figure(figures.losses(lines, axis, True, look)),
+            figure(loss_figures.losses(lines, axis, True, look)),
             numbers(
                 table(
                     [
@@ -159,7 +163,7 @@ def loss_against_time(
     parts = []
     if runs:
         axis = "training time (s)"
-        parts.append(figure(figures.curves(runs, axis, lambda row: row["seconds"], False, look)))
+        parts.append(figure(loss_figures.curves(runs, axis, lambda row: row["seconds"], False, look)))
     for r in measured:
         same = [t for t in timed if all(t[key] == r[key] for key in ("world_size", "model", "tokens_per_step"))]
         links: dict[str, dict[str, float]] = {}
@@ -186,7 +190,7 @@ def loss_against_time(
         parts += [
             f"<h3>{escape(model_name(r))}</h3>",
             "<p>Steps times the median step on each link.</p>",
-            figure(figures.losses_by_link(lines, "training time (s)", look)),
-            table(reached),
+            figure(loss_figures.losses_by_link(lines, "training time (s)", look)),
+            table(reached, look=look),
         ]
     return ["<h2>Loss against time</h2>", *parts] if parts else []

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from commpress.launch.records import Record
-from commpress.launch.sections.html import table
+from commpress.launch.sections.html import megabytes, table
 
 
 def exports(found: Sequence[Record]) -> list[str]:
@@ -13,7 +13,7 @@ def exports(found: Sequence[Record]) -> list[str]:
         return []
     rows = [["of", "format", "file", "MB", "difference"]]
     rows += [
-        [record["of"], row["format"], row["path"], f"{row['bytes'] / 1e6:.3f}", f"{row['difference']:.1e}"]
+        [record["of"], row["format"], row["path"], megabytes(row["bytes"]), f"{row['difference']:.1e}"]
         for record in found
         for row in record["rows"]
     ]

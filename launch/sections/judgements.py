@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from html import escape
 
-from commpress.launch import figures
+from commpress.launch import figures, palette
 from commpress.launch.records import Record
 from commpress.launch.sections.html import figure, numbers, table
+
+MOST_LAYERS = 20
+"""More would be a figure of many screens; the table has all."""
 
 
 def judgements(found: Sequence[Record]) -> list[str]:
@@ -31,14 +34,18 @@ def _judgement(record: Record) -> list[str]:
         f"<p>{escape(conditions(record))}</p>",
         "<ul>" + "".join(f"<li>{escape(each)}</li>" for each in record["sentences"]) + "</ul>",
         "<h3>Time</h3>",
-        figure(figures.dense_and_small(_latencies(record), "ms a call, median")),
+        _dense_and_small(_latencies(record), "ms a call, median; lower is better"),
         numbers(table(words.speed_rows(record))),
         "<h3>Size</h3>",
-        figure(figures.dense_and_small(_files(record), "MB")),
+        _dense_and_small(_files(record), "MB; lower is better"),
         numbers(table(words.size_rows(record)) + table(words.count_rows(record))),
     ]
     if layers := _layers(record):
-        parts += ["<h3>Size by layer</h3>", figure(figures.dense_and_small(layers, "KB in model.safetensors"))]
+        most = sorted(layers, key=lambda layer: -layers[layer][0])[:MOST_LAYERS]
+        parts.append("<h3>Size by layer</h3>")
+        parts += [f"<p>The {MOST_LAYERS} largest of {len(layers)}.</p>"] if len(layers) > MOST_LAYERS else []
+        shown = {layer: pair for layer, pair in layers.items() if layer in most}
+        parts.append(_dense_and_small(shown, "MB in model.safetensors; lower is better"))
         parts.append(numbers(table(words.layer_rows(record))))
     parts += ["<h3>Loss and predictions</h3>", table(words.quality_rows(record))]
     if record["targets"]:
@@ -48,6 +55,20 @@ def _judgement(record: Record) -> list[str]:
     if record["left_out"]:
         parts += ["<h3>Not measured</h3>", *(f"<p>{escape(each)}</p>" for each in record["left_out"])]
     return parts
+
+
+def _dense_and_small(pairs: dict[str, tuple[float, float]], axis: str) -> str:
+    """Two bars for each name, what the dense model takes and what the small one does."""
+    bars = {
+        name: [
+            figures.Bar("dense", dense, palette.DENSE, f"dense {dense:.3g}"),
+            figures.Bar(
+                "small", small, palette.SMALL, f"small {small:.3g}" + (f", {dense / small:.1f}x less" if small else "")
+            ),
+        ]
+        for name, (dense, small) in pairs.items()
+    }
+    return figure(figures.bars(bars, axis))
 
 
 def _latencies(record: Record) -> dict[str, tuple[float, float]]:
@@ -67,6 +88,6 @@ def _files(record: Record) -> dict[str, tuple[float, float]]:
 
 
 def _layers(record: Record) -> dict[str, tuple[float, float]]:
-    """KB by layer, where both files tell them."""
+    """MB by layer, where both files tell them."""
     dense, small = (record[side]["layers"] for side in ("dense", "small"))
-    return {layer: (dense.get(layer, 0) / 1e3, small.get(layer, 0) / 1e3) for layer in dense if small}
+    return {layer: (dense.get(layer, 0) / 1e6, small.get(layer, 0) / 1e6) for layer in dense if small}

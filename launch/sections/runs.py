@@ -2,11 +2,15 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from html import escape
 
 from commpress.comm.meter import how_sent
-from commpress.launch import figures
-from commpress.launch.records import Record
-from commpress.launch.sections.html import figure, megabytes, numbers, table
+from commpress.launch import figures, palette
+from commpress.launch.records import Record, link_name
+from commpress.launch.sections.html import figure, folded, megabytes, numbers, table
+
+MOST_BUCKETS = 12
+"""More would be a figure of many screens; the table has all."""
 
 
 def titles(records: Sequence[Record]) -> list[str]:
@@ -28,35 +32,40 @@ def titles(records: Sequence[Record]) -> list[str]:
 
 
 def summary(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
-    """The table of results, its head first. "to none" is the loss less that of the first run whose spec is none."""
-    head = ["spec", "steps", "dense MB/step", "sent MB/step", "ratio", "median ms/step", "val. loss", "to none"]
+    """The table of results, its head first, what matters first: it is cut on the right where it does not fit.
+
+    "against none" is the loss less that of the first run whose spec is none.
+    """
+    head = ["run", "fewer bytes", "ms/step", "loss", "against none", "MB/step", "steps"]
     base = next((r["final_validation_loss"] for _, r in runs if r["settings"]["compress"] == "none"), None)
     rows = []
     for name, r in runs:
-        steps, traffic, final = max(r["steps_done"], 1), r["traffic"], r["final_validation_loss"]
+        traffic, final = r["traffic"], r["final_validation_loss"]
         rows.append(
             [
                 name,
-                str(r["steps_done"]),
-                *(f"{traffic[key] / 1e6 / steps:.3f}" for key in ("dense_bytes", "sent_bytes")),
-                f"{traffic['ratio']:.1f}",
+                f"{traffic['ratio']:.1f}x",
                 f"{r['median_step_seconds'] * 1e3:.0f}",
                 "not finished" if final is None else f"{final:.4f}",
                 "" if final is None or base is None else f"{final - base:+.4f}",
+                megabytes(traffic["sent_bytes"] / max(r["steps_done"], 1)),
+                str(r["steps_done"]),
             ]
         )
     return [head, *rows]
 
 
 def settings(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
-    """Settings, ranks and machine of each run, a column a run."""
+    """Settings, ranks and machine of each run, a column a run, its head first."""
     columns = [
         {
             **r["settings"],
-            "parameters": r.get("parameters"),
+            "parameters of the model": r.get("parameters"),
             "text": (r.get("text") or {}).get("source"),
             "ranks": r["world_size"],
+            "link": link_name(r["link"], hosts=True) if r.get("link") else None,
             "backend": r["backend"],
+            "commpress": r.get("version"),
             "torch": r.get("torch"),
             **r["machine"],
         }
@@ -64,6 +73,36 @@ def settings(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
     ]
     keys = list(dict.fromkeys(key for column in columns for key in column))
     return [["", *(name for name, _ in runs)], *([k, *(str(c.get(k, "")) for c in columns)] for k in keys)]
+
+
+def differences(runs: Sequence[tuple[str, Record]], look: Mapping[str, figures.Look]) -> list[str]:
+    """The settings in which runs differ, but for the folder, which is in their names."""
+    head, *rows = settings(runs)
+    differing = [row for row in rows if len({*row[1:]}) > 1 and row[0] != "out"]
+    return ["<h2>What differs</h2>", table([head, *differing], text=True, look=look)] if differing else []
+
+
+def alike(runs: Sequence[tuple[str, Record]]) -> list[str]:
+    """The settings that all runs share, and the machine, folded away."""
+    if not runs:
+        return []
+    _, *rows = settings(runs)
+    shared = [[row[0], row[1]] for row in rows if len({*row[1:]}) == 1]
+    title = f"{len(shared)} settings, the same for all {len(runs)} runs" if len(runs) > 1 else f"{len(shared)} settings"
+    return ["<h2>Settings and machine</h2>", folded(title, table([["setting", "value"], *shared], text=True))]
+
+
+def results(runs: Sequence[tuple[str, Record]], look: Mapping[str, figures.Look]) -> list[str]:
+    """The table of results, and the receipts, folded away."""
+    if not runs:
+        return []
+    said = (
+        "<p>Fewer bytes: a dense exchange's over what the run sent, the means of all its steps. Milliseconds are the median "
+        "step's. Loss is held-out, in nats a byte. All are of one rank.</p>"
+    )
+    receipts = [f"<p>{escape(name)}: {escape(line)}</p>" for name, r in runs for line in r.get("receipt", ())]
+    parts = ["<h2>Results</h2>", table(summary(runs), look=look), said]
+    return [*parts, folded("Receipts", "".join(receipts))] if receipts else parts
 
 
 def curve_rows(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
@@ -116,9 +155,9 @@ def what_was_sent(sessions: Sequence[tuple[str, Record]]) -> list[str]:
     for name, r in sessions:
         report, each = r["report"], max(r["steps_done"], 1)
         dense, sent = report["dense_bytes"], report["sent_bytes"]
-        mb = [f"{count / 1e6 / each:.3f}" for count in (dense, sent)]
+        mb = [megabytes(count / each) for count in (dense, sent)]
         beside = report.get("backend_bytes")
-        beside = "" if beside is None else f"{beside / 1e6 / each:.3f}"
+        beside = "" if beside is None else megabytes(beside / each)
         rows.append(
             [name, str(report["world_size"]), str(report["steps"]), *mb, f"{dense / sent:.1f}" if sent else "", beside]
         )
@@ -133,25 +172,36 @@ def traffic(runs: Sequence[tuple[str, Record]], look: Mapping[str, figures.Look]
     """Bytes and seconds a step, of runs in all and of their buckets."""
     if not runs:
         return []
-    megabyte = {"dense": ("dense_bytes", 1e6), "sent": ("sent_bytes", 1e6)}
-    colours = {"dense": "#94a3b8", "sent": "#1d4ed8"}
+    sent, dense, seconds = {}, {}, {}
+    for name, r in runs:
+        each = {key: value / max(r["steps_done"], 1) for key, value in r["traffic"].items()}
+        less = 0 < each["sent_bytes"] < 0.99 * each["dense_bytes"]
+        ratio = f", {each['dense_bytes'] / each['sent_bytes']:.1f}x fewer" if less else ""
+        label = f"{megabytes(each['sent_bytes'])} MB{ratio}"
+        sent[name] = [figures.Bar(name, each["sent_bytes"] / 1e6, look[name].colour, label)]
+        dense[name] = each["dense_bytes"] / 1e6
+        seconds[name] = [
+            figures.Bar(phase, each[phase] * 1e3, colour, f"{phase} {each[phase] * 1e3:.1f} ms")
+            for phase, colour in palette.PHASES.items()
+        ]
     return [
         "<h2>Bytes and seconds a step</h2>",
-        "<p><em>Dense</em> is what DDP sends without compression. <em>Exposed</em> is what training waited for after "
-        "its last gradient was ready; the other phases overlap with each other and with backward.</p>",
-        figure(figures.bars(runs, "MB a step and rank", megabyte, colours)),
-        figure(figures.bars(runs, "ms a step", {phase: (phase, 1e-3) for phase in figures.PHASES}, figures.PHASES)),
-        numbers(table(traffic_rows(runs))),
+        "<p>Lower is better. The grey outline is what DDP sends without compression.</p>",
+        figure(figures.bars(sent, "MB a step and rank", dense)),
+        "<p><em>Exposed</em> is what training waited for after its last gradient was ready; the other phases overlap with "
+        "each other and with backward.</p>",
+        figure(figures.bars(seconds, "ms a step")),
+        numbers(table(traffic_rows(runs), look=look)),
         *bytes_by_bucket(runs, look),
     ]
 
 
 def traffic_rows(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
     """The numbers behind the bars: of one step, the mean of all."""
-    rows = [["run", "dense MB", "sent MB", *(f"{phase} ms" for phase in figures.PHASES)]]
+    rows = [["run", "dense MB", "sent MB", *(f"{phase} ms" for phase in palette.PHASES)]]
     for name, r in runs:
         each = {key: value / max(r["steps_done"], 1) for key, value in r["traffic"].items()}
-        ms = (f"{each[phase] * 1e3:.2f}" for phase in figures.PHASES)
+        ms = (f"{each[phase] * 1e3:.2f}" for phase in palette.PHASES)
         rows.append([name, megabytes(each["dense_bytes"]), megabytes(each["sent_bytes"]), *ms])
     return rows
 
@@ -165,25 +215,33 @@ def bytes_by_bucket(runs: Sequence[tuple[str, Record]], look: Mapping[str, figur
     longest = {name: max(row["steps"] for other, row in rows if other == name) for name, _ in rows}
     shown = [(name, row) for name, row in rows if row["steps"] * 2 > longest[name]]
     keys = sorted({(row["bucket"], row["values"]) for _, row in shown})
-    shared = Counter(bucket for bucket, _ in keys)
-    label = {(b, n): str(b) if shared[b] == 1 else f"{b}: {n:,}" for b, n in keys}
-    dense: dict[str, float] = dict.fromkeys(label.values(), 0.0)
-    sent: dict[str, list[figures.Bar]] = {name: [] for name, _ in shown}
+    label = {(bucket, n): f"bucket {bucket}: {n:,} values" for bucket, n in keys}
+    dense: dict[str, float] = {}
+    sent: dict[str, list[figures.Bar]] = {heading: [] for heading in label.values()}
     for name, row in shown:
-        bucket = label[row["bucket"], row["values"]]
-        dense[bucket] = row["dense_bytes"] / row["steps"]
-        sent[name].append(figures.Bar(bucket, row["sent_bytes"] / row["steps"], how(row)))
-    head = ["bucket", "run", "values", "steps", "dense B a step", "sent B a step", "ratio", "how"]
+        heading = label[row["bucket"], row["values"]]
+        dense[heading] = row["dense_bytes"] / row["steps"] / 1e6
+        mb = row["sent_bytes"] / row["steps"]
+        hover = f"{megabytes(mb)} MB, {how(row)}"
+        sent[heading].append(figures.Bar(name, mb / 1e6, look[name].colour, f"{name} {megabytes(mb)} MB", hover))
+    most = sorted(dense, key=lambda heading: -dense[heading])[:MOST_BUCKETS]
+    left = f" The {len(most)} largest of {len(dense)}." if len(dense) > len(most) else ""
+    head = ["bucket", "run", "values", "steps", "dense MB a step", "sent MB a step", "ratio", "how"]
     body = [
         [
             *(str(row["bucket"]), name, f"{row['values']:,}", str(row["steps"])),
-            *(f"{row[key] / row['steps']:,.0f}" for key in ("dense_bytes", "sent_bytes")),
+            *(megabytes(row[key] / row["steps"]) for key in ("dense_bytes", "sent_bytes")),
             f"{row['dense_bytes'] / row['sent_bytes']:.1f}" if row["sent_bytes"] else "",
             how(row),
         ]
         for name, row in rows
     ]
-    return ["<h3>By bucket</h3>", figure(figures.buckets(dense, sent, look)), numbers(table([head, *body]))]
+    return [
+        "<h3>By bucket</h3>",
+        f"<p>What was sent in most steps; lower is better, dense is outlined.{left}</p>",
+        figure(figures.bars({h: sent[h] for h in dense if h in most}, "MB a step and rank", dense)),
+        numbers(table([head, *body])),
+    ]
 
 
 def all_phases(rows: Sequence[Record]) -> list[Record]:

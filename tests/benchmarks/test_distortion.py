@@ -40,5 +40,5 @@ def test_the_same_points_give_the_same_picture(tmp_path: Path) -> None:
         distortion.draw(points, "gradients", tmp_path / name)
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text()
-    for words in ("int4", "topk(0.01)|int4", "bits a value, R", "relative squared error, D"):
+    for words in ("int4", "topk(0.01)|int4", "bits a value, R", "relative squared error, lower is better"):
         assert f"<!-- {words} -->" in drawn

@@ -32,9 +32,12 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         picture.draw(picture.by_rate(files), tmp_path / out)
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text()
-    for words in ("plain DDP", "PowerSGD rank 4", "int8", "int4", "100 Mbit/s", "1 Gbit/s", "no communication"):
+    named = ("plain DDP, 7.4x", "PowerSGD rank 4, 1.1x", "int8, 2.6x", "int4, 1.8x")
+    for words in (*named, "100 Mbit/s", "1 Gbit/s", "no communication = 1", "step time, lower is better"):
         assert f"<!-- {words} -->" in drawn
-    assert "<!-- sign -->" not in drawn
+    assert "<!-- sign" not in drawn
+    assert "At 100 Mbit/s a step takes" in drawn
+    assert "7.4x by plain DDP, 1.8x by int4" in drawn
 
 
 def test_a_record_of_other_links_is_refused_by_name(tmp_path: Path) -> None:

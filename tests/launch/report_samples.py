@@ -63,6 +63,28 @@ def run(spec: str, bits: float) -> Record:
     }
 
 
+PHASES = {"received_bytes": 1, "encode": 0.1, "wire": 0.2, "decode": 0.05, "exposed": 0.1}
+
+
+def compared(spec: str, sent: int, final: float, seconds: float, said: str = "", **settings: object) -> Record:
+    """A run of 20 steps whose dense exchange sends 1000 bytes a step."""
+    curve = [
+        {"step": i, "train_loss": 5.0, "validation_loss": 5.0, "seconds": i * seconds, "sent_bytes": i * sent}
+        | {"dense_bytes": i * 1000}
+        for i in range(21)
+    ]
+    return {
+        "settings": {"compress": spec, "out": f"runs/demo/{spec}", "lr": 0.1, **settings},
+        "traffic": {"dense_bytes": 20_000, "sent_bytes": 20 * sent, "ratio": 1000 / sent, **PHASES},
+        "report": {"spec": said or spec},
+        **{"final_validation_loss": final, "machine": {"processor": "AMD EPYC"}, "world_size": 2, "backend": "gloo"},
+        **{"curve": curve, "steps_done": 20, "median_step_seconds": seconds, "parameters": 250},
+        **{"date": "2026-11-30T05:42:07+00:00", "version": "0.1.0", "receipt": [f"receipt of {spec}"]},
+    }
+
+
+PLAIN = compared("none", 1000, 2.5, 0.2)
+
 MODEL = {"model": "GPT, 5 layers, 528 wide", "parameters": PARAMETERS, "tokens_per_step": 256}
 
 

@@ -1,14 +1,17 @@
 """The HTML report and the command line around it."""
 
+import itertools
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import report_samples
 from commands import run_command
+from report_samples import PLAIN, compared
 
-from commpress.launch import figures, records, report
+from commpress.launch import figures, loss_figures, palette, records, report
 from commpress.launch.records import Record, read
 from commpress.launch.sections import benchmarks, runs, timelines
 
@@ -45,6 +48,138 @@ def test_the_page_stands_alone_and_names_every_run() -> None:
     assert "+0.1000" in html
     assert "not finished" in html
     assert html.count('class="plotly-graph-div"') == 4
+
+
+def visible(html: str) -> str:
+    """The page without its scripts and styles."""
+    return re.sub(r"<(script|style).*?</\1>", "", html, flags=re.DOTALL)
+
+
+def test_a_report_opens_with_the_gain_then_the_name_the_date_and_the_version() -> None:
+    page = visible(
+        report.page(
+            [
+                PLAIN,
+                compared("auto", 125, 2.51, 0.1, "auto: int4"),
+                compared("sign", 30, 2.9, 0.05),
+            ]
+        )
+    )
+    body = page[page.index("<body>") :].split("\n")
+    assert body[1] == "<h1>auto chose int4: 8.0x fewer bytes a step, 2x faster, same loss (2.510, plain 2.500)</h1>"
+    assert body[2].startswith('<p class="about">demo: none, auto, sign · 2026-11-30 05:42 UTC · commpress 0.1.0 · ')
+    assert "<title>demo: none, auto, sign: commpress report</title>" in page
+
+
+def test_the_report_of_one_run_opens_with_its_receipt() -> None:
+    run = compared("int4", 125, 2.51, 0.1) | {
+        "receipt": ["not compressed: 3 values a step, small", "commpress int4: paid"]
+    }
+    assert "<h1>commpress int4: paid</h1>" in report.page([run])
+
+
+def test_what_differs_comes_first_and_what_is_the_same_last_and_folded() -> None:
+    page = visible(report.page([PLAIN, compared("int4", 125, 2.5, 0.1, lr=0.2)]))
+    titles = sections(page)
+    assert titles[:2] == ["What differs", "Results"]
+    assert titles[-1] == "Settings and machine"
+    differs, end = page[page.index("What differs") : page.index("Results")], page[page.index("Settings and machine") :]
+    assert re.findall(r"<tr><td>(.*?)</td>", differs) == ["compress", "lr"]
+    assert "<td>0.1</td><td>0.2</td>" in differs
+    assert end.index("<details>") < end.index("<td>ranks</td>")
+    assert "lr" not in re.findall(r"<tr><td>(.*?)</td>", end)
+
+
+def test_the_numbers_that_matter_are_on_the_left() -> None:
+    head, *_ = runs.summary([("none", PLAIN)])
+    assert head == ["run", "fewer bytes", "ms/step", "loss", "against none", "MB/step", "steps"]
+
+
+def traces(html: str) -> list[dict[str, object]]:
+    """What plotly draws, of all figures of the page."""
+    found = re.findall(r"Plotly\.newPlot\(\s*\S+\s*(\[.*?\]),\s*\{\"template", html, re.DOTALL)
+    return [trace for figure in found for trace in json.loads(figure)]
+
+
+def test_a_colour_has_one_meaning_on_the_whole_page(tmp_path: Path) -> None:
+    html = report.page([read(path) for path in report_samples.write(tmp_path)])
+    colours: dict[str, set[str]] = {}
+    for trace in traces(html):
+        marker, line = trace.get("marker", {}), trace.get("line", {})
+        own = line.get("color") or marker.get("color")
+        for colour in own if isinstance(own, list) else [own]:
+            if str(colour).startswith("#"):
+                colours.setdefault(str(trace["name"]), set()).add(str(colour))
+    for name, phase in palette.PHASES.items():
+        assert colours[name] == {phase}
+    strong = {
+        name: found for name, found in colours.items() if not found & {*palette.GREYS, palette.DENSE, palette.INK}
+    }
+    assert all(len(found) == 1 for found in colours.values()), colours
+    assert len({colour for found in strong.values() for colour in found}) == len(strong), strong
+    for name in ("int4", "none", "topk(0.01)|int4"):  # in the tables, too
+        assert f'<span class="own" style="border-color: {next(iter(colours[name]))}">{name}</span>' in html
+
+
+VISIONS = {
+    "all colours": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+    "no green": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+    "no blue": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
+}
+"""Machado, Oliveira and Fernandes (2009), of linear RGB."""
+
+
+def seen(colour: str, vision: str) -> tuple[float, float, float]:
+    """A colour in CIE L*a*b* as those eyes see it."""
+    rgb = [
+        ((c + 0.055) / 1.055) ** 2.4 if c > 0.04045 else c / 12.92
+        for c in (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    ]
+    rgb = [min(1.0, max(0.0, sum(a * b for a, b in zip(row, rgb, strict=True)))) for row in VISIONS[vision]]
+    to_xyz = ((0.4339, 0.3762, 0.1899), (0.2126, 0.7152, 0.0722), (0.0177, 0.1095, 0.8729))
+    x, y, z = (sum(a * b for a, b in zip(row, rgb, strict=True)) for row in to_xyz)
+    f, g, h = (t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in (x, y, z))
+    return 116 * g - 16, 500 * (f - g), 200 * (g - h)
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_colour_blind_eyes_tell_them_apart(vision: str) -> None:
+    for together in ((*palette.COLOURS[:3], palette.GREYS[0]), tuple(palette.PHASES.values())):
+        for one, other in itertools.combinations(together, 2):
+            assert math.dist(seen(one, vision), seen(other, vision)) > 15, (one, other)
+
+
+def test_bytes_are_megabytes_in_every_table_and_figure(tmp_path: Path) -> None:
+    html = report.page([read(path) for path in report_samples.write(tmp_path)])
+    words = visible(html) + " ".join(
+        re.findall(r'"text":"(.*?)"', re.sub(r"<script>/\*.*?</script>", "", html, count=1))
+    )
+    assert not re.search(
+        r"\b[KG]i?B\b|\bMiB\b|\bbytes a step\b(?!.*<h1>)|\b\d+ B\b", words.replace("fewer bytes a step", "")
+    )
+    assert "MB" in words
+
+
+def test_labels_stand_at_their_lines_and_off_each_other() -> None:
+    close = {"none": (1.0, 0.2), "auto": (0.5, 0.21), "OneBitAdamW sign": (0.52, 0.22)}
+    places = loss_figures.label_places(close, {name: len(name) + 6 for name in close})
+    assert places["none"][0] is False  # no room on the right of the plot
+    assert places["auto"][0] is True
+    assert all(0 < up < 1 for _, up in places.values())
+    assert abs(places["auto"][1] - places["OneBitAdamW sign"][1]) > 0.05
+
+
+def test_loss_axes_leave_out_the_loss_of_a_model_that_knows_nothing() -> None:
+    run = report_samples.run("none", 32.0)
+    drawn = loss_figures.curves(
+        [("none", run)], "s", lambda row: row["seconds"], False, figures.looks([("none", "torch")])
+    )
+    low, high = drawn.layout.yaxis.range
+    found = [row["validation_loss"] for row in run["curve"] if row["validation_loss"]]
+    assert low < min(found) < found[1] < high < found[0]
+    assert [note.text for note in drawn.layout.annotations] == [f"<b>none {found[-1]:.3f}</b>"]
+    assert not drawn.layout.showlegend
 
 
 def test_runs_of_one_spec_are_told_apart() -> None:
@@ -107,10 +242,16 @@ def test_only_sections_for_which_there_is_data_appear(tmp_path: Path) -> None:
         "steps0": ["Step time against bandwidth"],
         "losses": ["Loss against bytes"],
         "trace-rank0": ["Timeline of a step"],
-        "run0": ["Loss against bytes", "Loss against time", "Bytes and seconds a step", "Settings and machine"],
+        "run0": [
+            "Results",
+            "Loss against bytes",
+            "Loss against time",
+            "Bytes and seconds a step",
+            "Settings and machine",
+        ],
     }.items():
         assert sections(report.page([read(tmp_path / f"{kind}.json")])) == expected
-    assert len(sections(report.page([read(path) for path in paths]))) == 7
+    assert len(sections(report.page([read(path) for path in paths]))) == 9
 
 
 @pytest.mark.parametrize(
@@ -172,9 +313,10 @@ def test_time_to_a_loss_is_its_steps_times_the_step_of_each_link() -> None:
     ddp = next(row for row in losses["rows"] if row["name"] == "plain DDP")
     seconds = next(row["seconds"] for row in measured["rows"] if row["name"] == "plain DDP")
     assert (
-        f"<td>plain DDP</td><td>{ddp['steps_to_target']}</td><td>{ddp['steps_to_target'] * seconds:,.1f}</td>" in html
+        f"plain DDP</span></td><td>{ddp['steps_to_target']}</td><td>{ddp['steps_to_target'] * seconds:,.1f}</td>"
+        in html
     )
-    assert "<td>topk(0.01)</td><td></td><td>not reached</td>" in html
+    assert "topk(0.01)</span></td><td></td><td>not reached</td>" in html
     # step times of another number of ranks say nothing about these losses
     assert "Loss against time" not in report.page([losses, report_samples.step_times(4, "100mbit", 1e2)])
 
@@ -193,12 +335,13 @@ def test_buckets_of_the_first_layout_are_in_the_table_only() -> None:
     both = [(name, report_samples.run(name, bits)) for name, bits in (("int8", 8.0), ("int4", 4.0))]
     html = "".join(runs.bytes_by_bucket(both, figures.looks((name, "commpress") for name, _ in both)))
     assert html.count("<td>16,800,000</td><td>1</td>") == 2
-    drawn = json.loads(re.search(r"Plotly\.newPlot\(\s*\S+\s*(\[.*?\]),\s*\{\"template", html, re.DOTALL)[1])
-    assert [trace["name"] for trace in drawn] == ["dense", "int8", "int4"]
-    assert drawn[0]["x"] == ["0", "1", "2", "3"]
-    assert drawn[0]["y"] == [4 * n for n in (400_000, 6_500_000, 6_500_000, 3_400_000)]
-    assert drawn[1]["y"] == [400_000, 6_500_000, 6_500_000, 3_400_000]
-    assert drawn[2]["hovertext"][:2] == ["not compressed: small", "int4 by two_shot"]
+    drawn = {trace["name"]: trace for trace in traces(html)}
+    assert list(drawn) == ["dense", "int8", "int4"]
+    sizes = (400_000, 6_500_000, 6_500_000, 3_400_000)
+    assert sorted(drawn["dense"]["x"]) == sorted(4 * n / 1e6 for n in (*sizes, *sizes))
+    assert drawn["int8"]["x"] == [n / 1e6 for n in sizes]
+    assert drawn["int4"]["text"][0] == "int4 0.200 MB"
+    assert drawn["int4"]["hovertext"][:2] == ["0.200 MB, not compressed: small", "3.250 MB, int4 by two_shot"]
 
 
 def test_what_a_recipe_left_and_its_phases() -> None:

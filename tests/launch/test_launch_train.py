@@ -1,5 +1,6 @@
 """The training program: real runs on two ranks, under torchrun too, and single-rank ones in this process."""
 
+import html
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,7 @@ from shared import filled
 from stopped import stop_at
 from tiers import slowly
 
+import commpress
 from commpress.files import load_state, save_state, write_atomically
 from commpress.launch import checkpoint, demo, lab, train
 
@@ -132,6 +135,9 @@ def test_the_loss_falls_and_the_record_says_what_happened(runs: Callable[[str], 
     assert (record["world_size"], record["backend"], record["steps_done"]) == (2, "gloo", STEPS)
     assert record["report"]["steps"] == STEPS
     assert record["median_step_seconds"] > 0
+    assert record["version"] == commpress.__version__
+    assert datetime.fromisoformat(record["date"]).tzinfo is not None
+    assert record["link"]["shaped"] is False
     assert record["machine"]["cores"] >= 1
     # a ring all-reduce over two ranks sends each gradient once, and so does Gloo where half, a reduce-scatter, would do
     assert curve[-1]["dense_bytes"] == record["traffic"]["dense_bytes"]
@@ -427,8 +433,14 @@ def test_the_demo(
     assert ("a network lab needs root; the ranks talk over this machine's loopback" in said) != shaped
     record = json.loads((tmp_path / "auto" / "record.json").read_text())
     assert record["settings"]["compress"] == "auto"
-    assert record["receipt"]
-    for line in record["receipt"]:
-        assert line in said
-    if shaped:
-        assert "both measured in this run" in said  # a link so slow that compression pays
+    last = said[said.rindex("auto ") :] if shaped else said[said.rindex(" auto ") + 1 :]
+    assert re.search(r"x fewer bytes a step \(|the same bytes a step", last), last
+    assert ("on a link of 1 Gbit/s `commpress explain` predicts int4" in last) != shaped
+    assert ("predicted, " in said) != shaped
+    assert ("<h2>Predictions</h2>" in page) != shaped
+    if shaped:  # a link so slow that compression pays
+        assert last.startswith("auto chose int4: 7.8x fewer bytes a step")
+        assert float(re.findall(r"([\d.]+)x faster", last)[0]) > 1.2
+        assert "both measured in this run" in page
+    assert html.escape(last.partition("; on a link")[0]) in page
+    assert "validation loss" in (tmp_path / "auto" / "stdout.log").read_text()

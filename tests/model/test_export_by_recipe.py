@@ -44,6 +44,7 @@ def test_the_formats_of_a_recipe_are_those_of_export() -> None:
     assert set(NEEDS) <= set(FORMATS)
 
 
+@pytest.mark.slow
 def test_the_files_are_written_as_training_left_the_model_and_one_format_does_not_hinder_others(tmp_path: Path) -> None:
     scheduler = trained("torchao", "safetensors", "integer", folder="out/files")
     with pytest.raises(
@@ -80,6 +81,7 @@ def written(folder: Path) -> list[str]:
     return [each.path.name for each in trained("safetensors").finish(folder / f"rank{dist.get_rank()}")]
 
 
+@pytest.mark.slow
 def test_the_first_rank_writes_and_a_missing_package_is_refused_before_training_on_all(tmp_path: Path) -> None:
     assert run(2, written, tmp_path) == [["model.safetensors"], []]
     assert [each.name for each in tmp_path.iterdir()] == ["rank0"]

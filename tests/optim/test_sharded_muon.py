@@ -288,6 +288,7 @@ def kept(folder: str) -> tuple[list[Tensor], list[Tensor]]:
     return before, whole(model)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_with_all_that_was_kept(tmp_path: Path) -> None:
     run(3, saved, str(tmp_path), 3)
     ranks = run(2, kept, str(tmp_path))

@@ -208,10 +208,10 @@ def count_rows(record: Record) -> list[list[str]]:
 def layer_rows(record: Record) -> list[list[str]]:
     """The table of bytes in model.safetensors by layer, its head first."""
     small, dense = record["small"]["layers"], record["dense"]["layers"]
-    rows = [["layer", "KB", "dense", "smaller"]]
+    rows = [["layer", "MB", "dense", "smaller"]]
     for layer in dict.fromkeys([*dense, *small]):
         a, b = small.get(layer), dense.get(layer)
-        sizes = ["" if each is None else f"{each / 1e3:,.1f}" for each in (a, b)]
+        sizes = ["" if each is None else f"{each / 1e6:,.4f}" for each in (a, b)]
         rows.append([layer, *sizes, f"{b / a:.2f}x" if a and b else ""])
     return rows
 
