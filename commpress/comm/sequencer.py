@@ -1,17 +1,17 @@
 """One order of collectives on every rank, while backward goes on.
 
-Buckets arrive in the order in which DDP hands them out, the same on every rank. On CPU one thread encodes them and starts
-their first transfers, another awaits those, starts the ones that follow, and decodes, both in that order:
+Buckets arrive in DDP's order, the same on every rank. On CPU one thread encodes them and starts
+their first transfers; another waits for those, starts the next ones, and decodes, both in that order:
 
     encode thread   [encode 0][encode 1]         [encode 2]
     network                   |== send 0 ==|== send 1 ==|=2=|= send 2 =| ...
     wire thread                             [recode 0]  [decode 0][recode 1] ...
 
-So a bucket is on its way as soon as it is encoded. One that has no code starts in the caller's thread, if none is ahead of
-it: as without us, it waits for no thread to wake up. On an accelerator everything is enqueued on a side stream in the caller's
-thread, and streams wait for each other instead of threads.
+So a bucket is sent as soon as it is encoded. An uncompressed one starts in the caller's thread, if none is before
+it: as without commpress, it does not wait for another thread. On an accelerator everything is enqueued on a side stream in the
+caller's thread, and streams wait for each other instead of threads.
 
-An error ends the exchange for good: the group is closed, so that no peer waits for us, and every rank's future fails.
+An error ends the exchange for good: the group is closed, so that no peer waits for this rank, and every rank's future fails.
 """
 
 import atexit
@@ -66,7 +66,7 @@ def make_future(device: torch.device) -> "torch.futures.Future[Any]":
 
 
 class Sequencer:
-    """Runs the jobs of one process group, until it is collected or the program ends. Then the connections close."""
+    """The runner of one process group's jobs, until it is collected or the program ends. Then the connections close."""
 
     def __init__(self, wire: Wire, meter: Meter) -> None:
         self._lines = _Lines(wire, meter)
