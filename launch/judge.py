@@ -1,9 +1,9 @@
-"""Judge a small model against the dense one: loss, predictions, bytes, latency and memory, in each runtime that is installed.
+"""Judge a small model against the dense one: loss, predictions, bytes, latency and memory, in each installed runtime.
 
     commpress judge runs/dense runs/small                                # two runs of `commpress train`
     commpress judge out/dense out/small --data my_project.data:held_out  # two folders of `commpress.model.export`
 
-The function of --data takes nothing and returns batches (inputs, targets); runs have held-out text of their own.
+The function of --data takes no argument and returns batches (inputs, targets); runs have their own held-out text.
 """
 
 import sys
@@ -62,7 +62,7 @@ class Judge:
             sys.exit(1)
 
     def judged(self) -> "Judgement":
-        """Return the judgement. Raises ValueError that names the flag for what cannot be."""
+        """Return the judgement. Raises ValueError that names a wrong flag."""
         from commpress.model import judge
 
         return judge(
@@ -70,7 +70,7 @@ class Judge:
         )
 
     def batches(self) -> Iterable[Any]:
-        """Held-out batches: what --data's function returns, or windows of a run's text. Raises ValueError."""
+        """Return held-out batches: those of --data's function, or windows of a run's text. Raises ValueError."""
         run = next((each for each in (self.dense, self.small) if checkpoint.exists(each)), None)
         if self.data is not None and ":" in self.data and not Path(self.data).exists():
             found = called(self.data, "--data")
@@ -85,7 +85,7 @@ class Judge:
         return tasks.held_out_of(run, None if self.data is None else Path(self.data))
 
     def print(self, judgement: "Judgement") -> None:
-        """Print what was found, and write the files; the card goes beside the small model's, too."""
+        """Print the results, and write the files; the card is written beside the small model's, too."""
         from commpress.model.judgement import CARD, words
 
         record = judgement.record
@@ -114,7 +114,7 @@ class Judge:
 
 
 def model_of(folder: Path) -> nn.Module | Path:
-    """The model of a run, prepared as its recipe says; or the folder itself, for exported files. Raises ValueError."""
+    """Return the model of a run, prepared as its recipe says; or the folder itself, for exported files. Raises ValueError."""
     return recipes.model_of_run(folder) if run_folder.holds_checkpoint(folder, "judge") else folder
 
 

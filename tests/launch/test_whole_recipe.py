@@ -232,9 +232,30 @@ def test_a_stop_of_one_rank_in_the_trials_ends_all_and_the_same_command_goes_on(
     Path("recipe.toml").write_text(ONLY_SEARCH)
     for said, went_on in run(2, stopped_in_the_trials, place):
         assert re.fullmatch(
-            r"TrainingError: stopped in the search, behind \d trials; the same command goes on", said
+            r"TrainingError: stopped in the search, after \d trials; run the same command again to go on", said
         ), said
         assert went_on
+
+
+def test_a_stop_in_the_export_ends_it_and_the_same_command_does_it_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("recipe.toml").write_text(PRUNE + "[export]\nformats = ['safetensors']\n")
+    settings = {"model": "whole_task:plain", "steps": 3}
+
+    def exported(*_: Any) -> list[str]:
+        signal.raise_signal(signal.SIGTERM)
+        return ["it has gone on"]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(endings, "_exported", exported)
+        with pytest.raises(
+            train.TrainingError, match=r"asked to stop before rank 0 was done .*run the same command again"
+        ):
+            trained("out", **settings)
+    assert not Path("out/ending.json").exists()
+    assert trained("out", **settings)
+    assert Path("out/exported/model.safetensors").exists()
 
 
 def test_a_search_that_another_has_begun_is_refused_with_what_differs_and_the_file(
@@ -315,23 +336,23 @@ def test_compression_settings_are_found_before_the_run_and_become_its_entries(pl
             ENTRIES,
             "--model whole_task:number: returns a int, expected a torch.nn.Module",
         ),
-        ({"data": None}, ENTRIES, "--data None: expected module:function beside --model"),
+        ({"data": None}, ENTRIES, "--data None: expected module:function with --model"),
         ({"data": Path("whole_task:number")}, ENTRIES, "--data whole_task:number: expected (training, held_out)"),
         ({"parallel": "fsdp"}, PRUNE, "--model whole_task:build: expected --parallel ddp, got fsdp"),
-        ({"width": 64}, ENTRIES, "--width 64: is of the GPT and its text, expected none beside --model"),
+        ({"width": 64}, ENTRIES, "--width 64: is only for the built-in GPT and its text, expected none with --model"),
         (
             {},
             ENTRIES.replace("whole_task:plain", "whole_task:number"),
             "distil.teacher: whole_task:number returns a int",
         ),
-        ({}, "[search]\nstart = 3\n", "search.start: says when layers are compressed, expected layers beside it"),
+        ({}, "[search]\nstart = 3\n", "search.start: says when layers are compressed, expected layers with it"),
         (
             {"model": None, "data": None},
             "[search]\nsteps = 2\n",
             "search: space: a GPT without a OneOf, Depth, Width or Heads, expected a choice in it; expected search.layers, or "
             "a --model with choices",
         ),
-        ({"model": None, "data": None}, "[budget]\nmax_mb = 1\n", "budget.start: 0, when the model knows nothing yet"),
+        ({"model": None, "data": None}, "[budget]\nmax_mb = 1\n", "budget.start: 0, before any training"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_trained(
