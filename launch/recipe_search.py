@@ -7,6 +7,7 @@ Both go on where they were interrupted. The ranks share the trials, which are ju
 run begins with these weights and the best choice.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,14 +22,15 @@ from torch import Tensor, nn
 from commpress.files import write_atomically
 from commpress.launch import checkpoint, run_folder
 from commpress.launch.display import say
+from commpress.launch.identity import RESUME_KEYS
 from commpress.launch.run_state import Run
-from commpress.launch.runtime import Stop, TrainingError, together
+from commpress.launch.runtime import Stop, StopOfAll, TrainingError, together
 from commpress.launch.settings import Settings
 from commpress.launch.tasks import Own, Task
 
 if TYPE_CHECKING:
     from commpress.model import Recipe
-    from commpress.model.search import Compression, Problem, Trial
+    from commpress.model.search import Compression, Problem, Result, Trial
     from commpress.model.search.spaces import Choice
 
 FOLDER, TRAINING, BEGUN, RECORD = "search", "training", "begun.json", "search.json"
@@ -42,6 +44,10 @@ class Found:
     recipe: "Recipe"
     choice: "Choice | None"
     """Options of the model's choices; None if the recipe has the result."""
+
+
+class _Stopped(Exception):  # noqa: N818
+    """The trials end here, for a rank was asked to stop."""
 
 
 def require_space(recipe: "Recipe", task: Task) -> None:
@@ -101,24 +107,41 @@ def searched(
 
 def _require_same(out: Path, settings: Settings, recipe: "Recipe", task: Task) -> None:
     """Raise ValueError if another search has begun in the folder."""
+    from commpress.model.distillation import fingerprint
+
     mine = {
         "recipe": recipe.to_dict(),
         "text": list(task.fingerprint),
-        "settings": {name: str(getattr(settings, name)) for name in ("model", "compress", "optimizer", "lr", "seed")},
         "world_size": dist.get_world_size(),
+        **{f"--{name.replace('_', '-')}": getattr(settings, name) for name in (*RESUME_KEYS, "eval_batches")},
     }
+    assert recipe.search is not None
+    if not recipe.search.steps:  # no training comes before the trials: these values are what they judge
+        with torch.random.fork_rng(devices=[]):
+            mine["model's first values"] = fingerprint(task.model())
     mine = json.loads(json.dumps(mine))
     path = out / BEGUN
     if path.exists():
-        there = json.loads(path.read_text())
+        there = _read(path)
         for key, value in mine.items():
             if there.get(key) != value:
                 raise ValueError(
-                    f"--out {settings.folder}: the search there has {key} {there.get(key)}, this one {value}: expected the "
-                    "same, or another --out"
+                    f"--out {settings.folder}: the search there has {key} {there.get(key)}, this one {value}, by {path}: "
+                    "expected the same, or another --out"
                 )
     elif dist.get_rank() == 0:
         write_atomically(path, lambda file: file.write(f"{json.dumps(mine)}\n".encode()))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a search that has begun left of itself. Raises ValueError that names the file, OSError if it cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged: {error}; expected what a search has written, or another --out") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: damaged: holds a {type(found).__name__}, expected an object, or another --out")
+    return found
 
 
 def _trained(
@@ -168,26 +191,30 @@ def _best(
     assert its is not None
     out, weights = settings.folder / FOLDER, Weights(1.0, its.beta)
 
-    told = 0
+    told, stop_of_all = 0, StopOfAll(stop, device)
 
     def go_on(over: int) -> None:
         nonlocal told
         if over > told:
             told = over
             say(f"search: trial {over}/{its.trials}")
-        if stop.asked:
-            raise TrainingError(f"stopped in the search, after {over} trials; run the same command again to go on")
+        if stop_of_all.asked():
+            raise _Stopped
 
-    found = search(
-        _problem(recipe, task, model, device),
-        strategy=its.strategy,
-        trials=its.trials,
-        seed=settings.seed,
-        weights=weights,
-        together=its.together,
-        folder=out,
-        progress=go_on,
-    )
+    found: Result | None = None
+    with contextlib.suppress(_Stopped):
+        found = search(
+            _problem(recipe, task, model, device),
+            strategy=its.strategy,
+            trials=its.trials,
+            seed=settings.seed,
+            weights=weights,
+            together=its.together,
+            folder=out,
+            progress=go_on,
+        )
+    if stop_of_all.agreed(found is None) or found is None:
+        raise TrainingError(f"stopped in the search, after {told} trials; run the same command again to go on")
     best = found.best
     if best is None:
         raise TrainingError("search: no trial has a finite loss")

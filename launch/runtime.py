@@ -8,6 +8,7 @@ reason into the store, and the others, whose connections close, read it there.
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -24,15 +25,18 @@ import torch
 import torch.distributed as dist
 
 from commpress.comm.agreement import gather_settings, host_name
-from commpress.comm.failure import ExchangeError
+from commpress.comm.failure import ExchangeError, own_store, with_timeout
 from commpress.notice import global_rank
 
 T = TypeVar("T")
 PATIENCE = 2.0
 """Seconds for which a rank that lost another looks for the reason in the store."""
 KEY = "commpress/launch/failure"
+SILENCE = 30.0
+"""Seconds in which a store that is still there answers, on a host with much else to do."""
 ASKED = itertools.count()
-"""The calls of `by_first_rank`, which all ranks make in the same order."""
+"""The calls of `by_first_rank`, and others of which the ranks speak in the store; rank 0's number counts."""
+STOPPED = "asked to stop before rank 0 was done with what all ranks waited for; run the same command again to repeat it"
 LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|timed? ?out", re.IGNORECASE)
 """Words in the errors of a process group that lost a rank."""
 
@@ -99,22 +103,51 @@ def together(action: Callable[[], T], device: torch.device) -> T:
 def by_first_rank(action: Callable[[], Any], device: torch.device) -> Any:
     """Call a function on rank 0 that may take longer than a group's timeout; return its result on all ranks. Collective.
 
-    The result must fit into JSON. Raises TrainingError on all ranks, with the sentence, if it fails.
+    The result must fit into JSON. Raises TrainingError on all ranks, with the sentence, if it fails or if they are asked to
+    stop, and LoneError on a rank that lost rank 0, or that alone is asked to stop.
     """
-    store, key = dist.distributed_c10d._get_default_store(), f"{KEY}/first-{next(ASKED)}"
+    group = dist.distributed_c10d._get_default_group()
+    with contextlib.suppress(RuntimeError, TimeoutError):
+        with_timeout(SILENCE, own_store)  # connects while rank 0 is there: later it would try for long
+    first = gather_settings({"host": host_name(), "asked": next(ASKED)}, group, device)[0]
+    key = f"{KEY}/first-{first['asked']}"
     if dist.get_rank() == 0:
         try:
-            said = {"returned": action()}
+            with _ended_by_signals():
+                said = {"returned": action()}
+        except KeyboardInterrupt:
+            said = {"failed": STOPPED}
         except Exception as error:  # whatever it is, the others must hear of it
             said = {"failed": sentence(error)}
-        store.set(key, json.dumps(said))
-    while not store.check([key]):
-        time.sleep(PATIENCE / 20)
-    found = json.loads(store.get(key))
+        dist.distributed_c10d._get_default_store().set(key, json.dumps(said))
+    found = json.loads(_word_of_first_rank(key, named(0, str(first["host"])).removesuffix(": ")))
     together(lambda: None, device)  # rank 0 may hold the store, and stays until all have read it
     if "failed" in found:
         raise TrainingError(found["failed"])
     return found["returned"]
+
+
+def _word_of_first_rank(key: str, first: str) -> str:
+    """What rank 0 leaves under a key, however long that takes. Raises LoneError if the store is gone, or by a stop signal."""
+    who, asked_at = named(dist.get_rank(), host_name()), math.inf
+
+    def look() -> bytes | None:
+        store = own_store()
+        return store.get(key) if store.check([key]) else None
+
+    while True:
+        try:
+            found = with_timeout(SILENCE, look)
+        except (RuntimeError, TimeoutError) as error:
+            raise LoneError(f"{who}lost {first}, or the store, while it waited for it: {sentence(error)}") from error
+        if found is not None:
+            return found.decode()
+        if (stop := _installed_stop()) and stop.asked:
+            asked_at = min(asked_at, time.monotonic())
+        if time.monotonic() - asked_at > PATIENCE:  # rank 0 was not asked, or cannot hear it now
+            post(f"{who}{STOPPED}")
+            raise LoneError(f"{who}{STOPPED}")
+        time.sleep(PATIENCE / 20)
 
 
 def joined(said: list[tuple[str, str]]) -> str:
@@ -214,9 +247,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self.at_once = False
+        """Whether it also interrupts what this process does, once."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if self.at_once:
+            self.at_once = False
+            raise KeyboardInterrupt
 
     def __float__(self) -> float:
         return float(self.asked)
@@ -235,6 +273,49 @@ def stop_signals() -> Iterator[Stop]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def _installed_stop() -> Stop | None:
+    """What `stop_signals` has made of this process's signals, if it has."""
+    handler = signal.getsignal(signal.SIGTERM)
+    return handler if isinstance(handler, Stop) else None
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let what `stop_signals` hears end what runs here, by KeyboardInterrupt; it may take long, and nobody else can end it."""
+    if (stop := _installed_stop()) is None:
+        yield
+        return
+    if stop.asked:
+        raise KeyboardInterrupt
+    stop.at_once = True
+    try:
+        yield
+    finally:
+        stop.at_once = False
+
+
+class StopOfAll:
+    """A stop that one rank is asked for and all take, where each works by itself. Made by all ranks together."""
+
+    def __init__(self, stop: Stop, device: torch.device) -> None:
+        self._stop, self._device = stop, device
+        group = dist.distributed_c10d._get_default_group()
+        self._key = f"{KEY}/stop-{gather_settings({'asked': next(ASKED)}, group, device)[0]['asked']}"
+
+    def asked(self) -> bool:
+        """Whether a rank was asked, as far as it is known here. Raises TimeoutError or RuntimeError if the store is gone."""
+        if self._stop.asked:
+            with_timeout(SILENCE, lambda: own_store().set(self._key, ""))
+            return True
+        return bool(with_timeout(SILENCE, lambda: own_store().check([self._key])))
+
+    def agreed(self, here: bool) -> bool:
+        """Whether it is so on any rank. Collective: each comes here, stopped or done."""
+        asked = torch.tensor(float(here), dtype=torch.float32, device=self._device)
+        dist.all_reduce(asked)
+        return asked.item() > 0
 
 
 @contextlib.contextmanager

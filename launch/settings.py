@@ -197,8 +197,10 @@ EXCHANGE_UNDER = {
     "DGC": ("ddp", "deepspeed"),
 }
 """The values of --parallel under which an optimizer that exchanges by itself can run."""
-OWN_TO_A_RANK = ("data", "out", "fork", "recipe", "threads", "tensorboard")
+OWN_TO_A_RANK = ("data", "out", "fork", "recipe", "threads")
 """Settings that may differ between ranks on different hosts."""
+ALL_OR_NONE = ("fork", "recipe")
+"""Those of them that all ranks must have, or none."""
 MOST_THREADS = 4096
 SYNC_EVERY = {"ddp": 4, "deepspeed": 4, "local_sgd": 30, "diloco": 30}
 """Default steps between syncs: of ZeroOneAdamW under the first two, and of the others."""
@@ -382,5 +384,6 @@ def unusual(settings: Settings) -> list[str]:
 
 def require_alike(settings: Settings, device: torch.device) -> None:
     """Raise TrainingError on all ranks if they were started with different flags. Collective."""
-    mine = {name: value for name, value in asdict(settings).items() if name not in OWN_TO_A_RANK}
+    mine: dict[str, object] = {name: "none" if getattr(settings, name) is None else "one" for name in ALL_OR_NONE}
+    mine |= {name: value for name, value in asdict(settings).items() if name not in OWN_TO_A_RANK}
     runtime.require_same_flags(mine, device)

@@ -172,9 +172,7 @@ class Shrink:
                 inputs, targets = tuple(x.to(device) for x in inputs), targets.to(device)
                 output = wrapped(*inputs)
                 loss = usual_loss(output, targets)(output, targets)
-                require(
-                    math.isfinite(loss.item()), f"step {step + 1}: the loss is {loss.item()}; --lr is probably too high"
-                )
+                _require_finite(loss.item(), step + 1, device)
                 scheduler.loss(loss, output, *inputs).backward()
                 optimizer.step()
                 scheduler.step()
@@ -186,6 +184,17 @@ class Shrink:
             self.out.mkdir(parents=True, exist_ok=True)
             session.report().write_json(self.out / TRAFFIC)
         return scheduler
+
+
+def _require_finite(loss: float, step: int, device: torch.device) -> None:
+    """Raise TrainingError on all ranks, with those whose loss it is, if one's is not finite. Collective."""
+    bad = torch.tensor(float(not math.isfinite(loss)), dtype=torch.float32, device=device)
+    dist.all_reduce(bad)
+    if bad.item():
+        where = runtime.ranks_without(math.isfinite(loss), device)
+        raise TrainingError(
+            f"step {step}: the loss is not finite{f' on {where}' if where else f', but {loss}'}; --lr is probably too high"
+        )
 
 
 def _forever(batches: Batches) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:

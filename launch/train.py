@@ -81,8 +81,9 @@ def set_up(settings: Settings, device: torch.device, stop: runtime.Stop) -> Run 
 
     With [search] that comes first; None if it was asked to stop.
     """
-    settings = recipes.going_on(together(partial(recipes.with_specs, settings), device), device)
-    require_alike(settings, device)
+    settings = together(partial(recipes.with_specs, settings), device)
+    require_alike(settings, device)  # before what the ranks do together by some flags alone
+    settings = recipes.going_on(settings, device)
     recipe, task = together(partial(read_all, settings), device)
     torch.set_num_threads(settings.threads or default_threads())
     torch.manual_seed(settings.seed)

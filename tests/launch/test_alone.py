@@ -99,6 +99,24 @@ def test_flags_that_differ(tmp_path: Path, text: Path) -> None:
         )
 
 
+def test_flags_that_only_one_rank_has(tmp_path: Path, text: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[[prune]]\nstart = 1\namount = 0.5\n")
+    common = {"data": text, "out": tmp_path / "out"}
+    for more, here, there in (
+        ({"recipe": recipe}, "--recipe one", "--recipe none"),
+        ({"recipe": recipe, "resume": True}, "--recipe one", "--recipe none"),
+        ({"resume": True}, "--resume True", "--resume False"),
+        ({"fork": tmp_path / "other"}, "--fork one", "--fork none"),
+        ({"tensorboard": True}, "--tensorboard True", "--tensorboard False"),
+    ):
+        results = run(2, command, [common, {**common, **more}], timeout=SOON)
+        requires_one_sentence(results, 1, f"has {here}, rank 0 has {there}: all ranks need the same")
+    both = {**common, "recipe": recipe}
+    results = run(2, command, [both, {**both, "resume": True}], timeout=SOON)
+    requires_one_sentence(results, 1, "has --resume True, rank 0 has --resume False")
+
+
 def test_texts_that_differ_are_named_by_rank_and_host(tmp_path: Path, text: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("another text\n" * 300)

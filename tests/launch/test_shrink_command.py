@@ -1,13 +1,16 @@
 """`commpress shrink`: a budget that is met, one that is not, and flags that make no sense."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from commands import Ended, run_command
+from ranks import run
 
 from commpress.model import Recipe
 
@@ -40,6 +43,12 @@ def trained():
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+def poisoned():
+    training, held_out = batches()
+    training[1] = (training[1][0] * float("nan"), training[1][1])
+    return training, held_out
 
 
 def one_part():
@@ -85,6 +94,18 @@ def test_a_budget_is_met_by_the_exported_file(place: Path) -> None:
     assert chosen.budget is not None
     assert chosen.budget.settled
     assert [(entry.bits, entry.activations) for entry in chosen.quantize] == [(8, "static")]
+
+
+def poisoned_shrink(place: Path) -> Ended:
+    os.environ["COMMPRESS_HOST"] = f"host {dist.get_rank()}"
+    return shrunk("--recipe", place / "late.toml", "--steps", 4, "--out", place / "out", data="poisoned")
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_and_names_it(place: Path) -> None:
+    Path("late.toml").write_text("[budget]\nmax_mb = 0.2\nstart = 2\nend = 3\nformat = 'safetensors'\n")
+    (code, _, said), (as_well, _, silent) = run(2, poisoned_shrink, place, timeout=30)
+    assert (code, as_well, silent) == (1, 1, "")
+    assert said == "error: step 1: the loss is not finite on rank 1 (host 1); --lr is probably too high\n"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,10 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from commands import run_command
+from ranks import outcome, run
 
 from commpress.launch import checkpoint, demo, endings, judge, recipe_search, recipes, run_state, tasks, train
 from commpress.model import Recipe, stored
@@ -208,6 +212,88 @@ def test_a_search_that_is_asked_to_stop_leaves_a_checkpoint_and_says_how_it_goes
     assert trained("out")
     assert "going on at step 2" in (said := capsys.readouterr().out)
     assert "search: trial 4/4" in said
+
+
+ONLY_SEARCH = "[search]\ntrials = 4\nsteps = 2\ntogether = 2\nbeta = 0.1\n"
+
+
+def stopped_in_the_trials(place: Path) -> tuple[str, bool]:
+    """What a rank has of a search in whose trials rank 1 alone is asked to stop, and of the same command after that."""
+    settings = {**SETTINGS, "recipe": place / "recipe.toml", "steps": 4, "checkpoint_every": 0}
+    judged = recipe_search._loss
+
+    def loss(*arguments: Any) -> float:
+        if dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return judged(*arguments)
+
+    with mock.patch.object(recipe_search, "_loss", loss):
+        said = outcome(lambda: trained(str(place / "out"), **settings))
+    return said, trained(str(place / "out"), **settings)
+
+
+def test_a_stop_of_one_rank_in_the_trials_ends_all_and_the_same_command_goes_on(place: Path) -> None:
+    Path("recipe.toml").write_text(ONLY_SEARCH)
+    for said, went_on in run(2, stopped_in_the_trials, place):
+        assert re.fullmatch(
+            r"TrainingError: stopped in the search, after \d trials; run the same command again to go on", said
+        ), said
+        assert went_on
+
+
+def test_a_stop_in_the_export_ends_it_and_the_same_command_does_it_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("recipe.toml").write_text(PRUNE + "[export]\nformats = ['safetensors']\n")
+    settings = {"model": "whole_task:plain", "steps": 3}
+
+    def exported(*_: Any) -> list[str]:
+        signal.raise_signal(signal.SIGTERM)
+        return ["it has gone on"]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(endings, "_exported", exported)
+        with pytest.raises(
+            train.TrainingError, match=r"asked to stop before rank 0 was done .*run the same command again"
+        ):
+            trained("out", **settings)
+    assert not Path("out/ending.json").exists()
+    assert trained("out", **settings)
+    assert Path("out/exported/model.safetensors").exists()
+
+
+def test_a_search_that_another_has_begun_is_refused_with_what_differs_and_the_file(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("recipe.toml").write_text(ONLY_SEARCH.replace("steps = 2", "steps = 0"))
+    with killed_in(recipe_search, "_loss", 1):
+        trained("out")
+    begun = Path("out/search/begun.json")
+    for name, value in (("weight_decay", 0.5), ("accumulate", 2), ("warmup_steps", 1)):
+        flag = f"--{name.replace('_', '-')}"
+        with pytest.raises(
+            train.TrainingError, match=rf"has {flag} .*, this one {value}, by {begun}: expected the same"
+        ):
+            trained("out", **{name: value})
+    build = sys.modules["whole_task"].build
+
+    def other() -> torch.nn.Module:
+        model: torch.nn.Module = build()
+        torch.nn.init.zeros_(next(model.parameters()))
+        return model
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["whole_task"], "build", other)
+        with pytest.raises(train.TrainingError, match="the search there has model's first values"):
+            trained("out")
+    whole = begun.read_text()
+    for text, reason in (("", "Expecting value"), ("[]", "holds a list"), (whole[:20], "damaged")):
+        begun.write_text(text)
+        with pytest.raises(train.TrainingError, match=f"{begun}: damaged: .*") as error:
+            trained("out")
+        assert reason in str(error.value)
+    begun.write_text(whole)
+    assert trained("out")
 
 
 def test_another_recipe_in_the_same_folder_is_refused_in_the_search_and_behind_it(place: Path) -> None:
