@@ -17,7 +17,6 @@ from torch import nn
 from commpress import extras
 from commpress.launch import recipes, run_folder, tasks
 from commpress.launch.exported import bytes_of, show_exported
-from commpress.launch.model import GPT
 from commpress.launch.model_size import called
 from commpress.launch.predictions import require
 

@@ -68,10 +68,10 @@ class Judge:
         """Return the judgement. Raises ValueError that names the flag for what cannot be."""
         from commpress.model import judge
 
-        models = [self.model_of(folder) for folder in (self.dense, self.small)]
-        run = any(isinstance(each, nn.Module) for each in models)
+        dense, small = self.model_of(self.dense), self.model_of(self.small)
+        run = isinstance(dense, nn.Module) or isinstance(small, nn.Module)
         require(run or self.model is None, f"--model {self.model}: counts for the folders of runs alone, none is given")
-        return judge(*models, self.batches(), runtimes=self.runtimes or None, folder=self.out)
+        return judge(dense, small, self.batches(), runtimes=self.runtimes or None, folder=self.out)
 
     def model_of(self, folder: Path) -> nn.Module | Path:
         """The model of a run, prepared as its recipe says; or the folder itself, for exported files. Raises ValueError."""
