@@ -44,8 +44,8 @@ class CompressedDDP(DDPStrategy):
     With a `recipe` of `commpress.model` the module is pruned, quantised and distilled while it trains. `scheduler` exists as
     long as `session`. A module that is distilled returns `self.trainer.strategy.scheduler.loss(loss, output, x)` from its
     `training_step`, and `teacher` is the model that it learns from. A recipe with an [export] needs `example_inputs`, the
-    positional arguments of the module's forward; its files are written to the Trainer's `default_root_dir` when training ends. A
-    training that ends before the recipe, or a format that cannot be written, is a warning.
+    positional arguments of the module's forward; its files are written to the Trainer's `default_root_dir` when training ends.
+    A training that ends before the recipe, or a format that cannot be written, is a warning.
 
     Raises ValueError for `ddp_comm_*` settings; `fit` raises ValueError on all ranks for an unknown spec, for ranks that
     differ, for files that do not belong to the checkpoint, and for `gradient_clip_val` or a second optimizer beside a
