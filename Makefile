@@ -1,4 +1,4 @@
-# make demo | shrink | test | test-slow | test-oldest | check | docs | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
+# make demo | shrink | test | test-slow | test-oldest | test-litert | check | docs | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
 # test: almost every promise, within five minutes on two cores; test-slow: all that it leaves out; the check of a clean clone runs both
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'Zer
 # tests start many processes: without bytecode on disk each of them compiles all of our sources, and pytest all of its own
 warm test test-slow: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo shrink warm test test-slow test-oldest check docs gpu-check bench bench-quick bench-codecs bench-convergence clean
+.PHONY: demo shrink warm test test-slow test-oldest test-litert check docs gpu-check bench bench-quick bench-codecs bench-convergence clean
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "== installing into $(VENV) (torch first: about a minute)"
@@ -50,6 +50,12 @@ test-slow: warm
 # before a release: the oldest Python and torch that pyproject.toml declares. It draws several GB, so .ci/run leaves it out
 test-oldest:
 	@$(MAKE) --no-print-directory test PYTHON=python3.10 VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# LiteRT's packages do not go beside ours: an environment of its own, of 1 GB
+test-litert:
+	@$(PYTHON) -m venv .venv-litert
+	@.venv-litert/bin/pip install -q --disable-pip-version-check torch==2.13.0 -e '.[litert]' pytest pytest-timeout
+	@.venv-litert/bin/python -m pytest -q tests/model/test_export_litert.py
 
 check: $(INSTALLED)
 	@echo "== ruff, mypy (on the installed package: hooks/ and launch/ are packages of commpress only there)"

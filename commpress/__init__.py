@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from commpress.hooks import diloco as diloco
     from commpress.hooks import local_sgd as local_sgd
 
-if (_root := Path(__file__).parents[1]).joinpath("hooks").is_dir() and not Path(__file__).with_name("hooks").is_dir():
+_root = Path(__file__).parents[1]
+if _root.joinpath("launch", "cli.py").is_file() and not Path(__file__).with_name("launch").is_dir():
     # a program that is started in a clone finds the clone's commpress/, which has hooks/ and launch/ beside it
     __path__.append(str(_root))
 

@@ -132,8 +132,8 @@ class CommState:
             return
         if optimizer.binding is not self._binding:
             raise RuntimeError(
-                f"commpress: this DDP module's {type(optimizer).__name__} was attached to another DDP module since; expected "
-                "that one to be trained, or an optimizer of its own for each"
+                f"commpress: this DDP module's {type(optimizer).__name__} has been attached to another DDP module since; "
+                "train that one, or give each its own optimizer"
             )
         if last:
             told = partial(optimizer.gradients_are_there, scaled=self._arguments[4] is not None)
@@ -249,7 +249,7 @@ def _refusal(
             "expected one without: attach once, or wrap the module anew"
         )
     if not names:
-        return ValueError("commpress.attach: DDP ignores or delays all that is trained, and hands nothing to a hook")
+        return ValueError("commpress.attach: DDP ignores or delays every trained parameter, and gives the hook nothing")
     for name, module in model.module.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight in names:
             return TypeError(
@@ -261,8 +261,8 @@ def _refusal(
         return None
     if not isinstance(optimizer, CompressedOptimizer):
         return TypeError(
-            f"optimizer: expected one of commpress.optim, got {type(optimizer).__name__}; others take what arrives "
-            "in p.grad, leave optimizer= out for them"
+            f"optimizer: expected one of commpress.optim, got {type(optimizer).__name__}; others use p.grad as it is, leave "
+            "optimizer= out for them"
         )
     for p, name in names.items():
         if p.is_complex():
@@ -358,7 +358,7 @@ def _say_copy(of: "weakref.ref[nn.Module]", gradient: Tensor) -> None:
     _warned.add(module)
     warn(
         "commpress: this DistributedDataParallel is a copy of one that was attached. It has no session, so its gradients "
-        "travel uncompressed: call commpress.attach(copy, spec) before it is trained, or copy model.module",
+        "are sent uncompressed: call commpress.attach(copy, spec) before it is trained, or copy model.module",
         speaks(module.process_group),
     )
 

@@ -164,7 +164,7 @@ class CompressedDDP(DDPStrategy):
             )
         if clip := trainer.gradient_clip_val:
             raise ValueError(
-                f"gradient_clip_val={clip} would clip what {name} is about to apply, which is no gradient after its warm-up: "
+                f"gradient_clip_val={clip} would clip the update of {name}, which is not a gradient after its warm-up: "
                 f"leave it out and set {name}(..., max_norm={clip})"
             )
         return optimizers[0]

@@ -241,12 +241,12 @@ def _check_compressed(optimizer: CompressedOptimizer, name: str) -> None:
         )
     if any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
         raise TypeError(
-            f"optimizer: {name} steps whole parameters, and those of this model are sharded; expected a plain module or a DDP "
+            f"optimizer: {name} steps whole parameters, and this model's are sharded; expected a plain module or a DDP "
             "in each worker, or an optimizer of torch"
         )
     if (most := optimizer.param_groups[0]["max_norm"]) is not None:
         raise ValueError(
-            f"optimizer: max_norm {most} of {name} is for what is exchanged in every step; expected None, and "
+            f"optimizer: max_norm {most} of {name} clips what is exchanged in every step; expected None, and "
             "torch.nn.utils.clip_grad_norm_ before each step"
         )
 

@@ -77,7 +77,7 @@ class Compression(TrainerCallback):
 
             if trainer.model_init is not None:
                 raise ValueError(
-                    "Compression(recipe=): the Trainer has model_init, which makes other models; expected model"
+                    "Compression(recipe=): the Trainer has model_init, which makes new models; expected model="
                 )
 
             prepare(trainer.model, recipe)  # before a checkpoint is loaded into it
@@ -104,8 +104,8 @@ class Compression(TrainerCallback):
         if compressed is not None and args.max_grad_norm > 0:
             name = type(compressed).__name__
             raise ValueError(
-                f"max_grad_norm={args.max_grad_norm} would clip what {name} is about to apply, which is no gradient after "
-                f"its warm-up: set TrainingArguments(max_grad_norm=0) and {name}(..., max_norm={args.max_grad_norm})"
+                f"max_grad_norm={args.max_grad_norm} would clip the update of {name}, which is not a gradient after its "
+                f"warm-up: set TrainingArguments(max_grad_norm=0) and {name}(..., max_norm={args.max_grad_norm})"
             )
         if self.session is None or model is not self._model:
             scaler = trainer.accelerator.scaler

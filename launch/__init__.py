@@ -1,10 +1,10 @@
-"""commpress to run: the training program, the demo, the report and the `commpress` command."""
+"""The programs: training, the demo, the report and the `commpress` command."""
 
 import importlib
 from typing import Any
 
 PROGRAMS = ("cli", "demo", "explain", "lab", "probe", "ray_train", "report", "search", "shrink", "train")
-"""Imported when they are first asked for: they need the `launch` extra."""
+"""Names that are imported on first use, since they need the `launch` extra."""
 
 
 def __getattr__(name: str) -> Any:

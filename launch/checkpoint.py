@@ -1,11 +1,11 @@
-"""Checkpoints that a crash cannot tear: all ranks write into a folder for the step, then one small file is switched to it.
+"""Checkpoints that survive a crash: all ranks write into a folder for the step, then one small file is switched to it.
 
     out/latest                      step-00000300
-    out/step-00000300/checkpoint.pt          what all ranks share, written by rank 0
-    out/step-00000300/session-rank0.pt       what rank 0 alone has, and so on for each rank
+    out/step-00000300/checkpoint.pt          the state that all ranks share, written by rank 0
+    out/step-00000300/session-rank0.pt       the state that only rank 0 has, and so on for each rank
 
-Until `latest` is replaced the older folder is complete and counts; afterwards it is removed. Hosts that do not share `out`
-have the files of their own ranks each, and a `latest` of their own (`run_folder`). The files carry a checksum
+Until `latest` is replaced the older folder is complete and counts; then it is removed. Each host that does not share `out`
+has the files of its own ranks, and its own `latest` (`run_folder`). The files carry a checksum
 (`commpress.files`).
 """
 
@@ -23,11 +23,11 @@ NEEDED = {
     SHARED: ("step", "identity", "model", "durations", "curve", "traffic"),
     "session": ("step", "session", "windows", "random"),
 }
-"""Keys that a file of all ranks, and one of a rank alone, must have."""
+"""Keys that the shared file, and the file of one rank, must have."""
 
 
 def write(out: Path, step: int, rank: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
-    """Write this rank's part of a checkpoint; rank 0 writes `shared`, too. Values are those that `weights_only` loads.
+    """Write this rank's part of a checkpoint; rank 0 writes `shared`, too. `weights_only` must be able to load all values.
 
     It counts once all ranks have written and `publish` was called.
     """
@@ -39,7 +39,7 @@ def write(out: Path, step: int, rank: int, shared: dict[str, Any], own: dict[str
 
 
 def publish(out: Path, step: int) -> None:
-    """Make the checkpoint of that step, all of whose parts are there, the one that counts, and remove older ones."""
+    """Make the complete checkpoint of that step the current one, and remove older ones."""
     folder = _folder(out, step)
     write_atomically(out / MARKER, lambda f: f.write(f"{folder.name}\n".encode()))
     for old in out.glob("step-*"):
@@ -60,9 +60,9 @@ def clear(out: Path) -> None:
 
 
 def load_shared(out: Path) -> dict[str, Any]:
-    """Return what all ranks share, on the CPU; "step" is the number of updates done.
+    """Return the state that all ranks share, on the CPU; "step" is the number of updates done.
 
-    Raises ValueError if there is none, DamagedFileError, one of them, if what there is is not what was written.
+    Raises ValueError if there is none, DamagedFileError (a ValueError) if the file is damaged.
     """
     if not exists(out):
         raise ValueError(f"--resume: no checkpoint in {out}; start without --resume")
@@ -71,7 +71,7 @@ def load_shared(out: Path) -> dict[str, Any]:
 
 
 def shared_file(out: Path) -> tuple[str, bytes]:
-    """Return name and bytes of the newest checkpoint's file, which `load_shared` reads, for ranks that do not see it."""
+    """Return name and bytes of the newest checkpoint's file, which `load_shared` reads, for ranks that cannot see it."""
     name = _newest(out)
     return name, (out / name / SHARED).read_bytes()
 
@@ -87,7 +87,7 @@ def load_shared_file(name: str, content: bytes) -> dict[str, Any]:
 
 
 def _newest(out: Path) -> str:
-    """The folder that the marker names."""
+    """Return the folder that the marker names."""
     marker = (out / MARKER).read_bytes()
     if not re.fullmatch(rb"step-\d{8,}\n", marker):
         raise DamagedFileError(
@@ -97,7 +97,7 @@ def _newest(out: Path) -> str:
 
 
 def load_own(out: Path, step: int, rank: int) -> dict[str, Any]:
-    """Return what one rank alone has at that step. Raises ValueError if it is missing, damaged or of another step."""
+    """Return the state of one rank at that step. Raises ValueError if it is missing, damaged or from another step."""
     folder = _folder(out, step)
     return _read(_own_file(folder, rank), folder.name)
 

@@ -1,7 +1,7 @@
-"""The command line, made by tyro of dataclasses: the fields are the flags, and the text below each field is its help.
+"""The command line, made by tyro from dataclasses: the fields are the flags, and the text below each field is its help.
 
-A field without a default is a positional argument. tyro prints help (exit code 0) and what it cannot read (code 2, the flag
-and its value in a box) by itself; no flag can be abbreviated.
+A field without a default is a positional argument. tyro itself prints help (exit code 0) and the flags that it cannot read
+(code 2, the flag and its value in a box); no flag can be abbreviated.
 """
 
 import types
@@ -24,18 +24,18 @@ class Command(Protocol):
     """A command with its flags."""
 
     def run(self) -> None:
-        """Do what the flags say. Ends the program (SystemExit) with a code other than 0 if that fails."""
+        """Do the command. Ends the program (SystemExit) with a code other than 0 if it fails."""
 
 
 def read(flags: type[T], prog: str, args: Sequence[str] | None = None) -> T:
-    """Return the flags that `args` say (None: those of the program). Ends the program if they cannot be read."""
+    """Return the flags in `args` (None: the program's arguments). Ends the program if they cannot be read."""
     return tyro.cli(flags, prog=prog, args=args, config=STYLE, registry=_registry())
 
 
 def read_command(
     commands: Mapping[str, type[Command]], about: str, prog: str, args: Sequence[str] | None = None
 ) -> Command:
-    """Return the command that `args` name, with its flags."""
+    """Return the command that `args` names, with its flags."""
     read: Command = tyro.extras.subcommand_cli_from_dict(
         dict(commands), prog=prog, description=about, args=args, config=STYLE, registry=_registry()
     )
@@ -43,7 +43,7 @@ def read_command(
 
 
 def _registry() -> ConstructorRegistry:
-    """Rules for single values: errors say what was expected, and nothing that one types is read as Python's None."""
+    """Return rules for single values: errors say what was expected, and no text is read as Python's None."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule

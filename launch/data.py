@@ -1,6 +1,6 @@
-"""Bytes of real text to train on, with no download: the Python standard library's own source, or files of one's own.
+"""Bytes of real text to train on, with no download: the Python standard library's own source, or your own files.
 
-Every 20th block of 64 KiB is held out. Blocks and not the last 5 %: files sorted by name differ from end to end.
+Every 20th block of 64 KiB is held out, not the last 5 %, since files sorted by name differ from start to end.
 """
 
 import os
@@ -19,7 +19,7 @@ from commpress.comm.agreement import gather_settings, host_name
 BLOCK = 64 * 1024
 HOLD_OUT_EVERY = 20
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-"""Folders of the standard library that are not read: what others installed, and tests, which repeat themselves."""
+"""Folders of the standard library that are not read: installed packages, and tests, which are repetitive."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def load(path: Path | None) -> Text:
     """Read a file, all text files of a folder in sorted order, or (None) the standard library's source.
 
     Files of a folder that are not UTF-8 text, or cannot be read, are skipped and counted; hidden ones are passed over.
-    Raises ValueError if nothing is there to read, or too little to hold anything out.
+    Raises ValueError if there is nothing to read, or too little to hold any out.
     """
     try:
         return _load(path)
@@ -75,14 +75,14 @@ def _load(path: Path | None) -> Text:
 
 
 def split(text: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks of uint8 [n] to train on and those held out, each joined. A short text gets shorter blocks."""
+    """Return the blocks of uint8 [n] to train on and the held-out ones, each joined. A short text gets shorter blocks."""
     blocks = text.split(max(1, min(BLOCK, len(text) // HOLD_OUT_EVERY)))
     kept = [block for i, block in enumerate(blocks) if i % HOLD_OUT_EVERY != HOLD_OUT_EVERY - 1]
     return torch.cat(kept), torch.cat(list(blocks[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]))
 
 
 def require_context(text: Text, context: int) -> None:
-    """Raises ValueError unless a window of `context` bytes and the one after fit into both parts."""
+    """Raise ValueError unless a window of `context` bytes and the next byte fit into both parts."""
     for name, part in (("training", text.train), ("validation", text.validation)):
         if len(part) < context + 1:
             raise ValueError(
@@ -92,7 +92,7 @@ def require_context(text: Text, context: int) -> None:
 
 
 def require_same_data(fingerprint: tuple[int, int], device: torch.device) -> None:
-    """Collective. Raises ValueError on all ranks if they read different data."""
+    """Raise ValueError on all ranks if they read different data. Collective."""
     mine = {"bytes": fingerprint[0], "crc": fingerprint[1], "host": host_name()}
     of_all = gather_settings(mine, dist.distributed_c10d._get_default_group(), device)
     first = of_all[0]
@@ -106,23 +106,23 @@ def require_same_data(fingerprint: tuple[int, int], device: torch.device) -> Non
 
 
 def generator(seed: int, rank: int) -> torch.Generator:
-    """The source of a rank's windows: each rank draws its own, the same ones in every run of that seed."""
+    """Return the generator of a rank's windows: each rank draws its own, the same ones in every run with that seed."""
     return torch.Generator().manual_seed(seed * 1_000_003 + rank)
 
 
 def sample(text: Tensor, batch: int, context: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random windows of uint8 [n]: inputs and the bytes that follow each, int64 [batch, context] both."""
+    """Return random windows of uint8 [n]: inputs and the bytes that follow each, int64 [batch, context] both."""
     starts = torch.randint(len(text) - context, (batch,), generator=source, dtype=torch.int64, device="cpu")
     return windows(text, starts, context)
 
 
 def validation_starts(text: Tensor, count: int, context: int) -> Tensor:
-    """Where `count` fixed windows start, evenly spread: int64 [count]."""
+    """Return the starts of `count` fixed windows, evenly spread: int64 [count]."""
     return torch.linspace(0, len(text) - context - 1, count, dtype=torch.float64, device="cpu").long()
 
 
 def windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """The windows of uint8 [n] at `starts` [batch]: inputs and the next bytes, int64 [batch, context] both."""
+    """Return the windows of uint8 [n] at `starts` [batch]: inputs and the next bytes, int64 [batch, context] both."""
     cut = text[starts[:, None] + torch.arange(context + 1, dtype=torch.int64, device=starts.device)].long()
     return cut[:, :-1], cut[:, 1:]
 
@@ -140,7 +140,7 @@ def _visible(root: Path) -> Iterator[Path]:
 
 
 def _text_of(path: Path) -> bytes | None:
-    """The bytes of a file if they are text, else None."""
+    """Return the bytes of a file if they are text, else None."""
     if not path.is_file():  # a pipe would block
         return None
     try:

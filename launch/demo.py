@@ -1,4 +1,4 @@
-"""The whole thing in a few minutes on one machine: one small GPT, trained on two ranks, uncompressed and compressed.
+"""The demo: in a few minutes on one machine it trains one small GPT on two ranks, uncompressed and compressed.
 
     python -m commpress.launch.demo
 
@@ -49,7 +49,7 @@ LIMIT_SECONDS = 600.0
 GLANCE_SECONDS = 0.2
 """How often the demo looks at what a run has printed."""
 GRACE_SECONDS = 40.0
-"""torchrun gives its ranks 30 seconds to end."""
+"""Seconds until a run must end; torchrun gives its ranks 30 seconds."""
 LAST_LINES = 30
 STEP = re.compile(r"step (\d+)/\d+  (.*?loss \S+( val \S+)?.*)")
 """A line of progress: the step, all of its figures, the held-out loss."""
@@ -95,7 +95,7 @@ def demo(out: Path, steps: int) -> Path:
 
 
 def without_link() -> str:
-    """Return why no link can be made here; empty if one can, which is tried."""
+    """Return why no link can be made here, after trying; empty if one can."""
     if reason := lab.missing():
         return reason
     try:
@@ -108,8 +108,8 @@ def without_link() -> str:
 def train(out: Path, chosen: dict[str, Any], steps: int, shaped: bool) -> Record:
     """One run of the training program on two ranks of this machine, shown as it goes; its record. Raises DemoError.
 
-    `chosen` are the flags by which this run differs from the others. If it is `shaped`, the ranks are hosts that LINK joins,
-    else they talk over loopback. Whatever happens, no process and no network is left.
+    `chosen` are the flags by which this run differs from the others. If it is `shaped`, the ranks are hosts joined by LINK,
+    else they use loopback. No process and no network is left, even after an error.
     """
     spec = chosen["compress"]
     out.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def results(records: list[Record], over: str, foretold: Foretold | None = None) 
 
 
 def end(child: "subprocess.Popen[bytes]") -> None:
-    """End a child and all that it started, if it still runs: politely first, so that torchrun ends its ranks itself."""
+    """End a child and its processes, if it still runs: by SIGTERM first, so that torchrun ends its ranks itself."""
     if child.poll() is not None:
         return
     family = descendants(child.pid)
@@ -208,7 +208,7 @@ def end(child: "subprocess.Popen[bytes]") -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that they started."""
+    """Return the processes that a process started, and their own."""
     listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     parents = {int(child): int(parent) for child, parent in (line.split() for line in listing.splitlines())}
     found = [pid]
@@ -218,14 +218,14 @@ def descendants(pid: int) -> list[int]:
 
 
 def tail(path: Path) -> str:
-    """The last lines of a log before torchrun's own, which say less, and without torch's warnings."""
+    """Return the last lines of a log before torchrun's own, which say less, without torch's warnings."""
     log = re.sub(r"^\[W\d+ .*\n", "", path.read_text(errors="replace"), flags=re.MULTILINE)
     said = re.split(r"^[EW]\d{4} .*torch/distributed/elastic/", log, maxsplit=1, flags=re.MULTILINE)[0]
     return "\n".join((said.strip() or log).splitlines()[-LAST_LINES:])
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends the demo as Ctrl-C does: through its finally blocks."""
+    """End the demo on SIGTERM as on Ctrl-C: through its finally blocks."""
     raise KeyboardInterrupt
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from commpress.launch.run_state import Run
 
 PLAIN_LINES = 20
-"""Lines of progress in all where the output is not a terminal."""
+"""The number of progress lines if the output is not a terminal."""
 
 
 def say(line: str) -> None:
@@ -30,7 +30,7 @@ def say(line: str) -> None:
 
 
 def say_what_begins(run: "Run") -> None:
-    """Print a line on a run that is about to train."""
+    """Print a line about a run that is about to train."""
     say(
         f"{run.task.parameters / 1e6:.1f} M parameters, {run_title(run.settings)}, {dist.get_world_size()} ranks "
         f"({dist.get_backend()}, {run.device.type}, {torch.get_num_threads()} threads each), "
@@ -41,7 +41,7 @@ def say_what_begins(run: "Run") -> None:
 
 
 def say_what_became(run: "Run") -> None:
-    """Print what a run came to, or how it goes on."""
+    """Print the result of a run, or how to go on with it."""
     settings, done = run.settings, run.done
     if not run.finished:
         more = " with --resume" + (" instead of --fork" if settings.fork is not None else "")
@@ -97,7 +97,7 @@ class Display:
 
 @contextlib.contextmanager
 def display(settings: Settings, task: Task, done: int) -> Iterator[Display]:
-    """How training is shown on this rank."""
+    """Return the display of training on this rank."""
     if dist.get_rank() == 0 and sys.stdout.isatty():
         columns = (
             BarColumn(bar_width=None),  # what is left of the terminal's width

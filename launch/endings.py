@@ -1,6 +1,6 @@
-"""The end of a run by a recipe: its file is held against [budget], and [export] is written. ending.json says that both is done.
+"""The end of a run with a recipe: its file is compared with [budget], [export] is written; ending.json says that both are done.
 
-A run that was ended in between does both once more when it goes on; one that is over says again what it missed.
+If a run was stopped in between, the next start does both again; a finished run repeats what it missed.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ ENDING = "ending.json"
 
 
 def of(folder: Path, done: int, device: torch.device) -> list[str] | None:
-    """What the run in a folder missed when it was over at this step; None if it has no such end. Collective."""
+    """Return what the run in a folder missed when it finished at this step; None if it has no such end. Collective."""
     from commpress.model.first_rank import told_by_first_rank
 
     missed: list[str] | None = None
@@ -46,14 +46,14 @@ def forget(folder: Path, device: torch.device) -> None:
 
 
 def has_one(recipe: "Recipe") -> bool:
-    """Whether a recipe asks for something at the end."""
+    """Return whether a recipe asks for something at the end."""
     return recipe.export is not None or recipe.budget is not None
 
 
 def require_good(missed: list[str], folder: Path) -> None:
     """Raise TrainingError with what was missed."""
     if missed:
-        raise TrainingError(f"{'; '.join(missed)}; the run itself is over, in {folder}")
+        raise TrainingError(f"{'; '.join(missed)}; the run itself has finished, in {folder}")
 
 
 def write(run: "Run", full: nn.Module | None) -> None:

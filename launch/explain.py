@@ -3,8 +3,8 @@
     commpress explain --params 7e9 --world 64 --bandwidth 10gbit --spec int4 --step-seconds 2.5
     commpress explain --check steps.json        # the same model against measured steps of `benchmarks/training.py`
 
-The model is `commpress/comm/cost.py`. How fast the codecs are, `speed.py` measures here, in about a second. On a cluster
-that is at hand, `commpress probe` measures the link, too.
+The model is `commpress/comm/cost.py`. `speed.py` measures the speed of the codecs here, in about a second. On a real
+cluster, `commpress probe` measures the link, too.
 """
 
 import json
@@ -57,9 +57,9 @@ except ModuleNotFoundError as error:
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4")
 MOST_MB = 1e9
 MOST_RANKS = 65536
-"""The most ranks: what each of them sends is added up, message by message."""
+"""The most ranks: the bytes of each are summed, message by message."""
 LINKS = {"loopback": math.inf, "unshaped": math.inf}
-"""Rates of a record that are no number: then the cores are what limits."""
+"""Rates of a record that are not numbers: then the cores are the limit."""
 DENSE_ROWS = ("plain ddp", "ddp", "none")
 
 
@@ -82,10 +82,10 @@ class Compared:
 
 
 def compared(record: dict[str, Any], measured: Measured) -> list[Compared]:
-    """Predictions for a record's plain DDP and commpress rows, from its floor row. Raises ValueError if it is no record.
+    """Return predictions for a record's plain DDP and commpress rows, from its floor row. Raises ValueError for other files.
 
-    All ranks are taken to run on one machine, as in the lab, and to share its cores. What waits for the slowest of W ranks
-    starts from the floor's 0.5^(1/W) quantile. Links with loss are not predicted.
+    All ranks are assumed to run on one machine, as in the lab, and to share its cores. A step that waits for the slowest of W
+    ranks starts from the floor's 0.5^(1/W) quantile. Links with loss are not predicted.
     """
     try:
         where, W, values = record["link"], int(record["world_size"]), int(record["parameters"])
@@ -128,14 +128,14 @@ def compared(record: dict[str, Any], measured: Measured) -> list[Compared]:
 
 
 def _spec(row: dict[str, Any]) -> str:
-    """The spec that predicts a row; "" if none does."""
+    """Return the spec that predicts a row; "" if none does."""
     if row["kind"] == "commpress":
         return "" if str(row["name"]).startswith(PowerSGD.word) else str(row["name"])
     return "none" if row["kind"] == "torch" and str(row["name"]).lower() in DENSE_ROWS else ""
 
 
 def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compared], str]:
-    """All predictions for these files, and a sentence with their median and worst error. Raises ValueError."""
+    """Return all predictions for these files, and a sentence with their median and worst error. Raises ValueError."""
     if not records:
         raise ValueError("--check: expected at least one step-time record, got none")
     read = []
@@ -157,7 +157,7 @@ def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compare
             raise ValueError(f"{path}: {error}") from None
         except (TypeError, AttributeError, ArithmeticError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path}: not a step-time record, a value in it is none of its: {reason}") from None
+            raise ValueError(f"{path}: not a step-time record, a value in it does not belong there: {reason}") from None
     if not found:
         return found, "no row of these records can be predicted"
     worst = max(found, key=lambda c: abs(c.error))
@@ -169,7 +169,7 @@ def checked(records: Sequence[Path], device: torch.device) -> tuple[list[Compare
 
 
 def _specs(path: Path, record: Any) -> list[str]:
-    """The specs of a record's rows. Raises ValueError, which names the file, for one that there is not."""
+    """Return the specs of a record's rows. Raises ValueError, which names the file, for an unknown spec."""
     found = [_spec(row) for row in _rows(record)]
     try:
         return [str(parse(spec)) and spec for spec in found if spec]
@@ -184,7 +184,7 @@ def _rows(record: Any) -> list[dict[str, Any]]:
 
 
 def check_table(found: Sequence[Compared]) -> Table:
-    """Predicted against measured seconds, a line a row."""
+    """Return the table of predicted and measured seconds, a line per row."""
     made = Table(title="seconds a step: predicted and measured", box=box.SIMPLE_HEAD)
     for name in ("link", "row", "predicted", "measured", "error"):
         made.add_column(name, justify="left" if name in ("link", "row") else "right")
@@ -249,7 +249,7 @@ class Explain:
             write(self.json, {"what": "predictions", "rows": figures, "answer": sentence})
 
     def print_predictions(self, device: torch.device) -> None:
-        """Print predictions and what they rest on. Raises ValueError."""
+        """Print predictions and their assumptions. Raises ValueError."""
         self.require_sense()
         specs = [_parsed(spec) for spec in self.spec or SPECS]
         values = units.parameters(self.params, "--params")
@@ -296,14 +296,14 @@ class Explain:
 
 
 def assumptions(measured: Measured, cluster: Cluster, compute: float | None) -> list[str]:
-    """Return what the figures rest on, in sentences."""
+    """Return the assumptions of the figures, in sentences."""
     said = [f"Bytes: sent by a rank in a step. Codec speed: measured now on {measured.device}."]
     if compute is None:
         said.append("Communication alone, every bucket ready at once: what a step takes needs --step-seconds.")
     else:
         shared = f"{cluster.cores:g} cores a rank, which backward uses and shares with codec and sockets"
         said.append(
-            f"A step computes {compute:g} s, two thirds of it backward, behind which buckets are exchanged; "
+            f"A step computes {compute:g} s, two thirds of it backward, during which buckets are exchanged; "
             + ("backward runs on the accelerator." if cluster.cores == math.inf else f"{shared}.")
         )
         said.append("A day: 24 h of dense training, all ranks together; hours: how much sooner its steps are done.")

@@ -1,4 +1,4 @@
-"""Write a model in the forms that targets run: that of a run, or one of your own.
+"""Export a model, from a run or your own, in the formats of targets.
 
     commpress export runs/small --formats onnx pt2e --out out
     commpress export --model my_project.models:build --state model.safetensors --example my_project.models:inputs
@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from commpress.model import Exported
 
-Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torchao"]
+Format = Literal["safetensors", "onnx", "pt2e", "executorch", "litert", "integer", "torchao"]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,12 @@ class Export:
         )
         for name in ("state", "recipe", "example"):
             alone = getattr(self, name) is None or (self.model is not None and self.folder is None)
-            require(alone, f"--{name} {getattr(self, name)}: counts beside --model alone, without the folder of a run")
+            require(
+                alone, f"--{name} {getattr(self, name)}: has an effect only with --model, without the folder of a run"
+            )
         require(
-            self.data is None or self.folder is not None, f"--data {self.data}: counts beside the folder of a run alone"
+            self.data is None or self.folder is not None,
+            f"--data {self.data}: has an effect only with the folder of a run",
         )
         require(
             self.model is None or self.folder is not None or self.example is not None,
@@ -83,7 +86,7 @@ class Export:
         run_folder.require_writable(self.out)
 
     def exported(self) -> "list[Exported]":
-        """The files. Raises ValueError that names the flag, or what `commpress.model.export` raises."""
+        """Return the files. Raises ValueError that names the flag, or the errors of `commpress.model.export`."""
         from commpress.model import export
         from commpress.model.export.by_recipe import two_rows
 
@@ -101,7 +104,7 @@ class Export:
         return export(model, self.out, formats=self.formats, example_inputs=inputs)
 
     def own_model(self) -> nn.Module:
-        """Return what --model, --recipe and --state say."""
+        """Return the model of --model, --recipe and --state."""
         assert self.model is not None
         model = called(self.model, "--model")
         if not isinstance(model, nn.Module):
@@ -118,7 +121,7 @@ class Export:
         return model
 
     def own_inputs(self) -> tuple[Any, ...]:
-        """Return what --example says."""
+        """Return the inputs of --example."""
         assert self.example is not None
         inputs = called(self.example, "--example")
         if not isinstance(inputs, tuple):
@@ -146,7 +149,7 @@ def load(model: nn.Module, path: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # of what torch cannot read it raises what it likes
-        raise ValueError(f"--state {path}: no file of torch.save, or damaged: {error}") from error
+        raise ValueError(f"--state {path}: not a file of torch.save, or damaged: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not isinstance(state, dict):

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from commpress.model import Exported
 
 ROWS = 4
-"""Of the example inputs of a run's model. What plans memory, ExecuTorch, has it for as many."""
+"""Rows of the example inputs of a run's model. ExecuTorch plans memory for that many."""
 
 
 def bytes_of(model: Any) -> tuple[torch.Tensor]:
-    """Bytes for a GPT to read: the time is all of its context."""
+    """Return example bytes for a GPT, as long as its context."""
     shape, random = (ROWS, model.positions.num_embeddings), torch.Generator().manual_seed(0)
     return (torch.randint(0, 256, shape, generator=random, dtype=torch.int64, device="cpu"),)
 

@@ -1,6 +1,6 @@
-"""The report's figures: plain numbers in, a plotly figure out, each fit for a phone.
+"""The report's figures: each function takes numbers and returns a plotly figure that fits a phone.
 
-One name has one look on the whole page: what commpress does in strong colours, what it is compared with grey and dashed. Lines
+A name has the same look on the whole page: commpress in strong colours, the rest grey and dashed. Lines
 and bars are labelled where they are; axes show the range in which they differ.
 """
 
@@ -26,14 +26,14 @@ TICKS = tuple(step * scale for scale in (0.1, 1, 10, 100) for step in (1, 1.5, 2
 
 PLOT_HEIGHT = 330
 LEGEND_HEIGHT = 18
-"""Pixels that an entry of the legend takes on a phone, where each may have a line of its own."""
+"""Pixels of a legend entry on a phone, where each may have its own line."""
 BAR_HEIGHT, HEADING_HEIGHT = 24, 32
 BUTTONS = ("toImage", "zoom2d", "resetScale2d")
-"""All that may be done with a figure: more of them would lie over it on a phone."""
+"""The buttons of a figure: more of them would cover it on a phone."""
 
 
 class Look(NamedTuple):
-    """How a name is drawn everywhere."""
+    """The style of a name in all figures."""
 
     colour: str
     dash: str
@@ -50,7 +50,7 @@ class Look(NamedTuple):
 
 
 def looks(names: Iterable[tuple[str, str]]) -> dict[str, Look]:
-    """A look for each (name, kind); kind is "floor", "torch", "peer" or "commpress"."""
+    """Return a look for each (name, kind); kind is "floor", "torch", "peer" or "commpress"."""
     found: dict[str, Look] = {}
     ours = others = 0
     for name, kind in names:
@@ -71,7 +71,7 @@ def looks(names: Iterable[tuple[str, str]]) -> dict[str, Look]:
 def step_times(
     ratios: Mapping[str, Mapping[float, float]], hover: Mapping[str, Sequence[str]], look: Mapping[str, Look]
 ) -> go.Figure:
-    """Lines of step time, no communication = 1, over bits a second of the link, both logarithmic.
+    """Draw lines of step time, no communication = 1, over bits a second of the link, both logarithmic.
 
     `ratios` maps a name to {bits a second: ratio}, rising; `hover` has a text for each of its points.
     """
@@ -152,7 +152,7 @@ def bars(groups: Mapping[str, Sequence[Bar]], axis: str, outlines: Mapping[str, 
 
 
 def front(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> go.Figure:
-    """Quality over size of a search's trials: "front" as steps, others as grey points. A point is (size, quality, text)."""
+    """Draw quality over size of a search's trials: "front" as steps, others as grey points of (size, quality, text)."""
     figure = go.Figure()
     for name, found in points.items():
         best = name == "front"
@@ -172,7 +172,7 @@ def front(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> go.Figure
 
 
 class Block(NamedTuple):
-    """One span of a timeline: where it is drawn and what is said of it. `row` is the thread it was on."""
+    """One span of a timeline: its place and its text. `row` is its thread."""
 
     phase: str
     row: int
@@ -182,10 +182,10 @@ class Block(NamedTuple):
 
 
 def timeline(steps: Mapping[str, Sequence[Block]], rows: Mapping[int, str]) -> go.Figure:
-    """Spans in ms on the lines training, encode, wire and decode, one step of several at a time, chosen by a menu.
+    """Draw spans in ms on the lines training, encode, wire and decode, one step at a time, chosen by a menu.
 
-    `steps` maps what the menu says to the step's spans; the first is shown. `rows` names the threads; several of one name
-    (transfers that overlap) are thin lines beside each other. One trace a phase, however many spans.
+    `steps` maps a menu text to the step's spans; the first is shown. `rows` names the threads; several of one name
+    (transfers that overlap) are thin lines beside each other. There is one trace per phase, for any number of spans.
     """
     order = sorted(rows, key=lambda row: ([*LINES, rows[row]].index(rows[row]), row))
     place: dict[int, float] = {}
@@ -228,13 +228,13 @@ def timeline(steps: Mapping[str, Sequence[Block]], rows: Mapping[int, str]) -> g
 
 
 def pale(colour: str) -> str:
-    """A colour let through: its outline then parts spans that touch, and a span of no width still is a line."""
+    """Return a paler colour, so that outlines separate spans that touch, and a span of no width is still a line."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.65)"
 
 
 def with_menu(figure: go.Figure, choices: Mapping[str, Mapping[str, object]]) -> go.Figure:
-    """A menu above the figure, if there is anything to choose; each choice is what it changes in the traces."""
+    """Add a menu above the figure, if there is a choice; each choice is the change that it makes to the traces."""
     if len(choices) > 1:
         buttons = [
             {"label": escape(label), "method": "restyle", "args": [dict(change)]} for label, change in choices.items()
@@ -250,7 +250,7 @@ def with_menu(figure: go.Figure, choices: Mapping[str, Mapping[str, object]]) ->
 def styled(figure: go.Figure, entries: int | None = None, height: int = PLOT_HEIGHT) -> go.Figure:
     """Style a figure to fit a phone: the legend is below, margins are small, and dragging scrolls the page.
 
-    `entries` is how many the legend has: a trace each unless it is given.
+    `entries` is the number of legend entries; default: one per trace.
     """
     shown = sum(trace.showlegend is not False for trace in figure.data) if entries is None else entries
     figure.update_layout(
@@ -270,7 +270,7 @@ def styled(figure: go.Figure, entries: int | None = None, height: int = PLOT_HEI
 
 
 def as_html(figure: go.Figure) -> str:
-    """A figure as a part of a page that has plotly's script."""
+    """Return a figure as a part of a page that has plotly's script."""
     html: str = figure.to_html(
         full_html=False,
         include_plotlyjs=False,

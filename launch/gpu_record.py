@@ -1,8 +1,8 @@
-"""What `make gpu-check` has found, as the lines of one table: for its terminal and for the report.
+"""The results of `make gpu-check`, as the lines of one table: for its terminal and for the report.
 
-A record has a row for each thing that was tried. `part` is where: "codecs", "passes", or a group of ranks such as
-"NCCL, 1 rank"; `error` says why one failed, and is empty for all others. `shares` are rates as shares of a copy's on the
-device: by action, of a pass by dtype.
+A record has a row for each check. `part` says where it ran: "codecs", "passes", or a group of ranks such as
+"NCCL, 1 rank"; `error` says why one failed, and is empty otherwise. `shares` are rates as shares of a copy's on the
+device: by action, for passes by dtype.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ Record = dict[str, Any]
 ACTIONS = ("encode", "feedback", "momentum", "decode", "mean of 4", "recode 4")
 COLUMNS = ("", "result", *ACTIONS)
 NO_KERNEL = "*"
-"""Stands behind the rate of an action that has no kernel."""
+"""The mark after the rate of an action that has no kernel."""
 GOALS = {"topk": 0.4} | dict.fromkeys(("bf16", "fp16", "fp8", "int8", "int4", "int2", "sign"), 0.8)
 """The least share of a copy's rate by the word of a codec; others have no goal."""
 LEGEND = (
@@ -22,7 +22,7 @@ LEGEND = (
 
 
 def title(record: Record) -> str:
-    """One line over the table."""
+    """Return the line above the table."""
     copy = record["copy_seconds"]
     size = record["values"] * 4
     speed = (
@@ -35,7 +35,7 @@ def title(record: Record) -> str:
 
 
 def lines(record: Record) -> list[tuple[str, list[list[str]]]]:
-    """By part the cells of its rows, as many as COLUMNS."""
+    """Return the cells of the rows by part, as many as COLUMNS."""
     found: dict[str, list[list[str]]] = {}
     for row in record["rows"]:
         shares = row.get("shares", {})
@@ -47,7 +47,7 @@ def lines(record: Record) -> list[tuple[str, list[list[str]]]]:
 
 
 def said(row: Record) -> str:
-    """Say in words what a row has found that did not fail."""
+    """Return in words the result of a row that did not fail."""
     parts = [row["text"]] if row.get("text") else []
     if row.get("comparisons"):
         parts.append(f"{row['comparisons']} results are right")
@@ -60,7 +60,7 @@ def said(row: Record) -> str:
 
 
 def share_of(row: Record, action: str, judged: bool) -> str:
-    """The cell of an action."""
+    """Return the cell of an action."""
     cell = f"{row['shares'][action]:.0%}"
     if action not in row.get("kernels", ()):
         return cell + NO_KERNEL
@@ -68,13 +68,13 @@ def share_of(row: Record, action: str, judged: bool) -> str:
 
 
 def below_goal(row: Record, action: str) -> bool:
-    """Whether an action that has a kernel is slower than its codec's goal."""
+    """Return whether an action that has a kernel is slower than its codec's goal."""
     goal = GOALS.get(str(row["name"]).partition("(")[0])
     return goal is not None and action in row.get("kernels", ()) and row["shares"][action] < goal
 
 
 def answer(record: Record) -> str:
-    """The last line: how much failed, and how much is slower than it shall be."""
+    """Return the last line: how many rows failed, and how many are slower than their goal."""
     rows = record["rows"]
     failed = sum(bool(row["error"]) for row in rows)
     good = f"all {len(rows)} rows are good" if not failed else f"FAILED: {failed} of {len(rows)} rows"

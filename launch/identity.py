@@ -1,4 +1,4 @@
-"""Which settings must stay as they are when a run goes on, by --resume or by --fork."""
+"""The settings that must not change when a run goes on, by --resume or by --fork."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ RESUME_KEYS = (
     *("optimizer", "compress", "model", "layers", "width", "heads", "context", "batch", "accumulate"),
     *("lr", "warmup_steps", "weight_decay", "seed"),
 )
-"""The settings that decide where training goes; --resume needs them unchanged. It takes more --steps."""
+"""The settings that training depends on; --resume needs them unchanged, but takes more --steps."""
 MAY_FORK = ("recipe", "lr")
 """Settings that --fork may change."""
 RESUME_KEYS_COMPRESSED = ("optimizer_warmup", "warmup_compress", "sync_every")

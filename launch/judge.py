@@ -1,9 +1,9 @@
-"""Judge a small model against the dense one: loss, predictions, bytes, latency and memory, in each runtime that is installed.
+"""Judge a small model against the dense one: loss, predictions, bytes, latency and memory, in each installed runtime.
 
     commpress judge runs/dense runs/small                                # two runs of `commpress train`
     commpress judge out/dense out/small --data my_project.data:held_out  # two folders of `commpress.model.export`
 
-The function of --data takes nothing and returns batches (inputs, targets); runs have held-out text of their own.
+The function of --data takes no argument and returns batches (inputs, targets); runs have their own held-out text.
 """
 
 import sys
@@ -65,12 +65,15 @@ class Judge:
             sys.exit(1)
 
     def judged(self) -> "Judgement":
-        """Return the judgement. Raises ValueError that names the flag for what cannot be."""
+        """Return the judgement. Raises ValueError that names a wrong flag."""
         from commpress.model import judge
 
         dense, small = self.model_of(self.dense), self.model_of(self.small)
         run = isinstance(dense, nn.Module) or isinstance(small, nn.Module)
-        require(run or self.model is None, f"--model {self.model}: counts for the folders of runs alone, none is given")
+        require(
+            run or self.model is None,
+            f"--model {self.model}: has an effect only with the folder of a run, none is given",
+        )
         return judge(dense, small, self.batches(), runtimes=self.runtimes or None, folder=self.out)
 
     def model_of(self, folder: Path) -> nn.Module | Path:
@@ -78,7 +81,7 @@ class Judge:
         return recipes.model_of_run(folder, self.model) if run_folder.holds_checkpoint(folder, "judge") else folder
 
     def batches(self) -> Iterable[Any]:
-        """Held-out batches: what --data's function returns, or windows of a run's text. Raises ValueError."""
+        """Return held-out batches: those of --data's function, or windows of a run's text. Raises ValueError."""
         run = next((each for each in (self.dense, self.small) if checkpoint.exists(each)), None)
         of_run = run is not None and self.data is not None and tasks.data_named_by(run) == self.data
         if self.data is not None and ":" in self.data and not Path(self.data).exists() and not of_run:
@@ -94,7 +97,7 @@ class Judge:
         return tasks.held_out_of(run, self.data)
 
     def print(self, judgement: "Judgement") -> None:
-        """Print what was found, and write the files; the card goes beside the small model's, too."""
+        """Print the results, and write the files; the card is written beside the small model's, too."""
         from commpress.model.judgement import CARD, words
 
         record = judgement.record

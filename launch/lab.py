@@ -3,15 +3,15 @@
     commpress lab 2 1gbit --ranks-per-host 2 --delay 10ms --loss 0.1% -- python benchmarks/training.py
 
          h0 [ rank 0  rank 1 ] eth0 ===\\          each === is a veth pair; both of its ends send through `tc tbf`
-         h1 [ rank 2  rank 3 ] eth0 ====[switch]   at the rate. Ranks of one host share its namespace: what they say
-         h2 [ rank 4  rank 5 ] eth0 ===/           to each other goes over its loopback, unshaped, as inside a node.
+         h1 [ rank 2  rank 3 ] eth0 ====[switch]   at the rate. Ranks of one host share its namespace: they
+         h2 [ rank 4  rank 5 ] eth0 ===/           talk over its loopback, unshaped, as inside a node.
 
-The command runs once a rank, with torchrun's environment and the network in LAB_LINK (JSON). Delay and loss are from
-host to host, one way. Where the kernel has no sch_netem, `relay.py` makes the delay and takes the switch's place. Loss is
-a packet filter in front of each host, behind the point where the kernel has cut its segments into packets of 1,500 bytes.
+The command runs once per rank, with torchrun's environment and the network in LAB_LINK (JSON). Delay and loss are from
+host to host, one way. If the kernel has no sch_netem, `relay.py` makes the delay and replaces the switch. Loss is
+a packet filter before each host, after the kernel has cut its segments into packets of 1,500 bytes.
 
 Needs root, `ip` and `tc` (Debian: iproute2); else the command runs on the machine's own loopback. Namespaces and processes
-are gone afterwards, also on Ctrl-C, SIGTERM and errors; what a killed lab left behind, the next one removes.
+are removed at the end, also on Ctrl-C, SIGTERM and errors; the next lab removes those of a killed one.
 """
 
 import contextlib
@@ -46,12 +46,12 @@ except ModuleNotFoundError as error:
 
 PORT = 29511
 PATIENCE = 20.0
-"""Seconds that the other ranks get to fail by themselves, and to say why, after one has failed."""
+"""Seconds for the other ranks to fail by themselves, and to say why, after one has failed."""
 FAREWELL = 5.0
 """Seconds between SIGTERM and SIGKILL for a rank that is to end."""
 MTU = 1500
 RELAY_LIMIT = 1e9
-"""Bits a second that a relay may be asked for. On 2 busy cores of an AMD EPYC, one on each of two links and both directions
+"""The highest rate of a relay, in bits a second. On 2 busy cores of an AMD EPYC, one on each of two links and both directions
 at once, it carried 0.9 of 1 Gbit/s for a fifth of a core a host, but only 1.5 of 2 Gbit/s, where the bridge carries 1.8."""
 _CAPABILITIES = 1 << 12 | 1 << 21
 """CAP_NET_ADMIN and CAP_SYS_ADMIN."""
@@ -61,7 +61,7 @@ _OWN = re.compile(r"cp(\d+)(?:sw|h\d+)")
 
 @dataclass(frozen=True)
 class Host:
-    """One host of the lab: its place in the list, its namespace and address. No namespace: this machine itself."""
+    """One host of the lab: its place in the list, its namespace and address. Without a namespace it is this machine."""
 
     index: int
     namespace: str
@@ -70,18 +70,18 @@ class Host:
     """The process that delays what it sends; 0 if there is none."""
 
     def counters(self, device: str = "eth0") -> tuple[int, int]:
-        """Bytes that its interface has sent and received, by the kernel's count; `lo` is what stayed inside the host."""
+        """Return the bytes that its interface has sent and received, by the kernel; `lo` counts those inside the host."""
         text = _run("ip", "-n", self.namespace, "-s", "-j", "link", "show", device)
         stats = json.loads(text)[0]["stats64"]
         return int(stats["tx"]["bytes"]), int(stats["rx"]["bytes"])
 
     def lost(self) -> int:
-        """Packets that were lost on their way to it, by the kernel's count."""
+        """Return the packets that were lost on the way to it, by the kernel's count."""
         queues = json.loads(_run("tc", "-n", self.namespace, "-s", "-j", "qdisc", "show", "dev", "eth0"))
         return sum(int(queue["drops"]) for queue in queues if queue["kind"] == "clsact")
 
     def relay_seconds(self) -> float:
-        """Seconds of a core that its relay has taken so far."""
+        """Return the core-seconds of its relay so far."""
         if not self.relay:
             return 0.0
         fields = Path(f"/proc/{self.relay}/stat").read_text().rpartition(")")[2].split()
@@ -89,7 +89,7 @@ class Host:
 
 
 def missing() -> str:
-    """Why no lab can be made here; empty if one can."""
+    """Return why no lab can be made here; empty if one can."""
     if os.geteuid() != 0:
         return "a network lab needs root, for network namespaces"
     absent = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -103,7 +103,7 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def network(link: Link) -> Iterator[list[Host]]:
-    """The hosts of `link`, joined by its links, while the block runs.
+    """Make the hosts of `link`, joined by its links, while the block runs.
 
     Raises RuntimeError without root or tools, for what this kernel cannot do, and for a rate that the relay cannot carry.
     """
@@ -182,7 +182,7 @@ def run(command: Sequence[str], link: Link, hosts: Sequence[Host], timeout: floa
 
 
 def _wait(ranks: Sequence["subprocess.Popen[bytes]"], seconds: float | None) -> None:
-    """Until all have ended, `seconds` at most."""
+    """Wait until all have ended, `seconds` at most."""
     deadline = None if seconds is None else time.monotonic() + seconds
     with contextlib.suppress(subprocess.TimeoutExpired):
         for rank in ranks:
@@ -190,7 +190,7 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"], seconds: float | None) -> 
 
 
 def _connect(host: Host, switch: str, link: Link, relayed: bool) -> None:
-    """A veth pair from a host to the switch, shaped at both ends; what the host receives is delayed and thinned out."""
+    """Make a veth pair from a host to the switch, shaped at both ends; packets to the host are delayed and dropped."""
     port = f"p{host.index}"
     inside, outside = ("ip", "-n", host.namespace), ("ip", "-n", switch)
     address = relay.mac(host.index)
@@ -222,13 +222,13 @@ def _connect(host: Host, switch: str, link: Link, relayed: bool) -> None:
 
 
 def _has_netem(switch: str) -> bool:
-    """Whether this kernel can delay packets by itself. Tries it on the switch's own loopback, which nothing uses."""
+    """Return whether this kernel can delay packets by itself. It tries on the switch's own loopback, which nothing uses."""
     probe = ("qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")
     return subprocess.run(["tc", "-n", switch, *probe], stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def _relays(switch: str, link: Link) -> Iterator["subprocess.Popen[str]"]:
-    """The started relays, one a host; they end with the switch at the latest."""
+    """Start the relays, one per host; they end with the switch at the latest."""
     python = ("ip", "netns", "exec", switch, sys.executable, "-IS", relay.__file__)
     for index in range(link.hosts):
         command = [*python, str(link.delay_seconds), str(index), str(link.hosts)]
@@ -239,14 +239,14 @@ def _relays(switch: str, link: Link) -> Iterator["subprocess.Popen[str]"]:
 
 
 def remove_orphans() -> None:
-    """Remove the namespaces of labs that are no longer there."""
+    """Remove the namespaces of labs that have ended."""
     for entry in Path("/var/run/netns").glob("cp*"):
         if (own := _OWN.fullmatch(entry.name)) and not Path("/proc", own[1]).exists():
             _remove(entry.name)
 
 
 def _remove(namespace: str) -> None:
-    """End what runs in a namespace and delete it. Nothing happens if there is none of that name."""
+    """End all processes in a namespace and delete it. Nothing happens if there is none of that name."""
     found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
     for process in found.stdout.split():
         with contextlib.suppress(ProcessLookupError):
@@ -256,7 +256,7 @@ def _remove(namespace: str) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM change nothing until the block is done, also not for programs that it starts."""
+    """Ignore Ctrl-C and SIGTERM until the block is done, also in programs that it starts."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread
         return
@@ -269,7 +269,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _loopback() -> str:
-    """The name of this machine's loopback interface."""
+    """Return the name of this machine's loopback interface."""
     return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 

@@ -1,4 +1,4 @@
-"""The link that joins the ranks of a lab: what was asked for, and what a rank finds of it in LAB_LINK."""
+"""The link that joins the ranks of a lab, as requested, and as a rank finds it in LAB_LINK."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from commpress.launch import units
 
 BURST, BURST_SECONDS = 72_000, 200e-6
-"""tbf's bucket in bytes: a little more than the largest segment that the kernel hands down, or what the link carries in that
+"""tbf's bucket in bytes: a little more than the kernel's largest segment, or what the link carries in that
 time, if more: so a link reaches its rate (95 % of it as payload), and no more than a bucket goes out unshaped after a pause."""
 
 
@@ -41,27 +41,27 @@ class Link:
 
     @property
     def bits_per_second(self) -> float:
-        """The rate as a number."""
+        """Return the rate as a number."""
         return units.rate(self.rate)
 
     @property
     def burst(self) -> int:
-        """Bytes that may go out at once after a pause."""
+        """Return the bytes that may be sent at once after a pause."""
         return max(BURST, round(self.bits_per_second / 8 * BURST_SECONDS))
 
     @property
     def delay_seconds(self) -> float:
-        """The delay as a number."""
+        """Return the delay as a number."""
         return units.seconds(self.delay)
 
     @property
     def lost_share(self) -> float:
-        """The loss as a number in [0, 1)."""
+        """Return the loss as a number in [0, 1)."""
         return units.share(self.loss)
 
 
 def joining(world_size: int) -> dict[str, Any]:
-    """Return what joins the ranks of this program: what the lab wrote into LAB_LINK, else that it is no link of the lab's."""
+    """Return the link of this program's ranks: the lab's, from LAB_LINK, else one that says it is not the lab's."""
     elsewhere = {"hosts": None, "ranks_per_host": world_size, "rate": "unshaped", "delay": "0ms", "loss": "0%"}
     elsewhere |= {"shaped": False, "relayed": False}
     said = os.environ.get("LAB_LINK")
@@ -75,7 +75,7 @@ def sent_by_kernel() -> int:
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on now."""
+    """Return a port of the loopback interface without a listener."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]

@@ -6,8 +6,8 @@
     seconds of an exchange = latency + bytes / bandwidth
 
 Latency is half the round trip of a small message. Bandwidth comes from the difference of two sizes, a message and a quarter of
-it, so neither latency nor what goes out unshaped at the start counts. Medians of a rank, then the slowest rank's: in an
-exchange all wait for it. All ranks repeat equally often; how often is reckoned from the seconds of the slowest.
+it, so neither latency nor the unshaped bytes at the start count. Medians are taken per rank, then the slowest rank counts: in
+an exchange all wait for it. All ranks repeat equally often, by the seconds of the slowest.
 """
 
 import statistics
@@ -19,19 +19,19 @@ import torch
 import torch.distributed as dist
 
 SMALL = 8
-"""Bytes of a message whose time is latency."""
+"""Bytes of the message that measures latency."""
 LEAST, MOST = 2**16, 2**26
-"""Bytes of the first message whose bandwidth is tried, and of the last; each has four times those of the one before."""
+"""Bytes of the first message that measures bandwidth, and of the last; each is four times the one before."""
 GROWTH = 4
 OVER_LATENCY = 4
-"""A message is large enough if it takes so many times as long as a small one, and a share of the time that there is."""
+"""How many times as long as a small message a large one must take, and which share of the time."""
 ENOUGH = 1 / 20
 LATENCY_SHARE = 0.2
 """Share of the time for small messages."""
 FEWEST, MOST_REPEATS = 5, 100
 
 Ring = Mapping[int, tuple[int, int]]
-"""By rank: the one that it sends to, the one that it receives from. Ranks that are not in it take no part."""
+"""For each rank: the rank that it sends to, and the rank that it receives from. Other ranks take no part."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class LinkSpeed:
     latency: float
     """Seconds, one way."""
     bandwidth: float
-    """Bytes of payload a second, in each direction while the other is loaded, too."""
+    """Bytes of payload a second, in each direction while both are loaded."""
     nbytes: int
-    """Bytes of the message that it was found with."""
+    """Bytes of the message that measured it."""
     repeats: int
-    """How often that was sent."""
+    """How often that message was sent."""
 
 
 def by_host(names: Sequence[str]) -> list[list[int]]:
@@ -72,7 +72,7 @@ def ring_inside(hosts: Sequence[Sequence[int]]) -> Ring:
 def between_and_inside(
     hosts: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device, seconds: float
 ) -> tuple[LinkSpeed | None, LinkSpeed | None]:
-    """Measure the link of a host to the others, and that of a rank to its neighbour on a host; None for what there is not.
+    """Measure the link of a host to the others, and that of a rank to its neighbour on a host; None for a missing one.
 
     `hosts` has the ranks of `group` by host. Takes about `seconds`; on links where a few messages take
     longer, more. Collective.
@@ -86,7 +86,7 @@ def between_and_inside(
 
 
 def measure(ring: Ring, group: dist.ProcessGroup, device: torch.device, seconds: float) -> LinkSpeed:
-    """Measure what one rank's messages to the next of the ring find. Collective, also for ranks that are not in it."""
+    """Measure the messages of each rank to the next of the ring. Collective, also for ranks that are not in it."""
     exchange = _Exchange(ring.get(dist.get_rank(group)), group, device)
     once = largest(exchange.round_trips(2)[-1], group, device)  # the first connects
     trips = exchange.round_trips(1 + repeats(LATENCY_SHARE * seconds, once))[1:]
@@ -107,17 +107,17 @@ def measure(ring: Ring, group: dist.ProcessGroup, device: torch.device, seconds:
 
 
 def bandwidth(part: int, few: float, nbytes: int, whole: float) -> float:
-    """Bytes a second, from the seconds of `part` bytes and of all `nbytes`.
+    """Return bytes a second, from the seconds of `part` bytes and of all `nbytes`.
 
-    Where the two differ by less than half of what their sizes do, something else has disturbed one of them: then all bytes
-    count, and all seconds.
+    If the seconds differ by less than half as much as the sizes, something disturbed one of them: then all bytes
+    and all seconds count.
     """
     expected = whole * (nbytes - part) / nbytes
     return (nbytes - part) / (whole - few) if whole - few > expected / 2 else nbytes / whole
 
 
 def repeats(seconds: float, once: float, most: int = MOST_REPEATS) -> int:
-    """Return how often something that takes `once` is done in `seconds`, FEWEST times at least."""
+    """Return how often to repeat something that takes `once` within `seconds`, FEWEST times at least."""
     return min(most, max(FEWEST, int(seconds / once)))
 
 
@@ -129,7 +129,7 @@ def largest(value: float, group: dist.ProcessGroup, device: torch.device) -> flo
 
 
 class _Exchange:
-    """Messages to the next rank of a ring while one arrives from the rank before; a rank that is in none has 0 s."""
+    """Messages to the next rank of a ring and from the rank before; a rank that is in no ring has 0 s."""
 
     def __init__(self, place: tuple[int, int] | None, group: dist.ProcessGroup, device: torch.device) -> None:
         self._peers = None if place is None else tuple(dist.get_global_rank(group, rank) for rank in place)
@@ -137,7 +137,7 @@ class _Exchange:
         self._out, self._into = (torch.zeros(LEAST, dtype=torch.uint8, device=device) for _ in range(2))
 
     def round_trips(self, count: int) -> list[float]:
-        """Seconds, `count` times, until a small message has come back; the one from the rank before is sent back at once."""
+        """Return `count` times the seconds until a small message has come back; each rank returns its neighbour's at once."""
         if self._peers is None:
             return [0.0] * count
         return (self._ready_trips if self._device.type == "cpu" else self._swapped_trips)(count, *self._peers)
@@ -170,7 +170,7 @@ class _Exchange:
         return times
 
     def forward(self, nbytes: int) -> float:
-        """Seconds in which so many bytes have been sent, and as many received."""
+        """Return the seconds to send so many bytes and to receive as many."""
         if nbytes > self._out.numel():
             self._out, self._into = (torch.zeros(nbytes, dtype=torch.uint8, device=self._device) for _ in range(2))
         return self._timed(lambda next_, before: self._swap(nbytes, next_, before))

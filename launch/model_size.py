@@ -1,4 +1,4 @@
-"""A user's `module:function`: imported and called; and how many parameters a model from there trains."""
+"""The user's `module:function`: importing it, calling it, and counting the parameters that its model trains."""
 
 import importlib
 import os
@@ -13,8 +13,8 @@ from torch import nn
 def trained_parameters(text: str) -> int:
     """Return the number of trained parameters of the model that a factory makes, such as `my_project.models:build`.
 
-    The factory is called without arguments, first with tensors that have no memory (torch's meta device), and if it cannot be
-    called so, as it is. Raises ValueError that names the text.
+    The factory is called without arguments, first on torch's meta device, where tensors have no memory, and if that fails, on
+    the usual device. Raises ValueError that names the text.
     """
     factory = imported(text)
     try:
@@ -55,7 +55,7 @@ def imported(text: str, flag: str = "--model") -> Callable[[], object]:
             raise ValueError(f"{flag} {text}: {module} has no {name}")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"{flag} {text}: {name} is a {type(found).__name__}, expected something to call")
+        raise ValueError(f"{flag} {text}: {name} is a {type(found).__name__}, expected a function or class")
     return found
 
 

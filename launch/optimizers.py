@@ -11,15 +11,15 @@ from commpress.launch.settings import SYNC_EVERY, Settings
 
 BETAS = (0.9, 0.95)
 MOMENTUM = 0.9
-"""SGD's and DGC's."""
+"""The momentum of SGD and DGC."""
 HEAD = "head.*"
-"""The model's last layer; with a long context the table of positions is larger, and its shape would not tell."""
+"""The model's last layer, by name: with a long context the table of positions is larger."""
 FINAL_LR = 0.1
-"""Where the cosine ends, as a share of --lr."""
+"""The end of the cosine, as a share of --lr."""
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """All of a model's parameters, in two groups by weight decay."""
+    """Return all of a model's parameters, in two groups by weight decay."""
     return by_decay([{"params": list(model.parameters())}], settings)
 
 
@@ -34,40 +34,40 @@ def by_decay(groups: list[dict[str, Any]], settings: Settings) -> list[dict[str,
 
 
 def adamw(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """torch's own."""
+    """Make torch's AdamW."""
     return torch.optim.AdamW(parameter_groups(model, settings), lr=settings.lr, betas=BETAS, fused=True)
 
 
 def one_bit(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """1-bit Adam."""
+    """Make 1-bit Adam."""
     return optim.OneBitAdamW(parameter_groups(model, settings), settings.lr, BETAS, **behind_warm_up(settings))
 
 
 def zero_one(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """0/1 Adam."""
+    """Make 0/1 Adam."""
     groups = parameter_groups(model, settings)
     return optim.ZeroOneAdamW(groups, settings.lr, BETAS, sync_every=sync_every(settings), **behind_warm_up(settings))
 
 
 def ef21_muon(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Muon for hidden matrices behind a shared estimate, AdamW for embeddings, the head and vectors."""
+    """Make EF21Muon: Muon with a shared estimate for hidden matrices, AdamW for embeddings, the head and vectors."""
     groups = optim.muon.groups(model, others=[HEAD])
     return optim.EF21Muon(by_decay(groups, settings), settings.lr, betas=BETAS)
 
 
 def sgd(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """torch's own, with momentum."""
+    """Make torch's SGD with momentum."""
     return torch.optim.SGD(parameter_groups(model, settings), lr=settings.lr, momentum=MOMENTUM, fused=True)
 
 
 def dgc(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Deep Gradient Compression."""
+    """Make Deep Gradient Compression."""
     groups = parameter_groups(model, settings)
     return optim.DGC(groups, settings.lr, MOMENTUM, warmup_steps=behind_warm_up(settings)["warmup_steps"])
 
 
 def sync_every(settings: Settings) -> int:
-    """Steps between syncs."""
+    """Return the steps between syncs."""
     return SYNC_EVERY.get(settings.parallel, 1) if settings.sync_every is None else settings.sync_every
 
 
@@ -87,7 +87,7 @@ MAKERS = {
 
 
 def behind_warm_up(settings: Settings) -> dict[str, Any]:
-    """How long a compressed optimizer warms up, and by what spec."""
+    """Return the warm-up of a compressed optimizer: its steps, and its spec."""
     steps = settings.optimizer_warmup or max(1, min(2 * settings.warmup_steps, settings.steps // 4))
     return {"warmup_steps": steps, "warmup_spec": settings.warmup_compress}
 

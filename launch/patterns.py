@@ -4,7 +4,7 @@
     "*.bias" = "none"
     "*" = "auto"
 
-In the settings they stand as the JSON of that table, so that ranks, records and runs that go on compare what is in the file.
+The settings hold them as the JSON of that table, so ranks, records and resumed runs compare the content of the file.
 """
 
 import json
@@ -22,7 +22,7 @@ ENDINGS = (".toml", ".json")
 
 
 def text_of(spec: str | Mapping[str, str]) -> str:
-    """Return what settings have for a spec: JSON for a table of patterns, or for the file that has one; else the spec itself.
+    """Return the text of a spec in the settings: JSON for a table of patterns, or for a file with one; else the spec itself.
 
     Raises ValueError for a file that has no such table, OSError if it cannot be read.
     """
@@ -44,7 +44,7 @@ def text_of(spec: str | Mapping[str, str]) -> str:
 
 
 def table_of(text: str | None) -> dict[str, str] | None:
-    """Return the table of patterns that `text_of` made this of; None for a spec. Raises ValueError for other JSON."""
+    """Return the table of patterns from `text_of`'s JSON; None for a spec. Raises ValueError for other JSON."""
     if text is None or not text.lstrip().startswith("{"):
         return None
     try:
@@ -57,7 +57,7 @@ def table_of(text: str | None) -> dict[str, str] | None:
 
 
 def require_fit(table: Mapping[str, str], shape: Shape) -> None:
-    """Raise ValueError, with the pattern, where specs by pattern do not fit the parameters of a model of this shape."""
+    """Raise ValueError, with the pattern, if specs by pattern do not fit the parameters of a model of this shape."""
     with torch.device("meta"):
         names = [name for name, _ in GPT(shape).named_parameters()]
     try:
@@ -86,5 +86,5 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key in found if sum(other == key for other, _ in pairs) > 1)
-        raise ValueError(f"{twice!r}: the pattern is there twice")
+        raise ValueError(f"{twice!r}: the pattern appears twice")
     return found

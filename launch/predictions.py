@@ -1,4 +1,4 @@
-"""Predictions of bytes and seconds by spec, a row each, their table for a terminal and their file."""
+"""Predictions of bytes and seconds, a row per spec, with their table for a terminal and their file."""
 
 import itertools
 import json
@@ -21,9 +21,9 @@ DAY = 86400.0
 BUCKET = 2**20
 """Bytes of a megabyte in DDP's `bucket_cap_mb`."""
 MOST_BUCKETS = 100_000
-"""The most buckets, whose pipeline is simulated, one after another."""
+"""The most buckets of a simulated pipeline."""
 LEAST_STEP, MOST_STEP = 1e-9, 1e6
-"""Seconds. The pipeline's times differ by less than a float of other sizes can tell."""
+"""The longest step in seconds: with longer ones a float cannot resolve the pipeline's times."""
 
 
 def predicted(
@@ -35,9 +35,9 @@ def predicted(
     measured: Measured,
     exchanges: Sequence[str | None] = (None,),
 ) -> list[dict[str, Any]]:
-    """A row for dense, and for each spec by each of `exchanges` (None: its own).
+    """Return a row for dense, and for each spec by each of `exchanges` (None: its own).
 
-    Seconds, bytes a rank and step; `step_seconds` and savings need `compute`.
+    Rows have seconds, and bytes per rank and step; `step_seconds` and savings need `compute`.
     """
     buckets = layout(values, bucket_bytes)
     rows: list[dict[str, Any]] = []
@@ -67,7 +67,7 @@ def predicted(
 
 
 def table(rows: Sequence[dict[str, Any]], title: str, known: bool) -> Table:
-    """The rows as a table; `known` says whether the seconds of a step are."""
+    """Return the rows as a table; `known` says whether the seconds of a step are known."""
     made = Table(title=title, box=box.SIMPLE_HEAD)
     names = ["spec", "exchange", "a step", "ratio", "communication"]
     names += ["step", "saved a day", "hours a day"] if known else []
@@ -85,13 +85,13 @@ def table(rows: Sequence[dict[str, Any]], title: str, known: bool) -> Table:
 
 
 def size(nbytes: float) -> str:
-    """Bytes as people write them: 7.11 GB."""
+    """Return bytes as text: 7.11 GB."""
     name, unit = next((n, u) for n, u in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 0)) if nbytes >= u)
     return f"{nbytes / (unit or 1):.3g} {name}"
 
 
 def bits(bandwidth: float | None) -> str:
-    """A break-even bandwidth in words."""
+    """Return a break-even bandwidth in words."""
     if bandwidth is None:
         return "never"
     if bandwidth == math.inf:
@@ -100,12 +100,12 @@ def bits(bandwidth: float | None) -> str:
 
 
 def as_json(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows for a file: a break-even bandwidth in words, as it need not be finite."""
+    """Return the rows for a file: a break-even bandwidth in words, since it may be infinite."""
     return [{**row, "break_even": bits(row["break_even"])} if "break_even" in row else row for row in rows]
 
 
 def require(good: bool, otherwise: str) -> None:
-    """Raise ValueError with this sentence, unless it is good."""
+    """Raise ValueError with this sentence unless `good` is true."""
     if not good:
         raise ValueError(otherwise)
 
@@ -123,7 +123,7 @@ def require_buckets(values: int, bucket_bytes: float, flags: str) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise ValueError for a file that cannot be written, before the work whose result it is to hold."""
+    """Raise ValueError for a file that cannot be written, before the work starts."""
     try:
         path.open("a").close()
     except OSError as error:
@@ -131,7 +131,7 @@ def require_writable(path: Path) -> None:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file. Raises ValueError that says why it cannot be."""
+    """Write a JSON file. Raises ValueError with the reason if it cannot."""
     try:
         path.write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:
@@ -139,11 +139,11 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def show(made: Table) -> None:
-    """Print a table, as wide as it needs."""
+    """Print a table at its full width."""
     console = Console()
     Console(width=max(console.width, 128)).print(made)
 
 
 def say(text: str) -> None:
-    """Print a sentence as it is."""
+    """Print a sentence unchanged."""
     Console().print(text, highlight=False, markup=False, soft_wrap=True)

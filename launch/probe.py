@@ -1,10 +1,10 @@
-"""What this cluster's network costs training, measured on it in under a minute, and what to do about it.
+"""The cost of this cluster's network for training, measured in under a minute, and what to do about it.
 
     torchrun --nproc-per-node 2 -m commpress.launch.probe --params 124m
 
-Measured: the link between hosts and inside them (`link_speed.py`), ranks that compute slower than others (`stragglers.py`), and
-the codecs' speed (`speed.py`), the slowest rank's. From that the cost model predicts a step of plain DDP and of the specs that
-`auto` chooses from. Where there is no cluster yet, `commpress explain` predicts from flags.
+It measures the links between hosts and inside them (`link_speed.py`), ranks that compute slower than others (`stragglers.py`),
+and the codecs' speed on the slowest rank (`speed.py`). From that the cost model predicts a step of plain DDP and of the specs
+that `auto` chooses from. Without a cluster, `commpress explain` predicts from flags.
 """
 
 import math
@@ -49,10 +49,10 @@ except ModuleNotFoundError as error:
     raise extras.missing("commpress.launch.probe", error, "launch") from None
 
 BUCKET_BYTES = 25 * BUCKET
-"""DDP's own."""
+"""The default of DDP."""
 LEAST_SECONDS, MOST_SECONDS = 0.1, 600.0
 LINK_SHARE, WORK_SHARE = 0.7, 0.1
-"""Shares of the seconds for the links and for the stragglers; the rest is left for the codecs."""
+"""Shares of the seconds for the links and for the stragglers; the codecs get the rest."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,23 @@ class Found:
     between: LinkSpeed | None
     """A host's link to the others; None if there is one host."""
     inside: LinkSpeed | None
-    """A rank's link to another of its host; None if each has a host of its own."""
+    """A rank's link to another on its host; None if each has its own host."""
     work: list[float]
     """Seconds of the same piece of work, by rank."""
     measured: Measured
-    """The slowest rank's."""
+    """The slowest rank's speed."""
     cores: float
-    """Of a rank: those of its host, shared with the other ranks there. Infinite on an accelerator."""
+    """The cores of a rank: those of its host, shared with the other ranks there. Infinite on an accelerator."""
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second of the link in the cost model's sense, frames and all; of the link inside if there is one host."""
+        """Return the link's bytes a second for the cost model, with frames; of the link inside if there is one host."""
         link = self.between or self.inside
         assert link is not None  # there are two ranks
         return link.bandwidth * cost.FRAME
 
     def cluster(self) -> Cluster:
-        """The cluster as the cost model takes it."""
+        """Return the cluster for the cost model."""
         W, share, lines = len(self.hosts), max(map(len, by_host(self.hosts))), self.cores < math.inf
         if self.between is not None:
             latency = self.between.latency
@@ -110,7 +110,7 @@ def measure(device: torch.device, seconds: float) -> Found:
 
 
 def lines(found: Found) -> list[str]:
-    """Return what was measured, in sentences."""
+    """Return the measurements in sentences."""
     W, H = len(found.hosts), len(set(found.hosts))
     said = [f"{W} ranks on {H} host{'s' * (H > 1)}."]
     if found.between is None:
@@ -154,7 +154,7 @@ class Probe:
     """Write the figures to this file."""
 
     def run(self) -> None:
-        """Measure and print. Ends the program with code 1 and a sentence on all ranks if that cannot be."""
+        """Measure and print. Ends the program with code 1 and a sentence on all ranks if that fails."""
         runtime.run_on_all_ranks(self.probe)
 
     def probe(self) -> None:
@@ -164,7 +164,7 @@ class Probe:
             runtime.require_same_flags({key: v for key, v in vars(self).items() if key != "json"}, device)
             if dist.get_world_size() == 1:
                 raise TrainingError(
-                    "one rank has no network to probe: start it on all of them, as in "
+                    "one rank has no network to probe: start it on all ranks, as in "
                     f"torchrun --nproc-per-node 2 -m commpress.launch.probe {self._what()}"
                 )
             rank = dist.get_rank()
@@ -173,7 +173,7 @@ class Probe:
             together(partial(self.print, values, found) if rank == 0 else int, device)
 
     def require_sense(self) -> None:
-        """Raise ValueError for flags that nothing can be measured or predicted by."""
+        """Raise ValueError for flags with which nothing can be measured or predicted."""
         require(bool(self.params) != bool(self.model), self._either())
         if self.params:
             require_buckets(units.parameters(self.params, "--params"), BUCKET_BYTES, self._what())
@@ -186,7 +186,7 @@ class Probe:
             require_writable(self.json)
 
     def values(self) -> int:
-        """The number of trained parameters. Raises ValueError."""
+        """Return the number of trained parameters. Raises ValueError."""
         if self.params:
             return units.parameters(self.params, "--params")
         found = trained_parameters(self.model)
@@ -194,7 +194,7 @@ class Probe:
         return found
 
     def print(self, values: int, found: Found) -> None:
-        """Print what was found and predicted, and write the file. Raises ValueError if that cannot be."""
+        """Print measurements and predictions, and write the file. Raises ValueError if that fails."""
         specs = (*SPECS[1:], *BEYOND)
         rows = predicted(specs, values, BUCKET_BYTES, found.cluster(), self.step_seconds, found.measured)
         answer = verdict(rows, self.step_seconds)

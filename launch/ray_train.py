@@ -3,8 +3,8 @@
     python -m commpress.launch.ray_train 4 --gpu -- --compress int4 --steps 1000 --out /shared/runs/int4
 
 Ray places the workers and makes the process group (NCCL with --gpu, else Gloo); `train.train` finds it there. The flags
-after -- are those of `commpress.launch.train`; --out is a folder that all machines share. Ray ends its workers without
-asking, so that Ctrl-C leaves no checkpoint: take --checkpoint-every. Needs `pip install 'commpress[ray]'` everywhere.
+after -- are those of `commpress.launch.train`; --out is a folder that all machines share. Ray kills its workers at once,
+so Ctrl-C leaves no checkpoint: set --checkpoint-every. Needs `pip install 'commpress[ray]'` on all machines.
 """
 
 import sys
@@ -26,8 +26,8 @@ from commpress.launch import command_line, recipes, train
 def fit(settings: train.Settings, workers: int, gpu: bool = False) -> None:
     """Train on `workers` ranks of the Ray cluster that this program is connected to, or of a local one that it starts.
 
-    Blocks until the end. A relative --out is relative to where this program runs: Ray's workers have folders of their own.
-    Raises ray.train.TrainingFailedError with the error of the rank, and ValueError for a senseless number of workers.
+    Blocks until the end. A relative --out is relative to the folder of this program: Ray's workers have their own folders.
+    Raises ray.train.TrainingFailedError with the error of the rank, and ValueError for a number of workers below 1.
     """
     if workers < 1:
         raise ValueError(f"workers {workers}: expected at least 1")
@@ -59,7 +59,7 @@ class RayTrain:
     """One GPU for each rank."""
 
     def run(self) -> None:
-        """Train as the flags say. Ends the program with code 1 and a sentence if that cannot be."""
+        """Train by the flags. Ends the program with code 1 and a sentence if that fails."""
         try:
             wanted = recipes.with_specs(command_line.read(train.Train, "commpress train", self.flags).settings)
             train.check(wanted)

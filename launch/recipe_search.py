@@ -1,10 +1,10 @@
-"""[search] of a recipe: a search that comes before the run, on the same ranks, with the same data and traffic.
+"""[search] in a recipe: a search before the run, on the same ranks, with the same data and traffic.
 
-    OUT/search/training/   a run of its own: of the supernet along random paths, or of the dense model
+    OUT/search/training/   a separate run: of the supernet along random paths, or of the dense model
     OUT/search/            the journal of the trials, and search.json, as those of `commpress search`
 
-Both go on where they were cut off. Trials are judged with the weights of that training, shared out among the ranks, and the run
-begins with these weights and the best choice.
+Both go on where they were interrupted. The ranks share the trials, which are judged with the weights of that training, and the
+run begins with these weights and the best choice.
 """
 
 import json
@@ -36,16 +36,16 @@ FOLDER, TRAINING, BEGUN, RECORD = "search", "training", "begun.json", "search.js
 
 @dataclass(frozen=True)
 class Found:
-    """What a search comes to: what the run trains, by which recipe."""
+    """The result of a search: the task that the run trains, and its recipe."""
 
     task: Task
     recipe: "Recipe"
     choice: "Choice | None"
-    """Of the model's choices; None where the recipe has what was found."""
+    """Options of the model's choices; None if the recipe has the result."""
 
 
 def require_space(recipe: "Recipe", task: Task) -> None:
-    """Raise ValueError, with the key, for a search that this model has nothing for, or that cannot run here."""
+    """Raise ValueError, with the key, if this model has nothing to search, or the search cannot run here."""
     if recipe.search is None:
         return
     from commpress.model.search.strategies import library
@@ -76,7 +76,7 @@ def searched(
 ) -> Found | None:
     """Train, try, and return the best; None if the training was asked to stop. Collective. Raises TrainingError.
 
-    `train` takes a run to its end, or to where it is asked to stop. Trials raise TrainingError if they are.
+    `train` takes a run to its end, or until it is asked to stop. Trials raise TrainingError if they are asked to.
     """
     assert recipe.search is not None
     out = settings.folder / FOLDER
@@ -124,7 +124,7 @@ def _require_same(out: Path, settings: Settings, recipe: "Recipe", task: Task) -
 def _trained(
     settings: Settings, recipe: "Recipe", task: Task, device: torch.device, train: Callable[[Run], None]
 ) -> dict[str, Tensor] | None:
-    """The values of the model behind the search's training, on the CPU; None if that was asked to stop."""
+    """Return the values of the model after the search's training, on the CPU; None if it was asked to stop."""
     from commpress.model.first_rank import told_by_first_rank
     from commpress.model.search import Paths
 
@@ -161,7 +161,7 @@ def _trained(
 def _best(
     settings: Settings, recipe: "Recipe", task: Task, model: nn.Module, device: torch.device, stop: Stop
 ) -> "Choice":
-    """The choice of the best trial. All ranks share the trials, and come to the same one."""
+    """Return the choice of the best trial. All ranks share the trials, and get the same one."""
     from commpress.model.search import Weights, search
 
     its = recipe.search
@@ -176,7 +176,7 @@ def _best(
             told = over
             say(f"search: trial {over}/{its.trials}")
         if stop.asked:
-            raise TrainingError(f"stopped in the search, behind {over} trials; the same command goes on")
+            raise TrainingError(f"stopped in the search, after {over} trials; run the same command again to go on")
 
     found = search(
         _problem(recipe, task, model, device),
@@ -225,7 +225,7 @@ def _problem(recipe: "Recipe", task: Task, model: nn.Module, device: torch.devic
 
 @torch.no_grad()
 def _loss(model: nn.Module, task: Task, device: torch.device) -> float:
-    """The mean over all held-out batches, on this rank alone."""
+    """Return the mean loss over all held-out batches, on this rank only."""
     total, count = 0.0, 0
     model.eval()
     for (inputs, targets), rows in task.held_out(0, 1):

@@ -1,4 +1,4 @@
-"""Recipes in the training program: the file, the teacher that it names, and the small model that it leaves."""
+"""Recipes in the training program: the file, its teacher, and the small model that it makes."""
 
 import importlib.util
 from dataclasses import replace
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from commpress.model.search.spaces import Choice
 
 SMALL = "model.safetensors"
-"""The file that a recipe leaves in a run's folder: integers, and no pruned weights."""
+"""The stored model in a run's folder: integers, and no pruned weights."""
 
 
 def of_settings(settings: Settings) -> "Recipe | None":
-    """Return the recipe of --recipe, None without one. Raises TrainingError if it cannot be followed in this run."""
+    """Return the recipe of --recipe; None without one. Raises TrainingError if this run cannot follow it."""
     if settings.recipe is None:
         return None
     try:
@@ -50,10 +50,10 @@ def of_settings(settings: Settings) -> "Recipe | None":
 
 
 def with_specs(settings: Settings) -> Settings:
-    """Return the settings with the specs that --compress and --parameters leave to the recipe, or to the defaults.
+    """Return the settings with specs: from the flags, else from the recipe, else the defaults.
 
-    Specs by patterns of names are read from their file. Raises TrainingError if that or the recipe cannot be read, if the
-    recipe says another spec than a flag does, and for patterns that do not fit the model's parameters.
+    Specs by patterns of names are read from their file. Raises TrainingError if a file cannot be read, if the
+    recipe and a flag have different specs, and for patterns that do not fit the model's parameters.
     """
     recipe, specs = of_settings(settings), dict[str, Any]()
     for name, key, usual in (
@@ -81,7 +81,7 @@ def with_specs(settings: Settings) -> Settings:
 
 
 def going_on(settings: Settings, device: torch.device) -> Settings:
-    """With a recipe the same command goes on with a checkpoint that is in --out, as by --resume. Collective."""
+    """Return the settings; with a recipe and a checkpoint in --out, as with --resume. Collective."""
     if settings.recipe is None or settings.resume:
         return settings
     from commpress.model.first_rank import told_by_first_rank
@@ -93,10 +93,10 @@ def going_on(settings: Settings, device: torch.device) -> Settings:
 def chosen_before(
     settings: Settings, recipe: "Recipe | None", device: torch.device
 ) -> "tuple[Recipe, Choice | None] | None":
-    """The recipe of the run that this one goes on with, as search and budget have left it, and the choice in its model.
+    """Return the recipe of the run that this one continues, after search and budget, and the choice in its model.
 
-    None if it goes on with none, or that has no recipe. Collective. Raises TrainingError for a fork of a run whose budget has
-    chosen, or that is beyond the step at which this one's begins.
+    None if it continues none, or that run has no recipe. Collective. Raises TrainingError for a fork of a run whose budget has
+    chosen, or that is after the step at which this one's begins.
     """
     source = settings.folder if settings.resume else settings.fork
     if source is None or recipe is None:
@@ -116,13 +116,13 @@ def chosen_before(
         return saved, chosen["choice"]
     if saved.budget is not None and saved.budget.settled:
         raise TrainingError(
-            f"--fork {source}: its [budget] has chosen, expected a run at a step before {saved.budget.start}"
+            f"--fork {source}: its [budget] has already chosen, expected a run at a step before {saved.budget.start}"
         )
     return recipe, chosen["choice"]
 
 
 def read(path: Path, settings: Settings) -> "Recipe":
-    """The recipe of a run. Raises ValueError that names the key, OSError if it cannot be read."""
+    """Return the recipe of a run. Raises ValueError that names the key, OSError if it cannot be read."""
     if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("torchao") is None:
         raise ValueError("found no pydantic or torchao, expected both; pip install 'commpress[model]'")
     from commpress.model import Recipe
@@ -146,8 +146,8 @@ def read(path: Path, settings: Settings) -> "Recipe":
             raise ValueError(f"{path}: budget: expected --parallel ddp, where each rank has the whole model")
         if begins == 0 and settings.model is None and recipe.search is None:
             raise ValueError(
-                f"{path}: budget.start: 0, when the model knows nothing yet, expected a step at which it is trained: limits "
-                "are held against the model of that step"
+                f"{path}: budget.start: 0, before any training, expected a later step: limits are compared with the model of "
+                "that step"
             )
     if recipe.search is not None and (settings.parallel != "ddp" or settings.fork is not None):
         got = f"--fork {settings.fork}" if settings.fork is not None else f"--parallel {settings.parallel}"
@@ -167,7 +167,7 @@ def read(path: Path, settings: Settings) -> "Recipe":
 def follow(
     recipe: "Recipe | None", model: nn.Module, task: Task, settings: Settings, device: torch.device
 ) -> "tuple[Strategy, Scheduler | None]":
-    """Spread the model over the ranks, and return with it what carries out the recipe. Collective."""
+    """Spread the model over the ranks, and return it with the recipe's scheduler. Collective."""
     if recipe is None:
         with same_error_on_all_ranks():
             return strategies.make(model, settings), None
@@ -179,7 +179,7 @@ def follow(
     def get_ready() -> nn.Module | None:
         if recipe.chooses and not any(rows for _, rows in own):
             raise ValueError(
-                f"budget: {world_size} ranks measure layers on held-out batches of their own, this one has none"
+                f"budget: {world_size} ranks measure layers, each on its own held-out batches; this rank has none"
             )
         prepare(model, recipe)
         return teacher(recipe, task, settings)
@@ -204,10 +204,10 @@ def follow(
 
 
 def model_of_run(folder: Path, factory: str | None) -> nn.Module:
-    """The model of a run's checkpoint, prepared as its recipe says.
+    """Return the model of a run's checkpoint, prepared as its recipe says.
 
     A factory that the run names is called only if it is `factory`, the caller's --model: a file alone runs no code. Raises
-    ValueError if it is another; if there is no checkpoint, if it is damaged, or if its recipe is not over.
+    ValueError if it is another, if there is no checkpoint, if it is damaged, or if its recipe has not finished.
     """
     if not checkpoint.exists(folder):
         raise ValueError(f"{folder}: there is no checkpoint, expected the folder of a run of `commpress train`")
@@ -218,7 +218,7 @@ def model_of_run(folder: Path, factory: str | None) -> nn.Module:
     if identity.get("recipe"):
         if state["step"] != identity["steps"]:
             raise ValueError(
-                f"{folder}: is at step {state['step']} of {identity['steps']}, expected its recipe to be over"
+                f"{folder}: is at step {state['step']} of {identity['steps']}, expected a run whose recipe has finished"
             )
         from commpress.model import Recipe, prepare
 
@@ -239,9 +239,9 @@ def _fresh(identity: dict[str, Any], factory: str | None, choice: "dict[str, Any
 
 
 def teacher(recipe: "Recipe", task: Task, settings: Settings) -> nn.Module | None:
-    """The model that the recipe distils from: that of a run, or for a model of one's own what a factory makes.
+    """Return the model that the recipe distils from: a run's, or for your own model the one that a factory makes.
 
-    Raises ValueError: there is none, it is damaged, its context is shorter, or its factory is not that of this run.
+    Raises ValueError if there is none, it is damaged, its context is shorter, or its factory is not that of this run.
     """
     if recipe.distil is None:
         return None
@@ -273,7 +273,7 @@ def teacher(recipe: "Recipe", task: Task, settings: Settings) -> nn.Module | Non
 
 
 def whole(task: Task, strategy: Strategy, scheduler: "Scheduler", device: torch.device) -> nn.Module | None:
-    """The model as the recipe left it, whole, on the CPU, its quantisers on: on rank 0, None on the others. Collective."""
+    """Return the whole model after the recipe, on the CPU, its quantisers on: on rank 0; None on the others. Collective."""
     from commpress.model import prepare, quantization
 
     def load(state: dict[str, Any]) -> nn.Module | None:
@@ -294,9 +294,9 @@ def whole(task: Task, strategy: Strategy, scheduler: "Scheduler", device: torch.
 def store(
     file: Path, full: nn.Module | None, task: Task, scheduler: "Scheduler", device: torch.device
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Write the model as small as the recipe left it, and read it back: on the CPU, and what was written. Collective.
+    """Write the small model and read it back; return it, on the CPU, and the file. Collective.
 
-    Rank 0, which has the whole model, does both, and sends the others what it has read: they may not see its file.
+    Rank 0, which has the whole model, does both, and sends the others the result: they may not see its file.
     """
     from commpress.model import stored
 
@@ -324,7 +324,7 @@ def store(
 
 
 def phase_label(scheduler: "Scheduler") -> str:
-    """Return a word on what the recipe does now."""
+    """Return a word for the recipe's present phase."""
     pruned = scheduler.masks.sparsity
     shares = f", {pruned:.0%} pruned, {scheduler.reach.of_model:.0%} of the model" if pruned else ""
     return f" [{scheduler.phase}{shares}]"

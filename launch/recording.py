@@ -1,4 +1,4 @@
-"""The timeline of --timeline: the phases of some steps, written when they are over."""
+"""The timeline of --timeline: the phases of some steps, written after them."""
 
 import contextlib
 from functools import partial
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from commpress.comm.timeline import Timeline
 
 TIMELINE_AFTER = 5
-"""Steps before recording starts: DDP lays its buckets out anew, caches warm up."""
+"""Steps before recording starts: DDP lays out its buckets again, caches warm up."""
 
 
 class Recording(contextlib.AbstractContextManager["Recording"]):

@@ -1,10 +1,10 @@
-"""The JSON files that a report is made of, recognised by what is in them, and what their links are called.
+"""The JSON files of a report, recognised by their content, and the names of their links.
 
-Runs are those of `commpress.launch.train`, step times and losses those of `benchmarks/training.py`, timelines the traces
-of `session.timeline`, reports what `session.report().write_json(...)` writes, predictions what
-`commpress explain` and `commpress probe` write with `--json`, checks of a GPU those of `make gpu-check`, searches
+Runs come from `commpress.launch.train`, step times and losses from `benchmarks/training.py`, timelines are traces
+of `session.timeline`, reports come from `session.report().write_json(...)`, predictions from
+`commpress explain` and `commpress probe` with `--json`, checks of a GPU those of `make gpu-check`, searches
 the search.json of `commpress search`, judgements the judgement.json of `commpress judge`, and exports the export.json beside
-exported files. A folder stands for those of them that are in it and one level below.
+exported files. A folder means the files in it and one level below.
 """
 
 import json
@@ -23,7 +23,7 @@ RUN, STEP_TIMES, LOSSES, TIMELINE = "run", "step times", "losses", "timeline"
 SESSION, EXPLAINED, CHECKED, PROBED, GPU_CHECK = "session", "explain", "predictions", "probe", "gpu check"
 SEARCHED, JUDGED, EXPORTED = "search", "judgement", "export"
 FILES = ("record.json", "search.json", "judgement.json", "export.json", "traffic.json", "timeline.json")
-"""Those that a report looks for in a folder."""
+"""The files that a report looks for in a folder."""
 NEEDED = {
     RUN: ("settings", "traffic", "curve", "steps_done", "median_step_seconds", "machine", "world_size", "backend"),
     STEP_TIMES: ("link", "machine", "torch", "world_size", "model", "parameters", "tokens_per_step", "steps", "rows"),
@@ -70,10 +70,13 @@ SPANS = ("forward", "backward", "encode", "wire", "decode", "exposed")
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file itself; of a folder the records in it and one level below. Raises ValueError for a folder without any."""
+    """Return a file itself; for a folder the records in it and one level below. Raises ValueError for a folder without any."""
     if not os.path.isdir(path):
         return [path]
-    folders = [path, *sorted(each for each in path.iterdir() if each.is_dir())]
+    try:
+        folders = [path, *sorted(each for each in path.iterdir() if each.is_dir())]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     found = [folder / name for folder in folders for name in FILES if (folder / name).is_file()]
     if not found:
         raise ValueError(f"{path}: a folder without {', '.join(FILES)}, expected some of them in it or one level below")
@@ -81,7 +84,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read(path: Path) -> Record:
-    """A file that a report can show. Raises ValueError, which names the file, for any other."""
+    """Read a file that a report can show. Raises ValueError, which names the file, for any other."""
     try:
         if path.exists() and not path.is_file():  # a device or pipe may have no end
             raise ValueError("not a file")
@@ -105,12 +108,12 @@ def read(path: Path) -> Record:
 
 
 def not_one(found: str, error: Exception) -> str:
-    """Return a sentence for a record of that kind that has a value of another sort than expected."""
-    return f"not {CALLED[found]}, a value in it is none of its: {type(error).__name__}: {error}"
+    """Return the sentence for a record of that kind with a value of the wrong type."""
+    return f"not {CALLED[found]}, a value in it does not belong there: {type(error).__name__}: {error}"
 
 
 def kind(record: Any) -> str:
-    """Return RUN, STEP_TIMES, ... Raises ValueError for a record that is none of them."""
+    """Return RUN, STEP_TIMES, ... Raises ValueError for any other record."""
     if isinstance(record, dict):
         if record.get("what") in (
             STEP_TIMES,
@@ -134,7 +137,7 @@ def kind(record: Any) -> str:
 
 
 def require(record: Record, found: str) -> None:
-    """Raises ValueError that says what a record of that kind lacks."""
+    """Raise ValueError that says what a record of that kind lacks."""
 
     def has(part: Any, keys: Iterable[str], called: str) -> None:
         missing = [key for key in keys if not isinstance(part, dict) or key not in part]
@@ -156,7 +159,7 @@ def require(record: Record, found: str) -> None:
 
 
 def spans(record: Record) -> list[Record]:
-    """The spans of a trace that are a session's."""
+    """Return the spans of a session in a trace."""
     return [
         event
         for event in record["traceEvents"]
@@ -165,17 +168,17 @@ def spans(record: Record) -> list[Record]:
 
 
 def ran(row: Record) -> bool:
-    """Whether a row of a benchmark has figures."""
+    """Return whether a row of a benchmark has figures."""
     return not row.get("error")
 
 
 def model_name(record: Record) -> str:
-    """The model of a benchmark of losses, and on how many ranks."""
+    """Return the model of a benchmark of losses, and its number of ranks."""
     return f"{record['model']}, {record['parameters'] / 1e6:.1f} M parameters, {record['world_size']} ranks"
 
 
 def conditions(record: Record) -> str:
-    """All of a link but its bandwidth, and whether the ranks had to share cores."""
+    """Return the conditions of a link except its bandwidth, and whether the ranks had to share cores."""
     link, ranks = record["link"], f"{record['world_size']} ranks"
     cores = re.search(r"(\d+) cores", str(record.get("machine", "")))
     if cores and record["world_size"] > int(cores[1]):
@@ -186,7 +189,7 @@ def conditions(record: Record) -> str:
 
 
 def link_name(link: Record, hosts: bool = False) -> str:
-    """1 Gbit/s, and what else is special about it; its hosts if asked for."""
+    """Return a link's name: 1 Gbit/s, and its other conditions; its hosts if asked for."""
     if not link["shaped"]:
         return str(link["rate"])
     name = units.bandwidth(units.rate(link["rate"]))
@@ -197,7 +200,7 @@ def link_name(link: Record, hosts: bool = False) -> str:
 
 
 def impairments(link: Record) -> list[str]:
-    """A link's delay and loss, if it has them."""
+    """Return a link's delay and loss, if it has them."""
     made = {"delay": " by a relay on the same cores"} if link.get("relayed") else {}
     there = (key for key, read in (("delay", units.seconds), ("loss", units.share)) if read(link[key]))
     return [f"{link[key]} {key}{made.get(key, '')}" for key in there]

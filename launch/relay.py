@@ -1,11 +1,11 @@
-"""Holds every frame that a host sends for a fixed time: the delay of the network lab where the kernel has no sch_netem.
+"""A relay that holds every frame of a host for a fixed time: the delay of the network lab if the kernel has no sch_netem.
 
-    python relay.py SECONDS PORT PORTS       in the switch's namespace, one process a host; it takes the bridge's place
+    python relay.py SECONDS PORT PORTS       in the switch's namespace, one process per host; it replaces the bridge
 
         h0 eth0 ==> p0 [ held for SECONDS ] ==> p1 ==> eth0 h1      port k leads to the host with MAC address mac(k)
 
-Frames move between packet sockets together with their virtio header, which keeps the 64 KB segments that the kernel hands
-down in one piece: about 2,000 frames a second at 1 Gbit/s. The file needs Python alone, so that it starts at once.
+Frames move between packet sockets together with their virtio header, which keeps the kernel's 64 KB
+segments in one piece: about 2,000 frames a second at 1 Gbit/s. The file needs only Python, so it starts at once.
 """
 
 import collections
@@ -21,21 +21,21 @@ import time
 FRAME = 66_000
 """Bytes that hold any frame: 64 KB, its Ethernet header and HEADER."""
 HEADER = 10
-"""Bytes of the virtio header in front of each frame."""
+"""Bytes of the virtio header before each frame."""
 BUFFER = 256 << 20
-"""Bytes that the kernel may keep for a relay that has not had its turn on a core yet."""
+"""Bytes that the kernel may keep for a relay that waits for a core."""
 _SOL_PACKET, _PACKET_STATISTICS, _PACKET_VNET_HDR, _PACKET_IGNORE_OUTGOING = 263, 6, 15, 23
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _EVERY_PROTOCOL = 3
 
 
 def mac(port: int) -> str:
-    """The MAC address of the host behind a port."""
+    """Return the MAC address of the host at a port."""
     return f"02:00:00:00:{port >> 8:02x}:{port & 255:02x}"
 
 
 def relay(seconds: float, port: int, ports: int) -> None:
-    """Pass on what comes in at `port` to the others of `ports`, each frame `seconds` after its arrival, without end."""
+    """Pass frames from `port` to the others of `ports`, each `seconds` after its arrival, without end."""
     source = _socket(port, receives=True)
     sinks = {other: _socket(other, receives=False) for other in range(ports) if other != port}
 
@@ -71,7 +71,7 @@ def relay(seconds: float, port: int, ports: int) -> None:
 
 
 def _socket(port: int, receives: bool) -> socket.socket:
-    """A packet socket on a port that sends and receives frames with their virtio header."""
+    """Return a packet socket on a port that sends and receives frames with their virtio header."""
     made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     made.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
     made.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)  # what other relays send through this port

@@ -1,7 +1,7 @@
 """One HTML file from any number of JSON files: runs of the training program, reports of sessions, benchmarks of step time and
 loss, predictions, timelines, searches, judgements, exports.
 
-A file is recognised by what is in it. The page needs nothing from the network: plotly's script is in it, once.
+A file is recognised by its content. The page needs nothing from the network: plotly's script is in it, once.
 """
 
 import os
@@ -65,7 +65,7 @@ PAGE_OF_FOLDER = "report.html"
 
 
 def page(files: Sequence[Record]) -> str:
-    """The report as HTML, with the sections for which there is something. Raises ValueError without records."""
+    """Return the report as HTML, with the sections that have records. Raises ValueError without records."""
     if not files:
         raise ValueError("a report needs at least one record.json, got none")
     of: dict[str, list[Record]] = {kind: [] for kind in records.NEEDED}
@@ -125,7 +125,7 @@ class Report:
     """Runs' record.json, sessions' reports, benchmarks' records, timelines; a folder for all that it has."""
 
     def run(self) -> None:
-        """Write the report. Ends the program with code 1 and a sentence if that cannot be."""
+        """Write the report. Ends the program with code 1 and a sentence if that fails."""
         try:
             if self.out.suffix == ".json":
                 raise ValueError(
@@ -134,9 +134,7 @@ class Report:
             alone = not self.files and os.path.isdir(self.out)  # of a name that is too long, too
             out, files = (self.out / PAGE_OF_FOLDER, (self.out,)) if alone else (self.out, self.files)
             if not files:
-                raise ValueError(
-                    f"{self.out}: expected files of runs behind the page to write, or a run's folder alone"
-                )
+                raise ValueError(f"{self.out}: expected files of runs after the page to write, or only a run's folder")
             write(out, page_of([read(path) for given in files for path in files_of(given)]))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -145,7 +143,7 @@ class Report:
 
 
 def page_of(files: Sequence[Record]) -> str:
-    """Return what `page` returns. Raises ValueError that names the file, if a value in one of them is not what it should be."""
+    """Return the result of `page`. Raises ValueError that names the file if it has a wrong value."""
     try:
         return page(files)
     except NOT_AS_EXPECTED as error:
@@ -161,7 +159,7 @@ NOT_AS_EXPECTED = (ValueError, TypeError, KeyError, AttributeError, IndexError, 
 
 
 def write(out: Path, html: str) -> None:
-    """Write the page, and its folder if there is none. Raises ValueError that says why it cannot be."""
+    """Write the page, and its folder if there is none. Raises ValueError with the reason if it cannot."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(html, encoding="utf-8")

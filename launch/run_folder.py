@@ -1,9 +1,9 @@
-"""The folder of a run, which all ranks share or each host has for itself.
+"""The folder of a run, shared by all ranks or separate on each host.
 
-Every rank leaves a mark in its --out and looks which marks are there. Ranks that see each other's marks share the folder; the
-lowest of them leads: it writes the small file that names the newest checkpoint, and removes older ones. Rank 0 writes what all
-ranks have in common. With a disk of its own each host has the files of its own ranks, and finds them there on --resume; what
-rank 0 wrote reaches the others over the network.
+Every rank writes a mark into its --out and looks for the marks of others. Ranks that see each other's marks share the folder;
+the lowest of them leads: it writes the small file that names the newest checkpoint, and removes older ones. Rank 0 writes the
+state that all ranks share. A host with its own disk has the files of its own ranks, and finds them there on --resume; rank 0's
+file reaches the others over the network.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from commpress.notice import global_rank
 
 
 def require_usable(settings: Settings) -> None:
-    """Raise ValueError if --out cannot be written, or if it, --resume and --fork do not go together with what is there."""
+    """Raise ValueError if --out cannot be written, or if it, --resume and --fork do not fit the files there."""
     out, first = settings.folder, global_rank() == 0  # the other ranks may have no disk in common with the first
     if not settings.resume and holds_checkpoint(out, "--out"):
         raise TrainingError(f"{out} holds the checkpoint of a run: go on with --resume, or give another --out")
@@ -35,7 +35,7 @@ def require_usable(settings: Settings) -> None:
 
 
 def require_writable(out: Path) -> None:
-    """Raise ValueError if a folder cannot be made or written to, as far as that can be known without doing it."""
+    """Raise ValueError if a folder cannot be made or written to, as far as that can be known without trying."""
     existing = out
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
@@ -50,7 +50,7 @@ def require_writable(out: Path) -> None:
 
 
 def holds_checkpoint(folder: Path, flag: str) -> bool:
-    """Whether a folder has a checkpoint. Raises ValueError that names the flag if that cannot be seen."""
+    """Return whether a folder has a checkpoint. Raises ValueError that names the flag if the folder cannot be read."""
     try:
         return checkpoint.exists(folder)
     except OSError as error:
@@ -58,7 +58,7 @@ def holds_checkpoint(folder: Path, flag: str) -> bool:
 
 
 def leaders(out: Path, device: torch.device) -> list[int]:
-    """Make the folder, and return by rank which rank leads those that share its folder: all 0 where all share it. Collective.
+    """Make the folder, and return for each rank the leader of those that share it: all 0 if all share it. Collective.
 
     Raises TrainingError on all ranks if one cannot write to its folder.
     """
@@ -86,9 +86,9 @@ def leaders(out: Path, device: torch.device) -> list[int]:
 
 
 def load_shared(source: Path, device: torch.device) -> dict[str, Any]:
-    """Return what all ranks have in common in the newest checkpoint of `source`, as rank 0 sees it. Collective.
+    """Return the shared state in the newest checkpoint of `source`, as rank 0 sees it. Collective.
 
-    Ranks that do not see it get rank 0's file. Raises TrainingError on all ranks if rank 0 has none.
+    Ranks that cannot see it get rank 0's file. Raises TrainingError on all ranks if rank 0 has none.
     """
     rank = dist.get_rank()
     state = together(lambda: checkpoint.load_shared(source) if rank == 0 else {}, device)

@@ -86,7 +86,7 @@ def write_record(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the run ran on."""
+    """Return the machine of the run."""
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -98,7 +98,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return what the processor is called."""
+    """Return the name of the processor."""
     with contextlib.suppress(OSError):  # Linux says more
         if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return found[1]
@@ -106,10 +106,10 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_threads() -> int:
-    """An equal share of this host's cores for each of its ranks."""
+    """Return an equal share of this host's cores for each of its ranks."""
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

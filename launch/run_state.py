@@ -1,4 +1,4 @@
-"""A training run on this rank: what it trains, how far it is, and how that is saved, restored and written down."""
+"""A training run on this rank: its task and progress, and how they are saved, restored and recorded."""
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A training run on this rank: what it trains, and how far it is."""
+    """A training run on this rank: its task and its progress."""
 
     settings: Settings
     device: torch.device
@@ -38,21 +38,21 @@ class Run:
     recipe: dict[str, Any] | None
     own_windows: torch.Generator
     leaders: list[int] = field(default_factory=list)
-    """The rank that leads those that share a rank's folder, by rank."""
+    """For each rank the leader of the ranks that share its folder."""
     done: int = 0
     """Optimizer steps so far, over all restarts."""
     durations: list[float] = field(default_factory=list)
-    """Seconds of each."""
+    """Seconds of each step."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     before: Traffic = field(default_factory=Traffic)
     """Traffic of earlier starts of this run."""
     small: dict[str, Any] | None = None
-    """The model as a recipe leaves it."""
+    """The model after a recipe."""
     board: Scalars | None = None
     choice: "Choice | None" = None
-    """What a search has chosen in the model."""
+    """The choice of a search in the model."""
     paths: "Paths | None" = None
-    """Of a supernet in training."""
+    """The paths of a supernet in training."""
     is_search: bool = False
     """Whether it is the training before the trials of another run's search."""
 
@@ -68,7 +68,7 @@ class Run:
     ) -> "Run":
         """Make the model, spread it over the ranks and make its folder. Collective.
 
-        `said` is the recipe as its file has it, where a search or a budget has made more of it.
+        `said` is the recipe of the file, if a search or a budget has extended it.
         """
         model = together(lambda: task.model().to(device), device)
         strategy, scheduler = recipes.follow(recipe, model, task, settings, device)
@@ -89,12 +89,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
+        """Return whether all steps are done."""
         return self.done == self.settings.steps
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Settings and texts that must be the same when the run goes on."""
+        """Return the settings and texts that must not change when the run goes on."""
         settings, compressed = self.settings, isinstance(self.strategy.optimizer, optim.CompressedOptimizer)
         keys = RESUME_KEYS + (RESUME_KEYS_COMPRESSED if compressed else ()) + RESUME_KEYS_OF[settings.parallel]
         return {
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def traffic(self) -> Traffic:
-        """Traffic so far, over all restarts."""
+        """Return the traffic so far, over all restarts."""
         return self.before + Traffic.of(self.strategy.session.report())
 
     # --- restarts
@@ -138,7 +138,7 @@ class Run:
             say(f"--steps {settings.steps}, not {steps} as before: the learning rate follows the new cosine from here")
 
     def _own_states(self, state: dict[str, Any], source: Path) -> list[dict[str, Any]]:
-        """This rank's states of a checkpoint, or with another number of ranks those of all that there were, by rank."""
+        """Return this rank's states of a checkpoint; with another number of ranks, those of all saved ranks, by rank."""
         settings = self.settings
         require_identity(state["identity"], self.identity, settings, source)
         flag = "--resume" if settings.fork is None else f"--fork {source}"

@@ -1,8 +1,8 @@
-"""The ranks of a program as one: they join, find out together who failed, and stop and end with one sentence and one code.
+"""The ranks of a program together: they join, find out who failed, and stop and end with one sentence and one code.
 
 A step that every rank takes by itself (read its data, write its checkpoint) goes through `together`: the results are gathered,
-so no rank waits for one that has failed. What fails in the middle of a collective cannot be gathered: `in_one_voice` leaves the
-reason in the store, and the others, whose connections close, find it there.
+so no rank waits for one that has failed. An error in the middle of a collective cannot be gathered: `in_one_voice` writes the
+reason into the store, and the others, whose connections close, read it there.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from commpress.notice import global_rank
 
 T = TypeVar("T")
 PATIENCE = 2.0
-"""Seconds in which a rank that lost another looks for the reason in the store."""
+"""Seconds for which a rank that lost another looks for the reason in the store."""
 KEY = "commpress/launch/failure"
 ASKED = itertools.count()
 """The calls of `by_first_rank`, which all ranks make in the same order."""
@@ -38,16 +38,16 @@ LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|timed
 
 
 class TrainingError(ValueError):
-    """Training cannot start or go on. All ranks know, so rank 0 alone says it."""
+    """Training cannot start or go on. All ranks know, so only rank 0 prints it."""
 
 
 class LoneError(TrainingError):
-    """This rank met what others did not: it says so, too."""
+    """An error that only this rank met: it prints it, too."""
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[torch.device]:
-    """The default process group, joined if need be and then left again, and this rank's device.
+    """The default process group, joined if necessary and left at the end, and this rank's device.
 
     Raises LoneError if this rank cannot join the others.
     """
@@ -73,7 +73,7 @@ def process_group() -> Iterator[torch.device]:
 
 
 def together(action: Callable[[], T], device: torch.device) -> T:
-    """Do something on every rank by itself, and return what it returned here. Collective; `action` must not be.
+    """Call `action` on every rank, and return its result on this one. Collective; `action` must not be.
 
     Raises TrainingError on all ranks if it fails on one of them. The sentence says on which rank of which host, unless it
     is the same on all.
@@ -97,9 +97,9 @@ def together(action: Callable[[], T], device: torch.device) -> T:
 
 
 def by_first_rank(action: Callable[[], Any], device: torch.device) -> Any:
-    """Do something on rank 0 that may take longer than an exchange waits for; what it returned, on all ranks. Collective.
+    """Call a function on rank 0 that may take longer than a group's timeout; return its result on all ranks. Collective.
 
-    It is something that JSON can hold. Raises TrainingError on all ranks, with the sentence, if it fails.
+    The result must fit into JSON. Raises TrainingError on all ranks, with the sentence, if it fails.
     """
     store, key = dist.distributed_c10d._get_default_store(), f"{KEY}/first-{next(ASKED)}"
     if dist.get_rank() == 0:
@@ -118,7 +118,7 @@ def by_first_rank(action: Callable[[], Any], device: torch.device) -> Any:
 
 
 def joined(said: list[tuple[str, str]]) -> str:
-    """Return one line for what the ranks met ((host, sentence) by rank, "" for nothing)."""
+    """Return one line for the ranks' errors ((host, sentence) by rank, "" for none)."""
     failed = [(rank, host, text) for rank, (host, text) in enumerate(said) if text]
     texts = dict.fromkeys(text for _, _, text in failed)
     if len(failed) == len(said) and len(texts) == 1:
@@ -132,7 +132,7 @@ def joined(said: list[tuple[str, str]]) -> str:
 
 
 def named(rank: int, host: str) -> str:
-    """Return how a sentence about one rank begins."""
+    """Return the start of a sentence about one rank."""
     return f"rank {rank} ({host}): "
 
 
@@ -150,7 +150,7 @@ def require_same_flags(mine: dict[str, object], device: torch.device) -> None:
 
 
 def ranks_without(good: bool, device: torch.device) -> str:
-    """Return the ranks on which `good` is false, in words; "" if it is so on none or on all. Collective."""
+    """Return the ranks on which `good` is false, in words; "" if it is false on none or on all. Collective."""
     group = dist.distributed_c10d._get_default_group()
     found = gather_settings({"host": host_name(), "good": good}, group, device)
     bad = [named(rank, str(of["host"])).removesuffix(": ") for rank, of in enumerate(found) if not of["good"]]
@@ -158,7 +158,7 @@ def ranks_without(good: bool, device: torch.device) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """Return an error as a line to read: file and reason, a message, and for what nobody expected also its place."""
+    """Return an error as one line: file and reason, or a message; for an unexpected error also its place."""
     return " ".join(_said(error).split())
 
 
@@ -176,7 +176,7 @@ def _said(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def same_error_on_all_ranks() -> Iterator[None]:
-    """Turn an error that all ranks meet alike, if one does, into a TrainingError."""
+    """Turn an error that all ranks meet into a TrainingError."""
     try:
         yield
     except TrainingError:
@@ -187,9 +187,9 @@ def same_error_on_all_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_one_voice() -> Iterator[None]:
-    """Run a collective program: what this rank meets becomes a TrainingError that names it, and reaches the others.
+    """Run a collective program: an error on this rank becomes a TrainingError that names the rank, and reaches the others.
 
-    A rank that lost another says whom and why, if that one could still leave its reason in the store.
+    A rank that lost another names it and the reason, if that rank could still write it into the store.
     """
     try:
         yield
@@ -224,7 +224,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn Ctrl-C and SIGTERM into a flag. A second one changes nothing: torchrun sends one more of its own."""
+    """Turn Ctrl-C and SIGTERM into a flag. A second one changes nothing: torchrun sends one of its own."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the program that called, as under Ray Train
@@ -241,7 +241,7 @@ def stop_signals() -> Iterator[Stop]:
 def not_disturbed_in_ending() -> Iterator[None]:
     """Run a program so that all ranks end with the same code.
 
-    A launcher ends the slower ones by SIGTERM as soon as the first is gone, which is ignored once there is an error.
+    A launcher ends the slower ones by SIGTERM when the first has ended; SIGTERM is ignored after an error.
     """
     try:
         yield
@@ -252,7 +252,7 @@ def not_disturbed_in_ending() -> Iterator[None]:
 
 
 def run_on_all_ranks(program: Callable[[], object]) -> None:
-    """Run a collective program. A TrainingError ends the process with code 1; rank 0 says why, and a rank that met it alone."""
+    """Run a collective program. A TrainingError ends it with code 1; rank 0, and a rank that met it alone, print the reason."""
     rank = global_rank()
     try:
         with process_group(), not_disturbed_in_ending():
@@ -264,19 +264,19 @@ def run_on_all_ranks(program: Callable[[], object]) -> None:
 
 
 def lost_another(error: Exception) -> bool:
-    """Whether an error is about another rank: a closed connection, or what the library says about a failed exchange."""
+    """Return whether an error is about another rank: a closed connection, or the library's text about a failed exchange."""
     if isinstance(error, ExchangeError | dist.DistError):
         return True
     return isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
 
 
 def post(reason: str) -> None:
-    """Leave the reason why this rank ends in the store, if that can be reached."""
+    """Write the reason why this rank ends into the store, if the store can be reached."""
     _soon(lambda: dist.distributed_c10d._get_default_store().set(KEY, reason))
 
 
 def posted() -> str:
-    """Return the reason that another rank left; "" if there is none after a while."""
+    """Return the reason that another rank wrote; "" if there is none after a while."""
     found: list[str] = []
 
     def look() -> None:
@@ -293,7 +293,7 @@ def posted() -> str:
 
 
 def _soon(ask: Callable[[], object]) -> None:
-    """Ask the store, for so long: its host may be gone."""
+    """Ask the store, with a time limit: its host may have failed."""
 
     def quietly() -> None:
         with contextlib.suppress(Exception):

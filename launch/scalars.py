@@ -1,6 +1,6 @@
-"""Scalars for TensorBoard: what record.json's curve holds, and what `session.log()` says, written while training runs.
+"""Scalars for TensorBoard: record.json's curve and the numbers of `session.log()`, written during training.
 
-Everything that is "a step" (MB, seconds) is the mean since the row before, so the sums agree with record.json.
+Values per step (MB, seconds) are means since the last row, so the sums agree with record.json.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 def require(device: torch.device) -> None:
-    """Raises ValueError on all ranks if rank 0, which alone writes, cannot import tensorboard. Collective."""
+    """Raise ValueError on all ranks if rank 0, which alone writes, cannot import tensorboard. Collective."""
     reason = ""
     if dist.get_rank() == 0:
         try:
@@ -29,9 +29,9 @@ def require(device: torch.device) -> None:
 
 @dataclasses.dataclass
 class Scalars:
-    """Writes into `folder`, in which a resumed run goes on after step `done`: later steps of an earlier start are hidden.
+    """A writer into `folder`, in which a resumed run goes on after step `done`: later steps of an earlier start are hidden.
 
-    `seconds` are those of the run, here up to step `done`.
+    `seconds` are the run's seconds up to step `done`.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Scalars:
         self.writer = SummaryWriter(str(self.folder), purge_step=self.done + 1 if self.done else 0)
 
     def note(self, row: Mapping[str, Any], lr: float, traffic: Mapping[str, float]) -> None:
-        """A row of the curve with the learning rate of its last update and what the session logs; on disk at once."""
+        """Write a row of the curve, with the learning rate of its last update and the session's log; on disk at once."""
         values = {"loss/train": row["train_loss"], "loss/validation": row["validation_loss"]}
         steps = row["step"] - self.done
         if steps:  # there has been no update at step 0

@@ -1,10 +1,10 @@
-"""Search an architecture or compression settings: trials, their table and front, and a folder that goes on where it was.
+"""Search an architecture or compression settings: trials, their table and front, and a folder to resume from.
 
     commpress search --space my_project.search:problem --strategy tpe --trials 40 --out runs/search
     torchrun --nproc-per-node 2 -m commpress.launch.search --space my_project.search:problem
 
-The factory returns a `commpress.model.search.Problem`. Ranks share the trials, and so does whoever runs the same command with
-the same --out on another machine. The same command again goes on with what is there.
+The factory returns a `commpress.model.search.Problem`. Ranks share the trials, with other machines that run the same command
+with the same --out. The same command again continues the search.
 """
 
 import json
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 RECORD, PAGE = "search.json", "front.html"
 PLAIN_LINES = 20
-"""Lines of progress in all where the output is not a terminal."""
+"""The number of progress lines if the output is not a terminal."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Search:
     """Folder for trials, search.json and front.html. Runs with the same folder share the search."""
 
     def run(self) -> None:
-        """Search and print. Ends the program with code 1 and a sentence on all ranks if that cannot be, with 130 on Ctrl-C."""
+        """Search and print. Ends the program with code 1 and a sentence on all ranks if that fails, with 130 on Ctrl-C."""
         try:
             runtime.run_on_all_ranks(self.search)
         except KeyboardInterrupt:
@@ -102,22 +102,22 @@ class Search:
         least = {"trials": 1, "together": 2 if self.strategy == "nsga2" else 1, "finalists": 0}
         for name, number in least.items():
             value = getattr(self, name)
-            require(value >= number, f"--{name} {value}: expected a whole number from {number} on")
+            require(value >= number, f"--{name} {value}: expected a whole number of at least {number}")
         ranks = dist.get_world_size()
         require(
             self.together >= ranks, f"--together {self.together}: keeps some of {ranks} ranks idle, expected {ranks}"
         )
         for name, weight in (("alpha", self.alpha), ("beta", self.beta)):
             good = weight is None or (math.isfinite(weight) and weight >= 0)
-            require(good, f"--{name} {weight}: expected a finite number from 0 on")
+            require(good, f"--{name} {weight}: expected a finite number of at least 0")
         require(
-            self.alpha > 0 or bool(self.beta), "--alpha 0: expected a --beta above 0 beside it, or all are the same"
+            self.alpha > 0 or bool(self.beta), "--alpha 0: expected a --beta above 0 with it, or all choices are equal"
         )
-        require(self.beta is not None or self.alpha == 1, f"--alpha {self.alpha:g}: counts beside --beta alone")
+        require(self.beta is not None or self.alpha == 1, f"--alpha {self.alpha:g}: has an effect only with --beta")
         run_folder.require_writable(self.out)
 
     def problem(self) -> "Problem":
-        """Return the problem that the factory makes, named. Raises ValueError that names the flag if it makes none."""
+        """Return the factory's problem, with a name. Raises ValueError that names the flag if it makes none."""
         from commpress.model.search import Problem
         from commpress.model.search.strategies import library
 
@@ -137,7 +137,7 @@ class Search:
         return found if found.name else replace(found, name=self.space)
 
     def tried(self, problem: "Problem") -> Record:
-        """Run the trials, with all others that share the folder; the record of it."""
+        """Run the trials, with all others that share the folder, and return the record."""
         from commpress.model.search import search
 
         with shown(self.space, self.trials) as progress:
@@ -161,13 +161,13 @@ class Search:
         }
 
     def weights(self) -> "Weights | None":
-        """The weights of h; None without --beta."""
+        """Return the weights of h; None without --beta."""
         from commpress.model.search import Weights
 
         return None if self.beta is None else Weights(self.alpha, self.beta)
 
     def print(self, record: Record) -> None:
-        """Print what was found, and write search.json and front.html. Raises ValueError or OSError if that cannot be."""
+        """Print the result, and write search.json and front.html. Raises ValueError or OSError if that fails."""
         say(sentence(record))
         if len(record["rows"]) < self.trials:
             say("There is no choice that was not tried.")
@@ -186,7 +186,7 @@ class Search:
 
 @contextmanager
 def shown(title: str, trials: int) -> Iterator[Callable[[int], None] | None]:
-    """Show on rank 0 how many trials are over: a bar in a terminal, else a line now and then."""
+    """Show on rank 0 how many trials have ended: a bar in a terminal, else a line now and then."""
     if dist.get_rank() != 0:
         yield None
     elif sys.stdout.isatty():
@@ -213,7 +213,7 @@ class _Lines:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no Inf: they become text."""
+    """Turn NaN and Inf, which JSON does not have, into text."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list):

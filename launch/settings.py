@@ -1,7 +1,7 @@
-"""The settings of a training run: each is declared here once, with its default and its help, and is the flag of its name.
+"""The settings of a training run: each is declared here once, with its default and its help, and is the flag with its name.
 
-`command_line.py` makes the flags of them, a panel of the help for each class; the rest of this file says which settings no
-run can have, and which of them must stay as they are when a run goes on.
+`command_line.py` makes the flags from them, a panel of the help for each class; the rest of this file rejects settings that
+no run can have.
 """
 
 import importlib.util
@@ -134,35 +134,35 @@ class Settings(Files, Training, Model, Parallel, Compression):  # fields come in
 
     @property
     def spec(self) -> str:
-        """The spec of what is sent instead of gradients; specs by patterns of names as JSON."""
+        """Return the spec of the gradients, or of what is sent instead; specs by patterns of names as JSON."""
         if self.compress is not None:
             return self.compress
         return AUTO if self.takes_auto else DEFAULT_SPEC
 
     @property
     def gradients(self) -> str | dict[str, str]:
-        """The spec of what is sent instead of gradients, or specs by patterns of names."""
+        """Return the spec of the gradients, or of what is sent instead, or specs by patterns of names."""
         return patterns.table_of(self.spec) or self.spec
 
     @property
     def takes_auto(self) -> bool:
-        """Whether a spec may be found while training goes on."""
+        """Return whether a spec may be found during training."""
         shards_optimizer = self.optimizer not in PLAIN and self.parameters not in (None, "none")
         return self.parallel in ("ddp", "fsdp", "deepspeed") and not shards_optimizer
 
     @property
     def parameter_spec(self) -> str:
-        """The spec of gathered parameters."""
+        """Return the spec of gathered parameters."""
         return "none" if self.parameters is None else self.parameters
 
     @property
     def shape(self) -> Shape:
-        """The sizes of the model. Raises ValueError if there is no such model."""
+        """Return the sizes of the model. Raises ValueError if there is no such model."""
         return Shape(self.layers, self.width, self.heads, self.context)
 
     @property
     def folder(self) -> Path:
-        """Where the run is written: --out, or runs/ and the spec without its punctuation."""
+        """Return the folder of the run: --out, or runs/ and the spec without its punctuation."""
         name = re.sub(r"[^a-z0-9.]+", "-", self.spec).strip("-")
         return self.out or Path("runs", "-".join([*(way.replace(" ", "-") for way in unusual(self)), name]))
 
@@ -179,15 +179,15 @@ class Flags:
 
     @property
     def settings(self) -> Settings:
-        """The settings that they say."""
+        """Return the settings of these flags."""
         return Settings(**{name: value for panel in vars(self).values() for name, value in vars(panel).items()})
 
 
 DEFAULT_SPEC = "int4"
-"""The spec where nobody gives one and `auto` cannot find one."""
+"""The spec if none is given and `auto` cannot find one."""
 OPTIMIZERS = ("AdamW", "OneBitAdamW", "ZeroOneAdamW", "EF21Muon", "SGD", "DGC")
 PLAIN = ("AdamW", "SGD")
-"""Those that step on what arrives."""
+"""The optimizers that step on mean gradients."""
 STRATEGIES = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")
 """The names that --parallel takes."""
 EXCHANGE_UNDER = {
@@ -196,16 +196,16 @@ EXCHANGE_UNDER = {
     "EF21Muon": ("ddp",),
     "DGC": ("ddp", "deepspeed"),
 }
-"""Under which of them an optimizer that exchanges by itself can run."""
+"""The values of --parallel under which an optimizer that exchanges by itself can run."""
 OWN_TO_A_RANK = ("data", "out", "fork", "recipe", "threads", "tensorboard")
-"""Settings that ranks on different hosts may have for themselves."""
+"""Settings that may differ between ranks on different hosts."""
 MOST_THREADS = 4096
 SYNC_EVERY = {"ddp": 4, "deepspeed": 4, "local_sgd": 30, "diloco": 30}
-"""Steps between syncs: of ZeroOneAdamW under the first two, and of the others."""
+"""Default steps between syncs: of ZeroOneAdamW under the first two, and of the others."""
 
 
 def check(settings: Settings) -> None:
-    """Raises TrainingError for settings that no run can have."""
+    """Raise TrainingError for settings that no run can have."""
     if settings.optimizer not in OPTIMIZERS:
         raise TrainingError(f"--optimizer {settings.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     if settings.parallel not in STRATEGIES:
@@ -225,7 +225,7 @@ def check(settings: Settings) -> None:
         )
     if settings.fork is not None and settings.resume:
         raise TrainingError(
-            f"--fork {settings.fork} starts a run in a new folder, --resume goes on in its own: not both"
+            f"--fork {settings.fork} starts a run in a new folder, --resume goes on in its own: expected only one of them"
         )
     require_own_model(settings)
     if settings.parallel in ("local_sgd", "diloco") and settings.timeline:
@@ -260,7 +260,7 @@ def check(settings: Settings) -> None:
 
 
 def require_specs(settings: Settings) -> None:
-    """Raise TrainingError, with the flag, for specs that are none, and for `auto` and patterns where they cannot be."""
+    """Raise TrainingError, with the flag, for unknown specs, and for `auto` and patterns where they do not work."""
     for name in ("compress", "warmup_compress", "parameters"):
         try:
             spec = getattr(settings, name)
@@ -290,23 +290,25 @@ def require_specs(settings: Settings) -> None:
 
 
 def require_own_model(settings: Settings) -> None:
-    """Raise TrainingError, with the flag, for what does not go together with --model."""
+    """Raise TrainingError, with the flag, for flags that do not go together with --model."""
     if settings.model is None:
         return
     if settings.parallel != "ddp":
         raise TrainingError(f"--model {settings.model}: expected --parallel ddp, got {settings.parallel}")
     if settings.data is None or ":" not in str(settings.data):
         raise TrainingError(
-            f"--data {settings.data}: expected module:function beside --model, as my_project.data:batches"
+            f"--data {settings.data}: expected module:function with --model, such as my_project.data:batches"
         )
     for name in ("layers", "width", "heads", "context", "batch", "eval_batches"):
         if (value := getattr(settings, name)) != getattr(Settings, name):
             flag = name.replace("_", "-")
-            raise TrainingError(f"--{flag} {value}: is of the GPT and its text, expected none beside --model")
+            raise TrainingError(
+                f"--{flag} {value}: is only for the built-in GPT and its text, expected none with --model"
+            )
 
 
 def require_used(settings: Settings) -> None:
-    """Raise TrainingError for a flag that this way of training does not look at: it would be left out in silence."""
+    """Raise TrainingError for a flag without effect in this way of training."""
     behind = ("OneBitAdamW", "ZeroOneAdamW", "DGC")
     outer = ("local_sgd", "diloco")
     used = {
@@ -326,11 +328,11 @@ def require_used(settings: Settings) -> None:
     for name, (looked_at, where) in used.items():
         value, usual = getattr(settings, name), getattr(Settings, name)
         if not looked_at and value != usual and not (name == "parameters" and value == "none"):
-            raise TrainingError(f"--{name.replace('_', '-')} {value}: counts for nothing here, expected {where}")
+            raise TrainingError(f"--{name.replace('_', '-')} {value}: has no effect here, expected {where}")
 
 
 def require_outer(settings: Settings) -> None:
-    """Raise TrainingError, with the flag, for outer syncs that cannot be."""
+    """Raise TrainingError, with the flag, for impossible outer syncs."""
     every = SYNC_EVERY.get(settings.parallel, 1) if settings.sync_every is None else settings.sync_every
     if settings.fragments > every:
         raise TrainingError(f"--fragments {settings.fragments}: expected at most --sync-every {every}")
@@ -341,7 +343,7 @@ def require_outer(settings: Settings) -> None:
 
 
 def require_room(settings: Settings) -> None:
-    """Raise TrainingError for a model or a batch that is larger than this host's memory, by the least that either takes."""
+    """Raise TrainingError for a model or a batch whose least memory is more than this host has."""
     if settings.model is not None:
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -364,7 +366,7 @@ def require_room(settings: Settings) -> None:
 
 
 def run_title(settings: Settings) -> str:
-    """Name a run by its spec, and by what else is not usual about it."""
+    """Name a run by its spec, and by its other unusual settings."""
     spec = settings.spec
     if settings.parallel == "fsdp" or settings.parameter_spec != "none":
         spec = f"gradients {spec}, parameters {settings.parameter_spec}"
@@ -372,7 +374,7 @@ def run_title(settings: Settings) -> str:
 
 
 def unusual(settings: Settings) -> list[str]:
-    """Name the strategy and the optimizer, where they are not the usual ones."""
+    """Name the strategy and the optimizer, if they are not the defaults."""
     zero = f" ZeRO {settings.zero_stage}" if settings.parallel == "deepspeed" else ""
     ways = (settings.parallel + zero, Settings.parallel), (settings.optimizer, Settings.optimizer)
     return [way for way, usual in ways if way != usual]

@@ -1,4 +1,4 @@
-"""How fast this machine is: seconds a value of each codec, core-seconds a byte of sockets; and the slowest of several."""
+"""The speed of this machine: seconds a value of each codec, core-seconds a byte of sockets; and the slowest of several."""
 
 import socket
 import threading
@@ -18,7 +18,7 @@ SOCKET_BYTES = 2**26
 
 
 def socket_seconds() -> float:
-    """Core-seconds that this system takes to send or to receive a byte, measured over loopback."""
+    """Return the core-seconds to send or to receive a byte on this system, measured over loopback."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         sender = socket.create_connection(server.getsockname())
         receiver, _ = server.accept()
@@ -62,7 +62,7 @@ class Measured:
 
     @classmethod
     def slowest(cls, everyone: Sequence["Measured"]) -> "Measured":
-        """Return each codec's speed on the machine that encodes it slowest, and the dearest sockets: all wait for them."""
+        """Return each codec's speed on the slowest machine, and the slowest sockets: all ranks wait for them."""
         speeds = {
             spec: max((one.speeds[spec] for one in everyone), key=lambda speed: speed.encode)
             for spec in everyone[0].speeds
@@ -70,12 +70,12 @@ class Measured:
         return cls(everyone[0].device, speeds, max(one.stack for one in everyone))
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes, of JSON's values."""
+        """Return JSON values for `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> "Measured":
-        """Return what `to_json` was called on."""
+        """Return the object that `to_json` was called on."""
         speeds = {
             spec: Speed(row["encode"], tuple(row["mean"]), tuple(row["recode"]), row["add"])
             for spec, row in said["speeds"].items()

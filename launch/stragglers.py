@@ -1,6 +1,6 @@
 """Ranks that compute slower than the others: all of them do the same small piece of work, again and again, at the same time.
 
-Training waits for the slowest rank in each exchange, so one of them that is slow makes all of them slow.
+Training waits for the slowest rank in each exchange, so one slow rank makes all slow.
 """
 
 import statistics
@@ -13,11 +13,11 @@ import torch.distributed as dist
 from commpress.launch.link_speed import FEWEST, largest, repeats
 
 BEHIND = 1.1
-"""A rank is behind whose median is more than so many times that of all ranks."""
+"""A rank is a straggler if its median is more than so many times the median of all ranks."""
 SIDE, SIDE_ON_ACCELERATOR = 768, 4096
 """Rows of the square matrices that are multiplied."""
 MOST = 1000
-"""So often at most: a longer time says more, as what else runs on a machine comes and goes."""
+"""The most repeats: a longer time says more, since other load on a machine changes."""
 
 
 def seconds_of_work(group: dist.ProcessGroup, device: torch.device, seconds: float) -> float:
@@ -48,13 +48,13 @@ def work(a: torch.Tensor, out: torch.Tensor) -> float:
 
 
 def shares(medians: Sequence[float]) -> list[float]:
-    """Return each rank's seconds as a share of the median of all; of two in the middle the faster counts."""
+    """Return each rank's seconds as a share of the median of all; of two middle values the faster counts."""
     middle = statistics.median_low(medians)
     return [own / middle for own in medians]
 
 
 def sentence(medians: Sequence[float], hosts: Sequence[str]) -> str:
-    """Return which ranks are behind, and by how much; `medians` and `hosts` by rank."""
+    """Return the sentence about stragglers and their delay; `medians` and `hosts` are by rank."""
     found = shares(medians)
     behind = sorted((rank for rank, share in enumerate(found) if share > BEHIND), key=lambda rank: -found[rank])
     if not behind:

@@ -1,8 +1,8 @@
-"""The ways to spread the training program's model over the ranks: a class for each, all with the same face.
+"""The ways to spread the training program's model over the ranks: a class for each, all with the same methods.
 
 `ddp` replicates the model and averages gradients, `fsdp` shards it (FSDP2), `deepspeed` does either (ZeRO 0 to 3), `local_sgd`
-and `diloco` let each rank take steps of its own. What a checkpoint must hold differs with them: what all ranks share, and what
-one rank alone has.
+and `diloco` let each rank take its own steps. Each has its own content of a checkpoint: the state that all ranks share, and the
+state of one rank.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ class Strategy(ABC):
     """The module that forward goes through."""
     optimizer: torch.optim.Optimizer
     session: Any
-    """Has `report`, `log`, `receipt`, `state_dict`, `load_state_dict`, and most have `timeline`."""
+    """The session: it has `report`, `log`, `receipt`, `state_dict`, `load_state_dict`, and most have `timeline`."""
 
     def accumulating(self) -> AbstractContextManager[None]:
-        """While the block runs, backward keeps its gradients on this rank."""
+        """Keep gradients of backward on this rank while the block runs."""
         return contextlib.nullcontext()
 
     def synced(self) -> AbstractContextManager[None]:
-        """While the block runs, the model has the same values on all ranks."""
+        """Give the model the same values on all ranks while the block runs."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -53,25 +53,25 @@ class Strategy(ABC):
         loss.backward()
 
     def clip(self, most: float) -> Tensor:
-        """Clip the gradients' norm at `most`; returns what it was."""
+        """Clip the gradients' norm at `most`; return the norm before."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), most)
 
     def step(self) -> None:
-        """Apply the gradients, and start anew with none."""
+        """Apply the gradients, and clear them."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     @abstractmethod
     def state(self) -> tuple[State, State]:
-        """Return the state that all ranks share, and the one that this rank alone has. Collective."""
+        """Return the state that all ranks share, and the state that only this rank has. Collective."""
 
     @abstractmethod
     def load(self, shared: State, own: State) -> None:
-        """Restore what `state` returned, but for the session, which comes last: it must know the masks. Collective."""
+        """Restore the result of `state`, except the session, which comes last: it must know the masks. Collective."""
 
 
 class Replicated(Strategy):
-    """DDP: the same model on all ranks. A compressed optimizer is told of it."""
+    """DDP: the same model on all ranks. A compressed optimizer is attached to it."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, spec: str | dict[str, str]) -> None:
         self.bare, self.optimizer = model, optimizer
@@ -139,7 +139,7 @@ class Sharded(Strategy):
 
 
 class Engine(Strategy):
-    """DeepSpeed: its engine goes backward and steps, and at ZeRO 1 to 3 each rank steps a part of the parameters."""
+    """DeepSpeed: its engine does backward and step, and at ZeRO 1 to 3 each rank steps a part of the parameters."""
 
     def __init__(
         self, model: GPT, optimizer: torch.optim.Optimizer, stage: int, batch: int, spec: str, parameters: str
@@ -183,7 +183,7 @@ class Engine(Strategy):
         self.engine.backward(loss)
 
     def clip(self, most: float) -> Tensor:
-        """Where no rank has all of the mean gradient, the engine's step clips it; the norm is that of the step before."""
+        """Let the engine's step clip a mean gradient that no rank has whole; return the norm of the step before."""
         if self.replicated:
             return _clipped(self.bare, self.optimizer, most)
         self.engine.optimizer.clip_grad = most
@@ -218,7 +218,7 @@ class Engine(Strategy):
 
     @contextlib.contextmanager
     def _at_rest(self) -> Iterator[Any]:
-        """The ZeRO optimizer; under ZeRO 3 while the block runs no rank has more than its part of a parameter."""
+        """Yield the ZeRO optimizer; under ZeRO 3 each rank has only its part of a parameter while the block runs."""
         zero = self.engine.optimizer
         if self.stage == 3:
             zero.checkpoint_event_prologue()
@@ -236,11 +236,11 @@ class Engine(Strategy):
 
 
 ZERO_STATE = ("base_optimizer_state", "single_partition_of_fp32_groups", "optimizer_state_dict", "fp32_flat_groups")
-"""Parts of a ZeRO optimizer's state that change in training, as DeepSpeed names them: two of ZeRO 1 and 2, two of ZeRO 3."""
+"""Parts of a ZeRO optimizer's state that change in training, by DeepSpeed's names: two for ZeRO 1 and 2, two for ZeRO 3."""
 
 
 class Local(Strategy):
-    """Local steps, and an outer sync now and then. The shared state is the model as all ranks know it."""
+    """Local steps, and an outer sync now and then. The shared state is the model after the last sync."""
 
     def __init__(self, model: GPT, optimizer: torch.optim.Optimizer, way: str, spec: str, settings: State) -> None:
         self.model, self.optimizer = model, optimizer
@@ -261,24 +261,24 @@ class Local(Strategy):
 
 
 def _synced(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
-    """While the block runs, replicas have the same values: under 0/1 Adam they drift apart between syncs."""
+    """Give replicas the same values while the block runs: under 0/1 Adam they drift apart between syncs."""
     return optimizer.synced() if isinstance(optimizer, optim.ZeroOneAdamW) else contextlib.nullcontext()
 
 
 def _clipped(model: nn.Module, optimizer: torch.optim.Optimizer, most: float) -> Tensor:
-    """Clip mean gradients. What a compressed optimizer is about to apply is left as it is."""
+    """Clip mean gradients. The update of a compressed optimizer is not changed."""
     if not isinstance(optimizer, optim.CompressedOptimizer) or optimizer.takes_means:
         return nn.utils.clip_grad_norm_(model.parameters(), most)
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def _copied(state: Any) -> Any:
-    """The same, its tensors copied."""
+    """Return the same state with its tensors copied."""
     return torch.utils._pytree.tree_map_only(Tensor, torch.clone, state)
 
 
 def make(model: nn.Module, settings: Settings) -> Strategy:
-    """Spread a model over the ranks as --parallel has it, with its optimizer and its session. Collective."""
+    """Spread a model over the ranks by --parallel, with its optimizer and its session. Collective."""
     if settings.parallel == "fsdp":
         assert isinstance(model, GPT)
         optimizer_of = partial(optimizers.make, settings=settings)

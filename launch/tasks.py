@@ -1,10 +1,10 @@
-"""What a run trains: the byte-level GPT on text, or a model and batches of one's own.
+"""The task of a run: the byte-level GPT on text, or your own model and batches.
 
     commpress train --data FILE|DIR
     commpress train --model my_project.models:build --data my_project.data:batches
 
-The model's factory returns a torch.nn.Module, trained already or not; the data's function (training, held_out), each of batches
-(inputs, targets), as those of `commpress shrink` do.
+The model's factory returns a torch.nn.Module, trained already or not; the data's function returns (training, held_out), each
+batches of (inputs, targets), as for `commpress shrink`.
 """
 
 import contextlib
@@ -38,47 +38,47 @@ class Task(Protocol):
     """A model and the data that it learns."""
 
     unit: str
-    """What a model reads many of: "tokens"."""
+    """The unit of the data: "tokens"."""
 
     @property
     def amount(self) -> int:
-        """How many of them a rank's backward has."""
+        """Return the number of units in a rank's backward."""
 
     @property
     def fingerprint(self) -> tuple[int, int]:
-        """Bytes and CRC-32 of all data."""
+        """Return bytes and CRC-32 of all data."""
 
     @property
     def parameters(self) -> int:
-        """Values of the whole model."""
+        """Return the number of values of the whole model."""
 
     def model(self) -> nn.Module:
-        """Return a fresh model on the CPU, with the values that training begins with."""
+        """Return a fresh model on the CPU, with the first values of training."""
 
     def begun(self, state: Mapping[str, Tensor]) -> "Task":
         """Return the task whose model begins with these values."""
 
     def sample(self, source: torch.Generator) -> Batch:
-        """Return the next batch of a rank, by its own source of randomness."""
+        """Return the next batch of a rank, from its own generator."""
 
     def held_out(self, rank: int, world_size: int) -> Iterator[tuple[Batch, int]]:
-        """A rank's held-out batches and how many rows of each count; as many batches on every rank."""
+        """Return a rank's held-out batches and how many rows of each count; the same number of batches on every rank."""
 
     def loss(self, output: Any, targets: Tensor) -> Tensor:
         """Return the mean loss."""
 
     def example(self) -> tuple[Tensor, ...]:
-        """Inputs that an export is traced with."""
+        """Return the inputs to trace an export with."""
 
     def record(self) -> dict[str, Any]:
-        """What record.json says of the data."""
+        """Return record.json's entry for the data."""
 
     def told(self) -> str:
-        """Return what a line says of the data."""
+        """Return the data in one line."""
 
 
 def read(settings: Settings) -> Task:
-    """The task that --model and --data name. Raises ValueError that names the flag."""
+    """Return the task of --model and --data. Raises ValueError that names the flag."""
     if settings.model is not None:
         return Own.read(settings.model, str(settings.data), settings.seed)
     text = data.load(settings.data)
@@ -93,7 +93,7 @@ class Text:
     settings: Settings
     text: data.Text
     values: Mapping[str, Tensor] | None = None
-    """What the model begins with; None: what is drawn."""
+    """The first values of the model; None: random ones."""
     unit = "tokens"
 
     @property
@@ -123,7 +123,7 @@ class Text:
         return (x,), y
 
     def held_out(self, rank: int, world_size: int) -> Iterator[tuple[Batch, int]]:
-        """--eval-batches times --batch fixed windows, split over the ranks."""
+        """Return --eval-batches times --batch fixed windows, split over the ranks."""
         batch, context = self.settings.batch, self.settings.context
         starts = data.validation_starts(self.text.validation, self.settings.eval_batches * batch, context)
         mine = starts[rank::world_size]
@@ -156,10 +156,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Own:
-    """A model and batches of one's own. The loss is cross entropy for whole targets, else squared error."""
+    """Your own model and batches. The loss is cross entropy for whole targets, else squared error."""
 
     made: nn.Module
-    """What the factory returned, or what a search left of it; copied, never trained."""
+    """The factory's model, or the one that a search made of it; copied, never trained."""
     source: str
     training: Sequence[Batch]
     validation: Sequence[Batch]
@@ -168,7 +168,7 @@ class Own:
 
     @classmethod
     def read(cls, factory: str, function: str, seed: int) -> "Own":
-        """Call both. What is random in them follows from the seed."""
+        """Call both. Their random numbers follow from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = module_of(factory)
@@ -217,14 +217,14 @@ class Own:
         return f"{len(self.training)} batches of {self.source}"
 
     def chosen(self, choice: "Choice") -> "Own":
-        """The task whose model is what a choice leaves of this one's, which has choices."""
+        """Return the task with the plain model that a choice makes of this one's, which has choices."""
         from commpress.model.search import fixed
 
         return replace(self, made=fixed(self.made, choice))
 
 
 def module_of(factory: str) -> nn.Module:
-    """The model that --model makes, on the CPU. Raises ValueError that names the flag."""
+    """Return the model of --model, on the CPU. Raises ValueError that names the flag."""
     found = called(factory, "--model")
     kind = type(found).__name__
     require(isinstance(found, nn.Module), f"--model {factory}: returns a {kind}, expected a torch.nn.Module")
@@ -233,7 +233,7 @@ def module_of(factory: str) -> nn.Module:
 
 
 def batches(function: str) -> tuple[list[Batch], list[Batch]]:
-    """The batches to train on and those held out that --data's function returns. Raises ValueError that names the flag."""
+    """Return the training batches and the held-out ones of --data's function. Raises ValueError that names the flag."""
     from commpress.model.judgement.forms import batches_of
 
     found = called(function, "--data")

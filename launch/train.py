@@ -1,11 +1,11 @@
-"""Train a byte-level GPT on any number of ranks, its gradients compressed. To read and to change.
+"""Train a byte-level GPT on any number of ranks with compressed gradients. A program to read and to change.
 
     torchrun --nproc-per-node 2 -m commpress.launch.train --compress "topk(0.01)|int4"
 
-Without torchrun it trains on one rank. Ctrl-C or SIGTERM: all ranks stop after the same step and leave a checkpoint (and
-torchrun itself, which passes the signal on, ends with a traceback of its own). `--resume` goes on from there; on CPU, with a
-spec named, bit for bit as if nothing had happened. What one rank alone meets (a file that it cannot read, a full disk) ends all
-of them with one sentence that says on which rank and host.
+Without torchrun it trains on one rank. On Ctrl-C or SIGTERM all ranks stop after the same step and write a checkpoint (and
+torchrun itself, which passes the signal on, ends with its own traceback). `--resume` goes on from there; on CPU, with a
+spec named, bit for bit like an unbroken run. An error on one rank (an unreadable file, a full disk) ends all
+of them with one sentence that names rank and host.
 """
 
 import contextlib
@@ -53,14 +53,14 @@ __all__ = ["Settings", "Train", "TrainingError", "check", "cross_entropy", "lear
 
 CLIP_NORM = 1.0
 CURVE_ROWS = 1000
-"""About as many rows the loss curve gets, however long the run is."""
+"""The approximate number of rows of the loss curve, for any length of the run."""
 
 
 def train(settings: Settings) -> bool:
     """Train, and write record.json and checkpoints into `settings.folder`. Returns False if it was asked to stop early.
 
     Collective: joins the ranks that torchrun started (or is a single one), unless a process group is already there.
-    Raises TrainingError on all ranks; its sentence names the rank and its host where it was one alone.
+    Raises TrainingError on all ranks; its sentence names the rank and its host if only one failed.
     """
     with process_group() as device, runtime.in_one_voice(), runtime.stop_signals() as stop:
         run = set_up(settings, device, stop)
@@ -77,7 +77,7 @@ def train(settings: Settings) -> bool:
 
 
 def set_up(settings: Settings, device: torch.device, stop: runtime.Stop) -> Run | None:
-    """Check and read what the run needs, make the model on all ranks, and restore a checkpoint if asked for. Collective.
+    """Check the settings, read the data, make the model on all ranks, and restore a checkpoint if asked for. Collective.
 
     With [search] that comes first; None if it was asked to stop.
     """
@@ -113,7 +113,7 @@ def set_up(settings: Settings, device: torch.device, stop: runtime.Stop) -> Run 
 
 
 def read_all(settings: Settings) -> "tuple[Recipe | None, Task]":
-    """Check the settings, and read what a rank needs before it can train. Raises ValueError or OSError."""
+    """Check the settings, and read the files that a rank needs before training. Raises ValueError or OSError."""
     check(settings)
     recipe = recipes.of_settings(settings)
     run_folder.require_usable(settings)
@@ -128,7 +128,7 @@ def part(run: Run, stop: runtime.Stop) -> None:
 
 
 def go_over(run: Run) -> None:
-    """Say that a run was over before, or do what is left of its end. Collective. Raises TrainingError for what it missed."""
+    """Say that a run had finished before, or do the rest of its end. Collective. Raises TrainingError for what it missed."""
     over = f"{run.out} is already at step {run.done} of {run.settings.steps}"
     if run.scheduler is None or not endings.has_one(run.scheduler.recipe):
         say(f"{over}: nothing left to do")
@@ -214,7 +214,7 @@ def step(run: Run, stop: runtime.Stop) -> tuple[float, bool]:
 
 
 def finish(run: Run) -> None:
-    """Write what is left of the run, and print what it came to. Collective. Raises TrainingError for what its end missed."""
+    """Write the last files of the run, and print its result. Collective. Raises TrainingError for what its end missed."""
     full, scheduler = None, run.scheduler if run.finished else None
     if scheduler is not None:
         full = recipes.whole(run.task, run.strategy, scheduler, run.device)
@@ -238,7 +238,7 @@ class Train(Flags):
     """Train a byte-level GPT with compressed traffic, alone or under torchrun."""
 
     def run(self) -> None:
-        """Train as the flags say. Ends the program with code 1 and a sentence if that cannot be."""
+        """Train by the flags. Ends the program with code 1 and a sentence if that fails."""
         runtime.run_on_all_ranks(lambda: train(self.settings))
 
 

@@ -1,4 +1,4 @@
-"""Rates, delays and shares as people type them: `10gbit`, `20ms`, `0.1%`. Each raises ValueError for what is none."""
+"""Rates, delays and shares as people type them: `10gbit`, `20ms`, `0.1%`. Each function raises ValueError for other text."""
 
 import re
 
@@ -6,11 +6,11 @@ PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _NUMBER = r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?)\s*"
 MOST = 1e18
-"""No number with its unit is larger, in bits a second, seconds or parameters: what comes of it stays finite."""
+"""The largest number with its unit, in bits a second, seconds or parameters, so that results stay finite."""
 
 
 def rate(text: str, name: str = "rate") -> float:
-    """`10gbit`, `2.5Mbit` in bits a second; `name` is what the error calls it."""
+    """Return `10gbit`, `2.5Mbit` in bits a second; `name` is its name in the error."""
     found = _split(text, "([kmgt]?)bit")
     if found is None or not 1 <= (value := found[0] * PREFIXES[found[1]]) <= MOST:
         raise ValueError(
@@ -21,7 +21,7 @@ def rate(text: str, name: str = "rate") -> float:
 
 
 def seconds(text: str, name: str = "delay") -> float:
-    """`20ms`, `50us`, `1s`, `0ms` in seconds."""
+    """Return `20ms`, `50us`, `1s`, `0ms` in seconds."""
     found = _split(text, "(us|ms|s)")
     if found is None or (value := found[0] * _SECONDS[found[1]]) > MOST:
         raise ValueError(f"{name} {text!r}: expected a number and us, ms or s, such as 20ms, at most {MOST:g} s")
@@ -29,7 +29,7 @@ def seconds(text: str, name: str = "delay") -> float:
 
 
 def share(text: str, name: str = "loss") -> float:
-    """`0.1%` as a number in [0, 1)."""
+    """Return `0.1%` as a number in [0, 1)."""
     found = _split(text, "(%)")
     if found is None or found[0] >= 100:
         raise ValueError(f"{name} {text!r}: expected a percentage below 100, such as 0.1%")
@@ -37,7 +37,7 @@ def share(text: str, name: str = "loss") -> float:
 
 
 def parameters(text: str, name: str = "params") -> int:
-    """`7e9`, `7b`, `350m` as a number of parameters."""
+    """Return `7e9`, `7b`, `350m` as a number of parameters."""
     found = _split(text, "([kmbt]?)")
     if found is None or not 0 < (value := found[0] * (PREFIXES | {"b": 1e9})[found[1]]) <= MOST:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether the network is what training waits for, and what to do about it: one sentence, from predictions alone."""
+"""One sentence, from predictions: whether training waits for the network, and what to do about it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,18 @@ from commpress.comm.cost import BACKWARD
 from commpress.comm.search import PLAIN, WORTH
 
 BEYOND = ("sign", "topk(0.01)|int4")
-"""A 1-bit spec and a sparse one, which keep the loss only behind a compressed optimizer."""
+"""A 1-bit spec and a sparse one, which keep the loss only with a compressed optimizer."""
 MATTERS = 0.9
-"""Those are named if the better of them takes less than this share of the best safe spec's time."""
+"""They are named if the better one takes less than this share of the best safe spec's time."""
 LOST = 0.1
-"""The network is the bottleneck of steps of which the exchange costs more than this share."""
+"""The network is the bottleneck if the exchange takes more than this share of a step."""
 FREE = "no safe spec is predicted to be faster"
 
 Row = Mapping[str, Any]
 
 
 def verdict(rows: Sequence[Row], step_seconds: float | None) -> str:
-    """Return the sentence; `rows` as `predictions.predicted` makes them, of SPECS and BEYOND among others.
+    """Return the sentence; `rows` come from `predictions.predicted`, with SPECS and BEYOND among others.
 
     Without `step_seconds`, which is a step without communication, the exchange alone is judged.
     """
@@ -63,7 +63,7 @@ def _whole_step(plain: float, lost: float, faster: str) -> str:
 
 
 def span(seconds: float, like: float | None = None) -> str:
-    """Return seconds with a unit, that of `like` if it is given: 420 ms, 3.1 ms, 12.5 s."""
+    """Return seconds with a unit, the unit of `like` if given: 420 ms, 3.1 ms, 12.5 s."""
     size = seconds if like is None else like
     unit, factor = ("s", 1.0) if size >= 1 else ("ms", 1e3)
     value = seconds * factor

@@ -1,4 +1,4 @@
-"""What `commpress --version` prints: what a report of a bug needs. It needs no extra."""
+"""The output of `commpress --version` for a bug report. It needs no extra."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ from commpress.launch.run_record import cores, processor
 
 
 def lines() -> list[str]:
-    """Return a line for each thing that a result may depend on."""
+    """Return a line for each part that a result may depend on."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     said = {
         "commpress": commpress.__version__,
@@ -29,7 +29,7 @@ def lines() -> list[str]:
 
 
 def installed(package: str) -> str:
-    """Return the version of a package that is installed."""
+    """Return the version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:

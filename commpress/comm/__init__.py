@@ -1,1 +1,1 @@
-"""The traffic: codecs, exchanges, feedback, their order, and what they cost. Knows no framework wrapper."""
+"""The traffic: codecs, exchanges, error feedback, their order and their costs. It knows no framework."""

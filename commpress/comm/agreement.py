@@ -1,4 +1,4 @@
-"""Ranks compare what they were asked to do before the first byte of a gradient travels, and speak with one voice."""
+"""Agreement of the ranks: they compare settings before the first byte of a gradient is sent, and raise the same error."""
 
 import contextlib
 import json
@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 
 Settings = dict[str, object]
-"""JSON values by what they are called in an error."""
+"""JSON values by their names in an error."""
 
 
 def host_name() -> str:
-    """Return what errors call this rank's host: COMMPRESS_HOST if it is set, as in the network lab, else the system's name."""
+    """Return this rank's host name in errors: COMMPRESS_HOST if it is set, as in the network lab, else the system's name."""
     return os.environ.get("COMMPRESS_HOST") or socket.gethostname()
 
 
 def gather_settings(settings: Settings, group: dist.ProcessGroup, device: torch.device) -> list[Settings]:
-    """Every rank's settings (JSON values), in the order of the ranks. Collective."""
+    """Return every rank's settings (JSON values), in the order of the ranks. Collective."""
     world_size = dist.get_world_size(group)
     own = torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
@@ -36,7 +36,7 @@ def gather_settings(settings: Settings, group: dist.ProcessGroup, device: torch.
 def require_agreement(settings: Settings, group: dist.ProcessGroup, device: torch.device) -> None:
     """Raise ValueError on every rank, naming both values, if a rank's settings differ from rank 0's. Collective.
 
-    A rank that could not make sense of its arguments passes {"error": text} and all ranks raise that.
+    A rank with wrong arguments passes {"error": text}, and all ranks raise that.
     """
     require_equal(gather_settings(settings, group, device))
 
@@ -44,7 +44,7 @@ def require_agreement(settings: Settings, group: dist.ProcessGroup, device: torc
 def require_equal(everyone: Sequence[Settings]) -> None:
     """Raise ValueError, naming both values, if a rank's settings differ from rank 0's; `everyone` has one a rank.
 
-    An "error" of any rank is raised as it is, with the rank.
+    An "error" of any rank is raised, with the rank.
     """
     for rank, other in enumerate(everyone):
         if "error" in other:
@@ -69,7 +69,7 @@ def require_same_names(what: str, names: list[str], group: dist.ProcessGroup, de
 
 
 def refuse_on_all(refusal: Exception, group: dist.ProcessGroup, device: torch.device) -> NoReturn:
-    """Raise `refusal` here, and what it says as a ValueError on the other ranks of `group`. Collective."""
+    """Raise `refusal` here, and its text as a ValueError on the other ranks of `group`. Collective."""
     with contextlib.suppress(ValueError):  # what the other ranks raise
         require_agreement({"error": str(refusal)}, group, device)
     raise refusal
@@ -78,9 +78,9 @@ def refuse_on_all(refusal: Exception, group: dist.ProcessGroup, device: torch.de
 def agree_on_all(
     settings: dict[str, object], groups: Sequence[dist.ProcessGroup], device: torch.device, refusal: Exception | None
 ) -> None:
-    """Raise on every rank what one of them has to say: its refusal, or settings that differ. Collective.
+    """Raise on every rank the refusal of any rank, or an error for settings that differ. Collective.
 
-    Each of `groups` compares in turn, and hands on what it found: the dimensions of a mesh reach all its ranks.
+    Each of `groups` compares in turn, and passes the result on: so the dimensions of a mesh reach all its ranks.
     """
     error = refusal
     settings = {**settings, "commpress version": version("commpress")}

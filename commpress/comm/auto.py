@@ -1,9 +1,9 @@
-"""`auto`: the spec of the gradients is found while training goes on, and none is taken that makes steps longer than `none`.
+"""`auto`: finds the spec of the gradients during training, and takes none that makes steps longer than `none`.
 
-The first steps have the bits of plain training. What they show of the link, and how fast this machine codes, ranks the specs;
-the best two and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that keep the loss
-without help of an optimizer are tried. What feedback holds when `none` takes its turn goes along with its exact mean. Now and
-then a step is looked into: if its means are too far from the dense ones, all ranks take a gentler spec from there on.
+The first steps have the bits of plain training. They show the speed of the link, which with the speed of the codecs here ranks
+the specs; the best two and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that keep
+the loss under any optimizer are tried. When `none` takes its turn, its exact mean contains the residual. Now and then the
+error of a step is measured: if its means are too far from the dense ones, all ranks then take a gentler spec.
 """
 
 import re
@@ -49,9 +49,9 @@ _LIKE = re.compile(rf"\s*{AUTO}\b.*", re.DOTALL)
 
 
 def budget(spec: object) -> float | None:
-    """Return the error that `auto`, or `auto(error=0.2)`, allows a spec to have; None for what is not `auto`.
+    """Return the error that `auto`, or `auto(error=0.2)`, allows a spec; None for anything but `auto`.
 
-    Raises ValueError for an error that is no number above 0, and for what begins as `auto` but is not.
+    Raises ValueError for an error that is not a number above 0, and for other text that begins with `auto`.
     """
     if not isinstance(spec, str) or _LIKE.fullmatch(spec) is None:
         return None
@@ -70,7 +70,7 @@ def budget(spec: object) -> float | None:
 
 @lru_cache(maxsize=8)
 def speeds(device: torch.device, specs: tuple[str, ...]) -> dict[str, Speed]:
-    """Seconds a value of each spec on one core of this machine, or on its accelerator; once a process for these specs."""
+    """Return the seconds a value of each spec on one core of this machine, or on its accelerator; measured once per process."""
     return {spec: measure(parse(spec), device, TIMED) for spec in specs}
 
 
@@ -82,10 +82,10 @@ def compile_loops(device: torch.device, dtypes: Collection[torch.dtype]) -> None
 
 
 class Auto:
-    """Steers the plan of one set of replicas' gradients, step by step. `error_feedback` as in `attach`.
+    """The choice of the plan for the gradients of one set of replicas, step by step. `error_feedback` as in `attach`.
 
-    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that. `specs` are those
-    that it may choose, the gentlest first, `none`.
+    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that. `specs` are the
+    candidates, the gentlest first, which is `none`.
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Auto:
 
     @property
     def spec(self) -> str:
-        """The name of the traffic in a report: what was chosen, or what is tried before the first choice."""
+        """Return the spec for the report: the chosen one, or the one on trial before the first choice."""
         return f"{AUTO}: {self.search.named}" + ("" if self.search.choice else ", still looking")
 
     def begin_step(self) -> None:
-        """A step's first bucket is there: take the plan of this step. The ranks say what they have seen in one step, and choose
-        in the next from what has arrived: none of them waits here for the others."""
+        """Take the plan of this step, whose first bucket has come. The ranks send their figures in one step and choose in the
+        next from those that have arrived: no rank waits here for the others."""
         collectives = self._collectives
         if collectives.world_size == 1:
             return
@@ -157,7 +157,7 @@ class Auto:
         return explained(self.search, self._collectives.world_size, self._collectives.device)
 
     def break_even(self) -> float | None:
-        """Return the bytes a second of a link above which `none` is predicted to be faster than what is chosen."""
+        """Return the bytes a second of a link above which `none` is predicted to be faster than the choice."""
         if self.search.choice is None or self.search.choice.spec == PLAIN or self._model is None:
             return None
         spec, (buckets, known, cluster, compute, itemsize) = self.search.choice.spec, self._model
@@ -254,7 +254,7 @@ class _Told:
 
 
 def explained(search: Search, world_size: int, device: torch.device) -> str:
-    """Return the specs that a search has tried last, and their steps, as a table; a sentence if there is none yet."""
+    """Return the specs of the last search, and their steps, as a table; a sentence if there is none yet."""
     if world_size == 1:
         return "one rank: nothing to send, so nothing to choose"
     if not search.choices:

@@ -1,12 +1,12 @@
-"""`auto` behind a compressed optimizer: what the optimizer sends, and how often, is found once its warm-up is over.
+"""`auto` with a compressed optimizer: finds the optimizer's spec, and how often it syncs, after its warm-up.
 
     warm-up, by warmup_spec ............ | none | A  B  none | A  B  none | ...     A, B: candidates of the optimizer
     its steps are plain ones if it is exact     ^ ranked                            ^ chosen, as in `search.py`
 
-The optimizer names its candidates: specs with which it holds its loss, and, if it takes local steps, how often it syncs. With
-local steps most of a step's buckets stay where they are: a trial lasts whole intervals, and its mean step counts. A step that
-goes by a spec of the optimizer's own, as one in which a variance is refreshed, is not counted. What is sent there is no
-gradient, so there is no dense mean beside it, and no error is measured: feedback repays in full.
+The optimizer names its candidates: specs that keep its loss, and, if it takes local steps, how often it syncs. With local
+steps most of a step's buckets are not sent: a trial lasts whole intervals, and its mean step counts. A step by the optimizer's
+own spec, such as one that refreshes a variance, is not counted. What is sent is not a gradient, so there is no dense mean to
+compare with, and no error is measured: error feedback works in full.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class AutoBehind(Auto):
-    """Steers what an optimizer sends, step by step, with error feedback.
+    """The choice of an optimizer's spec, step by step, with error feedback.
 
-    Raises TypeError for an optimizer behind which `auto` cannot choose.
+    Raises TypeError for an optimizer with which `auto` cannot choose.
     """
 
     def __init__(self, collectives: "Collectives", optimizer: OptimizerHooks) -> None:

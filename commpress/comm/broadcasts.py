@@ -1,8 +1,8 @@
-"""One rank's tensors, sent to all others again and again: parameters to those that only use them, or a module's buffers.
+"""Repeated broadcasts of one rank's tensors to all others: parameters to ranks that only use them, or a module's buffers.
 
-The first time everything is sent exactly. Later float tensors travel as what has changed since, by a codec; the others hold
-the same bits, and the source keeps its own. A complex tensor travels as pairs of floats. With the spec `none` all is sent as it
-is, and all ranks hold the source's bits. So are float64 tensors, which would lose bits in float32, and all that are no floats.
+The first time everything is sent exactly. Later a codec sends the changes of float tensors; the others hold the same bits, and
+the source keeps its own. A complex tensor is sent as pairs of floats. With the spec `none` everything is sent exactly, and all
+ranks hold the source's bits. float64 tensors, which would lose bits in float32, and non-floats are exact, too.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +26,9 @@ STATE_VERSION = 1
 
 
 class Broadcasts:
-    """The broadcasts of one set of tensors. Collective: all ranks of `group` make one, with tensors of the same names.
+    """The broadcasts of one set of tensors. Collective: all ranks of `group` make one, with the same names of tensors.
 
-    `source` is a rank of `group`, `role` what the report calls the traffic. Raises ValueError on all ranks if a spec is
+    `source` is a rank of `group`, `role` the name of the traffic in the report. Raises ValueError on all ranks if a spec is
     unknown or the ranks differ.
     """
 

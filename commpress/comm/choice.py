@@ -1,12 +1,12 @@
-"""The outcome of a search: the spec that was chosen, beside all that were tried."""
+"""The result of a search: the chosen spec, and all tried ones."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Trial:
-    """One spec: the step that was predicted for it and the median of those that it took, in seconds, and the largest error that
-    was seen; None where there is none."""
+    """One spec: its predicted step and the median of its measured steps, in seconds, and its largest measured error;
+    None if there is none."""
 
     spec: str
     predicted: float | None = None
@@ -16,9 +16,9 @@ class Trial:
 
 @dataclass
 class Choice:
-    """The outcome of a search, or of a look: `spec` was chosen at the end of step `step`, among these.
+    """The result of a search or a check: `spec` was chosen at the end of step `step`, among these.
 
-    `cause` says why it took the place of another one, if that has left the error budget.
+    `cause` says why it replaced another one, if that one has left the error budget.
     """
 
     spec: str

@@ -1,7 +1,7 @@
-"""Operations of an encoder on a codec, on any device: encode with feedback and prologue, mean, recode, clear.
+"""The operations of a codec, on any device: encode with feedback and prologue, mean, recode, clear.
 
-Each checks what it is given, then asks the table of kernels (`commpress/kernels/table.py`); without an entry for the codec and
-the device the codec's definition does it, which gives the same bytes.
+Each checks its arguments, then asks the table of kernels (`commpress/kernels/table.py`); without an entry for the codec and
+the device the codec's definition runs, which gives the same bytes.
 """
 
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WARM_UP_VALUES = 3000
-"""Enough for full blocks and a tail of every codec."""
+"""Values enough for full blocks and a tail of every codec."""
 
 
 def encode(
@@ -30,9 +30,9 @@ def encode(
 ) -> Tensor:
     """Encode `x` ([n], any float dtype), or `x + residual` with error feedback; the payload is uint8 [nbytes(n)].
 
-    `residual` (float32 [n]) becomes what the payload misses, and stays as it was where the payload decodes to NaN or
-    Inf, so that one bad gradient cannot poison it. `out` takes the payload. With a `prologue` it is what that makes of x
-    which is encoded, and x is undefined afterwards.
+    `residual` (float32 [n]) becomes the error of the payload, and does not change where the payload decodes to NaN or
+    Inf, so that one bad gradient cannot spoil it. `out` takes the payload. With a `prologue` its result for x is encoded,
+    and x is undefined afterwards.
     Raises TypeError for a dtype that is not a float, ValueError for a wrong shape.
     """
     _require_values(x, "x")
@@ -50,10 +50,10 @@ def encode(
 
 
 def mean(codec: "Codec", payloads: Tensor, n: int, count: int, out: Tensor | None = None) -> Tensor:
-    """The mean of `count` payloads that stand one behind the other: the sum over r of decode(payload r) / count.
+    """Return the mean of `count` payloads, one after the other: the sum over r of decode(payload r) / count.
 
     Into `out` ([n], any float dtype) if given, else new float32. The order of the sum is fixed, so the bytes of the mean
-    depend on the payloads alone. Raises ValueError or TypeError for payloads or an `out` that do not fit.
+    depend only on the payloads. Raises ValueError or TypeError for payloads or an `out` that do not fit.
     """
     _require_payload(payloads, codec, n, count)
     result = torch.empty(n, dtype=torch.float32, device=payloads.device) if out is None else out
@@ -86,7 +86,7 @@ def recode(
 def clear(codec: "Codec", payload: Tensor, values: Tensor) -> None:
     """Set `values` (float32 [n]) to 0 at the places that the payload of n values names.
 
-    A codec that is not sparse names none, since it sends all values: it leaves them alone.
+    A codec that is not sparse names none, since it sends all values: then nothing is cleared.
     Raises ValueError for a wrong shape, TypeError for a wrong dtype.
     """
     n = values.numel()
@@ -107,7 +107,7 @@ def clear(codec: "Codec", payload: Tensor, values: Tensor) -> None:
 def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.float32, prologue: bool = False) -> None:
     """Compile a codec's kernels now, not in the middle of the first step.
 
-    `dtype` is that of the gradients; with `prologue`, what encodes behind one is compiled as well.
+    `dtype` is that of the gradients; with `prologue`, the kernels for one are compiled, too.
     """
     if not codec.flat:
         factors.warm_up(device)

@@ -1,4 +1,4 @@
-"""The collectives of one process group, compressed: c10d's verbs. All that commpress sends goes through one of them.
+"""The compressed collectives of one process group, with c10d's names. commpress sends everything through them.
 
     all_reduce       x on each rank [n]              -->  its mean on all [n]              gradients; outer updates
     reduce_scatter   full gradient [W m] on each     -->  the mean of my chunk [m]         gradients of sharded parameters
@@ -6,12 +6,12 @@
     all_to_all       parts for each rank [n]         -->  parts from each rank [m]         rows of matrices and their owners
     broadcast        x on one rank                   -->  x on all
 
-Each starts one operation in the background and returns a `Work` at once; all ranks call the same ones in the same order. The
-way of a bucket is that of `all_reduce`, read from top to bottom: override, plan, memory, encoder, exchange, submit.
+Each starts one operation in the background and returns a `Work` at once; all ranks call the same ones in the same order. Read
+`all_reduce` from top to bottom for the steps of a bucket: override, plan, memory, encoder, exchange, submit.
 
-It knows no framework. What is lossy is computed with, never kept: the shards that an optimizer steps stay as they are, and all
-ranks compute with the same decoded bits. Of shards, what has changed may be sent alone: then all ranks keep a version of them.
-What is sharded and not compressed takes the group's own collective, whose bits it has. Feedback of a reduce-scatter is of the
+This module knows no framework. Lossy values are used, never kept: the shards that an optimizer steps stay exact, and all
+ranks compute with the same decoded bits. If only the changes of shards are sent, all ranks keep a version of them.
+Uncompressed sharded traffic uses the group's own collective, with its bits. The residual of a reduce-scatter is of the
 whole gradient, on every rank: W m values of float32, if there is any.
 """
 
@@ -56,7 +56,7 @@ from commpress.comm.versions import Versions
 from commpress.comm.work import Work
 
 ALIGNED = 64
-"""Bytes: what stands in one buffer starts at multiples of it."""
+"""Bytes: parts of one buffer start at multiples of it."""
 MEAN = dist.ReduceOp.AVG
 UNCOMPRESSED = Plan.of("none")
 SEND_DENSE = "all values are looked at"
@@ -66,15 +66,15 @@ class GradScaler(Protocol):
     """The part of `torch.amp.GradScaler` that is needed here."""
 
     def get_scale(self) -> float:
-        """The factor by which the loss is multiplied now."""
+        """Return the factor by which the loss is multiplied now."""
 
 
 class Collectives:
     """The traffic of one process group. Collective: all its ranks make one at the same point.
 
-    `gradients` is the plan of all_reduce and reduce_scatter, `parameters` that of all_gather and broadcast. `role` is what the
-    report calls the traffic of all_reduce. Every `verify` steps (0: never), and in the first three, the ranks compare hashes of
-    what all of them got, and payloads have checksums. Under a `grad_scaler` feedback follows its scale.
+    `gradients` is the plan of all_reduce and reduce_scatter, `parameters` that of all_gather and broadcast. `role` is the
+    name of all_reduce's traffic in the report. Every `verify` steps (0: never), and in the first three, the ranks compare
+    hashes of the results, and payloads have checksums. Under a `grad_scaler` feedback follows its scale.
     """
 
     def __init__(
@@ -94,17 +94,17 @@ class Collectives:
         self.role, self.grad_scaler = role, grad_scaler
         self.feedback, self.scratch = Feedback(self.world_size), ScratchPool(device)
         self.versions = Versions(self.rank, self.world_size)
-        """What all ranks have of gathered parameters, where only changes of those are sent."""
+        """The versions of gathered parameters on all ranks, if only their changes are sent."""
         self.traffic = Traffic(group, device, self.scratch, verify)
         self.meter = self.traffic.meter
         self.send_dense = False
-        """Whether gradients travel exactly, and those that masks prune with them: to see which shall grow again."""
+        """Whether all gradients are sent exactly, with those that masks prune, to choose weights to grow again."""
         self.may_undo = False
-        """Whether an exchange may turn out not to be used, so that feedback has to go back to what it was."""
+        """Whether an exchange may turn out to be unused, so that the residual must be restored."""
         self.pairs: set[str] = set()
         """The complex parameters: each of their values is a pair of reals in segments."""
         self.scale = 1.0
-        """The factor by which what feedback keeps is multiplied."""
+        """The factor by which the residual is multiplied."""
         if self.world_size > 1:
             self._wire = self.traffic.wire
             for plan in (gradients, parameters):

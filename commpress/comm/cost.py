@@ -2,8 +2,8 @@
 
     a transfer = bytes / bandwidth + rounds x latency        a codec = values x seconds a value, on one core
 
-A step is simulated bucket by bucket: backward, the sequencer's two lines and the link run side by side, and those that need
-a core share the ones that the rank has. Pure functions: no process group, and nothing is measured here.
+A step is simulated bucket by bucket: backward, the sequencer's two lines and the link run side by side, and
+share the rank's cores. Pure functions: no process group, and nothing is measured here.
 """
 
 import itertools
@@ -17,42 +17,42 @@ from statistics import NormalDist
 from commpress.comm.plan import BucketPlan, Plan
 
 BACKWARD = 2 / 3
-"""Backward's share of a step without communication: a layer's backward computes twice what its forward does."""
+"""Backward's share of a step without communication: a layer's backward computes twice as much as its forward."""
 FRAME = 1514 / 1448
-"""Bytes on an Ethernet link for each byte of ours: TCP with time stamps, frames of 1500 bytes."""
+"""Bytes on an Ethernet link for each byte sent: TCP with time stamps, frames of 1500 bytes."""
 SLOWEST, FASTEST = 1e3, 1e15
-"""Where the break-even bandwidth is looked for, in bytes a second."""
+"""The range of the break-even bandwidth, in bytes a second."""
 PRECISION = 0.01
-"""How near it is found, as a share of it."""
+"""The tolerance of the break-even bandwidth, as a share of it."""
 MOST_BUCKETS = 100
-"""So many are simulated at each try: more change little, but each try lasts longer."""
+"""The number of buckets that each try simulates: more change little, but take longer."""
 EPSILON = 1e-12
-"""Seconds of work that are none: what rounding leaves."""
+"""Seconds of work that count as none: rounding errors."""
 DENSE = Plan.of("none")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds a value that one core takes for a codec."""
+    """Seconds a value of a codec on one core."""
 
     encode: float
-    """With error feedback, if the codec wants it."""
+    """With error feedback, if the codec needs it."""
     mean: tuple[float, float]
     """Seconds for one payload, and for each further one."""
     recode: tuple[float, float]
     """Seconds for one payload, and for each further one: the middle of `two_shot`."""
     add: float = 0.0
-    """Adding two payloads of a linear codec, as the group does in an all-reduce."""
+    """Adding two payloads of a linear codec, as in the group's all-reduce."""
 
     def scaled(self, factor: float) -> "Speed":
-        """The speed on cores that take `factor` times as long."""
+        """Return the speed on cores that take `factor` times as long."""
         mean, recode = ((one * factor, more * factor) for one, more in (self.mean, self.recode))
         return Speed(self.encode * factor, mean, recode, self.add * factor)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Who exchanges and over what."""
+    """The ranks that exchange, and their links and cores."""
 
     world_size: int
     bandwidth: float
@@ -61,17 +61,17 @@ class Cluster:
     """Seconds from host to host, one way."""
     ranks_per_host: int = 1
     cores: float = math.inf
-    """Cores of one rank. Backward uses all of them, and what else needs one takes its fair share. Infinite: backward runs
-    on an accelerator, or cores are left over, and nothing takes anything from it."""
+    """Cores of one rank. Backward uses all of them, and other work takes its fair share. Infinite: backward runs
+    on an accelerator, or cores are free, and nothing slows it down."""
     stack: float = 0.0
-    """Core-seconds a byte that the operating system takes to send or receive."""
+    """Core-seconds a byte of the operating system to send or receive."""
     lines: bool = True
     """Buckets overlap each other in the sequencer's two lines (CPU), or run one after another on a stream (accelerator)."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One message of a bucket: what a rank sends and receives, what crosses its host's link in one direction."""
+    """One message of a bucket: the bytes that a rank sends and receives, and those on its host's link in one direction."""
 
     sent: int
     received: int
@@ -81,7 +81,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Step:
-    """A predicted step: its seconds, those that training waits for after backward, and the bytes that a rank sends."""
+    """A predicted step: its seconds, the seconds that training waits after backward, and the bytes that a rank sends."""
 
     seconds: float
     exposed: float
@@ -92,7 +92,7 @@ class Step:
 
 
 def layout(values: int, bucket_bytes: float, itemsize: int = 4) -> list[int]:
-    """Values of each bucket in the order in which backward fills them, all full but the last. Raises ValueError."""
+    """Return the values of each bucket in the order of backward, all full but the last. Raises ValueError."""
     size = int(bucket_bytes // itemsize)
     if values < 1 or size < 1:
         raise ValueError(f"{values} values in buckets of {bucket_bytes} bytes: expected at least one value in each")
@@ -103,7 +103,7 @@ def layout(values: int, bucket_bytes: float, itemsize: int = 4) -> list[int]:
 def transfers(
     choice: BucketPlan, n: int, itemsize: int, world_size: int, rank: int = 0, ranks_per_host: int = 1
 ) -> tuple[Transfer, ...]:
-    """The transfers of one bucket of n values on one rank, byte for byte those of its exchange."""
+    """Return the transfers of one bucket of n values on one rank, byte for byte those of its exchange."""
     W = world_size
     if W == 1:
         return ()
@@ -120,13 +120,13 @@ def transfers(
 
 
 def sent_bytes(plan: Plan, buckets: Sequence[int], world_size: int, rank: int = 0, itemsize: int = 4) -> int:
-    """Bytes that a rank sends in one step."""
+    """Return the bytes that a rank sends in one step."""
     choices = ((plan.choose(n, itemsize, world_size), n) for n in buckets)
     return sum(m.sent for choice, n in choices for m in transfers(choice, n, itemsize, world_size, rank))
 
 
 def feedback_bytes(plan: Plan, buckets: Sequence[int], world_size: int, itemsize: int = 4) -> int:
-    """Bytes of memory that error feedback keeps on a rank."""
+    """Return the bytes of memory that error feedback keeps on a rank."""
     kept = 0
     for n in buckets:
         choice = plan.choose(n, itemsize, world_size)
@@ -142,7 +142,7 @@ def feedback_bytes(plan: Plan, buckets: Sequence[int], world_size: int, itemsize
 def step(
     plan: Plan, buckets: Sequence[int], speed: Speed, cluster: Cluster, compute: float = 0.0, itemsize: int = 4
 ) -> Step:
-    """A step whose computation alone takes `compute` seconds; with 0 it is the communication alone, all buckets ready at once.
+    """Predict a step whose computation takes `compute` seconds; with 0 only the communication, all buckets ready at once.
 
     `buckets` are the numbers of values in each. A plan of `none` is plain DDP.
     """
@@ -160,9 +160,9 @@ def step(
 
 
 def slowest(median: float, upper_quartile: float, world_size: int) -> float:
-    """The median of the slowest of W ranks, for which all wait in an exchange: the 0.5^(1/W) quantile of one rank's seconds.
+    """Return the median of the slowest of W ranks, for which all wait: the 0.5^(1/W) quantile of one rank's seconds.
 
-    Between the quantiles that are known, and beyond, as a normal distribution has them.
+    Between the known quantiles, and beyond, those of a normal distribution are used.
     """
     normal = NormalDist()
     spread = normal.inv_cdf(0.5 ** (1 / world_size)) / normal.inv_cdf(0.75)
@@ -178,10 +178,10 @@ def break_even(
     compute: float = 0.0,
     itemsize: int = 4,
 ) -> float | None:
-    """Bytes a second at which a dense step takes as long as one of this plan; on faster links dense is faster.
+    """Return the bytes a second at which a dense step takes as long as one of this plan; on faster links dense is faster.
 
     Infinite if no link is fast enough for that, None if the plan is faster on none. `cluster.bandwidth` does not matter.
-    Of very many buckets several are simulated as one, with their latencies.
+    With very many buckets, several are simulated as one, with their latencies.
     """
     joined = -(-len(buckets) // MOST_BUCKETS)
     buckets = [sum(buckets[i : i + joined]) for i in range(0, len(buckets), joined)]
@@ -254,7 +254,7 @@ class _Simulation:
         self.link: deque[_Work] = deque()
 
     def run(self) -> float:
-        """When the last mean is there."""
+        """Return the time at which the last mean is ready."""
         lines = [self.backward(), *([self.encoder(), self.wire()] if self.cluster.lines else [self.stream()])]
         waiting = {line: next(line) for line in lines}
         while waiting:
@@ -319,7 +319,7 @@ class _Simulation:
         return work
 
     def go_on(self) -> None:
-        """Let time pass until the first of what is under way is done; the link carries one transfer after another."""
+        """Advance time until the first running task is done; the link carries one transfer after another."""
         works = [*self.going, *itertools.islice(self.link, 1)]
         level = _level(works, self.cluster.cores)
         speeds = [min(1.0, level / work.need) if work.need else 1.0 for work in works]

@@ -1,4 +1,4 @@
-"""Two specs that lie close together, compared by longer turns than a search has: each is nearly the best, so it costs little.
+"""A comparison of two close specs by longer turns than those of a search: both are nearly the best, so it costs little.
 
 A ........ B ........ | B ........ A ........ | A ........ B ........ | over if all three had one winner, else two more
 """

@@ -1,4 +1,4 @@
-"""A codec, what feedback remembers, and the optimizer's pass, as one thing: what an exchange sees of them.
+"""The encoder of an exchange: a codec, the memory of error feedback and the optimizer's pass together.
 
 encode    prologue(x) + residual  -->  payload       residual <- what the payload misses
 mean      W payloads              -->  values
@@ -18,8 +18,8 @@ from commpress.comm.scratch import Scratch
 class Encoder:
     """Encodes one bucket in one step. `prologue` is applied to the values in the pass that encodes them; None leaves them.
 
-    `memory` is what feedback keeps of the bucket; an empty one means no feedback. `masks_momentum` clears the momentum that it
-    keeps where something is sent.
+    `memory` is the bucket's memory of error feedback; an empty one means no feedback. `masks_momentum` clears its momentum
+    where values are sent.
     """
 
     __slots__ = ("codec", "masks_momentum", "memory", "prologue", "scratch")

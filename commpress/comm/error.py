@@ -1,9 +1,9 @@
-"""How far the means of a step are from dense ones, seen on a sample of each bucket that the ranks exchange exactly.
+"""The error of a step's means against dense ones, on a sample of each bucket that the ranks exchange exactly.
 
 bucket   [x . . . x . . . x . . . x . . .]     every stride-th value, as it is, to all ranks: their mean is the dense one
 mean     [y . . . y . . . y . . . y . . .]     what arrived of the same values: error = |y - dense| / |dense|
 
-With the sample goes whether all values of the bucket are finite: one with NaN or Inf in it says nothing of the codec.
+The sample includes whether all values of the bucket are finite: a bucket with NaN or Inf says nothing about the codec.
 """
 
 import math
@@ -20,7 +20,7 @@ SAMPLE = 2048
 
 
 class ErrorWatch:
-    """The error of one step, of the buckets that travel by `codec`. All ranks find the same figure: they hold the same bits."""
+    """The error of one step, for buckets that are sent by `codec`. All ranks find the same figure: they hold the same bits."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec

@@ -6,8 +6,8 @@
     expand         x <- p^T q           residual <- what that misses of x
 
 Plain torch here, for any device; the table of kernels may have loops. Only `expand` and `orthonormalize` decide which bits a
-rank gets: where torch does them, on an accelerator, ranks of one kind of device have the same bits. The loops for CPU round in
-one order on every processor.
+rank gets: if torch does them, on an accelerator, ranks with the same kind of device have the same bits. The loops for CPU
+round in one order on every processor.
 """
 
 from functools import lru_cache

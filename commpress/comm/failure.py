@@ -1,9 +1,9 @@
-"""Errors of an exchange: it ends on every rank, and every rank says whose fault it was and why.
+"""Errors of an exchange: it ends on every rank, and every rank names the rank that failed and the reason.
 
-The rank that fails leaves its reason in the store and closes the group's connections; the others find their connections
-closed, look into the store and report the same reason. If nothing stands there, the peer itself is gone.
+The rank that fails writes its reason into the store and closes the group's connections; the others find their connections
+closed, read the store and report the same reason. If there is none, the peer itself is lost.
 
-The store is in another process, which may be silent: who asks it waits for `PATIENCE` and no longer.
+The store is in another process, which may not answer: a rank waits for it no longer than `PATIENCE`.
 """
 
 import contextlib
@@ -42,11 +42,11 @@ class ExchangeError(RuntimeError):
 
 
 class DisagreementError(ExchangeError, ValueError):
-    """Ranks that did different things: one sent what another did not expect."""
+    """Ranks that did different things: one sent a message that another did not expect."""
 
 
 class LostPeerError(RuntimeError):
-    """A rank of the group (`peer`; None if it is not known which) is gone, or silent. The text is the backend's."""
+    """A rank of the group (`peer`; None if unknown) is lost or does not answer. The text is the backend's."""
 
     def __init__(self, peer: int | None, text: str) -> None:
         super().__init__(text)
@@ -54,7 +54,7 @@ class LostPeerError(RuntimeError):
 
 
 class OtherMessageError(RuntimeError):
-    """A rank of the group (`peer`) sends another message than `mine`, or one of another length."""
+    """A rank of the group (`peer`) sent another message than `mine`, or one of another length."""
 
     def __init__(self, peer: int, mine: str) -> None:
         super().__init__(mine)
@@ -62,11 +62,11 @@ class OtherMessageError(RuntimeError):
 
 
 class DamagedMessageError(RuntimeError):
-    """A message arrived that is not what was sent."""
+    """A message arrived damaged."""
 
 
 class DriftError(RuntimeError):
-    """The replicas hold different bits, or settings. All ranks find out together, so each says so itself."""
+    """The replicas hold different bits, or settings. All ranks find out together, so each raises it itself."""
 
 
 def is_lost(error: BaseException) -> bool:
@@ -113,7 +113,7 @@ def own_store() -> Any:
 
 
 class FailureBoard:
-    """Where the ranks of one process group leave the reason of the first failure. `hosts` are their hosts' names."""
+    """The place where the ranks of one process group write the reason of the first failure. `hosts` are their hosts' names."""
 
     def __init__(self, name: str, rank: int, hosts: Sequence[str]) -> None:
         self._rank, self.hosts = rank, tuple(hosts)
@@ -164,7 +164,7 @@ class FailureBoard:
             posted = with_timeout(PATIENCE, lambda: self._post(kind, text or self._own(error)))
         except (RuntimeError, TimeoutError) as gone:  # the store went down, or silent, with the rank that kept it
             text = self._own(error)
-            return kind(f"commpress: {text} (and the store that would say more does not answer: {gone})")
+            return kind(f"commpress: {text} (and the store, which may say more, does not answer: {gone})")
         if (isinstance(error, LostPeerError) or not text) and posted is not None:
             kind = DisagreementError if posted["kind"] == DisagreementError.__name__ else ExchangeError
             return kind(f"commpress: {posted['text']} (reported by rank {self._rank})")

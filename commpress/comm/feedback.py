@@ -1,11 +1,11 @@
-"""Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv:1901.09847): what a lossy codec withheld in one
+"""Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv:1901.09847): what a lossy codec left out in one
 step is added to the next one: send Q(g + e), keep e <- g + e - Q(g + e).
 
-Momentum correction (Lin et al., arXiv:1712.01887): under a sparse codec each rank keeps the momentum of its own gradients, and
-that is what is sent; where it was sent, it starts anew (momentum factor masking).
+Momentum correction (Lin et al., arXiv:1712.01887): under a sparse codec each rank keeps the momentum of its own gradients and
+sends it; where it was sent, it starts again at 0 (momentum factor masking).
 
-Memories belong to parameters, not to buckets: when the buckets are laid out anew, each parameter's part moves along.
-`two_shot` encodes a second time, on the rank that owns a chunk; what that lost waits there for the next mean
+Memories belong to parameters, not to buckets: when the layout of buckets changes, each parameter's part moves with it.
+`two_shot` encodes a second time, on the rank that owns a chunk; its error is kept there for the next mean
 (`owner_residual`). If the owner changes, it goes into the old owner's residual, times W since a mean divides it by W: nothing
 is lost. `hierarchical` encodes the mean of a node, a slice on each of its ranks (`slice_residual`); that counts for the L ranks
 of the node.
@@ -28,7 +28,7 @@ KEPT = ("residual", "slice_residual", "owner_residual", "momentum")
 
 @dataclass(frozen=True)
 class NodeSlice:
-    """The values from `start` to `stop` of a bucket of which `n` travel: a rank encodes them for all `ranks` of its node."""
+    """The values from `start` to `stop` of the `n` sent ones in a bucket: a rank encodes them for all `ranks` of its node."""
 
     start: int
     stop: int
@@ -38,7 +38,7 @@ class NodeSlice:
 
 @dataclass
 class Memory:
-    """The saved tensors of one bucket of which n values travel."""
+    """The saved tensors of one bucket that sends n values."""
 
     residual: Tensor | None = None
     """The error of the first encoding: float32 [n]; None without feedback, or if a node encodes as one."""
@@ -300,8 +300,8 @@ class Feedback:
             known = place[-1] if kept is None and place is not None else travel if kept is None else kept.numel()
             if known != travel:
                 raise ValueError(
-                    f"cannot restore: feedback was saved for {known} values of {segments[0].name!r} and others, now "
-                    f"{travel} travel; restore the masks before"
+                    f"cannot restore: feedback was saved for {known} values of {segments[0].name!r} and others, now {travel} "
+                    "are sent; restore the masks first"
                 )
 
     @torch.inference_mode(False)

@@ -1,9 +1,9 @@
-"""A hash of a tensor that stays on its device: whether the tensor is another one than before, without the host waiting for it.
+"""A hash of a tensor that stays on its device: it shows whether the tensor has changed, without a wait of the host.
 
     hash  =  sum over i of mix(word i ^ 2654435761 i)        mix: the last steps of MurmurHash3, a bijection of 32 bits
 
-A value is a word, one of eight bytes is two. One that differs always shows, several are missed once in 2**32. It is compared
-with other hashes of the same dtype alone. `kernels/cpu/fingerprint.py` has the one for numbers that the host compares.
+A value is a word, one of eight bytes is two. One changed value always shows; several are missed once in 2**32. Compare
+it only with other hashes of the same dtype. `kernels/cpu/fingerprint.py` has the hash for numbers that the host compares.
 """
 
 import torch

@@ -1,9 +1,9 @@
-"""A group of our own beside the user's, of the same ranks: what they send on theirs cannot get between our transfers.
+"""commpress's own group beside the user's, with the same ranks: the user's messages cannot mix with its transfers.
 
-Making one means that every rank waits for every other, through the store. While it does, each rank listens to the one before it
-on the user's group, so that a rank that dies just then is noticed at once, and named on all of them:
+While a group is made, every rank waits for every other, through the store. Meanwhile each rank listens to the one before it
+on the user's group, so that a rank that dies then is noticed at once, and named on all of them:
 
-    rank 0   make the group ... made -->  1        a connection that closes before that byte came: its rank is gone
+    rank 0   make the group ... made -->  1        a connection that closes before that byte came: its rank is lost
     rank 1   make the group ... made -->  2
     rank 2   make the group ... made -->  0
 """

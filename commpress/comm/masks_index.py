@@ -1,9 +1,9 @@
-"""Pruned values do not travel: where those lie that masks keep.
+"""Pruned values are not sent: the places of the kept values.
 
     bucket    [a . . b | c . d .]        .: pruned, the same on all ranks
-    packed    [a b c d]                  what travels, at the places 0 3 4 6; the places do not
+    packed    [a b c d]                  these are sent, from the places 0 3 4 6; the places are not
 
-All ranks have the same masks (they are compared by hash), so nobody needs to be told where a value belongs.
+All ranks have the same masks (they are compared by hash), so no rank needs to be told where a value belongs.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from commpress.kernels.table import lookup
 
 
 class MaskIndex:
-    """Where what travels lies in each parameter. `masks` are bool [n], by name, in the order in which buckets hold them.
+    """The places of the kept values in each parameter. `masks` are bool [n], by name, in the order in which buckets hold them.
 
-    A parameter without a mask travels whole. Chunks of one parameter that must be of one length (`chunks`: its names, one a
+    A parameter without a mask is sent whole. Chunks of one parameter that must be of one length (`chunks`: its names, one a
     rank) are filled up with zeros to the longest.
     """
 

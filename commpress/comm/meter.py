@@ -1,11 +1,11 @@
-"""Bytes and seconds: what a dense exchange would have sent, what was sent, and where the time went.
+"""Bytes and seconds: those of a dense exchange, those that were sent, and where the time went.
 
 Bytes are those that this rank handed to its process group for other ranks. The dense figure is what must be sent without
-compression: of gradients a ring all-reduce of the same buckets in their own dtype, 2 (W - 1) / W of their size; of sharded
-gradients a reduce-scatter, and of sharded parameters an all-gather, W - 1 shards each; of a sharded matrix that one rank steps
-for all the float32 rows that change hands; of an outer update what DDP would have sent in the steps since the one before. Gloo
-and DeepSpeed all-reduce where a reduce-scatter would do: what they would have sent is counted beside it (`backend_bytes`). A
-bucket that is left to them counts as dense what they did send.
+compression: for gradients a ring all-reduce of the same buckets in their own dtype, 2 (W - 1) / W of their size; for sharded
+gradients a reduce-scatter, and for sharded parameters an all-gather, W - 1 shards each; for a sharded matrix that one rank
+steps for all, its float32 rows; for an outer update the bytes of DDP in the steps since the last one. Gloo and DeepSpeed
+all-reduce where a reduce-scatter would do: those bytes are counted, too (`backend_bytes`). A bucket that is left to them
+counts as dense what they did send.
 """
 
 import json
@@ -23,9 +23,9 @@ from commpress.comm.timeline import Span, Timeline
 
 PHASES = ("encode", "wire", "decode")
 ROLES = ("gradients", "parameters", "updates", "outer", "buffers")
-"""Kinds of traffic: in every step the gradients and, where parameters are sharded, the parameters; what an optimizer sends of
-sharded matrices, and the updates that the ranks of a node make for each other; between rounds of local steps their outer
-updates; the buffers that DDP broadcasts."""
+"""Kinds of traffic: in every step the gradients and, if they are sharded, the parameters; an optimizer's traffic of
+sharded matrices, and the updates that the ranks of a node compute for each other; outer updates after rounds of local
+steps; the buffers that DDP broadcasts."""
 NOT_SENT = "none"
 """The name of the exchange that leaves a bucket on its rank."""
 BYTES = ("dense_bytes", "sent_bytes", "received_bytes")
@@ -44,20 +44,20 @@ class Row:
     role: str = "gradients"
     phase: str = ""
     rules: dict[str, int] = field(default_factory=dict)
-    """The values in it that each rule decides for, by its text; empty where one spec is given for all."""
+    """The number of its values for each rule, by its text; empty if one spec is given for all."""
     steps: int = 0
     dense_bytes: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
     inside_bytes: int = 0
-    """Bytes of those sent that did not leave the node, as far as the exchange tells them apart."""
+    """Sent bytes that did not leave the node, if the exchange tells them apart."""
     backend_bytes: int = 0
     """Bytes that the group or the framework itself would send uncompressed: `dense_bytes`, or more."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     @property
     def how(self) -> str:
-        """Return what was done with it, or why it was not compressed."""
+        """Return how the bucket was sent, or why it was not compressed."""
         return how_sent(self.spec, self.exchange, self.reason)
 
 
@@ -66,8 +66,8 @@ class Report:
     """Bytes and seconds of one rank. `ratio` is dense bytes over sent bytes.
 
     `seconds`: `encode` and `decode` are the codec's. `wire` is the time from the start of a transfer until it had arrived and
-    a thread was free to go on with it (transfers overlap each other and the codec). `exposed` is the time that training waited
-    after its last gradient was ready, and `hidden` is the time of the exchanges beside backward.
+    a thread was free to continue with it (transfers overlap each other and the codec). `exposed` is the time that training
+    waited after its last gradient was ready, and `hidden` is the time of the exchanges beside backward.
     """
 
     spec: str
@@ -80,28 +80,28 @@ class Report:
     seconds: dict[str, float]
     rows: list[Row]
     phase_steps: dict[str, int] = field(default_factory=dict)
-    """How many steps each phase of a recipe took; empty without one."""
+    """The number of steps of each phase of a recipe; empty without one."""
 
     @property
     def ratio(self) -> float:
-        """Dense over sent bytes; 1.0 if nothing had to be sent."""
+        """Return dense over sent bytes; 1.0 if nothing had to be sent."""
         return self.dense_bytes / self.sent_bytes if self.sent_bytes else 1.0
 
     @property
     def backend_bytes(self) -> int:
-        """Bytes that the group or the framework itself would have sent uncompressed; more than `dense_bytes` where it
+        """Return the bytes that the group or the framework itself would have sent uncompressed; more than `dense_bytes` if it
         all-reduces instead of a reduce-scatter, as Gloo does."""
         return sum(row.backend_bytes for row in self.rows)
 
     @property
     def inside_bytes(self) -> int:
-        """Bytes of those sent that did not leave the node, where the exchange is `hierarchical` or ranks share out what
-        they compute. The other bytes went to other nodes."""
+        """Return the sent bytes that did not leave the node, if the exchange is `hierarchical` or ranks share
+        computations. The other bytes went to other nodes."""
         return sum(row.inside_bytes for row in self.rows)
 
     @property
     def roles(self) -> dict[str, dict[str, int]]:
-        """`dense_bytes`, `sent_bytes` and `received_bytes` of each role that has rows."""
+        """Return `dense_bytes`, `sent_bytes` and `received_bytes` of each role that has rows."""
         return {
             role: {key: sum(getattr(row, key) for row in mine) for key in BYTES}
             for role in ROLES
@@ -110,7 +110,7 @@ class Report:
 
     @property
     def phases(self) -> dict[str, dict[str, int]]:
-        """`steps` and the bytes of each phase of a recipe, in order; empty without one."""
+        """Return `steps` and the bytes of each phase of a recipe, in order; empty without one."""
         found = {phase: {"steps": steps, **dict.fromkeys(BYTES, 0)} for phase, steps in self.phase_steps.items()}
         for row in self.rows:
             if (sums := found.get(row.phase)) is not None:
@@ -119,9 +119,9 @@ class Report:
 
     @property
     def rules(self) -> dict[str, dict[str, float]]:
-        """`values` of a step, the bytes and the `ratio` of each rule, in order; empty where one spec is given for all.
+        """Return `values` of a step, the bytes and the `ratio` of each rule, in order; empty if one spec is given for all.
 
-        Parameters of rules with one spec travel together: their bytes are shared out by their values.
+        Parameters of rules with one spec are sent together: their bytes are divided by their numbers of values.
         """
         found: dict[str, dict[str, float]] = {}
         for row in self.rows:
@@ -165,7 +165,7 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Return all of it as plain numbers, strings, lists and dicts."""
+        """Return the report as plain numbers, strings, lists and dicts."""
         return {
             **asdict(self),
             "ratio": self.ratio,
@@ -184,7 +184,7 @@ class Report:
         """Return numbers for a tracker such as wandb, TensorBoard or MLflow: means of a step since an earlier report.
 
         MB are those that this rank sent. Ratios compare them with a dense exchange, in the tensors' own dtype and in bfloat16;
-        they are left out where nothing was sent. Each role has its own numbers where there are several. Empty if there was no
+        they are left out if nothing was sent. Each role has its own numbers if there are several. Empty if there was no
         step.
         """
         steps = self.steps - (since.steps if since else 0)
@@ -215,7 +215,7 @@ class Report:
 
 
 def dense_in(row: Row, itemsize: int) -> float:
-    """Return the bytes that a dense exchange of a row would have sent in floats of so many bytes; integers stay as they are."""
+    """Return the bytes of a dense exchange of a row, in floats of so many bytes; integers keep their size."""
     dtype: torch.dtype = getattr(torch, row.dtype)
     if not (dtype.is_floating_point or dtype.is_complex):
         return row.dense_bytes
@@ -223,7 +223,7 @@ def dense_in(row: Row, itemsize: int) -> float:
 
 
 class Meter:
-    """Adds up what the sequencer reports; one writer at a time (the sequencer's)."""
+    """The sums of the sequencer's figures; only one thread writes at a time (the sequencer's)."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[object, ...], Row] = {}
@@ -231,10 +231,10 @@ class Meter:
         self.exposed = 0.0
         self.hidden = 0.0
         self.phase = ""
-        """A name for what is going on with the model: the rows of each phase are kept apart."""
+        """The name of the present phase: each phase has its own rows."""
         self._entered: list[tuple[str, int]] = []
         self.timeline: Timeline | None = None
-        """Where spans are kept, while somebody wants them."""
+        """The timeline that is being recorded; None if there is none."""
 
     def note(self, span: Span) -> None:
         """Keep a span if a timeline is being recorded."""
@@ -258,7 +258,7 @@ class Meter:
         role: str = "gradients",
         rules: Mapping[str, int] | None = None,
     ) -> Row:
-        """Return the row of a bucket; a bucket that was laid out anew, or has got another plan, gets a new one."""
+        """Return the row of a bucket; a bucket with a new layout or another plan gets a new one."""
         rules = rules or {}
         key = (bucket, values, dtype, spec, exchange, reason, role, self.phase, *rules.items())
         if key not in self.rows:
@@ -291,12 +291,12 @@ class Meter:
 
 
 def how_sent(spec: str, exchange: str, reason: str) -> str:
-    """Return how a bucket was sent by this exchange, or why it was not, or not compressed."""
+    """Return how this exchange sent a bucket, or why it was not sent, or not compressed."""
     if exchange == NOT_SENT:
         return f"not sent: {reason}"
     return f"not compressed: {reason}" if reason else f"{spec} by {exchange}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as a report has it."""
+    """Return the name of a dtype in a report."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The ranks of a node: who they are, and what they hand each other as it is, beside what is compressed between all ranks.
+"""The ranks of a node, and the uncompressed tensors that they exchange, beside the compressed traffic of all ranks.
 
     rank 0   [a . ]  --> 1   rows, one of them each rank's own    [a b]
     rank 1   [. b ]  --> 0   nothing leaves the node              [a b]
@@ -21,8 +21,8 @@ from commpress.comm.work import Work
 
 
 class Node:
-    """The ranks of this rank's node, by torchrun's environment; this one alone where that does not say, or where nodes have
-    unlike numbers of ranks."""
+    """The ranks of this rank's node, by torchrun's environment; only this rank if that does not say, or if nodes have
+    different numbers of ranks."""
 
     def __init__(self, collectives: Collectives) -> None:
         self._traffic, rank = collectives.traffic, collectives.rank

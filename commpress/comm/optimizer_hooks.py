@@ -1,4 +1,4 @@
-"""The protocol of an optimizer that is compressed behind its preconditioner: calls in the order of a backward."""
+"""The protocol of a compressed optimizer: its calls in the order of a backward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from commpress.comm.segments import Segments
 
 @dataclass(frozen=True)
 class Candidate:
-    """A choice that `auto` may make behind an optimizer: a spec of what it sends, and steps from one sync of a parameter to the
-    next. `sync_every` above 1 is an upper bound where the optimizer's own interval grows: `now` is what it is as yet."""
+    """A choice of `auto` with an optimizer: the spec of its traffic, and the steps from one sync of a parameter to the
+    next. `sync_every` above 1 is an upper bound if the optimizer's own interval grows: `now` is the present interval."""
 
     spec: str
     sync_every: int = 1
@@ -25,7 +25,7 @@ class Candidate:
 
 
 class OptimizerHooks(Protocol):
-    """The optimizers of `commpress.optim` are such; `comm` knows no other thing of them."""
+    """The methods of an optimizer of `commpress.optim` that `comm` calls; it knows no others."""
 
     may_be_masked: bool
     """Whether a part of a parameter may be left out of the exchange."""

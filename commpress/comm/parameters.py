@@ -1,9 +1,9 @@
-"""A parameter as the traffic sees it: real numbers under a name that does not depend on what wraps its module.
+"""A parameter for the traffic: real numbers under a name that does not depend on wrappers of its module.
 
     complex64 [n]   a0+b0i  a1+b1i ..   ->   float32 [2 n]   a0 b0 a1 b1 ..        the same memory
 
-So a complex value travels, and is counted in memories and states, as two reals of half its size. `torch.compile` and
-activation checkpointing put a module into another one under a name of their own, which is no part of a parameter's name: a
+So a complex value is sent, and counted in memories and states, as two reals of half its size. `torch.compile` and
+activation checkpointing put a module into another one with its own name, which is left out of a parameter's name: a
 state that was saved with them loads without them.
 """
 

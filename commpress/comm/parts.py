@@ -1,4 +1,4 @@
-"""A bucket of which parts travel, each by itself.
+"""A bucket whose parts are sent separately.
 
     [a b c d] -> [a d] -> exchange -> [A D] \\
               -> [c]   -> exchange -> [C]   / -> [A b C D]

@@ -1,4 +1,4 @@
-"""Plans: which codec and exchange each tensor gets. What is not compressed has a reason, which stands in the report."""
+"""Plans: which codec and exchange each tensor gets. Everything uncompressed has a reason, which is in the report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +14,13 @@ from commpress.comm.prologue import Prologue
 from commpress.comm.segments import Segments
 
 FEWEST_VALUES = 256
-"""A bucket below this travels dense: one small message either way."""
+"""A bucket with fewer values is sent dense: it is one small message either way."""
 
 DENSE = parse("none")
 SHARDED = "a sharded model's ranks hold parts of them"
 NOTHING_LEFT = "nothing is left of it"
 DELTA = "delta"
-"""The word in front of the codec of what has changed: `delta|int4`."""
+"""The word before the codec of changes: `delta|int4`."""
 ALL_REDUCE = EXCHANGES["all_reduce"]
 
 
@@ -44,10 +44,10 @@ class Override:
     """An optimizer's wishes for a bucket in this step: `codec` codes it.
 
     With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare`, then
-    `prologue`, make of the bucket's gradient, in place, what is to be sent; `momentum` keeps one of this rank's own, and
-    `masks_momentum` clears it where something was sent.
-    `finish` makes of the mean, in place, what the bucket shall hold. `bypass_feedback`: what feedback remembers is of another
-    kind, and has no part in it.
+    `prologue`, turn the bucket's gradient, in place, into the values to send; `momentum` keeps this rank's own momentum, and
+    `masks_momentum` clears it where values were sent.
+    `finish` turns the mean, in place, into the final values of the bucket. `bypass_feedback`: the residual is of another
+    kind, and is not added.
     """
 
     codec: Codec | None
@@ -61,7 +61,7 @@ class Override:
 
     @property
     def computes(self) -> bool:
-        """Whether something has to be computed before the bucket is sent, besides its code."""
+        """Return whether something must be computed before the bucket is coded."""
         return self.prepare is not None or self.prologue is not None
 
 
@@ -69,7 +69,7 @@ class Override:
 class Plan:
     """One spec for all buckets, its exchange, and whether lossy codecs get error feedback.
 
-    Without an exchange the codec's own is taken, or what stands in for that among few ranks: see its file. Raises ValueError if
+    Without an exchange the codec's own is taken, or its replacement among few ranks: see its file. Raises ValueError if
     the exchange is unknown or does not fit the codec.
     """
 
@@ -77,18 +77,18 @@ class Plan:
     exchange: Exchange | None = None
     error_feedback: bool = True
     delta: bool = False
-    """Whether the codec is that of what has changed since all ranks had it last; of gathered parameters alone."""
+    """Whether the codec codes changes since the last gather; only for gathered parameters."""
 
     @property
     def spec(self) -> str:
-        """The text of it: `of_parameters` reads it."""
+        """Return the spec as text, for `of_parameters`."""
         return f"{DELTA}|{self.codec}" if self.delta else str(self.codec)
 
     @classmethod
     def of_parameters(cls, spec: str | Codec) -> "Plan":
-        """Return the plan for parameters that are gathered: of their values by a codec, or of their changes by `delta|codec`.
+        """Return the plan for gathered parameters: their values by a codec, or their changes by `delta|codec`.
 
-        Raises ValueError for a spec that makes none, TypeError for one that is no string.
+        Raises ValueError for a wrong spec, TypeError if it is not a string.
         """
         word, bar, rest = spec.partition("|") if isinstance(spec, str) else ("", "", "")
         delta = word.strip() == DELTA
@@ -99,7 +99,7 @@ class Plan:
 
     @classmethod
     def of(cls, spec: str | Codec, exchange: str | None = None, error_feedback: bool = True) -> "Plan":
-        """The plan for a spec; `exchange=None` takes the one that suits its codec."""
+        """Return the plan for a spec; `exchange=None` takes the one that suits its codec."""
         codec = parse(spec)
         if exchange is None:
             return cls(codec, None, error_feedback)
@@ -157,7 +157,7 @@ class Plan:
         return self.exchange or EXCHANGES[self.codec.exchange].among(world_size)
 
     def settings(self) -> dict[str, object]:
-        """Return what a saved state must have alike."""
+        """Return the settings that a saved state must share."""
         exchange = None if self.exchange is None else self.exchange.name
         return {"codec": self.spec, "exchange": exchange, "error_feedback": self.error_feedback}
 

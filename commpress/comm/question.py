@@ -1,10 +1,10 @@
-"""Questions to all ranks that no caller waits for: they go in line with the buckets, and are read when they have come.
+"""Questions to all ranks without a wait: they are queued with the buckets, and the answers are read later.
 
     step k      [question][bucket 0][bucket 1] ...     backward goes on at once, whatever the other ranks do meanwhile
     step k + 1  the answers are read: they came before the buckets of step k
 
-In the middle of a backward a rank must not wait for the others: one of them may be held in a collective of the user's own, and
-wait there for what this rank does next.
+In the middle of a backward a rank must not wait for the others: one of them may be in a collective of the user, and
+wait there for this rank's next step.
 """
 
 import json
@@ -23,7 +23,7 @@ KEY = "hash"
 
 
 class Question:
-    """One question: this rank's `settings` (JSON values), and what all ranks say once `exchange` has run."""
+    """One question: this rank's `settings` (JSON values), and all ranks' answers after `exchange`."""
 
     def __init__(self, settings: Settings, wire: Wire, room: int = ROOM) -> None:
         own = json.dumps(settings).encode().ljust(room)

@@ -1,4 +1,4 @@
-"""State that each rank alone has to save, as `torch.distributed.checkpoint` can: one row a rank of a table of bytes.
+"""State of each rank for `torch.distributed.checkpoint`: a table of bytes with one row per rank.
 
     by hand   session.state_dict()                       a dict of this rank's, one file a rank
     DCP       {"commpress": session}   key "commpress.ranks":  uint8 [W, L], rank r writes row r

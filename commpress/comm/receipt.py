@@ -15,7 +15,7 @@ COUNTER = "/sys/class/net/{}/statistics/tx_bytes"
 
 
 def link_bytes() -> int | None:
-    """Return what the kernel counts as sent on the interface that Gloo was told to use; None if it was told none, or lo."""
+    """Return the kernel's count of bytes sent on the interface that Gloo was told to use; None if it was told none, or lo."""
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     counter = Path(COUNTER.format(name))
     return int(counter.read_text()) if name not in ("", "lo") and counter.exists() else None
@@ -48,11 +48,11 @@ class Receipt:
 
     @property
     def is_off(self) -> bool:
-        """Whether nothing is compressed, because it would not pay."""
+        """Return whether nothing is compressed, because it would not pay."""
         return self.spec == PLAIN and self.plain_seconds is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as plain numbers, strings and dicts."""
+        """Return the receipt as plain numbers, strings and dicts."""
         return {**asdict(self), "is_off": self.is_off}
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Receipt:
 
     @property
     def summary(self) -> str:
-        """Return one line on bytes and, where it was measured, on speed: the last line of the receipt."""
+        """Return one line about bytes and, if measured, speed: the last line of the receipt."""
         if self.is_off:
             speed = "compression does not pay here, it is off"
         elif self.seconds is None or self.plain_seconds is None:

@@ -66,7 +66,8 @@ def replicas_session(
         )
     if optimizer is not None and optimizer.needs_feedback and not error_feedback:
         raise ValueError(
-            f"error_feedback=False: {name} sums up what arrives, so what is left out must follow; leave it out"
+            f"error_feedback=False: {name} adds up what it receives, so a later step must send what one left out; leave "
+            "error_feedback out"
         )
     if optimizer is not None:
         require_flat(plan.codec, f"{name} sends no gradients, or shares a pass over them")

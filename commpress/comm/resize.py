@@ -1,9 +1,9 @@
-"""A training that goes on with another number of ranks: nothing that the old ones had withheld is lost.
+"""Training that goes on with another number of ranks: no residual of the old ones is lost.
 
-What the ranks keep counts by its mean: old rank i's goes to new rank i mod W', times W' / W. What an owner of a chunk kept of
-a mean counts W-fold. What an optimizer has of its own on each rank becomes the mean of them on all.
+Residuals count by their mean: old rank i's goes to new rank i mod W', times W' / W. The residual of an owner of a
+chunk counts W-fold. An optimizer's own state on each rank becomes the mean on all.
 
-Where each rank brings its own state alone (`moved`), what it kept goes with it, times W' / W; that of lost ranks is lost.
+If each rank brings only its own state (`moved`), its residual goes with it, times W' / W; that of lost ranks is lost.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def unreadable(error: Exception) -> Exception:
         return error
     what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
     return ValueError(
-        f"cannot restore: the state is damaged, or another thing ({what}); expected what state_dict() returned on this rank"
+        f"cannot restore: the state is damaged, or something else ({what}); expected what state_dict() returned on this rank"
     )
 
 
@@ -63,7 +63,7 @@ def require_one_run(everyone: Sequence[State]) -> State:
             raise ValueError(f"rank {rank}: {other['error']}")
     holders = [rank for rank, other in enumerate(everyone) if "nothing" not in other]
     if not holders:
-        raise ValueError("cannot restore: no rank has a state, expected at least one that has")
+        raise ValueError("cannot restore: no rank has a state, expected at least one with a state")
     first = everyone[holders[0]]
     for rank in holders:
         for key, value in first.items():

@@ -2,7 +2,7 @@
 
     bucket [a.weight a.bias b.weight b.bias]  -->  int4 [a.weight b.weight], none [a.bias b.bias]
 
-Patterns are those of a shell (`fnmatch`), on the names that `model.named_parameters()` has.
+Patterns are shell globs (`fnmatch`) on the names of `model.named_parameters()`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,7 +34,7 @@ class Rules:
 
     @property
     def lossy(self) -> set[Codec]:
-        """The lossy codecs that were named."""
+        """Return the named lossy codecs."""
         return {codec for codec in self.codecs.values() if codec is not None and codec.lossy}
 
     def parts(self, segments: Segments) -> list[tuple[Segments, Codec | None]]:
@@ -58,7 +58,7 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
     """Make the rules for parameters of these names.
 
     Raises ValueError for a pattern that decides for no parameter, a parameter that no pattern fits, and an unknown spec, each
-    with its name; TypeError for what is neither pattern nor spec.
+    with its name; TypeError for anything but patterns and specs.
     """
     names = list(names)
     codecs: dict[str, Codec | None] = {}
@@ -89,19 +89,19 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
         raise ValueError(f"gradients: no pattern fits parameter {left[0]!r} ({len(left)} in all); end with '*'")
     if len(set(budgets)) > 1:
         raise ValueError(
-            f"gradients: error budgets {', '.join(map(str, budgets))}: expected the same for all that is auto"
+            f"gradients: error budgets {', '.join(map(str, budgets))}: expected the same wherever the spec is auto"
         )
     specs = tuple((pattern, AUTO if codec is None else str(codec)) for pattern, codec in known.items())
     return Rules(specs, codecs, patterns, budgets[0] if budgets else None)
 
 
 def is_open(gradients: Spec) -> bool:
-    """Whether no one spec is given for all: `auto` or patterns decide. Raises ValueError for an `auto` that makes no sense."""
+    """Return whether `auto` or patterns decide. Raises ValueError for an `auto` that makes no sense."""
     return isinstance(gradients, Mapping) or budget(gradients) is not None
 
 
 def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error_feedback: bool) -> Exception | None:
-    """Return why gradients cannot go by `auto` or by patterns, if they cannot; None if one codec is named for all."""
+    """Return why gradients cannot be sent by `auto` or by patterns, if they cannot; None if one codec is named for all."""
     try:
         if not is_open(gradients):
             return None
@@ -115,7 +115,7 @@ def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error
         )
     if optimizer is not None and gradients != AUTO:
         return ValueError(
-            f"{gradients}: what {name} sends is no gradient, whose error is measured; expected auto alone"
+            f"{gradients}: {name} sends no gradients, whose error a budget limits; expected auto without a budget"
         )
     if (candidates := getattr(optimizer, "candidates", None)) is not None:  # else it is refused for what it is
         try:
@@ -129,6 +129,6 @@ def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error
         )
     if exchange is not None:
         return ValueError(
-            f"exchange={exchange!r}: with {given} each codec takes its own; leave it out, or give one spec"
+            f"exchange={exchange!r}: with {given} each codec uses its own; leave it out, or give one spec"
         )
     return None

@@ -1,4 +1,4 @@
-"""What the ranks of a search tell each other at the end of a turn, and what all of them make of it, the same."""
+"""The figures that the ranks of a search exchange at the end of a turn, and their common result."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""Memory that exchanges work in. It stays allocated: fresh pages cost more than the codec."""
+"""The working memory of exchanges. It stays allocated: fresh pages cost more than the codec."""
 
 from collections.abc import Collection
 

@@ -1,19 +1,19 @@
-"""Which of several specs makes the shortest steps: tried in turns, decided by what all ranks have measured, looked at again.
+"""A search for the spec with the shortest steps: tried in turns, decided by all ranks' figures, and checked later.
 
     none  not counted | none A B | none A B | none A B | A ................ | A ................ ...
                            ^ ranked        ^ one is far     ^ chosen             ^ the ranks look: are the steps still
                                              behind: dropped                       as long as they were? Else from `none` on
 
-On a noisy machine a median of a few steps decides nothing between specs that lie close together. So a spec takes the place of a
-gentler one only if it was ahead in each round (one may fail out of five). If that is still open, further rounds follow. A spec
-that was close to the chosen one meets it again afterwards (`duel.py`).
+On a noisy machine a median of a few steps cannot decide between close specs. So a spec replaces a
+gentler one only if it was faster in each round (it may lose one of five). If that is still open, further rounds follow. A spec
+that was close to the chosen one is compared with it again afterwards (`duel.py`).
 A spec must stay within an error budget, too: the distance of what arrives from the dense mean, measured in steps that are not
 timed. One that leaves it is dropped; if it was chosen, a gentler one takes its place, and it may come back in a later search.
 Steps of a turn are timed from one to the next; the first of each turn is not counted. Where steps of several kinds take turns
-under a spec (its `period`), whole periods stand in the place of steps, and each counts by its mean step. The ranks compare at
-the same steps, and decide from what all of them have said, so all decide the same. Their messages travel during one more step,
-by the spec of the step before it, so that nobody waits for them. No clock and no process group: who holds a search tells it how
-long a step took, and what the ranks said.
+under a spec (its `period`), whole periods replace steps, and each counts by its mean step. The ranks compare at
+the same steps, and decide from the figures of all, so all decide the same. Their messages are sent during one more step,
+by the spec of the step before it, so that no rank waits for them. No clock and no process group: the owner of a search gives it
+the seconds of a step, and the ranks' figures.
 """
 
 import math
@@ -64,7 +64,7 @@ RETRY = 300
 
 @dataclass
 class Search:
-    """The specs that are tried beside `none`; `predict` ranks them, from what each rank said at the end of the plain steps.
+    """The specs that are tried with `none`; `predict` ranks them, from the figures of each rank at the end of the plain steps.
 
     `predict` returns seconds a step by spec, the gentlest spec first, that of `none` among them, the same on all ranks.
     """

@@ -1,4 +1,4 @@
-"""What a bucket holds: one segment a parameter, or a part of one, in the order in which they lie there."""
+"""The content of a bucket: one segment per parameter, or part of one, in their order in the bucket."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from commpress.comm.parameters import real_numel
 
 @dataclass(frozen=True)
 class Segment:
-    """`n` reals of the parameter `name` (a complex value is two), or of the part of one that the name tells.
+    """`n` reals of the parameter `name` (a complex value is two), or of a part of it that the name gives.
 
-    Name and n say which it is: memories are found by them. `shape` and `strides` are the tensor's, in its own values; empty
-    for a part that is no tensor. All ranks must have the same, which the label of each message tells.
+    Name and n identify it: memories are found by them. `shape` and `strides` are the tensor's, in its own values; empty
+    for a part that is no tensor. All ranks must have the same, which the label of each message shows.
     """
 
     name: str

@@ -1,17 +1,17 @@
 """One order of collectives on every rank, while backward goes on.
 
-Buckets arrive in the order in which DDP hands them out, the same on every rank. On CPU one thread encodes them and starts
-their first transfers, another awaits those, starts the ones that follow, and decodes, both in that order:
+Buckets arrive in DDP's order, the same on every rank. On CPU one thread encodes them and starts
+their first transfers; another waits for those, starts the next ones, and decodes, both in that order:
 
     encode thread   [encode 0][encode 1]         [encode 2]
     network                   |== send 0 ==|== send 1 ==|=2=|= send 2 =| ...
     wire thread                             [recode 0]  [decode 0][recode 1] ...
 
-So a bucket is on its way as soon as it is encoded. One that has no code starts in the caller's thread, if none is ahead of
-it: as without us, it waits for no thread to wake up. On an accelerator everything is enqueued on a side stream in the caller's
-thread, and streams wait for each other instead of threads.
+So a bucket is sent as soon as it is encoded. An uncompressed one starts in the caller's thread, if none is before
+it: as without commpress, it does not wait for another thread. On an accelerator everything is enqueued on a side stream in the
+caller's thread, and streams wait for each other instead of threads.
 
-An error ends the exchange for good: the group is closed, so that no peer waits for us, and every rank's future fails.
+An error ends the exchange for good: the group is closed, so that no peer waits for this rank, and every rank's future fails.
 """
 
 import atexit
@@ -66,7 +66,7 @@ def make_future(device: torch.device) -> "torch.futures.Future[Any]":
 
 
 class Sequencer:
-    """Runs the jobs of one process group, until it is collected or the program ends. Then the connections close."""
+    """The runner of one process group's jobs, until it is collected or the program ends. Then the connections close."""
 
     def __init__(self, wire: Wire, meter: Meter) -> None:
         self._lines = _Lines(wire, meter)
@@ -201,10 +201,13 @@ class _Lines:
         """Remember the first error; it ends the exchange."""
         with self.noting:
             if self.error is None:
-                if isinstance(error, LostPeerError) and error.peer is None and self.wire.device.type == "cpu":
-                    error = self.wire.lost_peer(str(error))
-                self.error = self.board.explain(error)
-            traceback.clear_frames(error.__traceback__)  # they hold transfers, which keep the connections open
+                cause = error
+                if isinstance(cause, LostPeerError) and cause.peer is None and self.wire.device.type == "cpu":
+                    cause = self.wire.lost_peer(str(cause))
+                self.error = self.board.explain(cause)
+            for one in (error, error.__cause__, error.__context__):
+                if one is not None:  # its frames hold transfers, which keep the connections open
+                    traceback.clear_frames(one.__traceback__)
 
     def end(self, jobs: list[Job]) -> None:
         """Close the connections and fail these jobs. A transfer that is still held anywhere keeps them open: an exchange that
@@ -250,11 +253,12 @@ _sequencers: "weakref.WeakSet[Sequencer]" = weakref.WeakSet()
 def _end_all() -> None:
     """End the threads before Python shuts down. A thread that drops the last reference to its sequencer runs `_stop` itself,
     and nobody has joined it then."""
+    until = time.monotonic() + 2 * STOP_SECONDS  # torchrun kills what takes 30 s
     for sequencer in list(_sequencers):
         sequencer._ender()
     for thread in threading.enumerate():
         if thread.name in THREADS:
-            thread.join(timeout=STOP_SECONDS)
+            thread.join(timeout=max(0.0, until - time.monotonic()))
 
 
 def _stop(lines: _Lines, threads: list[threading.Thread]) -> None:

@@ -1,4 +1,4 @@
-"""Sessions: the user's handle on the traffic of one model. Report, masks, phases, timeline and state, under every wrapper.
+"""Sessions: the user's handle on the traffic of one model, with report, masks, phases, timeline and state, under every wrapper.
 
 A session knows no framework and sends nothing by itself: its `Collectives` do. The hooks in `commpress.hooks` make it.
 """
@@ -53,7 +53,7 @@ class SideTraffic(Protocol):
         """Call the report's rows by this name from now on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what must survive a restart."""
+        """Return the state for a restart."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -156,7 +156,7 @@ class Session:
     def agree(self, settings: Mapping[str, object], what: str = "settings to compare") -> None:
         """Raise ValueError on every rank, with both values, if these JSON values differ. Collective.
 
-        `what` names them for the error of a rank that meets another one at something else.
+        `what` names them in the error if another rank compares something else.
         """
         for collectives in self.collectives:
             require_equal(collectives.traffic.ask(dict(settings), what))
@@ -180,7 +180,7 @@ class Session:
         return receipt(self.report(), auto.search.choice, spec, counted, auto.break_even(), whole)
 
     def report(self) -> Report:
-        """Return bytes and seconds so far, on this rank. Gradients and parameters have rows of their own."""
+        """Return bytes and seconds so far, on this rank. Gradients and parameters have separate rows."""
         spec = (
             self._spec
             if self._auto is None
@@ -221,7 +221,7 @@ class Session:
                 collectives.meter.timeline = None
 
     def follow_scale(self) -> None:
-        """For hooks: a step begins. What feedback keeps changes with the loss scale."""
+        """For hooks: a step begins. The residual changes with the loss scale."""
         for collectives in self.collectives:
             collectives.follow_scale()
 

@@ -1,4 +1,4 @@
-"""The factors of `powersgd(r)` for ranks that go on without a state of their own: those that all others have, from rank 0."""
+"""The factors of `powersgd(r)` for ranks that go on without their own state: rank 0 sends those that all others have."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""How fast this machine codes: seconds a value of each codec, as the exchanges use it."""
+"""The codecs' speed on this machine: seconds a value, as the exchanges use them."""
 
 import time
 from collections.abc import Callable

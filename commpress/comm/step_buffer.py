@@ -1,8 +1,8 @@
-"""The backwards of replicas, step after step: what they begin with, and the buckets that wait until all of a step are there.
+"""The backwards of replicas, step after step: the state at their start, and the buckets that wait until a step is complete.
 
     bucket -> [pending, if the optimizer must see all first, or a restart has another layout] -> Collectives.all_reduce
 
-They wait where a norm over all gradients is clipped, and in the first step after a restart, which is exchanged in the layout
+They wait if a norm over all gradients is clipped, and in the first step after a restart, which is exchanged in the layout
 that was saved; on an accelerator where the ranks compare what they begin a step with, too.
 """
 
@@ -33,7 +33,7 @@ from commpress.comm.work import Work, not_counted
 
 @dataclass
 class PendingBucket:
-    """A bucket that waits until all of its step are there."""
+    """A bucket that waits until its step is complete."""
 
     bucket: Tensor
     segments: Segments

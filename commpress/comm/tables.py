@@ -1,4 +1,4 @@
-"""A report as a table: of text, and of HTML for notebooks. Both have the same cells: a row a bucket, then the sums."""
+"""A report as a table: of text, and of HTML for notebooks. Both have the same cells: a row per bucket, then the sums."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""When what happened: spans of forward, backward, encode, wire, decode and exposed, as a trace for ui.perfetto.dev.
+"""A timeline: spans of forward, backward, encode, wire, decode and exposed, as a trace for ui.perfetto.dev.
 
     training  [ forward ]   [     backward      ][ exposed ]
     encode                       [0]    [1]    [2]
@@ -6,7 +6,7 @@
                                            [== 1 ==]
     decode                                  [0]     [1] [2]
 
-Times are the host's. On an accelerator that is when the work was enqueued: use `torch.profiler`, which shows ranges of the
+Times are the host's. On an accelerator they tell when the work was enqueued: use `torch.profiler`, which shows ranges with the
 same names (`commpress::encode`, ...) around the kernels.
 """
 
@@ -20,7 +20,7 @@ TRAINING = ("forward", "backward", "exposed")
 
 @dataclass(frozen=True)
 class Span:
-    """One phase of one step; seconds are on `time.perf_counter`. `bucket` is None for what the whole model does."""
+    """One phase of one step; seconds are on `time.perf_counter`. `bucket` is None for phases of the whole model."""
 
     phase: str
     step: int
@@ -37,7 +37,7 @@ class Timeline:
     spans: list[Span] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The trace in Chrome's format: microseconds since the first span, a process a rank, a line a kind of work."""
+        """Return the trace in Chrome's format: microseconds from the first span, a process a rank, a line a kind of work."""
         spans = sorted(self.spans, key=lambda span: (span.start, -span.end))
         origin = spans[0].start if spans else 0.0
         lines: list[tuple[str, float]] = []  # the name of each line and when it is free again

@@ -1,4 +1,4 @@
-"""One group's wire, sequencer and meter: what is sent there is put in line, counted, labelled and compared."""
+"""One group's wire, sequencer and meter: its traffic is queued, counted, labelled and compared."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,11 +1,11 @@
-"""Do all replicas hold the same bits? Every N steps the ranks compare hashes of the means that they got and of parameters.
+"""A check that all replicas hold the same bits: every N steps the ranks compare hashes of the means and of parameters.
 
-    step          0 1 2 . . . N . . . 2N           what is compared: 16 bytes a rank, behind the last bucket
-    means         hash of every bucket's mean      as it came out of the exchange
-    parameters    hash of every parameter          as forward had them
-    payloads      a checksum in each header        so that damage on the way to one owner shows, which all would believe
+    step          0 1 2 . . . N . . . 2N           16 bytes a rank are compared, after the last bucket
+    means         hash of every bucket's mean      after the exchange
+    parameters    hash of every parameter          at forward
+    payloads      a checksum in each header        shows damage on the way to one owner, which all would get
 
-Where they differ the ranks tell each other one hash a parameter, and the error names the rank and the parameter.
+If they differ, the ranks exchange one hash per parameter, and the error names the rank and the parameter.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from commpress.comm.failure import DriftError
 from commpress.kernels.cpu.fingerprint import fingerprint
 
 FIRST_STEPS = 3
-"""Compared in any case: most of what goes wrong is wrong from the start."""
+"""The first steps, which are always compared: most errors exist from the start."""
 EVERY = 1000
 
 
@@ -31,7 +31,7 @@ def require_interval(verify: object) -> None:
 
 
 def is_due(verify: int, step: int) -> bool:
-    """Whether a step (from 0) is compared."""
+    """Return whether a step (from 0) is compared."""
     return verify > 0 and (step < FIRST_STEPS or step % verify == 0)
 
 
@@ -44,13 +44,13 @@ class Comparison:
         self._hashes = [fingerprint(p) for _, p in parameters]
 
     def watch(self, exchange: Iterator[Transfer], bucket: Tensor, name: str) -> Iterator[Transfer]:
-        """Note the hash of what an exchange leaves in a bucket."""
+        """Note the hash of a bucket after its exchange."""
         yield from exchange
         self._names.append(name)
         self._hashes.append(fingerprint(bucket))
 
     def finish(self, exchange: Iterator[Transfer], wire: Wire, label: Label) -> Iterator[Transfer]:
-        """Compare, behind the exchange of a step's last bucket. Raises DriftError on all ranks if anything differs."""
+        """Compare, after the exchange of a step's last bucket. Raises DriftError on all ranks if anything differs."""
         for transfer in exchange:
             transfer.last, transfer.decodes = False, transfer.last
             yield transfer

@@ -1,10 +1,10 @@
-"""The version of sharded parameters that all ranks have: what they were given last, and what only a change is sent for.
+"""The version of sharded parameters that all ranks have: the result of the last gather, to which only changes are sent.
 
     owner of shard r    x_r (exact, stepped by the optimizer)
     every rank          v_0 v_1 .. v_(W-1), two bytes a value, the same bits everywhere
 
-A version is a copy of all that is gathered, on every rank: 2 W m bytes for shards of m values. The owner has x_r, so x_r - v_r
-is all that is missing of it. A state has each rank's own v_r alone; without a version nothing is lost, it is sent anew.
+A version is a copy of all gathered values, on every rank: 2 W m bytes for shards of m values. The owner has x_r, so x_r - v_r
+is all that is missing. A state has only each rank's own v_r; without a version nothing is lost, it is sent again.
 """
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ def make_future(device: torch.device) -> "Future[Any]":
 
 
 class Work(dist.Work):
-    """An operation that is under way. Its result will be in `out`. `waited` is told for how many seconds `wait` stood still."""
+    """An operation under way. Its result will be in `out`. `waited` gets the seconds that `wait` took."""
 
     def __init__(self, out: Tensor, waited: Callable[[float], None]) -> None:
         super().__init__()

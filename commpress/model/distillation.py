@@ -236,7 +236,7 @@ class Distiller:
             )
         if logits.requires_grad and not h.requires_grad:
             raise ValueError(
-                f"{kind} of {mine!r}: nothing that is trained leads to it: either all before it is frozen, or it is inside "
+                f"{kind} of {mine!r}: no trained parameter leads to it: either everything before it is frozen, or it is inside "
                 "a reentrant activation checkpoint; checkpoint with use_reentrant=False"
             )
 

@@ -97,7 +97,7 @@ class _OfGradients:
     def _seen(self) -> None:
         for name, steps in self._steps.items():
             if not steps:
-                raise ValueError(f"{type(self).__name__} of {name!r}: there has been no gradient of it")
+                raise ValueError(f"{type(self).__name__} of {name!r}: it has had no gradient yet")
 
 
 class Taylor(_OfGradients):
@@ -191,7 +191,7 @@ class Wanda:
         found = {name: norm for name, norm in zip(self._inputs, norms, strict=True) if bool(norm.any())}
         if not found:
             first = next(iter(self._inputs))
-            raise ValueError(f"Wanda of {first!r}: no input has come by its layer in training mode")
+            raise ValueError(f"Wanda of {first!r}: its layer has had no input in training mode")
         scores = {}
         for name, norm in found.items():
             size = whole(self._parameters[name]).abs().float()

@@ -69,7 +69,7 @@ def require_n_of_m(masks: Mapping[str, Tensor], n: int, m: int) -> None:
             first = int((kept > n).nonzero()[0, 0])
             row, group = divmod(first, mask.shape[-1] // m)
             raise ValueError(
-                f"{name!r}: {int(kept[first])} of the {m} weights from [{row}, {group * m}] on stay, at most {n} may"
+                f"{name!r}: {int(kept[first])} of the {m} weights from [{row}, {group * m}] on are kept, expected at most {n}"
             )
 
 

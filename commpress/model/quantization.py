@@ -284,7 +284,7 @@ def _check(name: str, module: Any, settings: Quantization) -> None:
         )
     if row_shape(module) and settings.activations == "dynamic":
         raise ValueError(
-            f"Quantization(activations='dynamic'): {name!r} is a {type(module).__name__}, whose inputs are no tokens; "
+            f"Quantization(activations='dynamic'): {name!r} is a {type(module).__name__}, whose inputs are not tokens; "
             "expected 'static' or None, or layers without it"
         )
     for its, w in weights_of(module).items():

@@ -45,7 +45,7 @@ def chosen(recipe: Recipe, model: nn.Module, optimizers: Sequence[Any]) -> list[
         if not names:
             raise RecipeError(
                 f"prune[{index}].parameters: the model has no Linear layers that are trained, expected globs of names, "
-                f"there are {listed(parameters)}"
+                f"known: {listed(parameters)}"
             )
         if entry.criterion == "wanda":
             names = _called(f"prune[{index}].criterion", names, model)
@@ -107,7 +107,9 @@ def _called(key: str, names: list[str], model: nn.Module) -> list[str]:
     without = [name for name in names if name.rpartition(".")[0] in uncalled]
     left = [name for name in names if name not in without]
     if without and not left:
-        raise RecipeError(f"{key}: wanda sees no input of {listed(without)}, nn.MultiheadAttention uses it uncalled")
+        raise RecipeError(
+            f"{key}: wanda sees no input of {listed(without)}, nn.MultiheadAttention uses it without a call"
+        )
     if without:
         warn(f"{key}: wanda leaves out {listed(without)}: nn.MultiheadAttention uses it without a call of its module")
     return left
@@ -157,8 +159,8 @@ def _require_gradients(index: int, entry: Prune, optimizers: Sequence[Any]) -> N
             )
         if entry.criterion in ("taylor", "movement") and isinstance(optimizer, SendsMoves):
             raise RecipeError(
-                f"prune[{index}].criterion: {entry.criterion} needs gradients; what {kind} gets is how far a momentum has "
-                "moved, expected magnitude or wanda"
+                f"prune[{index}].criterion: {entry.criterion} needs gradients, and {kind} gets the change of a momentum "
+                "instead; expected magnitude or wanda"
             )
 
 
@@ -192,5 +194,6 @@ def _require_possible(index: int, entry: Prune, names: list[str], model: nn.Modu
         }
         if not any(round(entry.amount * n) for n in whole[entry.scope]):
             raise RecipeError(
-                f"prune[{index}].amount: {entry.amount} of {max(whole[entry.scope])} weights is none, expected at least one"
+                f"prune[{index}].amount: {entry.amount} of {max(whole[entry.scope])} weights rounds to none, expected at "
+                "least one"
             )

@@ -67,7 +67,7 @@ def _require_same(model: nn.Module, stored: Stored, integers: dict[str, Codes]) 
     here = {name: settings for name, _, settings in quantization.prepared(model)}
     if wrong := sorted(here.keys() ^ {_owner(model, name) for name in integers}):
         where = "model" if wrong[0] in here else "file"
-        raise ValueError(f"restore: {wrong[0]!r} has integers in the {where} alone")
+        raise ValueError(f"restore: {wrong[0]!r} has integers only in the {where}")
     for name, codes in integers.items():
         its, width, groups = here[_owner(model, name)], codes.values.shape[1], codes.scale.shape[1]
         if (its.bits, width // (its.group or width)) != (codes.bits, groups):
@@ -78,7 +78,7 @@ def _require_same(model: nn.Module, stored: Stored, integers: dict[str, Codes]) 
     static = {name for name, module in model.named_modules() if quantizer_of(module) is not None}
     if wrong := sorted(static ^ stored.ranges.keys()):
         where = "model" if wrong[0] in static else "file"
-        raise ValueError(f"restore: {wrong[0]!r} has a range of inputs in the {where} alone")
+        raise ValueError(f"restore: {wrong[0]!r} has a range of inputs only in the {where}")
 
 
 def _owner(model: nn.Module, name: str) -> str:

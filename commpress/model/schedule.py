@@ -91,7 +91,7 @@ class Scheduler:
             raise TypeError("Scheduler: the recipe has a [budget], expected held_out=, batches (inputs, targets)")
         if recipe.search is not None:
             raise RecipeError(
-                "search: `commpress train` makes it before a run, expected a recipe without it, after_search()"
+                "search: `commpress train` searches before a run; expected the recipe after it, recipe.after_search(...)"
             )
         if recipe.export is not None and not isinstance(example_inputs, tuple):
             raise TypeError("Scheduler: the recipe has an [export], expected example_inputs=, a tuple")
@@ -369,8 +369,8 @@ class Scheduler:
                 one, other = before[index : index + 1], now[index : index + 1]
                 if one != other and any(entry.start <= done for entry in one + other):
                     raise ValueError(
-                        f"cannot restore: by step {done} {name}[{index}] has begun, and the saved run's is another than this "
-                        "recipe's"
+                        f"cannot restore: by step {done} {name}[{index}] has begun, and the saved run had another entry than "
+                        "this recipe"
                     )
 
 

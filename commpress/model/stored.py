@@ -127,7 +127,7 @@ def encode(model: nn.Module, *, masks: Mapping[str, Tensor] | None = None) -> St
     stored, first = Stored({}, {}, {}, {}), dict[int, str]()
     for name, x in state.items():
         if not isinstance(x, Tensor):
-            raise ValueError(f"store: {name!r} of the state dict is no tensor but a {type(x).__name__}")
+            raise ValueError(f"store: {name!r} of the state dict is a {type(x).__name__}, expected a tensor")
         if first.setdefault(id(x), name) != name:
             stored.shared[name] = first[id(x)]
             continue
@@ -171,7 +171,7 @@ def load(path: str | Path) -> Stored:
             metadata = file.metadata() or {}
             packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except library.SafetensorError as error:
-        raise DamagedFileError(f"{path}: no safetensors file, or damaged: {error}") from error
+        raise DamagedFileError(f"{path}: not a safetensors file, or damaged: {error}") from error
     try:
         return _unpacked(packed, metadata)
     except (ValueError, RuntimeError) as error:  # torch's own is of shapes and dtypes that it cannot do
@@ -184,9 +184,9 @@ def _summed(path: Path) -> tuple[int, int, int]:
         whole, size = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         header = file.read(size) if size <= min(whole - 8, MOST_HEADER) else b""
         if not header.startswith(b"{"):
-            raise DamagedFileError(f"{path}: no safetensors file, or damaged: cut short, or no header at its start")
+            raise DamagedFileError(f"{path}: not a safetensors file, or damaged: cut short, or no header at its start")
         if b'"commpress"' not in header:
-            raise DamagedFileError(f"{path}: a safetensors file, but not of commpress, or damaged")
+            raise DamagedFileError(f"{path}: a safetensors file, but not written by commpress, or damaged")
         if (told := CHECKSUM.search(header)) is None:
             raise DamagedFileError(
                 f"{path}: no checksum in its header: damaged, or written before files had one; store the model again"
@@ -218,7 +218,7 @@ def _unpacked(packed: dict[str, Tensor], metadata: Mapping[str, str]) -> Stored:
     try:
         header = json.loads(metadata.get("commpress", ""))
     except (ValueError, RecursionError):
-        raise ValueError("its metadata is no JSON") from None
+        raise ValueError("its metadata is not JSON") from None
     if not isinstance(header, dict) or header.get("version") != VERSION:
         raise ValueError(
             f"format version {header.get('version') if isinstance(header, dict) else None}, expected {VERSION}"
@@ -227,7 +227,7 @@ def _unpacked(packed: dict[str, Tensor], metadata: Mapping[str, str]) -> Stored:
     if not isinstance(layout, dict) or not all(isinstance(how, dict) for how in layout.values()):
         raise ValueError("its header has no layout, expected a table by tensor")
     if not isinstance(shared, dict) or not all(isinstance(first, str) for first in shared.values()):
-        raise ValueError("its header does not say what is shared, expected a name by name")
+        raise ValueError("its header has no table of shared tensors, expected a name by name")
     if wrong := [name for name, first in shared.items() if first not in layout or name in layout]:
         raise ValueError(
             f"{wrong[0]!r} is shared with {shared[wrong[0]]!r}: expected a tensor of the file, and no other"
@@ -243,7 +243,7 @@ def _unpacked(packed: dict[str, Tensor], metadata: Mapping[str, str]) -> Stored:
 def _ranges(told: object) -> dict[str, tuple[float, float]]:
     """The ranges that a header tells. Raises ValueError for what no `save` wrote."""
     if not isinstance(told, dict):
-        raise ValueError("its header does not say ranges by module, expected [low, high] by name")
+        raise ValueError("its header has no ranges by module, expected [low, high] by name")
     for name, pair in told.items():
         two = isinstance(pair, list) and len(pair) == 2 and all(isinstance(end, float) for end in pair)
         if not (two and -math.inf < pair[0] <= 0 <= pair[1] < math.inf):

@@ -241,7 +241,7 @@ class Outer:
                 raise ValueError(f"cannot restore: rank {rank}: {other['error']}")
         holders = [rank for rank, other in enumerate(everyone) if other["steps"] is not None]
         if not holders:
-            raise ValueError("cannot restore: no rank has a state, expected at least one that has")
+            raise ValueError("cannot restore: no rank has a state, expected at least one with a state")
         counts = {everyone[rank]["steps"] for rank in holders}
         if len(counts) > 1:
             raise ValueError(f"cannot restore: the ranks' states are of different steps: {sorted(map(str, counts))}")

@@ -118,8 +118,8 @@ def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> C
         raise refusal
     if not error_feedback:
         raise ValueError(
-            "error_feedback=False: EF21Muon sums up what arrives, so what is left out must follow; leave it out (where it is "
-            "sharded, gradients have no feedback)"
+            "error_feedback=False: EF21Muon adds up what it receives, so a later step must send what one left out; leave "
+            "error_feedback out (where it is sharded, gradients have no feedback)"
         )
     assert isinstance(spec, str | Codec)
     require_flat(codec := parse(spec), "the momentum of a sharded matrix goes to its owner as rows")

@@ -230,8 +230,8 @@ def _use_our_optimizer(config: dict[str, Any], given: dict[str, Any]) -> None:
     config.setdefault("zero_allow_untested_optimizer", True)
     if (config.get("bf16") or {}).get("enabled") and not (config.get("zero_optimization") or {}).get("stage"):
         raise ValueError(
-            f"{name} under ZeRO 0 with bf16: DeepSpeed steps copies of the parameters, and before they can be attached; "
-            "expected float32, or ZeRO 1 or 2"
+            f"{name} under ZeRO 0 with bf16: DeepSpeed steps copies of the parameters, and steps them before attach can see "
+            "them; expected float32, or ZeRO 1 or 2"
         )
 
 
@@ -278,7 +278,7 @@ def _plans(
         raise type(error)(f"parameters: {error}") from None
     if other.delta:
         raise ValueError(
-            f"parameters: {other.spec}: ZeRO 1 and 2 send what has changed by the codec alone, ZeRO 3 does not; expected "
+            f"parameters: {other.spec}: ZeRO 1 and 2 send changes already, ZeRO 3 does not; expected "
             f"{other.codec}, or FSDP2"
         )
     if stage == 3 and other.codec.sparse:

@@ -79,7 +79,7 @@ def attach_refusal(
             )
     if exchange is not None and sharded:
         return ValueError(
-            f"exchange {exchange!r}: ZeRO {stage} sends each part of a gradient to its owner and nowhere else; leave it out"
+            f"exchange {exchange!r}: ZeRO {stage} sends each part of a gradient to its owner only; leave it out"
         )
     return None if optimizer is None else _optimizer_refusal(engine, stage, sharded, optimizer)
 
@@ -95,7 +95,8 @@ def gradients_refusal(
     """Return why gradients cannot go by `auto` or by patterns, if they were asked to and cannot."""
     if stage and isinstance(gradients, Mapping):
         return ValueError(
-            f"gradients: patterns decide at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner, as one: "
+            f"gradients: patterns work only at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner in one "
+            "piece: "
             'expected one spec, such as "int4", or "auto"'
         )
     refusal = open_refusal(gradients, optimizer, exchange, error_feedback)
@@ -115,7 +116,7 @@ def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -
     name = type(optimizer).__name__
     if not isinstance(optimizer, CompressedOptimizer):
         return TypeError(
-            f"optimizer: expected one of commpress.optim, got {name}; others take what arrives, leave optimizer= out for them"
+            f"optimizer: expected one of commpress.optim, got {name}; others use p.grad as it is, leave optimizer= out for them"
         )
     if optimizer is not engine.basic_optimizer:
         return ValueError(
@@ -123,12 +124,13 @@ def _optimizer_refusal(engine: Any, stage: int, sharded: bool, optimizer: Any) -
         )
     if stage == 3:
         return ValueError(
-            f"{name} under ZeRO 3: expected ZeRO 0, 1 or 2; parameters that come and go have no place for it"
+            f"{name} under ZeRO 3: expected ZeRO 0, 1 or 2; parameters that ZeRO 3 gathers and frees have no place for its "
+            "state"
         )
     if stage > 0 and not sharded and engine.bfloat16_enabled():
         return ValueError(
-            f"{name} under ZeRO {stage} with bf16: every rank steps all parameters, of which DeepSpeed gives it a part in "
-            "float32; expected a float32 model, or OneBitAdamW with parameters='int4' or so, which is sharded"
+            f"{name} under ZeRO {stage} with bf16: every rank steps all parameters, but DeepSpeed gives it only a part of "
+            "them in float32; expected a float32 model, or OneBitAdamW with parameters='int4' or so, which is sharded"
         )
     if stage > 0 and (not sharded or isinstance(optimizer, EF21Muon)) and engine.zero_elastic_checkpoint():
         return ValueError(f"{name} under ZeRO {stage}: elastic_checkpoint would save a part of its state; leave it out")

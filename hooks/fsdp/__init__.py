@@ -212,7 +212,7 @@ def _require_one_mesh(held: list[Unit]) -> None:
     meshes = {(ranks(u.shard_groups[0]), None if u.replica_group is None else ranks(u.replica_group)) for u in held}
     if len(meshes) > 1:
         raise ValueError(
-            f"gradients: auto for modules on {len(meshes)} meshes: no group of ranks compares for all of them; expected one "
+            f"gradients: auto for modules on {len(meshes)} meshes: no group of ranks can compare all of them; expected one "
             "mesh, or a spec, such as 'int4'"
         )
 

@@ -22,7 +22,7 @@ def refusal(held: list[Unit], optimizer: EF21Muon) -> Exception | None:
     for unit in held:
         if unit.offloads:
             return ValueError(
-                "EF21Muon with CPUOffloadPolicy: matrices are owned where they are computed; leave offload_policy out"
+                "EF21Muon with CPUOffloadPolicy: each matrix must stay on the device that steps it; leave offload_policy out"
             )
         for name, p in unit.parameters().items():
             if isinstance(p, DTensor) and p.device_mesh.ndim > 1:

@@ -112,7 +112,7 @@ def test_all_ranks_agree_on_who_is_in_a_node(
 
 def test_an_exchange_that_knows_no_nodes_says_what_it_expects() -> None:
     with pytest.raises(
-        ValueError, match=r"'hierarchical': expected how many ranks a node has, as in 'hierarchical\(8\)'"
+        ValueError, match=r"'hierarchical': expected the number of ranks per node, as in 'hierarchical\(8\)'"
     ):
         Plan.of("int4", "hierarchical").choose(5000, 4, 8)
 

@@ -197,7 +197,7 @@ def resumed(spec: str) -> bool:
             model.load_state_dict(first.state_dict())
             optimizer.load_state_dict(optimizers[first].state_dict())
             too_early = outcome(functools.partial(session.load_state_dict, saved))
-            assert "restore the masks before" in too_early, too_early
+            assert "restore the masks first" in too_early, too_early
         session.set_masks(masks)
         if model is then:
             session.load_state_dict(saved)

@@ -295,7 +295,7 @@ def refusals() -> dict[str, str]:
 
 def test_what_auto_cannot_choose_is_refused_by_name_on_all_ranks() -> None:
     for got in run(2, refusals):
-        assert "exchange='two_shot': with auto each codec takes its own" in got["exchange"]
+        assert "exchange='two_shot': with auto each codec uses its own" in got["exchange"]
         assert "rank 1 has spec 'auto', rank 0 has 'int4'" in got["differ"]
         assert "attach finds the codec of gradients while training goes on" in got["codec"]
         wanted = "expected an error above 0, a share of the mean, as in auto(error=0.5)"

@@ -282,7 +282,7 @@ def refusals() -> dict[str, str]:
 
 def test_what_auto_cannot_do_is_refused_by_name_on_all_ranks() -> None:
     for got in run(4, refusals):
-        assert "auto for modules on 2 meshes: no group of ranks compares for all of them; expected one" in got["meshes"]
+        assert "auto for modules on 2 meshes: no group of ranks can compare all of them; expected one" in got["meshes"]
         assert "rank 1 has" in got["differ"]
         assert "rank 1 has" in got["parameters differ"]
         assert "parameters: auto beside gradients by int4: one search decides for both" in got["parameters alone"]

@@ -154,6 +154,6 @@ def test_what_is_not_possible_says_so() -> None:
     stage, auto, feedback, exchange = of_ranks[0]
     assert "EF21Muon under ZeRO 3: expected ZeRO 0, 1 or 2" in stage
     assert auto.startswith("TypeError: EF21Muon: auto cannot choose")
-    assert "error_feedback=False: EF21Muon sums up what arrives" in feedback
+    assert "error_feedback=False: EF21Muon adds up what it receives" in feedback
     assert "exchange 'one_shot': ZeRO 2 sends each part of a gradient to its owner" in exchange
     assert all(found == of_ranks[0] for found in of_ranks)

@@ -231,7 +231,7 @@ def nothing_left() -> list[str]:
 
 def test_a_model_of_which_all_is_delayed_is_refused_on_all_ranks() -> None:
     (one,), (other,) = run(2, nothing_left)
-    assert "ignores or delays all that is trained" in one
+    assert "ignores or delays every trained parameter" in one
     assert other == one.replace("ValueError: ", "ValueError: rank 0: ")
 
 

@@ -68,7 +68,7 @@ def test_where_it_cannot_serve_a_sentence_says_what_to_take() -> None:
     one, other = run(2, refusals)
     assert one == other
     for case in ("encode", "decode"):
-        assert "powersgd(2) codes no flat values: it needs the shapes of a model's parameters" in one[case]
+        assert "powersgd(2) cannot code flat values: it needs the shapes of a model's parameters" in one[case]
     assert one["FSDP2"] == f"ValueError: gradients: {SHARDS}, such as int4"
     assert one["FSDP2's parameters"] == f"ValueError: parameters: {SHARDS}, such as int4"
     assert "OneBitAdamW sends no gradients" in one["an optimizer"]
@@ -81,7 +81,10 @@ def test_where_it_cannot_serve_a_sentence_says_what_to_take() -> None:
         assert "expected another spec, such as int4" in one[case]
     assert "exchange='two_shot': powersgd(2) needs low_rank; leave exchange out" in one["another exchange"]
     assert "exchange='low_rank': int4 needs two_shot; leave exchange out" in one["its exchange"]
-    assert "powersgd(2) codes matrices, and the values of topk are none; expected int4 or sign" in one["behind topk"]
+    assert (
+        "powersgd(2) codes matrices, and the values of topk are not matrices; expected int4 or sign"
+        in one["behind topk"]
+    )
     assert "only the values of one of topk(...), randomk(...), rotate can be coded" in one["in front"]
     assert "powersgd(0): the rank must be at least 1, got 0" in one["no rank"]
     assert "powersgd takes a rank, as in powersgd(4), got (0.5)" in one["half a rank"]

@@ -143,7 +143,7 @@ def test_refusals_are_errors_on_all_ranks() -> None:
     for got in run(2, refusals):
         assert "OneBitAdamW needs one spec of the gradients" in got["optimizer"]
         assert "or auto; got patterns" in got["optimizer"]
-        assert "with patterns each codec takes its own" in got["exchange"]
+        assert "with patterns each codec uses its own" in got["exchange"]
         assert "rank 1 has spec '0.*: int4, *.bias: none, *: int4', rank 0 has '0.*: int8" in got["differ"]
         assert "'nothing': decides for none of 6 parameters" in got["one rank"]
 

@@ -120,9 +120,12 @@ def refusals() -> list[tuple[tuple[str, ...], str]]:
     own, example = ("--model", "models:build"), ("--example", "models:inputs")
     return [
         ((), "expected the folder of a run, or --model module:factory"),
-        (("run", *own, *example), "--example models:inputs: counts beside --model alone, without the folder of a run"),
-        ((*own, *example, "--data", "models:data"), "--data models:data: counts beside the folder of a run alone"),
-        (("run", "--state", "x.pt"), "--state x.pt: counts beside --model alone"),
+        (
+            ("run", *own, *example),
+            "--example models:inputs: has an effect only with --model, without the folder of a run",
+        ),
+        ((*own, *example, "--data", "models:data"), "--data models:data: has an effect only with the folder of a run"),
+        (("run", "--state", "x.pt"), "--state x.pt: has an effect only with --model"),
         (("nowhere",), "nowhere: there is no checkpoint, expected the folder of a run of `commpress train`"),
         (own, "--example: expected module:function, such as my_project.models:inputs"),
         (("--model", "models:none", *example), "--model models:none: returns a int, expected a torch.nn.Module"),
@@ -130,12 +133,12 @@ def refusals() -> list[tuple[tuple[str, ...], str]]:
         ((*own, "--example", "models:tensor"), "--example models:tensor: returns a Tensor, expected a tuple"),
         ((*own, "--example", "models:fails"), "--example models:fails: the call fails: OSError: no data"),
         ((*own, *example, "--state", "gone.pt"), "No such file or directory: 'gone.pt'"),
-        ((*own, *example, "--state", "recipe.toml"), "--state recipe.toml: no file of torch.save, or damaged"),
+        ((*own, *example, "--state", "recipe.toml"), "--state recipe.toml: not a file of torch.save, or damaged"),
         (
             (*own, *example, "--state", "other.pt"),
             "--state other.pt: Error(s) in loading state_dict for Sequential: Missing",
         ),
-        ((*own, *example, "--state", "text.safetensors"), "text.safetensors: no safetensors file, or damaged"),
+        ((*own, *example, "--state", "text.safetensors"), "text.safetensors: not a safetensors file, or damaged"),
         ((*own, *example, "--recipe", "recipe.toml"), "'0': no range of inputs has been learned"),
         ((*own, *example, "--formats", "integer"), "Linear of '0' has no integer form"),
         ((*own, *example, "--out", "recipe.toml"), "--out recipe.toml: cannot write to recipe.toml: Not a directory"),

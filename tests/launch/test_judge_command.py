@@ -162,5 +162,5 @@ def test_a_run_without_a_checkpoint_or_with_half_a_recipe_is_refused(tmp_path: P
     checkpoint.write(tmp_path, 4, 0, {**shared, "durations": [], "curve": [], "traffic": {}}, {"session": None})
     assert judge.model_of(tmp_path) == tmp_path  # nothing counts before it is published
     checkpoint.publish(tmp_path, 4)
-    with pytest.raises(ValueError, match="is at step 4 of 9, expected its recipe to be over"):
+    with pytest.raises(ValueError, match="is at step 4 of 9, expected a run whose recipe has finished"):
         judge.model_of(tmp_path)

@@ -215,7 +215,7 @@ def test_a_folder_of_a_run_is_a_page_with_its_sizes_and_latencies(tmp_path: Path
         assert code == 1
         assert "empty: a folder without record.json, search.json, " in err
     code, _, err = run_command("report", tmp_path / "page.html")
-    assert (code, "expected files of runs behind the page to write" in err) == (1, True)
+    assert (code, "expected files of runs after the page to write" in err) == (1, True)
 
 
 def test_the_command_line(tmp_path: Path) -> None:

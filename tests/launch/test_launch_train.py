@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path, text: Path) -> 
         (["--parallel", "diloco", "--optimizer", "EF21Muon"], "expected --parallel ddp, got diloco"),
         (
             ["--optimizer-warmup", 2, "--optimizer", "EF21Muon"],
-            "--optimizer-warmup 2: counts for nothing here, expected",
+            "--optimizer-warmup 2: has no effect here, expected",
         ),
         (["--width", 30, "--heads", 4], "--width 30 --heads 4: the width must be a multiple of the heads"),
         (["--layers", 0], "--layers 0: expected at least 1"),

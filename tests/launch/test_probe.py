@@ -235,7 +235,7 @@ def test_one_rank_has_no_network_to_probe_and_reads_how_to_start_it() -> None:
     done = run_command("probe", "--params", "124m")
     assert done.code == 1
     assert done.err == (
-        "error: one rank has no network to probe: start it on all of them, as in "
+        "error: one rank has no network to probe: start it on all ranks, as in "
         "torchrun --nproc-per-node 2 -m commpress.launch.probe --params 124m\n"
     )
 
@@ -322,7 +322,7 @@ def test_the_trained_parameters_of_a_model_are_counted(zoo: Path, name: str, val
         ("no_such_models:big", "no_such_models cannot be imported: ModuleNotFoundError"),
         ("broken_models:big", "broken_models cannot be imported: RuntimeError: no licence"),
         ("zoo_of_models:huge", "zoo_of_models has no huge"),
-        ("zoo_of_models:size", "size is a int, expected something to call"),
+        ("zoo_of_models:size", "size is a int, expected a function or class"),
         ("zoo_of_models:asks", "the call fails: TypeError: asks() missing 1 required positional argument"),
         ("zoo_of_models:words", "returns a str, expected a torch.nn.Module"),
         ("zoo_of_models:frozen", "the model has no parameter to train"),

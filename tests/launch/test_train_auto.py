@@ -181,7 +181,7 @@ def test_a_file_has_specs_by_parameter(tmp_path: Path) -> None:
         ("a.toml", '"*" = 4', '\'*\': expected a spec in quotes, as in "*.bias" = "none", got 4'),
         ("a.toml", "", "expected patterns and their specs"),
         ("a.toml", '"*" = ', "Invalid value"),
-        ("a.json", '{"*": "int4", "*": "int8"}', "'*': the pattern is there twice"),
+        ("a.json", '{"*": "int4", "*": "int8"}', "'*': the pattern appears twice"),
         ("a.json", "[1]", "expected patterns and their specs"),
         ("a.json", '{"*": ', "line 1"),
     ],

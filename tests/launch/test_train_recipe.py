@@ -258,8 +258,8 @@ def test_what_cannot_be_is_said_on_all_ranks(folder: Path) -> None:
             "prune[0].parameters: 'blocks.9.*' matches nothing, known: ",
             "expected --parallel ddp, fsdp or deepspeed, got diloco",
             "No such file",
-            "by step 14 prune[0] has begun, and the saved run's is another than this recipe's",
-            "not both",
+            "by step 14 prune[0] has begun, and the saved run had another entry than this recipe",
+            "expected only one of them",
             "has --seed 0, this one --seed 9",
             "that run has a recipe, this one none; expected --recipe",
             "it is at step 14, expected --steps above that",
@@ -279,8 +279,8 @@ def test_a_recipe_may_say_specs_by_parameter(tmp_path: Path) -> None:
     for text, said in (
         ('"*.wieght" = "int8"', "traffic.spec: '*.wieght': decides for none of"),
         ('"*" = "int5"', "traffic.spec: '*': spec 'int5': unknown codec 'int5'"),
-        ('"*" = 4', "traffic.spec: expected text in quotes, or a table of such by patterns of names, got {'*': 4}"),
-        ('blocks.bias = "none"', "traffic.spec: expected text in quotes, or a table of such by patterns of names"),
+        ('"*" = 4', "traffic.spec: expected text in quotes, or a table of texts by patterns of names, got {'*': 4}"),
+        ('blocks.bias = "none"', "traffic.spec: expected text in quotes, or a table of texts by patterns of names"),
     ):
         recipe.write_text(f"[traffic.spec]\n{text}\n")
         with pytest.raises(train.TrainingError) as error:
@@ -315,7 +315,7 @@ def test_what_a_recipe_exports_is_written_when_the_run_ends_and_once_more_if_tha
     recipe.write_text('[[prune]]\nstart = 1\namount = 0.5\n[export]\nformats = ["safetensors", "integer"]\n')
     settings = {**COMMON, "steps": 2, "data": tmp_path / "text.txt", "recipe": recipe, "out": out, "compress": "none"}
     with pytest.raises(
-        train.TrainingError, match=r"export: integer cannot be written: .*; the run itself is over, in "
+        train.TrainingError, match=r"export: integer cannot be written: .*; the run itself has finished, in "
     ):
         train.train(train.Settings(**settings))
     own, exported = (stored.load(out / name / "model.safetensors").state_dict() for name in (".", "exported"))

@@ -279,23 +279,23 @@ def require_code_is_named() -> None:
             ENTRIES,
             "--model whole_task:number: returns a int, expected a torch.nn.Module",
         ),
-        ({"data": None}, ENTRIES, "--data None: expected module:function beside --model"),
+        ({"data": None}, ENTRIES, "--data None: expected module:function with --model"),
         ({"data": Path("whole_task:number")}, ENTRIES, "--data whole_task:number: expected (training, held_out)"),
         ({"parallel": "fsdp"}, PRUNE, "--model whole_task:build: expected --parallel ddp, got fsdp"),
-        ({"width": 64}, ENTRIES, "--width 64: is of the GPT and its text, expected none beside --model"),
+        ({"width": 64}, ENTRIES, "--width 64: is only for the built-in GPT and its text, expected none with --model"),
         (
             {},
             ENTRIES.replace("whole_task:plain", "whole_task:number"),
             "distil.teacher: whole_task:number returns a int",
         ),
-        ({}, "[search]\nstart = 3\n", "search.start: says when layers are compressed, expected layers beside it"),
+        ({}, "[search]\nstart = 3\n", "search.start: says when layers are compressed, expected layers with it"),
         (
             {"model": None, "data": None},
             "[search]\nsteps = 2\n",
             "search: space: a GPT without a OneOf, Depth, Width or Heads, expected a choice in it; expected search.layers, or "
             "a --model with choices",
         ),
-        ({"model": None, "data": None}, "[budget]\nmax_mb = 1\n", "budget.start: 0, when the model knows nothing yet"),
+        ({"model": None, "data": None}, "[budget]\nmax_mb = 1\n", "budget.start: 0, before any training"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_trained(

@@ -124,7 +124,7 @@ class Twice(nn.Module):
         (nn.Sequential(nn.Linear(32, 8)), Quantization(), "Linear of '0' has no integer form, .* static inputs"),
         (nn.Sequential(nn.Linear(32, 8)), Quantization(4, None, "static"), "Linear of '0' has no integer form"),
         (nn.Sequential(nn.Linear(32, 8)), Quantization(8, 8, "static"), "Linear of '0' has no integer form"),
-        (Twice(), STATIC, "what the input gives goes to Linear of 'inner' and add, expected a chain"),
+        (Twice(), STATIC, "the input goes to Linear of 'inner' and add, expected a chain"),
     ],
     ids=["softmax", "norm", "gelu", "floats", "4 bits", "groups", "sum"],
 )
@@ -162,7 +162,7 @@ def test_damage_is_refused_with_the_name_of_the_file(tmp_path: Path) -> None:
 def test_floats_are_no_inputs(tmp_path: Path) -> None:
     model, (x,) = network()
     program = integer_run.load(exported(model, (x,), tmp_path).path)
-    with pytest.raises(TypeError, match="expected int8 codes, got float32; see rounded"):
+    with pytest.raises(TypeError, match="expected int8 codes, got float32; `rounded` makes them"):
         program.run(x.numpy())
 
 

@@ -221,7 +221,7 @@ def test_torchao_has_no_convolutions(tmp_path: Path) -> None:
     )
     model, x = transformers.Wav2Vec2Model(audio), torch.randn(2, 64)
     learned(model, (x,), Quantization(layers=("feature_extractor.*",)))
-    with pytest.raises(ValueError, match=r"export to torchao: 'feature.* is a Conv1d, of which torchao has no"):
+    with pytest.raises(ValueError, match=r"export to torchao: 'feature.* is a Conv1d, for which torchao has no"):
         exported(model, x, tmp_path, "torchao")
 
 

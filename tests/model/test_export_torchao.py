@@ -86,5 +86,5 @@ def test_what_has_no_place_in_it_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"export to torchao: {message}"):
             exported(model, tmp_path)
     other, inputs = mlp()
-    with pytest.raises(ValueError, match="Sequential is no model of Transformers"):
+    with pytest.raises(ValueError, match="Sequential is not a Transformers model"):
         export(other, tmp_path, formats=("torchao",), example_inputs=inputs)

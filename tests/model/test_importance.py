@@ -59,7 +59,7 @@ def test_scores_are_float32_and_leave_the_weights_alone() -> None:
 def test_taylor_is_the_mean_of_gradient_times_weight() -> None:
     model = network()
     criterion = Taylor(model, weights_of(model))
-    with pytest.raises(ValueError, match=r"Taylor of '0\.weight': there has been no gradient of it"):
+    with pytest.raises(ValueError, match=r"Taylor of '0\.weight': it has had no gradient yet"):
         criterion.scores()
     seen = [step(model, criterion, number) for number in range(3)]
     for name, s in criterion.scores().items():
@@ -133,7 +133,7 @@ def test_wanda_sees_training_alone_and_nothing_once_closed() -> None:
     criterion = Wanda(model, weights_of(model))
     model.eval()
     model(torch.randn(4, 32))
-    with pytest.raises(ValueError, match=r"Wanda of '0\.weight': no input has come by its layer in training mode"):
+    with pytest.raises(ValueError, match=r"Wanda of '0\.weight': its layer has had no input in training mode"):
         criterion.scores()
     model.train()
     model(torch.randn(4, 32))

@@ -280,7 +280,7 @@ def test_each_kind_of_weights_that_a_target_has_kernels_for_is_one_that_a_file_c
             {"data": [({"x": 1}, torch.zeros(2))]},
             "batch 0: expected inputs as a tensor or a tuple of tensors, got dict",
         ),
-        ({"dense": "nowhere"}, "judge(dense): nowhere is no folder"),
+        ({"dense": "nowhere"}, "judge(dense): nowhere is not a folder"),
         ({"runtimes": ("torch",)}, "no runtime has a form of both models: torch, dense and small: a folder of files"),
     ],
 )

@@ -166,7 +166,7 @@ def test_a_broken_pattern_is_found() -> None:
     masks["a"][0, 0:4] = False  # fewer may stay
     require_n_of_m(masks, 2, 4)
     masks["b"][1, 1, 4:8] = torch.tensor([True, True, False, True])
-    with pytest.raises(ValueError, match=r"'b': 3 of the 4 weights from \[3, 4\] on stay, at most 2 may"):
+    with pytest.raises(ValueError, match=r"'b': 3 of the 4 weights from \[3, 4\] on are kept, expected at most 2"):
         require_n_of_m(masks, 2, 4)
 
 

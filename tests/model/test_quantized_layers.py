@@ -223,7 +223,7 @@ def test_what_cannot_be_quantised_is_told() -> None:
         (
             "conv2d",
             Quantization(activations="dynamic"),
-            "'0' is a Conv2d, whose inputs are no tokens; expected 'static'",
+            "'0' is a Conv2d, whose inputs are not tokens; expected 'static'",
         ),
         ("conv2d", Quantization(group=4), r"'0' has rows of 18 weights, which the group does not divide"),
         (

@@ -63,11 +63,11 @@ def test_toml_and_yaml_say_the_same(tmp_path):
         ({"prune": {"start": 5, "end": 2, "amount": 0.5}}, "prune[0].end: expected at least start, 5, got 2"),
         (
             {"prune": {"start": 0, "pattern": "4:2"}},
-            "prune[0].pattern: expected fewer kept than there are, as in '2:4', got '4:2'",
+            "prune[0].pattern: expected fewer kept weights than the group has, as in '2:4', got '4:2'",
         ),
         (
             {"prune": {"start": 0, "end": 9, "pattern": "2:4"}},
-            "prune[0].end: expected none, a pattern is taken at once",
+            "prune[0].end: expected none, a pattern is applied at once",
         ),
         (
             {"prune": {"start": 0, "amount": 0.5, "schedule": "regrow"}},
@@ -92,7 +92,7 @@ def test_toml_and_yaml_say_the_same(tmp_path):
         ),
         (
             {"search": {"layers": {"*": {"bits": [8]}}}, "quantize": {"start": 1}},
-            "search.layers: finds what [[prune]] and [[quantize]] say, expected neither beside it",
+            "search.layers: chooses the pruning and rounding, expected no [[prune]] or [[quantize]] with it",
         ),
         (
             {"search": {"layers": {"*": {"bits": [8]}}, "start": 1, "end": 3}, "budget": {"max_mb": 1.0, "end": 3}},
@@ -135,15 +135,15 @@ PRUNE = "prune:\n  - {start: 0, amount: 0.5}\n"
         ("a.json", "{}", "expected a name that ends in .toml, .yaml or .yml"),
         ("a", "{}", "expected a name that ends in .toml, .yaml or .yml"),
         # nothing is dropped
-        ("a.yaml", f"{PRUNE}quantize: []\n{PRUNE}", "prune: the key is there twice, in line 1 and in line 4"),
+        ("a.yaml", f"{PRUNE}quantize: []\n{PRUNE}", "prune: the key appears twice, in line 1 and in line 4"),
         (
             "a.yaml",
             "prune:\n - {start: 0, amount: 0.5}\n - start: 1\n   amount: 1.0\n   amount: 0.9\n",
-            "prune[1].amount: the key is there twice, in line 4 and in line 5",
+            "prune[1].amount: the key appears twice, in line 4 and in line 5",
         ),
-        ("a.yaml", "distil: {hidden: {a: b, 'a': c}}", "distil.hidden.a: the key is there twice, in line 1 and in line 1"),
-        ("a.toml", TWICE, "line 5 of [[prune]], 'amount = 0.9': this key or table is there twice"),
-        ("a.toml", "[distil]\n[traffic]\n[distil]\n", "line 3, '[distil]': this key or table is there twice"),
+        ("a.yaml", "distil: {hidden: {a: b, 'a': c}}", "distil.hidden.a: the key appears twice, in line 1 and in line 1"),
+        ("a.toml", TWICE, "line 5 of [[prune]], 'amount = 0.9': this key or table appears twice"),
+        ("a.toml", "[distil]\n[traffic]\n[distil]\n", "line 3, '[distil]': this key or table appears twice"),
         ("a.yaml", f"{PRUNE}---\nquantize: []\n", "line 4: expected one document, got 2"),
         ("a.yaml", "prune:\n", "prune: expected a list, got nothing"),
         ("a.yaml", "[]", "expected tables such as [[prune]], got []"),
@@ -245,13 +245,25 @@ def test_phases_that_a_run_would_not_finish():
 @pytest.mark.parametrize(
     ("found", "told"),
     [
-        ({"prune": {"start": 1, "amount": 0.5, "regrow": 0.1}}, "prune[0].regrow: counts for schedule 'regrow' alone"),
-        ({"prune": {"start": 1, "pattern": "2:4", "scope": "row"}}, "prune[0].scope: says what an amount is of"),
-        ({"prune": {"start": 1, "threshold": 0.1, "scope": "local"}}, "prune[0].scope: says what an amount is of"),
-        ({"distil": {"weight": 0.0}}, "distil.weight: 0.0, and nothing else is asked of the teacher"),
-        ({"distil": {"hidden_weight": 3.0}}, "distil.hidden_weight: expected hidden beside it"),
-        ({"distil": {"attention_loss": "kl"}}, "distil.attention_loss: expected attention beside it"),
-        ({"distil": {"weight": 0.0, "temperature": 4.0, "hidden": {"a": "b"}}}, "distil.temperature: counts for soft"),
+        (
+            {"prune": {"start": 1, "amount": 0.5, "regrow": 0.1}},
+            "prune[0].regrow: has an effect only with schedule 'regrow'",
+        ),
+        (
+            {"prune": {"start": 1, "pattern": "2:4", "scope": "row"}},
+            "prune[0].scope: says what an amount is a share of",
+        ),
+        (
+            {"prune": {"start": 1, "threshold": 0.1, "scope": "local"}},
+            "prune[0].scope: says what an amount is a share of",
+        ),
+        ({"distil": {"weight": 0.0}}, "distil.weight: 0.0, and nothing else uses the teacher"),
+        ({"distil": {"hidden_weight": 3.0}}, "distil.hidden_weight: expected hidden with it"),
+        ({"distil": {"attention_loss": "kl"}}, "distil.attention_loss: expected attention with it"),
+        (
+            {"distil": {"weight": 0.0, "temperature": 4.0, "hidden": {"a": "b"}}},
+            "distil.temperature: has an effect only on soft",
+        ),
     ],
 )
 def test_a_key_that_would_count_for_nothing_is_refused(found, told):

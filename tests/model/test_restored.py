@@ -59,8 +59,8 @@ def test_a_file_without_integers_loads_into_a_plain_model(tmp_path: Path) -> Non
             Quantization(8, 32),
             "'0.weight' is prepared with 8 bits and groups of 32, the file has 8 bits and groups of 128",
         ),
-        (Quantization(layers=("0", "2")), "'4' has integers in the file alone"),
-        (Quantization(), "'0' has a range of inputs in the file alone"),
+        (Quantization(layers=("0", "2")), "'4' has integers only in the file"),
+        (Quantization(), "'0' has a range of inputs only in the file"),
     ],
 )
 def test_a_model_that_was_prepared_otherwise_is_refused(prepared: Quantization, message: str, tmp_path: Path) -> None:

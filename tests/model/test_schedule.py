@@ -256,7 +256,7 @@ def test_a_run_forks():
         assert eight[0] == "pruned + int8"
         assert four[1] == eight[1] == pytest.approx(0.8, abs=1e-3)
         assert not same(four[2], eight[2])
-        assert "by step 13 prune[0] has begun, and the saved run's is another than this recipe's" in refused
+        assert "by step 13 prune[0] has begun, and the saved run had another entry than this recipe" in refused
         assert "cannot restore: the saved run had a teacher" in teacher
 
 
@@ -560,7 +560,9 @@ def by_moves(criterion: str) -> str:
 def test_no_gradient_criterion_under_an_optimizer_that_has_no_gradients():
     for criterion in ("taylor", "movement"):
         for told in run(2, by_moves, criterion):
-            assert f"prune[0].criterion: {criterion} needs gradients; what EF21Muon gets is how far a momentum" in told
+            assert (
+                f"prune[0].criterion: {criterion} needs gradients, and EF21Muon gets the change of a momentum" in told
+            )
 
 
 def test_without_a_teacher():

@@ -82,7 +82,7 @@ def test_small_choices_are_small() -> None:
         ({}, "Compression: expected options by globs of layers, got none"),
         ({"*": {"bit": (8,)}}, "Compression '*': 'bit' is unknown, expected some of bits, group, sparsity"),
         ({"*": {"bits": (None, 3)}}, "Compression '*' bits 3: quantize[0].bits: expected 4 or 8, got 3"),
-        ({"*": {"group": (32,)}}, "Compression '*': a group counts beside bits alone"),
+        ({"*": {"group": (32,)}}, "Compression '*': a group needs bits"),
         ({"*": {"bits": (8,), "group": (1,)}}, "Compression '*' group 1: quantize[0].group"),
         ({"*": {"sparsity": (0.0, 1.5)}}, "Compression '*' sparsity 1.5: prune[0].amount"),
     ],

@@ -244,7 +244,7 @@ def test_with_weights_h_is_compared() -> None:
         Problem(Space({"n": (0, 1, 2, 3)}), lambda t: t.report(1, 1.0) or 1.0, lambda c: float(c["n"]))
     ).trials
     assert Trial(4, {"n": 0}, 9.0, 0, before, None).report(1, 1.0) is None
-    with pytest.raises(Pruned, match="trial 4: 1 at step 1, behind the median of 4 trials"):
+    with pytest.raises(Pruned, match="trial 4: 1 at step 1, below the median of 4 trials"):
         Trial(4, {"n": 0}, 9.0, 0, before, Weights(1.0, 1.0)).report(1, 1.0)
     with pytest.raises(Pruned):
         Trial(4, {"n": 0}, 9.0, 0, before, None).report(1, math.nan)
@@ -297,9 +297,9 @@ def test_finalists_are_judged_once_on_their_own(tmp_path: Path, weights: Weights
     ("settings", "words"),
     [
         ({"strategy": "tepid"}, "strategy 'tepid': expected one of random, tpe, nsga2"),
-        ({"trials": 0}, "trials 0: expected a whole number from 1 on"),
-        ({"together": 0}, "together 0: expected a whole number from 1 on"),
-        ({"strategy": "nsga2", "together": 1}, "together 1: expected a whole number from 2 on"),
+        ({"trials": 0}, "trials 0: expected a whole number of at least 1"),
+        ({"together": 0}, "together 0: expected a whole number of at least 1"),
+        ({"strategy": "nsga2", "together": 1}, "together 1: expected a whole number of at least 2"),
         ({"finalists": 1}, "finalists 1: the problem has no `final`"),
         (
             {"problem": Problem({"a": (1, 2)}, quality, size)},

@@ -312,7 +312,7 @@ def refusals() -> dict[str, str]:
 
 def test_what_auto_cannot_do_behind_an_optimizer_is_refused_by_name() -> None:
     for got in run(2, refusals):
-        assert "auto(error=0.3): what OneBitAdamW sends is no gradient, whose error is measured" in got["budget"]
+        assert "auto(error=0.3): OneBitAdamW sends no gradients, whose error a budget limits" in got["budget"]
         assert "error_feedback=False: the specs that auto chooses for OneBitAdamW keep" in got["feedback"]
         assert "optimizer: expected one of commpress.optim, got SGD" in got["plain"]
 

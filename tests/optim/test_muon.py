@@ -192,7 +192,7 @@ def mistakes() -> list[str]:
 
 def test_what_would_part_the_replicas_is_an_error_on_all() -> None:
     for without, threads in run(2, mistakes, fresh=True):
-        assert without.startswith("ValueError: error_feedback=False: EF21Muon sums up what arrives")
+        assert without.startswith("ValueError: error_feedback=False: EF21Muon adds up what it receives")
         assert "matrix products by" in threads
         assert "2 threads" in threads
 

@@ -338,7 +338,7 @@ def test_a_second_attach_that_cannot_be_says_so() -> None:
         for case in ("one DDP twice", "one DDP twice without"):
             assert "RuntimeError: commpress.attach: this DistributedDataParallel has a communication hook" in said[case]
         assert said["goes on"] == said["anew"] == ""
-        assert "this DDP module's OneBitAdamW was attached to another DDP module since" in said["the old one"]
+        assert "this DDP module's OneBitAdamW has been attached to another DDP module since" in said["the old one"]
         assert said["complex"].startswith("ValueError: parameter 'weight' is complex64, DGC steps real ones")
 
 

@@ -381,7 +381,7 @@ def wrong_states() -> list[str]:
 
 def test_states_that_do_not_fit_are_refused_on_all_ranks() -> None:
     assert set(run(2, nobody_has_a_state)) == {
-        "ValueError: cannot restore: no rank has a state, expected at least one that has"
+        "ValueError: cannot restore: no rank has a state, expected at least one with a state"
     }
     for settings, session in run(2, wrong_states):
         assert "rank 1: the saved state has settings {'every': 99" in settings

@@ -177,8 +177,8 @@ def refused(case: str) -> str:
 @pytest.mark.parametrize(("case", "message"), [
     ("attached", "ValueError: optimizer: this EF21Muon is attached to a session, and exchanges in every step"),
     ("attached later", "this EF21Muon takes local steps between outer syncs, as commpress.diloco or local_sgd has it"),
-    ("clips", "optimizer: max_norm 1.0 of EF21Muon is for what is exchanged in every step"),
-    ("shards", "TypeError: optimizer: EF21Muon steps whole parameters, and those of this model are sharded"),
+    ("clips", "optimizer: max_norm 1.0 of EF21Muon clips what is exchanged in every step"),
+    ("shards", "TypeError: optimizer: EF21Muon steps whole parameters, and this model's are sharded"),
     ("twice", "this EF21Muon has outer syncs already"),
     ("copied", "RuntimeError: EF21Muon is not attached"),
     ("not attached", "optimizer=optimizer), or commpress.diloco(model, optimizer, ...)"),

@@ -383,7 +383,7 @@ def test_what_is_not_possible_says_so() -> None:
     assert one["unknown"].startswith("ValueError: spec 'int5': unknown codec 'int5'")
     assert "powersgd(4) sends whole matrices as factors" in one["factors"]
     assert "expected auto for the gradients, too, or a spec of the parameters" in one["parameters by auto"]
-    assert one["feedback"].startswith("ValueError: error_feedback=False: EF21Muon sums up what arrives")
+    assert one["feedback"].startswith("ValueError: error_feedback=False: EF21Muon adds up what it receives")
     assert "is trained, but the optimizer does not hold it" in one["not held"]
     assert "OneBitAdamW does not work on sharded parameters; expected DistributedDataParallel" in one["another"]
     assert one["masks"].startswith(

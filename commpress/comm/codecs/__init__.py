@@ -1,4 +1,4 @@
-"""Codecs and their specs: `parse("topk(0.01)|int4")`. One file a family; a new one is added to FAMILIES."""
+"""Codecs and their specs: `parse("topk(0.01)|int4")`. One file per family; add a new one to FAMILIES."""
 
 import re
 
@@ -20,7 +20,7 @@ FAMILIES: tuple[type[Codec], ...] = (
 WORDS = {family.word: family for family in FAMILIES}
 
 AUTO = "auto"
-"""The word for: find it while training goes on. No codec has it."""
+"""The word for a spec that is found during training. No codec has it."""
 
 _STAGE = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(?:\(\s*([^()]*?)\s*\))?\s*")
 
@@ -28,10 +28,10 @@ __all__ = ["AUTO", "WORDS", "Codec", "parse"]
 
 
 def parse(spec: str | Codec) -> Codec:
-    """Return the codec that a spec names. A codec is returned as it is.
+    """Return the codec that a spec names. A codec is returned unchanged.
 
     A spec is `word` or `word(argument)`, and may go on after `|` with the codec of its values. `str(parse(s))` is canonical.
-    Raises ValueError with the spec and what was expected, TypeError if it is not a string.
+    Raises ValueError, with the spec and the expected form, TypeError if it is not a string.
     """
     if isinstance(spec, Codec):
         return spec
@@ -55,7 +55,7 @@ def parse(spec: str | Codec) -> Codec:
     values = parse(rest[0]) if rest else None
     if values is not None and not values.flat:
         raise ValueError(
-            f"spec {spec!r}: {values} codes matrices, and the values of {word} are none; expected int4 or sign"
+            f"spec {spec!r}: {values} codes matrices, and the values of {word} are not matrices; expected int4 or sign"
         )
     try:
         return family.from_spec(argument, values)

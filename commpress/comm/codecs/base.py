@@ -1,7 +1,7 @@
-"""The base of every codec: tensor -> bytes -> tensor, pure, with a payload whose length depends on the length alone.
+"""The base of every codec: tensor -> bytes -> tensor, pure, with a payload whose length depends only on the number of values.
 
 A family states its *definition* in plain torch (`define_encode`, `define_decode`: any device, the oracle of the tests).
-Where the table of kernels (`commpress/kernels/table.py`) has loops for its word and a device, those run in its place and give
+Where the table of kernels (`commpress/kernels/table.py`) has loops for its word and a device, they run instead and give
 the same bytes at memory speed.
 """
 
@@ -30,32 +30,32 @@ class Codec(ABC):
     """The exchange that suits this codec if the plan names none."""
     lossy: ClassVar[bool] = True
     sparse: ClassVar[bool] = False
-    """Whether it sends some of the values only."""
+    """Whether it sends only some of the values."""
     outer: ClassVar[bool] = False
-    """Whether what it makes of the values is coded in turn: its spec may go on with `|` and another one."""
+    """Whether another codec codes its values: its spec may go on with `|` and that codec."""
     flat: ClassVar[bool] = True
-    """Whether it codes n values by themselves; if not, only its own exchange can use it, which knows the tensors' shapes."""
+    """Whether it can code flat values; if not, only its own exchange can use it, which knows the tensors' shapes."""
     granularity: ClassVar[int] = 1
-    """Where two_shot cuts: at multiples of the block, so that no block is cut in two."""
+    """The block: two_shot cuts only at multiples of it."""
 
     @property
     def sum_dtype(self) -> torch.dtype | None:
-        """The dtype in which payloads of a linear codec may be summed; None for others."""
+        """Return the dtype in which payloads of a linear codec may be summed; None for others."""
         return None
 
     @property
     def linear(self) -> bool:
-        """Whether payloads can be summed, in `sum_dtype`."""
+        """Return whether payloads can be summed, in `sum_dtype`."""
         return self.sum_dtype is not None
 
     @property
     def draw(self) -> int:
-        """The number that decides what a random codec sends; 0 for others."""
+        """Return the number of a random codec's draw; 0 for others."""
         return 0
 
     @classmethod
     def from_spec(cls, argument: str | None, values: "Codec | None" = None) -> "Codec":
-        """The codec for what a spec has in brackets (None without them) and, of an outer one, the codec behind `|`.
+        """Return the codec for a spec's argument in brackets (None without one) and, for an outer one, the codec after `|`.
 
         Raises ArgumentError if the argument cannot be read, ValueError if it is out of range.
         """
@@ -65,7 +65,7 @@ class Codec(ABC):
 
     @property
     def spec(self) -> str:
-        """The canonical spec: `parse(codec.spec) == codec`."""
+        """Return the canonical spec: `parse(codec.spec) == codec`."""
         return self.word
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Codec(ABC):
         return self
 
     def summed(self, n: int) -> slice:
-        """Where the values of a linear codec lie in a payload of n of them, in bytes. The rest is alike on all ranks."""
+        """Return the place of the values in a linear codec's payload of n values, in bytes. The rest is equal on all ranks."""
         assert self.sum_dtype is not None
         return slice(0, n * self.sum_dtype.itemsize)
 
@@ -90,14 +90,14 @@ class Codec(ABC):
 
     @abstractmethod
     def define_encode(self, x: Tensor) -> Tensor:
-        """The definition in plain torch: float32 [n] -> uint8 [nbytes(n)]."""
+        """Encode by the definition, in plain torch: float32 [n] -> uint8 [nbytes(n)]."""
 
     @abstractmethod
     def define_decode(self, payload: Tensor, n: int) -> Tensor:
-        """The definition in plain torch: uint8 [nbytes(n)] -> float32 [n]."""
+        """Decode by the definition, in plain torch: uint8 [nbytes(n)] -> float32 [n]."""
 
     def define_mean(self, payloads: Tensor, n: int, count: int) -> Tensor:
-        """The definition of the mean of `count` payloads of n values: float32 [n]."""
+        """Return the mean of `count` payloads of n values by the definition: float32 [n]."""
         size, share = self.nbytes(n), 1.0 / count
         total = self.define_decode(payloads[:size], n) * share
         for r in range(1, count):
@@ -105,11 +105,11 @@ class Codec(ABC):
         return total
 
     def planes(self, n: int) -> tuple[slice, ...]:
-        """Where the parts of a payload of n values lie, each of which has as many bytes for each full block."""
+        """Return the parts of a payload of n values; each part has the same number of bytes for each full block."""
         raise NotImplementedError(f"{self} has no blocks")
 
     def define_positions(self, payload: Tensor, n: int) -> Tensor:
-        """The definition of what a sparse codec's payload names: int64 [k], ascending, or none if all values are NaN."""
+        """Return the positions in a sparse payload by the definition: int64 [k], ascending, or none if all values are NaN."""
         raise NotImplementedError(f"{self} is not sparse: its payloads name no positions")
 
     def encode(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -124,25 +124,25 @@ class Codec(ABC):
         return coding.mean(self, payload, n, 1, out)
 
     def mean(self, payloads: Tensor, n: int, count: int, out: Tensor | None = None) -> Tensor:
-        """Return the mean of `count` payloads that lie one behind the other: the sum over r of decode(payload r) / count.
+        """Return the mean of `count` payloads, one after the other: the sum over r of decode(payload r) / count.
 
-        The order of the sum is fixed, so the bytes of the mean depend on the payloads alone.
+        The order of the sum is fixed, so the bytes of the mean depend only on the payloads.
         """
         return coding.mean(self, payloads, n, count, out)
 
 
 def scales_and(codes: int, nbytes: int) -> tuple[slice, slice]:
-    """The planes of a payload of `nbytes`: scales, and from the byte `codes` on the codes."""
+    """Return the planes of a payload of `nbytes`: scales, and from the byte `codes` on the codes."""
     return slice(0, codes), slice(codes, nbytes)
 
 
 def padded(nbytes: int) -> int:
-    """The next multiple of 4, at which the float32 words of a following section are aligned."""
+    """Return the next multiple of 4, at which the float32 words of a following section are aligned."""
     return (nbytes + 3) // 4 * 4
 
 
 def read_share(word: str, argument: str | None) -> float:
-    """The share that a spec has in brackets. Raises ArgumentError if it is no number."""
+    """Return the share that a spec has in brackets. Raises ArgumentError if it is not a number."""
     try:
         return float(argument or "")
     except ValueError:
@@ -156,5 +156,5 @@ def require_share(word: str, share: float) -> None:
 
 
 def share_text(word: str, share: float) -> str:
-    """The canonical text of a share, which `float` reads as the same number."""
+    """Return the canonical text of a share, which `float` reads as the same number."""
     return f"{word}({share:g})" if float(f"{share:g}") == share else f"{word}({share!r})"

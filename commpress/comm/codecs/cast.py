@@ -2,8 +2,8 @@
 
 Payload: [ x0 | x1 | ... ], 2 or 4 bytes a value, zero-padded to a multiple of 4 bytes.
 Relative error of a value in the normal range: at most 2^-8 for bf16 (range as float32), 2^-11 for fp16 (largest 65504,
-beyond it Inf; below 3e-8 zero). Every NaN travels as the one quiet NaN without sign or payload: torch's own conversions
-give other ones on other processors.
+beyond it Inf; below 3e-8 zero). Every NaN is sent as the one quiet NaN without sign or payload: torch's own conversions
+give different ones on different processors.
 """
 
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class HalfCast(Codec):
 
 @dataclass(frozen=True)
 class BFloat16(HalfCast):
-    """`bf16`: 8 bits of mantissa, float32's range. The cast of choice."""
+    """`bf16`: 8 bits of mantissa, float32's range. The usual choice."""
 
     word: ClassVar[str] = "bf16"
     sum_dtype = torch.bfloat16

@@ -6,7 +6,7 @@ Payload of n values in B = ceil(n / 256) blocks, zero-padded to a multiple of 4 
     [ scale_0 .. scale_(B-1) : float32 ][ a byte a value ]
 
 A byte is the sign, 4 or 5 bits of exponent, 3 or 2 of mantissa, rounded half to even: torch.float8_e4m3fn or
-torch.float8_e5m2. 8.125 bits a value. Where int8 has the same step for all values of a block, these have finer ones for small
+torch.float8_e5m2. 8.125 bits a value. int8 has the same step for all values of a block; these have finer steps for small
 values: better for blocks of very different magnitudes, worse for even ones.
 """
 
@@ -28,7 +28,7 @@ FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 class Float8(Codec):
     """`fp8` (e4m3) and `fp8(e5m2)`: 3.9 times smaller than float32.
 
-    Error of a value: at most 2^-4 |x| (e5m2: 2^-3 |x|), or where that is less, 2^-10 (2^-17) times its block's scale, and
+    Error of a value: at most 2^-4 |x| (e5m2: 2^-3 |x|), or, if less, 2^-10 (2^-17) times its block's scale, and
     float32's rounding. A block whose magnitudes all lie below 2^-80 decodes to 0; one that holds NaN or Inf decodes to NaN.
     (The very largest float32 may round up to Inf.)
 

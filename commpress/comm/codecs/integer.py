@@ -10,8 +10,8 @@ holds value j in its low half and value j + ceil(m / 2) in its high half. 8.125 
 
 `int8(stochastic)`, `int4(stochastic)`, as in that paper: the same payload, but x / scale goes to the integer above with the
 probability of its distance from the one below, so that it is right on average. The random number is a hash of the value, of its
-block's scale and of its place in the block. So the bytes follow from the values alone, nothing but the payload travels, and the
-noise is another one wherever the values are: on each rank, in each step. The same values, bit for bit, get the same noise.
+block's scale and of its place in the block. So the bytes depend only on the values, only the payload is sent, and the
+noise differs wherever the values do: on each rank, in each step. The same values, bit for bit, get the same noise.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class BlockInteger(Codec):
     """
 
     stochastic: bool = False
-    """Whether a value is rounded up or down by chance, so that it is right on average; else to the nearest."""
+    """Whether a value is rounded up or down at random, so that it is right on average; else to the nearest."""
 
     bits: ClassVar[int]
     granularity: ClassVar[int] = BLOCK

@@ -1,7 +1,7 @@
 """PowerSGD (Vogels et al., arXiv:1905.13727): a gradient matrix as a product of two thin ones, M ~ P Q, of rank r.
 
 P = mean(M Q_before^T), made orthonormal; Q = mean(P^T M): one step of a power iteration, from the Q of the step before. It
-codes no flat values: the exchange `low_rank`, its only one, knows the shapes and sends both factors.
+cannot code flat values: the exchange `low_rank`, its only one, knows the shapes and sends both factors.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from commpress.comm.codecs.base import ArgumentError, Codec
 
 @dataclass(frozen=True)
 class PowerSGD(Codec):
-    """`powersgd(r)`: r (rows + columns) values of float32 for a matrix; what that does not make smaller travels whole.
+    """`powersgd(r)`: r (rows + columns) values of float32 for a matrix; a tensor that this does not make smaller is sent whole.
 
-    Wants error feedback.
+    Needs error feedback.
 
     >>> parse("powersgd(4)").rank_of(512, 128)
     4
@@ -43,7 +43,7 @@ class PowerSGD(Codec):
         return f"powersgd({self.rank})"
 
     def rank_of(self, rows: int, columns: int) -> int:
-        """Return the rank of what is sent of a matrix; 0 if it is sent whole."""
+        """Return the rank of the factors of a matrix; 0 if it is sent whole."""
         rank = min(self.rank, rows, columns)
         return rank if rank * (rows + columns) < rows * columns else 0
 
@@ -58,6 +58,6 @@ class PowerSGD(Codec):
 
     def _refuse(self) -> NoReturn:
         raise TypeError(
-            f"{self} codes no flat values: it needs the shapes of a model's parameters, the factors of the last step, and the "
-            "other ranks; expected commpress.attach(ddp, spec), or another codec"
+            f"{self} cannot code flat values: it needs the shapes of a model's parameters, the factors of the last step, and "
+            "the other ranks; expected commpress.attach(ddp, spec), or another codec"
         )

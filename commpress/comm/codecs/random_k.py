@@ -1,5 +1,5 @@
 """Random-k (Konecny et al., arXiv:1610.05492; Stich et al., arXiv:1809.07599): a share r of the values, at places that follow
-from a number, all else 0. All ranks draw by the same number, so no indices travel and payloads can be summed.
+from a number, all else 0. All ranks draw by the same number, so no indices are sent and payloads can be summed.
 
 The draw is stratified: blocks of B = round(64 / r) values have 64 strata of nearly equal width, and each stratum sends one of
 its values; a last block of t values has ceil(64 t / B) strata. So no place is sorted or searched for, and a block stays in the
@@ -11,7 +11,7 @@ Within a turn of w draws each of its values is sent once, and the next turn begi
 
     [ d : int64 ][ payload of the k values ]
 
-Decoding goes by the d of the payload, so a mean is right even of payloads that were drawn by different numbers. A stratum that
+Decoding uses the d of the payload, so a mean is right even if payloads were drawn by different numbers. A stratum that
 holds NaN or Inf sends NaN, and where NaN arrives the whole stratum decodes to NaN.
 """
 
@@ -32,9 +32,9 @@ HEAD = 8
 
 @dataclass(frozen=True)
 class RandomK(Codec):
-    """`randomk(ratio)` sends one value in 1 / ratio, at other places in each draw. Wants error feedback.
+    """`randomk(ratio)` sends one value in 1 / ratio, at other places in each draw. Needs error feedback.
 
-    A value is not scaled up, since feedback sends later what is missing now. It waits for less than 2 / ratio draws (rounded
+    A value is not scaled up, since error feedback sends the rest later. It waits for less than 2 / ratio draws (rounded
     up). `draw` is the number of the draw, which a spec does not name: `drawn` sets it. The values may be coded in turn, as
     in `randomk(0.1)|int4`; then payloads cannot be summed, unless those of the values can.
 
@@ -83,11 +83,11 @@ class RandomK(Codec):
 
     @property
     def block(self) -> int:
-        """The length of a block of 64 strata."""
+        """Return the length of a block of 64 strata."""
         return round(min(max(STRATA, STRATA / self.ratio), LARGEST_BLOCK))
 
     def kept(self, n: int) -> int:
-        """How many of n values are sent."""
+        """Return how many of n values are sent."""
         full, rest = divmod(n, self.block)
         return STRATA * full + -(-STRATA * rest // self.block)
 
@@ -125,7 +125,7 @@ class RandomK(Codec):
 
 
 def bounds(size: int, strata: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the strata of a block of this size start, and their widths: int64 [strata] each."""
+    """Return the starts and the widths of the strata in a block of this size: int64 [strata] each."""
     cuts = torch.arange(strata + 1, dtype=torch.int64, device=device) * size // max(strata, 1)
     return cuts[:-1], cuts[1:] - cuts[:-1]
 

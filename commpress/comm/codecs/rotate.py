@@ -1,11 +1,11 @@
 """Rotation before rounding (Suresh et al., arXiv:1611.00429; DRIVE, arXiv:2105.08339; SDP4Bit, arXiv:2410.15526): a randomised
-Hadamard transform spreads what is large over many values, so that a code with one scale a block loses less:
+Hadamard transform spreads large values over many, so that a code with one scale a block loses less:
 
     z = H D x / sqrt(m),  z is coded;  x ~ D H z / sqrt(m)        D: a sign for each value, H: Hadamard's matrix of m rows
 
-Blocks are m = 1024 values; what is left at the end is cut into blocks of 512, 256, 128 ... 2, the largest first, and a single
-value stays as it is. Value i has the sign of bit i % 8 of byte i // 8 of SHAKE-256 of b"rotate". The matrix is the same on all
-ranks and in all steps, so a mean is rotated back once, behind the sum.
+Blocks are m = 1024 values; the rest at the end is cut into blocks of 512, 256, 128 ... 2, the largest first, and a single
+value does not change. Value i has the sign of bit i % 8 of byte i // 8 of SHAKE-256 of b"rotate". The matrix is the same on all
+ranks and in all steps, so a mean is rotated back once, after the sum.
 
 A step h of the transform makes a + b and a - b of the values i and i + h. A full block takes the steps 16, 32 ... 512, then 1,
 2, 4, 8, and its result leaves as 16 rows of 64: value 16 r + c is the value 64 c + r of z. Back it takes 4, 8, 1, 2, 16 ...
@@ -33,10 +33,10 @@ BACK = (4, 8, 1, 2, 16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Rotate(Codec):
-    """`rotate|int4`, `rotate|sign`, ...: the code of rotated values, as long as that of the values themselves.
+    """`rotate|int4`, `rotate|sign`, ...: a code of the rotated values, as long as that of the values themselves.
 
     The squared error is that of the code of the rotated values, which are nearly normal: an eighth of the squares for int2, a
-    third for sign, whatever the values were. Feedback keeps what is missing of the values themselves. A block of 1024 that
+    third for sign, whatever the values were. Error feedback keeps the error of the values themselves. A block of 1024 that
     holds NaN or Inf, or whose sums overflow float32, decodes to NaN.
 
     >>> x = torch.ones(4096); x[::64] = 30.0
@@ -70,7 +70,7 @@ class Rotate(Codec):
 
     @property
     def signs(self) -> Tensor:
-        """The sign of each value of a block, on the CPU: float32 [1024]."""
+        """Return the sign of each value of a block, on the CPU: float32 [1024]."""
         return signs(torch.device("cpu"))
 
     def nbytes(self, n: int) -> int:
@@ -87,7 +87,7 @@ class Rotate(Codec):
 
 
 def signs(device: torch.device) -> Tensor:
-    """The sign of each value of a block: float32 [1024]."""
+    """Return the sign of each value of a block: float32 [1024]."""
     bits = [DIGEST[i // 8] >> i % 8 & 1 for i in range(BLOCK)]
     return 1 - 2 * torch.tensor(bits, dtype=torch.float32, device=device)
 
@@ -104,7 +104,7 @@ def rotated(x: Tensor, back: bool = False) -> Tensor:
 
 
 def pieces(n: int) -> Iterator[tuple[int, int]]:
-    """How many blocks of which size are cut from n values, one size after another."""
+    """Return how many blocks of each size are cut from n values, one size after another."""
     if n >= BLOCK:
         yield n // BLOCK, BLOCK
     for size in (512, 256, 128, 64, 32, 16, 8, 4, 2):

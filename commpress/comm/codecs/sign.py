@@ -23,7 +23,7 @@ LANES = 64
 
 @dataclass(frozen=True)
 class Sign(Codec):
-    """`sign`: 31 times smaller than float32. Wants error feedback.
+    """`sign`: 31 times smaller than float32. Needs error feedback.
 
     The squared error of a block is sum x^2 - (sum|x|)^2 / m: never more than the block's own squares, and 0 (to rounding)
     if all magnitudes are equal. A block that holds NaN or Inf, or whose sum overflows float32, decodes to NaN.
@@ -55,7 +55,7 @@ class Sign(Codec):
 
 
 def block_sum(x: Tensor) -> Tensor:
-    """The sum of each block of float32 [blocks * BLOCK]; its order is part of the format."""
+    """Return the sum of each block of float32 [blocks * BLOCK]; its order is part of the format."""
     lanes = x.view(-1, BLOCK // LANES, LANES)
     total = lanes[:, 0].clone()
     for k in range(1, BLOCK // LANES):
@@ -67,7 +67,7 @@ def block_sum(x: Tensor) -> Tensor:
 
 
 def block_sizes(n: int, device: torch.device) -> Tensor:
-    """How many of n values lie in each block: float32 [blocks]."""
+    """Return how many of n values are in each block: float32 [blocks]."""
     sizes = torch.full((-(-n // BLOCK),), float(BLOCK), dtype=torch.float32, device=device)
     if n % BLOCK:
         sizes[-1] = n % BLOCK
@@ -75,12 +75,12 @@ def block_sizes(n: int, device: torch.device) -> Tensor:
 
 
 def plane_bytes(n: int) -> int:
-    """The length of one bit for each of n values."""
+    """Return the bytes of one bit for each of n values."""
     return n // BLOCK * (BLOCK // 8) + -(-(n % BLOCK) // 8)
 
 
 def pack_plane(bits: Tensor) -> Tensor:
-    """bool [n] -> uint8 [plane_bytes(n)], as the layout above has it."""
+    """bool [n] -> uint8 [plane_bytes(n)], in the layout above."""
     n = bits.numel()
     full = bits[: n // BLOCK * BLOCK].view(-1, 8, BLOCK // 8)
     tail = bits[n // BLOCK * BLOCK :]
@@ -90,7 +90,7 @@ def pack_plane(bits: Tensor) -> Tensor:
 
 
 def unpack_plane(packed: Tensor, n: int) -> Tensor:
-    """The n bits at the start of `packed` (uint8): bool [n]."""
+    """Return the n bits at the start of `packed` (uint8): bool [n]."""
     full = packed[: n // BLOCK * (BLOCK // 8)].view(-1, 1, BLOCK // 8)
     tail = packed[full.numel() : plane_bytes(n)].view(1, 1, -1)
     places = torch.arange(8, dtype=torch.uint8, device=packed.device).view(1, 8, 1)

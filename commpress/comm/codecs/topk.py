@@ -1,14 +1,14 @@
 """Top-k (Aji and Heafield, arXiv:1704.05021; Stich et al., arXiv:1809.07599): the k = ratio * n values of largest magnitude
 and their positions, all else 0. The values may be coded in turn: `topk(0.01)|int4`.
 
-The ascending positions p_0 < p_1 < ... travel as Elias-Fano code (Elias 1974; Fano 1971), whose length is fixed by n and
+The ascending positions p_0 < p_1 < ... are sent as an Elias-Fano code (Elias 1974; Fano 1971), whose length is fixed by n and
 k: with l = floor(log2(n / k)), the l low bits of each, packed, and p >> l in unary (bit (p_i >> l) + i is set). Payload:
 
     [ low bits: k * l bits ][ high bits: k + (n >> l) + 1 bits ][ payload of the k values ]
 
-each section zero-padded to a multiple of 4 bytes. 8.6 bits a position at 1 %; log2 of n over k, the least, is 8.1.
+each section zero-padded to a multiple of 4 bytes. 8.6 bits a position at 1 %; log2 of n over k, the minimum, is 8.1.
 
-Where more than k values are NaN or Inf, k positions cannot name them: then no bit of the first two sections is set, the k
+If more than k values are NaN or Inf, k positions cannot name them: then no bit of the first two sections is set, the k
 values are NaN, and all n decode to NaN.
 """
 
@@ -29,9 +29,9 @@ INFINITY_BITS = 0x7F800000
 class TopK(Codec):
     """`topk(ratio)` keeps exactly max(1, round(ratio * n)) of n values, and of those exactly the largest magnitudes.
 
-    Where several equal the k-th largest, the kept ones are spread evenly over their positions, and under feedback none
+    If several equal the k-th largest, the kept ones are spread evenly over their positions, and under feedback none
     waits for longer than n / k steps (rounded up).
-    NaN and Inf count as larger than all else, so they arrive; more than k of them make all n NaN. Wants error feedback.
+    NaN and Inf count as larger than all else, so they arrive; more than k of them make all n NaN. Needs error feedback.
 
     >>> codec = parse("topk(0.5)")
     >>> codec.decode(codec.encode(torch.tensor([1.0, -3.0, 0.5, 2.0])), 4)
@@ -64,11 +64,11 @@ class TopK(Codec):
         return replace(self, ratio=max(share, self.ratio))
 
     def kept(self, n: int) -> int:
-        """How many of n values are sent."""
+        """Return how many of n values are sent."""
         return max(1, round(self.ratio * n)) if n else 0
 
     def sections(self, n: int) -> tuple[int, int, int, int]:
-        """k, the low bits of a position, and the bytes at which the high bits and the values start."""
+        """Return k, the low bits of a position, and the bytes at which the high bits and the values start."""
         k = self.kept(n)
         low_bits = (n // k).bit_length() - 1
         high = padded(-(-k * low_bits // 8))

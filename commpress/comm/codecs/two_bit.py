@@ -21,7 +21,7 @@ from commpress.comm.codecs.sign import BLOCK, block_sizes, block_sum, pack_plane
 
 @dataclass(frozen=True)
 class Int2(Codec):
-    """`int2`: 15.5 times smaller than float32. Wants error feedback.
+    """`int2`: 15.5 times smaller than float32. Needs error feedback.
 
     The squared error of a block is sum x^2 - (sum of the l small |x|)^2 / l - (sum of the h large |x|)^2 / h: never more than
     that of `sign`. On normal values it is an eighth of their squares, that of `sign` a third. A block that holds NaN or Inf,

@@ -1,7 +1,7 @@
-"""How the ranks' payloads become one mean, the same bits on every rank. One file an algorithm.
+"""Exchanges: the ranks' payloads become one mean, the same bits on every rank. One file per algorithm.
 
 An exchange runs as a generator over one bucket: it encodes, starts and yields each `Transfer` in turn, is resumed when that
-has arrived, and leaves the mean in the bucket. So the sequencer decides when, the exchange only what.
+has arrived, and puts the mean into the bucket. So the sequencer decides when to send, the exchange only what.
 """
 
 from commpress.comm.exchange.all_reduce import AllReduce

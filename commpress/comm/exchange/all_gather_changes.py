@@ -1,21 +1,21 @@
-"""all_gather_changes: each rank's shard, on every rank, as what has changed since all had it last (SDP4Bit, arXiv:2410.15526).
+"""all_gather_changes: each rank's shard, on every rank, as changes since the last gather (SDP4Bit, arXiv:2410.15526).
 
-    each rank  is my shard another one than the last time?  yes / no / far  --> all
+    each rank  has my shard changed since the last time?    yes / no / far  --> all
     all no     nothing is sent                                           v stays
     else       rank 0  a - v_a -> pa --> 1, 2                            v_a <- v_a + pa'      on all ranks, a's owner, too
                rank 1  b - v_b -> pb --> 0, 2                            v_b <- v_b + pb'
                rank 2  c - v_c -> pc --> 0, 1                            v_c <- v_c + pc'
     any far    a, b, c, in the two bytes of v                            v <- a b c
 
-What a codec leaves out stays in a - v_a, and is sent the next time: no other memory is needed, and nothing adds up. Every rank
-keeps `v` (`versions.py`), in two bytes a value, which FSDP alone does not.
+The error of a codec stays in a - v_a, and is sent the next time: no other memory is needed, and errors do not add up. Every
+rank keeps `v` (`versions.py`), in two bytes a value, which plain FSDP does not.
 
-A shard is far that differs from its version by more than half of its own norm, or if either is not finite: weights were loaded,
-say. So no step is worse than by the code of the values themselves. Each rank sends W - 1 bytes to tell, and then nothing,
-(W - 1) * nbytes(m) or (W - 1) * 2 m. What was not stepped between two gathers is not sent again.
+A shard is far if it differs from its version by more than half of its own norm, or if either is not finite: weights were
+loaded, say. So no step is worse than by the code of the values themselves. Each rank sends W - 1 bytes as its answer, and then
+nothing, (W - 1) * nbytes(m) or (W - 1) * 2 m. Values that were not stepped between two gathers are not sent again.
 
-The host has to know the answers, so this is for the CPU. On an accelerator `all_gather_changes_unseen.py` follows the version
-as closely in ordinary steps, and nobody waits.
+The host has to know the answers, so this is for the CPU. On an accelerator `all_gather_changes_unseen.py` keeps the version
+as close in ordinary steps, without a wait.
 """
 
 from collections.abc import Iterator

@@ -1,14 +1,14 @@
-"""all_gather_changes where the host sees no value, on an accelerator: it cannot know what has changed, so all always send.
+"""all_gather_changes on an accelerator, where the host sees no value: it cannot know what has changed, so all always send.
 
-    each rank  is my shard another one than the last time?  and is it nearer to v or to 0?
+    each rank  has my shard changed since the last time?    and is it nearer to v or to 0?
     rank 0     a - v_a, or a -> pa | yes, no or far --> 1, 2       v_a <- v_a + pa', or pa', or v_a       on all ranks
     rank 1     b - v_b, or b -> pb | ...            --> 0, 2       v_b <- ...
 
-What is nearer to 0 than to its version is far from that, or one of them is not finite: weights were loaded, say. Then the code
-of the values themselves goes, and with the next gather what it has missed. A shard that has not changed leaves its version as
-it is, to the bit, as it does where nothing is sent.
+A shard nearer to 0 than to its version is far from it, or one of them is not finite: weights were loaded, say. Then the values
+themselves are coded, and the next gather sends the error of that code. If a shard has not changed, its version keeps its
+bits, as if nothing were sent.
 
-Each rank sends (W - 1) (nbytes(m) + 4) bytes, and once 2 m a rank, as all ranks know without a word: the first time.
+Each rank sends (W - 1) (nbytes(m) + 4) bytes, and 2 m a rank the first time, which all ranks know.
 """
 
 from collections.abc import Iterator

@@ -5,7 +5,7 @@
     rank 2  x2/3 --/
 
 Each rank sends 2 (W - 1) / W * nbytes(n). `none` sums the tensor's own dtype in place, divided beforehand as DDP does: the
-bits are DDP's. Of a codec that draws, all ranks must have drawn by the same number; the headers of the sum tell it.
+bits are DDP's. With a random codec all ranks must have drawn by the same number; the headers of the sum have it.
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,11 @@
-"""all_to_all: each rank has a part for every other one. For matrices that are sharded and that one rank each computes with.
+"""all_to_all: each rank has a part for every other one. For sharded matrices, each of which one rank computes with.
 
     rank 0  [a0 a1 a2] -> p01, p02        rank 0  [a0  b0' c0']
     rank 1  [b0 b1 b2] -> p10, p12        rank 1  [a1' b1  c1']
     rank 2  [c0 c1 c2] -> p20, p21        rank 2  [a2' b2' c2 ]
 
-A rank sends the sum of nbytes(n) of its parts for others; what it has for itself stays exact. The sender decodes what it has
-sent: both ends know the same bits of it.
+A rank sends the sum of nbytes(n) of its parts for others; its own part stays exact. The sender decodes what it has
+sent: both ends know the same bits.
 """
 
 from collections.abc import Iterator, Sequence

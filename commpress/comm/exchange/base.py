@@ -1,4 +1,4 @@
-"""The base of every exchange that makes one mean of the ranks' buckets: how it runs, and what it sends."""
+"""The base of every exchange that makes one mean of the ranks' buckets: how it runs, and which bytes it sends."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

@@ -1,13 +1,13 @@
-"""broadcast: one rank's values on all ranks, as what has changed since the last time.
+"""broadcast: one rank's values on all ranks, as changes since the last time.
 
     rank 1 (source)  x - base -> p --> 0, 2     base <- base + p'
     rank 0, 2                                   base <- base + p', x <- base
 
-`base`, the version that was sent last, is the same on all ranks. What a codec withholds stays in x - base and is sent along
+`base`, the version that was sent last, is the same on all ranks. The error of a codec stays in x - base and is sent
 next time, so no other memory is needed. A byte a tensor says whether it has no negative value; then `base` gets none
-either: a variance just above 0 stays one. What is not finite at first and stays so (the -inf of an attention mask) does no
-harm. What becomes Inf or NaN later, or ceases to be, is not told: as long as x - base is not finite, the values that the codec
-codes with it, its block, stay on the others as they were. A binomial tree: nbytes(n) and those bytes travel W - 1 times in all.
+either: a variance just above 0 stays valid. A value that is never finite (the -inf of an attention mask) does no harm. If a
+value becomes Inf or NaN later, or finite again, this is not sent: as long as x - base is not finite, the values of its block
+do not change on the others. A binomial tree: nbytes(n) and those bytes are sent W - 1 times in all.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,10 +1,10 @@
-"""A collective without headers that does not end: another rank may be waiting for one that is not this.
+"""A collective without headers that does not end: another rank may be waiting for a different one.
 
     rank 0   all_reduce ....... HELD_SECONDS ... [header] -->  rank 1, which does something else and so waits for a header
                                 says so in the store           finds another one than its own: both end, with both values
 
-Nobody needs the header where all are only slow: then it is never received, and the backend keeps about a kilobyte of it on both
-sides. So each that was sent in vain doubles the time before the next one, and a wire has no more than a dozen of them.
+No rank needs the header if all are only slow: then it is never received, and the backend keeps about a kilobyte of it on both
+sides. So each unneeded one doubles the time before the next one, and a wire has no more than a dozen of them.
 """
 
 import contextlib

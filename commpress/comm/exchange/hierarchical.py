@@ -61,7 +61,7 @@ class Hierarchical(Exchange):
         if len(ranks) % self.ranks_per_node:
             raise ValueError(
                 f"exchange {str(self)!r}: {len(ranks)} ranks do not make nodes of {self.ranks_per_node}; all nodes must have "
-                "as many ranks"
+                "the same number of ranks"
             )
         return self
 
@@ -137,7 +137,7 @@ class Hierarchical(Exchange):
 
     def idle(self, world_size: int) -> str:
         if not self.ranks_per_node:
-            raise ValueError(f"exchange {self.name!r}: expected how many ranks a node has, as in '{self.name}(8)'")
+            raise ValueError(f"exchange {self.name!r}: expected the number of ranks per node, as in '{self.name}(8)'")
         return "one node: nothing goes between nodes" if world_size == self.ranks_per_node else ""
 
     def _between(self, codec: Codec, nodes: int) -> Exchange:
@@ -163,14 +163,14 @@ def count_on_nodes(ranks: Sequence[int]) -> int:
     text = os.environ.get(LOCAL_RANKS, "")
     if not re.fullmatch(r"[1-9]\d*", text):
         raise ValueError(
-            f"exchange 'hierarchical': {LOCAL_RANKS} is {text!r}, expected the number of ranks on a node, as torchrun sets it; "
-            "or say it: 'hierarchical(8)'"
+            f"exchange 'hierarchical': {LOCAL_RANKS} is {text!r}, expected the number of ranks on a node, as torchrun sets "
+            "it; or name it: 'hierarchical(8)'"
         )
     nodes = [(node, len(list(same))) for node, same in itertools.groupby(rank // int(text) for rank in ranks)]
     sizes = [size for _, size in nodes]
     if len(set(sizes)) > 1 or len(dict(nodes)) < len(nodes):
         raise ValueError(
             f"exchange 'hierarchical': with {LOCAL_RANKS} {text} the nodes have {', '.join(map(str, sizes))} of these ranks, "
-            "one after another; all nodes must have as many"
+            "one after another; all nodes must have the same number"
         )
     return sizes[0]

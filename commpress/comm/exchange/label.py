@@ -1,4 +1,4 @@
-"""Labels of messages, and the header that tells a message's label to the rank that gets it."""
+"""Labels of messages, and the header with a message's label for the rank that gets it."""
 
 import hashlib
 import itertools

@@ -1,6 +1,6 @@
-"""Steps in which a bucket stays on its rank.
+"""Local steps: a bucket stays on its rank.
 
-Under a loss scale one number a bucket travels all the same: a step that one rank has to skip is skipped by all, as after an
+Under a loss scale one number a bucket is sent all the same: if one rank has to skip a step, all skip it, as after an
 exchange, where all see the same Inf or NaN. Else the ranks' scales and steps would drift apart.
 """
 
@@ -21,7 +21,7 @@ from commpress.comm.meter import NOT_SENT
 
 @dataclass(frozen=True)
 class NoExchange(Exchange):
-    """Leaves the bucket as it is."""
+    """No exchange: the bucket does not change."""
 
     name: ClassVar[str] = NOT_SENT
 

@@ -5,10 +5,10 @@
     rank 1   [p1 | b1]   > mean (two_shot, none)   [q1]   > mean                   P Q -> M, b
     rank 2   [p2 | b2]  /                          [q2]  /                         P Q -> M, b
 
-What has no matrix that gets smaller (b: biases, norms) travels whole with the first factors. A matrix of rank r sends
+Tensors that factors do not make smaller (b: biases, norms) are sent whole with the first factors. A matrix of rank r sends
 r (rows + columns) float32, so of n such values in all a rank sends 2 (W - 1) / W * 4 n bytes. Feedback keeps M + e - P Q.
 
-The next step begins with this one's Q. A direction that a matrix does not have (a gradient of zeros) begins anew.
+The next step begins with this one's Q. A direction that a matrix does not have (a gradient of zeros) starts again.
 """
 
 import itertools

@@ -1,10 +1,10 @@
-"""packed: an exchange of what masks keep of a bucket. Any codec, no indices.
+"""packed: an exchange of the values of a bucket that masks keep. Any codec, no indices.
 
     rank 0   [a0 . . b0] -> [a0 b0]  \\
     rank 1   [a1 . . b1] -> [a1 b1]   > exchange -> [A B] -> [A 0 0 B]        the mean; 0 where nothing is kept
     rank 2   [a2 . . b2] -> [a2 b2]  /
 
-Each rank sends what the exchange sends of the kept values alone.
+Each rank sends only the exchange's bytes for the kept values.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""reduce_scatter: each rank gets the mean of its own chunk and of no other. For the gradients of sharded parameters.
+"""reduce_scatter: each rank gets only the mean of its own chunk. For the gradients of sharded parameters.
 
              encode in W chunks      own chunk of all: mean
     rank 0   [a0 b0 c0]  \\           [a0 a1 a2] -> a
@@ -6,7 +6,7 @@
     rank 2   [a2 b2 c2]  /           [c0 c1 c2] -> c
 
 Each rank sends (W - 1) * nbytes(n / W) if the chunks are of one length; ZeRO's partitions need not be. It is the first half of
-two_shot: nobody else holds the mean of a chunk, so it need not be encoded again.
+two_shot: no other rank holds the mean of a chunk, so it need not be encoded again.
 """
 
 import itertools

@@ -5,7 +5,7 @@
     rank 1   [a1 b1 c1]   > to all   [b0 b1 b2] -> B    > to all        [A B C]
     rank 2   [a2 b2 c2]  /           [c0 c1 c2] -> C   /                [A B C]
 
-Each rank sends (W - 1) / W * nbytes(n) twice. Both encodings have their own feedback. Every rank, the owner too, decodes
+Each rank sends (W - 1) / W * nbytes(n) twice. Both encodings have their own feedback. Every rank, the owner included, decodes
 the bytes that were sent, so all hold the same bits. Between two ranks `one_shot` sends as many bytes in one round, and encodes
 once.
 """

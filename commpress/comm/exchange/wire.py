@@ -1,20 +1,20 @@
-"""One process group as seen by an exchange: who is there, and what goes between all pairs at once.
+"""One process group for an exchange: its ranks, and the transfers between all pairs at once.
 
 On an accelerator one collective carries a transfer, `all_to_all_single` or `all_gather_single` over one flat buffer, which NCCL
 and Gloo know for its tensors. On CPU point-to-point messages do: any lengths, no copies, both directions of a link in use, and
 under Gloo a third less time than all_gather for the same bytes. Each message has its own tag, so none is taken for another.
 
-A header of 24 bytes goes along with every message, at the same time:
+A header of 24 bytes is sent with every message, at the same time:
 
     rank 0 -> 1   [label | length | checksum]   tag t
                   [payload ................]    tag f(t, label, length)
 
-The receiver compares the header with what it expects, and both ranks do; a payload that is not expected has no taker. Without
-this Gloo ends the process of a rank that gets more than it has room for, and passes over less in silence. The report does not
+The receiver compares the header with what it expects, and both ranks do; an unexpected payload is not received. Without
+this Gloo ends the process of a rank that gets more than it has room for, and silently accepts less. The report does not
 count headers, nor what the backend itself puts before a message.
 
-A collective of the group that comes as it came the last time has none, which would cost more than the collective's own start:
-whoever waits for it in vain for `HELD_SECONDS`, or longer where ranks are only slow, sends them then (`held.py`).
+A collective of the group that repeats the last one has no headers, which would cost more than the collective's own start:
+a rank that waits for it longer than `HELD_SECONDS`, or more if ranks are only slow, then sends them (`held.py`).
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from commpress.comm.joining import part_of, sibling
 
 @dataclass
 class Transfer:
-    """Messages that are on their way, with the rank that each comes from or goes to (None: all). `last` says that the bucket
+    """Messages under way, with the rank that each comes from or goes to (None: all). `last` says that the bucket
     starts no further ones."""
 
     works: list[tuple[int | None, Any]]
@@ -75,7 +75,7 @@ class Transfer:
 
 
 class Wire:
-    """A group of our own on CPU, on an accelerator the user's; `rank` and `world_size` are this process's within it.
+    """On CPU commpress's own group, on an accelerator the user's; `rank` and `world_size` are this process's within it.
 
     Collective over the ranks of `group`.
     """

@@ -4,6 +4,7 @@
     onnx          model.onnx          onnxruntime, and what else reads ONNX
     pt2e          model.pt2           PyTorch: `torch.export.load`, `torch.compile`
     executorch    model.pte           ExecuTorch's runtime, with XNNPACK
+    litert        model.tflite        LiteRT's interpreter, formerly TensorFlow Lite
     integer       integer.safetensors a device without floats, and NumPy (`integer_run.py`)
     torchao       transformers/       Transformers: `from_pretrained`
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from commpress import extras
 from commpress.model import layers
-from commpress.model.export import executorch, integer, onnx, pt2e, safetensors, torchao
+from commpress.model.export import executorch, integer, litert, onnx, pt2e, safetensors, torchao
 from commpress.model.export.parts import batch_shapes, evaluated, require_exportable, tensors_of
 
 FORMATS: dict[str, ModuleType] = {
@@ -30,6 +31,7 @@ FORMATS: dict[str, ModuleType] = {
     "onnx": onnx,
     "pt2e": pt2e,
     "executorch": executorch,
+    "litert": litert,
     "integer": integer,
     "torchao": torchao,
 }
@@ -39,6 +41,7 @@ FORMATS: dict[str, ModuleType] = {
 NEEDS = {
     "onnx": ("export", ("onnxruntime", "onnxscript")),
     "executorch": ("executorch", ("executorch",)),
+    "litert": ("litert", ("litert_torch",)),
     "torchao": ("transformers", ("transformers",)),
 }
 """By format the extra that installs what it needs beyond commpress.model, and the packages."""

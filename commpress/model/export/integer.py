@@ -166,7 +166,7 @@ def _program(program: Any, layers: list[Layer]) -> tuple[dict[str, Tensor], dict
     nodes = list(_chain(program))
     order = [layers[node.args[-1]] for node in nodes if _name(node) in LAYERS]
     if not order:
-        raise ValueError(f"export to integer: the model has no layer that is quantised so, {EXPECTED}")
+        raise ValueError(f"export to integer: the model has no layer quantised this way, {EXPECTED}")
     grids = [Grid(layer.scale, layer.zero, "int8") for layer in order]
     grids.append(Grid(_step(order[-1]), 0, "int32"))
     tensors: dict[str, Tensor] = {}
@@ -204,7 +204,7 @@ def _chain(program: Any) -> Iterator[Any]:
             raise ValueError(f"export to integer: the outputs of {_said(node)} do not depend on its inputs, {EXPECTED}")
         if len(users) > 1:
             both = " and ".join(_said(user) for user in users[:2])
-            raise ValueError(f"export to integer: what {_said(node)} gives goes to {both}, {EXPECTED}")
+            raise ValueError(f"export to integer: {_said(node)} goes to {both}, {EXPECTED}")
         node = users[0]
         if node.op == "output":
             return
@@ -256,8 +256,8 @@ def _between(node: Any, grid: Grid) -> dict[str, Any]:
         before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
         if not before or not after or before[0] != after[0] or not all(isinstance(size, int) for size in after[1:]):
             raise ValueError(
-                f"export to integer: {_said(node)} makes {tuple(after)} of {tuple(before)}, expected the same rows, and "
-                "no other dimension that is free"
+                f"export to integer: {_said(node)} makes {tuple(after)} of {tuple(before)}, expected the same rows, and no "
+                "other free dimension"
             )
         return {"op": "reshape", "shape": list(after[1:])}
     if name == MAX_POOL:

@@ -70,7 +70,7 @@ class Program:
         """int8 codes [rows, ...] to int32 outputs [rows, ...]. Raises TypeError for other inputs."""
         if getattr(codes, "dtype", None) != np.int8:
             raise TypeError(
-                f"run: expected int8 codes, got {getattr(codes, 'dtype', type(codes).__name__)}; see rounded"
+                f"run: expected int8 codes, got {getattr(codes, 'dtype', type(codes).__name__)}; `rounded` makes them"
             )
         for step in self.steps:
             codes = _integers(OPERATORS[step["op"]](codes, step, self.tensors))
@@ -85,7 +85,7 @@ def load(path: str | Path) -> Program:
     header = data[8 : 8 + size]
     told = CHECKSUM.search(header)
     if len(data) < 8 + size or told is None:
-        raise ValueError(f"{path}: no program of integers, or damaged: cut short, or no checksum in its header")
+        raise ValueError(f"{path}: not a program of integers, or damaged: cut short, or no checksum in its header")
     place = 8 + told.start(1)
     found = zlib.crc32(data[place + 8 :], zlib.crc32(b"0" * 8, zlib.crc32(data[:place])))
     if found != int(told[1], 16):
@@ -101,7 +101,7 @@ def load(path: str | Path) -> Program:
             _require_step(step, tensors)
         return Program(program["steps"], tensors, *ends)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no program of integers: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path}: not a program of integers: {type(error).__name__}: {error}") from error
 
 
 def _tensor(data: bytes, how: Mapping[str, Any]) -> Any:
@@ -113,7 +113,7 @@ def _require_step(step: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Raise ValueError for a step that no export wrote."""
     if step.get("op") not in KEYS or (wrong := step.keys() ^ (KEYS[step["op"]] | {"op"})):
         what = sorted(wrong) if step.get("op") in KEYS else f"an operator {step.get('op')!r}"
-        raise ValueError(f"a step with {what}: expected one of {', '.join(KEYS)}, and what it takes")
+        raise ValueError(f"a step with {what}: expected one of {', '.join(KEYS)}, with its own keys")
     if "weight" in step:
         weight = tensors[step["weight"]]
         rest = [tensors[step[name]] for name in ("bias", "multiplier", "shift")]

@@ -178,7 +178,7 @@ def batch_shapes(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     if not tensors or not tensors[0].dim() or tensors[0].shape[0] < 2:
         got = tuple(tensors[0].shape) if tensors else "none"
         raise ValueError(
-            f"example_inputs: expected tensors with 2 rows or more, so that their number stays free, got {got}"
+            f"example_inputs: expected tensors with 2 rows or more, so that the batch size stays free, got {got}"
         )
     rows, batch = tensors[0].shape[0], torch.export.Dim("batch")
 

@@ -52,7 +52,7 @@ def run(path: Path, model: Any, inputs: tuple[Any, ...]) -> Any:
 
 def _require_place(model: nn.Module, names: dict[str, Layer], library: Any) -> None:
     if not isinstance(model, library.PreTrainedModel):
-        raise ValueError(f"export to torchao: {type(model).__name__} is no model of Transformers, expected one")
+        raise ValueError(f"export to torchao: {type(model).__name__} is not a Transformers model, expected one")
     if not names:
         raise ValueError("export to torchao: nothing is quantised, expected integers; use the model's save_pretrained")
     first: dict[int, str] = {}
@@ -60,7 +60,7 @@ def _require_place(model: nn.Module, names: dict[str, Layer], library: Any) -> N
         if not isinstance(layer.module, (nn.Linear, nn.Embedding)):
             kind = next(each for each in type(layer.module).__mro__ if each.__module__.startswith("torch."))
             raise ValueError(
-                f"export to torchao: {name!r} is a {kind.__name__}, of which torchao has no integers; "
+                f"export to torchao: {name!r} is a {kind.__name__}, for which torchao has no integers; "
                 "expected nn.Linear and nn.Embedding"
             )
         if layer.activations == "static":

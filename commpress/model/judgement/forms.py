@@ -104,7 +104,7 @@ def side_of(
 def _find(side: Side, folder: Path, runtimes: Sequence[str]) -> None:
     """The forms that are in a folder."""
     if not folder.is_dir():
-        raise ValueError(f"judge({side.name}): {folder} is no folder, expected one with the files of an export")
+        raise ValueError(f"judge({side.name}): {folder} is not a folder, expected one with the files of an export")
     files = {name: folder / form.FILE for name, form in FORMATS.items() if (folder / form.FILE).exists()}
     if not files:
         some = ", ".join(form.FILE for form in FORMATS.values())

@@ -87,7 +87,9 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _one_of_both(self) -> "Recipe":
         if self.search is not None and self.search.layers and (self.prune or self.quantize):
-            raise ValueError("search.layers: finds what [[prune]] and [[quantize]] say, expected neither beside it")
+            raise ValueError(
+                "search.layers: chooses the pruning and rounding, expected no [[prune]] or [[quantize]] with it"
+            )
         if self.budget is not None and not self.budget.settled and (self.prune or self.quantize):
             starts = [entry.start for entry in self.prune] + [entry.start for entry in self.quantize]
             self.budget.require_beside(min(starts))

@@ -68,7 +68,7 @@ def _toml(text: str) -> Any:
         lines = text.split("\n")
         before = [line.strip() for line in lines[: number - 1] if line.lstrip().startswith("[")]
         inside = f" of {before[-1]}" if before and not lines[number - 1].lstrip().startswith("[") else ""
-        what = "this key or table is there twice" if re.search("overwrite|twice", told[1]) else _lowered(told[1])
+        what = "this key or table appears twice" if re.search("overwrite|twice", told[1]) else _lowered(told[1])
         raise ValueError(f"line {number}{inside}, {lines[number - 1].strip()!r}: {what}") from None
 
 
@@ -126,7 +126,7 @@ def _checked(node: Any, key: str) -> Iterator[None]:
             raise ValueError(f"line {at}, {key or 'the file'}: expected a word as key, got {name.value!r}")
         path = f"{key}.{name.value}".lstrip(".")
         if name.value in seen:
-            raise ValueError(f"{path}: the key is there twice, in line {seen[name.value]} and in line {at}")
+            raise ValueError(f"{path}: the key appears twice, in line {seen[name.value]} and in line {at}")
         seen[name.value] = at
         yield from _checked(value, path)
 

@@ -17,7 +17,7 @@ LAST = sys.maxsize
 
 Step = Annotated[int, Field(ge=0, le=10**12)]  # no run has more
 Globs = Annotated[tuple[str, ...], Field(min_length=1)]
-Format = Literal["safetensors", "onnx", "pt2e", "executorch", "integer", "torchao"]
+Format = Literal["safetensors", "onnx", "pt2e", "executorch", "litert", "integer", "torchao"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -60,23 +60,31 @@ class Prune(Part):
         if self.last < self.start:
             raise ValueError(f"end: expected at least start, {self.start}, got {self.end}")
         if self.pattern is not None and self.n_of_m[0] >= self.n_of_m[1]:
-            raise ValueError(f"pattern: expected fewer kept than there are, as in '2:4', got {self.pattern!r}")
+            raise ValueError(
+                f"pattern: expected fewer kept weights than the group has, as in '2:4', got {self.pattern!r}"
+            )
         if self.how != "one-shot" and self.amount is None:
             key = "schedule" if self.schedule else "end"
             got = repr(self.how) if self.schedule else self.end
-            raise ValueError(f"{key}: expected none, a {given[0]} is taken at once, only an amount grows; got {got}")
+            raise ValueError(f"{key}: expected none, a {given[0]} is applied at once, only an amount grows; got {got}")
         if self.how != "one-shot" and self.last == self.start:
             raise ValueError(f"schedule: expected an end after start, {self.start}, for {self.how!r}, got {self.end}")
         if self.criterion != "magnitude" and self.start == 0:
             raise ValueError(
-                f"criterion: {self.criterion!r} has seen nothing before step 1, expected a start above 0, got 0"
+                f"criterion: {self.criterion!r} has no data before step 1, expected a start above 0, got 0"
             )
         if self.schedule == "one-shot" and self.last > self.start:
-            raise ValueError(f"end: one-shot changes at start, {self.start}, alone, expected no end, got {self.end}")
+            raise ValueError(
+                f"end: one-shot changes weights only at start, {self.start}, expected no end, got {self.end}"
+            )
         if self.how != "regrow" and self._says("regrow"):
-            raise ValueError(f"regrow: counts for schedule 'regrow' alone, which this entry has not, got {self.regrow}")
+            raise ValueError(
+                f"regrow: has an effect only with schedule 'regrow', which this entry does not have, got {self.regrow}"
+            )
         if self.amount is None and self._says("scope"):
-            raise ValueError(f"scope: says what an amount is of, expected none beside {given[0]}, got {self.scope!r}")
+            raise ValueError(
+                f"scope: says what an amount is a share of, expected none with {given[0]}, got {self.scope!r}"
+            )
         return self
 
     @property
@@ -138,14 +146,14 @@ class Distil(Part):
         for kind in ("hidden", "attention"):
             for key in (f"{kind}_loss", f"{kind}_weight"):
                 if not getattr(self, kind) and self._says(key):
-                    raise ValueError(f"{key}: expected {kind} beside it, which says what shall be alike")
+                    raise ValueError(f"{key}: expected {kind} with it, which says what to match")
         for key in ("temperature", "soft"):
             if not self.weight and self._says(key):
-                raise ValueError(f"{key}: counts for soft labels alone, expected a weight above 0, got {self.weight}")
+                raise ValueError(
+                    f"{key}: has an effect only on soft labels, expected a weight above 0, got {self.weight}"
+                )
         if not (self.weight or (self.hidden and self.hidden_weight) or (self.attention and self.attention_weight)):
-            raise ValueError(
-                f"weight: {self.weight}, and nothing else is asked of the teacher: expected a weight above 0"
-            )
+            raise ValueError(f"weight: {self.weight}, and nothing else uses the teacher: expected a weight above 0")
         return self
 
     @property
@@ -228,7 +236,7 @@ class Search(Part):
             )
         for key in ("start", "end", "every"):
             if not self.layers and self._says(key):
-                raise ValueError(f"{key}: says when layers are compressed, expected layers beside it")
+                raise ValueError(f"{key}: says when layers are compressed, expected layers with it")
         return self
 
     @property
@@ -248,7 +256,7 @@ class Export(Part):
     @classmethod
     def _inside(cls, found: str) -> str:
         if Path(found).is_absolute() or ".." in Path(found).parts or Path(found) == Path():
-            raise ValueError(f"expected a folder inside of the run's, such as 'exported', got {found!r}")
+            raise ValueError(f"expected a folder inside the run's, such as 'exported', got {found!r}")
         return found
 
 
@@ -266,7 +274,7 @@ class Traffic(Part):
             return found
         if isinstance(found, Mapping) and found and all(isinstance(part, str) for part in (*found, *found.values())):
             return dict(found)
-        raise ValueError(f"expected text in quotes, or a table of such by patterns of names, got {shown(found)}")
+        raise ValueError(f"expected text in quotes, or a table of texts by patterns of names, got {shown(found)}")
 
 
 SECTIONS: dict[str, type[Part]] = {

@@ -1,4 +1,4 @@
-"""Architecture search: choices in a model or a recipe, strategies that try them, and what is best for its size."""
+"""Architecture search: choices in a model or a recipe, strategies that try them, and the best ones for their size."""
 
 from commpress.model.search.architecture import choose, chosen, fixed, left_out, space
 from commpress.model.search.choices import Depth, Heads, OneOf, Width

@@ -1,4 +1,4 @@
-"""The choices of a model: list them, set them, and make the plain model in the end."""
+"""The choices of a model: list them, set them, and make the plain model at the end."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -14,8 +14,8 @@ ROOT = "model"
 
 
 def space(model: nn.Module) -> Space:
-    """Return what can be chosen, by the names of the modules. A choice inside of an option counts where that is chosen;
-    one that stands at several places, where one of these is used.
+    """Return the choices of a model, by the names of the modules. A choice inside an option counts only if that option is
+    chosen; a choice at several places counts if one of them is used.
 
     Raises ValueError for a model without choices.
     """
@@ -32,7 +32,7 @@ def space(model: nn.Module) -> Space:
 
 
 def choose(model: nn.Module, choice: Mapping[str, Option]) -> None:
-    """Set choices by name; what is not named stays. Raises ValueError, with nothing changed, for a wrong name or option."""
+    """Set choices by name; other choices stay. Raises ValueError, with nothing changed, for a wrong name or option."""
     modules = _some_modules(model)
     Space({name: module.options for name, module in modules.items()}).check(choice, whole=False)
     for name, option in choice.items():
@@ -40,14 +40,14 @@ def choose(model: nn.Module, choice: Mapping[str, Option]) -> None:
 
 
 def chosen(model: nn.Module) -> Choice:
-    """Return what is chosen now."""
+    """Return the present choice."""
     return {name: module.choice for name, module in _modules(model).items()}
 
 
 def fixed(model: nn.Module, choice: Mapping[str, Option] | None = None) -> nn.Module:
-    """Return a copy with weights of its own that has no choices: what `choice` (None: what is chosen now) leaves of it.
+    """Return a plain copy without choices, with its own weights, for `choice` (None: the present choice).
 
-    It computes what the model does under that choice. Raises ValueError as `choose` does.
+    It computes the same as the model under that choice. Raises ValueError as `choose` does.
     """
     found = copy.deepcopy(uncompiled(model))
     if choice is not None:
@@ -56,14 +56,14 @@ def fixed(model: nn.Module, choice: Mapping[str, Option] | None = None) -> nn.Mo
 
 
 def left_out(model: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters that the chosen path does not use."""
+    """Return the trained parameters that the chosen path does not use."""
     model = uncompiled(model)
     used = {id(p) for p in _used(model)}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in used]
 
 
 def _modules(model: nn.Module) -> dict[str, ChoiceModule]:
-    """The choices, those in which others are first."""
+    """Return the choices, outer ones first."""
     named = uncompiled(model).named_modules()
     return {plain(name) or ROOT: module for name, module in named if isinstance(module, ChoiceModule)}
 
@@ -75,7 +75,7 @@ def _some_modules(model: nn.Module) -> dict[str, ChoiceModule]:
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """By choice the beginnings of its parts' names: those of all places where it stands."""
+    """Return for each choice the prefixes of its parts' names, at all of its places."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in uncompiled(model).named_modules(remove_duplicate=False):
         if isinstance(module, ChoiceModule):
@@ -84,7 +84,7 @@ def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def _without_choices(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a module with each choice in it fixed. `done` holds what modules have become, so that shared ones stay shared."""
+    """Return a module with each choice in it fixed. `done` maps modules to fixed ones, so that shared ones stay shared."""
     if module not in done:
         left = module
         while isinstance(left, ChoiceModule):
@@ -97,7 +97,7 @@ def _without_choices(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.
 
 
 def _used(module: nn.Module, without: frozenset[str] = frozenset()) -> Iterator[nn.Parameter]:
-    """Parameters of a module, but for those below the paths in `without`."""
+    """Return the parameters of a module, except those below the paths in `without`."""
     if isinstance(module, ChoiceModule):
         without |= {path for path, options in module.inside().items() if module.choice not in options}
     yield from module.parameters(recurse=False)

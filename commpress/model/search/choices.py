@@ -1,13 +1,13 @@
-"""Modules that leave something open: which layer, how many blocks, how wide, how many heads.
+"""Modules with a choice: which layer, how many blocks, how wide, how many heads.
 
     OneOf({"3x3": nn.Conv2d(8, 8, 3, padding=1), "5x5": nn.Conv2d(8, 8, 5, padding=2)})
     Depth([2, 4, 6], [block() for _ in range(6)])
     Width([16, 32, 64], nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
     Heads([1, 2, 4], attention, output="out")
 
-A model with them is a supernet: it holds all weights, and computes with those of what is chosen. Smaller options use the
+A model with them is a supernet: it holds all weights, and computes with those of the chosen options. Smaller options use the
 first of a larger one's blocks, units or heads (slimmable networks, arXiv:1812.08928; Once-for-all, arXiv:1908.09791).
-`architecture.py` lists and sets choices, and makes the plain model in the end.
+`architecture.py` lists and sets choices, and makes the plain model at the end.
 """
 
 import copy
@@ -37,12 +37,12 @@ class ChoiceModule(nn.Module, ABC):
         self.choice = option
 
     def inside(self) -> dict[str, tuple[Option, ...]]:
-        """Paths of modules that only some options use, and which do."""
+        """Return the paths of modules that only some options use, and these options."""
         return {}
 
     @abstractmethod
     def fixed(self) -> nn.Module:
-        """Return a module that computes what this does, without a choice of its own. It may be part of this one."""
+        """Return a module that computes the same, without a choice of its own. It may be part of this one."""
 
     def extra_repr(self) -> str:
         """Return the chosen option and all options, for `print(model)`."""
@@ -52,7 +52,7 @@ class ChoiceModule(nn.Module, ABC):
 class OneOf(ChoiceModule):
     """One of several modules; the first until another is chosen.
 
-    They are given one after another, and are then called "0", "1", ..., or as a mapping by name. Raises ValueError for fewer
+    Give them one after another (their names are then "0", "1", ...) or as a mapping by name. Raises ValueError for fewer
     than two, or a name with a dot or of a method of `nn.ModuleDict`.
     """
 
@@ -62,7 +62,9 @@ class OneOf(ChoiceModule):
         else:
             named = {str(i): module for i, module in enumerate(candidates)}  # type: ignore[misc]
         if len(named) < 2 or not all(isinstance(module, nn.Module) for module in named.values()):
-            raise ValueError(f"OneOf: expected at least two modules, or a mapping of such by name, got {candidates!r}")
+            raise ValueError(
+                f"OneOf: expected at least two modules, or a mapping of modules by name, got {candidates!r}"
+            )
         taken = {"", *dir(nn.ModuleDict())}  # "keys", "type"
         if bad := [name for name in named if not isinstance(name, str) or "." in name or name in taken]:
             raise ValueError(
@@ -72,11 +74,11 @@ class OneOf(ChoiceModule):
         self.candidates = nn.ModuleDict(named)
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        """Return what the chosen candidate computes."""
+        """Return the output of the chosen candidate."""
         return self.candidates[str(self.choice)](*args, **named)
 
     def inside(self) -> dict[str, tuple[Option, ...]]:
-        """Return each candidate, used by its own option."""
+        """Return each candidate with its own option."""
         return {f"candidates.{name}": (name,) for name in self.candidates}
 
     def fixed(self) -> nn.Module:
@@ -85,7 +87,7 @@ class OneOf(ChoiceModule):
 
 
 class Depth(ChoiceModule):
-    """The first k of some blocks, one behind the other; the largest k until another is chosen. 0 gives x as it is.
+    """The first k of some blocks, one after the other; the largest k until another is chosen. 0 returns x unchanged.
 
     Raises ValueError for choices that are not rising whole numbers, or whose largest is not the number of blocks.
     """
@@ -96,13 +98,13 @@ class Depth(ChoiceModule):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Any) -> Any:
-        """Return x behind the first k blocks, each of which takes what the one before returned."""
+        """Return x after the first k blocks, one after the other."""
         for block in self._chosen():
             x = block(x)
         return x
 
     def inside(self) -> dict[str, tuple[Option, ...]]:
-        """Return each block, used by the options above its place."""
+        """Return each block with the options that use it."""
         return {f"blocks.{i}": tuple(k for k in self._depths() if k > i) for i in range(len(self.blocks))}
 
     def fixed(self) -> nn.Module:
@@ -118,11 +120,11 @@ class Depth(ChoiceModule):
 
 
 class Width(ChoiceModule):
-    """Two layers, and what is between, of which the first k inner units are used; the largest k until another is chosen.
+    """Two layers and the modules between, with the first k inner units; the largest k until another is chosen.
 
-    `layers` is a Linear, a Linear or both convolutions without groups, around modules that do not mix units: batch norms, and
-    such without parameters, as activations and dropout. Raises ValueError for other layers, and for choices that are not
-    rising or whose largest is not the number of inner units.
+    The first and last of `layers` are two Linear or two convolutions without groups. Modules between do not mix
+    units: batch norms, and modules without parameters, such as activations and dropout. Raises ValueError for other layers, and
+    for choices that are not rising or whose largest is not the number of inner units.
     """
 
     def __init__(self, choices: Sequence[int], *layers: nn.Module) -> None:
@@ -144,7 +146,7 @@ class Width(ChoiceModule):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Any:
-        """Return x behind all layers."""
+        """Return x after all layers."""
         for layer, cut in zip(self.layers, self._cuts(), strict=True):
             x = cuts.call_cut(layer, cut, x) if cut else layer(x)
         return x
@@ -168,10 +170,10 @@ class Width(ChoiceModule):
 
 
 class Heads(ChoiceModule):
-    """An attention module of which the first k heads are used; all until another number is chosen.
+    """An attention module with its first k heads; all heads until another number is chosen.
 
     `attention` has its number of heads and the layers of queries, keys and values under names of `commpress.model.heads.KNOWN`,
-    and must find the size of a head from what these give, not from a number of its own; `output` is the name of the Linear that
+    and must find the size of a head from their outputs, not from its own attribute; `output` is the name of the Linear that
     takes the heads. Raises ValueError for another module, and for choices that are not rising or whose largest is not its
     number of heads.
     """
@@ -209,11 +211,11 @@ class Heads(ChoiceModule):
             setattr(self.attention, self._how.width, option * self._size)
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        """Return what the attention module computes with the first k heads."""
+        """Return the output of the attention module with the first k heads."""
         return cuts.call_cut(self.attention, self._cuts(), *args, **named)
 
     def fixed(self) -> nn.Module:
-        """Return an attention module that has the chosen heads alone."""
+        """Return an attention module with only the chosen heads."""
         attention = copy.deepcopy(self.attention)
         cuts.cut_(attention, self._cuts())
         return attention
@@ -242,4 +244,4 @@ def _require_rising(what: str, choices: Sequence[int], least: int, most: int, of
             f"{what}: expected at least two rising whole numbers from {least} on, got {choices if whole else list(choices)}"
         )
     if choices[-1] != most:
-        raise ValueError(f"{what}: the largest choice is {choices[-1]}, expected {most}: so many {of} there are")
+        raise ValueError(f"{what}: the largest choice is {choices[-1]}, expected {most}, the number of {of}")

@@ -23,17 +23,17 @@ KINDS = ("bits", "group", "sparsity")
 
 @dataclass(frozen=True)
 class Compression:
-    """Options by globs of layers' names. `prune` and `quantize` say when, as in a recipe: `{"start": 100, "end": 500}`.
+    """Options by globs of layers' names. `prune` and `quantize` set the steps, as in a recipe: `{"start": 100, "end": 500}`.
 
-    A layer belongs to one glob. What is not named is left as it is. Raises ValueError for an unknown kind, an option that no
+    A layer belongs to one glob. Other layers are not changed. Raises ValueError for an unknown kind, an option that no
     recipe can have, or groups without bits.
     """
 
     layers: Mapping[str, Mapping[str, Sequence[Option]]]
     prune: Mapping[str, Any] | None = None
-    """Keys of `[[prune]]` but amount and parameters. None: at once, before the first step."""
+    """Keys of `[[prune]]` except amount and parameters. None: at once, before the first step."""
     quantize: Mapping[str, Any] | None = None
-    """Keys of `[[quantize]]` but bits, group and layers. None: from the first step on."""
+    """Keys of `[[quantize]]` except bits, group and layers. None: from the first step on."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -43,13 +43,13 @@ class Compression:
                 if kind not in KINDS:
                     raise ValueError(f"Compression {glob!r}: {kind!r} is unknown, expected some of {', '.join(KINDS)}")
                 if kind == "group" and not any(kinds.get("bits", ())):
-                    raise ValueError(f"Compression {glob!r}: a group counts beside bits alone, expected bits of 8 or 4")
+                    raise ValueError(f"Compression {glob!r}: a group needs bits, expected bits of 8 or 4")
                 for option in options:
                     self._require_possible(glob, kind, option)
 
     @property
     def space(self) -> Space:
-        """The space; a group counts where there are bits."""
+        """Return the space; a group counts only with bits."""
         options, conditions = dict[str, Sequence[Option]](), dict[str, dict[str, Sequence[Option]]]()
         for glob, kinds in self.layers.items():
             for kind in (kind for kind in KINDS if kind in kinds):
@@ -59,7 +59,7 @@ class Compression:
         return Space(options, conditions)
 
     def recipe(self, choice: Mapping[str, Option]) -> Recipe:
-        """The recipe of a choice, which may have other names, too. Raises ValueError for a name that is missing."""
+        """Return the recipe of a choice, which may have other names, too. Raises ValueError for a name that is missing."""
         own = {name: choice[name] for name in self.space if name in choice}
         self.space.check(own)
         prunes, quantizes = [], []
@@ -72,14 +72,14 @@ class Compression:
         return Recipe.of({"prune": prunes, "quantize": quantizes}, "the recipe of a choice")
 
     def stored_bytes(self, model: nn.Module, choice: Mapping[str, Option]) -> int:
-        """The length of the file that the model would leave, pruned by magnitude as it is now, in bytes.
+        """Return the bytes of the stored model, if it were pruned by magnitude now.
 
-        That of the trained model differs by the few bytes by which a layer has more of what is pruned than another.
+        The trained model's file differs by a few bytes, since its layers have other shares of pruned weights.
         """
         return stored_bytes(*self.applied(model, choice))
 
     def applied(self, model: nn.Module, choice: Mapping[str, Option]) -> tuple[nn.Module, dict[str, Tensor]]:
-        """A copy of the model with a choice carried out at once, pruned by magnitude and prepared, and its masks by name."""
+        """Return a copy of the model with a choice applied at once, pruned by magnitude and prepared, and its masks by name."""
         made, recipe = copy.deepcopy(layers.uncompiled(model)), self.recipe(choice)
         masks: dict[str, Tensor] = {}
         for entry in recipe.prune:
@@ -100,7 +100,7 @@ class Compression:
         return {**(self.quantize or {"start": 0}), "bits": bits, **grouped, "layers": [glob]}
 
     def _require_possible(self, glob: str, kind: str, option: Option) -> None:
-        """Let the recipe say what it cannot have."""
+        """Raise the recipe's error for an option that it cannot have."""
         part: dict[str, Any] = {}
         if kind == "sparsity" and not (type(option) is float and option == 0.0):
             part = {"prune": [self._prune(glob, option)]}

@@ -1,11 +1,11 @@
-"""Where trials stand when they are over: an Optuna journal in a folder that all workers share, or this process's memory.
+"""The store of finished trials: an Optuna journal in a folder that all workers share, or this process's memory.
 
     journal.log      Optuna's journal of one study, "search": also `optuna-dashboard` reads it
-    claims/          a file a trial; who holds its lock is at work on it
+    claims/          a file per trial; the worker that holds its lock runs it
 
-Locks are the system's (flock): they are gone with the process that held them, however it ended. A trial that was cut off has
-left nothing, and is run again. Where a file system locks on one machine alone, several may run the same trial; the first
-that is through counts.
+Locks are the system's (flock): they end with the process that held them, however it ended. An interrupted trial has
+written nothing, and is run again. If a file system locks on one machine only, several may run the same trial; the first
+result counts.
 """
 
 import contextlib
@@ -22,30 +22,30 @@ from commpress.model.search.trial import Tried
 
 STUDY = "search"
 KEY = "commpress"
-"""The name of what is ours among the attributes of trials and of the study."""
+"""The name of commpress's data among the attributes of trials and of the study."""
 
 
 class Journal(Protocol):
-    """The trials that are over, and who is at work on which."""
+    """The finished trials, and the claims of running ones."""
 
     def trials(self) -> dict[int, Tried]:
-        """By number, also those of other workers."""
+        """Return the trials by number, also those of other workers."""
 
     def add(self, tried: Tried) -> None:
-        """Keep a trial, unless there is one of its number."""
+        """Store a trial, unless there is one with its number."""
 
     def finals(self) -> dict[int, float]:
-        """Qualities of those that were trained on their own, by number."""
+        """Return the qualities of finalists that were trained on their own, by number."""
 
     def add_final(self, number: int, quality: float) -> None:
-        """Keep such a quality."""
+        """Store the quality of a finalist."""
 
     def claim(self, what: str) -> contextlib.AbstractContextManager[bool]:
-        """Whether this worker may do it, and no other until the context ends."""
+        """Return whether this worker may run a trial; no other may until the context ends."""
 
 
 class Memory:
-    """Without a folder: one process, and gone with it."""
+    """A journal without a folder: in one process, and lost at its end."""
 
     def __init__(self) -> None:
         self._trials: dict[int, Tried] = {}
@@ -68,7 +68,7 @@ class Memory:
 
 
 class Folder:
-    """A folder, made if need be. What was begun there with other settings is refused with a ValueError that names them."""
+    """A journal in a folder, made if necessary. Raises ValueError if a search with other settings began there."""
 
     def __init__(self, path: Path, space: Space, settings: Mapping[str, Any]) -> None:
         self._optuna = library()
@@ -141,7 +141,7 @@ class Folder:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold a file's lock; False if another holds it, and `wait` is not asked for."""
+    """Hold a file's lock; False if another holds it and `wait` is false."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -155,7 +155,7 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
 
 
 class _JournalLock:
-    """The lock of Optuna's journal: no stale one stays behind a process that was killed, and no half line either."""
+    """The lock of Optuna's journal: a killed process leaves no stale lock, and no half line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -175,7 +175,7 @@ class _JournalLock:
 
 
 def _whole_lines(path: Path) -> int:
-    """The length of a file up to the end of its last whole line, in bytes."""
+    """Return the length of a file up to the end of its last whole line, in bytes."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:

@@ -11,7 +11,7 @@ class Judged(Protocol):
 
     @property
     def quality(self) -> float | None:
-        """The quality f; None if none was measured."""
+        """The quality f; None if it was not measured."""
 
     @property
     def size(self) -> float:
@@ -23,7 +23,7 @@ T = TypeVar("T", bound=Judged)
 
 @dataclass(frozen=True)
 class Weights:
-    """h = alpha f - beta g. Raises ValueError for a weight that is below 0 or not finite, or two of 0."""
+    """h = alpha f - beta g. Raises ValueError for a weight below 0 or not finite, or if both are 0."""
 
     alpha: float = 1.0
     beta: float = 0.0
@@ -31,9 +31,9 @@ class Weights:
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
             if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name} {weight}: expected a finite number from 0 on")
+                raise ValueError(f"{name} {weight}: expected a finite number of at least 0")
         if not (self.alpha or self.beta):
-            raise ValueError("alpha 0 and beta 0: expected one of them above 0, or all choices are the same")
+            raise ValueError("alpha 0 and beta 0: expected one of them above 0; with both 0 all choices are equal")
 
     def of(self, quality: float, size: float) -> float:
         """Return h of a candidate with this quality f and size g."""
@@ -41,8 +41,8 @@ class Weights:
 
 
 def front(found: Sequence[T]) -> list[T]:
-    """Return the Pareto front of candidates, by rising size: no other candidate is better in quality or size and as good in the
-    other. Of equal candidates it has the first, and none without a quality."""
+    """Return the Pareto front of candidates, by rising size: no other candidate is better in quality or size and not worse in
+    the other. Of equal candidates it has the first, and none without a quality."""
     best: list[T] = []
     for each in sorted((x for x in found if x.quality is not None), key=lambda x: (x.size, -_quality(x))):
         if not best or _quality(each) > _quality(best[-1]):
@@ -51,7 +51,7 @@ def front(found: Sequence[T]) -> list[T]:
 
 
 def spread(points: Sequence[T], count: int) -> list[T]:
-    """Return at most `count` points of a front: both ends and some evenly between; a single one is the best in quality."""
+    """Return at most `count` points of a front: both ends and some evenly between; a single one has the best quality."""
     if count >= len(points):
         return list(points)
     if count <= 1:

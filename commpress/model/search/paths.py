@@ -5,7 +5,7 @@
         paths.take(step)
         paths.loss(cross_entropy(ddp(x), y)).backward()
 
-A path is drawn from seed and step alone, so ranks need not tell each other, and a resumed run takes the same ones.
+A path is drawn from seed and step only, so ranks need no communication, and a resumed run takes the same paths.
 """
 
 import random
@@ -24,7 +24,7 @@ class Paths:
         self.space = space(model)
 
     def at(self, step: int) -> Choice:
-        """Return the path of a step, whatever was taken before."""
+        """Return the path of a step, independent of earlier ones."""
         return self.space.draw(random.Random(f"path {self._seed} {step}"))
 
     def take(self, step: int) -> Choice:
@@ -34,10 +34,10 @@ class Paths:
         return choice
 
     def loss(self, loss: Tensor) -> Tensor:
-        """Return the loss, with a gradient of zeros for what the path leaves out.
+        """Return the loss, with a gradient of zeros for weights outside the path.
 
-        So DDP has a gradient of every parameter, and what error feedback holds of one arrives whether the path uses it or
-        not; `find_unused_parameters=True` throws it away. An optimizer with momentum moves what is left out, too.
+        So DDP has a gradient of every parameter, and the residual of each is sent whether the path uses it or
+        not; `find_unused_parameters=True` throws it away. An optimizer with momentum moves unused weights, too.
         """
         for p in left_out(self._model):
             loss = loss + p.flatten()[:0].sum()  # of no values: Inf and NaN in p stay there

@@ -1,4 +1,4 @@
-"""How large a model is, for g: parameters, or bytes of the file that it leaves."""
+"""The size of a model, for g: parameters, or bytes of its stored file."""
 
 import tempfile
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from commpress.model import stored
 
 
 def parameters(model: nn.Module) -> int:
-    """The number of parameters; one that is shared counts once."""
+    """Return the number of parameters; a shared one counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def stored_bytes(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> int:
-    """The length of the file that `commpress.model.stored.save` writes, in bytes. Raises as that does."""
+    """Return the length of the file that `commpress.model.stored.save` writes, in bytes. Raises the errors of `save`."""
     with tempfile.TemporaryDirectory(prefix="commpress-size-") as folder:
         path = Path(folder) / "model.safetensors"
         stored.save(path, model, masks=masks)

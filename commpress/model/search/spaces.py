@@ -1,9 +1,9 @@
-"""A search space: what can be chosen, by name, and which choices count only beside others.
+"""A search space: options by name, and choices that count only with others.
 
     Space({"bits": (None, 8, 4), "group": (None, 32)}, {"group": {"bits": (8, 4)}})     # a group counts if there are bits
 
-A choice gives every name one of its options. Two choices that differ only where it does not count are the same one:
-`canonical` gives what does not count its first option.
+A choice gives every name one of its options. Two choices that differ only in names that do not count are the same:
+`canonical` gives such a name its first option.
 """
 
 import random
@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 Option = str | int | float | bool | None
 PLAIN = (str, int, float, bool, type(None))
-"""Types of options: what a file gives back as it was."""
+"""Types of options: a file must return them unchanged."""
 Choice = dict[str, Option]
 """The chosen option of each choice, by name."""
 
 
 class Space(Mapping[str, tuple[Option, ...]]):
-    """Options by name, in a fixed order, and for each name under which options of names before it it counts.
+    """Options by name, in a fixed order, and for each name the options of earlier names under which it counts.
 
-    Raises ValueError for a space or a name without options, options that are there twice or are no plain text, number, truth
+    Raises ValueError for a space or a name without options, options that appear twice or are not plain text, number, truth
     value or None (one of NumPy's, say, or NaN), and for a condition that no choice can meet.
     """
 
@@ -43,22 +43,20 @@ class Space(Mapping[str, tuple[Option, ...]]):
                     "bool, or None, and no NaN"
                 )
             if len({(type(option), option) for option in of}) < len(of):
-                raise ValueError(f"space {name!r}: an option is there twice in {_listed(of)}")
+                raise ValueError(f"space {name!r}: an option appears twice in {_listed(of)}")
         before: set[str] = set()
         for name, needed in self.conditions.items():
             for other, of in needed.items():
                 if other not in before:
-                    raise ValueError(
-                        f"space {name!r}: counts together with {other!r}, expected the name of an earlier choice"
-                    )
+                    raise ValueError(f"space {name!r}: depends on {other!r}, expected the name of an earlier choice")
                 if not of or not all(_among(option, self._options[other]) for option in of):
                     raise ValueError(
-                        f"space {name!r}: counts where {other!r} is one of {_listed(of)}, expected some of "
+                        f"space {name!r}: depends on {other!r} being one of {_listed(of)}, expected some of "
                         f"{_listed(self._options[other])}"
                     )
             before.add(name)
         for name in (conditions or {}).keys() - self._options.keys():
-            raise ValueError(f"space: a condition of {name!r}, which is no name of it: {_listed(tuple(self))}")
+            raise ValueError(f"space: a condition for {name!r}, which is not one of its names: {_listed(tuple(self))}")
 
     def __getitem__(self, name: str) -> tuple[Option, ...]:
         return self._options[name]
@@ -70,7 +68,7 @@ class Space(Mapping[str, tuple[Option, ...]]):
         return len(self._options)
 
     def __or__(self, other: "Space") -> "Space":
-        """Both together. Raises ValueError for a name that both have."""
+        """Return both spaces together. Raises ValueError for a name that both have."""
         if both := [name for name in self if name in other]:
             raise ValueError(f"space {both[0]!r}: is in both spaces, expected names of their own")
         return Space({**self, **other}, {**self.conditions, **other.conditions})
@@ -89,7 +87,7 @@ class Space(Mapping[str, tuple[Option, ...]]):
             raise ValueError(f"choice {missing[0]!r}: missing, expected one of {_listed(self[missing[0]])}")
 
     def counting(self, choice: Mapping[str, Option]) -> list[str]:
-        """The names that make a difference beside the rest of a whole choice."""
+        """Return the names that count in a whole choice."""
         found: dict[str, None] = {}
         for name in self:
             needed = self.conditions[name]
@@ -98,18 +96,18 @@ class Space(Mapping[str, tuple[Option, ...]]):
         return list(found)
 
     def canonical(self, choice: Mapping[str, Option]) -> Choice:
-        """Return a choice in the space's order, the first option where a name does not count. Raises as `check` does."""
+        """Return a choice in the space's order, with the first option for names that do not count. Raises as `check` does."""
         self.check(choice)
         counting = set(self.counting(choice))
         return {name: choice[name] if name in counting else self[name][0] for name in self}
 
     def draw(self, source: random.Random) -> Choice:
-        """A choice, each option as likely as the others of its name."""
+        """Return a random choice; all options of a name are equally likely."""
         return self.canonical({name: source.choice(of) for name, of in self.items()})
 
 
 def _among(option: Option, options: Sequence[Option]) -> bool:
-    """Whether it is one of them; True is not 1."""
+    """Return whether it is one of them; True is not 1."""
     return any(type(option) is type(other) and option == other for other in options)
 
 

@@ -1,8 +1,8 @@
-"""Which choices to try next: `random`, `tpe` (Bergstra et al., NeurIPS 2011) and `nsga2` (Deb et al., 2002), by Optuna.
+"""Strategies that propose choices: `random`, `tpe` (Bergstra et al., NeurIPS 2011) and `nsga2` (Deb et al., 2002), by Optuna.
 
-Proposals come in rounds. What a round proposes is a function of seed, strategy and the trials of the rounds before, so it is
-the same on every rank and after every restart: each time Optuna's sampler starts anew, with a seed of its own for each trial,
-and is told those trials. Within a round it knows what was proposed before, not what became of it.
+Proposals come in rounds. A round's proposals are a function of seed, strategy and the trials of earlier rounds, so they are
+the same on every rank and after every restart: each time Optuna's sampler starts again, with a separate seed for each trial,
+and gets those trials. Within a round it knows the earlier proposals, not their results.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("random", "tpe", "nsga2")
 DRAWS = 10_000
-"""So often a new choice is drawn; if all were tried before, the space counts as exhausted."""
+"""The number of draws of a new choice; if all were tried before, the space counts as exhausted."""
 
 
 def propose(
     space: Space, strategy: str, seed: int, weights: Weights | None, before: Sequence[Tried], count: int, together: int
 ) -> list[Choice]:
-    """Return the next `count` choices behind whole rounds of `together` trials; fewer where the space is exhausted.
+    """Return the next `count` choices after whole rounds of `together` trials; fewer if the space is exhausted.
 
-    No choice comes twice: in the place of one that was tried stands a neighbour of it that was not. What is proposed first
-    does not depend on `count`. Raises ModuleNotFoundError without Optuna.
+    No choice appears twice: an untried neighbour replaces a tried one. The first proposals
+    do not depend on `count`. Raises ModuleNotFoundError without Optuna.
     """
     tried = {_key(each.choice) for each in before}
     found: list[Choice] = []
@@ -49,7 +49,7 @@ def propose(
 
 
 class _Coded:
-    """Options as Optuna is told them: by their places, and rising numbers as an order, so that it may look near good ones."""
+    """Options coded for Optuna: by their places, and rising numbers in order, so that it can search near good ones."""
 
     def __init__(self, optuna: Any, space: Space) -> None:
         self._space = space
@@ -62,7 +62,7 @@ class _Coded:
         }
 
     def params(self, choice: Choice) -> dict[str, int]:
-        """The places of a choice's options."""
+        """Return the places of a choice's options."""
         found = {}
         for name, options in self._space.items():
             keys = [(type(option), option) for option in options]
@@ -70,14 +70,14 @@ class _Coded:
         return found
 
     def choice(self, params: dict[str, Any]) -> Choice:
-        """The choice, as it counts."""
+        """Return the canonical choice."""
         return self._space.canonical({name: options[params[name]] for name, options in self._space.items()})
 
 
 def _study(
     optuna: Any, coded: _Coded, strategy: str, weights: Weights | None, before: Sequence[Tried], together: int
 ) -> "optuna.Study":
-    """A study in memory that knows the trials of the rounds before. A trial without a quality counts as the worst."""
+    """Return a study in memory with the trials of earlier rounds. A trial without a quality counts as the worst."""
     study = optuna.create_study(directions=["maximize", "minimize"] if weights is None else ["maximize"])
     good = [tried.quality for tried in before if tried.quality is not None]
     worst = min(good, default=0.0)
@@ -105,12 +105,12 @@ def _sampler(optuna: Any, strategy: str, seed: int, together: int) -> Any:
 
 
 def _generation(optuna: Any) -> str:
-    """Where NSGA-II finds a trial's generation: here a round."""
+    """The attribute in which NSGA-II finds a trial's generation: here a round."""
     return str(optuna.samplers.NSGAIISampler._get_generation_key())
 
 
 def _untried(space: Space, choice: Choice, tried: set[tuple[Option, ...]], source: random.Random) -> Choice | None:
-    """The choice itself, or the first new one on a walk from it that changes one option a step; None if there is none."""
+    """Return the choice, or the first new one on a walk that changes one option per step; None if there is none."""
     names = [name for name, options in space.items() if len(options) > 1]
     for _ in range(DRAWS):
         if _key(choice) not in tried:
@@ -133,7 +133,7 @@ def _key(choice: Choice) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
-    """Optuna, without its lines on every study. Raises ModuleNotFoundError that names the extra."""
+    """Return Optuna, without its lines about every study. Raises ModuleNotFoundError that names the extra."""
     optuna = library()
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -1,10 +1,10 @@
-"""The search: rounds of trials, shared out among whoever looks into the same folder, and what came of them.
+"""The search: rounds of trials, shared by all workers with the same folder, and their results.
 
     problem = Problem(space(model), quality, size)
     result = search(problem, strategy="tpe", trials=40, folder="runs/search")
 
-Every worker (a rank of a torchrun job, or a job on another machine) works out the same proposals, claims one that nobody is at
-work on, and waits where a round is not over. There is nothing to coordinate, and none of them leads.
+Every worker (a rank of a torchrun job, or a job on another machine) computes the same proposals, claims a free one,
+and waits for the end of a round. There is nothing to coordinate, and no worker leads.
 """
 
 import math
@@ -23,9 +23,9 @@ from commpress.model.search.strategies import STRATEGIES, propose
 from commpress.model.search.trial import Pruned, Trial, Tried, seed_of
 
 TOGETHER = 4
-"""Trials of a round, unless it says otherwise."""
+"""The default number of trials in a round."""
 PATIENCE = 0.1
-"""Seconds after which a worker that has nothing to do looks again."""
+"""Seconds after which an idle worker looks again."""
 VERSION = 1
 
 
@@ -40,35 +40,35 @@ class Problem:
 
     space: Space
     quality: Callable[[Trial], float]
-    """f of `trial.choice`; it may `trial.report` how far it is."""
+    """f of `trial.choice`; it may `trial.report` its progress."""
     size: Callable[[Choice], float]
     """g, before f is known: parameters, bytes, seconds."""
     prepare: Callable[[], None] | None = None
     """Called by all ranks together before the first trial, and again when a search is resumed: it may train a supernet."""
     final: Callable[[Trial], float] | None = None
-    """f of a finalist that is trained on its own, where `quality` was that of shared weights."""
+    """f of a finalist that is trained on its own, if `quality` used shared weights."""
     name: str = ""
     """A folder holds trials of one name only. `commpress search` gives a problem without a name that of --space."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The trials of a search, and the front or the best choice among them."""
+    """The trials of a search, and its front or best choice."""
 
     trials: list[Tried]
-    """By number."""
+    """Trials by number."""
     weights: Weights | None
     finals: dict[int, float]
     """Quality of the finalists that were trained on their own, by number."""
 
     @property
     def front(self) -> list[Tried]:
-        """The trials that no other is better than in both quality and size, by rising size."""
+        """Return the trials of the Pareto front of quality and size, by rising size."""
         return front(self.trials)
 
     @property
     def best(self) -> Tried | None:
-        """The trial of the largest h; without weights that of the largest quality. None if none was done."""
+        """Return the trial with the largest h; without weights, with the largest quality. None if no trial was done."""
         weights = self.weights or Weights()
         done = [tried for tried in self.trials if tried.quality is not None]
         return max(done, key=lambda tried: (weights.of(tried.quality or 0.0, tried.size), -tried.number), default=None)
@@ -97,15 +97,15 @@ def search(
     folder: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
-    """Run trials until there are as many, with whoever else works in `folder`; the result of all of them.
+    """Run trials until there are `trials`, with all other workers in `folder`; return the result of all.
 
-    `strategy` looks for the largest h with `weights`, for the front without. `together` trials are proposed from the same
-    results, a round, or a generation of `nsga2`: as many may run at once. A folder that has trials of the same search goes on
-    with them. `finalists` of the front (of the largest h, with weights) are judged again by `problem.final`. `progress` hears
-    how many trials are over.
+    `strategy` searches for the largest h with `weights`, for the front without. `together` trials are proposed from the same
+    results, as a round, or a generation of `nsga2`: that many may run at once. A folder with trials of the same search goes on
+    with them. `problem.final` judges `finalists` of the front again (with weights: of the largest h). `progress` gets
+    the number of finished trials.
 
     The trials are the same, by any number of workers and through any restart, if quality and size are functions of the choice
-    and the seed. Raises SearchError where one of these fails, ValueError for settings that make no sense, or that are not those
+    and the seed. Raises SearchError if one of these fails, ValueError for wrong settings, or settings that differ from those
     of the folder.
     """
     _require(problem, strategy, trials, together, finalists)
@@ -122,7 +122,7 @@ def search(
 
 @dataclass
 class _Worker:
-    """One of those that share a search."""
+    """A worker of a search."""
 
     problem: Problem
     journal: Journal
@@ -134,7 +134,7 @@ class _Worker:
     progress: Callable[[int], None] | None
 
     def run(self) -> None:
-        """Do trials until all are over. Those of a round wait for the rounds before."""
+        """Run trials until all have ended. A round waits for the rounds before."""
         begin, proposals = -1, list[Choice]()
         while True:
             tried = self.journal.trials()
@@ -157,11 +157,11 @@ class _Worker:
                 time.sleep(PATIENCE)
 
     def over(self) -> list[Tried]:
-        """The trials of this search by number; more may be there from a longer one."""
+        """Return the trials of this search by number; the folder may have more from a longer one."""
         return [tried for number, tried in sorted(self.journal.trials().items()) if number < self.trials]
 
     def finish(self, chosen: list[Tried]) -> None:
-        """Judge finalists by training each on its own."""
+        """Judge finalists, each trained on its own."""
         while waiting := [tried for tried in chosen if tried.number not in self.journal.finals()]:
             worked = False
             for tried in waiting:
@@ -175,7 +175,7 @@ class _Worker:
                 time.sleep(PATIENCE)
 
     def _done(self, number: int, choice: Choice, before: list[Tried]) -> bool:
-        """Do a trial, unless another has done it or is at it; whether it was done here."""
+        """Run a trial, unless another worker has or is running it; return whether it ran here."""
         with self.journal.claim(f"trial-{number}") as mine:
             if not mine or number in self.journal.trials():
                 return False
@@ -221,7 +221,7 @@ class _Worker:
 
 
 def _finalists(result: Result, count: int) -> list[Tried]:
-    """Return the `count` trials of the front with the largest h; without weights, as many spread along it."""
+    """Return the `count` trials of the front with the largest h; without weights, `count` spread along it."""
     if (weights := result.weights) is None:
         return spread(result.front, count)
     best = sorted(result.front, key=lambda tried: (-weights.of(tried.quality or 0.0, tried.size), tried.number))
@@ -258,6 +258,6 @@ def _require(problem: Problem, strategy: str, trials: int, together: int, finali
         ("finalists", finalists, 0),
     ):
         if value < least:
-            raise ValueError(f"{name} {value}: expected a whole number from {least} on")
+            raise ValueError(f"{name} {value}: expected a whole number of at least {least}")
     if finalists and problem.final is None:
         raise ValueError(f"finalists {finalists}: the problem has no `final` to judge them by, expected one")

@@ -1,4 +1,4 @@
-"""A trial: one choice and what became of it; and what a quality function gets of one while it computes."""
+"""A trial: one choice and its result; and the trial under way that a quality function gets."""
 
 import hashlib
 import math
@@ -11,29 +11,29 @@ from commpress.model.search.objective import Weights
 from commpress.model.search.spaces import Choice
 
 LEAST_RIVALS = 4
-"""Fewer trials to compare with prune none."""
+"""The least number of trials to compare with before one is pruned."""
 
 
 class Pruned(Exception):  # noqa: N818  it says that a trial ends, not that something is wrong
-    """Raised by `Trial.report` where a trial is given up; the search takes it, a quality function lets it through."""
+    """Raised by `Trial.report` to give a trial up; the search catches it, a quality function must not."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial that is over."""
+    """A finished trial."""
 
     number: int
     choice: Choice
     state: Literal["done", "pruned", "failed"]
-    """Judged to its end, given up early, or of a quality that is no finite number."""
+    """Judged to its end, given up early, or without a finite quality."""
     quality: float | None
-    """f, of a trial that is done."""
+    """f of a finished trial."""
     size: float
     """g."""
     curve: Mapping[int, float] = field(default_factory=dict)
     """The reported values of f, by step."""
     seconds: float = field(default=0.0, compare=False)
-    """How long it took; the only thing that is not the same when it runs again."""
+    """Seconds; the only value that differs when the trial runs again."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -41,12 +41,12 @@ class Tried:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "Tried":
-        """Return what `to_dict` was called on."""
+        """Return the object that `to_dict` was called on."""
         return cls(**{**found, "curve": {int(step): value for step, value in found["curve"].items()}})
 
 
 class Trial:
-    """A trial under way: its number, its choice, its size, and a seed of its own for what is random in it."""
+    """A trial under way: its number, its choice, its size, and its own seed."""
 
     def __init__(
         self, number: int, choice: Choice, size: float, seed: int, before: Sequence[Tried], weights: Weights | None
@@ -56,10 +56,10 @@ class Trial:
         self._before, self._weights = before, weights
 
     def report(self, step: int, quality: float) -> None:
-        """Tell the quality so far. Raises Pruned where the trial is behind the median of earlier ones at this step.
+        """Report the quality so far. Raises Pruned if the trial is below the median of earlier ones at this step.
 
-        With weights h is compared, of all earlier trials that reported the step; without, f, of those that are no larger:
-        what is small is not held against what is large. At least four must be there. Raises ValueError for a step that
+        With weights it compares h with all earlier trials that reported the step; without, f with those that are no larger,
+        so that a small choice is not compared with a large one. It needs at least four. Raises ValueError for a step that
         does not rise.
         """
         if self.curve and step <= max(self.curve):
@@ -72,12 +72,12 @@ class Trial:
             return
         median = statistics.median(self._compared(tried.curve[step], tried.size) for tried in rivals)
         if not self._compared(quality, self.size) >= median:  # NaN is behind, too
-            raise Pruned(f"trial {self.number}: {quality:g} at step {step}, behind the median of {len(rivals)} trials")
+            raise Pruned(f"trial {self.number}: {quality:g} at step {step}, below the median of {len(rivals)} trials")
 
     def _compared(self, quality: float, size: float) -> float:
         return quality if self._weights is None else self._weights.of(quality, size)
 
 
 def seed_of(*parts: object) -> int:
-    """A seed from 0 to 2^32 - 1 that follows from these parts, the same everywhere."""
+    """Return a seed from 0 to 2^32 - 1 that depends only on these parts."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")

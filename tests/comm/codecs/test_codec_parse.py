@@ -127,8 +127,14 @@ def test_a_share_outside_0_to_1_is_refused_with_its_value(ratio: str, family: ty
         ("topk(0.1, 2)", "spec 'topk(0.1, 2)': topk takes the kept share, as in topk(0.01), got (0.1, 2)"),
         ("powersgd", "spec 'powersgd': powersgd takes a rank, as in powersgd(4), got ()"),
         ("powersgd(-1)", "spec 'powersgd(-1)': powersgd takes a rank, as in powersgd(4), got (-1)"),
-        ("topk(0.1)|powersgd(4)", "powersgd(4) codes matrices, and the values of topk are none; expected int4 or sign"),
-        ("rotate|powersgd(4)", "powersgd(4) codes matrices, and the values of rotate are none; expected int4 or sign"),
+        (
+            "topk(0.1)|powersgd(4)",
+            "powersgd(4) codes matrices, and the values of topk are not matrices; expected int4 or sign",
+        ),
+        (
+            "rotate|powersgd(4)",
+            "powersgd(4) codes matrices, and the values of rotate are not matrices; expected int4 or sign",
+        ),
         ("randomk", "spec 'randomk': randomk takes the kept share, as in randomk(0.01), got ()"),
         ("randomk(x)", "spec 'randomk(x)': randomk takes the kept share, as in randomk(0.01), got (x)"),
         ("randomk(0.1)|topk(0.1)", "randomk(0.1)|topk(0.1): the values of randomk(...) cannot be sparsified again"),
