@@ -16,7 +16,7 @@ from commpress import extras
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.files import DamagedFileError, pack_state, unpack_state
-from commpress.hooks import ddp, rank_checkpoint
+from commpress.hooks import ddp, ending, rank_checkpoint
 from commpress.hooks.accelerate import inner
 from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
@@ -45,6 +45,7 @@ class CompressedDDP(DDPStrategy):
     long as `session`. A module that is distilled returns `self.trainer.strategy.scheduler.loss(loss, output, x)` from its
     `training_step`, and `teacher` is the model that it learns from. A recipe with an [export] needs `example_inputs`, the
     positional arguments of the module's forward; its files are written to the Trainer's `default_root_dir` when training ends.
+    A training that ends before the recipe, or a format that cannot be written, is a warning.
 
     Raises ValueError for `ddp_comm_*` settings; `fit` raises ValueError on all ranks for an unknown spec, for ranks that
     differ, for files that do not belong to the checkpoint, and for `gradient_clip_val` or a second optimizer beside a
@@ -220,7 +221,7 @@ class CompressedDDP(DDPStrategy):
             rank_zero_info(f"\n{self.session.report()}{self.session.receipt()}")
         if self.scheduler is not None:
             assert self.lightning_module is not None
-            self.scheduler.finish(self.lightning_module.trainer.default_root_dir)
+            ending.finish(self.scheduler, self.lightning_module.trainer.default_root_dir)
 
 
 def _beside(filepath: Any, rank: int) -> str:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from commpress import extras
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
-from commpress.hooks import ddp, rank_checkpoint
+from commpress.hooks import ddp, ending, rank_checkpoint
 from commpress.hooks.accelerate import inner, prepared
 from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
@@ -45,7 +45,8 @@ class Compression(TrainerCallback):
 
     With a `recipe` of `commpress.model` the model is pruned, quantised and distilled while it trains; `teacher` is the model
     that it learns from, and takes the same inputs. `scheduler` exists once training has begun. A recipe with an [export] needs
-    `example_inputs`, the model's positional arguments; its files are written to `output_dir` when training ends.
+    `example_inputs`, the model's positional arguments; its files are written to `output_dir` when training ends. A
+    training that ends before the recipe, or a format that cannot be written, is a warning.
 
     `train` raises TypeError if the model is not in a DistributedDataParallel, ValueError on all ranks for an unknown spec, for
     ranks that differ, for files that do not belong to the checkpoint, and for `max_grad_norm` beside a compressed optimizer.
@@ -183,4 +184,4 @@ class Compression(TrainerCallback):
             report.write_json(Path(args.output_dir) / REPORT)
             print(f"{report}{self.session.receipt()}")
         if self.scheduler is not None:
-            self.scheduler.finish(args.output_dir)
+            ending.finish(self.scheduler, args.output_dir)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from commpress.files import write_atomically
 from commpress.launch import budgets
 from commpress.launch.exported import show_exported
 from commpress.launch.predictions import say
-from commpress.launch.runtime import TrainingError, by_first_rank
+from commpress.launch.runtime import TrainingError, by_first_rank, together
 
 if TYPE_CHECKING:
     from commpress.launch.run_state import Run
@@ -32,9 +33,16 @@ def of(folder: Path, done: int, device: torch.device) -> list[str] | None:
     missed: list[str] | None = None
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((folder / ENDING).read_text())
-        missed = found["missed"] if isinstance(found, dict) and found.get("steps") == done else None
+        missed = found.get("missed") if isinstance(found, dict) and found.get("steps") == done else None
+        if not isinstance(missed, list) or not all(isinstance(each, str) for each in missed):
+            missed = None  # damaged: the end comes once more
     missed = told_by_first_rank(missed, None, device)
     return missed
+
+
+def forget(folder: Path, device: torch.device) -> None:
+    """Remove what says that a run's end is done, since it goes on. Collective."""
+    together(lambda: (folder / ENDING).unlink(missing_ok=True) if dist.get_rank() == 0 else None, device)
 
 
 def has_one(recipe: "Recipe") -> bool:
@@ -49,7 +57,10 @@ def require_good(missed: list[str], folder: Path) -> None:
 
 
 def write(run: "Run", full: nn.Module | None) -> None:
-    """Judge and export the model, which rank 0 has whole. Collective. Raises TrainingError for what was missed."""
+    """Judge and export the model, which rank 0 has whole. Collective. Raises TrainingError for what was missed.
+
+    What may be better next time, a full disk or no memory, leaves no ending.json: the same command tries again.
+    """
     assert run.scheduler is not None
     recipe = run.scheduler.recipe
     if has_one(recipe):
@@ -70,7 +81,10 @@ def _ended(run: "Run", recipe: "Recipe", full: nn.Module | None) -> list[str]:
             f"[budget]: there is no {run.out / budgets.DENSE}, the dense model: its limits are not held against the file"
         )
     if recipe.export is not None:
-        missed += _exported(recipe, full, run.task.example(), run.out)
+        try:
+            missed += _exported(recipe, full, run.task.example(), run.out)
+        except (OSError, MemoryError) as error:
+            return [*missed, f"export: {error}"]
     found: dict[str, Any] = {"what": "ending", "steps": run.done, "missed": missed}
     write_atomically(run.out / ENDING, lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
     return missed

@@ -17,7 +17,6 @@ from torch import nn
 from commpress import extras
 from commpress.launch import recipes, run_folder, tasks
 from commpress.launch.exported import bytes_of, show_exported
-from commpress.launch.model import GPT
 from commpress.launch.model_size import called
 from commpress.launch.predictions import require
 
@@ -39,11 +38,14 @@ class Export:
     """Write a model in the forms that devices run: ONNX, ExecuTorch, integers, ..."""
 
     folder: Annotated[Path | None, Positional] = None
-    """Folder of a run of `commpress train`: its checkpoint and recipe are used. Leave it out with --model."""
+    """Folder of a run of `commpress train`: its checkpoint and recipe are used. Leave it out for a model without a run."""
     formats: tuple[Format, ...] = ("onnx",)
     """Formats to write."""
     model: str | None = None
-    """Your own model, module:factory; the factory takes no argument and returns the model."""
+    """Your own model, module:factory; the factory takes no argument and returns the model. For a run of a model of your own the
+    factory that it was trained by. Its code runs."""
+    data: str | None = None
+    """For a run of a model of your own: the module:function that it was trained by. Its code runs."""
     state: Path | None = None
     """Values of --model: commpress's model.safetensors, or a state dict that torch.save wrote."""
     recipe: Path | None = None
@@ -64,17 +66,21 @@ class Export:
 
     def require_sense(self) -> None:
         """Raise ValueError for flags that do not go together."""
-        both = self.folder is not None and self.model is not None
-        require(not both, f"{self.folder} and --model {self.model}: expected a run's folder or a model, not both")
         require(
             self.folder is not None or self.model is not None,
             "expected the folder of a run, or --model module:factory, such as my_project.models:build",
         )
         for name in ("state", "recipe", "example"):
-            alone = getattr(self, name) is None or self.model is not None
-            require(alone, f"--{name} {getattr(self, name)}: has an effect only with --model")
+            alone = getattr(self, name) is None or (self.model is not None and self.folder is None)
+            require(
+                alone, f"--{name} {getattr(self, name)}: has an effect only with --model, without the folder of a run"
+            )
         require(
-            self.model is None or self.example is not None,
+            self.data is None or self.folder is not None,
+            f"--data {self.data}: has an effect only with the folder of a run",
+        )
+        require(
+            self.model is None or self.folder is not None or self.example is not None,
             "--example: expected module:function, such as my_project.models:inputs",
         )
         run_folder.require_writable(self.out)
@@ -85,9 +91,14 @@ class Export:
         from commpress.model.export.by_recipe import two_rows
 
         if self.folder is not None:
-            model: nn.Module = recipes.model_of_run(self.folder)
-            own = not isinstance(model, GPT)
-            inputs: tuple[Any, ...] = two_rows(next(tasks.held_out_of(self.folder))[0]) if own else bytes_of(model)
+            model: nn.Module = recipes.model_of_run(self.folder, self.model)
+            require(
+                self.model is not None or self.data is None, f"--data {self.data}: the run in {self.folder} has a GPT"
+            )
+            own = self.model is not None
+            inputs: tuple[Any, ...] = (
+                two_rows(next(tasks.held_out_of(self.folder, self.data))[0]) if own else bytes_of(model)
+            )
         else:
             model, inputs = self.own_model(), self.own_inputs()
         return export(model, self.out, formats=self.formats, example_inputs=inputs)

@@ -45,7 +45,10 @@ class Judge:
     small: Annotated[Path, arg(help_behavior_hint="(required)")]
     """The small model: also the folder of a run, or of exported files."""
     data: str | None = None
-    """A function that returns batches (inputs, targets), module:function; for runs also a text file or folder."""
+    """A function that returns batches (inputs, targets), module:function; for runs also a text file or folder, or the function
+    that they were trained by."""
+    model: str | None = None
+    """For runs of a model of your own: the module:factory that they were trained by. Its code runs."""
     runtimes: tuple[str, ...] = ()
     """Some of torch, onnxruntime, pt2e, executorch, integer. Default: all that are installed; pt2e and executorch take about a
     minute a model."""
@@ -65,14 +68,23 @@ class Judge:
         """Return the judgement. Raises ValueError that names a wrong flag."""
         from commpress.model import judge
 
-        return judge(
-            model_of(self.dense), model_of(self.small), self.batches(), runtimes=self.runtimes or None, folder=self.out
+        dense, small = self.model_of(self.dense), self.model_of(self.small)
+        run = isinstance(dense, nn.Module) or isinstance(small, nn.Module)
+        require(
+            run or self.model is None,
+            f"--model {self.model}: has an effect only with the folder of a run, none is given",
         )
+        return judge(dense, small, self.batches(), runtimes=self.runtimes or None, folder=self.out)
+
+    def model_of(self, folder: Path) -> nn.Module | Path:
+        """The model of a run, prepared as its recipe says; or the folder itself, for exported files. Raises ValueError."""
+        return recipes.model_of_run(folder, self.model) if run_folder.holds_checkpoint(folder, "judge") else folder
 
     def batches(self) -> Iterable[Any]:
         """Return held-out batches: those of --data's function, or windows of a run's text. Raises ValueError."""
         run = next((each for each in (self.dense, self.small) if checkpoint.exists(each)), None)
-        if self.data is not None and ":" in self.data and not Path(self.data).exists():
+        of_run = run is not None and self.data is not None and tasks.data_named_by(run) == self.data
+        if self.data is not None and ":" in self.data and not Path(self.data).exists() and not of_run:
             found = called(self.data, "--data")
             require(
                 isinstance(found, Iterable),
@@ -82,7 +94,7 @@ class Judge:
             return found
         require(run is not None, "--data: expected module:function, such as my_project.data:held_out; no run is given")
         assert run is not None
-        return tasks.held_out_of(run, None if self.data is None else Path(self.data))
+        return tasks.held_out_of(run, self.data)
 
     def print(self, judgement: "Judgement") -> None:
         """Print the results, and write the files; the card is written beside the small model's, too."""
@@ -111,11 +123,6 @@ class Judge:
         write_atomically(self.small / CARD, lambda file: file.write(judgement.card.encode()))
         report.write(self.out / PAGE, report.page([record]))
         say(f"record, pictures and card in {self.out}; the card is in {self.small}, too")
-
-
-def model_of(folder: Path) -> nn.Module | Path:
-    """Return the model of a run, prepared as its recipe says; or the folder itself, for exported files. Raises ValueError."""
-    return recipes.model_of_run(folder) if run_folder.holds_checkpoint(folder, "judge") else folder
 
 
 if __name__ == "__main__":

@@ -229,16 +229,18 @@ def follow(
         )
 
 
-def model_of_run(folder: Path) -> nn.Module:
+def model_of_run(folder: Path, factory: str | None) -> nn.Module:
     """Return the model of a run's checkpoint, prepared as its recipe says.
 
-    Raises ValueError if there is none, if it is damaged, or if its recipe has not finished.
+    A factory that the run names is called only if it is `factory`, the caller's --model: a file alone runs no code. Raises
+    ValueError if it is another, if there is no checkpoint, if it is damaged, or if its recipe has not finished.
     """
     if not checkpoint.exists(folder):
         raise ValueError(f"{folder}: there is no checkpoint, expected the folder of a run of `commpress train`")
     state = checkpoint.load_shared(folder)
     identity, chosen = state["identity"], state.get("chosen") or {}
-    model = _fresh(identity, chosen.get("choice"))
+    tasks.require_named(folder, "model", identity.get("model"), factory, "--model")
+    model = _fresh(identity, factory, chosen.get("choice"))
     if identity.get("recipe"):
         if state["step"] != identity["steps"]:
             raise ValueError(
@@ -253,10 +255,10 @@ def model_of_run(folder: Path) -> nn.Module:
     return model
 
 
-def _fresh(identity: dict[str, Any], choice: "dict[str, Any] | None") -> nn.Module:
-    if identity.get("model") is None:
+def _fresh(identity: dict[str, Any], factory: str | None, choice: "dict[str, Any] | None") -> nn.Module:
+    if factory is None:
         return GPT(Shape(*(identity[name] for name in ("layers", "width", "heads", "context"))))
-    model = tasks.module_of(identity["model"])
+    model = tasks.module_of(factory)
     if choice is None:
         return model
     from commpress.model.search import fixed
@@ -267,7 +269,7 @@ def _fresh(identity: dict[str, Any], choice: "dict[str, Any] | None") -> nn.Modu
 def teacher(recipe: "Recipe", task: Task, settings: Settings) -> nn.Module | None:
     """Return the model that the recipe distils from: a run's, or for your own model the one that a factory makes.
 
-    Raises ValueError if there is none, it is damaged, or its context is shorter.
+    Raises ValueError if there is none, it is damaged, its context is shorter, or its factory is not that of this run.
     """
     if recipe.distil is None:
         return None
@@ -282,9 +284,14 @@ def teacher(recipe: "Recipe", task: Task, settings: Settings) -> nn.Module | Non
     folder = Path(name)
     if not checkpoint.exists(folder):
         raise ValueError(f"distil.teacher: no checkpoint in {folder}")
-    if settings.model is not None:
-        return model_of_run(folder)
     state = checkpoint.load_shared(folder)
+    if settings.model is not None:
+        if (factory := state["identity"].get("model")) not in (None, settings.model):
+            raise ValueError(
+                f"distil.teacher: the model of the run in {folder} is made by {factory}, a function whose code would run; "
+                f"expected a run of --model {settings.model}, or module:factory"
+            )
+        return model_of_run(folder, factory)
     shape = Shape(*(state["identity"][name] for name in ("layers", "width", "heads", "context")))
     if shape.context < settings.context:
         raise ValueError(f"distil.teacher: {folder} has a context of {shape.context}, this run {settings.context}")

@@ -89,12 +89,20 @@ class Shrink:
             if budgets.takes_structure(recipe):
                 recipe = budgets.narrowed(small, recipe, held_out[0][0], self.out, device)
             scheduler = self.trained(small, dense.to(device), training, held_out, recipe)
-            with runtime.same_error_on_all_ranks():
-                scheduler.finish(self.out)
             structure = budgets.structure_of(self.out, scheduler.recipe)
             judged = partial(budgets.judged, dense.cpu(), small.cpu(), held_out, scheduler.recipe, self.out, structure)
-            if missed := runtime.by_first_rank(judged, device):
-                raise TrainingError(f"the budget is not met: {'; '.join(missed)}")
+            missed = list[str]()
+            try:  # first: there is no checkpoint, and it writes the model, whatever an export meets
+                if short := runtime.by_first_rank(judged, device):
+                    missed.append(f"the budget is not met: {'; '.join(short)}")
+            except TrainingError as error:
+                missed.append(str(error))
+            try:
+                scheduler.finish(self.out)
+            except ValueError as error:  # the same on all ranks
+                missed.append(str(error))
+            if missed:
+                raise TrainingError("; ".join(missed))
 
     def checked(self) -> "Recipe":
         """The recipe of --recipe or of the limits. Raises ValueError for flags that make no sense."""

@@ -7,6 +7,7 @@ The model's factory returns a torch.nn.Module, trained already or not; the data'
 batches of (inputs, targets), as for `commpress shrink`.
 """
 
+import contextlib
 import copy
 import json
 import zlib
@@ -259,26 +260,56 @@ def batches(function: str) -> tuple[list[Batch], list[Batch]]:
     return training, held_out
 
 
-def held_out_of(folder: Path, text: Path | None = None) -> Iterator[Batch]:
-    """Return the held-out batches of a run's loss, or those of another text. Raises ValueError that names the file."""
+def require_named(folder: Path, what: str, said: str | None, given: str | None, flag: str) -> None:
+    """Raise ValueError, with the flag, unless the caller names the function that a run's folder names: its code would run."""
+    if said == given:
+        return
+    if said is None:
+        raise ValueError(f"{flag} {given}: the {what} of the run in {folder} is commpress's own, expected no {flag}")
+    got = "" if given is None else f", got {given}"
+    raise ValueError(
+        f"{flag}: the {what} of the run in {folder} is made by {said}, a function whose code runs; if you trust it, expected "
+        f"{flag} {said}{got}"
+    )
+
+
+def data_named_by(folder: Path) -> str | None:
+    """The module:function that made a run's batches; None for text, or if the run does not say it."""
+    with contextlib.suppress(ValueError):
+        found = _recorded(folder)
+        return None if found["model"] is None else str(found["data"])
+    return None
+
+
+def held_out_of(folder: Path, given: str | None) -> Iterator[Batch]:
+    """The held-out batches on which a run says its loss, or those of another text.
+
+    `given` is the caller's --data: a text, or the function that the run names, which is called only then. Raises ValueError
+    that names the file or the flag.
+    """
+    settings = _recorded(folder)
+    said = settings["data"]
+    if settings["model"] is not None:
+        require_named(folder, "data", str(said), given, "--data")
+        return iter(batches(str(said))[1])
+    text = given if given is not None else said
+    of_text = {name: settings[name] for name in ("context", "batch", "eval_batches")}
+    task = read(Settings(data=None if text in (None, "None") else Path(text), **of_text))
+    return (batch for batch, rows in task.held_out(0, 1) if rows)
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
     path = folder / "record.json"
     try:
-        settings = json.loads(path.read_text())["settings"]
-        factory, said = settings.get("model"), settings["data"]
-        of_text = {name: settings[name] for name in ("context", "batch", "eval_batches")}
+        found = json.loads(path.read_text())["settings"]
+        return {
+            "model": found.get("model"),
+            **{name: found[name] for name in ("data", "context", "batch", "eval_batches")},
+        }
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a run's record.json: {type(error).__name__}: {error}") from None
-    if factory is not None:
-        require(
-            text is None,
-            f"--data {text}: expected module:function, as my_project.data:held_out, for a model of your own",
-        )
-        return iter(batches(said)[1])
-    own = None if said in (None, "None") else Path(said)
-    task = read(Settings(data=text or own, **of_text))
-    return (batch for batch, rows in task.held_out(0, 1) if rows)
 
 
 def _fingerprint(found: Sequence[Batch]) -> tuple[int, int]:

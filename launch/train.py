@@ -147,6 +147,7 @@ def go_over(run: Run) -> None:
 def loop(run: Run, stop: runtime.Stop) -> None:
     """Train until all steps are done, or until a rank is asked to stop. Collective."""
     settings = run.settings
+    endings.forget(run.out, run.device)
     if run.done == 0:
         run.add_to_curve(None, held_out(run))
     with display(settings, run.task, run.done) as show, Recording(run) as recording:

@@ -24,7 +24,7 @@ from commpress.model import budget, layers, quantization, ranges
 from commpress.model.distillation import PROJECTIONS, Distillation, Distiller, fingerprint
 from commpress.model.export import Exported, by_recipe
 from commpress.model.export import require as require_packages
-from commpress.model.first_rank import told_by_first_rank
+from commpress.model.first_rank import done_by_first_rank, told_by_first_rank
 from commpress.model.judgement.quality import Loss
 from commpress.model.masks import Masks
 from commpress.model.pruner import LATE, Pruner, Session
@@ -196,13 +196,18 @@ class Scheduler:
         if any(isinstance(p, DTensor) for p in self.model.parameters()):
             raise ValueError("export: the parameters are sharded, expected a model that is whole on each rank")
         assert self._example_inputs is not None
-        written, failed = list[Exported](), list[str]()
-        if self._leads:
+        written, example = list[Exported](), self._example_inputs
+
+        def write() -> list[str]:
             try:
-                written, failed = by_recipe.export_by(its, self.model, Path(folder), self._example_inputs)
+                files, failed = by_recipe.export_by(its, self.model, Path(folder), example)
             except Exception as error:  # the others wait for this rank's word, whatever it met
-                failed = [str(error)]
-        if failed := self._told(failed):
+                return [str(error)]
+            written.extend(files)
+            return failed
+
+        failed = write() if self._session is None else done_by_first_rank(write, self._session.group)
+        if failed:
             raise ValueError(f"export: {'; '.join(failed)}")
         return written
 
@@ -296,10 +301,6 @@ class Scheduler:
             said = str(error)
         if said := self._told(said):
             raise RecipeError(f"export.formats: {said}")
-
-    @property
-    def _leads(self) -> bool:
-        return self._session is None or torch.distributed.get_rank(self._session.group) == 0
 
     def _told(self, value: Any) -> Any:
         """What the first rank has. Collective."""

@@ -163,9 +163,15 @@ def exporting(folder: str) -> dict[str, str]:
         callback = Compression(made, "none", recipe=found, example_inputs=(ids,))
         made.add_callback(callback)
         made.train()
+        short, _ = trainer(f"{folder}-short", 1, None)
+        short.add_callback(Compression(short, "none", recipe=found, example_inputs=(ids,)))
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            short.train()
+        early = "; ".join(str(each.message) for each in warned if "quantize[0].start" in str(each.message))
         forgetful, _ = trainer(f"{folder}-2", 2, None)
         forgetful.add_callback(Compression(forgetful, "none", recipe=found))
-        return {"missing": outcome(forgetful.train)}
+        return {"missing": outcome(forgetful.train), "early": early}
 
 
 def refused_recipes(folder: str) -> dict[str, str]:
@@ -350,7 +356,10 @@ def test_what_is_pruned_at_step_0_is_not_pruned_once_more_when_a_run_resumes(tmp
 
 @pytest.mark.slow
 def test_what_a_recipe_exports_is_there_when_training_ends(tmp_path: Path) -> None:
-    for said in run(2, exporting, str(tmp_path / "run"), timeout=120):
+    ranks = run(2, exporting, str(tmp_path / "run"), timeout=120)
+    assert "quantize[0].start: 1, but the run has 1 steps" in ranks[0]["early"]  # a warning: the model is the user's
+    assert not ranks[1]["early"]
+    for said in ranks:
         assert "the recipe has an [export], expected example_inputs=, a tuple" in said["missing"]
     record = json.loads((tmp_path / "run" / "exported" / "export.json").read_text())
     assert [row["format"] for row in record["rows"]] == ["safetensors", "pt2e"]

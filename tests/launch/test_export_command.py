@@ -120,7 +120,11 @@ def refusals() -> list[tuple[tuple[str, ...], str]]:
     own, example = ("--model", "models:build"), ("--example", "models:inputs")
     return [
         ((), "expected the folder of a run, or --model module:factory"),
-        (("run", *own), "run and --model models:build: expected a run's folder or a model, not both"),
+        (
+            ("run", *own, *example),
+            "--example models:inputs: has an effect only with --model, without the folder of a run",
+        ),
+        ((*own, *example, "--data", "models:data"), "--data models:data: has an effect only with the folder of a run"),
         (("run", "--state", "x.pt"), "--state x.pt: has an effect only with --model"),
         (("nowhere",), "nowhere: there is no checkpoint, expected the folder of a run of `commpress train`"),
         (own, "--example: expected module:function, such as my_project.models:inputs"),
@@ -141,7 +145,7 @@ def refusals() -> list[tuple[tuple[str, ...], str]]:
     ]
 
 
-@pytest.mark.parametrize("case", range(16))
+@pytest.mark.parametrize("case", range(17))
 def test_what_cannot_be_is_told_in_a_sentence(place: Path, case: int) -> None:
     flags, message = refusals()[case]
     torch.save({"0.weight": torch.zeros(1)}, "other.pt")

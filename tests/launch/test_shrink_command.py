@@ -199,6 +199,17 @@ def test_a_recipe_has_the_limits_itself(place: Path) -> None:
     assert "budget.end: 3, but the run has 3 steps" in shrunk("--recipe", "some.toml", "--steps", 3).err
 
 
+@pytest.mark.slow
+def test_a_format_that_fails_comes_behind_the_judgement(place: Path) -> None:
+    Path("some.toml").write_text(
+        "[budget]\nmax_mb = 0.03\nmax_loss = 0.0\nformat = 'safetensors'\n[export]\nformats = ['integer']\n"
+    )
+    code, _, err = shrunk("--recipe", "some.toml", "--steps", 10)
+    assert code == 1
+    assert re.search(r"error: the budget is not met: max_loss .*; export: integer cannot be written", err)
+    assert {"judgement.json", "recipe.yaml", "small"} <= {each.name for each in Path("out").iterdir()}
+
+
 def test_a_recipe_with_a_search_or_another_spec_is_refused(place: Path) -> None:
     Path("some.toml").write_text("[search]\n[budget]\nmax_mb = 1\n[traffic]\nspec = 'int8'\n")
     assert "some.toml: has a [search], which `commpress train` makes" in shrunk("--recipe", "some.toml").err

@@ -19,6 +19,7 @@ from torch import nn
 from commpress.launch import checkpoint, recipes, train
 from commpress.launch.model import GPT, Shape
 from commpress.model import stored
+from commpress.model.export import by_recipe
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
@@ -306,7 +307,9 @@ def test_the_recipe_says_what_travels_unless_a_flag_does(tmp_path: Path) -> None
         assert f"{said}; leave one of them out" in told.err
 
 
-def test_what_a_recipe_exports_is_written_when_the_run_ends_and_once_more_if_that_was_cut_off(tmp_path: Path) -> None:
+def test_what_a_recipe_exports_is_written_when_the_run_ends_and_once_more_if_that_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     recipe, out = tmp_path / "recipe.toml", tmp_path / "run"
     recipe.write_text('[[prune]]\nstart = 1\namount = 0.5\n[export]\nformats = ["safetensors", "integer"]\n')
@@ -324,10 +327,26 @@ def test_what_a_recipe_exports_is_written_when_the_run_ends_and_once_more_if_tha
     with pytest.raises(train.TrainingError, match="integer cannot be written"):  # it is over, and says so again
         train.train(train.Settings(**settings, resume=True))
     assert not record.exists()
-    (out / "ending.json").unlink()
+    (out / "ending.json").write_text('{"steps": 2}')  # damaged
     with pytest.raises(train.TrainingError, match="integer cannot be written"):
         train.train(train.Settings(**settings))  # the same command
     assert json.loads(record.read_text()) == before
+    (out / "ending.json").unlink()
+    with monkeypatch.context() as full:
+        full.setattr(by_recipe, "export", no_space)
+        with pytest.raises(train.TrainingError, match=r"safetensors cannot be written: OSError: .* No space left"):
+            train.train(train.Settings(**settings))
+    assert not (out / "ending.json").exists()  # once more, it may be written
+    (out / "ending.json").write_text(json.dumps({"steps": 4, "missed": []}))  # of a training that went as far before
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "step", no_space)
+        with pytest.raises(train.TrainingError, match="No space left"):
+            train.train(train.Settings(**{**settings, "steps": 4}))
+    assert not (out / "ending.json").exists()
+
+
+def no_space(*arguments: Any, **named: Any) -> Any:
+    raise OSError(28, "No space left on device")
 
 
 def test_a_format_whose_package_is_missing_ends_the_run_before_it_trains(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from commands import run_command
 from ranks import outcome, run
 
-from commpress.launch import checkpoint, demo, endings, judge, recipe_search, recipes, run_state, tasks, train
+from commpress.launch import checkpoint, demo, endings, export, judge, recipe_search, recipes, run_state, tasks, train
 from commpress.model import Recipe, stored
 
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -377,10 +377,39 @@ def test_compression_settings_are_found_before_the_run_and_become_its_entries(pl
         *((choice["0 bits"], 4, ("0",)), (8, 4, ("2",))),
     }
     assert [entry.amount for entry in found.prune] == [0.5] * bool(choice["0 sparsity"])
-    model = judge.model_of(Path("out"))
+    model = recipes.model_of_run(Path("out"), "whole_task:plain")
     assert isinstance(model, torch.nn.Module)
+    require_code_is_named()
     codes = stored.load("out/model.safetensors").integers
     assert {name: its.bits for name, its in codes.items()} == {"0.weight": choice["0 bits"], "2.weight": 8}
+
+
+def require_code_is_named() -> None:
+    """The run in out/ names a factory and a function: they are called if the caller names them, too."""
+    out, own = Path("out"), {"model": "whole_task:plain"}
+    calls: list[Any] = [
+        lambda **flags: judge.Judge(out, out, runtimes=("torch",), out=Path("judged"), **flags).judged(),
+        lambda **flags: export.Export(out, formats=("safetensors",), out=Path("files"), **flags).exported(),
+    ]
+    said = "of the run in out is made by whole_task"
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=rf"^--model: the model {said}:plain, .* expected --model whole_task:plain$"
+        ):
+            call()
+        with pytest.raises(ValueError, match=r"expected --model whole_task:plain, got whole_task:number$"):
+            call(model="whole_task:number")
+        with pytest.raises(
+            ValueError, match=rf"^--data: the data {said}:batches, .* expected --data whole_task:batches$"
+        ):
+            call(**own)
+        assert call(**own, data="whole_task:batches")
+    recipe = Recipe.of({"distil": {"teacher": "out"}})
+    settings = train.Settings(**{**SETTINGS, **own})
+    task = tasks.read(settings)
+    assert isinstance(recipes.teacher(recipe, task, settings), torch.nn.Module)
+    with pytest.raises(ValueError, match=r"distil.teacher: the model of the run in out is made by whole_task:plain"):
+        recipes.teacher(recipe, task, train.Settings(**SETTINGS))
 
 
 @pytest.mark.parametrize(

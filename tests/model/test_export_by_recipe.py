@@ -1,7 +1,9 @@
 """[export] of a recipe: what the scheduler writes at the end of a run, and what it refuses at the beginning."""
 
+import datetime
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commpress
 from commpress.model import Recipe, RecipeError, Scheduler, stored
+from commpress.model.distillation import PROJECTIONS, add_projections
 from commpress.model.export import FORMATS, NEEDS
+from commpress.model.export.by_recipe import export_by
+from commpress.model.first_rank import done_by_first_rank
 from commpress.model.recipe.sections import Format
 
 STEPS = 3
@@ -57,6 +62,55 @@ def test_the_files_are_written_as_training_left_the_model_and_one_format_does_no
     content = stored.load(tmp_path / "out" / "files" / "model.safetensors")
     assert set(content.integers) == {"0.weight", "2.weight"}
     assert set(content.ranges) == {"0", "2"}
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        return y
+
+
+def test_projections_of_a_distillation_are_left_out_and_an_older_file_of_what_fails_is_removed(tmp_path: Path) -> None:
+    model, x = Small(), torch.randn(2, 4)
+    add_projections(model, {"layer": (4, 8)})
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "integer.safetensors").write_text("of another run")
+    section = Recipe.of({"export": {"formats": ("safetensors", "integer")}}).export
+    assert section is not None
+    written, failed = export_by(section, model, tmp_path, (x,))
+    assert [each.format for each in written] == ["safetensors"]
+    assert [each.split()[0] for each in failed] == ["integer"]
+    assert {each.name for each in (tmp_path / "exported").iterdir()} == {"model.safetensors", "export.json"}
+    content = stored.load(tmp_path / "exported" / "model.safetensors")
+    assert set(content.state_dict()) == {"layer.weight", "layer.bias"}
+    assert hasattr(model, PROJECTIONS)
+
+
+def long_work() -> list[Any]:
+    """What the first rank does takes longer than the group waits; then it fails."""
+
+    def work() -> str:
+        time.sleep(1.5)
+        return "done"
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    group = dist.new_group(timeout=datetime.timedelta(seconds=0.5))
+    said = [done_by_first_rank(work, group), outcome(lambda: done_by_first_rank(fail, group))]
+    return [*said, done_by_first_rank(lambda: 3, None)]
+
+
+def test_the_others_wait_for_the_first_rank_longer_than_their_group_does() -> None:
+    first, second = run(2, long_work)
+    assert (first[0], second[0]) == ("done", "done")
+    assert "no" in first[1]
+    assert "ValueError: no" in second[1]
+    assert (first[2], second[2]) == (3, 3)
 
 
 def refused() -> list[str]:

@@ -94,6 +94,14 @@ def test_toml_and_yaml_say_the_same(tmp_path):
             {"search": {"layers": {"*": {"bits": [8]}}}, "quantize": {"start": 1}},
             "search.layers: chooses the pruning and rounding, expected no [[prune]] or [[quantize]] with it",
         ),
+        (
+            {"search": {"layers": {"*": {"bits": [8]}}, "start": 1, "end": 3}, "budget": {"max_mb": 1.0, "end": 3}},
+            "budget.end: is of what a budget chooses, expected none beside [[prune]] and [[quantize]]",
+        ),
+        (
+            {"search": {"layers": {"*": {"bits": [8]}}, "start": 1, "end": 3}, "budget": {"max_mb": 1.0, "start": 2}},
+            "budget.start: limits are held against the model of that step, expected at most 1, where it is pruned or rounded",
+        ),
         ({"search": {"strategy": "nsga2", "together": 1}}, "search.together: a generation of nsga2 has two parents"),
         ({"search": {"layers": {"*": {"bits": [8]}}, "start": 4, "end": 2}}, "search.end: expected at least start, 4"),
     ],
@@ -102,6 +110,12 @@ def test_what_is_refused(found, told):
     with pytest.raises(RecipeError) as error:
         Recipe.of(found, "r.toml")
     assert str(error.value).startswith(f"r.toml: {told}")
+
+
+def test_a_search_that_leaves_the_layers_as_they_are_leaves_the_choice_to_the_budget() -> None:
+    found = Recipe.of({"search": {"layers": {"*": {"bits": [8, None]}}, "start": 2}, "budget": {"max_mb": 1.0}})
+    assert found.after_search(Recipe()).chooses
+    assert not found.after_search(Recipe.of({"quantize": {"start": 2}})).chooses
 
 
 TWICE = """

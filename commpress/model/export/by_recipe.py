@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from commpress.files import write_atomically
 from commpress.model import layers
-from commpress.model.export import Exported, export
+from commpress.model.distillation import PROJECTIONS
+from commpress.model.export import FORMATS, Exported, export
 from commpress.model.recipe import Export
 
 RECORD = "export.json"
@@ -22,19 +24,35 @@ def export_by(
 ) -> tuple[list[Exported], list[str]]:
     """Write the formats of `section`, each by itself, and export.json last: the files, and a sentence for each that cannot be.
 
-    `model` is whole, on any device, `folder` that of the run. A single row of inputs is doubled.
+    `model` is whole, on any device, `folder` that of the run. A single row of inputs is doubled. What an earlier run left of a
+    format is removed first, and the projections of a distillation are left out.
+
+    Raises OSError, with all sentences, in the end, if one format met an OSError or had no memory: once more it may be written.
     """
-    out, written, failed = folder / section.folder, list[Exported](), list[str]()
+    out, written, failed, for_now = folder / section.folder, list[Exported](), list[str](), False
     plain = copy.deepcopy(layers.uncompiled(model)).cpu()
+    if hasattr(plain, PROJECTIONS):
+        delattr(plain, PROJECTIONS)
     inputs = tree_map_only(Tensor, lambda x: x.detach().cpu(), example_inputs)
     for name in dict.fromkeys(section.formats):
         try:
+            _remove(out / FORMATS[name].FILE)
             written += export(plain, out, formats=(name,), example_inputs=two_rows(inputs))
         except Exception as error:  # torch.export raises what it likes
             said = f"{error}".strip().splitlines() or [""]
             failed.append(f"{name} cannot be written: {type(error).__name__}: {said[0][:200]}")
+            for_now = for_now or isinstance(error, (OSError, MemoryError))
     write_record(out, str(folder), written, failed=failed)
+    if for_now:
+        raise OSError("; ".join(failed))
     return written, failed
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_record(out: Path, of: str, files: Sequence[Exported], **more: Any) -> None:

@@ -93,6 +93,8 @@ class Recipe(Part):
         if self.budget is not None and not self.budget.settled and (self.prune or self.quantize):
             starts = [entry.start for entry in self.prune] + [entry.start for entry in self.quantize]
             self.budget.require_beside(min(starts))
+        elif self.budget is not None and not self.budget.settled and self.search is not None and self.search.layers:
+            self.budget.require_beside(self.search.start)  # the entries that it finds begin there
         return self
 
     @property
@@ -151,7 +153,10 @@ class Recipe(Part):
                 raise RecipeError(f"{key}.start: {start}, but the run has {steps} steps")
 
     def after_search(self, entries: "Recipe | None" = None) -> "Recipe":
-        """The recipe that the run follows behind its search; `entries` are the [[prune]] and [[quantize]] that it found."""
+        """The recipe that the run follows behind its search; `entries` are the [[prune]] and [[quantize]] that it found.
+
+        If it found none, a [budget] chooses as it does without a search.
+        """
         found = self.to_dict()
         found.pop("search", None)
         if entries is not None:
