@@ -170,6 +170,14 @@ class FailureBoard:
             return kind(f"commpress: {posted['text']} (reported by rank {self._rank})")
         return kind(f"commpress: {text or self._own(error)}")
 
+    def answers(self) -> bool:
+        """Whether the store answers in time."""
+        try:
+            with_timeout(PATIENCE, lambda: own_store().check([self._key]))
+        except (RuntimeError, TimeoutError):
+            return False
+        return True
+
     def has_reason(self) -> bool:
         """Whether a reason stands there, and the store says so in time."""
         try:

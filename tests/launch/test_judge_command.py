@@ -160,7 +160,8 @@ def test_a_run_without_a_checkpoint_or_with_half_a_recipe_is_refused(tmp_path: P
 
     shared = {"identity": {**TINY, "recipe": {"prune": [{"start": 1, "amount": 0.5}]}, "steps": 9}, "model": {}}
     checkpoint.write(tmp_path, 4, 0, {**shared, "durations": [], "curve": [], "traffic": {}}, {"session": None})
-    assert judge.model_of(tmp_path) == tmp_path  # nothing counts before it is published
+    judged = judge.Judge(tmp_path, tmp_path)
+    assert judged.model_of(tmp_path) == tmp_path  # nothing counts before it is published
     checkpoint.publish(tmp_path, 4)
     with pytest.raises(ValueError, match="is at step 4 of 9, expected a run whose recipe has finished"):
-        judge.model_of(tmp_path)
+        judged.model_of(tmp_path)

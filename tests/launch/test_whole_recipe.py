@@ -350,7 +350,7 @@ def test_structure_that_a_budget_removes_is_gone_when_the_run_goes_on_too(
     rows = round(256 * (1 - chosen.removed))
     assert states[0]["model"]["0.weight"].shape == (rows, 32)
     assert Path("whole/model.safetensors").stat().st_size <= 4_000
-    model = judge.model_of(Path("whole"))
+    model = recipes.model_of_run(Path("whole"), "whole_task:wide")
     assert isinstance(model, torch.nn.Module)
     assert model.get_parameter("0.weight").shape == (rows, 32)
 

@@ -414,7 +414,7 @@ def test_a_parametrization_that_keeps_no_zeros_is_refused() -> None:
             [{"start": 1, "end": 90, "amount": 0.5, "schedule": "regrow"}],
             r"prune\[0\]\.every: 100, so no weight is exchanged from start 1 to end 90",
         ),
-        ([{"start": 0, "amount": 1e-5}], r"prune\[0\]\.amount: 1e-05 of 6784 weights is none"),
+        ([{"start": 0, "amount": 1e-5}], r"prune\[0\]\.amount: 1e-05 of 6784 weights rounds to none"),
     ],
 )
 def test_entries_that_contradict_or_reach_nothing(entries: list[dict[str, Any]], told: str) -> None:

@@ -541,5 +541,5 @@ def test_complex_weights(criterion: str) -> None:
 def test_a_share_of_no_weight_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(4, 2))
     recipe = Recipe.of({"prune": [{"start": 0, "amount": 0.1, "scope": "row"}]})
-    with pytest.raises(RecipeError, match=r"prune\[0\]\.amount: 0\.1 of 4 weights is none"):
+    with pytest.raises(RecipeError, match=r"prune\[0\]\.amount: 0\.1 of 4 weights rounds to none"):
         Scheduler(recipe, model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -305,6 +305,8 @@ class Wire:
         lost = self._lost_connections()
         if silent is not None and (len(lost) != 1 or SILENT_PEER.search(text)):
             return LostPeerError(silent, text)
+        if self._keeper in lost and not self.board.answers():  # the others have closed theirs because of it
+            lost = [self._keeper]
         return LostPeerError(lost[0] if len(lost) == 1 else None, text)
 
     def _lost_connections(self) -> list[int]:
