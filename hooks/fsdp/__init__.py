@@ -66,9 +66,8 @@ def attach(
     evaluation. `delta|int4` sends what has changed since the last gather, and adds what the codec left out to the next one;
     every rank keeps two bytes for each value of the whole model.
 
-    `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's
-    `torch.amp.GradScaler`, if it has one. Every `verify` steps (0: never) the ranks compare hashes of the gathered values, and
-    payloads have checksums.
+    `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's, if it has
+    one. Every `verify` steps (0: never) the ranks compare hashes of the gathered values, and payloads have checksums.
 
     `optimizer` is an EF21Muon of the sharded parameters. Then `gradients` is the spec of its momentum, gradients are sent by
     its `others_spec`, and memory grows only by shards and by the matrices that a rank owns (`commpress.optim.sharded_muon`).
