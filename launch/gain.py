@@ -2,7 +2,8 @@
 
     auto chose int4: 7.8x fewer bytes a step (5.7x with its search), 1.83x faster, same loss (2.518, plain 2.537)
 
-Bytes and seconds are those of the median step. Losses count as the same if they differ by SAME_LOSS at most.
+Bytes and seconds are those of the median step, bytes under auto those of the last. Losses count as the same if they differ
+by SAME_LOSS at most.
 """
 
 import statistics
@@ -81,6 +82,8 @@ def _bytes(run: Record) -> str:
     whole = float(run["traffic"]["ratio"])
     # one that sends nothing in most steps has no ratio a step
     step = statistics.median(ratios) if len(ratios) * 2 > len(steps) else whole
+    if chosen(run) and ratios and len(ratios) * 2 > len(steps):
+        step = ratios[-1]  # of what was chosen: it may have looked again in the middle of the run
     beside = ""
     if max(step, whole) > ALIKE * min(step, whole):
         beside = (
