@@ -6,7 +6,7 @@ try:
     from commpress.model.recipe import Recipe, RecipeError
 except ModuleNotFoundError as error:
     raise extras.missing("commpress.model", error, "model") from error
-from commpress.model import narrowing, search
+from commpress.model import narrowing, restored, search
 from commpress.model.average import Average
 from commpress.model.export import Exported, export
 from commpress.model.judgement import Judgement, judge
@@ -23,5 +23,6 @@ __all__ = [
     "judge",
     "narrowing",
     "prepare",
+    "restored",
     "search",
 ]

@@ -513,7 +513,7 @@ def test_the_whole_file_in_one_torchrun_killed_in_search_training_and_end(place:
     kill_when("cut", lambda: (cut / "latest").exists())
     kill_when("cut", lambda: (cut / "judged" / "small").exists())
     assert not (cut / "ending.json").exists()
-    assert started("cut").wait(300) == fails
+    assert started("cut").wait(900) == fails
     require_same("whole", "cut")
     assert len(json.loads((cut / "ending.json").read_text())["missed"]) == fails
     chosen = Recipe.of(checkpoint.load_shared(cut)["chosen"]["recipe"])
