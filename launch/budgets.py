@@ -91,7 +91,7 @@ def narrowed(
 
 
 def structure_of(out: Path, recipe: "Recipe") -> dict[str, Any] | None:
-    """What STRUCTURE in a folder says of the removal that a recipe names; None if there was none, or the file is of another."""
+    """Return the record of the removal that a recipe names; None if there was none, or STRUCTURE records another."""
     removed = None if recipe.budget is None else recipe.budget.removed
     if removed is None or not (out / STRUCTURE).exists():
         return None

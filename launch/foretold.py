@@ -30,7 +30,7 @@ class Foretold:
 
     @property
     def sentence(self) -> str:
-        """What auto would gain, as the end of a sentence."""
+        """Return the predicted gain of auto, as the end of a sentence."""
         best = min(self.specs, key=self.specs.__getitem__)
         if best == PLAIN:
             return f"on a link of {self.link} `commpress explain` predicts no gain either"

@@ -134,7 +134,7 @@ def _require_same(out: Path, settings: Settings, recipe: "Recipe", task: Task) -
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a search that has begun left of itself. Raises ValueError that names the file, OSError if it cannot be read."""
+    """Read the settings of a search that was begun. Raises ValueError that names the file, OSError if it cannot be read."""
     try:
         found = json.loads(path.read_text())
     except ValueError as error:

@@ -128,7 +128,10 @@ def by_first_rank(action: Callable[[], Any], device: torch.device) -> Any:
 
 
 def _word_of_first_rank(key: str, first: str) -> str:
-    """What rank 0 leaves under a key, however long that takes. Raises LoneError if the store is gone, or by a stop signal."""
+    """Wait for the text that rank 0 leaves under a key, and return it.
+
+    Raises LoneError if the store is gone, or by a stop signal.
+    """
     who, asked_at = named(dist.get_rank(), host_name()), math.inf
 
     def look() -> bytes | None:
@@ -276,7 +279,7 @@ def stop_signals() -> Iterator[Stop]:
 
 
 def _installed_stop() -> Stop | None:
-    """What `stop_signals` has made of this process's signals, if it has."""
+    """Return the handler that `stop_signals` installed in this process, if there is one."""
     handler = signal.getsignal(signal.SIGTERM)
     return handler if isinstance(handler, Stop) else None
 

@@ -56,10 +56,11 @@ def done_by_first_rank(action: Callable[[], Any], group: dist.ProcessGroup | Non
         return said["returned"]
     try:
         said = {"returned": action()}
+        text = json.dumps(said)
     except BaseException as error:  # the others wait for its word, whatever it met
         store.set(key, json.dumps({"failed": f"{type(error).__name__}: {error}"}))
         raise
-    store.set(key, json.dumps(said))
+    store.set(key, text)
     until = time.monotonic() + STAYS  # it may hold the store
     while store.add(f"{key}/read", 0) < dist.get_world_size(group) - 1 and time.monotonic() < until:
         time.sleep(PAUSE)

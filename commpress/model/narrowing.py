@@ -34,7 +34,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Narrowed:
-    """What was removed of a model."""
+    """The structure that was removed from a model."""
 
     removed: float
     """The share of each width; 0 if the budget can be met without."""

@@ -303,7 +303,7 @@ class Scheduler:
             raise RecipeError(f"export.formats: {said}")
 
     def _told(self, value: Any) -> Any:
-        """What the first rank has. Collective."""
+        """Return the first rank's value on all ranks. Collective."""
         device = next(self.model.parameters()).device
         return value if self._session is None else told_by_first_rank(value, self._session.group, device)
 

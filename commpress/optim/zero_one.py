@@ -227,10 +227,10 @@ class ZeroOneAdamW(FrozenAdamW):
         return Override(codec, prepare=prepare)
 
     def _follow_interval(self, memory: Memory, segments: Segments) -> Tensor | None:
-        """What was withheld of a mean of so many steps becomes that of a mean of as many as this sync has.
+        """Scale what was withheld from a mean over the last sync's steps to a mean over this sync's.
 
-        p will have all that it lacks, then. n lacks what was withheld as it was: returns how much less that has become, which
-        n is to gain beside it ([n] of what travels, times the loss scale); None if nothing was withheld, or it stays.
+        So p gets all that it lacks. n lacks what was withheld before the scaling: return the difference, which is added to n
+        ([n] of what is sent, times the loss scale); None if nothing was withheld or nothing changes.
         """
         states = [self.state[self._places[segment.name][0]] for segment in segments]
         factors = [state["covered"] / (state.get("waiting", 0) + 1) if "covered" in state else 1.0 for state in states]

@@ -128,7 +128,7 @@ def attach(
 
 
 def _planned(plan: Any, by_auto: tuple[bool, bool]) -> dict[str, object]:
-    """What must be alike of the plans of gradients and parameters; nothing where this rank has none."""
+    """Return the settings of both plans that all ranks must share; empty if this rank has no plan."""
     if plan is None:
         return {}
     chosen = [role for role, auto in zip(("gradients", "parameters"), by_auto, strict=True) if auto]

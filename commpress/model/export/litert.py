@@ -155,7 +155,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _libraries() -> Any:
-    """What converts a module, what reads the file, and the converter's settings for a static model or another."""
+    """Return LiteRT's converter, its interpreter, and a function that makes settings for a static model or another."""
     try:
         import litert_torch
         import torchao.quantization.pt2e  # noqa: F401  registers operators
