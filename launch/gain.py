@@ -80,9 +80,8 @@ def _bytes(run: Record) -> str:
     steps = [(b["dense_bytes"] - a["dense_bytes"], b["sent_bytes"] - a["sent_bytes"]) for a, b in pairwise(rows)]
     ratios = [dense / sent for dense, sent in steps if sent > 0]
     whole = float(run["traffic"]["ratio"])
-    if len(ratios) * 2 <= len(steps):  # one that sends nothing in most steps has no ratio a step
-        step = whole
-    else:  # auto may have looked again in the middle of the run: what it chose is what it sends in the end
+    step = whole  # one that sends nothing in most steps has no ratio a step
+    if len(ratios) * 2 > len(steps):  # auto may have looked again in the middle: what it chose is what it sends in the end
         step = ratios[-1] if chosen(run) else statistics.median(ratios)
     beside = ""
     if max(step, whole) > ALIKE * min(step, whole):
