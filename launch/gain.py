@@ -75,13 +75,15 @@ def _subject(name: str, run: Record) -> str:
 
 
 def _bytes(run: Record) -> str:
-    """Bytes of the median step against a dense one's, and of all steps where a search or a warm-up makes them other."""
+    """Return the bytes of a step against a dense one, and of all steps where a search or a warm-up changes them."""
     rows = [row for row in run["curve"] if "dense_bytes" in row]
     steps = [(b["dense_bytes"] - a["dense_bytes"], b["sent_bytes"] - a["sent_bytes"]) for a, b in pairwise(rows)]
     ratios = [dense / sent for dense, sent in steps if sent > 0]
     whole = float(run["traffic"]["ratio"])
     step = whole  # one that sends nothing in most steps has no ratio a step
-    if len(ratios) * 2 > len(steps):  # auto may have looked again in the middle: what it chose is what it sends in the end
+    if len(ratios) * 2 > len(
+        steps
+    ):  # auto may have looked again in the middle: what it chose is what it sends in the end
         step = ratios[-1] if chosen(run) else statistics.median(ratios)
     beside = ""
     if max(step, whole) > ALIKE * min(step, whole):
