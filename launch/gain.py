@@ -2,14 +2,15 @@
 
     auto chose int4: 7.8x fewer bytes a step (5.7x with its search), 1.83x faster, same loss (2.518, plain 2.537)
 
-Bytes and seconds are those of the median step, bytes under auto those of the last. Losses count as the same if they differ
-by SAME_LOSS at most.
+Seconds are those of the median step. Bytes are, too, but for auto: those are of the steps by the spec that it has chosen.
+Losses count as the same if they differ by SAME_LOSS at most.
 """
 
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
+from commpress.comm.meter import SPEC_IS_NONE
 from commpress.launch.records import Record
 
 PLAIN, AUTO = "none", "auto"
@@ -76,21 +77,39 @@ def _subject(name: str, run: Record) -> str:
 
 def _bytes(run: Record) -> str:
     """Return the bytes of a step against a dense one, and of all steps where a search or a warm-up changes them."""
+    whole = float(run["traffic"]["ratio"])
+    step = _of_chosen(run) or _of_most(run) or whole
+    beside = ""
+    if max(step, whole) > ALIKE * min(step, whole):
+        by = "with its search" if run["settings"]["compress"] == AUTO else "over the run"
+        beside = f" ({_times_bytes(whole)} {by})"
+    return f"{_fewer(step)} a step{beside}"
+
+
+def _of_chosen(run: Record) -> float | None:
+    """Dense bytes over sent ones in the steps by the spec that auto has chosen, whatever it tried before or behind them."""
+    report, spec = run.get("report", {}), chosen(run)
+    rows = report.get("rows", [])
+    mine = [row for row in rows if row["spec"] == spec]
+    steps = max((row["steps"] for row in mine), default=0)
+    if not steps:
+        return None
+    always = [
+        row for row in rows if row["spec"] != spec and row["reason"] not in ("", SPEC_IS_NONE)
+    ]  # none compresses these
+    share = steps / report["steps"]
+    dense, sent = (
+        sum(row[key] for row in mine) + share * sum(row[key] for row in always) for key in ("dense_bytes", "sent_bytes")
+    )
+    return float(dense / sent) if sent else None
+
+
+def _of_most(run: Record) -> float | None:
+    """The median of a step's dense bytes over its sent ones; None if most steps send nothing, which have no such ratio."""
     rows = [row for row in run["curve"] if "dense_bytes" in row]
     steps = [(b["dense_bytes"] - a["dense_bytes"], b["sent_bytes"] - a["sent_bytes"]) for a, b in pairwise(rows)]
     ratios = [dense / sent for dense, sent in steps if sent > 0]
-    whole = float(run["traffic"]["ratio"])
-    step = whole  # one that sends nothing in most steps has no ratio a step
-    if len(ratios) * 2 > len(
-        steps
-    ):  # auto may have looked again in the middle: what it chose is what it sends in the end
-        step = ratios[-1] if chosen(run) else statistics.median(ratios)
-    beside = ""
-    if max(step, whole) > ALIKE * min(step, whole):
-        beside = (
-            f" ({_times_bytes(whole)} {'with its search' if run['settings']['compress'] == AUTO else 'over the run'})"
-        )
-    return f"{_fewer(step)} a step{beside}"
+    return statistics.median(ratios) if 2 * len(ratios) > len(steps) else None
 
 
 def _fewer(ratio: float) -> str:

@@ -17,7 +17,7 @@ from commpress.comm.agreement import require_agreement
 from commpress.comm.codecs import Codec
 from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.collectives import UNCOMPRESSED, Collectives
-from commpress.comm.meter import Report, dtype_name
+from commpress.comm.meter import SPEC_IS_NONE, Report, dtype_name
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import Plan, require_flat
 from commpress.comm.work import Work
@@ -108,7 +108,7 @@ class Broadcasts:
 
     def _exact(self, index: int, x: Tensor) -> tuple[Work, Callable[[], object]]:
         flat = x.detach().contiguous().view(-1)
-        reason = _not_coded(x.dtype) if self.codec.lossy else "spec is none"
+        reason = _not_coded(x.dtype) if self.codec.lossy else SPEC_IS_NONE
         work = self._collectives.broadcast(flat, self.source, index, repr(self._others[index]), reason)
         return work, partial(x.copy_, flat.view(x.shape))
 

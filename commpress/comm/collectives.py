@@ -46,6 +46,7 @@ from commpress.comm.exchange.reduce_scatter import (
 )
 from commpress.comm.exchange.wire import ring_bytes, tree_children
 from commpress.comm.feedback import Feedback, Memory
+from commpress.comm.meter import SPEC_IS_NONE
 from commpress.comm.parameters import real_view
 from commpress.comm.plan import ALL_REDUCE, DENSE, BucketPlan, Override, Plan, exact_where_needed
 from commpress.comm.scratch import ScratchPool
@@ -318,7 +319,7 @@ class Collectives:
         W, n = self.world_size, sum(part.n for part in segments)
         if W == 1:
             codec, reason = DENSE, "one rank: nothing to send"
-        plan = BucketPlan(codec, ALL_REDUCE, False, reason or ("" if codec.lossy else "spec is none"))
+        plan = BucketPlan(codec, ALL_REDUCE, False, reason or ("" if codec.lossy else SPEC_IS_NONE))
         buffer: Tensor | None = None
         if W == 1:
             out.copy_(x)

@@ -28,6 +28,8 @@ sharded matrices, and the updates that the ranks of a node compute for each othe
 steps; the buffers that DDP broadcasts."""
 NOT_SENT = "none"
 """The name of the exchange that leaves a bucket on its rank."""
+SPEC_IS_NONE = "spec is none"
+"""The reason of a bucket that is not compressed because nobody asked for it, or because auto tries `none`."""
 BYTES = ("dense_bytes", "sent_bytes", "received_bytes")
 
 

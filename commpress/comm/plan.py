@@ -9,7 +9,7 @@ from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange, Wire, named
 from commpress.comm.feedback import Memory, NodeSlice
-from commpress.comm.meter import dtype_name
+from commpress.comm.meter import SPEC_IS_NONE, dtype_name
 from commpress.comm.prologue import Prologue
 from commpress.comm.segments import Segments
 
@@ -145,7 +145,7 @@ class Plan:
         if self.exchange is not None and (reason := self.exchange.idle(world_size)):
             return BucketPlan(DENSE, ALL_REDUCE, False, reason)
         if not self.codec.lossy:
-            return BucketPlan(self.codec, self._exchange(world_size), False, "spec is none")
+            return BucketPlan(self.codec, self._exchange(world_size), False, SPEC_IS_NONE)
         if n < FEWEST_VALUES:
             return BucketPlan(DENSE, ALL_REDUCE, False, f"fewer than {FEWEST_VALUES} values")
         exchange = self._exchange(world_size).laid_out(n, segments, self.codec)

@@ -8,7 +8,7 @@ from typing import Any
 
 from commpress.comm.choice import Choice
 from commpress.comm.codecs import AUTO
-from commpress.comm.meter import NOT_SENT, Report, dense_in
+from commpress.comm.meter import NOT_SENT, SPEC_IS_NONE, Report, dense_in
 from commpress.comm.search import PLAIN
 
 COUNTER = "/sys/class/net/{}/statistics/tx_bytes"
@@ -120,7 +120,7 @@ def receipt(
     steps = max(1, report.steps)
     uncompressed: dict[str, int] = {}
     for row in report.rows:
-        if row.reason and row.exchange != NOT_SENT and report.world_size > 1 and row.reason != "spec is none":
+        if row.reason and row.exchange != NOT_SENT and report.world_size > 1 and row.reason != SPEC_IS_NONE:
             uncompressed[row.reason] = uncompressed.get(row.reason, 0) + row.values * row.steps
     return Receipt(
         spec,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from commpress.comm.collectives import Collectives
 from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.meter import dtype_name
+from commpress.comm.meter import SPEC_IS_NONE, dtype_name
 from commpress.comm.segments import Segment, Segments
 from commpress.comm.sharded_auto import ShardedAuto
 from commpress.hooks.deepspeed.auto import TimedHandle, timed
@@ -146,7 +146,7 @@ class Gathered:
 
     def _note(self, p: Any, reason: str) -> None:
         n, dtype, others = p.ds_tensor.ds_numel, p.ds_tensor.dtype, self.shards.world_size - 1
-        reason = reason if self.shards.parameters.codec.lossy else "spec is none"
+        reason = reason if self.shards.parameters.codec.lossy else SPEC_IS_NONE
         sent = others * n * dtype.itemsize
         self.shards.meter.record_uncompressed(
             self._places[id(p)], (others + 1) * n, dtype_name(dtype), "all_gather", reason, "parameters", sent

@@ -14,7 +14,7 @@ from commpress.comm.coding import warm_up
 from commpress.comm.collectives import MEAN, Collectives
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory
-from commpress.comm.meter import dtype_name
+from commpress.comm.meter import SPEC_IS_NONE, dtype_name
 from commpress.comm.owned_slices import OwnedBucket, OwnedSlice
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segment
@@ -204,7 +204,7 @@ class Partitions:
         if shards.world_size == 1:
             reason = "one rank: nothing to send"
         elif not codec.lossy:
-            reason = reason or "spec is none"
+            reason = reason or SPEC_IS_NONE
         elif codec.nbytes(PIECE) >= PIECE * size:
             reason = f"payload would be no smaller than {size} bytes a value"
         if self._before is not None and not reason:

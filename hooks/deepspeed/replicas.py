@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from commpress.comm.exchange.wire import ring_bytes
-from commpress.comm.meter import dtype_name
+from commpress.comm.meter import SPEC_IS_NONE, dtype_name
 from commpress.comm.parameters import dense
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
@@ -160,7 +160,7 @@ class Replicas:
         for index, dtype in enumerate(dict.fromkeys(p.dtype for p in trained)):
             n = sum(p.numel() for p in trained if p.dtype == dtype)
             sent = ring_bytes(n * dtype.itemsize, self.step_buffer.collectives.world_size)
-            meter.record_uncompressed(index, n, dtype_name(dtype), "all_reduce", "spec is none", "gradients", sent)
+            meter.record_uncompressed(index, n, dtype_name(dtype), "all_reduce", SPEC_IS_NONE, "gradients", sent)
         meter.steps += 1
 
     def _trained(self) -> dict[str, Any]:

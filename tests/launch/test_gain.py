@@ -55,6 +55,19 @@ def test_the_sentence_says_what_was_measured_and_no_more(run: Record, expected: 
     assert gain.headline([("none", PLAIN), (run["settings"]["compress"], run)]).startswith(expected)
 
 
+def test_bytes_are_those_of_what_auto_chose_though_it_tries_another_spec_until_the_last_step() -> None:
+    run = compared("auto", 125, 2.5, 0.1, "auto: int8")  # the curve is of int4
+    rows = [
+        {"spec": "none", "reason": "spec is none", "steps": 5, "dense_bytes": 4_500, "sent_bytes": 4_500},
+        {"spec": "int8", "reason": "", "steps": 10, "dense_bytes": 9_000, "sent_bytes": 2_250},
+        {"spec": "int4", "reason": "", "steps": 5, "dense_bytes": 4_500, "sent_bytes": 500},
+        {"spec": "none", "reason": "an integer tensor", "steps": 20, "dense_bytes": 2_000, "sent_bytes": 2_000},
+    ]
+    run["report"] |= {"steps": 20, "rows": rows}
+    told = gain.headline([("none", PLAIN), ("auto", run)])
+    assert told.startswith("auto chose int8: 3.1x fewer bytes a step (8.0x with its search)")  # 10,000 to 3,250
+
+
 def test_of_several_runs_the_fastest_that_keeps_the_loss_is_told_and_others_models_say_nothing() -> None:
     fast, kept, other = (
         compared("sign", 30, 3.0, 0.05),
