@@ -28,7 +28,7 @@ SECTIONS = {
     "Ranks differ": ("commpress/comm/agreement.py", "commpress/comm/question.py", "launch/runtime.py"),
     "A lost rank": (
         *("commpress/comm/exchange/wire.py", "commpress/comm/joining.py", "commpress/comm/failure.py"),
-        "commpress/comm/exchange/label.py",
+        *("commpress/comm/exchange/label.py", "commpress/store.py", "commpress/model/first_rank.py"),
     ),
     "Attaching": (
         *(

@@ -206,7 +206,7 @@ class Scheduler:
             written.extend(files)
             return failed
 
-        failed = write() if self._session is None else done_by_first_rank(write, self._session.group)
+        failed = write() if self._session is None else done_by_first_rank(write, self._session.group, self._device)
         if failed:
             raise ValueError(f"export: {'; '.join(failed)}")
         return written
@@ -304,8 +304,11 @@ class Scheduler:
 
     def _told(self, value: Any) -> Any:
         """Return the first rank's value on all ranks. Collective."""
-        device = next(self.model.parameters()).device
-        return value if self._session is None else told_by_first_rank(value, self._session.group, device)
+        return value if self._session is None else told_by_first_rank(value, self._session.group, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def _distilling(self) -> Distiller | None:
         distil = self.recipe.distil
