@@ -50,7 +50,10 @@ SECTIONS = {
         ),
         *("hooks/fsdp/reshard.py", "hooks/rank_checkpoint.py", "launch/checkpoint.py", "launch/run_state.py"),
     ),
-    "Trainers": ("hooks/accelerate.py", "hooks/lightning.py", "hooks/transformers.py"),
+    "Trainers": (
+        *("hooks/accelerate.py", "hooks/lightning.py", "hooks/transformers.py"),
+        *("hooks/eval_batches.py", "hooks/limits.py"),
+    ),
     "Recipes": ("commpress/model",),
     "Export": ("commpress/model/stored.py", "commpress/model/export"),
     "Search": ("commpress/model/search", "launch/search.py"),

@@ -18,7 +18,7 @@ from commpress import extras
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.hooks import ddp, ending, rank_checkpoint
-from commpress.hooks.accelerate import inner, prepared
+from commpress.hooks.accelerate import inner, prepared, unwrapped_forward
 from commpress.notice import global_rank, warn
 from commpress.optim.base import CompressedOptimizer
 
@@ -166,17 +166,18 @@ class Compression(TrainerCallback):
             limits.read(lambda: batches_for(self._trainer, self._compute_loss, limits.loss), self._model.process_group)
             if not restoring:
                 limits.keep(0)
-        self.scheduler = Scheduler(
-            self._recipe,
-            model,
-            optimizer,
-            session=session,
-            teacher=teacher,
-            restoring=restoring,
-            held_out=limits.batches if limits is not None else (),
-            budget_loss=limits.loss if limits is not None else None,
-            example_inputs=self._example_inputs,
-        )
+        with unwrapped_forward(model):
+            self.scheduler = Scheduler(
+                self._recipe,
+                model,
+                optimizer,
+                session=session,
+                teacher=teacher,
+                restoring=restoring,
+                held_out=limits.batches if limits is not None else (),
+                budget_loss=limits.loss if limits is not None else None,
+                example_inputs=self._example_inputs,
+            )
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **named: Any
@@ -203,7 +204,8 @@ class Compression(TrainerCallback):
         if self.scheduler is not None:
             if self._limits is not None:
                 self._limits.keep(self.scheduler.done + 1)
-            self.scheduler.step()
+            with unwrapped_forward(self.scheduler.model):  # a budget may measure files now
+                self.scheduler.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write this rank's file into the checkpoint."""
@@ -220,4 +222,5 @@ class Compression(TrainerCallback):
             report.write_json(Path(args.output_dir) / REPORT)
             print(f"{report}{self.session.receipt()}")
         if self.session is not None and self.scheduler is not None:
-            ending.finish(self.session, self.scheduler, self._limits, args.output_dir)
+            with unwrapped_forward(self.scheduler.model):
+                ending.finish(self.session, self.scheduler, self._limits, args.output_dir)

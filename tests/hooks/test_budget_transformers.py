@@ -77,7 +77,7 @@ def by_budget(folder: str) -> list[dict[str, Any]]:
     with launched():
         for at in (None, 1, 3, 5):
             save = {"save_strategy": "steps", "save_steps": 1} if at is None else {}
-            made = trainer(folder if at is None else f"{folder}-{at}", **save)
+            made = trainer(folder if at is None else f"{folder}-{at}", bf16=True, **save)  # files are float32
             callback = with_callback(made, budget(max_mb=0.12, max_loss=10.0))
             said = told(lambda at=at, t=made: t.train(resume_from_checkpoint=at and f"{folder}/checkpoint-{at}"))
             chosen = callback.scheduler.recipe.to_dict()
