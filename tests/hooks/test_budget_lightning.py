@@ -16,7 +16,7 @@ from trainers import MICRO, examples, flat, launched
 from training import batch, network
 
 LIBRARIES = ("lightning",)
-pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
+pytestmark = [pytest.mark.usefixtures("ranks_of_our_own"), pytest.mark.slow]
 BUDGET = {"start": 3, "end": 5, "every": 1, "max_mb": 0.2, "max_loss": 10.0}
 STORED = {"format": "safetensors"}
 STEPS = 7
@@ -76,7 +76,6 @@ def by_budget(folder: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
 def test_all_ranks_choose_alike_and_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     ranks = run(2, by_budget, str(tmp_path / "run"), timeout=400)

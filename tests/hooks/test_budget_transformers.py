@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from trainers import launched
 
 LIBRARIES = ("transformers", "accelerate")
-pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
+pytestmark = [pytest.mark.usefixtures("ranks_of_our_own"), pytest.mark.slow]
 WIDTH, STEPS = 16, 6
 
 
@@ -85,7 +85,6 @@ def by_budget(folder: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.slow
 def test_all_ranks_choose_alike_and_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     ranks = run(2, by_budget, str(tmp_path / "run"), timeout=400)
@@ -117,7 +116,6 @@ def beside_entries(folder: str) -> tuple[list[str], dict[str, Any]]:
     return said, json.loads((Path(folder) / "judged" / "judgement.json").read_text())
 
 
-@pytest.mark.slow
 def test_a_limit_that_the_file_misses_is_a_warning_and_training_has_its_result(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     (said, record), (silence, _) = run(2, beside_entries, str(tmp_path), timeout=300)
@@ -174,7 +172,6 @@ def refused(folder: str) -> dict[str, str]:
         }
 
 
-@pytest.mark.slow
 def test_what_a_budget_cannot_use_is_told_on_all_ranks(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     for said in run(2, refused, str(tmp_path), timeout=300):
