@@ -2,8 +2,7 @@
 
 import sys
 
-from commpress.comm.agreement import host_name
-from commpress.notice import global_rank
+from commpress.notice import global_rank, host_name
 
 
 def missing(part: str, error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:

@@ -1,6 +1,7 @@
-"""Warnings for the user, which one rank gives for all of them, at the line of the user's own code."""
+"""Warnings for the user, which one rank gives for all of them, at the line of the user's own code; who this rank is."""
 
 import os
+import socket
 import sys
 import warnings
 
@@ -16,6 +17,11 @@ def global_rank() -> int:
         return dist.get_rank()
     said = os.environ.get("RANK", "0")
     return int(said) if said.isdecimal() else 0
+
+
+def host_name() -> str:
+    """Return this rank's host name in errors: COMMPRESS_HOST if it is set, as in the network lab, else the system's name."""
+    return os.environ.get("COMMPRESS_HOST") or socket.gethostname()
 
 
 def speaks(*groups: dist.ProcessGroup) -> bool:

@@ -28,7 +28,7 @@ SECTIONS = {
     "Ranks differ": ("commpress/comm/agreement.py", "commpress/comm/question.py", "launch/runtime.py"),
     "A lost rank": (
         *("commpress/comm/exchange/wire.py", "commpress/comm/joining.py", "commpress/comm/failure.py"),
-        "commpress/comm/exchange/label.py",
+        *("commpress/comm/exchange/label.py", "commpress/store.py", "commpress/model/first_rank.py"),
     ),
     "Attaching": (
         *(
@@ -50,7 +50,10 @@ SECTIONS = {
         ),
         *("hooks/fsdp/reshard.py", "hooks/rank_checkpoint.py", "launch/checkpoint.py", "launch/run_state.py"),
     ),
-    "Trainers": ("hooks/accelerate.py", "hooks/lightning.py", "hooks/transformers.py"),
+    "Trainers": (
+        *("hooks/accelerate.py", "hooks/lightning.py", "hooks/transformers.py"),
+        *("hooks/eval_batches.py", "hooks/limits.py"),
+    ),
     "Recipes": ("commpress/model",),
     "Export": ("commpress/model/stored.py", "commpress/model/export"),
     "Search": ("commpress/model/search", "launch/search.py"),

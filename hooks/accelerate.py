@@ -6,7 +6,9 @@ registered for checkpointing is written by rank 0 alone and read by all, after m
 every end of an epoch, so what the files of one checkpoint have in common is a number that rank 0 draws.
 """
 
+import contextlib
 import secrets
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +67,20 @@ def prepared(accelerator: "Accelerator", model: nn.Module) -> DistributedDataPar
 def inner(optimizer: Any) -> Any:
     """The optimizer in an AcceleratedOptimizer; others as they are."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+@contextlib.contextmanager
+def unwrapped_forward(model: nn.Module) -> Iterator[None]:
+    """The model with the forward from before Accelerate put autocast around it: its files are float32, as its weights."""
+    mixed, own = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if mixed is None or own is None:
+        yield
+        return
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = mixed
 
 
 class _Checkpoint:

@@ -5,11 +5,12 @@ none of these. It loads the model before it sets up, the optimizers afterwards. 
 hook on CUDA only and says nothing elsewhere, and keeps no state of it.
 """
 
+import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress import extras
@@ -30,7 +31,9 @@ except ModuleNotFoundError as error:
     raise extras.missing("commpress.hooks.lightning", error, "lightning") from error
 
 if TYPE_CHECKING:
+    from commpress.hooks.limits import Limits
     from commpress.model import Recipe, Scheduler
+    from commpress.model.judgement.quality import Loss
 
 
 class CompressedDDP(DDPStrategy):
@@ -47,6 +50,11 @@ class CompressedDDP(DDPStrategy):
     positional arguments of the module's forward; its files are written to the Trainer's `default_root_dir` when training ends.
     A training that ends before the recipe, or a format that cannot be written, is a warning.
 
+    A recipe with a [budget] measures on `held_out`, this rank's batches (inputs, targets), inputs as forward takes them
+    (default: the validation batches), by `budget_loss` of outputs and targets (default: cross entropy for whole targets, else
+    squared error). At the end the exported file is compared with `dense`, or without it the module at the budget's `start`. A
+    limit that is missed is a warning, and `default_root_dir/judged` has the figures.
+
     Raises ValueError for `ddp_comm_*` settings; `fit` raises ValueError on all ranks for an unknown spec, for ranks that
     differ, for files that do not belong to the checkpoint, and for `gradient_clip_val` or a second optimizer beside a
     compressed one.
@@ -62,6 +70,9 @@ class CompressedDDP(DDPStrategy):
         recipe: "Recipe | None" = None,
         teacher: nn.Module | None = None,
         example_inputs: tuple[Any, ...] | None = None,
+        held_out: Sequence[tuple[Any, Tensor]] | None = None,
+        budget_loss: "Loss | None" = None,
+        dense: nn.Module | None = None,
         **settings: Any,
     ) -> None:
         if teacher is not None and recipe is None:
@@ -73,6 +84,8 @@ class CompressedDDP(DDPStrategy):
         self.scheduler: Scheduler | None = None
         self._gradients, self._recipe, self._teacher = gradients, recipe, teacher
         self._example_inputs = example_inputs
+        self._limits: Limits | None = None
+        self._of_budget = (held_out, budget_loss, dense)
         self._compression: dict[str, Any] = {"exchange": exchange, "error_feedback": error_feedback, "buffers": buffers}
         self._loaded_from = ""
 
@@ -102,6 +115,11 @@ class CompressedDDP(DDPStrategy):
             before.close()
         teacher = None if self._teacher is None else self._teacher.to(self.root_device)
         restoring = done is not None or trainer.ckpt_path is not None
+        if (limits := self._limits_of(module)) is not None:
+            assert isinstance(self.model, DistributedDataParallel)
+            limits.read(lambda: _validation_batches(trainer), self.model.process_group)
+            if not restoring:
+                limits.keep(0)
         self.scheduler = Scheduler(
             self._recipe,
             module,
@@ -109,10 +127,22 @@ class CompressedDDP(DDPStrategy):
             session=self.session,
             teacher=teacher,
             restoring=restoring,
+            held_out=limits.batches if limits is not None else (),
+            budget_loss=limits.loss if limits is not None else None,
             example_inputs=self._example_inputs,
         )
         if done is not None:
             self.scheduler.load_state_dict(done)
+
+    def _limits_of(self, module: nn.Module) -> "Limits | None":
+        """What the recipe's budget is held against; made when the module is not prepared yet."""
+        if self._recipe is None or self._recipe.budget is None:
+            return None
+        if self._limits is None or self._limits.model is not module:
+            from commpress.hooks import limits
+
+            self._limits = limits.Limits(self._recipe, module, *self._of_budget)
+        return self._limits
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the module, which a recipe has made ready for what it may have become."""
@@ -122,9 +152,14 @@ class CompressedDDP(DDPStrategy):
             return
         from commpress.model import prepare, quantization
 
-        prepare(module, self._recipe)
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            self._limits_of(module)
+        recipe = self._recipe
+        if recipe.chooses:
+            recipe = rank_checkpoint.chosen_recipe(self._read, self.global_rank) or recipe
+        prepare(module, recipe)
         super().load_model_state_dict(checkpoint, strict)
-        if self._recipe.quantize and module.trainer.state.fn != TrainerFn.FITTING:  # else the scheduler does it
+        if recipe.quantize and module.trainer.state.fn != TrainerFn.FITTING:  # else the scheduler does it
             file = self._read(0)
             if file is None or "scheduler" not in file:
                 warn(
@@ -138,6 +173,8 @@ class CompressedDDP(DDPStrategy):
         output = super().optimizer_step(optimizer, closure, model, **named)
         if inner(optimizer) is inner(self.optimizers[-1]):
             if self.scheduler is not None:
+                if self._limits is not None:
+                    self._limits.keep(self.scheduler.done + 1)
                 self.scheduler.step()
             self._log_traffic()
         return output
@@ -173,7 +210,7 @@ class CompressedDDP(DDPStrategy):
         """Write the checkpoint on rank 0, and this rank's file beside it."""
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.session is not None and "optimizer_states" in checkpoint:  # not weights only
-            content = rank_checkpoint.content(self.session, checkpoint["global_step"], self.scheduler)
+            content = rank_checkpoint.content(self.session, checkpoint["global_step"], self.scheduler, self._limits)
             state = {"commpress": pack_state(content)}
             self.checkpoint_io.save_checkpoint(state, _beside(filepath, self.session.rank), storage_options)
 
@@ -196,7 +233,12 @@ class CompressedDDP(DDPStrategy):
         assert isinstance(self.model, DistributedDataParallel)
 
         found = rank_checkpoint.restore(
-            self.session, self.model.process_group, checkpoint["global_step"], self._read, self.scheduler
+            self.session,
+            self.model.process_group,
+            checkpoint["global_step"],
+            self._read,
+            self.scheduler,
+            self._limits,
         )
         if not found:
             warn(f"commpress: {self._loaded_from} was saved without compression; what feedback keeps starts empty")
@@ -219,9 +261,23 @@ class CompressedDDP(DDPStrategy):
         super().on_train_end()
         if self.session is not None:
             rank_zero_info(f"\n{self.session.report()}{self.session.receipt()}")
-        if self.scheduler is not None:
+        if self.session is not None and self.scheduler is not None:
             assert self.lightning_module is not None
-            ending.finish(self.scheduler, self.lightning_module.trainer.default_root_dir)
+            ending.finish(self.session, self.scheduler, self._limits, self.lightning_module.trainer.default_root_dir)
+
+
+def _validation_batches(trainer: Trainer) -> list[Any]:
+    """This rank's validation batches, as many as the Trainer takes. Raises ValueError without one loader of them."""
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = trainer.val_dataloaders
+    found = [loaders] if hasattr(loaders, "batch_sampler") else list(loaders or ())
+    if len(found) != 1:
+        raise ValueError(
+            f"the recipe has a [budget]: expected one validation dataloader and a validation_step, got {len(found)} loaders; "
+            "or held_out=, batches (inputs, targets)"
+        )
+    most = trainer.num_val_batches[0]
+    return list(itertools.islice(found[0], None if most == float("inf") else int(most)))
 
 
 def _beside(filepath: Any, rank: int) -> str:

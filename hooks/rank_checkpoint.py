@@ -3,13 +3,14 @@
     FOLDER/commpress-rank0.pt       {"step": the framework's count, "session": session.state_dict()} of rank 0, and so on
 
 A framework without a count has a number of its own for each save in its place. Where a recipe is followed, "scheduler" is its
-scheduler's state.
+scheduler's state, and in rank 0's file "dense" the values that its budget is compared with.
 
 The file carries a checksum (`commpress.files`).
 
 With as many ranks as before a rank reads its own file, so hosts need not see each other's; with another number each reads all.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,24 +22,34 @@ from commpress.comm.session import Session
 from commpress.files import load_state, save_state
 
 if TYPE_CHECKING:
-    from commpress.model import Scheduler
+    from commpress.hooks.limits import Limits
+    from commpress.model import Recipe, Scheduler
 
 State = dict[str, Any]
 
 
-def content(session: Session, step: int, scheduler: "Scheduler | None" = None) -> State:
+def content(session: Session, step: int, scheduler: "Scheduler | None" = None, limits: "Limits | None" = None) -> State:
     """Return what this rank's file holds; `step` is the framework's count of steps."""
-    state = {"step": step, "session": session.state_dict()}
-    return state if scheduler is None else {**state, "scheduler": scheduler.state_dict()}
+    state: State = {"step": step, "session": session.state_dict()}
+    if scheduler is not None:
+        state["scheduler"] = scheduler.state_dict()
+    if limits is not None and (dense := limits.state_dict()) is not None:
+        state["dense"] = dense
+    return state
 
 
 def save(
-    session: Session, folder: str | Path, step: int, name: str = "commpress", scheduler: "Scheduler | None" = None
+    session: Session,
+    folder: str | Path,
+    step: int,
+    name: str = "commpress",
+    scheduler: "Scheduler | None" = None,
+    limits: "Limits | None" = None,
 ) -> None:
     """Write this rank's file into the folder of a checkpoint. Not collective."""
-    path = _path(folder, name, session.rank)
+    path = _path(folder, session.rank, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_state(path, content(session, step, scheduler))
+    save_state(path, content(session, step, scheduler, limits))
 
 
 def load(
@@ -48,14 +59,31 @@ def load(
     step: int,
     name: str = "commpress",
     scheduler: "Scheduler | None" = None,
+    limits: "Limits | None" = None,
 ) -> bool:
     """Restore a session from the folder of a checkpoint, as `restore` does."""
+    return restore(session, group, step, lambda rank: read(folder, rank, name), scheduler, limits)
 
-    def read(rank: int) -> State | None:
-        path = _path(folder, name, rank)
-        return load_state(path) if path.is_file() else None
 
-    return restore(session, group, step, read, scheduler)
+def read(folder: str | Path, rank: int, name: str = "commpress") -> State | None:
+    """Return what a rank's file in the folder of a checkpoint holds; None if there is none. Raises DamagedFileError."""
+    path = _path(folder, rank, name)
+    return load_state(path) if path.is_file() else None
+
+
+def chosen_recipe(read: Callable[[int], State | None], rank: int) -> "Recipe | None":
+    """Return the recipe of a checkpoint whose budget has chosen its entries, by what `read(rank)` finds; None without one.
+
+    A model is prepared by it before the checkpoint is loaded into it. Not collective: what is damaged `restore` tells, on all
+    ranks.
+    """
+    from commpress.model import Recipe
+
+    with contextlib.suppress(ValueError, OSError):
+        if (file := read(rank) or read(0)) is not None and "scheduler" in file:
+            recipe = Recipe.of(file["scheduler"]["recipe"], "the saved recipe")
+            return recipe if recipe.budget is not None and recipe.budget.settled else None
+    return None
 
 
 def restore(
@@ -64,12 +92,13 @@ def restore(
     step: int,
     read: Callable[[int], State | None],
     scheduler: "Scheduler | None" = None,
+    limits: "Limits | None" = None,
 ) -> bool:
     """Restore a session from what `read(rank)` finds of a saved rank. Load model and optimizer first. Collective.
 
-    `group` is the session's process group. A `scheduler` is restored before the session; from a checkpoint without one it
-    begins at `step`. Returns False if nothing was saved. Raises ValueError on all ranks if the files are not those of all ranks
-    at this step, or if one is damaged.
+    `group` is the session's process group. A `scheduler` is restored before the session, and so are `limits`; from a
+    checkpoint without one it begins at `step`. Returns False if nothing was saved. Raises ValueError on all ranks if the files
+    are not those of all ranks at this step, or if one is damaged.
     """
     try:
         own = read(session.rank)
@@ -77,6 +106,8 @@ def restore(
         saved = 0 if first is None else int(first["session"]["world_size"])
         found = {session.rank: own} if saved == session.world_size else {rank: read(rank) for rank in range(saved)}
         states = [_session(file, rank, step) for rank, file in found.items()]
+        if limits is not None:
+            limits.load_state_dict(None if first is None else first.get("dense"))
     except Exception as error:
         refuse_on_all(error, group, session.device)
     with_recipe = first is not None and "scheduler" in first
@@ -109,5 +140,5 @@ def _session(file: State | None, rank: int, step: int) -> State:
     return state
 
 
-def _path(folder: str | Path, name: str, rank: int) -> Path:
+def _path(folder: str | Path, rank: int, name: str) -> Path:
     return Path(folder) / f"{name}-rank{rank}.pt"

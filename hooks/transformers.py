@@ -7,6 +7,7 @@ comes on every rank once a checkpoint's folder is there. A second `train()` goes
 A recipe's teacher speaks where the Trainer computes its loss, and its steps are the optimizer's (`on_optimizer_step`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from commpress import extras
 from commpress.comm.codecs import Codec
 from commpress.comm.session import Session
 from commpress.hooks import ddp, ending, rank_checkpoint
-from commpress.hooks.accelerate import inner, prepared
-from commpress.notice import warn
+from commpress.hooks.accelerate import inner, prepared, unwrapped_forward
+from commpress.notice import global_rank, warn
 from commpress.optim.base import CompressedOptimizer
 
 try:
@@ -28,7 +29,9 @@ except ModuleNotFoundError as error:
     raise extras.missing("commpress.hooks.transformers", error, "transformers") from error
 
 if TYPE_CHECKING:
+    from commpress.hooks.limits import Limits
     from commpress.model import Recipe, Scheduler
+    from commpress.model.judgement.quality import Loss
 
 REPORT = "commpress.json"
 """The report's file in `output_dir`."""
@@ -48,6 +51,11 @@ class Compression(TrainerCallback):
     `example_inputs`, the model's positional arguments; its files are written to `output_dir` when training ends. A
     training that ends before the recipe, or a format that cannot be written, is a warning.
 
+    A recipe with a [budget] measures on `held_out`, this rank's batches (inputs, targets), inputs as forward takes them
+    (default: the Trainer's evaluation batches), by `budget_loss` of outputs and targets (default: cross entropy for whole
+    targets, else squared error). At the end the exported file is compared with `dense`, or without it the model at the budget's
+    `start`. A limit that is missed is a warning, and `output_dir/judged` has the figures.
+
     `train` raises TypeError if the model is not in a DistributedDataParallel, ValueError on all ranks for an unknown spec, for
     ranks that differ, for files that do not belong to the checkpoint, and for `max_grad_norm` beside a compressed optimizer.
     """
@@ -60,10 +68,14 @@ class Compression(TrainerCallback):
         recipe: "Recipe | None" = None,
         teacher: nn.Module | None = None,
         example_inputs: tuple[Any, ...] | None = None,
+        held_out: Sequence[tuple[Any, Tensor]] | None = None,
+        budget_loss: "Loss | None" = None,
+        dense: nn.Module | None = None,
         **settings: Any,
     ) -> None:
         self.session: Session | None = None
         self.scheduler: Scheduler | None = None
+        self._limits: Limits | None = None
         self._recipe, self._teacher, self._example_inputs = recipe, teacher, example_inputs
         self._trainer, self._gradients, self._settings = trainer, gradients, settings
         self._model: DistributedDataParallel | None = None
@@ -80,13 +92,28 @@ class Compression(TrainerCallback):
                     "Compression(recipe=): the Trainer has model_init, which makes new models; expected model="
                 )
 
+            if recipe.budget is not None:
+                from commpress.hooks import limits
+
+                self._limits = limits.Limits(recipe, trainer.model, held_out, budget_loss, dense)
             prepare(trainer.model, recipe)  # before a checkpoint is loaded into it
             self._compute_loss = trainer.compute_loss
             trainer.compute_loss = self._loss
 
     def _remember(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._resumed = resume_from_checkpoint
+        folder = self._folder()
+        if folder and self._recipe is not None and self._recipe.chooses:
+            from commpress.model import prepare
+
+            if chosen := rank_checkpoint.chosen_recipe(lambda rank: rank_checkpoint.read(folder, rank), global_rank()):
+                prepare(self._trainer.model, chosen)
         return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _folder(self) -> str | None:
+        """Return the folder that training resumes from."""
+        found = get_last_checkpoint(self._trainer.args.output_dir) if self._resumed is True else self._resumed
+        return found or None
 
     def _log_traffic(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # not in on_log: the trackers of `report_to` are called before callbacks that were added later
@@ -116,11 +143,10 @@ class Compression(TrainerCallback):
             self._follow_recipe(optimizer, restoring=bool(self._resumed))
         if compressed is not None:
             compressed.watch.on = False  # the Trainer learns the norm by clipping at infinity
-        folder = get_last_checkpoint(args.output_dir) if self._resumed is True else self._resumed
-        if not folder:
+        if not (folder := self._folder()):
             return
-        at, scheduler = state.global_step, self.scheduler
-        found = rank_checkpoint.load(self.session, model.process_group, folder, at, scheduler=scheduler)
+        at, scheduler, limits = state.global_step, self.scheduler, self._limits
+        found = rank_checkpoint.load(self.session, model.process_group, folder, at, scheduler=scheduler, limits=limits)
         if not found:
             warn(
                 f"commpress: {folder} was saved without compression, or by save_only_model; what feedback keeps starts empty"
@@ -133,16 +159,25 @@ class Compression(TrainerCallback):
 
         assert self._model is not None
         teacher = None if self._teacher is None else self._teacher.to(self._trainer.args.device)
-        model, session = self._model.module, self.session
-        self.scheduler = Scheduler(
-            self._recipe,
-            model,
-            optimizer,
-            session=session,
-            teacher=teacher,
-            restoring=restoring,
-            example_inputs=self._example_inputs,
-        )
+        model, session, limits = self._model.module, self.session, self._limits
+        if limits is not None:
+            from commpress.hooks.eval_batches import batches_for
+
+            limits.read(lambda: batches_for(self._trainer, self._compute_loss, limits.loss), self._model.process_group)
+            if not restoring:
+                limits.keep(0)
+        with unwrapped_forward(model):
+            self.scheduler = Scheduler(
+                self._recipe,
+                model,
+                optimizer,
+                session=session,
+                teacher=teacher,
+                restoring=restoring,
+                held_out=limits.batches if limits is not None else (),
+                budget_loss=limits.loss if limits is not None else None,
+                example_inputs=self._example_inputs,
+            )
 
     def _loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **named: Any
@@ -167,13 +202,16 @@ class Compression(TrainerCallback):
     ) -> None:
         """Do what the recipe wants done."""
         if self.scheduler is not None:
-            self.scheduler.step()
+            if self._limits is not None:
+                self._limits.keep(self.scheduler.done + 1)
+            with unwrapped_forward(self.scheduler.model):  # a budget may measure files now
+                self.scheduler.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write this rank's file into the checkpoint."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.session is not None and not args.save_only_model and not state.is_hyper_param_search:
-            rank_checkpoint.save(self.session, folder, state.global_step, scheduler=self.scheduler)
+            rank_checkpoint.save(self.session, folder, state.global_step, scheduler=self.scheduler, limits=self._limits)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,5 +221,6 @@ class Compression(TrainerCallback):
             report = self.session.report()
             report.write_json(Path(args.output_dir) / REPORT)
             print(f"{report}{self.session.receipt()}")
-        if self.scheduler is not None:
-            ending.finish(self.scheduler, args.output_dir)
+        if self.session is not None and self.scheduler is not None:
+            with unwrapped_forward(self.scheduler.model):
+                ending.finish(self.session, self.scheduler, self._limits, args.output_dir)

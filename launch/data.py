@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import gather_settings, host_name
+from commpress.comm.agreement import gather_settings
+from commpress.notice import host_name
 
 BLOCK = 64 * 1024
 HOLD_OUT_EVERY = 20

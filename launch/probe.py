@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from commpress import extras
 from commpress.comm import cost
-from commpress.comm.agreement import gather_settings, host_name
+from commpress.comm.agreement import gather_settings
 from commpress.comm.auto import SPECS
 from commpress.comm.cost import Cluster
 from commpress.launch import runtime, stragglers, units
@@ -41,7 +41,7 @@ from commpress.launch.run_record import cores
 from commpress.launch.runtime import TrainingError, together
 from commpress.launch.speed import Measured
 from commpress.launch.verdict import BEYOND, verdict
-from commpress.notice import global_rank
+from commpress.notice import global_rank, host_name
 
 try:
     from commpress.launch import command_line

@@ -7,7 +7,6 @@ reason into the store, and the others, whose connections close, read it there.
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import re
@@ -24,9 +23,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from commpress.comm.agreement import gather_settings, host_name
-from commpress.comm.failure import ExchangeError, own_store, with_timeout
-from commpress.notice import global_rank
+from commpress.comm.agreement import gather_settings
+from commpress.comm.failure import ExchangeError
+from commpress.notice import global_rank, host_name
+from commpress.store import own_store, with_timeout
 
 T = TypeVar("T")
 PATIENCE = 2.0
@@ -35,7 +35,7 @@ KEY = "commpress/launch/failure"
 SILENCE = 30.0
 """Seconds in which a store that is still there answers, on a host with much else to do."""
 ASKED = itertools.count()
-"""The calls of `by_first_rank`, and others of which the ranks speak in the store; rank 0's number counts."""
+"""What the ranks have spoken of in the store; rank 0's number counts."""
 STOPPED = "asked to stop before rank 0 was done with what all ranks waited for; run the same command again to repeat it"
 LOST = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|timed? ?out", re.IGNORECASE)
 """Words in the errors of a process group that lost a rank."""
@@ -106,51 +106,34 @@ def by_first_rank(action: Callable[[], Any], device: torch.device) -> Any:
     The result must fit into JSON. Raises TrainingError on all ranks, with the sentence, if it fails or if they are asked to
     stop, and LoneError on a rank that lost rank 0, or that alone is asked to stop.
     """
-    group = dist.distributed_c10d._get_default_group()
-    with contextlib.suppress(RuntimeError, TimeoutError):
-        with_timeout(SILENCE, own_store)  # connects while rank 0 is there: later it would try for long
-    first = gather_settings({"host": host_name(), "asked": next(ASKED)}, group, device)[0]
-    key = f"{KEY}/first-{first['asked']}"
-    if dist.get_rank() == 0:
-        try:
-            with _ended_by_signals():
-                said = {"returned": action()}
-        except KeyboardInterrupt:
-            said = {"failed": STOPPED}
-        except Exception as error:  # whatever it is, the others must hear of it
-            said = {"failed": sentence(error)}
-        dist.distributed_c10d._get_default_store().set(key, json.dumps(said))
-    found = json.loads(_word_of_first_rank(key, named(0, str(first["host"])).removesuffix(": ")))
-    together(lambda: None, device)  # rank 0 may hold the store, and stays until all have read it
-    if "failed" in found:
-        raise TrainingError(found["failed"])
-    return found["returned"]
+    from commpress.model.first_rank import LostFirstRankError, done_by_first_rank
 
-
-def _word_of_first_rank(key: str, first: str) -> str:
-    """Wait for the text that rank 0 leaves under a key, and return it.
-
-    Raises LoneError if the store is gone, or by a stop signal.
-    """
     who, asked_at = named(dist.get_rank(), host_name()), math.inf
 
-    def look() -> bytes | None:
-        store = own_store()
-        return store.get(key) if store.check([key]) else None
-
-    while True:
+    def said() -> dict[str, Any]:
         try:
-            found = with_timeout(SILENCE, look)
-        except (RuntimeError, TimeoutError) as error:
-            raise LoneError(f"{who}lost {first}, or the store, while it waited for it: {sentence(error)}") from error
-        if found is not None:
-            return found.decode()
+            with _ended_by_signals():
+                return {"returned": action()}
+        except KeyboardInterrupt:
+            return {"failed": STOPPED}
+        except Exception as error:  # whatever it is, the others must hear of it
+            return {"failed": sentence(error)}
+
+    def leave_if_asked() -> None:
+        nonlocal asked_at
         if (stop := _installed_stop()) and stop.asked:
             asked_at = min(asked_at, time.monotonic())
         if time.monotonic() - asked_at > PATIENCE:  # rank 0 was not asked, or cannot hear it now
             post(f"{who}{STOPPED}")
             raise LoneError(f"{who}{STOPPED}")
-        time.sleep(PATIENCE / 20)
+
+    try:
+        found = done_by_first_rank(said, None, device, leave_if_asked)
+    except LostFirstRankError as error:
+        raise LoneError(f"{who}{error}") from error
+    if "failed" in found:
+        raise TrainingError(found["failed"])
+    return found["returned"]
 
 
 def joined(said: list[tuple[str, str]]) -> str:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import socket
 import zlib
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,11 +12,6 @@ import torch.distributed as dist
 
 Settings = dict[str, object]
 """JSON values by their names in an error."""
-
-
-def host_name() -> str:
-    """Return this rank's host name in errors: COMMPRESS_HOST if it is set, as in the network lab, else the system's name."""
-    return os.environ.get("COMMPRESS_HOST") or socket.gethostname()
 
 
 def gather_settings(settings: Settings, group: dist.ProcessGroup, device: torch.device) -> list[Settings]:

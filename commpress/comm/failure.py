@@ -9,14 +9,12 @@ The store is in another process, which may not answer: a rank waits for it no lo
 import contextlib
 import json
 import re
-import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
+from commpress.store import own_store, with_timeout
 
 PATIENCE = 0.75
 """Seconds to wait for the store, and in it for what a peer has to say."""
@@ -31,10 +29,6 @@ SILENT_PEER = re.compile(
     r"gloo/transport/.*([Tt]imed out|timeout)|Application timeout caused pair closure|[Ww]ait timeout", re.DOTALL
 )
 """Words of Gloo when a peer, or the store, has not answered within the timeout."""
-
-T = TypeVar("T")
-_stores: "weakref.WeakKeyDictionary[dist.ProcessGroup, Any]" = weakref.WeakKeyDictionary()
-"""A connection of our own to the store of each default group, so that nobody else waits while we do."""
 
 
 class ExchangeError(RuntimeError):
@@ -73,43 +67,6 @@ def is_lost(error: BaseException) -> bool:
     """Whether the backend says that a peer is gone or silent."""
     text = str(error)
     return isinstance(error, RuntimeError) and bool(LOST_PEER.search(text) or SILENT_PEER.search(text))
-
-
-def with_timeout(seconds: float, action: Callable[[], T]) -> T:
-    """Return what `action()` returns. Raises what it raises, TimeoutError if it takes longer; its thread is then left alone."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            results.append(action())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, name="commpress waits", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        try:
-            raise errors[0]
-        finally:
-            errors.clear()  # an error that is held by its own frame would hold the caller's frames, and a transfer in them
-    if not results:
-        raise TimeoutError(f"no answer in {seconds:g} s")
-    return results[0]
-
-
-def own_store() -> Any:
-    """The default group's store, by a connection of our own where it has connections. To be called by `within`: the host that
-    keeps it may be silent."""
-    group = dist.distributed_c10d._get_default_group()
-    if group not in _stores:
-        store: Any = dist.distributed_c10d._get_default_store()
-        try:
-            _stores[group] = store.clone()
-        except (AttributeError, RuntimeError):  # a store in a file, or an older torch: there is but the one
-            _stores[group] = store
-    return _stores[group]
 
 
 class FailureBoard:

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from commpress.comm.agreement import gather_settings, host_name
-from commpress.comm.failure import GRACE, FailureBoard, LostPeerError, is_lost, own_store, with_timeout
+from commpress.comm.agreement import gather_settings
+from commpress.comm.failure import GRACE, FailureBoard, LostPeerError, is_lost
+from commpress.notice import host_name
+from commpress.store import own_store, with_timeout
 
 TAG = (1 << 31) - 1
 """The tag of the byte on the user's group."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from commpress.model import layers, quantization, ranges
-from commpress.model.first_rank import told_by_first_rank
+from commpress.model.first_rank import done_by_first_rank
 from commpress.model.judgement.forms import arrays_of, batches_of, side_of
 from commpress.model.judgement.measuring import Process, in_turns
 from commpress.model.judgement.quality import Loss
@@ -147,14 +147,14 @@ class _Files:
         """Bytes, and milliseconds if the budget has some. Collective. Raises BudgetError on all ranks if it cannot be had."""
         key = tuple(sorted(choice.items(), key=lambda item: item[0]))
         if key not in self.known:
-            told: Any = None
-            several = dist.is_available() and dist.is_initialized()
-            if not several or dist.get_rank(self._group) == 0:
+
+            def measure() -> dict[str, Any] | str:
                 try:
-                    told = asdict(measured(self._model, self._units, choice, self._budget, self._inputs))
+                    return asdict(measured(self._model, self._units, choice, self._budget, self._inputs))
                 except Exception as error:  # the others wait for this rank's word, whatever it met
-                    told = f"budget: {budget_file(self._budget)} cannot be measured: {error}"
-            told = told_by_first_rank(told, self._group, next(self._model.parameters()).device)
+                    return f"budget: {budget_file(self._budget)} cannot be measured: {error}"
+
+            told = done_by_first_rank(measure, self._group, next(self._model.parameters()).device)
             if isinstance(told, str):
                 raise BudgetError(told)
             self.known[key] = Measured(**told)

@@ -91,11 +91,13 @@ class Scheduler:
             raise TypeError("Scheduler: the recipe has a [budget], expected held_out=, batches (inputs, targets)")
         if recipe.chooses and recipe.budget is not None and recipe.budget.structure and recipe.budget.removed is None:
             raise RecipeError(
-                "budget.structure: goes before the model is wrapped, expected the recipe that narrowing.narrow returns"
+                "budget.structure: is removed before the model is wrapped, and a scheduler comes after that: call `recipe, _ = "
+                "commpress.model.narrowing.narrow(model, recipe, (x,))` before, and give the recipe that it returns"
             )
         if recipe.search is not None:
             raise RecipeError(
-                "search: `commpress train` searches before a run; expected the recipe after it, recipe.after_search(...)"
+                "search: comes before the run, in `commpress train` by itself, elsewhere by your own call of "
+                "commpress.model.search.search; expected the recipe after it, recipe.after_search(...)"
             )
         if recipe.export is not None and not isinstance(example_inputs, tuple):
             raise TypeError("Scheduler: the recipe has an [export], expected example_inputs=, a tuple")
@@ -206,7 +208,7 @@ class Scheduler:
             written.extend(files)
             return failed
 
-        failed = write() if self._session is None else done_by_first_rank(write, self._session.group)
+        failed = write() if self._session is None else done_by_first_rank(write, self._session.group, self._device)
         if failed:
             raise ValueError(f"export: {'; '.join(failed)}")
         return written
@@ -304,8 +306,11 @@ class Scheduler:
 
     def _told(self, value: Any) -> Any:
         """Return the first rank's value on all ranks. Collective."""
-        device = next(self.model.parameters()).device
-        return value if self._session is None else told_by_first_rank(value, self._session.group, device)
+        return value if self._session is None else told_by_first_rank(value, self._session.group, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def _distilling(self) -> Distiller | None:
         distil = self.recipe.distil

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from ranks import Died, run
 
-from commpress.comm.failure import FailureBoard, with_timeout
+from commpress.comm.failure import FailureBoard
+from commpress.store import with_timeout
 
 
 def said(dies: bool) -> list[str]:

@@ -22,9 +22,9 @@ from training import SMALL_BUCKETS, loss_of, network, train
 
 import commpress
 from commpress.comm.exchange import Label, Labels, Wire, held
-from commpress.comm.failure import own_store
 from commpress.comm.plan import Plan
 from commpress.comm.replicas import replicas_session
+from commpress.store import own_store
 
 CPU = torch.device("cpu")
 PATIENT = 300.0

@@ -276,8 +276,8 @@ def alone(folder: str) -> str:
 def follow_the_page(folder: str) -> dict[str, Any]:
     """Run the blocks of the page, one after another, and say what they leave."""
     with launched():
-        names: dict[str, Any] = {"model": bert(), "dataset": sentences(64), "folder": folder}
-        for block in blocks("Transformers"):
+        names: dict[str, Any] = {"model": bert(), "trained": bert(), "dataset": sentences(64), "folder": folder}
+        for block in blocks("Transformers") + blocks("Structure and search before the trainer"):
             exec(compile(block, "docs/trainers.md", "exec"), names)
         return {"parameters": flat(names["model"].parameters())}
 
@@ -402,6 +402,9 @@ def test_what_cannot_be_attached_says_why_on_all_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_page(tmp_path: Path) -> None:
-    one, other = run(2, follow_the_page, str(tmp_path), timeout=120)
+    pytest.importorskip("onnxruntime")  # its budget is of model.onnx
+    for name in ("optuna", "torch_pruning"):
+        pytest.importorskip(name)
+    one, other = run(2, follow_the_page, str(tmp_path), timeout=600)
     assert torch.equal(one["parameters"], other["parameters"])
     assert json.loads((tmp_path / "commpress.json").read_text())["sent_bytes"] > 0

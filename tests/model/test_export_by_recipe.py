@@ -1,9 +1,7 @@
 """[export] of a recipe: what the scheduler writes at the end of a run, and what it refuses at the beginning."""
 
-import datetime
 import importlib.util
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from commpress.model import Recipe, RecipeError, Scheduler, stored
 from commpress.model.distillation import PROJECTIONS, add_projections
 from commpress.model.export import FORMATS, NEEDS
 from commpress.model.export.by_recipe import export_by
-from commpress.model.first_rank import done_by_first_rank
 from commpress.model.recipe.sections import Format
 
 STEPS = 3
@@ -88,29 +85,6 @@ def test_projections_of_a_distillation_are_left_out_and_an_older_file_of_what_fa
     content = stored.load(tmp_path / "exported" / "model.safetensors")
     assert set(content.state_dict()) == {"layer.weight", "layer.bias"}
     assert hasattr(model, PROJECTIONS)
-
-
-def long_work() -> list[Any]:
-    """What the first rank does takes longer than the group waits; then it fails."""
-
-    def work() -> str:
-        time.sleep(1.5)
-        return "done"
-
-    def fail() -> None:
-        raise ValueError("no")
-
-    group = dist.new_group(timeout=datetime.timedelta(seconds=0.5))
-    said = [done_by_first_rank(work, group), outcome(lambda: done_by_first_rank(fail, group))]
-    return [*said, done_by_first_rank(lambda: 3, None)]
-
-
-def test_the_others_wait_for_the_first_rank_longer_than_their_group_does() -> None:
-    first, second = run(2, long_work)
-    assert (first[0], second[0]) == ("done", "done")
-    assert "no" in first[1]
-    assert "ValueError: no" in second[1]
-    assert (first[2], second[2]) == (3, 3)
 
 
 def refused() -> list[str]:

@@ -154,7 +154,9 @@ def test_structure_that_makes_no_sense_is_refused(found: dict[str, Any], told: s
 
 def test_a_loop_that_has_not_removed_it_is_told() -> None:
     model = network()
-    with pytest.raises(RecipeError, match=r"budget.structure: goes before the model is wrapped, expected the recipe"):
+    with pytest.raises(
+        RecipeError, match=r"budget.structure: is removed before the model is wrapped, and a scheduler comes"
+    ):
         Scheduler(
             recipe(max_mb=1.0), model, torch.optim.SGD(model.parameters()), held_out=[(inputs()[0], torch.zeros(16))]
         )

@@ -30,11 +30,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commpress.comm.agreement import Settings, gather_settings, host_name
+from commpress.comm.agreement import Settings, gather_settings
 from commpress.comm.exchange.held import Waits
 from commpress.comm.exchange.label import HALF, HEADER, Header, Label, wait_for
 from commpress.comm.failure import SILENT_PEER, FailureBoard, LostPeerError, is_lost
 from commpress.comm.joining import part_of, sibling
+from commpress.notice import host_name
 
 
 @dataclass

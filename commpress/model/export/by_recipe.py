@@ -30,9 +30,7 @@ def export_by(
     Raises OSError, with all sentences, in the end, if one format met an OSError or had no memory: once more it may be written.
     """
     out, written, failed, for_now = folder / section.folder, list[Exported](), list[str](), False
-    plain = copy.deepcopy(layers.uncompiled(model)).cpu()
-    if hasattr(plain, PROJECTIONS):
-        delattr(plain, PROJECTIONS)
+    plain = whole_copy(model)
     inputs = tree_map_only(Tensor, lambda x: x.detach().cpu(), example_inputs)
     for name in dict.fromkeys(section.formats):
         try:
@@ -46,6 +44,14 @@ def export_by(
     if for_now:
         raise OSError("; ".join(failed))
     return written, failed
+
+
+def whole_copy(model: nn.Module) -> nn.Module:
+    """Return a copy on the CPU, not compiled, without the projections of a distillation."""
+    made = copy.deepcopy(layers.uncompiled(model)).cpu()
+    if hasattr(made, PROJECTIONS):
+        delattr(made, PROJECTIONS)
+    return made
 
 
 def _remove(path: Path) -> None:
