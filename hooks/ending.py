@@ -1,4 +1,4 @@
-"""The end of a training that another library's loop holds: what fails there must not take the model from the user."""
+"""The end of a training whose loop belongs to another library: a failure there must not cost the user the model."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def finish(scheduler: "Scheduler", folder: str) -> None:
-    """Write what the recipe exports. Collective. Rank 0 warns where `Scheduler.finish` raises: `save_model` may come next."""
+    """Write the recipe's exports into `folder`. Collective.
+
+    Rank 0 warns where `Scheduler.finish` raises ValueError, so that a `save_model` that follows still runs.
+    """
     try:
         scheduler.finish(folder)
     except ValueError as error:

@@ -1,13 +1,12 @@
-"""A session's state in frameworks whose checkpoints rank 0 writes alone: a file of each rank's own beside theirs.
+"""Checkpoints of a session in frameworks where only rank 0 writes: each rank writes a file of its own beside them.
 
-    FOLDER/commpress-rank0.pt       {"step": the framework's count, "session": session.state_dict()} of rank 0, and so on
+    FOLDER/commpress-rank0.pt       {"step": the framework's count of steps, "session": session.state_dict()} of rank 0
 
-A framework without a count has a number of its own for each save in its place. Where a recipe is followed, "scheduler" is its
-scheduler's state.
+A framework without a count of steps draws a number for each save instead. If the run follows a recipe, "scheduler" holds the
+state of its scheduler. Each file carries a checksum (`commpress.files`).
 
-The file carries a checksum (`commpress.files`).
-
-With as many ranks as before a rank reads its own file, so hosts need not see each other's; with another number each reads all.
+With the same number of ranks each rank reads only its own file, so hosts need no shared folder. With another number each rank
+reads all files.
 """
 
 from collections.abc import Callable
@@ -27,7 +26,7 @@ State = dict[str, Any]
 
 
 def content(session: Session, step: int, scheduler: "Scheduler | None" = None) -> State:
-    """Return what this rank's file holds; `step` is the framework's count of steps."""
+    """Return the content of this rank's file; `step` is the framework's count of steps."""
     state = {"step": step, "session": session.state_dict()}
     return state if scheduler is None else {**state, "scheduler": scheduler.state_dict()}
 
@@ -49,7 +48,7 @@ def load(
     name: str = "commpress",
     scheduler: "Scheduler | None" = None,
 ) -> bool:
-    """Restore a session from the folder of a checkpoint, as `restore` does."""
+    """Restore a session from the folder of a checkpoint. Collective; returns and raises as `restore` does."""
 
     def read(rank: int) -> State | None:
         path = _path(folder, name, rank)
@@ -65,11 +64,11 @@ def restore(
     read: Callable[[int], State | None],
     scheduler: "Scheduler | None" = None,
 ) -> bool:
-    """Restore a session from what `read(rank)` finds of a saved rank. Load model and optimizer first. Collective.
+    """Restore a session from saved states; `read(rank)` returns that of a rank, or None. Collective.
 
-    `group` is the session's process group. A `scheduler` is restored before the session; from a checkpoint without one it
-    begins at `step`. Returns False if nothing was saved. Raises ValueError on all ranks if the files are not those of all ranks
-    at this step, or if one is damaged.
+    Load model and optimizer first. `group` is the session's process group. A `scheduler` is restored before the session; if
+    the checkpoint has no scheduler, it begins at `step`. Returns False if nothing was saved. Raises ValueError on all ranks if
+    a file is damaged, is missing, or is of another step, and if the checkpoint follows a recipe and the run does not.
     """
     try:
         own = read(session.rank)
