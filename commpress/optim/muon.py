@@ -13,8 +13,8 @@ noise of its code:
 The code sends each step's move of the momentum with error feedback. The residual is then m - e, so e itself is not kept.
 Nesterov's E + beta mean of c has about twice the error of E, so it is off by default.
 
-With a code of fewer than 8 bits a value, m, e and E are kept in other coordinates, in which the code's error is a similar share of
-each direction of the matrix (`eigenbasis.py`); Newton-Schulz gets E in the matrix's own coordinates.
+With a code of fewer than 8 bits a value, m, e and E are kept in other coordinates, in which the code's error is a similar share
+of each direction of the matrix (`eigenbasis.py`); Newton-Schulz gets E in the matrix's own coordinates.
 
 Newton-Schulz mixes the values of a matrix. At pruned places m, e, E and the step are set to 0, so a weight that is 0 stays 0.
 A pruned matrix stays in its own coordinates; if it was in others, its momentum starts again at 0 when the masks are set.
