@@ -29,8 +29,8 @@ WHOLE = 2**16
 """Values of whose payload the bits are counted."""
 FIRST, EVERY = 10, 25
 """The coordinates are chosen behind the update of this number, when an estimate says something, and then every so many."""
-LONG = 256
-"""A matrix needs directions of so many values, the block of most codecs."""
+LONG = 128
+"""A matrix needs directions of so many values: in a block of 256, as most codecs have, there are then no more than two."""
 FLOOR = 1e-3
 """Share of the mean eigenvalue that is added to each, so that no direction is enlarged without bound."""
 

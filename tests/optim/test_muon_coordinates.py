@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run
-from test_muon import LONG, attached
+from test_muon import LONG as WIDE
+from test_muon import attached
 from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from training import finite, parameters_of, same, train
 
 import commpress
-from commpress.optim.eigenbasis import FLOOR, Basis
+from commpress.optim.eigenbasis import FLOOR, LONG, Basis
 
 
 @pytest.mark.parametrize("shape", [(8, 300), (300, 8), (256, 256), (1, 256)])
@@ -33,14 +34,14 @@ def test_all_directions_of_the_estimate_have_one_length_and_the_way_back_is_exac
 
 
 def test_a_matrix_that_is_short_or_zero_or_not_finite_stays_in_its_own() -> None:
-    assert Basis.of(torch.randn(64, 255)) is None
+    assert Basis.of(torch.randn(64, LONG - 1)) is None
     assert Basis.of(torch.zeros(8, 300)) is None
     assert Basis.of(torch.full((8, 300), torch.nan)) is None
 
 
 def coded(spec: str, exchange: str, steps: int) -> tuple[float, float, int]:
     """How far estimate and residuals together, and the estimate alone, are from the mean momentum; matrices in other ones."""
-    ddp, optimizer, session = attached(spec, exchange=exchange, width=LONG)
+    ddp, optimizer, session = attached(spec, exchange=exchange, width=WIDE)
     train(ddp, range(steps), optimizer=optimizer)
     turned = sum("basis_vectors" in state for state in optimizer.state.values())
     return *adrift(ddp, optimizer, session), turned
@@ -80,14 +81,14 @@ def test_fine_codes_need_none() -> None:
 
 def resumed() -> tuple[list[Tensor], list[Tensor], int]:
     """Parameters of a training over two changes of coordinates, and of one that was restarted between them."""
-    ddp, optimizer, session = attached("int4", exchange="two_shot", width=LONG)
+    ddp, optimizer, session = attached("int4", exchange="two_shot", width=WIDE)
     train(ddp, range(12), optimizer=optimizer)
     model, states = (
         copy.deepcopy(ddp.module.state_dict()),
         copy.deepcopy((optimizer.state_dict(), session.state_dict())),
     )
     train(ddp, range(12, 28), optimizer=optimizer)
-    again, following, later = attached("int4", exchange="two_shot", width=LONG)
+    again, following, later = attached("int4", exchange="two_shot", width=WIDE)
     again.module.load_state_dict(model)
     following.load_state_dict(states[0])
     later.load_state_dict(states[1])
@@ -104,7 +105,7 @@ def test_a_restart_goes_on_bit_for_bit() -> None:
 
 def taken_over() -> tuple[list[list[Tensor]], float]:
     """Parameters after a new wrapper and session, and how far estimate and residuals together are from the mean momentum."""
-    ddp, optimizer, _ = attached("int4", exchange="two_shot", width=LONG)
+    ddp, optimizer, _ = attached("int4", exchange="two_shot", width=WIDE)
     train(ddp, range(12), optimizer=optimizer)
     again = DistributedDataParallel(ddp.module, bucket_cap_mb=25)
     session = commpress.attach(again, "sign", optimizer=optimizer)
@@ -120,7 +121,7 @@ def test_a_new_session_takes_over_what_is_in_other_coordinates() -> None:
 
 def masked_later(spec: str) -> tuple[list[list[Tensor]], int, int]:
     """Parameters when masks come behind a change of coordinates; pruned weights that are not 0; matrices in other ones."""
-    ddp, optimizer, session = attached(spec, width=LONG)
+    ddp, optimizer, session = attached(spec, width=WIDE)
     train(ddp, range(12), optimizer=optimizer)
     draw = torch.Generator().manual_seed(0)
     masks: dict[str, Tensor] = {}
