@@ -38,7 +38,7 @@ if _root.joinpath("launch", "cli.py").is_file() and not Path(__file__).with_name
 __version__ = version("commpress")
 HOOKS = ("attach", "broadcast_parameters", "diloco", "local_sgd")
 PACKAGES = ("files", "hooks", "launch", "model")
-"""Imported when they are first asked for: the library does not need them, and two of them need packages of their own."""
+"""Modules that are imported on first use: the library does not need them, and two of them need packages of their own."""
 __all__ = ["Codec", "Plan", "Report", "Session", "__version__", *HOOKS, "optim", "parse"]
 
 

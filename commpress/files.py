@@ -1,11 +1,11 @@
-"""Files that are whole or not there, and whose damage is noticed: what the program writes to disk goes through here.
+"""Files that are written whole or not at all, and whose damage is noticed. All files of the library are written here.
 
-A state is a file of `torch.save` with 16 bytes behind it, which `torch.load` does not look at:
+A state is a file of `torch.save` with 16 more bytes at its end, which `torch.load` ignores:
 
     [torch.save's archive] [b"commpress-1 "] [CRC-32 of the archive, 4 bytes, little-endian]
 
-The archive has CRC-32s of its own, of its records alone, and `torch.load` does not check them. CRC-32 finds every flipped bit
-and misses one in 4 billion other damages; it runs at 1 to 2 GB/s on one core, about what copying takes.
+The archive has CRC-32s of its records, which `torch.load` does not check. CRC-32 finds every flipped bit and misses one in 4
+billion other damages; it runs at 1 to 2 GB/s on one core, about as fast as copying.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ AT_ONCE = 1 << 24
 
 
 class DamagedFileError(ValueError):
-    """A file that is not what was written: damaged, cut short, or by another program or version. The text names the file."""
+    """A file that is damaged, cut short, or from another program or version. The text names the file."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, beside `path`; afterwards it takes the place of `path`, or is removed if the block raised.
+    """Yield a temporary path beside `path`. After the block it replaces `path`, or is removed if the block raised.
 
-    Whoever reads `path` meanwhile reads the old file, and so it stays if the machine stops. An OSError names `path`.
+    Until then a reader of `path` reads the old file, which also stays if the machine stops. An OSError names `path`.
     """
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -51,13 +51,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all, with what `write` puts into an open file."""
+    """Write a file whole or not at all; `write` gets the open file."""
     with replacing(path) as beside, beside.open("wb") as f:
         write(f)
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Write what `torch.load(weights_only=True)` can read, whole or not at all, and its checksum."""
+    """Write a state, which `torch.load(weights_only=True)` must be able to read, and its checksum, whole or not at all."""
     write_atomically(path, lambda f: _write_state(f, state))
 
 
@@ -69,14 +69,14 @@ def load_state(path: Path) -> Any:
 
 
 def pack_state(state: Any) -> Tensor:
-    """The bytes of a state's file, uint8 [n], for a file that another library writes."""
+    """Return the bytes of a state's file, uint8 [n], to be put into a file that another library writes."""
     f = io.BytesIO()
     _write_state(f, state)
     return torch.frombuffer(f.getbuffer(), dtype=torch.uint8)
 
 
 def unpack_state(packed: Any, path: Path | str) -> Any:
-    """Return what `pack_state` packed, on the CPU, found in the file `path`. Raises DamagedFileError."""
+    """Return the state that `pack_state` packed, on the CPU. Raises DamagedFileError, which names the file `path`."""
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
         raise DamagedFileError(f"{path}: damaged, or not written by this version: no bytes with a checksum in it")
     f = io.BytesIO(packed.numpy().data)
@@ -87,12 +87,12 @@ def unpack_state(packed: Any, path: Path | str) -> Any:
 
 def _write_state(f: BinaryIO, state: Any) -> None:
     summed = _Summed(f)
-    torch.save(state, summed)  # type: ignore[arg-type]  # it calls `write` and `flush` alone
+    torch.save(state, summed)  # type: ignore[arg-type]  # it calls only `write` and `flush`
     f.write(MAGIC + summed.crc.to_bytes(4, "little"))
 
 
 def _require_checksum(f: BinaryIO, size: int, path: Path | str) -> None:
-    """Raises DamagedFileError unless a file, open at its start, ends with the checksum of what is before it."""
+    """Raise DamagedFileError unless a file, open at its start, ends with the checksum of the bytes before it."""
     end = size - len(MAGIC) - 4
     found = checksum(f, max(end, 0))
     if end < 0 or f.read(len(MAGIC)) != MAGIC:
@@ -106,12 +106,12 @@ def _loaded(f: BinaryIO | Path, path: Path | str) -> Any:
         return torch.load(f, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a sum that fits and an archive that does not: torch raises what it likes
+    except Exception as error:  # the checksum fits but the archive does not: torch raises various errors
         raise DamagedFileError(f"{path}: damaged: {error}") from error
 
 
 def checksum(file: BinaryIO, count: int, crc: int = 0) -> int:
-    """CRC-32 of the next bytes of a file, going on from that of the bytes before."""
+    """Return the CRC-32 of the next `count` bytes of a file, continued from `crc`, that of the bytes before."""
     buffer = memoryview(bytearray(min(count, AT_ONCE)))
     while count > 0 and (read := file.readinto(buffer[:count])):  # type: ignore[attr-defined]
         crc = zlib.crc32(buffer[:read], crc)
@@ -120,7 +120,7 @@ def checksum(file: BinaryIO, count: int, crc: int = 0) -> int:
 
 
 class _Summed:
-    """A file to write to that sums up what it is given."""
+    """A file to write to that computes the checksum of its bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -135,7 +135,7 @@ class _Summed:
 
 
 def _keep_names(folder: Path) -> None:
-    """Bring a folder's list of names to the disk, where the system can."""
+    """Flush a folder's entries to disk, if the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Warnings for the user, which one rank gives for all of them, at the line of the user's own code; who this rank is."""
+"""Warnings for the user: one rank gives them for all ranks, at the line of the user's own code; and who this rank is."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ OURS = ("commpress", "torch")
 
 
 def global_rank() -> int:
-    """Return this process's rank among all: the default group's, before there is one its launcher's, else 0."""
+    """Return this process's rank: in the default group, or, before there is one, as its launcher says, else 0."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     said = os.environ.get("RANK", "0")
@@ -25,7 +25,7 @@ def host_name() -> str:
 
 
 def speaks(*groups: dist.ProcessGroup) -> bool:
-    """Return whether this rank is the one that warns: the first of each of these groups, or of all ranks without any."""
+    """Return whether this rank warns: it is the first in each of these groups, or, if none is given, of all ranks."""
     return all(dist.get_rank(group) == 0 for group in groups) if groups else global_rank() == 0
 
 
@@ -36,7 +36,7 @@ def warn(text: str, leads: bool | None = None) -> None:
 
 
 def _outside() -> int:
-    """Return the `stacklevel` at which `warn` names the first line that is of none of `OURS`, or the outermost one."""
+    """Return the `stacklevel` at which a warning names the first line outside the packages of `OURS`, or the outermost line."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in OURS:
         level, frame = level + 1, frame.f_back

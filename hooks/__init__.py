@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["attach", "broadcast_parameters", "diloco", "local_sgd"]
 FRAMEWORKS = ("accelerate", "deepspeed", "fsdp", "lightning", "transformers")
-"""Imported when they are first asked for: slow, and most need packages of their own."""
+"""Modules that are imported on first use: they are slow to import, and most need packages of their own."""
 OTHER_WORDS = {"spec": "gradients", "codec": "gradients", "compress": "gradients", "weights": "parameters"}
 OTHER_WORDS |= {"params": "parameters", "scaler": "grad_scaler", "feedback": "error_feedback", "check": "verify"}
-"""What others call arguments of `attach`."""
+"""Words that users may write for an argument of `attach`, and that argument."""
 
 
 def __getattr__(name: str) -> Any:
@@ -57,12 +57,12 @@ def attach(
 ) -> Session:
     """Compress a wrapped model's traffic from the next step on. Collective over its ranks.
 
-    `model` is a `DistributedDataParallel`, the root module that `fully_shard` took, a DeepSpeed engine, or one of these after
-    `torch.compile`. `gradients`, `parameters` and `buffers` are the specs of what is sent: DDP sends gradients and buffers,
-    FSDP2 and ZeRO 1 to 3 send gradients and parameters. Without `gradients` a spec is found during training; `parameters` may
-    then be `auto`, too. For DDP and ZeRO 0, `gradients` may be a dict of specs by patterns of names. `optimizer` is one of
-    `commpress.optim`. `commpress.hooks.ddp.attach`, `commpress.hooks.fsdp.attach` and `commpress.hooks.deepspeed.attach` list
-    all other arguments and say what each means there.
+    `model` is a `DistributedDataParallel`, the root module that was given to `fully_shard`, a DeepSpeed engine, or one of these
+    after `torch.compile`. `gradients`, `parameters` and `buffers` are the specs of what is sent: DDP sends gradients and
+    buffers, FSDP2 and ZeRO 1 to 3 send gradients and parameters. Without `gradients` a spec is found during training;
+    `parameters` may then be `auto`, too. For DDP and ZeRO 0, `gradients` may be a dict of specs by patterns of names.
+    `optimizer` is one of `commpress.optim`. `commpress.hooks.ddp.attach`, `commpress.hooks.fsdp.attach` and
+    `commpress.hooks.deepspeed.attach` describe all other arguments for their wrapper.
 
     Raises TypeError for any other model and for an argument that this wrapper does not take, ValueError on all ranks if a spec
     is unknown or the ranks differ.
@@ -87,7 +87,7 @@ def _hook_of(model: Any) -> Any:
     """Return the module of commpress.hooks for a wrapped model. Raises TypeError for any other."""
     if isinstance(model, DistributedDataParallel):
         return ddp
-    sharding = sys.modules.get("torch.distributed.fsdp")  # slow to import; who has a sharded model has done so
+    sharding = sys.modules.get("torch.distributed.fsdp")  # slow to import; a script with a sharded model has done so
     if sharding is not None and isinstance(model, sharding.FSDPModule):
         return importlib.import_module("commpress.hooks.fsdp")
     engines = sys.modules.get("deepspeed")
@@ -100,7 +100,7 @@ def _hook_of(model: Any) -> Any:
 
 
 def _meant(word: str) -> str:
-    """Return what someone who wrote `word` may have looked for among the arguments of `attach`."""
+    """Return a hint at the argument of `attach` that `word` may stand for."""
     known = [name for name in inspect.signature(attach).parameters if name not in ("model", "unknown")]
     close = [OTHER_WORDS[word]] if word in OTHER_WORDS else difflib.get_close_matches(word, known, n=1)
     return f"expected {close[0]}=" if close else f"known: {', '.join(known)}"

@@ -1,9 +1,10 @@
 """Hugging Face Accelerate, by the hook of the DDP module that `prepare` makes.
 
-`accelerator.prepare` wraps the model in DistributedDataParallel and the optimizer in one that steps where gradients are
-exchanged; `accelerator.scaler` is there under fp16. `save_state` calls its hooks on every rank, before it writes; what is
-registered for checkpointing is written by rank 0 alone and read by all, after model and optimizer. `accelerator.step` is 0 at
-every end of an epoch, so what the files of one checkpoint have in common is a number that rank 0 draws.
+`accelerator.prepare` wraps the model in DistributedDataParallel, and the optimizer in one that steps only where gradients are
+exchanged. `accelerator.scaler` exists under fp16. `save_state` calls its hooks on every rank before it writes. Rank 0 alone
+writes the objects that are registered for checkpointing, and all ranks read them, after model and optimizer.
+`accelerator.step` is 0 at the end of every epoch and cannot tell checkpoints apart, so rank 0 draws a random number that all
+files of one checkpoint share.
 """
 
 import contextlib
@@ -37,8 +38,8 @@ def attach(
 
     `model` is what `accelerator.prepare` returned, compiled or not; `optimizer` is one of `commpress.optim`, prepared or not.
     The accelerator's GradScaler is used if it has one. All other settings are those of `commpress.hooks.ddp.attach`.
-    Collective. Raises TypeError for a model that is not in a DistributedDataParallel, and what `commpress.hooks.ddp.attach`
-    raises.
+    Collective. Raises TypeError for a model that is not in a DistributedDataParallel, and the errors of
+    `commpress.hooks.ddp.attach`.
     """
     wrapped = prepared(accelerator, model)
     session = ddp.attach(wrapped, gradients, optimizer=inner(optimizer), grad_scaler=accelerator.scaler, **settings)
@@ -47,7 +48,7 @@ def attach(
 
 
 def prepared(accelerator: "Accelerator", model: nn.Module) -> DistributedDataParallel:
-    """The DDP module in what `accelerator.prepare` returned. Raises TypeError if there is none."""
+    """Return the DDP module inside the model that `accelerator.prepare` returned. Raises TypeError if there is none."""
     wrapped = uncompiled(model)  # torch.compile comes last
     if isinstance(wrapped, DistributedDataParallel):
         return wrapped
@@ -65,7 +66,7 @@ def prepared(accelerator: "Accelerator", model: nn.Module) -> DistributedDataPar
 
 
 def inner(optimizer: Any) -> Any:
-    """The optimizer in an AcceleratedOptimizer; others as they are."""
+    """Return the optimizer inside an AcceleratedOptimizer; any other optimizer as it is."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
@@ -84,7 +85,7 @@ def unwrapped_forward(model: nn.Module) -> Iterator[None]:
 
 
 class _Checkpoint:
-    """An accelerator's handle of a session: where to write each rank's file, and when to read it."""
+    """A session as an object that an accelerator checkpoints: writes one file a rank and reads it back."""
 
     def __init__(self, accelerator: "Accelerator", session: Session, model: DistributedDataParallel) -> None:
         self._accelerator, self._session, self._group = accelerator, session, model.process_group
@@ -94,7 +95,7 @@ class _Checkpoint:
         self._stamp = 0
 
     def register(self) -> None:
-        """Have it called. `load_state_dict` comes last of all, when model and optimizer are there."""
+        """Register with the accelerator, which calls `load_state_dict` last, after it has loaded model and optimizer."""
         self._accelerator.register_save_state_pre_hook(self._save)
         self._accelerator.register_load_state_pre_hook(self._remember)
         self._accelerator.register_for_checkpointing(self)
@@ -109,7 +110,7 @@ class _Checkpoint:
         self._folder = folder
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what rank 0 writes for all."""
+        """Return the entry that rank 0 writes for all ranks: the files' name and their common number."""
         return {"files": self._name, "step": self._stamp}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

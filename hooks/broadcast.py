@@ -1,8 +1,8 @@
-"""Parameters of one rank to all others, and the buffers that DDP broadcasts.
+"""Broadcasts: one rank's parameters to all others, and the buffers that DDP broadcasts.
 
-DDP sends rank 0's buffers (the running statistics of batch norm) to all ranks before each forward, unless
-`broadcast_buffers=False`. What takes the place of that is `_register_buffer_comm_hook`, which is not public; it is used here
-alone, and its absence is an error.
+DDP sends rank 0's buffers (the running statistics of batch norm) to all ranks before each forward, unless it was made with
+`broadcast_buffers=False`. `_register_buffer_comm_hook` replaces that broadcast. It is not public: only this file uses it, and
+a torch without it is an error.
 """
 
 import weakref
@@ -32,10 +32,10 @@ def broadcast_parameters(
     """Give all ranks of `group` the parameters of its rank `source`. Collective; returns the bytes and seconds of all calls.
 
     Parameters that a DDP module ignores are left alone. With `none` every parameter has the same bits on all ranks. With a
-    lossy spec the first call is exact, too; each later call sends what has changed since the one before, the other ranks get
-    the same bits, and `source` keeps its own. That takes one float32 a value, two for a complex one. float64 and values that
-    are no floats are sent as they are. Raises on all ranks: ValueError if the spec is unknown, the ranks differ or there are
-    no parameters, TypeError for a sharded model.
+    lossy spec the first call is exact, too. Each later call sends the changes since the call before; all other ranks then hold
+    the same bits, and `source` keeps its own values. A lossy spec takes one float32 of memory a value, two for a complex one.
+    float64 and values that are not floats are sent uncompressed. Raises on all ranks: ValueError if the spec is unknown, the
+    ranks differ or there are no parameters, TypeError for a sharded model.
     """
     module = uncompiled(model)
     module = uncompiled(module.module) if isinstance(module, DistributedDataParallel) else module
@@ -53,7 +53,7 @@ def broadcast_parameters(
 
 
 def _refusal(model: nn.Module, tensors: Mapping[str, Tensor]) -> Exception | None:
-    """Why this rank has nothing to send or receive, if so."""
+    """Return the error if this rank has nothing to send or receive, else None."""
     sharded = [name for name, p in tensors.items() if isinstance(p, DTensor)]
     if sharded:
         return TypeError(f"broadcast_parameters: {sharded[0]!r} is a DTensor, expected whole parameters on every rank")
@@ -63,7 +63,7 @@ def _refusal(model: nn.Module, tensors: Mapping[str, Tensor]) -> Exception | Non
 
 
 def buffer_refusal(model: DistributedDataParallel, spec: str | Codec) -> Exception | None:
-    """Why the buffers of a DDP module cannot be sent by us, if they cannot."""
+    """Return the error if the buffers of a DDP module cannot be sent compressed, else None."""
     if not model.broadcast_buffers or not model.named_module_buffers:
         why = "was made with broadcast_buffers=False" if model.named_module_buffers else "has no buffers"
         return ValueError(f"buffers {str(spec)!r}: the DDP module {why}, expected one that broadcasts buffers")
@@ -73,12 +73,12 @@ def buffer_refusal(model: DistributedDataParallel, spec: str | Codec) -> Excepti
 
 
 def buffer_broadcasts(model: DistributedDataParallel, spec: str | Codec) -> Broadcasts:
-    """Return what is to send the buffers of a DDP module that broadcasts some. Collective over its process group."""
+    """Return the broadcasts for the buffers of a DDP module. Collective over its process group."""
     return Broadcasts(spec, model.named_module_buffers, model.process_group, role="buffers")
 
 
 def attach_buffers(model: DistributedDataParallel, broadcasts: Broadcasts) -> None:
-    """Have DDP send its buffers by them from now on."""
+    """Have DDP send its buffers through `broadcasts` from now on."""
     location = distributed._BufferCommHookLocation.PRE_FORWARD
     model._register_buffer_comm_hook(BufferState(broadcasts), buffer_hook, location)
 
@@ -94,7 +94,7 @@ class BufferState:
 
 
 def buffer_hook(state: BufferState, buffers: Mapping[str, Tensor]) -> None:
-    """Send the buffers; those of a copy as DDP does without a hook: exactly, over the default group, which is a copy's."""
+    """Send the buffers. A copied module sends them as DDP does without a hook: exactly, over its group, the default one."""
     if state.broadcasts is not None:
         state.broadcasts.send(buffers)
         return

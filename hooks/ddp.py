@@ -1,10 +1,10 @@
 """DistributedDataParallel, by its communication hook.
 
-DDP calls the hook in backward, in the order of the buckets, the same on every rank; it hands over a flat gradient of one
-dtype that the hook must replace by its mean, and waits for all futures before backward returns. It calls nothing under
-`no_sync`. After the first backward it lays its buckets out anew. A hook cannot be taken off or replaced.
+DDP calls the hook in backward, bucket by bucket, in the same order on every rank. Each call gets a flat gradient of one dtype
+([n]) and returns a future of its mean; DDP waits for all futures before backward returns. Under `no_sync` it calls nothing.
+After the first backward it rebuilds its buckets. A hook cannot be removed or replaced.
 
-A module that is copied or unpickled gets the hooks of its forward, but not this one: its gradients travel dense.
+A module that is copied or unpickled keeps the hooks of its forward, but not this one: its gradients are sent uncompressed.
 """
 
 import contextlib
@@ -44,9 +44,9 @@ class CommState:
     `group` is the process group of the DDP module (default: the default group). The first backward compares the ranks' specs
     and compiles the loops. `attach` does both beforehand and knows the parameters' names, so prefer it.
 
-    A copy, pickled or not, holds the settings alone: registered on a module of the default group, it starts a session of its
-    own. DDP does not register it in a copy of the module, whose gradients are sent uncompressed; a copy of an attached model
-    warns.
+    A copy, pickled or not, holds only the settings. Registered on a module of the default group, it starts a session of its
+    own. DDP does not register it in a copy of the module: the copy's gradients are sent uncompressed, and a copy of an
+    attached model warns.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CommState:
         self._binding: object = None
         self._arguments = (spec, group, exchange, error_feedback, grad_scaler, verify)
         self._lost: str | None = None
-        """The parts of a copy's original that cannot be copied, "" if it was nothing; None if this is no copy."""
+        """In a copy: the names of those arguments that could not be copied, "" if all could. None if this is not a copy."""
 
     def __getstate__(self) -> dict[str, Any]:
         spec, group, exchange, error_feedback, grad_scaler, verify = self._arguments
@@ -118,15 +118,14 @@ class CommState:
         return self.session
 
     def buckets(self, device: torch.device) -> StepBuffer:
-        """Return the object that takes the buckets of this rank's backwards. The first one makes the session if there is
-        none."""
+        """Return the step buffer that takes this rank's buckets. The first call makes the session if there is none."""
         if self._buckets is None:
             self.start(device, {})
         assert self._buckets is not None
         return self._buckets
 
     def follow(self, last: bool) -> None:
-        """Tell the optimizer that a bucket is there. For hooks. Raises RuntimeError if it now serves another module."""
+        """Tell the optimizer that a bucket has come. For hooks. Raises RuntimeError if it now serves another module."""
         optimizer = self._optimizer
         if optimizer is None:
             return
@@ -137,13 +136,13 @@ class CommState:
             )
         if last:
             told = partial(optimizer.gradients_are_there, scaled=self._arguments[4] is not None)
-            # DDP hands the gradients out in a callback that it queues behind this one: ours comes behind that
+            # DDP writes `grad` in a callback that it queues after this one: a callback queued from there runs after DDP's
             engine = torch.autograd.Variable._execution_engine
             with contextlib.suppress(RuntimeError):  # a compiled backward has no callbacks
                 engine.queue_callback(lambda: engine.queue_callback(told))
 
     def segments(self, parameters: list[Tensor]) -> Segments:
-        """Names and sizes of a bucket's parameters; without a model they are numbered in the order of their first use."""
+        """Return the names and sizes of a bucket's parameters. Without a model they are numbered in order of first use."""
         for p in parameters:
             if p not in self._names:
                 self._names[p] = f"parameter {len(self._names)}"
@@ -153,7 +152,10 @@ class CommState:
 
 
 def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """Return a future of the bucket's mean over the ranks, sent compressed: the hook for `register_comm_hook`."""
+    """Exchange a bucket compressed: the hook for `register_comm_hook`.
+
+    Returns a future of the mean over the ranks: [n], in the bucket's dtype.
+    """
     gradient = bucket.buffer()
     buckets = state.buckets(gradient.device)
     state.follow(bucket.is_last())
@@ -197,13 +199,13 @@ def attach(
     RuntimeError if the model already has a hook.
     """
     hooks = getattr(model, "_comm_hooks", [])
-    hooks[:] = [pair for pair in hooks if not is_copy(pair[1])]  # those of a copied module are registered nowhere
+    hooks[:] = [pair for pair in hooks if not is_copy(pair[1])]  # a copied module lists hooks that DDP never registered
     names: dict[Tensor, str] = {p: name for name, p in exchanged_parameters(model).items()}
     device = next(model.module.parameters()).device
     refusal = not_taken("parameters", parameters, "DistributedDataParallel sends none")
     refusal = refusal or (None if buffers is None else buffer_refusal(model, buffers))
     refusal = refusal or open_refusal(gradients, optimizer, exchange, error_feedback)
-    refusal = refusal or _refusal(model, names, optimizer)  # which binds the optimizer, if it finds nothing
+    refusal = refusal or _refusal(model, names, optimizer)  # also binds the optimizer, if nothing is refused
     if refusal is not None:
         refuse_on_all(refusal, model.process_group, device)
     require_agreement({"buffers": "dense" if buffers is None else "compressed"}, model.process_group, device)
@@ -219,12 +221,12 @@ def attach(
     if optimizer is not None:
         assert session.step_buffer is not None
         optimizer.hand_over(session.step_buffer)
-    # what may fail comes before the hook, which DDP would keep
+    # calls that may fail come first: DDP keeps a hook once it is registered
     broadcasts = None if buffers is None else buffer_broadcasts(model, buffers)
     try:
         model.register_comm_hook(state, comm_hook)
     except RuntimeError:
-        state.session = state._buckets = None  # DDP keeps the state that it refuses; the threads shall end all the same
+        state.session = state._buckets = None  # DDP keeps the state even if it refuses the hook; the threads must end
         raise
     if broadcasts is not None:
         attach_buffers(model, broadcasts)
@@ -242,7 +244,7 @@ def attach(
 def _refusal(
     model: DistributedDataParallel, names: dict[Tensor, str], optimizer: CompressedOptimizer | None
 ) -> Exception | None:
-    """Why this rank cannot attach, if it cannot."""
+    """Return the error if this rank cannot attach, else None. Binds the optimizer."""
     if getattr(model, "_comm_hooks", None):
         return RuntimeError(
             "commpress.attach: this DistributedDataParallel has a communication hook already, which cannot be replaced; "
@@ -285,15 +287,15 @@ def _refusal(
     return None
 
 
-# Hooks of the forward. A copy of the module has them, too: they are functions that pickle knows by their names, and nothing
-# of a session hangs on them.
+# Forward hooks. Copies of the module have them, too: they are module-level functions, so pickle finds them by name, and they
+# hold no reference to a session.
 
 
 @dataclass
 class _Attached:
-    """The record of a module that was attached: its session, which it must not keep alive, and when its forward started.
+    """The record of an attached module: a weak reference to its session, and when its forward started (perf_counter seconds).
 
-    `met`: the ranks have begun to train at the same point.
+    `met`: the ranks have agreed that they begin to train at the same point.
     """
 
     session: "weakref.ref[Session]"
@@ -303,11 +305,11 @@ class _Attached:
 
 _attached: "weakref.WeakKeyDictionary[nn.Module, _Attached]" = weakref.WeakKeyDictionary()
 _warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Copies that have said that they are copies."""
+"""Copies that have warned that they are copies."""
 
 
 def _watch(model: DistributedDataParallel, session: Session) -> None:
-    """Tell the session's timeline of forward and of the start of backward."""
+    """Record the forward and the start of backward in the session's timeline."""
     _attached[model] = _Attached(weakref.ref(session))
     if _before_forward not in model._forward_pre_hooks.values():  # a copy that is attached has them
         model.register_forward_pre_hook(_before_forward)
@@ -327,9 +329,9 @@ def _before_forward(module: nn.Module, arguments: Any) -> None:
 
 
 def _waits_for_buffers(module: Any) -> bool:
-    """Whether DDP waits in this forward for rank 0's buffers, on all ranks, as long as its group's timeout.
+    """Whether all ranks wait for rank 0's buffers in this forward, up to the timeout of DDP's group.
 
-    A rank that restores a state instead has to be noticed before.
+    A rank that restores a state instead must be noticed before that wait.
     """
     joins = getattr(module, "_join_config", None)  # not public; under `join` a rank may have no forward
     alike = module.training and torch.is_grad_enabled() and not (joins is not None and joins.enable)
@@ -351,7 +353,7 @@ def _behind_forward(module: nn.Module, arguments: Any, output: Any) -> None:
 
 
 def _say_copy(of: "weakref.ref[nn.Module]", gradient: Tensor) -> None:
-    """Say on rank 0, once a copy, that it is one: it is trained."""
+    """Warn on rank 0, once for each copy that is trained, that it is a copy."""
     module = of()
     if not isinstance(module, DistributedDataParallel) or module in _warned:
         return
@@ -364,7 +366,7 @@ def _say_copy(of: "weakref.ref[nn.Module]", gradient: Tensor) -> None:
 
 
 def _count_delayed(model: DistributedDataParallel, session: Session) -> None:
-    """Count what DDP sends of what it delays: all of it, in every backward, under `no_sync`, too."""
+    """Count the bytes of delayed parameters: DDP sends all of them in every backward, also under `no_sync`."""
     delayed = [p for p in delayed_parameters(model) if p.requires_grad]
     flat = getattr(model, "_delay_grad_buffer", None)  # not public
     if not delayed or flat is None:
@@ -381,7 +383,7 @@ def _count_delayed(model: DistributedDataParallel, session: Session) -> None:
 
 
 def _differentiable(output: Any) -> Tensor | None:
-    """The first tensor in a model's output that backward can start from."""
+    """Return the first tensor in a model's output that requires a gradient; None if there is none."""
     if isinstance(output, Tensor):
         return output if output.requires_grad else None
     inside = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
@@ -389,7 +391,7 @@ def _differentiable(output: Any) -> Tensor | None:
 
 
 def is_copy(state: object) -> bool:
-    """Whether it is a copy of a CommState that has not started a session."""
+    """Whether `state` is a copy of a CommState, and has not started a session of its own."""
     return isinstance(state, CommState) and state.session is None and state._lost is not None
 
 

@@ -1,4 +1,4 @@
-"""The end of a training that another library's loop holds: what fails there must not take the model from the user."""
+"""The end of a training whose loop belongs to another library: a failure there must not cost the user the model."""
 
 from typing import TYPE_CHECKING
 

@@ -1,12 +1,12 @@
-"""Local SGD and DiLoCo, by the optimizer's own hook: after each of its steps the outer sync has its turn.
+"""Local SGD and DiLoCo, by the optimizer's step hook: after each local step the outer syncs that are due run.
 
     outer = commpress.diloco(model, optimizer, every=30)        # then train as before
     with outer.synced(): validate(model)
 
-`register_step_post_hook` is called after every `optimizer.step`; a step that a GradScaler skips does not count. Where several
-optimizers train a model, a local step is over when each of them has stepped. Between syncs the replicas are different, and
-nothing travels. torch copies and saves an optimizer without its hooks, but with its defaults, which are of a class of ours: by
-that a copy is known, and says that it takes local steps alone.
+torch calls the hook (`register_step_post_hook`) after every `optimizer.step`; a step that a GradScaler skips does not count.
+If several optimizers train a model, a local step is over when each of them has stepped. Between syncs the replicas differ,
+and nothing is sent. torch copies and saves an optimizer without its hooks, but with its `defaults`. They are marked by a class
+of their own, so a copy is recognised and warns that it has no syncs.
 """
 
 import weakref
@@ -41,18 +41,18 @@ def local_sgd(
     delay: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Outer:
-    """Average the parameters every `every` steps of `optimizer`, as compressed differences from the last average.
+    """Train by local SGD (Stich, arXiv:1805.09767): every `every` steps of `optimizer`, average the parameters.
 
-    `optimizer` is one of torch's own, or an EF21Muon that is attached to nothing; or a list, `[muon, adamw]`, whose members
-    together hold all trained parameters: a step is over when each has stepped, in any order. Its state stays this rank's own.
-    `model` is a plain module, an FSDP2 one, or a DDP whose process group is one worker (a node): then `group` holds the ranks
-    of the same place in all workers, and parameters that DDP ignores are left alone. `fragments` and `delay` are as in
-    `diloco`. Collective over all ranks.
+    Each rank sends its compressed difference from the last average. `optimizer` is one of torch's own, an EF21Muon that is not
+    attached, or a list such as `[muon, adamw]` whose members together hold all trained parameters; a step is then over when
+    each of them has stepped, in any order. Optimizer state is never exchanged. `model` is a plain module, an FSDP2 one, or a
+    DDP whose process group is one worker (a node): then `group` holds the ranks at the same place in all workers, and
+    parameters that DDP ignores are left alone. `fragments` and `delay` are as in `diloco`. Collective over all ranks.
 
-    Raises ValueError on all ranks of `group` for a bad spec or setting or if they differ, for a `group` whose ranks share a
-    DDP or one model's shards, for an optimizer that has outer syncs, is attached to a session or clips by `max_norm`, and if
-    no optimizer holds a trained parameter; TypeError for another optimizer of `commpress.optim`. A parameter that is unfrozen
-    later is a RuntimeError in the optimizer's next step.
+    Raises ValueError on all ranks of `group` for a bad spec or setting, if the ranks differ, if ranks of `group` share a DDP or
+    one model's shards, for an optimizer that has outer syncs, is attached to a session or clips by `max_norm`, and if the
+    optimizers do not hold every trained parameter; TypeError for another optimizer of `commpress.optim`. A parameter that is
+    unfrozen later is a RuntimeError in the optimizer's next step.
     """
     return _attach(model, optimizer, spec, group, every=every, fragments=fragments, delay=delay)
 
@@ -70,13 +70,14 @@ def diloco(
     delay: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Outer:
-    """Train by DiLoCo: every `every` steps, take an outer Nesterov step (`lr`, `momentum`) on the mean of the workers'
-    updates.
+    """Train by DiLoCo (Douillard et al., arXiv:2311.08105): an outer Nesterov step on the workers' mean update, every `every`
+    steps.
 
-    With `momentum=0`, `lr=1` and a `decay` of 0.95 of the residual it is SparseLoCo. `fragments` is the number of parts of the
-    model, which sync at different steps; `delay` is the number of steps that training goes on while a part is being sent
-    (Streaming DiLoCo). With Muon inside it is MuLoCo (arXiv:2505.23725). `model`, `optimizer`, `group` and errors are as in
-    `local_sgd`.
+    `lr` and `momentum` are those of the outer step; `decay` multiplies the residual that error feedback adds to the next sync.
+    `momentum=0`, `lr=1` and `decay=0.95` give SparseLoCo (arXiv:2508.15706). `fragments` is the number of parts of the model
+    that sync at different steps; `delay` is the number of steps that training continues while a part is being sent (Streaming
+    DiLoCo, arXiv:2501.18512). With Muon as `optimizer` it is MuLoCo (arXiv:2505.23725). `model`, `optimizer`, `group` and
+    errors are as in `local_sgd`.
     """
     settings = {"every": every, "lr": lr, "momentum": momentum, "decay": decay, "fragments": fragments, "delay": delay}
     return _attach(model, optimizer, spec, group, **settings)
@@ -93,7 +94,7 @@ def _attach(
     module = uncompiled(model)
     inner = module.process_group if isinstance(module, DistributedDataParallel) else None
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(dict.fromkeys(optimizer))
-    # by the bare module's names: a checkpoint does not depend on what wraps it
+    # names of the bare module, so that a checkpoint does not depend on the wrapper
     trained = {name: p for name, p in replicated_parameters(module).items() if p.requires_grad}
     try:
         chosen = OuterSettings(**settings)
@@ -114,14 +115,14 @@ def _attach(
 
 
 class _Stepped:
-    """The hook that optimizers call after each of their steps. `known` is what was trained when the syncs began."""
+    """The hook that optimizers call after each step. `known` holds the parameters that were trained when the syncs began."""
 
     def __init__(
         self, outer: Outer, module: nn.Module, known: set[Tensor], optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
         self._outer, self._module, self._known = outer, weakref.ref(module), known
         self._taken = dict.fromkeys(map(id, optimizers), 0)
-        """Steps of each since the last local step was over."""
+        """Steps of each optimizer since the last local step ended."""
 
     def __call__(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         if late := [p for p in _trained_by([optimizer]) if p not in self._known]:
@@ -137,7 +138,7 @@ class _Stepped:
             )
 
     def _refuse(self, late: list[Tensor], optimizer: str) -> None:
-        """Raise RuntimeError if a parameter of the model is trained by now, and no sync knows it."""
+        """Raise RuntimeError if one of the parameters `late` is the model's: no sync would exchange it."""
         module = self._module()
         for name, p in {} if module is None else replicated_parameters(module).items():
             if any(p is one for one in late):
@@ -146,7 +147,7 @@ class _Stepped:
                     f"differ from rank to rank. Expected a new {optimizer}, and commpress.diloco or local_sgd for it, once "
                     "the parameter is to be trained"
                 )
-        self._known.update(late)  # of something else
+        self._known.update(late)  # parameters of another model
 
 
 def _trained_by(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
@@ -161,20 +162,20 @@ class _LocalSteps(dict[str, Any]):
 
 
 _watching: list[Any] = []
-"""The hook of all optimizers that looks for copies, once there is one to be copied."""
+"""The handle of the global step hook that looks for copies; empty until the first optimizer has outer syncs."""
 _told: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
-"""Copies that have said that they are copies."""
+"""Copies that have warned that they are copies."""
 
 
 def _local_steps(defaults: Mapping[str, Any]) -> _LocalSteps:
-    """Mark an optimizer's defaults, and have copies of it noticed from now on."""
+    """Mark an optimizer's defaults, and watch for copies of it from now on."""
     if not _watching:
         _watching.append(register_optimizer_step_post_hook(_say_copy))
     return _LocalSteps(defaults)
 
 
 def _say_copy(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
-    """Say on rank 0, once a copy, that it is one: it has taken a step."""
+    """Warn on rank 0, once for each copy that has taken a step, that it is a copy."""
     if not isinstance(optimizer.defaults, _LocalSteps) or _has_syncs(optimizer) or optimizer in _told:
         return
     _told.add(optimizer)
@@ -252,7 +253,7 @@ def _check_compressed(optimizer: CompressedOptimizer, name: str) -> None:
 
 
 def _owners(p: DTensor) -> set[int]:
-    """The ranks that hold one copy of a parameter between them, this one among them."""
+    """Return the ranks, this one included, that together hold one copy of a parameter."""
     here = p.device_mesh.get_coordinate() or [0] * p.device_mesh.ndim
     part = tuple(at if kind.is_replicate() else slice(None) for kind, at in zip(p.placements, here, strict=True))
     return set(p.device_mesh.mesh[part].flatten().tolist())
@@ -260,5 +261,5 @@ def _owners(p: DTensor) -> set[int]:
 
 @torch.no_grad()
 def _local(p: Tensor) -> Tensor:
-    """Return what this rank holds of a parameter: of a sharded one the memory, which does not learn that it is frozen."""
+    """Return this rank's part of a parameter. The local tensor of a sharded one does not follow its `requires_grad`."""
     return p.to_local() if isinstance(p, DTensor) else p

@@ -1,7 +1,7 @@
-"""Names and parameters of a model, whatever wraps it; and which of them DistributedDataParallel exchanges.
+"""Names and parameters of a model under any wrapper, and which of them DistributedDataParallel exchanges by its hook.
 
-DDP leaves out what is named in `_ddp_params_and_buffers_to_ignore`, which the user exchanges, or which differs from rank to
-rank; and what was given as `delay_all_reduce_named_params`, which it exchanges by itself, without a hook.
+Two kinds are left out. Names in `_ddp_params_and_buffers_to_ignore`: the user exchanges these parameters, or they differ from
+rank to rank. Parameters in `delay_all_reduce_named_params`: DDP exchanges them itself, without calling a hook.
 """
 
 from torch import nn
@@ -13,23 +13,28 @@ Named = dict[str, nn.Parameter]
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module in what `torch.compile(module)` returned; others as they are."""
+    """Return the module inside the one that `torch.compile` returned; any other module as it is."""
     while isinstance(model, nn.Module) and (inner := model._modules.get(COMPILED)) is not None:
         model = inner
     return model
 
 
 def bare_parameters(module: nn.Module) -> Named:
-    """All parameters of a module by their bare names, in its order. A tied one has the first of its names."""
+    """Return all parameters of a module by their bare names, in its order. A tied parameter has the first of its names."""
     full = dict(module.named_parameters())
     bare = {bare_name(name): p for name, p in full.items()}
-    return bare if len(bare) == len(full) else full  # a module that uses the wrappers' words itself
+    return (
+        bare if len(bare) == len(full) else full
+    )  # else two names became one: the module itself uses a wrapper's prefix
 
 
 def exchanged_parameters(ddp: DistributedDataParallel) -> Named:
-    """Return what DDP hands to its hook: what required a gradient when it was wrapped, and is neither ignored nor delayed."""
+    """Return the parameters that DDP gives to its hook, by bare name.
+
+    These required a gradient when the module was wrapped, and are neither ignored nor delayed.
+    """
     if getattr(ddp, "_delay_all_reduce_all_params", False):
-        return {}  # and it has no buckets
+        return {}  # there are no buckets
     sent = {
         p
         for place, module in ddp.module.named_modules()
@@ -42,7 +47,7 @@ def exchanged_parameters(ddp: DistributedDataParallel) -> Named:
 
 
 def replicated_parameters(model: nn.Module) -> Named:
-    """Return what all ranks of a model hold alike: under DDP all but what it ignores; else all parameters."""
+    """Return the parameters that are equal on all ranks, by bare name: all of them, but under DDP without the ignored ones."""
     model = uncompiled(model)
     if not isinstance(model, DistributedDataParallel):
         return bare_parameters(model)
@@ -54,7 +59,7 @@ def replicated_parameters(model: nn.Module) -> Named:
 
 
 def delayed_parameters(ddp: DistributedDataParallel) -> list[nn.Parameter]:
-    """Return what DDP exchanges by itself, all of it at once, when the gradient of another parameter is there."""
+    """Return the parameters that DDP itself exchanges, all at once, when the gradient of one chosen parameter arrives."""
     return list(getattr(ddp, "_delay_all_reduce_params", ()))  # not public
 
 

@@ -1,13 +1,13 @@
-"""A session's state in frameworks whose checkpoints rank 0 writes alone: a file of each rank's own beside theirs.
+"""Checkpoints of a session in frameworks where only rank 0 writes: each rank writes a file of its own beside them.
 
-    FOLDER/commpress-rank0.pt       {"step": the framework's count, "session": session.state_dict()} of rank 0, and so on
+    FOLDER/commpress-rank0.pt       {"step": the framework's count of steps, "session": session.state_dict()} of rank 0
 
-A framework without a count has a number of its own for each save in its place. Where a recipe is followed, "scheduler" is its
-scheduler's state, and in rank 0's file "dense" the values that its budget is compared with.
+A framework without a count of steps draws a number for each save instead. If the run follows a recipe, "scheduler" holds the
+state of its scheduler, and in rank 0's file "dense" the values that its budget is compared with. Each file carries a checksum
+(`commpress.files`).
 
-The file carries a checksum (`commpress.files`).
-
-With as many ranks as before a rank reads its own file, so hosts need not see each other's; with another number each reads all.
+With the same number of ranks each rank reads only its own file, so hosts need no shared folder. With another number each rank
+reads all files.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def load(
     scheduler: "Scheduler | None" = None,
     limits: "Limits | None" = None,
 ) -> bool:
-    """Restore a session from the folder of a checkpoint, as `restore` does."""
+    """Restore a session from the folder of a checkpoint. Collective; returns and raises as `restore` does."""
     return restore(session, group, step, lambda rank: read(folder, rank, name), scheduler, limits)
 
 
@@ -94,11 +94,12 @@ def restore(
     scheduler: "Scheduler | None" = None,
     limits: "Limits | None" = None,
 ) -> bool:
-    """Restore a session from what `read(rank)` finds of a saved rank. Load model and optimizer first. Collective.
+    """Restore a session from saved states; `read(rank)` returns that of a rank, or None. Collective.
 
-    `group` is the session's process group. A `scheduler` is restored before the session, and so are `limits`; from a
-    checkpoint without one it begins at `step`. Returns False if nothing was saved. Raises ValueError on all ranks if the files
-    are not those of all ranks at this step, or if one is damaged.
+    Load model and optimizer first. `group` is the session's process group. A `scheduler` and `limits` are restored before the
+    session; if the checkpoint has no scheduler, it begins at `step`. Returns False if nothing was saved. Raises ValueError on
+    all ranks if a file is damaged, is missing, or is of another step, and if the checkpoint follows a recipe and the run does
+    not.
     """
     try:
         own = read(session.rank)

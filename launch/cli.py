@@ -39,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"error: {extras.missing('the commpress command', error, 'launch')}")
     wanted = [name for name in COMMANDS if name == args[0]] if args else []
-    # all of them only for the help that lists them: a rank that trains need not import what draws reports
+    # import all modules only for the help that lists them: a rank that trains need not import the report's packages
     known = {
         name: getattr(importlib.import_module(f"commpress.launch.{name}"), COMMANDS[name])
         for name in wanted or COMMANDS
@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if wanted:
         command_line.read(known[args[0]], f"commpress {args[0]}", args[1:]).run()
         return
-    about = "Train with compressed traffic, and see what it brings.\n--version prints what a report of a bug needs."
+    about = "Train with compressed traffic, and see what it saves.\n--version prints what a bug report needs."
     command_line.read_command(known, about, "commpress", args or ["--help"]).run()
 
 

@@ -198,7 +198,7 @@ def check_table(found: Sequence[Compared]) -> Table:
 
 @dataclass(frozen=True)
 class Explain:
-    """Predict what compression brings; on a cluster, commpress probe measures it."""
+    """Predict what compression saves; on a cluster, commpress probe measures it."""
 
     records: Annotated[Positional[tuple[Path, ...]], arg(help_behavior_hint="")] = ()
     """Step-time records to compare with, for --check."""

@@ -122,7 +122,7 @@ class Report:
     out: Path
     """The report to write; or the folder of a run, which gets report.html."""
     files: Annotated[Positional[tuple[Path, ...]], arg(help_behavior_hint="(required without a folder)")] = ()
-    """Runs' record.json, sessions' reports, benchmarks' records, timelines; a folder for all that it has."""
+    """Runs' record.json, sessions' reports, benchmarks' records, timelines; a folder stands for all files in it."""
 
     def run(self) -> None:
         """Write the report. Ends the program with code 1 and a sentence if that fails."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 Settings = dict[str, object]
-"""JSON values by their names in an error."""
+"""JSON values, by the names that an error gives them."""
 
 
 def gather_settings(settings: Settings, group: dist.ProcessGroup, device: torch.device) -> list[Settings]:
@@ -52,7 +52,7 @@ def require_equal(everyone: Sequence[Settings]) -> None:
 
 
 def require_same_names(what: str, names: list[str], group: dist.ProcessGroup, device: torch.device) -> None:
-    """Raise ValueError on every rank if the ranks' lists of names differ; takes one all-reduce of two numbers if not."""
+    """Raise ValueError on every rank if the ranks' lists of names differ. Takes an all-reduce of 2 numbers if they agree."""
     own = zlib.crc32("\n".join(names).encode())
     ends = torch.tensor([own, -own], dtype=torch.int64, device=device)
     dist.all_reduce(ends, dist.ReduceOp.MAX, group)
@@ -63,7 +63,7 @@ def require_same_names(what: str, names: list[str], group: dist.ProcessGroup, de
 
 def refuse_on_all(refusal: Exception, group: dist.ProcessGroup, device: torch.device) -> NoReturn:
     """Raise `refusal` here, and its text as a ValueError on the other ranks of `group`. Collective."""
-    with contextlib.suppress(ValueError):  # what the other ranks raise
+    with contextlib.suppress(ValueError):  # the other ranks raise it
         require_agreement({"error": str(refusal)}, group, device)
     raise refusal
 
@@ -73,7 +73,7 @@ def agree_on_all(
 ) -> None:
     """Raise on every rank the refusal of any rank, or an error for settings that differ. Collective.
 
-    Each of `groups` compares in turn, and passes the result on: so the dimensions of a mesh reach all its ranks.
+    The groups compare one after another, and each passes its result on, so it reaches all ranks of a mesh.
     """
     error = refusal
     settings = {**settings, "commpress version": version("commpress")}

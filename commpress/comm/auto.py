@@ -1,9 +1,9 @@
-"""`auto`: finds the spec of the gradients during training, and takes none that makes steps longer than `none`.
+"""`auto`: finds the spec of the gradients during training, and chooses no spec whose steps take longer than those of `none`.
 
-The first steps have the bits of plain training. They show the speed of the link, which with the speed of the codecs here ranks
-the specs; the best two and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that keep
-the loss under any optimizer are tried. When `none` takes its turn, its exact mean contains the residual. Now and then the
-error of a step is measured: if its means are too far from the dense ones, all ranks then take a gentler spec.
+The first steps have the bits of plain training. They show the speed of the link. With the codecs' speed on this machine it
+ranks the specs; the best two and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that
+keep the loss under any optimizer are tried. In a turn of `none` the exact mean contains the residual. Now and then the error of
+a step is measured: if its means are too far from the dense ones, all ranks change to a gentler spec.
 """
 
 import re
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 SPECS = (PLAIN, "bf16", "int8", "int4")
 """The specs that `auto` may choose, the gentlest first."""
 TIMED = 2**20
-"""Values with which a codec is timed when a session is made."""
+"""The number of values with which a codec is timed when a session is made."""
 UNSEEN = (
     "Predicted from what the host sees, which on an accelerator is not how long exchanges take: the codecs' seconds decide "
     "which specs are tried. Which one of those is chosen is measured.\n"
@@ -75,17 +75,17 @@ def speeds(device: torch.device, specs: tuple[str, ...]) -> dict[str, Speed]:
 
 
 def compile_loops(device: torch.device, dtypes: Collection[torch.dtype]) -> None:
-    """Compile the loops of each spec for gradients of these dtypes now, not when a spec has its turn."""
+    """Compile the loops of each spec for gradients of these dtypes now, not in the middle of training."""
     for dtype in (dtype for dtype in FLOAT_DTYPES if dtype in dtypes):
         for spec in SPECS:
             warm_up(parse(spec), device, dtype)
 
 
 class Auto:
-    """The choice of the plan for the gradients of one set of replicas, step by step. `error_feedback` as in `attach`.
+    """The choice of the plan for the gradients of one set of replicas, step by step. `error_feedback` is as in `attach`.
 
-    `budget` is the error that a spec may have: the distance of a mean from the dense one, as a share of that. `specs` are the
-    candidates, the gentlest first, which is `none`.
+    `budget` is the error that a spec may have: |mean - dense mean| / |dense mean|. `specs` are the candidates, the gentlest
+    first, which is `none`.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class Auto:
         self.search = Search(self._predicted, budget)
         self._began: float | None = None
         self._asked = 0.0
-        """Seconds of this rank that a comparison took: the one before, while it says what it has seen."""
+        """Seconds that the last comparison of the ranks took on this rank."""
         self._question: Question | None = None
-        """What the ranks tell each other in the step that goes on; None in most steps."""
+        """The question by which the ranks exchange their figures in the present step; None in most steps."""
         self.watch: ErrorWatch | None = None
-        """What looks into the error of the step that goes on; None if this one is not looked into."""
+        """The watch that measures the error of the present step; None if it is not measured."""
         self._buckets: list[tuple[int, int]] = []
         self._mark = (0, 0.0, 0.0)
         self._model: tuple[list[int], dict[str, Speed], Cluster, float, int] | None = None
@@ -117,8 +117,8 @@ class Auto:
         return f"{AUTO}: {self.search.named}" + ("" if self.search.choice else ", still looking")
 
     def begin_step(self) -> None:
-        """Take the plan of this step, whose first bucket has come. The ranks send their figures in one step and choose in the
-        next from those that have arrived: no rank waits here for the others."""
+        """Set the plan of this step; its first bucket has come. The ranks send their figures in one step and choose in the next
+        step, from all figures, so no rank waits here for the others."""
         collectives = self._collectives
         if collectives.world_size == 1:
             return
@@ -166,7 +166,7 @@ class Auto:
         speed, dense = known[spec], known[PLAIN]
         return cost.break_even(self._plans[spec], buckets, speed, dense, cluster, compute, itemsize)
 
-    # what the ranks tell each other
+    # the figures that the ranks exchange
 
     def _totals(self) -> tuple[int, float, float]:
         return self.search.steps, *self._collectives.traffic.spent("gradients")
@@ -202,12 +202,12 @@ class Auto:
         return max(1.0, cores() / self._ranks_here())
 
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
-        """Seconds of a step by spec: the model's, times what the model is off for the plain step."""
+        """Return the predicted seconds of a step by spec: the model's, scaled so that it is right for the plain step."""
         W, found = self._collectives.world_size, [_Told(said) for said in everyone]
         buckets, itemsize = [n for n, _ in self._buckets], max((size for _, size in self._buckets), default=4)
         if not buckets:
             return {PLAIN: plain}
-        # hosts may have more or fewer: all predict from one figure
+        # hosts may have different numbers of ranks: all ranks predict from one figure
         ranks_per_host = max(one.ranks_here for one in found)
         dense = [
             m
@@ -233,14 +233,14 @@ class Auto:
         return {spec: plain * seconds[spec] / seconds[PLAIN] for spec in self._plans}
 
     def _step_seconds(self, spec: str) -> float:
-        """Seconds of a step by the last model, which is there."""
+        """Return the seconds of a step by the last model, which must exist."""
         assert self._model is not None
         buckets, known, cluster, compute, itemsize = self._model
         return cost.step(self._plans[spec], buckets, known[spec], cluster, compute, itemsize).seconds
 
 
 class _Told:
-    """The figures that one rank has told the others at the end of the plain steps."""
+    """The figures that one rank has sent to the others at the end of the plain steps."""
 
     def __init__(self, said: Said) -> None:
         self.busy, self.exposed, self.cores = (float(str(said[key])) for key in ("busy", "exposed", "cores"))

@@ -4,9 +4,9 @@
     its steps are plain ones if it is exact     ^ ranked                            ^ chosen, as in `search.py`
 
 The optimizer names its candidates: specs that keep its loss, and, if it takes local steps, how often it syncs. With local
-steps most of a step's buckets are not sent: a trial lasts whole intervals, and its mean step counts. A step by the optimizer's
-own spec, such as one that refreshes a variance, is not counted. What is sent is not a gradient, so there is no dense mean to
-compare with, and no error is measured: error feedback works in full.
+steps most of a step's buckets are not sent, so a trial lasts whole intervals, and its mean step counts. A step by the
+optimizer's own spec, such as one that refreshes a variance, is not counted. The ranks do not send gradients, so there is no
+dense mean to compare with, and no error is measured; error feedback repays the whole error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,16 +33,16 @@ class AutoBehind(Auto):
     def __init__(self, collectives: "Collectives", optimizer: OptimizerHooks) -> None:
         self._optimizer = optimizer
         self._candidates: dict[str, Candidate] = {}
-        """All that were ever there, by name, as of the last ranking: an interval that grows brings others."""
+        """All candidates so far, by name; an interval that grows brings new ones."""
         specs = tuple(dict.fromkeys(candidate.spec for candidate in optimizer.candidates()))
         super().__init__(collectives, True, specs=specs)
         self.search = Search(self._predicted, period=lambda name: self._candidates[name].now)
         self._look_up()
         self._counts = True
-        """Whether the step that goes on may say something of its candidate."""
+        """Whether the present step counts for its candidate."""
 
     def _look_up(self) -> None:
-        """Ask the optimizer for its candidates as of now."""
+        """Ask the optimizer for its present candidates."""
         found = {str(candidate): candidate for candidate in self._optimizer.candidates()}
         self._candidates |= found
         self._plans = {name: Plan.of(candidate.spec) for name, candidate in found.items()}
@@ -65,7 +65,7 @@ class AutoBehind(Auto):
         if choice is None or choice.spec not in self._plans:
             return None
         if self._candidates[choice.spec].sync_every > 1:
-            return None  # the model's link is one that all buckets cross in every step
+            return None  # the model assumes that all buckets are sent in every step
         return super().break_even()
 
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
@@ -73,7 +73,8 @@ class AutoBehind(Auto):
         return super()._predicted(everyone, plain)
 
     def _step_seconds(self, name: str) -> float:
-        """Seconds of a step by the last model; with local steps the mean of an interval, in which each bucket has its turn."""
+        """Return the seconds of a step by the last model; with local steps the mean over an interval, in which each bucket is
+        sent once."""
         assert self._model is not None
         buckets, known, cluster, compute, itemsize = self._model
         candidate, total = self._candidates[name], sum(buckets)

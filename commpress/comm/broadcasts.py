@@ -1,8 +1,9 @@
 """Repeated broadcasts of one rank's tensors to all others: parameters to ranks that only use them, or a module's buffers.
 
-The first time everything is sent exactly. Later a codec sends the changes of float tensors; the others hold the same bits, and
-the source keeps its own. A complex tensor is sent as pairs of floats. With the spec `none` everything is sent exactly, and all
-ranks hold the source's bits. float64 tensors, which would lose bits in float32, and non-floats are exact, too.
+The first time everything is sent exactly. Later a codec sends the changes of float tensors; all other ranks then hold the same
+bits, and the source keeps its own values. A complex tensor is sent as pairs of floats. With the spec `none` everything is sent
+exactly, and all ranks hold the source's bits. float64 tensors, which would lose bits in float32, and non-floats are always sent
+exactly.
 """
 
 from collections.abc import Callable, Mapping
@@ -63,13 +64,13 @@ class Broadcasts:
         self._collectives = Collectives(group, self.device, UNCOMPRESSED, plan, role=role, verify=0)
 
     def send(self, tensors: Mapping[str, Tensor]) -> None:
-        """Make these tensors on all ranks what the source has. Collective. Raises RuntimeError if it failed on any rank.
+        """Give these tensors the source's values on all ranks, in place. Collective.
 
-        Under `torch.inference_mode()`, too.
+        It also works under `torch.inference_mode()`. Raises RuntimeError if it failed on any rank.
         """
         tensors = {name: real_view(x) for name, x in tensors.items()}
         if self._collectives.world_size > 1:
-            # what is made under inference mode may not be written to in training, nor by the threads that send
+            # a tensor that is made under inference mode may not be written to in training, nor by the threads that send
             with torch.inference_mode(False), torch.no_grad():
                 waiting = [self._exact(index, tensors[name]) for index, name in enumerate(self._others)]
                 if self._floats:
@@ -81,7 +82,7 @@ class Broadcasts:
         self._collectives.meter.steps += 1
 
     def report(self) -> Report:
-        """Bytes and seconds so far, on this rank."""
+        """Return bytes and seconds so far, on this rank."""
         own = self._collectives
         return own.traffic.report(str(self.codec), own.rank, own.world_size)
 
@@ -90,7 +91,7 @@ class Broadcasts:
         self._collectives.meter.enter(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The version that was sent last, the same on all ranks."""
+        """Return the version that was sent last, the same on all ranks."""
         return {"version": STATE_VERSION, "base": None if self._base is None else self._base.clone()}
 
     @torch.inference_mode(False)
@@ -135,7 +136,7 @@ class Broadcasts:
 
 
 def _not_coded(dtype: torch.dtype) -> str:
-    """Why tensors of this dtype are sent as they are; "" if they are not."""
+    """Return the reason why tensors of this dtype are sent uncompressed; "" if they are compressed."""
     name = dtype_name(dtype)
     if dtype not in FLOAT_DTYPES:
         return f"{name} is no float"

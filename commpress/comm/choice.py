@@ -16,9 +16,9 @@ class Trial:
 
 @dataclass
 class Choice:
-    """The result of a search or a check: `spec` was chosen at the end of step `step`, among these.
+    """The result of a search or a check: `spec`, chosen at the end of step `step` among the tried ones.
 
-    `cause` says why it replaced another one, if that one has left the error budget.
+    `cause` names the error of the spec before it, if that one was replaced because it exceeded the error budget.
     """
 
     spec: str

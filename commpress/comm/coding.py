@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WARM_UP_VALUES = 3000
-"""Values enough for full blocks and a tail of every codec."""
+"""A number of values with full blocks and a tail for every codec."""
 
 
 def encode(
@@ -102,7 +102,7 @@ def recode(
 def clear(codec: "Codec", payload: Tensor, values: Tensor) -> None:
     """Set `values` (float32 [n]) to 0 at the places that the payload of n values names.
 
-    A codec that is not sparse names none, since it sends all values: then nothing is cleared.
+    The payload of a codec that is not sparse names no places: then nothing is cleared.
     Raises ValueError for a wrong shape, TypeError for a wrong dtype.
     """
     n = values.numel()
@@ -141,7 +141,7 @@ def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.flo
     mean(codec, payload.repeat(2), WARM_UP_VALUES, 2, torch.empty_like(x, dtype=dtype))
 
 
-# --- what the definition means ------------------------------------------------------------------------------------
+# --- the definitions ----------------------------------------------------------------------------------------------
 
 
 def defined_encode(codec: "Codec", x: Tensor, residual: Tensor | None, payload: Tensor) -> None:
@@ -158,7 +158,7 @@ def defined_mean(codec: "Codec", payloads: Tensor, n: int, count: int) -> Tensor
     return codec.define_mean(payloads, n, count)
 
 
-# --- behind the checks --------------------------------------------------------------------------------------------
+# --- after the checks ---------------------------------------------------------------------------------------------
 
 
 def _encode(codec: "Codec", x: Tensor, residual: Tensor | None, prologue: Prologue | None, payload: Tensor) -> None:

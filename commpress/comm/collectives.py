@@ -3,16 +3,16 @@
     all_reduce       x on each rank [n]              -->  its mean on all [n]              gradients; outer updates
     reduce_scatter   full gradient [W m] on each     -->  the mean of my chunk [m]         gradients of sharded parameters
     all_gather       my shard [m]                    -->  all shards on all ranks [W m]    sharded parameters
-    all_to_all       parts for each rank [n]         -->  parts from each rank [m]         rows of matrices and their owners
+    all_to_all       parts for each rank [n]         -->  parts from each rank [m]         rows of matrices, to and from owners
     broadcast        x on one rank                   -->  x on all
 
 Each starts one operation in the background and returns a `Work` at once; all ranks call the same ones in the same order. Read
 `all_reduce` from top to bottom for the steps of a bucket: override, plan, memory, encoder, exchange, submit.
 
-This module knows no framework. Lossy values are used, never kept: the shards that an optimizer steps stay exact, and all
-ranks compute with the same decoded bits. If only the changes of shards are sent, all ranks keep a version of them.
-Uncompressed sharded traffic uses the group's own collective, with its bits. The residual of a reduce-scatter is of the
-whole gradient, on every rank: W m values of float32, if there is any.
+This module knows no framework. Decoded values are used, never stored in place of exact ones: the shards that an optimizer steps
+stay exact, and all ranks compute with the same decoded bits. If only the changes of shards are sent, all ranks keep a version
+of them. Uncompressed sharded traffic uses the group's own collective and has its bits. With error feedback the residual of a
+reduce-scatter covers the whole gradient on every rank: W m values of float32.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +57,7 @@ from commpress.comm.versions import Versions
 from commpress.comm.work import Work
 
 ALIGNED = 64
-"""Bytes: parts of one buffer start at multiples of it."""
+"""Bytes; the parts of a buffer start at multiples of this."""
 MEAN = dist.ReduceOp.AVG
 UNCOMPRESSED = Plan.of("none")
 SEND_DENSE = "all values are looked at"
@@ -99,11 +99,11 @@ class Collectives:
         self.traffic = Traffic(group, device, self.scratch, verify)
         self.meter = self.traffic.meter
         self.send_dense = False
-        """Whether all gradients are sent exactly, with those that masks prune, to choose weights to grow again."""
+        """Whether all gradients are sent exactly, also those of pruned weights, to choose weights that grow again."""
         self.may_undo = False
         """Whether an exchange may turn out to be unused, so that the residual must be restored."""
         self.pairs: set[str] = set()
-        """The complex parameters: each of their values is a pair of reals in segments."""
+        """The names of complex parameters: each of their values is two real numbers in segments."""
         self.scale = 1.0
         """The factor by which the residual is multiplied."""
         if self.world_size > 1:
@@ -125,11 +125,12 @@ class Collectives:
         last: bool = False,
         then: Callable[[BaseException | None], None] | None = None,
     ) -> Work:
-        """Replace `x` ([n], contiguous, any float or complex dtype) by its mean over the ranks, or what `op` makes of them.
+        """Replace `x` ([n], contiguous, any float or complex dtype) by its mean over the ranks, or by the result of `op`.
 
-        `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two); `index` is its
-        place in the report. Where `op` is given, what is not compressed takes the group's own. `dense_bytes` is what the report
-        compares with, if not one dense exchange. `last` ends a `step`. `then` is called with None at its end, or with an error.
+        `segments` holds the names of the parameters in it and their numbers of real values (a complex value is two); `index` is
+        its place in the report. If `op` is given, uncompressed values are reduced by the group's own all_reduce. `dense_bytes`
+        is the dense figure of the report, if that is not one dense exchange. `last` marks the last bucket of a `step`. `then`
+        is called with None at the end, or with an error.
         """
         W, given, x = self.world_size, x, real_view(x).view(-1)
         kept_index = self._kept_index(segments, x)
@@ -140,10 +141,10 @@ class Collectives:
         chunk, node_slice = (None, None) if override.bypass_feedback else plan.parts(n, self.rank, W)
         memory = self.feedback.memory(segments, plan.feedback, chunk, self.device, override.momentum, node_slice)
         scratch = self.scratch.of(segments, self.feedback.memories)
-        # a mean of gradients does not send along what is remembered of momenta
+        # an exact mean of gradients must not contain a residual of momenta
         remembers = not override.bypass_feedback and not (override.reason and override.prepare is None)
         if remembers and chunk is None and node_slice is None:
-            memory.give_back(W)  # nobody encodes a second time now
+            memory.give_back(W)  # this exchange has no second encoding
         codec, kept = plan.codec.drawn(memory.next_draw()), memory if remembers else None
         encoder = Encoder(codec, kept, scratch, override.masks_momentum)
 
@@ -158,7 +159,7 @@ class Collectives:
         exchange = self._overridden(override, x, segments, memory, encoder, exchange, sees_all)
         collective = plan.exchange is not NO_EXCHANGE or self.grad_scaler is not None
         if step is not None and step.error is not None and W > 1 and collective:
-            sampled = DENSE if named or kept_index is not None else plan.codec  # what masks prune is no mean
+            sampled = DENSE if named or kept_index is not None else plan.codec  # pruned values are 0, not a mean
             told = self.traffic.labels.next(f"a sample of bucket {index}")
             exchange = step.error.watch(exchange, x, sampled, self._wire, told)
 
@@ -189,13 +190,13 @@ class Collectives:
         dense_bytes: int | None = None,
         backend_bytes: int | None = None,
     ) -> Work:
-        """Fill `out` ([m]) with what `op` (AVG, SUM, PREMUL_SUM) makes of the ranks' chunks of `full` ([W * m]).
+        """Fill `out` ([m]) with the reduction by `op` (AVG, SUM, PREMUL_SUM) of the ranks' chunks of `full` ([W * m]).
 
-        Both contiguous, of one float or complex dtype. `segments` names the parts of `full`, and how many reals of it they are;
-        `reason` says why it shall not be compressed. Where the chunks are not of one length, `cuts` has the W + 1 places at
-        which `full` is cut, `out` is this rank's part of it, what belongs to others is undefined afterwards, and `plan`, which
-        compresses, is the caller's. `dense_bytes` must be sent without compression, `backend_bytes` is what a framework sends
-        in their place. Raises ValueError if the sizes do not fit.
+        Both are contiguous and of one float or complex dtype. `segments` holds the names of the parts of `full` and their
+        numbers of real values. A `reason` says why it is not to be compressed. If the chunks differ in length, `cuts` has the
+        W + 1 places at which `full` is cut; `out` is then this rank's part of `full`, the other parts are undefined afterwards,
+        and the caller gives the `plan`, which must compress. `dense_bytes` is the dense figure of the report, `backend_bytes`
+        the bytes that a framework itself would send. Raises ValueError if the sizes do not fit.
         """
         W, given, target = self.world_size, full, out
         full, out = real_view(full).view(-1), real_view(out).view(-1)
@@ -230,7 +231,7 @@ class Collectives:
         exchange = self._overridden(override, full, segments, encoder.memory, encoder, exchange, False)
 
         backend = native_bytes(out, W) if backend_bytes is None else backend_bytes
-        if dense_bytes is None:  # what is left to the group counts as the group sends it
+        if dense_bytes is None:  # uncompressed, the group's own bytes are the dense figure
             less = plan.codec.lossy or plan.exchange is NO_EXCHANGE
             dense_bytes = needed_bytes(out, W) if less else backend
         name = NO_EXCHANGE.name if plan.exchange is NO_EXCHANGE else "reduce_scatter"
@@ -254,10 +255,10 @@ class Collectives:
     ) -> Work:
         """Fill `out` ([W * m]) with the ranks' `shard` ([m], which may be this rank's part of `out`).
 
-        Both contiguous, of one dtype; one that is neither float nor complex is not compressed. `segments` names the parts of
-        `out`, in reals, for masks, and for the version that all ranks have, if the plan sends its changes. `codec` stands in
-        for the plan's, and `itemsize` is what a value takes without us, if not its own size. Raises ValueError if the sizes do
-        not fit.
+        Both are contiguous and of one dtype; a dtype that is neither float nor complex is not compressed. `segments` holds the
+        parts of `out` in real values: masks need it, and so does a plan that sends changes. `codec` replaces the plan's codec.
+        `itemsize` is the bytes of a value in an uncompressed gather, if that is not the dtype's size. Raises ValueError if the
+        sizes do not fit.
         """
         W, given = self.world_size, out
         shard, out = real_view(shard).view(-1), real_view(out).view(-1)
@@ -313,8 +314,9 @@ class Collectives:
     ) -> Work:
         """Send part r of `x` (`sizes[r]` values) to rank r by `codec`; fill `out` with all ranks' parts for this one.
 
-        Both float32, contiguous; `arriving[r]` values come from rank r. What a rank has for itself is copied. Afterwards `x` is
-        what its receivers have decoded. `segments` names what is sent by all ranks together. `reason` says why it is exact.
+        Both are float32 and contiguous; `arriving[r]` values come from rank r. A rank's part for itself is copied. Afterwards
+        `x` holds the values that its receivers have decoded. `segments` describes what all ranks together send. A `reason` says
+        why it is sent exactly.
         """
         W, n = self.world_size, sum(part.n for part in segments)
         if W == 1:
@@ -345,15 +347,16 @@ class Collectives:
         sizes: Sequence[int] = (),
         dense_bytes: int | None = None,
     ) -> Work:
-        """Make `x` ([n], contiguous, any dtype) on all ranks what the rank `source` has, bit for bit; `what` names it.
+        """Give `x` ([n], contiguous, any dtype) the value of the rank `source` on all ranks, bit for bit; `what` names it.
 
-        With `base` (float32 [n]), the version that all ranks got last, only what has changed is sent, coded, of the tensors of
-        these `sizes` in `x` (float32); `base` follows, and the source keeps its own. `reason` says why it is exact.
+        With `base` (float32 [n]), the version that all ranks got last, only the changes are sent, coded. `x` (float32) then
+        holds tensors of these `sizes`; `base` is updated, and the source keeps its own `x`. A `reason` says why it is sent
+        exactly.
         """
         plan = BucketPlan(DENSE if base is None else self.parameters.codec, NO_EXCHANGE, False, reason)
         label = self.traffic.labels.next(f"{self.role} of {what} from rank {source}")
         buffer: Tensor | None = None
-        if base is None:  # as bytes: a process group knows few dtypes
+        if base is None:  # as bytes, since a process group takes few dtypes
             exchange = exact_broadcast(x.view(torch.uint8), self._wire, source, label)
         else:
             encoder = Encoder(plan.codec)
@@ -368,25 +371,25 @@ class Collectives:
         )
 
     def follow_scale(self) -> None:
-        """A step begins. Memories hold gradients times the loss scale; when that changes they change with it."""
+        """Begin a step: multiply the memories, which hold gradients times the loss scale, by the scale's change."""
         if self.grad_scaler is not None and (scale := float(self.grad_scaler.get_scale())) != self.scale:
             self.feedback.rescale(scale / self.scale)
             self.scale = scale
 
-    # the parts of the way
+    # the parts of an exchange
 
     def _override(self, override: Override | None, x: Tensor, n: int) -> Override:
-        """Return what is to be done with `x`, of which n values travel, if it is not what the optimizer wants."""
+        """Return the override for `x`, of which n values are sent: the optimizer's, or one that sends `x` exactly."""
         if self.send_dense:
             return Override(DENSE, SEND_DENSE)
         return exact_where_needed(override or Override(self.gradients.codec), x, n)
 
     def _kept_index(self, segments: Segments, full: Tensor) -> Tensor | None:
-        """Where the gradients lie that masks keep; None if all of it travels, or if these are not the parts of `full`."""
+        """Return the places in `full` that masks keep: int32 [k]; None if all of it is sent, or if `segments` do not fit it."""
         return None if self.send_dense or not _fits(segments, full) else self.feedback.masks.kept_index(segments)
 
     def _own_kept_index(self, segments: Segments) -> Tensor:
-        """Return the same of this rank's chunk, which has as many parts as the others."""
+        """Return the places in this rank's chunk that masks keep; each chunk has the same number of segments."""
         each = len(segments) // self.world_size
         own = self.feedback.masks.kept_index(segments[self.rank * each : (self.rank + 1) * each])
         assert own is not None
@@ -395,7 +398,7 @@ class Collectives:
     def _room(
         self, kept_index: Tensor | None, full: Tensor, m: int, payloads: int
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """A buffer, and in it room for what masks keep of W chunks and of one, and for payloads."""
+        """Return a buffer and three parts of it: for the kept values of W chunks, for those of one chunk, and for payloads."""
         each = m * full.element_size() if kept_index is not None else 0
         cuts = [0, -(-self.world_size * each // ALIGNED) * ALIGNED]
         cuts += [cuts[1] + -(-each // ALIGNED) * ALIGNED]
@@ -415,7 +418,7 @@ class Collectives:
     def _mean(
         self, x: Tensor, op: Op | None, override: Override, plan: BucketPlan, encoder: Encoder, label: Label
     ) -> Iterator[Transfer]:
-        """The exchange that leaves in `x` the mean, or what `op` makes of the ranks'."""
+        """Return the exchange that leaves in `x` the mean, or the result of `op`."""
         if override.codec is None:
             alone = self.grad_scaler is None or self.world_size == 1
             return iter(()) if alone else all_reduce_found_inf(x, self._wire, label)
@@ -437,7 +440,8 @@ class Collectives:
         exchange: Iterator[Transfer],
         sees_all: bool,
     ) -> Iterator[Transfer]:
-        """Do around an exchange what the optimizer wants. Where the codec sees all of `x`, its pass does the prologue."""
+        """Wrap an exchange in the optimizer's steps before and after it. If the codec encodes all of `x`, the encoder runs the
+        prologue."""
         before: list[Callable[[], None]] = []
         if self.may_undo:
             before.append(partial(self.feedback.snapshot, segments, memory))

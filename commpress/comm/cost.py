@@ -103,14 +103,14 @@ def layout(values: int, bucket_bytes: float, itemsize: int = 4) -> list[int]:
 def transfers(
     choice: BucketPlan, n: int, itemsize: int, world_size: int, rank: int = 0, ranks_per_host: int = 1
 ) -> tuple[Transfer, ...]:
-    """Return the transfers of one bucket of n values on one rank, byte for byte those of its exchange."""
+    """Return the transfers of one bucket of n values on one rank; their bytes are exactly those of the exchange."""
     W = world_size
     if W == 1:
         return ()
     abroad = ranks_per_host * max(0, W - ranks_per_host) / (W - 1)
     found = []
     for message in choice.exchange.messages(n, itemsize, choice.codec, W, rank):
-        # a ring in the order of the ranks leaves a host once
+        # a ring in the order of the ranks has one link that leaves a host
         crossing = message.sent * float(ranks_per_host < W)
         if not message.ring:
             leave = {None: abroad, True: ranks_per_host, False: 0}[message.between_nodes]
@@ -211,9 +211,9 @@ class _Work:
     need: float = 1.0
     threads: float = 1.0
     latency: float = 0.0
-    """How long after a transfer is through the link its last byte arrives."""
+    """Seconds from the end of a transfer on the link until its last byte arrives."""
     finished: float | None = None
-    """When it was done."""
+    """The time at which it ended; None before."""
 
 
 @dataclass
@@ -236,7 +236,7 @@ def _job(choice: BucketPlan, n: int, itemsize: int, speed: Speed, cluster: Clust
         latency = message.rounds * cluster.latency if message.crossing else 0.0
         sends.append(_Work(seconds, busy / seconds if seconds else 0.0, latency=latency))
     (one, more), payloads = speed.mean, choice.exchange.payloads(choice.codec, W)
-    coded = n * choice.exchange.share()  # by one rank, of which so many do the same:
+    coded = n * choice.exchange.share()  # by one rank; all ranks of a host do the same:
     alike = round(W * choice.exchange.share())
     decode = coded * (one + (payloads - 1) * more) if choice.codec.lossy or not summed else 0.0
     recode = -(-n // W) * (speed.recode[0] + (alike - 1) * speed.recode[1])
@@ -336,7 +336,7 @@ class _Simulation:
 
 
 def _level(works: Sequence[_Work], cores: float) -> float:
-    """The share of a core that a thread gets at most, so that those who need less get all they need."""
+    """Return the largest share of a core that one thread gets, if threads that need less get all they need."""
     left, threads = cores, sum(work.threads for work in works)
     for work in sorted(works, key=lambda w: w.need):
         if work.need * threads > left:

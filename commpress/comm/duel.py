@@ -1,4 +1,4 @@
-"""A comparison of two close specs by longer turns than those of a search: both are nearly the best, so it costs little.
+"""A comparison of two close specs by longer turns than those of a search. Both are nearly the best, so it costs little.
 
 A ........ B ........ | B ........ A ........ | A ........ B ........ | over if all three had one winner, else two more
 """
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 CLOSE = 1.06
-"""A spec goes into a duel with the chosen one if its steps took less than so many times as long as would make it win."""
+"""A spec meets the chosen one in a duel if its steps took less than this times the step time at which it would win."""
 SOONEST, BOUTS = 3, 5
-"""After so many bouts a duel is over if all had the same winner, and in any case."""
+"""A duel ends after `SOONEST` bouts if all had the same winner, and after `BOUTS` in any case."""
 HOPELESS = 1.25
-"""A rival whose steps took so many times as long in its first bout has lost: it was predicted to be close, and is not."""
+"""A rival whose steps took this times as long in its first bout has lost: the prediction was wrong."""
 
 
 @dataclass
@@ -23,10 +23,10 @@ class Duel:
     rival: str
     limit: float
     bouts: list[tuple[float, float]] = field(default_factory=list)
-    """Seconds of a step of the chosen spec and of its rival."""
+    """Seconds of a step of the chosen spec and of its rival, in each bout so far."""
 
     def turns(self) -> tuple[str, str]:
-        """Return who comes first in the next bout, and who comes then: in turns, so that a drift favours neither."""
+        """Return the order of the two specs in the next bout. It alternates, so that a drift favours neither."""
         return (self.chosen, self.rival) if len(self.bouts) % 2 == 0 else (self.rival, self.chosen)
 
     def count(self, seconds: Mapping[str, float]) -> bool:
@@ -36,12 +36,12 @@ class Duel:
         return len(won) == BOUTS or (len(won) >= SOONEST and len(set(won)) == 1) or theirs > HOPELESS * mine
 
     def winner(self) -> str:
-        """Return the spec that has won most bouts."""
+        """Return the spec that has won more bouts."""
         won = self._won()
         return self.rival if 2 * sum(won) > len(won) else self.chosen
 
     def seconds(self) -> dict[str, float]:
-        """Return the median of what a step has taken, by spec."""
+        """Return the median seconds of a step over the bouts, by spec."""
         mine, theirs = (statistics.median(of) for of in zip(*self.bouts, strict=True))
         return {self.chosen: mine, self.rival: theirs}
 

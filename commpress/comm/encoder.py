@@ -16,7 +16,7 @@ from commpress.comm.scratch import Scratch
 
 
 class Encoder:
-    """Encodes one bucket in one step. `prologue` is applied to the values in the pass that encodes them; None leaves them.
+    """Encodes one bucket in one step. A `prologue` is applied to the values in the pass that encodes them.
 
     `memory` is the bucket's memory of error feedback; an empty one means no feedback. `masks_momentum` clears its momentum
     where values are sent.
@@ -37,7 +37,7 @@ class Encoder:
         self.scratch = Scratch() if scratch is None else scratch
 
     def encode(self, x: Tensor, part: slice, out: Tensor) -> None:
-        """Encode x[part] ([n], any float dtype) and what is remembered of it into `out` (uint8 [nbytes])."""
+        """Encode x[part] ([n], any float dtype) plus its residual into `out` (uint8 [nbytes])."""
         memory, prologue = self.memory, self.prologue
         residual = None if memory.residual is None else memory.residual[part]
         coding.encode(self.codec, x[part], residual, None if prologue is None else prologue[part], out)
@@ -45,11 +45,11 @@ class Encoder:
             coding.clear(self.codec, out, memory.momentum[part])
 
     def mean(self, payloads: Tensor, n: int, count: int, out: Tensor) -> None:
-        """Write the mean of `count` payloads of n values, one behind the other, to `out` ([n], any float dtype)."""
+        """Write the mean of `count` contiguous payloads of n values to `out` ([n], any float dtype)."""
         coding.mean(self.codec, payloads, n, count, out)
 
     def recode(self, payloads: Tensor, n: int, count: int, out: Tensor) -> None:
-        """Encode the mean of `count` payloads of n values and what the owner of the chunk remembers into `out`."""
+        """Encode the mean of `count` payloads of n values plus the chunk owner's residual into `out`."""
         between = None
         if not coding.fuses_recode(self.codec, payloads.device):  # fresh pages would cost more than the codec
             between = self.buffer("mean between", 4 * n, payloads.device).view(torch.float32)
@@ -60,7 +60,7 @@ class Encoder:
         self.codec.decode(payload, n, out)
 
     def add_residual(self, x: Tensor) -> None:
-        """Add to `x` ([n]) what a lossy codec has kept before, and forget it: it travels exactly now."""
+        """Add the residual of a lossy codec to `x` ([n]), which is sent exactly now, and clear it."""
         if self.memory.residual is not None:
             x.add_(self.memory.residual)
             self.memory.residual = None

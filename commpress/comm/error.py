@@ -1,7 +1,7 @@
 """The error of a step's means against dense ones, on a sample of each bucket that the ranks exchange exactly.
 
 bucket   [x . . . x . . . x . . . x . . .]     every stride-th value, as it is, to all ranks: their mean is the dense one
-mean     [y . . . y . . . y . . . y . . .]     what arrived of the same values: error = |y - dense| / |dense|
+mean     [y . . . y . . . y . . . y . . .]     the same values as they arrived: error = |y - dense| / |dense|
 
 The sample includes whether all values of the bucket are finite: a bucket with NaN or Inf says nothing about the codec.
 """
@@ -16,11 +16,11 @@ from commpress.comm.codecs import Codec
 from commpress.comm.exchange import Label, Transfer, Wire
 
 SAMPLE = 2048
-"""Values of a bucket that are looked at, at most."""
+"""The largest number of values of a bucket in its sample."""
 
 
 class ErrorWatch:
-    """The error of one step, for buckets that are sent by `codec`. All ranks find the same figure: they hold the same bits."""
+    """The error of one step, for buckets that are sent by `codec`. All ranks hold the same bits and find the same error."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
@@ -29,18 +29,18 @@ class ErrorWatch:
     def watch(
         self, exchange: Iterator[Transfer], x: Tensor, codec: Codec, wire: Wire, label: Label
     ) -> Iterator[Transfer]:
-        """Run an exchange that leaves the mean in `x` ([n]), and note how far it is off if `codec` is the one in question.
+        """Run an exchange that leaves the mean in `x` ([n]), and note its error if `codec` is the watched one.
 
-        Every bucket of the step must pass here: their collectives then all start behind a sample, in one order on every rank.
+        Every bucket of the step must pass here, so that all their collectives start after a sample, in one order on every rank.
         """
         stride = max(1, -(-x.numel() // SAMPLE))
-        # NaN comes out at both ends: one pass, and no copy of the bucket
+        # a NaN shows in both the minimum and the maximum: one pass, and no copy of the bucket
         ends = torch.stack(x.aminmax()) if x.numel() else x
         own = torch.cat([x[::stride].to(torch.float32), ends.isfinite().all().to(torch.float32).view(1)])
         rows = own.repeat(wire.world_size).view(wire.world_size, -1)
         whole = rows.view(-1).view(torch.uint8)
         transfer = wire.all_gather(whole.split(own.nbytes), label, last=False, whole=whole)
-        transfer.sent = transfer.received = 0  # the report is of the exchange
+        transfer.sent = transfer.received = 0  # the report counts only the exchange
         yield transfer
         yield from exchange
         if codec != self.codec:
@@ -48,11 +48,11 @@ class ErrorWatch:
         dense, finite = rows.mean(0, dtype=torch.float64).tensor_split([-1])
         far = x[::stride] - dense
         sums = torch.stack([far.square().sum(), dense.square().sum()])
-        # what is not finite spreads over its block, or lies between the samples: such a bucket says nothing of the codec
+        # NaN or Inf spreads over its block, or lies between the samples: such a bucket says nothing about the codec
         self._sums.append(torch.where(finite == 1, sums, 0.0))
 
     def error(self) -> float | None:
-        """Return |mean - dense| / |dense| over all samples; None if there were none of finite gradients other than 0."""
+        """Return |mean - dense| / |dense| over all samples; None if no sample was of finite gradients other than 0."""
         if not self._sums:
             return None
         far, norm = torch.stack(self._sums).sum(0).tolist()

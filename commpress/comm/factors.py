@@ -3,7 +3,7 @@
     project        p <- q x^T           x <- x + residual before
     orthonormalize p <- its rows, orthonormal
     project_back   q <- p x
-    expand         x <- p^T q           residual <- what that misses of x
+    expand         x <- p^T q           residual <- x before, minus p^T q
 
 Plain torch here, for any device; the table of kernels may have loops. Only `expand` and `orthonormalize` decide which bits a
 rank gets: if torch does them, on an accelerator, ranks with the same kind of device have the same bits. The loops for CPU
@@ -19,7 +19,7 @@ from commpress.kernels.table import lookup
 
 WORD = "powersgd"
 LEAST = 1e-10
-"""The share of a vector's square that must be left of it, if it is to be a direction of its own."""
+"""A vector whose squared length falls to less than this share after Gram-Schmidt is no direction of its own."""
 
 
 def project(x: Tensor, residual: Tensor | None, q: Tensor, p: Tensor) -> None:
@@ -41,9 +41,9 @@ def project_back(x: Tensor, p: Tensor, q: Tensor) -> None:
 
 
 def expand(p: Tensor, q: Tensor, x: Tensor, residual: Tensor | None) -> None:
-    """Write p^T q to x, and what that misses of x to the residual ([rows, columns]), if there is one.
+    """Write p^T q to x, and its error (x before, minus p^T q) to the residual ([rows, columns]), if there is one.
 
-    Factors that are not finite make NaN of all of x, and the residual stays as it was.
+    If the factors are not finite, all of x becomes NaN and the residual does not change.
     """
     if kernel := lookup("expand", WORD, x.device.type):
         kernel(p, q, x, residual)
@@ -56,9 +56,9 @@ def expand(p: Tensor, q: Tensor, x: Tensor, residual: Tensor | None) -> None:
 
 
 def orthonormalize(batch: Tensor) -> None:
-    """Make the rows of factors ([matrices, rank, length]) orthonormal, in place; one that has no direction of its own is 0.
+    """Make the rows of factors ([matrices, rank, length]) orthonormal, in place, by Gram-Schmidt in float64.
 
-    Gram-Schmidt in float64. NaN stays NaN.
+    A row that depends on those before it becomes 0. NaN stays NaN.
     """
     if kernel := lookup("orthonormalize", WORD, batch.device.type):
         kernel(batch)
@@ -79,14 +79,14 @@ def is_finite(factor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def first_factor(rank: int, columns: int, device: torch.device) -> Tensor:
-    """The q that a matrix begins with: float32 [rank, columns] in [-1, 1), the same on every rank. For reading only."""
+    """Return a matrix's first q: float32 [rank, columns] in [-1, 1), the same on every rank. Do not write to it."""
     draw = torch.Generator().manual_seed(columns)
     return (2 * torch.rand(rank, columns, dtype=torch.float32, device="cpu", generator=draw) - 1).to(device)
 
 
 def warm_up(device: torch.device) -> None:
     """Compile the loops now, not in the middle of the first step."""
-    for columns in (32, 128, 512):  # the widths of tiles that kernels for CUDA have
+    for columns in (32, 128, 512):  # the tile widths of the kernels for CUDA
         x = torch.ones(64, columns, dtype=torch.float32, device=device)
         q, p = first_factor(2, columns, device).clone(), torch.empty(2, 64, dtype=torch.float32, device=device)
         for kept in (torch.zeros_like(x), None):

@@ -1,9 +1,9 @@
 """Errors of an exchange: it ends on every rank, and every rank names the rank that failed and the reason.
 
-The rank that fails writes its reason into the store and closes the group's connections; the others find their connections
-closed, read the store and report the same reason. If there is none, the peer itself is lost.
+The rank that fails writes its reason into the store and closes the group's connections. The others find their connections
+closed, read the store and report the same reason. If the store has no reason, the peer itself is lost.
 
-The store is in another process, which may not answer: a rank waits for it no longer than `PATIENCE`.
+The store is in another process, which may not answer: a rank waits for it at most `PATIENCE` seconds.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from typing import Any
 from commpress.store import own_store, with_timeout
 
 PATIENCE = 0.75
-"""Seconds to wait for the store, and in it for what a peer has to say."""
+"""Seconds to wait for the store, and for a peer's entry in it."""
 GRACE = 1.0
-"""Seconds that a call which has a timeout of its own may take beyond it."""
+"""Seconds that a call may take beyond its own timeout."""
 
 LOST_PEER = re.compile(
     r"gloo/transport/.*(Connection closed by peer|Read error|writev |Socket (unexpectedly )?closed)", re.DOTALL
@@ -36,7 +36,7 @@ class ExchangeError(RuntimeError):
 
 
 class DisagreementError(ExchangeError, ValueError):
-    """Ranks that did different things: one sent a message that another did not expect."""
+    """An exchange in which ranks did different things: one sent a message that another did not expect."""
 
 
 class LostPeerError(RuntimeError):
@@ -76,24 +76,25 @@ class FailureBoard:
         self._rank, self.hosts = rank, tuple(hosts)
         self._key = f"commpress/failure/{name}"
         self._waits = False
-        """Whether this rank has said what it waits for."""
+        """Whether this rank has posted what it waits for."""
 
     def say(self, text: str) -> None:
-        """Let the others find what this rank has been waiting for, for long."""
+        """Post what this rank has been waiting for, for the other ranks."""
         self._waits = True
-        with contextlib.suppress(RuntimeError, TimeoutError):  # then nobody finds it
+        with contextlib.suppress(RuntimeError, TimeoutError):  # then it is not posted
             with_timeout(PATIENCE, lambda: own_store().set(f"{self._key}/{self._rank}", text))
 
     def unsay(self) -> None:
-        """Take back what this rank has said: it goes on."""
+        """Remove this rank's post: it no longer waits."""
         self._waits = False
         with contextlib.suppress(RuntimeError, TimeoutError):
             with_timeout(PATIENCE, lambda: own_store().delete_key(f"{self._key}/{self._rank}"))
 
     def silent(self) -> int | None:
-        """The first rank that has said nothing, where this one has waited long enough to say something, and so have others.
+        """Return the first rank that has posted nothing, if this rank has posted what it waits for.
 
-        None if there is none, or they are of several hosts. Raises TimeoutError or RuntimeError if the store does not answer.
+        None if there is no such rank, or if several hosts have one. Raises TimeoutError or RuntimeError if the store does not
+        answer.
         """
         if not self._waits:
             return None
@@ -102,13 +103,13 @@ class FailureBoard:
         return found[0] if len({self.hosts[rank] for rank in found}) == 1 else None
 
     def name(self, rank: int) -> str:
-        """A rank and its host, in words."""
+        """Return a rank and its host in words, as in "rank 3 (node1)"."""
         return f"rank {rank} ({self.hosts[rank]})"
 
     def explain(self, error: BaseException) -> ExchangeError:
-        """Post what happened here, or find what was posted, and return the error that this rank's user shall see.
+        """Post the reason of a failure, or find the one that was posted, and return the error to raise on this rank.
 
-        Takes no longer than the store may take, which is `PATIENCE` twice.
+        Takes at most as long as the waits for the store, a few times `PATIENCE`.
         """
         if not isinstance(error, LostPeerError) and is_lost(error):
             error = LostPeerError(None, str(error))
@@ -119,7 +120,7 @@ class FailureBoard:
                 told = partial(self._own_if_nobody_else, error)
             text = with_timeout(2 * PATIENCE, told)
             posted = with_timeout(PATIENCE, lambda: self._post(kind, text or self._own(error)))
-        except (RuntimeError, TimeoutError) as gone:  # the store went down, or silent, with the rank that kept it
+        except (RuntimeError, TimeoutError) as gone:  # the rank that keeps the store is gone or silent
             text = self._own(error)
             return kind(f"commpress: {text} (and the store, which may say more, does not answer: {gone})")
         if (isinstance(error, LostPeerError) or not text) and posted is not None:
@@ -136,14 +137,14 @@ class FailureBoard:
         return True
 
     def has_reason(self) -> bool:
-        """Whether a reason stands there, and the store says so in time."""
+        """Whether a reason was posted, and the store answers in time."""
         try:
             return bool(with_timeout(PATIENCE, lambda: own_store().check([self._key])))
         except (RuntimeError, TimeoutError):
             return False
 
     def _own(self, error: BaseException) -> str:
-        """Return what this rank has to say."""
+        """Return this rank's own account of an error."""
         if isinstance(error, OtherMessageError):
             return f"{self.name(self._rank)} has {error.mine}, {self.name(error.peer)} has something else"
         if isinstance(error, DriftError):
@@ -156,9 +157,9 @@ class FailureBoard:
         return f"{who} {what}: the gradient exchange failed on rank {self._rank}, which lost it: {error}"
 
     def _own_if_nobody_else(self, error: BaseException) -> str:
-        """Return what this rank has to say, once the one that it lost has had time to say why it left.
+        """Return this rank's own account of an error, after the rank that it lost has had time to post a reason.
 
-        Ranks that wait for a silent one time out together, and close their connections a moment before they say so.
+        Ranks that wait for a silent rank time out together, and close their connections a moment before they post.
         """
         deadline = time.monotonic() + PATIENCE
         while not own_store().check([self._key]) and time.monotonic() < deadline:
@@ -166,7 +167,7 @@ class FailureBoard:
         return self._own(error)
 
     def _post(self, kind: type[ExchangeError], text: str) -> dict[str, str] | None:
-        """Leave a reason if there is none yet. Returns the one that was there."""
+        """Post a reason and return None; if one was posted before, return that instead."""
         store = own_store()
         if store.check([self._key]):
             found: dict[str, str] = json.loads(store.get(self._key))
@@ -175,7 +176,7 @@ class FailureBoard:
         return None
 
     def _both(self, error: Any) -> str:
-        """Return what two ranks sent each other instead of the same, so that both can tell; "" if the other one does not."""
+        """Return a sentence with the two different messages of this rank and its peer; "" if the peer does not post its own."""
         store = own_store()
         store.set(f"{self._key}/{self._rank}", error.mine)
         theirs, deadline = f"{self._key}/{error.peer}", time.monotonic() + PATIENCE

@@ -1,14 +1,14 @@
-"""Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv:1901.09847): what a lossy codec left out in one
-step is added to the next one: send Q(g + e), keep e <- g + e - Q(g + e).
+"""Error feedback (Seide et al., Interspeech 2014; Karimireddy et al., arXiv:1901.09847): the part that a lossy codec leaves out
+in one step is added to the next one. Each step sends Q(g + e) and keeps e <- g + e - Q(g + e).
 
 Momentum correction (Lin et al., arXiv:1712.01887): under a sparse codec each rank keeps the momentum of its own gradients and
-sends it; where it was sent, it starts again at 0 (momentum factor masking).
+sends it. At the places that were sent, the momentum starts again at 0 (momentum factor masking).
 
 Memories belong to parameters, not to buckets: when the layout of buckets changes, each parameter's part moves with it.
-`two_shot` encodes a second time, on the rank that owns a chunk; its error is kept there for the next mean
-(`owner_residual`). If the owner changes, it goes into the old owner's residual, times W since a mean divides it by W: nothing
-is lost. `hierarchical` encodes the mean of a node, a slice on each of its ranks (`slice_residual`); that counts for the L ranks
-of the node.
+`two_shot` encodes a second time, on the rank that owns a chunk, which keeps that error for the next mean (`owner_residual`). If
+the owner changes, this error is added to the old owner's residual, times W, since a mean divides by W: nothing is lost.
+`hierarchical` encodes the mean of a node, one slice on each of its ranks; the error of a slice (`slice_residual`) counts for
+all L ranks of the node.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,12 @@ from commpress.comm.parameters import bare_name
 from commpress.comm.segments import Segment, Segments
 
 KEPT = ("residual", "slice_residual", "owner_residual", "momentum")
-"""The tensors of a memory."""
+"""The names of a memory's tensors."""
 
 
 @dataclass(frozen=True)
 class NodeSlice:
-    """The values from `start` to `stop` of the `n` sent ones in a bucket: a rank encodes them for all `ranks` of its node."""
+    """The part of a bucket that a rank encodes for all `ranks` of its node: values `start` to `stop` of its `n` sent ones."""
 
     start: int
     stop: int
@@ -43,24 +43,24 @@ class Memory:
     residual: Tensor | None = None
     """The error of the first encoding: float32 [n]; None without feedback, or if a node encodes as one."""
     slice_residual: Tensor | None = None
-    """That error in this rank's slice of its node's mean: float32 [stop - start]; None if there is none."""
+    """The error of encoding this rank's slice of its node's mean: float32 [stop - start]; None if there is none."""
     owner_residual: Tensor | None = None
     """The error of the second encoding in this rank's chunk: float32 [stop - start]; None if there is none."""
     momentum: Tensor | None = None
     """The momentum of this rank's gradients: float32 [n]; None without momentum correction."""
     owner_start: int = 0
-    """Where that chunk starts in the bucket."""
+    """Where the chunk of `owner_residual` starts in the bucket."""
     node_slice: NodeSlice | None = None
-    """Where that slice lies in the bucket."""
+    """The slice of `slice_residual`; None if there is none."""
     current: bool = True
-    """Whether it holds all of its parameters; not if another layout took some over."""
+    """Whether it holds all of its parameters; False once another layout has taken some over."""
     kept_index: Tensor | None = None
-    """Where these values lie in the bucket: int32 [n]; None if all of it travels."""
+    """The places of the n sent values in the bucket: int32 [n]; None if all of it is sent."""
     factors: dict[str, Tensor] = field(default_factory=dict)
-    """The second factors of matrices by parameter, which the next step of `low_rank` begins with: float32 [rank, columns], the
+    """The second factors of matrices by parameter, with which the next step of `low_rank` begins: float32 [rank, columns], the
     same on all ranks."""
     draws: int = 0
-    """How often the bucket was sent: the number of the next draw, the same on all ranks."""
+    """How often the bucket was sent, which is the number of the next draw; the same on all ranks."""
 
     def next_draw(self) -> int:
         """Return the number of the next draw, and count it."""
@@ -68,11 +68,11 @@ class Memory:
         return self.draws - 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return those that there are, by name."""
+        """Return the tensors that are not None, by name."""
         return {name: values for name in KEPT if (values := getattr(self, name)) is not None}
 
     def fold(self, world_size: int) -> None:
-        """Give the residuals of a slice and of a chunk back to the first one, so that those may pass to other ranks."""
+        """Add the residuals of the slice and the chunk to `residual`, so that other ranks may own them from now on."""
         if self.slice_residual is not None and (part := self.node_slice) is not None:
             if self.residual is None:
                 self.residual = torch.zeros(part.n, dtype=torch.float32, device=self.slice_residual.device)
@@ -84,19 +84,19 @@ class Memory:
             self.owner_residual.zero_()
 
     def give_back(self, world_size: int) -> None:
-        """Fold, and keep no other residual: this rank does not encode that slice, or that chunk a second time, any more."""
+        """Fold, and drop the slice and the chunk: this rank no longer encodes them."""
         self.fold(world_size)
         self.owner_residual = self.slice_residual = self.node_slice = None
 
     def is_of(self, chunk: tuple[int, int] | None, node_slice: NodeSlice | None) -> bool:
-        """Whether what it keeps besides the first residual is of this chunk and this slice, or there is nothing of the kind."""
+        """Whether its other residuals, if it has any, are of this chunk and this slice."""
         second = self.owner_residual
         owned = None if second is None else (self.owner_start, self.owner_start + second.numel())
         return (owned is None or owned == chunk) and (self.slice_residual is None or self.node_slice == node_slice)
 
     @classmethod
     def saved(cls, bucket: Mapping[str, Any], device: torch.device) -> "Memory":
-        """Return the memory that a saved state has of a bucket, with tensors of its own on `device`."""
+        """Return the memory of a bucket in a saved state; its tensors are copies on `device`."""
         place = bucket.get("node_slice")
         memory = cls(owner_start=int(bucket["owner_start"]), draws=int(bucket.get("draws", 0)))
         memory.node_slice = None if place is None else NodeSlice(*map(int, place))
@@ -107,7 +107,7 @@ class Memory:
         return memory
 
     def state(self) -> dict[str, Any]:
-        """Return what `saved` takes; the tensors are copies."""
+        """Return the memory as a dict for `saved`; the tensors are copies."""
         return {
             "owner_start": self.owner_start,
             "node_slice": None if self.node_slice is None else list(astuple(self.node_slice)),
@@ -124,13 +124,13 @@ class Feedback:
         self.world_size = world_size
         self.memories: dict[Segments, Memory] = {}
         self.layout_of: dict[str, Segments] = {}
-        """The layout in which each parameter's residual stands now."""
+        """The layout that holds each parameter's residual now, by name."""
         self.masks = MaskIndex()
         self._snapshots: dict[Segments, dict[str, Tensor]] = {}
         self._of_this_step: set[Segments] = set()
-        """The layouts whose snapshots were made in this step; others would bring back an earlier one."""
+        """The layouts whose snapshots are of this step; other snapshots are of an earlier one."""
 
-    @torch.inference_mode(False)  # what is made here outlives the mode in which a model is looked at
+    @torch.inference_mode(False)  # memories outlive a caller's inference mode
     @torch.no_grad()
     def memory(
         self,
@@ -141,11 +141,12 @@ class Feedback:
         momentum: bool = False,
         node_slice: NodeSlice | None = None,
     ) -> Memory:
-        """The memory of the bucket that holds these parameters. A new layout takes over what was kept for them.
+        """Return the memory of the bucket that holds these parameters. A new layout takes over the memories of its parameters.
 
         `chunk` is the (start, stop) that this rank encodes a second time, None if there is no second encoding; `node_slice` is
-        what it encodes for its node, None if it encodes its own bucket. Without feedback there is a residual only if something
-        was taken over; a dense exchange sends it along and drops it. With `momentum` there is one of this rank's own gradients.
+        the slice that it encodes for its node, None if it encodes its own bucket. Without feedback there is a residual only if
+        one was taken over; a dense exchange adds it to what it sends, and drops it. With `momentum` there is also a momentum of
+        this rank's own gradients.
         """
         found = self.memories.get(segments)
         if found is None or not found.current:
@@ -153,7 +154,7 @@ class Feedback:
         found.kept_index = self.masks.kept_index(segments)
         n = self.masks.total(segments)
         if (feedback or chunk is not None) and not found.is_of(chunk, node_slice):
-            found.give_back(self.world_size)  # another codec cuts elsewhere, or another exchange
+            found.give_back(self.world_size)  # another codec or exchange cuts at other places
         if feedback and node_slice is None and found.residual is None:
             found.residual = torch.zeros(n, dtype=torch.float32, device=device)
         if feedback and node_slice is not None and found.slice_residual is None:
@@ -168,12 +169,12 @@ class Feedback:
         return found
 
     def register(self, segments: Segments) -> None:
-        """Have a memory for each of these parameters, if an empty one, as a saved state is of all of them."""
+        """Make an empty memory for each of these parameters that has none, since a saved state holds all of them."""
         if new := tuple(segment for segment in segments if segment.name not in self.layout_of):
             self._take_over(new, torch.device("cpu"))
 
     def _take_over(self, segments: Segments, device: torch.device) -> Memory:
-        """A new memory that holds what other layouts keep for these parameters; layouts that hold no more are dropped."""
+        """Return a new memory with the memories that other layouts hold of these parameters; empty layouts are dropped."""
         created, places, at = Memory(), {}, 0
         for segment in segments:
             travel = self.masks.count(segment.name, segment.n)
@@ -187,7 +188,7 @@ class Feedback:
             memory.fold(self.world_size)
             moving = memory.factors.keys() & places.keys()
             created.factors |= {name: memory.factors.pop(name) for name in sorted(moving)}
-            self._snapshots.pop(old, None)  # it must not bring back what moves on
+            self._snapshots.pop(old, None)  # it must not restore a memory that moves now
             for part in old:
                 n = self.masks.count(part.name, part.n)
                 if layouts.get(part.name) == old:
@@ -225,7 +226,7 @@ class Feedback:
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_masks(self, masks: MaskIndex) -> None:
-        """From now on these travel: what is remembered of others is dropped, and new ones start at 0."""
+        """Set the masks from the next step on. Memories of pruned values are dropped; those of regrown values start at 0."""
         for segments, memory in self.memories.items():
             memory.give_back(self.world_size)
             for name in ("residual", "momentum"):
@@ -235,7 +236,7 @@ class Feedback:
         self.masks = masks
 
     def begin_step(self) -> None:
-        """Begin a step: the exchanges before it are used, and not taken back any more."""
+        """Begin a step: the exchanges before it were used, so they can no longer be undone."""
         self._of_this_step.clear()
 
     def snapshot(self, segments: Segments, memory: Memory) -> None:
@@ -251,28 +252,28 @@ class Feedback:
             copies[name].copy_(values)
 
     def restore_snapshot(self) -> None:
-        """Take back the exchanges of the step that ended last: their means were not used."""
+        """Undo the exchanges of the last step in the memories: their means were not used."""
         for segments, memory in self.memories.items():
             if segments in self._of_this_step:
                 for name, values in self._snapshots.get(segments, {}).items():
                     setattr(memory, name, values.clone())
 
     def rescale(self, factor: float) -> None:
-        """Multiply all memories, as when the loss scale by which gradients are multiplied changes."""
+        """Multiply all memories by `factor`, as after a change of the loss scale."""
         for memory in self.memories.values():
             for name in KEPT:
                 if (kept := getattr(memory, name)) is not None:
                     kept.mul_(factor)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Layout and memories, a dict a bucket, each parameter in one of them."""
+        """Return one dict a bucket, with its layout and memory; each parameter is in one of them."""
         return [
             {"segments": [[segment.name, segment.n] for segment in segments], **memory.state()}
             for segments, memory in map(self._own_part, self.memories)
         ]
 
     def renamed(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
-        """Return what `state_dict` returns, of these parameters alone, by the names that they are mapped to; without masks."""
+        """Return the state of these parameters only, under the names to which `names` maps them, and without masks."""
         buckets = []
         for bucket in self.state_dict():
             known = [(names.get(name, ""), n) for name, n in bucket["segments"]]
@@ -292,7 +293,7 @@ class Feedback:
         return buckets
 
     def _own_part(self, segments: Segments) -> tuple[Segments, Memory]:
-        """A memory, without the parameters that another layout took over."""
+        """Return a layout and its memory without the parameters that another layout took over."""
         memory = self.memories[segments]
         if memory.current:
             return segments, memory
@@ -310,7 +311,7 @@ class Feedback:
         return own, Memory(residual=residual, momentum=momentum, factors=memory.factors, draws=memory.draws)
 
     def require_fit(self, state: Sequence[dict[str, Any]]) -> None:
-        """Raise ValueError if what was saved is not of the values that the masks of now let travel."""
+        """Raise ValueError if a saved state is not of the values that the present masks keep."""
         for saved in state:
             segments = tuple(Segment(str(name), int(n)) for name, n in saved["segments"])
             travel, kept, place = self.masks.total(segments), saved["residual"], saved.get("node_slice")
@@ -324,7 +325,7 @@ class Feedback:
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state: Sequence[dict[str, Any]], device: torch.device) -> None:
-        """Restore what `state_dict` saved. Raises ValueError if the masks were others."""
+        """Restore what `state_dict` saved. Raises ValueError if it was saved under other masks."""
         self.require_fit(state)
         self.memories.clear()
         self.layout_of.clear()

@@ -16,7 +16,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 def fingerprint_on_device(x: Tensor) -> Tensor:
-    """The hash of `x` ([n], contiguous, any dtype): int64 [], on its device, of which no value is asked."""
+    """Return the hash of `x` ([n], contiguous, any dtype): int64 [], on its device. The host does not wait for it."""
     words = x.detach().view(BITS[min(4, x.element_size())])
     if words.numel() and (kernel := lookup("fingerprint", None, x.device.type)):
         result: Tensor = kernel(words)

@@ -1,7 +1,7 @@
-"""commpress's own group beside the user's, with the same ranks: the user's messages cannot mix with its transfers.
+"""commpress's own group, with the ranks of the user's group: the user's messages cannot mix with its transfers.
 
-While a group is made, every rank waits for every other, through the store. Meanwhile each rank listens to the one before it
-on the user's group, so that a rank that dies then is noticed at once, and named on all of them:
+While a group is made, every rank waits for every other, through the store. Meanwhile each rank listens, on the user's group,
+for the rank before it. So a rank that dies in that time is noticed at once, and named on all other ranks:
 
     rank 0   make the group ... made -->  1        a connection that closes before that byte came: its rank is lost
     rank 1   make the group ... made -->  2
@@ -33,14 +33,14 @@ LOOK_EVERY = 0.25
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta | None:
-    """The timeout of a group on this kind of device; None if it does not say."""
+    """Return the timeout of a group on this kind of device; None if it is not known."""
     options = getattr(group._get_backend(device), "options", None)
     timeout: datetime.timedelta | None = getattr(options, "_timeout", None)
     return timeout
 
 
 def follow_default_timeout(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Give a group the timeout of the default group, if that is shorter: one that a framework makes may have half an hour."""
+    """Give a group the timeout of the default group if that is shorter; groups that frameworks make may have half an hour."""
     default = dist.distributed_c10d._get_default_group()
     mine, theirs = timeout_of(default, device), timeout_of(group, device)
     if group is not default and mine is not None and (theirs is None or mine < theirs):
@@ -48,13 +48,13 @@ def follow_default_timeout(group: dist.ProcessGroup, device: torch.device) -> No
 
 
 def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...]]:
-    """A new group of the same ranks, and the names of their hosts. Collective over those ranks only.
+    """Return a new group of the same ranks, and the names of their hosts. Collective over those ranks only.
 
-    Its timeout is the group's, or the default group's, whichever is shorter: a group of a mesh has half an hour. Its name is
-    rank 0's, and no other group has it: torch's own would hang on how many groups each rank has at this moment, and the
-    collector may close one of them on one rank alone.
+    Its timeout is that of `group` or of the default group, whichever is shorter (a group of a mesh has half an hour). Rank 0
+    chooses its name, which no other group has. torch's own names depend on the number of groups that a rank has at the moment,
+    and garbage collection may close a group on one rank only.
 
-    Raises ExchangeError on all ranks, naming the rank, if one of them dies meanwhile or does not come within the timeout.
+    Raises ExchangeError on all ranks, naming the rank, if a rank dies meanwhile or does not come within the timeout.
     """
     cpu, rank = torch.device("cpu"), dist.get_rank(group)
     timeouts = [timeout_of(one, cpu) for one in (group, dist.distributed_c10d._get_default_group())]
@@ -90,10 +90,11 @@ def sibling(group: dist.ProcessGroup) -> tuple[dist.ProcessGroup, tuple[str, ...
 
 
 def part_of(group: dist.ProcessGroup, members: Sequence[int], name: str, device: torch.device) -> dist.ProcessGroup:
-    """A group of some ranks of a group (`members`, this one among them), of its backend and timeout. Collective over those.
+    """Return a group of some ranks of `group` (`members`, this rank included), with its backend and timeout. Collective over
+    `members`.
 
-    `name` is the same on all of them, and no other group has it. Where init_process_group was given a `device_id`, torch splits
-    NCCL's default group: then all of its ranks have to make such a group, of theirs, at the same time.
+    `name` is the same on all of them, and no other group has it. If init_process_group was given a `device_id`, torch splits
+    NCCL's default group: then all ranks of that group must make such a part at the same time.
     """
     ranks = dist.get_process_group_ranks(group)
     config = dist.distributed_c10d.get_backend_config(group)
@@ -112,7 +113,7 @@ def part_of(group: dist.ProcessGroup, members: Sequence[int], name: str, device:
 
 
 class _Making(threading.Thread):
-    """Makes the group, which waits for all its ranks."""
+    """A thread that makes the group, which waits for all its ranks."""
 
     def __init__(self, group: dist.ProcessGroup, timeout: datetime.timedelta, name: str, came: str) -> None:
         super().__init__(name="commpress joins", daemon=True)
@@ -130,7 +131,7 @@ class _Making(threading.Thread):
                     self._ranks, timeout=self._timeout, use_local_synchronization=True, group_desc="commpress"
                 )
             assert isinstance(made, dist.ProcessGroup)
-            # a rank that fails at once closes its connections, while others may still be making theirs
+            # a rank that fails at once would close its connections while others are still making theirs
             dist.barrier(group=made)
             self.made = made
         except BaseException as error:
@@ -138,7 +139,7 @@ class _Making(threading.Thread):
 
 
 class _Listening(threading.Thread):
-    """Waits on the user's group for the word of the rank before this one that it has made its group."""
+    """A thread that waits, on the user's group, for the byte by which the rank before this one says that it has its group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(name="commpress listens", daemon=True)
@@ -157,7 +158,7 @@ class _Listening(threading.Thread):
         self._group = None
 
     def tell(self, group: dist.ProcessGroup, deadline: float) -> None:
-        """Tell the next rank that this one has made its group, and wait for the word of the one before."""
+        """Send the byte to the next rank, since this one has made its group, and wait for that of the rank before."""
         byte = torch.ones(1, dtype=torch.uint8, device="cpu")
         try:
             dist.send(byte, group=group, tag=TAG, group_dst=self._next)
@@ -167,7 +168,7 @@ class _Listening(threading.Thread):
 
 
 def _missing(came: str, board: FailureBoard) -> int | None:
-    """The first rank that has not begun to make the group; None if all have, or the store does not say."""
+    """Return the first rank that has not begun to make the group; None if all have, or if the store does not answer."""
     ranks = range(len(board.hosts))
     try:
         return with_timeout(GRACE, lambda: next((r for r in ranks if not own_store().check([f"{came}/{r}"])), None))
@@ -177,7 +178,7 @@ def _missing(came: str, board: FailureBoard) -> int | None:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Have torch call the group that this thread makes by this name; those of other threads get theirs as before."""
+    """Have torch give this name to the group that this thread makes; groups of other threads get their names as before."""
     _install_names()
     _wanted.name = name
     try:
@@ -192,7 +193,7 @@ _wanted = threading.local()
 
 @functools.cache
 def _install_names() -> None:
-    """Have torch ask for the name of a group here first. It stays: threads that make groups at once must not take it off."""
+    """Patch torch so that it takes a group's name from `_wanted` first. The patch stays: other threads may be using it."""
     c10d = dist.distributed_c10d
     torchs = c10d._process_group_name
 

@@ -1,9 +1,9 @@
-"""Pruned values are not sent: the places of the kept values.
+"""The places of the values that masks keep. Pruned values are not sent.
 
     bucket    [a . . b | c . d .]        .: pruned, the same on all ranks
-    packed    [a b c d]                  these are sent, from the places 0 3 4 6; the places are not
+    packed    [a b c d]                  the kept values, from the places 0 3 4 6, are sent; the places are not
 
-All ranks have the same masks (they are compared by hash), so no rank needs to be told where a value belongs.
+All ranks have the same masks (they compare hashes), so each rank knows where a value belongs.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from commpress.kernels.table import lookup
 
 
 class MaskIndex:
-    """The places of the kept values in each parameter. `masks` are bool [n], by name, in the order in which buckets hold them.
+    """The places of the kept values in each parameter. `masks` are bool [n] by name, in the memory order of the buckets.
 
-    A parameter without a mask is sent whole. Chunks of one parameter that must be of one length (`chunks`: its names, one a
-    rank) are filled up with zeros to the longest.
+    A parameter without a mask is sent whole. `chunks` lists the names of chunks that must have one length, one a rank: shorter
+    ones are padded with zeros to the longest.
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None, chunks: list[list[str]] | None = None) -> None:
@@ -34,7 +34,9 @@ class MaskIndex:
             longest = max(self._in[name].numel() for name in names)
             for name in names:
                 short = longest - self._in[name].numel()
-                self._in[name] = torch.nn.functional.pad(self._in[name], (0, short), value=-1)  # no place: a zero
+                self._in[name] = torch.nn.functional.pad(
+                    self._in[name], (0, short), value=-1
+                )  # -1 is no place: a padding zero
         for places in list(self._in.values())[:1]:  # compiles the loops now, not in the middle of a step
             one = torch.zeros(1, dtype=torch.float32, device=places.device)
             pack(one, torch.zeros(1, dtype=torch.int32, device=places.device), one.clone())
@@ -44,19 +46,22 @@ class MaskIndex:
         return name in self._in
 
     def places(self, name: str) -> Tensor | None:
-        """Where the values of a parameter lie in its memory that travel: int32 [k]; None if all of it does."""
+        """Return the places of a parameter's kept values in its memory: int32 [k]; None if all of it is sent."""
         return self._in.get(name)
 
     def count(self, name: str, n: int) -> int:
-        """How many values travel for a parameter of `n`."""
+        """Return how many values are sent of a parameter that has `n`."""
         return self._in[name].numel() if name in self._in else n
 
     def total(self, segments: Segments) -> int:
-        """How many travel for a bucket."""
+        """Return how many values are sent of a bucket."""
         return sum(self.count(segment.name, segment.n) for segment in segments)
 
     def kept_index(self, segments: Segments) -> Tensor | None:
-        """Where they lie in a bucket of these parameters: int32 [k], -1 for a filling zero; None if all values travel."""
+        """Return the places of the kept values in a bucket of these parameters: int32 [k]; None if all values are sent.
+
+        A place of -1 stands for a padding zero.
+        """
         if not any(segment.name in self._in for segment in segments):
             return None
         if segments not in self._of:
@@ -73,7 +78,7 @@ class MaskIndex:
         return self._of[segments]
 
     def repacked(self, values: Tensor, segments: Segments, before: "MaskIndex") -> Tensor:
-        """Return what the masks of `before` kept of a bucket ([k]) as these masks keep it: 0 where nothing was kept before."""
+        """Return `values`, which the masks of `before` kept of a bucket ([k]), as these masks keep them; new places get 0."""
         old, new = before.kept_index(segments), self.kept_index(segments)
         if old is None and new is None:
             return values
@@ -107,7 +112,7 @@ def unpack(packed: Tensor, places: Tensor, out: Tensor) -> None:
 
 
 def zero_others(x: Tensor, places: Tensor) -> None:
-    """Set to 0 what of `x` (any shape, memory without gaps) lies elsewhere in its memory than at `places` (int32 [k])."""
+    """Set `x` (any shape, memory without gaps) to 0 everywhere in its memory except at `places` (int32 [k])."""
     flat = in_memory_order(x)
     kept = torch.empty(places.numel(), dtype=x.dtype, device=x.device)
     pack(flat, places, kept)
@@ -115,7 +120,7 @@ def zero_others(x: Tensor, places: Tensor) -> None:
 
 
 def described(masks: Mapping[str, Tensor], refusal: str | None = None) -> Settings:
-    """Return what ranks compare of their masks: a count and a hash by name. `refusal` says what is wrong with this rank's."""
+    """Return the summary of masks that ranks compare: a count and a hash by name. `refusal`: the error of this rank's masks."""
     if refusal is not None:
         return {"error": refusal}
     told: Settings = {"masks of": ", ".join(masks)}
@@ -127,10 +132,10 @@ def described(masks: Mapping[str, Tensor], refusal: str | None = None) -> Settin
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """A tensor as [n], as DDP lays it into a bucket: in the order of its memory. A view, if that has no gaps."""
+    """Return a tensor as [n] in the order of its memory, as DDP puts it into a bucket. A view, if the memory has no gaps."""
     return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,), x.storage_offset())
 
 
 def of_pairs(mask: Tensor) -> Tensor:
-    """The mask of a complex parameter's values ([n]) as one of their reals ([2 n])."""
+    """Return the mask of a complex parameter's values ([n]) as a mask of their real numbers ([2 n])."""
     return mask.repeat_interleave(2)

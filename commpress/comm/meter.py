@@ -1,11 +1,11 @@
-"""Bytes and seconds: those of a dense exchange, those that were sent, and where the time went.
+"""Bytes and seconds: the bytes of a dense exchange, the bytes that were sent, and the seconds of each phase.
 
-Bytes are those that this rank handed to its process group for other ranks. The dense figure is what must be sent without
-compression: for gradients a ring all-reduce of the same buckets in their own dtype, 2 (W - 1) / W of their size; for sharded
-gradients a reduce-scatter, and for sharded parameters an all-gather, W - 1 shards each; for a sharded matrix that one rank
-steps for all, its float32 rows; for an outer update the bytes of DDP in the steps since the last one. Gloo and DeepSpeed
-all-reduce where a reduce-scatter would do: those bytes are counted, too (`backend_bytes`). A bucket that is left to them
-counts as dense what they did send.
+A rank's bytes are those that it gave to its process group for other ranks. The dense figure is what must be sent without
+compression. For gradients it is a ring all-reduce of the same buckets in their own dtype, 2 (W - 1) / W of their size. For
+sharded gradients it is a reduce-scatter, and for sharded parameters an all-gather, of W - 1 shards each. For a sharded matrix
+that one rank steps for all, it is its float32 rows. For an outer update it is the bytes of DDP in the steps since the last one.
+Gloo and DeepSpeed all-reduce where a reduce-scatter would be enough: those bytes are in `backend_bytes`. For a bucket that is
+left to them uncompressed, the dense figure is what they sent.
 """
 
 import json
@@ -217,7 +217,7 @@ class Report:
 
 
 def dense_in(row: Row, itemsize: int) -> float:
-    """Return the bytes of a dense exchange of a row, in floats of so many bytes; integers keep their size."""
+    """Return the bytes of a dense exchange of a row, in floats of `itemsize` bytes; integers keep their size."""
     dtype: torch.dtype = getattr(torch, row.dtype)
     if not (dtype.is_floating_point or dtype.is_complex):
         return row.dense_bytes

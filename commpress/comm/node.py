@@ -1,4 +1,4 @@
-"""The ranks of a node, and the uncompressed tensors that they exchange, beside the compressed traffic of all ranks.
+"""The ranks of a node, and the uncompressed tensors that they exchange among themselves.
 
     rank 0   [a . ]  --> 1   rows, one of them each rank's own    [a b]
     rank 1   [. b ]  --> 0   nothing leaves the node              [a b]
@@ -21,8 +21,10 @@ from commpress.comm.work import Work
 
 
 class Node:
-    """The ranks of this rank's node, by torchrun's environment; only this rank if that does not say, or if nodes have
-    different numbers of ranks."""
+    """The ranks of this rank's node, by torchrun's environment.
+
+    It is only this rank if the environment does not say, or if nodes have different numbers of ranks.
+    """
 
     def __init__(self, collectives: Collectives) -> None:
         self._traffic, rank = collectives.traffic, collectives.rank
@@ -32,12 +34,12 @@ class Node:
             size = 1
         self.ranks = range(rank // size * size, rank // size * size + size)
         self.me = rank % size
-        """The place of this rank among them."""
+        """The place of this rank among the node's ranks."""
 
     def all_gather(self, rows: Sequence[Tensor], what: str) -> Work:
-        """Fill `rows` (contiguous, one for each rank of the node) with what each of them has in its own. `what` names it.
+        """Fill `rows` (contiguous, one for each rank of the node): each rank of the node sends its own row. `what` names it.
 
-        Collective over all ranks of the group: each hands it round in its own node.
+        Collective over all ranks of the group; each node gathers by itself.
         """
         traffic, mine = self._traffic, rows[self.me]
         label = traffic.labels.next(what)

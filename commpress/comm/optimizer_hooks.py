@@ -1,4 +1,4 @@
-"""The protocol of a compressed optimizer: its calls in the order of a backward."""
+"""The protocol of a compressed optimizer: its methods in the order in which a backward calls them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Candidate:
 
 
 class OptimizerHooks(Protocol):
-    """The methods of an optimizer of `commpress.optim` that `comm` calls; it knows no others."""
+    """The methods of an optimizer of `commpress.optim` that `commpress.comm` calls; it calls no others."""
 
     may_be_masked: bool
     """Whether a part of a parameter may be left out of the exchange."""
@@ -33,60 +33,61 @@ class OptimizerHooks(Protocol):
     """Whether it clears a rank's momentum where that rank has sent (momentum factor masking)."""
 
     needs_feedback: bool
-    """Whether what a lossy codec withholds must be remembered: it sums up what arrives."""
+    """Whether it needs error feedback, because it sums up the values that arrive."""
 
     @property
     def awaits_step(self) -> bool:
-        """Whether what was exchanged last has not been used."""
+        """Whether no step has used the values of the last exchange."""
 
     def begin_backward(self, scale: float) -> bool:
-        """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
+        """Note that a backward starts, whose gradients are multiplied by `scale`. Returns whether a step has used the exchange
+        before it."""
 
     def must_verify(self) -> bool:
-        """Whether `replicated_state` is new since the ranks compared it."""
+        """Whether `replicated_state` has changed since the ranks compared it."""
 
     def replicated_state(self) -> dict[str, object]:
-        """Return what all ranks must agree on now, as JSON values."""
+        """Return the state on which all ranks must agree now, as JSON values."""
 
     def frozen_parameters(self) -> list[str] | None:
-        """Return what does not require a gradient in this step, if the ranks must compare that in every step."""
+        """Return the names of the parameters that are not trained in this step, or None if the ranks need not compare them."""
 
     def on_bucket(self, bucket: Tensor, segments: Segments) -> None:
-        """A bucket is there. It will hold what was exchanged when backward is over."""
+        """Note a bucket that has come; it will hold the exchanged values when backward is over."""
 
     def needs_all_buckets(self) -> bool:
         """Whether no bucket of this step may be sent before `on_all_buckets` has seen them all."""
 
     def on_all_buckets(self, gradients: list[Tensor]) -> None:
-        """All buckets of this step are there."""
+        """Take all buckets of this step, before any of them is sent."""
 
     def split(self, segments: Segments) -> list[Segments]:
-        """The parts of a bucket that travel in this step, each with an override of its own; the same on every rank."""
+        """Return the parts of a bucket that are sent in this step, each with its own override; the same on every rank."""
 
     def override(self, segments: Segments, codec: Codec) -> Override:
-        """Return what to do with a part of a bucket in this step; the same on every rank."""
+        """Return the override of a part of a bucket in this step; the same on every rank."""
 
     def candidates(self) -> Sequence[Candidate]:
-        """Return what `auto` may choose from now on, the gentlest first, which is `none`; the same on every rank.
+        """Return the candidates of `auto` from now on, the gentlest first, which is `none`; the same on every rank.
 
-        Raises TypeError, with the specs that may be given, if `auto` cannot choose.
+        Raises TypeError, which lists the specs that may be given, if `auto` cannot choose.
         """
 
     def take(self, candidate: Candidate) -> None:
-        """Go on as `auto` has chosen. The spec is the session's to use."""
+        """Follow the choice of `auto` from the step that begins. The session uses the spec, the optimizer the interval."""
 
     def own_spec(self) -> str | None:
-        """Return the spec by which all goes in the step that begins, whatever `auto` has chosen, as in a warm-up; None if there
-        is none."""
+        """Return the spec by which everything is sent in the step that begins, whatever `auto` chose, as in a warm-up; None if
+        there is none."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what of its state all ranks have alike, as of any optimizer."""
+        """Return the part of the state that is equal on all ranks, as any optimizer does."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
 
     def own_state(self) -> dict[str, Any]:
-        """Return what of its state is this rank's own."""
+        """Return the part of the state that is this rank's own."""
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore what `own_state` returned."""

@@ -1,4 +1,4 @@
-"""Parameters of which each rank owns a part of any length, across buckets: ZeRO 1 and 2 cut them into W partitions."""
+"""Parameters that ZeRO 1 and 2 cut into W partitions: each rank owns parts of any length, across buckets."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from commpress.comm.segments import Segments
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """A part of a parameter that belongs to one owner: values `start` to `stop` of it, which are at `at` in group `group`."""
+    """A part of a parameter that one rank owns: its values `start` to `stop`, which begin at `at` in group `group`."""
 
     name: str
     owner: int

@@ -1,10 +1,10 @@
-"""A parameter for the traffic: real numbers under a name that does not depend on wrappers of its module.
+"""A parameter as it is sent: real numbers, under a name that does not depend on wrappers of its module.
 
     complex64 [n]   a0+b0i  a1+b1i ..   ->   float32 [2 n]   a0 b0 a1 b1 ..        the same memory
 
-So a complex value is sent, and counted in memories and states, as two reals of half its size. `torch.compile` and
-activation checkpointing put a module into another one with its own name, which is left out of a parameter's name: a
-state that was saved with them loads without them.
+A complex value is sent, and counted in memories and states, as two real values of half its size. `torch.compile` and activation
+checkpointing put a module into another one and so add a word to its parameters' names. That word is left out: a state that was
+saved with such a wrapper loads without it.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ WRAPPERS = (COMPILED, "_checkpoint_wrapped_module")
 
 
 def real_view(x: Tensor) -> Tensor:
-    """A complex tensor's values as pairs of reals: a detached view [..., 2]. Others are returned as they are."""
+    """Return a complex tensor's values as pairs of real ones: a detached view [..., 2]. Others are unchanged."""
     if not x.is_complex():
         return x
     x = x.detach()
@@ -39,17 +39,17 @@ def dense(p: Tensor) -> bool:
 
 
 def real_numel(x: Tensor) -> int:
-    """How many real numbers a tensor holds."""
+    """Return the number of real values in a tensor; a complex value counts as two."""
     return x.numel() * (2 if x.is_complex() else 1)
 
 
 def bare_name(name: str) -> str:
-    """A parameter's name without what wrappers add, wherever it stands: "net._orig_mod.0.weight" is "net.0.weight"."""
+    """Return a parameter's name without the words of wrappers: "net.0.weight" for "net._orig_mod.0.weight"."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def unfit_dtype(parameters: Mapping[str, Tensor]) -> str | None:
-    """Why the gradients of these parameters cannot be exchanged, if they cannot: a dtype that is neither float nor complex."""
+    """Return an error text if a parameter's gradients cannot be exchanged (a dtype neither float nor complex), else None."""
     for name, p in parameters.items():
         if real_view(p).dtype not in FLOAT_DTYPES:
             known = ", ".join(dtype_name(dtype) for dtype in FLOAT_DTYPES)

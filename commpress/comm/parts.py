@@ -18,9 +18,10 @@ Finished = Callable[[BaseException | None], None]
 def taken_apart(
     bucket: Tensor, segments: Segments, parts: list[Segments], finished: Finished
 ) -> Iterator[tuple[Tensor, Segments, Finished]]:
-    """Copies of parts of a bucket ([n], of these segments), each with what to call when its mean is in it, or cannot be.
+    """Yield copies of parts of a bucket ([n], of these segments), each with a function to call at the end of its exchange.
 
-    Then that goes back into the bucket. `finished` is called once: with the last of them, or with the first error.
+    The function gets None, and copies the part back into the bucket, or gets the error. `finished` is called once: after the
+    last part, or with the first error.
     """
     places = dict(zip((segment.name for segment in segments), bucket.split(sizes(segments)), strict=True))
     waiting = len(parts)
@@ -32,7 +33,7 @@ def taken_apart(
                 places[segment.name].copy_(values)
         waiting -= 1
         if waiting == 0 or (error is not None and waiting > 0):
-            waiting = min(waiting, 0)  # the others have no one left to tell
+            waiting = min(waiting, 0)  # `finished` is not called a second time
             finished(error)
 
     for part in parts:

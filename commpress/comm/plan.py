@@ -34,7 +34,8 @@ class BucketPlan:
     reason: str = ""
 
     def parts(self, n: int, rank: int, world_size: int) -> tuple[tuple[int, int] | None, NodeSlice | None]:
-        """Return what a rank encodes a second time of n values, and what it encodes for its node; None where there is none."""
+        """Return the chunk of n values that a rank encodes a second time, and the slice that it encodes for its node; None for
+        one that does not exist."""
         of = (n, self.codec, rank, world_size)
         return self.exchange.chunk(*of), self.exchange.node_slice(*of)
 
@@ -116,18 +117,18 @@ class Plan:
         return cls(codec, chosen, error_feedback)
 
     def on(self, ranks: Sequence[int]) -> "Plan":
-        """The plan for a group of these ranks of the default group. Raises ValueError if its exchange does not fit them."""
+        """Return the plan for a group of these ranks of the default group. Raises ValueError if its exchange does not fit."""
         return self if self.exchange is None else replace(self, exchange=self.exchange.on(ranks))
 
     def join(self, wire: Wire) -> None:
-        """Make the groups that its exchange needs. Collective."""
+        """Make the process groups that the plan's exchange needs. Collective."""
         if self.exchange is not None:
             self.exchange.join(wire)
 
     def choose(
         self, n: int, itemsize: int, world_size: int, override: Override | None = None, segments: Segments = ()
     ) -> BucketPlan:
-        """Return what to do with a bucket of n values of `itemsize` bytes; an optimizer may override it.
+        """Return the plan of one bucket of n values of `itemsize` bytes; an optimizer may override it.
 
         A codec of matrices finds them by the shapes of the `segments`.
         """
@@ -137,7 +138,7 @@ class Plan:
             if override.reason:
                 return BucketPlan(DENSE, NO_EXCHANGE if override.codec is None else ALL_REDUCE, False, override.reason)
             assert override.codec is not None
-            # its own, for a codec whose payloads cannot be summed
+            # the codec's own exchange, if its payloads cannot be summed
             exchange = self.exchange if self.exchange is None or fits(self.exchange, override.codec) else None
             feedback = self.error_feedback and not override.bypass_feedback
             plan = replace(self, codec=override.codec, exchange=exchange, error_feedback=feedback)
@@ -163,7 +164,7 @@ class Plan:
 
 
 def exact_where_needed(override: Override, x: Tensor, n: int) -> Override:
-    """An override that compresses nothing where there is nothing, or no float."""
+    """Return the override, or one that sends exactly if there are no values, or none of a float dtype."""
     if n == 0:
         return Override(None, NOTHING_LEFT)
     if not override.reason and override.codec is not None and x.dtype not in FLOAT_DTYPES:
@@ -177,13 +178,13 @@ def fits(exchange: Exchange, codec: Codec) -> bool:
 
 
 def require_flat(codec: Codec, what: str) -> None:
-    """Raise ValueError for a codec of matrices where `what`, a sentence, is in its way."""
+    """Raise ValueError for a codec of matrices; `what` is a sentence that says why flat values are sent here."""
     if not codec.flat:
         raise ValueError(f"{codec} sends whole matrices as factors; {what}; expected another spec, such as int4")
 
 
 def plans(gradients: str | Codec, parameters: str | Codec, error_feedback: bool) -> tuple[Plan, Plan]:
-    """The plans of gradients and of parameters. Raises ValueError or TypeError for a spec that makes none."""
+    """Return the plans of gradients and of parameters. Raises ValueError or TypeError for a spec that cannot be used here."""
     made = []
     for name, spec in (("gradients", gradients), ("parameters", parameters)):
         try:
@@ -205,7 +206,7 @@ def sharded_settings(
     by_auto: tuple[bool, bool] = (False, False),
     momentum: Codec | None = None,
 ) -> dict[str, object]:
-    """Return what saved states of a sharded model must have alike; `holds` says what the ranks hold, in words.
+    """Return the settings that saved states of a sharded model must share; `holds` describes what the ranks hold, in words.
 
     `by_auto` says whether `auto` decides for gradients, and for parameters. `momentum` is the codec of an optimizer's traffic.
     """
@@ -220,7 +221,7 @@ def sharded_settings(
 
 
 def sharded_spec(gradients: Plan, parameters: Plan, by_auto: tuple[bool, bool], momentum: Codec | None = None) -> str:
-    """Return what a report calls the traffic of a sharded model by: `auto` where that decides for all that is compressed."""
+    """Return the name of a sharded model's traffic in reports; it is `auto` if `auto` decides for everything compressed."""
     if by_auto[0] and (by_auto[1] or not parameters.codec.lossy):
         return AUTO
     spec = f"gradients {AUTO if by_auto[0] else gradients.codec}, parameters {parameters.spec}"

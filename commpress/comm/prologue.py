@@ -1,4 +1,4 @@
-"""Prologues: the gradient's share in a momentum is coded instead of the gradient, in the pass that encodes."""
+"""Prologues: the pass that encodes turns a gradient into a momentum first, so no second pass over memory is needed."""
 
 from dataclasses import dataclass, replace
 
@@ -9,12 +9,12 @@ from commpress.kernels.table import lookup
 
 @dataclass(frozen=True)
 class Prologue:
-    """Makes of x ([n]) fresh * clip(x * inverse, limit) + kept * average; of NaN and Inf it makes NaN."""
+    """The operation x <- fresh * clip(x * inverse, limit) + kept * average on x ([n]). NaN and Inf become NaN."""
 
     inverse: Tensor
-    """[n]; float32, if it is to be done in the pass that encodes."""
+    """[n]; it must be float32 for the pass that encodes."""
     average: Tensor
-    """[n], of the dtype of `inverse`."""
+    """[n], in the dtype of `inverse`."""
     limit: float
     fresh: float
     kept: float
@@ -23,7 +23,7 @@ class Prologue:
         return replace(self, inverse=self.inverse[part], average=self.average[part])
 
     def apply(self, x: Tensor) -> None:
-        """Make it of x ([n], contiguous, any float dtype), in place."""
+        """Apply the operation to x ([n], contiguous, any float dtype), in place."""
         kernel = lookup("prologue", None, x.device.type)
         if kernel is not None and kernel.takes(x):
             kernel(x, self)

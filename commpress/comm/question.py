@@ -3,8 +3,8 @@
     step k      [question][bucket 0][bucket 1] ...     backward goes on at once, whatever the other ranks do meanwhile
     step k + 1  the answers are read: they came before the buckets of step k
 
-In the middle of a backward a rank must not wait for the others: one of them may be in a collective of the user, and
-wait there for this rank's next step.
+In the middle of a backward a rank must not wait for the others: one of them may be in a collective of the user's own, and wait
+there for this rank's next step.
 """
 
 import json
@@ -18,12 +18,12 @@ from commpress.comm.exchange import Label, Transfer, Wire
 from commpress.comm.work import Work, not_counted
 
 ROOM = 1 << 13
-"""Bytes of a rank's answer, the same on all ranks, so that one message brings it. It is filled up with spaces."""
+"""Bytes of a rank's answer, the same on all ranks, so that one message carries it. It is padded with spaces."""
 KEY = "hash"
 
 
 class Question:
-    """One question: this rank's `settings` (JSON values), and all ranks' answers after `exchange`."""
+    """One question: this rank's `settings` (JSON values), and the answers of all ranks after `exchange`."""
 
     def __init__(self, settings: Settings, wire: Wire, room: int = ROOM) -> None:
         own = json.dumps(settings).encode().ljust(room)
@@ -36,29 +36,29 @@ class Question:
         self._rows = self._whole.split(room)
         self._rows[wire.rank].copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
         self.work = Work(self._whole, not_counted)
-        """Finished by who runs the exchange."""
+        """The work that the runner of the exchange finishes."""
 
     @classmethod
     def of_hash(cls, settings: Settings, wire: Wire) -> "Question":
-        """A short question: whether all ranks have the same `settings`."""
+        """Return a short question: whether all ranks have the same `settings`."""
         return cls({KEY: zlib.crc32(json.dumps(settings).encode())}, wire, room=32)
 
     def exchange(self, label: Label) -> Iterator[Transfer]:
-        """Bring each rank's answer to all."""
+        """Run the exchange that sends each rank's answer to all."""
         transfer = self._wire.all_gather(self._rows, label, last=True, whole=self._whole)
-        transfer.sent = transfer.received = 0  # the report is of gradients
+        transfer.sent = transfer.received = 0  # the report counts only model traffic
         yield transfer
 
     def answers(self) -> list[Settings]:
-        """Every rank's settings, in the order of the ranks. Waits until they are there, raises what the exchange raised."""
+        """Return every rank's settings, in the order of the ranks. Waits for them, and raises the error of the exchange."""
         self.work.wait()
         return self.arrived()
 
     def arrived(self) -> list[Settings]:
-        """Every rank's settings, of which the caller knows that they are there."""
+        """Return every rank's settings without waiting; call it only after the exchange is over."""
         return [json.loads(row.cpu().numpy().tobytes()) for row in self._rows]
 
     def is_unanimous(self) -> bool:
-        """Whether all have said the same, of which the caller knows that it is there."""
+        """Return whether all ranks gave the same settings; call it only after the exchange is over."""
         first, *others = self.arrived()
         return all(other == first for other in others)

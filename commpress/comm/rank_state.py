@@ -1,13 +1,13 @@
 """State of each rank for `torch.distributed.checkpoint`: a table of bytes with one row per rank.
 
-    by hand   session.state_dict()                       a dict of this rank's, one file a rank
+    by hand   session.state_dict()                       this rank's dict, one file a rank
     DCP       {"commpress": session}   key "commpress.ranks":  uint8 [W, L], rank r writes row r
               loaded by W' ranks       rank r reads rows r, r + W', r + 2 W', ...
-                                                       key "commpress.shared": what all ranks have alike, written by rank 0
+                                                       key "commpress.shared": equal on all ranks, written by rank 0
 
-DCP takes a plain tensor under one key for the same on all ranks and keeps one of them, so the parts have to be told apart; and
-it wants to know what it shall load before it reads, when nobody knows yet how many ranks have saved. What stands in for a
-tensor here is the protocol that DTensor has for that, which torch keeps private (`torch/distributed/_checkpointable.py`).
+DCP assumes that a plain tensor under one key is equal on all ranks, and keeps one of them, so the ranks' parts need a mark. It
+also needs to know what to load before it reads, when the number of ranks that have saved is still unknown. The classes here
+follow the protocol by which DTensor solves both, which torch keeps private (`torch/distributed/_checkpointable.py`).
 
 A row is `torch.save` of the dict, read by `weights_only`, filled up to one length for all ranks.
 """
@@ -24,17 +24,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 MOST_RANKS = 1 << 14
-"""Rows that a table may have."""
+"""The largest number of rows in a table."""
 WIDE = 1 << 62
-"""Columns that a row is asked for; it has fewer."""
+"""The number of columns with which a row is requested; it has fewer."""
 HEAD = 16
-"""Bytes for the length and the checksum of what a row holds."""
+"""Bytes for the length and the checksum of a row's content."""
 SLACK = 1 << 16
-"""Bytes for what is not a tensor, and for chunks of a bucket that are not of one length."""
+"""Bytes for values that are not tensors, and for differences in the lengths of a bucket's chunks."""
 
 
 class RankState(dict[str, Any]):
-    """One rank's state. To DCP, which calls `items`, it is a row of a table; all else sees the dict."""
+    """One rank's state. DCP, which calls `items`, sees a row of a table; everything else sees the dict."""
 
     def __init__(self, content: Mapping[str, Any], values: int, shared: Mapping[str, Any] | None = None) -> None:
         super().__init__(content)
@@ -42,11 +42,11 @@ class RankState(dict[str, Any]):
         self._shared = None if shared is None else Rows.of(dict(shared), values, shared=True)
 
     def items(self) -> Any:
-        """Return what DCP saves, or loads into."""
+        """Return the entries that DCP saves, or loads into."""
         return ({"ranks": self._rows} | ({} if self._shared is None else {"shared": self._shared})).items()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return OrderedDict, (), None, None, iter(dict(self).items())  # by hand: what `weights_only` loads
+        return OrderedDict, (), None, None, iter(dict(self).items())  # a plain dict, which `weights_only` loads
 
     def __deepcopy__(self, memo: Any) -> "RankState":  # as DCP's asynchronous save makes one
         shared = None if self._shared is None else copy.deepcopy(self._shared.content, memo)
@@ -59,15 +59,15 @@ class RankState(dict[str, Any]):
 
     @property
     def loaded_shared(self) -> dict[str, Any] | None:
-        """Return what DCP has read of what all ranks have alike."""
+        """Return the shared state that DCP has read, which is equal on all ranks; None if it has not read any."""
         states = None if self._shared is None else self._shared.states()
         return states[0] if states else None
 
 
 class Rows(Tensor):
-    """This rank's row of the table, and the rows that were read. A shared one is one row, which all read."""
+    """This rank's row of the table, and the rows that were read. A shared table has one row, which all ranks read."""
 
-    size: Any = None  # so DCP does not compare the table that was saved with one of as many rows as now
+    size: Any = None  # else DCP would compare the saved table with one that has as many rows as there are ranks now
 
     content: dict[str, Any]
     room: int
@@ -77,7 +77,7 @@ class Rows(Tensor):
 
     @classmethod
     def of(cls, content: dict[str, Any], values: int, shared: bool = False) -> "Rows":
-        """The row of a state; `values` is about how many a loaded one may hold."""
+        """Return the row of a state; `values` is the approximate number of values that a loaded one may hold."""
         rows: Rows = torch.empty(0, dtype=torch.uint8, device="cpu").as_subclass(cls)
         rows.content, rows.room, rows.read, rows.asked, rows.shared = content, values, {}, False, shared
         return rows
@@ -108,7 +108,7 @@ class Rows(Tensor):
         row = int(index.offset[0])
         if not self.asked:
             return self._row()
-        if row not in self.read:  # memory that nothing is read into is never touched
+        if row not in self.read:  # `empty` maps memory, but does not touch it: rows that are not read cost none
             most = SLACK + 64 * self.room
             self.read[row] = torch.empty(1, most, dtype=torch.uint8, device="cpu")
         return self.read[row]
@@ -118,12 +118,12 @@ class Rows(Tensor):
         return _row(saved, HEAD + len(saved) if self.shared else row_bytes(self.content))
 
     def states(self) -> list[dict[str, Any]] | None:
-        """The states in the rows that were read; None if none was asked for. Raises ValueError for a damaged one."""
+        """Return the states in the rows that were read; None if no row was requested. Raises ValueError for a damaged row."""
         return [_state(self.read[row], row) for row in sorted(self.read)] if self.asked else None
 
 
 def row_bytes(state: Mapping[str, Any]) -> int:
-    """The length of a row: the same on all ranks, whose states differ in numbers and in the lengths of their chunks."""
+    """Return the length of a row in bytes. It is equal on all ranks, though their numbers and chunk lengths differ."""
     world_size = int(state["world_size"])
 
     def most(value: Any, key: str, beside: Any) -> int:
@@ -151,7 +151,7 @@ def _saved(state: dict[str, Any]) -> bytes:
 
 
 def _row(saved: bytes, length: int) -> Tensor:
-    """The bytes of a state: its length and checksum, `torch.save` of it, zeros up to this length."""
+    """Return the bytes of a state: its length, its checksum, `torch.save` of it, and zeros up to `length`."""
     row = torch.zeros(1, length, dtype=torch.uint8, device="cpu")
     head = torch.tensor([len(saved), zlib.crc32(saved)], dtype=torch.int64, device="cpu").view(torch.uint8)
     if head.numel() + len(saved) > row.numel():
@@ -173,5 +173,5 @@ def _state(row: Tensor, number: int) -> dict[str, Any]:
 
 
 def _place() -> tuple[int, int]:
-    """This rank among all that write a checkpoint."""
+    """Return this rank's number among the ranks that write a checkpoint, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,4 +1,4 @@
-"""The receipt of a session: whether compression has paid in this run, in steps, in bytes, and on which links it would."""
+"""The receipt of a session: whether compression has paid in this run, in seconds and bytes, and on which links it would pay."""
 
 import os
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,7 @@ COUNTER = "/sys/class/net/{}/statistics/tx_bytes"
 
 
 def link_bytes() -> int | None:
-    """Return the kernel's count of bytes sent on the interface that Gloo was told to use; None if it was told none, or lo."""
+    """Return the kernel's count of bytes sent on the interface that Gloo was set to use; None if it is not set, or is lo."""
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     counter = Path(COUNTER.format(name))
     return int(counter.read_text()) if name not in ("", "lo") and counter.exists() else None
@@ -26,7 +26,7 @@ class Receipt:
     """Costs and savings of a session on this rank. Seconds and bytes are of one step; bytes are means over all steps."""
 
     spec: str
-    """The spec of the gradients: the chosen one, also while a search tries others."""
+    """The spec of the gradients; while a search tries others it is still the chosen one."""
     steps: int
     sent_bytes: float
     fp32_bytes: float
@@ -35,7 +35,7 @@ class Receipt:
     link_bytes: float | None = None
     """Bytes that this rank's host has sent, all programs together, by the kernel's count; None where it is not known."""
     seconds: float | None = None
-    """Seconds of a step as it is now; None if they were not measured."""
+    """Seconds of a step at present; None if they were not measured."""
     plain_seconds: float | None = None
     """Seconds of a step whose gradients are sent uncompressed, by `none`, measured in the same run; None if they were not."""
     whole: bool = True

@@ -45,9 +45,9 @@ def replicas_session(
 ) -> Session:
     """Make the session of the data-parallel ranks of `group`, whose gradients live on `device`. Collective.
 
-    `parameters` are names and sizes of what is exchanged, `layouts` their shapes and strides, `dtypes` those of the gradients,
-    where they are known. Ranks whose spec, settings, parameters or library version differ all raise ValueError with both
-    values. Every `verify` steps (0: never), and in the first three, the ranks compare hashes of the means and of
+    `parameters` are the names and sizes of the exchanged parameters, `layouts` their shapes and strides, `dtypes` those of the
+    gradients, if they are known. If the ranks' specs, settings, parameters or library versions differ, all raise ValueError
+    with both values. Every `verify` steps (0: never), and in the first three, the ranks compare hashes of the means and of
     `step_buffer.replicas`, and payloads have checksums.
     """
     name = None if optimizer is None else type(optimizer).__name__
@@ -106,7 +106,7 @@ def replicas_session(
 
 
 def _agreed_rules(spec: Spec, parameters: Segments, group: dist.ProcessGroup, device: torch.device) -> Rules | None:
-    """The rules, if the spec has patterns. Collective if it makes no sense: then all ranks raise."""
+    """Return the rules if the spec has patterns, else None. If the patterns are wrong it is collective, and all ranks raise."""
     try:
         if isinstance(spec, Mapping):
             return rules_for(spec, [segment.name for segment in parameters])
@@ -126,7 +126,10 @@ def agreed_plan(
     device: torch.device,
     more: dict[str, object],
 ) -> Plan:
-    """The plan that all ranks of `group` have asked for, `more` settings alike. Collective. Raises ValueError on all ranks."""
+    """Return the plan, after all ranks of `group` have compared it and `more` settings. Collective.
+
+    Raises ValueError on all ranks if they differ.
+    """
     try:
         plan = Plan.of(spec, exchange, error_feedback).on(dist.get_process_group_ranks(group))
         require_interval(more["verify"])
@@ -148,7 +151,7 @@ def agreed_plan(
 def _mask_index(
     masks: Masks, sizes: dict[str, int], layouts: Layouts, pairs: set[str], optimizer: OptimizerHooks | None
 ) -> MaskIndex:
-    """Where what masks keep lies in each parameter. Raises ValueError for a mask that does not fit."""
+    """Return the index of the values that masks keep in each parameter. Raises ValueError for a mask that does not fit."""
     if optimizer is not None and not optimizer.may_be_masked:
         raise ValueError(f"{type(optimizer).__name__} keeps the momentum of all values: expected SGD for masks")
     flat: dict[str, Tensor] = {}

@@ -1,9 +1,9 @@
-"""Training that goes on with another number of ranks: no residual of the old ones is lost.
+"""Training that continues with another number of ranks: no residual of the old ranks is lost.
 
-Residuals count by their mean: old rank i's goes to new rank i mod W', times W' / W. The residual of an owner of a
-chunk counts W-fold. An optimizer's own state on each rank becomes the mean on all.
+The mean of the residuals counts: the residual of old rank i goes to new rank i mod W', times W' / W. The residual of a chunk's
+owner counts W times. The state that an optimizer has on each rank is replaced by its mean over the old ranks.
 
-If each rank brings only its own state (`moved`), its residual goes with it, times W' / W; that of lost ranks is lost.
+If each rank has only its own state (`moved`), it keeps its residual, times W' / W; the residuals of missing ranks are lost.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ Memories = list[dict[str, Any]]
 SUMMED = ("residual", "momentum")
 """Entries of a memory that add up over the ranks."""
 OF_RANK = ("rank", "optimizer", "memories", "versions", "side traffic")
-"""Entries of a state that each rank has of its own."""
+"""Entries of a state that differ from rank to rank."""
 
 
 def summary(state: State) -> State:
-    """Return what ranks compare of the states that they restore (JSON values): the run, the step, the layout of the buckets.
+    """Return the summary of a state that ranks compare before they restore it (JSON values): run, step, layout of the buckets.
 
-    Raises KeyError for a state that lacks anything which is restored.
+    Raises KeyError for a state that lacks an entry.
     """
     needed = [(bucket, {"owner_start", "owner_residual"}) for memories in state["memories"] for bucket in memories]
     for holder, keys in [(state, {"optimizer", "scale", "step", "side traffic"}), *needed]:
@@ -47,7 +47,7 @@ def summary(state: State) -> State:
 
 
 def unreadable(error: Exception) -> Exception:
-    """Return what to raise on all ranks where one cannot read a state: the error itself if it is a sentence of ours."""
+    """Return the error to raise on all ranks if one cannot read a state: the error itself if commpress raised it."""
     if isinstance(error, ValueError | TypeError):
         return error
     what = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
@@ -57,7 +57,7 @@ def unreadable(error: Exception) -> Exception:
 
 
 def require_one_run(everyone: Sequence[State]) -> State:
-    """The summary that all ranks have which restore anything. Raises ValueError, with both values, if they differ."""
+    """Return the common summary of all ranks that restore a state. Raises ValueError, with both values, if they differ."""
     for rank, other in enumerate(everyone):
         if "error" in other:
             raise ValueError(f"rank {rank}: {other['error']}")
@@ -82,16 +82,17 @@ def require_one_run(everyone: Sequence[State]) -> State:
 
 
 def require_same_values(expected: State, state: State) -> None:
-    """Raise ValueError, with both values, if a state has other ones than expected."""
+    """Raise ValueError, with both values, if an entry of a state is not the expected one."""
     for key, value in expected.items():
         if state.get(key) != value:
             raise ValueError(f"cannot restore: the saved state has {key} {state.get(key)!r}, this run has {value!r}")
 
 
 def share(states: Sequence[State], rank: int, world_size: int) -> list[State]:
-    """Return the states, of those of a run's ranks in any order, with which a rank among `world_size` goes on.
+    """Return the states from which `rank` of `world_size` continues; `states` are those of all old ranks, in any order.
 
-    With as many ranks as before its own alone. Raises ValueError if the states are not those of all ranks of one run.
+    With the same number of ranks it is only the rank's own. Raises ValueError if the states are not those of all ranks of one
+    run.
     """
     if not states:
         raise ValueError("cannot restore: no states, expected those of all ranks")
@@ -109,12 +110,12 @@ def share(states: Sequence[State], rank: int, world_size: int) -> list[State]:
 
 
 def of_replicas(memories: list[Memories], old: int) -> list[Memories]:
-    """Return what one of `old` replicas kept, without slices and chunks of its own: those residuals count in the first."""
+    """Return the memories of one of `old` replicas with the residuals of its slices and chunks added to the first residual."""
     return [[_folded(bucket, old) for bucket in buckets] for buckets in memories]
 
 
 def empty_memories(first: State) -> list[Memories]:
-    """Memories of the layouts of a summary, on a rank that has no state to go on with."""
+    """Return empty memories in the layouts of a summary, for a rank that has no state."""
     nothing = {"owner_start": 0, "owner_residual": None, **dict.fromkeys(SUMMED)}
     return [
         [{"segments": bucket["segments"], "draws": bucket["draws"], **nothing} for bucket in buckets]
@@ -123,7 +124,7 @@ def empty_memories(first: State) -> list[Memories]:
 
 
 def merged_memories(mine: Sequence[list[Memories]], times: float) -> list[Memories]:
-    """The sum of what several ranks kept in the same layouts, multiplied by `times`."""
+    """Return the sum of several ranks' memories in the same layouts, multiplied by `times`."""
     total = []
     for of_collectives in zip(*mine, strict=True):
         buckets = []
@@ -137,7 +138,7 @@ def merged_memories(mine: Sequence[list[Memories]], times: float) -> list[Memori
 
 
 def moved(state: State, rank: int, world_size: int) -> State:
-    """The state that a rank saved, for where it is now: `rank` of `world_size`. What it had withheld counts as before."""
+    """Return a saved state for the rank's new place, `rank` of `world_size`. Its residual counts as before in the mean."""
     old = int(state["world_size"])
     if (state["rank"], old) == (rank, world_size):
         return state
@@ -167,6 +168,6 @@ def _folded(bucket: State, world_size: int) -> State:
 
 
 def _sum(parts: Sequence[Tensor | None], share: float) -> Tensor | None:
-    """Return the sum of those that are there, times `share`; None if there are none."""
+    """Return the sum of the parts that are not None, times `share`; None if all are."""
     there = [part for part in parts if part is not None]
     return torch.stack(there).sum(dim=0).mul_(share) if there else None

@@ -14,7 +14,7 @@ from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.segments import Segment, Segments
 
 Spec = str | Codec | Mapping[str, str | Codec]
-"""A codec, `auto`, or specs by patterns of parameters' names."""
+"""A spec or a codec, `auto`, or a dict of specs by patterns of parameters' names."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
 
 
 def is_open(gradients: Spec) -> bool:
-    """Return whether `auto` or patterns decide. Raises ValueError for an `auto` that makes no sense."""
+    """Return whether `auto` or patterns decide. Raises ValueError for an `auto` with a wrong argument."""
     return isinstance(gradients, Mapping) or budget(gradients) is not None
 
 
 def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error_feedback: bool) -> Exception | None:
-    """Return why gradients cannot be sent by `auto` or by patterns, if they cannot; None if one codec is named for all."""
+    """Return the error if `auto` or patterns cannot decide here; None if they can, or if `gradients` is one codec."""
     try:
         if not is_open(gradients):
             return None
@@ -117,7 +117,9 @@ def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error
         return ValueError(
             f"{gradients}: {name} sends no gradients, whose error a budget limits; expected auto without a budget"
         )
-    if (candidates := getattr(optimizer, "candidates", None)) is not None:  # else it is refused for what it is
+    if (
+        candidates := getattr(optimizer, "candidates", None)
+    ) is not None:  # else the optimizer itself is refused elsewhere
         try:
             candidates()
         except TypeError as error:

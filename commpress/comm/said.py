@@ -1,15 +1,15 @@
-"""The figures that the ranks of a search exchange at the end of a turn, and their common result."""
+"""The figures that the ranks of a search exchange at the end of a turn, and what they make of them together."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 
 Said = Mapping[str, object]
-"""What one rank has said: `medians`, `turns` and `errors` by spec, and more that its prediction takes."""
+"""One rank's figures: `medians`, `turns` and `errors` by spec, and further ones that the prediction needs."""
 
 
 def worst_errors(everyone: Sequence[Said]) -> dict[str, float]:
-    """The largest error by spec that any rank has seen."""
+    """Return the largest error that any rank has seen, by spec."""
     found: dict[str, float] = {}
     for said in everyone:
         errors = said.get("errors", {})
@@ -20,7 +20,7 @@ def worst_errors(everyone: Sequence[Said]) -> dict[str, float]:
 
 
 def fastest_turns(everyone: Sequence[Said]) -> dict[str, list[float]]:
-    """The mean of the ranks' fastest steps of each turn, by spec."""
+    """Return the mean over the ranks of the fastest step of each turn, in seconds, by spec."""
     turns: dict[str, list[list[float]]] = {}
     for said in everyone:
         mine = said["turns"]
@@ -31,7 +31,7 @@ def fastest_turns(everyone: Sequence[Said]) -> dict[str, list[float]]:
 
 
 def mean_medians(everyone: Sequence[Said]) -> dict[str, float]:
-    """The mean of the ranks' medians, by spec: they wait for each other, so they have nearly the same."""
+    """Return the mean of the ranks' medians, in seconds, by spec. Ranks wait for each other, so their medians nearly agree."""
     medians = [said["medians"] for said in everyone]
     assert all(isinstance(mine, Mapping) for mine in medians)
     return {spec: statistics.fmean(mine[spec] for mine in medians) for spec in medians[0]}  # type: ignore[attr-defined, index]

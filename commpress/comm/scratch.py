@@ -1,4 +1,4 @@
-"""The working memory of exchanges. It stays allocated: fresh pages cost more than the codec."""
+"""The working memory of exchanges. It stays allocated, because touching fresh pages costs more time than the codec."""
 
 from collections.abc import Collection
 
@@ -16,7 +16,7 @@ class Scratch:
         self._inner: dict[str, Scratch] = {}
 
     def buffer(self, name: str, nbytes: int, device: torch.device) -> Tensor:
-        """Return the uint8 buffer of this name, [nbytes]; what is in it is undefined."""
+        """Return the uint8 buffer of this name, [nbytes]; its content is undefined."""
         found = self._buffers.get(name)
         if found is None or found.numel() != nbytes or found.device != device:
             with torch.inference_mode(False):  # it will be written to again in training
@@ -24,12 +24,12 @@ class Scratch:
         return found
 
     def inner(self, name: str) -> "Scratch":
-        """Return the scratch of this name for an exchange inside another, whose buffers are others."""
+        """Return a separate scratch of this name, for an exchange that runs inside another."""
         return self._inner.setdefault(name, Scratch())
 
 
 class ScratchPool:
-    """The scratch of one group's collectives: buffers by bucket, and buffers that whoever is at work takes and gives back."""
+    """The scratch of one group's collectives: buffers of each bucket, and buffers that an exchange takes and gives back."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -37,7 +37,7 @@ class ScratchPool:
         self._free: dict[int, list[Tensor]] = {}
 
     def of(self, segments: Segments, layouts: Collection[Segments]) -> Scratch:
-        """Return the scratch of a bucket. That of buckets which are none of these layouts any more is freed."""
+        """Return the scratch of a bucket, and free the scratch of buckets that are not among `layouts` any more."""
         if segments not in self._of:
             self._of = {kept: scratch for kept, scratch in self._of.items() if kept in layouts}
             self._of[segments] = Scratch()
@@ -52,5 +52,5 @@ class ScratchPool:
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def give_back(self, buffer: Tensor) -> None:
-        """Let others take a buffer again."""
+        """Return a buffer to the pool."""
         self._free[buffer.numel()].append(buffer)

@@ -4,16 +4,19 @@
                            ^ ranked        ^ one is far     ^ chosen             ^ the ranks look: are the steps still
                                              behind: dropped                       as long as they were? Else from `none` on
 
-On a noisy machine a median of a few steps cannot decide between close specs. So a spec replaces a
-gentler one only if it was faster in each round (it may lose one of five). If that is still open, further rounds follow. A spec
-that was close to the chosen one is compared with it again afterwards (`duel.py`).
-A spec must stay within an error budget, too: the distance of what arrives from the dense mean, measured in steps that are not
-timed. One that leaves it is dropped; if it was chosen, a gentler one takes its place, and it may come back in a later search.
-Steps of a turn are timed from one to the next; the first of each turn is not counted. Where steps of several kinds take turns
-under a spec (its `period`), whole periods replace steps, and each counts by its mean step. The ranks compare at
-the same steps, and decide from the figures of all, so all decide the same. Their messages are sent during one more step,
-by the spec of the step before it, so that no rank waits for them. No clock and no process group: the owner of a search gives it
-the seconds of a step, and the ranks' figures.
+On a noisy machine a median of a few steps cannot decide between close specs. So a spec replaces a gentler one only if it was
+faster in each round (it may lose one of five). If that is still open, further rounds follow. A spec that was close to the
+chosen one is compared with it again afterwards (`duel.py`).
+
+A spec must also stay within an error budget: the distance of its means from the dense ones, measured in steps that are not
+timed. A spec that exceeds it is dropped. If it was the chosen one, a gentler one takes its place; a later search may try it
+again.
+
+The steps of a turn are timed from one to the next; the first of each turn is not counted. If a spec has steps of several kinds
+that repeat (its `period`), whole periods replace steps, and the mean step of a period counts. The ranks compare at the same
+steps, and decide from the figures of all, so all decide the same. Their messages are sent during one more step, by the spec of
+the step before it, so that no rank waits for them. A search has no clock and no process group: its owner gives it the seconds
+of a step, and the ranks' figures.
 """
 
 import math
@@ -28,55 +31,55 @@ from commpress.comm.said import Said, fastest_turns, mean_medians, worst_errors
 
 PLAIN = "none"
 SKIPPED, CHECKED, TIMED = "skipped", "checked", "timed"
-"""Kinds of steps: the first behind another spec, whose residual it sends; one whose error is measured; one that counts."""
+"""Kinds of steps: the first after another spec, whose residual it sends; one whose error is measured; one that counts."""
 WARM_UP = 3
-"""Steps that are not counted at first: DDP lays its buckets out anew after one, caches and connections are cold."""
+"""Steps at the start that are not counted: DDP rebuilds its buckets after the first; caches and connections are cold."""
 FIRST_TURN = 3
 TURN = 3
 """Steps of a turn, of which the first is not timed. The first turn of a spec has one more, in which its error is measured."""
 ROUNDS = 3
-"""Fewest rounds; a spec that is ahead in each of them by chance alone is one in eight."""
+"""The fewest rounds; by chance alone one spec in eight is ahead in each of three."""
 LATEST = 50
-"""No round begins that would end more steps than this after the search began; so many periods, if those are longer."""
+"""The most steps (or periods, if those are longer) from the start of a search to the end of a round that may still begin."""
 FORGIVEN = 5
-"""Of so many rounds a spec may have lost one."""
+"""After this many rounds a spec may have lost one of them."""
 MOST = 2
-"""So many specs are tried against `none`."""
+"""The number of specs that are tried against `none`."""
 HOPELESS = 1.3
-"""A spec whose predicted step is so many times as long as that of `none` is not tried."""
+"""A spec is not tried if its predicted step takes this times as long as that of `none`."""
 FAR_BEHIND = 1.25
-"""After a round a spec whose fastest step takes so many times as long as the best one's is tried no more."""
+"""A spec is dropped after a round if its fastest step takes this times as long as the best spec's."""
 WORTH = 0.98
-"""A spec is chosen only if its steps take less than this share of those of any gentler one."""
+"""A spec is chosen only if its steps take less than this share of the time of any gentler spec's."""
 DRIFT = 1.2
-"""Steps that have become so many times as long, or as short, are looked into."""
+"""A new search begins if steps take this times as long as before, or the inverse."""
 LOOK = 16
-"""Fewest steps from one look to the next."""
+"""The fewest steps from one check to the next."""
 SHARE = 0.01
-"""Share of the time that looking may take."""
+"""The share of the time that checks may take."""
 AGAIN = 3000
-"""Fewest steps from one search to the next, if the steps do not drift."""
+"""The fewest steps from one search to the next, if the steps do not drift."""
 BUDGET = 0.5
-"""Distance of a mean from the dense one, as a share of that, which a spec may have; `int4` has about a tenth."""
+"""The largest error |mean - dense mean| / |dense mean| of a spec; `int4` has about 0.1."""
 RETRY = 300
-"""Steps after which a spec that has left the budget is tried again; twice as many each time."""
+"""Steps until a spec that has exceeded the budget is tried again; twice as many each time."""
 
 
 @dataclass
 class Search:
-    """The specs that are tried with `none`; `predict` ranks them, from the figures of each rank at the end of the plain steps.
+    """A search among specs and `none`. `predict` ranks them from each rank's figures at the end of the plain steps.
 
-    `predict` returns seconds a step by spec, the gentlest spec first, that of `none` among them, the same on all ranks.
+    `predict` returns the seconds of a step by spec, the gentlest spec first, `none` included; it is the same on all ranks.
     """
 
     predict: Callable[[Sequence[Said], float], Mapping[str, float]]
     budget: float = BUDGET
     period: Callable[[str], int] = lambda spec: 1
-    """Steps after which those of a spec begin anew: what counts is the mean of so many. That of `none` is 1."""
+    """The number of steps after which the kinds of a spec's steps repeat; the mean of that many counts. It is 1 for `none`."""
     holds: bool = False
-    """While on, no spec may be tried yet: the plain steps go on, and the last turn of them counts."""
+    """While True no spec is tried: the plain steps go on, and their last turn counts."""
     choices: list[Choice] = field(default_factory=list)
-    """What was chosen, the last one last."""
+    """The choices so far, in order."""
     steps: int = 0
     """Steps that have ended."""
 
@@ -88,18 +91,18 @@ class Search:
         self._seconds: dict[str, list[float]] = {}
         self._errors: dict[str, float] = {}
         self._hurt: dict[str, float] = {}
-        """Specs that have left the budget since the search began, and their errors."""
+        """Specs that have exceeded the budget since the search began, and their errors."""
         self._banned: dict[str, int] = {}
-        """The step before which a spec that has left the budget is not tried again."""
+        """The step before which a spec that has exceeded the budget is not tried again."""
         self._setbacks = 0
         self._rivals: list[str] = []
-        """What is still to go into a duel with the chosen spec."""
+        """Specs that are still to meet the chosen one in a duel."""
         self._duel: Duel | None = None
         self._round = 0
         self._since = 0
         """The step before which the search began."""
         self._longest = 1
-        """The longest period of what this search has tried, of which some may have been dropped."""
+        """The longest period of the specs that this search has tried, dropped ones included."""
         self._patience = 1
         self._looks = 0
         self._next_search = 0
@@ -111,12 +114,12 @@ class Search:
 
     @property
     def spec(self) -> str:
-        """The spec of the step that goes on now, or begins next."""
+        """The spec of the present step, or of the next one between steps."""
         return self._steps_to_come[0][0]
 
     @property
     def named(self) -> str:
-        """The spec that a report names: the choice, beside whose steps it stands; before the first one, that of this step."""
+        """The spec that a report names: the last choice; before the first choice, the spec of the present step."""
         return self.choices[-1].spec if self.choices else self.spec
 
     @property
@@ -126,14 +129,14 @@ class Search:
 
     @property
     def checks(self) -> bool:
-        """Whether the error of the step that goes on now is to be measured."""
+        """Whether the error of the present step is to be measured."""
         return self._steps_to_come[0][1] == CHECKED
 
     def note(self, seconds: float, error: float | None = None) -> bool:
-        """Note how long a step has taken, and how far its means were off, if that was measured.
+        """Note the seconds of a step, and the error of its means if that was measured.
 
-        Returns whether the ranks must compare now: they tell each other what they have seen during one step more, which does
-        not count, and `compare` behind that.
+        Returns whether the ranks must compare now: they exchange their figures during one more step, which does not count, and
+        call `compare` after it.
         """
         self.steps += 1
         spec, kind = self._steps_to_come.popleft()
@@ -166,15 +169,15 @@ class Search:
         return {spec: [min(s[i : i + each]) for i in range(0, len(s), each)] for spec, s in rounds.items()}
 
     def errors(self) -> dict[str, float]:
-        """Return the largest errors that this rank has seen since the search began, or since the last look, by spec."""
+        """Return the largest errors that this rank has seen since the search began, or since the last check, by spec."""
         return dict(self._errors)
 
     def medians(self) -> dict[str, float]:
-        """Return what this rank has measured since the search began, or since the last look: seconds by spec."""
+        """Return the medians that this rank has measured since the search began, or since the last check: seconds by spec."""
         return {spec: statistics.median(seconds) for spec, seconds in self._means().items()}
 
     def _means(self) -> dict[str, list[float]]:
-        """The mean step of each period that was timed, by spec."""
+        """Return the mean step of each timed period, in seconds, by spec."""
         periods = {spec: self.period(spec) for spec in self._seconds}
         return {
             spec: [statistics.fmean(seconds[i : i + periods[spec]]) for i in range(0, len(seconds), periods[spec])]
@@ -182,9 +185,9 @@ class Search:
         }
 
     def compare(self, everyone: Sequence[Said]) -> None:
-        """Go on from the `medians`, `turns` and `errors` of each rank, and the seconds that a comparison took it (`asked`).
+        """Continue with each rank's `medians`, `turns` and `errors`, and the seconds that its last comparison took (`asked`).
 
-        They are those of one step ago: the step that has brought them ends here.
+        They were sent one step ago: the step during which they arrived ends here.
         """
         self.steps += 1
         if self._state == "plain":
@@ -214,7 +217,7 @@ class Search:
         self._next_round()
 
     def _may_be_worth(self, spec: str) -> bool:
-        """Whether a spec is predicted to be ahead of all gentler ones by as much as is worth it."""
+        """Whether a spec's predicted step is shorter than those of all gentler specs by at least the share of `WORTH`."""
         order = list(self._predicted)
         gentler = [self._predicted[one] for one in order[: order.index(spec)]]
         return self._predicted[spec] < WORTH * min(gentler)
@@ -233,7 +236,7 @@ class Search:
         best = min(min(turns[spec]) for spec in within)
         self._tried = [spec for spec in within if min(turns[spec]) < FAR_BEHIND * best]
         still_open = self._round < ROUNDS
-        if not still_open:  # only those between which nothing is decided go on
+        if not still_open:  # else only the undecided specs go on
             contenders = [self._best(everyone), *self._ahead_by_median(everyone)]
             ends = self.steps - self._since + TURN * sum(map(self.period, contenders)) + 1  # the ranks tell each other
             still_open = len(contenders) > 1 and ends <= LATEST * self._longest
@@ -246,7 +249,7 @@ class Search:
     def _lead(self, spec: str, gentler: str, everyone: Sequence[Said]) -> tuple[bool, bool]:
         """Whether a spec's steps are shorter by as much as is worth it, and whether it was ahead in the rounds."""
         if gentler not in self._tried:
-            return True, True  # it is far behind, or has left the budget
+            return True, True  # the gentler one was dropped: far behind, or beyond the budget
         found, turns = mean_medians(everyone), fastest_turns(everyone)
         lost = sum(mine >= other for mine, other in zip(turns[spec], turns[gentler], strict=True))
         return found[spec] < WORTH * found[gentler], lost <= len(turns[spec]) // FORGIVEN
@@ -255,7 +258,7 @@ class Search:
         return [spec for spec in dict.fromkeys([PLAIN, *self._predicted]) if spec in self._tried]
 
     def _best(self, everyone: Sequence[Said]) -> str:
-        """The spec that has the lead over all gentler ones. A pair of specs that are as fast is the gentler one's."""
+        """Return the spec that leads over all gentler ones. Of two equally fast specs the gentler one wins."""
         best, *others = self._gentlest_first()
         for spec in others:
             if all(self._lead(spec, best, everyone)):
@@ -263,7 +266,7 @@ class Search:
         return best
 
     def _ahead_by_median(self, everyone: Sequence[Said]) -> list[str]:
-        """The specs whose steps are shorter than those of what would be chosen, but which were not ahead in the rounds."""
+        """Return the specs whose steps are shorter than the best one's, but which were not ahead in the rounds."""
         best, order = self._best(everyone), self._gentlest_first()
         return [spec for spec in order[order.index(best) + 1 :] if self._lead(spec, best, everyone) == (True, False)]
 
@@ -286,9 +289,9 @@ class Search:
         self._watch(everyone, found[best])
 
     def _close_to(self, best: str, found: Mapping[str, float]) -> list[str]:
-        """Return what is to meet the best spec again: what was close to it, and what was not tried but predicted to be ahead.
+        """Return the specs that are to meet the best one in a duel: close ones, and untried ones that were predicted to lead.
 
-        Where `none` is the best one, the predictions were wrong.
+        If `none` is the best one, the predictions were wrong, and untried specs are left out.
         """
         near = [s for s in found if s != best and found[s] < CLOSE * self._limit(best, s) * found[best]]
         untried = [s for s in self._predicted if s not in found and best != PLAIN]
@@ -316,7 +319,7 @@ class Search:
             self._duel = Duel(chosen, rival, self._limit(chosen, rival))
 
     def _limit(self, chosen: str, rival: str) -> float:
-        """Return the share of the chosen spec's seconds below which a rival wins: the gentler one if they are as fast."""
+        """Return the share of the chosen spec's seconds below which a rival wins, so that the gentler of two equals wins."""
         order = [PLAIN, *self._predicted]
         return WORTH if order.index(chosen) < order.index(rival) else 1 / WORTH
 
@@ -339,7 +342,7 @@ class Search:
             return
         self._looks += 1
         assert then is not None
-        if hurt:  # a rival, whose turn ended there
+        if hurt:  # a rival exceeded the budget, which ended its turn
             self._ban(hurt)
             self._next_search = min([self._next_search, *(self._banned[spec] for spec in hurt)])
             self._next_duel()
@@ -360,7 +363,7 @@ class Search:
         return {spec: error for spec, error in errors.items() if not error <= self.budget}
 
     def _ban(self, hurt: Mapping[str, float]) -> None:
-        """Try the specs that have hurt no more for a while, longer each time."""
+        """Do not try these specs again for a while, which is longer each time."""
         for spec in hurt:
             self._banned[spec] = self.steps + RETRY * 2**self._setbacks
         self._setbacks += len(hurt)
@@ -370,7 +373,7 @@ class Search:
         return f"the means of {spec} were off by {error:.2f} of the dense ones, more than {self.budget:g}"
 
     def _back_off(self, everyone: Sequence[Said], hurt: dict[str, float]) -> None:
-        """Choose the fastest of those that have been tried and have not left the budget: `none` at worst."""
+        """Choose the fastest of the tried specs that are within the budget, at worst `none`."""
         before = self.choices[-1]
         self._ban(hurt)
         left = {t.spec: t.measured for t in before.trials if t.measured is not None and t.spec not in self._hurt}

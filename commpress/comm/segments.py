@@ -10,10 +10,10 @@ from commpress.comm.parameters import real_numel
 
 @dataclass(frozen=True)
 class Segment:
-    """`n` reals of the parameter `name` (a complex value is two), or of a part of it that the name gives.
+    """`n` real values of the parameter `name`, or of a part of it that the name gives; a complex value is two real ones.
 
-    Name and n identify it: memories are found by them. `shape` and `strides` are the tensor's, in its own values; empty
-    for a part that is no tensor. All ranks must have the same, which the label of each message shows.
+    Memories are found by name and n. `shape` and `strides` are those of the tensor, in its own values; they are empty for a
+    part that is no tensor. All ranks must have the same segments; the label of each message contains them.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Segment:
 
     @classmethod
     def whole(cls, name: str, x: Tensor) -> "Segment":
-        """All of a tensor."""
+        """Return the segment of a whole tensor."""
         return cls(name, real_numel(x), tuple(x.shape), x.stride())
 
 
@@ -31,5 +31,5 @@ Segments = tuple[Segment, ...]
 
 
 def sizes(segments: Iterable[Segment]) -> list[int]:
-    """Return how many reals each has."""
+    """Return the number of real values of each segment."""
     return [segment.n for segment in segments]

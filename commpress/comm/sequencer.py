@@ -1,14 +1,14 @@
 """One order of collectives on every rank, while backward goes on.
 
-Buckets arrive in DDP's order, the same on every rank. On CPU one thread encodes them and starts
-their first transfers; another waits for those, starts the next ones, and decodes, both in that order:
+Buckets arrive in DDP's order, the same on every rank. On CPU one thread encodes them and starts their first transfers. A second
+thread waits for those, starts the next transfers, and decodes. Both keep the order of the buckets:
 
     encode thread   [encode 0][encode 1]         [encode 2]
     network                   |== send 0 ==|== send 1 ==|=2=|= send 2 =| ...
     wire thread                             [recode 0]  [decode 0][recode 1] ...
 
-So a bucket is sent as soon as it is encoded. An uncompressed one starts in the caller's thread, if none is before
-it: as without commpress, it does not wait for another thread. On an accelerator everything is enqueued on a side stream in the
+So a bucket is sent as soon as it is encoded. An uncompressed bucket starts in the caller's thread if no other is before it: as
+without commpress, it does not wait for another thread. On an accelerator everything is enqueued on a side stream in the
 caller's thread, and streams wait for each other instead of threads.
 
 An error ends the exchange for good: the group is closed, so that no peer waits for this rank, and every rank's future fails.
@@ -38,7 +38,7 @@ from commpress.comm.timeline import Span
 STOP_SECONDS = 5.0
 THREADS = ("commpress encode", "commpress wire")
 NO_BUCKET = -1
-"""The place in a report of what is no bucket, and stands in none."""
+"""The index of a job that is not a bucket; it is in no report."""
 
 
 @dataclass
@@ -55,18 +55,18 @@ class Job:
     finished: Callable[[BaseException | None], None]
     submitted: float = field(default_factory=time.perf_counter)
     backend_bytes: int | None = None
-    """Bytes that the group itself would send in its place, if that is not `dense_bytes`."""
+    """Bytes that the group itself would send uncompressed, if they are not `dense_bytes`."""
     starts_at_once: Callable[[], bool] | None = None
     """Whether its first transfer can start now, without computing and without waiting for other ranks. None: it cannot."""
 
 
 def make_future(device: torch.device) -> "torch.futures.Future[Any]":
-    """A future for the end of a job; on an accelerator it knows the streams of `device`."""
+    """Return a future for the end of a job; on an accelerator it knows the streams of `device`."""
     return torch.futures.Future(devices=None if device.type == "cpu" else [device])
 
 
 class Sequencer:
-    """The runner of one process group's jobs, until it is collected or the program ends. Then the connections close."""
+    """The runner of one process group's jobs. Its connections close when it is garbage collected or the program ends."""
 
     def __init__(self, wire: Wire, meter: Meter) -> None:
         self._lines = _Lines(wire, meter)
@@ -85,7 +85,7 @@ class Sequencer:
         """Take the next bucket. Call it in the same order on every rank."""
         if self._stream is None:
             lines = self._lines
-            # the caller must not wait here: other ranks may need what it does next before they come to this bucket
+            # the caller must not wait here: other ranks may need its next action before they come to this bucket
             if job.starts_at_once is not None and lines.given == lines.handed_on and job.starts_at_once():
                 lines.flying.put(_encoded(lines, job))
             else:
@@ -106,9 +106,9 @@ class Sequencer:
                 self._lines.end([job])
 
     def ask(self, settings: Settings, label: Label) -> list[Settings]:
-        """Every rank's settings (JSON values), in the order of the ranks. Collective; call it between steps.
+        """Return every rank's settings (JSON values), in the order of the ranks. Collective; call it between steps.
 
-        Raises ExchangeError on all ranks if one is gone, or does something else. That ends the exchange, too.
+        Raises ExchangeError on all ranks if one is gone, or does something else. This error also ends the exchange.
         """
         error: BaseException | None = self._lines.error
         if error is None:
@@ -122,7 +122,7 @@ class Sequencer:
         raise error
 
     def fail(self, error: BaseException) -> BaseException:
-        """End the exchange on all ranks for a reason that this one has. Returns the error to raise."""
+        """End the exchange on all ranks because of this rank's error. Returns the error to raise."""
         self._lines.note(error)
         self._lines.end([])
         assert self._lines.error is not None
@@ -153,13 +153,13 @@ class _Lines:
         self.board = wire.board
         self.encoding: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.flying: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
-        self.given = 0  # jobs that the encode thread got, counted by the caller
-        self.handed_on = 0  # those that are in `flying`, counted by the encode thread
+        self.given = 0  # jobs for the encode thread, counted by the caller
+        self.handed_on = 0  # jobs that it has put into `flying`, counted by the encode thread
         self.error: BaseException | None = None
         self.noting = threading.Lock()
         self.closed = False
-        self.busy = 0.0  # seconds of this step in which a bucket was under way
-        self.landed = 0.0  # when the last one was done
+        self.busy = 0.0  # seconds of this step in which a bucket was being exchanged
+        self.landed = 0.0  # when the last exchange ended
 
     @contextlib.contextmanager
     def timed(self, job: Job, phase: str) -> Iterator[None]:
@@ -170,7 +170,7 @@ class _Lines:
         self.took(job, phase, start)
 
     def took(self, job: Job, phase: str, start: float) -> None:
-        """Note that a phase of a bucket lasted from then until now."""
+        """Note that a phase of a bucket lasted from `start` (`time.perf_counter`) until now."""
         end = time.perf_counter()
         job.row.seconds[phase] += end - start
         if job.row.bucket != NO_BUCKET:
@@ -206,7 +206,7 @@ class _Lines:
                     cause = self.wire.lost_peer(str(cause))
                 self.error = self.board.explain(cause)
             for one in (error, error.__cause__, error.__context__):
-                if one is not None:  # its frames hold transfers, which keep the connections open
+                if one is not None:  # an error's frames hold transfers, which keep the connections open
                     traceback.clear_frames(one.__traceback__)
 
     def end(self, jobs: list[Job]) -> None:
@@ -223,7 +223,7 @@ class _Lines:
 
 @dataclass
 class _Flight:
-    """A bucket and its transfer that is on the way; none if nothing is to be sent, or something failed."""
+    """A bucket and its transfer under way; the transfer is None if nothing is to be sent, or if an error occurred."""
 
     job: Job
     transfer: Transfer | None = None
@@ -251,9 +251,9 @@ _sequencers: "weakref.WeakSet[Sequencer]" = weakref.WeakSet()
 
 @atexit.register
 def _end_all() -> None:
-    """End the threads before Python shuts down. A thread that drops the last reference to its sequencer runs `_stop` itself,
-    and nobody has joined it then."""
-    until = time.monotonic() + 2 * STOP_SECONDS  # torchrun kills what takes 30 s
+    """End the threads before Python shuts down. A thread that drops the last reference to its sequencer runs `_stop` itself, so
+    it must be joined here."""
+    until = time.monotonic() + 2 * STOP_SECONDS  # torchrun kills a process after 30 s
     for sequencer in list(_sequencers):
         sequencer._ender()
     for thread in threading.enumerate():
@@ -262,8 +262,7 @@ def _end_all() -> None:
 
 
 def _stop(lines: _Lines, threads: list[threading.Thread]) -> None:
-    """End the threads and the connections. A thread that Python's shutdown meets inside torch would take the process down
-    with it."""
+    """End the threads and the connections. If Python shut down while a thread is inside torch, the process would crash."""
     lines.encoding.put(None)
     for thread in threads:
         if thread is not threading.current_thread():
@@ -277,7 +276,7 @@ def _encode_line(lines: _Lines) -> None:
     while (job := lines.encoding.get()) is not None:
         lines.flying.put(_encoded(lines, job))
         lines.handed_on += 1
-        del job  # what it holds shall not outlive it while this thread waits for the next
+        del job  # so that its tensors are freed while this thread waits for the next job
     lines.flying.put(None)
 
 
@@ -314,7 +313,7 @@ def _wire_line(lines: _Lines) -> None:
 
 
 def _fly(lines: _Lines, flight: _Flight, landing: list[_Flight]) -> None:
-    """Land the bucket before this one, then bring this one to its last transfer."""
+    """Finish the bucket before this one, then take this one to its last transfer."""
     _land(lines, landing)
     while flight.transfer is not None and not flight.transfer.last:
         flight.arrive(lines)
@@ -323,7 +322,7 @@ def _fly(lines: _Lines, flight: _Flight, landing: list[_Flight]) -> None:
 
 
 def _land(lines: _Lines, landing: list[_Flight]) -> None:
-    """Await the last transfer of the bucket that is about to land, if there is one, and decode it."""
+    """Wait for the last transfer of the bucket in `landing`, if there is one, and decode it."""
     for flight in landing:
         if flight.transfer is not None:
             flight.arrive(lines)
@@ -334,7 +333,7 @@ def _land(lines: _Lines, landing: list[_Flight]) -> None:
 
 
 def _crash(lines: _Lines, flights: list[_Flight]) -> None:
-    """Let go of all transfers, those in the queue, too, so that the connections close; then fail the jobs."""
+    """Drop all transfers, also those in the queue, so that the connections close; then fail the jobs."""
     ends = False
     while not lines.flying.empty():
         queued = lines.flying.get()

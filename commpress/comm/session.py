@@ -1,6 +1,6 @@
 """Sessions: the user's handle on the traffic of one model, with report, masks, phases, timeline and state, under every wrapper.
 
-A session knows no framework and sends nothing by itself: its `Collectives` do. The hooks in `commpress.hooks` make it.
+A session knows no framework and sends nothing by itself: its `Collectives` send. The hooks in `commpress.hooks` make it.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class SideTraffic(Protocol):
     """Other traffic of the same model: the buffers that DDP broadcasts."""
 
     def report(self) -> Report:
-        """Bytes and seconds so far, on this rank."""
+        """Return bytes and seconds so far, on this rank."""
 
     def phase(self, name: str) -> None:
         """Call the report's rows by this name from now on."""
@@ -63,11 +63,11 @@ class Session:
     """The return value of `commpress.attach`: report, masks and state of a model's traffic in one or several groups of ranks.
 
     `collectives` send the traffic; `rank` and `world_size` count all ranks together (default: the first group's). `settings`
-    must be alike in a saved state and here; `spec` is the name of the traffic in reports. `step_buffer` is given where the
-    ranks are replicas, and `parameters` then holds names and sizes of what it exchanges; `auto` is given where a spec is
-    searched for. `masks` turns masks by parameter into what each of the collectives needs. `reshard` turns the residuals of
-    another number of ranks into those of these ranks (`merged` adds them up), or returns None if it cannot. `values` is the
-    approximate number of values in the model.
+    must be equal in a saved state and here; `spec` is the name of the traffic in reports. `step_buffer` is given if the ranks
+    are replicas; `parameters` then holds the names and sizes of the exchanged parameters. `auto` is given if a spec is searched
+    for. `masks` turns masks by parameter into an index for each of the collectives. `reshard` turns the residuals of another
+    number of ranks into those of these ranks, after they were added up. `values` is the approximate number of values in the
+    model.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Session:
         first = collectives[0]
         self.device = first.device
         self.group = first.group if len(collectives) == 1 else None
-        """The ranks that train the model; None where they are several groups, which are all of the default group."""
+        """The group of the ranks that train the model; None if there are several, which together are the default group."""
         self.rank = first.rank if rank is None else rank
         self.world_size = first.world_size if world_size is None else world_size
         self.side_traffic: list[SideTraffic] = []
@@ -122,9 +122,7 @@ class Session:
             found = self._masks(masks)
         except ValueError as error:
             refusal = str(error)
-        for (
-            collectives
-        ) in self.collectives:  # each hands on what it found: the dimensions of a mesh reach all its ranks
+        for collectives in self.collectives:  # each passes its result on, so it reaches all ranks of a mesh
             try:
                 require_equal(collectives.traffic.ask(described(masks, refusal), "a set of masks"))
             except ValueError as error:
@@ -142,7 +140,7 @@ class Session:
             collectives.versions.clear()
 
     def send_dense(self, on: bool) -> None:
-        """Send exact gradients of all values while on, also of those that masks prune: they show which weights shall regrow."""
+        """Send the exact gradients of all values while `on`, also of pruned ones: they show which weights should regrow."""
         for collectives in self.collectives:
             collectives.send_dense = on
 
@@ -221,7 +219,7 @@ class Session:
                 collectives.meter.timeline = None
 
     def follow_scale(self) -> None:
-        """For hooks: a step begins. The residual changes with the loss scale."""
+        """Begin a step: scale the residual as the loss scale has changed. For hooks."""
         for collectives in self.collectives:
             collectives.follow_scale()
 
@@ -235,8 +233,8 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's residuals and their layout. Every rank saves its own. Call it between steps.
 
-        DDP lays out its buckets anew between its first and its second step. A state that is saved just there goes on with the
-        first layout: nothing is lost, but the run does not go on bit for bit.
+        DDP rebuilds its buckets between its first and its second step. A state that is saved between them continues with the
+        first layout: nothing is lost, but the run does not continue bit for bit.
         """
         if self.step_buffer is not None:
             self.step_buffer.forget_skipped_step()
@@ -255,13 +253,13 @@ class Session:
         return RankState(content, self._values or sum(sizes(self._parameters)), shared)
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
-        """Restore what `state_dict` saved on the same rank; training goes on bit for bit. Collective, between steps.
+        """Restore what `state_dict` saved on the same rank; training continues bit for bit. Collective, between steps.
 
-        `state` is that dict, or what `torch.distributed.checkpoint` has loaded into one. The latter fits any number of ranks:
-        of replicas, and of shards under FSDP2 without replicas; the sum of the residuals is kept. For replicas a sequence of
-        the states of all ranks does the same. By hand, load a compressed optimizer's state first; a distributed checkpoint
-        holds it with the session's. DDP lays its buckets out anew after a restart; the first step is exchanged in the saved
-        layout.
+        `state` is that dict, or a state that `torch.distributed.checkpoint` has loaded. The latter fits any number of ranks, of
+        replicas and of shards under FSDP2 without replicas; the sum of the residuals is kept. For replicas a sequence of the
+        states of all ranks does the same. If you load by hand, load a compressed optimizer's state first; a distributed
+        checkpoint holds it with the session's. DDP rebuilds its buckets after a restart; the first step is exchanged in the
+        saved layout.
 
         Raises ValueError on all ranks if a state belongs to another version, plan, rank, number of ranks or model, or if the
         ranks' states are not of one step; TypeError on its own rank for an object that is no state.
@@ -272,13 +270,11 @@ class Session:
         try:
             mine = self._states(state)
             said = [*map(summary, mine), said][0]
-        except Exception as error:  # the other ranks wait for what this one has to say
+        except Exception as error:  # the other ranks wait for this one's answer
             refusal = unreadable(error)
             said = {"error": str(refusal)}
         first = said
-        for (
-            collectives
-        ) in self.collectives:  # each hands on what it found: the dimensions of a mesh reach all its ranks
+        for collectives in self.collectives:  # each passes its result on, so it reaches all ranks of a mesh
             everyone = collectives.traffic.ask(said, "a state to restore")
             if refusal is None:
                 try:
@@ -307,7 +303,7 @@ class Session:
         self.restore({"scale": first["scale"], "memories": memories, "optimizer": own, "side traffic": []})
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from the state of this rank, which fits, as all ranks do. Not collective."""
+        """Continue from this rank's state, which must fit; all ranks do so. Not collective."""
         versions = state.get("versions") or [()] * len(self.collectives)
         for collectives, memories, known in zip(self.collectives, state["memories"], versions, strict=True):
             collectives.scale = float(state["scale"])
@@ -326,7 +322,7 @@ class Session:
         self._require_fit(state, state["memories"])
 
     def _states(self, state: Any) -> list[dict[str, Any]]:
-        """The saved states that this rank goes on with: its own, or its share of those of another number of ranks."""
+        """Return the saved states from which this rank continues: its own, or its share of another number of ranks' states."""
         if isinstance(state, RankState) and (rows := state.loaded) is not None:
             found = rows
         elif isinstance(state, Mapping):
@@ -348,10 +344,10 @@ class Session:
         return found
 
     def _require_fit(self, state: dict[str, Any], memories: list[Memories]) -> None:
-        """Raise ValueError if what a state has is not of this session's parameters, or not of the values that travel now."""
+        """Raise ValueError if a state's memories are not of this session's parameters, or not of the values that masks keep."""
         saved = {bare_name(name): int(n) for kept in memories for bucket in kept for name, n in bucket["segments"]}
         if self._parameters and saved:
-            replicas = self.step_buffer is not None  # else some may not have been exchanged yet
+            replicas = self.step_buffer is not None  # shards that were never exchanged have no memory
             present = {part.name: part.n for part in self._parameters if replicas or part.name in saved}
             require_same_parameters(saved, present)
         for collectives, kept in zip(self.collectives, memories, strict=True):
@@ -367,7 +363,7 @@ class Session:
         }
 
     def _mean_of_own(self, mine: list[Any], saved: int) -> Any:
-        """Return what an optimizer has of its own on a rank, as the mean over all that have saved. Collective."""
+        """Return the mean, over all ranks that have saved, of the state that an optimizer has on each rank. Collective."""
         if self._optimizer is None:
             return None
         mean = self._optimizer.own_state()

@@ -1,15 +1,16 @@
-"""`auto` where parameters are sharded (FSDP2, ZeRO 1 to 3): one search for the spec of gradients and, if wanted, of parameters.
+"""`auto` for sharded parameters (FSDP2, ZeRO 1 to 3): one search for the spec of gradients and, if wanted, of parameters.
 
     forward: gathers | backward: gathers, reductions | optimizer | forward ...
-    ^ a step begins: both specs change                           ^ the next one
-    [what the ranks have seen, to all] goes in line              ^ is read
+    ^ a step begins: both specs change                           ^ the next step begins
+    [the ranks' figures] are queued with the traffic             ^ the figures are read
 
-A candidate is a pair of specs, such as `int4, parameters int8`; in `none` nothing is compressed. Where there are replicas of
-shards, the ranks tell each other among the shards first, a step later among the replicas: so all have the same figures. Nobody
-waits for that (`question.py`): one rank may be in its forward while another is in a collective of the user's own. Training
-waits for each exchange there and then, so the model that ranks candidates is a sum: for each role, what is waited for shrinks
-with the bytes, and the codec's seconds come on top. (On an accelerator the host sees no waiting: there the seconds decide.)
-Of a sharded mean no rank holds all, so no error is measured.
+A candidate is a pair of specs, such as `int4, parameters int8`; with `none` nothing is compressed. If shards have replicas, the
+ranks exchange their figures among the shards first, and a step later among the replicas, so that all have the same ones. No
+rank waits for this (`question.py`): one rank may be in its forward while another is in a collective of the user's own.
+
+Training waits for each exchange when it has started it. So the model that ranks candidates is a sum: for each role, the seconds
+of waiting shrink with the bytes, and the codec's seconds are added. (On an accelerator the host does not see the waiting; there
+only the measured step times decide.) No rank holds a whole sharded mean, so no error is measured.
 """
 
 import sys
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
     from commpress.comm.collectives import Collectives
 
 PARAMETER_SPECS = (PLAIN, "bf16", "int8")
-"""The specs of parameters that `auto` may choose: those that keep the loss. By `int4` a GPT's was 3.6 % higher."""
+"""The specs of parameters that `auto` may choose: those that keep the loss. With `int4` a GPT's loss was 3.6 % higher."""
 LEAST = 0.01
-"""A predicted step is at least this share of a plain one."""
+"""The shortest predicted step, as a share of a plain one."""
 PATIENCE = 8
-"""So many forwards a step is put off at most, for backwards that are to come: some outputs are never used."""
+"""The most forwards by which a step is delayed for outstanding backwards; some outputs are never used."""
 
 
 def decides(gradients: Spec, parameters: str | Codec | None) -> tuple[bool, bool]:
@@ -61,12 +62,12 @@ def decides(gradients: Spec, parameters: str | Codec | None) -> tuple[bool, bool
 
 
 class ShardedAuto:
-    """Steers the plans of a sharded model's traffic, step by step. `error_feedback` as in `attach`.
+    """The choice of the plans of a sharded model's traffic, step by step. `error_feedback` is as in `attach`.
 
     `steered` are the collectives whose plans change. `compared` are this rank's: first those of the shards, which gather the
     parameters, then those of the replicas, if there are any. The last of them compress the gradients. `parameters` says whether
-    a spec of the parameters is looked for, too; `dtypes` are those of what is exchanged. `begin_step` is called at the same
-    place on every rank, and waits for none.
+    a spec of the parameters is searched for, too; `dtypes` are those of the exchanged tensors. `begin_step` is called at the
+    same place on every rank, and waits for no other rank.
     """
 
     def __init__(
@@ -92,30 +93,30 @@ class ShardedAuto:
             compile_loops(compared[0].device, dtypes)
         self.search = Search(self._predicted)
         self.due = True
-        """Whether the next forward begins a step: something was reduced, or stepped, since the last one began."""
+        """Whether the next forward begins a step: gradients were reduced, or parameters stepped, since the last one began."""
         self.outstanding: set[object] = set()
-        """One for each forward of this step whose backward has not begun: it computes with the parameters of its forward."""
+        """A token for each forward of this step whose backward has not begun; the backward needs the forward's parameters."""
         self._put_off = 0
         self._began: float | None = None
         self._asked = 0.0
         self._asks = [one for one in compared if one.world_size > 1]
-        """The groups in which the ranks tell each other what they have seen, one behind the other."""
+        """The groups in which the ranks exchange their figures, one after another."""
         self._questions: list[Question] = []
-        """Those of the steps before, one for each group so far; empty in most steps."""
+        """The questions of the steps before, one for each group so far; empty in most steps."""
         self._noted: Counter[tuple[str, int, int]] = Counter()
-        """How often this step exchanges what: role, values, bytes a value."""
+        """The number of this step's exchanges by role, values and bytes a value."""
         self._waited = dict.fromkeys(self._plans, 0.0)
-        """Seconds that training waited for what others have sent in our place, by role."""
+        """Seconds that training waited for the framework's own exchanges, by role."""
         self._mark = self._totals()
 
     @property
     def spec(self) -> str:
-        """The name of the traffic in a report: what was chosen, or what is tried before the first choice."""
+        """The name of the traffic in a report: the chosen candidate; before the first choice, the present one."""
         return f"{AUTO}: {self.search.named}" + ("" if self.search.choice else ", still looking")
 
     def begin_step(self) -> None:
-        """A step's first forward begins: take its plans. What the ranks say of one step is read in the next, and goes on to the
-        replicas, if there are any."""
+        """Set the plans of a step, whose first forward begins. The ranks' figures of one step are read in the next, and then
+        sent on to the replicas, if there are any."""
         self.due, self._put_off = False, 0
         self.outstanding.clear()
         if self.world_size == 1:
@@ -147,7 +148,7 @@ class ShardedAuto:
         self._began = time.perf_counter()
 
     def may_begin(self) -> bool:
-        """Whether the forward that comes begins a step. While backwards of the last one are to come it is put off."""
+        """Whether the coming forward begins a step. A step is delayed while backwards of the last one are outstanding."""
         if self.due and self.outstanding and self._put_off < PATIENCE:
             self._put_off += 1
             return False
@@ -158,7 +159,7 @@ class ShardedAuto:
         self._noted[role, n, itemsize] += 1
 
     def note_waiting(self, role: str, seconds: float) -> None:
-        """Note that training has waited so long for what the framework has sent by itself."""
+        """Note the seconds that training has waited for an exchange of the framework's own."""
         self._waited[role] += seconds
 
     def explain(self) -> str:
@@ -169,10 +170,10 @@ class ShardedAuto:
         """Return None: the model has no link, so it knows no bandwidth above which `none` would be faster."""
         return None
 
-    # what the ranks tell each other
+    # the figures that the ranks exchange
 
     def _ask(self, rows: list[Any]) -> None:
-        """Tell the next group what the ranks in front of it have said: in the end all have the rows of all, in one order."""
+        """Send the figures so far to the next group. After the last group all ranks have the figures of all, in one order."""
         one = self._asks[len(self._questions)]
         told: dict[str, object] = {"rows": rows}
         self._questions.append(one.traffic.send_question(told, "how long the steps took", len(rows) * ROOM))
@@ -193,13 +194,13 @@ class ShardedAuto:
         return said
 
     def _totals(self) -> tuple[int, float, float]:
-        """Steps so far, and the seconds that training has waited for gradients and for parameters."""
+        """Return the steps so far, and the seconds that training has waited for gradients and for parameters."""
         own = {"gradients": self._compared[-1], "parameters": self._compared[0]}
         gradients, parameters = (one.traffic.spent(role)[0] + self._waited[role] for role, one in own.items())
         return self.search.steps, gradients, parameters
 
     def _cost(self, role: str, plan: Plan) -> tuple[int, float]:
-        """The bytes that this rank sends in a step of what it has noted for this role, and the seconds that it codes."""
+        """Return the bytes that this rank sends by `plan` in a step of the noted exchanges, and the seconds of its codec."""
         own = self._compared[-1 if role == "gradients" else 0]
         W, native = own.world_size, 2 if own.device.type == "cpu" else 1
         speed, sent, coding = self._speeds[str(plan.codec)], 0, 0.0
@@ -225,7 +226,7 @@ class ShardedAuto:
         return sent, coding
 
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
-        """Seconds of a step by candidate: a plain one, less what is waited for no more, and what coding takes."""
+        """Return the predicted seconds of a step by candidate: a plain step, minus the saved waiting, plus the coding."""
         return {
             name: max(LEAST * plain, plain + sum(_gain(everyone, *of) for of in zip(self._plans, pair, strict=True)))
             for name, pair in self._pairs.items()
@@ -233,11 +234,11 @@ class ShardedAuto:
 
 
 def begins_steps(auto: ShardedAuto) -> Callable[..., None]:
-    """Return a forward pre-hook for a model: the first forward behind what made a step due begins it, if it is trained."""
+    """Return a forward pre-hook for a model: it begins a step in the first training forward after one became due."""
 
     def before(module: Any, arguments: Any) -> None:
         if auto.due and module.training and torch.is_grad_enabled() and auto.may_begin():
-            # none of it is to be compiled; what nobody has compiled with by now is slow to import
+            # must not be compiled; torch.compiler is slow to import, so it is used only if it is there
             (torch.compiler.disable(auto.begin_step) if "torch._dynamo" in sys.modules else auto.begin_step)()
 
     before._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -245,15 +246,15 @@ def begins_steps(auto: ShardedAuto) -> Callable[..., None]:
 
 
 def follows_backwards(auto: ShardedAuto) -> Callable[..., None]:
-    """Return a forward hook for a model: until a backward comes to what a forward returned, that is outstanding."""
+    """Return a forward hook for a model: a forward is outstanding until a backward reaches its output."""
 
     def behind(module: Any, arguments: Any, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        # not auto: a hook on a gradient is held by the graph
+        # not `auto` itself: the graph keeps a gradient's hook alive
         forward, outstanding = object(), auto.outstanding
         for one in torch.utils._pytree.tree_leaves(output):
-            if isinstance(one, Tensor) and one.requires_grad and not one.is_leaf:  # a leaf would keep the hook
+            if isinstance(one, Tensor) and one.requires_grad and not one.is_leaf:  # a leaf would keep the hook for good
                 outstanding.add(forward)
                 one.register_hook(lambda gradient: outstanding.discard(forward))
 
@@ -267,12 +268,12 @@ def _named(gradients: str, parameters: str) -> str:
 
 
 def _coded(speed: Speed, payloads: int) -> float:
-    """Seconds a value for encoding it, and for the mean of so many payloads."""
+    """Return the seconds a value to encode it and to average `payloads` payloads."""
     return speed.encode + speed.mean[0] + (payloads - 1) * speed.mean[1]
 
 
 def _gain(everyone: Sequence[Said], role: str, spec: str) -> float:
-    """Seconds by which a step is longer if this role goes by a spec, less than 0 if it is shorter, as all ranks have it."""
+    """Return the seconds by which a step changes if this role is sent by `spec`, from all ranks' figures; below 0: shorter."""
     if spec == PLAIN:
         return 0.0
     told: list[Any] = [said["roles"][role] for said in everyone]  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The factors of `powersgd(r)` for ranks that go on without their own state: rank 0 sends those that all others have."""
+"""The factors of `powersgd(r)` for ranks that continue without a state of their own: rank 0 sends them."""
 
 import json
 from functools import partial
@@ -12,9 +12,9 @@ from commpress.comm.resize import Memories
 
 
 def share_factors(memories: list[Memories], group: dist.ProcessGroup, device: torch.device) -> None:
-    """Give the factors that rank 0 has, as all have that have saved, to those that go on without a state. Collective.
+    """Send rank 0's factors, which all saved ranks share, to the ranks that have no state. Collective.
 
-    Their names and shapes travel as JSON, their values as float32: nothing that runs code when it is read.
+    Names and shapes are sent as JSON, values as float32, so that reading them runs no code.
     """
     send = partial(_from_first, group=group)
     kept = [[one.get("factors", ()) for one in buckets] for buckets in memories]
@@ -34,7 +34,7 @@ def share_factors(memories: list[Memories], group: dist.ProcessGroup, device: to
 
 
 def _from_first(x: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
-    """Return the `n` values of x, in one dimension, that the first rank of a group has. Collective."""
+    """Return the `n` values of x on the first rank of a group: [n]. Collective."""
     found = x if dist.get_rank(group) == 0 else torch.empty(n, dtype=x.dtype, device=x.device)
     if n:
         dist.broadcast(found, dist.get_global_rank(group, 0), group=group)

@@ -12,7 +12,7 @@ from commpress.comm.cost import Speed
 from commpress.comm.exchange import EXCHANGES
 
 VALUES = 2**22
-"""Length of the gradient that codecs are timed with: more than the cache of one core."""
+"""Length of the gradient with which codecs are timed: it is larger than a core's cache."""
 REPEATS = 5
 
 
@@ -20,7 +20,7 @@ def measure(codec: Codec, device: torch.device, n: int | None = None) -> Speed:
     """Time a codec on `n` values (default: VALUES), on one core of this machine or on its accelerator."""
     n = VALUES if n is None else n
     x = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(device)
-    if not codec.lossy:  # dense: divided by the number of ranks, and summed by the group
+    if not codec.lossy:  # dense: values are divided by the number of ranks, and the group sums them
         return Speed(_seconds(lambda: x.mul_(1.0), device) / n, (0.0, 0.0), (0.0, 0.0), _adding(x, x.clone(), device))
     coding.warm_up(codec, device)
     residual, out = torch.zeros_like(x), torch.empty_like(x)
@@ -47,7 +47,8 @@ def _adding(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> float:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The least of a few calls after a first one; on CPU the thread's own time, so that what else runs here does not count."""
+    """Return the shortest of a few calls after a first one, in seconds. On CPU it is the thread's own time, so that other
+    programs do not count."""
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
     times = []
     for _ in range(REPEATS + 1):

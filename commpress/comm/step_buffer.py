@@ -2,8 +2,8 @@
 
     bucket -> [pending, if the optimizer must see all first, or a restart has another layout] -> Collectives.all_reduce
 
-They wait if a norm over all gradients is clipped, and in the first step after a restart, which is exchanged in the layout
-that was saved; on an accelerator where the ranks compare what they begin a step with, too.
+Buckets wait if a norm over all gradients is clipped, and in the first step after a restart, which is exchanged in the saved
+layout. On an accelerator they also wait in steps at whose start the ranks compare their states.
 """
 
 import time
@@ -59,14 +59,14 @@ class StepBuffer:
         self.auto, self.rules = auto, rules
         collectives.may_undo = optimizer is not None and collectives.grad_scaler is not None
         self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
-        """Tensors of which all ranks should hold the same bits when a step begins, by name; for those who know it."""
+        """Returns tensors, by name, that should have the same bits on all ranks when a step begins; by default none."""
         self.step = 0
         """Steps so far."""
         self.restored: list[Segments] = []
-        """The layout in which the next step is exchanged, if it is another than that of the buckets."""
+        """The saved layout in which the next step is exchanged; empty if that is the layout of the buckets."""
         self._pending: list[PendingBucket] = []
         self._compared: Callable[[], None] | None = None
-        """Waits until the ranks have compared what this step begins with, where the exchanges do not see to that."""
+        """Waits until the ranks have compared their states at the start of this step; None if the exchanges do that."""
         self._begins = True
         self._current = Step(0)
         self._backward_started: float | None = None
@@ -74,9 +74,9 @@ class StepBuffer:
     def submit(self, bucket: Tensor, segments: Segments, index: int, last: bool) -> "torch.futures.Future[Tensor]":
         """Replace `bucket` ([n], contiguous, any float or complex dtype) by its mean over the ranks, in the background.
 
-        `segments` names the parameters in it, and how many reals of it are theirs (a complex value is two), `index` its place
-        among the buckets, `last` ends the step. The future holds `bucket`; waiting for it raises RuntimeError if the exchange
-        failed on any rank. Same order on every rank.
+        `segments` holds the names of the parameters in it and their numbers of real values (a complex value is two), `index` is
+        its place among the buckets, and `last` ends the step. The future holds `bucket`; waiting for it raises RuntimeError if
+        the exchange failed on any rank. Call it in the same order on every rank.
         """
         if self._begins:
             self._begin()
@@ -100,7 +100,7 @@ class StepBuffer:
         return work.future()
 
     def flush(self) -> None:
-        """Exchange a step all of whose buckets are there; the first after a restart in the layout that was saved."""
+        """Exchange the waiting buckets of a complete step; in the first step after a restart, in the saved layout."""
         pending, layouts = self._pending, self.restored
         self._pending, self.restored = [], []
         if not layouts or {one.segments for one in pending} == set(layouts):
@@ -125,7 +125,7 @@ class StepBuffer:
                 places[segment.name].copy_(part)
             waiting -= 1
             if waiting == 0 or (error is not None and waiting > 0):
-                waiting = min(waiting, 0)  # the others have no one left to tell
+                waiting = min(waiting, 0)  # `finish` is not called a second time
                 for one in pending:
                     one.work.finish(error)
 
@@ -175,7 +175,7 @@ class StepBuffer:
         last: bool,
         then: Callable[[BaseException | None], None] | None = None,
     ) -> Work:
-        """Exchange a bucket, or those parts of it that travel in this step, by what the optimizer wants for each."""
+        """Exchange a bucket, or the parts of it that are sent in this step, by the optimizer's override for each."""
         collectives, step, optimizer = self.collectives, self._current, self.optimizer
         if self.rules is not None:
             return self._send_by_rules(self.rules, x, segments, index, last, then)
@@ -185,7 +185,7 @@ class StepBuffer:
         if parts == [segments]:
             override = optimizer.override(segments, codec)
             return collectives.all_reduce(x, segments, index, override=override, step=step, last=last, then=then)
-        # what is in none of them stays as it is, and so does what is kept of it
+        # values in none of the parts do not change, nor do their memories
         collectives.feedback.register(segments)
         if not parts:
             override = Override(None, "nothing in it is trained")
@@ -221,14 +221,14 @@ class StepBuffer:
         return whole
 
     def forget_skipped_step(self) -> None:
-        """Take back what feedback made of the last exchange, if the scaler has skipped the step that should have used it."""
+        """Undo the last exchange in the residuals, if the GradScaler has skipped the step that should have used it."""
         if self.collectives.may_undo and self.optimizer is not None and self.optimizer.awaits_step:
             self.collectives.feedback.restore_snapshot()
 
     def take_over(self, feedback: Feedback, names: Mapping[str, str], scale: float) -> None:
-        """Go on with what another session withheld, of parameters that both exchange. Call it before the first step.
+        """Take over another session's residuals of the parameters that both exchange. Call it before the first step.
 
-        `names` has its names for them, and ours. `scale` is the loss scale of what it withheld.
+        `names` maps its names of these parameters to the names here. `scale` is the loss scale of its residuals.
         """
         own = self.collectives.feedback
         self.collectives.scale = scale
@@ -248,14 +248,14 @@ class StepBuffer:
         self.collectives.meter.note(Span(phase, self.step, None, start, time.perf_counter()))
 
     def backward_starts(self) -> None:
-        """Backward starts now. It ends with the step's last bucket."""
+        """Note that backward starts now. It ends with the step's last bucket."""
         self._backward_started = time.perf_counter()
 
     def timeline_starts(self) -> None:
-        """A timeline begins, between two steps."""
+        """Begin a timeline, between two steps."""
         self._backward_started = None
 
 
 def _by_rule(codec: Codec | None) -> Override | None:
-    """The override of a named codec; None where the step's own plan holds."""
+    """Return the override for a rule's codec; None if the step's own plan holds."""
     return None if codec is None else Override(codec)

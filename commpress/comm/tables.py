@@ -1,4 +1,4 @@
-"""A report as a table: of text, and of HTML for notebooks. Both have the same cells: a row per bucket, then the sums."""
+"""A report as a table, in text and in HTML for notebooks. Both have the same cells: a row per bucket, then the sums."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,7 +34,7 @@ def text(report: "Report") -> str:
 
 
 def html(report: "Report") -> str:
-    """Return the table as HTML, without scripts; all that is text is escaped."""
+    """Return the table as HTML, without scripts; all text is escaped."""
 
     def row(cells: tuple[str, ...], tag: str = "td") -> str:
         aligned = ("left" if at in (0, len(cells) - 1) else "right" for at in range(len(cells)))
@@ -54,12 +54,12 @@ def html(report: "Report") -> str:
 
 
 def title(report: "Report") -> str:
-    """Return what traffic a table is of."""
+    """Return the title of a table: its traffic, rank and steps."""
     return f"commpress {report.spec}: rank {report.rank} of {report.world_size}, {report.steps} steps"
 
 
 def buckets(report: "Report") -> Iterator[tuple[str, ...]]:
-    """Return the cells of each bucket, its phases added up."""
+    """Return the cells of each bucket, summed over its phases."""
     for row in _all_phases(report.rows):
         ms = (f"{row.seconds[p] * 1e3 / max(row.steps, 1):.2f}" for p in PHASES)
         name = str(row.bucket) if len(report.roles) == 1 else f"{row.role} {row.bucket}"
@@ -68,7 +68,7 @@ def buckets(report: "Report") -> Iterator[tuple[str, ...]]:
 
 
 def sums(report: "Report") -> Iterator[tuple[str, ...]]:
-    """Return the cells of what is added up: by role where there are several, by rule, by phase, and in all."""
+    """Return the cells of the sums: by role if there are several, by rule, by phase, and in all."""
     each, roles = max(report.steps, 1), report.roles
     for role, of in roles.items() if len(roles) > 1 else ():
         yield f"all {role}", "", *_bytes(of["dense_bytes"], of["sent_bytes"], each), "", "", "", ""
@@ -85,7 +85,7 @@ def sums(report: "Report") -> Iterator[tuple[str, ...]]:
 
 
 def beside(report: "Report") -> str:
-    """Return sentences on what stayed inside the node, and on what the backend sends instead of a reduce-scatter."""
+    """Return sentences about bytes that stayed inside the node, and about bytes that the backend would send in excess."""
     return " ".join(filter(None, (_inside_and_between(report), _backend_more(report))))
 
 
@@ -119,7 +119,7 @@ def _backend_more(report: "Report") -> str:
 
 
 def _all_phases(rows: "list[Row]") -> "list[Row]":
-    """The rows of each bucket and override added up over the phases."""
+    """Return one row for each bucket and override, summed over the phases."""
     found: dict[tuple[object, ...], Row] = {}
     for row in rows:
         key = (row.bucket, row.values, row.dtype, row.spec, row.exchange, row.reason, row.role, *row.rules.items())

@@ -6,8 +6,8 @@
                                            [== 1 ==]
     decode                                  [0]     [1] [2]
 
-Times are the host's. On an accelerator they tell when the work was enqueued: use `torch.profiler`, which shows ranges with the
-same names (`commpress::encode`, ...) around the kernels.
+Times are the host's. On an accelerator they show only when work was enqueued; use `torch.profiler` there, which shows ranges
+with the same names (`commpress::encode`, ...) around the kernels.
 """
 
 import json

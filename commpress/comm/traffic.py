@@ -1,4 +1,4 @@
-"""One group's wire, sequencer and meter: its traffic is queued, counted, labelled and compared."""
+"""One group's wire, sequencer and meter. Its traffic is queued, counted, labelled and compared here."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +27,11 @@ from commpress.comm.work import Work, not_counted
 
 @dataclass
 class Step:
-    """A step whose collectives belong together: its number, what compares its results, if this step is compared, and what
-    looks into the error of its means, if that is wanted. `rules` are those of what is sent, and how many values each has."""
+    """A step whose collectives belong together.
+
+    It has its number, the comparison of its results and the watch over its error, if there are such in this step. `rules` are
+    the rules by which it sends, and how many values each has.
+    """
 
     number: int
     comparison: Comparison | None = None
@@ -51,26 +54,30 @@ class Traffic:
             self._sequencer = Sequencer(self.wire, self.meter)
 
     def ask(self, settings: Settings, what: str) -> list[Settings]:
-        """Every rank's settings. Collective: a rank that does something else meanwhile is an error on all.
+        """Return every rank's settings. Collective; if a rank does something else meanwhile, all raise an error.
 
-        It waits for all ranks, so call it between steps: inside a backward there is `send_question`.
+        It waits for all ranks, so call it between steps. Inside a backward use `send_question`.
         """
         if self.world_size == 1:
             return [settings]
         return self._sequencer.ask(settings, self.labels.next(what))
 
     def send_question(self, settings: Settings, what: str, room: int = ROOM) -> Question:
-        """Ask all ranks, of which there are several, without waiting. Their answers are there before the means of the buckets
-        that are submitted after this: read them in the next step. `room` is for one answer, in bytes, the same on all ranks."""
+        """Ask all ranks without waiting; the group must have several.
+
+        The answers arrive before the means of the buckets that are submitted later: read them in the next step. `room` is the
+        size of one answer in bytes, the same on all ranks.
+        """
         question = Question(settings, self.wire, room)
         self._submit_question(question, question.exchange(self.labels.next(what)))
         return question
 
     def compare(self, settings: Settings, what: str) -> Callable[[], None] | None:
-        """Have what is submitted from now on exchanged only if all ranks have these settings. Collective, without waiting.
+        """Let later submissions be exchanged only if all ranks have these settings. Collective, without waiting.
 
-        On CPU the line of exchanges compares, and ends with a DisagreementError on all ranks where they differ. Elsewhere
-        returns what must be called before the next bucket is submitted: it waits for the ranks, and raises ValueError.
+        On CPU the queue of exchanges compares, and ends with a DisagreementError on all ranks if they differ. On an accelerator
+        it returns a function that must be called before the next bucket is submitted: it waits for the ranks, and raises
+        ValueError if they differ.
         """
         if self.world_size == 1:
             return None
@@ -79,7 +86,7 @@ class Traffic:
 
         def compared() -> Iterator[Transfer]:
             for transfer in question.exchange(label):
-                transfer.wait()  # no bucket after this may start before
+                transfer.wait()  # no later bucket may start before this
             if not question.is_unanimous():
                 try:
                     require_equal(self.wire.gather(settings, more))
@@ -102,14 +109,14 @@ class Traffic:
         self._sequencer.submit(job)
 
     def count(self, index: int) -> int:
-        """Note a reduction of what has this place in the report; returns how many there were before."""
+        """Count a reduction with this index in the report; returns how many there were before."""
         before = self._counts.get(index, 0)
         self._counts[index] = before + 1
         self.meter.steps = max(self.meter.steps, before + 1)
         return before
 
     def is_due(self, step: int) -> bool:
-        """Whether what is exchanged in this step is compared."""
+        """Whether the results of this step are compared."""
         return self.world_size > 1 and is_due(self._verify, step)
 
     def label(
@@ -122,12 +129,12 @@ class Traffic:
         index: int,
         step: Step | None = None,
     ) -> Label:
-        """The label of an exchange in this step of what has this place in the report."""
+        """Return the label of an exchange in this step; `index` is its place in the report."""
         self.labels.proven = self.is_due(self._counts.get(index, 0) if step is None else step.number)
         return self.labels.bucket(role, segments, n, str(plan.codec), name)
 
     def report(self, spec: str, rank: int, world_size: int) -> Report:
-        """Bytes and seconds so far. `exposed` is what training waited for, `hidden` what ran beside it."""
+        """Return bytes and seconds so far. `exposed` are the seconds that training waited, `hidden` those beside it."""
         report = self.meter.report(spec, rank, world_size)
         for role in ROLES:
             report.seconds["exposed"] += self._waited[role]
@@ -135,7 +142,7 @@ class Traffic:
         return report
 
     def spent(self, role: str) -> tuple[float, float]:
-        """Return the seconds that training has waited for this role's exchanges, and those in which one was under way."""
+        """Return the seconds that training has waited for this role's exchanges, and the seconds in which one was running."""
         return (
             self.meter.exposed + self._waited[role],
             self.meter.exposed + self.meter.hidden + self._busy[role],
@@ -163,8 +170,8 @@ class Traffic:
     ) -> Work:
         """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `scratch`, is free afterwards.
 
-        `compared` is what the result is called where all ranks must have the same bits of it. `plain` is there if nothing
-        is computed before its one collective: the bytes and the label of that.
+        `compared` is the name of a result that must have the same bits on all ranks, else "". `plain` is given if the exchange
+        is one collective with no computation before it: the collective's bytes and label.
         """
         rules = {} if step is None else step.rules
         row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role, rules)
@@ -190,7 +197,7 @@ class Traffic:
         return work
 
     def _number(self, role: str, index: int) -> int:
-        """The step of what has this place in the report: how many reductions it had before."""
+        """Return the step of an index in the report: the number of its reductions before."""
         if role == "updates":
             return self.meter.steps
         return self._counts.get(index, 0) if role == "parameters" else self.count(index)
@@ -198,7 +205,7 @@ class Traffic:
     def _compared(
         self, exchange: Iterator[Transfer], out: Tensor, what: str, number: int, step: Step | None, last: bool
     ) -> Iterator[Transfer]:
-        """Compare what the ranks got: at the end of the step, or by itself where it belongs to none."""
+        """Compare the ranks' results: at the end of the step, or at once if the exchange belongs to no step."""
         if step is not None:
             comparison, ends = step.comparison, last
         else:

@@ -3,7 +3,7 @@
     step          0 1 2 . . . N . . . 2N           16 bytes a rank are compared, after the last bucket
     means         hash of every bucket's mean      after the exchange
     parameters    hash of every parameter          at forward
-    payloads      a checksum in each header        shows damage on the way to one owner, which all would get
+    payloads      a checksum in each header        shows damage on the way to one owner, which would reach all ranks
 
 If they differ, the ranks exchange one hash per parameter, and the error names the rank and the parameter.
 """
@@ -54,7 +54,7 @@ class Comparison:
         for transfer in exchange:
             transfer.last, transfer.decodes = False, transfer.last
             yield transfer
-        yield Transfer([], 0, 0, last=False)  # behind it all buckets before this one have landed
+        yield Transfer([], 0, 0, last=False)  # after it all earlier buckets have landed
         yield from self._compared(wire, label, [_together(self._hashes)], last=False)
         if len(set(self._found)) == 1:
             return
@@ -62,17 +62,17 @@ class Comparison:
         raise DriftError(self._difference(wire))
 
     def _compared(self, wire: Wire, label: Label, hashes: list[int], last: bool) -> Iterator[Transfer]:
-        """Leave every rank's hashes in `_found`."""
+        """Exchange hashes: every rank's are in `_found` afterwards."""
         own = torch.tensor([h - (1 << 63) for h in hashes], dtype=torch.int64, device=wire.device).view(torch.uint8)
         whole = own.repeat(wire.world_size)
         rows = whole.split(own.numel())
         transfer = wire.all_gather(rows, label, last, whole)
-        transfer.sent = transfer.received = 0  # the report is of the exchange
+        transfer.sent = transfer.received = 0  # the report counts only the exchange
         yield transfer
         self._found = [tuple(row.view(torch.int64).tolist()) for row in rows]
 
     def _difference(self, wire: Wire) -> str:
-        """The first of what differs, and the ranks that have it otherwise than most, or than rank 0 if there is no most."""
+        """Return a sentence on the first difference. It names the ranks that differ from the majority, or else from rank 0."""
         ranks = list(zip(*self._found, strict=True))
         differ = [place for place, of_ranks in enumerate(ranks) if len(set(of_ranks)) > 1]
         of_ranks = ranks[differ[0]]
@@ -91,5 +91,5 @@ class Comparison:
 
 
 def _together(hashes: Sequence[int]) -> int:
-    """One hash of many."""
+    """Return one hash of many hashes."""
     return fingerprint(torch.tensor([h - (1 << 63) for h in hashes], dtype=torch.int64, device="cpu"))

@@ -1,10 +1,10 @@
-"""The version of sharded parameters that all ranks have: the result of the last gather, to which only changes are sent.
+"""The version of sharded parameters that all ranks have: the result of the last gather. The next gather sends only changes.
 
     owner of shard r    x_r (exact, stepped by the optimizer)
     every rank          v_0 v_1 .. v_(W-1), two bytes a value, the same bits everywhere
 
-A version is a copy of all gathered values, on every rank: 2 W m bytes for shards of m values. The owner has x_r, so x_r - v_r
-is all that is missing. A state has only each rank's own v_r; without a version nothing is lost, it is sent again.
+A version is a copy of all gathered values, on every rank: 2 W m bytes for shards of m values. The owner has x_r and sends the
+difference x_r - v_r. A saved state has only each rank's own v_r. If a version is missing nothing is lost: it is sent again.
 """
 
 from collections.abc import Sequence
@@ -21,35 +21,35 @@ from commpress.comm.segments import Segment, Segments
 
 @dataclass
 class Version:
-    """The copy that all ranks have of shards that are gathered together; empty as long as none was sent."""
+    """The copy that all ranks have of shards that are gathered together; empty until the first gather."""
 
     values: Tensor | None = None
-    """All ranks' shards, [W * m], in two bytes a value; None if no rank has those of others."""
+    """All ranks' shards, [W * m], in two bytes a value; None if no rank has the others' shards."""
     own: Tensor | None = None
-    """This rank's part of it, [m], if that is all there is: it comes from a saved state."""
+    """This rank's part, [m], if a saved state holds no more."""
     mark: int | Tensor = 0
-    """The hash of this rank's shard as it was then; int64 [] on its device where the host does not look at it."""
+    """The hash of this rank's shard at that gather; int64 [] on its device if the host does not read it."""
 
-    @torch.inference_mode(False)  # it outlives the mode in which a model is looked at
+    @torch.inference_mode(False)  # it outlives a caller's inference mode
     def room(self, world_size: int, shard: Tensor) -> Tensor:
-        """Memory for the values of so many ranks: [W * m]."""
+        """Return memory for the values of all ranks: [W * m]."""
         dtype = shard.dtype if shard.element_size() == 2 else torch.bfloat16
         return torch.empty(world_size * shard.numel(), dtype=dtype, device=shard.device)
 
 
 class Versions:
-    """The versions of what one group of ranks gathers, by the parts of what comes together: those of rank 0, of rank 1, ..."""
+    """The versions of one group of ranks, by the segments that are gathered together: rank 0's, then rank 1's, and so on."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
         self._of: dict[Segments, Version] = {}
 
     def of(self, segments: Segments) -> Version:
-        """The version of these parameters."""
+        """Return the version of these parameters; a new, empty one if there is none."""
         return self._of.setdefault(segments, Version())
 
     def clear(self) -> None:
-        """Forget all: what comes next is sent as a whole. On all ranks, or on none."""
+        """Drop all versions: the next gathers send whole values. Call it on all ranks or on none."""
         self._of.clear()
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ class Versions:
         ]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]], masks: MaskIndex, device: torch.device) -> None:
-        """Restore what `state_dict` saved, if as many values travel now; else forget it. On all ranks."""
+        """Restore what `state_dict` saved; drop a version if masks now keep another number of values. Call it on all ranks."""
         self.clear()
         for saved in state:
             segments = tuple(Segment(bare_name(name), int(n)) for name, n in saved["segments"])

@@ -39,11 +39,11 @@ class Work(dist.Work):
         return True
 
     def future(self) -> "Future[Tensor]":
-        """Return a future of `out` that raises what the exchange raised. No collective hangs on it."""
+        """Return a future of `out` that raises the error of the exchange. It does not keep a collective alive."""
         return self._future.then(partial(_result, self.out))
 
     def finish(self, error: BaseException | None) -> None:
-        """Note that the result is there, or cannot be."""
+        """Note that the result has arrived, or the error that prevents it."""
         _resolve(self._future, self.out, error)
 
 
@@ -59,4 +59,4 @@ def _result(out: Tensor, future: "Future[Any]") -> Tensor:
 
 
 def not_counted(seconds: float) -> None:
-    """Note nothing, for a `Work` whose wait counts elsewhere: the sequencer notes what training waits for behind a backward."""
+    """Note nothing. For a `Work` whose wait the sequencer counts, as the seconds that training waits after a backward."""

@@ -1,1 +1,1 @@
-"""The hot loops: a folder a device, a file a family. `table.py` says which there are."""
+"""The hot loops: one folder a device, one file a family of codecs. `table.py` lists all of them."""

@@ -1,13 +1,13 @@
-"""Loops in Numba, compiled on first use and kept on disk. What is found there is checked before it is run.
+"""Loops in Numba, compiled on first use and kept on disk. A file found there is checked before its code is run.
 
 Numba's own cache unpickles, links and runs whatever its files hold: an empty file ends the program with an EOFError, a
 flipped bit may change a result. Here a file is
 
     [ versions, a line of text ][ SHA-256 of the rest ][ pickle ]
 
-and code comes with the key (signature, processor, bytes of the function) that it was compiled for. What is damaged is
-compiled anew and written again, and where nothing can be written every run compiles: both with one warning that names the
-folder. Files are replaced as a whole, so that ranks may compile at once.
+and the pickle holds the code with the key (signature, processor, bytes of the function) that it was compiled for. A damaged
+file is compiled and written again. If nothing can be written, every run compiles. Both give one warning that names the folder.
+Files are replaced as a whole, so ranks may compile at the same time.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ ELSEWHERE = "Make room there, or set NUMBA_CACHE_DIR to a folder that can be wri
 DIGEST = hashlib.sha256().digest_size
 
 _said: set[tuple[str, str]] = set()
-"""Folders that a warning has named, and of which kind it was."""
+"""The warnings given so far: a folder and the kind of warning."""
 
 
 def loop(function: F) -> F:
@@ -48,7 +48,7 @@ def loop(function: F) -> F:
 
 
 def summing_loop(function: F) -> F:
-    """Compile a loop whose sums may be made in any order, so that they are made of vectors; else as `loop`."""
+    """Compile a loop as `loop` does, but allow its sums to be reordered, so that they are vectorised."""
     compiled: Any = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})(function)
     if hasattr(compiled, "_cache"):
         compiled._cache = _cache_of(function)
@@ -56,12 +56,12 @@ def summing_loop(function: F) -> F:
 
 
 def part(function: F) -> F:
-    """A piece of a loop, to be inlined wherever it is used."""
+    """Compile a function that is inlined into every loop that calls it."""
     return njit(nogil=True, error_model="numpy", forceinline=True)(function)  # type: ignore[no-any-return]
 
 
 def by_type(function: F) -> F:
-    """A piece of a loop that is another one for other types: `function` gets them, and returns what is inlined for them."""
+    """Make an inlined function that depends on its argument types: `function` gets the types and returns the code for them."""
 
     def generic(*arguments: Any) -> Any:
         raise TypeError(f"{function.__name__} runs in compiled loops only")
@@ -74,12 +74,12 @@ def by_type(function: F) -> F:
 
 
 def instruction(function: F) -> F:
-    """A piece of a loop in LLVM's own words: `function` gets types, and returns a signature and what builds the code."""
+    """Make an inlined function in LLVM's IR: `function` gets types, and returns a signature and a code generator."""
     return intrinsic(function)  # type: ignore[no-any-return]
 
 
 class CheckedCache(FunctionCache):  # type: ignore[misc]  # Numba has no types
-    """Numba's cache of one function, on files that are checked. No fault of a file gets out."""
+    """Numba's cache of one function, on files that are checked. A damaged file never raises an error."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
@@ -87,7 +87,7 @@ class CheckedCache(FunctionCache):  # type: ignore[misc]  # Numba has no types
         self._cache_file = CheckedFiles(Path(self.cache_path), self._impl.filename_base, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The compiled function for a signature; None if it must be compiled."""
+        """Return the compiled function for a signature; None if it must be compiled."""
         try:
             return super().load_overload(sig, target_context)
         except Exception as error:
@@ -95,7 +95,7 @@ class CheckedCache(FunctionCache):  # type: ignore[misc]  # Numba has no types
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep a compiled function, if that can be done."""
+        """Write a compiled function, if its folder can be written."""
         try:
             super().save_overload(sig, data)
         except Exception as error:
@@ -113,14 +113,14 @@ class CheckedFiles:
         self._folder, self._base, self._stamp = folder, base, stamp
 
     def load(self, key: object) -> Any:
-        """Return what `save` was given for this key; None if there is nothing, or nothing that can be trusted."""
+        """Return the data that `save` got for this key; None if there is none, or if its file is damaged."""
         name = self._index().get(key)
         found = None if name is None else self._read(name)
-        # two ranks that compile different signatures at once may both have taken one name
+        # two ranks that compile different signatures at the same time may both have used one name
         return None if found is None or found[:2] != (self._stamp, key) else found[2]
 
     def save(self, key: object, data: object) -> None:
-        """Keep `data`. Raises OSError if it cannot be written."""
+        """Write `data`. Raises OSError if it cannot be written."""
         index = self._index()
         if key not in index:
             taken = set(index.values())
@@ -129,19 +129,19 @@ class CheckedFiles:
         self._write(index[key], (self._stamp, key, data))
 
     def flush(self) -> None:
-        """Forget everything."""
+        """Remove all entries from the index."""
         self._write(self._name(), (self._stamp, {}))
 
     def _name(self, number: int | None = None) -> str:
         return f"{self._base}.checked.nbi" if number is None else f"{self._base}.checked.{number}.nbc"
 
     def _index(self) -> dict[object, str]:
-        """The names of the data files by key; empty if the source is another one now."""
+        """Return the names of the data files by key; empty if the source has changed."""
         found = self._read(self._name())
         return dict(found[1]) if found is not None and found[0] == self._stamp else {}
 
     def _read(self, name: str) -> Any:
-        """Return what a file holds; None if it is not there, is of other versions, or is damaged, which is said."""
+        """Return the object in a file; None if the file is missing, of other versions, or damaged, which gives a warning."""
         try:
             content = (self._folder / name).read_bytes()
             if not content.startswith(VERSIONS):
@@ -172,14 +172,14 @@ class CheckedFiles:
 
 
 class NoCache(NullCache):  # type: ignore[misc]
-    """Stands in for a cache where no folder can be written."""
+    """The cache of a function if no folder can be written: it keeps nothing."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         folder = Path(function.__code__.co_filename).with_name("__pycache__")
         self._tried = ", ".join(filter(None, [numba.config.CACHE_DIR, str(folder), "the user's cache folder"]))
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Say that nothing is kept."""
+        """Warn, once, that nothing is kept."""
         _warn(self._tried, "written", f"cannot be written: the loops are compiled in every run. {ELSEWHERE}")
 
 

@@ -1,15 +1,16 @@
-"""The table of kernels: op x codec x device. What has no entry here runs as its definition in plain torch says, in any place.
+"""The table of kernels: op x codec x device. Without an entry the definition in plain torch runs, on any device.
 
-A device is a folder with one file a family, and a line for each op: here, or for CUDA in `triton/table.py`, which is imported
-when it is first asked for.
+A device is a folder with one file a family of codecs, and one line here for each op. The lines for CUDA are in
+`triton/table.py`, which is imported on first use.
 
-    encode        (codec, x, residual, prologue, payload)          payload <- what is coded of x; residual <- what it misses
-    mean          (codec, payloads, count, out)                    out <- the mean of `count` payloads, which lie in one tensor
-    recode        (codec, payloads, n, count, residual, payload)   encode of the mean; without an entry, the two of them
-    clear         (codec, payload, values)                         values <- 0 where the payload of a sparse codec has some
+    encode        (codec, x, residual, prologue, payload)          payload <- code of x + residual; residual <- its error
+    mean          (codec, payloads, count, out)                    out <- the mean of `count` payloads, contiguous in one tensor
+    recode        (codec, payloads, n, count, residual, payload)   encode of the mean; without an entry `mean`, then `encode`
+    clear         (codec, payload, values)                         values <- 0 at the positions in a sparse codec's payload
 
 Here x and out are [n], residual is float32 [n] or None, payload uint8 [nbytes(n)], prologue one of `comm/prologue.py` or None.
-Behind a prologue x is undefined. All are contiguous and on the device, n is not 0. `commpress/comm/coding.py` calls them.
+With a prologue x is undefined afterwards. All are contiguous and on the device, and n is not 0. `commpress/comm/coding.py`
+calls them.
 
     project, orthonormalize, project_back, expand                  of `powersgd`: `commpress/comm/factors.py`
     fingerprint   (words)                                          `commpress/comm/fingerprint.py`, on accelerators
@@ -48,9 +49,9 @@ from commpress.kernels.cpu.arrays import READABLE
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function of the table, and the dtypes of x and out that it takes where they lie, None for all.
+    """A function of the table, and the dtypes of x and out that it takes as they are; None for all dtypes.
 
-    Codecs convert others to float32 before it, or back behind it; the other ops run on their definition.
+    For other dtypes a codec's ops convert to float32 before the call and back after it; all other ops run their definition.
     """
 
     run: Callable[..., Any]
@@ -103,11 +104,11 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("count_pruned", None, "cpu"): Kernel(model.count_pruned, dtypes=None),
     **{(op, None, "cpu"): Kernel(partial(optim.run, op)) for op in optim.LOOPS},
 }
-"""Kernels by op, word of the codec (None where there is none), type of the device."""
+"""Kernels by op, word of the codec (None for ops without a codec) and device type."""
 
 
 def lookup(op: str, codec: str | None, device: str) -> Kernel | None:
-    """The kernel for an op, a codec's word or None, and a type of device; None if the definition has to do."""
+    """Return the kernel for an op, a codec's word or None, and a device type; None if the definition must run."""
     if device == "cuda":
         _add_triton()
     return KERNELS.get((op, codec, device))
@@ -115,7 +116,7 @@ def lookup(op: str, codec: str | None, device: str) -> Kernel | None:
 
 @cache
 def _add_triton() -> None:
-    """Add the kernels for CUDA. Where Triton is missing, which comes with torch for CUDA, a warning says what that costs."""
+    """Add the kernels for CUDA. Warns if Triton, which comes with torch for CUDA, is missing."""
     try:
         from commpress.kernels.triton import table as triton_table
     except ImportError as error:
@@ -126,7 +127,7 @@ def _add_triton() -> None:
 
 
 def devices() -> list[str]:
-    """The types of device that have kernels, those of them that this machine has."""
+    """Return the device types that have kernels and that this machine has."""
     if torch.cuda.is_available():
         _add_triton()
     known = dict.fromkeys(device for _, _, device in KERNELS)

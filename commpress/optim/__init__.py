@@ -3,8 +3,9 @@
     opt = commpress.optim.OneBitAdamW(model.parameters(), lr=1e-3, warmup_steps=1000)
     session = commpress.attach(ddp_model, "sign", optimizer=opt)
 
-Adam divides by the root of a variance that it computes from the gradients it gets. So the residual of a compressed gradient is
-divided away when it arrives a step later. After that division everything is linear, and error feedback repays it in full.
+Adam divides by the root of a variance that it computes from the gradients it gets. If those are compressed, the residual that
+arrives a step later is divided by another number, and is not repaid in full. After the division everything is linear, and error
+feedback repays all of it.
 """
 
 from commpress.optim.base import CompressedOptimizer

@@ -1,21 +1,22 @@
-"""AdamW that freezes its variance after a warm-up: what 1-bit Adam and 0/1 Adam have in common.
+"""AdamW that freezes its variance after a warm-up: the common part of 1-bit Adam and 0/1 Adam.
 
-While it warms up it is AdamW on mean gradients. Then d = sqrt(v) + eps stands, and with it Adam is linear:
+During the warm-up it is AdamW on mean gradients. Then d = sqrt(v) + eps is frozen, and Adam is linear:
 
     n <- beta1 n + (1 - beta1) g / d        p <- p - lr n
 
-The ranks send n, not the momentum m = n d of the papers: coded in blocks, coordinates of any variance are then of one size,
-feedback stays exact when d changes, and a coordinate that never had a gradient cannot be thrown out by its neighbours' noise.
+The ranks send n, not the momentum m = n d of the papers. In n, coordinates of any variance have about one size, which suits a
+code with one scale a block. Feedback stays exact when d changes. And the noise of a block cannot throw out a coordinate that
+never had a gradient.
 
-No gradient g / d counts for more than 2 sqrt(W): Adam's own variance holds the gradient itself and so bounds it, a frozen one
-does not; the gradient of one of W ranks is up to sqrt(W) times as noisy as their mean. (A GPT of 0.9 M parameters, two ranks,
-`sign`, 500 steps of which 75 warm up; held-out loss of dense AdamW 2.052, with bounds of 1.0 to 1000 times the root:
-1.0 2.127, 1.4 2.089, 2.0 2.079, 3.0 2.077, 6.3 2.096, 1000 2.122; between seeds about 0.02.)
+A gradient g / d is clipped to 2 sqrt(W). Adam's own variance contains the gradient and so bounds it, a frozen variance does
+not, and the gradient of one of W ranks is up to sqrt(W) times as noisy as their mean. (A GPT of 0.9 M parameters, two ranks,
+`sign`, 500 steps with a warm-up of 75. Held-out loss of dense AdamW: 2.052. With a bound of 1.0 times sqrt(W): 2.127; 1.4:
+2.089; 2.0: 2.079; 3.0: 2.077; 6.3: 2.096; 1000: 2.122. Seeds differ by about 0.02.)
 
-A run that AdamW has trained so far has a variance: with `variance_from` that one is frozen, and no step warms up.
+A run that AdamW has trained so far already has a variance: `variance_from` freezes that one, and there is no warm-up.
 
-A parameter that joins later, or had few gradients until then, has a warm-up of its own: exact means of its gradients and AdamW,
-for as many steps in which it has one. So a layer that is unfrozen in the middle of a training learns its variance first.
+A parameter that joins later, or had few gradients during the warm-up, has a warm-up of its own: AdamW on exact means, for as
+many steps in which it has a gradient. So a layer that is unfrozen in the middle of a training learns its variance first.
 """
 
 import math
@@ -41,18 +42,18 @@ from commpress.optim.uncompressed import step_adamw
 SETTLED = 0.96
 """The variance has settled when its sum changes by less than this ratio in 1 / (1 - beta2) steps (1-bit Adam, section 7.1)."""
 SPECS = ("none", "int4", "sign", "topk(0.1)|sign")
-"""The specs that `auto` may choose, the gentlest first. By `sign` and `topk(0.1)|sign` a GPT of 0.9 M parameters ended 0.7 and
-1.0 % above AdamW's loss after 1,500 steps (benchmarks/convergence.py, three seeds); `int4` has the same values in finer steps.
-Sparser ones are left out: by `topk(0.03)|sign`, every 8 steps, it was 3 %, and by `topk(0.01)` more."""
+"""The specs that `auto` may choose, the gentlest first. With `sign` and `topk(0.1)|sign` a GPT of 0.9 M parameters ended 0.7
+and 1.0 % above AdamW's loss after 1,500 steps (benchmarks/convergence.py, three seeds); `int4` is finer than `sign`. Sparser
+specs are left out: `topk(0.03)|sign` every 8 steps ended 3 % above it, and `topk(0.01)` higher."""
 
 
 class FrozenAdamW(CompressedOptimizer):
-    """`warmup_steps` of AdamW, or as many as it takes until the variance has settled (None).
+    """AdamW for `warmup_steps` steps (None: until the variance has settled), then with a frozen variance.
 
-    State of a parameter: as AdamW's `step`, `exp_avg`, `exp_avg_sq` in the warm-up; then `exp_avg` is n in units of `unit`, a
-    power of two that gives it about the size of the momentum, and `inverse` is unit / d. `warmed` counts the steps of a warm-up
-    of its own, `variance` is what its sum was when it was last looked at; `idle` says that no rank had a gradient of it.
-    `given` marks a state of `variance_from`, until the first backward that exchanges the parameter.
+    State of a parameter in the warm-up: AdamW's `step`, `exp_avg`, `exp_avg_sq`. After it `exp_avg` is n in units of `unit`, a
+    power of two that gives it about the size of the momentum, and `inverse` is unit / d. `warmed` counts the steps of a
+    parameter's own warm-up, `variance` is the sum of its variance at the last check, and `idle` says that no rank had a
+    gradient of it. `given` marks a state from `variance_from`, until the first backward that exchanges the parameter.
     """
 
     shared: tuple[str, ...] = ("max_norm", "warmup_spec", "steps", "frozen_at", "unit", "variance")
@@ -88,7 +89,7 @@ class FrozenAdamW(CompressedOptimizer):
             self._take(adam_states(variance_from, self.param_groups))
 
     def _take(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """Go on from AdamW's state: its steps were the warm-up. Values of the parameters may still change until a backward."""
+        """Start from AdamW's states, whose steps count as the warm-up. The parameters may still change before a backward."""
         steps = max(int(state["step"]) for state in states.values())
         for p, state in states.items():
             self.state[p] = {**state, "given": True}
@@ -99,7 +100,7 @@ class FrozenAdamW(CompressedOptimizer):
         super()._forget()
         self._settling: list[dict[str, Any]] = []
         self.add_up: Callable[[Tensor], None] = lambda total: None
-        """Makes the sum over this rank's state that over all, in place, where the ranks hold partitions of it."""
+        """Adds up a sum over all ranks, in place, if each rank holds a partition of the state."""
         self.ends_at_once = False
         """Whether the warm-up ends for all parameters at once, however few gradients they had."""
 
@@ -128,7 +129,7 @@ class FrozenAdamW(CompressedOptimizer):
         return bool(self.param_groups[0]["frozen_at"])
 
     def awaits_freezing(self) -> bool:
-        """Return whether it has a state of `variance_from` that no backward has exchanged so far."""
+        """Return whether it has a state from `variance_from` and no backward has exchanged the parameters since."""
         return any("given" in state for state in self.state.values())
 
     def needs_all_buckets(self) -> bool:
@@ -162,7 +163,7 @@ class FrozenAdamW(CompressedOptimizer):
         kind = FrozenAdamW.kind(self, segments[0].name)
         if kind == "frozen":
             return self.override_frozen(segments, codec)
-        if kind == "idle":  # its first gradients are coarse, and what they lack is kept for later
+        if kind == "idle":  # its first gradients are coded coarsely; feedback sends the rest later
             return Override(codec)
         codec = parse(self.param_groups[0]["warmup_spec"])
         return Override(codec, "" if codec.lossy else "the variance warms up")
@@ -198,15 +199,15 @@ class FrozenAdamW(CompressedOptimizer):
 
     @abstractmethod
     def apply_frozen(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        """A step after the warm-up."""
+        """Take a step after the warm-up; `updates` are as in `apply`."""
 
     def limit(self, group: dict[str, Any]) -> float:
-        """The most that one gradient counts for, in units of n."""
+        """Return the bound to which one gradient is clipped, in units of n."""
         unit: float = group["unit"]
         return 2 * unit * math.sqrt(self._world_size)
 
     def _warming(self) -> frozenset[str]:
-        """Return what is exchanged and has no frozen variance yet."""
+        """Return the names of the exchanged parameters whose variance is not frozen yet."""
         return frozenset(name for name, (p, _) in self._places.items() if "inverse" not in self.state.get(p, {}))
 
     def _apply_warm_up(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
@@ -224,7 +225,7 @@ class FrozenAdamW(CompressedOptimizer):
 
     @staticmethod
     def _without_gradient(parameters: list[Tensor]) -> list[bool]:
-        """Return the parameters of which no rank had a gradient in this step: `grad` is None or 0."""
+        """Return for each parameter whether no rank had a gradient of it in this step: `grad` is None or 0."""
         found = [
             torch.zeros((), dtype=torch.bool, device=p.device) if p.grad is None else p.grad.any() for p in parameters
         ]
@@ -246,7 +247,7 @@ class FrozenAdamW(CompressedOptimizer):
         return variance_is_stable(before, now)
 
     def _are_ready(self, warming: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> list[str]:
-        """Return which of these have come to the end of a warm-up of their own. All that began it together end it together."""
+        """Return the names whose own warm-up is over. Parameters that began it together end it together."""
         ready: list[str] = []
         cohorts: dict[int, list[str]] = {}
         for name, (p, group, _) in warming.items():
@@ -270,7 +271,7 @@ class FrozenAdamW(CompressedOptimizer):
 
     @staticmethod
     def _period(group: dict[str, Any]) -> int:
-        """Steps between two looks at the variance."""
+        """Return the number of steps between two checks of the variance."""
         return max(1, round(1 / (1 - float(group["betas"][1]))))
 
     def _sum_of_variances(self, parameters: list[Tensor]) -> Tensor:
@@ -278,8 +279,7 @@ class FrozenAdamW(CompressedOptimizer):
         return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device="cpu")
 
     def _end_warm_up(self) -> None:
-        """The variance stands from now on, of all parameters that had a gradient in half of the steps; others go on by
-        themselves."""
+        """Freeze the variance of all parameters that had a gradient in half of the steps; the others go on warming up."""
         steps = self.param_groups[0]["steps"]
         for group in self.param_groups:
             group["frozen_at"] = steps
@@ -298,7 +298,7 @@ class FrozenAdamW(CompressedOptimizer):
         self._freeze(ready, first=True)
 
     def _freeze(self, names: list[str], first: bool = False) -> None:
-        """d from now on, n from the momentum so far, both without Adam's bias. The first to be frozen settle the unit."""
+        """Freeze d, and turn the momentum into n, both without Adam's bias. The first call chooses the unit."""
         squares = [0.0, 0.0]
         for name in names:
             p, group = self._places[name]
@@ -326,10 +326,10 @@ class FrozenAdamW(CompressedOptimizer):
 
     @abstractmethod
     def frozen_state(self, name: str) -> None:
-        """Return what else is kept of a parameter, now that its variance is frozen."""
+        """Change the state of a parameter whose variance has just been frozen, as the optimizer needs it."""
 
     def _thawed(self, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-        """AdamW's state out of one with a frozen variance."""
+        """Return AdamW's state, made from one with a frozen variance."""
         steps, (beta1, beta2) = max(1.0, float(state["step"])), group["betas"]
         root = (group["unit"] / state["inverse"] - group["eps"]).clamp_(min=0)
         return {
@@ -339,14 +339,14 @@ class FrozenAdamW(CompressedOptimizer):
         }
 
     def inverse(self, variance: Tensor, group: dict[str, Any]) -> Tensor:
-        """1 / d of a variance without bias. Where there has been no gradient, d is the tensor's own mean size."""
+        """Return 1 / d of a variance without bias. Where there has been no gradient, d is the tensor's mean of d."""
         root = variance.sqrt()
         mean = math.sqrt(loops.total(variance) / variance.numel())
         scaled: Tensor = 1 / (torch.where(root > 0, root, mean) + group["eps"])
         return scaled
 
     def convert_feedback(self, memory: Memory, segments: Segments) -> None:
-        """At its first exchange after its warm-up: what feedback kept of a parameter's gradients becomes what it keeps of n."""
+        """Convert a parameter's residual, which is of gradients, into one of n, at its first exchange after its warm-up."""
         states = [self.state[self._places[segment.name][0]] for segment in segments]
         if all(state["feedback_converted"] for state in states):
             return
@@ -360,7 +360,7 @@ class FrozenAdamW(CompressedOptimizer):
         self.mark_converted(states)
 
     def scale_feedback(self, memory: Memory, segments: Segments, factors: Sequence[Tensor | float]) -> None:
-        """Multiply what feedback keeps of each parameter by a number, or by one a value (float32 [n])."""
+        """Multiply the residual of each parameter by a number, or value by value by a float32 [n]."""
         memory.fold(self._world_size)
         if memory.residual is None:
             return
@@ -373,11 +373,11 @@ class FrozenAdamW(CompressedOptimizer):
         memory.residual.mul_(whole if memory.kept_index is None else whole[memory.kept_index])
 
     def mark_converted(self, states: list[dict[str, Any]]) -> None:
-        """Feedback of these parameters is of n from now on, once the step is applied; one that is skipped changes nothing."""
+        """Note that the residuals of these parameters are of n now. It holds once the step is applied, not if it is skipped."""
         self._settling += states
 
 
 def variance_is_stable(before: float, now: float) -> bool:
-    """Whether the sum of a variance has changed little from one look to the next."""
+    """Whether the sum of a variance has changed little from one check to the next."""
     least, most = sorted((before, now))
     return least > 0 and least >= SETTLED * most

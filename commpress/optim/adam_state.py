@@ -1,8 +1,8 @@
-"""The state of a run by torch's Adam or AdamW, as another optimizer of the same parameters goes on from it.
+"""The state of torch's Adam or AdamW, read so that another optimizer of the same parameters can continue from it.
 
     exp_avg_sq / (1 - beta2^step)   the variance        exp_avg / (1 - beta1^step)   the momentum
 
-with the betas and steps of the run that made them.
+The betas and steps are those of the run that made the state.
 """
 
 import math
@@ -23,12 +23,12 @@ Found = tuple[Mapping[str, Any], Mapping[str, Any]]
 def adam_states(source: AdamState, groups: Sequence[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
     """Return `step`, `exp_avg` and `exp_avg_sq` of each parameter that these groups train, copied and checked.
 
-    An optimizer is asked for the same tensors. A `state_dict()` is read by name where both have names (torch keeps them for
-    `AdamW(model.named_parameters())`), else in the order of its groups, which must then have the sizes of ours. `exp_avg` and
-    `exp_avg_sq` are scaled so that the betas of our groups take off the bias that the source's have left.
+    In an optimizer the states are found by tensor. In a `state_dict()` they are found by name if both have names (torch keeps
+    them for `AdamW(model.named_parameters())`), else by the order of the groups, which must then have the same sizes as ours.
+    `exp_avg` and `exp_avg_sq` are scaled so that the betas of our groups remove the bias of the source's betas.
 
-    Raises TypeError for what is neither; ValueError for a parameter without state or step, for other shapes or groups, a
-    state without `exp_avg_sq`, a variance that is not finite, negative or all zeros, for amsgrad and for maximize.
+    Raises TypeError if `source` is neither; ValueError for a parameter without state or step, for other shapes or groups, for a
+    state without `exp_avg_sq`, for a variance that is not finite, negative or all zeros, for amsgrad and for maximize.
     """
     find = _finder(source, groups)
     states: dict[Tensor, dict[str, Any]] = {}
@@ -47,7 +47,7 @@ def _title(groups: Sequence[Mapping[str, Any]], at: int, index: int) -> str:
 
 
 def _finder(source: AdamState, groups: Sequence[Mapping[str, Any]]) -> Callable[[int, int], Found]:
-    """Return what finds the state of a parameter by its group and its place in it. A state that is missing is empty."""
+    """Return a function that finds a parameter's state by its group and its place in it; a missing state is an empty dict."""
     if isinstance(source, torch.optim.Optimizer):
         state, holders = source.state, {p: group for group in source.param_groups for p in group["params"]}
 
@@ -86,13 +86,13 @@ def _finder(source: AdamState, groups: Sequence[Mapping[str, Any]]) -> Callable[
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:
-    """Return the names of a saved group's parameters; none if torch knew none. A distributed checkpoint has them as keys."""
+    """Return the names of a saved group's parameters; empty if it has none. In a distributed checkpoint they are the keys."""
     names = group.get("param_names") or [key for key in group["params"] if isinstance(key, str)]
     return [_bare(name) for name in names]
 
 
 def _bare(name: str) -> str:
-    """Return a name as the model itself has it; DistributedDataParallel puts `module.` before all of them."""
+    """Return a name as the bare model has it, without the `module.` that DistributedDataParallel puts in front."""
     return bare_name(name).removeprefix("module.")
 
 
@@ -105,7 +105,7 @@ def _taken(p: Tensor, found: Found, group: Mapping[str, Any], title: str) -> dic
         raise ValueError(
             f"variance_from: no state of {title}, which requires a gradient; expected one that has stepped"
         )
-    if not {"exp_avg", "exp_avg_sq"} <= state.keys() or "inverse" in state:  # which 0/1 Adam keeps beside it
+    if not {"exp_avg", "exp_avg_sq"} <= state.keys() or "inverse" in state:  # 0/1 Adam keeps both
         raise ValueError(
             f"variance_from: the state of {title} has {sorted(state)}; expected exp_avg, exp_avg_sq and step, as AdamW's"
         )

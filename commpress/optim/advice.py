@@ -1,4 +1,4 @@
-"""A word to those who compress gradients to a bit or less a value, and step with Adam."""
+"""A warning for gradients that are compressed to a bit or less a value under Adam."""
 
 import weakref
 from typing import Any
@@ -12,7 +12,7 @@ from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
 
 FEW_BITS = 2.0
-"""A value; below it a codec is too coarse for what is squared and divided by."""
+"""Bits a value; with fewer a codec is too coarse for gradients from which Adam computes its variance."""
 MANY = 1 << 20
 MEASURED = (
     "held-out loss of a GPT of 0.9 M parameters after 1,500 steps: AdamW 1.93, with gradients by powersgd(4) 2.03, "
@@ -20,7 +20,7 @@ MEASURED = (
 )
 """Figures measured by benchmarks/convergence.py."""
 ADAPTIVE = ("adam", "rmsprop", "adagrad", "adadelta", "adafactor", "lamb")
-"""Names of optimizers that divide by a variance of what arrives contain one of these."""
+"""Parts of class names: an optimizer whose name contains one divides by a variance of the gradients that arrive."""
 
 
 def advise(codec: Codec, parameters: set[Tensor], leads: bool) -> None:
@@ -34,7 +34,7 @@ def advise(codec: Codec, parameters: set[Tensor], leads: bool) -> None:
     left = f"{bits:.2g} bits of a gradient's value" if codec.flat else "a few directions of a gradient"
     waiting = {
         id(p): weakref.ref(p) for p in parameters
-    }  # the hook must not keep a model alive; ids alone are used again
+    }  # weak references: the hook must not keep a model alive; an id alone may be reused
 
     def is_ours(p: Tensor) -> bool:
         known = waiting.get(id(p))
@@ -43,7 +43,7 @@ def advise(codec: Codec, parameters: set[Tensor], leads: bool) -> None:
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not any(is_ours(p) for group in optimizer.param_groups for p in group["params"]):
             return
-        waiting.clear()  # torch walks through its hooks now: none may be removed
+        waiting.clear()  # torch is iterating over its hooks now, so none may be removed
         name = type(optimizer).__name__
         if isinstance(optimizer, CompressedOptimizer) or not any(word in name.lower() for word in ADAPTIVE):
             return

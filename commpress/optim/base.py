@@ -1,7 +1,7 @@
-"""The base of all compressed optimizers: they are told of every bucket, and step on what was exchanged.
+"""The base of all compressed optimizers: a session calls them for every bucket, and they step on the exchanged values.
 
-Parameters that no session exchanges, as those that DDP ignores, step as under torch's optimizer. None moves that does not
-require a gradient, and what is kept of it stays as it is until it does again.
+Parameters that no session exchanges, such as those that DDP ignores, step as under torch's optimizer. A parameter that does not
+require a gradient does not move, and its state does not change until it requires one again.
 """
 
 from abc import abstractmethod
@@ -29,21 +29,21 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 class CompressedOptimizer(torch.optim.Optimizer):
     """An optimizer that `commpress.attach(ddp_model, spec, optimizer=...)` takes.
 
-    It does not step before it is attached, or given to `diloco` or `local_sgd` if it `may_step_alone`. Between backward and
-    `step`, the `grad` of an exchanged parameter holds what `step` will apply: the mean of what the ranks sent (of their
-    gradients while `takes_means`), or, in a local step, this rank's own gradient.
+    It steps only after it is attached, or, if it `may_step_alone`, after it is given to `diloco` or `local_sgd`. Between
+    backward and `step`, the `grad` of an exchanged parameter holds the value that `step` will apply: the mean of what the ranks
+    sent (of their gradients while `takes_means`), or, in a local step, this rank's own gradient.
     """
 
     may_be_masked = True
     """Whether a part of a parameter may be left out of the exchange."""
     masks_momentum = False
-    """Whether it clears a rank's momentum where that rank has sent."""
+    """Whether it clears a rank's momentum where that rank has sent (momentum factor masking)."""
     needs_feedback = False
-    """Whether it sums up what arrives, so that what is withheld must follow."""
+    """Whether it sums up the values that arrive, so that error feedback must send the rest later."""
     may_step_alone = False
-    """Whether it may take local steps, attached to nothing, between outer syncs: it does what no optimizer of torch does."""
+    """Whether it may take local steps between outer syncs while it is not attached."""
     shared: tuple[str, ...] = ("max_norm",)
-    """Settings that are the optimizer's, not a group's; they are saved with the groups."""
+    """Settings of the whole optimizer, not of a group; they are saved with the groups."""
 
     def __init__(self, params: Parameters, defaults: dict[str, Any], max_norm: float | None) -> None:
         if max_norm is not None:
@@ -53,11 +53,13 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._watch()
 
     def _forget(self) -> None:
-        """Be attached to nothing."""
-        self._bound: dict[str, Tensor] = {}  # by name: what is exchanged
-        self._places: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # of these: what the groups hold, with its group
+        """Reset to the state of an optimizer that is not attached."""
+        self._bound: dict[str, Tensor] = {}  # by name: the exchanged parameters
+        self._places: dict[
+            str, tuple[Tensor, dict[str, Any]]
+        ] = {}  # by name: those that a group holds, with that group
         self._received: list[tuple[Tensor, Segments]] = []
-        self._frozen: frozenset[str] = frozenset()  # of `_places`: what stands still in this step
+        self._frozen: frozenset[str] = frozenset()  # names in `_places` that do not move in this step
         self._awaits_step = False
         self._world_size, self._may_be_unused, self._may_be_frozen = 1, False, True
         self._scale = 1.0
@@ -66,17 +68,17 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self.watch = GradientWatch()
         self._speaks = True
         self.binding: object = None
-        """Another one with every `bind`."""
+        """A new object with every `bind`."""
         self._alone = False
         self._withheld: tuple[Feedback, dict[str, Tensor]] | None = None
 
     def _watch(self) -> None:
-        # the first of these hooks: others may change gradients with reason
+        # the first of the step hooks: later ones may change gradients on purpose
         self.register_step_pre_hook(lambda optimizer, *_: optimizer._require_untouched())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is attached to nothing, as `step` says."""
-        if "_bound" not in vars(self):  # else it is a state that is loaded
+        """Restore the state; a copy is not attached, and `step` says so."""
+        if "_bound" not in vars(self):  # else torch calls this to load a state
             self._forget()
         super().__setstate__(state)
         if not self._optimizer_step_pre_hooks:
@@ -84,18 +86,18 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     @property
     def takes_means(self) -> bool:
-        """Whether `grad` holds the ranks' mean gradient now, as in a warm-up; what may be clipped as under any optimizer."""
+        """Whether `grad` holds the ranks' mean gradient now, as in a warm-up, and may be clipped as under any optimizer."""
         return False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. What is the optimizer's and not a group's it gets from the first one."""
+        """Add a parameter group. It gets the settings in `shared` from the first group."""
         if self.param_groups:
             first = self.param_groups[0]
             param_group = {**param_group, **{key: first[key] for key in self.shared if key in first}}
         super().add_param_group(param_group)
         self._find_places()
 
-    # what a session asks of it
+    # the methods that a session calls
 
     def bind(
         self,
@@ -106,12 +108,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
         may_be_frozen: bool = True,
         speaks: bool = True,
     ) -> None:
-        """The parameters that are exchanged, by name, and whether a backward may leave some out.
+        """Take the exchanged parameters, by name; `may_be_unused` says whether a backward may leave some of them out.
 
-        `may_be_frozen`: it ends as well where one has ceased to require a gradient. `speaks`: this rank may warn.
-
-        Those that this optimizer holds besides step as torch's do. One that was bound before goes on with its state; what is
-        exchanged now takes the place of what was. Raises ValueError if it does not hold one that is trained, and for
+        `may_be_frozen`: a backward also ends if a parameter has stopped requiring a gradient. `speaks`: this rank may warn.
+        All other parameters of this optimizer step as under torch's. An optimizer that was bound before keeps its state; the
+        parameters given now replace the earlier ones. Raises ValueError if it does not hold a trained parameter, and for
         parameters that it cannot exchange.
         """
         held = {p for group in self.param_groups for p in group["params"]}
@@ -147,7 +148,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             loops.warm_up(device)
 
     def hand_over(self, buckets: StepBuffer) -> None:
-        """For hooks: `buckets` exchange what was bound. What the one before it had withheld is not lost."""
+        """Take the step buffer that exchanges the bound parameters; it takes over earlier residuals. For hooks."""
         if self._withheld is not None:
             feedback, before = self._withheld
             ours = {p: name for name, p in self._bound.items()}
@@ -159,11 +160,11 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     @property
     def masks(self) -> MaskIndex:
-        """The index of the values that travel, by parameter: of all of them where no masks are set."""
+        """The index of the values that are sent, by parameter; without masks all of them."""
         return MaskIndex() if self._withheld is None else self._withheld[0].masks
 
     def step_alone(self) -> None:
-        """For hooks: take local steps from now on, on gradients as they are, attached to nothing."""
+        """Take local steps from now on, on this rank's own gradients, without a session. For hooks."""
         self._alone = True
 
     def _find_places(self) -> None:
@@ -172,11 +173,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     @property
     def awaits_step(self) -> bool:
-        """Whether what was exchanged last has not been used."""
+        """Whether no step has used the values of the last exchange."""
         return self._awaits_step
 
     def begin_backward(self, scale: float) -> bool:
-        """Backward starts, its gradients multiplied by `scale`. Returns whether the exchange before this one was used."""
+        """Note that a backward starts, whose gradients are multiplied by `scale`. Returns whether a step has used the exchange
+        before it."""
         used, self._awaits_step = not self._awaits_step, True
         self._received, self._scale, self._clip = [], scale, 1.0
         self.watch.forget()
@@ -185,11 +187,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return used
 
     def frozen_parameters(self) -> list[str] | None:
-        """Return what is not trained in this step, if the ranks must compare that in every step: no one else would notice."""
+        """Return the names of the parameters that are not trained in this step, or None if the ranks need not compare them.
+
+        They must compare them if a difference would go unnoticed.
+        """
         return sorted(self._frozen) if self._may_be_unused and self._may_be_frozen else None
 
     def split(self, segments: Segments) -> list[Segments]:
-        """The parts of a bucket that travel in this step, each with a override of its own; the same on every rank."""
+        """Return the parts of a bucket that are sent in this step, each with its own override; the same on every rank."""
         parts: dict[object, list[Segment]] = {}
         for segment in segments:
             if segment.name not in self._frozen:
@@ -198,7 +203,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return [tuple(part) for part in parts.values()]
 
     def kind(self, name: str) -> object:
-        """Return what parameters that may be sent together have in common; None for those that this optimizer does not hold."""
+        """Return a parameter's kind: those of one kind may be sent together. None if this optimizer does not hold it."""
         return "exchanged"
 
     def override(self, segments: Segments, codec: Codec) -> Override:
@@ -212,10 +217,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return False
 
     def on_all_buckets(self, gradients: list[Tensor]) -> None:
-        """All buckets of this step, which are this rank's own gradients: how much of them counts under `max_norm`.
+        """Take all buckets of this step, this rank's own gradients, and compute the factor by which `max_norm` clips them.
 
-        A rank may have sqrt(W) times the norm of the mean: so much larger is the noise of one of W (as Deep Gradient
-        Compression, section 3.2, has it for sums).
+        A rank's norm may be sqrt(W) times that of the mean, since the noise of one of W ranks is so much larger (Deep Gradient
+        Compression, section 3.2, has the same for sums).
         """
         if (most := self.param_groups[0]["max_norm"]) is not None and self.needs_all_buckets():
             norm = float(
@@ -225,31 +230,31 @@ class CompressedOptimizer(torch.optim.Optimizer):
             self._clip = bound / norm if norm > bound and norm < float("inf") else 1.0
 
     def clip(self, bucket: Tensor) -> None:
-        """Scale a bucket's gradient down to what counts of it."""
+        """Multiply a bucket's gradient by the factor of `on_all_buckets`, in place."""
         if self._clip < 1:
             bucket.mul_(self._clip)
 
     @abstractmethod
     def override_held(self, segments: Segments, codec: Codec) -> Override:
-        """Return what to do with parameters of one kind that this optimizer steps."""
+        """Return the override for parameters of one kind that this optimizer steps."""
 
     @abstractmethod
     def candidates(self) -> Sequence[Candidate]:
-        """Return what `auto` may choose, the gentlest first. Raises TypeError, with specs, if it cannot choose."""
+        """Return the candidates of `auto`, the gentlest first. Raises TypeError, which lists specs, if `auto` cannot choose."""
 
     def take(self, candidate: Candidate) -> None:
         """Go on as `auto` has chosen."""
 
     def own_spec(self) -> str | None:
-        """Return the spec by which all goes in the step that begins, whatever `auto` has chosen; None if there is none."""
+        """Return the spec by which everything is sent in the step that begins, whatever `auto` chose; None if there is none."""
         return None
 
     def on_bucket(self, bucket: Tensor, segments: Segments) -> None:
-        """This bucket will hold what was exchanged when backward is over."""
+        """Note a bucket that has come; it will hold the exchanged values when backward is over."""
         self._received.append((bucket, segments))
 
     def replicated_state(self) -> dict[str, object]:
-        """Return what all ranks must agree on now, as JSON values."""
+        """Return the state on which all ranks must agree now, as JSON values."""
         groups = [{k: plain(v) for k, v in group.items() if k != "params"} for group in self.param_groups]
         frozen = sorted(name for name, (p, _) in self._places.items() if not p.requires_grad)
         return {"optimizer": type(self).__name__, "optimizer's groups": groups, "frozen parameters": frozen}
@@ -260,39 +265,39 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return before != self._proven
 
     def phase(self) -> object:
-        """Return what changes when a phase begins."""
+        """Return a value that changes when a new phase begins."""
         return 0
 
     def replica(self, p: Tensor) -> Tensor:
-        """Return what of a parameter is the same on all ranks: itself, unless the optimizer takes local steps."""
+        """Return the value of a parameter that is the same on all ranks: itself, unless the optimizer takes local steps."""
         return p
 
     def own_state(self) -> dict[str, Any]:
-        """Return what of its state is this rank's own; nothing, unless it takes local steps."""
+        """Return the part of the state that is this rank's own; empty unless the optimizer takes local steps."""
         return {}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Restore what `own_state` returned."""
 
     def gradients_are_there(self, scaled: bool) -> None:
-        """For hooks: backward is over, and `grad` holds what was exchanged. `scaled`: a GradScaler will divide it in place."""
+        """Note that backward is over and `grad` holds the exchanged values. For hooks. `scaled`: a GradScaler divides them."""
         self.watch.remember((p for p, _ in self._places.values()), scaled)
 
     def _require_untouched(self) -> None:
-        """Warn, once, if what was exchanged has been changed since, and is no gradient."""
+        """Warn, once, if `grad` holds exchanged updates, not gradients, and was changed since."""
         if self.takes_means:
             self.watch.forget()
         held = {name: p for name, (p, _) in self._places.items() if name not in self._frozen}
         self.watch.check(held, type(self).__name__, self._speaks)
 
-    # what a training script asks of it
+    # the methods that a training script calls
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Apply what the last backward exchanged, and the gradients of parameters that are not exchanged.
 
-        Raises RuntimeError if it is attached to nothing, if no backward has exchanged anything since the last step, or if one
-        has exchanged a part.
+        Raises RuntimeError if the optimizer is not attached, if no backward has exchanged anything since the last step, or if a
+        backward has exchanged only a part.
         """
         loss = None
         if closure is not None:
@@ -337,7 +342,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._awaits_step, self._received = False, []
 
     def _why_not(self) -> str:
-        """Return what keeps DDP from exchanging gradients, if that is known."""
+        """Return a sentence on why DDP has not exchanged gradients; empty if that is not known."""
         frozen = [key for key, (p, _) in self._places.items() if not p.requires_grad]
         if not frozen or self._may_be_frozen:
             return ""
@@ -348,14 +353,14 @@ class CompressedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:
-        """One step: parameter, group and what was exchanged of it, by name."""
+        """Take one step. `updates` has, by name, a parameter, its group and its exchanged values (None: it has none)."""
 
     @abstractmethod
     def step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """One step of parameters of a group that are not exchanged, as torch's optimizer takes it. All have a `grad`."""
+        """Take one step, as torch's optimizer does, of a group's parameters that are not exchanged. All have a `grad`."""
 
     def _late(self, moving: dict[str, tuple[Tensor, dict[str, Any]]]) -> dict[str, Tensor]:
-        """Return what was exchanged of parameters that no rank used: DDP leaves their `grad` None or 0."""
+        """Return the exchanged values of parameters that no rank used: DDP leaves their `grad` None or 0."""
         if not self._received:
             return {}
         unused = {
@@ -371,10 +376,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         return parts
 
     def came_with_session(self, state_dict: dict[str, Any]) -> bool:
-        """Whether this state lacks its tensors, and the session, loaded before, has brought them.
+        """Whether this state lacks its tensors, and the session, loaded before it, has restored them.
 
-        torch.distributed.checkpoint reads no tensors for an optimizer that has not stepped. Raises ValueError if nobody has
-        brought them. For optimizers that keep something of each parameter, and count `steps`.
+        torch.distributed.checkpoint reads no tensors for an optimizer that has not stepped. Raises ValueError if the session
+        has not restored them. For optimizers that keep state of each parameter and count `steps`.
         """
         steps = state_dict["param_groups"][0].get("steps", 0)
         if not steps or state_dict["state"]:
@@ -387,12 +392,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; the ranks compare their standing at the next backward."""
+        """Restore what `state_dict` returned; the ranks compare their states at the next backward."""
         super().load_state_dict(state_dict)
         self._proven = None
         for p, state in self.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
-                    # the loops want one order of memory
+                    # the loops need all tensors in one memory order
                     state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self._find_places()

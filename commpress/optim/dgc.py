@@ -1,11 +1,11 @@
 """Deep Gradient Compression (Lin et al., arXiv:1712.01887): SGD with momentum under a sparse codec.
 
-Momentum after a sparse exchange would forget how old a delayed gradient is. So each rank keeps the momentum of its own
-gradients, and that is what is sent, with error feedback (momentum correction):
+If momentum were applied after a sparse exchange, a delayed gradient would count as a new one. So each rank keeps the momentum
+of its own gradients and sends that, with error feedback (momentum correction):
 
     u <- momentum u + g + wd p        sent: Q(u + residual)        p <- p - lr mean of what was sent
 
-Where a rank has sent, its u starts anew (momentum factor masking), so that a late momentum does not push the wrong way.
+Where a rank has sent, its u starts again at 0 (momentum factor masking), so that an old momentum does not push the wrong way.
 """
 
 from collections.abc import Sequence
@@ -24,24 +24,24 @@ from commpress.optim.settings import require_in_range
 from commpress.optim.uncompressed import step_sgd
 
 STAGES = 5
-"""Stages of the ratio's warm-up; each keeps a quarter of what the one before it kept, as in section 3.3."""
+"""Stages of the ratio's warm-up; each keeps a quarter of the values that the stage before it kept, as in section 3.3."""
 
 SPECS = ("none", "int4", "topk(0.01)", "topk(0.001)")
-"""The specs that `auto` may choose, the gentlest first. By `topk(0.01)` and `topk(0.001)` the net of benchmarks/convergence.py
-ended within the seeds' spread of SGD; `int4` keeps the loss of gradients under any optimizer."""
+"""The specs that `auto` may choose, the gentlest first. With `topk(0.01)` and `topk(0.001)` the net of
+benchmarks/convergence.py ended within the spread of SGD's seeds; `int4` gradients keep the loss under any optimizer."""
 
 
 class DGC(CompressedOptimizer):
     """SGD with momentum for sparse specs: `commpress.attach(ddp_model, "topk(0.001)", optimizer=DGC(...))`.
 
-    During `warmup_steps` a `topk(r)` keeps 1/4, 1/16, ... down to r, each for a fifth of them; any other codec sends exact
-    means there. Codecs that send every value have no factor masking. `weight_decay` is SGD's, added to the gradient.
-    `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent before backward is
-    over. Raises ValueError for a setting out of range.
+    During `warmup_steps` a `topk(r)` keeps 1/4, 1/16, ... of the values down to r, each for a fifth of these steps; any other
+    codec sends exact means there. Codecs that send every value have no factor masking. `weight_decay` is SGD's, added to the
+    gradient. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent; then no bucket is sent before
+    backward is over. Raises ValueError for a setting out of range.
     """
 
     masks_momentum = True
-    may_be_masked = False  # factor masking clears its momenta where values were sent
+    may_be_masked = False  # masks would not fit the places at which factor masking clears momenta
     shared = ("max_norm", "warmup_steps", "steps")
 
     def __init__(

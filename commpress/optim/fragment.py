@@ -1,5 +1,5 @@
-"""Fragments of a model (Streaming DiLoCo, Douillard et al., arXiv:2501.18512): parts of about the same size, each of which
-syncs at steps of its own. A fragment knows its anchor and outer momentum, what of it is frozen, and how to save itself.
+"""Fragments of a model (Streaming DiLoCo, Douillard et al., arXiv:2501.18512): parts of about the same size that sync at
+different steps. A fragment holds its anchor, its outer momentum and the places of its frozen parameters, and saves them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,12 @@ from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.segments import Segment, Segments
 
 
-@dataclass(eq=False)  # one is not another, whatever it holds
+@dataclass(eq=False)  # compared by identity
 class Fragment:
-    """A part of the model: `parameters` laid flat one behind the other, then zeros up to a multiple of the inner ranks.
+    """A part of the model: `parameters`, flat, one after another, then zeros up to a multiple of the inner ranks.
 
-    `anchor` is float32 [n], the same on all ranks; `momentum` (float32 [part]) and the exchange are of this rank's `part`,
-    which takes `dense_bytes` when its gradients are averaged in the model's own dtypes.
+    `anchor` is float32 [n], the same on all ranks. `momentum` (float32 [part]) and the exchange are of this rank's `part`.
+    `dense_bytes` is the size of that part's gradients in the model's own dtypes.
     """
 
     parameters: list[Tensor]
@@ -31,13 +31,13 @@ class Fragment:
     momentum: Tensor
     synced_at: int = 0
     mean: "torch.futures.Future[Tensor] | None" = None
-    """The mean that is on its way, or was when the state was saved."""
+    """The mean that is being exchanged, or was when the state was saved."""
     owners: list[Tensor] = field(default_factory=list)
-    """Tensors that the parameters are views of: whether they are trained is known there."""
+    """Tensors whose memory the parameters are; their `requires_grad` says whether a parameter is trained."""
     trained: set[int] = field(default_factory=set)
-    """Places of the parameters that have required a gradient in a step since the last sync began."""
+    """Places of the parameters that required a gradient in some step since the last sync began."""
     frozen: set[int] = field(default_factory=set)
-    """Places of the parameters that required none before the last sync: it leaves them where they are."""
+    """Places of the parameters that required no gradient before the last sync, which does not change them."""
 
     def flat(self) -> Tensor:
         """Return the parameters' values now: float32 [n]."""
@@ -47,7 +47,7 @@ class Fragment:
         return out
 
     def put(self, values: Tensor, share: float = 1.0) -> None:
-        """Move the parameters to `values` (float32 [n]), or those that are trained a share of the way."""
+        """Set the parameters to `values` (float32 [n]); with `share` below 1 move trained ones by that share of the way."""
         for i, (p, part) in enumerate(zip(self.parameters, self._parts(values), strict=True)):
             if share == 1 or self._is_frozen(i):
                 p.copy_(part.view(p.shape))
@@ -59,12 +59,12 @@ class Fragment:
         self.trained |= {i for i, p in enumerate(self.owners) if p.requires_grad}
 
     def begin(self) -> None:
-        """Begin a sync: what was frozen all the time since the last one stays as it is, with its momentum."""
+        """Begin a sync. Parameters that were frozen all the time since the last one keep their values and momentum."""
         self.frozen = {i for i in range(len(self.parameters)) if self._is_frozen(i)}
         self.trained = set()
 
     def moving(self) -> Segments:
-        """Return what of this rank's part a sync moves; the zeros behind the parameters count as theirs."""
+        """Return the segments of this rank's part that a sync moves, with the zeros after the parameters."""
         return tuple(
             segment
             for segment, (i, _) in zip(self.segments, [*self._overlaps(), (-1, slice(0))], strict=False)
@@ -76,12 +76,12 @@ class Fragment:
         return [where for i, where in self._overlaps() if i in self.frozen]
 
     def arrived(self, mean: Tensor) -> None:
-        """Take a mean (float32 [part]) that is there already, as if it had just come."""
+        """Take a mean (float32 [part]) that has already arrived as this fragment's finished exchange."""
         self.mean = torch.futures.Future()
         self.mean.set_result(mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of anchor, momentum and the mean that is on its way, and what is frozen. Waits for that mean."""
+        """Return copies of anchor, momentum, mean and the frozen places. Waits for a mean that is being exchanged."""
         return {
             "anchor": self.anchor.clone(),
             "momentum": self.momentum.clone(),
@@ -103,9 +103,9 @@ class Fragment:
             self.arrived(saved["mean"].to(self.anchor.device).clone())
 
     def receive(self, root: int, group: dist.ProcessGroup, has_mean: bool) -> None:
-        """Get anchor, momentum, mean and what is frozen from the global rank `root`, or send them. Collective over `group`.
+        """Broadcast anchor, momentum, mean and the frozen places from the global rank `root`. Collective over `group`.
 
-        `has_mean`: whether the root has a mean on its way.
+        `has_mean`: whether the root has a mean.
         """
         kept = [self.anchor, self.momentum]
         if has_mean:
@@ -125,7 +125,7 @@ class Fragment:
         return i not in self.trained and not self.owners[i].requires_grad
 
     def _overlaps(self) -> Iterator[tuple[int, slice]]:
-        """Yield the places of the parameters that reach into this rank's part, each with its slice of that part."""
+        """Yield the place of each parameter that overlaps this rank's part, with the slice of that part that it fills."""
         at = 0
         for i, p in enumerate(self.parameters):
             start, stop = max(at, self.part.start), min(at + p.numel(), self.part.stop)
@@ -149,7 +149,7 @@ def split(
 ) -> list[Fragment]:
     """Split a model into at most `count` fragments, in the order of its parameters, their syncs spread over `every` steps.
 
-    `workers` exchange each part; a worker has `inner_size` ranks, of which this is the one at `inner_rank`.
+    `workers` is the number of workers that exchange each part; a worker has `inner_size` ranks, and this is its `inner_rank`.
     """
     total, seen = sum(p.numel() for p in parameters.values()), 0
     members: list[list[str]] = [[] for _ in range(count)]
@@ -181,9 +181,9 @@ def split(
 
 
 def _pieces(parameters: Mapping[str, Tensor], part: slice) -> tuple[Segments, int]:
-    """Return the segments of `part` of the parameters laid one after another, and how many bytes of parameters they are.
+    """Return the segments in `part` of the flat parameters, and how many bytes of parameters they hold.
 
-    They are whole parameters, pieces of them, and zeros after the last one.
+    The segments are whole parameters, pieces of them, and the zeros after the last one.
     """
     pieces, at, nbytes = [], 0, 0
     for name, p in parameters.items():

@@ -1,7 +1,7 @@
-"""The watch over what was exchanged: a script that changes `grad` between backward and `step` changes what `step` applies.
+"""A watch over the exchanged values: a script that changes `grad` between backward and `step` changes the update.
 
-Behind a compressed optimizer `grad` holds an update, not a gradient; clipping it by norm, as under any other optimizer, does
-something that nobody meant.
+With a compressed optimizer `grad` holds an update, not a gradient. Clipping it by norm, as one does with gradients, is then a
+mistake.
 """
 
 import functools
@@ -18,15 +18,15 @@ class GradientWatch:
 
     def __init__(self) -> None:
         self.on = True
-        """Whether a change is still to be warned of."""
+        """Whether a change is still to be warned about."""
         self._arrived: dict[Tensor, tuple[Tensor, int]] | None = None
 
     def forget(self) -> None:
-        """Expect nothing of the gradients that are there."""
+        """Stop comparing the gradients that were remembered."""
         self._arrived = None
 
     def remember(self, parameters: Iterable[Tensor], scaled: bool) -> None:
-        """Backward is over, and `grad` holds what was exchanged. `scaled`: a GradScaler will divide it in place."""
+        """Remember `grad` of these parameters after a backward. `scaled`: a GradScaler will divide it in place."""
         if not scaled or not unscaling_counts():
             self._arrived = {p: (p.grad, p.grad._version) for p in parameters if p.grad is not None}
 
@@ -53,7 +53,7 @@ class GradientWatch:
 
 @functools.cache
 def unscaling_counts() -> bool:
-    """Whether what a GradScaler does to gradients counts as a change of them; not in the versions of torch known so far."""
+    """Whether a GradScaler's division counts as a change of a tensor's version; in the versions of torch so far it does not."""
     x, found, scale = (torch.ones(1, device="cpu", dtype=torch.float32) for _ in range(3))
     before = x._version
     torch._amp_foreach_non_finite_check_and_unscale_([x], found, scale)

@@ -1,4 +1,4 @@
-"""When a parameter of 0/1 Adam syncs: every so many steps, ever more rarely, or as rarely as `auto` finds it worth."""
+"""The sync intervals of 0/1 Adam: a fixed number of steps, a growing one, or one that `auto` chooses."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ MANY = 1 << 20
 
 @dataclass(frozen=True)
 class Growing:
-    """Syncs every `first` steps, and twice as rarely after each `steps` further ones, up to every `last`."""
+    """An interval of `first` steps that doubles after each further `steps` steps, up to `last`."""
 
     steps: int
     first: int = 1
@@ -24,14 +24,14 @@ class Growing:
         require_in_range("Growing.last", self.last, self.first)
 
     def interval(self, step: int) -> int:
-        """Steps between syncs, `step` steps after the warm-up."""
+        """Return the number of steps between syncs, `step` steps after the warm-up."""
         return int(min(self.last, self.first << min(step // self.steps, 62)))
 
 
 @dataclass(frozen=True)
 class Sync:
-    """A step's effect on a parameter's local steps: `keep` is 1 - lr wd, `weight` that of all since the last sync, and
-    `share` this step's part of it."""
+    """The factors of one step of a parameter: `keep` is 1 - lr wd, `weight` the sum of the decayed learning rates since the
+    last sync, and `share` this step's part of that sum."""
 
     keep: float
     weight: float
@@ -39,9 +39,10 @@ class Sync:
 
 
 def candidates(specs: Iterable[str], now: int, most: int) -> list[Candidate]:
-    """Return `none` in every step, and `specs` every 1, 2, 4, ... steps below `now`, and every `most`; what sends more first.
+    """Return the candidates of `auto`, those that send more first.
 
-    `most` stands for the interval that was asked for: as long as that grows, it is `now`.
+    These are `none` in every step, and each of `specs` every 1, 2, 4, ... steps below `now` and every `most` steps. `most` is
+    the interval that the user asked for; while that interval grows, its present value is `now`.
     """
     intervals = [*(1 << power for power in range(now.bit_length()) if 1 << power < now), most]
     found = {Candidate("none"), *(Candidate(spec, every, min(every, now)) for spec in specs for every in intervals)}

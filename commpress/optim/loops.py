@@ -9,7 +9,7 @@ from torch import Tensor
 from commpress.kernels.table import Kernel, lookup
 
 ROW = 4096
-"""A number of values so small that torch sums them in one thread."""
+"""Values in a row: so few that torch sums them in one thread."""
 
 
 def apply_update(p: Tensor, update: Tensor, average: Tensor, keep: float, rate: float) -> None:
@@ -94,7 +94,7 @@ def sync_apply(
 
 
 def restore_local(p: Tensor, anchor: Tensor, total: Tensor, decay: float) -> None:
-    """p <- decay * anchor - total: where `local_step` left it, bit for bit."""
+    """p <- decay * anchor - total, in place: the value that `local_step` left, bit for bit."""
     p, anchor, total = flat(p, anchor, total)
     if kernel := _kernel("restore_local", p, anchor, total):
         kernel(p, anchor, total, decay)
@@ -131,7 +131,7 @@ def momentum_correction(x: Tensor, momentum: Tensor, p: Tensor, beta: float, dec
 
 
 def momentum_ahead(x: Tensor, momentum: Tensor, fresh: float) -> None:
-    """x <- fresh * (x - momentum), momentum <- momentum + x: how far a momentum moves on a gradient, in place."""
+    """x <- fresh * (x - momentum), momentum <- momentum + x, in place: x becomes the move of a momentum on a gradient."""
     x, momentum = flat(x, momentum)
     if kernel := _kernel("momentum_ahead", x, momentum):
         kernel(x, momentum, fresh)
@@ -141,7 +141,7 @@ def momentum_ahead(x: Tensor, momentum: Tensor, fresh: float) -> None:
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum of a tensor in float64: the same bits with any number of threads, since each row is summed by one of them."""
+    """Return the sum of a tensor: float64 []. One thread sums each row, so the bits do not depend on the number of threads."""
     rest = flat(x)[0].to(torch.float64)
     while rest.numel() > ROW:
         whole = rest.numel() // ROW * ROW
@@ -164,7 +164,7 @@ def warm_up(device: torch.device) -> None:
 
 
 def flat(*tensors: Tensor) -> list[Tensor]:
-    """Each as [n], in the order of its memory."""
+    """Return each tensor as [n], in the order of its memory."""
     return [
         t.detach().view(-1) if t.is_contiguous() else t.detach().as_strided((t.numel(),), (1,), t.storage_offset())
         for t in tensors
@@ -172,7 +172,7 @@ def flat(*tensors: Tensor) -> list[Tensor]:
 
 
 def _kernel(op: str, *tensors: Tensor) -> Kernel | None:
-    """The kernel for these tensors; None if there is none that takes all of them."""
+    """Return the kernel for these tensors; None if no kernel takes all of them."""
     kernel = lookup(op, None, tensors[0].device.type)
     one_place = all(x.device.type == tensors[0].device.type for x in tensors)
     return kernel if kernel is not None and one_place and kernel.takes(*tensors) else None

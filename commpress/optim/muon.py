@@ -1,8 +1,8 @@
-"""Muon (Jordan et al., 2024; scaled as in arXiv:2502.16982) whose momentum is exchanged behind an estimate that all ranks hold:
-EF21-Muon (arXiv:2510.00643; EF21: arXiv:2106.05203).
+"""EF21-Muon (arXiv:2510.00643; EF21: arXiv:2106.05203): Muon (Jordan et al., 2024; scaled as in arXiv:2502.16982) whose ranks
+send the difference of their momentum from an estimate that all of them hold.
 
-Newton-Schulz raises what is small in a matrix, so the noise of a coarse code in front of it comes out as large as the signal,
-and error feedback cannot repay that. What a rank's momentum is ahead of an estimate is small and gets smaller, and so does the
+Newton-Schulz enlarges the small singular values of a matrix. So it makes the noise of a coarse code as large as the signal, and
+error feedback cannot repay that. The difference between a rank's momentum and an estimate is small and shrinks, and so does the
 noise of its code:
 
     m <- beta m + (1 - beta) g          each rank's own
@@ -10,14 +10,14 @@ noise of its code:
     E <- E + mean of c                  on all ranks, the same bits
     p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) NewtonSchulz(E + beta mean of c)
 
-Here each rank sends how far its momentum has moved, with error feedback: the residual is then m - e, and e itself is not kept.
+The code sends each step's move of the momentum with error feedback. The residual is then m - e, so e itself is not kept.
 Nesterov's E + beta mean of c has about twice the error of E, so it is off by default.
 
-By a code of fewer than 8 bits a value, m, e and E are kept in other coordinates, in which the code's error is a like share of
-each direction of the matrix (`eigenbasis.py`); Newton-Schulz gets E back in its own.
+With a code of fewer than 8 bits a value, m, e and E are kept in other coordinates, in which the code's error is a similar share
+of each direction of the matrix (`eigenbasis.py`); Newton-Schulz gets E in the matrix's own coordinates.
 
-Newton-Schulz mixes the values of a matrix. Where masks prune it, m, e, E and the step are 0, so a weight that is 0 stays 0.
-Such a matrix stays in its own coordinates; if it was in others, its momentum starts anew when the masks come.
+Newton-Schulz mixes the values of a matrix. At pruned places m, e, E and the step are set to 0, so a weight that is 0 stays 0.
+A pruned matrix stays in its own coordinates; if it was in others, its momentum starts again at 0 when the masks are set.
 """
 
 import fnmatch
@@ -47,25 +47,25 @@ from commpress.optim.shared_products import SharedProducts
 from commpress.optim.uncompressed import begin_adamw, step_adamw
 
 GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
-"""Codecs of gradients that keep AdamW's loss."""
+"""Codecs of gradients that keep AdamW's loss; `others_spec` must be one of them."""
 SPECS = ("none", "int8")
-"""The specs that `auto` may choose, the gentlest first. By `int4` a GPT of 0.9 M parameters ended 2.5 % above exact Muon's loss
-(benchmarks/convergence.py, three seeds), by `sign` 14.4 %: that is no choice for a clock."""
+"""The specs that `auto` may choose, the gentlest first. With `int4` a GPT of 0.9 M parameters ended 2.5 % above exact Muon's
+loss (benchmarks/convergence.py, three seeds), with `sign` 14.4 %: a choice by step time alone must not make that trade."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """A matrix in a step: `moved` is how far the mean of the ranks' momenta has, as far as it has arrived."""
+    """A matrix in a step. `moved` is the mean move of the ranks' momenta, as it arrived."""
 
     p: Tensor
     group: dict[str, Any]
     moved: Tensor
     kept: Tensor | None = None
-    """Where the values lie in its memory that masks keep: int32 [k]; None if all are kept."""
+    """The places in the matrix's memory of the values that masks keep: int32 [k]; None if all are kept."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, and columns: all dimensions but the first."""
+        """Rows and columns; the columns are all dimensions but the first."""
         return self.p.shape[0], self.p[0].numel()
 
 
@@ -93,7 +93,7 @@ class EF21Muon(CompressedOptimizer):
 
     needs_feedback = True
     sends_moves = True
-    """Whether what travels is how far a momentum has moved: summed up it is no sum of gradients."""
+    """Whether the ranks send moves of a momentum; their sum is not a sum of gradients."""
     may_step_alone = True
     shared = ("max_norm", "others_spec", "steps")
 
@@ -128,14 +128,14 @@ class EF21Muon(CompressedOptimizer):
     def _forget(self) -> None:
         super()._forget()
         self._lacks_momenta = False
-        """Whether estimates were loaded, but not yet the momenta of which they are estimates."""
+        """Whether the estimates were loaded, but not the momenta that they estimate."""
         self._products: SharedProducts | None = None
         self._pruned_by: dict[str, MaskIndex] = {}
-        """The masks by which an estimate was pruned last, by name."""
+        """The masks by which each estimate was pruned last, by name."""
         self._coarse: set[str] = set()
-        """The matrices, by name, whose code is so coarse that it needs other coordinates."""
+        """The names of matrices whose code is so coarse that it needs other coordinates."""
         self._sharded: ShardedMuon | None = None
-        """What steps the matrices where they are sharded."""
+        """Steps the matrices if they are sharded, else None."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -164,9 +164,9 @@ class EF21Muon(CompressedOptimizer):
         return self._sharded is not None
 
     def hold_shards(self, sharded: ShardedMuon) -> None:
-        """For hooks, behind `bind`: what is bound holds shards, whose mean gradients are there when `step` is called.
+        """Step shards from now on; their mean gradients are in `grad` when `step` is called. For hooks, after `bind`.
 
-        All that is kept of them exists from now on: a checkpoint is loaded into what is there.
+        All state of the shards is allocated now, since a checkpoint is loaded into existing tensors.
         """
         self._sharded, self._lacks_momenta = sharded, False  # a state has all of them
         for p, group in self._places.values():
@@ -221,7 +221,10 @@ class EF21Muon(CompressedOptimizer):
         return Override(codec, prepare=prepare, momentum=True)
 
     def hand_over(self, buckets: StepBuffer) -> None:
-        """For hooks: `buckets` exchange what was bound. Estimates start anew where no momenta go along, as behind masks."""
+        """Take the step buffer that exchanges the bound parameters. For hooks.
+
+        Estimates start again at 0 if the momenta are not taken over, as after masks.
+        """
         before, self._products = self._withheld, SharedProducts(buckets.collectives)
         super().hand_over(buckets)
         if before is not None and not buckets.collectives.feedback.memories:
@@ -258,7 +261,7 @@ class EF21Muon(CompressedOptimizer):
             self._lacks_momenta = self._sharded is None and any("momentum_buffer" in s for s in self.state.values())
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        self._lacks_momenta = False  # a session restores its feedback along with this
+        self._lacks_momenta = False  # the session restores its feedback, which holds the momenta, in the same call
 
     def begin_backward(self, scale: float) -> bool:
         if self._lacks_momenta:
@@ -272,7 +275,7 @@ class EF21Muon(CompressedOptimizer):
         if not group["muon"]:
             step_adamw(parameters, group, self.state)
             return
-        fresh = 1 - group["momentum"]  # the momentum's own move, of which nothing is left out
+        fresh = 1 - group["momentum"]  # the whole move of the momentum: nothing is compressed here
         moves = []
         for p in parameters:
             if (gradient := p.grad) is None:
@@ -318,7 +321,7 @@ class EF21Muon(CompressedOptimizer):
             self.state[p].update(zip(BASIS, (new.vectors, new.sizes), strict=True))
 
     def _moves(self, matrices: Updates) -> list[Move]:
-        """Return the moves of these matrices that have arrived, and prune the estimates of those whose masks are new."""
+        """Return the moves of these matrices, and prune the estimates of matrices whose masks have changed."""
         masks = self.masks
         moves = {name: Move(p, group, moved, masks.places(name)) for name, (p, group, moved) in matrices.items()}
         for name, one in moves.items():
@@ -332,7 +335,7 @@ class EF21Muon(CompressedOptimizer):
         return list(moves.values())
 
     def _step_matrices(self, moves: Sequence[Move], products: SharedProducts | None = None) -> None:
-        """Step matrices by how far their momenta have moved. The ranks of a node share out Newton-Schulz."""
+        """Step matrices by the moves of their momenta. The ranks of a node divide Newton-Schulz among them."""
         for one in moves:
             self._estimate(one.p).add_(one.moved)
         shapes = [one.shape for one in moves]
@@ -357,17 +360,17 @@ class EF21Muon(CompressedOptimizer):
             one.p.add_(step, alpha=-AS_ADAMW * lr * max(one.shape) ** 0.5)
 
     def _direction(self, one: Move) -> Tensor:
-        """Return what Newton-Schulz shall make of a matrix: [rows, columns]."""
+        """Return the input of Newton-Schulz for a matrix: [rows, columns]."""
         estimate, basis = self._estimate(one.p), self._basis(one.p)
         direction = estimate.add(one.moved, alpha=one.group["momentum"]) if one.group["nesterov"] else estimate
         return direction.reshape(one.shape) if basis is None else basis.leave(direction, one.shape)
 
 
 def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The parameters of a model that require a gradient: one group with the hidden matrices, one with the others.
+    """Return the parameters that require a gradient in two groups: the hidden matrices, and the others.
 
-    `others` are patterns of names (as of fnmatch) for the second one. Raises ValueError for a pattern that matches nothing, and
-    where no hidden matrix is float32.
+    `others` are patterns of names (as in fnmatch) for further parameters of the second group. Raises ValueError for a pattern
+    that matches nothing, and if no hidden matrix is float32.
     """
     embedded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     named = {bare_name(name): p for name, p in model.named_parameters() if p.requires_grad}

@@ -10,9 +10,10 @@ LEAST_NORM = 1e-7
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
-    """Return of each matrix ([k, rows, columns], any float dtype) U S V^T with S between about 0.7 and 1.2, in float32.
+    """Return, for each matrix U D V^T in `matrices` ([k, rows, columns], any float dtype), U S V^T: float32, the same shape.
 
-    On an accelerator products are in bfloat16, on a CPU in float32: few CPUs have products in bfloat16 that are faster.
+    The singular values S are between about 0.7 and 1.2. The products are in bfloat16 on an accelerator and in float32 on a
+    CPU, since few CPUs are faster in bfloat16.
     """
     x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
     tall = x.shape[1] > x.shape[2]

@@ -16,25 +16,25 @@ from commpress.optim.adam_state import AdamState
 from commpress.optim.base import Parameters
 
 KEPT = ("inverse", "exp_avg")
-"""The state that every gradient is blended with."""
+"""The keys of the state that is combined with every gradient."""
 
 
 class OneBitAdamW(FrozenAdamW):
     """AdamW whose momentum is sent compressed, by the spec of `attach`: `sign`, `topk(0.1)|sign`, `int4`, ...
 
     The first `warmup_steps` are AdamW's on mean gradients (None: until the variance has settled, by the paper's test every 1 /
-    (1 - beta2) steps). They are exact unless `warmup_spec` says `int8` or `int4`. In place of a warm-up, `variance_from` takes
-    the state of a run by torch's Adam or AdamW: that optimizer with the same parameters, or its `state_dict()` (by name where
-    both know names, else in the same order); then all steps are compressed. After the warm-up the variance is frozen. Each
-    rank sends its momentum divided by the root of the variance, with error feedback, and all ranks apply the mean. Replicas
-    hold the same bits.
+    (1 - beta2) steps). Their means are exact unless `warmup_spec` is `int8` or `int4`. `variance_from` replaces the warm-up by
+    the state of torch's Adam or AdamW: that optimizer with the same parameters, or its `state_dict()` (read by name if both
+    have names, else by order); then all steps are compressed. After the warm-up the variance is frozen. Each rank sends its
+    momentum divided by the root of the variance, with error feedback, and all ranks apply the mean. Replicas hold the same
+    bits.
 
-    `max_norm` clips the norm of the mean gradient in the warm-up. After it there is no mean gradient: each rank clips its own,
-    to max_norm sqrt(W), before it is sent, and no bucket is sent before backward is over.
+    `max_norm` clips the norm of the mean gradient in the warm-up. After the warm-up no mean gradient exists: each rank clips
+    its own gradient to max_norm sqrt(W) before it is sent, and no bucket is sent before backward is over.
 
-    Differs from the paper: the momentum is coded after the division by the root of the variance, not before it; Adam's bias is
-    corrected; a single gradient is bounded (`commpress/optim/adam.py` says why). Raises ValueError for a setting out of range,
-    and for a `variance_from` that does not fit (`commpress/optim/adam_state.py` says when).
+    Differences from the paper: the momentum is coded after the division by the root of the variance, not before it; Adam's
+    bias is corrected; a single gradient is bounded (`commpress/optim/adam.py` says why). Raises ValueError for a setting out of
+    range, and for a `variance_from` that does not fit (`commpress/optim/adam_state.py` says when).
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class OneBitAdamW(FrozenAdamW):
     def _forget(self) -> None:
         super()._forget()
         self._flat_states: dict[Segments, tuple[Tensor, Tensor]] = {}
-        """`inverse` and `exp_avg` of a bucket's parameters, float32 [n] each; what stands in the state are views."""
+        """`inverse` and `exp_avg` of each bucket, float32 [n] each; the tensors in the state are views of them."""
 
     def override_frozen(self, segments: Segments, codec: Codec) -> Override:
-        """Send beta1 n + (1 - beta1) g / d, times the loss scale as the gradients are."""
+        """Return an override that sends beta1 n + (1 - beta1) g / d, multiplied by the loss scale as the gradients are."""
         held = [(self.state[p], group) for p, group in (self._places[segment.name] for segment in segments)]
         first, alike = held[0][1], len({group["betas"][0] for _, group in held}) == 1
         if alike and all(state["inverse"].dtype == torch.float32 for state, _ in held):
@@ -81,7 +81,7 @@ class OneBitAdamW(FrozenAdamW):
         return Prologue(inverse, average, self.limit(group) * self._scale, 1 - beta1, beta1 * self._scale)
 
     def _flat_state(self, segments: Segments) -> tuple[Tensor, Tensor]:
-        """Return the state of a bucket's parameters, moved to memory of one piece, in the order of their gradients."""
+        """Return the state of a bucket's parameters, moved to contiguous memory, in the order of their gradients."""
         parts, total = [], 0
         for segment in segments:
             parts.append((self._places[segment.name][0], total))

@@ -2,13 +2,13 @@
 Streaming DiLoCo (Douillard et al., arXiv:2501.18512), SparseLoCo (Sarfi et al., arXiv:2508.15706), with Muon inside MuLoCo
 (Therien et al., arXiv:2505.23725).
 
-Every worker takes `every` steps of its own from the anchor a, the same bits on all of them; then, with a codec Q and what it
-withheld before, e,
+Every worker takes `every` steps of its own from the anchor a, which has the same bits on all of them. Then, with a codec Q and
+its residual e,
 
     d <- mean of Q(a - p + decay e)        m <- mu m + d        a <- a - lr (d + mu m)        p <- a
 
-lr = 1 and mu = 0 is local SGD: the mean of the parameters, sent as a difference. The model is synced in fragments, each at a
-step of its own. With a `delay` training goes on while a fragment travels; that many steps later p <- (p + a) / 2.
+lr = 1 and mu = 0 is local SGD: the mean of the parameters, sent as differences. The model is synced in fragments, each at its
+own steps. With a `delay` training goes on while a fragment is being sent; `delay` steps later p <- (p + a) / 2.
 """
 
 import contextlib
@@ -48,9 +48,12 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class OuterSettings:
-    """`every`: local steps between two syncs of a fragment. `lr`, `momentum`: of the outer Nesterov step. `decay`: the share
-    of what the codec withheld that is sent along next time. `fragments`: parts of the model that sync at different steps.
-    `delay`: steps that a fragment may travel. Raises ValueError for a value out of range, or a part of a step."""
+    """The settings of the outer syncs. Raises ValueError for a value out of range, and for a number of steps that is not whole.
+
+    `every`: local steps between two syncs of a fragment. `lr`, `momentum`: of the outer Nesterov step. `decay`: the share of
+    the residual that the next sync adds. `fragments`: parts of the model that sync at different steps. `delay`: steps that the
+    exchange of a fragment may take.
+    """
 
     every: int
     lr: float = 1.0
@@ -76,16 +79,16 @@ class OuterSettings:
 class Outer:
     """Local steps and their outer syncs. Collective over `group`, the workers, and `inner`, the ranks of one worker.
 
-    `parameters` maps names to what is trained, at least one tensor, on CPU or an accelerator, any float or complex dtype; a
-    complex value counts as two reals. At the start all workers get rank 0's values, those in float64 or complex128 rounded to
-    32 bits a real, all others exactly. Call `step` after every optimizer step; on every rank the same number of times. The
-    ranks of a worker hold the same values (a DDP inside a node): each
-    exchanges its part of a fragment with its peers in the other workers, and they share the parts. `owners` has, by the same
-    names, what says by `requires_grad` whether a parameter is trained, if `parameters` are but the memory of it. Raises
-    ValueError on all ranks if a spec is unknown or the ranks differ.
+    `parameters` maps names to the trained tensors, at least one, on CPU or an accelerator, of any float or complex dtype; a
+    complex value counts as two real ones. At the start all workers get rank 0's values: float64 and complex128 rounded to 32
+    bits a real value, all others exactly. Call `step` after every optimizer step, equally often on every rank. The ranks of a
+    worker hold the same values (a DDP inside a node): each exchanges its part of a fragment with its peers in the other
+    workers, and the ranks of the worker then gather the parts. If `parameters` are only the memory of others (local shards),
+    `owners` maps the same names to the tensors whose `requires_grad` counts. Raises ValueError on all ranks if a spec is
+    unknown or the ranks differ.
     """
 
-    @torch.inference_mode(False)  # the anchors outlive the mode in which a model is looked at
+    @torch.inference_mode(False)  # the anchors outlive a caller's inference mode
     @torch.no_grad()
     def __init__(
         self,
@@ -109,7 +112,7 @@ class Outer:
         inner_rank = 0 if self._inner is None else dist.get_rank(self._inner)
         self._fragments = split(parameters, owners, count, settings.every, workers, inner_rank, self._inner_size)
         parts = tuple(s for f in self._fragments for s in f.segments)
-        # it has no steps to count: what the anchors become is compared in each sync
+        # it does not compare hashes step by step: each sync compares the anchors
         alike: dict[str, object] = {"optimizer": None, "grad_scaler": False, "verify": 0}
         plan = agreed_plan(spec, None, True, parts, group, self.device, alike)
         require_flat(plan.codec, "the fragments of an outer sync have parts of parameters")
@@ -133,7 +136,7 @@ class Outer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """A local step was taken: start and finish the syncs that are due.
+        """Count a local step, and start and finish the syncs that are due. Call it after every optimizer step.
 
         Raises RuntimeError if an exchange failed, ValueError on all ranks if they have taken different numbers of steps.
         """
@@ -153,9 +156,9 @@ class Outer:
     @torch.inference_mode(False)
     @torch.no_grad()
     def sync(self) -> None:
-        """Sync all fragments now, as at the end of training: then all ranks hold the same bits. Collective.
+        """Sync all fragments now, as at the end of training; all ranks then hold the same bits. Collective.
 
-        Raises what `step` raises.
+        Raises the errors of `step`.
         """
         for fragment in self._fragments:
             if fragment.mean is not None:
@@ -168,8 +171,8 @@ class Outer:
 
     @contextlib.contextmanager
     def synced(self) -> Iterator[None]:
-        """While the block runs, the parameters have the values of the anchor, the same bits on all ranks: to validate."""
-        self._apart[0] = 0  # who looks in here knows that the ranks have drifted
+        """Give the parameters the anchor's values while the block runs, the same bits on all ranks: use it to validate."""
+        self._apart[0] = 0  # a script that uses this knows that the ranks have drifted
         drifted = [[p.detach().clone() for p in fragment.parameters] for fragment in self._fragments]
         with torch.no_grad():
             for fragment in self._fragments:
@@ -183,7 +186,7 @@ class Outer:
                         p.copy_(value)
 
     def report(self) -> Report:
-        """Bytes and seconds of the outer syncs on this rank. A dense exchange is that of DDP in each of the steps between."""
+        """Return bytes and seconds of the outer syncs on this rank. The dense figure is that of DDP in every local step."""
         report = self._session.report()
         seconds = {**report.seconds, "exposed": self._waited}
         seconds["hidden"] = max(
@@ -192,12 +195,12 @@ class Outer:
         return replace(report, steps=self._steps - self._first, seconds=seconds)
 
     def receipt(self) -> Receipt:
-        """Return what the outer syncs have sent so far, a step, on this rank."""
+        """Return the receipt of the outer syncs: bytes a local step that this rank has sent so far."""
         report = self.report()
         return receipt(report, None, report.spec, None, None)
 
     def log(self) -> dict[str, float]:
-        """Return numbers for a tracker, `wandb.log(outer.log())`: `Report.log` of the steps since the last call of this."""
+        """Return numbers for a tracker, as in `wandb.log(outer.log())`: means of a step since the last call (`Report.log`)."""
         report = self.report()
         if found := report.log(self._logged):
             self._logged = report
@@ -205,9 +208,9 @@ class Outer:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Anchors, outer momentum, what is on its way, feedback. Every rank saves its own, and its model, which has drifted."""
+        """Return anchors, outer momentum, unfinished means and residuals. Every rank saves its own, with its own model."""
         fragments = [fragment.state_dict() for fragment in self._fragments]
-        self._apart[0] = 0  # this training goes on
+        self._apart[0] = 0  # the training will go on
         content = {
             "version": STATE_VERSION,
             "settings": {**vars(self.settings), "inner ranks": self._inner_size},
@@ -221,11 +224,11 @@ class Outer:
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Restore what `state_dict` saved on this rank; None on a rank that has joined. Collective.
+        """Restore what `state_dict` saved on this rank; pass None on a rank that has joined. Collective.
 
-        A rank that has joined gets the anchors, momentum and steps of the first rank that has a state, in full precision,
-        and starts from the anchor. The others may have got other places in the group, and the group another size: what they
-        had withheld counts as before. Raises ValueError on all ranks if a state does not fit, or if no rank has one.
+        A rank that has joined gets the anchors, momentum and steps of the first rank that has a state, in full precision, and
+        starts from the anchor. The other ranks may have other places than before, and the group another size: their residuals
+        count as before. Raises ValueError on all ranks if a state does not fit, or if no rank has one.
         """
         error, steps, before = None, None, self._steps
         try:
@@ -233,7 +236,7 @@ class Outer:
                 state = rows[0] if rows else None
             if state is not None:
                 error, steps = self._unfit(state), int(state["steps"])
-        except Exception as found:  # the other ranks wait for what this one has to say
+        except Exception as found:  # the other ranks wait for this one's answer
             error = str(unreadable(found)).removeprefix("cannot restore: ")
         everyone = self._collectives.traffic.ask({"error": error, "steps": steps}, "a state to restore")
         for rank, other in enumerate(everyone):
@@ -252,7 +255,7 @@ class Outer:
             self._session.restore(self._at_this_place(state["session"]))
         if len(holders) < len(everyone):
             self._welcome(holders[0], joined=state is None)
-        self._first += self._steps - before  # what was sent before the restart is in no report of this one
+        self._first += self._steps - before  # reports do not count the steps before the restart
 
     # how it works
 
@@ -261,8 +264,8 @@ class Outer:
         return 1 if self._inner is None else dist.get_world_size(self._inner)
 
     def _start(self, index: int, fragment: Fragment) -> None:
-        """Send how far the parameters have gone from the anchor."""
-        # ranks of which one has skipped a step would wait for each other, or take one fragment for another
+        """Start to exchange a fragment: the difference of the parameters from the anchor."""
+        # ranks that have taken different numbers of steps would wait for each other, or mix up fragments
         fragment.begin()
         moving = fragment.moving()
         frozen = [segment.name for segment in fragment.segments if segment not in moving]
@@ -291,7 +294,7 @@ class Outer:
         fragment.synced_at = self._steps
 
     def _finish(self, fragment: Fragment, share: float) -> None:
-        """Step the anchor by what has arrived, and go on from it."""
+        """Wait for a fragment's mean, step the anchor by it, and move the parameters `share` of the way to the anchor."""
         assert fragment.mean is not None
         start = time.perf_counter()
         mean = fragment.mean.wait()
@@ -317,7 +320,7 @@ class Outer:
         fragment.put(fragment.anchor, share)
 
     def _unfit(self, state: dict[str, Any]) -> str | None:
-        """Why a state cannot be this run's, if it cannot."""
+        """Return the reason why a state does not fit this run; None if it fits."""
         expected = {"version": STATE_VERSION, "settings": {**vars(self.settings), "inner ranks": self._inner_size}}
         for key, value in expected.items():
             if state.get(key) != value:
@@ -336,7 +339,7 @@ class Outer:
         return moved(session, self._session.rank, self._session.world_size)
 
     def _welcome(self, source: int, joined: bool) -> None:
-        """Hand the source's anchors, momentum and steps to all; those that have joined start from the anchors."""
+        """Broadcast the source's anchors, momentum and steps; ranks that have joined start from the anchors."""
         root = dist.get_global_rank(self._group, source)
         about = torch.tensor(
             [self._steps, *(n for f in self._fragments for n in (f.synced_at, int(f.mean is not None)))],
@@ -353,7 +356,7 @@ class Outer:
 
 
 def _say_apart(apart: list[int], leads: bool) -> None:
-    """A training is over: warn if its last sync was forgotten. One that has failed has other things to say."""
+    """Warn at the end of a training if its last sync was forgotten, unless the program ends with an error."""
     if apart[0] and sys.exc_info()[0] is None and getattr(sys, "last_value", None) is None:
         warn(
             f"commpress: training ended {apart[0]} local steps after the last outer sync, and each rank has parameters of its "

@@ -1,4 +1,4 @@
-"""EF21Muon on sharded matrices, as FSDP2 and ZeRO 1 and 2 have them: each matrix has one owner, who alone has all its rows.
+"""EF21Muon on matrices that FSDP2 or ZeRO 1 and 2 have sharded: each matrix has one owner, the only rank that has all its rows.
 
     every rank, of its rows    m <- beta m + (1 - beta) g               g is the ranks' mean gradient, by `others_spec`
                                to the owner: c = Q(m - e),              e <- e + c
@@ -6,14 +6,14 @@
                                to the rows' ranks: d = int8(u - K),     K <- K + d
     every rank, of its rows    k <- k + d,   p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) k
 
-Both directions are EF21 (arXiv:2106.05203): what goes is how far a value is ahead of what the other end knows of it, so what a
-code withholds is in the next difference. e and E, k and K are the same bits on both ends. A rank's own rows of a matrix that
-it owns are exact.
+Both directions are EF21 (arXiv:2106.05203): a rank sends the difference between a value and the other end's copy of it, so the
+part that a code leaves out is in the next difference. e and E, k and K have the same bits on both ends. A rank's own rows of a
+matrix that it owns are exact.
 
 A rank holds m, e and k of its rows (12 bytes a value of its shard), and E and K of the matrices that it owns (8 bytes a value).
-Nobody holds more: gradients have no feedback, which would take a float32 for every value of the model on every rank. That is
-why they go by `others_spec`, which is gentle, and not by the spec of the momentum. A momentum of its own on every rank, as
-under DDP, would take 8 bytes for every value of the model.
+It holds nothing else. Gradients have no error feedback, which would take a float32 for every value of the model on every rank;
+so they are sent by `others_spec`, which is gentle, not by the spec of the momentum. A separate momentum on every rank, as under
+DDP, would take 8 bytes for every value of the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,25 +38,25 @@ if TYPE_CHECKING:
     from commpress.optim.muon import EF21Muon
 
 AS_ADAMW = 0.2
-"""Root mean square of an update of AdamW, to which that of Muon is scaled (arXiv:2502.16982, section 2.2)."""
+"""Root mean square of an update of AdamW, to which Muon's update is scaled (arXiv:2502.16982, section 2.2)."""
 BACK = parse("int8")
-"""The codec of updates; those behind an exact momentum are exact."""
+"""The codec of updates. If the momentum is sent exactly, the updates are exact, too."""
 MOMENTUM, SENT, UPDATE = "momentum_buffer", "sent_momentum", "update"
-"""m, e and k in an optimizer's state: of the shape of what holds a shard."""
+"""The keys of m, e and k in the optimizer's state; each has the shape of the tensor that holds the shard."""
 KEYS = (MOMENTUM, SENT, UPDATE)
 Updates = dict[str, tuple[Tensor, dict[str, Any], Tensor]]
-"""A tensor that holds parts of matrices, its group and its gradient, by name."""
+"""By name: a tensor that holds parts of matrices, its group and its gradient."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of which each rank has a part, maybe an empty one."""
+    """A matrix of which each rank holds a part, which may be empty."""
 
     name: str
     shape: tuple[int, ...]
-    """The whole one's; more than two dimensions are taken as rows of all but the first."""
+    """The shape of the whole matrix; all dimensions but the first are its columns."""
     cut: tuple[int, ...]
-    """The shape in which it is cut: its own, or that of all its values in a line."""
+    """The shape in which it is cut: its own, or [n] for all its values in a line."""
     dim: int
     """The dimension of `cut` that is cut."""
     lengths: tuple[int, ...]
@@ -64,7 +64,7 @@ class Matrix:
     holder: str
     """The name of the tensor that has this rank's part."""
     at: int | None = None
-    """Where the part starts in that tensor, if it is a flat one that has others, too."""
+    """Where the part starts in that tensor, if that is flat and holds others, too; else None."""
 
     @property
     def rows(self) -> int:
@@ -78,7 +78,7 @@ class Matrix:
 
     @property
     def cost(self) -> int:
-        """The work of Newton-Schulz, to a factor."""
+        """The work of Newton-Schulz, up to a constant factor."""
         return self.rows * self.columns * min(self.rows, self.columns)
 
     def numel(self, rank: int) -> int:
@@ -86,19 +86,19 @@ class Matrix:
         return prod(self.shape) // max(1, self.cut[self.dim]) * self.lengths[rank]
 
     def whole(self, parts: Sequence[Tensor]) -> Tensor:
-        """Join the parts of all ranks, flat ones."""
+        """Return the whole matrix, joined from the flat parts of all ranks."""
         shapes = ((*self.cut[: self.dim], length, *self.cut[self.dim + 1 :]) for length in self.lengths)
         return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], self.dim).view(
             self.shape
         )
 
     def parts(self, whole: Tensor) -> list[Tensor]:
-        """Return what each rank has, flat."""
+        """Return each rank's part of a whole matrix, flat."""
         return [part.reshape(-1) for part in whole.reshape(self.cut).split(list(self.lengths), self.dim)]
 
 
 def owners(matrices: Sequence[Matrix], world_size: int) -> dict[str, int]:
-    """Return each matrix's owner, by name: the largest first, each to the rank with the least work so far."""
+    """Return each matrix's owner, by name. The largest are assigned first, each to the rank with the least work so far."""
     work, found = [0] * world_size, {}
     for matrix in sorted(matrices, key=lambda matrix: -matrix.cost):
         found[matrix.name] = rank = work.index(min(work))
@@ -107,8 +107,10 @@ def owners(matrices: Sequence[Matrix], world_size: int) -> dict[str, int]:
 
 
 def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> Codec:
-    """Return the codec of the momentum. Raises TypeError for `auto` and for patterns, ValueError for an unknown spec, or where
-    there shall be no feedback."""
+    """Return the codec of the momentum.
+
+    Raises TypeError for `auto` and for patterns, ValueError for an unknown spec and for `error_feedback=False`.
+    """
     if spec == AUTO:
         raise TypeError(
             'EF21Muon: auto cannot choose where it is sharded; expected one of "none", "int4", "int2", "sign", as in '
@@ -128,7 +130,7 @@ def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> C
 
 @dataclass
 class Rows:
-    """This rank's part of a matrix: views of one shape, float32."""
+    """This rank's rows of a matrix, their gradient and their state: views of one shape, float32."""
 
     group: dict[str, Any]
     values: Tensor
@@ -141,8 +143,8 @@ class Rows:
 class ShardedMuon:
     """The matrices of an EF21Muon that hold its shards, and their traffic. Collective over the ranks of `collectives`.
 
-    `holders` are the tensors that hold this rank's parts, by name; `local` gives of one what is on this rank, as of a DTensor.
-    `momentum` codes how far the momentum has moved.
+    `holders` are the tensors that hold this rank's parts, by name; `local` returns this rank's part of one that is a DTensor.
+    `momentum` codes the moves of the momentum.
     """
 
     def __init__(
@@ -159,9 +161,9 @@ class ShardedMuon:
         self._holders = dict(holders)
         self._owner = owners(matrices, collectives.world_size)
         self._matrices = sorted(matrices, key=lambda matrix: self._owner[matrix.name])
-        """In the order of their owners, in which they are sent."""
+        """The matrices in the order of their owners, in which they are sent."""
         self._known: dict[str, tuple[Tensor, Tensor]] = {}
-        """E and K of the matrices that this rank owns, of their shapes."""
+        """E and K of the matrices that this rank owns, in the matrices' shapes, by name."""
         if collectives.world_size > 1:
             warm_up(momentum, collectives.device)
             warm_up(self._back, collectives.device)
@@ -171,7 +173,7 @@ class ShardedMuon:
 
     @torch.no_grad()
     def clip(self, gradients: Sequence[Tensor]) -> None:
-        """Scale the mean gradients of all that is stepped down to the optimizer's `max_norm`, if there is one."""
+        """Clip the mean gradients of all stepped parameters to the optimizer's `max_norm`, if it has one, in place."""
         most = self._optimizer.param_groups[0]["max_norm"]
         if most is None:
             return
@@ -185,7 +187,7 @@ class ShardedMuon:
 
     @torch.no_grad()
     def begin(self, settings: dict[str, object]) -> None:
-        """Begin, or go on from a state that was loaded: the ranks compare their settings, and owners gather what they know.
+        """Begin, or continue from a loaded state: the ranks compare their settings, and owners gather E and K. Collective.
 
         Raises ValueError on all ranks if settings differ, or if the state is not of sharded matrices.
         """
@@ -208,7 +210,7 @@ class ShardedMuon:
 
     @torch.no_grad()
     def step(self, updates: Updates) -> None:
-        """Step those matrices of which there are gradients."""
+        """Step the matrices that have gradients."""
         moved = [matrix for matrix in self._matrices if matrix.holder in updates]
         rows = {matrix.name: self._rows(matrix, *updates[matrix.holder]) for matrix in moved}
         for of in rows.values():
@@ -236,7 +238,7 @@ class ShardedMuon:
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Send this rank's `parts` of matrices to their owners.
 
-        Returns the whole ones that are this rank's, by name, and, flat, what the owners have decoded of the parts.
+        Returns the whole matrices that this rank owns, by name, and, flat, the decoded values of the parts that it sent.
         """
         at_owners, at_rows = self._sizes(matrices)
         x = torch.cat([self._empty(0), *(part.reshape(-1) for part in parts)])
@@ -251,9 +253,9 @@ class ShardedMuon:
         return whole, list(x.split([part.numel() for part in parts]))
 
     def _to_rows(self, matrices: Sequence[Matrix], steps: Mapping[str, Tensor]) -> list[Tensor]:
-        """Send by how much the `steps` of this rank's own matrices are ahead of what the ranks with their rows know of them.
+        """Send the differences u - K of this rank's own matrices (`steps` are the u) to the ranks that hold their rows.
 
-        Returns by how much those of this rank's rows of all matrices are, flat.
+        Returns the differences of this rank's rows of all matrices, flat.
         """
         at_owners, at_rows = self._sizes(matrices)
         mine = [matrix for matrix in matrices if self._owner[matrix.name] == self._collectives.rank]
@@ -283,7 +285,7 @@ class ShardedMuon:
             self._collectives.all_to_all(x, sizes, out, arriving, segments, index, codec, reason).wait()
 
     def _sizes(self, matrices: Sequence[Matrix]) -> tuple[list[int], list[int]]:
-        """How many values of this rank's rows each rank owns, and how many of its own matrices' rows each rank has."""
+        """Return, for each rank, how many values of this rank's rows it owns, and how many of this rank's matrices it holds."""
         me, W = self._collectives.rank, self._collectives.world_size
         at_owners, at_rows = [0] * W, [0] * W
         for matrix in matrices:
@@ -299,7 +301,7 @@ class ShardedMuon:
         return Rows(group, *(self._part(matrix, x) for x in tensors))
 
     def _part(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """This rank's part of a matrix, in a tensor of its holder's shape."""
+        """Return this rank's part of a matrix, a view of `x`, which has the shape of the matrix's holder."""
         local = self._local(x.detach())
         return local if matrix.at is None else local[matrix.at : matrix.at + matrix.numel(self._collectives.rank)]
 
@@ -308,7 +310,7 @@ class ShardedMuon:
 
 
 def _orthogonal(directions: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Newton-Schulz of matrices, by name; those of one shape together."""
+    """Yield Newton-Schulz of each matrix, by name; matrices of one shape are computed together."""
     alike: dict[torch.Size, list[str]] = {}
     for name, direction in directions.items():
         alike.setdefault(direction.shape, []).append(name)

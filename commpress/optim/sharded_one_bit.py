@@ -24,7 +24,8 @@ from commpress.optim.settings import plain
 class Shift:
     """An estimate, known to all ranks, of an owner's values that start at `at` in a bucket: `share` times `values` (bfloat16).
 
-    As in DIANA (Mishchenko et al., arXiv:1901.09269) it is coded along, and taken off the mean behind it.
+    As in DIANA (Mishchenko et al., arXiv:1901.09269) a known estimate shifts what is coded: here it is added before the coding
+    and subtracted from the mean.
     """
 
     at: int
@@ -32,12 +33,13 @@ class Shift:
     share: float
 
     def add(self, x: Tensor, times: float) -> None:
-        """Add it to a bucket `times`."""
+        """Add `times` the estimate to a bucket, in place."""
         loops.add_scaled(x[self.at : self.at + self.values.numel()], self.values, times * self.share)
 
 
 def shifted(override: Override, shifts: Sequence[Shift], own: slice) -> Override:
-    """The override that adds what all know before the coding, and takes it off the mean of this rank's `own` values."""
+    """Return an override that adds the estimates before the coding, and subtracts them from the mean of `own`, this rank's
+    values."""
     if not shifts:
         return override
 
@@ -60,13 +62,13 @@ class ShardedOneBitAdamW:
 
         rank i sends  (1 - beta1) g_i / d      its owner  n <- beta1 n + mean of what was sent,   p <- (1 - lr wd) p - lr n
 
-    As n is the same for all, what each rank would send of it need not travel. But a coarse codec loses less of a momentum than
-    of a gradient; so beta1 k is added before the coding and taken off behind it, where k is what all ranks know of n: the last
-    differences of parameters that they were sent, over -lr. d is needed by all, one float32 a value; it stands, and is gathered
-    once.
+    n is the same for all ranks, so a rank need not send its share of it. But a coarse codec loses less of a momentum than of a
+    gradient. So beta1 k is added before the coding and subtracted after it. k is an estimate of n that all ranks have: the last
+    differences of parameters that they received, divided by -lr. All ranks need d, one float32 a value; it is frozen, and
+    gathered once.
 
-    `partitions` gives this rank's fp32 values, one tensor a group, which `optimizer` steps; `group` are the ranks that share
-    them. `state_changes` is called when a state gets other keys.
+    `partitions` returns this rank's fp32 values, one tensor a group, which `optimizer` steps; the ranks of `group` share them.
+    `state_changes` is called when the keys of a state change.
     """
 
     def __init__(
@@ -83,19 +85,19 @@ class ShardedOneBitAdamW:
         self._inverse: list[Tensor] = []
         """unit / d of all parameters of each group, in the order of its partitions: float32 [W * m]."""
         self._estimates: list[Tensor] = []
-        """Estimates k of the momentum that all ranks have, in units of n: bfloat16 [W * m]."""
+        """The estimates k of the momentum for each group, in units of n: bfloat16 [W * m]."""
         self._estimates_momentum = collectives.parameters.codec.lossy
         self._warming = True
         self._converted: set[str] = set()
         self._shifted: set[int] = set()
-        """Buckets that were coded with an estimate in this step."""
+        """The indices of the buckets that were coded with an estimate in this step."""
         self._gradients: list[Tensor] = []
         flats = {f"partition of group {i}": flat for i, flat in enumerate(partitions())}
         optimizer.bind(flats, collectives.world_size, may_be_unused=False)
         optimizer.add_up, optimizer.ends_at_once = self._over_partitions, True
 
     def override(self, layout: OwnedBucket) -> Override:
-        """Return what to do with a bucket in this step."""
+        """Return the override of a bucket in this step."""
         optimizer = self.optimizer
         if not optimizer.awaits_step:
             optimizer.begin_backward(1.0)
@@ -108,14 +110,14 @@ class ShardedOneBitAdamW:
         return Override(self._collectives.gradients.codec, prepare=partial(self._prepare, layout))
 
     def parameters(self, codec: Codec) -> tuple[Codec, str]:
-        """Return by which codec the parameters are sent after this step, and why not by the codec that was asked for."""
+        """Return the codec of the parameters after this step, and the reason if it is not `codec`."""
         if not self._warming or not codec.lossy:
             return codec, ""
         codec = parse(self.optimizer.param_groups[0]["warmup_spec"])
         return codec, "" if codec.lossy else "the variance warms up"
 
     def step(self, group: int) -> bool:
-        """Step, if this is the last group, with the gradients that all have by then. Returns whether it was."""
+        """Step all groups if `group` is the last one, whose gradients come last. Returns whether it was."""
         flats = self._partitions()
         gradient = flats[group].grad
         assert gradient is not None
@@ -131,13 +133,15 @@ class ShardedOneBitAdamW:
         for flat in flats:
             flat.grad = None
         self._gradients = []
-        if self._warming:  # the state has become another when that was the last step
+        if self._warming:  # the keys of the state change at the end of the warm-up
             self._state_changes()
         return True
 
     def shifts(self, layout: OwnedBucket) -> list[Shift]:
-        """beta1 k of a bucket's values, if there is one. Once a step: what feedback keeps of the coding would grow with each
-        backward of an accumulation, into n and so into the next k."""
+        """Return the shifts beta1 k of a bucket's values, at most once a step.
+
+        With one in each backward of an accumulation, the error of the coding would grow, into n and so into the next k.
+        """
         if self._warming or not self._estimates_momentum or layout.index in self._shifted:
             return []
         self._shifted.add(layout.index)
@@ -149,7 +153,7 @@ class ShardedOneBitAdamW:
         return found
 
     def estimate_momentum(self, group: int, start: int, differences: Tensor) -> None:
-        """Update estimates by differences of parameters on all ranks: float32 [W, l], each from a rank's value `start`."""
+        """Update the estimates from parameter differences: float32 [W, l]; row r starts at value `start` of rank r's part."""
         if self._warming:
             return
         settings = self.optimizer.param_groups[group]
@@ -157,13 +161,13 @@ class ShardedOneBitAdamW:
         rows = self._estimates[group].view(self._collectives.world_size, -1)[:, part]
         factor = -settings["unit"] / lr if lr else 0.0
         for row, values in zip(rows, differences, strict=True):
-            # the differences also hold what was withheld before, at another rate; what is no momentum is no knowledge
+            # differences also hold residuals of earlier steps, at another rate; a value too large for a momentum counts as 0
             loops.estimate_momentum(values, row, factor, settings["unit"])
         flat = self._partitions()[group]
         self.optimizer.state[flat]["known"][part] = rows[self._collectives.rank]
 
     def _prepare(self, layout: OwnedBucket, x: Tensor, memory: Memory) -> None:
-        """x <- (1 - beta1) g / d, and what feedback kept of gradients likewise."""
+        """x <- (1 - beta1) g / d, in place; the residual of gradients is converted in the same way, once."""
         optimizer, flats = self.optimizer, self._partitions()
         at = 0
         for piece in layout.pieces:
@@ -179,7 +183,7 @@ class ShardedOneBitAdamW:
             at += len(piece)
 
     def _prove(self) -> None:
-        """A phase begins, or a state was loaded: all get the owners' d and k, in one unit, and compare where they stand."""
+        """Gather the owners' d and k, in one unit, and compare states: after a new phase or a load. Collective."""
         optimizer, device, group = self.optimizer, self._collectives.device, self._group
         self._inverse, self._estimates = [], []
         if optimizer.frozen:
@@ -205,7 +209,7 @@ class ShardedOneBitAdamW:
         require_agreement(settings, group, device)
 
     def _gathered(self, part: Tensor, why: str, index: int) -> Tensor:
-        """All ranks' parts ([m]), one behind the other."""
+        """Return all ranks' parts ([m]) in one tensor: [W * m]."""
         W = self._collectives.world_size
         whole = torch.empty(W * part.numel(), dtype=part.dtype, device=part.device)
         dist.all_gather(list(whole.split(part.numel())), part, self._group)

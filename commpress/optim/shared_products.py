@@ -1,10 +1,10 @@
-"""Newton-Schulz of many matrices, shared out over the ranks of a node: each rank makes its own, and gets those of the others.
+"""Newton-Schulz of many matrices, divided among the ranks of a node: each rank computes some and gets the others' results.
 
     rank 0   a -> A, d -> D  --> 1   all_gather   [A D B C]
     rank 1   b -> B, c -> C  --> 0   in the node  [A D B C]
 
-On a CPU that is some thousand multiply-adds a value against the 4 bytes that it takes to a neighbour. Between nodes nothing is
-sent: each makes all matrices, by the same products. All ranks hold the same bits, the owner of a matrix and those who got it.
+On a CPU this saves about a thousand multiply-adds a value for 4 bytes sent to a neighbour. Between nodes nothing is sent: each
+node computes all matrices, by the same products. All ranks hold the same bits: the rank that computed a matrix, and the others.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from commpress.comm.collectives import Collectives
 from commpress.comm.node import Node
 
 FEWEST = 2**28
-"""Multiply-adds of a step below which every rank makes all matrices: a message costs a fraction of a millisecond, too."""
+"""With fewer multiply-adds in a step every rank computes all matrices: a message takes a fraction of a millisecond."""
 Shape = tuple[int, int]
 """Rows and columns."""
 
 
 class SharedProducts:
-    """Newton-Schulz of a step's matrices, of which each rank of the node makes a part."""
+    """Newton-Schulz of a step's matrices, of which each rank of the node computes a part."""
 
     def __init__(self, collectives: Collectives) -> None:
         self.node = Node(collectives)
@@ -30,16 +30,16 @@ class SharedProducts:
         self._buffer = torch.empty(0, dtype=torch.float32, device=collectives.device)
 
     def owners(self, shapes: Sequence[Shape]) -> list[int]:
-        """Return which rank of the node makes each matrix; this one makes all if there is too little to share out."""
+        """Return the rank of the node that computes each matrix; it is always this rank if there is too little work."""
         works = [multiply_adds(shape) for shape in shapes]
         if not self._shares or len(works) < 2 or sum(works) < FEWEST:
             return [self.node.me] * len(shapes)
         return shared_out(works, len(self.node.ranks))
 
     def gather(self, own: dict[int, Tensor], shapes: Sequence[Shape], owners: Sequence[int]) -> list[Tensor]:
-        """Return what has come out of all matrices, of these shapes: this rank's `own`, by number, and those of the others.
+        """Return the results for all matrices, of these shapes. `own` has this rank's results by the matrix's number.
 
-        They are good until the next call. Collective. Raises RuntimeError if a rank fails.
+        They are valid until the next call. Collective. Raises RuntimeError if a rank fails.
         """
         sizes: list[list[int]] = [[] for _ in self.node.ranks]
         for (rows, columns), owner in zip(shapes, owners, strict=True):
@@ -57,13 +57,13 @@ class SharedProducts:
 
 
 def multiply_adds(shape: Shape) -> int:
-    """Return about how many multiply-adds Newton-Schulz takes: five times two products with the matrix, one of squares."""
+    """Return about how many multiply-adds Newton-Schulz takes: 5 steps of two products with the matrix and one square."""
     short, long = sorted(shape)
     return 5 * (2 * short * short * long + short**3)
 
 
 def shared_out(works: Sequence[int], ranks: int) -> list[int]:
-    """Return an owner for each, the largest first, each to the rank that has least; the same wherever it is asked."""
+    """Return a rank for each piece of work, the largest assigned first, each to the rank with the least. Deterministic."""
     owners, loads = [0] * len(works), [0] * ranks
     for number in sorted(range(len(works)), key=lambda i: (-works[i], i)):
         owners[number] = least = loads.index(min(loads))

@@ -1,6 +1,7 @@
-"""Steps on gradients that are there as they are: torch's own AdamW and SGD, of one group's parameters.
+"""Steps of torch's own AdamW and SGD on uncompressed gradients, for the parameters of one group.
 
-By them the compressed optimizers step what no session exchanges, and AdamW is their warm-up. The state has torch's keys.
+The compressed optimizers use them for parameters that no session exchanges, and AdamW in the warm-up. The state has torch's
+keys.
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -44,8 +45,8 @@ def step_adamw(parameters: Sequence[Tensor], group: dict[str, Any], states: Stat
 
 
 def begin_adamw(p: Tensor, state: dict[str, Any], fused: bool = True) -> None:
-    """Make the state that `step_adamw` keeps of a parameter before its first step."""
-    device = p.device if fused else torch.device("cpu")  # where torch keeps it, too
+    """Make the initial state that `step_adamw` keeps of a parameter."""
+    device = p.device if fused else torch.device("cpu")  # torch keeps `step` there, too
     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
 

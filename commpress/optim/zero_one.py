@@ -1,15 +1,15 @@
 """0/1 Adam (Lu et al., arXiv:2202.06009) with decoupled weight decay: local steps between syncs.
 
-After the warm-up every rank steps on its own gradients and adds up what it has applied; from `anchor`, the values of the last
-sync, the same on all ranks,
+After the warm-up every rank steps on its own gradients and adds up its updates. `anchor` holds the values of the last sync, the
+same on all ranks:
 
     u <- (1 - lr wd) u + lr n        p = decay anchor - u        decay <- (1 - lr wd) decay, weight likewise as u for n = 1
 
-A sync sends u / weight, the mean n since the last one, and all go on from decay * anchor - weight * mean of all.
+A sync sends u / weight, the mean n since the last sync. All ranks continue from decay * anchor - weight * (mean over ranks).
 
-In the paper n becomes that mean of all, too. It lags: of the last gradient it holds one of so many parts as there were steps.
-Here each rank adds what its n was ahead of its own mean. (A GPT of 0.9 M parameters, two ranks, `sign` every 4 steps, 1,500 in
-all; held-out loss of three seeds: 1.965 in the paper's way, 1.939 so; AdamW 1.929.)
+In the paper n also becomes that mean over the ranks. It lags behind: the last gradient counts only as one of the interval's
+steps. Here each rank adds the difference between its n and its own mean. (A GPT of 0.9 M parameters, two ranks, `sign` every 4
+steps, 1,500 steps; held-out loss of three seeds: 1.965 as in the paper, 1.939 here; AdamW 1.929.)
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from commpress.optim.intervals import Growing, Sync, candidates
 from commpress.optim.settings import require_in_range
 
 OWN = ("exp_avg", "total")
-"""State that a rank has of its own between two syncs: n and u."""
+"""The keys of the state that differs from rank to rank between two syncs: n and u."""
 
 
 class ZeroOneAdamW(FrozenAdamW):
@@ -46,9 +46,9 @@ class ZeroOneAdamW(FrozenAdamW):
     warm-up the variance still learns from mean gradients (exact, or by `warmup_spec`), at steps whose distance doubles, 1, 2,
     4, ..., every kappa times; 0 leaves it frozen.
 
-    A parameter holds the same bits on all ranks after each of its syncs, and drifts in between. `with optimizer.synced():`
-    shows the model as of its parameters' last syncs, the same on every rank: use it to validate and to save. A frozen
-    parameter (`requires_grad_(False)`) keeps its rank's value. Raises ValueError for a setting out of range.
+    A parameter holds the same bits on all ranks after each of its syncs, and drifts in between. Inside `with
+    optimizer.synced():` each parameter has the value of its last sync, the same on every rank: use it to validate and to save.
+    A frozen parameter (`requires_grad_(False)`) keeps its rank's value. Raises ValueError for a setting out of range.
     """
 
     shared = (*FrozenAdamW.shared, "sync_every", "refresh_every")
@@ -80,16 +80,16 @@ class ZeroOneAdamW(FrozenAdamW):
         super()._forget()
         self._seen = 0  # values in the buckets of this step so far
         self._starts: dict[str, int] = {}  # how many there were before the bucket of a parameter
-        self._backwards = 0  # since it was attached; DDP lays its buckets out anew before the second
-        self._most: int | None = None  # steps between syncs as `auto` has it
-        self._turns: dict[str, int] = {}  # `_starts` that stand, from when a variance is frozen on
+        self._backwards = 0  # since it was attached; DDP rebuilds its buckets before the second
+        self._most: int | None = None  # steps between syncs that `auto` has chosen
+        self._turns: dict[str, int] = {}  # `_starts`, fixed when a variance is frozen
         self._syncing: dict[str, Sync] = {}
         self._leads: dict[str, Tensor] = {}
-        """The lead of n over what a sync has sent, times the loss scale; [n] a parameter, in its bucket's dtype."""
+        """n minus the value that a sync sent, times the loss scale, by name: [n], in the bucket's dtype."""
         self._lead_buffers: dict[Segments, Tensor] = {}
-        self._own: dict[str, Any] = {}  # what `load_own_state` was given since the last backward
-        self._own_anchors: dict[str, Tensor] = {}  # and from which values it counts
-        self._loaded = False  # since the last step
+        self._own: dict[str, Any] = {}  # the state that `load_own_state` got since the last backward
+        self._own_anchors: dict[str, Tensor] = {}  # the anchors to which that state belongs
+        self._loaded = False  # whether a state was loaded since the last step
 
     @property
     def takes_means(self) -> bool:
@@ -110,7 +110,7 @@ class ZeroOneAdamW(FrozenAdamW):
             self._turns = {}
         self._backwards, self._most = 0, None
         super().bind(parameters, world_size, may_be_unused, **more)
-        if before:  # wrapped anew: DDP has given all ranks the values of the first
+        if before:  # the model was wrapped again, and DDP gave all ranks the values of the first
             self._stand()
 
     def split(self, segments: Segments) -> list[Segments]:
@@ -128,36 +128,36 @@ class ZeroOneAdamW(FrozenAdamW):
         steps = self._steps_of(state)
         interval = Growing(*self.param_groups[0]["sync_every"]).interval(steps)
         interval = interval if self._most is None else min(interval, self._most)
-        # where its bucket lies among all says in which of the steps it is its turn; a resumed run begins with other buckets
+        # the place of its bucket decides in which step of an interval it syncs; a resumed run begins with other buckets
         start = self._turns.get(name, self._starts[name])
         turn = start * interval // sum(p.numel() for p in self._bound.values())
         return (steps + 1 + turn) % interval == 0
 
     def candidates(self) -> Sequence[Candidate]:
-        """Return `SPECS` every 1, 2, 4, ... steps up to `sync_every`. What sends more is gentler.
+        """Return `SPECS` every 1, 2, 4, ... steps up to `sync_every`. A candidate that sends more is gentler.
 
-        Local steps cost no loss that can be told from the seeds' (benchmarks/convergence.py: `sign` 1.939 every 4 steps, 1.943
-        under OneBitAdamW). Every 8 steps it is 1.2 % above AdamW's: how far to go is for who gives `sync_every`.
+        Local steps change the loss by less than seeds do (benchmarks/convergence.py: `sign` 1.939 every 4 steps, 1.943 under
+        OneBitAdamW). Every 8 steps the loss is 1.2 % above AdamW's: the user sets the limit by `sync_every`.
         """
         first = self.param_groups[0]
         growing, steps = Growing(*first["sync_every"]), first["steps"] - first["frozen_at"] if self.frozen else 0
         return candidates(SPECS, growing.interval(steps), growing.last)
 
     def take(self, candidate: Candidate) -> None:
-        """Sync no more rarely than this from the step that begins on."""
+        """Sync at least as often as the candidate says, from the step that begins."""
         self._most = candidate.sync_every
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Load the model before it, and after it the session, which has each rank's own
+        """Restore what `state_dict` returned. Load the model before it, and after it the session, which holds each rank's own
         state.
 
-        Another order is an error at the next backward.
+        After another order the next backward raises an error, or warns.
         """
         super().load_state_dict(state_dict)
         self._turns, self._loaded = {}, True
         anchors = {name: self._anchor(name) for name in self._own}
         if anchors and all(a is not None and torch.equal(a, self._own_anchors[n]) for n, a in anchors.items()):
-            self.load_own_state(self._own)  # of the same sync: a distributed checkpoint loads the session first
+            self.load_own_state(self._own)  # it is of the same sync: a distributed checkpoint loads the session first
 
     def replicated_state(self) -> dict[str, object]:
         if not self._loaded:
@@ -173,7 +173,7 @@ class ZeroOneAdamW(FrozenAdamW):
         return {**super().replicated_state(), "parameters are where their local steps have led": led}
 
     def _is_current(self, name: str) -> bool:
-        """Whether a parameter has the value that its state says."""
+        """Whether a parameter has the value that follows from its state."""
         p = self._places[name][0]
         if (anchor := self._anchor(name)) is None:
             return True
@@ -215,7 +215,7 @@ class ZeroOneAdamW(FrozenAdamW):
                     share=sync.share,
                     carry=sync.keep * group["unit"] / sync.weight * self._scale if sync.share < 1 else 0.0,
                 )
-            if memory.kept_index is not None:  # what is pruned has no momentum
+            if memory.kept_index is not None:  # pruned values have no momentum
                 kept = torch.empty(memory.kept_index.numel(), dtype=leads.dtype, device=leads.device)
                 pack(leads, memory.kept_index, kept)
                 if gained is not None:
@@ -227,10 +227,10 @@ class ZeroOneAdamW(FrozenAdamW):
         return Override(codec, prepare=prepare)
 
     def _follow_interval(self, memory: Memory, segments: Segments) -> Tensor | None:
-        """Scale what was withheld from a mean over the last sync's steps to a mean over this sync's.
+        """Scale the residual, which is of a mean over the last sync's steps, to a mean over this sync's steps.
 
-        So p gets all that it lacks. n lacks what was withheld before the scaling: return the difference, which is added to n
-        ([n] of what is sent, times the loss scale); None if nothing was withheld or nothing changes.
+        So p gets all that it lacks. n lacks the residual as it was before the scaling: returns the difference, to be added to n
+        ([n] of the sent values, times the loss scale); None if there is no residual or no change.
         """
         states = [self.state[self._places[segment.name][0]] for segment in segments]
         factors = [state["covered"] / (state.get("waiting", 0) + 1) if "covered" in state else 1.0 for state in states]
@@ -242,7 +242,7 @@ class ZeroOneAdamW(FrozenAdamW):
         return None if before is None or memory.residual is None else before.sub_(memory.residual)
 
     def _lead_buffer(self, segments: Segments, bucket: Tensor) -> Tensor:
-        """Memory of the bucket's size and dtype that stays from sync to sync, until the buckets are laid out anew."""
+        """Return memory of the bucket's size and dtype that is kept from sync to sync, until DDP rebuilds its buckets."""
         found = self._lead_buffers.get(segments)
         if found is None or found.dtype != bucket.dtype or found.device != bucket.device:
             names = {segment.name for segment in segments}
@@ -265,7 +265,7 @@ class ZeroOneAdamW(FrozenAdamW):
                 continue
             if (sync := self._syncing.get(name)) is not None:
                 state["decay"] *= sync.keep
-                if (lead := self._leads.get(name)) is None:  # nothing of it is left to be sent
+                if (lead := self._leads.get(name)) is None:  # masks keep none of its values
                     lead = torch.zeros_like(p)
                 loops.sync_apply(
                     p,
@@ -313,7 +313,7 @@ class ZeroOneAdamW(FrozenAdamW):
 
     @torch.no_grad()
     def _stand(self) -> None:
-        """Put every parameter where its rank has come to."""
+        """Set every parameter to the value that this rank's local steps have reached."""
         for p, state in self.state.items():
             if "anchor" in state:
                 loops.restore_local(p, state["anchor"], state["total"], state["decay"])

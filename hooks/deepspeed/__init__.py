@@ -1,7 +1,7 @@
-"""DeepSpeed 0.19.8, by standing in for those methods of an engine, or of its ZeRO optimizer, that send.
+"""DeepSpeed 0.19.8, by replacing the methods of an engine, or of its ZeRO optimizer, that send.
 
-DeepSpeed has no point for a hook. What sends there is called on every rank in the same order, and what it returns is used at
-once; so ours wait for their results, and only ZeRO 3's gathers run beside the computation:
+DeepSpeed has no point for a hook. Every rank calls these methods in the same order and uses their results at once. So the
+replacements wait for their results; only ZeRO 3's gathers run beside the computation:
 
     ZeRO 0     gradients, at the end of an accumulation:  mean on all ranks               engine.buffered_allreduce_fallback
     ZeRO 1, 2  gradients (2: in every backward):          each part's mean to its owner   zero.average_tensor
@@ -9,17 +9,19 @@ once; so ours wait for their results, and only ZeRO 3's gathers run beside the c
     ZeRO 3     gradients, in every backward:              each part's mean to its owner   zero.__avg_scatter_grads
                parameters, before a module runs:          from their owner to all         param.all_gather_coalesced
 
-The fp32 values that the optimizer steps stay exact on their owner; all ranks, the owner too, compute with what was decoded.
-ZeRO 1 and 2 keep the parameters from step to step. There the owner sends by how much its exact values differ from those that
-all have: what a coarse spec withholds is part of the next difference, which is error feedback without a memory.
+The fp32 values that the optimizer steps stay exact on their owner; all ranks, the owner too, compute with the decoded values.
+ZeRO 1 and 2 keep the parameters from step to step. There the owner sends the difference between its exact values and those
+that all ranks hold. A coarse spec leaves a part of it out, and that part is in the next difference: this is error feedback
+without a memory.
 
-A compressed optimizer codes a momentum that every rank has to know (OneBitAdamW) or that is its own (ZeroOneAdamW, DGC). So
-under one ZeRO 1 and 2 do what ZeRO 0 does, on every rank. OneBitAdamW can be sharded instead, by giving `parameters`: then the
-owners' steps are coded, too, and what all ranks know of the momentum is what they learnt from those. EF21Muon always is: its
-gradients go to the owners by `others_spec`, and when the engine steps, matrices go to one rank each and their updates back.
+A compressed optimizer codes a momentum that every rank must hold (OneBitAdamW) or that is this rank's own (ZeroOneAdamW, DGC).
+So with such an optimizer ZeRO 1 and 2 do what ZeRO 0 does: every rank keeps everything. OneBitAdamW is sharded instead if
+`parameters` is given: then the owners' steps are coded, too, and the other ranks estimate the momentum from them. EF21Muon is
+always sharded: gradients are sent to the owners by `others_spec`, and when the engine steps, the momentum of each matrix is
+sent to one rank and the update is sent back.
 
-All of these are DeepSpeed's own and may change; so this knows one line of versions and refuses others (`refusals`). What
-stands in is in `replicas` (ZeRO 0), `partitions` (1 and 2) and `gathered` (3).
+These methods are private to DeepSpeed and may change, so `refusals` accepts one line of versions only. The replacements are in
+`replicas` (ZeRO 0), `partitions` (1 and 2) and `gathered` (3).
 """
 
 import copy
@@ -56,7 +58,7 @@ KEYS = ("gradients", "parameters", "exchange", "error_feedback", "verify")
 """Keys of a `commpress` block in a DeepSpeed config."""
 OPTIMIZERS = {kind.__name__: kind for kind in (OneBitAdamW, ZeroOneAdamW, DGC)}
 GONE = {"OneBitAdam": "OneBitAdamW", "ZeroOneAdam": "ZeroOneAdamW", "OneBitLamb": "OneBitAdamW"}
-"""Optimizers that DeepSpeed had until 0.19.6, and what is nearest to them."""
+"""Optimizers that DeepSpeed had until 0.19.6, and the nearest one of `commpress.optim`."""
 
 
 def attach(
@@ -77,13 +79,13 @@ def attach(
     patterns of names, as under DDP. `parameters` is the spec of the parameters under ZeRO 1 to 3 (default: not compressed). It
     may be `auto` if `gradients` is: one search finds both. ZeRO 3 refuses sparse specs for parameters.
 
-    `optimizer` is the engine's optimizer of `commpress.optim`, at ZeRO 0 to 2 (default: found in the engine). Under it every
+    `optimizer` is the engine's optimizer of `commpress.optim`, at ZeRO 0 to 2 (default: found in the engine). With it every
     rank of ZeRO 1 and 2 keeps and steps all parameters, as at ZeRO 0: no parameters are sent, and `exchange` may be given.
-    OneBitAdamW with `parameters` is sharded instead (less memory, more bytes), and EF21Muon always is. Every `verify` steps
-    (0: never) the ranks compare hashes of what all of them hold, and payloads have checksums. The engine's group gets the
-    timeout of the default group.
+    OneBitAdamW with `parameters` is sharded instead (less memory, more bytes), and EF21Muon is always sharded. Every `verify`
+    steps (0: never) the ranks compare hashes of the values that all of them hold, and payloads have checksums. The engine's
+    group gets the timeout of the default group.
 
-    Returns the session; `engine.commpress` is the same.
+    Returns the session, which is also `engine.commpress`.
 
     Raises on all ranks: ValueError if a spec is unknown, the ranks differ, or the engine is set up in a way that is not
     supported; TypeError for optimizers of other kinds; RuntimeError for another version of DeepSpeed or a second attach.
@@ -181,9 +183,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         {"train_micro_batch_size_per_gpu": 8, "commpress": {"gradients": "int4", "parameters": "int8"}, ...}
 
     The block's keys are arguments of `attach`; only `gradients` is required, as a spec or an object of specs. `"optimizer":
-    {"type": "OneBitAdamW", "params": {...}}` makes an optimizer of `commpress.optim`, and so do ZeroOneAdamW and DGC. Takes
-    and returns what `deepspeed.initialize` does. Without a block nothing is compressed. Raises ValueError for an unknown key
-    and for the optimizers that DeepSpeed no longer has, and everything that `attach` raises.
+    {"type": "OneBitAdamW", "params": {...}}` makes an optimizer of `commpress.optim`; the types ZeroOneAdamW and DGC do, too.
+    Arguments and results are those of `deepspeed.initialize`. Without a block nothing is compressed. Raises ValueError for an
+    unknown key and for the optimizers that DeepSpeed no longer has, and everything that `attach` raises.
     """
     try:
         import deepspeed
@@ -203,7 +205,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _pop_config(given: dict[str, Any]) -> Any:
-    """Take the config out of the arguments, wherever it is in them."""
+    """Remove the config from the arguments and return it: a path, a dict or None."""
     for key in ("config", "config_params"):
         if (source := given.pop(key, None)) is not None:
             return source
@@ -264,7 +266,7 @@ def _plans(
     error_feedback: bool,
     optimizer: CompressedOptimizer | None,
 ) -> tuple[Plan, Plan]:
-    """The plans of gradients and of parameters. Raises ValueError or TypeError for a spec that makes none."""
+    """Return the plans of gradients and of parameters. Raises ValueError or TypeError for a spec that is not supported."""
     plan = Plan.of(gradients, exchange, error_feedback)
     if sharded:
         require_flat(plan.codec, SHARDED)
@@ -289,5 +291,5 @@ def _plans(
 
 
 def _numel(p: Any) -> int:
-    """Return how many values the whole parameter has, wherever its parts are."""
+    """Return how many values the whole parameter has, also if it is partitioned."""
     return int(getattr(p, "ds_numel", p.numel()))

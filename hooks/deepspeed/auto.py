@@ -1,6 +1,6 @@
-"""`auto` in an engine of ZeRO 1 to 3: where its steps begin, and how long training waits for what DeepSpeed sends by itself.
+"""`auto` in an engine of ZeRO 1 to 3: where its steps begin, and how long training waits for DeepSpeed's own collectives.
 
-An optimizer step, behind as many backwards as are accumulated, makes the next step due; the forward that follows begins it.
+An optimizer step, after all accumulated backwards, makes the next step of `auto` due; the forward that follows begins it.
 """
 
 import time
@@ -12,7 +12,7 @@ from commpress.comm.sharded_auto import ShardedAuto, begins_steps
 
 
 def follow_steps(engine: Any, auto: ShardedAuto) -> None:
-    """Have the forwards behind an engine's optimizer steps begin those of `auto`."""
+    """Have the first forward after each of the engine's optimizer steps begin a step of `auto`."""
 
     def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         done = original(*args, **kwargs)
@@ -20,13 +20,13 @@ def follow_steps(engine: Any, auto: ShardedAuto) -> None:
         return done
 
     engine.optimizer.step = partial(step, engine.optimizer.step)
-    engine.module.register_forward_pre_hook(begins_steps(auto), prepend=True)  # ZeRO 3's own gather parameters
+    engine.module.register_forward_pre_hook(begins_steps(auto), prepend=True)  # before ZeRO 3's hooks, which gather
 
 
 class TimedHandle:
-    """Stands in for a handle of DeepSpeed's, and notes how long training waits for it.
+    """A wrapper around a handle of DeepSpeed's that notes how long training waits for it.
 
-    A new `wait` on the handle itself would be a cycle of references, which keeps its buffer until the next collection.
+    A new `wait` on the handle itself would be a reference cycle, which keeps its buffer until the next garbage collection.
     """
 
     def __init__(self, handle: Any, auto: ShardedAuto) -> None:
@@ -38,7 +38,7 @@ class TimedHandle:
 
 
 def timed(auto: ShardedAuto | None, role: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of DeepSpeed's that sends gradients or parameters, and how long training waits in it is noted."""
+    """Wrap a function of DeepSpeed's that sends gradients or parameters (`role`): the seconds in it are noted for `auto`."""
     if auto is None:
         return original
 

@@ -1,4 +1,4 @@
-"""ZeRO 3: parameters that come and go. What is not compressed is left to the original, and counted."""
+"""ZeRO 3: parameters are gathered before use and freed after it. Uncompressed ones are left to DeepSpeed, and counted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,17 +35,17 @@ class Gathered:
     def reduce(
         self, original: Callable[..., list[Tensor]], params: list[Any], communication_data_type: torch.dtype
     ) -> list[Tensor]:
-        """This rank's part of the mean gradient of each parameter."""
+        """Return this rank's part of the mean gradient of each parameter."""
         values = sum(p.partition_numel() for p in params) * (self.shards.world_size - 1)
         if self.shards.device.type == "cpu":
-            values *= 2  # Gloo all-reduces and keeps a part
+            values *= 2  # on Gloo a reduce_scatter is an all_reduce of which each rank keeps a part
         crossing = values * communication_data_type.itemsize
         return self._reduce(params, lambda: original(params, communication_data_type), "reduce_scatter", crossing)
 
     def reduce_contiguous(
         self, original: Callable[..., list[Tensor]], buffer: Tensor, communication_data_type: torch.dtype
     ) -> list[Tensor]:
-        """Return what `reduce` does, of gradients that lie one behind the other in `buffer` (`reduce_scatter` off)."""
+        """Return what `reduce` returns, for gradients that are contiguous in `buffer` (`reduce_scatter` off)."""
         params = list(self.zero.ipg_buckets[communication_data_type].params)
         crossing = ring_bytes(buffer.numel() * communication_data_type.itemsize, self.shards.world_size)
         return self._reduce(params, lambda: original(buffer, communication_data_type), "all_reduce", crossing)
@@ -82,7 +82,7 @@ class Gathered:
         ]
 
     def _add_residual(self, params: list[Any], segments: Segments) -> None:
-        """Add what a lossy codec has kept before, and forget it: it travels exactly now."""
+        """Add the residual of a lossy codec to the gradients, which are sent exactly now, and clear it."""
         memory = self.shards.feedback.memory(segments, False, None, self.shards.device)
         if memory.residual is None:
             return
@@ -92,7 +92,7 @@ class Gathered:
         memory.residual = None
 
     def gather(self, original: Callable[..., Any], params: Any, safe_mode: bool = False, quantize: bool = False) -> Any:
-        """Start to gather parameters. Each is coded for itself: what is decoded does not depend on which come together."""
+        """Start to gather parameters. Each is coded by itself, so its decoded values do not depend on the others."""
         from deepspeed.runtime.zero.partition_parameters import (
             AllGatherHandle,
             MultipleAllGatherHandles,
@@ -122,7 +122,8 @@ class Gathered:
         return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
 
     def _own(self, p: Any) -> Tensor:
-        """This rank's part of a parameter. What pads it was never written, and would be in the scale of a block."""
+        """Return this rank's part of a parameter. Its padding, which DeepSpeed never writes, is zeroed: it would count in a
+        block's scale."""
         part: Tensor = p.ds_tensor.detach()
         real = p.ds_numel - self.shards.rank * part.numel()
         if real >= part.numel():
@@ -133,13 +134,13 @@ class Gathered:
         return padded
 
     def gather_whole(self, original: Callable[..., Any], p: Any, param_list: Any = None, **settings: Any) -> Any:
-        """Parameters that are read, not computed with: DeepSpeed's own, exact."""
+        """Gather parameters that are read, not computed with (to save them, say), by DeepSpeed's own way, which is exact."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         kept = param_list is not None and param_list is self.zero.persistent_parameters
         for q in [p] if param_list is None else param_list:
             if q.ds_status == ZeroParamStatus.AVAILABLE and not q.ds_persist and not q.ds_active_sub_modules:
-                q.partition()  # a forward without a backward has left what was decoded
+                q.partition()  # a forward without a backward has left decoded values
             if q.ds_status == ZeroParamStatus.NOT_AVAILABLE:
                 self._note(q, KEPT_EVERYWHERE if kept else "read as a whole, and exact")
         return original(param_list, **settings)
@@ -156,7 +157,7 @@ class Gathered:
 def attach_gathered(
     engine: Any, shards: Collectives, names: dict[Tensor, str], auto: ShardedAuto | None = None
 ) -> None:
-    """Stand in for what a ZeRO 3 optimizer sends."""
+    """Replace the methods by which a ZeRO 3 optimizer sends."""
     zero = engine.optimizer
     gathered = Gathered(zero, engine.module, shards, names, auto)
     mangled = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter"

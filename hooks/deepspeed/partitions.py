@@ -1,4 +1,4 @@
-"""ZeRO 1 and 2, where each rank steps a part of the parameters. What is not compressed is left to the original, and counted."""
+"""ZeRO 1 and 2: each rank steps a part of the parameters. Uncompressed traffic is left to DeepSpeed, and counted."""
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ from commpress.optim.sharded_muon import Matrix, ShardedMuon
 from commpress.optim.sharded_one_bit import ShardedOneBitAdamW, shifted
 
 PIECE = 1 << 20
-"""Values of a partition that are gathered at a time: while one is on the wire, the next is encoded."""
+"""Values of a partition that are gathered at a time: while one piece is on the wire, the next is encoded."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Partitions:
     auto: ShardedAuto | None = None
     _layouts: dict[tuple[int, ...], OwnedBucket] = field(default_factory=dict)
     _before: list[Tensor] | None = None
-    """Values of this rank's partitions that all ranks have, while the optimizer steps."""
+    """While the optimizer steps: the values of this rank's partitions that all ranks hold."""
 
     def __post_init__(self) -> None:
         self._offsets = {
@@ -54,7 +54,7 @@ class Partitions:
     def average_tensor(
         self, original: Callable[..., None], tensor: Tensor, communication_data_type: torch.dtype
     ) -> None:
-        """The bucket's mean, each part on its owner; `tensor` holds its parameters' gradients one behind the other."""
+        """Average a bucket, each part on its owner. `tensor` holds the gradients of its parameters, contiguous."""
         from deepspeed.accelerator import get_accelerator
 
         zero, bucket, device = self.zero, self.zero.ipg_buckets[communication_data_type], get_accelerator()
@@ -77,7 +77,7 @@ class Partitions:
             timed(self.auto, "gradients", original)(*args, **kwargs)
 
     def _reduce(self, gradients: Sequence[Tensor], params: Sequence[tuple[int, int, int]]) -> bool:
-        """Exchange a bucket if it is to be compressed, else count it and return False."""
+        """Exchange a bucket and return True if it is compressed; else count it and return False."""
         if not params:
             return True
         layout = self._layout(params)
@@ -127,7 +127,7 @@ class Partitions:
         return True
 
     def _add_residual(self, layout: OwnedBucket, gradients: Sequence[Tensor]) -> None:
-        """Add what a lossy codec has kept before, and forget it: it travels exactly now."""
+        """Add the residual of a lossy codec to the gradients, which are sent exactly now, and clear it."""
         memory = self.shards.feedback.memory(layout.segments, False, None, self.shards.device)
         if memory.residual is None:
             return
@@ -137,7 +137,7 @@ class Partitions:
         memory.residual = None
 
     def _crossing(self, layout: OwnedBucket, itemsize: int) -> int:
-        """Return what DeepSpeed would send: it all-reduces, whoever owns what, unless told otherwise."""
+        """Return the bytes that DeepSpeed would send: unless set otherwise it all-reduces, whoever owns the parts."""
         zero, cuts, me = self.zero, layout.cuts, self.shards.rank
         if zero.reduce_scatter and zero.contiguous_gradients and not zero.use_multi_rank_bucket_allreduce:
             return (cuts[-1] - cuts[me + 1] + cuts[me]) * itemsize
@@ -167,7 +167,7 @@ class Partitions:
             yield OwnedSlice(name, owner, place, start, stop, group, offset + start)
 
     def matrices(self, groups: set[int]) -> Iterator[Matrix]:
-        """The parameters of these groups, as their values are cut."""
+        """Yield the parameters of these groups as matrices, with the cut of their values over the ranks."""
         ranks, me = range(self.shards.world_size), self.shards.rank
         for i in sorted(groups):
             for p in self.zero.round_robin_bit16_groups[i]:
@@ -179,21 +179,21 @@ class Partitions:
     # parameters
 
     def step(self, original: Callable[..., None], closure: Any = None) -> None:
-        """Take the owners' step, and do what follows it."""
+        """Take the owners' step; the gather of the new parameters happens inside."""
         clip, means = self.zero.clip_grad, self.sharded is None or self.sharded.optimizer.takes_means
         mine = [partitions[self.shards.rank] for partitions in self.zero.parallel_partitioned_bit16_groups]
-        # the step overwrites them
+        # a copy, because the step overwrites the values
         self._before = [part.clone() for part in mine] if self.shards.parameters.codec.lossy else mine
         try:
             if not means:
-                self.zero.clip_grad = 0.0  # these are no gradients
+                self.zero.clip_grad = 0.0  # what arrived are updates, not gradients
             original(closure)
         finally:
             self._before = None
             self.zero.clip_grad = clip
 
     def gather(self, original: Callable[..., None], **arguments: Any) -> None:
-        """Bring all ranks' parameters to the owners' new values, or near to them."""
+        """Bring all ranks' parameters to the owners' new values: exactly, or by the spec of the parameters."""
         zero, shards, size = self.zero, self.shards, self.zero.bit16_groups_flat[0].element_size()
         codec, reason = shards.parameters.codec, ""
         if self.sharded is not None:
@@ -214,7 +214,7 @@ class Partitions:
             zip(zero.bit16_groups_flat, zero.single_partition_of_fp32_groups, strict=True)
         ):
             zero.parallel_partitioned_bit16_groups[i][shards.rank].copy_(master.data)
-            if self._before is not None:  # else it is not a step that asks for it
+            if self._before is not None:  # else this is not a step (DeepSpeed also gathers when it loads a state)
                 sent = (shards.world_size - 1) * master.numel() * size
                 shards.meter.record_uncompressed(
                     i, flat.numel(), dtype_name(flat.dtype), "all_gather", reason, "parameters", sent
@@ -222,7 +222,7 @@ class Partitions:
         timed(self.auto, "parameters", original)(**arguments)
 
     def _differences(self, codec: Codec) -> None:
-        """Send what was stepped minus what all ranks have of it, in pieces, and add what was decoded."""
+        """Send the stepped values minus those that all ranks hold, in pieces, and add the decoded differences."""
         zero, shards, index = self.zero, self.shards, 0
         assert self._before is not None
         ahead: list[tuple[Work, Tensor, Tensor, int, int]] = []
@@ -245,7 +245,7 @@ class Partitions:
         for i, flat in enumerate(zero.bit16_groups_flat):
             stop = 0
             for p, offset in zip(zero.round_robin_bit16_groups[i], zero.round_robin_bit16_offsets[i], strict=True):
-                flat[stop:offset].zero_()  # what aligns them is no parameter, and in no checkpoint
+                flat[stop:offset].zero_()  # padding for alignment: it belongs to no parameter, and to no checkpoint
                 stop = offset + p.numel()
             flat[stop:].zero_()
 
@@ -268,7 +268,7 @@ def attach_partitions(
     momentum: Codec | None,
     auto: ShardedAuto | None = None,
 ) -> None:
-    """Stand in for what a ZeRO 1 or 2 optimizer sends. `momentum` is the codec of an EF21Muon's."""
+    """Replace the methods by which a ZeRO 1 or 2 optimizer sends. `momentum` is the codec of an EF21Muon's momentum."""
     from deepspeed.runtime.zero import stage_1_and_2
 
     zero = engine.optimizer
@@ -293,7 +293,7 @@ def attach_partitions(
     zero.step = partial(partitions.step, zero.step)
     _GATHERS[id(zero.bit16_groups_flat)] = partitions
     if not hasattr(stage_1_and_2.all_gather_dp_groups, "commpress"):
-        # a function of DeepSpeed's module: there is no object of the engine's to stand in for
+        # a function of DeepSpeed's module: no object of the engine holds it, so it is replaced for all engines
         stage_1_and_2.all_gather_dp_groups = _gathering(stage_1_and_2.all_gather_dp_groups)
 
 
@@ -302,7 +302,7 @@ def _partition(group: int) -> str:
 
 
 def _shard_muon(optimizer: EF21Muon, partitions: Partitions, momentum: Codec) -> None:
-    """Have an EF21Muon step the partitions, with the last of DeepSpeed's groups."""
+    """Have an EF21Muon step all partitions when DeepSpeed steps the last of its groups."""
     zero, shards = partitions.zero, partitions.shards
     flats = list(zero.single_partition_of_fp32_groups)
     holders = {_partition(i): flat for i, flat in enumerate(flats)}
@@ -312,7 +312,7 @@ def _shard_muon(optimizer: EF21Muon, partitions: Partitions, momentum: Codec) ->
     gradients: list[Tensor] = []
 
     def step(group: int) -> None:
-        gradients.append(flats[group].grad)  # which DeepSpeed takes away before it comes to the next one
+        gradients.append(flats[group].grad)  # DeepSpeed removes it before it comes to the next group
         if group < len(flats) - 1:
             return
         for flat, gradient in zip(flats, gradients, strict=True):
@@ -327,7 +327,7 @@ def _shard_muon(optimizer: EF21Muon, partitions: Partitions, momentum: Codec) ->
 
 
 def _step_group(zero: Any, optimizer: ShardedOneBitAdamW, group: int) -> None:
-    """Step, in place of DeepSpeed, which does so group by group; all step with the last."""
+    """Replace DeepSpeed's step of one group: all groups step with the last."""
     if optimizer.step(group):
         zero._lazy_init_hp_params_optimizer_state()
 

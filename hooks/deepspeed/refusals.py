@@ -1,4 +1,4 @@
-"""Why an engine of DeepSpeed, an optimizer or a spec cannot be attached, if it cannot."""
+"""Checks of a DeepSpeed engine, an optimizer and a spec: each returns the error if they cannot be attached."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,11 @@ from commpress.hooks.parameters import bare_parameters
 from commpress.optim import CompressedOptimizer, EF21Muon, OneBitAdamW
 
 TESTED = "0.19.8"
-"""The version that this file was tested with; later ones of the same line are taken, too."""
+"""The version of DeepSpeed that the tests run with; later ones of the same 0.19 line are accepted, too."""
 
 
 def require_deepspeed(engine: Any) -> None:
-    """Raises RuntimeError for other versions than those tested, TypeError for what is no engine."""
+    """Raise RuntimeError for a DeepSpeed older than `TESTED` or of another line, TypeError if `engine` is not an engine."""
     try:
         import deepspeed
     except ModuleNotFoundError as error:
@@ -39,7 +39,7 @@ def _version(text: str) -> tuple[int, ...]:
 def attach_refusal(
     engine: Any, stage: int, sharded: bool, optimizer: CompressedOptimizer | None, exchange: str | None
 ) -> Exception | None:
-    """Why this rank cannot attach, if it cannot."""
+    """Return the error if this rank cannot attach, else None."""
     if getattr(engine, "commpress", None) is not None:
         return RuntimeError("commpress.attach: attached already; expected an engine without a session")
     kind = type(engine.optimizer).__name__
@@ -92,7 +92,7 @@ def gradients_refusal(
     exchange: str | None,
     error_feedback: bool,
 ) -> Exception | None:
-    """Return why gradients cannot go by `auto` or by patterns, if they were asked to and cannot."""
+    """Return the error if `gradients` is `auto` or a dict of patterns and cannot be so here, else None."""
     if stage and isinstance(gradients, Mapping):
         return ValueError(
             f"gradients: patterns work only at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner in one "

@@ -1,4 +1,4 @@
-"""ZeRO 0, where every rank keeps all; and ZeRO 1 and 2 where a compressed optimizer makes them the same."""
+"""ZeRO 0, where every rank holds the whole model; also ZeRO 1 and 2 with a compressed optimizer, which then work the same."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from commpress.hooks.parameters import bare_parameters
 from commpress.optim.base import CompressedOptimizer
 
 BUCKET = 4 << 20
-"""Values of a bucket, all of which DeepSpeed would send as one: while one is on the wire, the next is encoded."""
+"""Values of a bucket. DeepSpeed would send all of them as one; here the next is encoded while one is on the wire."""
 
 
 def attach_replicas(
@@ -32,9 +32,9 @@ def attach_replicas(
     optimizer: CompressedOptimizer | None,
     verify: int,
 ) -> Session:
-    """Stand in for an engine's mean of all gradients; at ZeRO 1 and 2 for all that shards them, too.
+    """Replace an engine's mean of all gradients; at ZeRO 1 and 2 also the methods that shard them.
 
-    `found` has what decides in the place of the plan's codec: `auto`, or specs by patterns of names.
+    `found` is `auto` or a dict of specs by patterns of names, which then decide instead of the plan's codec; else None.
     """
     if optimizer is not None:
         if engine.zero_optimization():
@@ -67,13 +67,13 @@ def attach_replicas(
 
 
 def _clip_means(original: Callable[[], None], optimizer: CompressedOptimizer) -> None:
-    """`gradient_clipping` is for mean gradients; what a compressed optimizer applies later is none."""
+    """Apply `gradient_clipping` to mean gradients only: after its warm-up a compressed optimizer's `grad` is an update."""
     if optimizer.takes_means:
         original()
 
 
 def _hand_back(zero: Any) -> None:
-    """Give the optimizer the parameters that it was made for. Under ZeRO 1 and 2 it has this rank's partition instead."""
+    """Give the optimizer whole parameters again. Under ZeRO 1 and 2 it holds this rank's partition instead."""
     for group, parameters in zip(zero.optimizer.param_groups, zero.bit16_groups, strict=True):
         group["params"] = list(parameters)
 
@@ -81,12 +81,12 @@ def _hand_back(zero: Any) -> None:
 def _step_all(engine: Any, replicas: "Replicas") -> None:
     """Have every rank of a ZeRO 1 or 2 engine keep its gradients, and step all parameters.
 
-    What is partitioned all the same: `single_partition_of_fp32_groups`, which checkpoints hold and training does not read.
+    `single_partition_of_fp32_groups` stays partitioned: checkpoints hold it, and training does not read it.
     """
     zero = engine.optimizer
 
     def keep(*_: Any) -> None:
-        """A gradient is there: it stays where it is."""
+        """Leave a gradient that has come where it is."""
 
     def exchange() -> None:
         if zero.is_gradient_accumulation_boundary():
@@ -112,14 +112,14 @@ def _step_all(engine: Any, replicas: "Replicas") -> None:
 
 @dataclass
 class Bucket:
-    """Parameters of one dtype whose gradients travel together in `flat`, each in the order of its own memory."""
+    """Parameters of one dtype whose gradients are sent together in `flat` ([n]), each in the memory order of its parameter."""
 
     parameters: list[Any]
     segments: Segments
     flat: Tensor
 
     def parts(self) -> list[Tensor]:
-        """Return what of `flat` is each parameter's gradient."""
+        """Return each parameter's gradient, a view of `flat`."""
         flat = self.flat.split(sizes(self.segments))
         return [
             part.as_strided(p.shape, p.stride(), part.storage_offset()) if dense(p) else part.view(p.shape)
@@ -129,14 +129,14 @@ class Bucket:
 
 @dataclass
 class Replicas:
-    """A model of which every rank has all, and its gradients' traffic."""
+    """A model that every rank holds whole, and the traffic of its gradients."""
 
     module: nn.Module
     step_buffer: StepBuffer
     _buckets: dict[tuple[int, ...], list[Bucket]] = field(default_factory=dict)
 
     def average(self, grads: Any = None, elements_per_buffer: int = BUCKET) -> None:
-        """Replace all gradients by their mean; a parameter without one has 0, as DeepSpeed has it."""
+        """Replace all gradients by their mean. A missing gradient counts as 0, as under DeepSpeed."""
         trained = self._trained()
         key = tuple(id(p) for p in trained.values())
         if key not in self._buckets:
@@ -154,7 +154,7 @@ class Replicas:
             future.wait()
 
     def count(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed's own mean."""
+        """Call DeepSpeed's own mean, and count its bytes."""
         original(*args, **kwargs)
         meter, trained = self.step_buffer.collectives.meter, self._trained().values()
         for index, dtype in enumerate(dict.fromkeys(p.dtype for p in trained)):
@@ -168,7 +168,7 @@ class Replicas:
 
 
 def _filled(trained: dict[str, Any]) -> Iterator[Bucket]:
-    """Buckets in the order of the parameters; one ends with the parameter that fills it."""
+    """Yield buckets in the order of the parameters; a bucket ends with the parameter that fills it."""
     for dtype in dict.fromkeys(p.dtype for p in trained.values()):
         waiting: dict[str, Any] = {}
         alike = [(name, p) for name, p in trained.items() if p.dtype == dtype]

@@ -1,21 +1,21 @@
 """FSDP2 (`fully_shard`), by its `set_custom_all_gather` and `set_custom_reduce_scatter`.
 
-FSDP calls them for one module at a time, in the caller's thread, in the same order on every rank: it gathers the parameters
-before the module's forward, and again before its backward if it reshards; behind that it reduces the gradients that there are.
-It divides beforehand and afterwards by itself and asks for SUM, AVG or PREMUL_SUM. What it gathers are copies of its
-shards: nothing here reaches those. It waits for a gather where it needs the parameters; on CPU all of ours return at once,
-so that what FSDP prefetches travels beside backward. For a reduction it waits there and then.
+FSDP calls them for one module at a time, in the caller's thread, in the same order on every rank. It gathers the parameters
+before the module's forward, and again before its backward if it reshards; after the backward it reduces the gradients. FSDP
+divides the gradients itself, before and after, and asks for SUM, AVG or PREMUL_SUM. It gathers copies of its shards, so the
+shards themselves are never changed here. It waits for a gather where it needs the parameters. On CPU our gathers return at
+once, so that a prefetched gather runs beside backward. FSDP waits for a reduction as soon as it has started it.
 
-On a mesh of replicas x shards (HSDP) the gradients are compressed where they are averaged over the replicas, between nodes;
-among the shards of a replica, inside a node, they are dense. FSDP has no public way to replace that average: it calls
-`all_reduce` of a process group that it keeps, and ours stands in for it (`Replicas`).
+On a mesh of replicas x shards (HSDP) the gradients are compressed where they are averaged over the replicas, between nodes.
+Among the shards of a replica, inside a node, they are dense. FSDP has no public way to replace the average over the replicas:
+it calls `all_reduce` of a process group that it keeps, and `Replicas` takes the place of that group.
 
-Under an EF21Muon gradients are reduced by its `others_spec`; at each step the momentum of a matrix's rows goes by the spec to
-the one rank that owns it, and the update comes back.
+With EF21Muon the gradients are reduced by its `others_spec`. At each step the momentum of a matrix's rows is sent, by the spec,
+to the one rank that owns the matrix, and the update is sent back.
 
-`units.py` reads what torch keeps private: that process group, the parameters that travel together, and which module is the
-root. `comms.py` has what FSDP calls, `masks.py`, `reshard.py` and `muon.py` what masks, a saved state and EF21Muon mean for its
-shards.
+`units.py` reads everything that torch keeps private: the process group of the replicas, the parameters that are sent together,
+and which module is the root. `comms.py` has the collectives that FSDP calls. `masks.py`, `reshard.py` and `muon.py` adapt
+masks, saved states and EF21Muon to FSDP's shards.
 """
 
 from collections.abc import Mapping
@@ -57,14 +57,14 @@ def attach(
     grad_scaler: GradScaler | None = None,
     verify: int = EVERY,
 ) -> Session:
-    """Compress what FSDP2 sends for `model`, the root of the modules that `fully_shard` took. Collective over its mesh.
+    """Compress what FSDP2 sends for `model`, the root module that `fully_shard` was applied to. Collective over its mesh.
 
     `gradients` is the spec of the reduce-scatter (on a mesh of replicas and shards: of the mean over the replicas). Without it
     a spec is found during training, as under DDP, but the error of the means is not measured. `parameters` is the spec of the
     all-gather (default: not compressed; sparse specs are refused); `auto` finds it in the same search, among `none`, `bf16`
     and `int8`. The sharded parameters stay in full precision; forward and backward compute with the decoded values, also in
-    evaluation. `delta|int4` sends what has changed since the last gather, and adds what the codec left out to the next one;
-    every rank keeps two bytes for each value of the whole model.
+    evaluation. `delta|int4` sends the change since the last gather, and adds what the codec left out to the next change; every
+    rank then keeps two bytes for each value of the whole model.
 
     `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's, if it has
     one. Every `verify` steps (0: never) the ranks compare hashes of the gathered values, and payloads have checksums.
@@ -74,9 +74,9 @@ def attach(
 
     Raises on all ranks: ValueError if a spec is unknown, if the ranks differ, or if a trained parameter has a dtype whose
     gradients cannot be exchanged, such as float8; ValueError for an EF21Muon on more than one dimension of a mesh, with
-    offloaded parameters, or without a trained one; TypeError for another `optimizer` of `commpress.optim`, for `buffers` and
-    for `exchange`; RuntimeError for a module inside the root, or one that already has custom collectives. A model that has not
-    run yet does not know its root: then the first forward raises.
+    offloaded parameters, or without a trained parameter; TypeError for another `optimizer` of `commpress.optim`, for `buffers`
+    and for `exchange`; RuntimeError for a module that is not the root, and for one that already has custom collectives. FSDP
+    finds the root in the first forward: if the model has not run yet, that forward raises.
     """
     held = units(model)
     device = held[0].device
@@ -128,7 +128,7 @@ def attach(
 
 
 def _planned(plan: Any, by_auto: tuple[bool, bool]) -> dict[str, object]:
-    """Return the settings of both plans that all ranks must share; empty if this rank has no plan."""
+    """Return the settings of both plans, which must be equal on all ranks; an empty dict if this rank has no plan."""
     if plan is None:
         return {}
     chosen = [role for role, auto in zip(("gradients", "parameters"), by_auto, strict=True) if auto]
@@ -159,7 +159,7 @@ def _session(
     auto: ShardedAuto | None,
     optimizer: EF21Muon | None,
 ) -> Session:
-    """The session of units whose shards and replicas have these collectives, by the ranks of their groups."""
+    """Return the session of these units. `shards` and `replicas` map the ranks of a group to its collectives."""
 
     def mask_index(masks: Mapping[str, Tensor]) -> list[MaskIndex]:
         require_fit(masks, held)
@@ -185,7 +185,7 @@ def _session(
 
 
 def _refusal(model: nn.Module, held: list[Unit], optimizer: object) -> Exception | None:
-    """Why this rank cannot attach, if it cannot."""
+    """Return the error if this rank cannot attach, else None. Binds an EF21Muon to the shards."""
     if optimizer is not None and not isinstance(optimizer, EF21Muon):
         return TypeError(
             f"optimizer: {type(optimizer).__name__} does not work on sharded parameters; expected DistributedDataParallel for "
@@ -207,7 +207,7 @@ def _refusal(model: nn.Module, held: list[Unit], optimizer: object) -> Exception
 
 
 def _require_one_mesh(held: list[Unit]) -> None:
-    """Raise ValueError for units on several meshes: no one group of ranks could compare for all of them."""
+    """Raise ValueError for units on several meshes: no single group of ranks can compare all of them."""
     meshes = {(ranks(u.shard_groups[0]), None if u.replica_group is None else ranks(u.replica_group)) for u in held}
     if len(meshes) > 1:
         raise ValueError(
@@ -217,11 +217,11 @@ def _require_one_mesh(held: list[Unit]) -> None:
 
 
 def _watch(model: nn.Module, session: Session, auto: ShardedAuto | None) -> None:
-    """Have the session follow the loss scale from forward to forward; `auto` begins its steps with forwards, too."""
+    """Have the session follow the loss scale at every forward, and `auto` begin its steps there."""
     is_root = root(model)
 
     def before(module: nn.Module, arguments: Any) -> None:
-        if is_root() is False:  # FSDP's own hook, before this one, found out
+        if is_root() is False:  # FSDP's own hook has run before this one, and has found the root
             raise RuntimeError(
                 "commpress.attach was given a module inside another that fully_shard took; expected the root"
             )
@@ -229,5 +229,5 @@ def _watch(model: nn.Module, session: Session, auto: ShardedAuto | None) -> None
 
     model.register_forward_pre_hook(before)
     if auto is not None:
-        model.register_forward_pre_hook(begins_steps(auto), prepend=True)  # FSDP's own gathers the root's parameters
+        model.register_forward_pre_hook(begins_steps(auto), prepend=True)  # before FSDP's own hook, which gathers
         model.register_forward_hook(follows_backwards(auto))

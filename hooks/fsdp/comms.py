@@ -1,7 +1,7 @@
-"""The collectives that FSDP2 calls for one unit, and that are ours: gather, reduction, and the mean over replicas.
+"""The collectives that replace FSDP2's for one unit: gather, reduction, and the mean over replicas.
 
-FSDP calls them in the caller's thread, for one unit at a time. It waits for a gather where it needs the parameters, for a
-reduction there and then.
+FSDP calls them in the caller's thread, for one unit at a time. It waits for a gather where it needs the parameters, and for a
+reduction as soon as it has started it.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ AGAIN = "decoded before, sharded anew after forward"
 
 
 def empty(size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for either side of a gather or a reduction."""
+    """Return memory for the input or output of a gather or a reduction."""
     return torch.empty(*size, dtype=dtype, device=device)
 
 
@@ -43,7 +43,9 @@ class Gather:
         again = "" if who == ranks(self._unit.shard_groups[0]) else AGAIN
         if self._auto is not None and not again:
             self._auto.note("parameters", input_tensor.numel(), input_tensor.element_size())
-        segments = () if again else self._unit.gathered()  # which do not fit what is gathered as bytes, of mixed dtypes
+        segments = (
+            () if again else self._unit.gathered()
+        )  # they do not fit a gather of bytes, as FSDP makes of mixed dtypes
         work = self._shards[who].all_gather(input_tensor, output_tensor, self._unit.index, again, segments)
         if async_op or output_tensor.device.type == "cpu":
             return work
@@ -79,7 +81,7 @@ class Reduce:
 
 
 class Replicas(dist.ProcessGroup):
-    """The replicas of one unit's shard, as FSDP sees them: a process group whose all_reduce is ours."""
+    """The process group of one unit's replicas that FSDP is given: its all_reduce is compressed."""
 
     def __init__(self, shards: Collectives, unit: Unit, auto: ShardedAuto | None = None) -> None:
         super().__init__(shards.rank, shards.world_size)  # type: ignore[call-arg]  # torch's stub lacks this form

@@ -1,4 +1,4 @@
-"""Masks of whole parameters as FSDP2's traffic has them: the part of each rank's shard, for shards and for replicas."""
+"""Masks of whole parameters, cut as FSDP2 cuts the parameters: one part for each rank's shard."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from commpress.hooks.fsdp.units import Unit, ranks
 
 
 def require_fit(masks: Mapping[str, Tensor], held: list[Unit]) -> None:
-    """Raise ValueError for a mask of no parameter, or of another shape."""
+    """Raise ValueError for a mask whose name is not a parameter's, or whose shape is not the parameter's."""
     shapes = {name: shape for unit in held for name, shape in unit.shapes().items()}
     for name, mask in masks.items():
         if (shape := shapes.get(name)) != mask.shape:
@@ -19,7 +19,10 @@ def require_fit(masks: Mapping[str, Tensor], held: list[Unit]) -> None:
 
 
 def of_shards(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> MaskIndex:
-    """Return what masks keep of the traffic among the ranks `who`, which share parameters: a part a rank, all of one length."""
+    """Return the index of the values that masks keep in the traffic among the ranks `who`, which share parameters.
+
+    Each rank has one part; all parts have one length.
+    """
     parts: dict[str, Tensor] = {}
     together = []
     for unit in held:
@@ -32,7 +35,7 @@ def of_shards(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor
 
 
 def of_replicas(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> MaskIndex:
-    """Return what masks keep of the traffic among the ranks `who`, which own the same shard."""
+    """Return the index of the values that masks keep in the traffic among the ranks `who`, which hold the same shard."""
     return MaskIndex(
         {
             name: unit.chunks(name, masks[name])[dist.get_rank(unit.shard_groups[0])]

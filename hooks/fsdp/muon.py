@@ -1,4 +1,4 @@
-"""EF21Muon under FSDP2: its matrices as FSDP cuts them, and what it cannot do there."""
+"""EF21Muon under FSDP2: its matrices as FSDP cuts them, and the models that it refuses."""
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -12,7 +12,7 @@ from commpress.optim.sharded_muon import Matrix, ShardedMuon
 
 
 def refusal(held: list[Unit], optimizer: EF21Muon) -> Exception | None:
-    """Why an EF21Muon cannot step these shards, if it cannot; else it is bound to them."""
+    """Return the error if an EF21Muon cannot step these shards; else bind it to them and return None."""
     groups = {ranks(unit.shard_groups[0]) for unit in held}
     if len(groups) > 1 or any(unit.replica_group is not None for unit in held):
         return ValueError(
@@ -43,7 +43,7 @@ def refusal(held: list[Unit], optimizer: EF21Muon) -> Exception | None:
 
 
 def shard(optimizer: EF21Muon, shards: Collectives, held: list[Unit], momentum: Codec) -> None:
-    """Have an optimizer that is bound step these shards; a matrix's momentum goes to its owner by this codec."""
+    """Have a bound optimizer step these shards. `momentum` is the codec by which a matrix's momentum is sent to its owner."""
     hidden = {p for group in optimizer.param_groups if group["muon"] for p in group["params"]}
     matrices = []
     for unit in held:
@@ -55,7 +55,7 @@ def shard(optimizer: EF21Muon, shards: Collectives, held: list[Unit], momentum: 
 
 
 def local(x: Tensor) -> Tensor:
-    """Return what this rank has of a DTensor."""
+    """Return this rank's part of a DTensor; any other tensor as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

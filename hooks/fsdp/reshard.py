@@ -1,4 +1,4 @@
-"""Feedback that was saved by another number of ranks, cut as FSDP2 cuts the parameters now."""
+"""Error feedback that was saved by another number of ranks, cut anew as FSDP2 cuts the parameters now."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from commpress.hooks.fsdp.units import Unit
 
 
 def resharded(held: list[Unit], memories: list[Memories], old: int) -> list[Memories]:
-    """Return what feedback kept of gradients that were cut for `old` ranks, cut as they are now.
+    """Return the residuals of gradients that were cut for `old` ranks, cut as the gradients are now.
 
-    Raises ValueError where that cannot be told: parameters cut along another dimension than the first, or masked ones.
+    Raises ValueError for parameters that are cut along another dimension than the first, and for masked ones.
     """
     units = {name: unit for unit in held for name in unit.names}
     (buckets,) = memories

@@ -1,7 +1,7 @@
-"""Units that FSDP2 communicates for, as torch 2.13 keeps them: everything that is read from FSDP's private parts is read here.
+"""Units, the modules that FSDP2 communicates for. This file alone reads FSDP's private attributes, as torch 2.13 has them.
 
-These are the process groups, the parameters that travel together with their shards, and which module is the root. `units`,
-which attach calls first, raises an error with the missing name if something is not where torch 2.13 has it.
+It reads the process groups, the parameters that are sent together, their shards, and which module is the root. `attach` calls
+`units` first, which raises an error with the missing name if an attribute is not where torch 2.13 has it.
 """
 
 import copy
@@ -26,9 +26,9 @@ class Cut:
     dim: int
     """The dimension that is cut."""
     values: int
-    """Reals of the whole parameter."""
+    """Number of real values in the whole parameter; a complex value counts as two."""
     length: int
-    """Reals of one rank's shard, padding included."""
+    """Number of real values in one rank's shard, padding included."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Unit:
     def __post_init__(self) -> None:
         info, later = self.group.mesh_info, self.group.post_forward_mesh_info
         self.shard_groups: list[dist.ProcessGroup] = [i.shard_process_group for i in (info, later) if i is not None]
-        """The group that owns the shards, and the one among which FSDP may shard anew after forward."""
+        """The group that holds the shards, and the group over which FSDP may shard again after forward."""
         several = getattr(info, "replicate_mesh_size", 1) > 1
         self.replica_group: dist.ProcessGroup | None = info.replicate_process_group if several else None
         self.rank, self.world_size = info.shard_mesh_rank, info.shard_mesh_size
@@ -54,8 +54,8 @@ class Unit:
         self.comms: list[object] = [self.group._all_gather_comm, self.group._reduce_scatter_comm]
         policy, own = self.group.mp_policy, {p.sharded_param.dtype for p in self.group.fsdp_params}
         self.dtypes = own | ({policy.param_dtype, policy.reduce_dtype} - {None})
-        """The dtypes in which FSDP gathers and reduces, and those of the shards."""
-        self.parts()  # raises now if something is not where torch 2.13 has it
+        """The dtypes in which FSDP gathers and reduces, and the dtypes of the shards."""
+        self.parts()  # raises AttributeError now if an attribute is not where torch 2.13 has it
         self._touched: set[str] = set()
         self._layouts: dict[Segments, Segments] = {}
 
@@ -75,43 +75,43 @@ class Unit:
         return Cut(p.fsdp_placement.dim, p._orig_size.numel() * _reals(p), _part(p))
 
     def lengths(self, name: str) -> tuple[int, tuple[int, ...]]:
-        """Return the dimension along which a parameter is cut, and how long each rank's shard is there, without padding."""
+        """Return the dimension along which a parameter is cut, and the length of each rank's shard there, without padding."""
         p = self.group.fsdp_params[self.names.index(name)]
         dim, ranks = p.fsdp_placement.dim, range(dist.get_world_size(self.shard_groups[0]))
         whole, most = p._orig_size[dim], p.padded_sharded_param_size[dim]
         return dim, tuple(min(most, max(0, whole - r * most)) for r in ranks)
 
     def parameters(self) -> dict[str, Tensor]:
-        """The sharded parameters, as the module and its optimizer have them, by name."""
+        """Return the sharded parameters, as the module and its optimizer hold them, by name."""
         return {name: p.sharded_param for name, p in zip(self.names, self.group.fsdp_params, strict=True)}
 
     @property
     def offloads(self) -> bool:
-        """Whether shards and their gradients are kept in another memory than that of the device that computes."""
+        """Whether shards and their gradients are kept in CPU memory, away from the device that computes."""
         return isinstance(self.group.offload_policy, CPUOffloadPolicy)
 
     def trained_parameters(self) -> list[Tensor]:
-        """The shards of what wants gradients now."""
+        """Return the shards of the parameters that require a gradient now."""
         return [p.sharded_param for p in self.group.fsdp_params if p.sharded_param.requires_grad]
 
     def trained_shards(self) -> dict[str, Tensor]:
-        """Return what this rank holds of what wants gradients now, by name."""
+        """Return this rank's local shards of the parameters that require a gradient now, by name."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
         return {name: p.sharded_param.to_local() for name, p in named if p.sharded_param.requires_grad}
 
     def parts(self) -> Segments:
-        """Return what wants gradients now: names, and how many reals of each a rank has, padding included."""
+        """Return the parameters that require a gradient now: name, and real values of one rank's shard, padding included."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
         return tuple(Segment(name, _part(p)) for name, p in named if p.sharded_param.requires_grad)
 
     def gathered(self) -> Segments:
-        """The parts of what FSDP gathers, as `full` has them: all parameters, trained or not."""
+        """Return the parts of what FSDP gathers, in the order of `full`: all parameters, trained or not."""
         named = zip(self.names, self.group.fsdp_params, strict=True)
         parts = tuple(Segment(name, _part(p)) for name, p in named)
         return self.full(parts, dist.get_world_size(self.shard_groups[0]))
 
     def chunks(self, name: str, mask: Tensor) -> list[Tensor]:
-        """The mask of each rank's shard of a parameter, by reals: bool [n], padding included."""
+        """Return the mask of each rank's shard of a parameter: bool [n] for its n real values, padding included."""
         p = self.group.fsdp_params[self.names.index(name)]
         dim, size = p.fsdp_placement.dim, p.padded_sharded_param_size
         parts = mask.split(size[dim], dim)
@@ -124,7 +124,7 @@ class Unit:
         return chunks
 
     def follow(self) -> None:
-        """Note which parameters get a gradient: FSDP reduces those alone, and does not say which they are."""
+        """Note which parameters get a gradient: FSDP reduces only these, and does not name them."""
 
         def noting(name: str) -> Callable[[Tensor], None]:
             touched = self._touched  # not self: a cycle through autograd is never collected
@@ -140,9 +140,10 @@ class Unit:
         handles = [module.register_forward_hook(behind_first_forward) for module in self.group.modules]
 
     def reduced(self, n: int, ends: bool) -> tuple[Segments, str]:
-        """The parts of a gradient of `n` reals a rank.
+        """Return the parts of a gradient with `n` real values a rank, and an empty string.
 
-        If they cannot be told, all that are trained, and a reason not to compress. `ends`: nobody asks again in this backward.
+        If the size fits neither all trained parameters nor those that got a gradient, the parts are unknown: returns all
+        trained ones, and the reason not to compress. `ends`: this is the last call in this backward.
         """
         trained = self.parts()
         touched = tuple(segment for segment in trained if segment.name in self._touched)
@@ -154,21 +155,22 @@ class Unit:
         return trained, f"{n} of {sum(sizes(trained))} values, of unknown parameters"
 
     def full(self, parts: Segments, chunks: int) -> Segments:
-        """The parts of a full gradient: first those of rank 0's shard, then of that of rank 1, ..."""
+        """Return the parts of a full gradient: first the parts of rank 0's shard, then those of rank 1's, and so on."""
         if parts not in self._layouts:
             self._layouts[parts] = tuple(Segment(f"{part.name}[{r}]", part.n) for r in range(chunks) for part in parts)
         return self._layouts[parts]
 
     def replace_replica_group(self, group: dist.ProcessGroup) -> None:
-        """From now on FSDP averages over the replicas by this group's all_reduce."""
-        self.group.mesh_info = copy.copy(self.group.mesh_info)  # other modules may have the same
+        """Have FSDP average over the replicas by this group's all_reduce from now on."""
+        self.group.mesh_info = copy.copy(self.group.mesh_info)  # other modules may share the object
         self.group.mesh_info.replicate_process_group = group
 
 
 def units(model: nn.Module) -> list[Unit]:
-    """The modules of a model that FSDP communicates for, in the order of `model.modules()`.
+    """Return the units of a model, in the order of `model.modules()`.
 
-    Raises RuntimeError if this torch keeps them elsewhere, ValueError if the model is not sharded in a way that this knows.
+    Raises RuntimeError if this version of torch keeps them elsewhere, ValueError if the model is not sharded, is only
+    replicated, or has a module with parameters on several meshes.
     """
     prefixes = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     order = {name: place for place, (name, _) in enumerate(model.named_parameters(remove_duplicate=False))}
@@ -199,31 +201,31 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def root(model: Any) -> Callable[[], bool | None]:
-    """Return a function that says whether FSDP takes `model` for the root: None before the first forward.
+    """Return a function that says whether `model` is FSDP's root module; the function returns None before the first forward.
 
-    What FSDP knows is looked up once: torch.compile cannot trace a dict of weak references.
+    FSDP's state is looked up once, here: torch.compile cannot trace a dict of weak references.
     """
     state = model._get_fsdp_state()
     return lambda: state._is_root
 
 
 def ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
-    """The global ranks of a group: FSDP makes a group of its own for each module, of the same ranks."""
+    """Return the global ranks of a group. FSDP may make several groups of the same ranks, one for each module."""
     return tuple(dist.get_process_group_ranks(group))
 
 
 def _name(info: Any, prefixes: Mapping[nn.Module, str], order: Mapping[str, int]) -> str:
-    """The bare name of a parameter; of a tied one the first that `named_parameters` has."""
+    """Return the bare name of a parameter; of a tied one the first in `named_parameters`."""
     places = zip([info.module, *info.shared_modules], [info.param_name, *info.shared_param_names], strict=True)
     full = [prefixes[module] + name for module, name in places]
     return bare_name(min(full, key=lambda name: order.get(name, len(order))))
 
 
 def _part(p: Any) -> int:
-    """How many reals of a parameter (torch's FSDPParam) a rank has, padding included."""
+    """Return the number of real values in one rank's shard of `p` (torch's FSDPParam), padding included."""
     return int(p.padded_sharded_param_size.numel()) * _reals(p)
 
 
 def _reals(p: Any) -> int:
-    """How many reals a value of a parameter has."""
+    """Return 2 for a complex parameter, else 1."""
     return 2 if p.sharded_param.is_complex() else 1

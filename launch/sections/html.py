@@ -41,7 +41,9 @@ summary {{ cursor: pointer; padding: .3rem 0; }}
   th, td {{ padding: .3rem .35rem; }}
   th, td:first-child {{ white-space: normal; }}
   th {{ vertical-align: bottom; }}
-  .text td:nth-child(2), .text td:last-child {{ min-width: 6.5rem; }}
+  .text td, .text td:nth-child(2) {{ min-width: 3rem; }}
+  .text td:last-child {{ min-width: 10rem; }}
+  .text table:has(th:nth-child(6)) {{ min-width: 48rem; }}
 }}
 </style>
 <script>{script}</script>

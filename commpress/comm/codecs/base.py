@@ -15,7 +15,7 @@ from commpress.comm import coding
 
 
 class ArgumentError(ValueError):
-    """The argument of a spec cannot be read: `parse` puts the spec before it."""
+    """An argument of a spec that cannot be read. `parse` puts the spec in front of the text."""
 
 
 class Codec(ABC):

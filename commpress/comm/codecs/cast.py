@@ -1,9 +1,9 @@
 """Casts: every value in 16 bits (`bf16`, `fp16`), or in its own 32 (`none`). Sums of payloads are payloads: linear.
 
 Payload: [ x0 | x1 | ... ], 2 or 4 bytes a value, zero-padded to a multiple of 4 bytes.
-Relative error of a value in the normal range: at most 2^-8 for bf16 (range as float32), 2^-11 for fp16 (largest 65504,
-beyond it Inf; below 3e-8 zero). Every NaN is sent as the one quiet NaN without sign or payload: torch's own conversions
-give different ones on different processors.
+Relative error of a value in the normal range: at most 2^-8 for bf16 (the range of float32) and 2^-11 for fp16 (values above
+65504 become Inf, below 3e-8 zero). Every NaN is sent as one quiet NaN without sign or payload, because torch's own conversions
+give different NaNs on different processors.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Identity(Codec):
 
 
 class HalfCast(Codec):
-    """The two 16-bit casts; `sum_dtype` says which, `nan` are the bits of the one NaN that is sent."""
+    """The base of the two 16-bit casts. `sum_dtype` is the dtype, `nan` the bits of the one NaN that is sent."""
 
     nan: ClassVar[int]
     exchange: ClassVar[str] = "all_reduce"

@@ -29,7 +29,7 @@ FLUSH = 2.0**-100
 
 @dataclass(frozen=True)
 class BlockInteger(Codec):
-    """int8 and int4; `bits` says which.
+    """The base of int8 and int4, which have 8 and 4 `bits` a value.
 
     Error of a value: at most scale / 2 = max|x| / 254 or max|x| / 14 of its block (and float32's rounding), twice that if it is
     rounded stochastically. A block whose magnitudes all lie below 2^-100 decodes to 0; one that holds NaN or Inf decodes to

@@ -7,12 +7,12 @@ cache. In draw d stratum i of width w sends, counted within it, the value
 
     (h(i, d // w) * w / 2^32 + d mod w) mod w        h: 32 hashed bits
 
-Within a turn of w draws each of its values is sent once, and the next turn begins elsewhere. Payload:
+Within w draws each value of the stratum is sent once; the next w draws begin at another value. Payload:
 
     [ d : int64 ][ payload of the k values ]
 
-Decoding uses the d of the payload, so a mean is right even if payloads were drawn by different numbers. A stratum that
-holds NaN or Inf sends NaN, and where NaN arrives the whole stratum decodes to NaN.
+Decoding uses the d of the payload, so a mean is right even if payloads were drawn by different numbers. A stratum that holds
+NaN or Inf sends NaN, and if NaN arrives the whole stratum decodes to NaN.
 """
 
 from dataclasses import dataclass, field, replace
@@ -115,7 +115,7 @@ class RandomK(Codec):
         return _places(*self._strata(n, payload.device), payload)
 
     def _strata(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where the strata of n values start, and their widths: int64 [k] each."""
+        """Return the starts of the strata of n values, and their widths: int64 [k] each."""
         full, rest = divmod(n, self.block)
         starts, widths = bounds(self.block, STRATA, device)
         first = torch.arange(full, dtype=torch.int64, device=device) * self.block
@@ -131,7 +131,7 @@ def bounds(size: int, strata: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _places(starts: Tensor, widths: Tensor, payload: Tensor) -> Tensor:
-    """The place in each stratum by the draw at the start of a payload: int64 [k]."""
+    """Return the place of the sent value in each stratum, by the draw at the start of a payload: int64 [k]."""
     low, high = payload[:HEAD].view(torch.int32).to(torch.int64)
     draw = (high << 32) | (low & WORD)
     number = torch.arange(starts.numel(), dtype=torch.int64, device=starts.device)

@@ -33,11 +33,11 @@ BACK = (4, 8, 1, 2, 16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Rotate(Codec):
-    """`rotate|int4`, `rotate|sign`, ...: a code of the rotated values, as long as that of the values themselves.
+    """`rotate|int4`, `rotate|sign`, ...: a code of the rotated values, as long as a code of the values themselves.
 
-    The squared error is that of the code of the rotated values, which are nearly normal: an eighth of the squares for int2, a
-    third for sign, whatever the values were. Error feedback keeps the error of the values themselves. A block of 1024 that
-    holds NaN or Inf, or whose sums overflow float32, decodes to NaN.
+    The squared error is that of coding the rotated values, which are nearly normal: an eighth of their squares for int2, a
+    third for sign, whatever the values were. Error feedback keeps the error of the original values. A block of 1024 that holds
+    NaN or Inf, or whose sums overflow float32, decodes to NaN.
 
     >>> x = torch.ones(4096); x[::64] = 30.0
     >>> sign, turned = (c.decode(c.encode(x), 4096) for c in (parse("sign"), parse("rotate|sign")))
@@ -130,7 +130,7 @@ def _turned_back(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def _transformed(x: Tensor, steps: Iterable[int]) -> Tensor:
-    """Take these steps of Hadamard's transform."""
+    """Apply these steps of Hadamard's transform to blocks: [blocks, m]."""
     shape = x.shape
     for step in steps:
         upper, lower = x.reshape(-1, 2, step).unbind(1)
@@ -139,10 +139,10 @@ def _transformed(x: Tensor, steps: Iterable[int]) -> Tensor:
 
 
 def _upwards(size: int) -> list[int]:
-    """The steps of a shorter block."""
+    """Return the steps of a block shorter than 1024."""
     return [1 << i for i in range(size.bit_length() - 1)]
 
 
 def _with_one_nan(x: Tensor) -> Tensor:
-    """Put the one quiet NaN for what is not finite: the sign of a NaN differs from processor to processor."""
+    """Replace values that are not finite by one quiet NaN: the sign of a NaN differs from processor to processor."""
     return torch.where(x.isfinite(), x, torch.nan)

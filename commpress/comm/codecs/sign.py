@@ -80,7 +80,7 @@ def plane_bytes(n: int) -> int:
 
 
 def pack_plane(bits: Tensor) -> Tensor:
-    """bool [n] -> uint8 [plane_bytes(n)], in the layout above."""
+    """Pack bool [n] into uint8 [plane_bytes(n)], in the layout of a block's signs."""
     n = bits.numel()
     full = bits[: n // BLOCK * BLOCK].view(-1, 8, BLOCK // 8)
     tail = bits[n // BLOCK * BLOCK :]

@@ -27,11 +27,11 @@ INFINITY_BITS = 0x7F800000
 
 @dataclass(frozen=True)
 class TopK(Codec):
-    """`topk(ratio)` keeps exactly max(1, round(ratio * n)) of n values, and of those exactly the largest magnitudes.
+    """`topk(ratio)` keeps exactly k = max(1, round(ratio * n)) of n values: those of the largest magnitudes.
 
-    If several equal the k-th largest, the kept ones are spread evenly over their positions, and under feedback none
+    If several values equal the k-th largest, the kept ones are spread evenly over their positions, and with feedback none
     waits for longer than n / k steps (rounded up).
-    NaN and Inf count as larger than all else, so they arrive; more than k of them make all n NaN. Needs error feedback.
+    NaN and Inf count as larger than all other values, so they arrive; more than k of them make all n NaN. Needs error feedback.
 
     >>> codec = parse("topk(0.5)")
     >>> codec.decode(codec.encode(torch.tensor([1.0, -3.0, 0.5, 2.0])), 4)
@@ -110,7 +110,7 @@ class TopK(Codec):
         return x
 
     def _all_nan(self, n: int, device: torch.device) -> Tensor:
-        """The payload of n values of which more than k are NaN or Inf."""
+        """Return the payload of n values of which more than k are NaN or Inf."""
         k, _, _, values_at = self.sections(n)
         nan = torch.full((k,), torch.nan, dtype=torch.float32, device=device)
         return torch.cat([torch.zeros(values_at, dtype=torch.uint8, device=device), self.values.define_encode(nan)])
@@ -131,12 +131,12 @@ class TopK(Codec):
 
 
 def _pack_bits(bits: Tensor) -> Tensor:
-    """int64 [m] of 0 and 1 -> uint8, eight a byte, lowest bit first, padded to a multiple of 4 bytes."""
+    """Pack int64 [m] of 0 and 1 into uint8, eight a byte, lowest bit first, padded to a multiple of 4 bytes."""
     size = padded(-(-bits.numel() // 8))
     rows = pad(bits, (0, 8 * size - bits.numel())).view(-1, 8)
     return (rows << torch.arange(8, dtype=torch.int64, device=bits.device)).sum(dim=1).to(torch.uint8)
 
 
 def _unpack_bits(packed: Tensor) -> Tensor:
-    """uint8 [m] -> int64 [8 m] of 0 and 1."""
+    """Unpack uint8 [m] into int64 [8 m] of 0 and 1."""
     return (packed.to(torch.int64)[:, None] >> torch.arange(8, dtype=torch.int64, device=packed.device) & 1).view(-1)

@@ -1,7 +1,7 @@
 """Exchanges: the ranks' payloads become one mean, the same bits on every rank. One file per algorithm.
 
-An exchange runs as a generator over one bucket: it encodes, starts and yields each `Transfer` in turn, is resumed when that
-has arrived, and puts the mean into the bucket. So the sequencer decides when to send, the exchange only what.
+An exchange runs as a generator over one bucket. It encodes, starts a `Transfer` and yields it; it is resumed when the transfer
+has arrived, and writes the mean into the bucket. So the sequencer decides when to send, and the exchange only what.
 """
 
 from commpress.comm.exchange.all_reduce import AllReduce
@@ -17,7 +17,7 @@ from commpress.comm.exchange.wire import Transfer, Wire
 EXCHANGES: dict[str, Exchange] = {
     exchange.name: exchange for exchange in (AllReduce(), TwoShot(), OneShot(), LowRank())
 }
-"""Exchanges that make one mean of the buckets of any ranks, by the name that a user gives."""
+"""The exchanges that average buckets, by the name that a user gives."""
 NO_EXCHANGE = NoExchange()
 
 

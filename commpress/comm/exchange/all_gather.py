@@ -4,8 +4,8 @@
     rank 1  b -> pb --> 0, 2        rank 1  [pa pb pc] -> [a' b' c']
     rank 2  c -> pc --> 0, 1        rank 2  [pa pb pc] -> [a' b' c']
 
-Each rank sends (W - 1) * nbytes(m), as many bytes as a ring does. All ranks, the owner of a shard included, decode the bytes
-that were sent: all compute with the same bits. The shard itself does not change.
+Each rank sends (W - 1) * nbytes(m), as many bytes as in a ring. All ranks, a shard's owner included, decode the sent bytes, so
+all compute with the same bits. The shard itself does not change.
 """
 
 from collections.abc import Iterator

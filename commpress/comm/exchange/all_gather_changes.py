@@ -8,14 +8,14 @@
     any far    a, b, c, in the two bytes of v                            v <- a b c
 
 The error of a codec stays in a - v_a, and is sent the next time: no other memory is needed, and errors do not add up. Every
-rank keeps `v` (`versions.py`), in two bytes a value, which plain FSDP does not.
+rank keeps `v` (`versions.py`) in two bytes a value, which plain FSDP does not need.
 
-A shard is far if it differs from its version by more than half of its own norm, or if either is not finite: weights were
-loaded, say. So no step is worse than by the code of the values themselves. Each rank sends W - 1 bytes as its answer, and then
-nothing, (W - 1) * nbytes(m) or (W - 1) * 2 m. Values that were not stepped between two gathers are not sent again.
+A shard is far if it differs from its version by more than half of its own norm, or if either is not finite, as after weights
+were loaded. So no step has a larger error than one that codes the values themselves. Each rank sends W - 1 bytes as its answer,
+and then nothing, (W - 1) * nbytes(m) or (W - 1) * 2 m. Values that do not change between two gathers are not sent again.
 
-The host has to know the answers, so this is for the CPU. On an accelerator `all_gather_changes_unseen.py` keeps the version
-as close in ordinary steps, without a wait.
+The host must know the answers, so this exchange is for the CPU. On an accelerator `all_gather_changes_unseen.py` keeps the
+version as close in ordinary steps, without a wait.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from commpress.kernels.cpu.fingerprint import fingerprint
 
 SAME, CHANGED, FAR = 0, 1, 2
 FARTHEST = 0.5
-"""Of a shard's norm: what is farther from its version is sent as a whole."""
+"""A share of a shard's norm: a shard that is farther from its version is sent whole."""
 
 
 def all_gather_changes(
@@ -48,8 +48,7 @@ def all_gather_changes(
 ) -> Iterator[Transfer]:
     """Fill `out` ([W * m]) with the version of the ranks' `shard` ([m], which may be this rank's part of `out`).
 
-    Any float dtype. `buffer` is uint8 [all_gather_changes_bytes(m, codec, W)]; `told` is the label of what the ranks tell each
-    other before.
+    Any float dtype. `buffer` is uint8 [all_gather_changes_bytes(m, codec, W)]; `told` is the label of the ranks' answers.
     """
     me, W, m = wire.rank, wire.world_size, shard.numel()
     mark: int | Tensor = fingerprint(shard) if wire.by_message else fingerprint_on_device(shard)
@@ -96,7 +95,7 @@ def all_gather_changes(
 
 
 def _whole(shard: Tensor, values: Tensor, wire: Wire, label: Label) -> Iterator[Transfer]:
-    """Fill `values` ([W * m]) with all ranks' shards, in its dtype."""
+    """Fill `values` ([W * m]) with all ranks' shards, in the dtype of `values`."""
     m = shard.numel()
     values.split(m)[wire.rank].copy_(shard)
     whole = values.view(torch.uint8)

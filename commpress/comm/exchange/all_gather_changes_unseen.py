@@ -1,14 +1,14 @@
-"""all_gather_changes on an accelerator, where the host sees no value: it cannot know what has changed, so all always send.
+"""all_gather_changes on an accelerator: the host does not read values, so it cannot know what has changed, and all ranks send.
 
     each rank  has my shard changed since the last time?    and is it nearer to v or to 0?
     rank 0     a - v_a, or a -> pa | yes, no or far --> 1, 2       v_a <- v_a + pa', or pa', or v_a       on all ranks
     rank 1     b - v_b, or b -> pb | ...            --> 0, 2       v_b <- ...
 
-A shard nearer to 0 than to its version is far from it, or one of them is not finite: weights were loaded, say. Then the values
-themselves are coded, and the next gather sends the error of that code. If a shard has not changed, its version keeps its
-bits, as if nothing were sent.
+A shard is far from its version if it is nearer to 0, or if one of them is not finite, as after weights were loaded. Then the
+values themselves are coded, and the next gather sends the error of that code. If a shard has not changed, its version keeps its
+bits, as if nothing had been sent.
 
-Each rank sends (W - 1) (nbytes(m) + 4) bytes, and 2 m a rank the first time, which all ranks know.
+Each rank sends (W - 1) (nbytes(m) + 4) bytes; the first time, which all ranks know, it sends 2 m bytes to each other rank.
 """
 
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ from commpress.comm.versions import Version
 
 SAME, CHANGED, FAR = 0, 1, 2
 FLAG = 4
-"""Bytes behind a payload, of which the first is one of these."""
+"""Bytes after a payload; the first is the answer of a rank."""
 
 
 def all_gather_changes_bytes(m: int, codec: Codec, world_size: int) -> int:
-    """Return the bytes of the buffer that an exchange of changes wants for shards of m values."""
+    """Return the bytes of the buffer that an exchange of changes needs for shards of m values."""
     return world_size * (codec.nbytes(m) + FLAG)
 
 
@@ -42,7 +42,7 @@ def all_gather_changes_unseen(
     wire: Wire,
     label: Label,
 ) -> Iterator[Transfer]:
-    """Fill `out` ([W * m]) with the version, which there is, of the ranks' `shard` ([m], whose hash is `mark`).
+    """Fill `out` ([W * m]) with the new version, which must exist, of the ranks' `shard` ([m], whose hash is `mark`).
 
     `buffer` is uint8 [all_gather_changes_bytes(m, codec, W)].
     """
@@ -69,7 +69,7 @@ def all_gather_changes_unseen(
 
 
 def known_mark(version: Version, device: torch.device) -> Tensor:
-    """The hash of the shard of which all ranks have a version: int64 []."""
+    """Return the hash of this rank's shard as it was in the version: int64 []."""
     if isinstance(version.mark, Tensor):
         return version.mark
     return torch.full((), (version.mark + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)

@@ -4,8 +4,8 @@
     rank 1  x1/3 ---+-- sum (ring) --> mean on every rank
     rank 2  x2/3 --/
 
-Each rank sends 2 (W - 1) / W * nbytes(n). `none` sums the tensor's own dtype in place, divided beforehand as DDP does: the
-bits are DDP's. With a random codec all ranks must have drawn by the same number; the headers of the sum have it.
+Each rank sends 2 (W - 1) / W * nbytes(n). `none` divides by W first and sums the tensor's own dtype in place, as DDP does, so
+it has DDP's bits. With a random codec all ranks must have drawn by the same number, which the headers of the sum contain.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class AllReduce(Exchange):
         codec = encoder.codec
         assert codec.sum_dtype is not None
         if not codec.lossy:
-            encoder.add_residual(x)  # what a lossy codec kept before: dense, all of it can go
+            encoder.add_residual(x)  # of a lossy codec before: a dense exchange can send all of it
             x.mul_(1.0 / wire.world_size)
             yield wire.all_reduce(x, label)
             return
@@ -50,6 +50,6 @@ class AllReduce(Exchange):
 
 
 def native_all_reduce(x: Tensor, op: Any, encoder: Encoder, wire: Wire, label: Label) -> Iterator[Transfer]:
-    """Run the group's own reduction: the bits are those that it has without us, if nothing was kept before."""
+    """Run the group's own reduction. Without an earlier residual the bits are those of the plain collective."""
     encoder.add_residual(x)
     yield wire.all_reduce(x, label, op)

@@ -1,11 +1,11 @@
-"""all_to_all: each rank has a part for every other one. For sharded matrices, each of which one rank computes with.
+"""all_to_all: each rank has a part for every other rank. For sharded matrices, each of which one rank steps.
 
     rank 0  [a0 a1 a2] -> p01, p02        rank 0  [a0  b0' c0']
     rank 1  [b0 b1 b2] -> p10, p12        rank 1  [a1' b1  c1']
     rank 2  [c0 c1 c2] -> p20, p21        rank 2  [a2' b2' c2 ]
 
-A rank sends the sum of nbytes(n) of its parts for others; its own part stays exact. The sender decodes what it has
-sent: both ends know the same bits.
+A rank sends the sum of nbytes(n) over its parts for others; its own part stays exact. The sender decodes what it has sent, so
+both ends hold the same bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,9 +28,10 @@ def all_to_all(
     wire: Wire,
     label: Label,
 ) -> Iterator[Transfer]:
-    """Send part r of `x` (`sizes[r]` values) to rank r; fill `out` with those of all ranks (`arriving[r]` values from rank r).
+    """Send part r of `x` (`sizes[r]` values) to rank r; fill `out` with the parts from all ranks (`arriving[r]` from rank r).
 
-    Both float32. Afterwards `x` is what its receivers have decoded. `buffer` is uint8 [all_to_all_bytes(...)].
+    Both are float32. Afterwards `x` holds the values that its receivers have decoded. `buffer` is uint8
+    [all_to_all_bytes(...)].
     """
     me, codec = wire.rank, encoder.codec
     going, coming = (_payloads(values, codec, me) for values in (sizes, arriving))

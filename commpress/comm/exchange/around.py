@@ -1,4 +1,4 @@
-"""Work around an exchange, in the threads that encode and decode: generators that run another one inside."""
+"""Work before and after an exchange, in the threads that encode and decode: generators that run another one inside."""
 
 from collections.abc import Callable, Iterator
 
@@ -18,9 +18,9 @@ def prepared(
     fused: Encoder | None = None,
     finish: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Transfer]:
-    """Make of the gradient in `x` what is sent, send it, and make of the mean what `x` shall hold.
+    """Turn the gradient in `x` into the values to send, run the exchange, and turn the mean into the final values of `x`.
 
-    The `prologue` is left to `fused`, which encodes what `exchange` sends, if there is one: one pass less.
+    If there is a `fused` encoder, which encodes for `exchange`, it runs the `prologue`: this saves a pass over memory.
     """
     for call in before:
         call()
@@ -34,14 +34,14 @@ def prepared(
 
 
 def scaled(exchange: Iterator[Transfer], x: Tensor, times: float) -> Iterator[Transfer]:
-    """Multiply what an exchange leaves in `x`, which was to be more than a mean."""
+    """Multiply the mean that an exchange leaves in `x`, as for a sum."""
     yield from exchange
     if times != 1:
         x.mul_(times)
 
 
 def in_inference_mode(exchange: Iterator[Transfer]) -> Iterator[Transfer]:
-    """Run an exchange on tensors made under inference mode: they are written to under it alone, a mode of each thread."""
+    """Run an exchange on tensors made under inference mode. Only that mode may write to them, and each thread has its own."""
     while True:
         with torch.inference_mode():
             transfer = next(exchange, None)

@@ -17,10 +17,10 @@ from commpress.comm.segments import Segments
 
 @dataclass(frozen=True)
 class Message:
-    """One transfer of a bucket: bytes that a rank sends and receives, and how often these wait for a network's latency.
+    """One transfer of a bucket: the bytes that a rank sends and receives, and the rounds that each wait for a latency.
 
-    Around a `ring` they leave a host once, else they go to each of the other ranks; where `between_nodes` says so, to those of
-    other nodes alone, or of the own one.
+    In a `ring` one link leaves each host; otherwise the bytes go to every other rank. `between_nodes` limits them to ranks of
+    other nodes (True) or of the own node (False).
     """
 
     sent: int
@@ -40,7 +40,7 @@ class Exchange(ABC):
     """Whether it carries payloads of n values; if not, it needs a codec of matrices, and their shapes."""
 
     def __str__(self) -> str:
-        """Return the text that names it: what a user gives, and what the ranks must have alike."""
+        """Return its name, as a user gives it; it must be the same on all ranks."""
         return self.name
 
     def on(self, ranks: Sequence[int]) -> "Exchange":
@@ -71,7 +71,7 @@ class Exchange(ABC):
         return None
 
     def node_slice(self, n: int, codec: Codec, rank: int, world_size: int) -> NodeSlice | None:
-        """Return what of the bucket this rank encodes for all ranks of its node; None if each encodes its own bucket."""
+        """Return the slice of the bucket that this rank encodes for all ranks of its node; None if each encodes its bucket."""
         return None
 
     def share(self) -> float:
@@ -83,9 +83,9 @@ class Exchange(ABC):
         return 1
 
     def idle(self, world_size: int) -> str:
-        """Return why it would compress nothing among so many ranks; "" if it would."""
+        """Return the reason why it compresses nothing among `world_size` ranks; "" if it compresses."""
         return ""
 
     def among(self, world_size: int) -> "Exchange":
-        """Return what stands in for this exchange among so many ranks, if nobody has asked for it by name."""
+        """Return the exchange that replaces this one among `world_size` ranks, unless a user has named it."""
         return self

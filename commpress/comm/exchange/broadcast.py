@@ -3,11 +3,11 @@
     rank 1 (source)  x - base -> p --> 0, 2     base <- base + p'
     rank 0, 2                                   base <- base + p', x <- base
 
-`base`, the version that was sent last, is the same on all ranks. The error of a codec stays in x - base and is sent
-next time, so no other memory is needed. A byte a tensor says whether it has no negative value; then `base` gets none
-either: a variance just above 0 stays valid. A value that is never finite (the -inf of an attention mask) does no harm. If a
-value becomes Inf or NaN later, or finite again, this is not sent: as long as x - base is not finite, the values of its block
-do not change on the others. A binomial tree: nbytes(n) and those bytes are sent W - 1 times in all.
+`base`, the version that was sent last, is the same on all ranks. The error of a codec stays in x - base and is sent the next
+time, so no other memory is needed. One byte a tensor says whether it has no negative value; then `base` gets none either, so a
+variance just above 0 stays valid. A value that is never finite (the -inf of an attention mask) does no harm. If a value becomes
+Inf or NaN later, or finite again, that is not sent: while x - base is not finite, the values of its block do not change on the
+other ranks. The payload and these bytes go through a binomial tree: they are sent W - 1 times in all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def broadcast(
     source: int,
     label: Label,
 ) -> Iterator[Transfer]:
-    """Make `x` (float32 [n]) on all ranks but the source what is known of the source's; `base` (float32 [n]) follows.
+    """Update `base` (float32 [n]) by the changes of the source's `x` (float32 [n]), and copy it to `x` on the other ranks.
 
     `sizes` are those of the tensors in `x`, `payload` is uint8 [nbytes(n) + tensors]. The source keeps its own `x`.
     """
@@ -50,5 +50,5 @@ def broadcast(
 
 
 def exact_broadcast(x: Tensor, wire: Wire, source: int, label: Label) -> Iterator[Transfer]:
-    """Make `x` (any dtype) on all ranks the source's, bit for bit."""
+    """Give `x` (any dtype) the source's value on all ranks, bit for bit."""
     yield wire.broadcast(x, source, label)

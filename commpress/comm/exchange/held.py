@@ -1,10 +1,10 @@
-"""A collective without headers that does not end: another rank may be waiting for a different one.
+"""A collective without headers that does not end, perhaps because another rank waits for a different one.
 
-    rank 0   all_reduce ....... HELD_SECONDS ... [header] -->  rank 1, which does something else and so waits for a header
+    rank 0   all_reduce ....... HELD_SECONDS ... [header] -->  rank 1, which does something else and so waits for a header,
                                 says so in the store           finds another one than its own: both end, with both values
 
-No rank needs the header if all are only slow: then it is never received, and the backend keeps about a kilobyte of it on both
-sides. So each unneeded one doubles the time before the next one, and a wire has no more than a dozen of them.
+If all ranks are only slow, no rank needs the header: it is never received, and the backend keeps about a kilobyte of it on both
+sides. So each unneeded header doubles the time before the next, and a wire has at most a dozen of them.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ from commpress.comm.exchange.label import wait_for
 from commpress.comm.failure import FailureBoard
 
 HELD_SECONDS = 1.0
-"""How long a rank waits before it tells the others what for."""
+"""Seconds that a rank waits before it tells the others what it waits for."""
 
 
 class Waits:
-    """How a rank waits for the collectives of one wire."""
+    """The waits of a rank for the collectives of one wire."""
 
     def __init__(self, board: FailureBoard) -> None:
         self._board = board
         self._silences = 1
-        """After so many times HELD_SECONDS a header goes."""
+        """A header is sent after this many times HELD_SECONDS."""
 
     def wait_for(self, work: Any, text: str, send: Callable[[], object]) -> None:
-        """Return when the collective has ended, in words `text`. `send` sends its header, and returns what must live as long.
+        """Wait until a collective has ended; `text` describes it. `send` sends its header, and returns what must stay alive.
 
-        Raises LostPeerError where the backend says that a rank is gone or silent.
+        Raises LostPeerError if the backend says that a rank is gone or silent.
         """
         if _ends_within(work, HELD_SECONDS):
             wait_for(None, work)
@@ -47,11 +47,11 @@ class Waits:
 
 
 def _ends_within(work: Any, seconds: float) -> bool:
-    """Whether it has ended by then, well or not."""
-    if seconds > 0:  # for the backend 0 is forever
+    """Whether a work ends within `seconds`, with or without an error."""
+    if seconds > 0:  # the backend takes 0 for forever
         try:
             work.wait(datetime.timedelta(seconds=seconds))
-            return True  # not all works say by themselves that they are completed: that of a reduce-scatter never does
-        except RuntimeError:  # it has not ended, or failed: then it says so again
+            return True  # is_completed() is not reliable: the work of a reduce-scatter never says so
+        except RuntimeError:  # it has not ended, or has failed; a failed work raises again later
             pass
     return bool(work.is_completed())

@@ -1,5 +1,5 @@
-"""hierarchical: dense inside a node, compressed between nodes. For nodes of several ranks on a network slower than what joins
-these: of four ranks on two nodes,
+"""hierarchical: dense inside a node, compressed between nodes. For nodes of several ranks on a network that is slower than the
+links inside a node. With four ranks on two nodes:
 
              node: a slice each     nodes: its mean, compressed     node: all slices
     rank 0   [a0 b0] -> a0 + a1     a01 + a23 -> A   (0 and 2)      [A B]
@@ -7,10 +7,11 @@ these: of four ranks on two nodes,
     rank 2   [a2 b2] -> a2 + a3     a01 + a23 -> A   (0 and 2)      [A B]
     rank 3   [a3 b3] -> b2 + b3     b01 + b23 -> B   (1 and 3)      [A B]
 
-With L ranks on each of N nodes a rank sends (L - 1) / L of the bucket twice inside its node, in the bucket's own dtype, and
-to other nodes what `two_shot` (`one_shot` where that suits the codec, or between two nodes) sends of n / L values among N
-ranks: a node sends each value once, not L times. The sum inside a node is in float32. A rank encodes the mean of its node's
-slice, and feedback is of that alone. All ranks hold the same bits: the owners of a slice do, and its others get copies.
+With L ranks on each of N nodes a rank sends (L - 1) / L of the bucket twice inside its node, in the bucket's own dtype. To
+other nodes it sends as much as `two_shot` (`one_shot` if that suits the codec, or between two nodes) sends for n / L values
+among N ranks: a node sends each value once, not L times. The sum inside a node is in float32. A rank encodes the mean of its
+node's slice, and its feedback covers only that slice. All ranks hold the same bits: the owners of a slice do, and the others
+get copies.
 """
 
 import itertools
@@ -42,14 +43,14 @@ class Hierarchical(Exchange):
 
     name: ClassVar[str] = "hierarchical"
     ranks_per_node: int = 0
-    """0: not known yet."""
+    """The number of ranks on each node; 0 if it is not known yet."""
 
     def __str__(self) -> str:
         return f"{self.name}({self.ranks_per_node})" if self.ranks_per_node else self.name
 
     @classmethod
     def read(cls, text: str) -> "Hierarchical | None":
-        """Return what `hierarchical`, or `hierarchical(L)` for nodes of L ranks, says; None for any other text."""
+        """Return the exchange for the text `hierarchical`, or `hierarchical(L)` for nodes of L ranks; None for other text."""
         found = re.fullmatch(rf"{cls.name}(?:\(([1-9]\d*)\))?", text)
         return None if found is None else cls(int(found[1] or 0))
 
@@ -75,7 +76,7 @@ class Hierarchical(Exchange):
         me, L = node.rank, node.world_size
         cuts = chunk_bounds(x.numel(), L, codec.granularity)
         slices = [x[cuts[r] : cuts[r + 1]] for r in range(L)]
-        encoder.add_residual(x)  # what was kept of the whole bucket before: dense, all of it can go
+        encoder.add_residual(x)  # an earlier residual of the whole bucket: the dense sum can send all of it
 
         mine, nbytes = slices[me], [part.nbytes for part in slices]
         received = encoder.buffer("slices of the node", L * mine.nbytes, x.device)
@@ -141,11 +142,11 @@ class Hierarchical(Exchange):
         return "one node: nothing goes between nodes" if world_size == self.ranks_per_node else ""
 
     def _between(self, codec: Codec, nodes: int) -> Exchange:
-        """The exchange of a slice between nodes."""
+        """Return the exchange of a slice between nodes."""
         return (OneShot() if codec.exchange == OneShot.name else TwoShot()).among(nodes)
 
     def _wires(self, wire: Wire) -> tuple[Wire, Wire]:
-        """This rank's node, and the ranks that own the same slice on all nodes."""
+        """Return the wire of this rank's node, and that of the ranks that own the same slice on all nodes."""
         node, me = divmod(wire.rank, self.ranks_per_node)
         first = node * self.ranks_per_node
         inside = wire.part(range(first, first + self.ranks_per_node))
@@ -153,13 +154,16 @@ class Hierarchical(Exchange):
 
 
 def inside(transfer: Transfer) -> Transfer:
-    """Say of a transfer that it does not leave the node."""
+    """Mark a transfer as one that does not leave the node, and return it."""
     transfer.inside = True
     return transfer
 
 
 def count_on_nodes(ranks: Sequence[int]) -> int:
-    """How many of these ranks of the default group each node has, by torchrun's environment. Raises ValueError."""
+    """Return how many of these ranks of the default group each node has, by torchrun's environment.
+
+    Raises ValueError if the environment does not say, or if the nodes differ.
+    """
     text = os.environ.get(LOCAL_RANKS, "")
     if not re.fullmatch(r"[1-9]\d*", text):
         raise ValueError(

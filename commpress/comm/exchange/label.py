@@ -1,4 +1,4 @@
-"""Labels of messages, and the header with a message's label for the rank that gets it."""
+"""Labels of messages, and the header that carries a message's label to its receiver."""
 
 import hashlib
 import itertools
@@ -24,8 +24,11 @@ HALF = 1 << 30
 
 @dataclass(frozen=True)
 class Label:
-    """A message's number in the session, and what it is in words that are the same on every rank. `proven`: its payload has
-    a checksum. `draw`: the number by which the ranks have drawn what they sum, which must be the same, too."""
+    """A message's number in the session, and its description, both the same on every rank.
+
+    `proven`: its payload has a checksum. `draw`: the number by which the ranks have drawn the values that they sum, which must
+    be the same, too.
+    """
 
     tag: int
     text: str
@@ -33,21 +36,21 @@ class Label:
     draw: int = 0
 
     def second(self) -> "Label":
-        """The label of the message after this one, of an exchange that sends several."""
+        """The label of the next message of an exchange that sends several."""
         return replace(self, tag=self.tag + 1)
 
     def header(self, payload: Tensor, nbytes: int) -> Tensor:
-        """The header (uint8 [24]) of a payload (uint8, contiguous) that belongs to a whole of `nbytes`."""
+        """Return the header (uint8 [24]) of a payload (uint8, contiguous); `nbytes` is the length of the whole message."""
         packed = HEADER.pack(self.key, nbytes, (fingerprint(payload) or 1) if self.proven else 0)
         return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
     @property
     def key(self) -> int:
-        """The number that stands for it in a header."""
+        """The hash of the label, for a header."""
         return (_hashed(self.text) + self.draw) % 2**64
 
     def payload_tag(self, nbytes: int) -> int:
-        """The tag of a payload of this length."""
+        """Return the tag of a payload of this length."""
         return HALF + (_hashed(self.text) + 31 * nbytes + self.tag) % (HALF - 1)  # the last one is `joining.TAG`
 
 
@@ -68,7 +71,7 @@ class Header:
     payload: Tensor | None = None
 
     def check(self) -> None:
-        """Wait for it. Raises OtherMessageError if it is another than expected, LostPeerError if its rank is gone."""
+        """Wait for the header. Raises OtherMessageError if it is not the expected one, LostPeerError if its rank is gone."""
         wait_for(self.peer, self.work)
         label, nbytes, _ = HEADER.unpack(bytes(self.received.tolist()))
         if (label, nbytes) != (self.label.key, self.nbytes):
@@ -76,7 +79,7 @@ class Header:
             raise OtherMessageError(self.peer, f"{self.label.text}{drawn}: {self.nbytes} bytes")
 
     def prove(self) -> None:
-        """Compare the payload, which has arrived, with the checksum. Raises DamagedMessageError if they differ."""
+        """Compare the arrived payload with the checksum. Raises DamagedMessageError if they differ."""
         _, _, checksum = HEADER.unpack(bytes(self.received.tolist()))
         if checksum and self.payload is not None and checksum != (fingerprint(self.payload) or 1):
             raise DamagedMessageError(
@@ -94,11 +97,11 @@ class Labels:
         self._texts: dict[tuple[object, ...], str] = {}
 
     def next(self, text: str) -> Label:
-        """The label of what these words say."""
+        """Return the label of the next message, described by `text`."""
         return Label(next(self._tags), text, self.proven)
 
     def bucket(self, role: str, segments: Segments, n: int, spec: str, exchange: str) -> Label:
-        """The label of `n` values of a bucket of these parameters, coded by `spec`."""
+        """Return the label of `n` values of a bucket of these parameters, coded by `spec`."""
         key = (role, segments, n, spec, exchange)
         if (text := self._texts.get(key)) is None:
             first = repr(segments[0].name) if segments else "nothing"
@@ -109,10 +112,10 @@ class Labels:
 
 
 def wait_for(peer: int | None, work: Any) -> None:
-    """Wait for a message from or to a rank. Raises LostPeerError where the backend says that it is gone or silent."""
+    """Wait for a message from or to a rank. Raises LostPeerError if the backend says that it is gone or silent."""
     try:
         work.wait()
     except RuntimeError as error:
         if is_lost(error):
-            raise LostPeerError(peer, str(error)) from None  # its frames hold the transfer
+            raise LostPeerError(peer, str(error)) from None  # the cause's frames hold the transfer
         raise

@@ -1,7 +1,7 @@
 """Local steps: a bucket stays on its rank.
 
-Under a loss scale one number a bucket is sent all the same: if one rank has to skip a step, all skip it, as after an
-exchange, where all see the same Inf or NaN. Else the ranks' scales and steps would drift apart.
+With a loss scale one number a bucket is still sent: if one rank must skip a step, all skip it, as after an exchange, in which
+all see the same Inf or NaN. Otherwise the ranks' scales and steps would drift apart.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class NoExchange(Exchange):
 
 
 def single_rank(x: Tensor, encoder: Encoder, out: Tensor | None = None, times: float = 1.0) -> Iterator[Transfer]:
-    """Leave in `out` (None: in `x`) `times` the mean over a single rank, which sends along what it kept among more."""
+    """Write `times` the mean over a single rank to `out` (None: to `x`), with a residual from a time with more ranks."""
     encoder.add_residual(x)
     if out is not None and out.data_ptr() != x.data_ptr():
         out.copy_(x)
@@ -47,4 +47,4 @@ def all_reduce_found_inf(x: Tensor, wire: Wire, label: Label) -> Iterator[Transf
     bad = torch.tensor([float(not bool(x.isfinite().all()))], dtype=torch.float32, device=x.device)
     yield wire.all_reduce(bad, label)
     if bad.item():
-        x.fill_(torch.nan)  # all of it: DDP hands on no gradient of a parameter that no rank used
+        x.fill_(torch.nan)  # the whole bucket: DDP passes on no gradient of a parameter that no rank used

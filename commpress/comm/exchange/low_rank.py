@@ -37,7 +37,7 @@ EXACT = Identity()
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter whose gradient is sent as two factors: `rows` times `columns` values from `start` on in its bucket."""
+    """A parameter whose gradient is sent as two factors: `rows` times `columns` values that begin at `start` in its bucket."""
 
     name: str
     start: int
@@ -51,13 +51,13 @@ class Matrix:
 
     @property
     def kind(self) -> tuple[int, int, int]:
-        """The rank and the shape."""
+        """The rank of the factors, and the shape."""
         return self.rank, self.rows, self.columns
 
 
 @dataclass(frozen=True)
 class LowRank(Exchange):
-    """The two rounds of a bucket of these matrices, those of one kind side by side; `whole` has the ranges of all else."""
+    """The two rounds of a bucket of these matrices; those of one kind are batched. `whole` has the ranges sent whole."""
 
     matrices: tuple[Matrix, ...] = ()
     whole: tuple[tuple[int, int], ...] = ()
@@ -67,7 +67,7 @@ class LowRank(Exchange):
 
     def laid_out(self, n: int, segments: Segments, codec: Codec) -> Exchange:
         assert isinstance(codec, PowerSGD)
-        if sum(sizes(segments)) != n:  # nobody knows where they are
+        if sum(sizes(segments)) != n:  # the segments do not say where the matrices are
             return LowRank((), ((0, n),))
         matrices: list[Matrix] = []
         whole: list[tuple[int, int]] = []
@@ -116,14 +116,14 @@ class LowRank(Exchange):
         for gradient, residual, p, q in zip(gradients, kept, ps, qs, strict=True):
             factors.expand(p, q, gradient, residual)
         self._scatter(whole, values)
-        if kept_whole is not None and memory.residual is not None:  # all of it has gone
+        if kept_whole is not None and memory.residual is not None:  # all of it has been sent
             self._scatter(kept_whole.masked_fill_(whole.isfinite(), 0), memory.residual)
         if values is not x:
             x.copy_(values)
         self._remember(q_batches, memory.factors)
 
     def _gather(self, values: Tensor, residual: Tensor | None, out: Tensor) -> Tensor | None:
-        """Copy what is sent whole to `out`, with what another codec may have kept of it; return that."""
+        """Copy the values that are sent whole to `out`, plus their residual from another codec; return that residual."""
         torch.cat([values[start:stop] for start, stop in self.whole], out=out)
         if residual is None:
             return None
@@ -132,12 +132,12 @@ class LowRank(Exchange):
         return kept
 
     def _scatter(self, parts: Tensor, values: Tensor) -> None:
-        """Put what was sent whole into its places."""
+        """Write the values that were sent whole to their places."""
         for (start, stop), part in zip(self.whole, parts.split([b - a for a, b in self.whole]), strict=True):
             values[start:stop] = part
 
     def _remember(self, batches: list[Tensor], kept: dict[str, Tensor]) -> None:
-        """Keep the second factors for the next step, orthonormal; those that are not finite do not replace the old ones."""
+        """Keep the second factors, made orthonormal, for the next step. Factors that are not finite do not replace old ones."""
         matrices = iter(self.matrices)
         for batch in batches:
             factors.orthonormalize(batch)
@@ -158,7 +158,7 @@ class LowRank(Exchange):
         return batches
 
     def _lengths(self, n: int) -> tuple[int, int]:
-        """Return how many float32 travel in the first round of n values, and in the second."""
+        """Return how many float32 values are sent in the first round for n values, and in the second."""
         whole = n - sum(matrix.rows * matrix.columns for matrix in self.matrices)
         first = sum(matrix.rank * matrix.rows for matrix in self.matrices)
         return first + whole, sum(matrix.rank * matrix.columns for matrix in self.matrices)
@@ -172,9 +172,9 @@ class LowRank(Exchange):
 
 
 def matrix_shape(segment: Segment) -> tuple[int, int]:
-    """Return the shape that makes a matrix of a segment as it lies in memory, cut where rows + columns are fewest.
+    """Return the matrix shape of a segment as it lies in memory, split where rows + columns are fewest.
 
-    It is that of a linear layer's weight, [out, in kh kw] of a convolution's, and [n, 1] of a vector and of what is no tensor.
+    It is a linear layer's own shape, [out, in kh kw] for a convolution, and [n, 1] for a vector or a part that is no tensor.
     """
     best, rows = (segment.n, 1), 1
     for _, size in sorted(zip(segment.strides, segment.shape, strict=True), reverse=True):
@@ -185,7 +185,7 @@ def matrix_shape(segment: Segment) -> tuple[int, int]:
 
 
 def _mean(x: Tensor, scratch: Scratch, wire: Wire, label: Label, last: bool) -> Iterator[Transfer]:
-    """Leave the mean of the ranks' `x` ([n], float32) in it, the same bits on every rank."""
+    """Replace `x` ([n], float32) by the mean over the ranks, the same bits on every rank."""
     for transfer in TwoShot().among(wire.world_size).run(x, Encoder(EXACT, scratch=scratch), wire, label):
         transfer.last = transfer.last and last
         yield transfer

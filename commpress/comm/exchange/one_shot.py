@@ -22,7 +22,7 @@ from commpress.comm.exchange.wire import Transfer, Wire
 
 @dataclass(frozen=True)
 class OneShot(Exchange):
-    """Payloads to all, in one round."""
+    """Sends whole payloads to all ranks, in one round."""
 
     name: ClassVar[str] = "one_shot"
 

@@ -1,4 +1,4 @@
-"""packed: an exchange of the values of a bucket that masks keep. Any codec, no indices.
+"""packed: an exchange of only those values of a bucket that masks keep. For any codec; no indices are sent.
 
     rank 0   [a0 . . b0] -> [a0 b0]  \\
     rank 1   [a1 . . b1] -> [a1 b1]   > exchange -> [A B] -> [A 0 0 B]        the mean; 0 where nothing is kept
@@ -22,9 +22,9 @@ def packed(
     exchange: Iterator[Transfer],
     out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Iterator[Transfer]:
-    """`exchange` works on `kept` ([k]): before it that is filled from `x` ([n]) at `places` ([k]), behind it spread out again.
+    """Fill `kept` ([k]) from `x` ([n]) at `places` ([k]), run `exchange`, which works on `kept`, and write the result to `x`.
 
-    `out` is (result, places, kept) where that is not the same memory.
+    `out` is (result, places, kept) if the result goes to other memory.
     """
     pack(x, places, kept)
     yield from exchange

@@ -34,9 +34,9 @@ def reduce_scatter(
     wire: Wire,
     label: Label,
 ) -> Iterator[Transfer]:
-    """Fill `out` with what `op` makes of the ranks' full[cuts[rank] : cuts[rank + 1]], of one float dtype.
+    """Fill `out` with the reduction by `op` of the ranks' full[cuts[rank] : cuts[rank + 1]], all of one float dtype.
 
-    `out` may be that part of `full` ([cuts[W]]). The memory has a residual of as many values, or none; `buffer` is uint8
+    `out` may be that part of `full` ([cuts[W]]). The memory has a residual of cuts[W] values, or none; `buffer` is uint8
     [reduce_scatter_bytes(...)].
     """
     me, W = wire.rank, wire.world_size
@@ -46,7 +46,7 @@ def reduce_scatter(
     for r in (*range(me + 1, W), *range(me)):
         if sizes[r]:
             encoder.encode(full, slice(cuts[r], cuts[r + 1]), out=payloads[r])
-    if sizes[me] and not wire.by_message:  # a collective takes it along
+    if sizes[me] and not wire.by_message:  # a collective carries it, too
         encoder.encode(full, slice(cuts[me], cuts[me + 1]), out=payloads[me])
     transfer = wire.all_to_all(outgoing, sizes, received, label, last=True)
     if sizes[me] and wire.by_message:
@@ -71,8 +71,8 @@ def _sizes(cuts: Sequence[int], codec: Codec) -> list[int]:
 def native_reduce_scatter(
     full: Tensor, out: Tensor, op: Op, encoder: Encoder, wire: Wire, label: Label
 ) -> Iterator[Transfer]:
-    """Run the group's own reduce-scatter: the bits are those that it has without us, if nothing was kept before."""
-    encoder.add_residual(full)  # what a lossy codec kept: dense, all of it can go
+    """Run the group's own reduce-scatter. Without an earlier residual the bits are those of the plain collective."""
+    encoder.add_residual(full)  # of a lossy codec before: a dense exchange can send all of it
     crossing = native_bytes(out, wire.world_size)
 
     def start(group: dist.ProcessGroup) -> Any:
@@ -82,14 +82,14 @@ def native_reduce_scatter(
 
 
 def needed_bytes(out: Tensor, world_size: int) -> int:
-    """Return what each rank must send in a reduce-scatter to `out` ([m]): W - 1 times m values, as in NCCL's ring."""
+    """Return the bytes that each rank must send in a reduce-scatter to `out` ([m]): W - 1 times m values, as in NCCL's ring."""
     return (world_size - 1) * out.nbytes
 
 
 def native_bytes(out: Tensor, world_size: int) -> int:
-    """Return what each rank sends in the group's own reduce-scatter to `out` ([m]).
+    """Return the bytes that each rank sends in the group's own reduce-scatter to `out` ([m]).
 
-    Gloo, on CPU, all-reduces and keeps one chunk: twice what it must, by the kernel's counters with 2, 3 and 4 ranks.
+    Gloo, on CPU, all-reduces and keeps one chunk: twice the needed bytes, by the kernel's counters with 2, 3 and 4 ranks.
     """
     return needed_bytes(out, world_size) * (2 if out.device.type == "cpu" else 1)
 

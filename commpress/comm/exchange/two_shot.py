@@ -25,14 +25,14 @@ from commpress.comm.exchange.wire import Transfer, Wire
 
 
 def chunk_bounds(n: int, world_size: int, granularity: int) -> list[int]:
-    """W + 1 cuts of n values at multiples of the codec's granularity, the chunks as equal as that allows."""
+    """Return W + 1 cuts of n values, at multiples of the codec's granularity; the chunks are as equal as that allows."""
     blocks = -(-n // granularity)
     return [min(n, blocks * r // world_size * granularity) for r in range(world_size)] + [n]
 
 
 @dataclass(frozen=True)
 class TwoShot(Exchange):
-    """Payloads of chunks to their owners, and those of their means to all."""
+    """Sends payloads of chunks to their owners, and payloads of the means to all ranks."""
 
     name: ClassVar[str] = "two_shot"
 

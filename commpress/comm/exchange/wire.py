@@ -1,20 +1,21 @@
 """One process group for an exchange: its ranks, and the transfers between all pairs at once.
 
-On an accelerator one collective carries a transfer, `all_to_all_single` or `all_gather_single` over one flat buffer, which NCCL
-and Gloo know for its tensors. On CPU point-to-point messages do: any lengths, no copies, both directions of a link in use, and
-under Gloo a third less time than all_gather for the same bytes. Each message has its own tag, so none is taken for another.
+On an accelerator one collective carries a transfer: `all_to_all_single` or `all_gather_single` over one flat buffer, which both
+NCCL and Gloo have. On CPU point-to-point messages carry it. They have any lengths, need no copies, use both directions of a
+link, and take a third less time than Gloo's all_gather for the same bytes. Each message has its own tag, so that none is
+mistaken for another.
 
 A header of 24 bytes is sent with every message, at the same time:
 
     rank 0 -> 1   [label | length | checksum]   tag t
                   [payload ................]    tag f(t, label, length)
 
-The receiver compares the header with what it expects, and both ranks do; an unexpected payload is not received. Without
-this Gloo ends the process of a rank that gets more than it has room for, and silently accepts less. The report does not
-count headers, nor what the backend itself puts before a message.
+Each receiver compares the header with the one that it expects; an unexpected payload is not received. Without this check Gloo
+ends the process of a rank that gets more bytes than it has room for, and silently accepts fewer. The report counts neither
+headers nor the backend's own bytes before a message.
 
-A collective of the group that repeats the last one has no headers, which would cost more than the collective's own start:
-a rank that waits for it longer than `HELD_SECONDS`, or more if ranks are only slow, then sends them (`held.py`).
+A collective of the group that comes as it came before has no headers, since they would cost more than its own start. A rank
+that waits for it longer than `HELD_SECONDS` (more if ranks are only slow) then sends them (`held.py`).
 """
 
 import contextlib
@@ -40,30 +41,29 @@ from commpress.notice import host_name
 
 @dataclass
 class Transfer:
-    """Messages under way, with the rank that each comes from or goes to (None: all). `last` says that the bucket
-    starts no further ones."""
+    """Messages under way, each with the rank that it comes from or goes to (None: all). `last`: the bucket's last transfer."""
 
     works: list[tuple[int | None, Any]]
     sent: int
     received: int
     last: bool
     decodes: bool = False
-    """Whether its bucket is decoded behind it, although another one follows."""
+    """Whether its bucket is decoded after it, although another transfer follows."""
     inside: bool = False
     """Whether it stays inside a node."""
     headers: list[Header] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list, repr=False)
     """Memory that is being sent."""
     arrived: Callable[[], None] | None = field(default=None, repr=False)
-    """Puts what came to where it belongs, if it came elsewhere."""
+    """Copies the received bytes to their place, if they arrived elsewhere."""
     wait_for: Callable[[Any], None] | None = field(default=None, repr=False)
-    """Waits for a collective without headers."""
+    """Waits for a collective that has no headers."""
 
     def wait(self) -> None:
-        """Return when all is received and the sent memory may be reused.
+        """Wait until everything is received and the sent memory may be reused.
 
-        Raises LostPeerError if a rank is gone or silent, OtherMessageError if one sends something else, DamagedMessageError
-        if a payload is not what its checksum says, and what else the process group raises.
+        Raises LostPeerError if a rank is gone or silent, OtherMessageError if one sends something else, DamagedMessageError if
+        a payload does not fit its checksum, and other errors of the process group.
         """
         for header in self.headers:
             header.check()
@@ -76,16 +76,16 @@ class Transfer:
 
 
 class Wire:
-    """On CPU commpress's own group, on an accelerator the user's; `rank` and `world_size` are this process's within it.
+    """The connections of one process group: on CPU commpress's own group, on an accelerator the user's.
 
-    Collective over the ranks of `group`.
+    `rank` and `world_size` are this process's in the group. Collective over the ranks of `group`.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.device = device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.by_message = device.type == "cpu"
-        """Whether messages carry what is sent, and not collectives."""
+        """Whether point-to-point messages carry a transfer; if not, collectives do."""
         if device.type == "cpu":
             group, hosts = sibling(group)
             self._name = str(group.group_name)
@@ -96,22 +96,23 @@ class Wire:
         self._open = [group]
         """The group; empty once it is closed."""
         self.members: tuple[int, ...] = tuple(range(self.world_size))
-        """The ranks in that group of those that this wire connects."""
+        """The ranks, in that group, that this wire connects."""
         self._parts: dict[tuple[int, ...], Wire] = {}
         self.board = FailureBoard(group.group_name, self.rank, hosts)
         self._waits = Waits(self.board)
         ranks = dist.get_process_group_ranks(group)
         self._keeper = ranks.index(0) if 0 in ranks else None
-        """The rank that keeps the default group's store, or whose host does; None if it is in another group."""
+        """The rank that keeps the default group's store; None if it is not in this group."""
         self._before = ""
         self._after: dict[str, str] = {}
-        """Collectives of the group by the one before them, as all ranks had them the last time."""
+        """The last collective that followed each collective, the same on all ranks."""
 
     def part(self, ranks: Sequence[int]) -> "Wire":
-        """The wire between some of the ranks, this one among them. It closes with this one, and names ranks as this one does.
+        """Return the wire between some of the ranks, this rank included. It closes with this wire, and its errors name ranks
+        as this wire's do.
 
-        It sends messages by the same group. Where collectives are sent it has a group of its own, which all of `ranks` must
-        ask for at the same point, the first time.
+        On CPU it uses the same group. On an accelerator it has a group of its own; the first call is then collective over
+        `ranks`.
         """
         members = tuple(ranks)
         if (part := self._parts.get(members)) is None:
@@ -140,8 +141,8 @@ class Wire:
         rank from all, one behind the other, in `incoming` (uint8, `arriving[r]` bytes from rank r). By default all ranks have
         the same sizes, so that `sizes[rank]` come from each.
 
-        What a rank has for itself it puts there itself, and in `outgoing`, too, unless `by_message`: a collective takes it
-        along.
+        The caller copies a rank's part for itself to `incoming`. Unless `by_message` it must also be in `outgoing`, since a
+        collective carries it, too.
         """
         me, W = self.rank, self.world_size
         sent, received = list(sizes), [sizes[me]] * W if arriving is None else list(arriving)
@@ -154,10 +155,10 @@ class Wire:
         return transfer
 
     def all_gather(self, rows: Sequence[Tensor], label: Label, last: bool, whole: Tensor | None = None) -> Transfer:
-        """Start sending this rank's row (uint8) to all, and receiving theirs in the other `rows`.
+        """Start sending this rank's row (uint8) to all, and receiving their rows in the other `rows`.
 
-        `whole` is the memory of the rows where row r begins at r times the length of the longest: one collective can fill it.
-        Without it, and unless `by_message`, they are copied there and back.
+        `whole` is the memory of the rows if row r begins at r times the longest length: one collective can fill it. Without
+        `whole` the rows are copied to such memory and back, unless `by_message`.
         """
         me, W = self.rank, self.world_size
         if self.by_message:
@@ -181,7 +182,7 @@ class Wire:
         return transfer
 
     def _messages(self, sends: Sequence[Tensor], receives: Sequence[Tensor], label: Label, last: bool) -> Transfer:
-        """Start sending `sends[r]` to every other rank r and receiving `receives[r]` from it; empty ones do not travel."""
+        """Start sending `sends[r]` to every other rank r and receiving `receives[r]` from it; empty ones are not sent."""
         incoming = [r for r in reversed(self.peers) if receives[r].numel()]
         outgoing = [r for r in self.peers if sends[r].numel()]
         transfer = self._headers(label, last, sends, receives)
@@ -196,9 +197,9 @@ class Wire:
         return transfer
 
     def gather(self, settings: Settings, label: Label) -> list[Settings]:
-        """Every rank's settings (JSON values), in the order of the ranks. Collective: it waits for all of them.
+        """Return every rank's settings (JSON values), in the order of the ranks. Collective: it waits for all ranks.
 
-        A rank that does something else meanwhile is an error, here and there.
+        If a rank does something else meanwhile, it and the others raise an error.
         """
         if not self.by_message:
             return gather_settings(settings, self.open_group(), self.device)
@@ -218,7 +219,7 @@ class Wire:
     def _headers(
         self, label: Label, last: bool, sends: Sequence[Tensor], receives: Sequence[Tensor], nbytes: int | None = None
     ) -> Transfer:
-        """Exchange the headers of `sends` and `receives`; of a collective over `nbytes`, which has no payloads."""
+        """Exchange the headers of `sends` and `receives`, or those of a collective over `nbytes`, which has no payloads."""
         transfer = Transfer([], 0, 0, last)
         for r in reversed(self.peers):
             buffer = torch.empty(HEADER.size, dtype=torch.uint8, device="cpu")
@@ -233,7 +234,7 @@ class Wire:
         return transfer
 
     def _send_header(self, label: Label, nbytes: int) -> tuple[Tensor, list[Any]]:
-        """Send all ranks the header of a collective over `nbytes`. Returns what must be kept until it has ended."""
+        """Send all ranks the header of a collective over `nbytes`. Returns the objects to keep alive until that has ended."""
         header = label.header(torch.empty(0, dtype=torch.uint8, device="cpu"), nbytes)
         return header, [self._start(dist.isend, header, label.tag % HALF, r) for r in self.peers]
 
@@ -259,11 +260,11 @@ class Wire:
     ) -> Transfer:
         """Start one of the group's own collectives, over `nbytes` on each rank: it is the only transfer of its bucket.
 
-        `start` takes the group and returns the work. One that comes as it came the last time starts at once. Any other waits
-        for its headers first, so no rank is ever in two different collectives, which Gloo does not survive: a rank that
-        expected another one is told so by those who have started at once. They send their headers when they are held up, which
-        needs that it `ends_together`: on no rank before all have started it. Else, and where the ranks must have drawn alike,
-        the headers go beside it.
+        `start` takes the group and returns the work. A collective that follows the same one as last time starts at once. Any
+        other waits for its headers first, so that two ranks are never in different collectives, which Gloo does not survive.
+        Ranks that have started at once send their headers when they are held up, and so tell a rank that expected another
+        collective. This works only if the collective `ends_together`: it ends on no rank before all have started it. If it does
+        not, or if the ranks must have drawn by one number, the headers are sent beside it.
         """
         if not self.by_message:
             return Transfer([(None, start(self.open_group()))], sent, received, last=True)
@@ -294,7 +295,7 @@ class Wire:
         return self._after.get(self._before) == _collective_text(nbytes, label)
 
     def lost_peer(self, text: str) -> LostPeerError:
-        """The error for the rank whose fault it is that a collective has failed, which does not say more than this text."""
+        """Return the error for a failed collective with this text. It names the rank that is to blame, if that can be found."""
         if self.world_size == 2:
             return LostPeerError(self.peers[0], text)
         try:
@@ -306,12 +307,12 @@ class Wire:
         lost = self._lost_connections()
         if silent is not None and (len(lost) != 1 or SILENT_PEER.search(text)):
             return LostPeerError(silent, text)
-        if self._keeper in lost and not self.board.answers():  # the others have closed theirs because of it
+        if self._keeper in lost and not self.board.answers():  # the other ranks closed their connections because of it
             lost = [self._keeper]
         return LostPeerError(lost[0] if len(lost) == 1 else None, text)
 
     def _lost_connections(self) -> list[int]:
-        """The ranks whose connections are broken; none if they have been closed here."""
+        """Return the ranks whose connections are broken; none if this rank has closed them."""
         lost = []
         for r in self.peers:
             try:
@@ -319,11 +320,11 @@ class Wire:
             except LostPeerError:
                 lost.append(r)
             except RuntimeError:
-                return []  # closed by ourselves
+                return []  # this rank closed them
         return lost
 
     def open_group(self) -> dist.ProcessGroup:
-        """The group. Raises RuntimeError once it is closed: torch would take None for the default group, the user's own."""
+        """Return the group. Raises RuntimeError once it is closed: torch would take None for the user's default group."""
         if not self._open:
             raise RuntimeError("the connections are closed")
         return self._open[0]
@@ -338,7 +339,7 @@ class Wire:
             if not wire._open:
                 continue  # the same group
             group = wire._open.pop()
-            with contextlib.suppress(Exception):  # what cannot be closed fails by its timeout
+            with contextlib.suppress(Exception):  # a group that cannot be closed fails at its timeout
                 if self.device.type == "cpu":
                     dist.destroy_process_group(group)
                 else:
@@ -370,12 +371,12 @@ def _collective_text(nbytes: int, label: Label) -> str:
 
 
 def tree_children(rank: int, source: int, world_size: int) -> int:
-    """How many ranks this one sends to in Gloo's binomial tree."""
+    """Return the number of ranks to which this one sends in Gloo's binomial tree."""
     place = (rank - source) % world_size
     steps = range((world_size - 1).bit_length())
     return sum(place % 2 ** (i + 1) == 0 and place + 2**i < world_size for i in steps)
 
 
 def ring_bytes(nbytes: int, world_size: int) -> int:
-    """Return what each rank sends when a tensor of `nbytes` is all-reduced in a ring: 2 (W - 1) / W of it."""
+    """Return the bytes that each rank sends to all-reduce a tensor of `nbytes` in a ring: 2 (W - 1) / W of it."""
     return 2 * (world_size - 1) * nbytes // world_size

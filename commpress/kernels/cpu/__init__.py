@@ -1,1 +1,1 @@
-"""The loops for CPU memory, in Numba. Each gives the bytes of the definition that it stands in for."""
+"""The loops for CPU memory, in Numba. Each gives the bytes of the definition that it replaces."""

@@ -1,4 +1,4 @@
-"""Tensors on CPU memory as the loops take them."""
+"""Conversions of CPU tensors to the arrays that the loops take."""
 
 from typing import Any
 
@@ -19,17 +19,17 @@ READABLE = (torch.float32, *BITS)
 
 
 def values(x: Tensor) -> Values:
-    """A tensor [n] of a readable dtype: float32, or the bits of bfloat16 as uint16."""
+    """Return a tensor [n] of a readable dtype as an array: float32, or the bits of bfloat16 as uint16."""
     return (x.view(BITS[x.dtype]) if x.dtype in BITS else x).numpy()
 
 
 def floats(x: Tensor | None) -> Floats | None:
-    """A float32 tensor [n], or None."""
+    """Return a float32 tensor [n] as an array; None for None."""
     return None if x is None else x.numpy()
 
 
 def steps(prologue: Any) -> Steps | None:
-    """The tensors and numbers of a `Prologue`, in float32, or None."""
+    """Return the tensors and numbers of a `Prologue`, in float32; None for None."""
     if prologue is None:
         return None
     scalars = np.float32(prologue.limit), np.float32(prologue.fresh), np.float32(prologue.kept)
@@ -37,6 +37,6 @@ def steps(prologue: Any) -> Steps | None:
 
 
 def padded(payload: Tensor) -> Bytes:
-    """A payload that is to be written, its last word 0: what of that is padding stays so."""
+    """Return a payload to write to. Its last word is set to 0, which zeroes its padding."""
     payload[-4:].zero_()
     return payload.numpy()

@@ -12,7 +12,7 @@ from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 CAST_BLOCK = 256
 
 
@@ -28,7 +28,7 @@ def _encode_block(x, residual, halves, size):
 
 @part
 def _add(hb, share, size, first, out):
-    """Add the values of a payload, times `share`, to `out`, or put them there."""
+    """Add the values of a payload, times `share`, to `out`; `first`: write them instead."""
     for j in range(size):
         value = real(hb[j]) * share
         out[j] = value if first else np.float32(out[j] + value)
@@ -36,7 +36,7 @@ def _add(hb, share, size, first, out):
 
 @part
 def _add_four(a, b, c, d, share, size, first, out):
-    """Add those of four payloads one after another: their sum stays in registers."""
+    """Add the values of four payloads in one pass: their sum stays in registers."""
     for j in range(size):
         total = real(a[j]) * share
         total = total if first else np.float32(out[j] + total)
@@ -63,7 +63,7 @@ def _read(halves, W, row, o, share, size, out):
 
 @loop
 def cast_encode(x, prologue, residual, halves, begin, end):
-    """The 16-bit floats of x + residual; the residual becomes what they miss."""
+    """Encode x + residual as 16-bit floats; the residual becomes their error."""
     widest()
     full = x.size // CAST_BLOCK
     scratch = scratch_beside(x, CAST_BLOCK)
@@ -80,7 +80,7 @@ def cast_encode(x, prologue, residual, halves, begin, end):
 
 @loop
 def cast_mean(halves, W, row, out, begin, end):
-    """The mean of W payloads of `row` 16-bit floats each."""
+    """Write the mean of W payloads, of `row` 16-bit floats each, to `out`."""
     widest()
     full = out.size // CAST_BLOCK
     share = np.float32(1.0 / W)

@@ -7,7 +7,7 @@ from commpress.kernels.cpu.blocks import ONES, PLACES
 from commpress.kernels.cpu.instructions import put_word
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 
 
 @loop

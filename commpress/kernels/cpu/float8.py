@@ -29,7 +29,7 @@ from commpress.kernels.cpu.instructions import CONVERTS_HALVES, settle_streams, 
 from commpress.kernels.cpu.slices import in_slices
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 FLOAT8_BLOCK = 256
 FLUSH = np.float32(2.0**-80)
 E4M3 = (np.int32(20), np.int32(120), np.float32(448), np.float32(2.0**-9))
@@ -85,7 +85,7 @@ def _constants(form):
 
 @part
 def _write(x, residual, codes, peak, form):
-    """Encode a full block of ordinary values; leave in `residual` what is lost, return the scale."""
+    """Encode a full block of ordinary values; write the error to `residual`, return the scale."""
     shift, _, largest, _ = form
     half, change, first, magic, zero = _constants(form)
     scale, inverse = np.float32(peak / largest), np.float32(largest / peak)
@@ -145,7 +145,7 @@ def _encode_tail(x, residual, b, blocks, form, pf, pu):
 
 @part
 def _add(scale, codes, form, share, size, first, out):
-    """Add the values of a payload, times `share`, to `out`, or put them there."""
+    """Add the values of a payload, times `share`, to `out`; `first`: write them instead."""
     for j in range(size):
         value = _value(codes[j], form) * scale * share
         out[j] = value if first else np.float32(out[j] + value)
@@ -153,7 +153,7 @@ def _add(scale, codes, form, share, size, first, out):
 
 @part
 def _add_four(scales, a, b, c, d, form, share, size, first, out):
-    """Add those of four payloads one after another: their sum stays in registers."""
+    """Add the values of four payloads in one pass: their sum stays in registers."""
     k, m, n, p = scales
     for j in range(size):
         total = _value(a[j], form) * k * share
@@ -233,28 +233,28 @@ def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, form):
 
 @loop
 def e4m3_encode(x, prologue, residual, pf, pu, begin, end):
-    """Codes and scales of x + residual; the residual becomes what they miss."""
+    """Encode x + residual as scales and codes; the residual becomes their error."""
     widest()
     _encode(x, prologue, residual, pf, pu, begin, end, E4M3)
 
 
 @loop
 def e5m2_encode(x, prologue, residual, pf, pu, begin, end):
-    """Codes and scales of x + residual; the residual becomes what they miss."""
+    """Encode x + residual as scales and codes; the residual becomes their error."""
     widest()
     _encode(x, prologue, residual, pf, pu, begin, end, E5M2)
 
 
 @loop
 def e4m3_mean(pf, pu, W, row, out, begin, end):
-    """The mean of W payloads."""
+    """Write the mean of W payloads to `out`."""
     widest()
     _mean(pf, pu, W, row, out, begin, end, E4M3)
 
 
 @loop
 def e5m2_mean(pf, pu, W, row, out, begin, end):
-    """The mean of W payloads."""
+    """Write the mean of W payloads to `out`."""
     widest()
     _mean(pf, pu, W, row, out, begin, end, E5M2)
 

@@ -22,7 +22,7 @@ from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 INT_BLOCK = 256
 HALF = INT_BLOCK // 2
 FLUSH = np.float32(2.0**-100)
@@ -75,7 +75,7 @@ def _code(value, place, inverse, magic, key, bits, stochastic):
 
 @part
 def _write(x, residual, codes, top, bits, stochastic):
-    """Encode a full block of ordinary values; leave in `residual` what is lost, return the scale."""
+    """Encode a full block of ordinary values; write the error to `residual`, return the scale."""
     scale, inverse, magic = _scales(top, bits)
     key = _key(scale)
     if bits == 8:
@@ -180,7 +180,7 @@ def _add(scale, codes, share, bits, first, out):
 
 @loop
 def _add_tail(scale, codes, share, bits, first, out):
-    """Do the same for the last block, which is shorter."""
+    """Add the values of the last, shorter block, times `share`, to `out`; `first`: write them instead."""
     half = (out.size + 1) // 2
     for j in range(out.size):
         code = np.int32(codes[j] if bits == 8 else (codes[j] & 15 if j < half else codes[j - half] >> 4))
@@ -203,7 +203,7 @@ def _read(pf, pu, W, row, b, blocks, bits, share, out):
 
 @part
 def _read_tail(pf, pu, W, row, b, blocks, bits, share, out):
-    """Do the same for the last block, if it is shorter."""
+    """Write the mean of the last block of W payloads to `out`, if it is shorter."""
     for w in range(W if out.size else 0):
         at = w * row + 4 * blocks + b * (INT_BLOCK * bits // 8)
         _add_tail(pf[w * (row // 4) + b], pu[at : at + (out.size * bits + 7) // 8], share, bits, w == 0, out)
@@ -244,42 +244,42 @@ def _recode(pf, pu, W, row, residual, qf, qu, n, begin, end, bits, stochastic):
 
 @loop
 def int8_encode(x, prologue, residual, pf, pu, begin, end):
-    """Codes and scales of x + residual; the residual becomes what they miss."""
+    """Encode x + residual as scales and codes; the residual becomes their error."""
     widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 8, False)
 
 
 @loop
 def int4_encode(x, prologue, residual, pf, pu, begin, end):
-    """Codes and scales of x + residual; the residual becomes what they miss."""
+    """Encode x + residual as scales and codes; the residual becomes their error."""
     widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 4, False)
 
 
 @loop
 def int8_stochastic_encode(x, prologue, residual, pf, pu, begin, end):
-    """Codes and scales of x + residual; the residual becomes what they miss."""
+    """Encode x + residual as scales and codes; the residual becomes their error."""
     widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 8, True)
 
 
 @loop
 def int4_stochastic_encode(x, prologue, residual, pf, pu, begin, end):
-    """Codes and scales of x + residual; the residual becomes what they miss."""
+    """Encode x + residual as scales and codes; the residual becomes their error."""
     widest()
     _encode(x, prologue, residual, pf, pu, begin, end, 4, True)
 
 
 @loop
 def int8_mean(pf, pu, W, row, out, begin, end):
-    """The mean of W payloads."""
+    """Write the mean of W payloads to `out`."""
     widest()
     _mean(pf, pu, W, row, out, begin, end, 8)
 
 
 @loop
 def int4_mean(pf, pu, W, row, out, begin, end):
-    """The mean of W payloads."""
+    """Write the mean of W payloads to `out`."""
     widest()
     _mean(pf, pu, W, row, out, begin, end, 4)
 

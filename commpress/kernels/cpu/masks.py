@@ -1,4 +1,4 @@
-"""Loops over what masks keep: packing it, and spreading it out again."""
+"""Loops that pack the values that masks keep, and unpack them."""
 
 import numpy as np
 import torch

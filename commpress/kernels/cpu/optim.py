@@ -1,4 +1,4 @@
-"""Loops of the optimizers' passes over memory. What they have in common with those of the codecs they say again."""
+"""Loops of the optimizers' passes over memory. They repeat a few lines of the codecs' loops, and share no code with them."""
 
 from typing import Any
 
@@ -30,7 +30,9 @@ def _local_step(g, inverse, average, total, anchor, p, limit, beta, keep, rate, 
 def _sync_payload(g, inverse, average, total, lead, limit, fresh, kept, share, carry):
     for i in range(g.size):
         scaled = g[i] * inverse[i]
-        n = fresh * min(max(scaled, -limit), limit) + kept * average[i] + (scaled - scaled)  # which is 0, or NaN
+        n = (
+            fresh * min(max(scaled, -limit), limit) + kept * average[i] + (scaled - scaled)
+        )  # the last term is 0, or NaN
         g[i] = share * n + carry * total[i]
         lead[i] = n - g[i]
 
@@ -96,7 +98,7 @@ LOOPS: dict[str, Any] = {
 
 
 def run(op: str, *arguments: Tensor | float) -> None:
-    """Any op of the table that stands here: scalars become float32, so that no loop computes in float64."""
+    """Run an op of the table that is in this file. Scalars become float32, so that no loop computes in float64."""
     LOOPS[op](*(_array(x) if isinstance(x, Tensor) else np.float32(x) for x in arguments))
 
 

@@ -1,4 +1,4 @@
-"""A prologue in a pass of its own; most loops that encode do it in theirs."""
+"""A prologue in a pass of its own. Most loops that encode apply it in their own pass."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ from commpress.kernels.cpu.instructions import settle_streams, widest
 from commpress.kernels.cpu.slices import in_slices
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 NAN = np.float32(np.nan)
 STRATA = 64
 HEAD = 8
@@ -98,7 +98,7 @@ def randomk_take(x, prologue, residual, number, size, starts, widths, keys, turn
 
 @loop
 def randomk_settle(x, prologue, residual, number, size, starts, widths, keys, turns, value, decoded, begin, end):
-    """The residual of what was sent, once it is coded: value - decoded; what it was where that is not finite."""
+    """Set the residual of sent values to value - decoded; it keeps its old value where that is not finite."""
     widest()
     lanes = starts.size
     places = np.empty(lanes, np.int32)
@@ -112,7 +112,7 @@ def randomk_settle(x, prologue, residual, number, size, starts, widths, keys, tu
                 residual[at] = sent - got
             elif not np.isnan(got):
                 residual[at] = sent - value_of(x, prologue, at)
-            else:  # the code of its neighbours has spoilt it
+            else:  # NaN in the same block of the inner codec has spoilt it
                 for i in range(widths[j]):
                     place = b * size + starts[j] + i
                     residual[place] -= value_of(x, prologue, place)
@@ -197,7 +197,7 @@ class Part(NamedTuple):
 
 
 def _parts(codec: Any, n: int) -> list[Part]:
-    """The parts of n values; none is empty."""
+    """Return the parts of n values; none is empty."""
     found, full = [], n // codec.block * codec.block
     for first, stop, size, strata in ((0, full, codec.block, STRATA), (full, n, n - full, codec.kept(n - full))):
         if stop > first:
@@ -208,7 +208,7 @@ def _parts(codec: Any, n: int) -> list[Part]:
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
-    """`encode` of the table. The codec of the values encodes them as it does any others."""
+    """`encode` of the table. The inner codec encodes the values that are sent."""
     k, exact, coded = codec.kept(x.numel()), not codec.values.lossy, payload[HEAD:]
     payload.numpy()[:HEAD] = np.frombuffer(codec.draw.to_bytes(HEAD, "little"), np.uint8)
     value = coded.view(torch.float32) if exact else torch.empty(k, dtype=torch.float32, device="cpu")
@@ -255,5 +255,5 @@ def clear(codec: Any, payload: Tensor, values: Tensor) -> None:
 
 
 def _draw_of(payload: Tensor) -> int:
-    """The number by which a payload was drawn."""
+    """Return the number by which a payload was drawn."""
     return int.from_bytes(payload[:HEAD].numpy().tobytes(), "little")

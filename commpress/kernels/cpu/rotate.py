@@ -1,7 +1,7 @@
 """Loops of `rotate`: Hadamard's transform of a block in the L1 cache, two steps in a pass.
 
-Some hundred kilobytes at a time are rotated, and then coded by the codec of the rotated values, while they lie in the L2 cache:
-the gradient itself is read once.
+A few hundred kilobytes at a time are rotated and then coded by the inner codec while they are in the L2 cache, so the gradient
+itself is read once.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from commpress.kernels.cpu.instructions import widest
 from commpress.kernels.cpu.slices import in_slices
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 ROTATED = 1024
 QUARTER = ROTATED // 4
 CHUNK = 128 * ROTATED
-"""Values that are rotated before they are coded."""
+"""The number of values that are rotated before they are coded."""
 
 
 @part
@@ -107,7 +107,7 @@ def _turn_back(x, factors, ones, one, other):
 
 @loop
 def _turn_rest(x, signs, back):
-    """Rotate what is shorter than a block, in place: the largest power of two first."""
+    """Rotate a rest that is shorter than a block, in place: the largest power of two first."""
     o, size = 0, ROTATED // 2
     while size >= 2:
         if x.size & size:
@@ -145,7 +145,7 @@ def rotate_forth(x, prologue, residual, signs, factors, total, out):
 
 @part
 def _settle(total, decoded, residual):
-    """The residual of what was decoded; it stays what it was where that is not finite."""
+    """Set the residual to total - decoded; it keeps its old value where that is not finite."""
     for j in range(residual.size):
         lost = np.float32(total[j] - decoded[j])
         finite = np.int32(lost.view(np.int32) & MAGNITUDE) < INFINITY_BITS
@@ -193,7 +193,7 @@ def _chunks(codec: Any, n: int, begin: int, end: int) -> Iterator[tuple[slice, l
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
-    """`encode` of the table. The codec of the rotated values encodes them as it does any others."""
+    """`encode` of the table. The inner codec encodes the rotated values."""
     in_slices(_encode, x.numel(), CHUNK, codec, x, residual, prologue, payload)
 
 

@@ -1,4 +1,4 @@
-"""Loops that put single values into a gradient of zeros."""
+"""Loops that write single values into a gradient of zeros."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from commpress.kernels.cpu.blocks import put_block
 from commpress.kernels.cpu.instructions import settle_streams
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 ZEROS = 256
 
 
@@ -23,7 +23,7 @@ def fill_zeros(out, begin, end):
 
 @loop
 def scatter_add(index, value, share, out):
-    """out[index] += value * share; a position beyond `out` is passed over."""
+    """out[index] += value * share; a position beyond `out` is skipped."""
     n = out.size
     for i in range(index.size):
         if index[i] < n:

@@ -22,13 +22,13 @@ from commpress.kernels.cpu.instructions import SIGN_BLOCK, settle_streams, sum_m
 from commpress.kernels.cpu.slices import in_slices
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 PLANE = SIGN_BLOCK // 8
 
 
 @part
 def _write(x, residual, codes, scale):
-    """Encode the signs of a full block, leave in `residual` what is lost."""
+    """Encode the signs of a full block, write the error to `residual`."""
     for j in range(PLANE):
         byte = np.uint32(0)
         for p in range(8):
@@ -93,7 +93,7 @@ def _read(pf, pu, W, row, b, blocks, share, out):
 
 @part
 def _read_tail(pf, pu, W, row, b, blocks, share, out):
-    """Do the same for the last block, if it is shorter."""
+    """Write the mean of the last block of W payloads to `out`, if it is shorter."""
     width = (out.size + 7) // 8
     for w in range(W if out.size else 0):
         at = w * row + 4 * blocks + b * PLANE
@@ -105,7 +105,7 @@ def _read_tail(pf, pu, W, row, b, blocks, share, out):
 
 @loop
 def sign_encode(x, prologue, residual, pf, pu, begin, end):
-    """Signs and magnitudes of x + residual; the residual becomes what they miss."""
+    """Encode x + residual as signs and magnitudes; the residual becomes their error."""
     widest()
     full, blocks = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     scratch, a = scratch_beside(x, SIGN_BLOCK), np.empty(SIGN_BLOCK, np.float32)
@@ -120,7 +120,7 @@ def sign_encode(x, prologue, residual, pf, pu, begin, end):
 
 @loop
 def sign_mean(pf, pu, W, row, out, begin, end):
-    """The mean of W payloads."""
+    """Write the mean of W payloads to `out`."""
     widest()
     full, blocks = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK
     share = np.float32(1.0 / W)

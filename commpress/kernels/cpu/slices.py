@@ -1,5 +1,6 @@
-"""Slices of a bucket on several cores, where backward leaves some idle. Loops release the GIL, and each block of a codec stands
-for itself, so any number of slices gives the same bytes.
+"""Slices of a bucket on several cores, if backward leaves some idle.
+
+Loops release the GIL, and each block of a codec is coded by itself, so any number of slices gives the same bytes.
 """
 
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 LEAST = 2**17
-"""How many values a slice has at least: the loops take 60 us for as many, and a hand-over to a thread 20 to 50 us."""
+"""The fewest values of a slice: a loop takes 60 us for them, and handing a slice to a thread takes 20 to 50 us."""
 
 
 def in_slices(loop: Callable[..., Any], n: int, block: int, *arguments: Any) -> None:
@@ -29,14 +30,14 @@ def in_slices(loop: Callable[..., Any], n: int, block: int, *arguments: Any) -> 
         for other, cut in zip(others, rest, strict=True):
             if other.cancel():  # no thread was free
                 loop(*arguments, *cut)
-    finally:  # whatever happens, no other thread writes to the bucket any more
+    finally:  # also after an error no other thread may go on writing to the bucket
         errors = [None if other.cancel() else other.exception() for other in others]
     for error in filter(None, errors):
         raise error
 
 
 def idle_cores() -> int:
-    """This rank's share of the cores that the process may use, less the threads of backward; at least 1."""
+    """Return this rank's share of the cores that the process may use, minus the threads of backward; at least 1."""
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, share - torch.get_num_threads())
 
@@ -47,7 +48,7 @@ def cores() -> int:
 
 
 def _started(loop: Callable[..., Any], *arguments: Any) -> "Future[None]":
-    """The call in another thread; one that nobody begins where the interpreter is about to end."""
+    """Start the call in another thread and return its future; if the interpreter is about to end, it never begins."""
     try:
         return _pool().submit(loop, *arguments)
     except RuntimeError:
@@ -56,7 +57,7 @@ def _started(loop: Callable[..., Any], *arguments: Any) -> "Future[None]":
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """The threads of this process. They are joined when it ends."""
+    """Return the thread pool of this process, whose threads are joined when the process ends."""
     return ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix="commpress slice")
 
 

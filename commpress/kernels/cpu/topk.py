@@ -1,4 +1,4 @@
-"""Loops of `topk`: which values are the largest, and where."""
+"""Loops of `topk`: the largest values and their positions."""
 
 from typing import Any
 
@@ -16,16 +16,16 @@ from commpress.kernels.cpu.scatter import ZEROS, fill_zeros, scatter_add
 from commpress.kernels.cpu.slices import in_slices
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 KEEP_BLOCK = 256
 SOON = 64
-"""How many values ahead the memory of their residual is asked for."""
+"""The number of values ahead for which the memory of the residual is prefetched."""
 BINS = 2048
 
 
 @part
 def _bin(bits, base, shift):
-    """The bin of a magnitude; the one behind the last for what lies below `base`."""
+    """Return the bin of a magnitude; the bin after the last for a magnitude below `base`."""
     above = np.int64(bits & MAGNITUDE) - base
     return np.uint64(above) >> np.uint64(shift) if above >= 0 else np.uint64(BINS)
 
@@ -197,7 +197,7 @@ def _collect(x, prologue, residual, threshold, room, begin, stop):
 
 @part
 def _count_ties(raw, threshold):
-    """How many magnitudes exceed the threshold, and how many equal it."""
+    """Return how many magnitudes exceed the threshold, and how many equal it."""
     above, ties = np.int64(0), np.int64(0)
     for i in range(raw.size):
         magnitude = np.int32(raw[i] & MAGNITUDE)
@@ -236,7 +236,7 @@ def keep_largest(index, value, threshold, k):
 
 @loop
 def largest_of(whole, threshold, k):
-    """Where the k largest magnitudes of `whole` stand, of which the smallest is `threshold`, and the values there."""
+    """Return the positions of the k largest magnitudes of `whole`, whose smallest is `threshold`, and their values."""
     raw = whole.view(np.int32)
     above, ties = _count_ties(raw, threshold)
     need = k - above
@@ -256,7 +256,7 @@ def largest_of(whole, threshold, k):
 
 @part
 def _not_finite(raw):
-    """How many of the float32 bits `raw` are NaN or Inf."""
+    """Return how many of the float32 bits `raw` are NaN or Inf."""
     count = np.int64(0)
     for i in range(raw.size):
         count += np.int64((raw[i] & MAGNITUDE) >= INFINITY_BITS)
@@ -265,7 +265,7 @@ def _not_finite(raw):
 
 @part
 def _whole(x, prologue, residual):
-    """All values that are looked through: with feedback they are in `residual` by now."""
+    """Return the array of all coded values; with feedback that is `residual`, which holds the sums by now."""
     if residual is not None:
         return residual
     whole = np.empty(x.size, np.float32)
@@ -276,7 +276,7 @@ def _whole(x, prologue, residual):
 
 @loop
 def _choose(x, prologue, residual, threshold, room, index, value, count, spared, k):
-    """Choose the k largest of what passed the threshold, or of all values if those are too few or were too many."""
+    """Choose the k largest of the values that passed the threshold, or of all values if too few or too many passed."""
     if k <= count <= room:
         raw = value[:count].view(np.int32)
         exact = kth_largest(raw, k, threshold)
@@ -290,7 +290,7 @@ def _choose(x, prologue, residual, threshold, room, index, value, count, spared,
             exact = kth_largest(raw, k, threshold)
         elif threshold > 1:
             exact = kth_largest(raw, k, np.int32(0))
-        else:  # all that is not 0 came through, and is fewer than k
+        else:  # fewer than k values are not 0, and all of those passed
             exact = np.int32(0)
         overflows = exact >= INFINITY_BITS and _not_finite(raw) > k
         if not overflows:
@@ -329,7 +329,7 @@ def _select(x: Any, prologue: Any, residual: Any, k: int) -> tuple[npt.NDArray[n
 
 
 def _joined(slices: list[Any], room: int) -> tuple[Any, ...]:
-    """Join what passed the threshold in each slice, in order. If that is more than `room`, nobody will look at it."""
+    """Join the values of each slice that passed the threshold, in order. More than `room` of them are not used."""
     index, value, counts, spared = zip(*slices, strict=True)
     bits = [s.view(np.int32) for s in spared if s.size]  # each is 0 outside its slice
     all_spared = np.bitwise_or.reduce(bits).view(np.float32) if bits else spared[0]
@@ -341,7 +341,7 @@ def _joined(slices: list[Any], room: int) -> tuple[Any, ...]:
 
 @loop
 def topk_settle(x, prologue, residual, index, value, decoded, begin, end):
-    """The residual of the kept entries once their values are coded: value - decoded; what it was where that is NaN."""
+    """Set the residual of the kept entries to value - decoded; it keeps its old value where that is NaN."""
     for i in range(begin * KEEP_BLOCK, min(index.size, end * KEEP_BLOCK)):
         prefetch(residual, index[min(i + SOON, index.size - 1)])
         lost, at = value[i] - decoded[i], index[i]
@@ -352,7 +352,7 @@ def topk_settle(x, prologue, residual, index, value, decoded, begin, end):
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
-    """`encode` of the table. The codec of the values encodes them as it does any others."""
+    """`encode` of the table. The inner codec encodes the values that are sent."""
     k, low_bits, high_at, values_at = codec.sections(x.numel())
     before, memory = steps(prologue), floats(residual)
     index, value = _select(values(x), before, memory, k)
@@ -391,5 +391,5 @@ def clear(codec: Any, payload: Tensor, values: Tensor) -> None:
     found = ef_decode(low_bits, coded[:high_at], coded[high_at:values_at], index)
     if found:
         values[torch.from_numpy(index[:found])] = 0
-    else:  # it names all of them
+    else:  # the payload names all values
         values.zero_()

@@ -21,19 +21,19 @@ from commpress.kernels.cpu.instructions import SIGN_BLOCK, pack_magnitudes, sett
 from commpress.kernels.cpu.slices import in_slices
 
 SHARED_SHA256 = "b3c9e927d4b25bf4"
-"""Of `blocks.py` and `instructions.py`, which are compiled into these loops: Numba's cache sees the time stamp of this file."""
+"""The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 PLANE = SIGN_BLOCK // 8
 
 
 @part
 def _plane(n):
-    """Bytes of one bit for each of n values."""
+    """Return the bytes of one bit for each of n values."""
     return n // SIGN_BLOCK * (PLANE) + (n % SIGN_BLOCK + 7) // 8
 
 
 @part
 def _mean_size(x, m):
-    """The mean magnitude of a full block of which m values are real and the rest 0."""
+    """Return the mean magnitude of a full block of m values, filled up with zeros."""
     return np.float32(sum_magnitudes(x) * (np.float32(1) / np.float32(m)))
 
 
@@ -49,7 +49,7 @@ def _pack(x, m, mean, signs, sizes):
 
 @part
 def _keep_loss(x, residual, mean, low, high):
-    """Leave in `residual` what is lost of a full block."""
+    """Write the error of a full block to `residual`."""
     for j in range(SIGN_BLOCK):
         value = x[j]
         residual[j] = value - np.copysign(high if np.abs(value) > mean else low, value)
@@ -121,7 +121,7 @@ def _read(pf, pu, W, row, b, blocks, plane, share, out):
 
 @part
 def _read_tail(pf, pu, W, row, b, blocks, plane, share, out):
-    """Do the same for the last block, if it is shorter."""
+    """Write the mean of the last block of W payloads to `out`, if it is shorter."""
     width = (out.size + 7) // 8
     for w in range(W if out.size else 0):
         at = w * row + 8 * blocks + b * PLANE
@@ -134,7 +134,7 @@ def _read_tail(pf, pu, W, row, b, blocks, plane, share, out):
 
 @loop
 def int2_encode(x, prologue, residual, pf, pu, begin, end):
-    """Signs and sizes of x + residual; the residual becomes what they miss."""
+    """Encode x + residual as signs and sizes; the residual becomes their error."""
     widest()
     full, blocks, plane = x.size // SIGN_BLOCK, (x.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(x.size)
     scratch, a, t = scratch_beside(x, SIGN_BLOCK), np.empty(SIGN_BLOCK, np.float32), np.empty(SIGN_BLOCK, np.float32)
@@ -149,7 +149,7 @@ def int2_encode(x, prologue, residual, pf, pu, begin, end):
 
 @loop
 def int2_mean(pf, pu, W, row, out, begin, end):
-    """The mean of W payloads."""
+    """Write the mean of W payloads to `out`."""
     widest()
     full, blocks, plane = out.size // SIGN_BLOCK, (out.size + SIGN_BLOCK - 1) // SIGN_BLOCK, _plane(out.size)
     share = np.float32(1.0 / W)

@@ -1,1 +1,1 @@
-"""The kernels for CUDA memory, in Triton. Each gives the bytes of the definition that it stands in for."""
+"""The kernels for CUDA memory, in Triton. Each gives the bytes of the definition that it replaces."""

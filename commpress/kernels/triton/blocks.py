@@ -1,4 +1,4 @@
-"""Pieces that several families of Triton kernels share: reading values as they are coded, putting back what is lost.
+"""Pieces that several families of Triton kernels share: reading the values to code, and writing the residual.
 
 A program of a kernel has some whole blocks of a codec. `x` is float32, bfloat16 or float16, read where it lies and computed in
 float32; `residual` is None without feedback, `prologue` None where x is coded as it is, else a tuple of the fields of
@@ -68,7 +68,7 @@ def bfloat16_bits(value):
 
 @triton.jit
 def with_prologue(x, prologue, at, inside):
-    """The values of a gradient from `at`, behind its prologue."""
+    """Return the values of a gradient from `at`, after its prologue."""
     value = read(x + at, inside)
     if prologue is not None:
         scaled, average = value * read(prologue[0] + at, inside), read(prologue[1] + at, inside)
@@ -84,13 +84,13 @@ def clipped(value, limit):
 
 @triton.jit
 def total(x, prologue, residual, at, inside):
-    """The values from `at` as they are coded: behind the prologue, with what is remembered of them."""
+    """Return the values from `at` as they are coded: after the prologue, plus their residual."""
     return remembered(with_prologue(x, prologue, at, inside), residual, at, inside)
 
 
 @triton.jit
 def remembered(value, residual, at, inside):
-    """Values and what feedback remembers of them, if there is any."""
+    """Return values plus their residual, if there is one."""
     if residual is not None:
         value += read(residual + at, inside)
     return value
@@ -98,7 +98,7 @@ def remembered(value, residual, at, inside):
 
 @triton.jit
 def keep_lost(residual, at, lost, inside):
-    """residual := what the payload misses; where that is NaN or Inf it stays what it was."""
+    """residual := the error of the payload; it keeps its old value where that is NaN or Inf."""
     before = read(residual + at, inside)  # from the cache; a mask of its own would make each store one of 4 bytes
     write(residual + at, tl.where(is_finite(lost), lost, before), inside)
 

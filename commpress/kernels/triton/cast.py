@@ -1,4 +1,4 @@
-"""Kernels of `bf16` and `fp16`. The layout stands in `comm/codecs/cast.py`."""
+"""Kernels of `bf16` and `fp16`. The layout is in `comm/codecs/cast.py`."""
 
 from typing import Any
 

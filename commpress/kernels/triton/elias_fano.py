@@ -1,4 +1,4 @@
-"""Kernels that code ascending positions (Elias 1974; Fano 1971). The layout stands in `comm/codecs/topk.py`.
+"""Kernels that code ascending positions (Elias 1974; Fano 1971). The layout is in `comm/codecs/topk.py`.
 
 Written: a program has some positions, each of which sets its high bit by an atomic operation, and some words of low bits,
 which it gathers from the positions that reach into them. Read: position i is that of the i-th high bit that is set, so tiles
@@ -16,7 +16,7 @@ from commpress.kernels.triton.launch import counting, launch
 
 ENTRIES = 512
 MARKS = 1024
-"""How many high bits a program looks at."""
+"""The number of high bits that a program reads."""
 
 
 @counting

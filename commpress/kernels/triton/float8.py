@@ -1,4 +1,4 @@
-"""Kernels of `fp8`, both formats: a program has ROWS blocks. The layout stands in `comm/codecs/float8.py`.
+"""Kernels of `fp8`, both formats: a program has ROWS blocks. The layout is in `comm/codecs/float8.py`.
 
 A normal value is rounded in its own bits: half of the last place that stays is added, less one where that place is even, and
 the bias of the exponent changes. One below the smallest normal value is a number of steps: the low bits of itself plus
@@ -27,7 +27,7 @@ BLOCK: tl.constexpr = tl.constexpr(256)
 FLUSH: tl.constexpr = tl.constexpr(2.0**-80)
 ROWS = 4
 RECODE_ROWS = 2
-"""Fewer, or a thread's registers do not hold what it needs of W payloads."""
+"""More rows of W payloads would not fit into a thread's registers."""
 FORMATS = {
     "e4m3": {"SHIFT": 20, "BIAS": 120, "LARGEST": 448.0, "STEP": 2.0**-9},
     "e5m2": {"SHIFT": 21, "BIAS": 112, "LARGEST": 57344.0, "STEP": 2.0**-16},
@@ -79,7 +79,7 @@ def _put(
     value, residual, qf, qu, b, at, codes, inside, b_inside,
     SHIFT: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Encode blocks `b`, [ROWS, 256]; leave in `residual` what is lost."""
+    """Encode blocks `b`, [ROWS, 256]; write the error to `residual`."""
     scale, inverse = block_scale(tl.max(magnitude_bits(value), axis=1, keep_dims=True), LARGEST, FLUSH)
     code = tl.where(inverse == 0, 0, _code(value * inverse, SHIFT, BIAS, STEP))
     write(qf + b, scale, b_inside)

@@ -1,4 +1,4 @@
-"""Kernels of `int8` and `int4`: a program has ROWS blocks. The layout and the noise stand in `comm/codecs/integer.py`."""
+"""Kernels of `int8` and `int4`: a program has ROWS blocks. The layout and the noise are in `comm/codecs/integer.py`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Starting kernels: what all launches have in common."""
+"""The common parts of all kernel launches."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ READABLE = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of gradients that the kernels read, and of means that they write."""
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by how many bytes they have."""
+"""Integer dtypes by their number of bytes."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-"""How kernels are compiled, unless a launch has other numbers: products and sums are rounded one by one."""
+"""Compiler options, unless a launch gives others. Products and sums are rounded separately."""
 
 
 COUNTS = (
@@ -55,7 +55,7 @@ def walk(part: Any, n: int, *arguments: Any, size: int) -> None:
 
 
 def steps(prologue: Any) -> tuple[Any, ...] | None:
-    """The tensors and numbers of a `Prologue`, or None."""
+    """Return the tensors and numbers of a `Prologue`; None for None."""
     if prologue is None:
         return None
     return prologue.inverse, prologue.average, float(prologue.limit), float(prologue.fresh), float(prologue.kept)
@@ -72,6 +72,6 @@ def words(payload: Tensor) -> Tensor:
 
 
 def padded(payload: Tensor) -> Tensor:
-    """A payload that is to be written, its last word 0: what of that is padding stays so."""
+    """Return a payload to write to. Its last word is set to 0, which zeroes its padding."""
     payload[-4:].zero_()
     return payload

@@ -1,4 +1,4 @@
-"""Kernels of `powersgd`: three passes over a matrix, and Gram-Schmidt. The operations stand in `comm/factors.py`.
+"""Kernels of `powersgd`: three passes over a matrix, and Gram-Schmidt. The operations are in `comm/factors.py`.
 
 A program of `project` is one warp with a tile of x in its registers, so that each sum stays within the warp; one of
 `project_back` goes down a strip of columns with four rows of p. Both leave a part of a sum for each tile or strip, which torch
@@ -271,16 +271,16 @@ def orthonormalize(batch: Tensor) -> None:
 
 
 def _width(x: Tensor, widest: int) -> int:
-    """How many columns of x a tile has: one of three widths, not much more than there are."""
+    """Return how many columns of x a tile has: one of three widths, the smallest that is wide enough or `widest`."""
     return next(width for width in (32, 128, widest) if x.shape[1] <= width or width == widest)
 
 
 def _together(x: Tensor, residual: Tensor | None = None) -> int:
-    """How many float32 a thread reads at once: 4 where all rows begin at multiples of 16 bytes, else 1."""
+    """Return how many float32 a thread reads at once: 4 if all rows begin at multiples of 16 bytes, else 1."""
     return 4 if all(m.data_ptr() % 16 == 0 for m in (x, residual) if m is not None) and x.shape[1] % 4 == 0 else 1
 
 
 def _add_up(sums: Tensor, out: Tensor) -> None:
-    """Write the sum of what programs have left ([parts, rank, length]) to `out`, unless that is it."""
+    """Write the sum of the programs' parts ([parts, rank, length]) to `out`, unless `out` is the only part."""
     if sums is not out:
         torch.sum(sums, 0, out=out)

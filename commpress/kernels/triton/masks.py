@@ -1,4 +1,4 @@
-"""Kernels over what masks keep: packing it, and spreading it out again. Values are handled as bits, whatever their dtype."""
+"""Kernels that pack the values that masks keep, and unpack them. Values are handled as bits, whatever their dtype."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Kernels over what masks prune. Values are handled as bits, whatever their dtype."""
+"""Kernels over pruned values. Values are handled as bits, whatever their dtype."""
 
 import torch
 import triton
@@ -35,7 +35,7 @@ def keep(x: Tensor, kept: Tensor) -> None:
 
 
 def count_pruned(x: Tensor, kept: Tensor) -> Tensor:
-    """`count_pruned` of the table: int64 [], which nobody waits for here."""
+    """`count_pruned` of the table: returns int64 [] on the device, without waiting for it."""
     found = torch.zeros((), dtype=torch.int64, device=x.device)
     walk(_count, x.numel(), bits(x), kept.view(-1).view(torch.int8), found, size=SIZE)
     return found

@@ -1,4 +1,4 @@
-"""Kernels of the optimizers' passes: one pass over memory each. The formulas stand in `optim/loops.py`.
+"""Kernels of the optimizers' passes: one pass over memory each. The formulas are in `optim/loops.py`.
 
 The bits are those of the loops for the CPU, since no product is fused with a sum in either.
 """
@@ -39,7 +39,9 @@ def _local_step(arguments, at, inside):
 def _sync_payload(arguments, at, inside):
     g, inverse, average, total, lead, limit, fresh, kept, share, carry = arguments
     scaled = read(g + at, inside) * read(inverse + at, inside)
-    n = fresh * clipped(scaled, limit) + kept * read(average + at, inside) + (scaled - scaled)  # which is 0, or NaN
+    n = (
+        fresh * clipped(scaled, limit) + kept * read(average + at, inside) + (scaled - scaled)
+    )  # the last term is 0, or NaN
     sent = share * n + carry * read(total + at, inside)
     write(g + at, sent, inside)
     write(lead + at, n - sent, inside)
@@ -107,7 +109,7 @@ FORMULAS: dict[str, Any] = {
 
 
 def run(op: str, *arguments: Tensor | float) -> None:
-    """Any op of the table that stands here: tensors first, then numbers, which become float32."""
+    """Run an op of the table that is in this file: tensors come first, then numbers, which become float32."""
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     numbers = [float(x) for x in arguments if not isinstance(x, Tensor)]
     walk(FORMULAS[op], tensors[0].numel(), *tensors, *numbers, size=SIZE)

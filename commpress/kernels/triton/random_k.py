@@ -1,4 +1,4 @@
-"""Kernels of `randomk`: a program has GROUP strata, one behind the other. The draw stands in `comm/codecs/random_k.py`.
+"""Kernels of `randomk`: a program has GROUP strata, one behind the other. The draw is in `comm/codecs/random_k.py`.
 
 A program reads all values of its strata into registers and looks for NaN and Inf. Without any, all that is left is one store
 of a residual, one gather and one scatter; with some, it goes through its strata once more: one by one if they are long, else
@@ -25,9 +25,9 @@ EDGE: tl.constexpr = tl.constexpr(8)
 SIDE: tl.constexpr = tl.constexpr(32)
 HEAD = 8
 LARGEST = 4096
-"""How many values a program holds in registers."""
+"""The number of values that a program holds in registers."""
 LANES = 512
-"""How many strata a program has at most."""
+"""The largest number of strata of a program."""
 
 
 @triton.jit
@@ -224,7 +224,7 @@ def _take(
 
 @counting
 def _settle(x, prologue, residual, value, decoded, draw, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
-    """The residual of what was sent, once it is coded: what is lost; what it was where that is not finite."""
+    """Set the residual of sent values to the error of their code; it keeps its old value where that is not finite."""
     program = tl.program_id(0).to(tl.int64)
     size, strata, origin, number, lane, left = _share_of(program, block, blocks, rest, rest_strata, GROUP)
     index = tl.arange(0, GROUP)
@@ -238,7 +238,7 @@ def _settle(x, prologue, residual, value, decoded, draw, block, blocks, rest, re
     if tl.max(spoilt.to(tl.int32)) > 0:
         alone = spoilt & (got == got)
         write(residual + place, sent - value_of(x, prologue, place, alone), alone)
-        bad = (spoilt & (got != got)).to(tl.int32)  # the code of its neighbours has spoilt it
+        bad = (spoilt & (got != got)).to(tl.int32)  # NaN in the same block of the inner codec has spoilt it
         if GROUP >= SIDE:
             for c in range(0, tl.max(bad * width)):
                 _forget(x, prologue, residual, origin + start + c, (bad != 0) & (c < width))
@@ -258,7 +258,7 @@ def _forget(x, prologue, residual, at, inside):
 
 @triton.jit
 def _draw_at(heads):
-    """The number by which a payload was drawn."""
+    """Return the number by which a payload was drawn."""
     return (tl.load(heads + 1).to(tl.int64) << 32) | (tl.load(heads).to(tl.int64) & 0xFFFFFFFF)
 
 
@@ -317,7 +317,7 @@ def _clear(head, out, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
-    """`encode` of the table. The codec of the values encodes them as it does any others."""
+    """`encode` of the table. The inner codec encodes the values that are sent."""
     n, exact, coded = x.numel(), not codec.values.lossy, payload[HEAD:]
     k = codec.kept(n)
     value = words(coded) if exact else torch.empty(k, dtype=torch.float32, device=x.device)

@@ -119,7 +119,7 @@ def _signs(device: torch.device) -> Tensor:
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
-    """`encode` of the table. The codec of the rotated values encodes them as it does any others."""
+    """`encode` of the table. The inner codec encodes the rotated values."""
     n, table = x.numel(), _signs(x.device)
     z = torch.empty(n, dtype=torch.float32, device=x.device)
     source, programs = (x, steps(prologue), residual), triton.cdiv(n, SIZE)

@@ -1,4 +1,4 @@
-"""Kernels of `sign`. The layout stands in `comm/codecs/sign.py`."""
+"""Kernels of `sign`. The layout is in `comm/codecs/sign.py`."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from commpress.kernels.triton.planes import BLOCK, LANES, STEPS, WIDTH, bit, fol
 
 ROWS = 8
 RECODE_ROWS = 4
-"""Fewer, or a thread's registers do not hold what it needs of W payloads."""
+"""More rows of W payloads would not fit into a thread's registers."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The part of the table of kernels that is for CUDA; `commpress/kernels/table.py` says what its lines mean."""
+"""The part of the table of kernels for CUDA; `commpress/kernels/table.py` explains its lines."""
 
 from functools import partial
 

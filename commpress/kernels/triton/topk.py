@@ -1,4 +1,4 @@
-"""Kernels of `topk`. The definition and the payload stand in `comm/codecs/topk.py`.
+"""Kernels of `topk`. The definition and the payload are in `comm/codecs/topk.py`.
 
 The k-th largest magnitude is found by its bits, from the highest: a histogram over the first 11 (the exponent, and 3 of the
 mantissa) of all values says which it has, and two more, over 10 bits each of the values that share all bits above, say the
@@ -39,7 +39,7 @@ KEPT: tl.constexpr = tl.constexpr(3)
 SIZE = 2048
 """The values of a part."""
 CHUNK = 128
-"""How many of those that are set apart are looked at at once."""
+"""The number of candidates that are read at once."""
 PROGRAMS = 2048
 """At most so many add to one histogram, each of several parts: its bins are few, and additions to one wait for each other."""
 
@@ -211,7 +211,7 @@ def _keep(
 
 @counting
 def _settle(index, value, decoded, residual, kept, SIZE: tl.constexpr):
-    """The residual of what was kept becomes what its code misses; where that is NaN or Inf it stays what it was."""
+    """Set the residual of kept values to the error of their code; it keeps its old value where that is NaN or Inf."""
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = i < tl.load(kept)
     lost = tl.load(value + i, inside, other=0) - tl.load(decoded + i, inside, other=0)
@@ -220,7 +220,7 @@ def _settle(index, value, decoded, residual, kept, SIZE: tl.constexpr):
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
-    """`encode` of the table. The codec of the values encodes them as it does any others."""
+    """`encode` of the table. The inner codec encodes the values that are sent."""
     n, here = x.numel(), x.device
     k, _, _, values_at = codec.sections(n)
     index = torch.empty(k, dtype=torch.int64, device=here)
@@ -306,7 +306,7 @@ def _clear_all(values, n, ends, tiles, k, SIZE: tl.constexpr):
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
-    """`mean` of the table. A payload that does not mark k positions makes all NaN: to raise, the host would have to wait."""
+    """`mean` of the table. Without k marked positions all values become NaN: to raise, the host would have to wait."""
     n, k = out.numel(), codec.kept(out.numel())
     values_at, marks = codec.sections(n)[3], elias_fano.find(codec, payloads, n, count)
     tiles, value = marks.ends.shape[1], torch.empty(k, dtype=torch.float32, device=out.device)
@@ -318,7 +318,7 @@ def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
 
 
 def clear(codec: Any, payload: Tensor, values: Tensor) -> None:
-    """`clear` of the table. Nothing is left where a payload does not mark k positions."""
+    """`clear` of the table. A payload that does not mark k positions sets all values to 0."""
     n, marks = values.numel(), elias_fano.find(codec, payload, values.numel(), 1)
     tiles = marks.ends.shape[1]
     launch(_clear_marked, tiles, values, n, marks.words, marks.ends, *marks.arguments, MARKS=MARKS)

@@ -1,4 +1,4 @@
-"""Kernels of `int2`. The layout stands in `comm/codecs/two_bit.py`."""
+"""Kernels of `int2`. The layout is in `comm/codecs/two_bit.py`."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from commpress.kernels.triton.planes import BLOCK, LANES, STEPS, WIDTH, bit, fol
 
 ROWS = 8
 RECODE_ROWS = 4
-"""Fewer, or a thread's registers do not hold what it needs of W payloads."""
+"""More rows of W payloads would not fit into a thread's registers."""
 
 
 @triton.jit
