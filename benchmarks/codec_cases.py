@@ -66,7 +66,7 @@ def actions(x: torch.Tensor, codec: Codec) -> dict[str, Callable[[], object]]:
         "mean of 4": lambda: codec.mean(four, n, 4, out),
     }
     if EXCHANGES[codec.exchange].chunk(n, codec, 0, 2) is not None:
-        table["recode 4"] = lambda: coding.recode(codec, four, n, 4, None, chunk)
+        table["recode 4"] = lambda: coding.recode(codec, four, n, 4, None, chunk, out)
     return table
 
 

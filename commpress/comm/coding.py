@@ -63,10 +63,24 @@ def mean(codec: "Codec", payloads: Tensor, n: int, count: int, out: Tensor | Non
     return result
 
 
+def fuses_recode(codec: "Codec", device: torch.device) -> bool:
+    """Return whether there is a loop that encodes a mean which it never stores."""
+    return lookup("recode", codec.word, device.type) is not None
+
+
 def recode(
-    codec: "Codec", payloads: Tensor, n: int, count: int, residual: Tensor | None = None, out: Tensor | None = None
+    codec: "Codec",
+    payloads: Tensor,
+    n: int,
+    count: int,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    between: Tensor | None = None,
 ) -> Tensor:
-    """`encode(codec, mean(codec, payloads, n, count), residual, out=out)` in one step: the middle of `two_shot`."""
+    """`encode(codec, mean(codec, payloads, n, count), residual, out=out)` in one step: the middle of `two_shot`.
+
+    `between` (float32 [n]) takes the mean where no loop does both (`fuses_recode`); without it, new memory does.
+    """
     _require_payload(payloads, codec, n, count)
     if residual is not None:
         _require_values(residual, "residual", n, torch.float32)
@@ -77,7 +91,9 @@ def recode(
     if kernel := lookup("recode", codec.word, payloads.device.type):
         kernel(codec, payloads, n, count, residual, payload)
         return payload
-    between = torch.empty(n, dtype=torch.float32, device=payloads.device)
+    if between is None:
+        between = torch.empty(n, dtype=torch.float32, device=payloads.device)
+    _require_values(between, "between", n, torch.float32)
     _mean(codec, payloads, count, between)
     _encode(codec, between, residual, None, payload)
     return payload

@@ -50,7 +50,10 @@ class Encoder:
 
     def recode(self, payloads: Tensor, n: int, count: int, out: Tensor) -> None:
         """Encode the mean of `count` payloads of n values and what the owner of the chunk remembers into `out`."""
-        coding.recode(self.codec, payloads, n, count, self.memory.owner_residual, out)
+        between = None
+        if not coding.fuses_recode(self.codec, payloads.device):  # fresh pages would cost more than the codec
+            between = self.buffer("mean between", 4 * n, payloads.device).view(torch.float32)
+        coding.recode(self.codec, payloads, n, count, self.memory.owner_residual, out, between)
 
     def decode(self, payload: Tensor, n: int, out: Tensor) -> None:
         """Decode the payload of n values into `out` ([n], any float dtype)."""
