@@ -103,7 +103,8 @@ def test_each_example_learns_and_sends_less(name: str, tmp_path: Path) -> None:
     out, silence = run(2, started, path, store.port, tmp_path, timeout=240)
     assert not silence  # rank 0 alone speaks
     losses = losses_in(out)
-    assert losses == pytest.approx(losses_in(stored(name)), abs=0.2)
+    if sys.version_info[:2] == (3, 11):  # the text is Python's own library, of which each version has another
+        assert losses == pytest.approx(losses_in(stored(name)), abs=0.2)
     assert bytes_in(out) == bytes_in(stored(name))
     assert len(losses) == 5, out
     assert losses[-1] < losses[0] - 0.3, out

@@ -205,6 +205,23 @@ class Feedback:
         self.layout_of.update((segment.name, segments) for segment in segments)
         return created
 
+    def part(self, name: str) -> tuple[list[Tensor], slice]:
+        """Return the flat tensors that hold what is remembered of a parameter, and where in them; none if nothing is.
+
+        Whoever changes a parameter's coordinates changes these: the residual, to which those of second encodings are added
+        first, and the momentum.
+        """
+        if (segments := self.layout_of.get(name)) is None:
+            return [], slice(0, 0)
+        memory, start = self.memories[segments], 0
+        memory.fold(self.world_size)
+        for segment in segments:
+            n = self.masks.count(segment.name, segment.n)
+            if segment.name == name:
+                break
+            start += n
+        return [values for values in (memory.residual, memory.momentum) if values is not None], slice(start, start + n)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_masks(self, masks: MaskIndex) -> None:

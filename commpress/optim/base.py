@@ -392,7 +392,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._proven = None
         for p, state in self.state.items():
             for key, value in state.items():
-                if isinstance(value, Tensor) and key != "step" and value.stride() != p.stride():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
                     # the loops want one order of memory
                     state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self._find_places()

@@ -11,8 +11,13 @@ noise of its code:
     p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) NewtonSchulz(E + beta mean of c)
 
 Here each rank sends how far its momentum has moved, with error feedback: the residual is then m - e, and e itself is not kept.
+Nesterov's E + beta mean of c has about twice the error of E, so it is off by default.
+
+By a code of fewer than 8 bits a value, m, e and E are kept in other coordinates, in which the code's error is a like share of
+each direction of the matrix (`eigenbasis.py`); Newton-Schulz gets E back in its own.
 
 Newton-Schulz mixes the values of a matrix. Where masks prune it, m, e, E and the step are 0, so a weight that is 0 stays 0.
+Such a matrix stays in its own coordinates; if it was in others, its momentum starts anew when the masks come.
 """
 
 import fnmatch
@@ -30,10 +35,11 @@ from commpress.comm.masks_index import MaskIndex, zero_others
 from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.parameters import bare_name
 from commpress.comm.plan import Override
-from commpress.comm.segments import Segments
+from commpress.comm.segments import Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
+from commpress.optim.eigenbasis import BASIS, Basis, is_coarse, is_due
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.settings import require_in_range
 from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon, Updates
@@ -95,12 +101,12 @@ class EF21Muon(CompressedOptimizer):
         self,
         model: nn.Module | Iterable[dict[str, Any]],
         lr: float | Tensor = 1e-3,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         *,
-        nesterov: bool = True,
+        nesterov: bool = False,
         others: Sequence[str] = (),
         others_spec: str = "int8",
         max_norm: float | None = None,
@@ -126,6 +132,8 @@ class EF21Muon(CompressedOptimizer):
         self._products: SharedProducts | None = None
         self._pruned_by: dict[str, MaskIndex] = {}
         """The masks by which an estimate was pruned last, by name."""
+        self._coarse: set[str] = set()
+        """The matrices, by name, whose code is so coarse that it needs other coordinates."""
         self._sharded: ShardedMuon | None = None
         """What steps the matrices where they are sharded."""
 
@@ -192,13 +200,20 @@ class EF21Muon(CompressedOptimizer):
             other = parse(group["others_spec"]) if codec.lossy else codec
             return Override(other, prepare=lambda bucket, memory: self.clip(bucket))
 
+        names = {segment.name for segment in segments}
+        self._coarse = self._coarse | names if is_coarse(codec) else self._coarse - names
+
         def prepare(bucket: Tensor, memory: Memory) -> None:
             assert memory.momentum is not None
             self.clip(bucket)
             index, fresh = memory.kept_index, 1 - group["momentum"]
             if index is None:
+                self._enter(bucket, segments)
                 loops.momentum_ahead(bucket, memory.momentum, fresh)
                 return
+            if any(self._basis(self._places[name][0]) is not None for name in names):
+                for values in memory.tensors().values():  # they are in coordinates that masks do not know
+                    values.zero_()
             kept = bucket[index]
             loops.momentum_ahead(kept, memory.momentum, fresh)
             bucket[index] = kept
@@ -211,7 +226,8 @@ class EF21Muon(CompressedOptimizer):
         super().hand_over(buckets)
         if before is not None and not buckets.collectives.feedback.memories:
             for p in self._bound.values():
-                self.state[p].pop("momentum_buffer", None)
+                for key in ("momentum_buffer", *BASIS):
+                    self.state[p].pop(key, None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -224,6 +240,7 @@ class EF21Muon(CompressedOptimizer):
         matrices = {name: place for name, place in there.items() if place[1]["muon"]}
         if self._sharded is None:
             self._step_matrices(self._moves(matrices), self._products)
+            self._turn([name for name, (_, group, _) in matrices.items() if is_due(group["steps"] + 1)])
         else:
             if self.must_verify():
                 self._sharded.begin(self.replicated_state())
@@ -256,9 +273,14 @@ class EF21Muon(CompressedOptimizer):
             step_adamw(parameters, group, self.state)
             return
         fresh = 1 - group["momentum"]  # the momentum's own move, of which nothing is left out
-        self._step_matrices(
-            [Move(p, group, (p.grad - self._estimate(p)).mul_(fresh)) for p in parameters if p.grad is not None]
-        )
+        moves = []
+        for p in parameters:
+            if (gradient := p.grad) is None:
+                continue
+            if (basis := self._basis(p)) is not None:
+                gradient = basis.enter(gradient.flatten(1)).view(p.shape)
+            moves.append(Move(p, group, (gradient - self._estimate(p)).mul_(fresh)))
+        self._step_matrices(moves)
 
     def _estimate(self, p: Tensor) -> Tensor:
         """Return the estimate of a matrix's momentum that all ranks hold."""
@@ -267,11 +289,43 @@ class EF21Muon(CompressedOptimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]  # type: ignore[no-any-return]
 
+    def _basis(self, p: Tensor) -> Basis | None:
+        """Return the coordinates in which a matrix's momentum and estimate are; None if they are its own."""
+        return Basis.kept_in(self.state[p])
+
+    def _enter(self, flat: Tensor, segments: Segments) -> None:
+        """Replace the gradients of matrices, one behind the other in `flat`, by what they are in these coordinates."""
+        for segment, part in zip(segments, flat.split(sizes(segments)), strict=True):
+            p = self._places[segment.name][0]
+            if (basis := self._basis(p)) is not None:
+                part.copy_(basis.enter(part.view(p.shape[0], -1)).view(-1))
+
+    def _turn(self, names: Sequence[str]) -> None:
+        """Choose new coordinates for those of these matrices that need some, and move all that is kept of them there."""
+        assert self._withheld is not None
+        feedback, _ = self._withheld
+        for name in names:
+            p = self._places[name][0]
+            if name not in self._coarse or not p.is_contiguous() or self.masks.places(name) is not None:
+                continue
+            shape, old, estimate = (p.shape[0], p[0].numel()), self._basis(p), self._estimate(p)
+            if (new := Basis.of(estimate.view(shape) if old is None else old.leave(estimate, shape))) is None:
+                continue
+            memory, part = feedback.part(name)
+            for values in (estimate.view(-1), *(values[part] for values in memory)):
+                matrix = values.view(shape) if old is None else old.leave(values, shape)
+                values.copy_(new.enter(matrix).reshape(-1))
+            self.state[p].update(zip(BASIS, (new.vectors, new.sizes), strict=True))
+
     def _moves(self, matrices: Updates) -> list[Move]:
         """Return the moves of these matrices that have arrived, and prune the estimates of those whose masks are new."""
         masks = self.masks
         moves = {name: Move(p, group, moved, masks.places(name)) for name, (p, group, moved) in matrices.items()}
         for name, one in moves.items():
+            if one.kept is not None and self._basis(one.p) is not None:
+                self._estimate(one.p).zero_()  # as the ranks' momenta, when they sent this move
+                for key in BASIS:
+                    del self.state[one.p][key]
             if one.kept is not None and self._pruned_by.get(name) is not masks:
                 zero_others(self._estimate(one.p), one.kept)
         self._pruned_by |= dict.fromkeys(moves, masks)
@@ -304,9 +358,9 @@ class EF21Muon(CompressedOptimizer):
 
     def _direction(self, one: Move) -> Tensor:
         """Return what Newton-Schulz shall make of a matrix: [rows, columns]."""
-        estimate = self._estimate(one.p)
+        estimate, basis = self._estimate(one.p), self._basis(one.p)
         direction = estimate.add(one.moved, alpha=one.group["momentum"]) if one.group["nesterov"] else estimate
-        return direction.reshape(one.shape)
+        return direction.reshape(one.shape) if basis is None else basis.leave(direction, one.shape)
 
 
 def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -136,9 +136,11 @@ RULES = {"blocks.0.*": "int8", "*.bias": "none", "*": "int4"}
 
 def by_patterns(folder: Path) -> list[str]:
     """A run by the patterns of a file, which goes on by those of another; one by a file of other patterns."""
-    folder.joinpath("rules.toml").write_text("".join(f'"{pattern}" = "{spec}"\n' for pattern, spec in RULES.items()))
-    folder.joinpath("rules.json").write_text(json.dumps(RULES))
-    folder.joinpath("other.toml").write_text('"*.bias" = "none"\n"*" = "int4"\n')
+    if dist.get_rank() == 0:
+        folder.joinpath("rules.toml").write_text("".join(f'"{pattern}" = "{spec}"\n' for pattern, spec in RULES.items()))
+        folder.joinpath("rules.json").write_text(json.dumps(RULES))
+        folder.joinpath("other.toml").write_text('"*.bias" = "none"\n"*" = "int4"\n')
+    dist.barrier()
     common = {**MODEL, "layers": 2, "data": folder / "text.txt", "out": folder / "run"}
     assert train.train(train.Settings(**common, compress=str(folder / "rules.toml"), steps=4))
     assert train.train(train.Settings(**common, compress=str(folder / "rules.json"), steps=6, resume=True))

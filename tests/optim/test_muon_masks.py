@@ -32,7 +32,7 @@ def masks_of(model: nn.Module, keeps: float, seed: int) -> Masks:
 
 def attached(spec: str) -> tuple[DistributedDataParallel, EF21Muon, commpress.Session]:
     ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
-    optimizer = EF21Muon(ddp, lr=LR, weight_decay=DECAY, momentum=MOMENTUM, others_spec="none")
+    optimizer = EF21Muon(ddp, lr=LR, weight_decay=DECAY, momentum=MOMENTUM, nesterov=True, others_spec="none")
     return ddp, optimizer, commpress.attach(ddp, spec, optimizer=optimizer)
 
 

@@ -22,6 +22,8 @@ from commpress.optim import EF21Muon
 from commpress.optim.outer import Outer, OuterSettings
 
 LR = 0.01
+TORCHS: dict[str, Any] = {"momentum": 0.95, "nesterov": True}
+"""What torch.optim.Muon has by default."""
 
 
 def muon_and_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -34,7 +36,7 @@ def muon_and_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
 def started(spec: str, seed: int = 0, way: str = "diloco", **settings: Any) -> tuple[nn.Module, EF21Muon, Outer]:
     """A network, its EF21Muon and its outer syncs."""
     model = network(seed)
-    optimizer = EF21Muon(model, lr=LR)
+    optimizer = EF21Muon(model, lr=LR, **TORCHS)
     return model, optimizer, getattr(commpress, way)(model, optimizer, spec, **{"every": EVERY, **settings})
 
 
@@ -69,7 +71,7 @@ def test_it_is_torchs_muon_and_adamw_between_syncs(world_size: int, settings: di
 def plain_steps(settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Steps on gradients that do not depend on the parameters: of EF21Muon between syncs, and of torch's optimizers."""
     mine, theirs = network(), network()
-    optimizer = EF21Muon(mine, lr=LR, **settings)
+    optimizer = EF21Muon(mine, lr=LR, **{**TORCHS, **settings})
     commpress.local_sgd(mine, optimizer, "none", every=100)
     muon, adamw = muon_and_adamw(theirs)
     muon.param_groups[0].update(settings)

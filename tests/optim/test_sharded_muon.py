@@ -57,7 +57,7 @@ def sharded(model: Any = None, **settings: Any) -> Any:
 
 def attached(model: Any, spec: str, **settings: Any) -> tuple[EF21Muon, commpress.Session]:
     """A model's optimizer and session."""
-    optimizer = EF21Muon(model, **{"lr": LR, "others_spec": "none", **settings})
+    optimizer = EF21Muon(model, **{"lr": LR, "momentum": 0.95, "nesterov": True, "others_spec": "none", **settings})
     return optimizer, commpress.attach(model, spec, optimizer=optimizer)
 
 

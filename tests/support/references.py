@@ -327,6 +327,7 @@ class Ef21Muon:
     """EF21-Muon with an estimate of each rank's momentum, and AdamW on mean gradients for the other parameters.
 
     `layout` are the buckets of matrices. What a rank's momentum is ahead of its estimate is coded, all ranks take the mean.
+    Where `turns` has a matrix it is coded in other coordinates; all that is kept stays in the matrices' own.
     """
 
     def __init__(
@@ -346,6 +347,8 @@ class Ef21Muon:
         sizes = [sum(bucket.sizes) for bucket in self.buckets]
         self.momenta, self.estimates = ([[torch.zeros(n) for n in sizes] for _ in range(world_size)] for _ in range(2))
         self.common = [torch.zeros(n) for n in sizes]
+        self.turns: dict[str, tuple[Tensor, Tensor]] = {}
+        """By matrix what it is multiplied with along its shorter side before it is coded, and what takes that back."""
         names = {name for bucket in self.buckets for name in bucket.names}
         self.others = [p for name, p in model.named_parameters() if name not in names]
         self.adamw = torch.optim.AdamW(self.others, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -360,7 +363,7 @@ class Ef21Muon:
                 m, e = self.momenta[rank][i], self.estimates[rank][i]
                 m.lerp_(bucket.flat(own[rank]), 1 - self.momentum)
                 ahead = m - e
-                coded = self.codec.decode(self.codec.encode(ahead), ahead.numel()) if self.codec.lossy else ahead
+                coded = self._coded(ahead, bucket, values) if self.codec.lossy else ahead
                 e += coded
                 moved += coded / self.world_size
             self.common[i] += moved
@@ -373,6 +376,21 @@ class Ef21Muon:
         for name, p in values.items():
             p.grad = means[name]
         self.adamw.step()
+
+    def _coded(self, ahead: Tensor, bucket: Bucket, values: Mapping[str, Tensor]) -> Tensor:
+        """What arrives of matrices, in their own coordinates."""
+        if not self.turns:
+            return self.codec.decode(self.codec.encode(ahead), ahead.numel())
+        wide = {
+            name: self.turns[name][0] @ (x.T if _is_tall(x) else x) for name, x in bucket.parts(ahead, values).items()
+        }
+        decoded = self.codec.decode(self.codec.encode(bucket.flat(wide)), ahead.numel())
+        back = {name: self.turns[name][1] @ y for name, y in bucket.parts(decoded, wide).items()}
+        return bucket.flat({name: y.T if _is_tall(values[name]) else y for name, y in back.items()})
+
+
+def _is_tall(x: Tensor) -> bool:
+    return x.shape[0] > x.shape[1]
 
 
 class ShardedEf21Muon:

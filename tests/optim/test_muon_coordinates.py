@@ -1,0 +1,146 @@
+"""The coordinates in which EF21Muon codes a momentum coarsely: what they promise, and that they survive restarts and masks."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run
+from test_muon import LONG as WIDE
+from test_muon import attached
+from tiers import slow
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from training import finite, parameters_of, same, train
+
+import commpress
+from commpress.optim.eigenbasis import FLOOR, LONG, Basis
+
+
+@pytest.mark.parametrize("shape", [(8, 300), (300, 8), (256, 256), (1, 256)])
+def test_all_directions_of_the_estimate_have_one_length_and_the_way_back_is_exact(shape: tuple[int, int]) -> None:
+    k, m = sorted(shape)
+    wide = torch.randn(k, m, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, k)[:, None]
+    estimate = wide if shape == (k, m) else wide.T.contiguous()
+    basis = Basis.of(estimate)
+    assert basis is not None
+    y = basis.enter(estimate)
+    assert y.shape == (k, m)
+    squares = torch.linalg.eigvalsh(wide.double() @ wide.double().T)
+    expected = torch.diag(squares / (squares + FLOOR * squares.mean()))
+    assert torch.allclose(y.double() @ y.double().T, expected, atol=1e-2)
+    back = basis.leave(y.view(shape), shape)
+    assert float((back - estimate).norm() / estimate.norm()) < 1e-5
+
+
+def test_a_matrix_that_is_short_or_zero_or_not_finite_stays_in_its_own() -> None:
+    assert Basis.of(torch.randn(64, LONG - 1)) is None
+    assert Basis.of(torch.zeros(8, 300)) is None
+    assert Basis.of(torch.full((8, 300), torch.nan)) is None
+
+
+def coded(spec: str, exchange: str, steps: int) -> tuple[float, float, int]:
+    """How far estimate and residuals together, and the estimate alone, are from the mean momentum; matrices in other ones."""
+    ddp, optimizer, session = attached(spec, exchange=exchange, width=WIDE)
+    train(ddp, range(steps), optimizer=optimizer)
+    turned = sum("basis_vectors" in state for state in optimizer.state.values())
+    return *adrift(ddp, optimizer, session), turned
+
+
+def adrift(
+    ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, session: commpress.Session
+) -> tuple[float, float]:
+    """How far the sum of estimate and mean residual, and the estimate alone, are at most from a matrix's mean momentum."""
+    off, alone = [], []
+    for name, p in ddp.module.named_parameters():
+        if p.dim() == 2:
+            (residual, momentum), part = session.collectives[0].feedback.part(name)
+            both = torch.stack([residual[part], momentum[part]])
+            dist.all_reduce(both)
+            left, mean = both / dist.get_world_size()
+            estimate = optimizer.state[p]["momentum_buffer"].view(-1)
+            off.append(float((estimate + left - mean).norm() / mean.norm()))
+            alone.append(float((estimate - mean).norm() / mean.norm()))
+    return max(off), max(alone)
+
+
+@pytest.mark.parametrize(("spec", "exchange", "world_size"), [
+    ("int4", "two_shot", 3), ("sign", "one_shot", 2), slow("topk(0.1)|sign", "one_shot", 3),
+    slow("int2", "hierarchical(2)", 4),
+], ids=str)  # fmt: skip
+def test_a_change_of_coordinates_loses_nothing(spec: str, exchange: str, world_size: int) -> None:
+    """They change behind steps 10 and 25, with all that has been left out so far."""
+    for off, alone, turned in run(world_size, coded, spec, exchange, 27):
+        assert off < 1e-5 < 1e-2 < alone
+        assert turned == 3
+
+
+def test_fine_codes_need_none() -> None:
+    assert [turned for _, _, turned in run(2, coded, "int8", "two_shot", 11)] == [0, 0]
+
+
+def resumed() -> tuple[list[Tensor], list[Tensor], int]:
+    """Parameters of a training over two changes of coordinates, and of one that was restarted between them."""
+    ddp, optimizer, session = attached("int4", exchange="two_shot", width=WIDE)
+    train(ddp, range(12), optimizer=optimizer)
+    model, states = (
+        copy.deepcopy(ddp.module.state_dict()),
+        copy.deepcopy((optimizer.state_dict(), session.state_dict())),
+    )
+    train(ddp, range(12, 28), optimizer=optimizer)
+    again, following, later = attached("int4", exchange="two_shot", width=WIDE)
+    again.module.load_state_dict(model)
+    following.load_state_dict(states[0])
+    later.load_state_dict(states[1])
+    train(again, range(12, 28), optimizer=following)
+    turned = sum("basis_vectors" in state for state in following.state.values())
+    return parameters_of(ddp.module), parameters_of(again.module), turned
+
+
+def test_a_restart_goes_on_bit_for_bit() -> None:
+    for unbroken, again, turned in run(2, resumed):
+        assert same(unbroken, again)
+        assert turned == 3
+
+
+def taken_over() -> tuple[list[list[Tensor]], float]:
+    """Parameters after a new wrapper and session, and how far estimate and residuals together are from the mean momentum."""
+    ddp, optimizer, _ = attached("int4", exchange="two_shot", width=WIDE)
+    train(ddp, range(12), optimizer=optimizer)
+    again = DistributedDataParallel(ddp.module, bucket_cap_mb=25)
+    session = commpress.attach(again, "sign", optimizer=optimizer)
+    history = [train(again, [step], optimizer=optimizer).parameters for step in range(12, 15)]
+    return history, adrift(again, optimizer, session)[0]
+
+
+def test_a_new_session_takes_over_what_is_in_other_coordinates() -> None:
+    (history, off), (other, _) = run(2, taken_over)
+    assert all(same(one, two) for one, two in zip(history, other, strict=True))
+    assert off < 1e-5
+
+
+def masked_later(spec: str) -> tuple[list[list[Tensor]], int, int]:
+    """Parameters when masks come behind a change of coordinates; pruned weights that are not 0; matrices in other ones."""
+    ddp, optimizer, session = attached(spec, width=WIDE)
+    train(ddp, range(12), optimizer=optimizer)
+    draw = torch.Generator().manual_seed(0)
+    masks: dict[str, Tensor] = {}
+    for name in ("0.weight", "2.weight"):
+        masks[name] = torch.rand(ddp.module.get_parameter(name).shape, generator=draw) < 0.4
+    session.set_masks(masks)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            ddp.module.get_parameter(name).mul_(mask)
+    history = [train(ddp, [step], optimizer=optimizer).parameters for step in range(12, 27)]
+    wrong = sum(int((ddp.module.get_parameter(name)[~mask] != 0).sum()) for name, mask in masks.items())
+    return history, wrong, sum("basis_vectors" in state for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("spec", ["int4", slow("topk(0.1)|sign")])
+def test_where_masks_come_momenta_start_anew_in_the_matrices_own_coordinates(spec: str) -> None:
+    results = run(2, masked_later, spec)
+    for history, wrong, turned in results:
+        assert wrong == 0
+        assert turned == 1  # the one without a mask
+        assert finite(history[-1])
+        assert all(same(one, two) for one, two in zip(history, results[0][0], strict=True))
