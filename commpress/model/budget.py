@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from commpress.model import layers, quantization, ranges
+from commpress.model.export import FORMATS, WITHOUT_PRUNED
 from commpress.model.first_rank import done_by_first_rank
 from commpress.model.judgement.forms import arrays_of, batches_of, side_of
 from commpress.model.judgement.measuring import Process, in_turns
@@ -29,7 +30,7 @@ from commpress.model.judgement.quality import Loss
 from commpress.model.judgement.runtimes import RUNTIMES
 from commpress.model.quantization import Quantization
 from commpress.model.recipe import Budget, Recipe
-from commpress.model.sensitivity import Choice, Setting, Unit, globs, greedy, pruned_mask, sensitivities, units_of
+from commpress.model.sensitivity import Choice, Setting, Unit, Way, globs, greedy, pruned_mask, sensitivities, units_of
 
 FEW = 4
 """Batches on which a rank measures the layers."""
@@ -68,12 +69,11 @@ def settled(
     if quantization.is_prepared(model):
         raise ValueError("budget: the model is prepared for quantisation already, expected one that is not")
     units = units_of(model)
-    prunes = budget.format == "safetensors"
-    dense, rises = sensitivities(model, units, prunes, batches[:FEW], loss, group)
+    dense, rises = sensitivities(model, units, any(way.prunes for way in ways(budget)), batches[:FEW], loss, group)
     files = _Files(model, units, budget, batches[0][0], group)
     told = ""
-    for bits in ways(budget):
-        path = greedy(units, rises, prunes, bits)
+    for way in ways(budget):
+        path = greedy(units, rises, way)
         if budget.max_mb is None and budget.max_ms is None:
             assert budget.max_loss is not None
             return _with_entries(recipe, units, _within(path, budget.max_loss * abs(dense)))
@@ -83,9 +83,11 @@ def settled(
     raise BudgetError(told)
 
 
-def ways(budget: Budget) -> list[tuple[int, ...]]:
-    """The bits that are tried together, in their order: where time counts, integers that have kernels come first."""
-    return [(8,), (8, 4)] if budget.max_ms is not None else [(8, 4)]
+def ways(budget: Budget) -> list[Way]:
+    """What is tried together, in its order: where time counts, integers that have kernels come first, then zeros."""
+    prunes = budget.format in WITHOUT_PRUNED
+    tried = [((8,), False), ((8,), prunes), ((8, 4), prunes)] if budget.max_ms is not None else [((8, 4), prunes)]
+    return [Way(budget.format, zeros, bits) for bits, zeros in dict.fromkeys(tried)]
 
 
 def missed(found: Measured, budget: Budget, known: Collection[Measured]) -> str:
@@ -206,8 +208,6 @@ def small(
 
 def budget_file(budget: Budget) -> str:
     """The name of the file that is held against a budget."""
-    from commpress.model.export import FORMATS
-
     name: str = FORMATS[budget.format].FILE
     return name
 

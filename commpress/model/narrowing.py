@@ -110,7 +110,7 @@ def _without(model: nn.Module, inputs: tuple[Tensor, ...], share: float) -> nn.M
 def _tried(model: nn.Module, budget: Budget, inputs: tuple[Tensor, ...]) -> tuple[Sequence[Measured], str]:
     """The files of the dense model and of its smallest forms, until one fits; and what the last one misses."""
     units = units_of(model)
-    choices: list[Choice] = [{}, *(smallest(units, budget.format == "safetensors", bits) for bits in ways(budget))]
+    choices: list[Choice] = [{}, *(smallest(units, way) for way in ways(budget))]
     files: list[Measured] = []
     told = ""
     for choice in choices:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from commpress.model import layers, pruning, quantization, reach
+from commpress.model.export.onnx_masks import masked_bytes
 from commpress.model.judgement.forms import Batch
 from commpress.model.judgement.quality import Loss, usual_loss
 from commpress.model.quantization import Quantization
@@ -35,6 +36,16 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Way:
+    """What may be done to all units together, and for which file."""
+
+    format: str
+    """A name in `commpress.model.export.FORMATS`, whose bytes count."""
+    prunes: bool
+    bits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Unit:
     """A weight [rows, width] that one setting is chosen for, with all modules that share it."""
 
@@ -45,18 +56,20 @@ class Unit:
     prunable: bool
     bits: tuple[tuple[int, int | None], ...]
 
-    def settings(self, prunes: bool, bits: Iterable[int]) -> list[Setting]:
+    def settings(self, way: Way) -> list[Setting]:
         """All that can be done to it, the dense one first."""
-        amounts = (0.0, *AMOUNTS) if prunes and self.prunable else (0.0,)
-        rounded = [(None, None), *(each for each in self.bits if each[0] in bits)]
+        amounts = (0.0, *AMOUNTS) if way.prunes and self.prunable else (0.0,)
+        rounded = [(None, None), *(each for each in self.bits if each[0] in way.bits)]
         return [Setting(amount, *each) for each in rounded for amount in amounts]
 
-    def bytes(self, setting: Setting) -> float:
+    def bytes(self, setting: Setting, format: str) -> float:
         """Return the bytes that it takes in the file, about."""
         n = self.rows * self.width
         bits = setting.bits or 32
         scales = 0 if setting.bits is None else self.rows * self.width / (setting.group or self.width)
         left = n - round(setting.amount * n)
+        if format == "onnx":
+            return masked_bytes(n, left, bits) + 4 * scales
         masked = left * bits / 8 + n / 8 if setting.amount else n * bits / 8
         return min(masked, n * bits / 8) + scales * (2 if setting.bits == 4 else 4)
 
@@ -133,7 +146,7 @@ def sensitivities(
 
 
 def greedy(
-    units: Sequence[Unit], rises: Mapping[tuple[int, Setting], float], prunes: bool, bits: Sequence[int]
+    units: Sequence[Unit], rises: Mapping[tuple[int, Setting], float], way: Way
 ) -> list[tuple[Choice, float, float]]:
     """The path: choices, with the bytes saved and the rise of the loss so far, from the dense model to the smallest one.
 
@@ -151,8 +164,8 @@ def greedy(
         moves = []
         for i, unit in enumerate(units):
             now = choice.get(i, Setting())
-            for order, to in enumerate(unit.settings(prunes, bits)):
-                less = unit.bytes(now) - unit.bytes(to)
+            for order, to in enumerate(unit.settings(way)):
+                less = unit.bytes(now, way.format) - unit.bytes(to, way.format)
                 if less > 0:
                     more = cost(i, to) - cost(i, now)
                     moves.append((more / less, -less, i, order, to, more))
@@ -164,9 +177,9 @@ def greedy(
         path.append((dict(choice), saved, rise))
 
 
-def smallest(units: Sequence[Unit], prunes: bool, bits: Sequence[int]) -> Choice:
+def smallest(units: Sequence[Unit], way: Way) -> Choice:
     """The choice at the end of each path, whatever the losses: all units in their fewest bytes."""
-    found = {i: min(unit.settings(prunes, bits), key=unit.bytes) for i, unit in enumerate(units)}
+    found = {i: min(unit.settings(way), key=lambda to: unit.bytes(to, way.format)) for i, unit in enumerate(units)}
     return {i: setting for i, setting in found.items() if setting != Setting()}
 
 

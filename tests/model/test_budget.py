@@ -9,15 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import outcome, run
+from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training import same
 
 import commpress
 from commpress.model import Recipe, RecipeError, Scheduler, budget, export, prepare, sensitivity, stored
-from commpress.model.budget import BudgetError, shortfalls
+from commpress.model.budget import BudgetError, measured, shortfalls
 from commpress.model.recipe import Budget
-from commpress.model.sensitivity import Setting
+from commpress.model.sensitivity import Setting, Way
 
 LIBRARIES = ("torchao.quantization",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -139,7 +140,7 @@ def test_what_matters_least_for_its_bytes_goes_first_and_shared_weights_are_one(
     assert dense == pytest.approx(float(nn.functional.cross_entropy(logits, said.flatten())))
     assert all(rise == 0 for (i, _), rise in rises.items() if i == 2)
     assert rises[1, Setting(0.9)] > rises[1, Setting(0.5)] > 0
-    path = sensitivity.greedy(units, rises, True, (8, 4))
+    path = sensitivity.greedy(units, rises, Way("safetensors", True, (8, 4)))
     assert path[1][0] == {2: Setting(0.9, 4, 32)}  # costs nothing, and saves the most of what costs nothing
     saved = [each[1] for each in path]
     assert saved == sorted(saved)
@@ -156,7 +157,43 @@ def test_bytes_of_a_setting_are_those_of_the_file(tmp_path: Path, setting: Setti
 
     masks = {name: p != 0 for name, p in made.named_parameters()} if setting.amount else None
     stored.save(tmp_path / "model.safetensors", made, masks=masks)
-    assert layer_bytes(tmp_path / "model.safetensors") == {"0": units[0].bytes(setting)}
+    assert layer_bytes(tmp_path / "model.safetensors") == {"0": units[0].bytes(setting, "safetensors")}
+
+
+@pytest.mark.parametrize(
+    "setting", [Setting(0.5, 8), slow(Setting(0.7)), slow(Setting(0.0, 8)), slow(Setting(0.9, 4, 32))]
+)
+def test_bytes_of_a_setting_are_those_of_the_onnx_file(tmp_path: Path, setting: Setting) -> None:
+    pytest.importorskip("onnxruntime")
+    model, inputs = nn.Sequential(nn.Linear(256, 512), nn.ReLU()), (torch.randn(2, 256),)
+    units, limits = sensitivity.units_of(model), Budget(max_mb=1.0)
+    files = [budget.measured(model, units, choice, limits, inputs).bytes for choice in ({}, {0: setting})]
+    saved = units[0].bytes(Setting(), "onnx") - units[0].bytes(setting, "onnx")
+    assert files[0] - files[1] == pytest.approx(saved, rel=0.03)
+
+
+@pytest.mark.slow
+def test_zeros_count_in_onnx_for_megabytes_and_not_for_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def found(**limits: Any) -> Recipe:
+        return budget.settled(recipe(format="onnx", **limits), network(), batches())
+
+    def timed(*given: Any) -> budget.Measured:
+        bits = {setting.bits for setting in given[2].values()}
+        return budget.Measured(measured(*given).bytes, 1.0 if bits == {8} and len(given[2]) == 3 else 2.0)
+
+    dense = measured(network(), sensitivity.units_of(network()), {}, Budget(max_mb=1.0), batches()[0][0:1]).bytes / 1e6
+    small = found(max_mb=0.15 * dense)  # less than int8 alone
+    assert small.prune
+    assert {entry.bits for entry in small.quantize} <= {8, 4}
+    monkeypatch.setattr(budget, "measured", timed)
+    fast = found(max_ms=1.0)
+    assert not fast.prune
+    assert {entry.bits for entry in fast.quantize} == {8}
+    both = found(max_ms=1.0, max_mb=0.25 * dense)
+    assert both.prune
+    assert {entry.bits for entry in both.quantize} == {8}
 
 
 def test_convolutions_are_rounded_and_modules_of_several_weights_are_left_alone(tmp_path: Path) -> None:
@@ -174,7 +211,7 @@ def test_convolutions_are_rounded_and_modules_of_several_weights_are_left_alone(
         alone, [conv], {0: setting}, Budget(max_mb=1.0, format="safetensors"), (torch.randn(2, 8, 8, 8),)
     )
     stored.save(tmp_path / "model.safetensors", made)
-    assert layer_bytes(tmp_path / "model.safetensors") == {"0": conv.bytes(setting)}
+    assert layer_bytes(tmp_path / "model.safetensors") == {"0": conv.bytes(setting, "safetensors")}
 
 
 def on_a_rank() -> tuple[dict[str, Any], list[Tensor]]:

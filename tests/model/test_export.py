@@ -160,7 +160,7 @@ def test_the_document_exports_and_loads(tmp_path: Path) -> None:
     toml, *rest = re.findall(r"```(?:toml|python)\n(.*?)```", text, re.DOTALL)
     (tmp_path / "recipe.toml").write_text(toml)
     first, *loads = rest
-    assert len(loads) == 4
+    assert len(loads) == 5
     shutil.copy(integer_run.__file__, tmp_path)
     for blocks in ([first], *([each] for each in loads)):  # what loads has imported nothing of ours
         subprocess.run([sys.executable, "-c", BLOCKS_IN_A_FOLDER, *blocks], check=True, timeout=200, cwd=tmp_path)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from commpress.model import Recipe, RecipeError, Scheduler, export, narrowing, prepare
 from commpress.model.budget import BudgetError, Measured
 from commpress.model.narrowing import narrow
-from commpress.model.sensitivity import Choice, greedy, smallest, units_of
+from commpress.model.sensitivity import Choice, Way, greedy, smallest, units_of
 from commpress.model.structured import Shapes, reshape
 
 LIBRARIES = ("torchao.quantization", "torch_pruning")
@@ -124,13 +124,15 @@ def test_sizes_bring_a_fresh_model_to_the_same_shape() -> None:
 
 @pytest.mark.parametrize("bits", [(8,), (8, 4)])
 @pytest.mark.parametrize("prunes", [False, True])
-def test_the_smallest_choice_is_the_end_of_every_path(prunes: bool, bits: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("format", ["safetensors", "onnx"])
+def test_the_smallest_choice_is_the_end_of_every_path(format: str, prunes: bool, bits: tuple[int, ...]) -> None:
     units = units_of(network())
-    rises = {(i, setting): 1.0 + i for i, unit in enumerate(units) for setting in unit.settings(True, (8, 4))}
-    saved = greedy(units, rises, prunes, bits)[-1][1]
-    found = smallest(units, prunes, bits)
-    dense = units[0].settings(False, ())[0]
-    assert saved == sum(unit.bytes(dense) - unit.bytes(found[i]) for i, unit in enumerate(units))
+    way, everything = Way(format, prunes, bits), Way(format, True, (8, 4))
+    rises = {(i, setting): 1.0 + i for i, unit in enumerate(units) for setting in unit.settings(everything)}
+    saved = greedy(units, rises, way)[-1][1]
+    found = smallest(units, way)
+    dense = units[0].settings(Way(format, False, ()))[0]
+    assert saved == sum(unit.bytes(dense, format) - unit.bytes(found[i], format) for i, unit in enumerate(units))
 
 
 @pytest.mark.parametrize(

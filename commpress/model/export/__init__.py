@@ -37,7 +37,8 @@ FORMATS: dict[str, ModuleType] = {
 }
 """By name: a module with FILE, `write(path, model, inputs, shapes)` and `run(path, model, inputs)`."""
 
-
+WITHOUT_PRUNED = ("safetensors", "onnx")
+"""Formats whose files have no pruned weights; all others have them as zeros."""
 NEEDS = {
     "onnx": ("export", ("onnxruntime", "onnxscript")),
     "executorch": ("executorch", ("executorch",)),

@@ -11,7 +11,8 @@
 
 torch.onnx traces the model with one operator in the place of each layer, and makes these nodes of it. What they compute is
 what training computed, but for a bias of a Gemm: that is rounded to the scale of the products, s_x s_w, as ONNX's int8 Gemm
-wants it. Pruned weights are zeros in the file. It holds tensors and a graph: reading it runs no code.
+wants it. Pruned weights are not in the file where that saves bytes (`onnx_masks.py`). It holds tensors and a graph: reading it
+runs no code.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from commpress import extras
 from commpress.files import replacing
 from commpress.model.codes import Codes
-from commpress.model.export import onnx_batchnorm
+from commpress.model.export import onnx_batchnorm, onnx_masks
 from commpress.model.export.parts import Layer, decoded, replaced, tensors_of
 from commpress.model.quantized import Quantized
 
@@ -89,6 +90,8 @@ def write(path: Path, model: nn.Module, inputs: tuple[Any, ...], shapes: Any) ->
     _make_halves(program.model)
     program.optimize()
     onnx_batchnorm.fold(program.model.graph)
+    onnx_masks.leave_out(program.model.graph)
+    _forget_sources(program.model.graph)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     if size >= MOST:
         raise ValueError(f"export to onnx: the model has {size} bytes of weights, expected less than {MOST}")
@@ -312,6 +315,12 @@ def _make_halves(model: Any) -> None:
             for node, _ in value.uses():
                 if node.op_type == "Transpose":
                     node.outputs[0].dtype = ir.DataType.INT4
+
+
+def _forget_sources(graph: Any) -> None:
+    """Remove what torch.onnx notes of each node: lines of source code with their paths, up to a kilobyte each."""
+    for each in (graph, *graph.all_nodes(), *graph.initializers.values()):
+        each.metadata_props.clear()
 
 
 @contextlib.contextmanager

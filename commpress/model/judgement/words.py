@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from commpress.model.export import WITHOUT_PRUNED
 from commpress.model.judgement.runtimes import RUNTIMES, Runtime
 
 Record = dict[str, Any]
@@ -67,7 +68,8 @@ def _size(record: Record) -> list[str]:
                 f"{row['small']['file']} is {dense / small:.1f}x smaller: {_mb(small)} MB instead of {_mb(dense)} MB{of}."
             )
         else:
-            why = ", it has pruned weights as zeros" if "zeros" in record["small"]["kinds"] else ""
+            zeros = "zeros" in record["small"]["kinds"] and RUNTIMES[row["runtime"]].format not in WITHOUT_PRUNED
+            why = ", it has pruned weights as zeros" if zeros else ""
             found.append(f"{row['small']['file']} is no smaller: {_mb(small)} MB against {_mb(dense)} MB{of}{why}.")
     return found
 
