@@ -282,7 +282,7 @@ def _run(*command: str) -> str:
 
 @dataclass(frozen=True)
 class Lab:
-    """Run a command as the ranks of several hosts, which are joined by links of a given speed."""
+    """Run a command as the ranks of several hosts, joined by links of a given speed."""
 
     hosts: int
     """Number of hosts."""

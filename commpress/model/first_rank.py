@@ -121,6 +121,6 @@ def _word(key: str, first: str, in_turn: Callable[[], object]) -> str:
 
 def _meet(group: dist.ProcessGroup | None, device: torch.device) -> None:
     """Wait until all ranks are here: the first one may hold the store, and stays until all have read it."""
-    here = torch.zeros(1, device=device)
+    here = torch.zeros(1, dtype=torch.float32, device=device)
     dist.all_reduce(here, group=group)
     here.item()  # on an accelerator it waits only now
