@@ -61,8 +61,10 @@ class Encoder:
 
     def add_residual(self, x: Tensor) -> None:
         """Add the residual of a lossy codec to `x` ([n]), which is sent exactly now, and clear it."""
-        if self.memory.residual is not None:
-            x.add_(self.memory.residual)
+        if (residual := self.memory.residual) is not None:
+            x.add_(residual)
+            if x.device.type != "cpu":  # it may have been made on another stream, which would use its memory again
+                residual.record_stream(torch.accelerator.current_stream())
             self.memory.residual = None
 
     def buffer(self, name: str, nbytes: int, device: torch.device) -> Tensor:

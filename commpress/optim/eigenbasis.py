@@ -13,8 +13,9 @@ A direction's values lie one behind the other, so that the blocks of a codec hol
 that E does not know yet is long in y, and would set the scale for all others in its block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,13 @@ FINE = 8
 WHOLE = 2**16
 """Values of whose payload the bits are counted."""
 FIRST, EVERY = 10, 25
-"""The coordinates are chosen behind the update of this number, when an estimate says something, and then every so many."""
+"""Coordinates are chosen after the update of this number, when an estimate says something, and then every so many updates."""
 LONG = 128
 """A matrix needs directions of so many values: in a block of 256, as most codecs have, there are then no more than two."""
 FLOOR = 1e-3
 """Share of the mean eigenvalue that is added to each, so that no direction is enlarged without bound."""
+LEAST = 1e-30
+"""An estimate whose mean eigenvalue is smaller, as of a matrix that is not trained, keeps the coordinates it has."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,20 @@ class Basis:
 
     @classmethod
     def of(cls, estimate: Tensor) -> "Basis | None":
-        """Return those of an estimate ([rows, columns]); None for one that is too small, 0, or not finite."""
-        wide = _wide(estimate)
+        """Return those of an estimate ([rows, columns]), in float32; None for one that is too small, 0, or not finite."""
+        wide = _wide(estimate).double()
         if wide.shape[1] < LONG:
             return None
-        products = wide @ wide.mT
+        with _exactly(wide):
+            products = wide @ wide.mT
         mean = products.diagonal().mean()
-        if not (torch.isfinite(products).all() and mean > 0):
+        if not (torch.isfinite(products).all() and mean > LEAST):
             return None
-        values, vectors = torch.linalg.eigh(products)
-        return cls(vectors, values.clamp(min=0).add_(FLOOR * mean).sqrt_())
+        try:
+            values, vectors = torch.linalg.eigh(products)
+        except torch.linalg.LinAlgError:  # all ranks have the same bits, so all keep what they have
+            return None
+        return cls(vectors.float().contiguous(), values.clamp(min=0).add_(FLOOR * mean).sqrt_().float())
 
     @classmethod
     def kept_in(cls, state: Mapping[str, Tensor]) -> "Basis | None":
@@ -64,14 +71,39 @@ class Basis:
         return cls(*(state[key] for key in BASIS)) if BASIS[0] in state else None
 
     def enter(self, x: Tensor) -> Tensor:
-        """Return the coordinates of a matrix ([rows, columns])."""
-        return (self.vectors.mT @ _wide(x)).div_(self.sizes[:, None])
+        """Return the coordinates of a matrix ([rows, columns]), in its dtype."""
+        with _exactly(x):
+            return (self.vectors.mT.to(x.dtype) @ _wide(x)).div_(self.sizes[:, None])
 
     def leave(self, y: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Return the matrix of this shape that has these coordinates, however they are viewed."""
-        k = len(self.sizes)
-        wide = self.vectors @ (y.reshape(k, -1) * self.sizes[:, None])
+        """Return the matrix of this shape that has these coordinates, however they are viewed, in their dtype."""
+        with _exactly(y):
+            wide = self.vectors.to(y.dtype) @ (y.reshape(len(self.sizes), -1) * self.sizes[:, None])
         return wide if wide.shape == shape else wide.mT
+
+
+def in_own(values: Tensor, shape: tuple[int, int], basis: Basis | None) -> Tensor:
+    """Return the matrix of this shape, in float64, whose coordinates are `values`; None are its own.
+
+    What is kept changes its coordinates in float64: an error in an estimate, to which only moves are added, would stay.
+    """
+    exact = values.double()
+    return exact.view(shape) if basis is None else basis.leave(exact, shape)
+
+
+def move(tensors: Iterable[Tensor], shape: tuple[int, int], old: Basis | None, new: Basis | None) -> None:
+    """Move flat tensors, each of them a matrix of this shape in the coordinates `old`, to the coordinates `new`, in place."""
+    for values in tensors:
+        own = in_own(values, shape, old)
+        values.copy_((own if new is None else new.enter(own)).reshape(-1))
+
+
+def keep(state: dict[str, Any], basis: Basis | None) -> None:
+    """Keep coordinates in a matrix's state, in place of those that it had; None are its own."""
+    for key in BASIS:
+        state.pop(key, None)
+    if basis is not None:
+        state.update(zip(BASIS, (basis.vectors, basis.sizes), strict=True))
 
 
 def is_coarse(codec: Codec) -> bool:
@@ -79,9 +111,14 @@ def is_coarse(codec: Codec) -> bool:
     return codec.lossy and 8 * codec.nbytes(WHOLE) < FINE * WHOLE
 
 
-def is_due(step: int) -> bool:
-    """Whether coordinates are chosen behind update number `step`, counted from 1."""
-    return step == FIRST or step % EVERY == 0
+def is_due(step: int, number: int) -> bool:
+    """Whether matrix `number` gets new coordinates after update `step`, counted from 1; all in one step would make it long."""
+    return step == FIRST or (step > FIRST and (step - number) % EVERY == 0)
+
+
+def _exactly(x: Tensor) -> torch.autocast:
+    """A context whose products have the dtype of `x`: an error in what is kept would never be repaid."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from commpress.comm.segments import Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
-from commpress.optim.eigenbasis import BASIS, Basis, is_coarse, is_due
+from commpress.optim.eigenbasis import Basis, in_own, is_coarse, is_due, keep, move
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.settings import require_in_range
 from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon, Updates
@@ -49,8 +49,8 @@ from commpress.optim.uncompressed import begin_adamw, step_adamw
 GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
 """Codecs of gradients that keep AdamW's loss; `others_spec` must be one of them."""
 SPECS = ("none", "int8")
-"""The specs that `auto` may choose, the gentlest first. With `int4` a GPT of 0.9 M parameters ended 2.5 % above exact Muon's
-loss (benchmarks/convergence.py, three seeds), with `sign` 14.4 %: a choice by step time alone must not make that trade."""
+"""The specs that `auto` may choose, the gentlest first. With `int4` a GPT of 0.9 M parameters ended 0.2 % above exact Muon's
+loss (benchmarks/convergence.py), of one seed so far; with `rotate|sign` 3.1 %, which step time alone must not decide on."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class EF21Muon(CompressedOptimizer):
     Hidden matrices are float32 and have two dimensions or more (all but the first are flattened). Embeddings are not among
     them, nor is the model's last matrix if it has the shape of an embedding, as a head does. `others` holds patterns of
     further names for AdamW. Updates are scaled to the size of AdamW's, so one `lr` serves both. `momentum`, `nesterov` and
-    `weight_decay` are as in torch.optim.Muon. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and
-    then no bucket is sent before backward is over.
+    `weight_decay` mean what they mean in torch.optim.Muon, whose defaults are 0.95, True and 0.1. `max_norm` clips each rank's
+    gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent before backward is over.
 
     Under FSDP2 and ZeRO 1 and 2 it is sharded (`sharded_muon.py`): all gradients are sent by `others_spec`, and `max_norm`
     clips their mean.
@@ -206,14 +206,11 @@ class EF21Muon(CompressedOptimizer):
         def prepare(bucket: Tensor, memory: Memory) -> None:
             assert memory.momentum is not None
             self.clip(bucket)
+            self._enter(bucket, segments)
             index, fresh = memory.kept_index, 1 - group["momentum"]
             if index is None:
-                self._enter(bucket, segments)
                 loops.momentum_ahead(bucket, memory.momentum, fresh)
                 return
-            if any(self._basis(self._places[name][0]) is not None for name in names):
-                for values in memory.tensors().values():  # they are in coordinates that masks do not know
-                    values.zero_()
             kept = bucket[index]
             loops.momentum_ahead(kept, memory.momentum, fresh)
             bucket[index] = kept
@@ -229,8 +226,8 @@ class EF21Muon(CompressedOptimizer):
         super().hand_over(buckets)
         if before is not None and not buckets.collectives.feedback.memories:
             for p in self._bound.values():
-                for key in ("momentum_buffer", *BASIS):
-                    self.state[p].pop(key, None)
+                self.state[p].pop("momentum_buffer", None)
+                keep(self.state[p], None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -243,7 +240,8 @@ class EF21Muon(CompressedOptimizer):
         matrices = {name: place for name, place in there.items() if place[1]["muon"]}
         if self._sharded is None:
             self._step_matrices(self._moves(matrices), self._products)
-            self._turn([name for name, (_, group, _) in matrices.items() if is_due(group["steps"] + 1)])
+            numbers = {name: number for number, name in enumerate(sorted(self._places))}
+            self._turn([name for name, (_, group, _) in matrices.items() if is_due(group["steps"] + 1, numbers[name])])
         else:
             if self.must_verify():
                 self._sharded.begin(self.replicated_state())
@@ -294,31 +292,42 @@ class EF21Muon(CompressedOptimizer):
 
     def _basis(self, p: Tensor) -> Basis | None:
         """Return the coordinates in which a matrix's momentum and estimate are; None if they are its own."""
-        return Basis.kept_in(self.state[p])
+        return Basis.kept_in(self.state.get(p, {}))
 
     def _enter(self, flat: Tensor, segments: Segments) -> None:
-        """Replace the gradients of matrices, one behind the other in `flat`, by what they are in these coordinates."""
+        """Replace the gradients of matrices, one behind the other in `flat`, by what they are in these coordinates.
+
+        Masks do not know coordinates. What is kept of a matrix that has got a mask starts anew, in its own.
+        """
         for segment, part in zip(segments, flat.split(sizes(segments)), strict=True):
             p = self._places[segment.name][0]
-            if (basis := self._basis(p)) is not None:
+            if (basis := self._basis(p)) is None:
+                continue
+            if self.masks.places(segment.name) is None:
                 part.copy_(basis.enter(part.view(p.shape[0], -1)).view(-1))
+                continue
+            for values in self._kept(segment.name):
+                values.zero_()
+
+    def _kept(self, name: str) -> list[Tensor]:
+        """Return what feedback keeps of a matrix: this rank's momentum, and how far it is ahead of what was sent."""
+        assert self._withheld is not None
+        tensors, part = self._withheld[0].part(name)
+        return [values[part] for values in tensors]
 
     def _turn(self, names: Sequence[str]) -> None:
-        """Choose new coordinates for those of these matrices that need some, and move all that is kept of them there."""
-        assert self._withheld is not None
-        feedback, _ = self._withheld
+        """Choose new coordinates for these matrices, or their own if the code is fine now, and move all that is kept there."""
         for name in names:
             p = self._places[name][0]
-            if name not in self._coarse or not p.is_contiguous() or self.masks.places(name) is not None:
+            old, wanted = self._basis(p), name in self._coarse and p.is_contiguous()
+            if self.masks.places(name) is not None or (old is None and not wanted):
                 continue
-            shape, old, estimate = (p.shape[0], p[0].numel()), self._basis(p), self._estimate(p)
-            if (new := Basis.of(estimate.view(shape) if old is None else old.leave(estimate, shape))) is None:
+            shape, estimate = (p.shape[0], p[0].numel()), self._estimate(p).view(-1)
+            new = Basis.of(in_own(estimate, shape, old)) if wanted else None
+            if wanted and new is None:
                 continue
-            memory, part = feedback.part(name)
-            for values in (estimate.view(-1), *(values[part] for values in memory)):
-                matrix = values.view(shape) if old is None else old.leave(values, shape)
-                values.copy_(new.enter(matrix).reshape(-1))
-            self.state[p].update(zip(BASIS, (new.vectors, new.sizes), strict=True))
+            move((estimate, *self._kept(name)), shape, old, new)
+            keep(self.state[p], new)
 
     def _moves(self, matrices: Updates) -> list[Move]:
         """Return the moves of these matrices, and prune the estimates of matrices whose masks have changed."""
@@ -327,8 +336,7 @@ class EF21Muon(CompressedOptimizer):
         for name, one in moves.items():
             if one.kept is not None and self._basis(one.p) is not None:
                 self._estimate(one.p).zero_()  # as the ranks' momenta, when they sent this move
-                for key in BASIS:
-                    del self.state[one.p][key]
+                keep(self.state[one.p], None)
             if one.kept is not None and self._pruned_by.get(name) is not masks:
                 zero_others(self._estimate(one.p), one.kept)
         self._pruned_by |= dict.fromkeys(moves, masks)

@@ -1,6 +1,7 @@
 """The coordinates in which EF21Muon codes a momentum coarsely: what they promise, and that they survive restarts and masks."""
 
 import copy
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_muon import attached
 from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from training import finite, parameters_of, same, train
+from training import SMALL_BUCKETS, finite, parameters_of, same, train
 
 import commpress
 from commpress.optim.eigenbasis import FLOOR, LONG, Basis
@@ -36,6 +37,9 @@ def test_all_directions_of_the_estimate_have_one_length_and_the_way_back_is_exac
 def test_a_matrix_that_is_short_or_zero_or_not_finite_stays_in_its_own() -> None:
     assert Basis.of(torch.randn(64, LONG - 1)) is None
     assert Basis.of(torch.zeros(8, 300)) is None
+    assert (
+        Basis.of(torch.full((8, 300), 1e-22)) is None
+    )  # of a matrix whose gradients have been 0 for hundreds of steps
     assert Basis.of(torch.full((8, 300), torch.nan)) is None
 
 
@@ -48,12 +52,15 @@ def coded(spec: str, exchange: str, steps: int) -> tuple[float, float, int]:
 
 
 def adrift(
-    ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, session: commpress.Session
+    ddp: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    session: commpress.Session,
+    names: Collection[str] = (),
 ) -> tuple[float, float]:
     """How far the sum of estimate and mean residual, and the estimate alone, are at most from a matrix's mean momentum."""
     off, alone = [], []
     for name, p in ddp.module.named_parameters():
-        if p.dim() == 2:
+        if p.dim() == 2 and (name in names or not names):
             (residual, momentum), part = session.collectives[0].feedback.part(name)
             both = torch.stack([residual[part], momentum[part]])
             dist.all_reduce(both)
@@ -119,9 +126,10 @@ def test_a_new_session_takes_over_what_is_in_other_coordinates() -> None:
     assert off < 1e-5
 
 
-def masked_later(spec: str) -> tuple[list[list[Tensor]], int, int]:
-    """Parameters when masks come behind a change of coordinates; pruned weights that are not 0; matrices in other ones."""
-    ddp, optimizer, session = attached(spec, width=WIDE)
+def masked_later(spec: str, bucket_cap_mb: float) -> tuple[list[list[Tensor]], int, int, float]:
+    """Parameters when masks come behind a change of coordinates; pruned weights that are not 0; matrices in other ones; and how
+    far estimate and residuals together are from the mean momentum of the matrix without a mask."""
+    ddp, optimizer, session = attached(spec, bucket_cap_mb, width=WIDE)
     train(ddp, range(12), optimizer=optimizer)
     draw = torch.Generator().manual_seed(0)
     masks: dict[str, Tensor] = {}
@@ -133,14 +141,36 @@ def masked_later(spec: str) -> tuple[list[list[Tensor]], int, int]:
             ddp.module.get_parameter(name).mul_(mask)
     history = [train(ddp, [step], optimizer=optimizer).parameters for step in range(12, 27)]
     wrong = sum(int((ddp.module.get_parameter(name)[~mask] != 0).sum()) for name, mask in masks.items())
-    return history, wrong, sum("basis_vectors" in state for state in optimizer.state.values())
+    turned = sum("basis_vectors" in state for state in optimizer.state.values())
+    return history, wrong, turned, adrift(ddp, optimizer, session, {"4.weight"})[0]
 
 
+@pytest.mark.parametrize("bucket_cap_mb", [SMALL_BUCKETS, 25])
 @pytest.mark.parametrize("spec", ["int4", slow("topk(0.1)|sign")])
-def test_where_masks_come_momenta_start_anew_in_the_matrices_own_coordinates(spec: str) -> None:
-    results = run(2, masked_later, spec)
-    for history, wrong, turned in results:
+def test_where_masks_come_momenta_start_anew_in_the_matrices_own_coordinates(spec: str, bucket_cap_mb: float) -> None:
+    """And those of other matrices, in the same bucket or not, go on."""
+    results = run(2, masked_later, spec, bucket_cap_mb)
+    for history, wrong, turned, off in results:
+        assert off < 1e-5
         assert wrong == 0
         assert turned == 1  # the one without a mask
         assert finite(history[-1])
         assert all(same(one, two) for one, two in zip(history, results[0][0], strict=True))
+
+
+def fine_again() -> tuple[list[int], float]:
+    """Matrices in other coordinates after steps by int4, and then by int8 of a new session; and what is lost."""
+    ddp, optimizer, _ = attached("int4", width=WIDE)
+    train(ddp, range(12), optimizer=optimizer)
+    turned = [sum("basis_vectors" in state for state in optimizer.state.values())]
+    again = DistributedDataParallel(ddp.module, bucket_cap_mb=25)
+    session = commpress.attach(again, "int8", optimizer=optimizer)
+    train(again, range(12, 38), optimizer=optimizer)
+    turned.append(sum("basis_vectors" in state for state in optimizer.state.values()))
+    return turned, adrift(again, optimizer, session)[0]
+
+
+def test_a_code_that_is_fine_again_brings_the_matrices_back_to_their_own() -> None:
+    for turned, off in run(2, fine_again):
+        assert turned == [3, 0]
+        assert off < 1e-5
