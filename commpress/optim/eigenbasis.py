@@ -61,7 +61,7 @@ class Basis:
             return None
         try:
             values, vectors = torch.linalg.eigh(products)
-        except torch.linalg.LinAlgError:  # all ranks have the same bits, so all keep what they have
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # on all ranks alike: they have the same bits
             return None
         return cls(vectors.float().contiguous(), values.clamp(min=0).add_(FLOOR * mean).sqrt_().float())
 
