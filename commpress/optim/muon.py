@@ -316,8 +316,11 @@ class EF21Muon(CompressedOptimizer):
         return [values[part] for values in tensors]
 
     def _turn(self, names: Sequence[str]) -> None:
-        """Choose new coordinates for these matrices, or their own if the code is fine now, and move all that is kept there."""
-        for name in names:
+        """Choose new coordinates for these matrices, or their own if the code is fine now, and move all that is kept there.
+
+        Not under DeepSpeed, which hands over no feedback.
+        """
+        for name in names if self._withheld is not None else ():
             p = self._places[name][0]
             old, wanted = self._basis(p), name in self._coarse and p.is_contiguous()
             if self.masks.places(name) is not None or (old is None and not wanted):

@@ -81,7 +81,7 @@ def test_all_ranks_choose_alike_and_a_resumed_run_goes_on_bit_for_bit(tmp_path: 
     ranks = run(2, by_budget, str(tmp_path / "run"), timeout=400)
     whole = ranks[0][0]
     assert whole["recipe"]["budget"]["settled"]
-    assert whole["phase"].startswith("int")
+    assert "int" in whole["phase"]
     for found in ranks:
         for pieced in found:
             assert pieced["done"] == STEPS

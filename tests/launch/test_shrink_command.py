@@ -128,12 +128,12 @@ def test_a_size_that_no_setting_reaches_ends_before_the_training(place: Path) ->
 
 
 @pytest.mark.slow
-def test_structure_goes_where_integers_alone_are_too_large(place: Path) -> None:
+def test_structure_goes_where_integers_and_zeros_alone_are_too_large(place: Path) -> None:
     pytest.importorskip("onnxruntime")
-    limits = ("--max-mb", 0.06, "--max-ms", 50, "--max-loss", "50%", "--steps", 100, "--lr", 3e-3)
+    limits = ("--max-mb", 0.02, "--max-ms", 50, "--max-loss", "99%", "--steps", 200, "--lr", 3e-3)
     code, _, err = shrunk(*limits)
     assert code == 1
-    assert "budget.max_mb: 0.06 MB cannot be met, the closest of model.onnx is 0.0" in err
+    assert "budget.max_mb: 0.02 MB cannot be met, the closest of model.onnx is 0.0" in err
     code, out, err = shrunk(*limits, "--structure", "75%")
     assert code == 0, err
     assert re.search(r"0\.\d+ of each width removed before training: from 76,296 to \d\d,\d+ parameters, .* ms", out)
@@ -146,7 +146,7 @@ def test_structure_goes_where_integers_alone_are_too_large(place: Path) -> None:
     assert removed["after"]["parameters"] == 32 * rows + rows * rows + 8 * rows + 2 * rows + 8
     assert removed["shapes"]["tensors"]["2.weight"] == [rows, rows]
     (row,) = record["rows"]
-    assert row["small"]["bytes"] <= 60_000 < row["dense"]["bytes"]
+    assert row["small"]["bytes"] <= 20_000 < row["dense"]["bytes"]
     assert removed["before"]["bytes"] == pytest.approx(row["dense"]["bytes"], rel=0.02)
     chosen = Recipe.load("out/recipe.yaml").budget
     assert chosen is not None
