@@ -98,11 +98,11 @@ def test_a_part_ends_when_its_time_is_over_and_what_is_left_says_so(
 ) -> None:
     monkeypatch.setattr(gpu_parts, "STALL_SECONDS", 30.0)
     begun = time.monotonic()
-    found = errors(gpu_parts.work_off(gpu_worker.Job("bytes", ["one", "hangs", "two"], ["cpu"]), "part", fake, 0.7))
+    found = errors(gpu_parts.work_off(gpu_worker.Job("bytes", ["one", "hangs", "two"], ["cpu"]), "part", fake, 3))
     assert time.monotonic() - begun < 20
     assert found["one"] == ""
-    assert found["hangs"] == "hangs: not done after 1 s, killed"
-    assert found["two"] == "two: not run: the 1 s that this part may take were over"
+    assert found["hangs"] == "hangs: not done after 3 s, killed"
+    assert found["two"] == "two: not run: the 3 s that this part may take were over"
 
 
 def test_an_interrupted_check_leaves_no_process_of_a_part_that_runs_in_another_thread(
