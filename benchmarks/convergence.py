@@ -37,7 +37,7 @@ from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
 from commpress.launch.run_record import machine
 from commpress.optim import DGC, CompressedOptimizer, EF21Muon, OneBitAdamW, ZeroOneAdamW
-from commpress.optim.muon import groups as muon_groups
+from commpress.optim.muon_groups import groups as muon_groups
 
 BETAS, DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
 SEARCH, STEPS = 500, 1500

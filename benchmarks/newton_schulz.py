@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commpress
 from commpress.launch.model import GPT, Shape
 from commpress.launch.run_record import machine
-from commpress.optim.muon import groups
+from commpress.optim.muon_groups import groups
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.shared_products import SharedProducts, multiply_adds
 

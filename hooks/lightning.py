@@ -135,7 +135,7 @@ class CompressedDDP(DDPStrategy):
             self.scheduler.load_state_dict(done)
 
     def _limits_of(self, module: nn.Module) -> "Limits | None":
-        """What the recipe's budget is held against; made when the module is not prepared yet."""
+        """Return what the recipe's budget is compared with; call it before the module is prepared."""
         if self._recipe is None or self._recipe.budget is None:
             return None
         if self._limits is None or self._limits.model is not module:

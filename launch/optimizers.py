@@ -51,7 +51,7 @@ def zero_one(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
 
 def ef21_muon(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Make EF21Muon: Muon with a shared estimate for hidden matrices, AdamW for embeddings, the head and vectors."""
-    groups = optim.muon.groups(model, others=[HEAD])
+    groups = optim.muon_groups.groups(model, others=[HEAD])
     return optim.EF21Muon(by_decay(groups, settings), settings.lr, betas=BETAS)
 
 

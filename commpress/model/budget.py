@@ -84,7 +84,7 @@ def settled(
 
 
 def ways(budget: Budget) -> list[Way]:
-    """What is tried together, in its order: where time counts, integers that have kernels come first, then zeros."""
+    """Return the ways that a budget tries, in order: where time counts, integers that have kernels come first, then zeros."""
     prunes = budget.format in WITHOUT_PRUNED
     tried = [((8,), False), ((8,), prunes), ((8, 4), prunes)] if budget.max_ms is not None else [((8, 4), prunes)]
     return [Way(budget.format, zeros, bits) for bits, zeros in dict.fromkeys(tried)]

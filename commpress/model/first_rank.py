@@ -26,7 +26,7 @@ _asked = itertools.count()
 
 
 class FirstRankError(RuntimeError):
-    """What the first rank met, as a sentence, on a rank that waited for it."""
+    """An error of the first rank, raised on a rank that waited for it; its text is the first rank's sentence."""
 
 
 class LostFirstRankError(RuntimeError):

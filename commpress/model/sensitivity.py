@@ -37,7 +37,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Way:
-    """What may be done to all units together, and for which file."""
+    """A kind of change that may be made to all units together, and the format of the file that it is for."""
 
     format: str
     """A name in `commpress.model.export.FORMATS`, whose bytes count."""

@@ -20,7 +20,6 @@ Newton-Schulz mixes the values of a matrix. At pruned places m, e, E and the ste
 A pruned matrix stays in its own coordinates; if it was in others, its momentum starts again at 0 when the masks are set.
 """
 
-import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,13 +32,13 @@ from commpress.comm.coding import warm_up
 from commpress.comm.feedback import Memory
 from commpress.comm.masks_index import MaskIndex, zero_others
 from commpress.comm.optimizer_hooks import Candidate
-from commpress.comm.parameters import bare_name
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.eigenbasis import Basis, in_own, is_coarse, is_due, keep, move
+from commpress.optim.muon_groups import groups
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.settings import require_in_range
 from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon, Updates
@@ -240,7 +239,7 @@ class EF21Muon(CompressedOptimizer):
         matrices = {name: place for name, place in there.items() if place[1]["muon"]}
         if self._sharded is None:
             self._step_matrices(self._moves(matrices), self._products)
-            numbers = {name: number for number, name in enumerate(sorted(self._places))}
+            numbers = {name: number for number, name in enumerate(self._bound)}
             self._turn([name for name, (_, group, _) in matrices.items() if is_due(group["steps"] + 1, numbers[name])])
         else:
             if self.must_verify():
@@ -375,33 +374,3 @@ class EF21Muon(CompressedOptimizer):
         estimate, basis = self._estimate(one.p), self._basis(one.p)
         direction = estimate.add(one.moved, alpha=one.group["momentum"]) if one.group["nesterov"] else estimate
         return direction.reshape(one.shape) if basis is None else basis.leave(direction, one.shape)
-
-
-def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return the parameters that require a gradient in two groups: the hidden matrices, and the others.
-
-    `others` are patterns of names (as in fnmatch) for further parameters of the second group. Raises ValueError for a pattern
-    that matches nothing, and if no hidden matrix is float32.
-    """
-    embedded = {m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    named = {bare_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    for pattern in others:
-        if not fnmatch.filter(named, pattern):
-            raise ValueError(
-                f"others: {pattern!r} matches no parameter that requires a gradient, known: {', '.join(named)}"
-            )
-    hidden = [p for p in named.values() if p.dim() >= 2 and p not in embedded]
-    if hidden and hidden[-1].shape in {table.shape for table in embedded}:
-        hidden.pop()  # the head
-    if hidden and not any(p.dtype == torch.float32 for p in hidden):
-        raise ValueError(
-            f"EF21Muon: the hidden matrices are {hidden[0].dtype}, expected float32; make the optimizer before DeepSpeed, or "
-            "you, cast the model"
-        )
-    chosen = {p for p in hidden if p.dtype == torch.float32}
-    matrices: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, p in named.items():
-        other = any(fnmatch.fnmatchcase(name, pattern) for pattern in others)
-        (matrices if p in chosen and not other else rest).append(p)
-    return [group for group in ({"params": matrices, "muon": True}, {"params": rest, "muon": False}) if group["params"]]

@@ -12,7 +12,7 @@ from ranks import outcome, run
 from test_trainers_lightning import module, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from trainers import MICRO, examples, flat, launched
+from trainers import MICRO, examples, flat, launched, require_one_choice
 from training import batch, network
 
 LIBRARIES = ("lightning",)
@@ -79,14 +79,8 @@ def by_budget(folder: str) -> list[dict[str, Any]]:
 def test_all_ranks_choose_alike_and_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     ranks = run(2, by_budget, str(tmp_path / "run"), timeout=400)
-    whole = ranks[0][0]
-    assert whole["recipe"]["budget"]["settled"]
-    assert "int" in whole["phase"]
-    for found in ranks:
-        for pieced in found:
-            assert pieced["done"] == STEPS
-            assert torch.equal(pieced["parameters"], whole["parameters"])
-            assert pieced["recipe"] == whole["recipe"]
+    require_one_choice(ranks)
+    assert all(pieced["done"] == STEPS for found in ranks for pieced in found)
     for at, found in zip(("", "-2", "-4", "-6"), ranks[0], strict=True):
         assert found["said"] == []
         record = json.loads((tmp_path / f"run{at}" / "judged" / "judgement.json").read_text())

@@ -18,7 +18,7 @@ import commpress
 from commpress.comm.codecs import parse
 from commpress.comm.meter import Report
 from commpress.optim import EF21Muon
-from commpress.optim.muon import groups
+from commpress.optim.muon_groups import groups
 from commpress.optim.newton_schulz import newton_schulz
 
 LR = 0.01

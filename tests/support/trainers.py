@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -106,3 +106,14 @@ def blocks(section: str) -> list[str]:
 def flat(parameters: Iterator[Tensor]) -> Tensor:
     """All values, in one new tensor."""
     return torch.cat([p.detach().flatten() for p in parameters])
+
+
+def require_one_choice(ranks: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """All runs of all ranks, the first of them unbroken, have chosen one recipe of integers, and have the same parameters."""
+    whole = ranks[0][0]
+    assert whole["recipe"]["budget"]["settled"]
+    assert "int" in whole["phase"]
+    for found in ranks:
+        for pieced in found:
+            assert torch.equal(pieced["parameters"], whole["parameters"])
+            assert pieced["recipe"] == whole["recipe"]
