@@ -24,6 +24,8 @@ from copies import in_turns
 from rich.console import Console
 from rich.table import Table
 
+from commpress.launch.run_record import where
+
 
 def shown(rows: list[dict[str, Any]], title: str, gigabytes: bool = False) -> Table:
     """The table of these rows: copies, or GB/s."""
@@ -68,7 +70,7 @@ def main() -> None:
         console.print(shown(rows, f"{title}: memory copies ({copy * 1e3:.3g} ms each)"))
         console.print(shown(rows, f"GB/s of what must move (a copy: {2 * x.nbytes / copy / 1e9:.1f})", gigabytes=True))
     if chosen.json:
-        record = {"machine": name_of(device), "device": device.type, "values": n, "copy_seconds": copy}
+        record = {**where(device), "device": device.type, "values": n, "copy_seconds": copy}
         record["rows"] = by_threads[chosen.threads[0]]
         chosen.json.write_text(json.dumps(record | {"by_threads": by_threads}, indent=2))
     if device.type == "cpu":

@@ -10,8 +10,6 @@ in turns there (`measuring.py`), on one thread and on all, and what they compute
 
 import contextlib
 import json
-import platform
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +28,7 @@ from commpress.model.judgement.measuring import FormError, Process, Speed, in_tu
 from commpress.model.judgement.quality import Loss, Quality
 from commpress.model.judgement.runtimes import RUNTIMES
 from commpress.model.judgement.words import sentences
+from commpress.processor import processor
 
 __all__ = ["FormError", "Judgement", "Loss", "judge"]
 
@@ -108,9 +107,10 @@ def judge(
                 sides[1].left_out[runtime] = str(error)
         if not rows:
             raise ValueError(f"judge: no runtime has a form of both models: {'; '.join(_reasons(sides))}")
+        here = processor()
         record: dict[str, Any] = {
             "what": "judgement",
-            "machine": {"processor": processor(), "cores": cores(), "torch": torch.__version__},
+            "machine": {"processor": str(here), "cores": cores(), "torch": torch.__version__, "lscpu": here.to_dict()},
             "inputs": [list(x.shape) for x in inputs],
             "batches": len(batches),
             "rows": rows,
@@ -163,11 +163,3 @@ def _reasons(sides: Sequence[Side]) -> list[str]:
         for runtime, why in side.left_out.items():
             found.setdefault(runtime, {}).setdefault(why, []).append(side.name)
     return [f"{runtime}, {' and '.join(names)}: {why}" for runtime, by in found.items() for why, names in by.items()]
-
-
-def processor() -> str:
-    """The name of this machine's processor."""
-    with contextlib.suppress(OSError):  # Linux says more than Python
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1]
-    return platform.processor() or platform.machine()
