@@ -25,7 +25,7 @@ from commpress.optim.shared_products import SharedProducts, multiply_adds
 
 
 def coordinates(matrices: list[torch.Tensor], rounds: int) -> tuple[float, float]:
-    """Return this rank's median seconds to bring all matrices into their coordinates and back, and to choose these. Collective."""
+    """Return this rank's median seconds to bring matrices into their coordinates and back, and to choose these. Collective."""
     moving, choosing = [], []
     for _ in range(rounds):
         dist.barrier()
