@@ -231,9 +231,8 @@ def keep_largest(index, value, threshold, k):
         for i in range(raw.size):
             bits, place = raw[i], index[i]
             magnitude = np.int32(bits & MAGNITUDE)
-            share += need * np.int64(
-                magnitude == threshold
-            )  # tie t stays where (t + 1) * need / ties passes an integer
+            # tie t stays where (t + 1) * need / ties passes an integer
+            share += need * np.int64(magnitude == threshold)
             take = share >= ties
             share -= ties * np.int64(take)
             raw[c], index[c] = bits, place
