@@ -70,9 +70,9 @@ class Steps:
     ) -> None:
         self.optimizers = [unwrapped(optimizer) for optimizer in optimizers]
         self._masks, self._observe, self._holding = masks, observe, holding
-        names = {id(p): name for name, p in parameters.items()}
-        self._names = [{names[id(p)] for p in parameters_of(o) if id(p) in names} for o in self.optimizers]
         flat = {name for name in parameters if masks.held[name].is_flat}
+        names = {id(p): name for name, p in parameters.items() if name not in flat}
+        self._names = [{names[id(p)] for p in parameters_of(o) if id(p) in names} for o in self.optimizers]
         for optimizer, own in zip(self.optimizers, self._names, strict=True):
             if holding is not None and optimizer is holding.optimizer:
                 own |= flat

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import RANKS, engine, same_on_all_ranks, weights
-from ranks import run
+from ranks import outcome, run
 from torch import Tensor, nn
-from training import batch
+from training import batch, same
 
 import commpress
 from commpress.model import Recipe, Scheduler
+from commpress.optim import OneBitAdamW
 
 LIBRARIES = ("engines",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
@@ -185,3 +186,40 @@ def test_all_entries_work_however_the_engine_is_set_up(stage: int) -> None:
             if "bf16" not in way and way.get("spec", "none") == "none":
                 for one, other in zip(found["weights"], found["weights at 0"], strict=True):
                     assert torch.allclose(one, other, atol=1e-4), (name, float((one - other).abs().max()))
+
+
+def one_bit(parameters: Iterable[Tensor]) -> OneBitAdamW:
+    return OneBitAdamW(parameters, lr=0.01, warmup_steps=3)
+
+
+def behind_one_bit(stage: int) -> list[Any]:
+    """What is left in the module, and whether the masks are those of ZeRO 0."""
+    made, other = (Run(at, CUBIC, "sign", optimizer=one_bit).train(STEPS) for at in (stage, 0))
+    masks = made.scheduler.masks
+    return [masks.moved(), masks.sparsity, same(weights(made.engine), weights(other.engine))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_compressed_optimizer_that_is_not_sharded_prunes_as_at_zero_0(stage: int) -> None:
+    for moved, sparsity, alike in run(RANKS, behind_one_bit, stage):
+        assert moved == {}
+        assert sparsity == pytest.approx(0.8, abs=1e-3)
+        assert alike
+
+
+def refused() -> list[str]:
+    """What is said of masks where a sharded momentum is sent, and of an optimizer that is not the engine's."""
+    coded = engine(2, optimizer=one_bit)
+    session = commpress.attach(coded, "sign", parameters="int4")
+    recipe = Recipe.of({"prune": [CUBIC]})
+    told = [outcome(lambda: Scheduler(recipe, coded.module, coded.basic_optimizer, session=session))]
+    whole = engine(2)
+    session, another = commpress.attach(whole, "int4"), torch.optim.SGD(whole.module.parameters(), lr=0.1)
+    return [*told, outcome(lambda: Scheduler(recipe, whole.module, another, session=session))]
+
+
+def test_what_cannot_be_pruned_is_said_on_all_ranks() -> None:
+    for coded, another in run(RANKS, refused):
+        assert "masks: OneBitAdamW sends a momentum of all values where it is sharded" in coded
+        assert "no optimizer that was given has '0.weight'" in another
