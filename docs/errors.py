@@ -33,6 +33,7 @@ SECTIONS = {
     "Attaching": (
         *(
             "commpress/__init__.py",
+            "commpress/comm/masks_index.py",
             "commpress/comm/parameters.py",
             "commpress/comm/step_buffer.py",
             "hooks/__init__.py",

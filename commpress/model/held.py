@@ -33,6 +33,10 @@ class Holding(Protocol):
     def copies(self) -> Mapping[Tensor, Sequence[Part]]:
         """What else on this rank has values of a parameter, besides the module."""
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the module's parameters are whole in `whole` alone."""
+
     def whole(self) -> AbstractContextManager[None]:
         """Return a context in which the module's parameters are whole. Collective."""
 

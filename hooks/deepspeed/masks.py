@@ -29,9 +29,14 @@ class Holding:
     to_gather: Sequence[Any] = ()
     """Under ZeRO 3 all parameters of the module."""
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the module's parameters are whole in `whole` alone."""
+        return bool(self.to_gather)
+
     def whole(self) -> AbstractContextManager[None]:
         """Return a context in which the module's parameters are whole. Collective."""
-        return self._gathered() if self.to_gather else contextlib.nullcontext()
+        return self._gathered() if self.gathers else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
