@@ -58,6 +58,7 @@ def test_one_headline_everywhere_and_the_tables_have_its_figures() -> None:
     docstring = (ROOT / "commpress" / "__init__.py").read_text().splitlines()[0]
     assert docstring == f'"""commpress: {headline[0].lower()}{headline[1:]}.'
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["abstract"] == f"{headline}."
+    assert f"\nsite_description: {headline}\n" in (ROOT / "mkdocs.yml").read_text()
     told = re.search(r"(\d+) times fewer bytes after a warm-up, at ([\d.]+ %) more loss", headline)
     assert told is not None
     for table in ("README.md", "docs/adam.md"):
