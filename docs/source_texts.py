@@ -72,6 +72,9 @@ class Source:
                 self.values[scope, target.id].append(value)
             case ast.Tuple(elts=[key, _]), ast.Call(func=ast.Attribute(value=table, attr="items")) if each:
                 self._bind(key, table, scope)
+            case ast.Tuple(), ast.Tuple() | ast.List() if each:
+                for element in value.elts:
+                    self._bind(target, element, scope)
             case ast.Tuple(), ast.Tuple():
                 for each_target, each_value in zip(target.elts, value.elts, strict=False):
                     self._bind(each_target, each_value, scope)

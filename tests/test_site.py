@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch.distributed as dist
+from browser import SIZES, Chromium
 from commands import started_by_torchrun
 from ranks import run
 from test_documents import BLOCKS, Block
@@ -149,14 +150,21 @@ class Page(HTMLParser):
         self.asked += [said[key] for key in ("href", "src") if said.get(key)]
 
 
-@pytest.mark.slow
-def test_the_site_is_built_strictly_and_all_its_links_resolve(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly."""
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
-    pages = {path: Page(path.read_text()) for path in tmp_path.rglob("*.html") if path.name != "404.html"}
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly_and_all_its_internal_links_resolve(site: Path) -> None:
+    pages = {path: Page(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"}
     assert {path.stem for path in pages} >= {"index", "overview", "api", "troubleshooting"}
     for path, page in pages.items():
         for asked in page.asked:
@@ -168,4 +176,23 @@ def test_the_site_is_built_strictly_and_all_its_links_resolve(tmp_path: Path) ->
             if address.fragment and target in pages and address.fragment != "__tabbed":
                 assert unquote(address.fragment) in pages[target].names, f"{path.name}: {asked}"
     for file in [*ROOT.glob("examples/*.py"), *ROOT.glob("docs/outputs/*.txt")]:
-        assert file.read_text().rstrip() in pages[tmp_path / "examples.html"].text, file.name
+        assert file.read_text().rstrip() in pages[site / "examples.html"].text, file.name
+
+
+MEASURE = """
+new Promise(done => setTimeout(done, 300)).then(() => ({
+  width: document.documentElement.clientWidth,
+  scroll_width: document.documentElement.scrollWidth,
+  height: document.documentElement.scrollHeight,
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_no_page_of_the_site_scrolls_sideways(chromium: Chromium, site: Path, tmp_path: Path, size: str) -> None:
+    for name in ("index", "overview", "quickstart", "auto", "measured", "extending"):
+        chromium.open(site / f"{name}.html", *SIZES[size])
+        found = chromium.evaluate(MEASURE)
+        chromium.screenshot(tmp_path / f"{name}-{size}.png", found["width"], found["height"])
+        assert found["scroll_width"] <= found["width"] <= SIZES[size][0], name
