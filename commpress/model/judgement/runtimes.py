@@ -16,7 +16,8 @@ The script imports nothing of commpress, so what it measures is what the runtime
 
 A new runtime is a function that imports it and returns how a file is loaded, and a line in RUNTIMES. Inputs and outputs are
 numpy arrays. A module's own code counts as part of the runtime: it is imported by a copy without values, `CODE`, first.
-torch.export.load and torch.load run code: a form comes from those whose code one would run.
+torch.export.load and torch.load run code: a form comes from those whose code one would run (`Runtime.runs_code`). All others
+read tensors and a graph.
 """
 
 import sys
@@ -51,6 +52,8 @@ class Runtime:
     """What it does with integers, if none of them helps."""
     dense: bool = True
     """Whether a dense model has this form. If not, another form of it is compared, and calls are not timed."""
+    runs_code: bool = False
+    """Whether loading runs code that is in the file. Then a file that is found in a folder has to be asked for by name."""
 
 
 def _torch(threads: int, path: str) -> Load:
@@ -137,7 +140,7 @@ def _called(model: Any) -> Call:
 RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime("safetensors", (), _torch, "multiplies zeros", "computes with the floats that integers stand for"),
     "onnxruntime": Runtime("onnx", ("onnxruntime",), _onnxruntime, "multiplies zeros"),
-    "pt2e": Runtime("pt2e", ("torchao",), _pt2e, "multiplies zeros"),
+    "pt2e": Runtime("pt2e", ("torchao",), _pt2e, "multiplies zeros", runs_code=True),
     "executorch": Runtime(
         "executorch",
         ("executorch",),
