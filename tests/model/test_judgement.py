@@ -111,7 +111,7 @@ def test_modules_are_measured_in_every_runtime(tmp_path: Path) -> None:
     assert not found.record["left_out"]
     assert [row["runtime"] for row in found.record["rows"]] == ["torch", "onnxruntime", "pt2e", "executorch", "integer"]
     files = {"model.safetensors", "model.onnx", "model.pt2", "model.pte", "integer.safetensors"}
-    assert {each.name for each in (tmp_path / "small").iterdir()} == files
+    assert {each.name for each in (tmp_path / "small").iterdir()} == {*files, "export.json"}
     assert {row["file"] for row in found.record["forms"] if row["state"].endswith(" MB")} == files - {
         "model.safetensors"
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from commpress.model import quantization
-from commpress.model.export import FORMATS, export
+from commpress.model.export import FORMATS, export, record
 from commpress.model.export.by_recipe import two_rows
 from commpress.model.export.parts import layers_of
 from commpress.model.judgement.runtimes import CODE, RUNTIMES
@@ -114,6 +114,7 @@ def _find(side: Side, folder: Path, runtimes: Sequence[str], by_name: bool) -> N
         raise ValueError(f"judge({side.name}): found no exported model in {folder}, expected some of {some}")
     if "safetensors" in files:
         side.stored = files["safetensors"]
+        record.check(side.stored)
         side.content = load(side.stored)
     for name in () if by_name else files.keys() - {each.format for each in RUNTIMES.values()}:
         side.left_out[name] = f"no runtime here takes {files[name].name}"
@@ -128,6 +129,7 @@ def _find(side: Side, folder: Path, runtimes: Sequence[str], by_name: bool) -> N
                 f"loading {file.name} runs code of whoever wrote it; if you trust them ask for it by name, --runtimes {runtime}"
             )
         else:
+            record.check(file)
             side.forms[runtime] = Form(runtime, file, file)
 
 
