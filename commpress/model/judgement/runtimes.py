@@ -5,6 +5,7 @@
     pt2e          model.pt2, compiled by torch.compile with frozen weights
     executorch    model.pte, by XNNPACK's kernels and ExecuTorch's own
     integer       integer.safetensors, by NumPy: what a device computes, not how fast it is
+    litert        model.tflite, by XNNPACK's kernels and LiteRT's own, for as many rows as the file has
 
 The script imports nothing of commpress, so what it measures is what the runtime takes elsewhere. It talks over a connection:
 
@@ -125,6 +126,28 @@ def _integer(threads: int, path: str) -> Load:
     return load
 
 
+def _litert(threads: int, path: str) -> Load:
+    import numpy
+    from ai_edge_litert.interpreter import Interpreter
+
+    def load(path: str) -> Call:
+        it = Interpreter(path, num_threads=threads)
+        it.allocate_tensors()
+        takes, gives = it.get_input_details(), it.get_output_details()
+
+        def call(inputs: list[Any]) -> list[Any]:
+            for its, x in zip(takes, inputs, strict=True):
+                scale, zero = its["quantization"]
+                codes = (numpy.round(x / scale) + zero).clip(-128, 127) if scale else x
+                it.set_tensor(its["index"], codes.astype(its["dtype"]))
+            it.invoke()
+            return [it.get_tensor(its["index"]) for its in gives]
+
+        return call
+
+    return load
+
+
 def _called(model: Any) -> Call:
     import torch
     from torch.utils._pytree import tree_leaves
@@ -149,6 +172,7 @@ RUNTIMES: dict[str, Runtime] = {
         "decodes integers that XNNPACK has no kernel for",
     ),
     "integer": Runtime("integer", (), _integer, "multiplies zeros", dense=False),
+    "litert": Runtime("litert", ("ai_edge_litert",), _litert, "multiplies zeros"),
 }
 
 
