@@ -5,7 +5,7 @@
     pt2e          model.pt2, compiled by torch.compile with frozen weights
     executorch    model.pte, by XNNPACK's kernels and ExecuTorch's own
     integer       integer.safetensors, by NumPy: what a device computes, not how fast it is
-    litert        model.tflite, by XNNPACK's kernels and LiteRT's own, for as many rows as the file has
+    litert        model.tflite, by XNNPACK's kernels and LiteRT's own; other rows than the file's where its graph allows it
 
 The script imports nothing of commpress, so what it measures is what the runtime takes elsewhere. It talks over a connection:
 
@@ -134,8 +134,14 @@ def _litert(threads: int, path: str) -> Load:
         it = Interpreter(path, num_threads=threads)
         it.allocate_tensors()
         takes, gives = it.get_input_details(), it.get_output_details()
+        shapes = [tuple(its["shape"]) for its in takes]
 
         def call(inputs: list[Any]) -> list[Any]:
+            if (given := [x.shape for x in inputs]) != shapes:
+                for its, shape in zip(takes, given, strict=True):
+                    it.resize_tensor_input(its["index"], shape)
+                it.allocate_tensors()
+                shapes[:] = given
             for its, x in zip(takes, inputs, strict=True):
                 scale, zero = its["quantization"]
                 codes = (numpy.round(x / scale) + zero).clip(-128, 127) if scale else x
