@@ -52,7 +52,7 @@ SECTIONS = {
     ),
     "Trainers": (
         *("hooks/accelerate.py", "hooks/lightning.py", "hooks/transformers.py"),
-        *("hooks/eval_batches.py", "hooks/limits.py"),
+        *("hooks/eval_batches.py", "hooks/limits.py", "hooks/recipe_traffic.py"),
     ),
     "Recipes": ("commpress/model",),
     "Export": ("commpress/model/stored.py", "commpress/model/export"),
