@@ -78,12 +78,13 @@ def judge(
     targets; the default is cross entropy for integer targets, where predictions are compared as well, and squared error for
     others. A module may be prepared, converted or plain; it is written to `folder`/dense or `folder`/small in the formats of
     the runtimes. Without `folder` these files are removed. `runtimes` are some of "torch", "onnxruntime", "pt2e",
-    "executorch", "integer" (default: all). A dense model has no form of integers alone: the small one's is compared with
-    another form of it.
+    "executorch", "integer", "litert" (default: all; of a folder not "pt2e", since loading a .pt2 runs code that is in it). A
+    dense model has no form of integers alone: the small one's is compared with another form of it.
 
     A runtime that is not installed, or in which one of the two has no form, is left out, and the record says why; by default
     so is one that cannot run its form. Raises ValueError if none is left, without batches, or for outputs and targets that do
-    not go together; FormError, a ValueError, for a form that a runtime which is asked for cannot run.
+    not go together; FormError, a ValueError, for a form that a runtime which is asked for cannot run; DamagedFileError, a
+    ValueError, for a file that is not as the export.json beside it says.
     """
     chosen, batches = known_runtimes(runtimes), batches_of(data, "judge(data)")
     of_dense = [runtime for runtime in chosen if RUNTIMES[runtime].dense]
@@ -92,7 +93,7 @@ def judge(
         where = Path(scratch) / "files" if folder is None else Path(folder)
         inputs = batches[0][0]
         sides = [
-            side_of(name, model, asked, inputs, where / name, Path(scratch) / name)
+            side_of(name, model, asked, inputs, where / name, Path(scratch) / name, by_name=runtimes is not None)
             for name, model, asked in (("dense", dense, of_dense), ("small", small, chosen))
         ]
         rows = []
