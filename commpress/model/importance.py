@@ -119,7 +119,7 @@ class _OfGradients:
         """What this rank has added up of a parameter, in one tensor."""
         if not self._held[name].is_flat:
             return local(self._sums[name][0])
-        return torch.cat([torch.zeros(0, device=self._held[name].p.device), *self._sums[name]])
+        return torch.cat([torch.zeros(0, dtype=torch.float32, device=self._held[name].p.device), *self._sums[name]])
 
     def _totals(self) -> dict[str, tuple[Tensor, int]]:
         """The sums of the whole parameters, copies, and over how many steps. Collective where they are sharded."""
