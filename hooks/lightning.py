@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress import extras
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import AUTO, Codec
+from commpress.comm.rules import Spec
 from commpress.comm.session import Session
 from commpress.files import DamagedFileError, pack_state, unpack_state
 from commpress.hooks import ddp, ending, rank_checkpoint
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 class CompressedDDP(DDPStrategy):
     """A strategy that compresses gradients: `Trainer(strategy=CompressedDDP("int4"))` in place of `strategy="ddp"`.
 
+    Without `gradients`, as in `CompressedDDP()`, a spec is found during training.
+
     `settings` are those of DDPStrategy, and those of `commpress.hooks.ddp.attach`. If `configure_optimizers` returns one of
     `commpress.optim`, its update is sent in place of the gradient. Beside each checkpoint there is one file a rank,
     `NAME.ckpt.commpress-rank0` and so on, which `fit(ckpt_path=...)` reads. The loggers get `session.log()` every
@@ -62,7 +65,7 @@ class CompressedDDP(DDPStrategy):
 
     def __init__(
         self,
-        gradients: str | Codec,
+        gradients: Spec = AUTO,
         *,
         exchange: str | None = None,
         error_feedback: bool = True,

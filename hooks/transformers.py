@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress import extras
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import AUTO
+from commpress.comm.rules import Spec
 from commpress.comm.session import Session
 from commpress.hooks import ddp, ending, rank_checkpoint
 from commpress.hooks.accelerate import inner, prepared, unwrapped_forward
@@ -40,6 +41,8 @@ REPORT = "commpress.json"
 class Compression(TrainerCallback):
     """A callback that compresses the gradients of a Trainer under DDP: `trainer.add_callback(Compression(trainer, "int4"))`.
 
+    Without `gradients`, as in `Compression(trainer)`, a spec is found during training.
+
     If the Trainer's optimizer is one of `commpress.optim`, its update is sent in place of the gradient. Checkpoints get one
     file a rank, which `train(resume_from_checkpoint=...)` reads. The Trainer's step logs, and so the trackers of `report_to`,
     contain `session.log()`. At the end rank 0 prints report and receipt, and writes the report to `output_dir/commpress.json`.
@@ -63,7 +66,7 @@ class Compression(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        gradients: str | Codec,
+        gradients: Spec = AUTO,
         *,
         recipe: "Recipe | None" = None,
         teacher: nn.Module | None = None,

@@ -93,6 +93,15 @@ def trained(folder: str, steps: int, spec: str | None, scaled: bool = False) -> 
         return result(made, model)
 
 
+def without_a_spec(folder: str) -> str:
+    from commpress.hooks.lightning import CompressedDDP
+
+    with launched():
+        made = trainer(folder, 2, None, strategy=CompressedDDP())
+        made.fit(module(), loader())
+        return str(made.strategy.session.report().spec)
+
+
 def interrupted(folder: str, at: int, steps: int, spec: str, optimizer: str) -> tuple[Any, ...]:
     """Unbroken with checkpoints; from the first of them by a new Trainer; from it without our files; what was said then."""
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -404,6 +413,10 @@ def test_settings_reach_the_hook(tmp_path: Path) -> None:
     for steps, buffers in run(2, with_buffers, str(tmp_path), timeout=120):
         assert steps == 3
         assert buffers["sent_bytes"] + buffers["received_bytes"] > 0
+
+
+def test_without_a_spec_one_is_found(tmp_path: Path) -> None:
+    assert run(2, without_a_spec, str(tmp_path), timeout=120) == ["auto: none, still looking"] * 2
 
 
 def test_each_fit_has_its_session(tmp_path: Path) -> None:

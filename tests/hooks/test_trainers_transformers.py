@@ -253,6 +253,18 @@ def again(folder: str) -> tuple[Any, ...]:
         return first is callback.session, first.report().steps, saved["memories"][0][0]["residual"].abs().sum() > 0
 
 
+def without_a_spec(folder: str) -> str:
+    from commpress.hooks.transformers import Compression
+
+    with launched():
+        made, _ = trainer(folder, 2, None)
+        callback = Compression(made)
+        made.add_callback(callback)
+        made.train()
+        assert callback.session is not None
+        return callback.session.report().spec
+
+
 def refusals(folder: str) -> dict[str, str]:
     with launched():
         clipped, _ = trainer(folder, 2, "sign", optimizer="by class")
@@ -381,6 +393,10 @@ def test_a_teacher_counts_alike_however_a_step_is_accumulated(shares: bool, tmp_
     one, two = (run(2, accumulated, str(tmp_path), parts, shares, timeout=120)[0] for parts in (1, 2))
     start = flat(bert().parameters())
     assert float((one - two).norm()) < 1e-3 * float((one - start).norm())
+
+
+def test_without_a_spec_one_is_found(tmp_path: Path) -> None:
+    assert run(2, without_a_spec, str(tmp_path), timeout=120) == ["auto: none, still looking"] * 2
 
 
 def test_a_second_train_goes_on_with_the_session(tmp_path: Path) -> None:
