@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from commpress.comm import cost
-from commpress.comm.choice import Choice
+from commpress.comm.choice import HEAD, Choice, history
 from commpress.comm.codecs import AUTO, parse
 from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.cost import Cluster, Speed, transfers
@@ -260,17 +260,14 @@ def explained(search: Search, world_size: int, device: torch.device) -> str:
     if not search.choices:
         return f"after {search.steps} steps the choice is still open"
     choice = search.choices[-1]
-    history = (f"{one.spec} at step {one.step}" + (f" ({one.cause})" if one.cause else "") for one in search.choices)
     table = Table(
         title=f"auto: {choice.spec}, chosen after {choice.step} steps",
-        caption=f"choices so far: {', '.join(history)}",
+        caption=f"choices so far: {history(search.choices)}",
     )
-    for name in ("spec", "predicted ms a step", "measured ms a step", "error", ""):
+    for name in HEAD:
         table.add_column(name, justify="right" if name not in ("spec", "") else "left")
-    for trial in choice.trials:
-        times = ("-" if of is None else f"{of * 1e3:.1f}" for of in (trial.predicted, trial.measured))
-        error = "-" if trial.error is None else f"{trial.error:.2f}"
-        table.add_row(trial.spec, *times, error, "chosen" if trial.spec == choice.spec else "")
+    for cells in choice.rows():
+        table.add_row(*cells)
     text = StringIO()
     Console(file=text, width=100).print(table)
     return text.getvalue() + ("" if device.type == "cpu" else UNSEEN)

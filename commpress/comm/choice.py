@@ -1,17 +1,23 @@
 """The result of a search: the chosen spec, and all tried ones."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+HEAD = ("spec", "predicted ms a step", "measured ms a step", "error", "")
+"""The head of the table of a choice."""
 
 
 @dataclass
 class Trial:
     """One spec: its predicted step and the median of its measured steps, in seconds, and its largest measured error;
-    None if there is none."""
+    None if there is none. `hurt` says that it was replaced or dropped because it hurt."""
 
     spec: str
     predicted: float | None = None
     measured: float | None = None
     error: float | None = None
+    hurt: bool = False
 
 
 @dataclass
@@ -26,6 +32,11 @@ class Choice:
     trials: list[Trial]
     cause: str = ""
 
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> "Choice":
+        """Return the choice of a report's dict."""
+        return cls(**{**saved, "trials": [Trial(**trial) for trial in saved["trials"]]})
+
     def seconds(self, spec: str) -> float | None:
         """Return the measured step of a spec; None if it was not tried."""
         return next((trial.measured for trial in self.trials if trial.spec == spec), None)
@@ -33,3 +44,30 @@ class Choice:
     def error(self, spec: str) -> float | None:
         """Return the largest error of a spec; None if none was measured."""
         return next((trial.error for trial in self.trials if trial.spec == spec), None)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the cells of a table of the trials, under `HEAD`: the prediction beside the measurement."""
+        return [
+            (trial.spec, *map(_ms, (trial.predicted, trial.measured)), _figure(trial.error), self._became(trial))
+            for trial in self.trials
+        ]
+
+    def _became(self, trial: Trial) -> str:
+        if trial.spec == self.spec:
+            return "chosen"
+        if trial.hurt:
+            return "hurt"
+        return "not tried" if trial.measured is None else ""
+
+
+def history(choices: Sequence[Choice]) -> str:
+    """Return all choices in one line: int4 at step 33, int8 at step 120 (the means of int4 were off by ...)."""
+    return ", ".join(f"{one.spec} at step {one.step}" + (f" ({one.cause})" if one.cause else "") for one in choices)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.1f}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -274,7 +274,10 @@ class Search:
         found, best = mean_medians(everyone), self._best(everyone)
         names = dict.fromkeys([PLAIN, *self._predicted])
         errors = worst_errors(everyone)
-        trials = [Trial(spec, self._predicted.get(spec), found.get(spec), errors.get(spec)) for spec in names]
+        trials = [
+            Trial(spec, self._predicted.get(spec), found.get(spec), errors.get(spec), spec in self._hurt)
+            for spec in names
+        ]
         same = bool(self.choices) and self.choices[-1].spec == best
         self._patience = 2 * self._patience if same else 1
         cause = "; ".join(self._cause(spec, error) for spec, error in self._hurt.items())
@@ -344,6 +347,7 @@ class Search:
         assert then is not None
         if hurt:  # a rival exceeded the budget, which ended its turn
             self._ban(hurt)
+            choice.trials = [replace(t, hurt=t.hurt or t.spec in hurt) for t in choice.trials]
             self._next_search = min([self._next_search, *(self._banned[spec] for spec in hurt)])
             self._next_duel()
             self._watch(everyone, then)
@@ -378,7 +382,8 @@ class Search:
         self._ban(hurt)
         left = {t.spec: t.measured for t in before.trials if t.measured is not None and t.spec not in self._hurt}
         spec = min(left, key=lambda one: left[one])
-        self.choices.append(Choice(spec, self.steps, before.trials, self._cause(before.spec, hurt[before.spec])))
+        trials = [replace(t, error=hurt.get(t.spec, t.error), hurt=t.spec in self._hurt) for t in before.trials]
+        self.choices.append(Choice(spec, self.steps, trials, self._cause(before.spec, hurt[before.spec])))
         self._next_search = min(self._banned[one] for one in self._hurt)
         self._looks, self._duel = 0, None
         self._watch(everyone, left[spec])

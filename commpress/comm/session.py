@@ -178,7 +178,8 @@ class Session:
         return receipt(self.report(), auto.search.choice, spec, counted, auto.break_even(), whole)
 
     def report(self) -> Report:
-        """Return bytes and seconds so far, on this rank. Gradients and parameters have separate rows."""
+        """Return bytes and seconds so far, on this rank, and what `auto` has chosen. Gradients and parameters have separate
+        rows."""
         spec = (
             self._spec
             if self._auto is None
@@ -188,7 +189,10 @@ class Session:
         )
         own = (one.traffic.report(spec, self.rank, self.world_size) for one in self.collectives)
         merged = Report.merge(*own, *(other.report() for other in self.side_traffic))
-        return replace(merged, rank=self.rank, world_size=self.world_size)
+        choices = (
+            [] if self._auto is None else [replace(one) for one in self._auto.search.choices]
+        )  # they may change later
+        return replace(merged, rank=self.rank, world_size=self.world_size, choices=choices)
 
     def log(self) -> dict[str, float]:
         """Return numbers for a tracker, as in `wandb.log(session.log())`: means of a step since the last call

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_traini
 import commpress
 from commpress.comm import coding
 from commpress.comm.auto import Auto, explained
-from commpress.comm.choice import Choice, Trial
+from commpress.comm.choice import Choice, Trial, history
 from commpress.comm.replicas import replicas_session
 from commpress.comm.search import FIRST_TURN, WARM_UP, Search
 from commpress.kernels import table
@@ -61,6 +62,7 @@ def searched(steps: int) -> dict[str, Any]:
         "receipt": receipt.to_dict(),
         "text": str(receipt),
         "report": session.report().to_dict(),
+        "printed": str(session.report()),
         "losses": losses,
     }
 
@@ -88,6 +90,19 @@ def test_the_receipt_says_what_was_measured_and_what_was_sent() -> None:
     assert receipt["is_off"] == (receipt["spec"] == "none")
     said = "it is off" if receipt["is_off"] else "both measured in this run"
     assert said in got["text"]
+
+
+def test_the_report_has_what_explain_shows() -> None:
+    got = run(2, searched, 50)[0]
+    choices = [Choice.of(one) for one in json.loads(json.dumps(got["report"]["choices"]))]
+    told = " ".join(got["table"].split())
+    assert choices[-1].spec == got["receipt"]["spec"]
+    assert f"chosen after {choices[-1].step} steps" in told
+    assert f"choices so far: {history(choices)}" in told
+    for spec, *figures, became in choices[-1].rows():
+        assert " │ ".join((spec, *figures)) in " ".join(re.sub(r" *│ *", " │ ", told).split())
+        assert (became == "chosen") == (spec == choices[-1].spec)
+    assert f"Choices of auto: {history(choices)}" in " ".join(got["printed"].split())
 
 
 def predicted_on_unequal_hosts() -> list[float | None]:

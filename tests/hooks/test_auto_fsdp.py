@@ -79,6 +79,7 @@ def searched(replicas: bool = False, parameters: str | None = None) -> dict[str,
         "explained": session.explain(),
         "spec": session.report().spec,
         "receipt": str(session.receipt()),
+        "choices": session.report().choices,
         "sent": {
             role: {(row.exchange, row.spec): row.sent_bytes / row.steps for row in rows if row.role == role}
             for role in ("gradients", "parameters")
@@ -91,6 +92,8 @@ def searched(replicas: bool = False, parameters: str | None = None) -> dict[str,
 def test_all_ranks_choose_the_same(world_size: int) -> None:
     first, *others = run(world_size, searched)
     assert first["spec"] == "auto: int4"
+    assert first["choices"][-1].spec == "int4"
+    assert first["choices"][-1].seconds("int4") == 0.5
     assert "auto: int4, chosen after" in first["explained"]
     assert "a step takes 0.5000 s, without compression 1.0000 s" in first["receipt"]
     sent = {spec: nbytes for (_, spec), nbytes in first["sent"]["gradients"].items()}
