@@ -42,6 +42,8 @@ PLAIN, HOOKED, AUTO = "plain DDP", "torch's allreduce_hook", "auto"
 FIXED = ("none", "bf16", "int8", "int4")
 TURN = 10
 """Steps of one way before the next takes its turn."""
+LAST = 20
+"""Steps whose mean training loss is shown: the last ones that all ways took."""
 SETTLED = 50
 """By which step auto has chosen."""
 
@@ -113,6 +115,7 @@ def run(ways: list[Way], steps: int, switch: str | None, others: int) -> None:
 def rows(ways: list[Way]) -> list[dict[str, Any]]:
     """Of each way the medians of each phase, over all steps and over those once auto has settled, and the means."""
     auto = next(way for way in ways if way.name == AUTO)
+    common = min(len(way.losses) for way in ways)  # all see the same windows: losses of equal steps compare
     found = []
     for way in ways:
         row: dict[str, Any] = {"name": way.name, "medians": [statistics.median(phase) for phase in way.seconds]}
@@ -122,7 +125,7 @@ def rows(ways: list[Way]) -> list[dict[str, Any]]:
             statistics.median(phase[SETTLED * len(phase) // len(autos) :])
             for phase, autos in zip(way.seconds, auto.seconds, strict=True)
         ]
-        row["loss"] = statistics.fmean(way.losses[-20:])
+        row["loss"], row["loss_at"] = statistics.fmean(way.losses[max(0, common - LAST) : common]), common
         report = None if way.session is None else way.session.report()
         row["sent_bytes"] = None if report is None else report.sent_bytes / report.steps
         found.append(row)
@@ -156,7 +159,8 @@ def show(record: dict[str, Any], explained: str, receipt: str) -> None:
         title=f"{record['parameters'] / 1e6:.1f} M parameters, {record['world_size']} ranks, {named(link)}, "
         f"{record['steps']} steps, {record['machine']}"
     )
-    for name in ("", "steps", "mean, ms", "median, ms", "once settled", "MB a step", "loss"):
+    at = record["rows"][0]["loss_at"]
+    for name in ("", "steps", "mean, ms", "median, ms", "once settled", "MB a step", f"loss at {at}"):
         table.add_column(name, justify="right" if name else "left")
     for row in record["rows"]:
         mb = "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.2f}"

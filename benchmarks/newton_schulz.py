@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/newton_schulz.py [--layers 5 --width 528] [--rounds 9]
 
 The model is that of benchmarks/training.py. The two ways take turns; a round is what the slowest rank took, one thread a rank.
+The last lines are what the coordinates of coarse codes add: to enter and to leave them in each step, and to choose them.
 """
 
 import argparse
@@ -17,9 +18,27 @@ from torch.nn.parallel import DistributedDataParallel
 import commpress
 from commpress.launch.model import GPT, Shape
 from commpress.launch.run_record import machine
+from commpress.optim.eigenbasis import EVERY, Basis
 from commpress.optim.muon_groups import groups
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.shared_products import SharedProducts, multiply_adds
+
+
+def coordinates(matrices: list[torch.Tensor], rounds: int) -> tuple[float, float]:
+    """Return this rank's median seconds to bring matrices into their coordinates and back, and to choose these. Collective."""
+    moving, choosing = [], []
+    for _ in range(rounds):
+        dist.barrier()
+        began = time.perf_counter()
+        bases = [Basis.of(m) for m in matrices]
+        choosing.append(time.perf_counter() - began)
+        dist.barrier()
+        began = time.perf_counter()
+        for m, basis in zip(matrices, bases, strict=True):
+            if basis is not None:
+                basis.leave(basis.enter(m), (m.shape[0], m.shape[1]))
+        moving.append(time.perf_counter() - began)
+    return statistics.median(moving), statistics.median(choosing)
 
 
 def main() -> None:
@@ -67,6 +86,7 @@ def main() -> None:
             way()
             dist.barrier()
             seconds[name].append(time.perf_counter() - began)
+    moved, chosen_in = coordinates(matrices, chosen.rounds)
     if dist.get_rank() == 0:
         work, values = sum(map(multiply_adds, shapes)), sum(m.numel() for m in matrices)
         one, both = (statistics.median(seconds[name][2:]) for name in ("alone", "shared"))
@@ -77,6 +97,8 @@ def main() -> None:
         print(f"every rank makes all: {one * 1e3:.0f} ms, {2 * work / one / 1e9:.0f} GFLOP/s")
         print(f"shared out: {both * 1e3:.0f} ms, of which the gather {statistics.median(gathers[2:]) * 1e3:.0f} ms")
         print(f"shared out it is {one / both:.2f} times as fast")
+        print(f"coordinates of coarse codes: {moved * 1e3:.0f} ms a step to enter and leave them on each rank, and")
+        print(f"{chosen_in * 1e3:.0f} ms to choose those of all matrices, which each rank does once in {EVERY} steps")
     dist.barrier()
     dist.destroy_process_group()
 

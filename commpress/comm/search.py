@@ -60,7 +60,7 @@ SHARE = 0.01
 AGAIN = 3000
 """The fewest steps from one search to the next, if the steps do not drift."""
 BUDGET = 0.5
-"""The largest error |mean - dense mean| / |dense mean| of a spec; `int4` has about 0.1."""
+"""The largest error |mean - dense mean| / |dense mean| of a spec in two steps, one after the other."""
 RETRY = 300
 """Steps until a spec that has exceeded the budget is tried again; twice as many each time."""
 
@@ -94,6 +94,8 @@ class Search:
         """Specs that have exceeded the budget since the search began, and their errors."""
         self._banned: dict[str, int] = {}
         """The step before which a spec that has exceeded the budget is not tried again."""
+        self._doubted: str | None = None
+        """The spec whose last step was beyond the budget, and whose present step is checked again for that."""
         self._setbacks = 0
         self._rivals: list[str] = []
         """Specs that are still to meet the chosen one in a duel."""
@@ -142,7 +144,9 @@ class Search:
         spec, kind = self._steps_to_come.popleft()
         if kind == TIMED:
             self._seconds.setdefault(spec, []).append(seconds)
-        if error is not None:
+        if error is not None and self._doubts(spec, error):
+            self._steps_to_come.appendleft((spec, CHECKED))
+        elif error is not None:
             self._errors[spec] = error if math.isnan(error) else max(error, self._errors.get(spec, 0.0))
             if self._state == "trying":
                 self._ban(self._beyond({spec: error}))
@@ -161,6 +165,16 @@ class Search:
             return False
         self._steps_to_come = deque([(PLAIN if spec in self._beyond(self._errors) else spec, SKIPPED)])
         return True
+
+    def _doubts(self, spec: str, error: float) -> bool:
+        """Whether the next step is to be checked, too, before an error beyond the budget counts.
+
+        A step of small gradients after one of large ones has an error that is large for once: its mean contains the residual
+        of the step before. The error of a codec that hurts is as large in the next step.
+        """
+        again = self.budget < error < math.inf and self._doubted != spec
+        self._doubted = spec if again else None
+        return again
 
     def turns(self) -> dict[str, list[float]]:
         """Return the fastest step of each turn in the rounds so far, by spec: a pause of the machine does not shift it."""

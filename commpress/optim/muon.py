@@ -20,7 +20,7 @@ Newton-Schulz mixes the values of a matrix. At pruned places m, e, E and the ste
 A pruned matrix stays in its own coordinates; if it was in others, its momentum starts again at 0 when the masks are set.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,14 @@ from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.plan import Override
 from commpress.comm.segments import Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
+from commpress.kernels.cpu.instructions import PROCESSOR
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.eigenbasis import Basis, in_own, is_coarse, is_due, keep, move
 from commpress.optim.muon_groups import groups
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.settings import require_in_range
-from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon, Updates
+from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon
 from commpress.optim.shared_products import SharedProducts
 from commpress.optim.uncompressed import begin_adamw, step_adamw
 
@@ -129,8 +130,8 @@ class EF21Muon(CompressedOptimizer):
         self._lacks_momenta = False
         """Whether the estimates were loaded, but not the momenta that they estimate."""
         self._products: SharedProducts | None = None
-        self._pruned_by: dict[str, MaskIndex] = {}
-        """The masks by which each estimate was pruned last, by name."""
+        self._pruned_by: MaskIndex | None = None
+        """The masks by which the estimates were pruned last."""
         self._coarse: set[str] = set()
         """The names of matrices whose code is so coarse that it needs other coordinates."""
         self._sharded: ShardedMuon | None = None
@@ -177,7 +178,8 @@ class EF21Muon(CompressedOptimizer):
             return super().replicated_state()
         device = next(iter(self._bound.values())).device
         ranks = 1 if self._products is None else len(self._products.node.ranks)
-        how = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {ranks} ranks a node"
+        how = f"{PROCESSOR}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        how = f"{how}, {ranks} ranks a node"
         if device.type == "cuda":
             how = torch.cuda.get_device_name(device)
         return {**super().replicated_state(), "matrix products by": how}  # the bits of the update depend on that
@@ -219,12 +221,15 @@ class EF21Muon(CompressedOptimizer):
     def hand_over(self, buckets: StepBuffer) -> None:
         """Take the step buffer that exchanges the bound parameters. For hooks.
 
-        Estimates start again at 0 if the momenta are not taken over, as after masks.
+        An estimate whose momenta are not taken over starts again at 0, as they do: after masks, and of a matrix that was not
+        exchanged for a while. It only adds moves, so what it has of an older momentum would stay.
         """
-        before, self._products = self._withheld, SharedProducts(buckets.collectives)
+        self._products = SharedProducts(buckets.collectives)
         super().hand_over(buckets)
-        if before is not None and not buckets.collectives.feedback.memories:
-            for p in self._bound.values():
+        if self._lacks_momenta:
+            return  # loaded before the session's state, which has them
+        for name, p in self._bound.items():
+            if p in self.state and not buckets.collectives.feedback.part(name)[0]:
                 self.state[p].pop("momentum_buffer", None)
                 keep(self.state[p], None)
 
@@ -238,7 +243,10 @@ class EF21Muon(CompressedOptimizer):
         there = {name: (p, group, update) for name, (p, group, update) in updates.items() if update is not None}
         matrices = {name: place for name, place in there.items() if place[1]["muon"]}
         if self._sharded is None:
-            self._step_matrices(self._moves(matrices), self._products)
+            masks = self.masks
+            self._prune_estimates(matrices)
+            moves = [Move(p, group, moved, masks.places(name)) for name, (p, group, moved) in matrices.items()]
+            self._step_matrices(moves, self._products)
             numbers = {name: number for number, name in enumerate(self._bound)}
             self._turn([name for name, (_, group, _) in matrices.items() if is_due(group["steps"] + 1, numbers[name])])
         else:
@@ -315,11 +323,8 @@ class EF21Muon(CompressedOptimizer):
         return [values[part] for values in tensors]
 
     def _turn(self, names: Sequence[str]) -> None:
-        """Choose new coordinates for these matrices, or their own if the code is fine now, and move all that is kept there.
-
-        Not under DeepSpeed, which hands over no feedback.
-        """
-        for name in names if self._withheld is not None else ():
+        """Choose new coordinates for these matrices, or their own if the code is fine now, and move all that is kept there."""
+        for name in names:
             p = self._places[name][0]
             old, wanted = self._basis(p), name in self._coarse and p.is_contiguous()
             if self.masks.places(name) is not None or (old is None and not wanted):
@@ -331,18 +336,23 @@ class EF21Muon(CompressedOptimizer):
             move((estimate, *self._kept(name)), shape, old, new)
             keep(self.state[p], new)
 
-    def _moves(self, matrices: Updates) -> list[Move]:
-        """Return the moves of these matrices, and prune the estimates of matrices whose masks have changed."""
+    def _prune_estimates(self, moving: Collection[str]) -> None:
+        """Set the estimates to 0 where new masks have set the momenta to 0, those of matrices that do not move now, too.
+
+        A pruned matrix that was in other coordinates starts anew. The momenta of one that moves began again with this move.
+        """
         masks = self.masks
-        moves = {name: Move(p, group, moved, masks.places(name)) for name, (p, group, moved) in matrices.items()}
-        for name, one in moves.items():
-            if one.kept is not None and self._basis(one.p) is not None:
-                self._estimate(one.p).zero_()  # as the ranks' momenta, when they sent this move
-                keep(self.state[one.p], None)
-            if one.kept is not None and self._pruned_by.get(name) is not masks:
-                zero_others(self._estimate(one.p), one.kept)
-        self._pruned_by |= dict.fromkeys(moves, masks)
-        return list(moves.values())
+        for name, (p, _) in self._places.items() if self._pruned_by is not masks else ():
+            kept, estimate = masks.places(name), self.state.get(p, {}).get("momentum_buffer")
+            if kept is None or estimate is None:
+                continue
+            if self._basis(p) is None:
+                zero_others(estimate, kept)
+                continue
+            for values in (estimate, *(() if name in moving else self._kept(name))):
+                values.zero_()
+            keep(self.state[p], None)
+        self._pruned_by = masks
 
     def _step_matrices(self, moves: Sequence[Move], products: SharedProducts | None = None) -> None:
         """Step matrices by the moves of their momenta. The ranks of a node divide Newton-Schulz among them."""

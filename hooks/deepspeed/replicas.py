@@ -53,6 +53,8 @@ def attach_replicas(
         dtypes={p.dtype for p in names},
     )
     assert session.step_buffer is not None
+    if optimizer is not None:
+        optimizer.hand_over(session.step_buffer)
     session.step_buffer.replicas = lambda: [
         (name, p if optimizer is None else optimizer.replica(p)) for p, name in names.items()
     ]

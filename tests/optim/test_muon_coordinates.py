@@ -174,3 +174,58 @@ def test_a_code_that_is_fine_again_brings_the_matrices_back_to_their_own() -> No
     for turned, off in run(2, fine_again):
         assert turned == [3, 0]
         assert off < 1e-5
+
+
+def away_for_a_while(ignored: bool) -> tuple[list[Tensor], float]:
+    """Parameters of a training in which a matrix was not exchanged for some steps: it was frozen, or each rank stepped it by
+    its own gradients; and how far estimate and residuals together are from its mean momentum."""
+    ddp, optimizer, _ = attached("int4", width=WIDE)
+    model = ddp.module
+    train(ddp, range(12), optimizer=optimizer)
+    before = model[2].weight.detach().clone()
+    if ignored:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["2.weight"])
+    else:
+        model[2].weight.requires_grad_(False)
+    without = DistributedDataParallel(model, bucket_cap_mb=25)
+    commpress.attach(without, "int4", optimizer=optimizer)
+    train(without, range(12, 15), optimizer=optimizer)
+    with torch.no_grad():
+        model[2].weight.copy_(before)
+    model[2].weight.requires_grad_(True)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [])
+    back = DistributedDataParallel(model, bucket_cap_mb=25)
+    session = commpress.attach(back, "int4", optimizer=optimizer)
+    train(back, range(15, 18), optimizer=optimizer)
+    return parameters_of(model), adrift(back, optimizer, session, {"2.weight"})[0]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_matrix_that_comes_back_starts_with_no_estimate(ignored: bool) -> None:
+    (one, off), (other, _) = run(2, away_for_a_while, ignored)
+    assert same(one, other)
+    assert off < 1e-5
+
+
+def masked_while_frozen(width: int) -> tuple[float, float]:
+    """How far estimate and residuals together are from the mean momentum of a matrix that was frozen while it had a mask,
+    and of the others."""
+    ddp, optimizer, session = attached("int4", width=width, unused=True)
+    weight = ddp.module[2].weight
+    train(ddp, range(12), optimizer=optimizer)
+    weight.requires_grad_(False)
+    session.set_masks({"2.weight": torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.4})
+    train(ddp, range(12, 14), optimizer=optimizer)
+    session.set_masks({})
+    weight.requires_grad_(True)
+    train(ddp, range(14, 16), optimizer=optimizer)
+    return adrift(ddp, optimizer, session, {"2.weight"})[0], adrift(ddp, optimizer, session, {"0.weight", "4.weight"})[
+        0
+    ]
+
+
+@pytest.mark.parametrize("width", [64, WIDE])
+def test_masks_that_come_and_go_while_a_matrix_is_frozen_leave_nothing_in_its_estimate(width: int) -> None:
+    for frozen, others in run(2, masked_while_frozen, width):
+        assert frozen < 1e-5
+        assert others < 1e-5
