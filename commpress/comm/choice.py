@@ -4,19 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-HEAD = ("spec", "predicted ms a step", "measured ms a step", "error", "")
+HEAD = ("spec", "predicted ms a step", "measured ms a step", "error", "residual", "")
 """The head of the table of a choice."""
 
 
 @dataclass
 class Trial:
-    """One spec: its predicted step and the median of its measured steps, in seconds, and its largest measured error;
-    None if there is none. `hurt` says that it was replaced or dropped because it hurt."""
+    """One spec: its predicted step and the median of its measured steps, in seconds, and its largest measured error and
+    residual; None if there is none. `hurt` says that it was replaced or dropped because it hurt."""
 
     spec: str
     predicted: float | None = None
     measured: float | None = None
     error: float | None = None
+    residual: float | None = None
     hurt: bool = False
 
 
@@ -24,7 +25,7 @@ class Trial:
 class Choice:
     """The result of a search or a check: `spec`, chosen at the end of step `step` among the tried ones.
 
-    `cause` names the error of the spec before it, if that one was replaced because it exceeded the error budget.
+    `cause` says how other specs hurt, if that decided: the one before it, or some that were tried.
     """
 
     spec: str
@@ -48,8 +49,8 @@ class Choice:
     def rows(self) -> list[tuple[str, ...]]:
         """Return the cells of a table of the trials, under `HEAD`: the prediction beside the measurement."""
         return [
-            (trial.spec, *map(_ms, (trial.predicted, trial.measured)), _figure(trial.error), self._became(trial))
-            for trial in self.trials
+            (t.spec, _ms(t.predicted), _ms(t.measured), _figure(t.error), _figure(t.residual), self._became(t))
+            for t in self.trials
         ]
 
     def _became(self, trial: Trial) -> str:

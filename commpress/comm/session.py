@@ -159,6 +159,22 @@ class Session:
         for collectives in self.collectives:
             require_equal(collectives.traffic.ask(dict(settings), what))
 
+    def note_loss(self, loss: float | Tensor) -> None:
+        """Tell `auto` the loss of a step, or of a backward, on this rank: a number, or a tensor with one value.
+
+        It is not waited for: the ranks compare their means when they compare how long steps take. If the loss is not finite, or
+        has risen far above its running mean, all ranks change to a gentler spec. Ranks may leave it out. Raises ValueError for
+        a tensor of several values.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(
+                    f"note_loss: expected a number or a tensor with one value, got one of shape {[*loss.shape]}"
+                )
+            loss = loss.detach().reshape(()).to(torch.float32)
+        if self._auto is not None:
+            self._auto.search.note_loss(loss)
+
     def explain(self) -> str:
         """Return a table of the specs that `auto` has tried, their predicted and measured steps, and its choice.
 

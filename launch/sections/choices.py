@@ -18,7 +18,7 @@ def choices(runs: Sequence[tuple[str, Record]]) -> list[str]:
     rows += [[name, *cells] for name, made in found for cells in made[-1].rows()]
     said = (
         "<p>The specs of the last search: the step that the cost model predicted beside the median of the measured ones. The "
-        "error is |mean - dense mean| / |dense mean|, the largest that was measured.</p>"
+        "error is |mean - dense mean| / |dense mean|, the residual |residual| / |gradient|: the largest that were measured.</p>"
     )
     all_choices = (f"<p>{escape(name)}: {escape(history(made))}</p>" for name, made in found)
     return ["<h2>What auto chose</h2>", *all_choices, table(rows), said]
