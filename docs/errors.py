@@ -1,19 +1,18 @@
-"""The index of error texts at the end of docs/troubleshooting.md, from the sources: `python docs/errors.py` writes it.
+"""The tables of warnings and of error texts in docs/troubleshooting.md, from the sources: `python docs/errors.py` writes them.
 
-A text is what stands in a call of an exception, or of `require`, with `…` for what is filled in. Where it leads to is the
-section of the page that `SECTIONS` names for its file; a file that none names is an error.
+Which texts these are, docs/source_texts.py says. Where one leads to is the section of the page that `SECTIONS` names for its
+file; a file that none names is an error.
 """
 
-import ast
 import functools
 import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from source_texts import ERRORS, ROOT, WARNINGS, texts_in
+
 PAGE = ROOT / "docs" / "troubleshooting.md"
-BEGIN, END = "<!-- index: begin -->\n", "<!-- index: end -->\n"
+TABLES = {"warnings": WARNINGS, "index": ERRORS}
+"""What is called with the texts of a table, by the name of its marks on the page."""
 SECTIONS = {
     "Specs and settings": (
         *("commpress/comm/codecs", "commpress/comm/auto.py", "commpress/comm/plan.py", "commpress/comm/rules.py"),
@@ -85,46 +84,11 @@ SECTIONS = {
     "Codecs by hand": ("commpress/comm/coding.py", "commpress/comm/collectives.py", "commpress/kernels"),
 }
 BY_WORDS = {
+    "Not an error": re.compile("loops are compiled|compiled anew|cache of compiled loops"),
     "Checkpoints and files": re.compile("cannot restore|damaged|state_dict"),
-    "Missing package": re.compile("pip install"),
+    "Missing package": re.compile("pip install|Install commpress"),
 }
 """Texts whose words say more than their file."""
-
-
-def literal(node: ast.expr) -> str:
-    """Return the text of an expression, `…` for what is not fixed in it."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.JoinedStr):
-        return "".join(literal(value) if isinstance(value, ast.Constant) else "…" for value in node.values)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return literal(node.left) + literal(node.right)
-    return "…"
-
-
-def fixed(text: str) -> str:
-    """Return the longest fixed part of a text."""
-    return max((part.strip() for part in text.split("…")), key=len)
-
-
-def called(function: ast.expr) -> str:
-    """Return the last name of what is called; `type` for `type(error)(...)`."""
-    if isinstance(function, ast.Call):
-        return called(function.func)
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-
-
-def texts_in(file: Path) -> Iterator[str]:
-    """Return the error texts of a file that say something by themselves: six letters or more."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if not isinstance(node, ast.Call):
-            continue
-        name = called(node.func)
-        if name.endswith("Error") or name in ("kind", "require", "type"):
-            for argument in node.args:
-                text = " ".join(literal(argument).split())
-                if len(re.findall("[a-z]", fixed(text))) >= 6:
-                    yield re.sub("…+", "…", text)
 
 
 def section_of(file: str, text: str) -> str:
@@ -144,10 +108,12 @@ def section_of(file: str, text: str) -> str:
 
 
 @functools.cache
-def found() -> dict[str, str]:
-    """Return the section of each text of commpress/, hooks/ and launch/."""
+def found(called: re.Pattern[str]) -> dict[str, str]:
+    """Return the section of each text of commpress/, hooks/ and launch/ in the calls of what has such a name."""
     files = [file for folder in ("commpress", "hooks", "launch") for file in sorted((ROOT / folder).rglob("*.py"))]
-    return {text: section_of(file.relative_to(ROOT).as_posix(), text) for file in files for text in texts_in(file)}
+    return {
+        text: section_of(file.relative_to(ROOT).as_posix(), text) for file in files for text in texts_in(file, called)
+    }
 
 
 def anchor(section: str) -> str:
@@ -155,22 +121,26 @@ def anchor(section: str) -> str:
     return re.sub(r"[^\w\- ]", "", section.lower()).replace(" ", "-")
 
 
-def table() -> str:
-    """Return the index as a table, sorted by text."""
+def table(texts: dict[str, str]) -> str:
+    """Return texts and their sections as a table, sorted by text."""
     rows = ["| section | text |\n|---|---|\n"]
-    for text, section in sorted(found().items(), key=lambda row: row[0].lstrip("…: -").lower()):
+    for text, section in sorted(texts.items(), key=lambda row: row[0].lstrip("…: -").lower()):
         quote = "``" if "`" in text else "`"
         code = text.replace("|", "\\|")
         rows.append(f"| [{section}](#{anchor(section)}) | {quote}{code}{quote} |\n")
     return "".join(rows)
 
 
-def with_index(page: str) -> str:
-    """Return the page with the index as the sources have it."""
-    head, _, rest = page.partition(BEGIN)
-    return f"{head}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+def with_tables(page: str) -> str:
+    """Return the page with the tables as the sources have them."""
+    for name, called in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        head, _, rest = page.partition(begin)
+        page = f"{head}{begin}\n{table(found(called))}\n{end}{rest.partition(end)[2]}"
+    return page
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{PAGE.relative_to(ROOT)}: {len(found())} texts\n")
-    PAGE.write_text(with_index(PAGE.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text()))
+    counts = ", ".join(f"{name} {len(found(called))}" for name, called in TABLES.items())
+    sys.stdout.write(f"{PAGE.relative_to(ROOT)}: {counts}\n")

@@ -69,25 +69,26 @@ def predicted(
 def table(rows: Sequence[dict[str, Any]], title: str, known: bool) -> Table:
     """Return the rows as a table; `known` says whether the seconds of a step are known."""
     made = Table(title=title, box=box.SIMPLE_HEAD)
-    names = ["spec", "exchange", "a step", "ratio", "communication"]
-    names += ["step", "saved a day", "hours a day"] if known else []
-    for i, name in enumerate((*names, "pays below", "feedback")):
+    names = ["spec", "exchange", "MB a step", "ratio", "communication"]
+    names += ["step", "MB saved a day", "hours a day"] if known else []
+    for i, name in enumerate((*names, "pays below", "feedback MB")):
         made.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     for row in rows:
         cells = [row["spec"] if row["spec"] != "none" else "plain DDP", row["exchange"]]
-        cells += [size(row["sent_bytes"]), f"{row['ratio']:.1f}", f"{row['communication_seconds']:.3g} s"]
+        cells += [megabytes(row["sent_bytes"]), f"{row['ratio']:.1f}", f"{row['communication_seconds']:.3g} s"]
         if known:
-            cells += [f"{row['step_seconds']:.3g} s", f"{row['saved_bytes_a_day'] / 1e12:,.1f} TB"]
+            cells += [f"{row['step_seconds']:.3g} s", megabytes(row["saved_bytes_a_day"])]
             cells.append(f"{row['saved_hours_a_day']:.1f}")
         pays = bits(row["break_even"]) if "break_even" in row else ""
-        made.add_row(*cells, pays, size(row["feedback_bytes"]) if row["feedback_bytes"] else "")
+        made.add_row(*cells, pays, megabytes(row["feedback_bytes"]) if row["feedback_bytes"] else "")
     return made
 
 
-def size(nbytes: float) -> str:
-    """Return bytes as text: 7.11 GB."""
-    name, unit = next((n, u) for n, u in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 0)) if nbytes >= u)
-    return f"{nbytes / (unit or 1):.3g} {name}"
+def megabytes(nbytes: float) -> str:
+    """Return bytes in MB, with three digits: 0.00412, 63.9, 7,110."""
+    mb = float(f"{nbytes / 1e6:.3g}")
+    places = max(0, 2 - math.floor(math.log10(abs(mb)))) if mb else 0
+    return f"{mb:,.{places}f}"
 
 
 def bits(bandwidth: float | None) -> str:
@@ -139,9 +140,9 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def show(made: Table) -> None:
-    """Print a table at its full width."""
-    console = Console()
-    Console(width=max(console.width, 128)).print(made)
+    """Print a table at its full width, also where the terminal is narrower."""
+    needed = Console(width=10_000).measure(made).maximum
+    Console(width=max(Console().width, needed)).print(made)
 
 
 def say(text: str) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
+from browser import CHROMIUM, Chromium
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers and ranks outnumber the cores already
 
@@ -27,6 +28,16 @@ def ranks_of_our_own(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with apart(*libraries_of(request.module)):
         yield
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """A browser, without which the test is skipped."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (apt-get install chromium)")
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 def libraries_of(module: object) -> tuple[str, ...]:

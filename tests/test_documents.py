@@ -1,4 +1,4 @@
-"""Every block of code in README.md and docs/*.md does what it says.
+"""Every block of code in README.md, CONTRIBUTING.md and docs/*.md does what it says.
 
 A Python block runs on two ranks, each a process of its own that has imported nothing of ours, after the smallest prelude that
 the text around it promises. Which one, an HTML comment above the block says:
@@ -8,7 +8,8 @@ the text around it promises. Which one, an HTML comment above the block says:
     <!-- test: prelude=NAME after=1 -->     after the block before it, or the one so many before it
     <!-- test: by=FILE -->                  another test runs it
 
-A line `...` stands for that loop. The commands of bash blocks are parsed by the programs that they call.
+A line `...` stands for that loop. The commands of bash blocks are parsed by the programs that they call. TOML blocks are read
+as recipes or specs by pattern.
 """
 
 import os
@@ -26,7 +27,7 @@ from test_package import PROJECT
 from tiers import slowly
 
 ROOT = Path(__file__).parents[1]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?:<!-- test: (?P<test>[^>]*) -->\n)?```(?P<kind>\w+)\n(?P<code>.*?)```", re.DOTALL)
 SCRIPT = """
 import commpress
@@ -106,6 +107,7 @@ def blocks_of(file: Path) -> list[Block]:
 BLOCKS = [block for file in FILES for block in blocks_of(file)]
 PYTHON = [block for block in BLOCKS if block.kind == "python"]
 BASH = [block for block in BLOCKS if block.kind == "bash"]
+TOML = [block for block in BLOCKS if block.kind == "toml"]
 
 
 def by_prelude() -> list[Any]:
@@ -150,7 +152,8 @@ def run_fresh(sources: list[str], folder: Path) -> list[dict[str, Any]]:
 def test_every_block_is_tested_or_says_by_whom() -> None:
     assert len(PYTHON) >= 18
     assert len(BASH) >= 9
-    assert {block.kind for block in BLOCKS} <= {"python", "bash", "toml", ""} | {"json", "yaml"}
+    assert len(TOML) >= 6
+    assert {block.kind for block in BLOCKS} == {"python", "bash", "toml"}
     for block in PYTHON:
         assert block.test.keys() & {"prelude", "by"}, f"{block.name}: no `<!-- test: ... -->` above it"
         compile(block.code, block.name, "exec")
@@ -197,6 +200,25 @@ def test_every_name_of_ours_is_there_after_import_commpress() -> None:
     )
     done = run_code(code)
     assert done.code == 0, done.err
+
+
+# --- TOML ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", TOML, ids=lambda block: block.name)
+def test_a_toml_block_is_a_recipe_or_specs_by_pattern(block: Block, tmp_path: Path) -> None:
+    from commpress.launch import patterns
+    from commpress.launch.model import Shape
+    from commpress.model import Recipe
+
+    path = tmp_path / "file.toml"
+    path.write_text(block.code)
+    if re.match(r"(#.*\n)*\[", block.code):  # tables, where patterns are keys with a text
+        assert Recipe.load(path).to_dict()
+    else:
+        table = patterns.table_of(patterns.text_of(str(path)))
+        assert table
+        patterns.require_fit(table, Shape(layers=2, width=32, heads=2, context=16))
 
 
 # --- bash --------------------------------------------------------------------------------------------------------
@@ -247,7 +269,10 @@ def require_known(words: list[str]) -> None:
 
     match words:
         case ["make", target]:
+            target = {".venv/installed": r"\$\(INSTALLED\)"}.get(target, target)
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        case ["source", ".venv/bin/activate"]:
+            assert "\nVENV := .venv\n" in (ROOT / "Makefile").read_text()
         case ["pip", "install", what]:
             name, _, extra = what.rstrip("]").partition("[")
             if name == ".":

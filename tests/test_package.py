@@ -53,11 +53,13 @@ def test_the_readme_has_all_extras() -> None:
 
 def test_one_headline_everywhere_and_the_tables_have_its_figures() -> None:
     headline = PROJECT["description"]
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert readme.startswith(f"# commpress {headline}:")
-    docstring = (ROOT / "commpress" / "__init__.py").read_text().splitlines()[0]
-    assert docstring == f'"""commpress: {headline[0].lower()}{headline[1:]}.'
+    within = f"{headline[0].lower()}{headline[1:]}"
+    for page in ("README.md", "docs/index.md"):
+        opening = " ".join((ROOT / page).read_text().partition("\n| ")[0].split())
+        assert f": {within}" in opening, page
+    assert (ROOT / "commpress" / "__init__.py").read_text().splitlines()[0] == f'"""commpress: {within}.'
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["abstract"] == f"{headline}."
+    assert f"\nsite_description: {headline}\n" in (ROOT / "mkdocs.yml").read_text()
     told = re.search(r"(\d+) times fewer bytes after a warm-up, at ([\d.]+ %) more loss", headline)
     assert told is not None
     for table in ("README.md", "docs/adam.md"):
@@ -195,3 +197,27 @@ def test_it_is_installed_into_an_empty_environment_and_works(
         call(python, "-c", "import commpress; print(commpress.hooks.__file__)", cwd=tree)
         == f"{tree}/hooks/__init__.py\n"
     )
+
+
+@pytest.mark.slow
+def test_what_the_wheel_needs_is_found_for_an_empty_environment(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """By pip, in the versions of constraints.txt; nothing is installed. torch is the build that these tests run with."""
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("pip would draw several GB: torch for CUDA")
+    (tmp_path / "torch.txt").write_text(f"torch=={torch.__version__}\n")
+    call(sys.executable, "-m", "venv", tmp_path / "empty", cwd=tmp_path)
+    words = ["-m", "pip", "install", "--dry-run", "--only-binary", ":all:", "-c", ROOT / "constraints.txt"]
+    command = [tmp_path / "empty" / "bin" / "python", *words, "-c", tmp_path / "torch.txt", f"{built[0]}[launch]"]
+    done = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    if "No matching distribution found for torch" in done.stderr:
+        pytest.skip(f"no index that pip knows has torch {torch.__version__}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = dict(re.findall(r"(\S+)-(\d[^-\s]*)(?=\s|$)", done.stdout.split("Would install ")[1]))
+    assert found["commpress"] == PROJECT["version"]
+    assert {"torch", "numpy", "numba", "rich", "tyro", "plotly"} <= found.keys()
+    pinned = dict(re.findall(r"^([\w.-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    for name in ("numpy", "numba", "rich", "tyro", "plotly"):
+        assert found[name] == pinned[name]
+    assert not [name for name in found if name.startswith(("nvidia", "triton"))]

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch.distributed as dist
+from browser import SIZES, Chromium
 from commands import started_by_torchrun
 from ranks import run
 from test_documents import BLOCKS, Block
@@ -51,16 +52,65 @@ def test_every_page_is_in_the_sites_menu_once() -> None:
     assert sorted(menu) == sorted([*beside, *(page.stem for page in ROOT.glob("docs/*.md"))])
 
 
-def test_every_error_text_stands_on_the_page_with_what_to_do() -> None:
+@pytest.fixture
+def errors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names of docs/errors.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return runpy.run_path(str(ROOT / "docs" / "errors.py"))
+
+
+def test_every_text_of_an_error_or_a_warning_stands_on_the_page_with_what_to_do(errors: dict[str, Any]) -> None:
     """A new one wants `make docs`; one of a new file wants a section in docs/errors.py."""
-    errors = runpy.run_path(str(ROOT / "docs" / "errors.py"))
     page = errors["PAGE"].read_text()
-    found = errors["found"]()
-    assert len(found) > 500
-    for text in found:
-        assert errors["fixed"](text).replace("|", "\\|") in page, f"{text}: run `make docs`"
-    assert page == errors["with_index"](page), "run `make docs`"
-    assert {errors["anchor"](section) for section in found.values()} <= anchors_of(errors["PAGE"])
+    assert len(errors["found"](errors["ERRORS"])) > 600
+    assert len(errors["found"](errors["WARNINGS"])) > 20
+    for called in errors["TABLES"].values():
+        found = errors["found"](called)
+        for text in found:
+            assert text.replace("|", "\\|") in page, f"{text}: run `make docs`"
+        assert {errors["anchor"](section) for section in found.values()} <= anchors_of(errors["PAGE"])
+    assert page == errors["with_tables"](page), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "budget.max_mb: … MB cannot be met, the closest of … is … MB",
+        "the budget is not met: max_loss …: the loss of … is …, … above the dense model's …",
+        "a network lab needs root, for network namespaces",
+        "commpress.attach: ZenFlow is not supported",
+        "commpress.attach: pipeline parallelism is not supported",
+    ],
+)
+def test_a_text_that_is_made_before_it_is_raised_is_found(errors: dict[str, Any], text: str) -> None:
+    """In a name that is raised, a string that a function of this or another file returns, the keys of a table."""
+    assert text in errors["found"](errors["ERRORS"])
+
+
+def test_names_and_calls_in_a_text_are_followed(errors: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text(
+        """
+def missed(x):
+    told = f"no room for {x}" if x else ""
+    return None, told
+
+def check(x, words):
+    for what, is_so in {"a thing of glass": x, "a thing of Wood": not x}.items():
+        if is_so:
+            raise ValueError(f"{what} does not float")
+    found, told = missed(x)
+    reasons = [told]
+    reasons.append("the door is shut")
+    if found is None:
+        raise KeyError("; ".join(reasons))
+    warn("it rains" + (" and the roof leaks" if x else ""))
+    raise TypeError(f"expected other words, got {', '.join(words)}")
+"""
+    )
+    texts = {called: set(errors["texts_in"](tmp_path / "file.py", errors[called])) for called in ("ERRORS", "WARNINGS")}
+    things = {"a thing of glass does not float", "a thing of Wood does not float"}
+    reasons = {"no room for …", "the door is shut", "expected other words, got …"}
+    assert texts == {"ERRORS": things | reasons, "WARNINGS": {"it rains", "it rains and the roof leaks"}}
 
 
 def started(block: Block, port: int) -> str:
@@ -100,14 +150,21 @@ class Page(HTMLParser):
         self.asked += [said[key] for key in ("href", "src") if said.get(key)]
 
 
-@pytest.mark.slow
-def test_the_site_is_built_strictly_and_all_its_links_resolve(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly."""
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
-    pages = {path: Page(path.read_text()) for path in tmp_path.rglob("*.html") if path.name != "404.html"}
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_is_built_strictly_and_all_its_internal_links_resolve(site: Path) -> None:
+    pages = {path: Page(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"}
     assert {path.stem for path in pages} >= {"index", "overview", "api", "troubleshooting"}
     for path, page in pages.items():
         for asked in page.asked:
@@ -119,4 +176,23 @@ def test_the_site_is_built_strictly_and_all_its_links_resolve(tmp_path: Path) ->
             if address.fragment and target in pages and address.fragment != "__tabbed":
                 assert unquote(address.fragment) in pages[target].names, f"{path.name}: {asked}"
     for file in [*ROOT.glob("examples/*.py"), *ROOT.glob("docs/outputs/*.txt")]:
-        assert file.read_text().rstrip() in pages[tmp_path / "examples.html"].text, file.name
+        assert file.read_text().rstrip() in pages[site / "examples.html"].text, file.name
+
+
+MEASURE = """
+new Promise(done => setTimeout(done, 300)).then(() => ({
+  width: document.documentElement.clientWidth,
+  scroll_width: document.documentElement.scrollWidth,
+  height: document.documentElement.scrollHeight,
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_no_page_of_the_site_scrolls_sideways(chromium: Chromium, site: Path, tmp_path: Path, size: str) -> None:
+    for name in ("index", "overview", "quickstart", "auto", "measured", "extending"):
+        chromium.open(site / f"{name}.html", *SIZES[size])
+        found = chromium.evaluate(MEASURE)
+        chromium.screenshot(tmp_path / f"{name}-{size}.png", found["width"], found["height"])
+        assert found["scroll_width"] <= found["width"] <= SIZES[size][0], name

@@ -1,5 +1,7 @@
 """`commpress explain`: what people type, what it refuses, what it prints, and its predictions beside measured steps."""
 
+import contextlib
+import io
 import json
 import math
 from pathlib import Path
@@ -119,6 +121,24 @@ def test_a_table_with_step_seconds_has_savings(tmp_path: Path) -> None:
     steps = 86400 / dense["step_seconds"]
     assert int4["saved_bytes_a_day"] == pytest.approx(steps * 4 * (dense["sent_bytes"] - int4["sent_bytes"]))
     assert dense["saved_hours_a_day"] == dense["saved_bytes_a_day"] == 0
+
+
+def test_bytes_are_in_mb_with_three_digits_whatever_their_size() -> None:
+    assert [predictions.megabytes(n) for n in (0, 1, 4123, 68.4e6, 999.6e6, 7.112e9, -2.5e6, 9.96618e12)] == [
+        "0", "0.00000100", "0.00412", "68.4", "1,000", "7,110", "-2.50", "9,970,000",
+    ]  # fmt: skip
+
+
+def test_the_tables_widest_rows_are_whole() -> None:
+    """Of 1e18 parameters, with every column."""
+    row = {"spec": "ZeroOneAdamW topk(0.01)|int4", "exchange": "hierarchical(8)", "ratio": 204.0}
+    row |= {"sent_bytes": 4e18, "saved_bytes_a_day": 4e23, "feedback_bytes": 4e18, "communication_seconds": 1.23e-9}
+    row |= {"step_seconds": 1.23e-9, "saved_hours_a_day": -123.4, "break_even": 1.2345e9}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setenv("COLUMNS", "80")
+        predictions.show(predictions.table([row], "", known=True))
+    assert "…" not in out.getvalue()
+    assert "400,000,000,000,000,000 " in out.getvalue()
 
 
 def test_break_even_in_words() -> None:
