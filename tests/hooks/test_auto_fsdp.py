@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from scripted import Scripted
-from test_auto import CLOCK, PLAIN_STEPS, encoded
+from test_auto import PLAIN_STEPS, encoded
+from test_auto_guard import CLOCK
 from test_fsdp import by_two, sharded, shards_of
 from tiers import slow
 from torch import Tensor, nn
