@@ -1,4 +1,4 @@
-# make demo | shrink | test | test-slow | test-oldest | test-litert | check | docs | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
+# make demo | shrink | test | test-slow | test-oldest | test-litert | test-triton | check | docs | gpu-check | bench | bench-quick | bench-codecs | bench-convergence     each installs what it needs, once, into .venv
 # test: almost every promise, within five minutes on two cores; test-slow: all that it leaves out; the check of a clean clone runs both
 PYTHON ?= python3
 VENV := .venv
@@ -14,9 +14,9 @@ AUTO := $(RUN)/python benchmarks/auto.py --model deep --steps 100 --others 20
 ADAM := --adam --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'ZeroOneAdamW sign, every 4 steps'
 
 # tests start many processes: without bytecode on disk each of them compiles all of our sources, and pytest all of its own
-warm test test-slow: export PYTHONDONTWRITEBYTECODE :=
+warm test test-slow test-triton: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo shrink warm test test-slow test-oldest test-litert check docs gpu-check bench bench-quick bench-codecs bench-convergence clean
+.PHONY: demo shrink warm test test-slow test-oldest test-litert test-triton check docs gpu-check bench bench-quick bench-codecs bench-convergence clean
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "== installing into $(VENV) (torch first: about a minute)"
@@ -56,6 +56,10 @@ test-litert:
 	@$(PYTHON) -m venv .venv-litert
 	@.venv-litert/bin/pip install -q --disable-pip-version-check torch==2.13.0 -e '.[litert]' pytest pytest-timeout
 	@.venv-litert/bin/python -m pytest -q tests/model/test_export_litert.py
+
+# the kernels for CUDA without a GPU: their bytes on Triton's interpreter, their machine code by its compiler; test-slow has them, too
+test-triton: $(INSTALLED)
+	@$(RUN)/python -m pytest -q -m 'slow or not slow' -n 2 --dist worksteal tests/kernels/test_triton.py tests/kernels/test_triton_table.py
 
 check: $(INSTALLED)
 	@echo "== ruff, mypy (on the installed package: hooks/ and launch/ are packages of commpress only there)"

@@ -30,7 +30,7 @@ import commpress
 from commpress.launch import data
 from commpress.launch.link import Link, joining
 from commpress.launch.model import GPT, Shape
-from commpress.launch.run_record import machine
+from commpress.launch.run_record import where
 
 MODELS = {
     "wide": (Shape(layers=5, width=528, heads=8, context=64), 2),  # 17 M parameters, little to compute
@@ -200,11 +200,10 @@ def main() -> None:
     assert session is not None
     found = rows(ways)
     if dist.get_rank() == 0:
-        here = machine(torch.device("cpu"))
         record = {
             "what": "auto",
             "link": {**joining(dist.get_world_size()), "switch": chosen.switch},
-            "machine": f"{here['processor']}, {here['cores']} cores",
+            **where(torch.device("cpu")),
             "world_size": dist.get_world_size(),
             "model": chosen.model,
             "parameters": sum(p.numel() for p in ways[0].model.parameters()),

@@ -39,7 +39,7 @@ from commpress.comm.replicas import replicas_session
 from commpress.comm.segments import Segment
 from commpress.comm.session import Session
 from commpress.launch.lab import joining, sent_by_kernel
-from commpress.launch.run_record import machine
+from commpress.launch.run_record import where
 
 SPECS = ("bf16", "int8", "int4", "sign", "topk(0.01)|int4")
 NEARER = 1e-5
@@ -243,12 +243,6 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return made
 
 
-def described() -> str:
-    """The accelerator's name, or the processor's and the number of cores."""
-    here = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return str(here["accelerator"] or f"{here['processor']}, {here['cores']} cores")
-
-
 def shown(size: int) -> str:
     """A size in the largest unit that leaves no fraction: 64 KB, 1 MB (of 1024)."""
     name, unit = max((u for u in UNITS.items() if u[1] <= size and size % u[1] == 0), key=lambda u: u[1])
@@ -284,15 +278,16 @@ def main() -> None:
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "nccl"
     dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
-    W, rank, where = dist.get_world_size(), dist.get_rank(), joining(dist.get_world_size())
+    W, rank, link = dist.get_world_size(), dist.get_rank(), joining(dist.get_world_size())
     if W < 2:
         raise SystemExit("one rank: nothing to exchange; start it with torchrun --nproc-per-node 2, or in the lab")
     rows = merged(measure(chosen.specs, sizes, chosen.repeats, device))
     if rank == 0:
-        title = f"{W} ranks, {backend}, {where['rate']} link, {described()}, torch {torch.__version__}"
+        here = where(device)
+        title = f"{W} ranks, {backend}, {link['rate']} link, {here['machine']}, torch {torch.__version__}"
         Console(width=132).print(table(rows, title))
         if chosen.json:
-            about = {"what": "bandwidth", "link": where, "machine": described(), "torch": torch.__version__}
+            about = {"what": "bandwidth", "link": link, **here, "torch": torch.__version__}
             record = {**about, "backend": backend, "world_size": W, "repeats": chosen.repeats, "rows": rows}
             chosen.json.write_text(json.dumps(record, indent=2) + "\n")
         print(answer(rows))

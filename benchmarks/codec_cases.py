@@ -1,6 +1,5 @@
 """What is timed of a codec, and the bytes that it must move. For `codecs`, `passes` and `gpu_check`."""
 
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +47,7 @@ Key = tuple[int, str, str]
 def name_of(device: torch.device) -> str:
     """The name of the processor or of the GPU."""
     here = machine(device)
-    return str(here["accelerator"] or here["processor"] or platform.processor())
+    return str(here["accelerator"] or here["processor"])
 
 
 def actions(x: torch.Tensor, codec: Codec) -> dict[str, Callable[[], object]]:

@@ -1,6 +1,7 @@
-"""What else turns float32 into 8 or 4 bits on a CPU: torch's own, and pi-quant (`pip install pypiquant`) where it is installed.
+"""What else turns float32 into 8 or 4 bits: torch's own, and on a CPU pi-quant (`pip install pypiquant`) where it is installed.
 
-Both have one scale for the whole tensor, which a pass over it finds, and no feedback. One thread, as the codecs have.
+Both have one scale for the whole tensor, which a pass over it finds, and no feedback. On a CPU they run on one thread, as the
+codecs do; on a GPU torch's own waits for the host, which reads the scale.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,8 @@ ABSENT = "pi-quant: not installed; pip install pypiquant"
 
 
 def peers(x: Tensor) -> Calls:
-    """Return what is timed on x, float32 on the CPU."""
-    return torchs(x) | (pi_quants(x) if find_spec("piquant") else {})
+    """Return what is timed on x, float32."""
+    return torchs(x) | (pi_quants(x) if x.device.type == "cpu" and find_spec("piquant") else {})
 
 
 def torchs(x: Tensor) -> Calls:

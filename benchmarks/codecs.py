@@ -5,10 +5,10 @@ repetition runs each case once on each, in turn, between copies of the same grad
 the median copy, so a noisy machine shifts both. "feedback" reads and writes a residual as well, "momentum" makes besides, of
 the gradient, the momentum over the root of the variance that OneBitAdamW sends.
 
-On a CPU a third table has what else there is (`codec_peers.py`), in turns with copies, too.
+A second table has the GB/s of what an action must move: each value, residual and payload that it reads or writes, once. A copy
+moves x twice. The last table has what else there is (`codec_peers.py`), in turns with copies, too.
 
-With `--device cuda` the same on a GPU, one codec after another, against copies from device to device. A second table has the
-GB/s of what an action must move: each value, residual and payload that it reads or writes, once. A copy moves x twice.
+With `--device cuda` the same on a GPU, one codec after another, against copies from device to device.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from codec_peers import ABSENT, peers
 from copies import in_turns
 from rich.console import Console
 from rich.table import Table
+
+from commpress.launch.run_record import where
 
 
 def shown(rows: list[dict[str, Any]], title: str, gigabytes: bool = False) -> Table:
@@ -68,18 +70,18 @@ def main() -> None:
         console.print(shown(rows, f"{title}: memory copies ({copy * 1e3:.3g} ms each)"))
         console.print(shown(rows, f"GB/s of what must move (a copy: {2 * x.nbytes / copy / 1e9:.1f})", gigabytes=True))
     if chosen.json:
-        record = {"machine": name_of(device), "device": device.type, "values": n, "copy_seconds": copy}
+        record = {**where(device), "device": device.type, "values": n, "copy_seconds": copy}
         record["rows"] = by_threads[chosen.threads[0]]
         chosen.json.write_text(json.dumps(record | {"by_threads": by_threads}, indent=2))
-    if device.type == "cpu":
-        show_peers(x, chosen.repeat)
+    show_peers(x, chosen.repeat)
     say_dense(by_threads)
 
 
 def show_peers(x: torch.Tensor, repeat: int) -> None:
     """Print what others take, in copies of the same run."""
     copies, times = in_turns(peers(x), x, repeat)
-    table = Table(title=f"others, one thread: memory copies ({statistics.median(copies) * 1e3:.3g} ms each)")
+    who = "others, one thread" if x.device.type == "cpu" else "others"
+    table = Table(title=f"{who}: memory copies ({statistics.median(copies) * 1e3:.3g} ms each)")
     for column in ("", "encode", "decode"):
         table.add_column(column, justify="right" if column else "left")
     for name in dict.fromkeys(name for name, _ in times):
@@ -87,7 +89,7 @@ def show_peers(x: torch.Tensor, repeat: int) -> None:
         cells = ["" if s is None else f"{statistics.median(s) / statistics.median(copies):.2f}" for s in seconds]
         table.add_row(name, *cells)
     Console(width=120).print(table)
-    if not any(name.startswith("pi-quant") for name, _ in times):
+    if x.device.type == "cpu" and not any(name.startswith("pi-quant") for name, _ in times):
         print(ABSENT)
 
 

@@ -35,7 +35,7 @@ import commpress
 from commpress.comm.meter import Report
 from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
-from commpress.launch.run_record import machine
+from commpress.launch.run_record import where
 from commpress.optim import DGC, CompressedOptimizer, EF21Muon, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.muon_groups import groups as muon_groups
 
@@ -178,7 +178,7 @@ def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> 
     return {
         **{"name": way.name, "task": way.task, "rate": rate, "seed": seed, "of_steps": steps, "parameters": values},
         **{"dense_bytes_a_step": dense, "seconds": time.perf_counter() - start, **row},
-        **{"machine": machine(torch.device("cpu"))["processor"], "torch": torch.__version__},
+        **{**where(torch.device("cpu")), "torch": torch.__version__},
     }
 
 

@@ -1,4 +1,4 @@
-"""Error against bits: what each spec loses of real gradients. `python benchmarks/distortion.py [--picture OUT.svg]`
+"""Error against bits: what each spec loses of real gradients. `python benchmarks/distortion.py [--picture docs/distortion.svg]`
 
 A byte-level GPT of 0.9 M parameters trains on the standard library's source by AdamW, in one process. After some of its steps
 the gradient of the batch, all parameters in one row as in a bucket of DDP, is encoded and decoded by every spec, without
@@ -41,13 +41,24 @@ SPECS = (
     "topk(0.01)|int4",
     "topk(0.01)|sign",
     "topk(0.001)|int4",
+    "randomk(0.1)",
+    "randomk(0.1)|int4",
+    "randomk(0.01)",
+    "rotate|int8",
+    "rotate|int4",
+    "rotate|int2",
+    "rotate|sign",
 )
+"""Some of each family, but `powersgd(r)`, which codes matrices, not rows of values."""
 SHAPE, BATCH = Shape(layers=4, width=128, heads=4, context=64), 16
 RATE, BETAS, DECAY, CLIP, RISE = 1.5e-3, (0.9, 0.95), 0.1, 1.0, 20
 """The learning rate rises for so many steps."""
 STEPS = (1, 30, 100, 300)
 """The gradients of these steps are taken."""
-COLORS = {"topk": "#c2410c", "int": "#1d4ed8", "fp": "#15803d", "bf": "#15803d", "sign": "#1d4ed8"}
+COLORS = {
+    **{"topk": "#c2410c", "randomk": "#86198f", "rotate": "#0e7490"},
+    **{"int": "#1d4ed8", "sign": "#1d4ed8", "fp": "#15803d", "bf": "#15803d"},
+}
 """By how a spec begins; others are black."""
 
 
@@ -102,19 +113,20 @@ def draw(points: Sequence[Point], title: str, out: Path) -> None:
     import labels
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8.5, 5))
+    figure, axes = pyplot.subplots(figsize=(9, 7))
     bits = [2 ** (i / 8) for i in range(-64, 33)]
     axes.plot(bits, [2.0 ** (-2 * b) for b in bits], color="0.4")
-    axes.annotate("the least for normal values, 2^(-2R)", (bits[8], 1.1), fontsize=8, color="0.4")
+    least = "the least for normal values, 2^(-2R)"
+    axes.annotate(least, (9, 2.0**-18), (-6, 0), textcoords="offset points", fontsize=8, color="0.4", ha="right")
+    drawn = [(b, 2.0 ** (-2 * b)) for b in (2 ** (i / 64) for i in range(-512, 257))]
+    spots: dict[str, tuple[tuple[float, float], str]] = {}
     for each in points:
         color = next((color for start, color in COLORS.items() if each.spec.startswith(start)), "black")
         bars = [[each.error - min(each.errors)], [max(each.errors) - each.error]]
         axes.errorbar(each.bits, each.error, yerr=bars, fmt="o", markersize=4, color=color, capsize=2)
-        sparse, high = each.spec.startswith("topk"), each.spec.endswith(("(stochastic)", "(e5m2)"))
-        place = {"xytext": (-5 if sparse else 5, 6 if high else -8), "ha": "right" if sparse else "left"}
-        here = each.bits, each.error
-        place |= {"bbox": {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5}}
-        axes.annotate(each.spec, here, textcoords="offset points", fontsize=8, color=color, **place)
+        low, high = math.log(min(each.errors)), math.log(max(each.errors))
+        drawn += [(each.bits, math.exp(low + (high - low) * i / 16)) for i in range(17)]
+        spots[each.spec] = (each.bits, each.error), color
     axes.set(xscale="log", yscale="log", xlabel="bits a value, R", ylabel="relative squared error, lower is better")
     axes.set_xlim(min(p.bits for p in points) / 6, max(p.bits for p in points) * 2)
     axes.set_ylim(min(min(p.errors) for p in points) / 5, 2)
@@ -122,6 +134,7 @@ def draw(points: Sequence[Point], title: str, out: Path) -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+    labels.label_points(axes, spots, drawn)
     below = [each.spec for each in points if each.above < 0]
     said = f"{len(below)} of {len(points)} specs, all top-k, lose less than any code for normal values"
     said = said if all(spec.startswith("topk") for spec in below) else said.replace(", all top-k", "")

@@ -26,7 +26,7 @@ from typing import Any
 import gpu_bytes
 import gpu_parts
 import torch
-from codec_cases import MB, SPECS, name_of
+from codec_cases import MB, SPECS
 from gpu_ranks import COLLECTIVES, EXCHANGED, RUNS, SIZES, STEPS
 from gpu_worker import PASSES, Job
 from rich.console import Console
@@ -35,7 +35,7 @@ from rich.table import Table
 
 from commpress.comm.codecs import WORDS, parse
 from commpress.launch.gpu_record import ACTIONS, COLUMNS, LEGEND, answer, lines, title
-from commpress.launch.run_record import cores
+from commpress.launch.run_record import cores, where
 
 Record = dict[str, Any]
 BENCHMARKS = Path(__file__).parent
@@ -213,7 +213,7 @@ def run(check: Check) -> Record:
     copy, rows = codecs_and_passes(check)
     rows += [*trainings(check), *programs(check)]
     here = torch.device(check.first)
-    about = {"what": "gpu check", "rehearsal": check.device == "cpu", "machine": name_of(here), "gpus": check.gpus}
+    about = {"what": "gpu check", "rehearsal": check.device == "cpu", **where(here), "gpus": check.gpus}
     if here.type == "cuda":
         about["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(here))
     about |= {"torch": torch.__version__, "triton": version_of("triton"), "commpress": version_of("commpress")}

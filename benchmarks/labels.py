@@ -4,11 +4,14 @@ A way of training has one colour and one line in every picture; what commpress i
 that their words can be read on a phone.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 matplotlib.use("svg")
 matplotlib.rcParams |= {
@@ -74,6 +77,46 @@ def label_ends(
             ha="right" if left else "left",
             va="center",
         )
+
+
+BESIDE = sorted(
+    [(x, y) for x in (6, -6, 24, -24, 48, -48) for y in range(-72, 73, 6)], key=lambda at: (math.hypot(*at), -at[0])
+)
+"""Where the name of a point may stand, in points of the page, the nearest first."""
+NEAR = 12
+"""From how far away on a thin line leads from the name to its point."""
+
+
+def label_points(
+    axes: Any, spots: Mapping[str, tuple[tuple[float, float], str]], drawn: Sequence[tuple[float, float]]
+) -> None:
+    """Write the name of each point, at (x, y) of the data, beside it in its color, off other names and all points, those of
+    `drawn` among them.
+
+    Raises RuntimeError where there is no room for one.
+    """
+    canvas = axes.figure.canvas
+    canvas.draw()
+    places = [(at, 4) for at, _ in spots.values()] + [(at, 1) for at in drawn]
+    taken = [Bbox.from_bounds(*(axes.transData.transform(at) - far), 2 * far, 2 * far) for at, far in places]
+    frame = axes.get_window_extent()
+    for name, (at, color) in spots.items():
+        for x, y in BESIDE:
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+            text = axes.annotate(
+                *(name, at, (x, y)),
+                **{"textcoords": "offset points", "fontsize": 8, "color": color, "va": "center"},
+                ha="left" if x > 0 else "right",
+                arrowprops=line if math.hypot(x, y) > NEAR else None,
+            )
+            text.get_window_extent()  # which puts it in its place
+            here = Text.get_window_extent(text)  # without the line
+            if not here.count_overlaps(taken) and frame.contains(*here.min) and frame.contains(*here.max):
+                taken.append(here)
+                break
+            text.remove()
+        else:
+            raise RuntimeError(f"label_points: found no room for {name!r}")
 
 
 def head(axes: Any, found: str, about: str) -> None:

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from commpress.launch.run_record import processor
+from commpress.launch.run_record import where
 from commpress.model import Recipe, Scheduler, search, stored
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -153,9 +153,10 @@ def main() -> None:
     for seed in range(chosen.seeds):
         records.append(compared(seed, chosen.trials))
         show(records[-1], console)
-    print(f"one thread of {processor()}, torch {torch.__version__}")
+    here = where(torch.device("cpu"))
+    print(f"one thread of {here['machine']}, torch {torch.__version__}")
     if chosen.json:
-        chosen.json.write_text(json.dumps({"machine": processor(), "seeds": records}, indent=1) + "\n")
+        chosen.json.write_text(json.dumps({**here, "seeds": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import commpress
 from commpress.launch import data, records
 from commpress.launch.lab import joining, sent_by_kernel
 from commpress.launch.model import GPT, Shape
-from commpress.launch.run_record import machine
+from commpress.launch.run_record import where
 
 SHAPE = Shape(layers=5, width=528, heads=8, context=64)
 BATCH = 2
@@ -252,12 +252,11 @@ def steps_to(target: float, row: dict[str, Any]) -> float | None:
 
 def described() -> dict[str, Any]:
     """Return what ran and on what: the head of both records."""
-    here = machine(device())
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(SHAPE).parameters())
     return {
         "link": joining(dist.get_world_size()),
-        "machine": str(here["accelerator"] or f"{here['processor']}, {here['cores']} cores"),
+        **where(device()),
         "torch": torch.__version__.partition("+")[0],
         "world_size": dist.get_world_size(),
         "model": f"GPT, {SHAPE.layers} layers, {SHAPE.width} wide",
@@ -268,8 +267,8 @@ def described() -> dict[str, Any]:
 
 def title(record: dict[str, Any]) -> str:
     """One line over the table."""
-    where = f"{record['link']['rate']}, {records.conditions(record)}"
-    return f"{record['parameters'] / 1e6:.1f} M parameters; {where}; {record['machine']}"
+    link = f"{record['link']['rate']}, {records.conditions(record)}"
+    return f"{record['parameters'] / 1e6:.1f} M parameters; {link}; {record['machine']}"
 
 
 def print_steps(record: dict[str, Any]) -> None:

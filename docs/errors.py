@@ -32,6 +32,7 @@ SECTIONS = {
     "Attaching": (
         *(
             "commpress/__init__.py",
+            "commpress/comm/masks_index.py",
             "commpress/comm/parameters.py",
             "commpress/comm/step_buffer.py",
             "hooks/__init__.py",
@@ -51,7 +52,7 @@ SECTIONS = {
     ),
     "Trainers": (
         *("hooks/accelerate.py", "hooks/lightning.py", "hooks/transformers.py"),
-        *("hooks/eval_batches.py", "hooks/limits.py"),
+        *("hooks/eval_batches.py", "hooks/limits.py", "hooks/recipe_traffic.py"),
     ),
     "Recipes": ("commpress/model",),
     "Export": ("commpress/model/stored.py", "commpress/model/export"),

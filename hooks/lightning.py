@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress import extras
-from commpress.comm.codecs import AUTO, Codec
+from commpress.comm.codecs import Codec
 from commpress.comm.rules import Spec
 from commpress.comm.session import Session
 from commpress.files import DamagedFileError, pack_state, unpack_state
 from commpress.hooks import ddp, ending, rank_checkpoint
 from commpress.hooks.accelerate import inner
+from commpress.hooks.recipe_traffic import spec_of
 from commpress.notice import warn
 from commpress.optim.base import CompressedOptimizer
 
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 class CompressedDDP(DDPStrategy):
     """A strategy that compresses gradients: `Trainer(strategy=CompressedDDP("int4"))` in place of `strategy="ddp"`.
 
-    Without `gradients`, as in `CompressedDDP()`, a spec is found during training.
-
     `settings` are those of DDPStrategy, and those of `commpress.hooks.ddp.attach`. If `configure_optimizers` returns one of
     `commpress.optim`, its update is sent in place of the gradient. Beside each checkpoint there is one file a rank,
     `NAME.ckpt.commpress-rank0` and so on, which `fit(ckpt_path=...)` reads. The loggers get `session.log()` every
@@ -58,14 +57,16 @@ class CompressedDDP(DDPStrategy):
     squared error). At the end the exported file is compared with `dense`, or without it the module at the budget's `start`. A
     limit that is missed is a warning, and `default_root_dir/judged` has the figures.
 
-    Raises ValueError for `ddp_comm_*` settings; `fit` raises ValueError on all ranks for an unknown spec, for ranks that
-    differ, for files that do not belong to the checkpoint, and for `gradient_clip_val` or a second optimizer beside a
-    compressed one.
+    Without `gradients` the spec is that of the recipe's [traffic], else `auto`, which finds one during training.
+
+    Raises ValueError for `ddp_comm_*` settings and for a recipe with another spec. `fit` raises ValueError on all ranks for an
+    unknown spec, for ranks that differ, for files that do not belong to the checkpoint, and for `gradient_clip_val` or a second
+    optimizer beside a compressed one.
     """
 
     def __init__(
         self,
-        gradients: Spec = AUTO,
+        gradients: Spec | None = None,
         *,
         exchange: str | None = None,
         error_feedback: bool = True,
@@ -85,7 +86,8 @@ class CompressedDDP(DDPStrategy):
         super().__init__(**settings)
         self.session: Session | None = None
         self.scheduler: Scheduler | None = None
-        self._gradients, self._recipe, self._teacher = gradients, recipe, teacher
+        self._gradients = spec_of(gradients, recipe, "CompressedDDP(gradients)")
+        self._recipe, self._teacher = recipe, teacher
         self._example_inputs = example_inputs
         self._limits: Limits | None = None
         self._of_budget = (held_out, budget_loss, dense)

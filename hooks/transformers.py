@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commpress import extras
-from commpress.comm.codecs import AUTO
 from commpress.comm.rules import Spec
 from commpress.comm.session import Session
 from commpress.hooks import ddp, ending, rank_checkpoint
 from commpress.hooks.accelerate import inner, prepared, unwrapped_forward
+from commpress.hooks.recipe_traffic import spec_of
 from commpress.notice import global_rank, warn
 from commpress.optim.base import CompressedOptimizer
 
@@ -41,7 +41,8 @@ REPORT = "commpress.json"
 class Compression(TrainerCallback):
     """A callback that compresses the gradients of a Trainer under DDP: `trainer.add_callback(Compression(trainer, "int4"))`.
 
-    Without `gradients`, as in `Compression(trainer)`, a spec is found during training.
+    Without `gradients` the spec is that of the recipe's [traffic], else `auto`, which finds one during training. Another spec
+    than the recipe's is a ValueError.
 
     If the Trainer's optimizer is one of `commpress.optim`, its update is sent in place of the gradient. Checkpoints get one
     file a rank, which `train(resume_from_checkpoint=...)` reads. The Trainer's step logs, and so the trackers of `report_to`,
@@ -66,7 +67,7 @@ class Compression(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        gradients: Spec = AUTO,
+        gradients: Spec | None = None,
         *,
         recipe: "Recipe | None" = None,
         teacher: nn.Module | None = None,
@@ -80,7 +81,8 @@ class Compression(TrainerCallback):
         self.scheduler: Scheduler | None = None
         self._limits: Limits | None = None
         self._recipe, self._teacher, self._example_inputs = recipe, teacher, example_inputs
-        self._trainer, self._gradients, self._settings = trainer, gradients, settings
+        self._trainer, self._settings = trainer, settings
+        self._gradients = spec_of(gradients, recipe, "Compression(gradients)")
         self._model: DistributedDataParallel | None = None
         self._resumed: str | bool | None = None
         if teacher is not None and recipe is None:

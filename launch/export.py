@@ -129,11 +129,11 @@ class Export:
         return inputs
 
     def print(self, files: "list[Exported]") -> None:
-        """Print what was written, and write export.json."""
-        from commpress.model.export.by_recipe import write_record
+        """Print what was written, and say in export.json whose it is."""
+        from commpress.model.export import record
 
         show_exported(files)
-        write_record(self.out, str(self.folder or self.model), files)
+        record.keep(self.out, str(self.folder or self.model), files)
 
 
 def load(model: nn.Module, path: Path) -> None:

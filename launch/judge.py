@@ -50,8 +50,8 @@ class Judge:
     model: str | None = None
     """For runs of a model of your own: the module:factory that they were trained by. Its code runs."""
     runtimes: tuple[str, ...] = ()
-    """Some of torch, onnxruntime, pt2e, executorch, integer. Default: all that are installed; pt2e and executorch take about a
-    minute a model."""
+    """Some of torch, onnxruntime, pt2e, executorch, integer, litert. Default: all that are installed; of exported files not
+    pt2e, whose file runs code where it is loaded. pt2e and executorch take about a minute a model."""
     out: Path = Path("runs/judged")
     """Folder for judgement.json, judgement.html, model_card.md, and the exported files of runs."""
 

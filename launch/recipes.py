@@ -35,13 +35,7 @@ def of_settings(settings: Settings) -> "Recipe | None":
     if settings.recipe is None:
         return None
     try:
-        recipe = read(settings.recipe, settings)
-        if recipe.prune and settings.parallel == "deepspeed" and settings.zero_stage:
-            raise ValueError(
-                f"prune[0]: under ZeRO {settings.zero_stage} each rank steps a part of a parameter, and masks do not reach it; "
-                "expected --zero-stage 0, or --parallel ddp or fsdp"
-            )
-        return recipe
+        return read(settings.recipe, settings)
     except OSError as error:
         raise TrainingError(f"cannot read --recipe {settings.recipe}: {error.strerror or error}") from None
     except ValueError as error:

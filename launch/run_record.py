@@ -1,10 +1,8 @@
 """record.json: what ran, where, and what was measured."""
 
-import contextlib
 import json
 import os
 import platform
-import re
 import statistics
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -19,6 +17,7 @@ from commpress.comm.receipt import Receipt
 from commpress.files import write_atomically
 from commpress.launch.link import joining
 from commpress.launch.settings import Settings
+from commpress.processor import processor
 
 
 @dataclass(frozen=True)
@@ -87,22 +86,23 @@ def write_record(
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return the machine of the run."""
+    found = processor()
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
+        "processor": str(found),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "accelerator": accelerator,
+        "lscpu": found.to_dict(),
     }
 
 
-def processor() -> str:
-    """Return the name of the processor."""
-    with contextlib.suppress(OSError):  # Linux says more
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1]
-    return platform.processor() or platform.machine()
+def where(device: torch.device) -> dict[str, Any]:
+    """Return what a benchmark's record says of its machine: the accelerator, or the processor and its cores; and `lscpu`."""
+    here = machine(device)
+    name = here["accelerator"] or f"{here['processor']}, {here['cores']} cores"
+    return {"machine": name, "lscpu": here["lscpu"]}
 
 
 def cores() -> int:

@@ -61,8 +61,8 @@ class Shrink:
     structure: str | None = None
     """The most of each width (heads, channels, feed-forward rows) that may be removed before training, such as 50%, where
     integers and zeros alone miss --max-mb or --max-ms."""
-    format: Literal["onnx", "pt2e", "safetensors"] = "onnx"
-    """The file that must fit. Only safetensors leaves pruned weights out."""
+    format: Literal["onnx", "pt2e", "executorch", "safetensors"] = "onnx"
+    """The file that must fit. onnx and safetensors leave pruned weights out."""
     recipe: Path | None = None
     """A recipe with [budget] in the place of these limits; it may have [distil], whose teacher is the dense model."""
     steps: int = 500

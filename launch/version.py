@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 import commpress
 from commpress.kernels import table
-from commpress.launch.run_record import cores, processor
+from commpress.launch.run_record import cores
+from commpress.processor import processor
 
 
 def lines() -> list[str]:

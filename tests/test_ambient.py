@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commpress
 from commpress.comm.coding import encode, recode
 from commpress.model import Recipe, Scheduler
-from commpress.model.masks import whole
+from commpress.model.held import whole
 
 INPUTS, WIDTH, CLASSES, STEPS = 32, 64, 10, 4
 PARAMETERS = 8

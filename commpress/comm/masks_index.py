@@ -119,6 +119,14 @@ def zero_others(x: Tensor, places: Tensor) -> None:
     unpack(kept, places, flat)
 
 
+def require_shapes(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError for a mask whose name is not a parameter's, or whose shape is not the parameter's."""
+    for name, mask in masks.items():
+        if (shape := shapes.get(name)) != mask.shape:
+            expected = "no such parameter" if shape is None else tuple(shape)
+            raise ValueError(f"mask of {name!r}: shape {tuple(mask.shape)}, the model has {expected}")
+
+
 def described(masks: Mapping[str, Tensor], refusal: str | None = None) -> Settings:
     """Return the summary of masks that ranks compare: a count and a hash by name. `refusal`: the error of this rank's masks."""
     if refusal is not None:

@@ -26,10 +26,17 @@ class OwnedSlice:
 
 @dataclass
 class OwnedBucket:
-    """A bucket in the order of its owners: x[cuts[r] : cuts[r + 1]] is rank r's; `x` is float32 [cuts[W]]."""
+    """A bucket in the order of its owners: x[cuts[r] : cuts[r + 1]] is rank r's; `x` is float32 [cuts[W]].
+
+    It holds the values that masks keep.
+    """
 
     index: int
     pieces: list[OwnedSlice]
     segments: Segments
     cuts: list[int]
     x: Tensor
+    whole: list[int]
+    """The cuts with all values."""
+    kept: list[int]
+    """How many values of each piece masks keep."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from commpress.comm.codecs import AUTO, Codec, parse
+from commpress.comm.codecs.base import padded
 from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange, Wire, named
 from commpress.comm.feedback import Memory, NodeSlice
@@ -150,7 +151,12 @@ class Plan:
         if n < FEWEST_VALUES:
             return BucketPlan(DENSE, ALL_REDUCE, False, f"fewer than {FEWEST_VALUES} values")
         exchange = self._exchange(world_size).laid_out(n, segments, self.codec)
-        if exchange.nbytes(n, self.codec) >= n * itemsize:
+        least = n * itemsize
+        if self.exchange is not None and not exchange.linear:
+            least = (
+                padded(least) + 1
+            )  # 16 bits of bfloat16 gradients save no bytes, but this exchange sums them in float32
+        if exchange.nbytes(n, self.codec) >= least:
             return BucketPlan(DENSE, ALL_REDUCE, False, f"payload would be no smaller than {itemsize} bytes a value")
         return BucketPlan(self.codec, exchange, self.error_feedback)
 

@@ -67,7 +67,7 @@ class Session:
     are replicas; `parameters` then holds the names and sizes of the exchanged parameters. `auto` is given if a spec is searched
     for. `masks` turns masks by parameter into an index for each of the collectives. `reshard` turns the residuals of another
     number of ranks into those of these ranks, after they were added up. `values` is the approximate number of values in the
-    model.
+    model. `holding` says where parameters are stepped, if not in the module (`commpress.model.held.Holding`).
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Session:
         masks: Callable[[Masks], list[MaskIndex]] | None = None,
         reshard: Callable[[list[Memories], int], list[Memories]] | None = None,
         values: int = 0,
+        holding: Any = None,
     ) -> None:
         self.collectives, self.step_buffer = collectives, step_buffer
         first = collectives[0]
@@ -92,6 +93,8 @@ class Session:
         self.rank = first.rank if rank is None else rank
         self.world_size = first.world_size if world_size is None else world_size
         self.side_traffic: list[SideTraffic] = []
+        self.holding = holding
+        """Where parameters are stepped, for a recipe; None if an optimizer steps the module's own."""
         self._spec, self._settings, self._parameters = spec, settings, parameters
         self._masks, self._reshard, self._values = masks, reshard, values
         self._counted = link_bytes()
@@ -112,9 +115,7 @@ class Session:
         optimizer that keeps a momentum of what is sent; TypeError if this kind of sharding takes no masks.
         """
         if self._masks is None:
-            raise TypeError(
-                "masks: expected DistributedDataParallel, a model that fully_shard took, or DeepSpeed at ZeRO 0"
-            )
+            raise TypeError("masks: expected DistributedDataParallel, a model that fully_shard took, or DeepSpeed")
         refusal: str | None = None
         found: list[MaskIndex] = []
         masks = {bare_name(name): mask for name, mask in masks.items()}

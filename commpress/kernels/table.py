@@ -73,7 +73,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("encode", "int4", "cpu"): Kernel(integer.encode, READABLE),
     ("encode", "int2", "cpu"): Kernel(two_bit.encode, READABLE),
     ("encode", "sign", "cpu"): Kernel(sign.encode, READABLE),
-    ("encode", "topk", "cpu"): Kernel(topk.encode),
+    ("encode", "topk", "cpu"): Kernel(topk.encode, READABLE),
     ("encode", "randomk", "cpu"): Kernel(random_k.encode, READABLE),
     ("encode", "rotate", "cpu"): Kernel(rotate.encode, READABLE),
     ("mean", "bf16", "cpu"): Kernel(cast.mean, READABLE),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from commpress.model import layers
-from commpress.model.masks import local
+from commpress.model.held import local
 from commpress.model.schedule import Scheduler
 
 NARROW = (torch.float16, torch.bfloat16)

@@ -254,13 +254,20 @@ def _with_entries(recipe: Recipe, units: Sequence[Unit], choice: Choice) -> Reci
 
 def _quantize_entries(units: Sequence[Unit], choice: Choice, budget: Budget) -> list[dict[str, Any]]:
     """A table for each kind of integers. Inputs are integers, too, where the format has kernels for them."""
-    found: dict[tuple[int, int | None], list[str]] = {}
+    found: dict[tuple[int, int | None, str | None], list[str]] = {}
     for i, setting in sorted(choice.items()):
         if setting.bits:
-            found.setdefault((setting.bits, setting.group), []).extend(units[i].modules)
+            inputs = _inputs(units[i], setting.bits, budget.format)
+            found.setdefault((setting.bits, setting.group, inputs), []).extend(units[i].modules)
     entries = []
-    for (bits, group), names in found.items():
-        static = {"activations": "static"} if bits == 8 and budget.format != "safetensors" else {}
-        grouped = {} if group is None else {"group": group}
-        entries.append({"start": budget.last, "bits": bits, **grouped, **static, "layers": list(globs(names))})
+    for (bits, group, inputs), names in found.items():
+        more = {key: value for key, value in (("group", group), ("activations", inputs)) if value is not None}
+        entries.append({"start": budget.last, "bits": bits, **more, "layers": list(globs(names))})
     return entries
+
+
+def _inputs(unit: Unit, bits: int, format: str) -> str | None:
+    """How inputs are rounded: by token for XNNPACK, which has no static matrices with float outputs, and no convolutions."""
+    if format == "executorch":
+        return "dynamic" if unit.prunable else None
+    return "static" if bits == 8 and format != "safetensors" else None

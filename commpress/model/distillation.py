@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax, softmax
 
 from commpress.model.captures import Captures, modules_of
-from commpress.model.masks import whole
+from commpress.model.held import whole
 
 PROJECTIONS = "distillation_projections"
 """The student's child that `add_projections` makes. `del student.distillation_projections` before the student leaves."""

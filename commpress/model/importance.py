@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from commpress.model.held import Held, Holding, local, whole
 from commpress.model.layers import input_dim, is_linear, module_of
-from commpress.model.masks import local, whole
 
 State = dict[str, dict[str, Any]]
 
@@ -59,45 +59,85 @@ class Magnitude:
 
 
 class _OfGradients:
-    """Adds up something of a weight and its gradient, in float32 beside each rank's part of the parameter."""
+    """Adds up something of a weight and its gradient, in float32 beside each rank's part of the parameter.
+
+    `holding` says where parameters are stepped if that is elsewhere; they must be whole when this is made.
+    """
 
     _add: Callable[[Tensor, Tensor, float], None]
     """(total, g w, share): add a step's part to the total, times `share`."""
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None = None
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        group: dist.ProcessGroup | None = None,
+        holding: Holding | None = None,
     ) -> None:
-        self._parameters = dict(parameters)
-        self._sums = {name: torch.zeros_like(p.detach(), dtype=torch.float32) for name, p in parameters.items()}
+        self._group = group
+        self._held = {name: Held(p, holding) for name, p in parameters.items()}
+        self._sums = {name: self._zeros(held) for name, held in self._held.items()}
+        """What was added up, by the parameter: one tensor for each that the optimizer steps."""
         self._steps = dict.fromkeys(parameters, 0)
 
     @torch.no_grad()
     def observe(self, scale: float = 1.0, only: Container[str] | None = None) -> None:
         """Do as `Magnitude.observe`; a parameter without a gradient is passed over."""
-        for name, p in self._parameters.items():
-            if p.grad is not None and (only is None or name in only):
-                g = p.grad.to_dense() if p.grad.is_sparse else p.grad
-                self._add(local(self._sums[name]), _product(local(g), local(p.detach())), 1 / scale)
-                self._steps[name] += 1
+        for name, held in self._held.items():
+            if only is not None and name not in only:
+                continue
+            found = list(zip(self._sums[name], held.gradients(), held.values(), strict=False))
+            for total, g, values in found:
+                if g is not None:
+                    g = g.to_dense() if g.is_sparse else g
+                    self._add(local(total), _product(local(g), values), 1 / scale)
+            self._steps[name] += any(g is not None for _, g, _ in found)
 
     def state_dict(self) -> State:
         """Return what `Magnitude.state_dict` returns."""
-        return {name: {"sum": local(total).clone(), "steps": self._steps[name]} for name, total in self._sums.items()}
+        return {name: {"sum": self._row(name).clone(), "steps": self._steps[name]} for name in self._sums}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Do as `Magnitude.load_state_dict`."""
         _require_names(type(self).__name__, state, self._sums)
         for name, saved in state.items():
-            _copy(f"{type(self).__name__} of {name!r}", saved["sum"], local(self._sums[name]))
+            row = self._row(name)
+            _copy(f"{type(self).__name__} of {name!r}", saved["sum"], row)
+            if self._held[name].is_flat:
+                self._sums[name] = list(row.split([total.numel() for total in self._sums[name]]))
             self._steps[name] = saved["steps"]
 
     def close(self) -> None:
         """Do as `Magnitude.close`."""
 
-    def _seen(self) -> None:
-        for name, steps in self._steps.items():
-            if not steps:
+    def _zeros(self, held: Held) -> list[Tensor]:
+        if not held.is_flat:
+            return [torch.zeros_like(held.p.detach(), dtype=torch.float32)]
+        return [torch.zeros_like(x, dtype=torch.float32) for x, _ in zip(held.values(), held.gradients(), strict=False)]
+
+    def _row(self, name: str) -> Tensor:
+        """What this rank has added up of a parameter, in one tensor."""
+        if not self._held[name].is_flat:
+            return local(self._sums[name][0])
+        return torch.cat([torch.zeros(0, device=self._held[name].p.device), *self._sums[name]])
+
+    def _totals(self) -> dict[str, tuple[Tensor, int]]:
+        """The sums of the whole parameters, copies, and over how many steps. Collective where they are sharded."""
+        steps, found = [*self._steps.values()], {}
+        if flat := [held for held in self._held.values() if held.is_flat]:
+            most = torch.tensor(steps, dtype=torch.int64, device=flat[0].p.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)  # a rank may step no part of one
+            steps = most.tolist()
+        for (name, held), count in zip(self._held.items(), steps, strict=True):
+            if not count:
                 raise ValueError(f"{type(self).__name__} of {name!r}: it has had no gradient yet")
+            if held.is_flat:
+                total = held.placed(self._sums[name])
+                dist.all_reduce(total, group=self._group)  # each value is on one rank, and 0 on the others
+            else:
+                total = whole(self._sums[name][0]).clone()
+            found[name] = total, count
+        return found
 
 
 class Taylor(_OfGradients):
@@ -112,8 +152,7 @@ class Taylor(_OfGradients):
 
     def scores(self) -> dict[str, Tensor]:
         """Return what `Magnitude.scores` returns. Raises ValueError, naming the parameter, where there has been no gradient."""
-        self._seen()
-        return {name: whole(total) / self._steps[name] for name, total in self._sums.items()}
+        return {name: total / steps for name, (total, steps) in self._totals().items()}
 
 
 class Movement(_OfGradients):
@@ -129,8 +168,7 @@ class Movement(_OfGradients):
 
     def scores(self) -> dict[str, Tensor]:
         """Return scores as `Magnitude.scores` does, of either sign. Raises ValueError for a parameter without a gradient."""
-        self._seen()
-        return {name: whole(total).clone() for name, total in self._sums.items()}
+        return {name: total for name, (total, _) in self._totals().items()}
 
 
 class Wanda:

@@ -1,7 +1,7 @@
 """Masks: which weights of a parameter are left (Han et al., arXiv:1506.02626): w <- m * w, m in {0, 1}.
 
 A mask is a boolean tensor of the whole parameter's shape, True where a weight stays. All ranks hold the same ones, also of
-parameters that FSDP2 shards; a checkpoint has a bit a weight. Where a weight is pruned its gradient is 0, and so is what the
+sharded parameters; a checkpoint has a bit a weight. Where a weight is pruned its gradient is 0, and so is what the
 optimizer remembers of it: nothing moves it again.
 """
 
@@ -11,20 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from commpress.model.held import Held, Holding, local
 from commpress.model.loops import count_pruned, keep_
 
 
 class Masks:
     """The masks of some of a model's parameters, by name; a parameter without one is whole.
 
-    `parameters` are all that may get one, as `model.named_parameters()` has them, DTensors of FSDP2 among them.
+    `parameters` are all that may get one, as `model.named_parameters()` has them, DTensors of FSDP2 among them. `holding` says
+    where they are stepped if that is elsewhere; they must be whole where masks are made.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = dict(parameters)
-        self._local: dict[str, Tensor] = {}  # this rank's parts
+    def __init__(self, parameters: Mapping[str, nn.Parameter], holding: Holding | None = None) -> None:
+        self.held = {name: Held(p, holding) for name, p in parameters.items()}
+        """Where this rank has the values of each parameter."""
+        self._cut: dict[str, list[Tensor]] = {}  # what of the masks belongs to each tensor
         self.of: dict[str, Tensor] = {}
         """The masks, in the parameters' order of memory."""
 
@@ -41,7 +43,10 @@ class Masks:
     @torch.no_grad()
     def moved(self) -> dict[str, int]:
         """How many pruned weights are not 0, by the parameter; on this rank, and only where there are any."""
-        found = {name: count_pruned(local(self._parameters[name]), mask) for name, mask in self._local.items()}
+        found = {}
+        for name, cut in self._cut.items():
+            counts = [count_pruned(x, mask) for x, mask in zip(self.held[name].values(), cut, strict=False)]
+            found[name] = max(counts, default=0)
         return {name: count for name, count in found.items() if count}
 
     def ordered(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,53 +55,63 @@ class Masks:
         Raises KeyError for a name that is no parameter, ValueError for a mask that is not bool or of another shape.
         """
         for name, mask in masks.items():
-            if name not in self._parameters:
-                raise KeyError(f"mask of {name!r}: no such parameter, known: {', '.join(self._parameters)}")
-            p = self._parameters[name]
-            if mask.dtype != torch.bool or mask.shape != p.shape:
+            if name not in self.held:
+                raise KeyError(f"mask of {name!r}: no such parameter, known: {', '.join(self.held)}")
+            shape = self.held[name].shape
+            if mask.dtype != torch.bool or mask.shape != shape:
                 raise ValueError(
-                    f"mask of {name!r}: expected bool {tuple(p.shape)}, got "
+                    f"mask of {name!r}: expected bool {tuple(shape)}, got "
                     f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
                 )
-        return {name: _in_order_of(self._parameters[name], mask) for name, mask in masks.items()}
+        return {name: self.held[name].ordered(mask) for name, mask in masks.items()}
 
     def replace(self, masks: Mapping[str, Tensor]) -> None:
         """Take these masks for those that there were; weights that they prune become 0. Raises as `ordered` does."""
         self.of = self.ordered(masks)
-        self._local = {name: part_like(mask, self._parameters[name]) for name, mask in self.of.items()}
+        self._cut = {name: self.held[name].cut(mask) for name, mask in self.of.items()}
         self.apply()
 
     @torch.no_grad()
     def apply(self, only: Container[str] | None = None) -> None:
         """Set pruned weights to 0; of the parameters `only`, or of all."""
-        for name, mask in self._local.items():
+        for name, cut in self._cut.items():
             if only is None or name in only:
-                keep_(local(self._parameters[name]), mask)
+                for x, mask in zip(self.held[name].values(), cut, strict=False):
+                    keep_(x, mask)
 
     @torch.no_grad()
     def apply_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Set to 0 what is pruned in tensors by the parameters' names, of this rank's parts of them."""
-        for name, mask in self._local.items():
+        for name, cut in self._cut.items():
             if name in tensors:
-                keep_(tensors[name], mask)
+                keep_(tensors[name], cut[-1])
 
     @torch.no_grad()
     def apply_to_gradients(self, only: Container[str] | None = None) -> None:
         """Set the gradients of pruned weights to 0; of the parameters `only`, or of all."""
-        for name, mask in self._local.items():
-            gradient = self._parameters[name].grad
-            if gradient is not None and (only is None or name in only):
-                _keep_gradient(gradient, mask)
+        for name, cut in self._cut.items():
+            if only is None or name in only:
+                for gradient, mask in zip(self.held[name].gradients(), cut, strict=False):
+                    if gradient is not None:
+                        _keep_gradient(gradient, mask)
 
     @torch.no_grad()
     def pruned_gradient(self, name: str) -> Tensor | None:
-        """A copy of the gradients of a parameter's pruned weights, 0 at the others; None if it has none, or no mask."""
-        gradient = self._parameters[name].grad
-        if gradient is None or name not in self._local:
+        """A copy of the gradients of a parameter's pruned weights, 0 at the others; None if it has none, or no mask.
+
+        Where flat parts are stepped it is of the whole shape, and 0 at the values of other ranks, too.
+        """
+        held, cut = self.held[name], self._cut.get(name, [])
+        found = [
+            (g.to_dense() if g.is_sparse else g.detach().clone(), mask)
+            for g, mask in zip(held.gradients(), cut, strict=False)
+            if g is not None
+        ]
+        if not found:
             return None
-        gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach().clone()
-        keep_(local(gradient), ~self._local[name])
-        return gradient
+        for gradient, mask in found:
+            keep_(local(gradient), ~mask)
+        return held.placed(gradient for gradient, _ in found) if held.is_flat else found[0][0]
 
     @torch.no_grad()
     def clean(self, optimizer: torch.optim.Optimizer) -> None:
@@ -105,22 +120,21 @@ class Masks:
         `inverse` of the compressed optimizers stays: it is a scale, not a memory, and a weight that grows again needs it.
         LBFGS, whose directions mix all weights, starts its history anew where that holds any of a pruned one.
         """
-        for name, mask in self._local.items():
-            p = self._parameters[name]
-            for key, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, Tensor) and value.shape == p.shape and key != "inverse":
-                    keep_(local(value), mask)
+        for name, cut in self._cut.items():
+            for remembered, mask in zip(self.held[name].remembered(optimizer), cut, strict=False):
+                for x in remembered:
+                    keep_(x, mask)
         if isinstance(optimizer, torch.optim.LBFGS):
             self._clean_history(optimizer)
 
     def _clean_history(self, optimizer: torch.optim.LBFGS) -> None:
         """LBFGS keeps vectors of all its parameters one after another, with its first parameter."""
-        names = {id(p): name for name, p in self._parameters.items()}
+        names = {id(held.p): name for name, held in self.held.items()}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         kept = []
         for p in parameters:
-            mask = self._local.get(names.get(id(p), ""))
-            mask = torch.ones(p.shape, dtype=torch.bool, device=p.device) if mask is None else mask
+            cut = self._cut.get(names.get(id(p), ""))
+            mask = torch.ones(p.shape, dtype=torch.bool, device=p.device) if cut is None else cut[0]
             kept.append(mask.reshape(-1).repeat_interleave(2 if p.is_complex() else 1))
         flat = torch.cat(kept)
         for state in optimizer.state.values():
@@ -153,33 +167,9 @@ def from_bits(bits: Tensor, shape: Iterable[int]) -> Tensor:
     return torch.from_numpy(values.astype(np.bool_)).view(size)
 
 
-def local(x: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds: all of it, unless it is sharded."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def whole(x: Tensor) -> Tensor:
-    """All of a tensor, detached; collective if it is sharded."""
-    x = x.detach()
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def part_like(x: Tensor, p: Tensor) -> Tensor:
-    """The part of `x`, which every rank holds as a whole, that belongs to this rank's part of `p`."""
-    if not isinstance(p, DTensor):
-        return x
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).to_local()
-
-
 def _keep_gradient(gradient: Tensor, mask: Tensor) -> None:
     if gradient.is_sparse:  # of an embedding, rows that repeat among them
         values = gradient._values()
         values.masked_fill_(~mask[tuple(gradient._indices())], 0)
     else:
         keep_(local(gradient), mask)
-
-
-def _in_order_of(p: Tensor, mask: Tensor) -> Tensor:
-    if isinstance(p, DTensor):
-        return mask.to(p.device).contiguous()
-    return torch.empty_like(p, dtype=torch.bool, requires_grad=False).copy_(mask)

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from commpress.model import importance, layers, pruning, reach
 from commpress.model.distillation import PROJECTIONS
-from commpress.model.masks import Masks, from_state, whole
+from commpress.model.held import Holding, whole
+from commpress.model.masks import Masks, from_state
 from commpress.model.reach import Reach
 from commpress.model.recipe import Prune, Recipe, RecipeError
 from commpress.model.steps import LocalSteps, Steps, states_of
@@ -33,6 +34,8 @@ class Session(Protocol):
     world_size: int
     group: dist.ProcessGroup | None
     """The ranks that train the model; None: all of the default group."""
+    holding: Holding | None
+    """Where parameters are stepped, if an optimizer steps flat tensors instead; else None."""
 
     def agree(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError on all ranks if these differ."""
@@ -63,17 +66,21 @@ class Pruner:
         on_first_gradients: Callable[[], None],
     ) -> None:
         self._entries, self._model, self._session = recipe.prune, model, session
+        self._holding = None if session is None else session.holding
         self._on_first_gradients = on_first_gradients
         self.done = 0
         """Optimizer steps so far."""
         self._parameters = layers.named_parameters(model)
-        self.names_of = reach.chosen(recipe, model, optimizers)
-        """Names of the parameters that each entry prunes."""
-        self.names = list(dict.fromkeys(name for names in self.names_of for name in names))
-        """The names of the parameters that any entry prunes."""
-        self.masks = Masks(self._parameters)
-        self.steps = Steps(optimizers, {n: self._parameters[n] for n in self.names}, self.masks, self._observe)
-        self._layouts = {name: layers.layout_of(model, name) for name in self.names}
+        with self._whole():
+            self.names_of = reach.chosen(recipe, model, optimizers)
+            """Names of the parameters that each entry prunes."""
+            self.names = list(dict.fromkeys(name for names in self.names_of for name in names))
+            """The names of the parameters that any entry prunes."""
+            self.masks = Masks(self._parameters, self._holding)
+            self._layouts = {name: layers.layout_of(model, name) for name in self.names}
+            self._left_out = reach.left_out(model, self.names) if self._entries else {}
+        pruned = {name: self._parameters[name] for name in self.names}
+        self.steps = Steps(optimizers, pruned, self.masks, self._observe, self._holding)
         self._wandas: dict[int, importance.Wanda] = {}
         self.criteria: list[importance.Criterion | None] = [None for _ in self._entries]
         """The criterion of each entry while it gathers scores."""
@@ -90,16 +97,14 @@ class Pruner:
         pruned = self.masks.sparsity
         masked = sum(mask.numel() for mask in self.masks.of.values())
         chosen, total = self._sizes()
-        left_out = reach.left_out(self._model, self.names) if self._entries else {}
-        return Reach(pruned * masked / max(chosen, 1), pruned * masked / max(total, 1), left_out)
+        return Reach(pruned * masked / max(chosen, 1), pruned * masked / max(total, 1), self._left_out)
 
     def require_masks(self) -> None:
         """Raise what the session raises if masks of these parameters cannot be had. Collective."""
         if self._session is None or not self._entries:
             return
         whole_masks = {
-            name: torch.ones(self._parameters[name].shape, dtype=torch.bool, device=self._parameters[name].device)
-            for name in self.names
+            name: torch.ones(self.masks.held[name].shape, dtype=torch.bool, device=self._device) for name in self.names
         }
         self._session.set_masks(self.masks.ordered(whole_masks))
         self._session.set_masks({})
@@ -110,7 +115,7 @@ class Pruner:
         if any(not entry.parameters for entry in self._entries) and 2 * chosen < total:
             warn(
                 f"the recipe prunes among {chosen:,} of {total:,} parameters, {chosen / total:.1%} of the model; "
-                f"left out: {reach.listed(self.reach.left_out)}"
+                f"left out: {reach.listed(self._left_out)}"
             )
 
     def advance(self) -> None:
@@ -186,8 +191,8 @@ class Pruner:
 
     def _sizes(self) -> tuple[int, int]:
         """Return how many values the parameters have that any entry prunes, and how many those of the model."""
-        chosen = sum(self._parameters[name].numel() for name in self.names)
-        return chosen, sum(p.numel() for name, p in self._parameters.items() if not name.startswith(PROJECTIONS))
+        sizes = {name: held.shape.numel() for name, held in self.masks.held.items() if not name.startswith(PROJECTIONS)}
+        return sum(sizes[name] for name in self.names), sum(sizes.values())
 
     def _watches(self, entry: Prune) -> bool:
         """Whether what happens in the next step counts for the entry's scores."""
@@ -198,10 +203,13 @@ class Pruner:
         kind = importance.CRITERIA[self._entries[index].criterion]
         try:
             parameters = {name: self._parameters[name] for name in self.names_of[index]}
-            if kind is not importance.Wanda:
-                return kind(self._model, parameters, group)
-            if index not in self._wandas:  # its hooks stay: those that come behind a compiled call are not called
-                self._wandas[index] = importance.Wanda(self._model, parameters, group)
+            with self._whole():
+                if kind is importance.Taylor or kind is importance.Movement:
+                    return kind(self._model, parameters, group, self._holding)
+                if kind is not importance.Wanda:
+                    return kind(self._model, parameters, group)
+                if index not in self._wandas:  # its hooks stay: those that come behind a compiled call are not called
+                    self._wandas[index] = importance.Wanda(self._model, parameters, group)
             self._wandas[index].watch(True)
             return self._wandas[index]
         except ValueError as error:
@@ -229,7 +237,8 @@ class Pruner:
 
     def _require_seen_hooks(self) -> None:
         """Raise RecipeError or warn, after the first backward, if a hook that is needed at some later step was not called."""
-        trained = [name for name in self._parameters if self._parameters[name].grad is not None]
+        flat = self._holding is not None  # its gradients are elsewhere, and those of all parameters are there
+        trained = [name for name, p in self._parameters.items() if p.grad is not None or (flat and p.requires_grad)]
         if not trained:
             return
         self._hooks_are_seen = True
@@ -256,7 +265,7 @@ class Pruner:
         now = {name: self.masks.of[name] for name in names if name in self.masks.of}
         criterion = self.criteria[index] or self._criterion(index)
         try:
-            with self._synced():  # between syncs of local steps the ranks' weights differ
+            with self._synced(), self._whole():  # between syncs of local steps the ranks' weights differ
                 scores = criterion.scores()
         except ValueError as error:
             raise RecipeError(f"prune[{index}].criterion: {error}") from None
@@ -296,20 +305,20 @@ class Pruner:
     def _wanted(self, names: Collection[str]) -> dict[str, Tensor]:
         """The mean gradients of pruned weights, in absolute value. Collective.
 
-        Of several backwards in a step only the last may have been exchanged. Each rank has the sums of what it saw; their
-        mean over the ranks is that of the gradients, as the mean of means is the mean.
+        A rank has what it saw, which may not be means: of several backwards in a step only the last may have been exchanged,
+        and DeepSpeed exchanges behind a backward. The mean of that over the ranks is the mean; the mean of means is the mean.
         """
         dense = {name: g for name, g in self.steps.dense.items() if name in names}
         session = self._session
         if session is not None and session.world_size > 1:
-            found = torch.tensor(
-                [self.steps.backwards, *(name in dense for name in names)], dtype=torch.int64, device=self._device
-            )
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=session.group)
-            backwards, *has = found.tolist()
-            for name in [name for name, any_has in zip(names, has, strict=True) if any_has and backwards > 1]:
-                if not isinstance(self._parameters[name], DTensor):
-                    g = dense.setdefault(name, torch.zeros_like(self._parameters[name], requires_grad=False))
+            has = torch.tensor([name in dense for name in names], dtype=torch.int64, device=self._device)
+            dist.all_reduce(has, dist.ReduceOp.MAX, group=session.group)
+            for name in [name for name, any_has in zip(names, has.tolist(), strict=True) if any_has]:
+                p, held = self._parameters[name], self.masks.held[name]
+                if held.is_flat:  # each rank has the means of its part
+                    dist.all_reduce(dense.setdefault(name, held.nothing()), group=session.group)
+                elif not isinstance(p, DTensor):
+                    g = dense.setdefault(name, torch.zeros_like(p, requires_grad=False))
                     dist.all_reduce(g, group=session.group)
                     g /= session.world_size
         return {name: whole(g).abs() for name, g in dense.items()}
@@ -335,6 +344,10 @@ class Pruner:
         for optimizer in self.steps.optimizers:
             for each in states_of(optimizer):
                 self.masks.clean(each)
+
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which each rank has whole parameters, where there are entries; those of FSDP2 stay DTensors."""
+        return contextlib.nullcontext() if self._holding is None or not self._entries else self._holding.whole()
 
     def _synced(self) -> contextlib.ExitStack:
         """Return a context in which all ranks have the same weights."""

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from commpress.model.codes import INTEGERS, Codes, fixed_point, quantize, scale_dtype
 from commpress.model.distillation import PROJECTIONS
+from commpress.model.held import whole
 from commpress.model.layers import is_conv1d, never_called, plain
-from commpress.model.masks import whole
 from commpress.model.quantized import (
     Decoder,
     Quantized,

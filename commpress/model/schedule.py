@@ -106,6 +106,12 @@ class Scheduler:
         """Whether the teacher has answered since the last step."""
         self.model.state_dict(keep_vars=True)  # FSDP shards what an evaluation has left whole
         sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        gathers = session is not None and session.holding is not None and session.holding.gathers
+        self._sharded = sharded or gathers
+        if recipe.chooses and gathers:
+            raise ValueError(
+                "Scheduler: budget: the parameters are sharded, expected a model that is whole on each rank"
+            )
         if session is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError(
                 'Scheduler: expected session=, as commpress.attach(ddp, "none") returns it, on several ranks'
@@ -195,7 +201,7 @@ class Scheduler:
         if its is None:
             return []
         self.recipe.require_within(self.done)
-        if any(isinstance(p, DTensor) for p in self.model.parameters()):
+        if self._sharded:
             raise ValueError("export: the parameters are sharded, expected a model that is whole on each rank")
         assert self._example_inputs is not None
         written, example = list[Exported](), self._example_inputs

@@ -54,6 +54,7 @@ class Unit:
     rows: int
     width: int
     prunable: bool
+    """Whether it is the weight of a Linear or Conv1D layer alone."""
     bits: tuple[tuple[int, int | None], ...]
 
     def settings(self, way: Way) -> list[Setting]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
-from commpress.model.masks import Masks, local
+from commpress.model.held import Holding, local
+from commpress.model.masks import Masks
 
 HOPS = 3
 """Callbacks of a backward run in the order in which they were asked for, and may ask for others: DDP with a static graph asks
@@ -54,30 +55,40 @@ class Steps:
     """Hooks on parameters and their optimizers. `observe(scale, names)` is called once in each step of an optimizer, when
     the gradients of these parameters are there, multiplied by `scale`.
 
-    `parameters` are those that may be pruned, by name. Raises TypeError for an optimizer that is none of torch's kind,
-    ValueError, with the names, for parameters that none of them has.
+    `parameters` are those that may be pruned, by name. With a `holding` its optimizer may step them in flat tensors, in several
+    steps of some of them. Raises TypeError for an optimizer that is none of torch's kind, ValueError, with the names, for
+    parameters that none of them has.
     """
 
     def __init__(
-        self, optimizers: Sequence[Any], parameters: Mapping[str, nn.Parameter], masks: Masks, observe: Observe
+        self,
+        optimizers: Sequence[Any],
+        parameters: Mapping[str, nn.Parameter],
+        masks: Masks,
+        observe: Observe,
+        holding: Holding | None = None,
     ) -> None:
         self.optimizers = [unwrapped(optimizer) for optimizer in optimizers]
-        self._parameters, self._masks, self._observe = dict(parameters), masks, observe
-        names = {id(p): name for name, p in parameters.items()}
+        self._masks, self._observe, self._holding = masks, observe, holding
+        flat = {name for name in parameters if masks.held[name].is_flat}
+        names = {id(p): name for name, p in parameters.items() if name not in flat}
         self._names = [{names[id(p)] for p in parameters_of(o) if id(p) in names} for o in self.optimizers]
+        for optimizer, own in zip(self.optimizers, self._names, strict=True):
+            if holding is not None and optimizer is holding.optimizer:
+                own |= flat
         if missing := [name for name in parameters if not any(name in own for own in self._names)]:
             raise ValueError(
                 f"Scheduler: no optimizer that was given has {_listed(missing)}, which the recipe prunes: expected all "
                 "optimizers, Scheduler(recipe, model, [one, other]), or other `parameters` in the recipe"
             )
-        self.backwards = 0
-        """In a step that looks, how many backwards there were."""
         self._dense: dict[str, Tensor] = {}
         self._looks: frozenset[str] = frozenset()
         self._complete: set[str] = set()
         self._callback_is_due = False
         self._removable = [
-            p.register_post_accumulate_grad_hook(self._on_arrival(name)) for name, p in parameters.items()
+            p.register_post_accumulate_grad_hook(self._on_arrival(name))
+            for name, p in parameters.items()
+            if name not in flat  # the session masks those before it sends them
         ]
         self._before = [o.register_step_pre_hook(self._before_step(i)) for i, o in enumerate(self.optimizers)]
         self._behind = [o.register_step_post_hook(self._after_step(i)) for i, o in enumerate(self.optimizers)]
@@ -87,7 +98,7 @@ class Steps:
         """In the next step gather the gradients of these parameters' pruned weights; forget the last one's."""
         self._looks = frozenset(names)
         self._complete.clear()
-        self._dense, self.backwards, self._callback_is_due = {}, 0, False
+        self._dense, self._callback_is_due = {}, False
 
     @property
     def dense(self) -> dict[str, Tensor]:
@@ -105,7 +116,7 @@ class Steps:
 
     def arrived(self, index: int = 0, *, first: bool = True) -> None:
         """The gradients of an optimizer's parameters are there, and it is about to use them."""
-        optimizer, names = self.optimizers[index], self._names[index]
+        optimizer, names = self.optimizers[index], self._moving(index)
         with torch.no_grad():
             found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler leaves it to fused ones to skip their step
             skipped = found_inf is not None and bool(found_inf)
@@ -125,6 +136,14 @@ class Steps:
         for hook in [*self._removable, *self._before, *self._behind]:
             hook.remove()
 
+    def _moving(self, index: int) -> set[str]:
+        """The parameters that an optimizer steps now: flat tensors may come one after another."""
+        names = self._names[index]
+        if self._holding is None:
+            return names
+        now = parameters_of(self.optimizers[index])
+        return {name for name in names if self._masks.held[name].moved_by(now)}
+
     def _on_arrival(self, name: str) -> Callable[[Tensor], None]:
         def mask(p: Tensor) -> None:
             if name not in self._masks.of or p.grad is None:
@@ -143,7 +162,6 @@ class Steps:
             Variable._execution_engine.queue_callback(lambda: self._backward_ends(hops - 1))
             return
         self._callback_is_due = False
-        self.backwards += 1
         for name in self._looks - self._complete:
             self._gather(name)
         self._masks.apply_to_gradients(self._looks)
@@ -182,7 +200,7 @@ class Steps:
     def _after_step(self, index: int) -> Any:
         def after(*_: Any) -> None:
             if moves_without_gradient(self.optimizers[index]):
-                self._masks.apply(self._names[index])
+                self._masks.apply(self._moving(index))
 
         return torch.compiler.disable(after)
 

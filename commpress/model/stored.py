@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from commpress.files import DamagedFileError, checksum, replacing
 from commpress.model.codes import INTEGERS, Codes, halves, joined
-from commpress.model.masks import from_bits, to_bits, whole
+from commpress.model.held import whole
+from commpress.model.masks import from_bits, to_bits
 from commpress.model.quantization import codes_of, quantized_weights
 from commpress.model.ranges import InputQuantizer
 

@@ -44,8 +44,8 @@ from commpress.comm.session import Session
 from commpress.comm.sharded_auto import ShardedAuto, decides
 from commpress.comm.verify import EVERY, require_interval
 from commpress.hooks.deepspeed.auto import follow_steps
-from commpress.hooks.deepspeed.gathered import attach_gathered
-from commpress.hooks.deepspeed.partitions import attach_partitions
+from commpress.hooks.deepspeed.gathered import Gathered, attach_gathered
+from commpress.hooks.deepspeed.partitions import Partitions, attach_partitions
 from commpress.hooks.deepspeed.refusals import attach_refusal, gradients_refusal, require_deepspeed
 from commpress.hooks.deepspeed.replicas import attach_replicas
 from commpress.hooks.parameters import bare_parameters, not_taken
@@ -167,15 +167,24 @@ def _shard(
     if by_auto[0]:
         dtypes = {engine.communication_data_type, *(p.dtype for p in names)}
         auto = ShardedAuto([shards], [shards], plans[0].error_feedback, by_auto[1], dtypes)
+    held: Gathered | Partitions
     if stage == 3:
-        attach_gathered(engine, shards, names, auto)
+        held = attach_gathered(engine, shards, names, auto)
     else:
         assert optimizer is None or isinstance(optimizer, OneBitAdamW | EF21Muon)
-        attach_partitions(engine, shards, names, optimizer, momentum, auto)
+        held = attach_partitions(engine, shards, names, optimizer, momentum, auto)
     if auto is not None:
         follow_steps(engine, auto)
     values, settings = sum(_numel(p) for p in names), sharded_settings(*plans, holds, by_auto, momentum)
-    return Session(shards, spec=sharded_spec(*plans, by_auto, momentum), settings=settings, auto=auto, values=values)
+    return Session(
+        shards,
+        spec=sharded_spec(*plans, by_auto, momentum),
+        settings=settings,
+        auto=auto,
+        masks=lambda masks: [held.mask_index(masks)],
+        values=values,
+        holding=held.holding(),
+    )
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:

@@ -1,6 +1,6 @@
 """ZeRO 3: parameters are gathered before use and freed after it. Uncompressed ones are left to DeepSpeed, and counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from commpress.comm.collectives import Collectives
+from commpress.comm.collectives import SEND_DENSE, Collectives
 from commpress.comm.exchange.wire import ring_bytes
+from commpress.comm.masks_index import MaskIndex, require_shapes, unpack, zero_others
 from commpress.comm.meter import SPEC_IS_NONE, dtype_name
-from commpress.comm.segments import Segment, Segments
+from commpress.comm.plan import DENSE, Override
+from commpress.comm.segments import Segment, Segments, sizes
 from commpress.comm.sharded_auto import ShardedAuto
 from commpress.hooks.deepspeed.auto import TimedHandle, timed
+from commpress.hooks.deepspeed.masks import Holding, Part
 
 KEPT_EVERYWHERE = "small: every rank keeps it (stage3_param_persistence_threshold)"
 
@@ -57,10 +60,11 @@ class Gathered:
         index = self._indices.setdefault(tuple(self._places[id(p)] for p in params), len(self._indices))
         if self.auto is not None:
             self.auto.note("gradients", W * m, dtype.itemsize)
-        segments = tuple(
-            Segment(f"{self.names[p]}[{r}]", n) for r in range(W) for p, n in zip(params, sizes, strict=True)
-        )
-        choice = shards.gradients.choose(m, dtype.itemsize, W)
+        segments = self._segments(params)
+        override = Override(DENSE, SEND_DENSE) if shards.send_dense else None
+        if override is None:
+            self._zero_pruned(params)
+        choice = shards.gradients.choose(m, dtype.itemsize, W, override)
         if choice.reason or not choice.codec.lossy:
             shards.meter.record_uncompressed(index, W * m, dtype_name(dtype), how, choice.reason, "gradients", crossing)
             shards.traffic.count(index)
@@ -81,13 +85,63 @@ class Gathered:
             for p, size, part in zip(params, sizes, out.split(sizes), strict=True)
         ]
 
+    def _segments(self, params: list[Any]) -> Segments:
+        """Return the shards of these parameters: rank 0's, then rank 1's, and so on. Empty for one that is not trained."""
+        ranks = range(self.shards.world_size)
+        if any(p not in self.names for p in params):
+            return ()
+        return tuple(Segment(f"{self.names[p]}[{r}]", p.partition_numel()) for r in ranks for p in params)
+
+    def _zero_pruned(self, params: list[Any]) -> None:
+        for p in params:
+            for r in range(self.shards.world_size):
+                if (places := self.shards.feedback.masks.places(f"{self.names[p]}[{r}]")) is not None:
+                    p.grad.data = p.grad.data.contiguous()
+                    n = p.partition_numel()
+                    zero_others(p.grad.view(-1)[r * n : (r + 1) * n], places)
+
+    def mask_index(self, masks: Mapping[str, Tensor]) -> MaskIndex:
+        """Return the index of the values that masks keep: all ranks' shards of a parameter send equally many. Raises ValueError
+        for a mask that does not fit."""
+        W = self.shards.world_size
+        of: dict[str, Any] = {name: p for p, name in self.names.items()}
+        require_shapes(masks, {name: p.ds_shape for name, p in of.items()})
+        parts, together = dict[str, Tensor](), list[list[str]]()
+        for name, mask in masks.items():
+            padded = torch.zeros(W * of[name].partition_numel(), dtype=torch.bool, device=mask.device)
+            padded[: mask.numel()] = mask.reshape(-1)
+            own = {f"{name}[{r}]": chunk for r, chunk in enumerate(padded.view(W, -1))}
+            parts |= own
+            together.append(list(own))
+        return MaskIndex(parts, together)
+
+    def holding(self) -> Holding:
+        """Return where this rank steps the values of each parameter, and the shards that are gathered."""
+        zero, parts, copies = self.zero, dict[Tensor, list[Part]](), dict[Tensor, list[Part]]()
+        p: Any
+        for p in self.names:
+            place = zero.grad_position.get(zero.get_param_id(p))
+            if place is None:
+                continue  # no optimizer has it
+            group, at, n = place
+            start = min(self.shards.rank * n, p.ds_numel)
+            values = slice(start, min(start + n, p.ds_numel))
+            own = values.stop - values.start
+            parts[p] = [(zero.fp32_partitioned_groups_flat[group], slice(at, at + own), values)] if own else []
+            copies[p] = [(p.ds_tensor, slice(0, own), values)] if own else []
+        return Holding(zero.optimizer, parts, copies, list(self.module.parameters()))
+
     def _add_residual(self, params: list[Any], segments: Segments) -> None:
         """Add the residual of a lossy codec to the gradients, which are sent exactly now, and clear it."""
         memory = self.shards.feedback.memory(segments, False, None, self.shards.device)
         if memory.residual is None:
             return
-        kept = memory.residual.view(self.shards.world_size, -1)
-        for p, columns in zip(params, kept.split([p.partition_numel() for p in params], dim=1), strict=True):
+        residual, index = memory.residual, self.shards.feedback.masks.kept_index(segments)
+        if index is not None:
+            residual = torch.empty(sum(sizes(segments)), dtype=torch.float32, device=residual.device)
+            unpack(memory.residual, index, residual)
+        whole = residual.view(self.shards.world_size, -1)
+        for p, columns in zip(params, whole.split([p.partition_numel() for p in params], dim=1), strict=True):
             p.grad.add_(columns.flatten()[: p.ds_numel].view(p.grad.shape))  # the rest is padding
         memory.residual = None
 
@@ -114,7 +168,7 @@ class Gathered:
                 raise RuntimeError(p.ds_summary())
             p.ds_status = ZeroParamStatus.INFLIGHT
             out = torch.empty(W * shard.ds_numel, dtype=shard.dtype, device=shard.device)
-            pending = shards.all_gather(self._own(p), out, self._places[id(p)])
+            pending = shards.all_gather(self._own(p), out, self._places[id(p)], segments=self._segments([p]))
             handles.append(AllGatherHandle(pending, p, param_buffer=out, original_dtype=shard.dtype))
         if exact:
             handle = original(exact, safe_mode=safe_mode, quantize=quantize)
@@ -156,7 +210,7 @@ class Gathered:
 
 def attach_gathered(
     engine: Any, shards: Collectives, names: dict[Tensor, str], auto: ShardedAuto | None = None
-) -> None:
+) -> Gathered:
     """Replace the methods by which a ZeRO 3 optimizer sends."""
     zero = engine.optimizer
     gathered = Gathered(zero, engine.module, shards, names, auto)
@@ -167,3 +221,4 @@ def attach_gathered(
     for p in engine.module.parameters():
         p.all_gather_coalesced = partial(gathered.gather, p.all_gather_coalesced)
         p.all_gather = partial(gathered.gather_whole, p.all_gather, p)
+    return gathered

@@ -1,7 +1,7 @@
 """ZeRO 1 and 2: each rank steps a part of the parameters. Uncompressed traffic is left to DeepSpeed, and counted."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,16 +11,18 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec, parse
 from commpress.comm.coding import warm_up
-from commpress.comm.collectives import MEAN, Collectives
+from commpress.comm.collectives import MEAN, SEND_DENSE, Collectives
 from commpress.comm.exchange.wire import ring_bytes
 from commpress.comm.feedback import Memory
+from commpress.comm.masks_index import MaskIndex, require_shapes
 from commpress.comm.meter import SPEC_IS_NONE, dtype_name
 from commpress.comm.owned_slices import OwnedBucket, OwnedSlice
-from commpress.comm.plan import Override
+from commpress.comm.plan import DENSE, Override
 from commpress.comm.segments import Segment
 from commpress.comm.sharded_auto import ShardedAuto
 from commpress.comm.work import Work
 from commpress.hooks.deepspeed.auto import timed
+from commpress.hooks.deepspeed.masks import Holding, Part, pack_piece, unpacked, zero_pruned
 from commpress.optim import EF21Muon, OneBitAdamW
 from commpress.optim.sharded_muon import Matrix, ShardedMuon
 from commpress.optim.sharded_one_bit import ShardedOneBitAdamW, shifted
@@ -38,7 +40,11 @@ class Partitions:
     names: dict[Tensor, str]
     sharded: ShardedOneBitAdamW | None = None
     auto: ShardedAuto | None = None
+    coded: str = ""
+    """The name of the optimizer whose momentum is sent, if there is one."""
     _layouts: dict[tuple[int, ...], OwnedBucket] = field(default_factory=dict)
+    _masks: MaskIndex | None = None
+    """The masks by which layouts were made."""
     _before: list[Tensor] | None = None
     """While the optimizer steps: the values of this rank's partitions that all ranks hold."""
 
@@ -81,18 +87,22 @@ class Partitions:
         if not params:
             return True
         layout = self._layout(params)
-        shards, dtype = self.shards, gradients[0].dtype
+        shards, dtype, masks = self.shards, gradients[0].dtype, self.shards.feedback.masks
         override = Override(shards.gradients.codec) if self.sharded is None else self.sharded.override(layout)
-        n = layout.cuts[-1]
+        if shards.send_dense:
+            override = Override(DENSE, SEND_DENSE)
+        else:
+            zero_pruned(layout.pieces, gradients, masks)
+        n = layout.whole[-1]
         if self.auto is not None:
             self.auto.note("gradients", n, dtype.itemsize)
-        choice = shards.gradients.choose(n, dtype.itemsize, shards.world_size, override)
+        choice = shards.gradients.choose(layout.cuts[-1], dtype.itemsize, shards.world_size, override)
         crossing = self._crossing(layout, dtype.itemsize)
-        parts = list(zip(layout.pieces, layout.x.split([len(piece) for piece in layout.pieces]), strict=True))
+        parts = list(zip(layout.pieces, layout.x.split(layout.kept), strict=True))
         compressed = choice.codec.lossy and not choice.reason
         if compressed or override.prepare is not None:
             for piece, part in parts:
-                part.copy_(gradients[piece.place][piece.start : piece.stop])
+                pack_piece(gradients[piece.place][piece.start : piece.stop], piece, masks, part)
         if not compressed:
             shards.meter.record_uncompressed(
                 layout.index, n, dtype_name(dtype), "all_reduce", choice.reason, "gradients", crossing
@@ -109,7 +119,7 @@ class Partitions:
         own = slice(layout.cuts[me], layout.cuts[me + 1])
         if self.sharded is not None:
             override = shifted(override, self.sharded.shifts(layout), own)
-        needed = (n - layout.cuts[shards.rank + 1] + layout.cuts[shards.rank]) * dtype.itemsize
+        needed = (n - layout.whole[me + 1] + layout.whole[me]) * dtype.itemsize
         shards.reduce_scatter(
             *(layout.x, layout.x[own], layout.segments, layout.index, MEAN),
             cuts=layout.cuts,
@@ -121,9 +131,10 @@ class Partitions:
         for piece, part in parts:
             if piece.owner == shards.rank:
                 zero, (_, _, param_id) = self.zero, params[piece.place]
+                mean = unpacked(part, piece, masks)
                 total = zero._get_compact_grad_partition_slice(piece.group, piece.owner, param_id, len(piece))
-                zero._add_to_grad_partition_buffer(total, part)
-                gradients[piece.place][piece.start : piece.stop].copy_(part)
+                zero._add_to_grad_partition_buffer(total, mean)
+                gradients[piece.place][piece.start : piece.stop].copy_(mean)
         return True
 
     def _add_residual(self, layout: OwnedBucket, gradients: Sequence[Tensor]) -> None:
@@ -131,20 +142,23 @@ class Partitions:
         memory = self.shards.feedback.memory(layout.segments, False, None, self.shards.device)
         if memory.residual is None:
             return
-        kept = memory.residual.split([len(piece) for piece in layout.pieces])
-        for piece, part in zip(layout.pieces, kept, strict=True):
-            gradients[piece.place][piece.start : piece.stop].add_(part)
+        for piece, part in zip(layout.pieces, memory.residual.split(layout.kept), strict=True):
+            gradients[piece.place][piece.start : piece.stop].add_(unpacked(part, piece, self.shards.feedback.masks))
         memory.residual = None
 
     def _crossing(self, layout: OwnedBucket, itemsize: int) -> int:
         """Return the bytes that DeepSpeed would send: unless set otherwise it all-reduces, whoever owns the parts."""
-        zero, cuts, me = self.zero, layout.cuts, self.shards.rank
+        zero, cuts, me = self.zero, layout.whole, self.shards.rank
         if zero.reduce_scatter and zero.contiguous_gradients and not zero.use_multi_rank_bucket_allreduce:
             return (cuts[-1] - cuts[me + 1] + cuts[me]) * itemsize
         return ring_bytes(cuts[-1] * itemsize, self.shards.world_size)
 
     def _layout(self, params: Sequence[tuple[int, int, int]]) -> OwnedBucket:
-        key = tuple(param_id for _, _, param_id in params)
+        masks = self.shards.feedback.masks
+        if masks is not self._masks:
+            self._layouts.clear()
+            self._masks = masks
+        key, W = tuple(param_id for _, _, param_id in params), self.shards.world_size
         if key not in self._layouts:
             pieces = [
                 piece
@@ -152,10 +166,14 @@ class Partitions:
                 for piece in self._pieces(self.zero.bit16_groups[i][j], place)
             ]
             pieces.sort(key=lambda piece: piece.owner)
-            cuts = [sum(len(p) for p in pieces if p.owner < r) for r in range(self.shards.world_size + 1)]
+            kept = [masks.count(piece.name, len(piece)) for piece in pieces]
+            cuts, whole = (
+                [sum(n for n, p in zip(counts, pieces, strict=True) if p.owner < r) for r in range(W + 1)]
+                for counts in (kept, [len(piece) for piece in pieces])
+            )
             x = torch.empty(cuts[-1], dtype=torch.float32, device=self.shards.device)
             segments = tuple(Segment(piece.name, len(piece)) for piece in pieces)
-            self._layouts[key] = OwnedBucket(len(self._layouts), pieces, segments, cuts, x)
+            self._layouts[key] = OwnedBucket(len(self._layouts), pieces, segments, cuts, x, whole, kept)
         return self._layouts[key]
 
     def _pieces(self, p: Tensor, place: int) -> Iterator[OwnedSlice]:
@@ -166,6 +184,41 @@ class Partitions:
             name = self.names[p] if stop - start == n else f"{self.names[p]}[{start}:{stop}]"
             yield OwnedSlice(name, owner, place, start, stop, group, offset + start)
 
+    def mask_index(self, masks: Mapping[str, Tensor]) -> MaskIndex:
+        """Return the index of the values that masks keep. Raises ValueError for a mask that does not fit, and for any under an
+        optimizer whose momentum is sent."""
+        if self.coded and masks:
+            raise ValueError(
+                f"masks: {self.coded} sends a momentum of all values where it is sharded; expected a torch optimizer, or "
+                f"{self.coded} under DistributedDataParallel"
+            )
+        of = {self.names[p]: p for p in self._stepped()}
+        require_shapes(masks, {name: p.shape for name, p in of.items()})
+        parts: dict[str, Tensor] = {}
+        for name, mask in masks.items():
+            parts |= {piece.name: mask.reshape(-1)[piece.start : piece.stop] for piece in self._pieces(of[name], 0)}
+        return MaskIndex(parts)
+
+    def holding(self) -> Holding:
+        """Return where this rank steps the values of each parameter."""
+        zero, me = self.zero, self.shards.rank
+        parts: dict[Tensor, list[Part]] = {}
+        for p in self._stepped():
+            parts[p] = []
+            for piece in self._pieces(p, 0):
+                if piece.owner == me:
+                    flat, at = zero.single_partition_of_fp32_groups[piece.group], self._place(piece)
+                    parts[p].append((flat, slice(at, at + len(piece)), slice(piece.start, piece.stop)))
+        return Holding(zero.optimizer, parts)
+
+    def _stepped(self) -> list[Tensor]:
+        """The parameters that the optimizer has."""
+        return [p for p in self.names if id(p) in self._offsets]
+
+    def _place(self, piece: OwnedSlice) -> int:
+        """Where a piece begins in its owner's partition."""
+        return piece.at - piece.owner * int(self.zero.partition_size[piece.group])
+
     def matrices(self, groups: set[int]) -> Iterator[Matrix]:
         """Yield the parameters of these groups as matrices, with the cut of their values over the ranks."""
         ranks, me = range(self.shards.world_size), self.shards.rank
@@ -173,7 +226,7 @@ class Partitions:
             for p in self.zero.round_robin_bit16_groups[i]:
                 pieces = {piece.owner: piece for piece in self._pieces(p, 0)}
                 lengths = tuple(len(pieces[r]) if r in pieces else 0 for r in ranks)
-                at = pieces[me].at - me * int(self.zero.partition_size[i]) if me in pieces else 0
+                at = self._place(pieces[me]) if me in pieces else 0
                 yield Matrix(self.names[p], tuple(p.shape), (p.numel(),), 0, lengths, _partition(i), at)
 
     # parameters
@@ -248,6 +301,8 @@ class Partitions:
                 flat[stop:offset].zero_()  # padding for alignment: it belongs to no parameter, and to no checkpoint
                 stop = offset + p.numel()
             flat[stop:].zero_()
+        for p in self._stepped():  # a coarse code of 0 may be another value
+            zero_pruned(list(self._pieces(p, 0)), [p.detach().view(-1)], shards.feedback.masks)
 
     def _arrive(self, pending: Work, out: Tensor, place: Tensor, group: int, start: int) -> None:
         pending.wait()
@@ -267,12 +322,12 @@ def attach_partitions(
     optimizer: OneBitAdamW | EF21Muon | None,
     momentum: Codec | None,
     auto: ShardedAuto | None = None,
-) -> None:
+) -> Partitions:
     """Replace the methods by which a ZeRO 1 or 2 optimizer sends. `momentum` is the codec of an EF21Muon's momentum."""
     from deepspeed.runtime.zero import stage_1_and_2
 
     zero = engine.optimizer
-    partitions = Partitions(zero, shards, names, auto=auto)
+    partitions = Partitions(zero, shards, names, auto=auto, coded="" if optimizer is None else type(optimizer).__name__)
     if isinstance(optimizer, EF21Muon):
         assert momentum is not None
         _shard_muon(optimizer, partitions, momentum)
@@ -295,6 +350,7 @@ def attach_partitions(
     if not hasattr(stage_1_and_2.all_gather_dp_groups, "commpress"):
         # a function of DeepSpeed's module: no object of the engine holds it, so it is replaced for all engines
         stage_1_and_2.all_gather_dp_groups = _gathering(stage_1_and_2.all_gather_dp_groups)
+    return partitions
 
 
 def _partition(group: int) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from commpress.comm.agreement import agree_on_all
 from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.collectives import Collectives, GradScaler
-from commpress.comm.masks_index import MaskIndex
+from commpress.comm.masks_index import MaskIndex, require_shapes
 from commpress.comm.parameters import unfit_dtype
 from commpress.comm.plan import plans, sharded_settings, sharded_spec
 from commpress.comm.search import PLAIN
@@ -36,7 +36,7 @@ from commpress.comm.sharded_auto import ShardedAuto, begins_steps, decides, foll
 from commpress.comm.verify import EVERY, require_interval
 from commpress.hooks.fsdp import muon
 from commpress.hooks.fsdp.comms import Gather, Reduce, Replicas
-from commpress.hooks.fsdp.masks import of_replicas, of_shards, require_fit
+from commpress.hooks.fsdp.masks import of_replicas, of_shards
 from commpress.hooks.fsdp.reshard import resharded
 from commpress.hooks.fsdp.units import Unit, ranks, root, units
 from commpress.hooks.parameters import not_taken
@@ -162,7 +162,7 @@ def _session(
     """Return the session of these units. `shards` and `replicas` map the ranks of a group to its collectives."""
 
     def mask_index(masks: Mapping[str, Tensor]) -> list[MaskIndex]:
-        require_fit(masks, held)
+        require_shapes(masks, {name: shape for unit in held for name, shape in unit.shapes().items()})
         if optimizer is not None and masks:
             raise ValueError(
                 "masks: EF21Muon mixes the values of a matrix, and where it is sharded nothing sets pruned ones back to 0; "

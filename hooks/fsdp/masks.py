@@ -9,15 +9,6 @@ from commpress.comm.masks_index import MaskIndex
 from commpress.hooks.fsdp.units import Unit, ranks
 
 
-def require_fit(masks: Mapping[str, Tensor], held: list[Unit]) -> None:
-    """Raise ValueError for a mask whose name is not a parameter's, or whose shape is not the parameter's."""
-    shapes = {name: shape for unit in held for name, shape in unit.shapes().items()}
-    for name, mask in masks.items():
-        if (shape := shapes.get(name)) != mask.shape:
-            expected = "no such parameter" if shape is None else tuple(shape)
-            raise ValueError(f"mask of {name!r}: shape {tuple(mask.shape)}, the model has {expected}")
-
-
 def of_shards(who: tuple[int, ...], held: list[Unit], masks: Mapping[str, Tensor]) -> MaskIndex:
     """Return the index of the values that masks keep in the traffic among the ranks `who`, which share parameters.
 

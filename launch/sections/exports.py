@@ -13,7 +13,7 @@ def exports(found: Sequence[Record]) -> list[str]:
         return []
     rows = [["of", "format", "file", "MB", "difference"]]
     rows += [
-        [record["of"], row["format"], row["path"], megabytes(row["bytes"]), f"{row['difference']:.1e}"]
+        [row.get("of", record["of"]), row["format"], row["path"], megabytes(row["bytes"]), f"{row['difference']:.1e}"]
         for record in found
         for row in record["rows"]
     ]

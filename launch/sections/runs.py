@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from commpress.comm.meter import how_sent
 from commpress.launch import figures, palette
@@ -67,12 +68,18 @@ def settings(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
             "backend": r["backend"],
             "commpress": r.get("version"),
             "torch": r.get("torch"),
-            **r["machine"],
+            **{**r["machine"], **({"lscpu": lscpu(r["machine"]["lscpu"])} if "lscpu" in r["machine"] else {})},
         }
         for _, r in runs
     ]
     keys = list(dict.fromkeys(key for column in columns for key in column))
     return [["", *(name for name, _ in runs)], *([k, *(str(c.get(k, "")) for c in columns)] for k in keys)]
+
+
+def lscpu(said: Mapping[str, Any]) -> str:
+    """What a record tells of its processor, in one line: family 25, model 17, ..., simd avx2 avx512f, l2_kib 1024."""
+    told = {key: " ".join(value) if isinstance(value, list) else value for key, value in said.items() if key != "name"}
+    return ", ".join(f"{key} {value}" for key, value in told.items() if value)
 
 
 def differences(runs: Sequence[tuple[str, Record]], look: Mapping[str, figures.Look]) -> list[str]:

@@ -13,11 +13,12 @@ from battery import gradient
 from ranks import outcome, run
 from tiers import slow
 from torch import Tensor
+from unseen import values_are_unseen
 
 from commpress.comm.codecs import parse
 from commpress.comm.encoder import Encoder
 from commpress.comm.error import ErrorWatch
-from commpress.comm.exchange import Labels, Transfer, Wire, named
+from commpress.comm.exchange import Labels, Transfer, Wire, all_reduce_found_inf, named
 from commpress.comm.exchange.all_gather import all_gather
 from commpress.comm.exchange.all_gather_changes import all_gather_changes
 from commpress.comm.exchange.all_gather_changes_unseen import all_gather_changes_bytes
@@ -137,7 +138,7 @@ def shards(spec: str) -> list[list[Tensor]]:
             carried_out(wire, all_gather_changes(shard, known, version, Encoder(codec), buffer, *more))
             results.append(known)
         watch = ErrorWatch(codec)
-        carried_out(wire, watch.watch(iter(()), gradient(3000, me), codec, wire, labels.next("a sample")))
+        carried_out(wire, watch.watch(iter(()), gradient(3000, me), codec, Memory(), wire, labels.next("a sample")))
         found.append([*results, whole, torch.tensor([watch.error()])])
     return found
 
@@ -222,3 +223,27 @@ def test_the_groups_of_a_node_close_with_the_whole() -> None:
     for said, total in run(4, closed):
         assert said == ["RuntimeError: the connections are closed"] * 3
         assert total == 4
+
+
+def local_steps(bad: float, dtype: torch.dtype) -> list[Tensor]:
+    """A bucket that stays on each rank, of which rank 1's has one value that is not finite, and one in which none has."""
+    found, (_, wire), labels = [], wires(), Labels()
+    for value in (bad, 1.0):
+        x = gradient(300, wire.rank).to(dtype)
+        if wire.rank == 1:
+            x[7] = value
+        with values_are_unseen():
+            carried_out(wire, all_reduce_found_inf(x, wire, labels.next("found inf")))
+        found.append(x)
+    return found
+
+
+@pytest.mark.parametrize(("bad", "dtype"), [(torch.inf, torch.float32), (torch.nan, torch.bfloat16)])
+def test_without_an_exchange_all_skip_what_one_must_and_nobody_waits_for_a_value(
+    bad: float, dtype: torch.dtype
+) -> None:
+    for rank, (spoilt, kept) in enumerate(run(2, local_steps, bad, dtype)):
+        assert spoilt.isnan().all()
+        expected = gradient(300, rank).to(dtype)
+        assert torch.equal(kept[8:], expected[8:])
+        assert kept.isfinite().all()

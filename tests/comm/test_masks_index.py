@@ -18,7 +18,8 @@ from training import SMALL_BUCKETS, loss_of, network, parameters_of, same, sgd
 import commpress
 from commpress.comm.masks_index import MaskIndex, pack, unpack
 from commpress.comm.segments import Segment, sizes
-from commpress.model.masks import Masks, whole
+from commpress.model.held import whole
+from commpress.model.masks import Masks
 
 STEPS = range(5)
 

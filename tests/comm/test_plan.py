@@ -82,6 +82,18 @@ def test_a_payload_that_would_not_be_smaller_is_not_sent(spec: str, itemsize: in
     assert choice.reason == (f"payload would be no smaller than {itemsize} bytes a value" if dense else "")
 
 
+@pytest.mark.parametrize(("spec", "exchange", "n", "sent"), [
+    ("bf16", "two_shot", 10_000, True), ("bf16", "two_shot", 10_001, True), ("fp16", "one_shot", 10_000, True),
+    ("bf16", "all_reduce", 10_000, False), ("topk(0.5)", "one_shot", 10_000, False),
+])  # fmt: skip
+def test_a_named_exchange_that_sums_in_float32_carries_as_many_bytes_as_the_gradients(
+    spec: str, exchange: str, n: int, sent: bool
+) -> None:
+    choice = Plan.of(spec, exchange).choose(n, 2, 4)
+    assert (str(choice.codec), choice.exchange.name) == ((spec, exchange) if sent else ("none", "all_reduce"))
+    assert bool(choice.reason) != sent
+
+
 def test_feedback_can_be_left_out() -> None:
     assert not Plan.of("int4", error_feedback=False).choose(10_000, 4, 2).feedback
 

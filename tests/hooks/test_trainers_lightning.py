@@ -146,7 +146,7 @@ RECIPE = {
 
 
 def by_recipe(folder: str, at: int, steps: int) -> list[dict[str, Any]]:
-    """A training by a recipe, unbroken and from its checkpoint."""
+    """A training by a recipe, unbroken by the spec of its [traffic], and from its checkpoint by the same in the line."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from commpress.hooks.lightning import CompressedDDP
@@ -166,9 +166,11 @@ def by_recipe(folder: str, at: int, steps: int) -> list[dict[str, Any]]:
     for resumed in (False, True):
         keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=at, save_top_k=-1)
         settings = {"enable_checkpointing": not resumed, "callbacks": [] if resumed else [keep]}
-        chosen = Recipe.of(RECIPE | {"export": {"formats": ("safetensors",)}}, "the recipe of a test")
+        its = {"export": {"formats": ("safetensors",)}, "traffic": {"spec": "int4"}}
+        chosen = Recipe.of(RECIPE | its, "the recipe of a test")
         example = (data(0, 0)[0],)
-        strategy = CompressedDDP("int4", recipe=chosen, teacher=network(), example_inputs=example)
+        spec = "int4" if resumed else None
+        strategy = CompressedDDP(spec, recipe=chosen, teacher=network(), example_inputs=example)
         made, model = trainer(folder, steps, None, strategy=strategy, accumulate_grad_batches=1, **settings), Taught()
         with launched():
             made.fit(model, loader(), ckpt_path=f"{folder}/step={at}.ckpt" if resumed else None)
@@ -254,6 +256,7 @@ def flip(path: str) -> None:
 def refusals(folder: str) -> dict[str, str]:
     from commpress.hooks.ddp import CommState, comm_hook
     from commpress.hooks.lightning import CompressedDDP
+    from commpress.model import Recipe
 
     with launched():
         fits = {
@@ -263,6 +266,8 @@ def refusals(folder: str) -> dict[str, str]:
             "ranks differ": (trainer(folder, 2, ("int4", "int8")[dist.get_rank()]), module()),
         }
         said = {case: outcome(lambda t=t, m=m: t.fit(m, loader())) for case, (t, m) in fits.items()}
+        its = Recipe.of({"traffic": {"spec": "int8"}})
+        said["differs"] = outcome(lambda: CompressedDDP("int4", recipe=its))
         said["hook"] = outcome(lambda: CompressedDDP("int4", ddp_comm_hook=comm_hook, ddp_comm_state=CommState("int4")))
     return said
 
@@ -435,6 +440,7 @@ def test_what_cannot_be_attached_says_why_on_all_ranks(tmp_path: Path) -> None:
         assert "unknown" in said["spec"]
         assert "rank 1 has spec 'int8', rank 0 has 'int4'" in said["ranks differ"]
         assert said["hook"].endswith("got ddp_comm_hook, ddp_comm_state")
+        assert "CompressedDDP(gradients): got 'int4', the recipe has traffic.spec 'int8'" in said["differs"]
         assert all(text.startswith("ValueError: ") for text in said.values())
 
 

@@ -198,14 +198,15 @@ def refused_recipes(folder: str) -> dict[str, str]:
 
 
 def by_recipe(folder: str, at: int, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A training by a recipe, unbroken and from its checkpoint."""
+    """A training by a recipe, unbroken by the spec of its [traffic], and from its checkpoint by the same in the line."""
     found = []
     with launched():
         for resumed in (False, True):
             made, _ = trainer(folder, steps, None, save_strategy="steps", save_steps=at)
             from commpress.hooks.transformers import Compression
 
-            callback = Compression(made, "int4", recipe=recipe(), teacher=bert())
+            its = recipe(f"{RECIPE}\n[traffic]\nspec = 'int4'\n")
+            callback = Compression(made, "int4" if resumed else None, recipe=its, teacher=bert())
             made.add_callback(callback)
             made.train(resume_from_checkpoint=f"{folder}/checkpoint-{at}" if resumed else None)
             weight = made.model.bert.encoder.layer[1].intermediate.dense.weight
@@ -276,9 +277,11 @@ def refusals(folder: str) -> dict[str, str]:
         from commpress.hooks.transformers import Compression
 
         twice.add_callback(Compression(twice, "int4"))
+        its = recipe("[traffic]\nspec = 'int8'")
+        differs = outcome(lambda: Compression(trainer(folder, 2, None)[0], "int4", recipe=its))
         unknown, _ = trainer(folder, 2, "int3")
         said = {"clipped": outcome(clipped.train), "unknown": outcome(unknown.train), "twice": outcome(twice.train)}
-    return said
+    return {**said, "differs": differs}
 
 
 def alone(folder: str) -> str:
@@ -356,6 +359,7 @@ def test_a_recipe_prunes_quantises_and_distils_and_goes_on_as_unbroken(tmp_path:
     ranks = run(2, by_recipe, str(tmp_path / "run"), 5, 8, timeout=120)
     for whole, pieced in ranks:
         assert whole["phase"] == "pruned + int8 + distil"
+        assert whole["report"]["spec"] == "int4"
         assert (whole["done"], pieced["done"]) == (8, 8)
         assert whole["zeros"] == pytest.approx(0.6, abs=0.2)
         for name in ("parameters", "ranges"):
@@ -416,6 +420,7 @@ def test_what_cannot_be_attached_says_why_on_all_ranks(tmp_path: Path) -> None:
         assert said["unknown"].startswith("ValueError: ")
         assert "unknown" in said["unknown"]
         assert said["twice"].startswith("RuntimeError: ")
+        assert "Compression(gradients): got 'int4', the recipe has traffic.spec 'int8'" in said["differs"]
     (said,) = run(1, alone, str(tmp_path), timeout=120)
     assert "got BertForSequenceClassification. Accelerate sees one process" in said
 

@@ -13,13 +13,28 @@ import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
 from numba import njit, types
 
-from commpress.kernels.cpu import blocks, cast, float8, integer, low_rank, optim, random_k, rotate, sign, topk, two_bit
+from commpress.kernels.cpu import (
+    blocks,
+    cast,
+    fingerprint,
+    float8,
+    integer,
+    low_rank,
+    model,
+    optim,
+    random_k,
+    rotate,
+    sign,
+    topk,
+    two_bit,
+)
 from commpress.kernels.cpu.blocks import block_of, put_block, top_of
 from commpress.kernels.cpu.instructions import sum_magnitudes, widest
 
 FLOATS, BYTES = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
 BFLOATS, HALVES = types.Array(types.uint16, 1, "C"), types.Array(types.int16, 1, "C")
 INTS, WORDS = types.Array(types.int32, 1, "C"), types.Array(types.uint32, 1, "C")
+LONGS, KEPT = types.Array(types.int64, 1, "C"), types.Array(types.int8, 1, "C")
 F, INT, NONE = types.float32, types.int64, types.none
 STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
 
@@ -32,6 +47,16 @@ def in_order(x: Any, residual: Any) -> Any:
     total = np.float32(0)
     for i in range(x.size):
         total += x[i]
+    return total
+
+
+def in_order_beside(x: Any, y: Any) -> Any:
+    """A loop of vectors, and behind it one that cannot have any."""
+    for i in range(x.size):
+        y[i] += x[i]
+    total = np.float32(0)
+    for i in range(x.size):
+        total += x[i] * y[i]
     return total
 
 
@@ -97,6 +122,24 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "fp16 write, feedback": (lambda x, r, h: cast._encode_block(x, r, h, 1024), (FLOATS, FLOATS, HALVES)),
     "bf16 read": (lambda h, share, out: cast._read(h, 2, 4096, 0, share, 1024, out), (BFLOATS, F, FLOATS)),
     "fp16 read": (lambda h, share, out: cast._read(h, 2, 4096, 0, share, 1024, out), (HALVES, F, FLOATS)),
+    "bf16 read of four": (lambda h, share, out: cast._read(h, 4, 4096, 0, share, 256, out), (BFLOATS, F, FLOATS)),
+    "fp16 read of four": (lambda h, share, out: cast._read(h, 4, 4096, 0, share, 256, out), (HALVES, F, FLOATS)),
+    "fp8 read of four": (
+        lambda pf, pu, share, out: float8._read(pf, pu, 4, 4096, 0, 8, float8.E4M3, share, 256, out),
+        (FLOATS, BYTES, F, FLOATS),
+    ),
+    "topk largest": (topk._largest, (INTS,)),
+    "topk ties": (topk._count_ties, (INTS, types.int32)),
+    "topk not finite": (topk._not_finite, (INTS,)),
+    "topk positions": (
+        lambda a, threshold, o, index, at: topk._positions(a, threshold, o, False, index, at),
+        (FLOATS, types.int32, INT, LONGS, INT),
+    ),
+    "topk collect": (
+        topk._collect,
+        (FLOATS, NONE, FLOATS, types.int32, INT, INT, INT),
+    ),
+    "topk whole": (lambda x, p: topk._whole(x, p, None), (FLOATS, STEPS)),
     "topk remember": (lambda a, r, old: topk._remember(a, r, old, 256), (FLOATS, FLOATS, FLOATS)),
     "randomk add": (random_k._add, (FLOATS, FLOATS, FLOATS)),
     "randomk places": (random_k._place, (INT, INTS, INTS, WORDS, INTS, INTS)),
@@ -115,7 +158,13 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "sync_apply": (optim.LOOPS["sync_apply"].py_func, (FLOATS,) * 6 + (F,) * 3),
     "momentum_correction": (optim.LOOPS["momentum_correction"].py_func, (FLOATS,) * 3 + (F,) * 3),
     "momentum_ahead": (optim.LOOPS["momentum_ahead"].py_func, (FLOATS,) * 2 + (F,)),
+    "fingerprint": (fingerprint._hash, (WORDS, WORDS, INT)),
+    "keep, 2 bytes": (model._keep, (HALVES, KEPT)),
+    "keep, 4 bytes": (model._keep, (INTS, KEPT)),
+    "count pruned, 2 bytes": (model._count, (HALVES, KEPT, INT)),
+    "count pruned, 4 bytes": (model._count, (INTS, KEPT, INT)),
     "a sum in order": (in_order, (FLOATS, NONE)),
+    "a sum in order beside vectors": (in_order_beside, (FLOATS, FLOATS)),
 }
 
 

@@ -1,7 +1,8 @@
 """The hot loops are made of vector instructions on every processor, whatever machine the test runs on.
 
 Numba lowers each piece of a loop once, without optimising it. LLVM then compiles that for processors of several makers, and
-what comes out must hold the vectors that the piece is written for. No clock is read.
+what comes out must hold the vectors that the piece is written for, and no loop beside them that goes value by value. No clock
+is read.
 """
 
 import json
@@ -9,9 +10,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from loops_of import Loop, innermost
 
 PROCESSORS = {
     "haswell": "x86_64-unknown-linux-gnu",
@@ -26,6 +29,8 @@ FLOAT_ADD, FLOAT_MUL, FLOAT_SUB = "fadd", "fmul", "fsub"
 INT_MUL = "mul"
 PUT_FLOATS, PUT_BYTES, PUT_HALVES = "store float|i32", "store i8", "store i16"
 LARGEST = "umax|smax"
+COUNT = "icmp"
+"""A comparison that is counted, in 64 bits: half as many lanes."""
 
 PIECES = {
     "top_of": [LARGEST],
@@ -56,6 +61,15 @@ PIECES = {
     "fp16 write, feedback": [FLOAT_SUB, PUT_HALVES, PUT_FLOATS],
     "bf16 read": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
     "fp16 read": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
+    "bf16 read of four": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
+    "fp16 read of four": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
+    "fp8 read of four": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
+    "topk largest": [LARGEST],
+    "topk ties": [COUNT],
+    "topk not finite": [COUNT],
+    "topk positions": [COUNT],
+    "topk collect": [COUNT, FLOAT_ADD, LARGEST],
+    "topk whole": [FLOAT_MUL, PUT_FLOATS],
     "topk remember": [FLOAT_ADD, PUT_FLOATS, LARGEST],
     "randomk add": [FLOAT_ADD, PUT_FLOATS, LARGEST],
     "randomk places": ["add", PUT_FLOATS],
@@ -74,19 +88,41 @@ PIECES = {
     "sync_apply": [FLOAT_MUL, PUT_FLOATS],
     "momentum_correction": [FLOAT_MUL, PUT_FLOATS],
     "momentum_ahead": [FLOAT_MUL, PUT_FLOATS],
+    "fingerprint": [INT_MUL, "xor"],
+    "keep, 2 bytes": [PUT_HALVES],
+    "keep, 4 bytes": [PUT_FLOATS],
+    "count pruned, 2 bytes": [COUNT],
+    "count pruned, 4 bytes": [COUNT],
 }
 """What each piece computes with vectors, as LLVM names it."""
-pytestmark = pytest.mark.slow
-SCALAR = "a sum in order"
-"""A loop that cannot be vectorised: what is looked for must be missing there."""
+QUICK = ("int8 write, feedback", "topk remember", "fp8 read of four")
+SCALAR, BESIDE = "a sum in order", "a sum in order beside vectors"
+"""Loops that cannot be vectorised: what is looked for must be missing there, and what must not be there is found."""
+ONE_BY_ONE = {
+    "topk collect": "the places that pass the threshold, a few of a block, are counted and fetched; its other loops are pieces",
+    "fingerprint": "the lanes are mixed one after another, once a call",
+}
+"""Pieces that have such loops on purpose."""
+STRAIGHT = 16
+"""How many operations on single floats may stand outside the innermost loops: a block's scale, the last value."""
+ARITHMETIC = r"= f(?:add|sub|mul|div|neg)(?: [a-z]+)* float "
+SINGLE = re.compile(
+    rf"{ARITHMETIC}|= load (?:float|i8|i16|i32),|^store (?:float|i8|i16|i32) |llvm\.vector\.reduce\.fadd"
+)
+"""Arithmetic, reads and writes of one value of a gradient, a residual or a payload, and sums in the order of the values."""
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, str]]:
     """By processor and piece: LLVM's code, optimised for it."""
+    return compile_for(PROCESSORS, [*PIECES, SCALAR, BESIDE])
+
+
+def compile_for(processors: dict[str, str], pieces: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Compile pieces in a process of its own, where Numba optimises nothing."""
     script = Path(__file__).with_name("pieces.py")
     environment = {**os.environ, "NUMBA_OPT": "0", "NUMBA_DISABLE_JIT": "0"}
-    command = [sys.executable, str(script), json.dumps(PROCESSORS), *PIECES, SCALAR]
+    command = [sys.executable, str(script), json.dumps(processors), *pieces]
     run = subprocess.run(command, env=environment, capture_output=True, timeout=250)
     assert run.returncode == 0, run.stderr.decode()
     return json.loads(run.stdout)  # type: ignore[no-any-return]
@@ -104,34 +140,71 @@ def vectors(code: str, wanted: str, width: int) -> int:
     return sum(int(found) >= width for found in re.findall(pattern, code))
 
 
+def missing(codes: dict[str, str], width: int) -> list[str]:
+    """What pieces do not compute with vectors of at least `width` lanes."""
+    return [
+        f"{piece}: {wanted}"
+        for piece, code in codes.items()
+        for wanted in PIECES.get(piece, ())
+        if not vectors(code, wanted, width // 2 if wanted == COUNT else width)
+    ]
+
+
+def one_by_one(code: str) -> list[str]:
+    """What a piece does value by value, but for what vectors leave over: the rest of a row, and arrays that overlap."""
+    loops = list(innermost(code))
+    found = [line for loop in loops for line in singles(loop) if loop.packed or not loop.rest]
+    inside = sum(bool(re.search(ARITHMETIC, line)) for loop in loops for line in loop.lines)
+    outside = len(re.findall(ARITHMETIC, code)) - inside
+    return found + ([f"{outside} operations outside of loops"] if outside > STRAIGHT else [])
+
+
+def singles(loop: Loop) -> list[str]:
+    return [line for line in loop.lines if SINGLE.search(line)]
+
+
+def test_some_pieces_compute_with_vectors_and_nothing_value_by_value() -> None:
+    (codes,) = compile_for({"haswell": PROCESSORS["haswell"]}, [*QUICK, BESIDE]).values()
+    assert not missing(codes, 8)
+    assert {piece for piece, code in codes.items() if one_by_one(code)} == {BESIDE}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_each_piece_of_a_loop_computes_with_vectors(compiled: dict[str, dict[str, str]], processor: str) -> None:
     width = WIDTH[PROCESSORS[processor]]
-    missing = [
-        f"{piece}: {wanted}"
-        for piece, code in compiled[processor].items()
-        for wanted in ([] if piece == SCALAR else PIECES[piece])
-        if not vectors(code, wanted, width)
-    ]
-    assert not missing, f"no vectors of {width} lanes on {processor}"
+    assert not missing(compiled[processor], width), f"no vectors of {width} lanes on {processor}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_no_loop_beside_the_vectors_goes_value_by_value(compiled: dict[str, dict[str, str]], processor: str) -> None:
+    found = {piece: one_by_one(code) for piece, code in compiled[processor].items() if piece not in ONE_BY_ONE}
+    assert found.pop(SCALAR), f"a sum in order was not found on {processor}"
+    assert found.pop(BESIDE), f"a sum in order beside vectors was not found on {processor}"
+    assert not {piece: lines for piece, lines in found.items() if lines}, f"value by value on {processor}"
+
+
+@pytest.mark.slow
 def test_a_block_of_a_long_mean_goes_past_the_caches(compiled: dict[str, dict[str, str]]) -> None:
     for processor in PROCESSORS:
         assert re.search(r"store <64 x float> .*, align 64.*, !nontemporal", compiled[processor]["put_block"])
 
 
+@pytest.mark.slow
 def test_a_block_is_asked_for_before_it_is_read(compiled: dict[str, dict[str, str]]) -> None:
     for processor in PROCESSORS:
         for piece, streams in (("block_of, feedback", 2), ("block_of, feedback and prologue", 4)):
             assert compiled[processor][piece].count("call void @llvm.prefetch") >= streams
 
 
+@pytest.mark.slow
 def test_loops_take_the_widest_vectors_that_there_are(compiled: dict[str, dict[str, str]]) -> None:
     for processor, lanes in (("haswell", 8), ("skylake-avx512", 16), ("sapphirerapids", 16)):
         assert vectors(compiled[processor]["widest"], FLOAT_ADD, lanes)
 
 
+@pytest.mark.slow
 def test_a_loop_of_single_values_is_found_out(compiled: dict[str, dict[str, str]]) -> None:
     for processor in PROCESSORS:
         code = compiled[processor][SCALAR]

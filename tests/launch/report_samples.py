@@ -15,6 +15,7 @@ OTHERS = {
     "PowerSGD rank 4": ("peer", 0.25),
 }
 PARAMETERS = 16_800_000
+LSCPU = {"name": "AMD EPYC", "family": "25", "model": "17", "simd": ["avx2", "avx512f"], "l2_kib": 1024, "l3_kib": None}
 
 
 def run(spec: str, bits: float) -> Record:
@@ -56,7 +57,7 @@ def run(spec: str, bits: float) -> Record:
         "steps_done": 300,
         "median_step_seconds": 0.1 + bits / 100,
         "final_validation_loss": curve[-1]["validation_loss"],
-        "machine": {"processor": "AMD EPYC"},
+        "machine": {"processor": "AMD EPYC", "lscpu": LSCPU},
         "world_size": 2,
         "backend": "gloo",
         "parameters": PARAMETERS,

@@ -1,6 +1,7 @@
 """`commpress export`: what it prints and leaves of a run and of one's own model, and what it refuses."""
 
 import json
+import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import get_args
 import pytest
 import torch
 from commands import run_command
+from hostile import Payload
 
 from commpress.launch.export import Format
 from commpress.model import stored
@@ -156,6 +158,20 @@ def test_what_cannot_be_is_told_in_a_sentence(place: Path, case: int) -> None:
     assert message in err
     assert err.count("\n") == 1
     assert not list(place.glob("runs/exported/*"))
+
+
+@pytest.mark.parametrize("name", ["state.pt", "state.pickle", "model.safetensors"])
+def test_a_hostile_pickle_for_a_state_is_refused_and_runs_nothing(place: Path, name: str) -> None:
+    made = place / "made"
+    if name == "state.pt":
+        torch.save({"0.weight": Payload(made)}, name)
+    else:
+        Path(name).write_bytes(pickle.dumps(Payload(made)))
+    flags = ("--model", "models:build", "--example", "models:inputs", "--formats", "integer")
+    code, _, err = run_command("export", *flags, "--state", name)
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{name}: not a" in err
+    assert not made.exists()
 
 
 def test_the_command_knows_all_formats() -> None:

@@ -1,6 +1,8 @@
 """`commpress judge`: what it prints and leaves of exported files and of runs, and what it refuses."""
 
+import contextlib
 import json
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -8,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import Ended, run_command
+from hostile import Payload, hostile_pt2
 
 from commpress.launch import judge, records, report, train
 
@@ -116,6 +120,56 @@ def test_files_of_an_export_need_data(place: Path) -> None:
     code, _, err = run_command("judge", "dense", "small")
     assert code == 1
     assert "--data: expected module:function" in err
+
+
+def test_a_hostile_pt2_is_left_out_with_a_sentence_unless_it_is_asked_for(place: Path) -> None:
+    made = place / "made"
+    for folder in ("dense", "small"):
+        hostile_pt2(place / folder / "model.pt2", made)
+    Path("small/transformers").mkdir()
+    code, out, err = judged()
+    assert (code, err) == (0, "")
+    assert not made.exists()
+    said = " ".join(out.split())
+    assert (
+        "Not measured: pt2e, dense and small: loading model.pt2 runs code of whoever wrote it; if you trust them"
+        in said
+    )
+    assert "Not measured: torchao, small: no runtime here takes transformers" in said
+    assert re.search(r"onnxruntime +1 ", out)
+    assert "loading model.pt2 runs code" in Path("small/model_card.md").read_text()
+    with contextlib.suppress(Exception):  # the payload is no example inputs
+        torch.export.load("small/model.pt2")
+    assert made.exists()
+
+
+def test_a_hostile_pickle_for_model_safetensors_is_refused(place: Path) -> None:
+    made = place / "made"
+    Path("small/model.safetensors").write_bytes(pickle.dumps(Payload(made)))
+    code, _, err = judged("--runtimes", "onnxruntime")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "error: small/model.safetensors: not a safetensors file, or damaged" in err
+    assert not made.exists()
+
+
+@pytest.mark.usefixtures("ranks_of_our_own")
+@pytest.mark.parametrize("command", [("judge", "run", "run"), ("export", "run"), ("train", "--resume", "--out", "run")])
+def test_a_hostile_checkpoint_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    from commpress.launch import checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    made, run = tmp_path / "made", Path("run")
+    shared = {"identity": {**TINY, "steps": 9}, "model": Payload(made), "durations": [], "curve": [], "traffic": {}}
+    checkpoint.write(run, 4, 0, shared, {"session": None})  # its checksum is right
+    checkpoint.publish(run, 4)
+    code, _, err = run_command(*command)
+    assert code == 1
+    assert "run/step-00000004/checkpoint.pt: damaged: Weights only load failed" in err
+    assert not made.exists()
+    torch.load(run / "step-00000004" / "checkpoint.pt", weights_only=False)
+    assert made.exists()
 
 
 def trained(folder: Path, steps: int, recipe: Path | None = None) -> None:

@@ -118,6 +118,11 @@ def test_what_differs_comes_first_and_what_is_the_same_last_and_folded() -> None
     assert "lr" not in re.findall(r"<tr><td>(.*?)</td>", end)
 
 
+def test_the_processor_is_told_as_lscpu_tells_it() -> None:
+    end = visible(report.page([report_samples.run("int4", 4.0)])).partition("Settings and machine")[2]
+    assert "<td>family 25, model 17, simd avx2 avx512f, l2_kib 1024</td>" in end
+
+
 def test_the_numbers_that_matter_are_on_the_left() -> None:
     head, *_ = runs.summary([("none", PLAIN)])
     assert head == ["run", "fewer bytes", "ms/step", "loss", "against none", "MB/step", "steps"]

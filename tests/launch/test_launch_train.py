@@ -139,6 +139,7 @@ def test_the_loss_falls_and_the_record_says_what_happened(runs: Callable[[str], 
     assert datetime.fromisoformat(record["date"]).tzinfo is not None
     assert record["link"]["shaped"] is False
     assert record["machine"]["cores"] >= 1
+    assert record["machine"]["processor"].startswith(record["machine"]["lscpu"]["name"])
     # a ring all-reduce over two ranks sends each gradient once, and so does Gloo where half, a reduce-scatter, would do
     assert curve[-1]["dense_bytes"] == record["traffic"]["dense_bytes"]
     roles = record["report"]["roles"]

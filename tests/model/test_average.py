@@ -16,7 +16,7 @@ from training import batch, same, sgd
 
 import commpress
 from commpress.model import Average, Recipe, Scheduler, export, quantization, stored
-from commpress.model.masks import whole
+from commpress.model.held import whole
 from commpress.model.quantization import quantize
 
 LIBRARIES = ("torchao.quantization",)

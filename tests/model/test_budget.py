@@ -196,6 +196,35 @@ def test_zeros_count_in_onnx_for_megabytes_and_not_for_milliseconds(monkeypatch:
     assert {entry.bits for entry in both.quantize} == {8}
 
 
+def test_in_executorch_matrices_have_inputs_by_token_and_all_else_weights_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(288, 32), nn.ReLU(), nn.Linear(32, 8))
+    held_out = [(torch.randn(16, 4, 8, 8), torch.randint(0, 8, (16,)))]
+    found = budget.settled(recipe(format="executorch", max_loss=10.0), model, held_out)
+    assert not found.prune
+    assert [(e.layers, e.bits, e.group, e.activations) for e in found.quantize] == [
+        (("0",), 8, None, None),
+        (("2", "4"), 4, 32, "dynamic"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_budget_of_executorch_is_held_by_its_file_in_its_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    from commpress.model import judge
+
+    dense = network()
+    made = Run(recipe(format="executorch", max_mb=0.04, max_ms=20.0))
+    made.steps(STEPS)
+    assert {entry.activations for entry in made.scheduler.recipe.quantize} == {"dynamic"}
+    judgement = judge(dense, made.model, batches(), runtimes=("executorch",), folder=tmp_path)
+    assert made.scheduler.recipe.budget is not None
+    assert not shortfalls(made.scheduler.recipe.budget, judgement.record)
+    assert (
+        (tmp_path / "small" / "model.pte").stat().st_size <= 40_000 < (tmp_path / "dense" / "model.pte").stat().st_size
+    )
+
+
 def test_convolutions_are_rounded_and_modules_of_several_weights_are_left_alone(tmp_path: Path) -> None:
     from commpress.model.judgement.content import layer_bytes
 

@@ -12,7 +12,7 @@ from exports import SETTINGS, learned, mlp, named, text_model
 from tiers import slow
 from torch import Tensor, nn
 
-from commpress.model import export
+from commpress.model import export, pruning, stored
 from commpress.model.export import Exported, onnx_masks
 from commpress.model.quantization import Quantization
 
@@ -114,6 +114,32 @@ def test_the_numbers_and_the_kernels_are_those_of_zeros_in_the_file(
         else:
             assert np.array_equal(expected, found)
             assert kernels == others
+
+
+@pytest.mark.parametrize("settings", [Quantization(activations="static"), slow(None), slow(Quantization(4, 32))])
+def test_two_of_four_is_smaller_in_the_file_and_gives_the_same_numbers(
+    settings: Quantization | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = mlp()
+    weights = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    masks = pruning.n_of_m({name: p.detach().abs() for name, p in weights.items()}, 2, 4)
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.mul_(masks[name])
+    if settings is not None:
+        learned(model, inputs, settings)
+    zeros, small = both((model.eval(), inputs), tmp_path, monkeypatch)
+    count, bits = sum(p.numel() for p in weights.values()), 32 if settings is None else settings.bits
+    less = count * (bits / 16 - 1 / 8)  # half of the values, and a bit for each; the nodes take some of it
+    assert 0.6 * less < zeros.bytes - small.bytes < 1.05 * less
+    expected, kernels = computed(zeros.path, inputs[0], LEVELS[0])
+    found, others = computed(small.path, inputs[0], LEVELS[0])
+    assert np.array_equal(expected, found)
+    assert kernels == others
+    (there,) = export(model, tmp_path, formats=("safetensors",), example_inputs=inputs)
+    stored_masks = stored.load(there.path).masks
+    assert stored_masks.keys() == weights.keys()
+    pruning.require_n_of_m(stored_masks, 2, 4)
 
 
 class Shapes(nn.Module):

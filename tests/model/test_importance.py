@@ -9,8 +9,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from training import WIDTH, loss_of, network, same
 
+from commpress.model.held import whole
 from commpress.model.importance import CRITERIA, Criterion, Magnitude, Movement, Taylor, Wanda
-from commpress.model.masks import Masks, whole
+from commpress.model.masks import Masks
 
 
 def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:

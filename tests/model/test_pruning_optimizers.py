@@ -462,7 +462,7 @@ def looks(parts: int, buckets: bool) -> list[Any]:
             p.grad /= dist.get_world_size()
         means = {name: p.grad.clone() for name, p in dense.named_parameters()}
         kept = Masks(dict(dense.named_parameters()))
-        kept.of, kept._local = masks, masks
+        kept.replace(masks)
         kept.apply_to_gradients()
         expected, got = (clip_grad_norm_(m.parameters(), 1e9) for m in (dense, made))
         if not torch.allclose(expected, got, rtol=1e-5):

@@ -20,7 +20,7 @@ from training import batch, same, sgd
 import commpress
 from commpress.model import Recipe, Scheduler, quantization, ranges, stored
 from commpress.model.codes import fake_quantize
-from commpress.model.masks import whole
+from commpress.model.held import whole
 from commpress.model.quantization import Quantization, codes_of, prepared, quantized_weights
 
 LIBRARIES = ("torchao.quantization",)

@@ -15,7 +15,7 @@ from training import batch, network, same, sgd
 
 import commpress
 from commpress.model import Recipe, Scheduler, quantization, ranges, stored
-from commpress.model.masks import whole
+from commpress.model.held import whole
 from commpress.model.quantization import Quantization
 
 STATIC = Quantization(activations="static")

@@ -19,7 +19,7 @@ from training import SMALL_BUCKETS, batch, network, parameters_of, same
 import commpress
 from commpress.model import Recipe, RecipeError, Scheduler, importance, prepare, quantization
 from commpress.model.distillation import add_projections
-from commpress.model.masks import whole
+from commpress.model.held import whole
 
 LIBRARIES = ("torchao.quantization", "torch_pruning")
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")

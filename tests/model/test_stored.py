@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 from commpress.files import DamagedFileError
 from commpress.launch.model import GPT, Shape
-from commpress.model import quantization
+from commpress.model import pruning, quantization
 from commpress.model.masks import Masks
 from commpress.model.quantization import Quantization
 from commpress.model.stored import Stored, encode, load, save
@@ -191,6 +191,22 @@ def test_the_file_is_as_small_as_it_should_be(
     tmp_path: Path, least: float, settings: Quantization | None, how: dict[str, Any]
 ) -> None:
     assert times_smaller(tmp_path, settings, **how) >= least
+
+
+@pytest.mark.parametrize("settings", [None, Quantization(8), Quantization(4, 32)])
+def test_two_of_four_comes_back_as_it_was(tmp_path: Path, settings: Quantization | None) -> None:
+    model = mlp()
+    masks = Masks(dict(model.named_parameters()))
+    masks.replace(pruning.n_of_m({f"{i}.weight": model[i].weight.detach().abs() for i in (0, 3)}, 2, 4))
+    if settings is not None:
+        prepared(settings, model)
+    save(tmp_path / "m", model, masks=masks.of)
+    found = load(tmp_path / "m")
+    pruning.require_n_of_m(found.masks, 2, 4)
+    for name, mask in masks.of.items():
+        assert torch.equal(found.masks[name], mask)
+        assert not found.state_dict()[name][~mask].any()
+        assert found.state_dict()[name][mask].count_nonzero() > 0.4 * mask.numel()
 
 
 def test_a_mask_that_saves_nothing_is_left_out() -> None:

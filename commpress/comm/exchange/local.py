@@ -43,8 +43,10 @@ def single_rank(x: Tensor, encoder: Encoder, out: Tensor | None = None, times: f
 
 
 def all_reduce_found_inf(x: Tensor, wire: Wire, label: Label) -> Iterator[Transfer]:
-    """Leave `x` ([n], any float dtype) as it is, or fill it with NaN on all ranks if it holds NaN or Inf on any."""
-    bad = torch.tensor([float(not bool(x.isfinite().all()))], dtype=torch.float32, device=x.device)
+    """Leave `x` ([n], any float dtype) as it is, or fill it with NaN on all ranks if it holds NaN or Inf on any.
+
+    The host does not ask the device which of the two it is.
+    """
+    bad = x.isfinite().all().logical_not().to(torch.float32).view(1)
     yield wire.all_reduce(bad, label)
-    if bad.item():
-        x.fill_(torch.nan)  # the whole bucket: DDP passes on no gradient of a parameter that no rank used
+    x.masked_fill_(bad != 0, torch.nan)  # the whole bucket: DDP passes on no gradient of a parameter that no rank used

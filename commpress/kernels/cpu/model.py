@@ -14,7 +14,8 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 @loop
 def _keep(bits: "np.ndarray[Any, Any]", kept: "np.ndarray[Any, Any]") -> None:
     for i in range(bits.size):
-        bits[i] = bits[i] if kept[i] else 0
+        value = bits[i]  # read whether it is kept or not: else AVX2, which has no masks for 16 bits, goes one by one
+        bits[i] = value if kept[i] else 0
 
 
 @loop

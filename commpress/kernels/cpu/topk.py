@@ -30,16 +30,22 @@ def _bin(bits, base, shift):
     return np.uint64(above) >> np.uint64(shift) if above >= 0 else np.uint64(BINS)
 
 
+@part
+def _largest(raw):
+    """Return the bits of the largest magnitude of the float32 bits `raw`."""
+    top = np.int32(0)
+    for i in range(raw.size):
+        top = max(top, np.int32(raw[i] & MAGNITUDE))
+    return top
+
+
 @loop
 def kth_largest(raw, k, low=0):
     """The k-th largest magnitude of the float32 bits `raw`, as bits; at least k of them must reach `low`.
 
     A histogram of BINS bins between `low` and the largest finds the bin that holds it, the next one splits that bin."""
     base, span, rank = np.int64(low), np.int64(0), np.int64(k)
-    top = np.int32(0)
-    for i in range(raw.size):
-        top = max(top, np.int32(raw[i] & MAGNITUDE))
-    span = np.int64(top) - base
+    span = np.int64(_largest(raw)) - base
     counts, odd = np.empty(BINS + 1, np.int64), np.empty(BINS + 1, np.int64)
     while True:
         shift = np.int64(0)
@@ -225,9 +231,8 @@ def keep_largest(index, value, threshold, k):
         for i in range(raw.size):
             bits, place = raw[i], index[i]
             magnitude = np.int32(bits & MAGNITUDE)
-            share += need * np.int64(
-                magnitude == threshold
-            )  # tie t stays where (t + 1) * need / ties passes an integer
+            # tie t stays where (t + 1) * need / ties passes an integer
+            share += need * np.int64(magnitude == threshold)
             take = share >= ties
             share -= ties * np.int64(take)
             raw[c], index[c] = bits, place

@@ -13,7 +13,6 @@ A new format is a module with FILE, `write` and `run`, and a line in FORMATS; pa
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +22,11 @@ from torch import nn
 
 from commpress import extras
 from commpress.model import layers
-from commpress.model.export import executorch, integer, litert, onnx, pt2e, safetensors, torchao
+from commpress.model.export import executorch, integer, litert, onnx, pt2e, record, safetensors, torchao
 from commpress.model.export.parts import batch_shapes, evaluated, require_exportable, tensors_of
+from commpress.model.export.record import Exported
+
+__all__ = ["FORMATS", "NEEDS", "WITHOUT_PRUNED", "Exported", "export", "require"]
 
 FORMATS: dict[str, ModuleType] = {
     "safetensors": safetensors,
@@ -48,17 +50,6 @@ NEEDS = {
 """By format the extra that installs what it needs beyond commpress.model, and the packages."""
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A file, or a folder of files, that was written."""
-
-    format: str
-    path: Path
-    bytes: int
-    difference: float
-    """The largest difference between the outputs of the model, its quantisers on, and of the file, for the example inputs."""
-
-
 def require(formats: Sequence[str]) -> None:
     """Raise ModuleNotFoundError that names the extra if a package that one of the formats needs is not installed."""
     for name in formats:
@@ -76,7 +67,8 @@ def export(
     example_inputs: tuple[Any, ...],
     dynamic_shapes: Any = None,
 ) -> list[Exported]:
-    """Write `model` to `folder`, one file a format, and return what was written. The model stays as it is.
+    """Write `model` to `folder`, one file a format, and return what was written. The model stays as it is. export.json beside
+    the files has the same, and their SHA-256, which `commpress.model.export.record.check` compares.
 
     `model` is plain, or prepared for quantisation, or converted; on the CPU, whole, in float32. The file computes what the
     model does in evaluation with its quantisers on. `example_inputs` are the model's positional arguments. Without
@@ -99,13 +91,15 @@ def export(
     for name in dict.fromkeys(formats):
         to = FORMATS[name]
         path = folder / to.FILE
+        record.forget(folder, name)
         with evaluated(model):
             expected = tensors_of(model(*example_inputs))
             to.write(path, model, example_inputs, shapes)
             found = tensors_of(to.run(path, model, example_inputs))
         pairs = zip(expected, found, strict=True)
         difference = max((_difference(y, z) for y, z in pairs if y.numel()), default=0.0)
-        written.append(Exported(name, path, _size(path), difference))
+        written.append(Exported(name, path, _size(path), difference, record.sums(path)))
+        record.keep(folder, type(model).__name__, written[-1:])
     return written
 
 

@@ -1,22 +1,17 @@
-"""What a recipe's [export] names, written when its run is over; and the record of an export, export.json."""
+"""What a recipe's [export] names, written when its run is over."""
 
 import copy
-import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from commpress.files import write_atomically
 from commpress.model import layers
 from commpress.model.distillation import PROJECTIONS
-from commpress.model.export import FORMATS, Exported, export
+from commpress.model.export import FORMATS, Exported, export, record
 from commpress.model.recipe import Export
-
-RECORD = "export.json"
 
 
 def export_by(
@@ -34,13 +29,14 @@ def export_by(
     inputs = tree_map_only(Tensor, lambda x: x.detach().cpu(), example_inputs)
     for name in dict.fromkeys(section.formats):
         try:
+            record.forget(out, name)
             _remove(out / FORMATS[name].FILE)
             written += export(plain, out, formats=(name,), example_inputs=two_rows(inputs))
         except Exception as error:  # torch.export raises what it likes
             said = f"{error}".strip().splitlines() or [""]
             failed.append(f"{name} cannot be written: {type(error).__name__}: {said[0][:200]}")
             for_now = for_now or isinstance(error, (OSError, MemoryError))
-    write_record(out, str(folder), written, failed=failed)
+    record.keep(out, str(folder), written, failed=failed)
     if for_now:
         raise OSError("; ".join(failed))
     return written, failed
@@ -59,14 +55,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def write_record(out: Path, of: str, files: Sequence[Exported], **more: Any) -> None:
-    """Write export.json beside the files; `of` says whose they are. Raises OSError if that cannot be."""
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [{**vars(each), "path": each.path.name} for each in files]
-    text = json.dumps({"what": "export", "of": of, **more, "rows": rows}, indent=1) + "\n"
-    write_atomically(out / RECORD, lambda file: file.write(text.encode()))
 
 
 def two_rows(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

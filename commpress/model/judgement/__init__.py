@@ -10,8 +10,6 @@ in turns there (`measuring.py`), on one thread and on all, and what they compute
 
 import contextlib
 import json
-import platform
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +28,7 @@ from commpress.model.judgement.measuring import FormError, Process, Speed, in_tu
 from commpress.model.judgement.quality import Loss, Quality
 from commpress.model.judgement.runtimes import RUNTIMES
 from commpress.model.judgement.words import sentences
+from commpress.processor import processor
 
 __all__ = ["FormError", "Judgement", "Loss", "judge"]
 
@@ -79,12 +78,13 @@ def judge(
     targets; the default is cross entropy for integer targets, where predictions are compared as well, and squared error for
     others. A module may be prepared, converted or plain; it is written to `folder`/dense or `folder`/small in the formats of
     the runtimes. Without `folder` these files are removed. `runtimes` are some of "torch", "onnxruntime", "pt2e",
-    "executorch", "integer" (default: all). A dense model has no form of integers alone: the small one's is compared with
-    another form of it.
+    "executorch", "integer", "litert" (default: all; of a folder not "pt2e", since loading a .pt2 runs code that is in it). A
+    dense model has no form of integers alone: the small one's is compared with another form of it.
 
     A runtime that is not installed, or in which one of the two has no form, is left out, and the record says why; by default
     so is one that cannot run its form. Raises ValueError if none is left, without batches, or for outputs and targets that do
-    not go together; FormError, a ValueError, for a form that a runtime which is asked for cannot run.
+    not go together; FormError, a ValueError, for a form that a runtime which is asked for cannot run; DamagedFileError, a
+    ValueError, for a file that is not as the export.json beside it says.
     """
     chosen, batches = known_runtimes(runtimes), batches_of(data, "judge(data)")
     of_dense = [runtime for runtime in chosen if RUNTIMES[runtime].dense]
@@ -93,7 +93,7 @@ def judge(
         where = Path(scratch) / "files" if folder is None else Path(folder)
         inputs = batches[0][0]
         sides = [
-            side_of(name, model, asked, inputs, where / name, Path(scratch) / name)
+            side_of(name, model, asked, inputs, where / name, Path(scratch) / name, by_name=runtimes is not None)
             for name, model, asked in (("dense", dense, of_dense), ("small", small, chosen))
         ]
         rows = []
@@ -108,9 +108,10 @@ def judge(
                 sides[1].left_out[runtime] = str(error)
         if not rows:
             raise ValueError(f"judge: no runtime has a form of both models: {'; '.join(_reasons(sides))}")
+        here = processor()
         record: dict[str, Any] = {
             "what": "judgement",
-            "machine": {"processor": processor(), "cores": cores(), "torch": torch.__version__},
+            "machine": {"processor": str(here), "cores": cores(), "torch": torch.__version__, "lscpu": here.to_dict()},
             "inputs": [list(x.shape) for x in inputs],
             "batches": len(batches),
             "rows": rows,
@@ -163,11 +164,3 @@ def _reasons(sides: Sequence[Side]) -> list[str]:
         for runtime, why in side.left_out.items():
             found.setdefault(runtime, {}).setdefault(why, []).append(side.name)
     return [f"{runtime}, {' and '.join(names)}: {why}" for runtime, by in found.items() for why, names in by.items()]
-
-
-def processor() -> str:
-    """The name of this machine's processor."""
-    with contextlib.suppress(OSError):  # Linux says more than Python
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1]
-    return platform.processor() or platform.machine()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from commpress.model import quantization
-from commpress.model.export import FORMATS, export
+from commpress.model.export import FORMATS, export, record
 from commpress.model.export.by_recipe import two_rows
 from commpress.model.export.parts import layers_of
 from commpress.model.judgement.runtimes import CODE, RUNTIMES
@@ -82,10 +82,13 @@ def side_of(
     inputs: tuple[Tensor, ...],
     folder: Path,
     scratch: Path,
+    by_name: bool = True,
 ) -> Side:
     """The forms of a module, written to `folder`, or of a folder of exported files. `scratch` does not stay.
 
-    Raises ValueError for a folder without such files, and what export raises for a model that no format takes.
+    If the caller has named the runtimes, `by_name`, then files whose loading runs code are forms, too. Raises ValueError for a
+    folder without such files; DamagedFileError, a ValueError, for a file that is not as export.json beside it says; and what
+    export raises for a model that no format takes.
     """
     side = Side(name)
     usable = []
@@ -97,11 +100,11 @@ def side_of(
     if isinstance(model, nn.Module):
         _export(side, model, usable, inputs, folder, scratch)
     else:
-        _find(side, Path(model), usable)
+        _find(side, Path(model), usable, by_name)
     return side
 
 
-def _find(side: Side, folder: Path, runtimes: Sequence[str]) -> None:
+def _find(side: Side, folder: Path, runtimes: Sequence[str], by_name: bool) -> None:
     """The forms that are in a folder."""
     if not folder.is_dir():
         raise ValueError(f"judge({side.name}): {folder} is not a folder, expected one with the files of an export")
@@ -111,14 +114,22 @@ def _find(side: Side, folder: Path, runtimes: Sequence[str]) -> None:
         raise ValueError(f"judge({side.name}): found no exported model in {folder}, expected some of {some}")
     if "safetensors" in files:
         side.stored = files["safetensors"]
+        record.check(side.stored)
         side.content = load(side.stored)
+    for name in () if by_name else files.keys() - {each.format for each in RUNTIMES.values()}:
+        side.left_out[name] = f"no runtime here takes {files[name].name}"
     for runtime in runtimes:
         file = files.get(RUNTIMES[runtime].format)
         if runtime == "torch":
             side.left_out[runtime] = "a folder of files has no module, expected the module itself"
         elif file is None:
             side.left_out[runtime] = f"no {FORMATS[RUNTIMES[runtime].format].FILE} in {folder}"
+        elif RUNTIMES[runtime].runs_code and not by_name:
+            side.left_out[runtime] = (
+                f"loading {file.name} runs code of whoever wrote it; if you trust them ask for it by name, --runtimes {runtime}"
+            )
         else:
+            record.check(file)
             side.forms[runtime] = Form(runtime, file, file)
 
 

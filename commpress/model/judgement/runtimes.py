@@ -5,6 +5,7 @@
     pt2e          model.pt2, compiled by torch.compile with frozen weights
     executorch    model.pte, by XNNPACK's kernels and ExecuTorch's own
     integer       integer.safetensors, by NumPy: what a device computes, not how fast it is
+    litert        model.tflite, by XNNPACK's kernels and LiteRT's own; other rows than the file's where its graph allows it
 
 The script imports nothing of commpress, so what it measures is what the runtime takes elsewhere. It talks over a connection:
 
@@ -16,7 +17,8 @@ The script imports nothing of commpress, so what it measures is what the runtime
 
 A new runtime is a function that imports it and returns how a file is loaded, and a line in RUNTIMES. Inputs and outputs are
 numpy arrays. A module's own code counts as part of the runtime: it is imported by a copy without values, `CODE`, first.
-torch.export.load and torch.load run code: a form comes from those whose code one would run.
+torch.export.load and torch.load run code: a form comes from those whose code one would run (`Runtime.runs_code`). All others
+read tensors and a graph.
 """
 
 import sys
@@ -51,6 +53,8 @@ class Runtime:
     """What it does with integers, if none of them helps."""
     dense: bool = True
     """Whether a dense model has this form. If not, another form of it is compared, and calls are not timed."""
+    runs_code: bool = False
+    """Whether loading runs code that is in the file. Then a file that is found in a folder has to be asked for by name."""
 
 
 def _torch(threads: int, path: str) -> Load:
@@ -122,6 +126,34 @@ def _integer(threads: int, path: str) -> Load:
     return load
 
 
+def _litert(threads: int, path: str) -> Load:
+    import numpy
+    from ai_edge_litert.interpreter import Interpreter
+
+    def load(path: str) -> Call:
+        it = Interpreter(path, num_threads=threads)
+        it.allocate_tensors()
+        takes, gives = it.get_input_details(), it.get_output_details()
+        shapes = [tuple(its["shape"]) for its in takes]
+
+        def call(inputs: list[Any]) -> list[Any]:
+            if (given := [x.shape for x in inputs]) != shapes:
+                for its, shape in zip(takes, given, strict=True):
+                    it.resize_tensor_input(its["index"], shape)
+                it.allocate_tensors()
+                shapes[:] = given
+            for its, x in zip(takes, inputs, strict=True):
+                scale, zero = its["quantization"]
+                codes = (numpy.round(x / scale) + zero).clip(-128, 127) if scale else x
+                it.set_tensor(its["index"], codes.astype(its["dtype"]))
+            it.invoke()
+            return [it.get_tensor(its["index"]) for its in gives]
+
+        return call
+
+    return load
+
+
 def _called(model: Any) -> Call:
     import torch
     from torch.utils._pytree import tree_leaves
@@ -137,7 +169,7 @@ def _called(model: Any) -> Call:
 RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime("safetensors", (), _torch, "multiplies zeros", "computes with the floats that integers stand for"),
     "onnxruntime": Runtime("onnx", ("onnxruntime",), _onnxruntime, "multiplies zeros"),
-    "pt2e": Runtime("pt2e", ("torchao",), _pt2e, "multiplies zeros"),
+    "pt2e": Runtime("pt2e", ("torchao",), _pt2e, "multiplies zeros", runs_code=True),
     "executorch": Runtime(
         "executorch",
         ("executorch",),
@@ -146,6 +178,7 @@ RUNTIMES: dict[str, Runtime] = {
         "decodes integers that XNNPACK has no kernel for",
     ),
     "integer": Runtime("integer", (), _integer, "multiplies zeros", dense=False),
+    "litert": Runtime("litert", ("ai_edge_litert",), _litert, "multiplies zeros"),
 }
 
 

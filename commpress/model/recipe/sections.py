@@ -176,7 +176,7 @@ class Budget(Part):
     """The most that a call may take in the file's runtime on one thread, the median."""
     max_loss: Annotated[float, Field(ge=0)] | None = None
     """What the held-out loss may rise by against the dense model's, as a share of that: 0.01 for 1 %."""
-    format: Literal["onnx", "pt2e", "safetensors"] = "onnx"
+    format: Literal["onnx", "pt2e", "executorch", "safetensors"] = "onnx"
     """Which file is held against it. Pruned weights are left out of onnx and safetensors."""
     structure: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The most of each width, as a share, that may be removed before the run where integers and zeros alone miss a limit."""
