@@ -34,12 +34,16 @@ class Average:
             export(model, ...)
 
     All ranks have the same one where they have the same weights; of sharded parameters each has its part. Raises ValueError
-    for a decay below 0 or not below 1.
+    for a decay below 0 or not below 1, and under ZeRO 3.
     """
 
     def __init__(self, scheduler: Scheduler, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"Average(decay={decay}): expected 0 or more, and less than 1")
+        if scheduler.is_gathered:
+            raise ValueError(
+                "Average: under ZeRO 3 no rank has the parameters between two steps: expected ZeRO 0 to 2, DDP or FSDP2"
+            )
         self.decay = decay
         self._scheduler = scheduler
         self._shard()

@@ -191,8 +191,9 @@ class Pruner:
 
     def _sizes(self) -> tuple[int, int]:
         """Return how many values the parameters have that any entry prunes, and how many those of the model."""
-        sizes = {name: held.shape.numel() for name, held in self.masks.held.items() if not name.startswith(PROJECTIONS)}
-        return sum(sizes[name] for name in self.names), sum(sizes.values())
+        sizes = {name: held.shape.numel() for name, held in self.masks.held.items()}
+        chosen = sum(sizes[name] for name in self.names)
+        return chosen, sum(size for name, size in sizes.items() if not name.startswith(PROJECTIONS))
 
     def _watches(self, entry: Prune) -> bool:
         """Whether what happens in the next step counts for the entry's scores."""

@@ -106,9 +106,10 @@ class Scheduler:
         """Whether the teacher has answered since the last step."""
         self.model.state_dict(keep_vars=True)  # FSDP shards what an evaluation has left whole
         sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
-        gathers = session is not None and session.holding is not None and session.holding.gathers
-        self._sharded = sharded or gathers
-        if recipe.chooses and gathers:
+        self.is_gathered = session is not None and session.holding is not None and session.holding.gathers
+        """Whether the model's parameters are whole only while it computes with them, as under ZeRO 3."""
+        self._sharded = sharded or self.is_gathered
+        if recipe.chooses and self.is_gathered:
             raise ValueError(
                 "Scheduler: budget: the parameters are sharded, expected a model that is whole on each rank"
             )

@@ -50,7 +50,7 @@ GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
 """Codecs of gradients that keep AdamW's loss; `others_spec` must be one of them."""
 SPECS = ("none", "int8")
 """The specs that `auto` may choose, the gentlest first. With `int4` a GPT of 0.9 M parameters ended 1.0 % above exact Muon's
-loss (benchmarks/convergence.py, three seeds), with `rotate|sign` 4.2 %: step time alone must not decide on that."""
+loss (benchmarks/convergence.py, three seeds), with `rotate|sign` 4.6 %: step time alone must not decide on that."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from training import batch, same
 
 import commpress
-from commpress.model import Recipe, Scheduler
+from commpress.model import Average, Recipe, Scheduler
 from commpress.optim import OneBitAdamW
 
 LIBRARIES = ("engines",)
@@ -216,10 +216,14 @@ def refused() -> list[str]:
     told = [outcome(lambda: Scheduler(recipe, coded.module, coded.basic_optimizer, session=session))]
     whole = engine(2)
     session, another = commpress.attach(whole, "int4"), torch.optim.SGD(whole.module.parameters(), lr=0.1)
-    return [*told, outcome(lambda: Scheduler(recipe, whole.module, another, session=session))]
+    told.append(outcome(lambda: Scheduler(recipe, whole.module, another, session=session)))
+    third = engine(3)
+    scheduler = Scheduler(recipe, third.module, third.basic_optimizer, session=commpress.attach(third, "int4"))
+    return [*told, outcome(lambda: Average(scheduler))]
 
 
-def test_what_cannot_be_pruned_is_said_on_all_ranks() -> None:
-    for coded, another in run(RANKS, refused):
+def test_what_cannot_be_done_is_said_on_all_ranks() -> None:
+    for coded, another, average in run(RANKS, refused):
+        assert "Average: under ZeRO 3 no rank has the parameters between two steps" in average
         assert "masks: OneBitAdamW sends a momentum of all values where it is sharded" in coded
         assert "no optimizer that was given has '0.weight'" in another

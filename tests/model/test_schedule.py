@@ -486,6 +486,16 @@ def test_projections_are_neither_pruned_nor_quantised():
     assert [name for name, *_ in quantization.prepared(student)] == ["net.0", "net.2", "net.4"]
 
 
+def test_a_glob_may_name_projections_too():
+    student, teacher = Inside(), nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 10))
+    add_projections(student, {"net.0": (64, 96)})
+    recipe = {"prune": {"start": 1, "amount": 0.5, "parameters": ["*weight"]}, "distil": {"hidden": {"net.0": "0"}}}
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
+    scheduler = Scheduler(Recipe.of(recipe), student, optimizer, teacher=teacher)
+    train(scheduler, student, 2)
+    assert len(scheduler.masks.of) == 4
+
+
 def test_scores_do_not_depend_on_the_loss_scale():
     """A fused optimizer gets scaled gradients, and the scale, from its GradScaler."""
     masks = []
