@@ -42,8 +42,7 @@ def train(model: nn.Module, steps: int, paths: search.Paths | None = None) -> nn
     """Train a supernet along paths, on all ranks together; a model without choices on this rank alone."""
     rank = dist.get_rank() if paths and dist.is_initialized() else None
     wrapped = model if rank is None else DistributedDataParallel(model)
-    if rank is not None:
-        commpress.attach(wrapped, "int8")
+    session = None if rank is None else commpress.attach(wrapped, "int8")
     optimizer, source = torch.optim.Adam(model.parameters(), lr=3e-3), torch.Generator().manual_seed(rank or 0)
     for step in range(steps):
         rows = HELD_OUT + torch.randint(len(X) - HELD_OUT, (64,), generator=source)
@@ -53,6 +52,8 @@ def train(model: nn.Module, steps: int, paths: search.Paths | None = None) -> nn
         (paths.loss(loss) if paths else loss).backward()
         optimizer.step()
         optimizer.zero_grad()
+    if session is not None and rank == 0:
+        print(session.receipt())
     return model
 
 

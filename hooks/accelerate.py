@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import AUTO
+from commpress.comm.rules import Spec
 from commpress.comm.session import Session
 from commpress.hooks import ddp, rank_checkpoint
 from commpress.hooks.parameters import uncompiled
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def attach(
     accelerator: "Accelerator",
     model: nn.Module,
-    gradients: str | Codec,
+    gradients: Spec = AUTO,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     **settings: Any,
@@ -37,7 +38,8 @@ def attach(
     """Compress the gradients of a prepared model. `save_state` and `load_state` keep the session, one file a rank.
 
     `model` is what `accelerator.prepare` returned, compiled or not; `optimizer` is one of `commpress.optim`, prepared or not.
-    The accelerator's GradScaler is used if it has one. All other settings are those of `commpress.hooks.ddp.attach`.
+    Without `gradients` a spec is found during training. The accelerator's GradScaler is used if it has one. All other settings
+    are those of `commpress.hooks.ddp.attach`.
     Collective. Raises TypeError for a model that is not in a DistributedDataParallel, and the errors of
     `commpress.hooks.ddp.attach`.
     """

@@ -173,6 +173,14 @@ class CompressedDDP(DDPStrategy):
             else:
                 quantization.load_state_dict(module, file["scheduler"]["quantization"])
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's `training_step`, and tell the session the loss."""
+        output = super().training_step(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if self.session is not None and isinstance(loss, Tensor):
+            self.session.note_loss(loss)
+        return output
+
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **named: Any) -> Any:
         """Step, and behind the last of the optimizers do what the recipe wants done."""
         output = super().optimizer_step(optimizer, closure, model, **named)

@@ -87,8 +87,8 @@ class Compression(TrainerCallback):
         self._resumed: str | bool | None = None
         if teacher is not None and recipe is None:
             raise ValueError("Compression(teacher=): expected a recipe that distils, recipe=")
-        self._train, self._log = trainer.train, trainer.log
-        trainer.train, trainer.log = self._remember, self._log_traffic
+        self._train, self._log, self._training_step = trainer.train, trainer.log, trainer.training_step
+        trainer.train, trainer.log, trainer.training_step = self._remember, self._log_traffic, self._note_loss
         if recipe is not None:
             from commpress.model import prepare
 
@@ -125,6 +125,12 @@ class Compression(TrainerCallback):
         if self.session is not None and "loss" in logs:  # of steps, not of an evaluation or a whole training
             logs.update(self.session.log())
         self._log(logs, *args, **kwargs)
+
+    def _note_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = self._training_step(*args, **kwargs)
+        if self.session is not None:
+            self.session.note_loss(loss)
+        return loss
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -40,6 +40,7 @@ try:
 
     from commpress.launch import command_line, figures
     from commpress.launch.sections.benchmarks import loss_against_bytes, loss_against_time, predictions, step_time
+    from commpress.launch.sections.choices import choices
     from commpress.launch.sections.exports import exports
     from commpress.launch.sections.gpu import gpu_checks
     from commpress.launch.sections.html import PAGE, table
@@ -83,6 +84,7 @@ def page(files: Sequence[Record]) -> str:
         *results(runs, look),
         *benchmarks_run(of[STEP_TIMES] + of[LOSSES]),
         *what_was_sent(sessions),
+        *choices([*runs, *sessions]),
         *step_time(of[STEP_TIMES], look),
         *loss_against_bytes(runs, of[LOSSES], look),
         *loss_against_time(runs, of[LOSSES], of[STEP_TIMES], look),

@@ -190,6 +190,8 @@ def step(run: Run, stop: runtime.Stop) -> tuple[float, bool]:
                 whole_loss = run.paths.loss(whole_loss)
             strategy.backward(whole_loss / settings.accumulate)
         loss += task_loss.detach() / settings.accumulate
+    if not isinstance(strategy, strategies.Local):
+        strategy.session.note_loss(loss)
     norm = strategy.clip(CLIP_NORM)
     # one small exchange a step: mean loss and norm, and whether any rank was asked to stop
     asked = torch.tensor(float(stop), dtype=torch.float64, device=device)

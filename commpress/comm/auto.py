@@ -3,7 +3,7 @@
 The first steps have the bits of plain training. They show the speed of the link. With the codecs' speed on this machine it
 ranks the specs; the best two and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that
 keep the loss under any optimizer are tried. In a turn of `none` the exact mean contains the residual. Now and then the error of
-a step is measured: if its means are too far from the dense ones, all ranks change to a gentler spec.
+a step and the residual are measured: if a spec hurts (`guard.py`), all ranks change to a gentler one.
 """
 
 import re
@@ -20,15 +20,16 @@ from rich.console import Console
 from rich.table import Table
 
 from commpress.comm import cost
-from commpress.comm.choice import Choice
+from commpress.comm.choice import HEAD, Choice, history
 from commpress.comm.codecs import AUTO, parse
 from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.cost import Cluster, Speed, transfers
 from commpress.comm.error import ErrorWatch
+from commpress.comm.guard import BUDGET
 from commpress.comm.plan import Plan
 from commpress.comm.question import Question
 from commpress.comm.said import Said
-from commpress.comm.search import BUDGET, PLAIN, Search
+from commpress.comm.search import PLAIN, Search
 from commpress.comm.speed import measure
 from commpress.kernels.cpu.slices import cores
 from commpress.notice import warn
@@ -123,7 +124,7 @@ class Auto:
         if collectives.world_size == 1:
             return
         now = time.perf_counter()
-        error = None if self.watch is None else self.watch.error()
+        figures = () if self.watch is None else (self.watch.error(), self.watch.residual())
         chosen: list[Choice] = []
         if self._question is not None:
             choices = len(self.search.choices)
@@ -134,7 +135,7 @@ class Auto:
             self._asked += time.perf_counter() - now
         elif self._began is not None:
             warms_up = self.search.state == "warm up"
-            if self.search.note(now - self._began, error):
+            if self.search.note(now - self._began, *figures):
                 self._question = collectives.traffic.send_question(self._said(), "how long the steps took")
                 self._asked = time.perf_counter() - now
             elif warms_up:
@@ -172,13 +173,7 @@ class Auto:
         return self.search.steps, *self._collectives.traffic.spent("gradients")
 
     def _said(self) -> dict[str, object]:
-        search = self.search
-        said: dict[str, object] = {
-            "medians": search.medians(),
-            "turns": search.turns(),
-            "errors": search.errors(),
-            "asked": self._asked,
-        }
+        said: dict[str, object] = {**self.search.said(), "asked": self._asked}
         if self.search.state == "plain":
             (before, *then), (after, *now) = self._mark, self._totals()
             steps = max(1, after - before)
@@ -260,17 +255,14 @@ def explained(search: Search, world_size: int, device: torch.device) -> str:
     if not search.choices:
         return f"after {search.steps} steps the choice is still open"
     choice = search.choices[-1]
-    history = (f"{one.spec} at step {one.step}" + (f" ({one.cause})" if one.cause else "") for one in search.choices)
     table = Table(
         title=f"auto: {choice.spec}, chosen after {choice.step} steps",
-        caption=f"choices so far: {', '.join(history)}",
+        caption=f"choices so far: {history(search.choices)}",
     )
-    for name in ("spec", "predicted ms a step", "measured ms a step", "error", ""):
+    for name in HEAD:
         table.add_column(name, justify="right" if name not in ("spec", "") else "left")
-    for trial in choice.trials:
-        times = ("-" if of is None else f"{of * 1e3:.1f}" for of in (trial.predicted, trial.measured))
-        error = "-" if trial.error is None else f"{trial.error:.2f}"
-        table.add_row(trial.spec, *times, error, "chosen" if trial.spec == choice.spec else "")
+    for cells in choice.rows():
+        table.add_row(*cells)
     text = StringIO()
     Console(file=text, width=100).print(table)
     return text.getvalue() + ("" if device.type == "cpu" else UNSEEN)

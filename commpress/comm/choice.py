@@ -1,30 +1,42 @@
 """The result of a search: the chosen spec, and all tried ones."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+HEAD = ("spec", "predicted ms a step", "measured ms a step", "error", "residual", "")
+"""The head of the table of a choice."""
 
 
 @dataclass
 class Trial:
-    """One spec: its predicted step and the median of its measured steps, in seconds, and its largest measured error;
-    None if there is none."""
+    """One spec: its predicted step and the median of its measured steps, in seconds, and its largest measured error and
+    residual; None if there is none. `hurt` says that it was replaced or dropped because it hurt."""
 
     spec: str
     predicted: float | None = None
     measured: float | None = None
     error: float | None = None
+    residual: float | None = None
+    hurt: bool = False
 
 
 @dataclass
 class Choice:
     """The result of a search or a check: `spec`, chosen at the end of step `step` among the tried ones.
 
-    `cause` names the error of the spec before it, if that one was replaced because it exceeded the error budget.
+    `cause` says how other specs hurt, if that decided: the one before it, or some that were tried.
     """
 
     spec: str
     step: int
     trials: list[Trial]
     cause: str = ""
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> "Choice":
+        """Return the choice of a report's dict."""
+        return cls(**{**saved, "trials": [Trial(**trial) for trial in saved["trials"]]})
 
     def seconds(self, spec: str) -> float | None:
         """Return the measured step of a spec; None if it was not tried."""
@@ -33,3 +45,30 @@ class Choice:
     def error(self, spec: str) -> float | None:
         """Return the largest error of a spec; None if none was measured."""
         return next((trial.error for trial in self.trials if trial.spec == spec), None)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the cells of a table of the trials, under `HEAD`: the prediction beside the measurement."""
+        return [
+            (t.spec, _ms(t.predicted), _ms(t.measured), _figure(t.error), _figure(t.residual), self._became(t))
+            for t in self.trials
+        ]
+
+    def _became(self, trial: Trial) -> str:
+        if trial.spec == self.spec:
+            return "chosen"
+        if trial.hurt:
+            return "hurt"
+        return "not tried" if trial.measured is None else ""
+
+
+def history(choices: Sequence[Choice]) -> str:
+    """Return all choices in one line: int4 at step 33, int8 at step 120 (the means of int4 were off by ...)."""
+    return ", ".join(f"{one.spec} at step {one.step}" + (f" ({one.cause})" if one.cause else "") for one in choices)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.1f}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,9 +1,11 @@
-"""The error of a step's means against dense ones, on a sample of each bucket that the ranks exchange exactly.
+"""The error of a step's means against dense ones, and the residual, on a sample of each bucket that the ranks exchange exactly.
 
 bucket   [x . . . x . . . x . . . x . . .]     every stride-th value, as it is, to all ranks: their mean is the dense one
 mean     [y . . . y . . . y . . . y . . .]     the same values as they arrived: error = |y - dense| / |dense|
+memory   [e . . . e . . . e . . . e . . .]     what feedback held before this step: residual = |e| / |x|, the worst rank's
 
-The sample includes whether all values of the bucket are finite: a bucket with NaN or Inf says nothing about the codec.
+The sample includes the sum of the squares of e, and whether all values of the bucket are finite: a bucket with NaN or Inf says
+nothing about the codec.
 """
 
 import math
@@ -14,29 +16,35 @@ from torch import Tensor
 
 from commpress.comm.codecs import Codec
 from commpress.comm.exchange import Label, Transfer, Wire
+from commpress.comm.feedback import Memory
+from commpress.comm.said import worse
 
 SAMPLE = 2048
 """The largest number of values of a bucket in its sample."""
 
 
 class ErrorWatch:
-    """The error of one step, for buckets that are sent by `codec`. All ranks hold the same bits and find the same error."""
+    """Error and residual of one step, for buckets that are sent by `codec`. All ranks hold the same bits and find the same."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
         self._sums: list[Tensor] = []
+        self._squares: list[Tensor] = []
 
     def watch(
-        self, exchange: Iterator[Transfer], x: Tensor, codec: Codec, wire: Wire, label: Label
+        self, exchange: Iterator[Transfer], x: Tensor, codec: Codec, memory: Memory, wire: Wire, label: Label
     ) -> Iterator[Transfer]:
         """Run an exchange that leaves the mean in `x` ([n]), and note its error if `codec` is the watched one.
+
+        `memory` is the bucket's.
 
         Every bucket of the step must pass here, so that all their collectives start after a sample, in one order on every rank.
         """
         stride = max(1, -(-x.numel() // SAMPLE))
         # a NaN shows in both the minimum and the maximum: one pass, and no copy of the bucket
         ends = torch.stack(x.aminmax()) if x.numel() else x
-        own = torch.cat([x[::stride].to(torch.float32), ends.isfinite().all().to(torch.float32).view(1)])
+        beside = [memory.squares(stride, wire.world_size, x.device), ends.isfinite().all().to(torch.float32)]
+        own = torch.cat([x[::stride].to(torch.float32), torch.stack(beside)])
         rows = own.repeat(wire.world_size).view(wire.world_size, -1)
         whole = rows.view(-1).view(torch.uint8)
         transfer = wire.all_gather(whole.split(own.nbytes), label, last=False, whole=whole)
@@ -45,15 +53,30 @@ class ErrorWatch:
         yield from exchange
         if codec != self.codec:
             return
-        dense, finite = rows.mean(0, dtype=torch.float64).tensor_split([-1])
+        values, held, finite = rows.to(torch.float64).tensor_split([-2, -1], dim=1)
+        dense = values.mean(0)
         far = x[::stride] - dense
-        sums = torch.stack([far.square().sum(), dense.square().sum()])
         # NaN or Inf spreads over its block, or lies between the samples: such a bucket says nothing about the codec
-        self._sums.append(torch.where(finite == 1, sums, 0.0))
+        says = finite.all()
+        self._sums.append(torch.where(says, torch.stack([far.square().sum(), dense.square().sum()]), 0.0))
+        self._squares.append(torch.where(says, torch.cat([held, values.square().sum(1, keepdim=True)], 1), 0.0))
 
     def error(self) -> float | None:
         """Return |mean - dense| / |dense| over all samples; None if no sample was of finite gradients other than 0."""
         if not self._sums:
             return None
-        far, norm = torch.stack(self._sums).sum(0).tolist()
-        return float(f"{math.sqrt(far / norm):.3g}") if norm else None  # processors may differ in the last bits
+        return _root(*torch.stack(self._sums).sum(0).tolist())
+
+    def residual(self) -> float | None:
+        """Return |residual| / |gradient| of the rank on which it is largest; None as `error`."""
+        if not self._squares:
+            return None
+        found: float | None = None
+        for of in torch.stack(self._squares).sum(0).tolist():
+            found = found if (one := _root(*of)) is None else worse(one, found)
+        return found
+
+
+def _root(square: float, of: float) -> float | None:
+    """Return the root of a share; None of nothing. Processors may differ in the last bits, so it is rounded."""
+    return float(f"{math.sqrt(square / of):.3g}") if of else None

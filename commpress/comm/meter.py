@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from commpress.comm import tables
+from commpress.comm.choice import Choice
 from commpress.comm.timeline import Span, Timeline
 
 PHASES = ("encode", "wire", "decode")
@@ -83,6 +84,8 @@ class Report:
     rows: list[Row]
     phase_steps: dict[str, int] = field(default_factory=dict)
     """The number of steps of each phase of a recipe; empty without one."""
+    choices: list[Choice] = field(default_factory=list)
+    """The choices of `auto` so far, in order, each with the specs that its search tried; empty if a spec was given."""
 
     @property
     def ratio(self) -> float:
@@ -163,6 +166,7 @@ class Report:
                 phase: max(report.phase_steps.get(phase, 0) for report in reports)
                 for phase in dict.fromkeys(phase for report in reports for phase in report.phase_steps)
             },
+            choices=[choice for report in reports for choice in report.choices],
             **sums,
         )
 

@@ -5,18 +5,31 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 Said = Mapping[str, object]
-"""One rank's figures: `medians`, `turns` and `errors` by spec, and further ones that the prediction needs."""
+"""One rank's figures: those of `Search.said`, and further ones that the prediction needs."""
+Figures = Mapping[str, Mapping[str, float]]
+"""What was measured of specs, `errors` and `residuals`, each by spec."""
 
 
-def worst_errors(everyone: Sequence[Said]) -> dict[str, float]:
-    """Return the largest error that any rank has seen, by spec."""
-    found: dict[str, float] = {}
+def worse(one: float, other: float | None) -> float:
+    """Return the larger of two figures; NaN is the largest, None the smallest."""
+    return one if other is None or math.isnan(one) else max(other, one)
+
+
+def worst(everyone: Sequence[Said | Figures]) -> Figures:
+    """Return the largest `errors` and `residuals` that any rank has seen, by spec."""
+    found: dict[str, dict[str, float]] = {"errors": {}, "residuals": {}}
     for said in everyone:
-        errors = said.get("errors", {})
-        assert isinstance(errors, Mapping)
-        for spec, error in errors.items():
-            found[spec] = error if math.isnan(error) else max(error, found.get(spec, 0.0))
+        for key, of in found.items():
+            figures = said.get(key, {})
+            assert isinstance(figures, Mapping)
+            of |= {spec: worse(figure, of.get(spec)) for spec, figure in figures.items()}
     return found
+
+
+def mean_loss(everyone: Sequence[Said]) -> float | None:
+    """Return the mean of the ranks' losses; None if none has told one."""
+    losses = [float(str(loss)) for said in everyone if (loss := said.get("loss")) is not None]
+    return statistics.fmean(losses) if losses else None
 
 
 def fastest_turns(everyone: Sequence[Said]) -> dict[str, list[float]]:

@@ -8,9 +8,9 @@ On a noisy machine a median of a few steps cannot decide between close specs. So
 faster in each round (it may lose one of five). If that is still open, further rounds follow. A spec that was close to the
 chosen one is compared with it again afterwards (`duel.py`).
 
-A spec must also stay within an error budget: the distance of its means from the dense ones, measured in steps that are not
-timed. A spec that exceeds it is dropped. If it was the chosen one, a gentler one takes its place; a later search may try it
-again.
+A spec must also not hurt (`guard.py`): its error and its residual are measured in steps that are not timed, and the ranks
+compare their losses, if they know them. A spec that hurts is dropped. If it was the chosen one, a gentler one takes its place;
+a later search may try it again.
 
 The steps of a turn are timed from one to the next; the first of each turn is not counted. If a spec has steps of several kinds
 that repeat (its `period`), whole periods replace steps, and the mean step of a period counts. The ranks compare at the same
@@ -25,9 +25,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from commpress.comm.choice import Choice, Trial
 from commpress.comm.duel import CLOSE, Duel
-from commpress.comm.said import Said, fastest_turns, mean_medians, worst_errors
+from commpress.comm.guard import BUDGET, Guard
+from commpress.comm.said import Figures, Said, fastest_turns, mean_loss, mean_medians, worse, worst
 
 PLAIN = "none"
 SKIPPED, CHECKED, TIMED = "skipped", "checked", "timed"
@@ -59,10 +62,6 @@ SHARE = 0.01
 """The share of the time that checks may take."""
 AGAIN = 3000
 """The fewest steps from one search to the next, if the steps do not drift."""
-BUDGET = 0.5
-"""The largest error |mean - dense mean| / |dense mean| of a spec in two steps, one after the other."""
-RETRY = 300
-"""Steps until a spec that has exceeded the budget is tried again; twice as many each time."""
 
 
 @dataclass
@@ -89,14 +88,11 @@ class Search:
         self._tried: list[str] = [PLAIN]
         self._predicted: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {}
-        self._errors: dict[str, float] = {}
-        self._hurt: dict[str, float] = {}
-        """Specs that have exceeded the budget since the search began, and their errors."""
-        self._banned: dict[str, int] = {}
-        """The step before which a spec that has exceeded the budget is not tried again."""
-        self._doubted: str | None = None
-        """The spec whose last step was beyond the budget, and whose present step is checked again for that."""
-        self._setbacks = 0
+        self._figures: Figures = {}
+        """The largest errors and residuals since the search began, or since the last check."""
+        self._guard = Guard(self.budget)
+        self._loss_is = ""
+        """What was wrong with the loss in the last comparison."""
         self._rivals: list[str] = []
         """Specs that are still to meet the chosen one in a duel."""
         self._duel: Duel | None = None
@@ -131,11 +127,15 @@ class Search:
 
     @property
     def checks(self) -> bool:
-        """Whether the error of the present step is to be measured."""
+        """Whether error and residual of the present step are to be measured."""
         return self._steps_to_come[0][1] == CHECKED
 
-    def note(self, seconds: float, error: float | None = None) -> bool:
-        """Note the seconds of a step, and the error of its means if that was measured.
+    def note_loss(self, loss: float | Tensor) -> None:
+        """Note the loss of a step on this rank; a tensor has no dimensions."""
+        self._guard.loss.add(loss)
+
+    def note(self, seconds: float, error: float | None = None, residual: float | None = None) -> bool:
+        """Note the seconds of a step, and the error of its means and the residual if they were measured.
 
         Returns whether the ranks must compare now: they exchange their figures during one more step, which does not count, and
         call `compare` after it.
@@ -144,15 +144,16 @@ class Search:
         spec, kind = self._steps_to_come.popleft()
         if kind == TIMED:
             self._seconds.setdefault(spec, []).append(seconds)
-        if error is not None and self._doubts(spec, error):
+        found = {key: {spec: of} for key, of in (("errors", error), ("residuals", residual)) if of is not None}
+        if found and self._guard.doubts(spec, found):
             self._steps_to_come.appendleft((spec, CHECKED))
-        elif error is not None:
-            self._errors[spec] = error if math.isnan(error) else max(error, self._errors.get(spec, 0.0))
-            if self._state == "trying":
-                self._ban(self._beyond({spec: error}))
-            if not error <= self.budget:  # all ranks hold the same means, so all find this at the same step
+        elif found:
+            self._figures = worst([self._figures, found])
+            if hurt := self._guard.causes(found):  # all ranks hold the same figures, so all find this at the same step
                 left = [one for one in self._steps_to_come if one[0] != spec]
                 self._steps_to_come = deque(left if self._state == "trying" else ())
+                if self._state == "trying":
+                    self._guard.ban(hurt, self.steps)
         if self._steps_to_come:
             return False
         if self._state == "warm up":
@@ -163,28 +164,19 @@ class Search:
             self._since = self.steps
             self._begin([(PLAIN, TIMED)] * FIRST_TURN)
             return False
-        self._steps_to_come = deque([(PLAIN if spec in self._beyond(self._errors) else spec, SKIPPED)])
+        self._steps_to_come = deque([(PLAIN if spec in self._guard.causes(self._figures) else spec, SKIPPED)])
         return True
 
-    def _doubts(self, spec: str, error: float) -> bool:
-        """Whether the next step is to be checked, too, before an error beyond the budget counts.
-
-        A step of small gradients after one of large ones has an error that is large for once: its mean contains the residual
-        of the step before. The error of a codec that hurts is as large in the next step.
-        """
-        again = self.budget < error < math.inf and self._doubted != spec
-        self._doubted = spec if again else None
-        return again
+    def said(self) -> dict[str, object]:
+        """Return what this rank tells the others: figures since the search began, or since the last check, by spec, and the
+        mean of its losses since it told them last."""
+        return {"medians": self.medians(), "turns": self.turns(), **self._figures, "loss": self._guard.loss.mean()}
 
     def turns(self) -> dict[str, list[float]]:
         """Return the fastest step of each turn in the rounds so far, by spec: a pause of the machine does not shift it."""
         each = TURN - 1  # steps, or periods
         rounds = {spec: seconds[-(self._round + 1) * each :] for spec, seconds in self._means().items()}
         return {spec: [min(s[i : i + each]) for i in range(0, len(s), each)] for spec, s in rounds.items()}
-
-    def errors(self) -> dict[str, float]:
-        """Return the largest errors that this rank has seen since the search began, or since the last check, by spec."""
-        return dict(self._errors)
 
     def medians(self) -> dict[str, float]:
         """Return the medians that this rank has measured since the search began, or since the last check: seconds by spec."""
@@ -199,11 +191,12 @@ class Search:
         }
 
     def compare(self, everyone: Sequence[Said]) -> None:
-        """Continue with each rank's `medians`, `turns` and `errors`, and the seconds that its last comparison took (`asked`).
+        """Continue with what each rank has `said`, and with the seconds that its last comparison took (`asked`).
 
         They were sent one step ago: the step during which they arrived ends here.
         """
         self.steps += 1
+        self._loss_is = self._guard.loss.note(mean_loss(everyone))
         if self._state == "plain":
             self._rank(everyone)
         elif self._state == "trying":
@@ -214,16 +207,16 @@ class Search:
     def _begin(self, steps: Sequence[tuple[str, str]], keep: bool = False) -> None:
         self._steps_to_come = deque(step for step in steps for _ in range(self.period(step[0])))
         if not keep:
-            self._seconds, self._errors = {}, {}
+            self._seconds, self._figures = {}, {}
 
     def _rank(self, everyone: Sequence[Said]) -> None:
         plain = mean_medians(everyone)[PLAIN]
         self._predicted = dict(self.predict(everyone, plain))
         others = [s for s in self._predicted if s != PLAIN and self._predicted[s] < HOPELESS * plain]
-        others = [s for s in others if self._banned.get(s, 0) <= self.steps]
+        others = [s for s in others if self._guard.allows(s, self.steps)]
         self._tried = [PLAIN, *sorted(others, key=lambda s: (not self._may_be_worth(s), self._predicted[s]))[:MOST]]
         self._longest = max(map(self.period, self._tried))
-        self._round, self._hurt = 0, {}
+        self._round, self._guard.hurt = 0, {}
         if len(self._tried) == 1:
             self._choose(everyone)
             return
@@ -246,7 +239,7 @@ class Search:
 
     def _end_round(self, everyone: Sequence[Said]) -> None:
         turns, self._round = fastest_turns(everyone), self._round + 1
-        within = [spec for spec in self._tried if spec not in self._hurt]
+        within = [spec for spec in self._tried if spec not in self._guard.hurt]
         best = min(min(turns[spec]) for spec in within)
         self._tried = [spec for spec in within if min(turns[spec]) < FAR_BEHIND * best]
         still_open = self._round < ROUNDS
@@ -269,7 +262,7 @@ class Search:
         return found[spec] < WORTH * found[gentler], lost <= len(turns[spec]) // FORGIVEN
 
     def _gentlest_first(self) -> list[str]:
-        return [spec for spec in dict.fromkeys([PLAIN, *self._predicted]) if spec in self._tried]
+        return [spec for spec in self._order() if spec in self._tried]
 
     def _best(self, everyone: Sequence[Said]) -> str:
         """Return the spec that leads over all gentler ones. Of two equally fast specs the gentler one wins."""
@@ -286,16 +279,15 @@ class Search:
 
     def _choose(self, everyone: Sequence[Said]) -> None:
         found, best = mean_medians(everyone), self._best(everyone)
-        names = dict.fromkeys([PLAIN, *self._predicted])
-        errors = worst_errors(everyone)
-        trials = [Trial(spec, self._predicted.get(spec), found.get(spec), errors.get(spec)) for spec in names]
+        trials = [Trial(spec, self._predicted.get(spec), found.get(spec)) for spec in self._order()]
         same = bool(self.choices) and self.choices[-1].spec == best
         self._patience = 2 * self._patience if same else 1
-        cause = "; ".join(self._cause(spec, error) for spec, error in self._hurt.items())
-        self.choices.append(Choice(best, self.steps, trials, cause))
+        self.choices.append(
+            Choice(best, self.steps, self._checked(trials, everyone), "; ".join(self._guard.hurt.values()))
+        )
         lost = sum(len(s) * max(0.0, found[spec] - found[best]) for spec, s in self._seconds.items())
         self._next_search = self.steps + max(AGAIN, math.ceil(lost / SHARE / found[best]))
-        ends = [step for step in self._banned.values() if step > self.steps]
+        ends = [step for step in self._guard.until.values() if step > self.steps]
         self._next_search = min([self._next_search, *ends])
         self._state, self._looks = "chosen", 0
         self._rivals = self._close_to(best, found)
@@ -310,7 +302,7 @@ class Search:
         near = [s for s in found if s != best and found[s] < CLOSE * self._limit(best, s) * found[best]]
         untried = [s for s in self._predicted if s not in found and best != PLAIN]
         ahead = [s for s in untried if self._predicted[s] < self._predicted[best]]
-        return [s for s in sorted(near, key=found.__getitem__) + ahead if self._banned.get(s, 0) <= self.steps]
+        return [s for s in sorted(near, key=found.__getitem__) + ahead if self._guard.allows(s, self.steps)]
 
     def _watch(self, everyone: Sequence[Said], seconds: float) -> None:
         spec = self.choices[-1].spec
@@ -334,7 +326,7 @@ class Search:
 
     def _limit(self, chosen: str, rival: str) -> float:
         """Return the share of the chosen spec's seconds below which a rival wins, so that the gentler of two equals wins."""
-        order = [PLAIN, *self._predicted]
+        order = self._order()
         return WORTH if order.index(chosen) < order.index(rival) else 1 / WORTH
 
     def _end_bout(self, duel: Duel, everyone: Sequence[Said]) -> None:
@@ -348,17 +340,20 @@ class Search:
         self._next_duel()
 
     def _look(self, everyone: Sequence[Said]) -> None:
-        choice, errors = self.choices[-1], worst_errors(everyone)
-        choice.trials = [replace(t, error=errors.get(t.spec) if t.error is None else t.error) for t in choice.trials]
-        hurt, then = self._beyond(errors), choice.seconds(choice.spec)
+        choice = self.choices[-1]
+        in_use = (choice.spec,) if self._duel is None else self._duel.turns()
+        hurt = self._guard.blame(self._loss_is, sorted(in_use, key=self._order().index))
+        hurt |= self._guard.causes(worst(everyone))
+        hurt.pop(PLAIN, None)  # it is the gentlest: a loss that rises under it is not a codec's
+        self._guard.ban(hurt, self.steps)
+        choice.trials, then = self._checked(choice.trials, everyone), choice.seconds(choice.spec)
         if choice.spec in hurt:
-            self._back_off(everyone, hurt)
+            self._back_off(everyone)
             return
         self._looks += 1
         assert then is not None
-        if hurt:  # a rival exceeded the budget, which ended its turn
-            self._ban(hurt)
-            self._next_search = min([self._next_search, *(self._banned[spec] for spec in hurt)])
+        if hurt:  # a rival, whose turn has ended
+            self._next_search = min([self._next_search, *(self._guard.until[spec] for spec in hurt)])
             self._next_duel()
             self._watch(everyone, then)
             return
@@ -372,27 +367,27 @@ class Search:
             self._end_bout(self._duel, everyone)
         self._watch(everyone, now)
 
-    def _beyond(self, errors: Mapping[str, float]) -> dict[str, float]:
-        """Return the errors that are beyond the budget, by spec. NaN is beyond every budget."""
-        return {spec: error for spec, error in errors.items() if not error <= self.budget}
+    def _checked(self, trials: Sequence[Trial], everyone: Sequence[Said]) -> list[Trial]:
+        """Return trials with the worst errors and residuals of all ranks so far, and which of them have hurt."""
+        figures, found = worst(everyone), [replace(t, hurt=t.hurt or t.spec in self._guard.hurt) for t in trials]
+        for t in found:
+            if t.spec in figures["errors"]:
+                t.error = worse(figures["errors"][t.spec], t.error)
+            if t.spec in figures["residuals"]:
+                t.residual = worse(figures["residuals"][t.spec], t.residual)
+        return found
 
-    def _ban(self, hurt: Mapping[str, float]) -> None:
-        """Do not try these specs again for a while, which is longer each time."""
-        for spec in hurt:
-            self._banned[spec] = self.steps + RETRY * 2**self._setbacks
-        self._setbacks += len(hurt)
-        self._hurt |= hurt
+    def _order(self) -> list[str]:
+        """Return all specs, the gentlest first."""
+        return list(dict.fromkeys([PLAIN, *self._predicted]))
 
-    def _cause(self, spec: str, error: float) -> str:
-        return f"the means of {spec} were off by {error:.2f} of the dense ones, more than {self.budget:g}"
-
-    def _back_off(self, everyone: Sequence[Said], hurt: dict[str, float]) -> None:
-        """Choose the fastest of the tried specs that are within the budget, at worst `none`."""
-        before = self.choices[-1]
-        self._ban(hurt)
-        left = {t.spec: t.measured for t in before.trials if t.measured is not None and t.spec not in self._hurt}
-        spec = min(left, key=lambda one: left[one])
-        self.choices.append(Choice(spec, self.steps, before.trials, self._cause(before.spec, hurt[before.spec])))
-        self._next_search = min(self._banned[one] for one in self._hurt)
+    def _back_off(self, everyone: Sequence[Said]) -> None:
+        """Choose the fastest of the tried specs that are gentler and have not hurt, at worst `none`."""
+        before, order, hurt = self.choices[-1], self._order(), self._guard.hurt
+        gentler = order[: order.index(before.spec)]
+        left = {t.spec: t.measured for t in before.trials if t.measured is not None and t.spec in gentler}
+        spec = min((one for one in left if one not in hurt), key=left.__getitem__)
+        self.choices.append(Choice(spec, self.steps, before.trials, hurt[before.spec]))
+        self._next_search = min(self._guard.until[one] for one in hurt)
         self._looks, self._duel = 0, None
         self._watch(everyone, left[spec])

@@ -160,6 +160,22 @@ class Session:
         for collectives in self.collectives:
             require_equal(collectives.traffic.ask(dict(settings), what))
 
+    def note_loss(self, loss: float | Tensor) -> None:
+        """Tell `auto` the loss of a step, or of a backward, on this rank: a number, or a tensor with one value.
+
+        It is not waited for: the ranks compare their means when they compare how long steps take. If the loss is not finite, or
+        has risen far above its running mean, all ranks change to a gentler spec. Ranks may leave it out. Raises ValueError for
+        a tensor of several values.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(
+                    f"note_loss: expected a number or a tensor with one value, got one of shape {[*loss.shape]}"
+                )
+            loss = loss.detach().reshape(()).to(torch.float32)
+        if self._auto is not None:
+            self._auto.search.note_loss(loss)
+
     def explain(self) -> str:
         """Return a table of the specs that `auto` has tried, their predicted and measured steps, and its choice.
 
@@ -179,7 +195,8 @@ class Session:
         return receipt(self.report(), auto.search.choice, spec, counted, auto.break_even(), whole)
 
     def report(self) -> Report:
-        """Return bytes and seconds so far, on this rank. Gradients and parameters have separate rows."""
+        """Return bytes and seconds so far, on this rank, and what `auto` has chosen. Gradients and parameters have separate
+        rows."""
         spec = (
             self._spec
             if self._auto is None
@@ -189,7 +206,10 @@ class Session:
         )
         own = (one.traffic.report(spec, self.rank, self.world_size) for one in self.collectives)
         merged = Report.merge(*own, *(other.report() for other in self.side_traffic))
-        return replace(merged, rank=self.rank, world_size=self.world_size)
+        choices = (
+            [] if self._auto is None else [replace(one) for one in self._auto.search.choices]
+        )  # they may change later
+        return replace(merged, rank=self.rank, world_size=self.world_size, choices=choices)
 
     def log(self) -> dict[str, float]:
         """Return numbers for a tracker, as in `wandb.log(session.log())`: means of a step since the last call

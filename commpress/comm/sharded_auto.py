@@ -134,7 +134,7 @@ class ShardedAuto:
             self._asked += time.perf_counter() - now
         elif self._began is not None:
             warms_up = self.search.state == "warm up"
-            if self.search.note(now - self._began, None):
+            if self.search.note(now - self._began):
                 self._ask([self._said()])
                 self._asked = time.perf_counter() - now
             elif warms_up:
@@ -179,11 +179,7 @@ class ShardedAuto:
         self._questions.append(one.traffic.send_question(told, "how long the steps took", len(rows) * ROOM))
 
     def _said(self) -> dict[str, object]:
-        said: dict[str, object] = {
-            "medians": self.search.medians(),
-            "turns": self.search.turns(),
-            "asked": self._asked,
-        }
+        said: dict[str, object] = {**self.search.said(), "asked": self._asked}
         if self.search.state == "plain":
             (before, *then), (after, *now) = self._mark, self._totals()
             waited = ((b - a) / max(1, after - before) for a, b in zip(then, now, strict=True))

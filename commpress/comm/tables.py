@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from commpress.comm.choice import history
+
 if TYPE_CHECKING:
     from commpress.comm.meter import Report, Row
 
@@ -85,13 +87,22 @@ def sums(report: "Report") -> Iterator[tuple[str, ...]]:
 
 
 def beside(report: "Report") -> str:
-    """Return sentences about bytes that stayed inside the node, and about bytes that the backend would send in excess."""
-    return " ".join(filter(None, (_inside_and_between(report), _backend_more(report))))
+    """Return sentences about the choices of `auto`, and about bytes that stayed inside the node, or that the backend would
+    send in excess."""
+    return " ".join(filter(None, (_chosen(report), _inside_and_between(report), _backend_more(report))))
 
 
 def _bytes(dense: float, sent: float, steps: int) -> tuple[str, str, str]:
     was, now = (f"{b / 1e6 / max(steps, 1):.3f}" for b in (dense, sent))
     return was, now, f"{dense / sent:.1f}" if sent else "-"
+
+
+def _chosen(report: "Report") -> str:
+    if not report.choices:
+        return ""
+    last = report.choices[-1]
+    tried = (f"{spec} {measured} ({predicted})" for spec, predicted, measured, *_ in last.rows() if measured != "-")
+    return f"Choices of auto: {history(report.choices)}. Milliseconds a step, measured (predicted): {', '.join(tried)}."
 
 
 def _inside_and_between(report: "Report") -> str:

@@ -34,7 +34,7 @@ import torch
 
 from commpress import extras
 from commpress.comm.agreement import agree_on_all
-from commpress.comm.codecs import Codec
+from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.collectives import Collectives
 from commpress.comm.joining import follow_default_timeout
 from commpress.comm.plan import SHARDED, Plan, require_flat, sharded_settings, sharded_spec
@@ -63,7 +63,7 @@ GONE = {"OneBitAdam": "OneBitAdamW", "ZeroOneAdam": "ZeroOneAdamW", "OneBitLamb"
 
 def attach(
     engine: Any,
-    gradients: Spec,
+    gradients: Spec = AUTO,
     *,
     parameters: str | Codec | None = None,
     buffers: str | Codec | None = None,
@@ -75,9 +75,10 @@ def attach(
 ) -> Session:
     """Compress what a `deepspeed.DeepSpeedEngine` sends from the next step on. Collective over its data-parallel ranks.
 
-    `gradients` is the spec of the gradients. It may be `auto`; at ZeRO 0 with a torch optimizer it may be a dict of specs by
-    patterns of names, as under DDP. `parameters` is the spec of the parameters under ZeRO 1 to 3 (default: not compressed). It
-    may be `auto` if `gradients` is: one search finds both. ZeRO 3 refuses sparse specs for parameters.
+    `gradients` is the spec of the gradients; without it a spec is found during training. At ZeRO 0 with a torch optimizer it
+    may be a dict of specs by patterns of names, as under DDP. `parameters` is the spec of the parameters under ZeRO 1 to 3
+    (default: not compressed). It may be `auto` if `gradients` is: one search finds both. ZeRO 3 refuses sparse specs for
+    parameters.
 
     `optimizer` is the engine's optimizer of `commpress.optim`, at ZeRO 0 to 2 (default: found in the engine). With it every
     rank of ZeRO 1 and 2 keeps and steps all parameters, as at ZeRO 0: no parameters are sent, and `exchange` may be given.
@@ -191,7 +192,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
         {"train_micro_batch_size_per_gpu": 8, "commpress": {"gradients": "int4", "parameters": "int8"}, ...}
 
-    The block's keys are arguments of `attach`; only `gradients` is required, as a spec or an object of specs. `"optimizer":
+    The block's keys are arguments of `attach`; `gradients` is a spec or an object of specs, by default `auto`. `"optimizer":
     {"type": "OneBitAdamW", "params": {...}}` makes an optimizer of `commpress.optim`; the types ZeroOneAdamW and DGC do, too.
     Arguments and results are those of `deepspeed.initialize`. Without a block nothing is compressed. Raises ValueError for an
     unknown key and for the optimizers that DeepSpeed no longer has, and everything that `attach` raises.
@@ -209,7 +210,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     _use_our_optimizer(config, given)
     engine, *others = deepspeed.initialize(**given, config=config)
     if block is not None:
-        attach(engine, block["gradients"], **{key: value for key, value in block.items() if key != "gradients"})
+        attach(engine, **block)
     return engine, *others
 
 
@@ -252,8 +253,6 @@ def _check_block(block: Any) -> None:
     for key in block:
         if key not in KEYS:
             raise ValueError(f'unknown key {key!r} in the "commpress" block, known: {", ".join(KEYS)}')
-    if "gradients" not in block:
-        raise ValueError('the "commpress" block has no "gradients", expected a spec such as "int4" (or "none")')
 
 
 def _make_optimizer(name: str, settings: dict[str, Any], parameters: Any) -> CompressedOptimizer:

@@ -138,7 +138,7 @@ def shards(spec: str) -> list[list[Tensor]]:
             carried_out(wire, all_gather_changes(shard, known, version, Encoder(codec), buffer, *more))
             results.append(known)
         watch = ErrorWatch(codec)
-        carried_out(wire, watch.watch(iter(()), gradient(3000, me), codec, wire, labels.next("a sample")))
+        carried_out(wire, watch.watch(iter(()), gradient(3000, me), codec, Memory(), wire, labels.next("a sample")))
         found.append([*results, whole, torch.tensor([watch.error()])])
     return found
 

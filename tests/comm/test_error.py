@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from commpress.comm.codecs import parse
 from commpress.comm.error import SAMPLE, ErrorWatch
+from commpress.comm.feedback import Memory
 
 
 class Largest(TorchDispatchMode):
@@ -34,6 +35,6 @@ def test_looking_makes_no_copy_of_the_bucket(dtype: torch.dtype) -> None:
     wire: Any = SimpleNamespace(world_size=1, all_gather=mock.Mock())
     watch = ErrorWatch(codec)
     with Largest(x) as largest:
-        list(watch.watch(iter(()), x, codec, wire, mock.Mock()))
+        list(watch.watch(iter(()), x, codec, Memory(), wire, mock.Mock()))
     assert watch.error() == 0
     assert largest.values < x.numel() // 10

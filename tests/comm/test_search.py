@@ -1,88 +1,11 @@
 """The search of `auto`, on a clock of its own: what it chooses, when, that all ranks choose the same, and what that costs."""
 
 import random
-from collections.abc import Callable, Mapping
 
 import pytest
+from search_world import DOES_NOT, PAYS, SPECS, Seconds, World, hurts, link, predicted
 
-from commpress.comm.said import Said
-from commpress.comm.search import LATEST, LOOK, PLAIN, Search
-
-SPECS = (PLAIN, "bf16", "int8", "int4")
-Seconds = Callable[[str, int], float]
-"""What a step of a spec takes, by the number of the step."""
-Errors = Callable[[str, int], float]
-"""How far the means of a spec are off, by the number of the step."""
-
-
-class World:
-    """Ranks that search together; each has its own clock, on which a step may last a little longer or shorter."""
-
-    def __init__(
-        self,
-        seconds: Seconds,
-        ranks: int = 3,
-        noise: float = 0.0,
-        predicted: Mapping[str, float] | None = None,
-        asked: float = 0.0,
-        errors: Errors | None = None,
-        period: Callable[[str], int] = lambda spec: 1,
-    ) -> None:
-        self.seconds, self.noise, self.asked, self.errors = seconds, noise, asked, errors
-        said = dict.fromkeys(SPECS, 0.5) if predicted is None else predicted
-        self.searches = [
-            Search(lambda everyone, plain: {s: f * plain for s, f in said.items()}, period=period) for _ in range(ranks)
-        ]
-        self.random = random.Random(0)
-        self.time = 0.0
-        self.specs: list[str] = []
-        self.asks = 0
-        self.everyone: list[Said] | None = None
-        """What the ranks say in the step that goes on."""
-
-    def run(self, steps: int) -> "World":
-        for _ in range(steps):
-            specs = {search.spec for search in self.searches}
-            assert len(specs) == 1  # or ranks would wait for each other for ever
-            spec = specs.pop()
-            took = self.seconds(spec, len(self.specs))
-            self.specs.append(spec)
-            self.time += took
-            checked = self.errors is not None and self.searches[0].checks
-            error = self.errors(spec, len(self.specs)) if self.errors is not None and checked else None
-            if self.everyone is not None:
-                everyone, self.everyone = self.everyone, None
-                for search in self.searches:
-                    search.compare(everyone)
-                continue
-            due = {search.note(took * self.random.uniform(1, 1 + self.noise), error) for search in self.searches}
-            assert len(due) == 1
-            if due.pop():
-                self.asks += 1
-                self.everyone = [
-                    {"medians": s.medians(), "turns": s.turns(), "errors": s.errors(), "asked": self.asked}
-                    for s in self.searches
-                ]
-        return self
-
-    @property
-    def chosen(self) -> str:
-        found = {search.choices[-1].spec for search in self.searches}
-        assert len(found) == 1
-        return found.pop()
-
-
-def link(**seconds: float) -> Seconds:
-    """Steps that take always the same, by spec."""
-    return lambda spec, step: seconds[spec]
-
-
-PAYS = link(none=0.7, bf16=0.45, int8=0.32, int4=0.3)
-DOES_NOT = link(none=0.2, bf16=0.21, int8=0.22, int4=0.23)
-
-
-def predicted(seconds: Seconds) -> dict[str, float]:
-    return {spec: seconds(spec, 0) / seconds(PLAIN, 0) for spec in SPECS}
+from commpress.comm.search import LATEST, LOOK, PLAIN
 
 
 def test_the_fastest_is_chosen_within_fifty_steps() -> None:
@@ -320,68 +243,3 @@ def test_while_a_search_is_held_the_plain_steps_go_on() -> None:
     assert world.chosen == "int4"
     trials = {trial.spec: trial.measured for trial in world.searches[0].choices[0].trials}
     assert trials[PLAIN] == pytest.approx(0.7)  # the last of them count
-
-
-def hurts(since: int, until: int = 10**9) -> Errors:
-    return lambda spec, step: 0.9 if spec == "int4" and since <= step < until else 0.1
-
-
-def test_what_hurts_later_gives_way_to_a_gentler_spec_with_a_cause() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(200)
-    first, second = world.searches[0].choices
-    assert (first.spec, first.cause) == ("int4", "")
-    assert second.spec == "int8"
-    assert second.cause == "the means of int4 were off by 0.90 of the dense ones, more than 0.5"
-    assert 100 <= second.step <= 100 + LOOK + 3
-    assert "int4" not in world.specs[second.step :]
-
-
-def test_one_step_beyond_the_budget_is_looked_at_again_and_does_not_count() -> None:
-    """As a step of small gradients after one of large ones, whose residual it sends."""
-
-    def now_and_then(spec: str, step: int) -> float:
-        return 0.9 if spec == "int4" and step % 2 else 0.1
-
-    world = World(PAYS, predicted=predicted(PAYS), errors=now_and_then).run(2000)
-    assert [choice.spec for choice in world.searches[0].choices] == ["int4"]
-    assert [choice.cause for choice in world.searches[0].choices] == [""]
-    assert max(trial.error or 0.0 for trial in world.searches[0].choices[0].trials) == 0.1
-
-
-def test_it_comes_back_when_it_hurts_no_more() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100, 300)).run(700)
-    assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", "int4"]
-
-
-def test_what_hurts_for_ever_is_tried_ever_more_rarely() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(6000)
-    assert world.chosen == "int8"
-    tried = [step for step, spec in enumerate(world.specs) if spec == "int4" and step > 150]
-    times = tried[::3]  # three steps each
-    assert len(times) >= 3
-    assert all(c - b > 1.5 * (b - a) for a, b, c in zip(times, times[1:], times[2:], strict=False))
-
-
-@pytest.mark.parametrize("error", [float("nan"), float("inf")])
-def test_an_error_that_is_no_number_is_beyond_every_budget(error: float) -> None:
-    bad: Errors = lambda spec, step: error if step > 60 else 0.1  # noqa: E731
-    world = World(PAYS, predicted=predicted(PAYS), errors=bad).run(200)
-    assert world.chosen == PLAIN  # first int4, then int8, have left it
-    assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", PLAIN]
-
-
-def test_what_hurts_while_it_is_tried_is_told_with_its_cause_and_tried_again_later() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0, 100)).run(600)
-    first, second = world.searches[0].choices
-    assert (first.spec, second.spec) == ("int8", "int4")
-    assert first.cause == "the means of int4 were off by 0.90 of the dense ones, more than 0.5"
-    assert first.step + 280 <= second.step <= first.step + 350
-
-
-def test_a_drift_does_not_bring_back_what_hurts_before_its_time() -> None:
-    def swings(spec: str, step: int) -> float:
-        return PAYS(spec, step) * (1.5 if step // 70 % 2 else 1)
-
-    world = World(swings, predicted=predicted(PAYS), errors=hurts(50)).run(320)
-    tried = [step for step, spec in enumerate(world.specs) if spec == "int4"]
-    assert max(tried) < 100

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-import warnings
+import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -16,15 +16,14 @@ from scripted import Scripted
 from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, sgd, train
+from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, train
 
 import commpress
 from commpress.comm import coding
-from commpress.comm.auto import Auto, explained
-from commpress.comm.choice import Choice, Trial
+from commpress.comm.auto import explained
+from commpress.comm.choice import Choice, Trial, history
 from commpress.comm.replicas import replicas_session
 from commpress.comm.search import FIRST_TURN, WARM_UP, Search
-from commpress.kernels import table
 
 PLAIN_STEPS = WARM_UP + FIRST_TURN
 
@@ -61,6 +60,7 @@ def searched(steps: int) -> dict[str, Any]:
         "receipt": receipt.to_dict(),
         "text": str(receipt),
         "report": session.report().to_dict(),
+        "printed": str(session.report()),
         "losses": losses,
     }
 
@@ -88,6 +88,19 @@ def test_the_receipt_says_what_was_measured_and_what_was_sent() -> None:
     assert receipt["is_off"] == (receipt["spec"] == "none")
     said = "it is off" if receipt["is_off"] else "both measured in this run"
     assert said in got["text"]
+
+
+def test_the_report_has_what_explain_shows() -> None:
+    got = run(2, searched, 50)[0]
+    choices = [Choice.of(one) for one in json.loads(json.dumps(got["report"]["choices"]))]
+    told = " ".join(got["table"].split())
+    assert choices[-1].spec == got["receipt"]["spec"]
+    assert f"chosen after {choices[-1].step} steps" in told
+    assert f"choices so far: {history(choices)}" in told
+    for spec, *figures, became in choices[-1].rows():
+        assert " │ ".join((spec, *figures)) in " ".join(re.sub(r" *│ *", " │ ", told).split())
+        assert (became == "chosen") == (spec == choices[-1].spec)
+    assert f"Choices of auto: {history(choices)}" in " ".join(got["printed"].split())
 
 
 def predicted_on_unequal_hosts() -> list[float | None]:
@@ -142,132 +155,6 @@ def test_what_feedback_holds_arrives_when_the_spec_changes(world_size: int) -> N
         assert torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
     for arrived, wanted in run(world_size, summed, "int4", "int4"):
         assert not torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
-
-
-def watched(spec: str) -> tuple[float | None, float]:
-    """The error of a step's means as it is noted, and what it is."""
-    model, plain = replica(), replica()
-    session = commpress.attach(model)
-    assert session.step_buffer is not None
-    assert session.step_buffer.auto is not None
-    auto = session.step_buffer.auto
-    search = Scripted(spec, spec)
-    search.checks = True
-    auto.search = search  # type: ignore[assignment]
-    for one in (model, plain):
-        loss_of(one, 0).backward()
-    got, dense = (parameters_of_gradient(one) for one in (model, plain))
-    assert auto.watch is not None
-    return auto.watch.error(), float((got - dense).norm() / dense.norm())
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_error_that_is_noted_is_that_of_the_means(world_size: int) -> None:
-    for spec in ("int4", "int8", "bf16"):
-        for noted, true in run(world_size, watched, spec):
-            assert noted == pytest.approx(true, rel=0.2)  # it has a sample of each bucket
-
-
-def overflown(spec: str) -> float | None:
-    """The error of a step in which a value of one rank, between those that are looked at, is infinite."""
-    model = DistributedDataParallel(nn.Linear(600, 20, bias=False))
-    session = commpress.attach(model)
-    assert session.step_buffer is not None
-    assert session.step_buffer.auto is not None
-    search = Scripted(spec, spec)
-    search.checks = True
-    session.step_buffer.auto.search = search  # type: ignore[assignment]
-    x = torch.randn(4, 600, generator=torch.Generator().manual_seed(dist.get_rank()))
-    x[0, 1] = float("inf") if dist.get_rank() == 1 else 0.0
-    model(x).sum().backward()
-    assert not parameters_of_gradient(model).isfinite().all()
-    assert session.step_buffer.auto.watch is not None
-    return session.step_buffer.auto.watch.error()
-
-
-def test_gradients_that_are_not_finite_say_nothing_of_a_codec() -> None:
-    for spec in ("int4", "bf16"):
-        assert run(2, overflown, spec) == [None, None]
-
-
-class Scaler:
-    def get_scale(self) -> float:
-        return 1.0
-
-
-def checked_with_a_layer_that_is_pruned() -> Tensor:
-    """Steps whose error is looked into, in which one bucket has nothing to send but whether it is finite."""
-    layers = [nn.Linear(300, 300, bias=False) for _ in range(4)]
-    model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=0.3)
-    session = commpress.attach(model, grad_scaler=Scaler())
-    assert session.step_buffer is not None
-    assert session.step_buffer.auto is not None
-    search = Scripted(*["bf16"] * 61)
-    search.checks = True
-    session.step_buffer.auto.search = search  # type: ignore[assignment]
-    masks = {
-        name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.module.named_parameters() if name == "2.weight"
-    }
-    session.set_masks(masks)
-    x = torch.randn(8, 300, generator=torch.Generator().manual_seed(dist.get_rank()))
-    for _ in range(60):
-        model(x).sum().backward()
-    return parameters_of_gradient(model)
-
-
-@pytest.mark.slow
-def test_all_collectives_of_a_checked_step_come_in_one_order() -> None:
-    first, *others = run(3, checked_with_a_layer_that_is_pruned)
-    assert all(torch.equal(first, other) for other in others)
-
-
-CLOCK = {"none": 1.0, "bf16": 0.9, "int8": 0.6, "int4": 0.5}
-"""Seconds of a step, as far as the ranks of a test say."""
-
-
-def breaks(spec: str | None, at: int, steps: int) -> dict[str, Any]:
-    """Train on, when nothing has begun to arrive by int4; what came of it, beside plain training."""
-    model, plain = replica(), replica()
-    with (
-        mock.patch.object(Search, "medians", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
-        mock.patch.object(
-            Search, "turns", lambda self: {spec: [CLOCK[spec]] * (self._round + 1) for spec in self._seconds}
-        ),
-        mock.patch.object(Auto, "_predicted", return_value=CLOCK),
-        mock.patch.dict(table.KERNELS),
-        warnings.catch_warnings(record=True) as warned,
-    ):
-        warnings.simplefilter("always")
-        session, optimizer = commpress.attach(model, spec), sgd(model, lr=0.02)
-        train(model, range(at), optimizer=optimizer)
-        sound = table.KERNELS["mean", "int4", "cpu"].run
-
-        def lost(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
-            sound(codec, payloads, count, out)
-            out.zero_()
-
-        table.KERNELS["mean", "int4", "cpu"] = table.Kernel(lost)
-        trained = train(model, range(at, steps), optimizer=optimizer)
-    train(plain, range(steps), optimizer=sgd(plain, lr=0.02))
-    with torch.no_grad():
-        losses = [float(sum(loss_of(m.module, 1000 + i) for i in range(32)) / 32) for m in (model, plain)]
-    said = [str(w.message) for w in warned if "were off by" in str(w.message)]
-    return {"losses": losses, "said": said, "parameters": trained.parameters, "explained": session.explain()}
-
-
-@pytest.mark.slow
-def test_a_spec_that_hurts_gives_way_on_all_ranks_and_the_loss_is_that_of_plain_training() -> None:
-    first, second = run(2, breaks, None, 60, 300)
-    assert same(first["parameters"], second["parameters"])
-    guarded, plain = first["losses"]
-    assert guarded < 1.03 * plain
-    (told,) = first["said"]
-    assert second["said"] == []  # once, on the rank that leads
-    assert "the means of int4 were off by 1.00" in told
-    assert " on int8" in told
-    assert "int8 at step" in first["explained"]
-    unguarded, plain = run(2, breaks, "int4", 60, 300)[0]["losses"]
-    assert unguarded > 2 * plain
 
 
 def refusals() -> dict[str, str]:

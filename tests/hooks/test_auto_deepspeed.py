@@ -58,6 +58,7 @@ def searched(stage: int) -> dict[str, Any]:
         "explained": session.explain(),
         "spec": session.report().spec,
         "receipt": str(session.receipt()),
+        "choices": session.report().choices,
         "specs": {role: {row.spec for row in rows if row.role == role} for role in ("gradients", "parameters")},
         "predicted": predicted[0],
     }
@@ -71,6 +72,8 @@ def test_all_ranks_choose_the_same_for_gradients_and_parameters(stage: int) -> N
     plain, auto = first["losses"]
     assert auto < plain + 0.06
     assert first["spec"] == "auto: int4, parameters int8"
+    assert first["choices"][-1].spec == "int4, parameters int8"
+    assert first["choices"][-1].seconds("none") == 1.0
     assert "a step takes 0.5000 s, without compression 1.0000 s" in first["receipt"]
     assert first["specs"]["gradients"] == {"none", "int4"}
     assert first["specs"]["parameters"] == {"none", "int8"}

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from ranks import outcome, run
 from scripted import Scripted
-from test_auto import CLOCK, PLAIN_STEPS, encoded
+from test_auto import PLAIN_STEPS, encoded
+from test_auto_guard import CLOCK
 from test_fsdp import by_two, sharded, shards_of
 from tiers import slow
 from torch import Tensor, nn
@@ -79,6 +80,7 @@ def searched(replicas: bool = False, parameters: str | None = None) -> dict[str,
         "explained": session.explain(),
         "spec": session.report().spec,
         "receipt": str(session.receipt()),
+        "choices": session.report().choices,
         "sent": {
             role: {(row.exchange, row.spec): row.sent_bytes / row.steps for row in rows if row.role == role}
             for role in ("gradients", "parameters")
@@ -91,6 +93,8 @@ def searched(replicas: bool = False, parameters: str | None = None) -> dict[str,
 def test_all_ranks_choose_the_same(world_size: int) -> None:
     first, *others = run(world_size, searched)
     assert first["spec"] == "auto: int4"
+    assert first["choices"][-1].spec == "int4"
+    assert first["choices"][-1].seconds("int4") == 0.5
     assert "auto: int4, chosen after" in first["explained"]
     assert "a step takes 0.5000 s, without compression 1.0000 s" in first["receipt"]
     sent = {spec: nbytes for (_, spec), nbytes in first["sent"]["gradients"].items()}

@@ -75,12 +75,28 @@ def test_an_optimizer_in_the_config_is_ours() -> None:
     assert all(found == ["OneBitAdamW", True, True] for found in run(RANKS, optimizer_by_config))
 
 
+def without_gradients() -> list[str]:
+    """The traffic's name of a block that has no `gradients`, at a stage of replicas and at one of shards."""
+    fresh()
+    engines = [
+        initialize(model=network(), config=config(stage, **ADAMW, commpress=block))[0]
+        for stage, block in ((0, {}), (2, {"parameters": "auto"}))
+    ]
+    for e in engines:
+        train(e, range(2))
+    return [e.commpress.report().spec for e in engines]
+
+
+def test_a_block_without_gradients_means_auto() -> None:
+    for specs in run(RANKS, without_gradients):
+        assert specs == ["auto: none, still looking"] * 2
+
+
 def bad_configs() -> list[str]:
     """What is said about blocks and optimizers that nobody knows."""
     fresh()
     made = [
         {"commpress": {"gradient": "int4"}},
-        {"commpress": {"parameters": "int8"}},
         {"commpress": "int4"},
         {"commpress": {"gradients": "int5"}},
         {"commpress": {"gradients": "int4", "parameters": "topk"}},
@@ -92,9 +108,8 @@ def bad_configs() -> list[str]:
 
 def test_bad_configs_say_what_is_wrong() -> None:
     of_ranks = run(RANKS, bad_configs)
-    key, missing, kind, spec, other, gone, setting = of_ranks[0]
+    key, kind, spec, other, gone, setting = of_ranks[0]
     assert key.startswith("ValueError: unknown key 'gradient' in the \"commpress\" block, known: gradients, parameters")
-    assert 'the "commpress" block has no "gradients"' in missing
     assert "the \"commpress\" block is 'int4', expected an object" in kind
     assert "int5" in spec
     assert "parameters: " in other

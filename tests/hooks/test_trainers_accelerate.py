@@ -127,6 +127,19 @@ def two_models(folder: str) -> tuple[Any, Any]:
         return saved, [session.state_dict() for session in sessions]
 
 
+def without_a_spec() -> tuple[str, str]:
+    from accelerate import Accelerator
+
+    from commpress.hooks.accelerate import attach
+
+    with launched():
+        accelerator = Accelerator(cpu=True)
+        model = accelerator.prepare(network())
+        session = attach(accelerator, model)
+        accelerator.backward(model(torch.ones(4, 32)).square().sum())
+        return session.report().spec, session.explain()
+
+
 def resumed_by_others(folder: str) -> dict[str, Any]:
     """Ranks of another number than those that saved."""
     with launched():
@@ -304,6 +317,12 @@ def test_settings_reach_the_hook() -> None:
     (_, one, ours), (_, other, theirs) = ranks
     assert float((one - other).norm()) > 0.1 * float(one.norm())
     assert float((ours - theirs).norm()) < 0.01 * float(ours.norm())  # by the rounding of bf16
+
+
+def test_without_a_spec_one_is_found() -> None:
+    for spec, explained in run(2, without_a_spec, timeout=120):
+        assert spec == "auto: none, still looking"
+        assert explained == "after 0 steps the choice is still open"  # the first step has not ended
 
 
 def test_what_cannot_be_attached_says_why_on_all_ranks() -> None:

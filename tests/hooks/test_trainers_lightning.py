@@ -6,6 +6,7 @@ import logging
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from trainers import MICRO, OPTIMIZERS, blocks, examples, flat, launched, payloa
 from training import SMALL_BUCKETS, network
 from training import batch as data
 
+from commpress import Session
 from commpress.files import pack_state, unpack_state
 
 LIBRARIES = ("lightning",)
@@ -91,6 +93,17 @@ def trained(folder: str, steps: int, spec: str | None, scaled: bool = False) -> 
         made, model = trainer(folder, steps, spec, **settings), module()
         made.fit(model, loader())
         return result(made, model)
+
+
+def without_a_spec(folder: str) -> tuple[str, bool]:
+    """The traffic's name after two steps, and whether the session was told the losses."""
+    from commpress.hooks.lightning import CompressedDDP
+
+    told: list[float] = []
+    with launched(), mock.patch.object(Session, "note_loss", lambda self, loss: told.append(float(loss))):
+        made, model = trainer(folder, 2, None, strategy=CompressedDDP()), module()
+        made.fit(model, loader())
+        return made.strategy.session.report().spec, len(told) == 4 and told == model.losses
 
 
 def interrupted(folder: str, at: int, steps: int, spec: str, optimizer: str) -> tuple[Any, ...]:
@@ -409,6 +422,10 @@ def test_settings_reach_the_hook(tmp_path: Path) -> None:
     for steps, buffers in run(2, with_buffers, str(tmp_path), timeout=120):
         assert steps == 3
         assert buffers["sent_bytes"] + buffers["received_bytes"] > 0
+
+
+def test_without_a_spec_one_is_found(tmp_path: Path) -> None:
+    assert run(2, without_a_spec, str(tmp_path), timeout=120) == [("auto: none, still looking", True)] * 2
 
 
 def test_each_fit_has_its_session(tmp_path: Path) -> None:

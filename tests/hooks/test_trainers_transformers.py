@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ranks import outcome, run
 from tiers import slow
 from trainers import blocks, flat, forget, launched, payload_bytes, require_sums, tracked
 
+from commpress import Session
 from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
 if sys.version_info >= (3, 11):
@@ -254,6 +256,20 @@ def again(folder: str) -> tuple[Any, ...]:
         return first is callback.session, first.report().steps, saved["memories"][0][0]["residual"].abs().sum() > 0
 
 
+def without_a_spec(folder: str) -> tuple[str, int]:
+    """The traffic's name after two steps of two backwards, and how many losses the session was told."""
+    from commpress.hooks.transformers import Compression
+
+    told: list[Any] = []
+    with launched(), mock.patch.object(Session, "note_loss", lambda self, loss: told.append(loss)):
+        made, _ = trainer(folder, 2, None)
+        callback = Compression(made)
+        made.add_callback(callback)
+        made.train()
+        assert callback.session is not None
+        return callback.session.report().spec, len(told)
+
+
 def refusals(folder: str) -> dict[str, str]:
     with launched():
         clipped, _ = trainer(folder, 2, "sign", optimizer="by class")
@@ -385,6 +401,10 @@ def test_a_teacher_counts_alike_however_a_step_is_accumulated(shares: bool, tmp_
     one, two = (run(2, accumulated, str(tmp_path), parts, shares, timeout=120)[0] for parts in (1, 2))
     start = flat(bert().parameters())
     assert float((one - two).norm()) < 1e-3 * float((one - start).norm())
+
+
+def test_without_a_spec_one_is_found(tmp_path: Path) -> None:
+    assert run(2, without_a_spec, str(tmp_path), timeout=120) == [("auto: none, still looking", 4)] * 2
 
 
 def test_a_second_train_goes_on_with_the_session(tmp_path: Path) -> None:

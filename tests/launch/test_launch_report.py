@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import report_samples
 from commands import run_command
 from report_samples import PLAIN, compared
 
+from commpress.comm.choice import Choice, Trial
 from commpress.launch import figures, loss_figures, palette, records, report
 from commpress.launch.records import Record, read
 from commpress.launch.sections import benchmarks, runs, timelines
@@ -76,6 +78,32 @@ def test_the_report_of_one_run_opens_with_its_receipt() -> None:
         "receipt": ["not compressed: 3 values a step, small", "commpress int4: paid"]
     }
     assert "<h1>commpress int4: paid</h1>" in report.page([run])
+
+
+def test_what_auto_chose_stands_in_a_table_the_prediction_beside_the_measurement() -> None:
+    trials = [Trial("none", 0.2, 0.21), Trial("int8", 0.1, 0.11, 0.01, 0.02), Trial("int4", 0.09, None, 0.9, hurt=True)]
+    made = [asdict(Choice("int4", 40, trials)), asdict(Choice("int8", 60, trials, "the means of int4 were <b>"))]
+    run = compared("auto", 125, 2.51, 0.1, "auto: int8")
+    run["report"]["choices"] = made
+    page = visible(report.page([PLAIN, run]))
+    chosen = page[page.index("<h2>What auto chose") :].split("<h2>")[1]
+    assert "<p>auto: int4 at step 40, int8 at step 60 (the means of int4 were &lt;b&gt;)</p>" in chosen
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall("<tr>.*</tr>", chosen)]
+    assert rows[0] == [
+        "run",
+        "spec",
+        "predicted ms a step",
+        "measured ms a step",
+        "error",
+        "residual",
+        "what became of it",
+    ]
+    assert rows[1:] == [
+        ["auto", "none", "200.0", "210.0", "-", "-", ""],
+        ["auto", "int8", "100.0", "110.0", "0.01", "0.02", "chosen"],
+        ["auto", "int4", "90.0", "-", "0.90", "-", "hurt"],
+    ]
+    assert "What auto chose" not in report.page([PLAIN])
 
 
 def test_what_differs_comes_first_and_what_is_the_same_last_and_folded() -> None:

@@ -2,27 +2,37 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 from commands import Ended, ended, run_command
 from ranks import outcome, run
 
+from commpress import Session
 from commpress.launch import recipes, train
 
 MODEL = {"layers": 1, "width": 32, "heads": 2, "context": 16, "batch": 2, "eval_every": 0, "threads": 1}
 
 
-def trained(folder: Path) -> Ended:
+def trained(folder: Path) -> tuple[Ended, int]:
+    """What came of a run, and how many losses its session was told."""
     settings = train.Settings(**MODEL, steps=60, compress="auto", data=folder / "text.txt", out=folder / "run")
-    return ended(lambda: train.train(settings))
+    with mock.patch.object(Session, "note_loss", autospec=True, side_effect=Session.note_loss) as told:
+        return ended(lambda: train.train(settings)), told.call_count
 
 
 @pytest.mark.slow
 def test_a_run_with_auto_ends_with_its_receipt(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
-    said = run(2, trained, tmp_path)[0]
+    said, told = run(2, trained, tmp_path)[0]
     assert said.code == 0
+    assert told == 60
+    choices = json.loads((tmp_path / "run" / "record.json").read_text())["report"]["choices"]
+    assert {trial["spec"] for trial in choices[-1]["trials"]} == {"none", "bf16", "int8", "int4"}
+    page = tmp_path / "page.html"
+    assert run_command("report", page, tmp_path / "run" / "record.json").code == 0
+    assert "What auto chose" in page.read_text()
     assert "both measured in this run" in said.out or "compression does not pay here, it is off: a step" in said.out
     last = said.out.rstrip().splitlines()[-1]
     assert last.startswith("commpress ")

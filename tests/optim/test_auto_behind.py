@@ -94,6 +94,7 @@ def searched(name: str, bytes_per_second: float, steps: int, settings: dict[str,
         "specs": specs,
         "table": session.explain(),
         "receipt": str(session.receipt()),
+        "choices": [choice.spec for choice in session.report().choices],
         "rows": {row.spec for row in session.report().rows},
     }
 
@@ -116,6 +117,7 @@ def test_on_a_slow_link_all_ranks_choose_what_sends_least(name: str, world_size:
         assert other["specs"] == first["specs"]
     assert first["specs"][: WARM_UP + 2] == ["auto: none, still looking"] * (WARM_UP + 2)
     assert first["specs"][-1] == f"auto: {chosen}"
+    assert first["choices"][-1] == chosen
     assert f"auto: {chosen}, chosen after" in first["table"].replace("\n", " ").replace("  ", " ")
     assert first["receipt"].startswith(f"commpress {chosen}: a step takes")
     assert {"none", chosen.split()[0]} <= first["rows"]

@@ -13,6 +13,6 @@ class Scripted:
     def spec(self) -> str:
         return self.specs[self.steps]
 
-    def note(self, seconds: float, error: float | None) -> bool:
+    def note(self, seconds: float, *figures: float | None) -> bool:
         self.steps += 1
         return False

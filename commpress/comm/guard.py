@@ -1,0 +1,127 @@
+"""What hurts: means that are too far from the dense ones, a residual that grows, a loss that rises.
+
+    error       |mean - dense mean| / |dense mean|      more than the budget: gradients arrive wrong
+    residual    |residual| / |gradient|                 more than RESIDUAL: what is left out is not repaid, but grows
+    loss        of all ranks, since the last look       not finite, or far above its running mean
+
+Errors and residuals are measured in a few steps (`error.py`). The loss is known only if the training loop tells it. A spec that
+hurts is not tried for a while, which is longer each time.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from commpress.comm.said import Figures
+
+BUDGET = 0.5
+"""The largest error of a spec in two steps, one after the other."""
+RESIDUAL = 3.0
+"""The largest residual of a spec in two steps, one after the other. In 300 steps of a GPT of 0.4 M parameters by AdamW on two
+ranks that of `int4` had a median of 0.16, and in one step 0.63; of `int8` 0.01 and 0.07."""
+RETRY = 300
+"""Steps until a spec that has hurt is tried again; twice as many each time."""
+RISE = 0.5
+"""The share of its running mean by which the loss may rise above it."""
+SPREADS = 12
+"""How many times the mean distance by which it usually is above its running mean the loss may rise above it."""
+SETTLED = 8
+"""Looks without which the usual loss is not known; a search has four of them."""
+WEIGHT, SPREAD_WEIGHT = 0.5, 0.1
+"""The weights of the last look in the running mean, which follows a loss that falls, and in the usual distance above it."""
+
+
+class LossWatch:
+    """The losses of this rank since the last look, and the running mean of all ranks' losses with its usual excess."""
+
+    def __init__(self) -> None:
+        self._sum: float | Tensor = 0.0
+        self._count = 0
+        self.forget()
+
+    def add(self, loss: float | Tensor) -> None:
+        """Add the loss of a step on this rank; a tensor has no dimensions."""
+        self._sum, self._count = self._sum + loss, self._count + 1
+
+    def mean(self) -> float | None:
+        """Return the mean of the added losses, and begin a new one; None if there are none."""
+        found = float(self._sum) / self._count if self._count else None
+        self._sum, self._count = 0.0, 0
+        return found
+
+    def forget(self) -> None:
+        """Start anew: what comes next is the usual loss."""
+        self._mean, self._spread, self._looks = 0.0, 0.0, 0
+
+    def note(self, loss: float | None) -> str:
+        """Note the mean of all ranks since the last look; None if nobody told it. Returns what is wrong with it, or ""."""
+        if loss is None:
+            return ""
+        if not math.isfinite(loss):
+            return f"the loss was {loss}"
+        above = loss - self._mean
+        if self._looks >= SETTLED and above > max(RISE * abs(self._mean), SPREADS * self._spread):
+            return f"the loss rose to {loss:.3g} from a mean of {self._mean:.3g}"
+        self._looks += 1
+        if self._looks > 1:
+            self._spread += max(SPREAD_WEIGHT, 1 / (self._looks - 1)) * (max(0.0, above) - self._spread)
+        self._mean += max(WEIGHT, 1 / self._looks) * above
+        return ""
+
+
+class Guard:
+    """Which specs hurt, and until when they are not tried again. `budget` is the largest error."""
+
+    def __init__(self, budget: float) -> None:
+        self.budget, self.loss = budget, LossWatch()
+        self.hurt: dict[str, str] = {}
+        """Specs that have hurt since the search began, and how."""
+        self.until: dict[str, int] = {}
+        """The step before which a spec is not tried again."""
+        self._setbacks = 0
+        self._doubted: str | None = None
+        """The spec whose last step was beyond a bound, and whose present step is measured again for that."""
+
+    def causes(self, figures: Figures) -> dict[str, str]:
+        """Return the specs that hurt by these figures, and how. NaN is beyond every bound."""
+        found = {
+            spec: f"the means of {spec} were off by {error:.2f} of the dense ones, more than {self.budget:g}"
+            for spec, error in figures.get("errors", {}).items()
+            if not error <= self.budget
+        }
+        return found | {  # a residual that grows shifts the means, too
+            spec: f"the residual of {spec} was {times:.3g} times the gradient, more than {RESIDUAL:g}"
+            for spec, times in figures.get("residuals", {}).items()
+            if not times <= RESIDUAL
+        }
+
+    def doubts(self, spec: str, figures: Figures) -> bool:
+        """Return whether the next step is to be measured, too, before figures of a spec that are beyond a bound count.
+
+        A step of small gradients after one of large ones has figures that are large for once: the residual is that of the step
+        before, and its mean contains it. Those of a codec that hurts are as large in the next step.
+        """
+        finite = all(math.isfinite(one) for of in figures.values() for one in of.values())
+        again = finite and spec in self.causes(figures) and self._doubted != spec
+        self._doubted = spec if again else None
+        return again
+
+    def blame(self, loss: str, specs: Iterable[str]) -> dict[str, str]:
+        """Return the last, coarsest of the specs that were in use, and what was wrong with the loss; nothing if nothing was."""
+        if not loss:
+            return {}
+        self.loss.forget()  # or it would be wrong under the next spec, too
+        *_, coarsest = specs
+        return {coarsest: f"{loss} under {coarsest}"}
+
+    def ban(self, causes: Mapping[str, str], step: int) -> None:
+        """Do not try these specs again for a while."""
+        for spec in causes:
+            self.until[spec] = step + RETRY * 2**self._setbacks
+        self._setbacks += len(causes)
+        self.hurt |= causes
+
+    def allows(self, spec: str, step: int) -> bool:
+        """Return whether a spec may be tried."""
+        return self.until.get(spec, 0) <= step

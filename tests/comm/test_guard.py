@@ -1,0 +1,127 @@
+"""The guard of `auto`, on a clock of its own: what hurts gives way on all ranks, with a cause, and comes back."""
+
+import random
+import re
+
+import pytest
+from search_world import DOES_NOT, PAYS, Errors, Losses, World, hurts, predicted
+
+from commpress.comm.search import LOOK, PLAIN
+
+
+def test_what_hurts_later_gives_way_to_a_gentler_spec_with_a_cause() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(200)
+    first, second = world.searches[0].choices
+    assert (first.spec, first.cause) == ("int4", "")
+    assert second.spec == "int8"
+    assert second.cause == "the means of int4 were off by 0.90 of the dense ones, more than 0.5"
+    assert 100 <= second.step <= 100 + LOOK + 3
+    assert "int4" not in world.specs[second.step :]
+
+
+def test_one_step_beyond_the_budget_is_looked_at_again_and_does_not_count() -> None:
+    """As a step of small gradients after one of large ones, whose residual it sends."""
+
+    def now_and_then(spec: str, step: int) -> float:
+        return 0.9 if spec == "int4" and step % 2 else 0.1
+
+    world = World(PAYS, predicted=predicted(PAYS), errors=now_and_then).run(2000)
+    assert [choice.spec for choice in world.searches[0].choices] == ["int4"]
+    assert [choice.cause for choice in world.searches[0].choices] == [""]
+    assert max(trial.error or 0.0 for trial in world.searches[0].choices[0].trials) == 0.1
+
+
+def test_it_comes_back_when_it_hurts_no_more() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100, 300)).run(700)
+    assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", "int4"]
+
+
+def test_what_hurts_for_ever_is_tried_ever_more_rarely() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(6000)
+    assert world.chosen == "int8"
+    tried = [step for step, spec in enumerate(world.specs) if spec == "int4" and step > 150]
+    times = tried[::3]  # three steps each
+    assert len(times) >= 3
+    assert all(c - b > 1.5 * (b - a) for a, b, c in zip(times, times[1:], times[2:], strict=False))
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf")])
+def test_an_error_that_is_no_number_is_beyond_every_budget(error: float) -> None:
+    bad: Errors = lambda spec, step: error if step > 60 else 0.1  # noqa: E731
+    world = World(PAYS, predicted=predicted(PAYS), errors=bad).run(200)
+    assert world.chosen == PLAIN  # first int4, then int8, have left it
+    assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", PLAIN]
+
+
+def test_what_hurts_while_it_is_tried_is_told_with_its_cause_and_tried_again_later() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0, 100)).run(600)
+    first, second = world.searches[0].choices
+    assert (first.spec, second.spec) == ("int8", "int4")
+    assert first.cause == "the means of int4 were off by 0.90 of the dense ones, more than 0.5"
+    assert first.step + 280 <= second.step <= first.step + 350
+
+
+def test_a_drift_does_not_bring_back_what_hurts_before_its_time() -> None:
+    def swings(spec: str, step: int) -> float:
+        return PAYS(spec, step) * (1.5 if step // 70 % 2 else 1)
+
+    world = World(swings, predicted=predicted(PAYS), errors=hurts(50)).run(320)
+    tried = [step for step, spec in enumerate(world.specs) if spec == "int4"]
+    assert max(tried) < 100
+
+
+def test_a_residual_that_grows_gives_way_to_a_gentler_spec_with_a_cause() -> None:
+    grows: Errors = lambda spec, step: 0.1 if step < 100 or spec != "int4" else 0.1 * 1.2 ** (step - 100)  # noqa: E731
+    world = World(PAYS, predicted=predicted(PAYS), errors=lambda spec, step: 0.1, residuals=grows).run(200)
+    first, second = world.searches[0].choices
+    assert (first.spec, second.spec) == ("int4", "int8")
+    assert re.fullmatch(r"the residual of int4 was [\d.]+ times the gradient, more than 3", second.cause)
+    assert second.step <= 100 + 2 * LOOK + 5
+    assert {t.spec: t.hurt for t in second.trials} == {PLAIN: False, "bf16": False, "int8": False, "int4": True}
+    assert all((t.residual or 0.0) > 3 for t in second.trials if t.hurt)
+
+
+def test_one_step_of_a_large_residual_does_not_count() -> None:
+    now_and_then: Errors = lambda spec, step: 9.0 if spec == "int4" and step % 2 else 0.1  # noqa: E731
+    world = World(PAYS, predicted=predicted(PAYS), residuals=now_and_then).run(2000)
+    assert [(choice.spec, choice.cause) for choice in world.searches[0].choices] == [("int4", "")]
+
+
+def jumps(at: int, to: float, until: int = 10**9) -> Losses:
+    """A loss of about 2, and higher from a step on under int4."""
+    return lambda spec, step, rank: (to if spec == "int4" and at <= step < until else 2.0) + 0.1 * rank
+
+
+def test_a_loss_that_rises_gives_way_to_a_gentler_spec_and_comes_back() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), losses=jumps(150, 5.0, 300)).run(800)
+    first, second, third = world.searches[0].choices
+    assert (first.spec, second.spec, third.spec) == ("int4", "int8", "int4")
+    assert re.fullmatch(r"the loss rose to [\d.]+ from a mean of 2.1 under int4", second.cause)
+    assert 150 <= second.step <= 150 + 2 * LOOK + 5
+    assert 280 <= third.step - second.step <= 350
+    assert all(choice.cause == "" for choice in (first, third))
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_on_one_rank_is_one_for_all(loss: float) -> None:
+    broken: Losses = lambda spec, step, rank: loss if step == 100 and rank == 2 else 2.0  # noqa: E731
+    first, second = World(PAYS, predicted=predicted(PAYS), losses=broken).run(200).searches[0].choices
+    assert (first.spec, second.spec, second.cause) == ("int4", "int8", f"the loss was {loss} under int4")
+
+
+def test_a_loss_that_falls_or_swings_is_no_reason() -> None:
+    noise = random.Random(1)
+    for loss in (
+        lambda spec, step, rank: 10 * 0.99**step * noise.uniform(0.5, 1.5),
+        lambda spec, step, rank: noise.uniform(-1, 1),
+        lambda spec, step, rank: 2 + 0.6 * (step // 100 % 2),
+        lambda spec, step, rank: 2.0 if rank == 1 else None,
+    ):
+        world = World(PAYS, predicted=predicted(PAYS), losses=loss).run(1500)
+        assert [(choice.spec, choice.cause) for choice in world.searches[0].choices] == [("int4", "")]
+
+
+def test_a_loss_that_rises_without_compression_is_no_codec_s() -> None:
+    rises: Losses = lambda spec, step, rank: 2.0 if step < 100 else 50.0  # noqa: E731
+    world = World(DOES_NOT, predicted=predicted(DOES_NOT), losses=rises).run(400)
+    assert [(choice.spec, choice.cause) for choice in world.searches[0].choices] == [(PLAIN, "")]
