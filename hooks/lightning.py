@@ -177,7 +177,7 @@ class CompressedDDP(DDPStrategy):
         """Run the module's `training_step`, and tell the session the loss."""
         output = super().training_step(*args, **kwargs)
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        if self.session is not None and isinstance(loss, Tensor):
+        if self.session is not None and isinstance(loss, Tensor) and loss.numel() == 1:
             self.session.note_loss(loss)
         return output
 

@@ -128,7 +128,7 @@ class Compression(TrainerCallback):
 
     def _note_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = self._training_step(*args, **kwargs)
-        if self.session is not None:
+        if self.session is not None and loss.numel() == 1:
             self.session.note_loss(loss)
         return loss
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from commpress.comm import cost
-from commpress.comm.choice import HEAD, Choice, history
+from commpress.comm.choice import HEAD, Choice, history, warn_of
 from commpress.comm.codecs import AUTO, parse
 from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.cost import Cluster, Speed, transfers
@@ -32,7 +32,6 @@ from commpress.comm.said import Said
 from commpress.comm.search import PLAIN, Search
 from commpress.comm.speed import measure
 from commpress.kernels.cpu.slices import cores
-from commpress.notice import warn
 
 if TYPE_CHECKING:
     from commpress.comm.collectives import Collectives
@@ -145,9 +144,7 @@ class Auto:
         self.watch = ErrorWatch(plan.codec) if self.search.checks else None
         self._buckets.clear()
         self._began = time.perf_counter()
-        for choice in chosen:  # last: a warning may be an error
-            if choice.cause:
-                warn(f"commpress: {choice.cause}; from step {choice.step} on {choice.spec}", collectives.rank == 0)
+        warn_of(chosen, collectives.rank == 0)  # last: a warning may be an error
 
     def note_bucket(self, n: int, itemsize: int) -> None:
         """Note a bucket of this step."""

@@ -1,8 +1,10 @@
 """The result of a search: the chosen spec, and all tried ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from commpress.notice import warn
 
 HEAD = ("spec", "predicted ms a step", "measured ms a step", "error", "residual", "")
 """The head of the table of a choice."""
@@ -72,3 +74,10 @@ def _ms(seconds: float | None) -> str:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def warn_of(choices: Iterable[Choice], speaks: bool) -> None:
+    """Warn of each of these choices that was made because a spec hurt, and why. `speaks`: on this rank."""
+    for choice in choices:
+        if choice.cause:
+            warn(f"commpress: {choice.cause}; from step {choice.step} on {choice.spec}", speaks)

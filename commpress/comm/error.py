@@ -17,7 +17,6 @@ from torch import Tensor
 from commpress.comm.codecs import Codec
 from commpress.comm.exchange import Label, Transfer, Wire
 from commpress.comm.feedback import Memory
-from commpress.comm.said import worse
 
 SAMPLE = 2048
 """The largest number of values of a bucket in its sample."""
@@ -68,13 +67,11 @@ class ErrorWatch:
         return _root(*torch.stack(self._sums).sum(0).tolist())
 
     def residual(self) -> float | None:
-        """Return |residual| / |gradient| of the rank on which it is largest; None as `error`."""
-        if not self._squares:
-            return None
-        found: float | None = None
-        for of in torch.stack(self._squares).sum(0).tolist():
-            found = found if (one := _root(*of)) is None else worse(one, found)
-        return found
+        """Return |residual| / |gradient|, both of all ranks together; None as `error`.
+
+        A rank alone may have a gradient that is small for once.
+        """
+        return _root(*torch.stack(self._squares).sum((0, 1)).tolist()) if self._squares else None
 
 
 def _root(square: float, of: float) -> float | None:

@@ -89,13 +89,16 @@ class Memory:
         self.owner_residual = self.slice_residual = self.node_slice = None
 
     def squares(self, stride: int, world_size: int, device: torch.device) -> Tensor:
-        """Return the sum of the squares of every stride-th value that it holds, each as `fold` would add it: float32 []."""
+        """Return the sum of the squares of every stride-th value that it holds, in proportion to a rank's gradient: float32 [].
+
+        An owner holds what is left out of a mean of W in a W-th of the places, so it counts W times; so does a node's slice.
+        """
         node = 1 if self.node_slice is None else self.node_slice.ranks
         kinds = ((self.residual, 1), (self.slice_residual, node), (self.owner_residual, world_size))
         total = torch.zeros((), dtype=torch.float32, device=device)
         for values, times in kinds:
             if values is not None:
-                total += times**2 * values[::stride].square().sum()
+                total += times * values[::stride].square().sum()
         return total
 
     def is_of(self, chunk: tuple[int, int] | None, node_slice: NodeSlice | None) -> bool:

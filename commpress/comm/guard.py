@@ -2,7 +2,7 @@
 
     error       |mean - dense mean| / |dense mean|      more than the budget: gradients arrive wrong
     residual    |residual| / |gradient|                 more than RESIDUAL: what is left out is not repaid, but grows
-    loss        of all ranks, since the last look       not finite, or far above its running mean
+    loss        of all ranks, since the last look       not finite in two looks, or far above its running mean
 
 Errors and residuals are measured in a few steps (`error.py`). The loss is known only if the training loop tells it. A spec that
 hurts is not tried for a while, which is longer each time.
@@ -52,14 +52,19 @@ class LossWatch:
 
     def forget(self) -> None:
         """Start anew: what comes next is the usual loss."""
-        self._mean, self._spread, self._looks = 0.0, 0.0, 0
+        self._mean, self._spread, self._looks, self._was_finite = 0.0, 0.0, 0, True
 
     def note(self, loss: float | None) -> str:
-        """Note the mean of all ranks since the last look; None if nobody told it. Returns what is wrong with it, or ""."""
+        """Note the mean of all ranks since the last look; None if nobody told it. Returns what is wrong with it, or "".
+
+        One look with a loss that is not finite is no reason: a GradScaler skips such a step.
+        """
         if loss is None:
             return ""
-        if not math.isfinite(loss):
-            return f"the loss was {loss}"
+        finite, before = math.isfinite(loss), self._was_finite
+        self._was_finite = finite
+        if not finite:
+            return "" if before else f"the loss was {loss}"
         above = loss - self._mean
         if self._looks >= SETTLED and above > max(RISE * abs(self._mean), SPREADS * self._spread):
             return f"the loss rose to {loss:.3g} from a mean of {self._mean:.3g}"
@@ -79,7 +84,8 @@ class Guard:
         """Specs that have hurt since the search began, and how."""
         self.until: dict[str, int] = {}
         """The step before which a spec is not tried again."""
-        self._setbacks = 0
+        self._setbacks: dict[str, int] = {}
+        """How often each spec has hurt."""
         self._doubted: str | None = None
         """The spec whose last step was beyond a bound, and whose present step is measured again for that."""
 
@@ -118,8 +124,8 @@ class Guard:
     def ban(self, causes: Mapping[str, str], step: int) -> None:
         """Do not try these specs again for a while."""
         for spec in causes:
-            self.until[spec] = step + RETRY * 2**self._setbacks
-        self._setbacks += len(causes)
+            before = self._setbacks.get(spec, 0)
+            self.until[spec], self._setbacks[spec] = step + RETRY * 2**before, before + 1
         self.hurt |= causes
 
     def allows(self, spec: str, step: int) -> bool:

@@ -134,6 +134,10 @@ class Search:
         """Note the loss of a step on this rank; a tensor has no dimensions."""
         self._guard.loss.add(loss)
 
+    def expect_another_loss(self) -> None:
+        """Compare the coming losses with each other only: another phase of training begins."""
+        self._guard.loss.forget()
+
     def note(self, seconds: float, error: float | None = None, residual: float | None = None) -> bool:
         """Note the seconds of a step, and the error of its means and the residual if they were measured.
 
@@ -145,7 +149,7 @@ class Search:
         if kind == TIMED:
             self._seconds.setdefault(spec, []).append(seconds)
         found = {key: {spec: of} for key, of in (("errors", error), ("residuals", residual)) if of is not None}
-        if found and self._guard.doubts(spec, found):
+        if kind == CHECKED and self._guard.doubts(spec, found):
             self._steps_to_come.appendleft((spec, CHECKED))
         elif found:
             self._figures = worst([self._figures, found])
@@ -197,6 +201,8 @@ class Search:
         """
         self.steps += 1
         self._loss_is = self._guard.loss.note(mean_loss(everyone))
+        if self._loss_is and self._state != "chosen":  # of which of the specs in turn is not known
+            self._guard.loss.forget()
         if self._state == "plain":
             self._rank(everyone)
         elif self._state == "trying":
@@ -388,6 +394,6 @@ class Search:
         left = {t.spec: t.measured for t in before.trials if t.measured is not None and t.spec in gentler}
         spec = min((one for one in left if one not in hurt), key=left.__getitem__)
         self.choices.append(Choice(spec, self.steps, before.trials, hurt[before.spec]))
-        self._next_search = min(self._guard.until[one] for one in hurt)
+        self._next_search = min(until for until in map(self._guard.until.__getitem__, hurt) if until > self.steps)
         self._looks, self._duel = 0, None
         self._watch(everyone, left[spec])

@@ -97,6 +97,7 @@ class Session:
         """Where parameters are stepped, for a recipe; None if an optimizer steps the module's own."""
         self._spec, self._settings, self._parameters = spec, settings, parameters
         self._masks, self._reshard, self._values = masks, reshard, values
+        self._phase = ""
         self._counted = link_bytes()
         self._auto = auto
         self._logged: Report | None = None
@@ -147,6 +148,9 @@ class Session:
 
     def phase(self, name: str) -> None:
         """Call the report's rows by this name from now on."""
+        if self._auto is not None and name != self._phase:
+            self._auto.search.expect_another_loss()
+        self._phase = name
         for collectives in self.collectives:
             collectives.meter.enter(name)
         for other in self.side_traffic:
@@ -163,18 +167,19 @@ class Session:
     def note_loss(self, loss: float | Tensor) -> None:
         """Tell `auto` the loss of a step, or of a backward, on this rank: a number, or a tensor with one value.
 
-        It is not waited for: the ranks compare their means when they compare how long steps take. If the loss is not finite, or
-        has risen far above its running mean, all ranks change to a gentler spec. Ranks may leave it out. Raises ValueError for
-        a tensor of several values.
+        It is not waited for: the ranks compare their means when they compare how long steps take. If the loss is not finite in
+        two comparisons, or has risen far above its running mean, all ranks change to a gentler spec. Ranks may leave it out.
+        Does nothing if a spec was given. Raises ValueError for a tensor of several values.
         """
+        if self._auto is None:
+            return
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise ValueError(
                     f"note_loss: expected a number or a tensor with one value, got one of shape {[*loss.shape]}"
                 )
             loss = loss.detach().reshape(()).to(torch.float32)
-        if self._auto is not None:
-            self._auto.search.note_loss(loss)
+        self._auto.search.note_loss(loss)
 
     def explain(self) -> str:
         """Return a table of the specs that `auto` has tried, their predicted and measured steps, and its choice.

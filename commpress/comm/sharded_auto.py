@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm.auto import SPECS, budget, compile_loops, explained, speeds
+from commpress.comm.choice import warn_of
 from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.cost import Speed, transfers
 from commpress.comm.plan import Plan
@@ -121,7 +122,7 @@ class ShardedAuto:
         self.outstanding.clear()
         if self.world_size == 1:
             return
-        now = time.perf_counter()
+        now, choices = time.perf_counter(), len(self.search.choices)
         if self._questions:
             rows = [row for told in self._questions[-1].answers() for row in told["rows"]]  # type: ignore[attr-defined]
             if len(self._questions) < len(self._asks):
@@ -146,6 +147,7 @@ class ShardedAuto:
                 one.parameters = self._plans["parameters"][parameters]
         self._noted.clear()
         self._began = time.perf_counter()
+        warn_of(self.search.choices[choices:], self._steered[0].rank == 0)  # last: a warning may be an error
 
     def may_begin(self) -> bool:
         """Whether the coming forward begins a step. A step is delayed while backwards of the last one are outstanding."""

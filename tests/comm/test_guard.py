@@ -104,9 +104,37 @@ def test_a_loss_that_rises_gives_way_to_a_gentler_spec_and_comes_back() -> None:
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_on_one_rank_is_one_for_all(loss: float) -> None:
-    broken: Losses = lambda spec, step, rank: loss if step == 100 and rank == 2 else 2.0  # noqa: E731
+    broken: Losses = lambda spec, step, rank: loss if 100 <= step < 140 and rank == 2 else 2.0  # noqa: E731
     first, second = World(PAYS, predicted=predicted(PAYS), losses=broken).run(200).searches[0].choices
     assert (first.spec, second.spec, second.cause) == ("int4", "int8", f"the loss was {loss} under int4")
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_one_step_whose_loss_is_not_finite_is_no_reason(loss: float) -> None:
+    """A GradScaler skips it. Infinities of two signs at once are no reason either."""
+    broken: Losses = lambda spec, step, rank: (-loss if rank else loss) if step == 100 else 2.0  # noqa: E731
+    choices = World(PAYS, predicted=predicted(PAYS), losses=broken).run(200).searches[0].choices
+    assert [(choice.spec, choice.cause) for choice in choices] == [("int4", "")]
+
+
+def test_a_loss_that_rises_in_another_phase_is_the_usual_one_there() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), losses=lambda spec, step, rank: 2.0 if step < 150 else 9.0).run(150)
+    for search in world.searches:
+        search.expect_another_loss()
+    world.run(400)
+    assert [(choice.spec, choice.cause) for choice in world.searches[0].choices] == [("int4", "")]
+
+
+def test_a_loss_that_rises_while_specs_are_tried_is_not_blamed_on_the_chosen_one() -> None:
+    slower: Errors = lambda spec, step: PAYS(spec, step) * (1.5 if step >= 200 else 1)  # noqa: E731
+    since = [10**9]
+    losses: Losses = lambda spec, step, rank: 2.0 if step < since[0] else 9.0  # noqa: E731
+    world = World(slower, predicted=predicted(PAYS), losses=losses).run(203)
+    while world.searches[0].state != "trying":
+        world.run(1)
+    since[0] = len(world.specs) + 2
+    world.run(400)
+    assert {choice.cause for choice in world.searches[0].choices} == {""}
 
 
 def test_a_loss_that_falls_or_swings_is_no_reason() -> None:
