@@ -120,8 +120,9 @@ def ways(specs: list[str], adam: bool = False) -> list[Way]:
     if adam:
         found.append(Way("OneBitAdamW sign", "commpress", partial(_behind, OneBitAdamW, "sign", {})))
         every = {"sync_every": LOCAL_STEPS}
-        name = f"ZeroOneAdamW sign, every {LOCAL_STEPS} steps"
-        found.append(Way(name, "commpress", partial(_behind, ZeroOneAdamW, "sign", every), period=LOCAL_STEPS))
+        for spec in ("sign", "topk(0.1)|sign"):
+            name = f"ZeroOneAdamW {spec}, every {LOCAL_STEPS} steps"
+            found.append(Way(name, "commpress", partial(_behind, ZeroOneAdamW, spec, every), period=LOCAL_STEPS))
     return found
 
 
