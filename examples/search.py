@@ -52,7 +52,7 @@ def train(model: nn.Module, steps: int, paths: search.Paths | None = None) -> nn
         (paths.loss(loss) if paths else loss).backward()
         optimizer.step()
         optimizer.zero_grad()
-    if session is not None and rank == 0:
+    if session is not None and rank == 0 and dist.get_world_size() > 1:
         print(session.receipt())
     return model
 
