@@ -15,7 +15,13 @@ TABLES = {"warnings": WARNINGS, "index": ERRORS}
 """What is called with the texts of a table, by the name of its marks on the page."""
 SECTIONS = {
     "Specs and settings": (
-        *("commpress/comm/codecs", "commpress/comm/auto.py", "commpress/comm/plan.py", "commpress/comm/rules.py"),
+        *(
+            "commpress/comm/codecs",
+            "commpress/comm/auto.py",
+            "commpress/comm/choice.py",
+            "commpress/comm/plan.py",
+            "commpress/comm/rules.py",
+        ),
         *("commpress/comm/sharded_auto.py", "commpress/comm/exchange", "commpress/comm/verify.py"),
         *(
             "commpress/comm/replicas.py",
