@@ -62,11 +62,14 @@ def say_what_became(run: "Run") -> None:
 
 
 class Display:
-    """Progress on rank 0: a bar in a terminal, else a line now and then. Other ranks show nothing."""
+    """Progress on rank 0: a bar in a terminal, else a line now and then. Other ranks show nothing.
 
-    def __init__(self, settings: Settings, task: Task, bar: Progress | None) -> None:
+    `sent` are the bytes that this rank has sent so far, in earlier starts of the run, too.
+    """
+
+    def __init__(self, settings: Settings, task: Task, bar: Progress | None, sent: int) -> None:
         self.settings, self.task_of_run, self.bar = settings, task, bar
-        self.sent = 0
+        self.sent = sent
         self.validation = ""
         self.task = bar.add_task(run_title(settings), total=settings.steps, figures="") if bar else None
 
@@ -96,8 +99,8 @@ class Display:
 
 
 @contextlib.contextmanager
-def display(settings: Settings, task: Task, done: int) -> Iterator[Display]:
-    """Return the display of training on this rank."""
+def display(settings: Settings, task: Task, sent: int) -> Iterator[Display]:
+    """Return the display of training on this rank, which has sent so many bytes so far."""
     if dist.get_rank() == 0 and sys.stdout.isatty():
         columns = (
             BarColumn(bar_width=None),  # what is left of the terminal's width
@@ -106,6 +109,6 @@ def display(settings: Settings, task: Task, done: int) -> Iterator[Display]:
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, expand=True) as bar:
-            yield Display(settings, task, bar)
+            yield Display(settings, task, bar, sent)
     else:
-        yield Display(settings, task, None)
+        yield Display(settings, task, None, sent)

@@ -150,7 +150,7 @@ def loop(run: Run, stop: runtime.Stop) -> None:
     endings.forget(run.out, run.device)
     if run.done == 0:
         run.add_to_curve(None, held_out(run))
-    with display(settings, run.task, run.done) as show, Recording(run) as recording:
+    with display(settings, run.task, run.traffic.sent_bytes) as show, Recording(run) as recording:
         while not run.finished:
             recording.before_step()
             train_loss, stopping = step(run, stop)
