@@ -245,6 +245,7 @@ def _serve(pipe: Connection, modules: tuple[str, ...]) -> None:
 
 def _called(url: str, rank: int, world_size: int, group_timeout: float, call: bytes) -> Any:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # a program that ran here before may have set another number, and not on all ranks
     dist.init_process_group(
         "gloo",
         init_method=url,
