@@ -116,7 +116,8 @@ def test_the_numbers_and_the_kernels_are_those_of_zeros_in_the_file(
             assert kernels == others
 
 
-@pytest.mark.parametrize("settings", [Quantization(activations="static"), slow(None), slow(Quantization(4, 32))])
+@pytest.mark.slow  # a stored file's is quick: tests/model/test_stored.py
+@pytest.mark.parametrize("settings", [Quantization(activations="static"), None, Quantization(4, 32)])
 def test_two_of_four_is_smaller_in_the_file_and_gives_the_same_numbers(
     settings: Quantization | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
