@@ -91,8 +91,6 @@ class Search:
         self._figures: Figures = {}
         """The largest errors and residuals since the search began, or since the last check."""
         self._guard = Guard(self.budget)
-        self._loss_is = ""
-        """What was wrong with the loss in the last comparison."""
         self._rivals: list[str] = []
         """Specs that are still to meet the chosen one in a duel."""
         self._duel: Duel | None = None
@@ -200,15 +198,15 @@ class Search:
         They were sent one step ago: the step during which they arrived ends here.
         """
         self.steps += 1
-        self._loss_is = self._guard.loss.note(mean_loss(everyone))
-        if self._loss_is and self._state != "chosen":  # of which of the specs in turn is not known
+        wrong = self._guard.loss.note(mean_loss(everyone))
+        if wrong and self._state != "chosen":  # of which of the specs in turn is not known
             self._guard.loss.forget()
         if self._state == "plain":
             self._rank(everyone)
         elif self._state == "trying":
             self._end_round(everyone)
         else:
-            self._look(everyone)
+            self._look(everyone, wrong)
 
     def _begin(self, steps: Sequence[tuple[str, str]], keep: bool = False) -> None:
         self._steps_to_come = deque(step for step in steps for _ in range(self.period(step[0])))
@@ -345,10 +343,11 @@ class Search:
             self.choices.append(Choice(duel.winner(), self.steps, choice.trials))
         self._next_duel()
 
-    def _look(self, everyone: Sequence[Said]) -> None:
+    def _look(self, everyone: Sequence[Said], wrong: str) -> None:
+        """Compare steps, figures and losses. `wrong` says what is wrong with the loss, if anything is."""
         choice = self.choices[-1]
         in_use = (choice.spec,) if self._duel is None else self._duel.turns()
-        hurt = self._guard.blame(self._loss_is, sorted(in_use, key=self._order().index))
+        hurt = self._guard.blame(wrong, sorted(in_use, key=self._order().index))
         hurt |= self._guard.causes(worst(everyone))
         hurt.pop(PLAIN, None)  # it is the gentlest: a loss that rises under it is not a codec's
         self._guard.ban(hurt, self.steps)

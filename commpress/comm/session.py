@@ -97,7 +97,6 @@ class Session:
         """Where parameters are stepped, for a recipe; None if an optimizer steps the module's own."""
         self._spec, self._settings, self._parameters = spec, settings, parameters
         self._masks, self._reshard, self._values = masks, reshard, values
-        self._phase = ""
         self._counted = link_bytes()
         self._auto = auto
         self._logged: Report | None = None
@@ -148,9 +147,8 @@ class Session:
 
     def phase(self, name: str) -> None:
         """Call the report's rows by this name from now on."""
-        if self._auto is not None and name != self._phase:
+        if self._auto is not None and name != self.collectives[0].meter.phase:
             self._auto.search.expect_another_loss()
-        self._phase = name
         for collectives in self.collectives:
             collectives.meter.enter(name)
         for other in self.side_traffic:
@@ -175,9 +173,8 @@ class Session:
             return
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
-                raise ValueError(
-                    f"note_loss: expected a number or a tensor with one value, got one of shape {[*loss.shape]}"
-                )
+                shape = [*loss.shape]
+                raise ValueError(f"note_loss: expected a number or a tensor with one value, got one of shape {shape}")
             loss = loss.detach().reshape(()).to(torch.float32)
         self._auto.search.note_loss(loss)
 

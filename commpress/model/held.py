@@ -27,11 +27,11 @@ class Holding(Protocol):
 
     @property
     def parts(self) -> Mapping[Tensor, Sequence[Part]]:
-        """What this rank's optimizer steps of each parameter; an empty sequence if that is nothing."""
+        """Return the parts of each parameter that this rank's optimizer steps; an empty sequence if it steps none."""
 
     @property
     def copies(self) -> Mapping[Tensor, Sequence[Part]]:
-        """What else on this rank has values of a parameter, besides the module."""
+        """Return the parts of each parameter that are on this rank besides the module's and those that are stepped."""
 
     @property
     def gathers(self) -> bool:
@@ -73,7 +73,7 @@ class Held:
         return [*found, self.p.detach()] if self.p.shape == self.shape else found
 
     def cut(self, x: Tensor) -> list[Tensor]:
-        """What of `x`, of which every rank holds all in the whole parameter's shape, belongs to each of `values`."""
+        """Return the part of `x`, a tensor of the whole parameter's shape on every rank, for each tensor of `values`."""
         if not self.is_flat:
             return [part_like(x, self.p)]
         row = x.reshape(-1)
@@ -86,7 +86,7 @@ class Held:
         return [None if flat.grad is None else flat.grad[at] for flat, at, _ in self._parts]
 
     def remembered(self, optimizer: Optimizer) -> list[list[Tensor]]:
-        """What an optimizer remembers of the values that it steps, in the order of `values`: tensors of their shape.
+        """Return the optimizer's state of the values that it steps, in the order of `values`: tensors of their shape.
 
         `inverse` of the compressed optimizers is not among them: it is a scale, not a memory.
         """

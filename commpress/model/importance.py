@@ -77,7 +77,7 @@ class _OfGradients:
         self._group = group
         self._held = {name: Held(p, holding) for name, p in parameters.items()}
         self._sums = {name: self._zeros(held) for name, held in self._held.items()}
-        """What was added up, by the parameter: one tensor for each that the optimizer steps."""
+        """The sums so far, by the parameter: one tensor for each that the optimizer steps."""
         self._steps = dict.fromkeys(parameters, 0)
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class _OfGradients:
         return [torch.zeros_like(x, dtype=torch.float32) for x, _ in zip(held.values(), held.gradients(), strict=False)]
 
     def _row(self, name: str) -> Tensor:
-        """What this rank has added up of a parameter, in one tensor."""
+        """Return this rank's sums of a parameter, in one tensor."""
         if not self._held[name].is_flat:
             return local(self._sums[name][0])
         return torch.cat([torch.zeros(0, dtype=torch.float32, device=self._held[name].p.device), *self._sums[name]])

@@ -14,7 +14,8 @@ from commpress.comm.masks_index import MaskIndex, pack, unpack, zero_others
 from commpress.comm.owned_slices import OwnedSlice
 
 Part = tuple[Tensor, slice, slice]
-"""(flat, at, values): `flat[at]` are the `values` of a parameter, which are counted row by row."""
+"""(flat, at, values): `flat[at]` are the `values` of a parameter, which are counted row by row. As in `commpress.model.held`,
+which an install without the extra `model` cannot import."""
 
 
 @dataclass

@@ -77,7 +77,7 @@ def settings(runs: Sequence[tuple[str, Record]]) -> list[list[str]]:
 
 
 def lscpu(said: Mapping[str, Any]) -> str:
-    """What a record tells of its processor, in one line: family 25, model 17, ..., simd avx2 avx512f, l2_kib 1024."""
+    """Return the processor of a record in one line: family 25, model 17, ..., simd avx2 avx512f, l2_kib 1024."""
     told = {key: " ".join(value) if isinstance(value, list) else value for key, value in said.items() if key != "name"}
     return ", ".join(f"{key} {value}" for key, value in told.items() if value)
 
