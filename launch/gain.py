@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
+from commpress.comm.auto import without_pieces
 from commpress.comm.meter import SPEC_IS_NONE
 from commpress.launch.records import Record
 
@@ -88,7 +89,7 @@ def _bytes(run: Record) -> str:
 
 def _of_chosen(run: Record) -> float | None:
     """Dense bytes over sent ones in the steps by the spec that auto has chosen, whatever it tried before or behind them."""
-    report, spec = run.get("report", {}), chosen(run)
+    report, spec = run.get("report", {}), without_pieces(chosen(run))
     rows = report.get("rows", [])
     mine = [row for row in rows if row["spec"] == spec]
     steps = max((row["steps"] for row in mine), default=0)

@@ -21,8 +21,8 @@ from commpress.comm import cost
 from commpress.comm.agreement import gather_settings
 from commpress.comm.auto import SPECS
 from commpress.comm.cost import Cluster
+from commpress.comm.link_speed import LinkSpeed, between_and_inside, by_host
 from commpress.launch import runtime, stragglers, units
-from commpress.launch.link_speed import LinkSpeed, between_and_inside, by_host
 from commpress.launch.model_size import parts, trained_parameters
 from commpress.launch.predictions import (
     BUCKET,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from commpress.launch.link_speed import FEWEST, largest, repeats
+from commpress.comm.link_speed import FEWEST, largest, repeats
 
 BEHIND = 1.1
 """A rank is a straggler if its median is more than so many times the median of all ranks."""

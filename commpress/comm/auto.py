@@ -4,13 +4,16 @@ The first steps have the bits of plain training. They show the speed of the link
 ranks the specs; the best two and `none` are then tried in turns, and the measured medians decide (`search.py`). Only specs that
 keep the loss under any optimizer are tried. In a turn of `none` the exact mean contains the residual. Now and then the error of
 a step and the residual are measured: if a spec hurts (`guard.py`), all ranks change to a gentler one.
+
+The size of what is sent at once is chosen, too: whole buckets, or `int4 in 4 MB`, pieces of about 4 MB of them. Small pieces
+are sent sooner, but each costs the codec and the link something. Pieces only meet the chosen spec, in a duel (`duel.py`).
 """
 
 import re
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -26,10 +29,13 @@ from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.cost import Cluster, Speed, transfers
 from commpress.comm.error import ErrorWatch
 from commpress.comm.guard import BUDGET
+from commpress.comm.links import Counted, LinkCounter, Links
+from commpress.comm.parts import pieces
 from commpress.comm.plan import Plan
 from commpress.comm.question import Question
 from commpress.comm.said import Said
 from commpress.comm.search import PLAIN, Search
+from commpress.comm.segments import Segments, sizes
 from commpress.comm.speed import measure
 from commpress.kernels.cpu.slices import cores
 
@@ -38,6 +44,10 @@ if TYPE_CHECKING:
 
 SPECS = (PLAIN, "bf16", "int8", "int4")
 """The specs that `auto` may choose, the gentlest first."""
+PIECE = 4_000_000
+"""The bytes of a piece of a bucket, about."""
+IN_PIECES = f" in {PIECE / 1e6:g} MB"
+"""What is added to the name of a spec whose buckets are sent in pieces."""
 TIMED = 2**20
 """The number of values with which a codec is timed when a session is made."""
 UNSEEN = (
@@ -81,11 +91,33 @@ def compile_loops(device: torch.device, dtypes: Collection[torch.dtype]) -> None
             warm_up(parse(spec), device, dtype)
 
 
+def without_pieces(name: str) -> str:
+    """Return the spec of a candidate."""
+    return name.removesuffix(IN_PIECES)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the last prediction was made of: the values of the buckets and of their pieces, the codecs' speeds, the cluster,
+    the seconds of computation and the bytes of a value."""
+
+    buckets: list[int]
+    pieces: list[int]
+    speeds: dict[str, Speed]
+    cluster: Cluster
+    compute: float
+    itemsize: int
+
+    def of(self, name: str) -> list[int]:
+        """Return the values of the exchanges of a step."""
+        return self.pieces if name.endswith(IN_PIECES) else self.buckets
+
+
 class Auto:
     """The choice of the plan for the gradients of one set of replicas, step by step. `error_feedback` is as in `attach`.
 
     `budget` is the error that a spec may have: |mean - dense mean| / |dense mean|. `specs` are the candidates, the gentlest
-    first, which is `none`.
+    first, which is `none`. `may_cut` says whether buckets may be sent in pieces. Collective.
     """
 
     def __init__(
@@ -94,11 +126,17 @@ class Auto:
         error_feedback: bool,
         budget: float = BUDGET,
         specs: tuple[str, ...] = SPECS,
+        may_cut: bool = False,
     ) -> None:
         self._collectives = collectives
-        self._plans = {spec: Plan.of(spec, None, error_feedback) for spec in specs}
+        self._plans: dict[str, Plan] = {}
+        for spec in specs:  # the gentlest first
+            plan = Plan.of(spec, None, error_feedback)
+            self._plans |= {spec: plan} | ({spec + IN_PIECES: plan} if may_cut and spec != PLAIN else {})
         self._speeds = speeds(collectives.device, specs) if collectives.world_size > 1 else {}
-        self.search = Search(self._predicted, budget)
+        self._counter = LinkCounter()
+        self._links = Links.measured(collectives.traffic.wire) if collectives.world_size > 1 else Links()
+        self.search = Search(self._predicted, budget, codec=without_pieces)
         self._began: float | None = None
         self._asked = 0.0
         """Seconds that the last comparison of the ranks took on this rank."""
@@ -106,10 +144,11 @@ class Auto:
         """The question by which the ranks exchange their figures in the present step; None in most steps."""
         self.watch: ErrorWatch | None = None
         """The watch that measures the error of the present step; None if it is not measured."""
-        self._buckets: list[tuple[int, int]] = []
+        self._buckets: list[tuple[Segments, int]] = []
+        """The buckets of this step, and the bytes of their values."""
         self._mark = (0, 0.0, 0.0)
-        self._model: tuple[list[int], dict[str, Speed], Cluster, float, int] | None = None
-        """The last prediction: buckets, speeds, cluster, seconds of computation, bytes a value."""
+        self._model: _Model | None = None
+        """The last prediction; None before the first one."""
 
     @property
     def spec(self) -> str:
@@ -129,7 +168,7 @@ class Auto:
             choices = len(self.search.choices)
             question, self._question = self._question, None
             self.search.compare(question.answers())
-            self._mark = self._totals()
+            self._begin_turn()
             chosen = self.search.choices[choices:]
             self._asked += time.perf_counter() - now
         elif self._began is not None:
@@ -138,7 +177,7 @@ class Auto:
                 self._question = collectives.traffic.send_question(self._said(), "how long the steps took")
                 self._asked = time.perf_counter() - now
             elif warms_up:
-                self._mark = self._totals()
+                self._begin_turn()
         plan = self._plans[self.search.spec]
         collectives.gradients = plan
         self.watch = ErrorWatch(plan.codec) if self.search.checks else None
@@ -146,25 +185,36 @@ class Auto:
         self._began = time.perf_counter()
         warn_of(chosen, collectives.rank == 0)  # last: a warning may be an error
 
-    def note_bucket(self, n: int, itemsize: int) -> None:
-        """Note a bucket of this step."""
-        self._buckets.append((n, itemsize))
+    def note_bucket(self, segments: Segments, itemsize: int) -> None:
+        """Note a bucket of this step, and the bytes of one of its values."""
+        self._buckets.append((segments, itemsize))
+
+    def cut(self, segments: Segments, itemsize: int) -> list[Segments]:
+        """Return the pieces in which a bucket of this step is sent."""
+        return pieces(segments, PIECE // itemsize) if self.search.spec.endswith(IN_PIECES) else [segments]
 
     def explain(self) -> str:
-        """Return the specs that were tried last, and their steps, as a table."""
-        return explained(self.search, self._collectives.world_size, self._collectives.device)
+        """Return the specs that were tried last, and their steps, as a table; then what the links do."""
+        table = explained(self.search, self._collectives.world_size, self._collectives.device)
+        return f"{table}{self._links}" if self.search.choices else table
 
     def break_even(self) -> float | None:
         """Return the bytes a second of a link above which `none` is predicted to be faster than the choice."""
         if self.search.choice is None or self.search.choice.spec == PLAIN or self._model is None:
             return None
-        spec, (buckets, known, cluster, compute, itemsize) = self.search.choice.spec, self._model
-        if cluster.ranks_per_host >= cluster.world_size:
+        name, model = self.search.choice.spec, self._model
+        if model.cluster.ranks_per_host >= model.cluster.world_size:
             return None  # there is no link between hosts
-        speed, dense = known[spec], known[PLAIN]
-        return cost.break_even(self._plans[spec], buckets, speed, dense, cluster, compute, itemsize)
+        speed, dense = model.speeds[without_pieces(name)], model.speeds[PLAIN]
+        of = model.cluster, model.compute, model.itemsize
+        return cost.break_even(self._plans[name], model.of(name), speed, dense, *of)
 
     # the figures that the ranks exchange
+
+    def _begin_turn(self) -> None:
+        """Begin to count the seconds and the link's bytes of a turn."""
+        self._mark = self._totals()
+        self._counter.start()
 
     def _totals(self) -> tuple[int, float, float]:
         return self.search.steps, *self._collectives.traffic.spent("gradients")
@@ -180,6 +230,7 @@ class Auto:
                 "busy": busy,
                 "cores": self._cores(),
                 "ranks here": self._ranks_here(),
+                "link": self._counter.rates(),
                 "speeds": {spec: asdict(speed) for spec, speed in self._speeds.items()},
             }
         return said
@@ -196,21 +247,27 @@ class Auto:
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
         """Return the predicted seconds of a step by spec: the model's, scaled so that it is right for the plain step."""
         W, found = self._collectives.world_size, [_Told(said) for said in everyone]
-        buckets, itemsize = [n for n, _ in self._buckets], max((size for _, size in self._buckets), default=4)
+        buckets, itemsize = (
+            [sum(sizes(of)) for of, _ in self._buckets],
+            max((size for _, size in self._buckets), default=4),
+        )
         if not buckets:
             return {PLAIN: plain}
         # hosts may have different numbers of ranks: all ranks predict from one figure
         ranks_per_host = max(one.ranks_here for one in found)
         dense = [
             m
-            for n, size in self._buckets
+            for n, (_, size) in zip(buckets, self._buckets, strict=True)
             for m in transfers(self._plans[PLAIN].choose(n, size, W), n, size, W, 0, ranks_per_host)
         ]
         busy, exposed = (statistics.fmean(getattr(one, key) for one in found) for key in ("busy", "exposed"))
         crossing, moved = sum(m.crossing for m in dense) * cost.FRAME, sum(m.sent + m.received for m in dense)
+        latency = self._links.latency
+        moving = max(busy / 2, busy - latency * sum(m.rounds for m in dense if m.crossing))
         cluster = Cluster(
             W,
-            bandwidth=crossing / busy if crossing and busy else cost.FASTEST,
+            bandwidth=crossing / moving if crossing and moving else cost.FASTEST,
+            latency=latency,
             ranks_per_host=ranks_per_host,
             cores=min(one.cores for one in found),
             stack=0.0 if crossing else busy / max(1, moved),
@@ -219,16 +276,20 @@ class Auto:
         slowest = {
             spec: max((one.speeds[spec] for one in found), key=lambda speed: speed.encode) for spec in self._speeds
         }
-        compute = max(0.0, plain - exposed)
-        self._model = buckets, slowest, cluster, compute, itemsize
+        cuts = [sum(sizes(piece)) for of, size in self._buckets for piece in pieces(of, PIECE // size)]
+        self._model = _Model(buckets, cuts, slowest, cluster, max(0.0, plain - exposed), itemsize)
+        self._links = self._links.loaded([one.link for one in found], crossing / plain)
         seconds = {spec: self._step_seconds(spec) for spec in self._plans}
-        return {spec: plain * seconds[spec] / seconds[PLAIN] for spec in self._plans}
+        if len(cuts) == len(buckets):  # nothing to cut
+            seconds = {name: of for name, of in seconds.items() if not name.endswith(IN_PIECES)}
+        return {spec: plain * of / seconds[PLAIN] for spec, of in seconds.items()}
 
-    def _step_seconds(self, spec: str) -> float:
+    def _step_seconds(self, name: str) -> float:
         """Return the seconds of a step by the last model, which must exist."""
         assert self._model is not None
-        buckets, known, cluster, compute, itemsize = self._model
-        return cost.step(self._plans[spec], buckets, known[spec], cluster, compute, itemsize).seconds
+        model, speed = self._model, self._model.speeds[without_pieces(name)]
+        of = speed, model.cluster, model.compute, model.itemsize
+        return cost.step(self._plans[name], model.of(name), *of).seconds
 
 
 class _Told:
@@ -237,6 +298,7 @@ class _Told:
     def __init__(self, said: Said) -> None:
         self.busy, self.exposed, self.cores = (float(str(said[key])) for key in ("busy", "exposed", "cores"))
         self.ranks_here = int(str(said["ranks here"]))
+        self.link: Counted = said["link"]  # type: ignore[assignment]
         rows = said["speeds"]
         assert isinstance(rows, Mapping)
         self.speeds = {

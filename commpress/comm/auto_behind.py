@@ -76,14 +76,16 @@ class AutoBehind(Auto):
         """Return the seconds of a step by the last model; with local steps the mean over an interval, in which each bucket is
         sent once."""
         assert self._model is not None
-        buckets, known, cluster, compute, itemsize = self._model
-        candidate, total = self._candidates[name], sum(buckets)
+        model, candidate = self._model, self._candidates[name]
+        buckets, total = model.buckets, sum(model.buckets)
         turns: list[list[int]] = [[] for _ in range(candidate.now)]
         start = 0
         for n in filter(None, buckets):
             turns[start * candidate.now // total].append(n)
             start += n
-        of = self._plans[name], known[candidate.spec]
-        return fmean(
-            cost.step(of[0], turn, of[1], cluster, compute, itemsize).seconds if turn else compute for turn in turns
+        plan, speed, of = (
+            self._plans[name],
+            model.speeds[candidate.spec],
+            (model.cluster, model.compute, model.itemsize),
         )
+        return fmean(cost.step(plan, turn, speed, *of).seconds if turn else model.compute for turn in turns)

@@ -9,7 +9,7 @@ hurts is not tried for a while, which is longer each time.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -30,6 +30,12 @@ SETTLED = 8
 """Looks without which the usual loss is not known; a search has four of them."""
 WEIGHT, SPREAD_WEIGHT = 0.5, 0.1
 """The weights of the last look in the running mean, which follows a loss that falls, and in the usual distance above it."""
+
+
+def with_kin(hurt: Mapping[str, str], specs: Iterable[str], codec: Callable[[str], str]) -> dict[str, str]:
+    """Return all of these specs whose codec hurts, and how, from some that hurt."""
+    how = {codec(spec): why for spec, why in hurt.items()}
+    return {spec: how[codec(spec)] for spec in specs if codec(spec) in how}
 
 
 class LossWatch:

@@ -2,6 +2,8 @@
 
     [a b c d] -> [a d] -> exchange -> [A D] \\
               -> [c]   -> exchange -> [C]   / -> [A b C D]
+
+Parts that lie together, `[a b]` and `[c d]`, are pieces: they need no copies.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from commpress.comm.segments import Segments, sizes
+from commpress.comm.segments import Segment, Segments, sizes
 
 Finished = Callable[[BaseException | None], None]
 
@@ -24,18 +26,43 @@ def taken_apart(
     last part, or with the first error.
     """
     places = dict(zip((segment.name for segment in segments), bucket.split(sizes(segments)), strict=True))
-    waiting = len(parts)
+    ended = after(len(parts), finished)
 
     def arrived(part: Segments, flat: Tensor, error: BaseException | None) -> None:
-        nonlocal waiting
         if error is None:
             for segment, values in zip(part, flat.split(sizes(part)), strict=True):
                 places[segment.name].copy_(values)
+        ended(error)
+
+    for part in parts:
+        flat = torch.cat([places[segment.name] for segment in part])
+        yield flat, part, partial(arrived, part, flat)
+
+
+def pieces(segments: Segments, values: int) -> list[Segments]:
+    """Cut a bucket into pieces of `values` values each, or a little more. It is cut only between its segments; what is left at
+    the end belongs to the last piece if it is less than half of one."""
+    found: list[list[Segment]] = [[]]
+    for segment in segments:
+        if sum(sizes(found[-1])) >= values:
+            found.append([])
+        found[-1].append(segment)
+    if len(found) > 1 and 2 * sum(sizes(found[-1])) < values:
+        last = found.pop()
+        found[-1] += last
+    return [tuple(piece) for piece in found]
+
+
+def after(count: int, finished: Finished) -> Finished:
+    """Return a function to call at the end of each of `count` exchanges. It calls `finished` once: at the last end, or with the
+    first error."""
+    waiting = count
+
+    def ended(error: BaseException | None) -> None:
+        nonlocal waiting
         waiting -= 1
         if waiting == 0 or (error is not None and waiting > 0):
             waiting = min(waiting, 0)  # `finished` is not called a second time
             finished(error)
 
-    for part in parts:
-        flat = torch.cat([places[segment.name] for segment in part])
-        yield flat, part, partial(arrived, part, flat)
+    return ended

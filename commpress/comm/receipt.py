@@ -1,24 +1,13 @@
 """The receipt of a session: whether compression has paid in this run, in seconds and bytes, and on which links it would pay."""
 
-import os
 from dataclasses import asdict, dataclass, field
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from commpress.comm.choice import Choice
 from commpress.comm.codecs import AUTO
 from commpress.comm.meter import NOT_SENT, SPEC_IS_NONE, Report, dense_in
 from commpress.comm.search import PLAIN
-
-COUNTER = "/sys/class/net/{}/statistics/tx_bytes"
-
-
-def link_bytes() -> int | None:
-    """Return the kernel's count of bytes sent on the interface that Gloo was set to use; None if it is not set, or is lo."""
-    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    counter = Path(COUNTER.format(name))
-    return int(counter.read_text()) if name not in ("", "lo") and counter.exists() else None
 
 
 @dataclass

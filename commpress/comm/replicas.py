@@ -83,7 +83,10 @@ def replicas_session(
             compile_loops(device, set(dtypes))
     auto = None
     if allowed is not None:
-        auto = Auto(collectives, error_feedback, allowed) if optimizer is None else AutoBehind(collectives, optimizer)
+        if optimizer is None:
+            auto = Auto(collectives, error_feedback, allowed, may_cut=rules is None)
+        else:
+            auto = AutoBehind(collectives, optimizer)
     named = str(plan.codec) if by_name is spec else str(rules or AUTO)
 
     def masks(given: Masks) -> list[MaskIndex]:

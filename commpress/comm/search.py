@@ -5,8 +5,7 @@
                                              behind: dropped                       as long as they were? Else from `none` on
 
 On a noisy machine a median of a few steps cannot decide between close specs. So a spec replaces a gentler one only if it was
-faster in each round (it may lose one of five). If that is still open, further rounds follow. A spec that was close to the
-chosen one is compared with it again afterwards (`duel.py`).
+faster in each round (it may lose one of five). If that is open, further rounds follow. Close specs meet again in a `duel.py`.
 
 A spec must also not hurt (`guard.py`): its error and its residual are measured in steps that are not timed, and the ranks
 compare their losses, if they know them. A spec that hurts is dropped. If it was the chosen one, a gentler one takes its place;
@@ -14,9 +13,8 @@ a later search may try it again.
 
 The steps of a turn are timed from one to the next; the first of each turn is not counted. If a spec has steps of several kinds
 that repeat (its `period`), whole periods replace steps, and the mean step of a period counts. The ranks compare at the same
-steps, and decide from the figures of all, so all decide the same. Their messages are sent during one more step, by the spec of
-the step before it, so that no rank waits for them. A search has no clock and no process group: its owner gives it the seconds
-of a step, and the ranks' figures.
+steps, by the figures of all, which are sent during one more step, so that no rank waits for them. A search has no clock and no
+process group: its owner gives it the seconds of a step, and the ranks' figures.
 """
 
 import math
@@ -29,7 +27,7 @@ from torch import Tensor
 
 from commpress.comm.choice import Choice, Trial
 from commpress.comm.duel import CLOSE, Duel
-from commpress.comm.guard import BUDGET, Guard
+from commpress.comm.guard import BUDGET, Guard, with_kin
 from commpress.comm.said import Figures, Said, fastest_turns, mean_loss, mean_medians, worse, worst
 
 PLAIN = "none"
@@ -75,6 +73,8 @@ class Search:
     budget: float = BUDGET
     period: Callable[[str], int] = lambda spec: 1
     """The number of steps after which the kinds of a spec's steps repeat; the mean of that many counts. It is 1 for `none`."""
+    codec: Callable[[str], str] = lambda spec: spec
+    """The codec of a spec. A spec with another name than its codec is only compared with the chosen one, in a duel."""
     holds: bool = False
     """While True no spec is tried: the plain steps go on, and their last turn counts."""
     choices: list[Choice] = field(default_factory=list)
@@ -152,7 +152,8 @@ class Search:
         elif found:
             self._figures = worst([self._figures, found])
             if hurt := self._guard.causes(found):  # all ranks hold the same figures, so all find this at the same step
-                left = [one for one in self._steps_to_come if one[0] != spec]
+                hurt = with_kin(hurt, self._order(), self.codec)
+                left = [one for one in self._steps_to_come if one[0] not in hurt]
                 self._steps_to_come = deque(left if self._state == "trying" else ())
                 if self._state == "trying":
                     self._guard.ban(hurt, self.steps)
@@ -216,7 +217,8 @@ class Search:
     def _rank(self, everyone: Sequence[Said]) -> None:
         plain = mean_medians(everyone)[PLAIN]
         self._predicted = dict(self.predict(everyone, plain))
-        others = [s for s in self._predicted if s != PLAIN and self._predicted[s] < HOPELESS * plain]
+        whole = [s for s in self._predicted if self.codec(s) == s != PLAIN]
+        others = [s for s in whole if self._predicted[s] < HOPELESS * plain]
         others = [s for s in others if self._guard.allows(s, self.steps)]
         self._tried = [PLAIN, *sorted(others, key=lambda s: (not self._may_be_worth(s), self._predicted[s]))[:MOST]]
         self._longest = max(map(self.period, self._tried))
@@ -230,7 +232,7 @@ class Search:
     def _may_be_worth(self, spec: str) -> bool:
         """Whether a spec's predicted step is shorter than those of all gentler specs by at least the share of `WORTH`."""
         order = list(self._predicted)
-        gentler = [self._predicted[one] for one in order[: order.index(spec)]]
+        gentler = [self._predicted[one] for one in order[: order.index(spec)] if self.codec(one) == one]
         return self._predicted[spec] < WORTH * min(gentler)
 
     def _next_round(self) -> None:
@@ -348,7 +350,7 @@ class Search:
         choice = self.choices[-1]
         in_use = (choice.spec,) if self._duel is None else self._duel.turns()
         hurt = self._guard.blame(wrong, sorted(in_use, key=self._order().index))
-        hurt |= self._guard.causes(worst(everyone))
+        hurt = with_kin(hurt | self._guard.causes(worst(everyone)), self._order(), self.codec)
         hurt.pop(PLAIN, None)  # it is the gentlest: a loss that rises under it is not a codec's
         self._guard.ban(hurt, self.steps)
         choice.trials, then = self._checked(choice.trials, everyone), choice.seconds(choice.spec)

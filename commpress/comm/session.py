@@ -16,12 +16,13 @@ from commpress.comm.agreement import Settings, require_equal
 from commpress.comm.auto import Auto, budget
 from commpress.comm.collectives import Collectives
 from commpress.comm.failure import ExchangeError
+from commpress.comm.links import LinkCounter
 from commpress.comm.masks_index import MaskIndex, described
 from commpress.comm.meter import Report
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.parameters import bare_name
 from commpress.comm.rank_state import RankState
-from commpress.comm.receipt import Receipt, link_bytes, receipt
+from commpress.comm.receipt import Receipt, receipt
 from commpress.comm.resize import (
     Memories,
     empty_memories,
@@ -97,7 +98,7 @@ class Session:
         """Where parameters are stepped, for a recipe; None if an optimizer steps the module's own."""
         self._spec, self._settings, self._parameters = spec, settings, parameters
         self._masks, self._reshard, self._values = masks, reshard, values
-        self._counted = link_bytes()
+        self._counter = LinkCounter()
         self._auto = auto
         self._logged: Report | None = None
 
@@ -187,9 +188,7 @@ class Session:
 
     def receipt(self) -> Receipt:
         """Return whether compression has paid so far: a step with it against one without it, on this rank."""
-        counted = link_bytes()
-        counted = None if counted is None or self._counted is None else counted - self._counted
-        auto = self._auto
+        counted, auto = self._counter.sent(), self._auto
         if auto is None:
             return receipt(self.report(), None, self._spec, counted, None)
         whole = budget(self._spec) is not None

@@ -20,7 +20,7 @@ from commpress.comm.collectives import Collectives
 from commpress.comm.feedback import Feedback
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.parameters import real_view
-from commpress.comm.parts import taken_apart
+from commpress.comm.parts import after, taken_apart
 from commpress.comm.plan import Override
 from commpress.comm.resize import require_same_parameters
 from commpress.comm.rules import Rules
@@ -82,7 +82,7 @@ class StepBuffer:
             self._begin()
         self._begins = last
         if self.auto is not None:
-            self.auto.note_bucket(bucket.numel(), bucket.element_size())
+            self.auto.note_bucket(segments, real_view(bucket).element_size())
         if self.optimizer is not None:
             self.optimizer.on_bucket(bucket, segments)
         if last and self._backward_started is not None:
@@ -117,17 +117,17 @@ class StepBuffer:
         require_same_parameters(saved, {name: part.numel() for name, part in places.items()})
         layouts = [tuple(known[segment.name] for segment in layout) for layout in layouts]  # a state has no shapes
         flats = [torch.cat([places[segment.name] for segment in layout]) for layout in layouts]
-        waiting = len(layouts)
+
+        def finish_all(error: BaseException | None) -> None:
+            for one in pending:
+                one.work.finish(error)
+
+        ended = after(len(layouts), finish_all)
 
         def finished(layout: Segments, flat: Tensor, error: BaseException | None) -> None:
-            nonlocal waiting
             for segment, part in zip(layout, flat.split(sizes(layout)), strict=True):
                 places[segment.name].copy_(part)
-            waiting -= 1
-            if waiting == 0 or (error is not None and waiting > 0):
-                waiting = min(waiting, 0)  # `finish` is not called a second time
-                for one in pending:
-                    one.work.finish(error)
+            ended(error)
 
         self._on_all_buckets(flats)
         for index, (layout, flat) in enumerate(zip(layouts, flats, strict=True)):
@@ -180,7 +180,10 @@ class StepBuffer:
         if self.rules is not None:
             return self._send_by_rules(self.rules, x, segments, index, last, then)
         if optimizer is None:
-            return collectives.all_reduce(x, segments, index, step=step, last=last, then=then)
+            pieces = [segments] if self.auto is None else self.auto.cut(segments, real_view(x).element_size())
+            if len(pieces) == 1:
+                return collectives.all_reduce(x, segments, index, step=step, last=last, then=then)
+            return self._send_pieces(pieces, x, index, last, then)
         codec, parts = collectives.gradients.codec, optimizer.split(segments)
         if parts == [segments]:
             override = optimizer.override(segments, codec)
@@ -196,6 +199,23 @@ class StepBuffer:
             override = optimizer.override(part, codec)
             ends = last and part is parts[-1]
             collectives.all_reduce(flat, part, index, override=override, step=step, last=ends, then=done)
+        return whole
+
+    def _send_pieces(
+        self,
+        pieces: list[Segments],
+        x: Tensor,
+        index: int,
+        last: bool,
+        then: Callable[[BaseException | None], None] | None,
+    ) -> Work:
+        """Exchange a bucket in pieces, each as soon as the link is free."""
+        whole = Work(x, not_counted)
+        ended = after(len(pieces), whole.finish if then is None else then)
+        parts = real_view(x).view(-1).split([sum(sizes(piece)) for piece in pieces])
+        for values, piece in zip(parts, pieces, strict=True):
+            ends = last and piece is pieces[-1]
+            self.collectives.all_reduce(values, piece, index, step=self._current, last=ends, then=ended)
         return whole
 
     def _send_by_rules(

@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from training import network, train
 
 import commpress
-from commpress.comm import receipt as receipts
-from commpress.comm.receipt import Receipt, link_bytes
+from commpress.comm import links
+from commpress.comm.links import link_bytes
+from commpress.comm.receipt import Receipt
 
 GIVEN = Receipt("int4", 100, 1e6, 8e6, 4e6)
 BYTES = "sent 1.000 MB a step, mean of 100 steps: a dense exchange in float32 sends 8.0x of that, in bfloat16 4.0x"
@@ -47,27 +48,29 @@ def test_the_kernel_s_count_is_that_of_the_first_interface_of_gloo(
     for name, count in {"eth7": 12_345, "eth8": 1, "lo": 2}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "tx_bytes").write_text(f"{count}\n")
-    monkeypatch.setattr(receipts, "COUNTER", f"{tmp_path}/{{}}/tx_bytes")
+        (tmp_path / name / "rx_bytes").write_text(f"{2 * count}\n")
+    monkeypatch.setattr(links, "COUNTERS", f"{tmp_path}/{{}}")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     assert link_bytes() is None
     for names, count in {"eth7": 12_345, "eth7,eth8": 12_345, "lo": None, "eth9": None, "": None}.items():
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", names)
         assert link_bytes() == count
+        assert link_bytes("rx") == (None if count is None else 2 * count)
 
 
 def counted() -> tuple[Receipt, str]:
     """A session whose ranks speak over loopback, whose count by the kernel it is shown as that of a link."""
     model = DistributedDataParallel(network())
     with (
-        mock.patch.object(receipts, "COUNTER", receipts.COUNTER.format("lo")),
-        mock.patch.object(receipts, "os", SimpleNamespace(environ={"GLOO_SOCKET_IFNAME": "link"})),  # Gloo has no such
+        mock.patch.object(links, "COUNTERS", links.COUNTERS.format("lo")),
+        mock.patch.object(links, "os", SimpleNamespace(environ={"GLOO_SOCKET_IFNAME": "link"})),  # Gloo has no such
     ):
         session = commpress.attach(model, "int4")
         train(model, range(10))
         return session.receipt(), str(session.receipt())
 
 
-@pytest.mark.skipif(not Path(receipts.COUNTER.format("lo")).exists(), reason="this system does not count")
+@pytest.mark.skipif(not Path(links.COUNTERS.format("lo")).exists(), reason="this system does not count")
 def test_the_receipt_has_the_bytes_that_the_kernel_has_counted_since_the_session_began() -> None:
     for receipt, said in run(2, counted):
         assert receipt.link_bytes is not None

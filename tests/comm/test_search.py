@@ -63,6 +63,49 @@ def test_what_was_not_tried_and_hurts_is_not_chosen() -> None:
     assert trials["int4"] == (None, 0.9)
 
 
+PIECES = " in 4 MB"
+
+
+def in_pieces(near: Seconds, times: float) -> World:
+    """A world in which specs may also be sent in pieces, predicted to be faster, which take `times` as long."""
+
+    def seconds(spec: str, step: int) -> float:
+        return near(spec.removesuffix(PIECES), step) * (times if spec.endswith(PIECES) else 1.0)
+
+    said = {}
+    for spec, share in predicted(near).items():
+        said |= {spec: share} | ({spec + PIECES: 0.95 * share} if spec != PLAIN else {})
+    return World(seconds, predicted=said, codec=lambda spec: spec.removesuffix(PIECES), errors=lambda spec, step: 0.1)
+
+
+def test_pieces_are_tried_only_of_the_chosen_spec_and_replace_it_if_they_are_faster() -> None:
+    world = in_pieces(PAYS, 0.9).run(250)
+    assert world.searches[0].choices[0].spec == "int4"
+    assert not any(spec.endswith(PIECES) for spec in world.specs[: world.searches[0].choices[0].step])
+    assert world.chosen == f"int4{PIECES}"
+    trials = {trial.spec: trial.measured for trial in world.searches[0].choices[-1].trials}
+    assert trials[f"int4{PIECES}"] == pytest.approx(0.27)
+    assert trials[f"bf16{PIECES}"] is None
+
+
+def test_pieces_that_are_no_faster_leave_whole_buckets_and_cost_little() -> None:
+    world = in_pieces(PAYS, 1.08).run(300)
+    assert world.chosen == "int4"
+    assert world.specs[-50:] == ["int4"] * 50
+    with_pieces = [took for spec, took in zip(world.specs, [0.3 * 0.08] * 300, strict=True) if spec.endswith(PIECES)]
+    assert sum(with_pieces) < 0.01 * world.time
+
+
+def test_a_codec_that_hurts_in_pieces_is_not_chosen_whole() -> None:
+    world = in_pieces(PAYS, 0.9).run(250)
+    world.errors = lambda spec, step: 0.9 if spec.startswith("int4") else 0.1
+    world.run(60)
+    assert not world.chosen.startswith("int4")
+    cause = next(choice.cause for choice in world.searches[0].choices if choice.cause)
+    assert f"the means of int4{PIECES} were off by 0.90" in cause
+    assert not any(spec == "int4" for spec in world.specs[-40:])
+
+
 def test_what_hurts_in_a_duel_is_out_of_it() -> None:
     near = link(none=0.5, bf16=0.5, int8=0.3, int4=0.29)
     world = World(near, predicted=predicted(near), errors=hurts(45)).run(200)

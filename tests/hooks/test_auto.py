@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, loss_of, network, same, same_training, train
 
 import commpress
-from commpress.comm import coding
+from commpress.comm import auto, coding
 from commpress.comm.auto import explained
 from commpress.comm.choice import Choice, Trial, history
 from commpress.comm.replicas import replicas_session
@@ -155,6 +155,39 @@ def test_what_feedback_holds_arrives_when_the_spec_changes(world_size: int) -> N
         assert torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
     for arrived, wanted in run(world_size, summed, "int4", "int4"):
         assert not torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
+
+
+def in_pieces(*specs: str) -> tuple[Tensor, Tensor, list[tuple[str, int, int]]]:
+    """As `summed`, of a bucket with four parameters and in pieces of 4 KB; then spec, values and steps of the report's rows."""
+    model = DistributedDataParallel(nn.Sequential(*(nn.Linear(30, 30, bias=False) for _ in range(4))))
+    with mock.patch.object(auto, "PIECE", 4000):
+        session = commpress.attach(model)
+        assert session.step_buffer is not None
+        assert session.step_buffer.auto is not None
+        session.step_buffer.auto.search = Scripted(*specs)  # type: ignore[assignment]
+        x = torch.randn(4, 30, generator=torch.Generator().manual_seed(dist.get_rank()))
+        arrived = torch.zeros(3600)
+        for _ in specs:
+            model.zero_grad()
+            model(x).sum().backward()
+            arrived += parameters_of_gradient(model)
+    model.module.zero_grad()
+    model.module(x).sum().backward()
+    mean = parameters_of_gradient(model)
+    dist.all_reduce(mean, dist.ReduceOp.AVG)
+    rows = [(row.spec, row.values, row.steps) for row in session.report().rows]
+    return arrived, len(specs) * mean, rows
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_bucket_in_pieces_arrives_whole_and_what_feedback_holds_goes_with_it(world_size: int) -> None:
+    first, *others = run(world_size, in_pieces, "int4 in 4 MB", "int4", "int8 in 4 MB", "int4 in 4 MB", "none")
+    arrived, wanted, rows = first
+    assert torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(arrived, other[0]) for other in others)  # the same bits
+    assert ("int4", 1800, 4) in rows  # two steps of two pieces
+    assert ("int8", 1800, 2) in rows
+    assert ("int4", 3600, 1) in rows
 
 
 def refusals() -> dict[str, str]:

@@ -15,12 +15,12 @@ from commands import Ended, run_command
 from hosts import on_host
 from ranks import run
 
-from commpress.comm import cost
+from commpress.comm import cost, link_speed
 from commpress.comm import speed as codec_speed
 from commpress.comm.auto import SPECS
 from commpress.comm.cost import Cluster, Speed
-from commpress.launch import lab, link_speed, probe, records, speed, stragglers
-from commpress.launch.link_speed import LinkSpeed
+from commpress.comm.link_speed import LinkSpeed
+from commpress.launch import lab, probe, records, speed, stragglers
 from commpress.launch.model_size import trained_parameters
 from commpress.launch.predictions import predicted
 from commpress.launch.speed import Measured

@@ -13,6 +13,12 @@ class Scripted:
     def spec(self) -> str:
         return self.specs[self.steps]
 
+    @property
+    def named(self) -> str:
+        return self.specs[min(self.steps, len(self.specs) - 1)]
+
+    choice = None
+
     def note(self, seconds: float, *figures: float | None) -> bool:
         self.steps += 1
         return False

@@ -29,12 +29,14 @@ class World:
         period: Callable[[str], int] = lambda spec: 1,
         residuals: Errors | None = None,
         losses: Losses | None = None,
+        codec: Callable[[str], str] = lambda spec: spec,
     ) -> None:
         self.seconds, self.noise, self.asked = seconds, noise, asked
         self.errors, self.residuals, self.losses = errors, residuals, losses
         said = dict.fromkeys(SPECS, 0.5) if predicted is None else predicted
         self.searches = [
-            Search(lambda everyone, plain: {s: f * plain for s, f in said.items()}, period=period) for _ in range(ranks)
+            Search(lambda everyone, plain: {s: f * plain for s, f in said.items()}, period=period, codec=codec)
+            for _ in range(ranks)
         ]
         self.random = random.Random(0)
         self.time = 0.0
