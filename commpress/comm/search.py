@@ -306,7 +306,9 @@ class Search:
         If `none` is the best one, the predictions were wrong, and untried specs are left out.
         """
         near = [s for s in found if s != best and found[s] < CLOSE * self._limit(best, s) * found[best]]
-        untried = [s for s in self._predicted if s not in found and best != PLAIN]
+        untried = [
+            s for s in self._predicted if s not in found and best != PLAIN and self.codec(s) in (s, self.codec(best))
+        ]
         ahead = [s for s in untried if self._predicted[s] < self._predicted[best]]
         return [s for s in sorted(near, key=found.__getitem__) + ahead if self._guard.allows(s, self.steps)]
 
