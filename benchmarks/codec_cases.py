@@ -66,7 +66,7 @@ def actions(x: torch.Tensor, codec: Codec) -> dict[str, Callable[[], object]]:
         "decode": lambda: codec.decode(payload, n, out),
         "mean of 4": lambda: codec.mean(four, n, 4, out),
     }
-    if EXCHANGES[codec.exchange].chunk(n, codec, 0, 2) is not None:
+    if EXCHANGES[codec.exchange].chunk(n, codec, 0, 2) is not None or coding.fuses_recode(codec, x.device):
         table["recode 4"] = lambda: coding.recode(codec, four, n, 4, None, chunk, out)
     return table
 
