@@ -137,7 +137,10 @@ def _fill(block, starts, widths, value):
 
 @part
 def _mean_block(value, b, number, starts, widths, keys, turns, alike, places, block):
-    """Write to `block` the mean of block `b` of W payloads, and to `places` where the last of them has its values."""
+    """Write to `block` the mean of block `b` of W payloads, and to `places` where the last of them has its values.
+
+    `randomk_mean` has these lines again: as a part they take it half as long again.
+    """
     lanes, W = starts.size, value.shape[0]
     share = np.float32(1.0 / W)
     bad = False
@@ -161,9 +164,25 @@ def _mean_block(value, b, number, starts, widths, keys, turns, alike, places, bl
 def randomk_mean(value, number, size, starts, widths, keys, turns, alike, out, begin, end):
     """Write to `out` the mean of W payloads, whose values are `value` ([W, k]); `alike`: all have one draw."""
     widest()
-    places, block = np.empty(starts.size, np.int32), np.empty(size, np.float32)
+    lanes, W = starts.size, value.shape[0]
+    share = np.float32(1.0 / W)
+    places, block = np.empty(lanes, np.int32), np.empty(size, np.float32)
     for b in range(begin, end):
-        _mean_block(value, b, number, starts, widths, keys, turns, alike, places, block)
+        bad = False
+        for w in range(W):
+            sent = value[w, b * lanes : (b + 1) * lanes]
+            if w == 0 or not alike:
+                _place(number + b * lanes, starts, widths, keys[w], turns[w], places)
+            if w == 0:
+                _put(block, places, sent, share)
+            else:
+                for j in range(lanes):
+                    block[places[j]] += sent[j] * share
+            for j in range(lanes):
+                bad |= np.isnan(sent[j])
+        if bad:
+            for w in range(W):
+                _fill(block, starts, widths, value[w, b * lanes : (b + 1) * lanes])
         put_block(out, b * size, block, size)
     settle_streams()
 
