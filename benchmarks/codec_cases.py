@@ -42,6 +42,8 @@ MB = {"cpu": 26.2144, "cuda": 134.217728}
 
 Key = tuple[int, str, str]
 """Threads, spec, action."""
+COPY = ("a copy", "copy")
+"""Spec and action of a memory copy that is cut into as many slices as there are threads, as the loops are."""
 
 
 def name_of(device: torch.device) -> str:
@@ -64,7 +66,7 @@ def actions(x: torch.Tensor, codec: Codec) -> dict[str, Callable[[], object]]:
         "decode": lambda: codec.decode(payload, n, out),
         "mean of 4": lambda: codec.mean(four, n, 4, out),
     }
-    if EXCHANGES[codec.exchange].chunk(n, codec, 0, 2) is not None:
+    if EXCHANGES[codec.exchange].chunk(n, codec, 0, 2) is not None or coding.fuses_recode(codec, x.device):
         table["recode 4"] = lambda: coding.recode(codec, four, n, 4, None, chunk, out)
     return table
 
@@ -83,6 +85,16 @@ def moved(codec: Codec, action: str, n: int) -> int:
     }[action]
 
 
+def copied_in_slices(x: torch.Tensor) -> Callable[[], object]:
+    """Return a call that copies x, a slice a thread: no loop that moves memory can gain more by threads."""
+    target, line = torch.empty_like(x), 1024
+
+    def copied(begin: int, end: int) -> None:
+        target[begin * line : end * line].copy_(x[begin * line : end * line])
+
+    return lambda: slices.in_slices(copied, x.numel(), line)
+
+
 def on(threads: int, what: str, call: Callable[[], object]) -> Callable[[], object]:
     """Return a call that finds so many idle cores, and whose error says what it was."""
 
@@ -99,12 +111,17 @@ def on(threads: int, what: str, call: Callable[[], object]) -> Callable[[], obje
 def measured(
     x: torch.Tensor, specs: Sequence[str], threads: Sequence[int], repeat: int
 ) -> tuple[list[float], Times[Key]]:
-    """The seconds of copies of x, and by threads, spec and action the seconds of each case."""
+    """The seconds of copies of x, and by threads, spec and action the seconds of each case.
+
+    For several numbers of threads of COPY, too.
+    """
     at_once = [[spec] for spec in specs] if x.device.type == "cuda" else [list(specs)]  # a GPU may have less memory
     copies: list[float] = []
     times: Times[Key] = {}
     for group in at_once:
         cases = {(spec, action): call for spec in group for action, call in actions(x, commpress.parse(spec)).items()}
+        if len(threads) > 1:
+            cases[COPY] = copied_in_slices(x)
         calls = {
             (count, spec, action): on(count, f"{action}, float32, n = {x.numel()}", call)
             for (spec, action), call in cases.items()
@@ -125,4 +142,16 @@ def rows_of(times: Times[Key], threads: int, specs: Sequence[str], copy: float, 
         rates = {a: moved(codec, a, n) / taken for a, taken in seconds.items()}
         copies = {a: taken / copy for a, taken in seconds.items()}
         rows.append({"spec": spec, "bits": 8 * codec.nbytes(n) / n, **copies, "bytes_per_second": rates})
+    return rows
+
+
+def gains_of(times: Times[Key], least: int, threads: int, specs: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of how many times as fast each action is on `threads` as on `least`, the copy first."""
+    rows: list[dict[str, Any]] = []
+    for spec, actions_of in [(COPY[0], COPY[1:]), *((spec, ACTIONS) for spec in specs)]:
+        pairs = {a: (times.get((least, spec, a)), times.get((threads, spec, a))) for a in actions_of}
+        gains = {
+            a: statistics.median(one) / statistics.median(more) for a, (one, more) in pairs.items() if one and more
+        }
+        rows.append({"spec": spec, **gains})
     return rows

@@ -5,6 +5,9 @@ repetition runs each case once on each, in turn, between copies of the same grad
 the median copy, so a noisy machine shifts both. "feedback" reads and writes a residual as well, "momentum" makes besides, of
 the gradient, the momentum over the root of the variance that OneBitAdamW sends.
 
+With several numbers of threads another table has how many times as fast each action is on more of them, and a copy that is cut
+into slices as the loops are: one memory serves all cores, which bounds both.
+
 A second table has the GB/s of what an action must move: each value, residual and payload that it reads or writes, once. A copy
 moves x twice. The last table has what else there is (`codec_peers.py`), in turns with copies, too.
 
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codec_cases import ACTIONS, MB, SPECS, measured, name_of, rows_of
+from codec_cases import ACTIONS, MB, SPECS, gains_of, measured, name_of, rows_of
 from codec_peers import ABSENT, peers
 from copies import in_turns
 from rich.console import Console
@@ -38,6 +41,17 @@ def shown(rows: list[dict[str, Any]], title: str, gigabytes: bool = False) -> Ta
             for a in ACTIONS
         ]
         table.add_row(row["spec"], f"{row['bits']:.3f}", *cells)
+    return table
+
+
+def shown_gains(rows: list[dict[str, Any]], title: str) -> Table:
+    """The table of how many times as fast more threads are; the copy has one figure."""
+    table = Table(title=title)
+    for name in ("spec", *ACTIONS):
+        table.add_column(name, justify="left" if name == "spec" else "right")
+    for row in rows:
+        gains = [row["copy"]] if "copy" in row else [row.get(action) for action in ACTIONS]
+        table.add_row(row["spec"], *("" if gain is None else f"{gain:.2f}" for gain in gains))
     return table
 
 
@@ -62,17 +76,21 @@ def main() -> None:
     x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
     copies, times = measured(x, SPECS, chosen.threads, chosen.repeat)
     copy = statistics.median(copies)
+    console = Console(width=120)
     by_threads = {count: rows_of(times, count, SPECS, copy, n) for count in chosen.threads}
     for count, rows in by_threads.items():
         on_threads = f"{count} thread{'s' if count > 1 else ''} of " if device.type == "cpu" else ""
         title = f"{n * 4 / 1e6:.0f} MB float32, {on_threads}{name_of(device)}, torch {torch.__version__}"
-        console = Console(width=120)
         console.print(shown(rows, f"{title}: memory copies ({copy * 1e3:.3g} ms each)"))
         console.print(shown(rows, f"GB/s of what must move (a copy: {2 * x.nbytes / copy / 1e9:.1f})", gigabytes=True))
+    least, *more = chosen.threads
+    gains = {count: gains_of(times, least, count, SPECS) for count in more}
+    for count, rows in gains.items():
+        console.print(shown_gains(rows, f"times as fast on {count} threads as on {least}, {name_of(device)}"))
     if chosen.json:
         record = {**where(device), "device": device.type, "values": n, "copy_seconds": copy}
         record["rows"] = by_threads[chosen.threads[0]]
-        chosen.json.write_text(json.dumps(record | {"by_threads": by_threads}, indent=2))
+        chosen.json.write_text(json.dumps(record | {"by_threads": by_threads, "gains": gains}, indent=2))
     show_peers(x, chosen.repeat)
     say_dense(by_threads)
 

@@ -4,14 +4,17 @@ It takes processors with their triples, and names of pieces, and prints LLVM's o
 """
 
 import json
-import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm  # type: ignore[import-untyped]
 import numpy as np
-from numba import njit, types
+from numba import types
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from compiled_for import lowered, optimised
 
 from commpress.kernels.cpu import (
     blocks,
@@ -24,6 +27,7 @@ from commpress.kernels.cpu import (
     optim,
     random_k,
     rotate,
+    scatter,
     sign,
     topk,
     two_bit,
@@ -37,9 +41,6 @@ INTS, WORDS = types.Array(types.int32, 1, "C"), types.Array(types.uint32, 1, "C"
 LONGS, KEPT = types.Array(types.int64, 1, "C"), types.Array(types.int8, 1, "C")
 F, INT, NONE = types.float32, types.int64, types.none
 STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
-
-OPTIONS = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""Those of the loops; but nobody calls what is compiled here, so what Python would call it by is not made."""
 
 
 def in_order(x: Any, residual: Any) -> Any:
@@ -163,56 +164,49 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "keep, 4 bytes": (model._keep, (INTS, KEPT)),
     "count pruned, 2 bytes": (model._count, (HALVES, KEPT, INT)),
     "count pruned, 4 bytes": (model._count, (INTS, KEPT, INT)),
+    "randomk all finite": (random_k._all_finite, (FLOATS, FLOATS)),
+    "topk search": (topk.kth_largest, (INTS, INT, types.int32)),
     "a sum in order": (in_order, (FLOATS, NONE)),
     "a sum in order beside vectors": (in_order_beside, (FLOATS, FLOATS)),
 }
 
 
-def lowered(function: Callable[..., Any], signature: tuple[Any, ...]) -> str:
-    """LLVM's code of a function as Numba lowers it, for no processor."""
-    compiled: Any = njit(**OPTIONS)(getattr(function, "py_func", function))
-    compiled.compile(signature)
-    code = compiled.inspect_llvm(compiled.signatures[0])
-    code = re.sub(r"target (triple|datalayout) = .*", "", code)
-    return re.sub(r'"(target-cpu|target-features)"="[^"]*"', "", code)
-
-
-def optimised(code: str, processor: str, triple: str) -> str:
-    """The code as LLVM leaves it for a processor, by the passes that Numba runs: each function, what calls what, everything."""
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, opt=3, jit=False)
-    module = llvm.parse_assembly(code)
-    module.triple, module.data_layout = triple, str(machine.target_data)
-    builder = _builder(machine, 3, vectors=True)
-    passes = builder.getFunctionPassManager()
-    passes.add_refprune_pass()
-    for function in module.functions:
-        passes.run(function, builder)
-    builder = _builder(machine, 0, vectors=False)
-    passes = builder.getModulePassManager()
-    passes.add_loop_rotate_pass()
-    passes.add_instruction_combine_pass()
-    passes.add_jump_threading_pass()
-    passes.add_refprune_pass()
-    passes.run(module, builder)
-    builder = _builder(machine, 3, vectors=True)
-    passes = builder.getModulePassManager()
-    passes.add_refprune_pass()
-    passes.run(module, builder)
-    return str(module)
-
-
-def _builder(machine: Any, level: int, vectors: bool) -> Any:
-    options = llvm.PipelineTuningOptions(speed_level=level)
-    options.loop_vectorization, options.slp_vectorization = vectors, False
-    return llvm.create_pass_builder(machine, options)
+STORED = {  # by codec its loops, and the arrays of a payload
+    "bf16": (cast.cast_encode, cast.cast_mean, cast.cast_recode, (BFLOATS,)),
+    "int8": (*integer.LOOPS["int8"], (FLOATS, BYTES)),
+    "int4": (*integer.LOOPS["int4"], (FLOATS, BYTES)),
+    "e4m3": (*float8.LOOPS["e4m3"], (FLOATS, BYTES)),
+    "int2": (two_bit.int2_encode, two_bit.int2_mean, two_bit.int2_recode, (FLOATS, BYTES)),
+    "sign": (sign.sign_encode, sign.sign_mean, sign.sign_recode, (FLOATS, BYTES)),
+}
+DRAW = WORDS, INTS
+DRAWS = types.Array(types.uint32, 2, "C"), types.Array(types.int32, 2, "C")
+GIVEN = types.Array(types.float32, 2, "A"), INT, INT, INTS, INTS, *DRAWS, types.boolean
+WHOLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    **{f"{name} encode": (e, (FLOATS, STEPS, FLOATS, *coded, INT, INT)) for name, (e, _, _, coded) in STORED.items()},
+    **{f"{name} mean": (m, (*coded, INT, INT, FLOATS, INT, INT)) for name, (_, m, _, coded) in STORED.items()},
+    **{
+        f"{name} recode": (r, (*coded, INT, INT, FLOATS, *coded, INT, INT, INT))
+        for name, (_, _, r, coded) in STORED.items()
+    },
+    "topk encode": (topk._collect, (FLOATS, STEPS, FLOATS, types.int32, INT, INT, INT)),
+    "topk mean": (scatter.fill_zeros, (FLOATS, INT, INT)),
+    "randomk encode": (
+        random_k.randomk_take,
+        (FLOATS, STEPS, FLOATS, INT, INT, INTS, INTS, *DRAW, types.boolean, FLOATS, INT, INT),
+    ),
+    "randomk mean": (random_k.randomk_mean, (*GIVEN, FLOATS, INT, INT)),
+    "randomk recode": (random_k.randomk_recode, (*GIVEN, FLOATS, *DRAW, types.boolean, FLOATS, INT, INT)),
+    "rotate encode": (rotate.rotate_forth, (FLOATS, STEPS, FLOATS, FLOATS, FLOATS, FLOATS, FLOATS)),
+    "rotate mean": (rotate.rotate_back, (FLOATS, FLOATS, FLOATS, FLOATS, FLOATS)),
+}
+"""Whole loops, with feedback and a prologue where they take them. A last, shorter block goes value by value in most."""
 
 
 def main() -> None:
     """Compile the pieces that are asked for."""
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
     blocks.ASKS_AHEAD = True  # the processor that compiles may be one that is not asked
-    once = {name: lowered(*PIECES[name]) for name in sys.argv[2:]}
+    once = {name: lowered(*(PIECES | WHOLE)[name]) for name in sys.argv[2:]}
     out = {
         processor: {name: optimised(code, processor, triple) for name, code in once.items()}
         for processor, triple in json.loads(sys.argv[1]).items()

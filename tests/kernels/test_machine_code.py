@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from loops_of import Loop, innermost
 
+from commpress.kernels.table import KERNELS
+
 PROCESSORS = {
     "haswell": "x86_64-unknown-linux-gnu",
     "znver3": "x86_64-unknown-linux-gnu",
@@ -64,6 +66,7 @@ PIECES = {
     "bf16 read of four": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
     "fp16 read of four": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
     "fp8 read of four": [FLOAT_MUL, FLOAT_ADD, PUT_FLOATS],
+    "topk search": [LARGEST],
     "topk largest": [LARGEST],
     "topk ties": [COUNT],
     "topk not finite": [COUNT],
@@ -73,6 +76,7 @@ PIECES = {
     "topk remember": [FLOAT_ADD, PUT_FLOATS, LARGEST],
     "randomk add": [FLOAT_ADD, PUT_FLOATS, LARGEST],
     "randomk places": ["add", PUT_FLOATS],
+    "randomk all finite": [FLOAT_SUB, LARGEST],
     "rotate, steps 16 and 32": [FLOAT_MUL, FLOAT_ADD, FLOAT_SUB, PUT_FLOATS],
     "rotate, steps 64 and 128": [FLOAT_ADD, FLOAT_SUB, PUT_FLOATS],
     "rotate, steps 256 and 512": [FLOAT_ADD, FLOAT_SUB, PUT_FLOATS],
@@ -95,11 +99,44 @@ PIECES = {
     "count pruned, 4 bytes": [COUNT],
 }
 """What each piece computes with vectors, as LLVM names it."""
+PASS, KEPT = [FLOAT_ADD, FLOAT_MUL, PUT_FLOATS], [FLOAT_ADD, FLOAT_SUB, PUT_FLOATS]
+"""What a prologue or a share takes, and what feedback takes."""
+WHOLE = {
+    "bf16 encode": [*PASS, *KEPT, PUT_HALVES],
+    "int8 encode": [*PASS, *KEPT, LARGEST, PUT_BYTES],
+    "int4 encode": [*PASS, *KEPT, LARGEST, PUT_BYTES],
+    "e4m3 encode": [*PASS, *KEPT, LARGEST, PUT_BYTES],
+    "int2 encode": [*PASS, *KEPT, "or", PUT_BYTES],
+    "sign encode": [*PASS, *KEPT, "or", PUT_BYTES],
+    "bf16 mean": PASS,
+    "int8 mean": PASS,
+    "int4 mean": PASS,
+    "e4m3 mean": PASS,
+    "int2 mean": [FLOAT_ADD, PUT_FLOATS],
+    "sign mean": [FLOAT_ADD, PUT_FLOATS],
+    "bf16 recode": [*PASS, *KEPT, PUT_HALVES],
+    "int8 recode": [*PASS, *KEPT, LARGEST, PUT_BYTES],
+    "int4 recode": [*PASS, *KEPT, LARGEST, PUT_BYTES],
+    "e4m3 recode": [*PASS, *KEPT, LARGEST, PUT_BYTES],
+    "int2 recode": [*KEPT, "or", PUT_BYTES],
+    "sign recode": [*KEPT, "or", PUT_BYTES],
+    "topk encode": [*PASS, COUNT, LARGEST],
+    "topk mean": [PUT_FLOATS],
+    "randomk encode": [*PASS, LARGEST],
+    "randomk mean": [PUT_FLOATS],
+    "randomk recode": [FLOAT_ADD, PUT_FLOATS, LARGEST],
+    "rotate encode": [*PASS, *KEPT],
+    "rotate mean": [*PASS, *KEPT],
+}
+"""What whole loops compute with vectors: by codec encode with a prologue and feedback, mean, and recode with feedback."""
+ALIKE = {"encode": {"fp16"}, "mean": {"fp16"}, "recode": {"fp16", "rotate"}}
+"""Codecs without a whole loop of their own for an op: `fp16` has that of `bf16`, `rotate` encodes its mean by its other two."""
 QUICK = ("int8 write, feedback", "topk remember", "fp8 read of four")
 SCALAR, BESIDE = "a sum in order", "a sum in order beside vectors"
 """Loops that cannot be vectorised: what is looked for must be missing there, and what must not be there is found."""
 ONE_BY_ONE = {
     "topk collect": "the places that pass the threshold, a few of a block, are counted and fetched; its other loops are pieces",
+    "topk search": "histograms, whose bins are counted one by one",
     "fingerprint": "the lanes are mixed one after another, once a call",
 }
 """Pieces that have such loops on purpose."""
@@ -145,7 +182,7 @@ def missing(codes: dict[str, str], width: int) -> list[str]:
     return [
         f"{piece}: {wanted}"
         for piece, code in codes.items()
-        for wanted in PIECES.get(piece, ())
+        for wanted in (PIECES | WHOLE).get(piece, ())
         if not vectors(code, wanted, width // 2 if wanted == COUNT else width)
     ]
 
@@ -174,6 +211,17 @@ def test_some_pieces_compute_with_vectors_and_nothing_value_by_value() -> None:
 def test_each_piece_of_a_loop_computes_with_vectors(compiled: dict[str, dict[str, str]], processor: str) -> None:
     width = WIDTH[PROCESSORS[processor]]
     assert not missing(compiled[processor], width), f"no vectors of {width} lanes on {processor}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["encode", "mean", "recode"])
+def test_whole_loops_of_every_family_compute_with_vectors(op: str) -> None:
+    names = [name for name in WHOLE if name.endswith(f" {op}")]
+    words = {word for kind, word, device in KERNELS if (kind, device) == (op, "cpu")}
+    assert {f"{'e4m3' if word == 'fp8' else word} {op}" for word in words - ALIKE[op]} == set(names)
+    for processor, codes in compile_for(PROCESSORS, names).items():
+        width = WIDTH[PROCESSORS[processor]]
+        assert not missing(codes, width), f"no vectors of {width} lanes on {processor}"
 
 
 @pytest.mark.slow

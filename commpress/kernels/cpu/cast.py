@@ -95,6 +95,25 @@ def cast_mean(halves, W, row, out, begin, end):
     settle_streams()
 
 
+@loop
+def cast_recode(halves, W, row, residual, coded, n, begin, end):
+    """Encode the mean of W payloads (plus residual): the middle of two_shot; the mean itself is never stored."""
+    widest()
+    full = n // CAST_BLOCK
+    share = np.float32(1.0 / W)
+    mean = scratch_beside(halves, CAST_BLOCK)
+    for b in range(begin, min(end, full)):
+        o = b * CAST_BLOCK
+        fetch(residual, o + AHEAD, CAST_BLOCK)
+        _read(halves, W, row, o, share, CAST_BLOCK, mean)
+        _encode_block(mean, part_of(residual, o, CAST_BLOCK), coded[o : o + CAST_BLOCK], CAST_BLOCK)
+    if end > full:
+        o, rest = full * CAST_BLOCK, n - full * CAST_BLOCK
+        mb = mean[:rest]
+        _read(halves, W, row, o, share, rest, mb)
+        _encode_block(mb, part_of(residual, o, rest), coded[o : o + rest], rest)
+
+
 HALVES = {"bf16": np.uint16, "fp16": np.int16}
 """By which type of integers the loops tell them apart."""
 
@@ -110,3 +129,9 @@ def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     halves = payloads.numpy().view(HALVES[codec.word])
     n = out.numel()
     in_slices(cast_mean, n, CAST_BLOCK, halves, count, codec.nbytes(n) // 2, values(out))
+
+
+def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
+    """`recode` of the table."""
+    before, after = (x.view(HALVES[codec.word]) for x in (payloads.numpy(), padded(payload)))
+    in_slices(cast_recode, n, CAST_BLOCK, before, count, codec.nbytes(n) // 2, floats(residual), after, n)

@@ -3,6 +3,7 @@
 A last block that is shorter runs through the same loops, as one block of its own.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,6 +135,31 @@ def _fill(block, starts, widths, value):
             block[starts[j] : starts[j] + widths[j]] = NAN
 
 
+@part
+def _mean_block(value, b, number, starts, widths, keys, turns, alike, places, block):
+    """Write to `block` the mean of block `b` of W payloads, and to `places` where the last of them has its values.
+
+    `randomk_mean` has these lines again: as a part they take it half as long again.
+    """
+    lanes, W = starts.size, value.shape[0]
+    share = np.float32(1.0 / W)
+    bad = False
+    for w in range(W):
+        sent = value[w, b * lanes : (b + 1) * lanes]
+        if w == 0 or not alike:
+            _place(number + b * lanes, starts, widths, keys[w], turns[w], places)
+        if w == 0:
+            _put(block, places, sent, share)
+        else:
+            for j in range(lanes):
+                block[places[j]] += sent[j] * share
+        for j in range(lanes):
+            bad |= np.isnan(sent[j])
+    if bad:
+        for w in range(W):
+            _fill(block, starts, widths, value[w, b * lanes : (b + 1) * lanes])
+
+
 @loop
 def randomk_mean(value, number, size, starts, widths, keys, turns, alike, out, begin, end):
     """Write to `out` the mean of W payloads, whose values are `value` ([W, k]); `alike`: all have one draw."""
@@ -159,6 +185,37 @@ def randomk_mean(value, number, size, starts, widths, keys, turns, alike, out, b
                 _fill(block, starts, widths, value[w, b * lanes : (b + 1) * lanes])
         put_block(out, b * size, block, size)
     settle_streams()
+
+
+@loop
+def randomk_recode(
+    value, number, size, starts, widths, keys, turns, alike, residual, key, turn, exact, taken, begin, end
+):
+    """Write to `taken` ([k]) what the mean of W payloads (plus residual) sends by the draw of `key` and `turn`: the middle of
+    two_shot; the mean itself is never stored."""
+    widest()
+    lanes = starts.size
+    places, block, old = np.empty(lanes, np.int32), np.empty(size, np.float32), np.empty(size, np.float32)
+    for b in range(begin, end):
+        o = b * size
+        fetch(residual, o + AHEAD, size)
+        _mean_block(value, b, number, starts, widths, keys, turns, alike, places, block)
+        _place(number + b * lanes, starts, widths, key, turn, places)
+        sent = taken[b * lanes : (b + 1) * lanes]
+        if residual is None:
+            _take(block, None, old, top_of(block, size), starts, widths, places, exact, sent)
+        else:
+            rb = residual[o : o + size]
+            _take(rb, rb, old, _add(block, rb, old), starts, widths, places, exact, sent)
+
+
+@loop
+def _all_finite(value, decoded):
+    """Tell whether all errors of the values that are sent are finite."""
+    top = np.int32(0)
+    for j in range(value.size):
+        top = max(top, np.int32(np.float32(value[j] - decoded[j]).view(np.int32) & MAGNITUDE))
+    return top < INFINITY_BITS
 
 
 @loop
@@ -209,9 +266,8 @@ def _parts(codec: Any, n: int) -> list[Part]:
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table. The inner codec encodes the values that are sent."""
-    k, exact, coded = codec.kept(x.numel()), not codec.values.lossy, payload[HEAD:]
-    payload.numpy()[:HEAD] = np.frombuffer(codec.draw.to_bytes(HEAD, "little"), np.uint8)
-    value = coded.view(torch.float32) if exact else torch.empty(k, dtype=torch.float32, device="cpu")
+    k, exact = codec.kept(x.numel()), not codec.values.lossy
+    value, coded = _begun(codec, x.numel(), payload)
     parts, sent = _parts(codec, x.numel()), value.numpy()
     given = [
         (values(x[p.x]), steps(prologue and prologue[p.x]), floats(None if residual is None else residual[p.x]))
@@ -225,13 +281,54 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
     if residual is not None:
         decoded = codec.values.decode(coded, k).numpy()
         for p, of in zip(parts, given, strict=True):
-            coded_of = sent[p.value], decoded[p.value]
-            in_slices(randomk_settle, p.x.stop - p.x.start, p.size, *of, *p.drawn(codec.draw), *coded_of)
+            _settle(codec, p, *of, sent, decoded)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    rows, k, target = payloads.view(count, -1), codec.kept(out.numel()), out.numpy()
+    for p, given in _given(codec, payloads, count, out.numel()):
+        in_slices(randomk_mean, p.x.stop - p.x.start, p.size, *given, out.numpy()[p.x])
+
+
+def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
+    """`recode` of the table."""
+    value, coded = _begun(codec, n, payload)
+    exact, sent, memory = not codec.values.lossy, value.numpy(), floats(residual)
+    for p, given in _given(codec, payloads, count, n):
+        rest = None if memory is None else memory[p.x]
+        into = rest, *p.drawn(codec.draw)[-2:], exact, sent[p.value]
+        in_slices(randomk_recode, p.x.stop - p.x.start, p.size, *given, *into)
+    if exact:
+        return
+    codec.values.encode(value, coded)
+    if memory is not None:
+        decoded, x = codec.values.decode(coded, codec.kept(n)).numpy(), memory
+        if not _all_finite(sent, decoded):  # then the mean is needed again
+            again = torch.empty(n, dtype=torch.float32, device="cpu")
+            mean(codec, payloads, count, again)
+            x = again.numpy()
+        for p in _parts(codec, n):
+            _settle(codec, p, x[p.x], None, memory[p.x], sent, decoded)
+
+
+def _begun(codec: Any, n: int, payload: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the head of a payload; return float32 [k] for the values that are sent, and the bytes that hold their code."""
+    payload.numpy()[:HEAD] = np.frombuffer(codec.draw.to_bytes(HEAD, "little"), np.uint8)
+    coded = payload[HEAD:]
+    if codec.values.lossy:
+        return torch.empty(codec.kept(n), dtype=torch.float32, device="cpu"), coded
+    return coded.view(torch.float32), coded
+
+
+def _settle(codec: Any, p: Part, x: Any, prologue: Any, residual: Any, sent: Any, decoded: Any) -> None:
+    """Set the residual of what a part sends to what is lost of it."""
+    given = x, prologue, residual, *p.drawn(codec.draw), sent[p.value], decoded[p.value]
+    in_slices(randomk_settle, p.x.stop - p.x.start, p.size, *given)
+
+
+def _given(codec: Any, payloads: Tensor, count: int, n: int) -> Iterator[tuple[Part, tuple[Any, ...]]]:
+    """Yield the parts of n values, and what a loop is given of each to find its mean."""
+    rows, k = payloads.view(count, -1), codec.kept(n)
     if codec.values.lossy:
         decoded = torch.empty(count, k, dtype=torch.float32, device="cpu")
         for row, to in zip(rows, decoded, strict=True):
@@ -240,11 +337,9 @@ def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     else:
         value = rows.view(torch.float32)[:, HEAD // 4 :].numpy()
     draws = [_draw_of(row) for row in rows]
-    for p in _parts(codec, out.numel()):
+    for p in _parts(codec, n):
         keys, turns = (np.stack(rows) for rows in zip(*(p.drawn(draw)[-2:] for draw in draws), strict=True))
-        where = p.value.start, p.size, p.starts, p.widths
-        arguments = value[:, p.value], *where, keys, turns, len(set(draws)) == 1, target[p.x]
-        in_slices(randomk_mean, p.x.stop - p.x.start, p.size, *arguments)
+        yield p, (value[:, p.value], p.value.start, p.size, p.starts, p.widths, keys, turns, len(set(draws)) == 1)
 
 
 def clear(codec: Any, payload: Tensor, values: Tensor) -> None:

@@ -21,6 +21,8 @@ SHARED_SHA256 = "b3c9e927d4b25bf4"
 """The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 ROTATED = 1024
 QUARTER = ROTATED // 4
+Planes = list[tuple[slice, slice]]
+"""Where each plane of a chunk's payload lies in the whole one, and in one of its own."""
 CHUNK = 128 * ROTATED
 """The number of values that are rotated before they are coded."""
 
@@ -176,9 +178,8 @@ def _tables(codec: Any) -> tuple[Floats, Floats]:
     return signs, signs * np.float32(ROTATED**-0.5)
 
 
-def _chunks(codec: Any, n: int, begin: int, end: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
-    """The chunks from `begin` to `end` of n values, and where each plane of their payload lies in the whole one, and in one
-    of its own."""
+def _chunks(codec: Any, n: int, begin: int, end: int) -> Iterator[tuple[slice, Planes]]:
+    """The chunks from `begin` to `end` of n values, and their planes."""
     inner = codec.values
     for start in range(begin * CHUNK, min(n, end * CHUNK), CHUNK):
         m = min(CHUNK, n - start)
@@ -197,40 +198,68 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
     in_slices(_encode, x.numel(), CHUNK, codec, x, residual, prologue, payload)
 
 
-def _encode(
-    codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor, begin: int, end: int
-) -> None:
-    inner, n = codec.values, x.numel()
-    tables = _tables(codec)
-    rotated, total = torch.empty(2, min(n, CHUNK), dtype=torch.float32, device="cpu")
-    coded = torch.empty(inner.nbytes(min(n, CHUNK)), dtype=torch.uint8, device="cpu")
-    for at, planes in _chunks(codec, n, begin, end):
-        m = at.stop - at.start
-        rest, z, own = floats(None if residual is None else residual[at]), rotated[:m], coded[: inner.nbytes(m)]
-        before = None if prologue is None else prologue[at]
-        rotate_forth(values(x[at]), steps(before), rest, *tables, total.numpy(), z.numpy())
-        inner.encode(z, own)
-        for place, plane in planes:
-            payload.numpy()[place] = own.numpy()[plane]
-        if rest is not None:
-            inner.decode(own, m, z)
-            rotate_back(z.numpy(), *tables, total.numpy(), rest)
-
-
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table: rotated back once."""
     in_slices(_mean, out.numel(), CHUNK, codec, payloads, count, out)
 
 
+def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
+    """`recode` of the table: a chunk's mean is rotated back, and again with the residual, in the L2 cache. The rotation of the
+    mean as it was summed would do without a residual, but for its rounding: the bytes would be others."""
+    in_slices(_recode, n, CHUNK, codec, payloads, n, count, residual, payload)
+
+
+def _encode(
+    codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor, begin: int, end: int
+) -> None:
+    coder = _Coder(codec, x.numel(), 1)
+    for at, planes in _chunks(codec, x.numel(), begin, end):
+        coder.encode(x[at], None if residual is None else residual[at], prologue and prologue[at], payload, planes)
+
+
 def _mean(codec: Any, payloads: Tensor, count: int, out: Tensor, begin: int, end: int) -> None:
-    inner, n = codec.values, out.numel()
-    tables = _tables(codec)
-    given = payloads.view(count, -1).numpy()
-    coded = torch.empty(count * inner.nbytes(min(n, CHUNK)), dtype=torch.uint8, device="cpu")
+    coder = _Coder(codec, out.numel(), count)
+    for at, planes in _chunks(codec, out.numel(), begin, end):
+        coder.mean(payloads, planes, out[at])
+
+
+def _recode(
+    codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor, begin: int, end: int
+) -> None:
+    coder = _Coder(codec, n, count)
+    between = torch.empty(min(n, CHUNK), dtype=torch.float32, device="cpu")
     for at, planes in _chunks(codec, n, begin, end):
-        m = at.stop - at.start
-        rows = coded[: count * inner.nbytes(m)].view(count, -1)
+        mean_of_it = between[: at.stop - at.start]
+        coder.mean(payloads, planes, mean_of_it)
+        coder.encode(mean_of_it, None if residual is None else residual[at], None, payload, planes)
+
+
+class _Coder:
+    """Codes one chunk of n values after the other, in the same memory. `count` payloads make a mean."""
+
+    def __init__(self, codec: Any, n: int, count: int) -> None:
+        self.inner, self.count, most = codec.values, count, min(n, CHUNK)
+        self.tables = _tables(codec)
+        self.rotated, self.total = torch.empty(2, most, dtype=torch.float32, device="cpu")
+        self.coded = torch.empty(count * self.inner.nbytes(most), dtype=torch.uint8, device="cpu")
+
+    def encode(self, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor, planes: Planes) -> None:
+        """Write the code of a chunk to its planes of the whole payload."""
+        m, rest, total = x.numel(), floats(residual), self.total.numpy()
+        z, own = self.rotated[:m], self.coded[: self.inner.nbytes(m)]
+        rotate_forth(values(x), steps(prologue), rest, *self.tables, total, z.numpy())
+        self.inner.encode(z, own)
+        for place, plane in planes:
+            payload.numpy()[place] = own.numpy()[plane]
+        if rest is not None:
+            self.inner.decode(own, m, z)
+            rotate_back(z.numpy(), *self.tables, total, rest)
+
+    def mean(self, payloads: Tensor, planes: Planes, out: Tensor) -> None:
+        """Write the mean of a chunk to `out`."""
+        m, given = out.numel(), payloads.view(self.count, -1).numpy()
+        rows = self.coded[: self.count * self.inner.nbytes(m)].view(self.count, -1)
         for place, plane in planes:
             rows.numpy()[:, plane] = given[:, place]
-        inner.mean(rows.view(-1), m, count, out[at])
-        rotate_back(out[at].numpy(), *tables, None, None)
+        self.inner.mean(rows.view(-1), m, self.count, out)
+        rotate_back(out.numpy(), *self.tables, None, None)
