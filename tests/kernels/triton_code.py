@@ -4,7 +4,7 @@
 
 Compute capabilities, each with the kernels that are wanted, or all. A row a kernel: registers of a thread, bytes of its stack
 (what was spilled), bytes of shared memory, and by the instructions that it would run: accesses to what was spilled, products
-that are fused with a sum, accesses of 16 bytes. `test_triton.py` runs it.
+that are fused with a sum, and by array of how many bytes its accesses are. `test_triton.py` runs it.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton_accesses import accesses, function_of
 
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
@@ -48,6 +50,8 @@ from commpress.kernels.triton import (
 
 N = 1 << 20
 """How many values the kernels are given."""
+TYPED = 90
+"""The compute capability for which ops are compiled for all dtypes of gradients and of means."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 FAMILIES: dict[str, Any] = {
     "int8": integer,
@@ -112,17 +116,20 @@ def instead_of_launching(capability: int, note: Callable[..., object]) -> Iterat
 def main(capability: int, wanted: list[str] | None) -> None:
     """Print a line of JSON for each kernel: what it needs on a GPU of this compute capability."""
     kernels: list[Any] = []
+    known: dict[str, dict[str, Any]] = {}
 
     def note(*arguments: Any, **constants: Any) -> None:
         kernels.append(compiled(*arguments, **constants))
 
     with instead_of_launching(capability, note):
-        for name, run in ops(N):
+        for name, run in chain(ops(N), typed_ops(N) if capability == TYPED else ()):
             if wanted is not None and name not in wanted:
                 continue
             run()
             for kernel in kernels:
-                row = {"kernel": name, "function": kernel.metadata.name, "capability": capability, **needs(kernel)}
+                if kernel.hash not in known:  # several ops have some in common
+                    known[kernel.hash] = {**needs(kernel), "accesses": accesses(kernel)}
+                row = {"kernel": name, "function": function_of(kernel), "capability": capability, **known[kernel.hash]}
                 print(json.dumps(row), flush=True)
             kernels.clear()
 
@@ -171,6 +178,22 @@ def codec_ops(n: int, count: int, start: int) -> Iterator[tuple[str, Callable[[]
         if hasattr(family, "clear"):
             ops["clear"] = partial(family.clear, codec, payload, x)
         yield from ((f"{spec} {op}", run) for op, run in ops.items())
+
+
+def typed_ops(n: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Ops of codecs on gradients and means of other dtypes than in `codec_ops`: its name, and what starts its kernels."""
+    (x, bfloat16, before), residual, float16 = inputs(n), torch.zeros(n), torch.zeros(n, dtype=torch.float16)
+    for spec, family in FAMILIES.items():
+        if "stochastic" in spec:  # reads and writes what its spec without it does
+            continue
+        codec = parse(spec)
+        payload = torch.zeros(codec.nbytes(n), dtype=torch.uint8)
+        yield f"{spec} encode of float16", partial(family.encode, codec, float16, None, None, payload)
+        yield f"{spec} feedback of float32", partial(family.encode, codec, x, residual, None, payload)
+        yield f"{spec} prologue of float16", partial(family.encode, codec, float16, residual, before, payload)
+        if codec.word != "topk":  # whose means are float32
+            yield f"{spec} mean of bfloat16", partial(family.mean, codec, payload.repeat(4), 4, bfloat16)
+            yield f"{spec} mean of float16", partial(family.mean, codec, payload.repeat(4), 4, float16)
 
 
 def passes(n: int) -> Iterator[tuple[str, Callable[[], object]]]:

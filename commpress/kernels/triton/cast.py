@@ -12,6 +12,7 @@ from commpress.kernels.triton.blocks import (
     bfloat16_bits,
     keep_lost,
     magnitude_bits,
+    remembered,
     row_start,
     total,
     write,
@@ -41,9 +42,8 @@ def _word(value, BF16: tl.constexpr):
 
 
 @triton.jit
-def _encode_part(x, prologue, residual, coded, n, at, WHOLE: tl.constexpr, BF16: tl.constexpr):
-    inside = None if WHOLE else at < n
-    value = total(x, prologue, residual, at, inside)
+def _put(value, residual, coded, at, inside, BF16: tl.constexpr):
+    """Encode values; write the error to `residual`."""
     word = _word(value, BF16)
     write(coded + at, word, inside)
     if residual is not None:
@@ -55,43 +55,59 @@ def _encode(x, prologue, residual, coded, n, BF16: tl.constexpr, SIZE: tl.conste
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)
     if first + SIZE <= n:
-        _encode_part(x, prologue, residual, coded, n, at, True, BF16)
+        _put(total(x, prologue, residual, at, None), residual, coded, at, None, BF16)
     else:
-        _encode_part(x, prologue, residual, coded, n, at, False, BF16)
+        inside = at < n
+        _put(total(x, prologue, residual, at, inside), residual, coded, at, inside, BF16)
 
 
 @triton.jit
-def _mean_part(coded, W, row, out, n, at, share, WHOLE: tl.constexpr, WORDS: tl.constexpr, BF16: tl.constexpr):
-    """The mean of W payloads at values `at`; rows are multiples of WORDS words."""
-    inside = None if WHOLE else at < n
+def _mean_part(
+    coded, W, row, share, residual, after, out, at, inside, WORDS: tl.constexpr, BF16: tl.constexpr
+):  # fmt: skip
+    """The mean of W payloads at values `at`, written to `out` or encoded to `after`; rows are multiples of WORDS words."""
     mean = _float(tl.load(coded + at, inside), BF16) * share
     for w in range(1, W):
         start = row_start(w, row // WORDS) * WORDS
         mean += _float(tl.load(coded + 2 * start + at, inside), BF16) * share
-    write(out + at, mean, inside)
+    if out is not None:
+        write(out + at, mean, inside)
+    else:
+        _put(remembered(mean, residual, at, inside), residual, after, at, inside, BF16)
 
 
 @counting
-def _mean(coded, W, row, out, n, share, BF16: tl.constexpr, SIZE: tl.constexpr):
+def _mean(coded, W, row, share, residual, after, out, n, BF16: tl.constexpr, SIZE: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * SIZE
     at = first + tl.arange(0, SIZE)
     if first + SIZE > n:
-        _mean_part(coded, W, row, out, n, at, share, False, 1, BF16)
+        _mean_part(coded, W, row, share, residual, after, out, at, at < n, 1, BF16)
     elif row % 4 == 0:  # then all rows are read 16 bytes at once
-        _mean_part(coded, W, row, out, n, at, share, True, 4, BF16)
+        _mean_part(coded, W, row, share, residual, after, out, at, None, 4, BF16)
     else:
-        _mean_part(coded, W, row, out, n, at, share, True, 1, BF16)
+        _mean_part(coded, W, row, share, residual, after, out, at, None, 1, BF16)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
     """`encode` of the table."""
     n, coded = x.numel(), padded(payload).view(torch.int16)
-    half = codec.sum_dtype is torch.bfloat16
-    launch(_encode, triton.cdiv(n, SIZE), x, steps(prologue), residual, coded, n, BF16=half, SIZE=SIZE)
+    launch(_encode, triton.cdiv(n, SIZE), x, steps(prologue), residual, coded, n, BF16=_bfloat16(codec), SIZE=SIZE)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
-    n, coded = out.numel(), payloads.view(torch.int16)
-    half, row = codec.sum_dtype is torch.bfloat16, codec.nbytes(out.numel()) // 4
-    launch(_mean, triton.cdiv(n, SIZE), coded, count, row, out, n, 1.0 / count, BF16=half, SIZE=SIZE)
+    _launch_mean(codec, payloads, out.numel(), count, None, None, out)
+
+
+def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
+    """`recode` of the table."""
+    _launch_mean(codec, payloads, n, count, residual, padded(payload).view(torch.int16), None)
+
+
+def _launch_mean(codec: Any, payloads: Tensor, n: int, count: int, *results: Tensor | None) -> None:
+    source = payloads.view(torch.int16), count, codec.nbytes(n) // 4, 1.0 / count
+    launch(_mean, triton.cdiv(n, SIZE), *source, *results, n, BF16=_bfloat16(codec), SIZE=SIZE)
+
+
+def _bfloat16(codec: Any) -> bool:
+    return bool(codec.sum_dtype is torch.bfloat16)

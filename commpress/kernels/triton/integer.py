@@ -17,7 +17,7 @@ from commpress.kernels.triton.blocks import (
     total,
     write,
 )
-from commpress.kernels.triton.launch import counting, launch, padded, steps, words
+from commpress.kernels.triton.launch import WARPS, counting, launch, padded, steps, words
 
 BLOCK: tl.constexpr = tl.constexpr(256)
 HALF: tl.constexpr = tl.constexpr(128)
@@ -248,23 +248,29 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
     """`encode` of the table."""
     after = padded(payload)
     source = x, steps(prologue), None, None, 0, 0, 0.0
-    _launch(codec, x.numel(), *source, residual, words(after), after, None)
+    _launch(codec, x.numel(), x.element_size(), *source, residual, words(after), after, None)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     """`mean` of the table."""
     source = None, None, words(payloads), payloads, count, codec.nbytes(out.numel()) // 4, 1.0 / count
-    _launch(codec, out.numel(), *source, None, None, None, out)
+    _launch(codec, out.numel(), out.element_size(), *source, None, None, None, out)
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     after = padded(payload)
     source = None, None, words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
-    _launch(codec, n, *source, residual, words(after), after, None)
+    _launch(codec, n, 4, *source, residual, words(after), after, None)
 
 
-def _launch(codec: Any, n: int, *arguments: Any) -> None:
+def _launch(codec: Any, n: int, wide: int, *arguments: Any) -> None:
+    """Start the kernel; values of a gradient or a mean have `wide` bytes. Of int4 a program has the halves of 1024 values."""
     blocks = triton.cdiv(n, BLOCK)
-    constants = {"BITS": codec.bits, "STOCHASTIC": codec.stochastic, "ROWS": ROWS}
+    constants = {
+        "BITS": codec.bits,
+        "STOCHASTIC": codec.stochastic,
+        "ROWS": ROWS,
+        "num_warps": 4 if codec.bits == 8 else WARPS[wide],
+    }
     launch(_code_blocks, triton.cdiv(blocks, ROWS), *arguments, n, blocks, **constants)

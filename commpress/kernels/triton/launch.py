@@ -12,6 +12,8 @@ READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtypes by their number of bytes."""
+WARPS = {4: 4, 2: 2}
+"""By bytes of a value how many warps a program of 512 values at a time has: a thread reads or writes 16 bytes at once."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Compiler options, unless a launch gives others. Products and sums are rounded separately."""
 

@@ -85,37 +85,60 @@ def _share_of(program, block, blocks, rest, rest_strata, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _whole(lo, hi):
+    """Where the whole groups of EDGE values from `lo` up to `hi` begin and end."""
+    return tl.multiple_of((lo + EDGE - 1) // EDGE * EDGE, EDGE), tl.multiple_of(hi // EDGE * EDGE, EDGE)
+
+
+@triton.jit
+def _edges(lo, hi):
+    """The values before and behind the whole groups, and which are there: EDGE places each."""
+    low, high = _whole(lo, hi)
+    i = tl.arange(0, 2 * EDGE)
+    at = tl.where(i < EDGE, lo + i, tl.maximum(low, high) + i - EDGE)
+    return at, at < tl.where(i < EDGE, tl.minimum(low, hi), hi)
+
+
+@triton.jit
 def _fill(out, lo, hi, VALUE: tl.constexpr):
     """out[lo : hi] := VALUE."""
-    low, high = (lo + EDGE - 1) // EDGE * EDGE, hi // EDGE * EDGE
+    low, high = _whole(lo, hi)
     for at in range(low, high, CHUNK):
         place = tl.multiple_of(at, EDGE) + tl.arange(0, CHUNK)
         write(out + place, tl.full([CHUNK], VALUE, tl.float32), place < high)
-    before, behind = lo + tl.arange(0, EDGE), tl.maximum(low, high) + tl.arange(0, EDGE)
-    write(out + before, tl.full([EDGE], VALUE, tl.float32), before < tl.minimum(low, hi))
-    write(out + behind, tl.full([EDGE], VALUE, tl.float32), behind < hi)
+    edge, edge_inside = _edges(lo, hi)
+    write(out + edge, tl.full([2 * EDGE], VALUE, tl.float32), edge_inside)
 
 
 @triton.jit
 def _one_stratum(x, prologue, residual, value, number, start, width, place, EXACT: tl.constexpr):
     """Send from a stratum that may hold NaN or Inf: then it sends NaN, and its residual stays."""
-    top = tl.zeros([CHUNK], tl.int32)
-    for c in range(0, width, CHUNK):
-        at = c + tl.arange(0, CHUNK)
-        top = tl.maximum(top, magnitude_bits(total(x, prologue, residual, start + at, at < width)))
+    low, high = _whole(start, start + width)
+    edge, edge_inside = _edges(start, start + width)
+    edges, top = tl.max(magnitude_bits(total(x, prologue, residual, edge, edge_inside))), tl.zeros([CHUNK], tl.int32)
+    for c in range(low, high, CHUNK):
+        at = tl.multiple_of(c, EDGE) + tl.arange(0, CHUNK)
+        top = tl.maximum(top, magnitude_bits(total(x, prologue, residual, at, at < high)))
     sent = total(x, prologue, residual, place, None)
-    if tl.max(top) >= INFINITY_BITS:
+    if tl.maximum(tl.max(top), edges) >= INFINITY_BITS:
         tl.store(value + number, nan_like(sent))
     else:
         tl.store(value + number, sent)
         if residual is not None:
             tl.debug_barrier()  # all have read what is written over now
-            for c in range(0, width, CHUNK):
-                at = c + tl.arange(0, CHUNK)
-                kept = total(x, prologue, residual, start + at, at < width)
-                if EXACT:
-                    kept = tl.where(start + at == place, 0.0, kept)
-                write(residual + start + at, kept, at < width)
+            for c in range(low, high, CHUNK):
+                at = tl.multiple_of(c, EDGE) + tl.arange(0, CHUNK)
+                _leave(x, prologue, residual, at, at < high, place, EXACT)
+            _leave(x, prologue, residual, edge, edge_inside, place, EXACT)
+
+
+@triton.jit
+def _leave(x, prologue, residual, at, inside, place, EXACT: tl.constexpr):
+    """residual := what is coded; 0 at `place` if EXACT."""
+    kept = total(x, prologue, residual, at, inside)
+    if EXACT:
+        kept = tl.where(at == place, 0.0, kept)
+    write(residual + at, kept, inside)
 
 
 @triton.jit
@@ -200,18 +223,14 @@ def _take(
     size, strata, origin, number, lane, left = _share_of(program, block, blocks, rest, rest_strata, GROUP)
     if FITS:
         lo, hi = origin + _strata(lane, size, strata)[0], origin + _strata(lane + left, size, strata)[0]
-        low, high = tl.multiple_of((lo + EDGE - 1) // EDGE * EDGE, EDGE), tl.multiple_of(hi // EDGE * EDGE, EDGE)
+        low, high = _whole(lo, hi)
         at, inside = low + tl.arange(0, SIZE), low + tl.arange(0, SIZE) < high
-        before, behind = lo + tl.arange(0, EDGE), tl.maximum(low, high) + tl.arange(0, EDGE)
-        before_inside, behind_inside = before < tl.minimum(low, hi), behind < hi
+        edge, edge_inside = _edges(lo, hi)
         kept = total(x, prologue, residual, at, inside)
-        kept_before = total(x, prologue, residual, before, before_inside)
-        kept_behind = total(x, prologue, residual, behind, behind_inside)
-        edges = tl.maximum(magnitude_bits(kept_before), magnitude_bits(kept_behind))
-        if tl.maximum(tl.max(magnitude_bits(kept)), tl.max(edges)) < INFINITY_BITS:
+        kept_edge = total(x, prologue, residual, edge, edge_inside)
+        if tl.maximum(tl.max(magnitude_bits(kept)), tl.max(magnitude_bits(kept_edge))) < INFINITY_BITS:
             _keep(residual, at, kept, inside)
-            _keep(residual, before, kept_before, before_inside)
-            _keep(residual, behind, kept_behind, behind_inside)
+            _keep(residual, edge, kept_edge, edge_inside)
             index = tl.arange(0, GROUP)
             start, width = _strata(lane + index, size, strata)
             place = origin + _places(number + index, start, width, size, strata, draw)

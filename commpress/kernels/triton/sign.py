@@ -11,17 +11,30 @@ from commpress.kernels.triton.blocks import (
     keep_lost,
     nan_like,
     only,
+    read,
     remembered,
     row_start,
     total,
     write,
 )
-from commpress.kernels.triton.launch import counting, launch, padded, steps, words
-from commpress.kernels.triton.planes import BLOCK, LANES, STEPS, WIDTH, bit, folded, lanes, sizes, spread
+from commpress.kernels.triton.launch import WARPS, counting, launch, padded, steps, words
+from commpress.kernels.triton.planes import (
+    BLOCK,
+    LANES,
+    STEPS,
+    WIDTH,
+    bit,
+    bits_of_blocks,
+    folded,
+    lanes,
+    sizes,
+    spread,
+)
 
 ROWS = 8
 RECODE_ROWS = 4
 """More rows of W payloads would not fit into a thread's registers."""
+RECODE_WARPS = 2
 
 
 @triton.jit
@@ -37,8 +50,8 @@ def _mean_of(pf, pu, W, row, blocks, share, b, i, size, WHOLE: tl.constexpr):
 
 @triton.jit
 def _signed(pf, plane, b, i, size, b_inside, WHOLE: tl.constexpr):
-    scale = tl.load(pf + b) if WHOLE else tl.load(pf + b, b_inside, other=0.0)
-    return tl.where(bit(plane, b, i, size, WHOLE) != 0, -scale, scale)
+    scale = read(pf + b, b_inside)
+    return tl.where(bit(plane, b, i, size, WHOLE, 4) != 0, -scale, scale)
 
 
 @triton.jit
@@ -99,19 +112,33 @@ def _encode(x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, ROW
         _encode_rows(x, prologue, pf, pu, W, row, share, residual, qf, qu, n, blocks, b, False, ROWS)
 
 
+@triton.jit
+def _part(pf, plane, share, b, p, j, size, WHOLE: tl.constexpr):
+    """The share of one payload in the mean of whole blocks, [ROWS, 8, 128]."""
+    scale = read(pf + b, None if WHOLE else size > 0)
+    return tl.where(bits_of_blocks(plane, b, p, j, size, WHOLE, 4) != 0, -scale, scale) * share
+
+
+@triton.jit
+def _mean_rows(pf, pu, W, row, share, out, n, blocks, b, WHOLE: tl.constexpr):
+    size = sizes(b, n)
+    p, j = tl.arange(0, 8)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
+    mean = _part(pf, pu + 4 * blocks, share, b, p, j, size, WHOLE)
+    for w in range(1, W):
+        start = row_start(w, row)
+        mean += _part(pf + start, pu + 4 * start + 4 * blocks, share, b, p, j, size, WHOLE)
+    i = spread(b, j, p, size, WHOLE)
+    write(out + b * BLOCK + i, mean, None if WHOLE else (j < (size + 7) // 8) & (i < size))
+
+
 @counting
 def _mean(pf, pu, W, row, share, out, n, blocks, ROWS: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * ROWS
-    b = first + tl.arange(0, ROWS)[:, None]
-    size = sizes(b, n)
+    b = first + tl.arange(0, ROWS)[:, None, None]
     if (first + ROWS) * BLOCK <= n:
-        for k in range(STEPS):
-            mean = _mean_of(pf, pu, W, row, blocks, share, b, lanes(k), size, True)
-            write(out + b * BLOCK + lanes(k), mean, None)
+        _mean_rows(pf, pu, W, row, share, out, n, blocks, b, True)
     else:
-        for k in range(STEPS):
-            mean = _mean_of(pf, pu, W, row, blocks, share, b, lanes(k), size, False)
-            write(out + b * BLOCK + lanes(k), mean, lanes(k) < size)
+        _mean_rows(pf, pu, W, row, share, out, n, blocks, b, False)
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
@@ -119,7 +146,8 @@ def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payloa
     n, after = x.numel(), padded(payload)
     blocks = triton.cdiv(n, BLOCK)
     source = x, steps(prologue), None, None, 0, 0, 0.0
-    launch(_encode, triton.cdiv(blocks, ROWS), *source, residual, words(after), after, n, blocks, ROWS=ROWS)
+    options = {"ROWS": ROWS, "num_warps": WARPS[x.element_size()]}
+    launch(_encode, triton.cdiv(blocks, ROWS), *source, residual, words(after), after, n, blocks, **options)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
@@ -127,12 +155,12 @@ def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     n = out.numel()
     blocks = triton.cdiv(n, BLOCK)
     source = words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
-    launch(_mean, triton.cdiv(blocks, ROWS), *source, out, n, blocks, ROWS=ROWS)
+    launch(_mean, blocks, *source, out, n, blocks, ROWS=1, num_warps=1)  # a thread has 4 bytes of bits, all 32 values
 
 
 def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
     """`recode` of the table."""
     blocks, after = triton.cdiv(n, BLOCK), padded(payload)
     source = None, None, words(payloads), payloads, count, codec.nbytes(n) // 4, 1.0 / count
-    programs = triton.cdiv(blocks, RECODE_ROWS)
-    launch(_encode, programs, *source, residual, words(after), after, n, blocks, ROWS=RECODE_ROWS)
+    options = {"ROWS": RECODE_ROWS, "num_warps": RECODE_WARPS}
+    launch(_encode, triton.cdiv(blocks, RECODE_ROWS), *source, residual, words(after), after, n, blocks, **options)

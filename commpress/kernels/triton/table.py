@@ -42,6 +42,8 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("mean", "topk", "cuda"): Kernel(topk.mean),
     ("mean", "randomk", "cuda"): Kernel(random_k.mean, READABLE),
     ("mean", "rotate", "cuda"): Kernel(rotate.mean, READABLE),
+    ("recode", "bf16", "cuda"): Kernel(cast.recode),
+    ("recode", "fp16", "cuda"): Kernel(cast.recode),
     ("recode", "fp8", "cuda"): Kernel(float8.recode),
     ("recode", "int8", "cuda"): Kernel(integer.recode),
     ("recode", "int4", "cuda"): Kernel(integer.recode),
