@@ -5,8 +5,9 @@ Run it as one rank on each of two hosts (as root; network namespaces joined by s
     python -m commpress.launch.lab 2 1gbit -- python benchmarks/training.py [SPEC ...] [--only NAME ...] [--json FILE]
 
 A byte-level GPT of 17 M parameters on the standard library's source, batch 2 x 64, SGD with momentum, one thread a rank.
-Every row has its own copy of the model (about 0.3 GB); rows take turns of a few steps, so a noisy machine shifts
-all. `no communication` is DDP with torch's noop_hook: a row is its median step and the ratio to that one's in the same run.
+Every row has its own copy of the model (about 0.3 GB), whose gradients are views of DDP's buckets, as in the training program.
+Rows take turns of a few steps, so a noisy machine shifts all. `no communication` is DDP with torch's noop_hook: a row is its
+median step and the ratio to that one's in the same run.
 
 With --loss STEPS it trains every row instead, one after another, from the same weights on the same windows: held-out loss
 against steps and bytes. That does not depend on the link; time to a loss is its steps times the median step above.
@@ -71,7 +72,9 @@ class Variant:
         torch.manual_seed(0)
         self.way, self.text = way, text
         self.device = device()
-        self.model = DistributedDataParallel(GPT(SHAPE).to(self.device), bucket_cap_mb=way.bucket_mb or bucket_mb)
+        bucket_mb = way.bucket_mb or bucket_mb
+        model = GPT(SHAPE).to(self.device)
+        self.model = DistributedDataParallel(model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
         self.attached: Attached = way.attach(self.model)
         self.optimizer = self.attached.optimizer or (
             torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)

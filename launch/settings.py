@@ -148,7 +148,13 @@ class Settings(Files, Training, Model, Parallel, Compression):  # fields come in
     def takes_auto(self) -> bool:
         """Return whether a spec may be found during training."""
         shards_optimizer = self.optimizer not in PLAIN and self.parameters not in (None, "none")
-        return self.parallel in ("ddp", "fsdp", "deepspeed") and not shards_optimizer
+        return self.parallel in ("ddp", "fsdp", "deepspeed") and not shards_optimizer and not self.shards_muon
+
+    @property
+    def shards_muon(self) -> bool:
+        """Return whether each rank has only parts of the matrices that EF21Muon steps."""
+        in_parts = {"fsdp": True, "deepspeed": self.zero_stage > 0}
+        return self.optimizer == "EF21Muon" and in_parts.get(self.parallel, False)
 
     @property
     def parameter_spec(self) -> str:
@@ -193,7 +199,7 @@ STRATEGIES = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")
 EXCHANGE_UNDER = {
     "OneBitAdamW": ("ddp", "deepspeed"),
     "ZeroOneAdamW": ("ddp", "deepspeed"),
-    "EF21Muon": ("ddp",),
+    "EF21Muon": ("ddp", "fsdp", "deepspeed"),
     "DGC": ("ddp", "deepspeed"),
 }
 """The values of --parallel under which an optimizer that exchanges by itself can run."""
@@ -219,6 +225,8 @@ def check(settings: Settings) -> None:
         )
     if settings.zero_stage not in range(4):
         raise TrainingError(f"--zero-stage {settings.zero_stage}: expected 0, 1, 2 or 3")
+    if settings.parallel == "deepspeed" and settings.optimizer == "EF21Muon" and settings.zero_stage == 3:
+        raise TrainingError("--zero-stage 3: expected 0, 1 or 2 under --optimizer EF21Muon")
     if settings.parallel == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise TrainingError("--parallel deepspeed: found no DeepSpeed, expected it; pip install 'commpress[deepspeed]'")
     if settings.recipe is not None and settings.parallel not in ("ddp", "fsdp", "deepspeed"):
@@ -283,6 +291,9 @@ def require_specs(settings: Settings) -> None:
             f"--compress {settings.compress}: expected --parallel ddp and --optimizer AdamW or SGD, got "
             f"{settings.parallel} and {settings.optimizer}"
         )
+    if settings.shards_muon:
+        why = "auto cannot choose for EF21Muon where its matrices are sharded; expected a spec, such as int4"
+        raise TrainingError(f"--compress {settings.compress}: {why}")
     if not settings.takes_auto:
         raise TrainingError(
             f"--compress {settings.compress}: expected --parallel ddp, fsdp or deepspeed, and no --parameters beside "

@@ -106,7 +106,8 @@ class Sharded(Strategy):
         self.root = fully_shard(model)
         self.model = model  # the same object: fully_shard changes its class
         self.optimizer = optimizer(model)  # of the shards
-        self.session = commpress.attach(model, gradients=spec, parameters=parameters)
+        behind = self.optimizer if isinstance(self.optimizer, optim.CompressedOptimizer) else None
+        self.session = commpress.attach(model, gradients=spec, parameters=parameters, optimizer=behind)
 
     def accumulating(self) -> AbstractContextManager[None]:
         return self._accumulating()

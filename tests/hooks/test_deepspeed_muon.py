@@ -12,7 +12,7 @@ from ranks import outcome, run
 from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from training import by_dimensions, network, same
+from training import adrift, by_dimensions, network, same
 from training import train as train_ddp
 
 import commpress
@@ -23,6 +23,8 @@ LIBRARIES = ("engines",)
 pytestmark = pytest.mark.usefixtures("ranks_of_our_own")
 
 SMALL = {"reduce_bucket_size": 3000}
+WIDE = 256
+"""A width at which matrices are coded in other coordinates."""
 Make = Callable[[Iterable[Tensor]], EF21Muon]
 
 
@@ -136,6 +138,37 @@ def resumed(folder: str, names: list[str]) -> list[tuple[str, bool]]:
 def test_a_resumed_run_is_the_unbroken_one(names: list[str], tmp_path: Path) -> None:
     for found in run(RANKS, resumed, str(tmp_path), names, timeout=120):
         assert all(equal for _, equal in found), found
+
+
+def wide() -> Any:
+    """An engine of ZeRO 0 whose matrices are wide enough for other coordinates."""
+    return engine(0, optimizer=muon, model=lambda: network(width=WIDE), gradient_clipping=0.0)
+
+
+def turned() -> tuple[float, float, int, bool]:
+    """After two changes of coordinates: how far estimate and residuals together, and the estimate alone, are from the mean
+    momentum; the matrices in other ones; whether a run that was restarted between the changes is the unbroken one."""
+    e = wide()
+    session = attach(e, "int4")
+    train(e, range(12))
+    states = copy.deepcopy((e.module.state_dict(), e.basic_optimizer.state_dict(), session.state_dict()))
+    train(e, range(12, 27))
+    found = *adrift(e, e.basic_optimizer, session), sum("basis_vectors" in s for s in e.basic_optimizer.state.values())
+    whole = weights(e)
+    again = wide()
+    kept = attach(again, "int4")
+    for part, state in zip((again.module, again.basic_optimizer, kept), states, strict=True):
+        part.load_state_dict(state)
+    train(again, range(12, 27))
+    return *found, same(whole, weights(again))
+
+
+@pytest.mark.slow
+def test_at_zero_0_a_coarse_code_has_coordinates_of_its_own_and_loses_nothing() -> None:
+    for off, alone, count, unbroken in run(RANKS, turned, timeout=120):
+        assert off < 1e-5 < 1e-2 < alone
+        assert count == 3
+        assert unbroken
 
 
 def refused() -> list[str]:

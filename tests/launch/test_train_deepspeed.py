@@ -38,6 +38,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "ZeRO 0": {"zero_stage": 0, "compress": "int4"},
     "ZeRO 1, ZeroOneAdamW": {"zero_stage": 1, **BEHIND, "optimizer": "ZeroOneAdamW", "sync_every": 2},
     "ZeRO 2, OneBitAdamW": {"zero_stage": 2, **BEHIND, "optimizer": "OneBitAdamW"},
+    "ZeRO 0, EF21Muon": {"zero_stage": 0, "compress": "int4", "optimizer": "EF21Muon"},
+    "ZeRO 1, EF21Muon": {"zero_stage": 1, "compress": "int4", "optimizer": "EF21Muon"},
+    "ZeRO 2, EF21Muon": {"zero_stage": 2, "compress": "int4", "optimizer": "EF21Muon", "parameters": "int8"},
     "ZeRO 2": {"zero_stage": 2, "compress": "int4", "parameters": "int8"},
     "ZeRO 2, accumulated": {"zero_stage": 2, "compress": "int4", "batch": 2, "accumulate": 2},
     # two matrices are wide enough for DeepSpeed not to keep them everywhere
@@ -107,7 +110,9 @@ def test_the_loss_falls_and_the_record_says_what_happened(runs: Callable[[str], 
         most = 0.7 if name in RECIPES else 0.6  # the small file is made of exact values
         assert roles[role]["sent_bytes"] < most * roles[role]["dense_bytes"], role
     backwards = changes.get("accumulate", 1)  # ZeRO 2 sends in each
-    sharded = changes["zero_stage"] and "optimizer" not in changes  # a reduce-scatter sends half of an all-reduce
+    sharded = (
+        changes["zero_stage"] and changes.get("optimizer", "EF21Muon") == "EF21Muon"
+    )  # a reduce-scatter sends half of an all-reduce
     assert roles["gradients"]["dense_bytes"] >= STEPS * backwards * 4 * record["parameters"] // (2 if sharded else 1)
 
 

@@ -1,18 +1,16 @@
 """The coordinates in which EF21Muon codes a momentum coarsely: what they promise, and that they survive restarts and masks."""
 
 import copy
-from collections.abc import Collection
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run
 from test_muon import LONG as WIDE
 from test_muon import attached
 from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, finite, parameters_of, same, train
+from training import SMALL_BUCKETS, adrift, finite, parameters_of, same, train
 
 import commpress
 from commpress.optim.eigenbasis import FLOOR, LONG, Basis
@@ -49,26 +47,6 @@ def coded(spec: str, exchange: str, steps: int) -> tuple[float, float, int]:
     train(ddp, range(steps), optimizer=optimizer)
     turned = sum("basis_vectors" in state for state in optimizer.state.values())
     return *adrift(ddp, optimizer, session), turned
-
-
-def adrift(
-    ddp: DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    session: commpress.Session,
-    names: Collection[str] = (),
-) -> tuple[float, float]:
-    """How far the sum of estimate and mean residual, and the estimate alone, are at most from a matrix's mean momentum."""
-    off, alone = [], []
-    for name, p in ddp.module.named_parameters():
-        if p.dim() == 2 and (name in names or not names):
-            (residual, momentum), part = session.collectives[0].feedback.part(name)
-            both = torch.stack([residual[part], momentum[part]])
-            dist.all_reduce(both)
-            left, mean = both / dist.get_world_size()
-            estimate = optimizer.state[p]["momentum_buffer"].view(-1)
-            off.append(float((estimate + left - mean).norm() / mean.norm()))
-            alone.append(float((estimate - mean).norm() / mean.norm()))
-    return max(off), max(alone)
 
 
 @pytest.mark.parametrize(("spec", "exchange", "world_size"), [

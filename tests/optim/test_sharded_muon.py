@@ -22,7 +22,7 @@ from training import CLASSES, INPUTS, WIDTH, finite, loss_of, network, same
 import commpress
 from commpress.comm.codecs import parse
 from commpress.optim import EF21Muon, OneBitAdamW
-from commpress.optim.sharded_muon import Matrix, owners
+from commpress.optim.sharded_muon import SENT, UPDATE, Matrix, owners
 
 LR = 0.01
 STEPS = 8
@@ -280,12 +280,17 @@ def test_a_resumed_training_goes_on_bit_for_bit(world_size: int, tmp_path: Path)
         assert same(unbroken, pieced)
 
 
-def kept(folder: str) -> tuple[list[Tensor], list[Tensor]]:
-    """What a checkpoint brings back, and the parameters a step later."""
+def kept(folder: str) -> tuple[list[Tensor], list[Tensor], bool]:
+    """What a checkpoint brings back, the parameters a step later, and whether owners then know what all rows' ranks sent."""
     model, optimizer = loaded(folder)
     before = [*whole(model), *states(model, optimizer)]
     train(model, optimizer, range(3, 4))
-    return before, whole(model)
+    assert optimizer._sharded is not None
+    agree = []
+    for name, p in model.named_parameters():
+        ends = [optimizer.state[p][key].full_tensor() for key in (SENT, UPDATE) if key in optimizer.state[p]]
+        agree += [torch.equal(*pair) for pair in zip(ends, optimizer._sharded._known.get(name, ()), strict=False)]
+    return before, whole(model), all(agree) and bool(agree)
 
 
 @pytest.mark.slow
@@ -293,7 +298,8 @@ def test_another_number_of_ranks_goes_on_with_all_that_was_kept(tmp_path: Path) 
     run(3, saved, str(tmp_path), 3)
     ranks = run(2, kept, str(tmp_path))
     others = run(3, kept, str(tmp_path))
-    for before, after in ranks:
+    for before, after, owners_know in ranks:
+        assert owners_know
         assert same(before, others[0][0])
         assert same(after, ranks[0][1])
         assert finite(after)

@@ -1,7 +1,7 @@
 """A small network and its training, for tests of the hooks: the same data and start on every run."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,29 @@ def same_training(one: Trained, other: Trained) -> bool:
 def finite(tensors: Sequence[Tensor | None]) -> bool:
     """Whether all values are finite numbers."""
     return all(bool(t.isfinite().all()) for t in tensors if t is not None)
+
+
+def adrift(
+    wrapped: Any,
+    optimizer: torch.optim.Optimizer,
+    session: Any,
+    names: Collection[str] = (),
+) -> tuple[float, float]:
+    """How far the sum of estimate and mean residual, and the estimate alone, are at most from a matrix's mean momentum.
+
+    The matrices are those of a DDP module or an engine. Collective.
+    """
+    off, alone = [], []
+    for name, p in wrapped.module.named_parameters():
+        if p.dim() == 2 and (name in names or not names):
+            (residual, momentum), part = session.collectives[0].feedback.part(name)
+            both = torch.stack([residual[part], momentum[part]])
+            dist.all_reduce(both)
+            left, mean = both / dist.get_world_size()
+            estimate = optimizer.state[p]["momentum_buffer"].view(-1)
+            off.append(float((estimate + left - mean).norm() / mean.norm()))
+            alone.append(float((estimate - mean).norm() / mean.norm()))
+    return max(off), max(alone)
 
 
 def _bits(x: Tensor) -> Tensor:
