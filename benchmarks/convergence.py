@@ -63,7 +63,7 @@ class Way:
     name: str
     task: str
     optimizer: str
-    spec: str | None = None
+    spec: str | dict[str, str] | None = None
     seeds: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
