@@ -106,6 +106,7 @@ WAYS = (
     Way("SGD, topk(0.01) gradients", "digits", "SGD", "topk(0.01)", 3),
     Way("DGC topk(0.01)", "digits", "DGC", "topk(0.01)", 3),
     Way("SGD, topk(0.001) gradients", "digits", "SGD", "topk(0.001)", 3),
+    Way("SGD, topk(0.25->0.001, 200) gradients", "digits", "SGD", "topk(0.25->0.001, 200)", 3),
     Way("DGC topk(0.001)", "digits", "DGC", "topk(0.001)", 3),
 )
 
