@@ -63,7 +63,7 @@ class Way:
     name: str
     task: str
     optimizer: str
-    spec: str | None = None
+    spec: str | dict[str, str] | None = None
     seeds: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -106,6 +106,7 @@ WAYS = (
     Way("SGD, topk(0.01) gradients", "digits", "SGD", "topk(0.01)", 3),
     Way("DGC topk(0.01)", "digits", "DGC", "topk(0.01)", 3),
     Way("SGD, topk(0.001) gradients", "digits", "SGD", "topk(0.001)", 3),
+    Way("SGD, topk(0.25->0.001, 200) gradients", "digits", "SGD", "topk(0.25->0.001, 200)", 3),
     Way("DGC topk(0.001)", "digits", "DGC", "topk(0.001)", 3),
 )
 

@@ -20,6 +20,7 @@ SECTIONS = {
             "commpress/comm/auto.py",
             "commpress/comm/choice.py",
             "commpress/comm/plan.py",
+            "commpress/comm/ratio_warmup.py",
             "commpress/comm/rules.py",
         ),
         *("commpress/comm/sharded_auto.py", "commpress/comm/exchange", "commpress/comm/verify.py"),

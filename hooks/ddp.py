@@ -236,7 +236,7 @@ def attach(
     if optimizer is None:
         rules = None if session.step_buffer is None else session.step_buffer.rules
         for codec in {session.collectives[0].gradients.codec} if rules is None else rules.lossy:
-            ours = {p for p, name in names.items() if rules is None or rules.codecs[name] == codec}
+            ours = {p for p, name in names.items() if rules is None or rules.last(name) == codec}
             advise(codec, ours, speaks(model.process_group))
     return session
 

@@ -16,6 +16,7 @@ import torch
 import commpress
 from commpress.comm.codecs import AUTO
 from commpress.comm.plan import Plan
+from commpress.comm.ratio_warmup import ratio_warmup
 from commpress.comm.rules import is_open
 from commpress.launch import patterns, runtime
 from commpress.launch.model import BYTES, Shape
@@ -27,9 +28,9 @@ class Compression:
     """Codecs, and the optimizer whose traffic they compress."""
 
     compress: str | None = None
-    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, ...; auto finds one during training; or a .toml
-    or .json file with specs by patterns of parameter names (for ddp with AdamW or SGD). None: the recipe's spec; else
-    auto under ddp, fsdp and deepspeed, unless --parameters shards OneBitAdamW; else int4."""
+    """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, topk(0.25->0.01, 500), ...; auto finds one during
+    training; or a .toml or .json file with specs by patterns of parameter names (for ddp with AdamW or SGD). None: the
+    recipe's spec; else auto under ddp, fsdp and deepspeed, unless --parameters shards OneBitAdamW; else int4."""
     parameters: str | None = None
     """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; delta|int4 under fsdp sends
     what has changed; auto needs --compress auto. None: the recipe's spec, or none."""
@@ -270,7 +271,7 @@ def check(settings: Settings) -> None:
 
 
 def require_specs(settings: Settings) -> None:
-    """Raise TrainingError, with the flag, for unknown specs, and for `auto` and patterns where they do not work."""
+    """Raise TrainingError, with the flag, for unknown specs, and for those that do not work in this way of training."""
     for name in ("compress", "warmup_compress", "parameters"):
         try:
             spec = getattr(settings, name)
@@ -283,6 +284,15 @@ def require_specs(settings: Settings) -> None:
         if settings.compress is not None and settings.parameters == AUTO:
             raise TrainingError(
                 f"--parameters auto: one search finds both specs; expected --compress auto, got {settings.compress}"
+            )
+        return
+    if (warmup := ratio_warmup(settings.gradients)) is not None:
+        replicated = settings.parallel == "ddp" or (settings.parallel == "deepspeed" and settings.zero_stage == 0)
+        if not replicated or settings.optimizer not in PLAIN:
+            raise TrainingError(
+                f"--compress {warmup}: a ratio warms up under --parallel ddp, or deepspeed with --zero-stage 0, and "
+                f"--optimizer AdamW or SGD, got {settings.parallel} and {settings.optimizer}; expected one ratio, such as "
+                f"{warmup.codec}"
             )
         return
     by_patterns = not isinstance(settings.gradients, str)

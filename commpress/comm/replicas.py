@@ -18,8 +18,9 @@ from commpress.comm.exchange import Hierarchical
 from commpress.comm.masks_index import MaskIndex, in_memory_order, of_pairs
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.plan import Plan, require_flat
+from commpress.comm.ratio_warmup import ratio_warmup
 from commpress.comm.resize import of_replicas
-from commpress.comm.rules import Rules, Spec, rules_for
+from commpress.comm.rules import Rules, Spec, is_open, rules_for
 from commpress.comm.search import PLAIN
 from commpress.comm.segments import Segments, sizes
 from commpress.comm.session import Masks, Session
@@ -53,11 +54,12 @@ def replicas_session(
     name = None if optimizer is None else type(optimizer).__name__
     rules = _agreed_rules(spec, parameters, group, device)
     allowed = budget(spec) if rules is None else rules.budget
-    by_name = PLAIN if rules is not None or allowed is not None else spec
+    warmup = ratio_warmup(spec)
+    by_name = PLAIN if rules is not None or allowed is not None else spec if warmup is None else warmup.codec
     assert not isinstance(by_name, Mapping)
     more: dict[str, object] = {"optimizer": name, "grad_scaler": grad_scaler is not None, "verify": verify}
     if by_name is not spec:
-        more |= {"spec": str(rules or AUTO), "error budget": allowed}
+        more |= {"spec": str(rules or warmup or AUTO), "error budget": allowed}
     plan = agreed_plan(by_name, exchange, error_feedback, parameters, group, device, more)
     if optimizer is not None and optimizer.masks_momentum and isinstance(plan.exchange, Hierarchical):
         raise ValueError(
@@ -87,7 +89,7 @@ def replicas_session(
             auto = Auto(collectives, error_feedback, allowed, may_cut=rules is None)
         else:
             auto = AutoBehind(collectives, optimizer)
-    named = str(plan.codec) if by_name is spec else str(rules or AUTO)
+    named = str(plan.codec) if by_name is spec else str(rules or warmup or AUTO)
 
     def masks(given: Masks) -> list[MaskIndex]:
         for codec in {plan.codec, *(() if rules is None else rules.lossy)}:
@@ -100,7 +102,7 @@ def replicas_session(
         collectives,
         spec=named,
         settings={"settings": {**plan.settings(), "codec": named, "optimizer": name}},
-        step_buffer=StepBuffer(collectives, optimizer, parameters, auto, rules),
+        step_buffer=StepBuffer(collectives, optimizer, parameters, auto, rules, warmup),
         auto=auto,
         parameters=parameters,
         masks=masks,
@@ -109,11 +111,11 @@ def replicas_session(
 
 
 def _agreed_rules(spec: Spec, parameters: Segments, group: dist.ProcessGroup, device: torch.device) -> Rules | None:
-    """Return the rules if the spec has patterns, else None. If the patterns are wrong it is collective, and all ranks raise."""
+    """Return the rules if the spec has patterns, else None. If the spec is wrong it is collective, and all ranks raise."""
     try:
         if isinstance(spec, Mapping):
             return rules_for(spec, [segment.name for segment in parameters])
-        budget(spec)
+        is_open(spec)
         return None
     except (ValueError, TypeError) as error:
         require_agreement({"error": str(error)}, group, device)

@@ -11,10 +11,11 @@ from fnmatch import fnmatchcase
 
 from commpress.comm.auto import budget
 from commpress.comm.codecs import AUTO, Codec, parse
+from commpress.comm.ratio_warmup import RatioWarmup, ratio_warmup
 from commpress.comm.segments import Segment, Segments
 
 Spec = str | Codec | Mapping[str, str | Codec]
-"""A spec or a codec, `auto`, or a dict of specs by patterns of parameters' names."""
+"""A spec or a codec, `auto`, a spec whose ratio warms up, or a dict of specs by patterns of parameters' names."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Rules:
 
     specs: tuple[tuple[str, str], ...]
     """Patterns and specs, in the order in which they were given."""
-    codecs: Mapping[str, Codec | None]
+    codecs: Mapping[str, Codec | RatioWarmup | None]
     patterns: Mapping[str, str]
     """The pattern that decides for each parameter, by name."""
     budget: float | None = None
@@ -34,16 +35,24 @@ class Rules:
 
     @property
     def lossy(self) -> set[Codec]:
-        """Return the named lossy codecs."""
-        return {codec for codec in self.codecs.values() if codec is not None and codec.lossy}
+        """Return the named lossy codecs; of those that warm up, the last ones."""
+        return {codec for name in self.codecs if (codec := self.last(name)) is not None and codec.lossy}
 
-    def parts(self, segments: Segments) -> list[tuple[Segments, Codec | None]]:
-        """Return the parts of a bucket that have one codec each, in the order of their first parameters."""
-        found: dict[str, tuple[list[Segment], Codec | None]] = {}
+    def last(self, name: str) -> Codec | None:
+        """Return the codec of a parameter once all warm-ups are over; None where `auto` decides."""
+        codec = self.codecs[name]
+        return codec.codec if isinstance(codec, RatioWarmup) else codec
+
+    def parts(self, segments: Segments, step: int) -> list[tuple[Segments, Codec | None]]:
+        """Return the parts of a bucket that have one spec each, in the order of their first parameters, with the codecs of a
+        step of the run."""
+        found: dict[str, tuple[list[Segment], Codec | RatioWarmup | None]] = {}
         for segment in segments:
             codec = self.codecs[segment.name]
             found.setdefault(str(codec), ([], codec))[0].append(segment)
-        return [(tuple(part), codec) for part, codec in found.values()]
+        return [
+            (tuple(part), codec.at(step) if isinstance(codec, RatioWarmup) else codec) for part, codec in found.values()
+        ]
 
     def shares(self, segments: Segments) -> dict[str, int]:
         """Return how many values of these parameters each rule decides for, by its text; all rules in their order."""
@@ -61,9 +70,9 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
     with its name; TypeError for anything but patterns and specs.
     """
     names = list(names)
-    codecs: dict[str, Codec | None] = {}
+    codecs: dict[str, Codec | RatioWarmup | None] = {}
     patterns: dict[str, str] = {}
-    known: dict[str, Codec | None] = {}
+    known: dict[str, Codec | RatioWarmup | None] = {}
     budgets: list[float] = []
     for pattern, spec in given.items():
         if not isinstance(pattern, str):
@@ -71,7 +80,7 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
         try:
             if (allowed := budget(spec)) is not None:
                 budgets.append(allowed)
-            known[pattern] = None if allowed is not None else parse(spec)
+            known[pattern] = None if allowed is not None else ratio_warmup(spec) or parse(spec)
         except (ValueError, TypeError) as error:
             raise type(error)(f"gradients, {pattern!r}: {error}") from None
         fits = [name for name in names if fnmatchcase(name, pattern)]
@@ -96,15 +105,20 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
 
 
 def is_open(gradients: Spec) -> bool:
-    """Return whether `auto` or patterns decide. Raises ValueError for an `auto` with a wrong argument."""
-    return isinstance(gradients, Mapping) or budget(gradients) is not None
+    """Return whether the codec may differ between steps or parameters: `auto`, patterns, or a ratio that warms up.
+
+    Raises ValueError for an `auto` or a warm-up with a wrong argument.
+    """
+    return isinstance(gradients, Mapping) or budget(gradients) is not None or ratio_warmup(gradients) is not None
 
 
 def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error_feedback: bool) -> Exception | None:
-    """Return the error if `auto` or patterns cannot decide here; None if they can, or if `gradients` is one codec."""
+    """Return the error if `auto`, patterns or a warm-up cannot decide here; None if they can, or if one codec is given."""
     try:
         if not is_open(gradients):
             return None
+        if (warmup := ratio_warmup(gradients)) is not None:
+            return None if optimizer is None else warmup_refusal(warmup, type(optimizer).__name__)
     except ValueError as error:
         return error
     given, name = "patterns" if isinstance(gradients, Mapping) else "auto", type(optimizer).__name__
@@ -134,3 +148,11 @@ def open_refusal(gradients: Spec, optimizer: object, exchange: str | None, error
             f"exchange={exchange!r}: with {given} each codec uses its own; leave it out, or give one spec"
         )
     return None
+
+
+def warmup_refusal(warmup: RatioWarmup, name: str) -> ValueError:
+    """Return the error for a ratio that warms up beside the compressed optimizer `name`."""
+    return ValueError(
+        f"{warmup}: {name} does not send gradients as they are; expected one ratio beside optimizer=, such as {warmup.codec}, "
+        "which DGC warms up by its warmup_steps"
+    )

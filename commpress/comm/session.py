@@ -264,7 +264,7 @@ class Session:
         steps = (one.meter.steps for one in self.collectives)
         content = {
             **self._identity(),
-            "step": max(steps) if self.step_buffer is None else self.step_buffer.step,
+            "step": max(steps) if self.step_buffer is None else self.step_buffer.step_of_run,
             "scale": self.collectives[0].scale,
             "optimizer": None if optimizer is None else optimizer.own_state(),
             "memories": [collectives.feedback.state_dict() for collectives in self.collectives],
@@ -322,7 +322,7 @@ class Session:
         if any(bucket.get("factors") for buckets in layouts for bucket in buckets):
             share_factors(memories, self.collectives[0].group, self.device)
         own = self._mean_of_own([one["optimizer"] for one in mine], old)
-        self.restore({"scale": first["scale"], "memories": memories, "optimizer": own, "side traffic": []})
+        self.restore({**first, "memories": memories, "optimizer": own, "versions": [], "side traffic": []})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from this rank's state, which must fit; all ranks do so. Not collective."""
@@ -332,7 +332,7 @@ class Session:
             collectives.feedback.load_state_dict(memories, collectives.device)
             collectives.versions.load_state_dict(known, collectives.feedback.masks, collectives.device)
         if self.step_buffer is not None:
-            self.step_buffer.restored = list(self.collectives[0].feedback.memories)
+            self.step_buffer.resume(int(state["step"]))
         if self._optimizer is not None and state["optimizer"] is not None:
             self._optimizer.load_own_state(state["optimizer"])
         for other, saved in zip(self.side_traffic, state["side traffic"], strict=False):

@@ -22,6 +22,7 @@ from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.parameters import real_view
 from commpress.comm.parts import after, taken_apart
 from commpress.comm.plan import Override
+from commpress.comm.ratio_warmup import RatioWarmup
 from commpress.comm.resize import require_same_parameters
 from commpress.comm.rules import Rules
 from commpress.comm.segments import Segments, sizes
@@ -44,7 +45,8 @@ class PendingBucket:
 class StepBuffer:
     """The gradients of one set of replicas, bucket by bucket. `parameters` are their names and sizes, if they are known.
 
-    `auto` chooses the plan of each step; without it the plan is that of `collectives`. `rules` name codecs of parameters.
+    `auto` chooses the plan of each step, or `warmup` its codec; without them the plan is that of `collectives`. `rules` name
+    codecs of parameters.
     """
 
     def __init__(
@@ -54,14 +56,17 @@ class StepBuffer:
         parameters: Segments = (),
         auto: Auto | None = None,
         rules: Rules | None = None,
+        warmup: RatioWarmup | None = None,
     ) -> None:
         self.collectives, self.optimizer, self.parameters = collectives, optimizer, parameters
-        self.auto, self.rules = auto, rules
+        self.auto, self.rules, self.warmup = auto, rules, warmup
         collectives.may_undo = optimizer is not None and collectives.grad_scaler is not None
         self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
         """Returns tensors, by name, that should have the same bits on all ranks when a step begins; by default none."""
         self.step = 0
         """Steps so far."""
+        self.steps_before = 0
+        """Steps of the run before this session, by the state that was restored."""
         self.restored: list[Segments] = []
         """The saved layout in which the next step is exchanged; empty if that is the layout of the buckets."""
         self._pending: list[PendingBucket] = []
@@ -137,6 +142,8 @@ class StepBuffer:
         collectives, optimizer = self.collectives, self.optimizer
         if self.auto is not None:
             self.auto.begin_step()
+        if self.warmup is not None:
+            collectives.gradients = replace(collectives.gradients, codec=self.warmup.at(self.step_of_run))
         due = collectives.traffic.is_due(self.step)
         comparison = Comparison(self.step, list(self.replicas())) if due else None
         self._current = Step(self.step, comparison, None if self.auto is None else self.auto.watch)
@@ -228,7 +235,7 @@ class StepBuffer:
         then: Callable[[BaseException | None], None] | None,
     ) -> Work:
         """Exchange a bucket in parts, each by the codec that the rules have for it."""
-        send, parts = self.collectives.all_reduce, rules.parts(segments)
+        send, parts = self.collectives.all_reduce, rules.parts(segments, self.step_of_run)
         if len(parts) == 1:
             step = replace(self._current, rules=rules.shares(segments))
             return send(x, segments, index, override=_by_rule(parts[0][1]), step=step, last=last, then=then)
@@ -239,6 +246,16 @@ class StepBuffer:
             step = replace(self._current, rules=rules.shares(part))
             send(values, part, index, override=_by_rule(codec), step=step, last=ends, then=done)
         return whole
+
+    @property
+    def step_of_run(self) -> int:
+        """Return the number of the next step in the whole run, from 0 on, as restarts count it."""
+        return self.steps_before + self.step
+
+    def resume(self, step: int) -> None:
+        """Go on after so many steps of the run, with the restored memories: the next step is exchanged in their layout."""
+        self.steps_before = step - self.step
+        self.restored = list(self.collectives.feedback.memories)
 
     def forget_skipped_step(self) -> None:
         """Undo the last exchange in the residuals, if the GradScaler has skipped the step that should have used it."""

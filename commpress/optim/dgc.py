@@ -17,14 +17,12 @@ from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Memory
 from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.plan import DENSE, Override
+from commpress.comm.ratio_warmup import stage
 from commpress.comm.segments import Segments, sizes
 from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer, Parameters
 from commpress.optim.settings import require_in_range
 from commpress.optim.uncompressed import step_sgd
-
-STAGES = 5
-"""Stages of the ratio's warm-up; each keeps a quarter of the values that the stage before it kept, as in section 3.3."""
 
 SPECS = ("none", "int4", "topk(0.01)", "topk(0.001)")
 """The specs that `auto` may choose, the gentlest first. With `topk(0.01)` and `topk(0.001)` the net of
@@ -34,10 +32,10 @@ benchmarks/convergence.py ended within the spread of SGD's seeds; `int4` gradien
 class DGC(CompressedOptimizer):
     """SGD with momentum for sparse specs: `commpress.attach(ddp_model, "topk(0.001)", optimizer=DGC(...))`.
 
-    During `warmup_steps` a `topk(r)` keeps 1/4, 1/16, ... of the values down to r, each for a fifth of these steps; any other
-    codec sends exact means there. Codecs that send every value have no factor masking. `weight_decay` is SGD's, added to the
-    gradient. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent; then no bucket is sent before
-    backward is over. Raises ValueError for a setting out of range.
+    During `warmup_steps` a `topk(r)` keeps 1/4, 1/16, ... of the values down to r, each for a fifth of these steps, as in
+    section 3.3; any other codec sends exact means there. Codecs that send every value have no factor masking. `weight_decay`
+    is SGD's, added to the gradient. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent; then no
+    bucket is sent before backward is over. Raises ValueError for a setting out of range.
     """
 
     masks_momentum = True
@@ -89,7 +87,7 @@ class DGC(CompressedOptimizer):
             return Override(codec, prepare=prepare, momentum=True, masks_momentum=True)
         if not codec.sparse:
             return Override(DENSE, "momentum warms up", prepare, momentum=True, masks_momentum=True)
-        ratio = 0.25 ** (1 + steps * STAGES // warm_up)
+        ratio = 0.25 ** (1 + stage(steps, warm_up))
         return Override(codec.keeping(ratio), prepare=prepare, momentum=True, masks_momentum=True)
 
     def apply(self, updates: dict[str, tuple[Tensor, dict[str, Any], Tensor | None]]) -> None:

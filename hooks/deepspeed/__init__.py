@@ -138,12 +138,13 @@ def attach(
         holds = str(settings["parameters"])
         engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, momentum, holds, verify)
     if optimizer is None:
-        _advise(engine, plans[0].codec, speaks(group))
+        _advise(engine, speaks(group))
     return engine.commpress  # type: ignore[no-any-return]
 
 
-def _advise(engine: Any, codec: Codec, speaks: bool) -> None:
+def _advise(engine: Any, speaks: bool) -> None:
     """Warn of a spec that costs the loss under the optimizer that the engine steps with."""
+    codec = engine.commpress.collectives[0].gradients.codec
     stepped = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
     stepped = stepped or engine.optimizer.fp32_partitioned_groups_flat
     buffer = engine.commpress.step_buffer

@@ -7,6 +7,7 @@ from torch import nn
 
 from commpress import extras
 from commpress.comm.meter import dtype_name
+from commpress.comm.ratio_warmup import ratio_warmup
 from commpress.comm.rules import Spec, is_open, open_refusal
 from commpress.hooks.parameters import bare_parameters
 from commpress.optim import CompressedOptimizer, EF21Muon, OneBitAdamW
@@ -92,7 +93,7 @@ def gradients_refusal(
     exchange: str | None,
     error_feedback: bool,
 ) -> Exception | None:
-    """Return the error if `gradients` is `auto` or a dict of patterns and cannot be so here, else None."""
+    """Return the error if `gradients` is `auto`, a dict of patterns or a ratio that warms up, and cannot be so here."""
     if stage and isinstance(gradients, Mapping):
         return ValueError(
             f"gradients: patterns work only at ZeRO 0; ZeRO {stage} sends each part of all gradients to its owner in one "
@@ -100,6 +101,11 @@ def gradients_refusal(
             'expected one spec, such as "int4", or "auto"'
         )
     refusal = open_refusal(gradients, optimizer, exchange, error_feedback)
+    if refusal is None and stage and (warmup := ratio_warmup(gradients)) is not None:
+        return ValueError(
+            f"gradients: {warmup}: a ratio warms up only at ZeRO 0, and this is ZeRO {stage}; expected one ratio, such as "
+            f"{warmup.codec}"
+        )
     if refusal is None and sharded and isinstance(optimizer, OneBitAdamW) and is_open(gradients):
         return TypeError(
             f"commpress.attach: {type(optimizer).__name__} needs one spec of the gradients where it is sharded, as in "

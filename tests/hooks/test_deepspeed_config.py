@@ -157,6 +157,36 @@ def test_zero_0_takes_specs_by_pattern() -> None:
         assert "gradients, '*.wieght': decides for none of 6 parameters, as '0.weight'" in wrong
 
 
+FALLING = "topk(0.5->0.02, 5)|int4"
+
+
+def by_falling_ratio() -> list[Any]:
+    """A ratio that warms up, in a block; the first steps' report; and where it cannot be."""
+    fresh()
+    falling, _ = initialize(model=network(), config=config(0, **ADAMW, commpress={"gradients": FALLING}))[:2]
+    train(falling, range(7))
+    one_bit = engine(0, optimizer=lambda p: OneBitAdamW(p, warmup_steps=3))
+    return [
+        falling.commpress.report().to_dict(),
+        same_on_all_ranks(weights(falling)),
+        *(outcome(lambda stage=stage: attach(engine(stage), FALLING)) for stage in (1, 2, 3)),
+        outcome(lambda: attach(one_bit, FALLING)),
+        outcome(lambda: attach(engine(2), "int4", parameters=FALLING)),
+    ]
+
+
+def test_zero_0_takes_a_ratio_that_warms_up() -> None:
+    for report, alike, *stages, behind, of_parameters in run(RANKS, by_falling_ratio, timeout=120):
+        assert alike
+        steps = {row["spec"]: row["steps"] for row in report["rows"]}
+        ratios = ("0.5", "0.263", "0.138", "0.0725", "0.0381")
+        assert steps == {**{f"topk({ratio})|int4": 1 for ratio in ratios}, "topk(0.02)|int4": 2}
+        for stage, sentence in zip((1, 2, 3), stages, strict=True):
+            assert f"gradients: {FALLING}: a ratio warms up only at ZeRO 0, and this is ZeRO {stage}" in sentence
+        assert f"{FALLING}: OneBitAdamW does not send gradients as they are" in behind
+        assert "expected one ratio here, as in topk(0.01)" in of_parameters
+
+
 def patterns_elsewhere() -> list[str]:
     one_bit = engine(0, optimizer=lambda p: OneBitAdamW(p, warmup_steps=3))
     me = dist.get_rank()

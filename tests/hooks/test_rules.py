@@ -26,7 +26,7 @@ def test_the_first_pattern_that_fits_decides() -> None:
         "2.weight": "int4",
         "2.bias": "none",
     }
-    parts = rules.parts((Segment("2.bias", 4), Segment("2.weight", 8), Segment("0.bias", 2), Segment("0.weight", 6)))
+    parts = rules.parts((Segment("2.bias", 4), Segment("2.weight", 8), Segment("0.bias", 2), Segment("0.weight", 6)), 0)
     assert [(part, str(codec)) for part, codec in parts] == [
         ((Segment("2.bias", 4),), "none"),
         ((Segment("2.weight", 8),), "int4"),

@@ -211,6 +211,34 @@ def test_a_file_that_makes_no_sense_is_named_with_its_key(tmp_path: Path, name: 
     assert "Traceback" not in refused.err
 
 
+FALLING = "topk(0.25->0.05, 5)|int4"
+
+
+def by_falling_ratio(folder: Path) -> None:
+    """A run by a ratio that warms up, with a restart in its third stage."""
+    common = {**MODEL, "optimizer": "SGD", "data": folder / "text.txt", "out": folder / "run", "compress": FALLING}
+    assert train.train(train.Settings(**common, steps=3))
+    assert train.train(train.Settings(**common, steps=6, resume=True))
+
+
+@pytest.mark.slow
+def test_a_ratio_that_warms_up_goes_on_after_a_restart(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 100)
+    run(2, by_falling_ratio, tmp_path)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["report"]["spec"] == FALLING
+    specs = list(dict.fromkeys(row["spec"] for row in record["report"]["rows"]))
+    assert specs == [f"topk({ratio})|int4" for ratio in ("0.0952", "0.069", "0.05")]  # steps 3 to 5
+
+
+@pytest.mark.parametrize("flags", [("--parallel", "fsdp"), ("--optimizer", "DGC")], ids=" ".join)
+def test_a_ratio_that_warms_up_is_for_replicas_with_a_plain_optimizer(tmp_path: Path, flags: tuple[str, str]) -> None:
+    refused = run_command("train", "--compress", FALLING, *flags, "--out", tmp_path / "out", "--steps", 2)
+    assert refused.code == 1
+    assert f"error: --compress {FALLING}: a ratio warms up under --parallel ddp" in refused.err
+    assert "expected one ratio, such as topk(0.05)|int4" in refused.err
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     refused = run_command("train", "--compress", tmp_path / "absent.toml", "--out", tmp_path / "out", "--steps", 2)
     assert refused.code == 1

@@ -48,6 +48,11 @@ def parse(spec: str | Codec) -> Codec:
         )
     if word not in WORDS:
         raise ValueError(f"spec {spec!r}: unknown codec {word!r}, known: {', '.join(WORDS)}")
+    if argument is not None and "->" in argument:
+        raise ValueError(
+            f"spec {spec!r}: a ratio falls over steps only for gradients under DistributedDataParallel or DeepSpeed at ZeRO 0, "
+            "without optimizer=, and in a spec's first stage; expected one ratio here, as in topk(0.01)"
+        )
     family = WORDS[word]
     if rest and not family.outer:
         outer = ", ".join(f"{known.word}(...)" if known.sparse else known.word for known in FAMILIES if known.outer)
