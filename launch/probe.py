@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from commpress import extras
-from commpress.comm import cost
+from commpress.comm import cost, link_speed
 from commpress.comm.agreement import gather_settings
 from commpress.comm.auto import SPECS
 from commpress.comm.cost import Cluster
@@ -94,7 +94,7 @@ def measure(device: torch.device, seconds: float) -> Found:
     """Measure links, stragglers and codecs, the first two in about `seconds`. Collective."""
     group = dist.distributed_c10d._get_default_group()
     hosts = [str(said["host"]) for said in gather_settings({"host": host_name()}, group, device)]
-    between, inside = between_and_inside(by_host(hosts), group, device, LINK_SHARE * seconds)
+    between, inside = between_and_inside(by_host(hosts), group, device, LINK_SHARE * seconds, link_speed.MOST)
     work = stragglers.seconds_of_work(group, device, WORK_SHARE * seconds)
     own = Measured.here((*SPECS[1:], *BEYOND), device).to_json()
     everyone = gather_settings({"work": work, "cores": cores(), "measured": own}, group, device)

@@ -108,8 +108,8 @@ class _Model:
     compute: float
     itemsize: int
 
-    def of(self, name: str) -> list[int]:
-        """Return the values of the exchanges of a step."""
+    def exchanges(self, name: str) -> list[int]:
+        """Return the values of each exchange of a step by this candidate."""
         return self.pieces if name.endswith(IN_PIECES) else self.buckets
 
 
@@ -206,8 +206,8 @@ class Auto:
         if model.cluster.ranks_per_host >= model.cluster.world_size:
             return None  # there is no link between hosts
         speed, dense = model.speeds[without_pieces(name)], model.speeds[PLAIN]
-        of = model.cluster, model.compute, model.itemsize
-        return cost.break_even(self._plans[name], model.of(name), speed, dense, *of)
+        arguments = model.cluster, model.compute, model.itemsize
+        return cost.break_even(self._plans[name], model.exchanges(name), speed, dense, *arguments)
 
     # the figures that the ranks exchange
 
@@ -230,7 +230,7 @@ class Auto:
                 "busy": busy,
                 "cores": self._cores(),
                 "ranks here": self._ranks_here(),
-                "link": self._counter.rates(),
+                "link": self._counter.rates() if self._collectives.device.type == "cpu" else None,
                 "speeds": {spec: asdict(speed) for spec, speed in self._speeds.items()},
             }
         return said
@@ -276,11 +276,11 @@ class Auto:
         slowest = {
             spec: max((one.speeds[spec] for one in found), key=lambda speed: speed.encode) for spec in self._speeds
         }
-        cuts = [sum(sizes(piece)) for of, size in self._buckets for piece in pieces(of, PIECE // size)]
-        self._model = _Model(buckets, cuts, slowest, cluster, max(0.0, plain - exposed), itemsize)
-        self._links = self._links.loaded([one.link for one in found], crossing / plain)
+        piece_values = [sum(sizes(piece)) for of, size in self._buckets for piece in pieces(of, PIECE // size)]
+        self._model = _Model(buckets, piece_values, slowest, cluster, max(0.0, plain - exposed), itemsize)
+        self._links = self._links.with_load([one.link for one in found], crossing / plain)
         seconds = {spec: self._step_seconds(spec) for spec in self._plans}
-        if len(cuts) == len(buckets):  # nothing to cut
+        if len(piece_values) == len(buckets):  # nothing to cut
             seconds = {name: of for name, of in seconds.items() if not name.endswith(IN_PIECES)}
         return {spec: plain * of / seconds[PLAIN] for spec, of in seconds.items()}
 
@@ -288,8 +288,8 @@ class Auto:
         """Return the seconds of a step by the last model, which must exist."""
         assert self._model is not None
         model, speed = self._model, self._model.speeds[without_pieces(name)]
-        of = speed, model.cluster, model.compute, model.itemsize
-        return cost.step(self._plans[name], model.of(name), *of).seconds
+        exchanges, cluster = cost.joined(model.exchanges(name), model.cluster)
+        return cost.step(self._plans[name], exchanges, speed, cluster, model.compute, model.itemsize).seconds
 
 
 class _Told:

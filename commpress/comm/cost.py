@@ -149,14 +149,19 @@ def step(
     W = cluster.world_size
     if W == 1:
         return Step(compute, 0.0, 0)
-    backward = BACKWARD * compute
-    jobs = [
-        _job(plan.choose(n, itemsize, W), n, itemsize, speed, cluster, backward * n / sum(buckets)) for n in buckets
-    ]
+    backward, total = BACKWARD * compute, sum(buckets)
+    jobs = [_job(plan.choose(n, itemsize, W), n, itemsize, speed, cluster, backward * n / total) for n in buckets]
     end = _Simulation(jobs, cluster).run()
     filled = jobs[-1].fill.finished
     assert filled is not None
     return Step(compute - backward + end, end - filled, sent_bytes(plan, buckets, W, 0, itemsize))
+
+
+def joined(buckets: Sequence[int], cluster: Cluster) -> tuple[list[int], Cluster]:
+    """Return at most MOST_BUCKETS buckets, each several of these if they are more, and the cluster with their latencies."""
+    each = max(1, -(-len(buckets) // MOST_BUCKETS))
+    together = [sum(buckets[i : i + each]) for i in range(0, len(buckets), each)]
+    return together, replace(cluster, latency=cluster.latency * each)
 
 
 def slowest(median: float, upper_quartile: float, world_size: int) -> float:
@@ -183,9 +188,7 @@ def break_even(
     Infinite if no link is fast enough for that, None if the plan is faster on none. `cluster.bandwidth` does not matter.
     With very many buckets, several are simulated as one, with their latencies.
     """
-    joined = -(-len(buckets) // MOST_BUCKETS)
-    buckets = [sum(buckets[i : i + joined]) for i in range(0, len(buckets), joined)]
-    cluster = replace(cluster, latency=cluster.latency * joined)
+    buckets, cluster = joined(buckets, cluster)
 
     def gain(bandwidth: float) -> float:
         there = replace(cluster, bandwidth=bandwidth)

@@ -32,7 +32,7 @@ WEIGHT, SPREAD_WEIGHT = 0.5, 0.1
 """The weights of the last look in the running mean, which follows a loss that falls, and in the usual distance above it."""
 
 
-def with_kin(hurt: Mapping[str, str], specs: Iterable[str], codec: Callable[[str], str]) -> dict[str, str]:
+def of_same_codec(hurt: Mapping[str, str], specs: Iterable[str], codec: Callable[[str], str]) -> dict[str, str]:
     """Return all of these specs whose codec hurts, and how, from some that hurt."""
     how = {codec(spec): why for spec, why in hurt.items()}
     return {spec: how[codec(spec)] for spec in specs if codec(spec) in how}

@@ -70,22 +70,22 @@ def ring_inside(hosts: Sequence[Sequence[int]]) -> Ring:
 
 
 def between_and_inside(
-    hosts: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device, seconds: float
+    hosts: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device, seconds: float, most: int
 ) -> tuple[LinkSpeed | None, LinkSpeed | None]:
     """Measure the link of a host to the others, and that of a rank to its neighbour on a host; None for a missing one.
 
     `hosts` has the ranks of `group` by host. Takes about `seconds`; on links where a few messages take
-    longer, more. Collective.
+    longer, more. No message is larger than `most` bytes. Collective.
     """
     rings = ring_between(hosts), ring_inside(hosts)
     share = seconds / max(1, sum(map(bool, rings)))
-    between, inside = (measure(ring, group, device, share) if ring else None for ring in rings)
+    between, inside = (measure(ring, group, device, share, most) if ring else None for ring in rings)
     if between is not None:  # all lanes of a host go over its link
         between = replace(between, bandwidth=between.bandwidth * min(map(len, hosts)))
     return between, inside
 
 
-def measure(ring: Ring, group: dist.ProcessGroup, device: torch.device, seconds: float) -> LinkSpeed:
+def measure(ring: Ring, group: dist.ProcessGroup, device: torch.device, seconds: float, most: int) -> LinkSpeed:
     """Measure the messages of each rank to the next of the ring. Collective, also for ranks that are not in it."""
     exchange = _Exchange(ring.get(dist.get_rank(group)), group, device)
     once = largest(exchange.round_trips(2)[-1], group, device)  # the first connects
@@ -96,7 +96,7 @@ def measure(ring: Ring, group: dist.ProcessGroup, device: torch.device, seconds:
     while True:
         exchange.forward(nbytes)  # the window of a connection grows
         once = largest(exchange.forward(nbytes), group, device)
-        if nbytes >= MOST or once >= max(OVER_LATENCY * latency, ENOUGH * seconds):
+        if nbytes >= most or once >= max(OVER_LATENCY * latency, ENOUGH * seconds):
             break
         nbytes *= GROWTH
     part = nbytes // GROWTH

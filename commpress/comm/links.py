@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from commpress.comm.exchange import Wire
+from commpress.comm.failure import is_lost
 from commpress.comm.link_speed import LinkSpeed, between_and_inside, by_host
 
 SECONDS = 0.2
 """How long messages measure the links; longer where a few messages take longer."""
+MOST = 2**22
+"""Bytes of the largest of these messages."""
 COUNTERS = "/sys/class/net/{}/statistics"
 Counted = tuple[float, float] | None
 """Bytes a second that the kernel has counted for this host, out and in."""
@@ -42,17 +45,23 @@ class Links:
     @classmethod
     def measured(cls, wire: Wire) -> "Links":
         """Measure the links of a wire's ranks. On an accelerator they are not: the host does not see how long exchanges take.
-        Collective."""
+        Collective. Raises ExchangeError, with the rank, if another rank is gone.
+        """
         if not wire.by_message:
             return cls()
-        return cls(*between_and_inside(by_host(wire.board.hosts), wire.open_group(), wire.device, SECONDS))
+        try:
+            return cls(*between_and_inside(by_host(wire.board.hosts), wire.open_group(), wire.device, SECONDS, MOST))
+        except RuntimeError as error:
+            if is_lost(error):
+                raise wire.board.explain(wire.lost_peer(str(error))) from None
+            raise
 
     @property
     def latency(self) -> float:
         """Return the seconds from host to host, one way; 0.0 if they are not known."""
         return 0.0 if self.between is None else self.between.latency
 
-    def loaded(self, counted: Sequence[Counted], own: float) -> "Links":
+    def with_load(self, counted: Sequence[Counted], own: float) -> "Links":
         """Return the links with the load of other programs, from each rank's counters and the exchange's bytes a second."""
         known = [one for one in counted if one is not None]
         if not known:

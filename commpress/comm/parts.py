@@ -26,7 +26,7 @@ def taken_apart(
     last part, or with the first error.
     """
     places = dict(zip((segment.name for segment in segments), bucket.split(sizes(segments)), strict=True))
-    ended = after(len(parts), finished)
+    ended = when_all_end(len(parts), finished)
 
     def arrived(part: Segments, flat: Tensor, error: BaseException | None) -> None:
         if error is None:
@@ -43,17 +43,20 @@ def pieces(segments: Segments, values: int) -> list[Segments]:
     """Cut a bucket into pieces of `values` values each, or a little more. It is cut only between its segments; what is left at
     the end belongs to the last piece if it is less than half of one."""
     found: list[list[Segment]] = [[]]
+    held = 0
     for segment in segments:
-        if sum(sizes(found[-1])) >= values:
+        if held >= values:
             found.append([])
+            held = 0
         found[-1].append(segment)
-    if len(found) > 1 and 2 * sum(sizes(found[-1])) < values:
+        held += segment.n
+    if len(found) > 1 and 2 * held < values:
         last = found.pop()
         found[-1] += last
     return [tuple(piece) for piece in found]
 
 
-def after(count: int, finished: Finished) -> Finished:
+def when_all_end(count: int, finished: Finished) -> Finished:
     """Return a function to call at the end of each of `count` exchanges. It calls `finished` once: at the last end, or with the
     first error."""
     waiting = count

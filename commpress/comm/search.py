@@ -27,7 +27,7 @@ from torch import Tensor
 
 from commpress.comm.choice import Choice, Trial
 from commpress.comm.duel import CLOSE, Duel
-from commpress.comm.guard import BUDGET, Guard, with_kin
+from commpress.comm.guard import BUDGET, Guard, of_same_codec
 from commpress.comm.said import Figures, Said, fastest_turns, mean_loss, mean_medians, worse, worst
 
 PLAIN = "none"
@@ -152,7 +152,7 @@ class Search:
         elif found:
             self._figures = worst([self._figures, found])
             if hurt := self._guard.causes(found):  # all ranks hold the same figures, so all find this at the same step
-                hurt = with_kin(hurt, self._order(), self.codec)
+                hurt = of_same_codec(hurt, self._order(), self.codec)
                 left = [one for one in self._steps_to_come if one[0] not in hurt]
                 self._steps_to_come = deque(left if self._state == "trying" else ())
                 if self._state == "trying":
@@ -286,11 +286,10 @@ class Search:
     def _choose(self, everyone: Sequence[Said]) -> None:
         found, best = mean_medians(everyone), self._best(everyone)
         trials = [Trial(spec, self._predicted.get(spec), found.get(spec)) for spec in self._order()]
-        same = bool(self.choices) and self.choices[-1].spec == best
+        same = bool(self.choices) and self.codec(self.choices[-1].spec) == best
         self._patience = 2 * self._patience if same else 1
-        self.choices.append(
-            Choice(best, self.steps, self._checked(trials, everyone), "; ".join(self._guard.hurt.values()))
-        )
+        causes = "; ".join(dict.fromkeys(self._guard.hurt.values()))
+        self.choices.append(Choice(best, self.steps, self._checked(trials, everyone), causes))
         lost = sum(len(s) * max(0.0, found[spec] - found[best]) for spec, s in self._seconds.items())
         self._next_search = self.steps + max(AGAIN, math.ceil(lost / SHARE / found[best]))
         ends = [step for step in self._guard.until.values() if step > self.steps]
@@ -306,10 +305,9 @@ class Search:
         If `none` is the best one, the predictions were wrong, and untried specs are left out.
         """
         near = [s for s in found if s != best and found[s] < CLOSE * self._limit(best, s) * found[best]]
-        untried = [
-            s for s in self._predicted if s not in found and best != PLAIN and self.codec(s) in (s, self.codec(best))
-        ]
-        ahead = [s for s in untried if self._predicted[s] < self._predicted[best]]
+        leads = self._predicted[best] if best in self._predicted and best != PLAIN else 0.0
+        untried = [s for s in self._predicted if s not in found and self.codec(s) in (s, best)]
+        ahead = [s for s in untried if self._predicted[s] < leads * (1.0 if self.codec(s) == s else WORTH)]
         return [s for s in sorted(near, key=found.__getitem__) + ahead if self._guard.allows(s, self.steps)]
 
     def _watch(self, everyone: Sequence[Said], seconds: float) -> None:
@@ -352,7 +350,7 @@ class Search:
         choice = self.choices[-1]
         in_use = (choice.spec,) if self._duel is None else self._duel.turns()
         hurt = self._guard.blame(wrong, sorted(in_use, key=self._order().index))
-        hurt = with_kin(hurt | self._guard.causes(worst(everyone)), self._order(), self.codec)
+        hurt = of_same_codec(hurt | self._guard.causes(worst(everyone)), self._order(), self.codec)
         hurt.pop(PLAIN, None)  # it is the gentlest: a loss that rises under it is not a codec's
         self._guard.ban(hurt, self.steps)
         choice.trials, then = self._checked(choice.trials, everyone), choice.seconds(choice.spec)

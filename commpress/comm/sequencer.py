@@ -53,6 +53,8 @@ class Job:
     last: bool
     """Whether it is the last bucket of its backward."""
     finished: Callable[[BaseException | None], None]
+    goes_on: bool = False
+    """Whether it is a further piece of the bucket before it."""
     submitted: float = field(default_factory=time.perf_counter)
     backend_bytes: int | None = None
     """Bytes that the group itself would send uncompressed, if they are not `dense_bytes`."""
@@ -182,7 +184,7 @@ class _Lines:
         job.row.received_bytes += transfer.received
 
     def finish(self, job: Job, error: BaseException | None) -> None:
-        job.row.steps += 1
+        job.row.steps += not job.goes_on
         job.row.dense_bytes += job.dense_bytes
         job.row.backend_bytes += job.dense_bytes if job.backend_bytes is None else job.backend_bytes
         now = time.perf_counter()

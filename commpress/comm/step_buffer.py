@@ -20,7 +20,7 @@ from commpress.comm.collectives import Collectives
 from commpress.comm.feedback import Feedback
 from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.parameters import real_view
-from commpress.comm.parts import after, taken_apart
+from commpress.comm.parts import taken_apart, when_all_end
 from commpress.comm.plan import Override
 from commpress.comm.ratio_warmup import RatioWarmup
 from commpress.comm.resize import require_same_parameters
@@ -127,7 +127,7 @@ class StepBuffer:
             for one in pending:
                 one.work.finish(error)
 
-        ended = after(len(layouts), finish_all)
+        ended = when_all_end(len(layouts), finish_all)
 
         def finished(layout: Segments, flat: Tensor, error: BaseException | None) -> None:
             for segment, part in zip(layout, flat.split(sizes(layout)), strict=True):
@@ -218,11 +218,12 @@ class StepBuffer:
     ) -> Work:
         """Exchange a bucket in pieces, each as soon as the link is free."""
         whole = Work(x, not_counted)
-        ended = after(len(pieces), whole.finish if then is None else then)
+        ended = when_all_end(len(pieces), whole.finish if then is None else then)
         parts = real_view(x).view(-1).split([sum(sizes(piece)) for piece in pieces])
         for values, piece in zip(parts, pieces, strict=True):
-            ends = last and piece is pieces[-1]
-            self.collectives.all_reduce(values, piece, index, step=self._current, last=ends, then=ended)
+            ends, goes_on = last and piece is pieces[-1], piece is not pieces[0]
+            step = replace(self._current, piece_of=real_view(x).numel(), goes_on=goes_on)
+            self.collectives.all_reduce(values, piece, index, step=step, last=ends, then=ended)
         return whole
 
     def _send_by_rules(

@@ -15,10 +15,10 @@ from commpress.comm.links import LinkCounter, Links
 
 
 def test_the_load_is_what_the_kernel_has_counted_beyond_the_exchange() -> None:
-    found = Links().loaded([(5e6, 3e6), None, (4e6, 1e6)], 2e6)
+    found = Links().with_load([(5e6, 3e6), None, (4e6, 1e6)], 2e6)
     assert found.load == (3e6, 1e6)
-    assert Links().loaded([(1e6, 1e6)], 2e6).load == (0.0, 0.0)
-    assert Links().loaded([None, None], 2e6).load is None
+    assert Links().with_load([(1e6, 1e6)], 2e6).load == (0.0, 0.0)
+    assert Links().with_load([None, None], 2e6).load is None
 
 
 def test_a_counter_has_the_bytes_since_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commpress.comm.parts import after, pieces
+from commpress.comm.parts import pieces, when_all_end
 from commpress.comm.segments import Segment, sizes
 
 
@@ -31,14 +31,14 @@ def test_a_segment_that_is_longer_than_a_piece_stays_whole() -> None:
 
 def test_all_parts_must_arrive_and_the_first_error_ends_them() -> None:
     told: list[BaseException | None] = []
-    ended = after(3, told.append)
+    ended = when_all_end(3, told.append)
     ended(None)
     ended(None)
     assert told == []
     ended(None)
     assert told == [None]
     error = RuntimeError("lost")
-    ended = after(3, told.append)
+    ended = when_all_end(3, told.append)
     ended(error)
     ended(RuntimeError("another"))
     ended(None)

@@ -106,6 +106,27 @@ def test_a_codec_that_hurts_in_pieces_is_not_chosen_whole() -> None:
     assert not any(spec == "int4" for spec in world.specs[-40:])
 
 
+def test_a_codec_that_hurts_while_it_is_tried_is_named_once() -> None:
+    world = in_pieces(PAYS, 0.9)
+    world.errors = lambda spec, step: 0.9 if spec.startswith("int4") else 0.1
+    world.run(60)
+    choice = world.searches[0].choices[0]
+    assert choice.spec == "int8"
+    assert choice.cause == "the means of int4 were off by 0.90 of the dense ones, more than 0.5"
+
+
+def test_a_search_that_finds_the_same_codec_again_waits_twice_as_long_also_if_its_pieces_had_won() -> None:
+    def shaky(times: float) -> World:
+        near = in_pieces(PAYS, times)
+        steady = near.seconds
+        near.seconds = lambda spec, step: steady(spec, step) * (1.4 if step // 60 % 2 else 1.0)
+        return near.run(2500)
+
+    whole, pieces = shaky(1.08), shaky(0.9)
+    assert pieces.chosen == f"int4{PIECES}"
+    assert pieces.specs.count(PLAIN) <= 1.3 * whole.specs.count(PLAIN)
+
+
 def test_what_hurts_in_a_duel_is_out_of_it() -> None:
     near = link(none=0.5, bf16=0.5, int8=0.3, int4=0.29)
     world = World(near, predicted=predicted(near), errors=hurts(45)).run(200)

@@ -185,9 +185,49 @@ def test_a_bucket_in_pieces_arrives_whole_and_what_feedback_holds_goes_with_it(w
     arrived, wanted, rows = first
     assert torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(arrived, other[0]) for other in others)  # the same bits
-    assert ("int4", 1800, 4) in rows  # two steps of two pieces
-    assert ("int8", 1800, 2) in rows
-    assert ("int4", 3600, 1) in rows
+    # a row of the report is a bucket, in pieces or whole
+    assert rows == [("int4", 3600, 3), ("int8", 3600, 1), ("none", 3600, 1)]
+
+
+def gradients_by(spec: str, dtype: torch.dtype) -> tuple[list[Tensor], list[tuple[str, int, int]]]:
+    """The gradients of six accumulated steps by one spec, with a restart after three, and the rows of the report since then."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(40, 40, dtype=dtype) for _ in range(6)))
+    arrived: list[Tensor] = []
+    state: dict[str, Any] | None = None
+    for start in (0, 3):
+        model = DistributedDataParallel(layers, bucket_cap_mb=0.02)
+        session = commpress.attach(model)
+        if state is not None:
+            session.load_state_dict(state)
+        assert session.step_buffer is not None
+        assert session.step_buffer.auto is not None
+        session.step_buffer.auto.search = Scripted(*[spec] * 3)  # type: ignore[assignment]
+        for step in range(start, start + 3):
+            model.zero_grad()
+            drawn = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            with model.no_sync():
+                model(torch.randn(4, 40, generator=drawn).to(dtype)).abs().square().sum().backward()
+            model(torch.randn(4, 40, generator=drawn).to(dtype)).abs().square().sum().backward()
+            arrived.append(parameters_of_gradient(model))
+        state = session.state_dict()
+    return arrived, [(row.spec, row.values, row.steps) for row in session.report().rows]
+
+
+def piecewise(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[tuple[str, int, int]]]:
+    with mock.patch.object(auto, "PIECE", 8000):
+        (pieces, rows), (whole, _) = (gradients_by(spec, dtype) for spec in ("int8 in 4 MB", "int8"))
+    return pieces, whole, rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_pieces_bring_what_whole_buckets_bring(dtype: torch.dtype) -> None:
+    first, second = run(2, piecewise, dtype)
+    for pieces, whole, other in zip(first[0], first[1], second[0], strict=True):
+        assert torch.equal(pieces, other)
+        assert (pieces - whole).abs().max() < 0.05 * whole.abs().max()
+    assert sum(values * steps for _, values, steps in first[2]) == 3 * 6 * (40 * 40 + 40)  # each value once a step
 
 
 def refusals() -> dict[str, str]:

@@ -134,7 +134,7 @@ def between_hosts(link: lab.Link, hosts: Sequence[lab.Host]) -> tuple[LinkSpeed 
     with on_host(link, hosts):
         dist.init_process_group("gloo")
         group = dist.distributed_c10d._get_default_group()
-        found = link_speed.between_and_inside([[0], [1]], group, torch.device("cpu"), 1.0)
+        found = link_speed.between_and_inside([[0], [1]], group, torch.device("cpu"), 1.0, link_speed.MOST)
         dist.destroy_process_group()
     return found
 
