@@ -12,7 +12,7 @@ BLOCKS, WIDTH = 3, 10
 SIZE = STRATA * WIDTH
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")
 def block_by_block(
     value: Any, number: Any, size: Any, starts: Any, widths: Any, keys: Any, turns: Any, alike: Any, out: Any
 ) -> None:
