@@ -1,21 +1,47 @@
 """Compiles Numba functions for processors that this machine may not be. For `instructions` and `tests/kernels/pieces.py`.
 
 Numba must optimise nothing (`NUMBA_OPT=0`): `lowered` gives LLVM's code for no processor, which `optimised` then makes ready
-for one by the passes that Numba runs.
+for one by the passes that Numba runs. What the loops themselves ask about their processor is answered by `write_for`: once a
+process, before anything is lowered, since Numba keeps each part of a loop that it has lowered.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from numba import njit
+
+from commpress.kernels.cpu import blocks, float8, instructions
 
 OPTIONS = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """Those of the loops; but nobody calls what is compiled here, so what Python would call it by is not made."""
 
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
+
+
+class Kind(NamedTuple):
+    """What the loops ask about the processor that they are written for."""
+
+    wide: bool
+    asks_ahead: bool
+
+
+def kind_of(processor: str, triple: str) -> Kind:
+    """The answers for a processor. It is wide if LLVM adds 16 lanes in one register of it."""
+    lanes = "<16 x float>"
+    asked = f"define {lanes} @add({lanes} %a, {lanes} %b) #0 {{ %c = fadd {lanes} %a, %b ret {lanes} %c }}"
+    widest = 'attributes #0 = { "prefer-vector-width"="512" "min-legal-vector-width"="512" }'
+    wide = "zmm" in assembly(f"{asked}\n{widest}", processor, triple)
+    return Kind(wide, asks_ahead=not processor.startswith("znver"))
+
+
+def write_for(kind: Kind) -> None:
+    """Have all that is lowered from now on in this process written for such processors, and not for this machine."""
+    instructions.PACKED = instructions.SIGN_LANES if kind.wide else 16
+    blocks.ASKS_AHEAD = kind.asks_ahead
+    blocks.CONVERTS_HALVES = float8.CONVERTS_HALVES = True  # all that are asked have an instruction for it
 
 
 def lowered(function: Callable[..., Any], signature: tuple[Any, ...]) -> str:

@@ -4,8 +4,8 @@ Compiles pieces of the loops for this machine, as wide as the loops are, and cou
 the stretch of machine code between two labels that has the most packed instructions, which is the body of its inner loop, or
 all of it where no loop is left. A conversion counts as much as a move. No clock is read.
 
-`--targets sapphirerapids znver3` compiles for these processors in place of this machine, by the passes that Numba runs, and
-prints the sums for encoding with feedback and decoding, too, beside the bytes that must move.
+`--targets sapphirerapids znver3` compiles the loops as they are written for these processors, and not for this machine, by
+the passes that Numba runs, and prints the sums for encoding with feedback and decoding, too, beside the bytes that must move.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import commpress
-from commpress.kernels.cpu import blocks, cast, float8, integer, sign, topk, two_bit
+from commpress.kernels.cpu import cast, float8, integer, sign, topk, two_bit
 from commpress.kernels.cpu.blocks import block_of, put_block, top_of
 from commpress.kernels.cpu.instructions import PROCESSOR, SIGN_BLOCK, reach_mask, widest
 
@@ -162,6 +162,7 @@ ROWS: dict[tuple[str, str], tuple[str, ...]] = {
     ("int8", "feedback"): (SUM, "int8, int4: largest magnitude", "int8: codes and residual"),
     ("int4", "feedback"): (SUM, "int8, int4: largest magnitude", "int4: codes and residual"),
     ("sign", "feedback"): (SUM, "sign, int2: mean size", "sign: bits", "sign: residual"),
+    ("int2", "feedback"): (SUM, "sign, int2: mean size", "int2: bits and both sizes", "int2: residual"),
     ("topk(0.01)|int4", "feedback"): ("topk with feedback: sum", "topk: comparison"),
     ("int8", "decode"): ("int8: decode", WRITTEN),
     ("int4", "decode"): ("int4: decode", WRITTEN),
@@ -197,9 +198,9 @@ def code_for_this_machine(piece: Piece) -> str:
 
 def counts_for(processor: str) -> dict[str, float]:
     """Instructions a value of each piece on another processor. Runs in a process of its own, where Numba optimises nothing."""
-    from compiled_for import assembly, lowered
+    from compiled_for import assembly, kind_of, lowered, write_for
 
-    blocks.ASKS_AHEAD = not processor.startswith("znver")
+    write_for(kind_of(processor, TRIPLE))
     counts = {}
     for name, piece in PIECES.items():
         lines, values = a_value(piece, assembly(lowered(piece.function, piece.signature), processor, TRIPLE))
@@ -221,7 +222,7 @@ def show_here() -> None:
 def show_targets(targets: list[str]) -> None:
     """Print the tables of other processors: pieces, and the actions that consist of them."""
     os.environ["NUMBA_OPT"] = "0"
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # what asks ahead on one does not on another
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # loops are written for one kind a process
         found = dict(zip(targets, pool.map(counts_for, targets, chunksize=1), strict=True))
     pieces = Table(title="instructions a value of inner loops, as LLVM compiles them")
     actions = Table(title="instructions a value of an action, and the bytes that it must move")

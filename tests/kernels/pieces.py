@@ -1,11 +1,13 @@
 """Compiles pieces of the hot loops for processors: `NUMBA_OPT=0 python pieces.py '{"haswell": "x86_64-linux-gnu"}' top_of`.
 
 It takes processors with their triples, and names of pieces, and prints LLVM's optimised code by processor and piece, as JSON.
+Each kind of processor has a process of its own, which lowers the pieces as the loops are written for that kind.
 """
 
 import json
 import sys
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,9 @@ from numba import types
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from compiled_for import lowered, optimised
+from compiled_for import kind_of, lowered, optimised, write_for
 
 from commpress.kernels.cpu import (
-    blocks,
     cast,
     fingerprint,
     float8,
@@ -203,15 +204,28 @@ WHOLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 """Whole loops, with feedback and a prologue where they take them. A last, shorter block goes value by value in most."""
 
 
+def compiled(processors: dict[str, str], names: list[str]) -> dict[str, dict[str, str]]:
+    """By processor and piece: the code for processors of one kind. Runs in a process of its own."""
+    (kind,) = {kind_of(*one) for one in processors.items()}
+    write_for(kind)
+    once = {name: lowered(*(PIECES | WHOLE)[name]) for name in names}
+    return {
+        processor: {name: optimised(code, processor, triple) for name, code in once.items()}
+        for processor, triple in processors.items()
+    }
+
+
 def main() -> None:
     """Compile the pieces that are asked for."""
-    blocks.ASKS_AHEAD = True  # the processor that compiles may be one that is not asked
-    once = {name: lowered(*(PIECES | WHOLE)[name]) for name in sys.argv[2:]}
-    out = {
-        processor: {name: optimised(code, processor, triple) for name, code in once.items()}
-        for processor, triple in json.loads(sys.argv[1]).items()
-    }
-    print(json.dumps(out))
+    kinds: dict[Any, dict[str, str]] = {}
+    for processor, triple in json.loads(sys.argv[1]).items():
+        kinds.setdefault(kind_of(processor, triple), {})[processor] = triple
+    if len(kinds) == 1:
+        found = [compiled(*kinds.values(), sys.argv[2:])]
+    else:
+        with get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+            found = pool.starmap(compiled, [(alike, sys.argv[2:]) for alike in kinds.values()], chunksize=1)
+    print(json.dumps({processor: codes for alike in found for processor, codes in alike.items()}))
 
 
 if __name__ == "__main__":

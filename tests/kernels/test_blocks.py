@@ -9,6 +9,8 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "commpress" / "kernels" / "cpu"
 SHARED = FOLDER / "blocks.py", FOLDER / "instructions.py"
 FILES = sorted(set(FOLDER.glob("*.py")) - set(SHARED))
+COMPILED = {"loop", "summing_loop", "part", "by_type"}
+"""The decorators of what Numba compiles."""
 
 
 def borrowed(tree: ast.Module) -> dict[str, str]:
@@ -20,9 +22,7 @@ def borrowed(tree: ast.Module) -> dict[str, str]:
         for alias in node.names
     }
     compiled = [
-        f
-        for f in tree.body
-        if isinstance(f, ast.FunctionDef) and {ast.unparse(d) for d in f.decorator_list} & {"loop", "part", "by_type"}
+        f for f in tree.body if isinstance(f, ast.FunctionDef) and {ast.unparse(d) for d in f.decorator_list} & COMPILED
     ]
     used = {node.id for f in compiled for each in f.body for node in ast.walk(each) if isinstance(node, ast.Name)}
     return {name: origin[name] for name in used & origin.keys()}
@@ -60,6 +60,7 @@ def test_all_families_of_shared_pieces_are_found() -> None:
         "elias_fano",
         "float8",
         "integer",
+        "low_rank",
         "random_k",
         "rotate",
         "scatter",

@@ -139,7 +139,8 @@ def _fill(block, starts, widths, value):
 def _mean_block(value, b, number, starts, widths, keys, turns, alike, places, block):
     """Write to `block` the mean of block `b` of W payloads, and to `places` where the last of them has its values.
 
-    `randomk_mean` has these lines again: as a part they take it half as long again.
+    `randomk_mean` has these lines, too, and gives the same bytes. It does not call this function, since it would take half as
+    long again.
     """
     lanes, W = starts.size, value.shape[0]
     share = np.float32(1.0 / W)
@@ -235,7 +236,11 @@ Ints = npt.NDArray[np.int32]
 
 
 class Part(NamedTuple):
-    """The full blocks of n values, or the last one: where the values lie, and those that are sent; the cuts of a block."""
+    """All full blocks of n values, or the shorter last one.
+
+    `x` says where its values lie among the n, `value` where those that it sends lie among all that are sent. A block has
+    `size` values, and strata that begin at `starts` and are `widths` long.
+    """
 
     x: slice
     value: slice

@@ -22,7 +22,7 @@ SHARED_SHA256 = "b3c9e927d4b25bf4"
 ROTATED = 1024
 QUARTER = ROTATED // 4
 Planes = list[tuple[slice, slice]]
-"""Where each plane of a chunk's payload lies in the whole one, and in one of its own."""
+"""The planes of a chunk's payload, each with two places: in the payload of all values, and in that of the chunk alone."""
 CHUNK = 128 * ROTATED
 """The number of values that are rotated before they are coded."""
 
