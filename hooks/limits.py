@@ -19,6 +19,7 @@ from commpress.model.export.by_recipe import whole_copy
 from commpress.model.first_rank import done_by_first_rank
 from commpress.model.judgement.forms import Batch, batches_of, missing_package
 from commpress.model.judgement.quality import Loss
+from commpress.model.narrowing import described
 from commpress.notice import global_rank
 
 FOLDER = "judged"
@@ -45,7 +46,7 @@ class Limits:
         assert its is not None
         if its.removed and dense is None:
             raise ValueError(
-                f"budget.removed: {its.removed:.3g} of each width is gone: expected dense=, the model as it was before"
+                f"budget.removed: {described(its.removed)} is gone: expected dense=, the model as it was before"
             )
         self.model, self.loss, self.batches = model, loss, list[Batch]()
         self._held_out = held_out

@@ -21,7 +21,7 @@ DENSE = "dense.pt"
 """In the folder of a run: the model as it was when its budget began."""
 CHOSEN, PAGE = "recipe.yaml", "judgement.html"
 STRUCTURE = "structure.json"
-"""What a budget removed of a model: the share, what file and parameters were and became, and the sizes that are left."""
+"""What a budget removed of a model: the shares, what file and parameters were and became, and the sizes that are left."""
 
 
 def begins_at(recipe: "Recipe") -> int | None:
@@ -56,19 +56,25 @@ def takes_structure(recipe: "Recipe | None") -> bool:
 
 
 def narrowed(
-    model: nn.Module, recipe: "Recipe", inputs: tuple[Tensor, ...], out: Path, device: torch.device
+    model: nn.Module,
+    recipe: "Recipe",
+    inputs: tuple[Tensor, ...],
+    out: Path,
+    device: torch.device,
+    held_out: Sequence[tuple[tuple[Tensor, ...], Tensor]],
 ) -> "Recipe":
     """Remove of the model, in place, what its budget takes of structure; the recipe that says how much. Collective.
 
-    Rank 0 measures and removes, the others follow with its sizes and values. It writes STRUCTURE into `out`. Raises
-    TrainingError on all ranks for a limit that cannot be met.
+    Rank 0 measures and removes, with the loss on the first of the `held_out` batches if the model has learned something; the
+    others follow with its sizes and values. It writes STRUCTURE into `out`. Raises TrainingError on all ranks for a limit
+    that cannot be met.
     """
     from commpress.model import Recipe
     from commpress.model.narrowing import narrow
     from commpress.model.structured import Shapes, reshape
 
     def remove() -> dict[str, Any]:
-        said, found = narrow(model, recipe, tuple(x.to(device) for x in inputs))
+        said, found = narrow(model, recipe, tuple(x.to(device) for x in inputs), held_out)
         if structure_of(out, said) is None or found.before is not None:
             record = json.dumps({"what": "structure", **asdict(found)}, indent=1) + "\n"
             out.mkdir(parents=True, exist_ok=True)
@@ -112,18 +118,23 @@ def reshape_as(out: Path, model: nn.Module, recipe: "Recipe") -> None:
 
 def told(structure: dict[str, Any]) -> str:
     """A sentence on what was removed, with the figures before training."""
+    from commpress.model.narrowing import described
+
     before, after = structure["before"], structure["after"]
     if structure["removed"] == 0:
         return "no structure removed: integers and zeros alone meet the budget's megabytes and milliseconds"
     if before is None:
-        return f"{structure['removed']:.3g} of each width removed before training, as the recipe said"
+        return f"{described(structure['removed'])} removed before training, as the recipe said"
     times = "" if before["ms"] is None else f", a call from {before['ms']:.3g} to {after['ms']:.3g} ms"
+    losses = ""
+    if after.get("loss") is not None:
+        losses = f", the loss on the batches that were measured from {before['loss']:.4f} to {after['loss']:.4f}"
     sizes = (
         f"the file from {before['bytes'] / 1e6:.3f} MB dense to {after['bytes'] / 1e6:.3f} MB with integers and zeros"
     )
     return (
-        f"{structure['removed']:.3g} of each width removed before training: from {before['parameters']:,} to "
-        f"{after['parameters']:,} parameters, {sizes}{times}"
+        f"{described(structure['removed'])} removed before training: from {before['parameters']:,} to "
+        f"{after['parameters']:,} parameters, {sizes}{times}{losses}"
     )
 
 

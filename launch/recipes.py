@@ -179,7 +179,8 @@ def require_removable(recipe: "Recipe", path: Path, settings: Settings) -> None:
 def narrowed(recipe: "Recipe", task: tasks.Own, settings: Settings, device: torch.device) -> "tuple[Recipe, tasks.Own]":
     """Remove what the budget takes of structure, or took before; the recipe that says so, and the task. Collective."""
     model = together(lambda: task.model().to(device), device)
-    recipe = budgets.narrowed(model, recipe, task.example(), settings.folder, device)
+    held_out = [batch for batch, rows in task.held_out(0, 1) if rows]
+    recipe = budgets.narrowed(model, recipe, task.example(), settings.folder, device, held_out)
     return recipe, task.narrowed(model.cpu())
 
 

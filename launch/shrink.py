@@ -87,7 +87,7 @@ class Shrink:
             dense, training, held_out = together(self.loaded, device)
             small = copy.deepcopy(dense).to(device)
             if budgets.takes_structure(recipe):
-                recipe = budgets.narrowed(small, recipe, held_out[0][0], self.out, device)
+                recipe = budgets.narrowed(small, recipe, held_out[0][0], self.out, device, held_out)
             scheduler = self.trained(small, dense.to(device), training, held_out, recipe)
             structure = budgets.structure_of(self.out, scheduler.recipe)
             judged = partial(budgets.judged, dense.cpu(), small.cpu(), held_out, scheduler.recipe, self.out, structure)

@@ -1,25 +1,38 @@
-"""Structure by a budget: the least share of each width that must go for its megabytes and milliseconds to be met.
+"""Structure by a budget: what must go of a model's widths for its megabytes and milliseconds to be met, and no more.
 
-Shares are eighths up to the most that [budget] allows, found by bisection. At each the model is narrowed (`structured.py`) and
-exported, dense and with the fewest bytes that a budget may choose (`sensitivity.smallest`), and the file is measured in its
-runtime. What is left is an ordinary dense model, which is wrapped and trained under the rest of the budget.
+    1. each width alone is narrowed by eighths, up to the most that [budget] allows: how far the loss rises gives a path of
+       shares by width, the least loss for each parameter first. A model that has learned nothing loses one share of each
+    2. the first point at which the file fits is found by bisection: the model is narrowed (`structured.py`), exported, dense
+       and with the fewest bytes that a budget may choose (`sensitivity.smallest`), and the file is measured in its runtime
+
+What is left is an ordinary dense model, which is wrapped and trained under the rest of the budget.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from commpress.model import layers, structured
 from commpress.model.budget import BudgetError, Measured, budget_file, measured, missed, ways
+from commpress.model.judgement.forms import Batch, batches_of
+from commpress.model.judgement.quality import Loss
 from commpress.model.recipe import Budget, Recipe
-from commpress.model.sensitivity import Choice, smallest, units_of
+from commpress.model.sensitivity import Choice, loss_of, smallest, units_of
 from commpress.model.structured import Shapes
 
+Shares = float | dict[str, float]
+"""One share of all widths, or shares by width as `structured.shrink` takes them."""
 EIGHTHS = 8
 MARGIN = 0.95
 """The part of `max_ms` in which a share must stay where a larger one fits: the same calls are timed again in the run."""
+MOST_BATCHES = 16
+"""Batches on which the loss is measured at most, for each width and share."""
+LEARNED = 0.1
+"""By how much, as a share of its loss, a model does worse on targets of other rows if it has learned something."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +43,16 @@ class Size:
     bytes: int
     ms: float | None
     """Of a call, where the budget has a limit of time."""
+    loss: float | None = None
+    """On the batches, where some were given, in float32 and without training."""
 
 
 @dataclass(frozen=True)
 class Narrowed:
     """The structure that was removed from a model."""
 
-    removed: float
-    """The share of each width; 0 if the budget can be met without."""
+    removed: Shares
+    """Shares by width, or one of each width; 0 if the budget can be met without."""
     shapes: Shapes
     """The sizes that are left, for `structured.reshape` of a fresh model."""
     before: Size | None
@@ -46,34 +61,57 @@ class Narrowed:
     """The narrowed one, with the integers and zeros by which its file fits."""
 
 
-def narrow(model: nn.Module, recipe: Recipe, inputs: tuple[Tensor, ...]) -> tuple[Recipe, Narrowed]:
+def narrow(
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: tuple[Tensor, ...],
+    batches: Sequence[tuple[Any, Tensor]] | None = None,
+    loss: Loss | None = None,
+) -> tuple[Recipe, Narrowed]:
     """Remove of the model, in place, as little structure as the recipe's budget needs; the recipe that says so, and how much.
 
     Call it on one rank, before the model is prepared and wrapped, and reshape the others' by `Narrowed.shapes`. `inputs` are
-    those of one forward; calls are timed with them. A recipe that says how much goes, as that of a checkpoint does, is
-    followed without measuring. Raises BudgetError, the model as it was, for a limit that the most structure does not meet;
-    ValueError for a budget without `structure`, and where `structured.shrink` raises.
+    those of one forward; calls are timed with them. With `batches` (inputs, targets), of which up to 16 are used, the loss says
+    what goes of which width; `loss` takes outputs and targets if it is not the usual one. Without, or if the loss is hardly
+    higher with targets of other rows, the model has learned nothing yet, and all widths lose one share. A recipe that says
+    how much goes, as that of a checkpoint does, is followed without measuring. Raises BudgetError, the model as it was, for
+    a limit that the most structure does not meet; ValueError for a budget without `structure`, and where
+    `structured.shrink` raises.
     """
     its = recipe.budget
     if its is None or not its.structure:
         raise ValueError("narrow: expected a recipe whose [budget] has structure, the most that may be removed")
     before = after = None
-    removed = its.removed
+    removed: Shares | None = its.removed
+    known = [] if batches is None else batches_of(batches, "narrow(batches)")[:MOST_BATCHES]
     if removed is None:
-        removed, before, after = _least(model, its, inputs)
+        removed, before, after = _least(model, its, inputs, known, loss)
+        if known:
+            before = replace(before, loss=_loss(model, known, loss))
     if removed:
         structured.shrink(model, inputs, removed)
+    if after is not None and before is not None and before.loss is not None:
+        after = replace(after, loss=_loss(model, known, loss))
     said = recipe.model_copy(update={"budget": its.model_copy(update={"removed": removed})})
     return said, Narrowed(removed, structured.shapes_of(model), before, after)
 
 
-def _least(model: nn.Module, budget: Budget, inputs: tuple[Tensor, ...]) -> tuple[float, Size, Size]:
-    """The least share with which a file fits; the dense file, and that one."""
+def described(removed: Shares) -> str:
+    """What was removed, in words."""
+    if not isinstance(removed, dict):
+        return f"{removed:.3g} of each width"
+    some = ", ".join(f"{share:.3g} of {name!r}" for name, share in list(removed.items())[:8])
+    return some + (f" and of {len(removed) - 8} more widths" if len(removed) > 8 else "")
+
+
+def _least(
+    model: nn.Module, budget: Budget, inputs: tuple[Tensor, ...], batches: Sequence[Batch], loss: Loss | None
+) -> tuple[Shares, Size, Size]:
+    """The least that must go for a file to fit; the dense file, and that one."""
     files, told = _tried(model, budget, inputs)
     before = _size(model, files[0])
     if not told:
         return 0.0, before, _size(model, files[-1])
-    shares = [*(i / EIGHTHS for i in range(1, EIGHTHS) if i / EIGHTHS < budget.structure), budget.structure]
     try:
         narrowed = _without(model, inputs, budget.structure)
     except (ValueError, ImportError) as error:
@@ -81,15 +119,19 @@ def _least(model: nn.Module, budget: Budget, inputs: tuple[Tensor, ...]) -> tupl
     files, told = _tried(narrowed, budget, inputs)
     if told:
         raise BudgetError(f"{told}, with {budget.structure:.3g} of each width removed")
-    least, after = budget.structure, _size(narrowed, files[-1])
+    eighths = [*(i / EIGHTHS for i in range(1, EIGHTHS) if i / EIGHTHS < budget.structure), budget.structure]
+    points: Sequence[Shares] = eighths
+    if batches and _has_learned(model, batches, loss):
+        points = _path(model, inputs, eighths, batches, loss)
+    least, after = points[-1], _size(narrowed, files[-1])
     careful = budget
     if budget.max_ms is not None:
         careful = budget.model_copy(update={"max_ms": MARGIN * budget.max_ms})
-    low, high = -1, len(shares) - 1
+    low, high = -1, len(points) - 1
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            narrowed = _without(model, inputs, shares[middle])
+            narrowed = _without(model, inputs, points[middle])
         except ValueError:  # too small a share for any width: a larger one was removed
             low = middle
             continue
@@ -97,11 +139,59 @@ def _least(model: nn.Module, budget: Budget, inputs: tuple[Tensor, ...]) -> tupl
         if told:
             low = middle
         else:
-            high, least, after = middle, shares[middle], _size(narrowed, files[-1])
+            high, least, after = middle, points[middle], _size(narrowed, files[-1])
     return least, before, after
 
 
-def _without(model: nn.Module, inputs: tuple[Tensor, ...], share: float) -> nn.Module:
+def _path(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    shares: Sequence[float],
+    batches: Sequence[Batch],
+    loss: Loss | None,
+) -> list[dict[str, float]]:
+    """Shares by width, from little to the most of all, by one more share of one width at each step.
+
+    It is of the width that has, up to one of its shares, the least rise of the loss for each parameter saved. Losses and
+    parameters of several widths are taken for the sums of each alone.
+    """
+    whole = layers.uncompiled(model)
+    alone = structured.each_alone(whole, inputs, shares, lambda narrowed: loss_of(narrowed, batches, loss))
+    base = _loss(model, batches, loss)
+    path: list[dict[str, float]] = []
+    now: dict[str, float] = {}
+    while True:
+        moves = []
+        for name, found in alone.items():
+            loss_now, saved_now = found.get(now.get(name, 0.0), (base, 0))
+            larger = {share: each for share, each in found.items() if each[1] > saved_now}
+            moves += [((then - loss_now) / (saved - saved_now), name, min(larger)) for then, saved in larger.values()]
+        if not moves:
+            return path
+        _, name, share = min(moves)
+        now = {**now, name: share}
+        path.append(now)
+
+
+def _has_learned(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> bool:
+    """Whether the loss is higher with targets of other rows."""
+    source = torch.Generator().manual_seed(0)
+    targets = [y for _, y in batches]
+    if len({y.shape[1:] for y in targets}) == 1:  # rows of all batches, which may be one each
+        every = torch.cat([y.cpu() for y in targets])
+        targets = list(every[torch.randperm(len(every), generator=source)].split([len(y) for y in targets]))
+    else:
+        targets = [y.cpu()[torch.randperm(len(y), generator=source)] for y in targets]
+    others = [(inputs, y) for (inputs, _), y in zip(batches, targets, strict=True)]
+    found = _loss(model, batches, loss)
+    return _loss(model, others, loss) > found + LEARNED * abs(found)
+
+
+def _loss(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> float:
+    return loss_of(copy.deepcopy(layers.uncompiled(model)), batches, loss)
+
+
+def _without(model: nn.Module, inputs: tuple[Tensor, ...], share: Shares) -> nn.Module:
     narrowed = copy.deepcopy(layers.uncompiled(model))
     structured.shrink(narrowed, inputs, share)
     return narrowed

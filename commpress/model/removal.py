@@ -6,8 +6,10 @@ features or a parameter outside of Linear, convolution and batch norm.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from commpress.model.heads import Heads, attention_layers
 class Width:
     """Outputs (or inputs) of a layer that go, and with them all that depends on them."""
 
+    name: str
+    """The first layer, in the model's order, whose outputs they are."""
     layer: nn.Module
     function: Any  # torch-pruning's, that removes them
     indices: list[int]
@@ -59,12 +63,23 @@ class Removal:
         else:
             self._importance = torch_pruning.importance.MagnitudeImportance()
 
-    def choose(self, amount: float) -> list[Width]:
-        """Return what goes."""
-        widths = [width for group in self._groups() if (width := self._part_of(group, amount))]
-        if amount and not widths:
-            raise ValueError(f"shrink({amount}): the model has no width of which as much can be removed")
-        return widths
+    def choose(self, amount: float | Mapping[str, float]) -> list[Width]:
+        """Return what goes, by one share of all widths or by shares of some; nothing where shares are too small."""
+        names = list(self._widths)
+        shares = _by_width(amount, names) if isinstance(amount, Mapping) else dict.fromkeys(names, amount)
+        return [width for name, share in shares.items() if (width := self._part_of(name, share))]
+
+    @cached_property
+    def _widths(self) -> dict[str, Any]:
+        """The groups of which something can go, by the names of their widths."""
+        order = {module: i for i, module in enumerate(self._names)}
+        found = {}
+        for group in self._groups():
+            if not self._stays(group):
+                layers = [m for dep, _ in group if (m := dep.target.module) in order and self._outputs(dep)]
+                first = min((m for m in layers if isinstance(m, nn.Linear | _ConvNd)), key=order.__getitem__)
+                found[self._names[first]] = group
+        return found
 
     def _groups(self) -> Iterator[Any]:
         """torch-pruning's groups, each from the first layer whose outputs are in it."""
@@ -89,9 +104,8 @@ class Removal:
                 waiting += [(dep.target, dep.handler) for dep in node.dependencies if dep.is_triggered_by(triggered)]
         return {"SLICE", "CONCAT"} <= {node.type.name for node, _ in reached}
 
-    def _part_of(self, group: Any, amount: float) -> Width | None:
-        if self._stays(group):
-            return None
+    def _part_of(self, name: str, amount: float) -> Width | None:
+        group = self._widths[name]
         found = {
             self._attention[m] for dep, _ in group if (m := dep.target.module) in self._attention and self._outputs(dep)
         }
@@ -106,13 +120,13 @@ class Removal:
         layer, function = group[0].dep.target.module, group[0].dep.handler
         scores = self._importance(group)[: len(group[0].idxs)]  # behind a depthwise convolution it has a tail of zeros
         if not found:
-            return Width(layer, function, gone, None) if (gone := _least(scores, amount)) else None
+            return Width(name, layer, function, gone, None) if (gone := _least(scores, amount)) else None
         attention, how = found.pop()
         count = getattr(attention, how.count)
         heads = _least(scores.view(count, -1).mean(1), amount)
         size = len(scores) // count
         indices = [index for head in heads for index in range(head * size, (head + 1) * size)]
-        return Width(layer, function, indices, (attention, how, len(heads))) if heads else None
+        return Width(name, layer, function, indices, (attention, how, len(heads))) if heads else None
 
     def _stays(self, group: Any) -> bool:
         for dep, _ in group:
@@ -145,13 +159,43 @@ class Removal:
 
     def outputs_without(self, widths: Sequence[Width]) -> list[Tensor]:
         """Return what it computes when all that goes is 0 where the next layer takes it. It stays so."""
+        for weight, inputs, indices in self._taken(widths):
+            weight.index_fill_(inputs, indices, 0.0)
+        return self.outputs()
+
+    @contextmanager
+    def zeroed(self, width: Width) -> Iterator[None]:
+        """Set what goes of one width to 0 where the next layer takes it, and put it back."""
+        taken = list(self._taken([width]))
+        before = [weight.detach().clone() for weight, _, _ in taken]
+        for weight, inputs, indices in taken:
+            weight.index_fill_(inputs, indices, 0.0)
+        try:
+            yield
+        finally:
+            for (weight, _, _), kept in zip(taken, before, strict=True):
+                weight.copy_(kept)
+
+    def _taken(self, widths: Sequence[Width]) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """Weights that take what goes, the dimension of their inputs, and where there."""
         for width in widths:
             for dep, indices in self._graph.get_pruning_group(width.layer, width.function, width.indices):
                 if self._takes(dep):
                     weight = dep.target.module.weight
                     inputs = 0 if getattr(dep.target.module, "transposed", False) else 1
-                    weight.index_fill_(inputs, torch.tensor(indices, dtype=torch.int64, device=weight.device), 0.0)
-        return self.outputs()
+                    yield weight, inputs, torch.tensor(indices, dtype=torch.int64, device=weight.device)
+
+    def parameters(self, width: Width) -> int:
+        """Return how many values go with a width, if nothing else does."""
+        count = 0
+        for dep, indices in self._graph.get_pruning_group(width.layer, width.function, width.indices):
+            module = dep.target.module
+            if module in self._names:
+                outputs = self._outputs(dep)
+                of = self._graph.get_out_channels if outputs else self._graph.get_in_channels
+                moved = [p for p in module.parameters(recurse=False) if outputs or p.dim() > 1]
+                count += sum(p.numel() * len(indices) // of(module) for p in moved)
+        return count
 
     def remove(self, widths: Sequence[Width]) -> None:
         """Let it go."""
@@ -165,7 +209,7 @@ class Removal:
 
     def names(self, widths: Sequence[Width]) -> str:
         """The layers, for an error."""
-        some = [f"{len(width.indices)} of {self._names[width.layer]!r}" for width in widths[:4]]
+        some = [f"{len(width.indices)} of {width.name!r}" for width in widths[:4]]
         return ", ".join(some) + (", ..." if len(widths) > 4 else "")
 
 
@@ -199,6 +243,22 @@ def _matching(globs: Sequence[str], names: Mapping[nn.Module, str]) -> set[nn.Mo
             )
         found.update(inner for module in matched for inner in module.modules())
     return found
+
+
+def _by_width(shares: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The share of each width by the first name or glob that fits its name, 0 where none does.
+
+    Raises ValueError for one that fits no width.
+    """
+
+    def fits(name: str, glob: str) -> bool:
+        return name == glob or fnmatchcase(name, glob)
+
+    for glob in shares:
+        if not any(fits(name, glob) for name in names):
+            known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"shrink: {glob!r} is no layer whose outputs can be removed, known: {known or 'none'}")
+    return {name: next((share for glob, share in shares.items() if fits(name, glob)), 0.0) for name in names}
 
 
 def _tied(model: nn.Module) -> Iterator[nn.Module]:

@@ -115,7 +115,7 @@ def sensitivities(
 ) -> tuple[float, dict[tuple[int, Setting], float]]:
     """The loss, and its rise with one unit pruned or rounded alone, 0 where it falls. Collective: one all-reduce."""
     singles: list[tuple[int, Setting]] = []
-    losses = [_loss_of(copy.deepcopy(model), batches, loss)]
+    losses = [loss_of(copy.deepcopy(model), batches, loss)]
     for bits, width in BITS:
         having = [i for i, unit in enumerate(units) if (bits, width) in unit.bits]
         if not having:
@@ -126,7 +126,7 @@ def sensitivities(
         )
         for i in having:
             quantization.switch(rounded, dict.fromkeys(units[i].modules, True))
-            losses.append(_loss_of(rounded, batches, loss))
+            losses.append(loss_of(rounded, batches, loss))
             quantization.switch(rounded, dict.fromkeys(units[i].modules, False))
             singles.append((i, Setting(0.0, bits, width)))
     pruned = copy.deepcopy(model)
@@ -135,7 +135,7 @@ def sensitivities(
         dense = p.detach().clone()
         for amount in AMOUNTS if unit.prunable else ():
             p.data.copy_(dense * pruned_mask(dense, amount))
-            losses.append(_loss_of(pruned, batches, loss))
+            losses.append(loss_of(pruned, batches, loss))
             singles.append((i, Setting(amount)))
         p.data.copy_(dense)
     rows = float(sum(len(y) for _, y in batches))
@@ -203,7 +203,8 @@ def pruned_mask(w: Tensor, amount: float) -> Tensor:
 
 
 @torch.no_grad()
-def _loss_of(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> float:
+def loss_of(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> float:
+    """The mean loss of a model over all rows, in evaluation, in which it stays."""
     model.eval()
     total, rows, device = 0.0, 0, _device(model)
     for inputs, targets in batches:

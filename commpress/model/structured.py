@@ -1,12 +1,13 @@
 """Structured removal: whole attention heads, hidden units and channels go, and the model is a smaller dense one after it.
 
-Of each width n that `removal.py` finds in a model, round(amount * n) go, those whose weights matter least. In a transformer
-the residual path stays, and heads and the units of the MLPs go. Transformers' Conv1D (GPT-2) is a Linear transposed, and is one
-while the dependency graph is at work.
+Of each width n that `removal.py` finds in a model, round(amount * n) go, those whose weights matter least; the amount is one
+for all widths, or each has its own. In a transformer the residual path stays, and heads and the units of the MLPs go.
+Transformers' Conv1D (GPT-2) is a Linear transposed, and is one while the dependency graph is at work.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from commpress.model.heads import KNOWN, Heads
 from commpress.model.layers import is_conv1d
 from commpress.model.removal import Removal
 
-__all__ = ["IMPORTANCE", "KNOWN", "Heads", "Shapes", "reshape", "shapes_of", "shrink"]
+__all__ = ["IMPORTANCE", "KNOWN", "Heads", "Shapes", "each_alone", "reshape", "shapes_of", "shrink"]
 
 IMPORTANCE = ("magnitude", "taylor")
 SIZES = ("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "nx", "nf")
@@ -38,7 +39,7 @@ class Shapes:
 def shrink(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
-    amount: float,
+    amount: float | Mapping[str, float],
     *,
     importance: str = "magnitude",
     heads: Sequence[Heads] = KNOWN,
@@ -46,6 +47,8 @@ def shrink(
 ) -> Shapes:
     """Remove the share `amount` of every width of a model, and at least one of each is left; return the new sizes.
 
+    For shares by width give a mapping, {"blocks.*.up": 0.5, "blocks.0.attention.qkv": 0.25}: a width is called by the first
+    layer whose outputs it is, the first name or glob that fits that decides, and others stay whole.
     `example_inputs` are those of one forward: a tensor, positional arguments, or named ones. `keep` are globs of modules of
     which nothing is removed, neither outputs nor inputs. Scores are of torch-pruning: "magnitude", the squares of all
     weights that go together, or "taylor", |gradient * weight|, for which a backward must have been. The same weights give
@@ -54,26 +57,24 @@ def shrink(
     Parameters that change are new ones, without gradients: optimizer, masks and wrappers (DDP, `fully_shard`) come after.
     What the model computes is checked once: it must be what it computed with the removed inputs at 0. If it is not, as
     when attention is of a kind that `heads` does not describe, ValueError is raised and the model is as it was; so it is for
-    an amount outside [0, 1), a glob that matches nothing, sharded parameters, or if nothing can be removed. ImportError
+    an amount outside [0, 1), a name or glob that matches nothing, sharded parameters, or if nothing can be removed. ImportError
     without torch-pruning.
     """
-    if not 0 <= amount < 1:
-        raise ValueError(f"shrink: the amount must be in [0, 1), got {amount}")
+    for name, share in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
+        if not 0 <= share < 1:
+            raise ValueError(f"shrink: the amount{f' of {name!r}' if name else ''} must be in [0, 1), got {share}")
     if importance not in IMPORTANCE:
         raise ValueError(f"importance {importance!r}: expected one of {', '.join(IMPORTANCE)}")
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError("shrink: the parameters are sharded, call it before fully_shard")
     small = _copy(model).eval()
     transposed = _as_linear(small)
-    try:
-        with torch.enable_grad():
-            removal = Removal(small, example_inputs, importance, heads, keep)
+    with _follow():
+        removal = Removal(small, example_inputs, importance, heads, keep)
         with torch.no_grad():
             removed = removal.choose(amount)
-    except (ValueError, ImportError):
-        raise
-    except Exception as error:  # torch-pruning's, in the middle of a model that it does not understand
-        raise ValueError(f"shrink: the model cannot be followed, {type(error).__name__}: {error}") from error
+    if not removed and (any(amount.values()) if isinstance(amount, Mapping) else amount):
+        raise ValueError(f"shrink({amount}): the model has no width of which as much can be removed")
     with torch.no_grad():
         expected = removal.outputs_without(removed)
         removal.remove(removed)
@@ -91,6 +92,42 @@ def shrink(
 
 
 _HINT = "Describe the attention by heads=[Heads(...)], or leave modules alone by keep=[...]"
+
+
+def each_alone(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
+    shares: Sequence[float],
+    measure: Callable[[nn.Module], float],
+) -> dict[str, dict[float, tuple[float, int]]]:
+    """Measure the model with a share of one width alone at 0, as if it were removed, and count the parameters of that.
+
+    By width, as `shrink` calls it, and by share; a share too small for any head or channel of a width is not there. The
+    model stays as it is, `measure` gets a copy in evaluation. Raises ValueError where `shrink` does.
+    """
+    small = _copy(model).eval()
+    _as_linear(small)
+    with _follow():
+        removal = Removal(small, example_inputs, "magnitude", KNOWN, ())
+    found: dict[str, dict[float, tuple[float, int]]] = {}
+    with torch.no_grad():
+        for share in shares:
+            for width in removal.choose(share):
+                with removal.zeroed(width):
+                    found.setdefault(width.name, {})[share] = measure(small), removal.parameters(width)
+    return found
+
+
+@contextmanager
+def _follow() -> Iterator[None]:
+    """Say of an error inside that it is of the graph of the model."""
+    try:
+        with torch.enable_grad():
+            yield
+    except (ValueError, ImportError):
+        raise
+    except Exception as error:  # torch-pruning's, in the middle of a model that it does not understand
+        raise ValueError(f"shrink: the model cannot be followed, {type(error).__name__}: {error}") from error
 
 
 def shapes_of(model: nn.Module, heads: Sequence[Heads] = KNOWN) -> Shapes:

@@ -21,7 +21,8 @@ def removed_on_a_rank(out: Path, limit: float) -> tuple[list[Tensor], dict[str, 
     torch.manual_seed(dist.get_rank())  # a factory that does not seed
     model = nn.Sequential(nn.Linear(32, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 8))
     recipe = Recipe.of({"budget": {**BUDGET, "max_mb": limit}})
-    said = budgets.narrowed(model, recipe, (torch.randn(4, 32),), out, torch.device("cpu"))
+    held_out = [(((torch.randn(64, 32)),), torch.arange(64) % 8)]
+    said = budgets.narrowed(model, recipe, held_out[0][0], out, torch.device("cpu"), held_out)
     return [x.detach() for x in model.state_dict().values()], said.to_dict(), [model[0].out_features]
 
 

@@ -62,6 +62,17 @@ def wide():
     return nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 8))
 
 
+def taught():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for x, y in part(1, 100):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
 def number():
     return 3
 '''
@@ -353,6 +364,31 @@ def test_structure_that_a_budget_removes_is_gone_when_the_run_goes_on_too(
     model = recipes.model_of_run(Path("whole"), "whole_task:wide")
     assert isinstance(model, torch.nn.Module)
     assert model.get_parameter("0.weight").shape == (rows, 32)
+
+
+@pytest.mark.slow
+def test_a_trained_model_loses_shares_by_width_and_the_same_when_the_run_goes_on(place: Path) -> None:
+    Path("recipe.toml").write_text(STRUCTURE)
+    taught = {**NARROWED, "model": "whole_task:taught"}
+    with killed_in(tasks.Own, "sample", 8):
+        trained("cut", **taught)
+    for out in ("whole", "cut"):
+        with killed_in(endings, "_ended", 1):
+            trained(out, **taught)
+    states = [checkpoint.load_shared(Path(each)) for each in ("whole", "cut")]
+    torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=0, atol=0)
+    assert states[0]["chosen"] == states[1]["chosen"]
+    chosen = Recipe.of(states[0]["chosen"]["recipe"]).budget
+    assert chosen is not None
+    assert isinstance(chosen.removed, dict)
+    assert len({chosen.removed.get(name, 0.0) for name in ("0", "2")}) == 2
+    rows = [n - round(n * chosen.removed.get(name, 0.0)) for name, n in (("0", 96), ("2", 64))]
+    assert states[0]["model"]["2.weight"].shape == tuple(reversed(rows))
+    assert Path("whole/model.safetensors").stat().st_size <= 4_000
+    assert recipes.model_of_run(Path("whole"), "whole_task:taught").get_parameter("2.weight").shape == (
+        rows[1],
+        rows[0],
+    )
 
 
 @pytest.mark.slow

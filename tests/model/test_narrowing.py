@@ -1,6 +1,7 @@
 """Structure by a budget: no more of it than the file needs, and what cannot be met is told with the model as it was."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,84 @@ def test_time_is_met_with_a_margin_where_more_could_go(monkeypatch: pytest.Monke
         narrow(network(), recipe(max_ms=31.0), inputs())
 
 
+class Branches(nn.Module):
+    """A branch for the half of the inputs that says the class, and one for noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tells, self.noise = nn.Linear(16, 96), nn.Linear(16, 96)
+        self.of_tells, self.of_noise = nn.Linear(96, CLASSES), nn.Linear(96, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.of_tells(self.tells(x[:, :16]).relu()) + self.of_noise(self.noise(x[:, 16:]).relu())
+        return y
+
+
+def batches(seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    truth = torch.randn(16, CLASSES, generator=torch.Generator().manual_seed(0))
+    source = torch.Generator().manual_seed(seed)
+    found = [torch.randn(64, WIDTH, generator=source) for _ in range(count)]
+    return [(x, (x[:, :16] @ truth).argmax(1)) for x in found]
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    model = Branches()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for x, y in batches(1, 150):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_a_trained_model_loses_the_width_that_does_not_matter(trained: nn.Module) -> None:
+    limit = 0.0038
+    held_out = batches(2, 4)
+    _, alike = narrow(one := copy.deepcopy(trained), recipe(max_mb=limit), inputs())
+    model = copy.deepcopy(trained)
+    said, found = narrow(model, recipe(max_mb=limit), inputs(), held_out)
+    assert isinstance(alike.removed, float)
+    assert isinstance(found.removed, dict)
+    assert found.removed.keys() == {"noise"}
+    assert found.before is not None
+    assert found.after is not None
+    assert found.after.bytes <= 1e6 * limit < found.before.bytes
+    losses = [
+        sum(float(nn.functional.cross_entropy(small(x), y)) for x, y in held_out) / len(held_out)
+        for small in (trained, model, one)
+    ]
+    assert [found.before.loss, found.after.loss] == pytest.approx(losses[:2], rel=1e-4)
+    assert losses[1] < 0.7 * losses[2]
+    # a fresh model, with what a file says
+    saved = Recipe.of(json.loads(json.dumps(said.to_dict())))
+    again, followed = narrow(fresh := Branches(), saved, inputs(), held_out)
+    assert (again, followed.removed, followed.shapes) == (saved, found.removed, found.shapes)
+    fresh.load_state_dict(model.state_dict())
+
+
+def test_a_model_that_has_learned_nothing_loses_one_share_of_all() -> None:
+    limit = recipe(max_mb=0.0038)
+    removed = [narrow(Branches(), limit, inputs(), given)[1].removed for given in (batches(2, 4), None)]
+    assert isinstance(removed[0], float)
+    assert removed[0] == removed[1]
+
+
+def test_batches_and_names_that_do_not_fit_are_told() -> None:
+    with pytest.raises(ValueError, match=r"narrow\(batches\): batch 0: expected \(inputs, targets\), got a Tensor"):
+        narrow(Branches(), recipe(max_mb=0.0038), inputs(), [inputs()[0]])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"'tell' is no layer whose outputs can be removed, known: noise, tells"):
+        narrow(Branches(), recipe(max_mb=1.0, removed={"noise": 0.5, "tell": 0.5}), inputs())
+
+
+def test_what_was_removed_is_said_in_words() -> None:
+    assert narrowing.described(0.25) == "0.25 of each width"
+    assert narrowing.described({"a": 0.5, "b": 0.125}) == "0.5 of 'a', 0.125 of 'b'"
+    many = {f"layers.{i}": 0.5 for i in range(11)}
+    assert narrowing.described(many).endswith("0.5 of 'layers.7' and of 3 more widths")
+
+
 def test_sizes_bring_a_fresh_model_to_the_same_shape() -> None:
     model, found = narrowed(network(), recipe(max_mb=1.0, removed=0.5))
     reshape(fresh := network(), Shapes(found.shapes.tensors, found.shapes.sizes))
@@ -144,6 +223,14 @@ def test_the_smallest_choice_is_the_end_of_every_path(format: str, prunes: bool,
         ),
         ({"max_mb": 1.0, "structure": 1.0}, "budget.structure: expected less than 1, got 1.0"),
         ({"max_mb": 1.0, "removed": 0.5}, "budget.removed: expected at most structure, 0, got 0.5"),
+        (
+            {"max_mb": 1.0, "structure": 0.5, "removed": {"a": 0.25, "b": 0.75}},
+            "budget.removed: expected at most structure, 0.5, got 0.75",
+        ),
+        (
+            {"max_mb": 1.0, "structure": 0.5, "removed": {"a": 1}},
+            "budget.removed: expected a share in [0, 1), or a table of them by layers, got {'a': 1}",
+        ),
     ],
 )
 def test_structure_that_makes_no_sense_is_refused(found: dict[str, Any], told: str) -> None:

@@ -1,5 +1,6 @@
 """Models get smaller where it matters least, go on computing what the rest computed, and come back from a checkpoint."""
 
+import copy
 import dataclasses
 import json
 import sys
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import scaled_dot_product_attention
 
 from commpress.launch.model import GPT, Shape
-from commpress.model.structured import Heads, Shapes, reshape, shapes_of, shrink
+from commpress.model.structured import Heads, Shapes, each_alone, reshape, shapes_of, shrink
 
 TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -105,6 +106,50 @@ def test_a_gpt_loses_heads_and_units_and_keeps_its_width() -> None:
     assert shapes.sizes["blocks.1.attention"] == {"heads": 3}
     assert shapes.tensors["blocks.1.attention.qkv.weight"] == [72, 32]
     require_training(model, model(TOKENS))
+
+
+def test_shares_by_width_are_of_layers_and_what_is_not_named_stays() -> None:
+    model = gpt()
+    shrink(model, TOKENS, {"blocks.0.*": 0.5, "blocks.*.up": 0.25})
+    first, second = model.blocks
+    assert (first.attention.heads, first.attention.qkv.weight.shape, first.up.weight.shape) == (2, (48, 32), (64, 32))
+    assert (second.attention.heads, second.up.weight.shape, second.down.in_features) == (4, (96, 32), 96)
+    require_training(model, model(TOKENS))
+    net = ConvNet()  # conv3 is added to conv1: the width is that of the first of them
+    shrink(net, torch.randn(2, 1, 8, 8), {"conv1": 0.5})
+    assert (net.conv1.out_channels, net.conv3.out_channels, net.conv2.out_channels) == (4, 4, 12)
+
+
+def test_shares_of_no_width_are_refused_with_the_name() -> None:
+    model = gpt()
+    with pytest.raises(
+        ValueError, match=r"shrink: 'blocks.0.down' is no layer whose outputs can be removed, known: .*up"
+    ):
+        shrink(model, TOKENS, {"blocks.0.up": 0.5, "blocks.0.down": 0.5})
+    with pytest.raises(ValueError, match=r"shrink: the amount of 'blocks.0.up' must be in \[0, 1\), got 1.5"):
+        shrink(model, TOKENS, {"blocks.0.up": 1.5})
+    with pytest.raises(
+        ValueError, match=r"shrink\(\{'blocks.0.up': 0.001\}\): the model has no width of which as much"
+    ):
+        shrink(model, TOKENS, {"blocks.0.up": 0.001})
+    assert model.blocks[0].up.weight.shape == (128, 32)
+
+
+def test_a_share_of_one_width_is_measured_as_if_it_were_gone() -> None:
+    model, x = ConvNet().eval(), torch.randn(2, 1, 8, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def mean(small: nn.Module) -> float:
+        return float(small(x).detach().square().mean())
+
+    found = each_alone(model, x, (0.05, 0.25, 0.5), mean)
+    assert {name: [*shares] for name, shares in found.items()} == {"conv1": [0.25, 0.5], "conv2": [0.05, 0.25, 0.5]}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, shares in found.items():
+        for share, (measured, saved) in shares.items():
+            shrink(small := copy.deepcopy(model), x, {name: share})
+            assert measured == pytest.approx(mean(small), rel=1e-4)
+            assert saved == sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -294,7 +339,7 @@ def test_attention_that_is_not_understood_is_refused_and_left_alone(fused: str |
     model = Attention(fused)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"shrink: without 8 of '(v|out)' the output is off by .* heads=\[Heads\(...\)\]"
+        ValueError, match=r"shrink: without 8 of '(q|qkv)' the output is off by .* heads=\[Heads\(...\)\]"
     ) as e:
         shrink(model, torch.randn(2, 5, 32), 0.25)
     assert "keep=[...]" in str(e.value)

@@ -6,7 +6,7 @@ A new section is a class here, a line in SECTIONS and a field of `Recipe`.
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -180,10 +180,20 @@ class Budget(Part):
     """Which file is held against it. Pruned weights are left out of onnx and safetensors."""
     structure: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The most of each width, as a share, that may be removed before the run where integers and zeros alone miss a limit."""
-    removed: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The share that was removed; `narrow` says so in the recipe that it returns."""
+    removed: float | dict[str, float] | None = None
+    """What was removed, a share of each width or shares by width; `narrow` says so in the recipe that it returns."""
     settled: bool = False
     """Whether the entries were chosen; the scheduler says so in what it saves."""
+
+    @field_validator("removed", mode="plain")
+    @classmethod
+    def _shares(cls, found: object) -> object:
+        if found is None:
+            return None
+        shares: dict[Any, Any] = {**found} if isinstance(found, Mapping) else {"": found}
+        if not shares or not all(type(x) in (int, float) and 0 <= x < 1 for x in shares.values()):
+            raise ValueError(f"expected a share in [0, 1), or a table of them by layers, got {shown(found)}")
+        return {name: float(x) for name, x in shares.items()} if isinstance(found, Mapping) else float(shares[""])
 
     @model_validator(mode="after")
     def _consistent(self) -> "Budget":
@@ -193,8 +203,9 @@ class Budget(Part):
             raise ValueError("expected some of max_mb, max_ms, max_loss, got none")
         if self.structure and self.max_mb is None and self.max_ms is None:
             raise ValueError("structure: is removed for max_mb or max_ms, expected one of them beside it")
-        if (self.removed or 0) > self.structure:
-            raise ValueError(f"removed: expected at most structure, {self.structure:g}, got {self.removed:g}")
+        most = max(self.removed.values()) if isinstance(self.removed, dict) else self.removed or 0.0
+        if most > self.structure:
+            raise ValueError(f"removed: expected at most structure, {self.structure:g}, got {most:g}")
         return self
 
     def require_beside(self, first: int) -> None:
