@@ -157,16 +157,17 @@ def test_a_trained_model_loses_the_width_that_does_not_matter(trained: nn.Module
     said, found = narrow(model, recipe(max_mb=limit), inputs(), held_out)
     assert isinstance(alike.removed, float)
     assert isinstance(found.removed, dict)
-    assert found.removed.keys() == {"noise"}
+    assert found.removed["noise"] >= 0.5
+    assert found.removed.get("tells", 0.0) <= 0.125
     assert found.before is not None
     assert found.after is not None
     assert found.after.bytes <= 1e6 * limit < found.before.bytes
     losses = [
-        sum(float(nn.functional.cross_entropy(small(x), y)) for x, y in held_out) / len(held_out)
+        sum(float(nn.functional.cross_entropy(small(x), y).detach()) for x, y in held_out) / len(held_out)
         for small in (trained, model, one)
     ]
     assert [found.before.loss, found.after.loss] == pytest.approx(losses[:2], rel=1e-4)
-    assert losses[1] < 0.7 * losses[2]
+    assert losses[1] < 0.8 * losses[2]
     # a fresh model, with what a file says
     saved = Recipe.of(json.loads(json.dumps(said.to_dict())))
     again, followed = narrow(fresh := Branches(), saved, inputs(), held_out)
