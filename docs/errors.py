@@ -76,6 +76,7 @@ SECTIONS = {
         ),
         *(
             "launch/settings.py",
+            "launch/specs.py",
             "launch/budgets.py",
             "launch/endings.py",
             "launch/recipe_search.py",

@@ -13,14 +13,11 @@ from pathlib import Path
 
 import torch
 
-import commpress
 from commpress.comm.codecs import AUTO
-from commpress.comm.plan import Plan
-from commpress.comm.ratio_warmup import ratio_warmup
-from commpress.comm.rules import is_open
 from commpress.launch import patterns, runtime
 from commpress.launch.model import BYTES, Shape
 from commpress.launch.runtime import TrainingError
+from commpress.launch.specs import PLAIN, require_specs
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Compression:
     compress: str | None = None
     """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, topk(0.25->0.01, 500), ...; auto finds one during
     training; or a .toml or .json file with specs by patterns of parameter names (for ddp with AdamW or SGD). None: the
-    recipe's spec; else auto under ddp, fsdp and deepspeed, unless --parameters shards OneBitAdamW; else int4."""
+    recipe's spec; else auto under ddp, fsdp and deepspeed, unless OneBitAdamW or EF21Muon is sharded; else int4."""
     parameters: str | None = None
     """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; delta|int4 under fsdp sends
     what has changed; auto needs --compress auto. None: the recipe's spec, or none."""
@@ -193,8 +190,6 @@ class Flags:
 DEFAULT_SPEC = "int4"
 """The spec if none is given and `auto` cannot find one."""
 OPTIMIZERS = ("AdamW", "OneBitAdamW", "ZeroOneAdamW", "EF21Muon", "SGD", "DGC")
-PLAIN = ("AdamW", "SGD")
-"""The optimizers that step on mean gradients."""
 STRATEGIES = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")
 """The names that --parallel takes."""
 EXCHANGE_UNDER = {
@@ -268,48 +263,6 @@ def check(settings: Settings) -> None:
         raise TrainingError(f"--threads {settings.threads}: expected at most {MOST_THREADS}")
     if not 0 <= settings.seed < 2**31:
         raise TrainingError(f"--seed {settings.seed}: expected 0 to {2**31 - 1}")
-
-
-def require_specs(settings: Settings) -> None:
-    """Raise TrainingError, with the flag, for unknown specs, and for those that do not work in this way of training."""
-    for name in ("compress", "warmup_compress", "parameters"):
-        try:
-            spec = getattr(settings, name)
-            left_open = is_open(settings.gradients) if name == "compress" else name == "parameters" and spec == AUTO
-            if spec is not None and not left_open:
-                Plan.of_parameters(spec) if name == "parameters" else commpress.parse(spec)
-        except ValueError as error:
-            raise TrainingError(f"--{name.replace('_', '-')}: {error}") from None
-    if settings.compress is None or not is_open(settings.gradients):
-        if settings.compress is not None and settings.parameters == AUTO:
-            raise TrainingError(
-                f"--parameters auto: one search finds both specs; expected --compress auto, got {settings.compress}"
-            )
-        return
-    if (warmup := ratio_warmup(settings.gradients)) is not None:
-        replicated = settings.parallel == "ddp" or (settings.parallel == "deepspeed" and settings.zero_stage == 0)
-        if not replicated or settings.optimizer not in PLAIN:
-            raise TrainingError(
-                f"--compress {warmup}: a ratio warms up under --parallel ddp, or deepspeed with --zero-stage 0, and "
-                f"--optimizer AdamW or SGD, got {settings.parallel} and {settings.optimizer}; expected one ratio, such as "
-                f"{warmup.codec}"
-            )
-        return
-    by_patterns = not isinstance(settings.gradients, str)
-    if by_patterns and (settings.parallel != "ddp" or settings.optimizer not in PLAIN):
-        raise TrainingError(
-            f"--compress {settings.compress}: expected --parallel ddp and --optimizer AdamW or SGD, got "
-            f"{settings.parallel} and {settings.optimizer}"
-        )
-    if settings.shards_muon:
-        why = "auto cannot choose for EF21Muon where its matrices are sharded; expected a spec, such as int4"
-        raise TrainingError(f"--compress {settings.compress}: {why}")
-    if not settings.takes_auto:
-        raise TrainingError(
-            f"--compress {settings.compress}: expected --parallel ddp, fsdp or deepspeed, and no --parameters beside "
-            f"--optimizer OneBitAdamW, ZeroOneAdamW or DGC, got {settings.parallel}, {settings.parameters} and "
-            f"{settings.optimizer}"
-        )
 
 
 def require_own_model(settings: Settings) -> None:

@@ -7,8 +7,8 @@
                                      400 to 499        topk(0.019)|int4
                                      from 500 on       topk(0.01)|int4
 
-A codec has one ratio, and its payload's length follows from it: this is no codec, but says which codec a step has. All ranks
-count the same steps, so they have the same one.
+A codec has one ratio, and its payload's length follows from it: this is no codec, but says which codec a step has. A step is
+an exchange of gradients. All ranks count the same steps, so they have the same one.
 """
 
 import re

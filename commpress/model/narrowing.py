@@ -71,9 +71,10 @@ def narrow(
     """Remove of the model, in place, as little structure as the recipe's budget needs; the recipe that says so, and how much.
 
     Call it on one rank, before the model is prepared and wrapped, and reshape the others' by `Narrowed.shapes`. `inputs` are
-    those of one forward; calls are timed with them. With `batches` (inputs, targets), of which up to 16 are used, the loss says
-    what goes of which width; `loss` takes outputs and targets if it is not the usual one. Without, or if the loss is hardly
-    higher with targets of other rows, the model has learned nothing yet, and all widths lose one share. A recipe that says
+    those of one forward; calls are timed with them. With `batches` (inputs, targets), of which 16 are used at most, the loss
+    says what goes of which width, if that is better than one share of each; `loss` takes outputs and targets if it is not the
+    usual one. Without, or if the loss is hardly higher with targets of other rows, the model has learned nothing yet, and all
+    widths lose one share. A recipe that says
     how much goes, as that of a checkpoint does, is followed without measuring. Raises BudgetError, the model as it was, for
     a limit that the most structure does not meet; ValueError for a budget without `structure`, and where
     `structured.shrink` raises.
@@ -83,7 +84,8 @@ def narrow(
         raise ValueError("narrow: expected a recipe whose [budget] has structure, the most that may be removed")
     before = after = None
     removed: Shares | None = its.removed
-    known = [] if batches is None else batches_of(batches, "narrow(batches)")[:MOST_BATCHES]
+    model = layers.uncompiled(model)
+    known = [] if batches is None or removed is not None else _some(batches)
     if removed is None:
         removed, before, after = _least(model, its, inputs, known, loss)
         if known:
@@ -119,11 +121,26 @@ def _least(
     files, told = _tried(narrowed, budget, inputs)
     if told:
         raise BudgetError(f"{told}, with {budget.structure:.3g} of each width removed")
-    eighths = [*(i / EIGHTHS for i in range(1, EIGHTHS) if i / EIGHTHS < budget.structure), budget.structure]
-    points: Sequence[Shares] = eighths
+    most = budget.structure, _size(narrowed, files[-1])
+    eighths: list[Shares] = [
+        *(i / EIGHTHS for i in range(1, EIGHTHS) if i / EIGHTHS < budget.structure),
+        budget.structure,
+    ]
+    least, after = _first_that_fits(model, budget, inputs, eighths, most)
     if batches and _has_learned(model, batches, loss):
-        points = _path(model, inputs, eighths, batches, loss)
-    least, after = points[-1], _size(narrowed, files[-1])
+        path = _path(model, inputs, [share for share in eighths if isinstance(share, float)], batches, loss)
+        by_width, its = _first_that_fits(model, budget, inputs, path, (path[-1], most[1]))
+        one_share, other = (loss_of(_without(model, inputs, x), batches, loss) for x in (least, by_width))
+        if other < one_share:
+            least, after = by_width, its
+    return least, before, after
+
+
+def _first_that_fits(
+    model: nn.Module, budget: Budget, inputs: tuple[Tensor, ...], points: Sequence[Shares], last: tuple[Shares, Size]
+) -> tuple[Shares, Size]:
+    """The first point, from little to much, at which a file fits, by bisection. The `last` one fits, and is known."""
+    least, after = last
     careful = budget
     if budget.max_ms is not None:
         careful = budget.model_copy(update={"max_ms": MARGIN * budget.max_ms})
@@ -140,7 +157,7 @@ def _least(
             low = middle
         else:
             high, least, after = middle, points[middle], _size(narrowed, files[-1])
-    return least, before, after
+    return least, after
 
 
 def _path(
@@ -152,11 +169,11 @@ def _path(
 ) -> list[dict[str, float]]:
     """Shares by width, from little to the most of all, by one more share of one width at each step.
 
-    It is of the width that has, up to one of its shares, the least rise of the loss for each parameter saved. Losses and
-    parameters of several widths are taken for the sums of each alone.
+    It is of the width that has, up to one of its shares, the least rise of the loss for each parameter saved, of equal ones
+    that which saves more; a loss that falls counts as one that stays. Losses and parameters of several widths are taken for
+    the sums of each alone.
     """
-    whole = layers.uncompiled(model)
-    alone = structured.each_alone(whole, inputs, shares, lambda narrowed: loss_of(narrowed, batches, loss))
+    alone = structured.each_alone(model, inputs, shares, lambda narrowed: loss_of(narrowed, batches, loss))
     base = _loss(model, batches, loss)
     path: list[dict[str, float]] = []
     now: dict[str, float] = {}
@@ -165,34 +182,43 @@ def _path(
         for name, found in alone.items():
             loss_now, saved_now = found.get(now.get(name, 0.0), (base, 0))
             larger = {share: each for share, each in found.items() if each[1] > saved_now}
-            moves += [((then - loss_now) / (saved - saved_now), name, min(larger)) for then, saved in larger.values()]
+            for then, saved in larger.values():
+                more = saved - saved_now
+                moves.append((max(0.0, then - loss_now) / more, -more, name, min(larger)))
         if not moves:
             return path
-        _, name, share = min(moves)
+        *_, name, share = min(moves)
         now = {**now, name: share}
         path.append(now)
 
 
 def _has_learned(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> bool:
-    """Whether the loss is higher with targets of other rows."""
+    """Whether the loss is higher with targets of other rows. If all targets are equal, that is not known, and True."""
     source = torch.Generator().manual_seed(0)
-    targets = [y for _, y in batches]
-    if len({y.shape[1:] for y in targets}) == 1:  # rows of all batches, which may be one each
-        every = torch.cat([y.cpu() for y in targets])
-        targets = list(every[torch.randperm(len(every), generator=source)].split([len(y) for y in targets]))
-    else:
-        targets = [y.cpu()[torch.randperm(len(y), generator=source)] for y in targets]
+    targets = known = [y.cpu() for _, y in batches]
+    if len({y.shape[1:] for y in known}) == 1:  # rows of all batches, which may be one each
+        every = torch.cat(known)
+        targets = list(every[torch.randperm(len(every), generator=source)].split([len(y) for y in known]))
+    else:  # texts of several lengths, say: their tokens in another order
+        targets = [y.flatten()[torch.randperm(y.numel(), generator=source)].view_as(y) for y in known]
+    if all(map(torch.equal, targets, known)):
+        return True
     others = [(inputs, y) for (inputs, _), y in zip(batches, targets, strict=True)]
     found = _loss(model, batches, loss)
     return _loss(model, others, loss) > found + LEARNED * abs(found)
 
 
+def _some(batches: Sequence[tuple[Any, Tensor]]) -> list[Batch]:
+    """Up to 16 batches from all over the set, which may be sorted."""
+    return batches_of(batches[:: -(-len(batches) // MOST_BATCHES) or 1], "narrow(batches)")
+
+
 def _loss(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> float:
-    return loss_of(copy.deepcopy(layers.uncompiled(model)), batches, loss)
+    return loss_of(copy.deepcopy(model), batches, loss)
 
 
 def _without(model: nn.Module, inputs: tuple[Tensor, ...], share: Shares) -> nn.Module:
-    narrowed = copy.deepcopy(layers.uncompiled(model))
+    narrowed = copy.deepcopy(model)
     structured.shrink(narrowed, inputs, share)
     return narrowed
 

@@ -246,7 +246,7 @@ def _matching(globs: Sequence[str], names: Mapping[nn.Module, str]) -> set[nn.Mo
 
 
 def _by_width(shares: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """The share of each width by the first name or glob that fits its name, 0 where none does.
+    """The share of each width by its name, else by the first glob that fits it, 0 where none does.
 
     Raises ValueError for one that fits no width.
     """
@@ -258,7 +258,8 @@ def _by_width(shares: Mapping[str, float], names: Sequence[str]) -> dict[str, fl
         if not any(fits(name, glob) for name in names):
             known = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise ValueError(f"shrink: {glob!r} is no layer whose outputs can be removed, known: {known or 'none'}")
-    return {name: next((share for glob, share in shares.items() if fits(name, glob)), 0.0) for name in names}
+    by_glob = {name: [share for glob, share in shares.items() if fnmatchcase(name, glob)] for name in names}
+    return {name: shares[name] if name in shares else (*by_glob[name], 0.0)[0] for name in names}
 
 
 def _tied(model: nn.Module) -> Iterator[nn.Module]:

@@ -92,7 +92,7 @@ class Scheduler:
         if recipe.chooses and recipe.budget is not None and recipe.budget.structure and recipe.budget.removed is None:
             raise RecipeError(
                 "budget.structure: is removed before the model is wrapped, and a scheduler comes after that: call `recipe, _ = "
-                "commpress.model.narrowing.narrow(model, recipe, (x,))` before, and give the recipe that it returns"
+                "commpress.model.narrowing.narrow(model, recipe, (x,), batches)` before, and give the recipe that it returns"
             )
         if recipe.search is not None:
             raise RecipeError(

@@ -121,9 +121,8 @@ def attach(
             require_interval(verify)
         except (ValueError, TypeError) as error:
             refusal = error
-    names: dict[Any, str] = {
-        p: name for name, p in bare_parameters(engine.module).items() if p.requires_grad and _numel(p)
-    }
+    known = bare_parameters(engine.module).items()
+    names: dict[Any, str] = {p: name for name, p in known if p.requires_grad and _numel(p)}
     settings: dict[str, object] = {"ZeRO stage": stage, "optimizer": type(optimizer).__name__ if optimizer else None}
     settings |= {"sharded": sharded, "verify": verify, "momentum": str(momentum)}
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"

@@ -36,6 +36,33 @@ RUNS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", ["90", "80", "100"])  # the longest first
+def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(capability: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, str(CODE), capability],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=850,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    of_codecs, passes = 9 * 6 + 17 + 6 + 41, 17  # of randomk 17, rotate 6, topk 41
+    of_factors = 3 * (2 + 1 + 2 * 2) + 1  # for each width; an expansion looks at its factors first
+    of_types = 7 * 5 + 3 * 5 + 2 + 7 + 32 if capability == "90" else 0
+    assert len(rows) == of_codecs + passes + of_factors + of_types
+    for row in rows:
+        assert row["stack"] == row["spilled"] == 0, row
+        assert row["fused"] == 0, row
+        assert row["shared"] <= SHARED, row
+        assert (row["wide"] > 0) == any("16" in sizes for sizes in row["accesses"].values()), row
+    if capability == "90":
+        assert too_narrow(rows) == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # the interpreter, and LLVM below, beside three other workers
 @pytest.mark.parametrize(("checks", "specs", "lengths", "tier"), RUNS.values(), ids=list(RUNS))
 def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(
@@ -66,33 +93,6 @@ def test_kernels_on_the_interpreter_give_the_bytes_of_the_definition(
         timeout=850,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
-def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(capability: str, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, str(CODE), capability],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=850,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    of_codecs, passes = 9 * 6 + 17 + 6 + 41, 17  # of randomk 17, rotate 6, topk 41
-    of_factors = 3 * (2 + 1 + 2 * 2) + 1  # for each width; an expansion looks at its factors first
-    of_types = 7 * 5 + 3 * 5 + 2 + 7 + 32 if capability == "90" else 0
-    assert len(rows) == of_codecs + passes + of_factors + of_types
-    for row in rows:
-        assert row["stack"] == row["spilled"] == 0, row
-        assert row["fused"] == 0, row
-        assert row["shared"] <= SHARED, row
-        assert (row["wide"] > 0) == any("16" in sizes for sizes in row["accesses"].values()), row
-    if capability == "90":
-        assert too_narrow(rows) == []
 
 
 MORE = {

@@ -299,7 +299,7 @@ def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path, text: Path) -> 
         (["--optimizer", "Adam"], "--optimizer Adam: expected one of AdamW, OneBitAdamW, ZeroOneAdamW, EF21Muon"),
         (
             ["--parallel", "fsdp", "--optimizer", "EF21Muon", "--compress", "auto"],
-            "--compress auto: auto cannot choose for EF21Muon where its matrices are sharded; expected a spec",
+            "auto cannot choose for EF21Muon where its matrices are sharded (--parallel fsdp); expected a spec",
         ),
         (
             ["--parallel", "deepspeed", "--optimizer", "EF21Muon", "--zero-stage", 3],

@@ -230,7 +230,7 @@ def test_the_smallest_choice_is_the_end_of_every_path(format: str, prunes: bool,
         ),
         (
             {"max_mb": 1.0, "structure": 0.5, "removed": {"a": 1}},
-            "budget.removed: expected a share in [0, 1), or a table of them by layers, got {'a': 1}",
+            "budget.removed: expected a share in [0, 1), or a table of them by layers, whose names are in quotes, got {'a': 1}",
         ),
     ],
 )

@@ -125,7 +125,7 @@ def _add_and_take(row, kept, q0, q1, q2, q3, a, b, c, d):
 
 @loop
 def _expand(p, q, x, residual, columns, begin, end):
-    """The residual is written past the caches: the old one is not read first."""
+    """A long residual whose rows begin at whole lines of the cache is written past it: the old one is not read first."""
     widest()
     factor, weights, kept = _filled(q), _filled(p), np.empty(columns, np.float32)
     for i in range(begin, end):

@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from commpress.kernels.triton.blocks import INFINITY_BITS, is_finite, magnitude_bits, nan_like, read, total, write
+from commpress.kernels.triton.blocks import (
+    INFINITY_BITS,
+    is_finite,
+    magnitude_bits,
+    nan_like,
+    read,
+    row_start,
+    total,
+    write,
+)
 from commpress.kernels.triton.blocks import with_prologue as value_of
 from commpress.kernels.triton.launch import counting, launch, steps, words
 
@@ -296,20 +305,20 @@ def _mean(heads, head_row, values, row, W, share, out, block, blocks, rest, rest
     bad = (mean != mean).to(tl.int32)
     alike = 0
     for w in range(1, W):
-        value = read(values + w * row + number + index, there)
+        value = read(values + row_start(w, row) + number + index, there)
         bad |= (value != value).to(tl.int32)
         mean += value * share
-        alike += (_draw_at(heads + w * head_row) == draw).to(tl.int32)
+        alike += (_draw_at(heads + row_start(w, head_row)) == draw).to(tl.int32)
     tl.debug_barrier()  # the zeros are there
     if alike == W - 1:
         write(out + origin + place, mean, there)
     else:
         for w in range(0, W):
-            place = _places(number + index, start, width, size, strata, _draw_at(heads + w * head_row))
+            place = _places(number + index, start, width, size, strata, _draw_at(heads + row_start(w, head_row)))
             mean = tl.zeros([GROUP], tl.float32)
             for v in range(0, W):
-                other = _places(number + index, start, width, size, strata, _draw_at(heads + v * head_row))
-                value = read(values + v * row + number + index, there)
+                other = _places(number + index, start, width, size, strata, _draw_at(heads + row_start(v, head_row)))
+                value = read(values + row_start(v, row) + number + index, there)
                 mean += tl.where(other == place, value * share, 0.0)
             write(out + origin + place, mean, there)
     if tl.max(bad) > 0:

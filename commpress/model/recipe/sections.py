@@ -191,8 +191,11 @@ class Budget(Part):
         if found is None:
             return None
         shares: dict[Any, Any] = {**found} if isinstance(found, Mapping) else {"": found}
-        if not shares or not all(type(x) in (int, float) and 0 <= x < 1 for x in shares.values()):
-            raise ValueError(f"expected a share in [0, 1), or a table of them by layers, got {shown(found)}")
+        fits = all(isinstance(name, str) and type(x) in (int, float) and 0 <= x < 1 for name, x in shares.items())
+        if not shares or not fits:
+            raise ValueError(
+                f"expected a share in [0, 1), or a table of them by layers, whose names are in quotes, got {shown(found)}"
+            )
         return {name: float(x) for name, x in shares.items()} if isinstance(found, Mapping) else float(shares[""])
 
     @model_validator(mode="after")
