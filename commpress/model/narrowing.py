@@ -198,14 +198,18 @@ def _has_learned(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) 
     targets = known = [y.cpu() for _, y in batches]
     if len({y.shape[1:] for y in known}) == 1:  # rows of all batches, which may be one each
         every = torch.cat(known)
-        targets = list(every[torch.randperm(len(every), generator=source)].split([len(y) for y in known]))
+        targets = list(every[_shuffled(len(every), source)].split([len(y) for y in known]))
     else:  # texts of several lengths, say: their tokens in another order
-        targets = [y.flatten()[torch.randperm(y.numel(), generator=source)].view_as(y) for y in known]
+        targets = [y.flatten()[_shuffled(y.numel(), source)].view_as(y) for y in known]
     if all(map(torch.equal, targets, known)):
         return True
     others = [(inputs, y) for (inputs, _), y in zip(batches, targets, strict=True)]
     found = _loss(model, batches, loss)
     return _loss(model, others, loss) > found + LEARNED * abs(found)
+
+
+def _shuffled(n: int, source: torch.Generator) -> Tensor:
+    return torch.randperm(n, generator=source, dtype=torch.int64, device="cpu")
 
 
 def _some(batches: Sequence[tuple[Any, Tensor]]) -> list[Batch]:

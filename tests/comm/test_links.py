@@ -61,6 +61,7 @@ def explained() -> str:
     return session.explain()
 
 
+@pytest.mark.slow
 def test_explain_says_what_the_links_do() -> None:
     first, second = run(2, explained)
     assert re.search(r"^links: inside a host [\d.]+ GB/s, [\d.e-]+ ms one way$", first, re.MULTILINE)

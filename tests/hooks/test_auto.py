@@ -179,7 +179,7 @@ def in_pieces(*specs: str) -> tuple[Tensor, Tensor, list[tuple[str, int, int]]]:
     return arrived, len(specs) * mean, rows
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, slow(3)])
 def test_a_bucket_in_pieces_arrives_whole_and_what_feedback_holds_goes_with_it(world_size: int) -> None:
     first, *others = run(world_size, in_pieces, "int4 in 4 MB", "int4", "int8 in 4 MB", "int4 in 4 MB", "none")
     arrived, wanted, rows = first
