@@ -20,7 +20,7 @@ from commpress.comm.optimizer_hooks import OptimizerHooks
 from commpress.comm.plan import Plan, require_flat
 from commpress.comm.ratio_warmup import ratio_warmup
 from commpress.comm.resize import of_replicas
-from commpress.comm.rules import Rules, Spec, is_open, rules_for
+from commpress.comm.rules import Rules, Spec, is_open, rules_for, small_tensors
 from commpress.comm.search import PLAIN
 from commpress.comm.segments import Segments, sizes
 from commpress.comm.session import Masks, Session
@@ -114,7 +114,7 @@ def _agreed_rules(spec: Spec, parameters: Segments, group: dist.ProcessGroup, de
     """Return the rules if the spec has patterns, else None. If the spec is wrong it is collective, and all ranks raise."""
     try:
         if isinstance(spec, Mapping):
-            return rules_for(spec, [segment.name for segment in parameters])
+            return rules_for(spec, [segment.name for segment in parameters], small_tensors(parameters))
         is_open(spec)
         return None
     except (ValueError, TypeError) as error:

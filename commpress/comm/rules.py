@@ -2,18 +2,24 @@
 
     bucket [a.weight a.bias b.weight b.bias]  -->  int4 [a.weight b.weight], none [a.bias b.bias]
 
-Patterns are shell globs (`fnmatch`) on the names of `model.named_parameters()`.
+Patterns are shell globs (`fnmatch`) on the names of `model.named_parameters()`. Norms, biases and small tensors are sent
+exactly where `*` would give them a spec of fewer than four bits a value.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from commpress.comm.auto import budget
 from commpress.comm.codecs import AUTO, Codec, parse
+from commpress.comm.plan import DENSE, FEWEST_VALUES
 from commpress.comm.ratio_warmup import RatioWarmup, ratio_warmup
 from commpress.comm.segments import Segment, Segments
 
+ALL = "*"
+SMALL = "norms, biases and small tensors"
+"""The rule of those that `*` would code coarsely, in the place of a pattern."""
+MANY = 1 << 20
 Spec = str | Codec | Mapping[str, str | Codec]
 """A spec or a codec, `auto`, a spec whose ratio warms up, or a dict of specs by patterns of parameters' names."""
 
@@ -63,8 +69,19 @@ class Rules:
         return values
 
 
-def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
-    """Make the rules for parameters of these names.
+def small_tensors(parameters: Segments) -> set[str]:
+    """Return the names of norms, biases and other tensors with one dimension, and of those with few values."""
+    return {part.name for part in parameters if len(part.shape) == 1 or part.n < FEWEST_VALUES}
+
+
+def is_coarse(codec: Codec | RatioWarmup | None) -> bool:
+    """Return whether a codec has fewer than four bits a value; `auto`, None, has not."""
+    last = codec.codec if isinstance(codec, RatioWarmup) else codec
+    return last is not None and last.lossy and last.flat and last.nbytes(MANY) < MANY / 2
+
+
+def rules_for(given: Mapping[str, str | Codec], names: Iterable[str], small: Collection[str] = ()) -> Rules:
+    """Make the rules for parameters of these names, of which the `small` ones have their own rule beside a coarse `*`.
 
     Raises ValueError for a pattern that decides for no parameter, a parameter that no pattern fits, and an unknown spec, each
     with its name; TypeError for anything but patterns and specs.
@@ -100,6 +117,10 @@ def rules_for(given: Mapping[str, str | Codec], names: Iterable[str]) -> Rules:
         raise ValueError(
             f"gradients: error budgets {', '.join(map(str, budgets))}: expected the same wherever the spec is auto"
         )
+    if is_coarse(known.get(ALL)) and (exact := [name for name in names if name in small and patterns[name] == ALL]):
+        known[SMALL] = DENSE
+        codecs.update(dict.fromkeys(exact, DENSE))
+        patterns.update(dict.fromkeys(exact, SMALL))
     specs = tuple((pattern, AUTO if codec is None else str(codec)) for pattern, codec in known.items())
     return Rules(specs, codecs, patterns, budgets[0] if budgets else None)
 

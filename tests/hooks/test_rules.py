@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, Trained, network, same, same_training, train
 
 import commpress
-from commpress.comm.rules import rules_for
+from commpress.comm.rules import rules_for, small_tensors
 from commpress.comm.segments import Segment
 
 RULES = {"0.*": "int8", "*.bias": "none", "*": "int4"}
@@ -32,6 +32,44 @@ def test_the_first_pattern_that_fits_decides() -> None:
         ((Segment("2.weight", 8),), "int4"),
         ((Segment("0.bias", 2), Segment("0.weight", 6)), "int8"),
     ]
+
+
+PARAMETERS = (Segment("w", 4000, (40, 100)), Segment("norm", 400, (400,)), Segment("tiny", 9, (3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("given", "exact"),
+    [
+        ({"*": "int2"}, ["norm", "tiny"]),
+        ({"*": "topk(0.1->0.01, 5)|int4"}, ["norm", "tiny"]),
+        ({"norm": "int2", "*": "sign"}, ["tiny"]),
+        ({"w": "int2", "*": "sign"}, ["norm", "tiny"]),
+        ({"*": "int4"}, []),
+        ({"*": "auto"}, []),
+        ({"?*": "int2"}, []),
+    ],
+)
+def test_small_tensors_are_exact_where_all_others_are_coded_coarsely(given: dict[str, str], exact: list[str]) -> None:
+    rules = rules_for(given, [part.name for part in PARAMETERS], small_tensors(PARAMETERS))
+    assert [name for name, codec in rules.codecs.items() if str(codec) == "none"] == exact
+    shares = rules.shares(PARAMETERS)
+    assert shares.get("norms, biases and small tensors: none", 0) == sum(p.n for p in PARAMETERS if p.name in exact)
+    assert sum(shares.values()) == 4409
+
+
+def exact_biases() -> tuple[Any, ...]:
+    """What is left after a few steps by `*: sign`, and the rows of the report by rule."""
+    trained, report = trained_by({"*": "sign"})
+    return trained.parameters, report["rules"]
+
+
+def test_biases_have_their_own_row_beside_a_coarse_spec() -> None:
+    first, second = run(2, exact_biases)
+    assert same(first[0], second[0])
+    biases = sum(p.numel() for name, p in network().named_parameters() if name.endswith("bias"))
+    assert first[1]["norms, biases and small tensors: none"]["values"] == biases
+    assert first[1]["norms, biases and small tensors: none"]["ratio"] == 1
+    assert first[1]["*: sign"]["ratio"] > 10
 
 
 @pytest.mark.parametrize(
