@@ -59,7 +59,7 @@ test-litert:
 
 # the kernels for CUDA without a GPU: their bytes on Triton's interpreter, their machine code by its compiler; test-slow has them, too
 test-triton: $(INSTALLED)
-	@$(RUN)/python -m pytest -q -m 'slow or not slow' -n 2 --dist worksteal tests/kernels/test_triton.py tests/kernels/test_triton_table.py
+	@$(RUN)/python -m pytest -q -m 'slow or not slow' -n 4 --dist worksteal tests/kernels/test_triton.py tests/kernels/test_triton_table.py
 
 check: $(INSTALLED)
 	@echo "== ruff, mypy (on the installed package: hooks/ and launch/ are packages of commpress only there)"

@@ -177,7 +177,10 @@ def test_what_a_budget_cannot_use_is_told_on_all_ranks(tmp_path: Path) -> None:
         assert "evaluation batches have x, and forward of Swapped takes mask first" in said["order"]
         assert "is not the usual one of outputs and labels" in said["another loss"]
         assert "budget.max_mb: 0.001 MB cannot be met, the closest of model.onnx is " in said["not met"]
-        assert "call `recipe, _ = commpress.model.narrowing.narrow(model, recipe, (x,), batches)` before" in said["structure"]
+        assert (
+            "call `recipe, _ = commpress.model.narrowing.narrow(model, recipe, (x,), batches)` before"
+            in said["structure"]
+        )
         assert "budget.removed: 0.25 of each width is gone: expected dense=" in said["removed"]
         assert "elsewhere by your own call of commpress.model.search.search" in said["search"]
 
