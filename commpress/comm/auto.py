@@ -92,14 +92,14 @@ def compile_loops(device: torch.device, dtypes: Collection[torch.dtype]) -> None
 
 
 def without_pieces(name: str) -> str:
-    """Return the spec of a candidate."""
+    """Return the spec of a candidate, such as `int4` of `int4 in 4 MB`."""
     return name.removesuffix(IN_PIECES)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What the last prediction was made of: the values of the buckets and of their pieces, the codecs' speeds, the cluster,
-    the seconds of computation and the bytes of a value."""
+    """The figures behind a prediction: the values of each bucket and of each piece, the codecs' speeds, the cluster, the
+    seconds of computation in a step, and the bytes of a value."""
 
     buckets: list[int]
     pieces: list[int]
@@ -230,7 +230,7 @@ class Auto:
                 "busy": busy,
                 "cores": self._cores(),
                 "ranks here": self._ranks_here(),
-                "link": self._counter.rates() if self._collectives.device.type == "cpu" else None,
+                "link": self._counter.rates() if self._collectives.traffic.wire.by_message else None,
                 "speeds": {spec: asdict(speed) for spec, speed in self._speeds.items()},
             }
         return said
@@ -247,12 +247,9 @@ class Auto:
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
         """Return the predicted seconds of a step by spec: the model's, scaled so that it is right for the plain step."""
         W, found = self._collectives.world_size, [_Told(said) for said in everyone]
-        buckets, itemsize = (
-            [sum(sizes(of)) for of, _ in self._buckets],
-            max((size for _, size in self._buckets), default=4),
-        )
-        if not buckets:
+        if not self._buckets:
             return {PLAIN: plain}
+        buckets, itemsize = [sum(sizes(of)) for of, _ in self._buckets], max(size for _, size in self._buckets)
         # hosts may have different numbers of ranks: all ranks predict from one figure
         ranks_per_host = max(one.ranks_here for one in found)
         dense = [

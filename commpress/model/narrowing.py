@@ -86,20 +86,20 @@ def narrow(
     removed: Shares | None = its.removed
     model = layers.uncompiled(model)
     known = [] if batches is None or removed is not None else _some(batches)
+    dense = _loss(model, known, loss) if known else None
     if removed is None:
-        removed, before, after = _least(model, its, inputs, known, loss)
-        if known:
-            before = replace(before, loss=_loss(model, known, loss))
+        removed, before, after = _least(model, its, inputs, known, loss, dense)
+        before = replace(before, loss=dense)
     if removed:
         structured.shrink(model, inputs, removed)
-    if after is not None and before is not None and before.loss is not None:
+    if after is not None and known:
         after = replace(after, loss=_loss(model, known, loss))
     said = recipe.model_copy(update={"budget": its.model_copy(update={"removed": removed})})
     return said, Narrowed(removed, structured.shapes_of(model), before, after)
 
 
 def described(removed: Shares) -> str:
-    """What was removed, in words."""
+    """Return shares of widths in words, as in "0.25 of 'up', 0.5 of 'down'"."""
     if not isinstance(removed, dict):
         return f"{removed:.3g} of each width"
     some = ", ".join(f"{share:.3g} of {name!r}" for name, share in list(removed.items())[:8])
@@ -107,9 +107,14 @@ def described(removed: Shares) -> str:
 
 
 def _least(
-    model: nn.Module, budget: Budget, inputs: tuple[Tensor, ...], batches: Sequence[Batch], loss: Loss | None
+    model: nn.Module,
+    budget: Budget,
+    inputs: tuple[Tensor, ...],
+    batches: Sequence[Batch],
+    loss: Loss | None,
+    dense: float | None,
 ) -> tuple[Shares, Size, Size]:
-    """The least that must go for a file to fit; the dense file, and that one."""
+    """Return the least that must go for a file to fit, the dense file, and that one. `dense` is the loss of the whole model."""
     files, told = _tried(model, budget, inputs)
     before = _size(model, files[0])
     if not told:
@@ -122,13 +127,13 @@ def _least(
     if told:
         raise BudgetError(f"{told}, with {budget.structure:.3g} of each width removed")
     most = budget.structure, _size(narrowed, files[-1])
-    eighths: list[Shares] = [
+    eighths = [
         *(i / EIGHTHS for i in range(1, EIGHTHS) if i / EIGHTHS < budget.structure),
         budget.structure,
     ]
     least, after = _first_that_fits(model, budget, inputs, eighths, most)
-    if batches and _has_learned(model, batches, loss):
-        path = _path(model, inputs, [share for share in eighths if isinstance(share, float)], batches, loss)
+    if dense is not None and _has_learned(model, batches, loss, dense):
+        path = _path(model, inputs, eighths, batches, loss, dense)
         by_width, its = _first_that_fits(model, budget, inputs, path, (path[-1], most[1]))
         one_share, other = (loss_of(_without(model, inputs, x), batches, loss) for x in (least, by_width))
         if other < one_share:
@@ -166,6 +171,7 @@ def _path(
     shares: Sequence[float],
     batches: Sequence[Batch],
     loss: Loss | None,
+    dense: float,
 ) -> list[dict[str, float]]:
     """Shares by width, from little to the most of all, by one more share of one width at each step.
 
@@ -174,13 +180,12 @@ def _path(
     the sums of each alone.
     """
     alone = structured.each_alone(model, inputs, shares, lambda narrowed: loss_of(narrowed, batches, loss))
-    base = _loss(model, batches, loss)
     path: list[dict[str, float]] = []
     now: dict[str, float] = {}
     while True:
         moves = []
         for name, found in alone.items():
-            loss_now, saved_now = found.get(now.get(name, 0.0), (base, 0))
+            loss_now, saved_now = found.get(now.get(name, 0.0), (dense, 0))
             larger = {share: each for share, each in found.items() if each[1] > saved_now}
             for then, saved in larger.values():
                 more = saved - saved_now
@@ -192,7 +197,7 @@ def _path(
         path.append(now)
 
 
-def _has_learned(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> bool:
+def _has_learned(model: nn.Module, batches: Sequence[Batch], loss: Loss | None, dense: float) -> bool:
     """Whether the loss is higher with targets of other rows. If all targets are equal, that is not known, and True."""
     source = torch.Generator().manual_seed(0)
     targets = known = [y.cpu() for _, y in batches]
@@ -204,8 +209,7 @@ def _has_learned(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) 
     if all(map(torch.equal, targets, known)):
         return True
     others = [(inputs, y) for (inputs, _), y in zip(batches, targets, strict=True)]
-    found = _loss(model, batches, loss)
-    return _loss(model, others, loss) > found + LEARNED * abs(found)
+    return _loss(model, others, loss) > dense + LEARNED * abs(dense)
 
 
 def _shuffled(n: int, source: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -122,25 +123,25 @@ def test_ranks_of_hosts_of_unequal_size_predict_the_same() -> None:
     assert all(other == first for other in others)
 
 
-def summed(*specs: str) -> tuple[Tensor, Tensor]:
-    """The sum of the means that arrived in so many steps of one gradient, and what it should be."""
-    model = DistributedDataParallel(nn.Linear(600, 2, bias=False))
+def summed(sizes: tuple[int, ...], *specs: str) -> tuple[Tensor, Tensor, list[tuple[str, int, int]]]:
+    """The sum of the means that arrived in so many steps of one gradient, what it should be, and spec, values and steps of the
+    report's rows. The model is linear, of layers with these sizes."""
+    model = DistributedDataParallel(nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in pairwise(sizes))))
     session = commpress.attach(model)
     assert session.step_buffer is not None
     assert session.step_buffer.auto is not None
     session.step_buffer.auto.search = Scripted(*specs)  # type: ignore[assignment]
-    x = torch.randn(4, 600, generator=torch.Generator().manual_seed(dist.get_rank()))
-    arrived = torch.zeros(1200)
+    x = torch.randn(4, sizes[0], generator=torch.Generator().manual_seed(dist.get_rank()))
+    arrived = torch.zeros(sum(p.numel() for p in model.parameters()))
     for _ in specs:
         model.zero_grad()
         model(x).sum().backward()
         arrived += parameters_of_gradient(model)
-    bare = nn.Linear(600, 2, bias=False)
-    bare(x).sum().backward()
-    assert bare.weight.grad is not None
-    mean = bare.weight.grad.flatten().clone()
+    model.module.zero_grad()
+    model.module(x).sum().backward()
+    mean = parameters_of_gradient(model)
     dist.all_reduce(mean, dist.ReduceOp.AVG)
-    return arrived, len(specs) * mean
+    return arrived, len(specs) * mean, [(row.spec, row.values, row.steps) for row in session.report().rows]
 
 
 def parameters_of_gradient(model: nn.Module) -> Tensor:
@@ -151,37 +152,22 @@ def parameters_of_gradient(model: nn.Module) -> Tensor:
 def test_what_feedback_holds_arrives_when_the_spec_changes(world_size: int) -> None:
     # two_shot's owners keep a residual as well: it must not be lost among three ranks either. bf16 is left out: a sum in
     # bfloat16 rounds where nobody can keep what is lost
-    for arrived, wanted in run(world_size, summed, "int4", "int4", "int8", "int4", "none"):
+    for arrived, wanted, _ in run(world_size, summed, (600, 2), "int4", "int4", "int8", "int4", "none"):
         assert torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
-    for arrived, wanted in run(world_size, summed, "int4", "int4"):
+    for arrived, wanted, _ in run(world_size, summed, (600, 2), "int4", "int4"):
         assert not torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
 
 
-def in_pieces(*specs: str) -> tuple[Tensor, Tensor, list[tuple[str, int, int]]]:
-    """As `summed`, of a bucket with four parameters and in pieces of 4 KB; then spec, values and steps of the report's rows."""
-    model = DistributedDataParallel(nn.Sequential(*(nn.Linear(30, 30, bias=False) for _ in range(4))))
+def in_pieces(sizes: tuple[int, ...], *specs: str) -> tuple[Tensor, Tensor, list[tuple[str, int, int]]]:
     with mock.patch.object(auto, "PIECE", 4000):
-        session = commpress.attach(model)
-        assert session.step_buffer is not None
-        assert session.step_buffer.auto is not None
-        session.step_buffer.auto.search = Scripted(*specs)  # type: ignore[assignment]
-        x = torch.randn(4, 30, generator=torch.Generator().manual_seed(dist.get_rank()))
-        arrived = torch.zeros(3600)
-        for _ in specs:
-            model.zero_grad()
-            model(x).sum().backward()
-            arrived += parameters_of_gradient(model)
-    model.module.zero_grad()
-    model.module(x).sum().backward()
-    mean = parameters_of_gradient(model)
-    dist.all_reduce(mean, dist.ReduceOp.AVG)
-    rows = [(row.spec, row.values, row.steps) for row in session.report().rows]
-    return arrived, len(specs) * mean, rows
+        return summed(sizes, *specs)
 
 
 @pytest.mark.parametrize("world_size", [2, slow(3)])
 def test_a_bucket_in_pieces_arrives_whole_and_what_feedback_holds_goes_with_it(world_size: int) -> None:
-    first, *others = run(world_size, in_pieces, "int4 in 4 MB", "int4", "int8 in 4 MB", "int4 in 4 MB", "none")
+    first, *others = run(
+        world_size, in_pieces, (30, 30, 30, 30, 30), "int4 in 4 MB", "int4", "int8 in 4 MB", "int4 in 4 MB", "none"
+    )
     arrived, wanted, rows = first
     assert torch.allclose(arrived, wanted, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(arrived, other[0]) for other in others)  # the same bits
