@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from commpress.comm.codecs.rotate import signs
-from commpress.kernels.triton.blocks import is_finite, keep_lost, nan_like, read, total, write
+from commpress.kernels.triton.blocks import is_finite, keep_lost, nan_like, read, remembered, total, write
 from commpress.kernels.triton.launch import counting, launch, steps
 
 SIZE: tl.constexpr = tl.constexpr(1024)
@@ -63,15 +63,32 @@ def _with_one_nan(value, before, rest):
 
 
 @triton.jit
-def _forth_block(x, prologue, residual, signs, out, at, inside, rest):
-    value = total(x, prologue, residual, at, inside)
+def _turned(value, signs, rest):
+    """Rotate a block."""
     turned = value * _factors(signs, rest)
     if rest is None:
         turned = _steps(_steps(turned, rest, COLUMNS, 6), rest, 1, 4)
         turned = tl.reshape(tl.permute(tl.reshape(turned, [ROWS, COLUMNS]), (1, 0)), [SIZE])
     else:
         turned = _steps(turned, rest, 1, 9)
-    write(out + at, _with_one_nan(turned, value, rest), inside)
+    return _with_one_nan(turned, value, rest)
+
+
+@triton.jit
+def _turned_back(value, signs, rest):
+    """Rotate a block back."""
+    if rest is None:
+        turned = tl.reshape(tl.permute(tl.reshape(value, [COLUMNS, ROWS]), (1, 0)), [SIZE])
+        turned = _steps(_steps(turned, rest, 4, 2), rest, 1, 2)
+        turned = _steps(turned, rest, COLUMNS, 6)
+    else:
+        turned = _steps(value, rest, 1, 9)
+    return _with_one_nan(turned * _factors(signs, rest), value, rest)
+
+
+@triton.jit
+def _forth_block(x, prologue, residual, signs, out, at, inside, rest):
+    write(out + at, _turned(total(x, prologue, residual, at, inside), signs, rest), inside)
 
 
 @counting
@@ -87,14 +104,7 @@ def _forth(x, prologue, residual, signs, out, n):
 
 @triton.jit
 def _back_block(z, signs, x, prologue, residual, out, at, inside, rest):
-    value = read(z + at, inside)
-    if rest is None:
-        turned = tl.reshape(tl.permute(tl.reshape(value, [COLUMNS, ROWS]), (1, 0)), [SIZE])
-        turned = _steps(_steps(turned, rest, 4, 2), rest, 1, 2)
-        turned = _steps(turned, rest, COLUMNS, 6)
-    else:
-        turned = _steps(value, rest, 1, 9)
-    turned = _with_one_nan(turned * _factors(signs, rest), value, rest)
+    turned = _turned_back(read(z + at, inside), signs, rest)
     if out is not None:
         write(out + at, turned, inside)
     else:
@@ -112,6 +122,25 @@ def _back(z, signs, x, prologue, residual, out, n):
         _back_block(z, signs, x, prologue, residual, out, at, at < n, (n - first).to(tl.int32))
 
 
+@triton.jit
+def _again_block(z, signs, residual, mean, at, inside, rest):
+    back = _turned_back(read(z + at, inside), signs, rest)
+    if mean is not None:
+        write(mean + at, back, inside)
+    write(z + at, _turned(remembered(back, residual, at, inside), signs, rest), inside)
+
+
+@counting
+def _again(z, signs, residual, mean, n):
+    """Rotate z back to `mean`, and again with the residual to z, as it is coded."""
+    first = tl.program_id(0).to(tl.int64) * SIZE
+    at = first + tl.arange(0, SIZE)
+    if first + SIZE <= n:
+        _again_block(z, signs, residual, mean, at, None, None)
+    else:
+        _again_block(z, signs, residual, mean, at, at < n, (n - first).to(tl.int32))
+
+
 @cache
 def _signs(device: torch.device) -> Tensor:
     """The signs of a block on a device; the copy is waited for, so any stream may read them."""
@@ -119,15 +148,20 @@ def _signs(device: torch.device) -> Tensor:
 
 
 def encode(codec: Any, x: Tensor, residual: Tensor | None, prologue: Any, payload: Tensor) -> None:
-    """`encode` of the table. The inner codec encodes the rotated values."""
-    n, table = x.numel(), _signs(x.device)
+    """`encode` of the table."""
+    n, source = x.numel(), (x, steps(prologue), residual)
     z = torch.empty(n, dtype=torch.float32, device=x.device)
-    source, programs = (x, steps(prologue), residual), triton.cdiv(n, SIZE)
-    launch(_forth, programs, *source, table, z, n)
+    launch(_forth, triton.cdiv(n, SIZE), *source, _signs(x.device), z, n)
+    _code(codec, z, payload, *source)
+
+
+def _code(codec: Any, z: Tensor, payload: Tensor, x: Tensor | None, prologue: Any, residual: Tensor | None) -> None:
+    """Have the inner codec encode rotated values, and leave in the residual what their code misses of x."""
     codec.values.encode(z, payload)
     if residual is not None:
+        n = z.numel()
         codec.values.decode(payload, n, z)
-        launch(_back, programs, z, table, *source, None, n)
+        launch(_back, triton.cdiv(n, SIZE), z, _signs(z.device), x, prologue, residual, None, n)
 
 
 def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
@@ -136,3 +170,12 @@ def mean(codec: Any, payloads: Tensor, count: int, out: Tensor) -> None:
     z = out if out.dtype == torch.float32 else torch.empty(n, dtype=torch.float32, device=out.device)
     codec.values.mean(payloads, n, count, z)
     launch(_back, triton.cdiv(n, SIZE), z, _signs(out.device), None, None, None, out, n)
+
+
+def recode(codec: Any, payloads: Tensor, n: int, count: int, residual: Tensor | None, payload: Tensor) -> None:
+    """`recode` of the table. The mean is stored only where a residual needs it."""
+    z = torch.empty(n, dtype=torch.float32, device=payloads.device)
+    back = None if residual is None else torch.empty_like(z)
+    codec.values.mean(payloads, n, count, z)
+    launch(_again, triton.cdiv(n, SIZE), z, _signs(z.device), residual, back, n)
+    _code(codec, z, payload, back, None, residual)

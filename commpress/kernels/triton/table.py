@@ -49,6 +49,7 @@ KERNELS: dict[tuple[str, str | None, str], Kernel] = {
     ("recode", "int4", "cuda"): Kernel(integer.recode),
     ("recode", "int2", "cuda"): Kernel(two_bit.recode),
     ("recode", "sign", "cuda"): Kernel(sign.recode),
+    ("recode", "rotate", "cuda"): Kernel(rotate.recode),
     ("clear", "topk", "cuda"): Kernel(topk.clear),
     ("clear", "randomk", "cuda"): Kernel(random_k.clear),
     ("project", "powersgd", "cuda"): Kernel(low_rank.project),
