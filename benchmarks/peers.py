@@ -34,6 +34,7 @@ from commpress.comm.exchange.wire import ring_bytes
 from commpress.launch.model import GPT, Shape
 from commpress.optim import CompressedOptimizer, OneBitAdamW, ZeroOneAdamW
 
+FLOOR, DENSE = "no communication", "plain DDP"
 PROBE = Shape(layers=2, width=64, heads=4, context=32)
 """A model that is done in no time and has several buckets of PROBE_BUCKET_MB."""
 PROBE_BUCKET_MB = 0.1
@@ -102,7 +103,7 @@ def ways(specs: list[str], adam: bool = False) -> list[Way]:
 
     With `adam` there are the optimizers that are compressed behind it, too.
     """
-    found = [Way("no communication", "floor", partial(_register, noop_hook)), Way("plain DDP", "torch", _plain)]
+    found = [Way(FLOOR, "floor", partial(register, noop_hook)), Way(DENSE, "torch", plain)]
     for kind in DDPCommHookType:
         if kind is DDPCommHookType.NOOP:
             continue
@@ -115,7 +116,7 @@ def ways(specs: list[str], adam: bool = False) -> list[Way]:
     found.append(Way(local, "torch", _local_sgd, period=LOCAL_STEPS, probed=True))
     found.append(Way("PowerSGD rank 4", "peer", partial(_powersgd, 4)))
     if find_spec("hivemind") is not None:
-        found.append(Way("hivemind uniform 8-bit", "peer", partial(_register, hivemind_hook), probed=True))
+        found.append(Way("hivemind uniform 8-bit", "peer", partial(register, hivemind_hook), probed=True))
     found += [Way(spec, "commpress", partial(_commpress, spec)) for spec in specs]
     if adam:
         found.append(Way("OneBitAdamW sign", "commpress", partial(_behind, OneBitAdamW, "sign", {})))
@@ -126,12 +127,14 @@ def ways(specs: list[str], adam: bool = False) -> list[Way]:
     return found
 
 
-def _plain(model: DistributedDataParallel) -> Attached:
+def plain(model: DistributedDataParallel) -> Attached:
+    """Leave a model to DDP's own all-reduce."""
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return Attached(uncounted=ring_bytes(gradients, dist.get_world_size()))
 
 
-def _register(hook: Callable[..., Any], model: DistributedDataParallel) -> Attached:
+def register(hook: Callable[..., Any], model: DistributedDataParallel) -> Attached:
+    """Register a hook of DDP that has no state."""
     model.register_comm_hook(None, hook)
     return Attached()
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peers import Attached, Way
-from training import EVERY, RATE, Variant, chosen_ways, described, held_out_loss, share, title
+from training import EVERY, RATE, Variant, chosen_ways, described, held_out_loss, share
+from training_tables import title
 
 import commpress
 from commpress.launch import data

@@ -9,6 +9,9 @@ Every row has its own copy of the model (about 0.3 GB), whose gradients are view
 Rows take turns of a few steps, so a noisy machine shifts all. `no communication` is DDP with torch's noop_hook: a row is its
 median step and the ratio to that one's in the same run.
 
+--optimizer adamw adds rows of the optimizers behind AdamW. --optimizer muon has rows of its own: dense Muon, and EF21Muon by
+each SPEC, with Newton-Schulz and the coordinates of coarse codes apart (`muon_steps.py`).
+
 With --loss STEPS it trains every row instead, one after another, from the same weights on the same windows: held-out loss
 against steps and bytes. That does not depend on the link; time to a loss is its steps times the median step above.
 
@@ -22,19 +25,21 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from peers import ABSENT, Attached, Way, backward, counted, probe, ways
-from rich.console import Console
-from rich.table import Table
+from muon_steps import SPECS as MUON_SPECS
+from muon_steps import apart, muon_ways, parts_of_steps
+from peers import ABSENT, DENSE, FLOOR, Attached, Way, backward, counted, probe, ways
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from training_tables import print_losses, print_steps
 
 import commpress
-from commpress.launch import data, records
+from commpress.launch import data
 from commpress.launch.lab import joining, sent_by_kernel
 from commpress.launch.model import GPT, Shape
 from commpress.launch.run_record import where
@@ -42,7 +47,7 @@ from commpress.launch.run_record import where
 SHAPE = Shape(layers=5, width=528, heads=8, context=64)
 BATCH = 2
 SPECS = ("int8", "int4", "sign", "topk(0.01)", "topk(0.01)|int4", "topk(0.001)|int4", "powersgd(4)")
-FLOOR, DENSE = "no communication", "plain DDP"
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}
 WARM_UP = 4
 """Steps before the clock starts: DDP lays its buckets out anew after the first, torch's PowerSGD begins in the third."""
 
@@ -68,7 +73,7 @@ EVERY, HELD_OUT = 10, 32
 class Variant:
     """One model under one way of averaging its gradients."""
 
-    def __init__(self, way: Way, bucket_mb: float | None, text: Tensor, rate: float, adam: bool = False) -> None:
+    def __init__(self, way: Way, bucket_mb: float | None, text: Tensor, rate: float, optimizer: str = "sgd") -> None:
         torch.manual_seed(0)
         self.way, self.text = way, text
         self.device = device()
@@ -78,22 +83,23 @@ class Variant:
         self.attached: Attached = way.attach(self.model)
         self.optimizer = self.attached.optimizer or (
             torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-            if adam
+            if optimizer == "adamw"
             else torch.optim.SGD(self.model.parameters(), lr=rate, momentum=0.9, fused=True)
         )
         self.windows = data.generator(0, dist.get_rank())
         self.times: list[float] = []
         self.kernel_bytes: list[int] = []
         self.sent_bytes: list[float] = []
+        self.parts: list[dict[str, float]] = []
         self.started: commpress.Report | None = None
 
     def step(self, rate: float | None = None) -> None:
         """One step from a common start; with a rate, the gradient's norm is clipped and that rate taken."""
         x, y = (part.to(self.device) for part in data.sample(self.text, BATCH, SHAPE.context, self.windows))
-        finish(self.device)
-        dist.barrier()
-        before, start = sent_by_kernel(), time.perf_counter()
-        with counted() as sent:
+        with counted() as sent, apart(partial(finish, self.device)) as parts:
+            finish(self.device)
+            dist.barrier()
+            before, start = sent_by_kernel(), time.perf_counter()
             backward(self.model, self.attached, x, y)
             if rate is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -101,9 +107,10 @@ class Variant:
             self.optimizer.step()
             self.attached.after_step()
             self.optimizer.zero_grad()
-        finish(self.device)
-        self.times.append(time.perf_counter() - start)
+            finish(self.device)
+            self.times.append(time.perf_counter() - start)
         self.kernel_bytes.append(sent_by_kernel() - before)
+        self.parts.append(parts)
         self.sent_bytes.append(sum(sent) + self.attached.uncounted)
 
     def warm_up(self) -> None:
@@ -113,6 +120,7 @@ class Variant:
         self.times.clear()
         self.kernel_bytes.clear()
         self.sent_bytes.clear()
+        self.parts.clear()
         if self.attached.session is not None:
             self.started = self.attached.session.report()
 
@@ -136,7 +144,7 @@ class Variant:
             steps = after.steps - before.steps
             row["sent_bytes"] = (after.sent_bytes - before.sent_bytes) / steps
             row["phases"] = {k: (v - before.seconds[k]) / steps for k, v in after.seconds.items()}
-        return row | {"error": ""}
+        return row | parts_of_steps(self.times, self.parts) | {"error": ""}
 
 
 def device() -> torch.device:
@@ -171,10 +179,11 @@ def tokens_per_step() -> int:
 
 
 def chosen_ways(
-    specs: list[str], only: list[str] | None, always: str, default: Sequence[str] | None, adam: bool = False
+    specs: list[str], only: list[str] | None, always: str, default: Sequence[str] | None, optimizer: str = "sgd"
 ) -> list[Way]:
     """The rows that are asked for, `always` among them. Raises ValueError for a name that no row has."""
-    table = {way.name: way for way in ways(specs, adam)}
+    found = muon_ways(specs) if optimizer == "muon" else ways(specs, adam=optimizer == "adamw")
+    table = {way.name: way for way in found}
     for name in only or ():
         if name not in table and name not in ABSENT:
             raise ValueError(f"--only {name!r}: expected a row's name, one of {', '.join((*table, *ABSENT))}")
@@ -192,10 +201,10 @@ def probed(rows: list[Way]) -> dict[str, str]:
 
 
 def time_steps(
-    rows: list[Way], rounds: int, steps: int, bucket_mb: float | None, text: Tensor, adam: bool
+    rows: list[Way], rounds: int, steps: int, bucket_mb: float | None, text: Tensor, optimizer: str
 ) -> list[dict[str, Any]]:
     """All rows in turn: so many rounds of so many steps each."""
-    variants = [Variant(way, bucket_mb, text, 0.01, adam) for way in rows]
+    variants = [Variant(way, bucket_mb, text, 0.01, optimizer) for way in rows]
     for variant in variants:
         variant.warm_up()
     for _ in range(rounds):
@@ -268,93 +277,29 @@ def described() -> dict[str, Any]:
     }
 
 
-def title(record: dict[str, Any]) -> str:
-    """One line over the table."""
-    link = f"{record['link']['rate']}, {records.conditions(record)}"
-    return f"{record['parameters'] / 1e6:.1f} M parameters; {link}; {record['machine']}"
-
-
-def print_steps(record: dict[str, Any]) -> None:
-    """The table of a step-time record, what did not run, and the answer."""
-    table = Table(title=title(record), caption="encode to exposed: ms a step")
-    table.add_column("", no_wrap=True)
-    for name in ("s a\nstep", "quartiles", "against\nnone", "tokens\na second", "MB\nclaimed", "MB by\nkernel"):
-        table.add_column(name, justify="right")
-    for name in ("encode", "wire", "decode", "exposed"):
-        table.add_column(name, justify="right")
-    ran = [row for row in record["rows"] if not row["error"]]
-    for row in ran:
-        low, _, high = row["quartiles"]
-        phases = (
-            [f"{row['phases'][k] * 1e3:.0f}" for k in ("encode", "wire", "decode", "exposed")] if row["phases"] else []
-        )
-        mb = [f"{row[k] / 1e6:.2f}" for k in ("sent_bytes", "kernel_bytes")]
-        times = [
-            f"{row['seconds']:.3f}",
-            f"{low:.3f}-{high:.3f}",
-            f"{row['ratio']:.2f}x",
-            f"{row['tokens_per_second']:.0f}",
-        ]
-        table.add_row(row["name"], *times, *mb, *phases)
-    console = Console(width=144)
-    console.print(table)
-    print("PowerSGD rank 4: no installable one runs here; this is benchmarks/powersgd.py, after the paper")
-    print_failures(record)
-    dense = next((r["seconds"] for r in ran if r["name"] == DENSE), None)
-    if dense is not None:
-        gains = (f"{r['name']} {dense / r['seconds']:.2f}" for r in ran if r["kind"] in ("commpress", "peer"))
-        print(f"times as fast as plain DDP: {', '.join(gains)}")
-
-
-def print_failures(record: dict[str, Any]) -> None:
-    """Rows that have no figures, and why."""
-    for row in record["rows"]:
-        if row["error"]:
-            print(f"  {row['name']}: {row['error']}")
-
-
-def print_losses(record: dict[str, Any]) -> None:
-    """The table of a loss record and the answer."""
-    table = Table(
-        title=f"{record['parameters'] / 1e6:.1f} M parameters, {record['world_size']} ranks, {record['machine']}"
-    )
-    for name in ("", "rate", "held-out loss", f"steps to {record['target']:.2f}", "MB a step"):
-        table.add_column(name, justify="right" if name else "left")
-    ran = [row for row in record["rows"] if row.get("steps")]
-    for row in ran:
-        reached = "never" if row["steps_to_target"] is None else f"{row['steps_to_target']:.0f}"
-        mb = row["sent_bytes"][-1] / max(1, row["steps"][-1]) / 1e6
-        table.add_row(row["name"], f"{row['lr']:g}", f"{row['loss'][-1]:.3f}", reached, f"{mb:.3f}")
-    Console(width=144).print(table)
-    print_failures(record)
-    there = [r for r in ran if r["steps_to_target"] is not None]
-    bytes_to = {r["name"]: r["steps_to_target"] * r["sent_bytes"][-1] / max(1, r["steps"][-1]) for r in there}
-    if bytes_to:
-        least = min(bytes_to, key=lambda name: bytes_to[name])
-        print(f"fewest bytes to {record['target']:.2f}: {least}, {bytes_to[least] / 1e6:.1f} MB a rank")
-
-
 def main() -> None:
     """Measure, print the table on rank 0 and write the record."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("specs", nargs="*", default=list(SPECS), help=f"default: {' '.join(SPECS)}")
+    options.add_argument("specs", nargs="*", help=f"default: {' '.join(SPECS)}; by muon {' '.join(MUON_SPECS)}")
     options.add_argument("--only", nargs="+", metavar="NAME", help="rows to measure, by the names in the table")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--steps", type=int, default=3, help="steps of one row before the next takes its turn")
     options.add_argument("--bucket-mb", type=float, help="DDP's bucket_cap_mb; default: DDP's own, 1 MB and then 25")
     options.add_argument("--loss", type=int, metavar="STEPS", help="train every row for so many steps instead")
-    options.add_argument(
-        "--adam", action="store_true", help="AdamW instead of SGD, and rows of the optimizers behind it"
-    )
+    options.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="what the rows step by (see above)")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU a rank, and NCCL")
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         options.error("--device cuda: this machine has no GPU that torch can use, expected cpu")
     losses = chosen.loss is not None
+    if losses and chosen.optimizer != "sgd":
+        options.error(f"--optimizer {chosen.optimizer}: --loss trains by SGD, expected sgd")
+    chosen.specs = chosen.specs or (MUON_SPECS if chosen.optimizer == "muon" else SPECS)
     specs = [str(commpress.parse(spec)) for spec in chosen.specs]
     try:
-        rows = chosen_ways(specs, chosen.only, DENSE if losses else FLOOR, LOSS_ROWS if losses else None, chosen.adam)
+        always, default = (DENSE, LOSS_ROWS) if losses else (FLOOR, None)
+        rows = chosen_ways(specs, chosen.only, always, default, chosen.optimizer)
     except ValueError as error:
         options.error(str(error))
     torch.set_num_threads(1)
@@ -365,7 +310,7 @@ def main() -> None:
     failed += [
         {"name": name, "kind": "peer", "error": reason}
         for name, reason in ABSENT.items()
-        if (name in chosen.only if chosen.only else not losses)
+        if (name in chosen.only if chosen.only else not losses and chosen.optimizer != "muon")
     ]
     text = data.load(None)
     record = described()
@@ -378,9 +323,9 @@ def main() -> None:
         results = [row | {"steps_to_target": steps_to(target, row)} for row in results]
         record = {"what": "losses", **record, "target": target, "rows": results + failed}
     else:
-        results = time_steps(running, chosen.rounds, chosen.steps, chosen.bucket_mb, text.train, chosen.adam)
+        results = time_steps(running, chosen.rounds, chosen.steps, chosen.bucket_mb, text.train, chosen.optimizer)
         taken = {"steps": chosen.rounds * chosen.steps, "bucket_mb": chosen.bucket_mb}
-        taken["optimizer"] = "AdamW" if chosen.adam else "SGD"
+        taken["optimizer"] = OPTIMIZERS[chosen.optimizer]
         record = {"what": "step times", **record, **taken, "rows": results + failed}
     if dist.get_rank() == 0:
         (print_losses if losses else print_steps)(record)

@@ -141,6 +141,25 @@ def test_a_step_time_record_holds_what_it_promises_and_a_hook_that_fails_says_wh
 
 
 @pytest.mark.slow
+def test_steps_by_muon_have_newton_schulz_and_coordinates_apart(tmp_path: Path) -> None:
+    names = ["no communication", "plain DDP", "EF21Muon none", "EF21Muon int4", "EF21Muon rotate|sign"]
+    record = run_tiny(tmp_path, "--optimizer", "muon", "--rounds", "1", "--steps", "2")
+    rows = rows_of(record)
+    assert record["optimizer"] == "Muon"
+    assert list(rows) == names
+    for name, row in rows.items():
+        assert row["error"] == ""
+        parts = [row[key] for key in ("newton_schulz_seconds", "rest_seconds")]
+        assert min(parts) > 0, name
+        assert sum(parts) < 2 * row["seconds"], name
+    assert rows["no communication"]["sent_bytes"] == 0
+    assert rows["plain DDP"]["sent_bytes"] == rows["EF21Muon none"]["sent_bytes"] == 4 * record["parameters"]
+    coordinates = [rows[name]["coordinates_seconds"] for name in names]
+    assert min(coordinates[3:]) > 2 * max(coordinates[:3])  # only codes below 8 bits have any
+    assert "Newton-" in record["printed"]
+
+
+@pytest.mark.slow
 def test_a_loss_record_holds_what_it_promises(tmp_path: Path) -> None:
     record = run_tiny(tmp_path, "int8", "--loss", "6")
     rows, printed = rows_of(record), record["printed"]
@@ -167,6 +186,20 @@ def test_steps_to_a_loss_are_counted_between_validations() -> None:
 def test_an_unknown_row_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="--only 'plain': expected a row's name, one of no communication, plain DDP, "):
         benchmark().chosen_ways(["int4"], ["plain", "DDP"], "no communication", None)
+
+
+def test_muon_has_rows_of_its_own() -> None:
+    rows = benchmark().chosen_ways(["int4"], None, "no communication", None, "muon")
+    assert [way.name for way in rows] == ["no communication", "plain DDP", "EF21Muon int4"]
+    with pytest.raises(ValueError, match=r"--only .int4.: expected a row.s name, one of .* EF21Muon int4, "):
+        benchmark().chosen_ways(["int4"], ["int4"], "no communication", None, "muon")
+
+
+def test_losses_by_another_optimizer_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["training.py", "--loss", "3", "--optimizer", "muon"]
+    with mock.patch.object(sys, "argv", arguments), pytest.raises(SystemExit):
+        benchmark().main()
+    assert "--optimizer muon: --loss trains by SGD, expected sgd" in capsys.readouterr().err
 
 
 def test_what_comes_every_few_steps_is_spread_over_them() -> None:
