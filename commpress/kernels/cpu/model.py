@@ -16,9 +16,8 @@ BLOCK = 4096
 @loop
 def _keep(bits: "np.ndarray[Any, Any]", kept: "np.ndarray[Any, Any]") -> None:
     for i in range(bits.size):
-        bits[i] &= -np.int64(
-            kept[i] != 0
-        )  # all bits or none: AVX2 has no masks for 16 bits, and masked stores are slow
+        value = bits[i]  # read whether it is kept or not: else AVX2, which has no masks for 16 bits, goes one by one
+        bits[i] = value if kept[i] else 0
 
 
 @loop
