@@ -1,6 +1,6 @@
 """Compiles Numba functions for processors that this machine may not be. For `instructions` and `tests/kernels/pieces.py`.
 
-Numba must optimise nothing (`NUMBA_OPT=0`): `lowered` gives LLVM's code for no processor, which `optimised` then makes ready
+Numba must optimise nothing (`NUMBA_OPT=0`): `lowered` gives LLVM's code for no processor, which `both` then makes ready
 for one by the passes that Numba runs. What the loops themselves ask about their processor is answered by `write_for`: once a
 process, before anything is lowered, since Numba keeps each part of a loop that it has lowered.
 """
@@ -46,23 +46,24 @@ def write_for(kind: Kind) -> None:
 
 def lowered(function: Callable[..., Any], signature: tuple[Any, ...]) -> str:
     """LLVM's code of a function as Numba lowers it, for no processor."""
-    compiled: Any = njit(**OPTIONS)(getattr(function, "py_func", function))
+    reordered = {key: value for key, value in getattr(function, "targetoptions", {}).items() if key == "fastmath"}
+    compiled: Any = njit(**OPTIONS, **reordered)(getattr(function, "py_func", function))
     compiled.compile(signature)
     code = compiled.inspect_llvm(compiled.signatures[0])
     code = re.sub(r"target (triple|datalayout) = .*", "", code)
     return re.sub(r'"(target-cpu|target-features)"="[^"]*"', "", code)
 
 
-def optimised(code: str, processor: str, triple: str) -> str:
-    """The code as LLVM leaves it for a processor."""
-    return str(_module(code, _machine(processor, triple), triple))
+def both(code: str, processor: str, triple: str) -> tuple[str, str]:
+    """The code as LLVM optimises it for a processor, and the machine code that it makes of that, as text."""
+    machine = _machine(processor, triple)
+    module = _module(code, machine, triple)
+    return str(module), machine.emit_assembly(module)  # in this order: the latter changes the module
 
 
 def assembly(code: str, processor: str, triple: str) -> str:
     """The machine code for a processor, as text."""
-    machine = _machine(processor, triple)
-    text: str = machine.emit_assembly(_module(code, machine, triple))
-    return text
+    return both(code, processor, triple)[1]
 
 
 def _machine(processor: str, triple: str) -> Any:

@@ -86,6 +86,21 @@ def int4_codes(x: Any, residual: Any, codes: Any, top: Any) -> None:
     integer._write(x, residual, codes, top, 4, False)
 
 
+def int8_random_codes(x: Any, residual: Any, codes: Any, top: Any) -> None:
+    widest()
+    integer._write(x, residual, codes, top, 8, True)
+
+
+def int4_random_codes(x: Any, residual: Any, codes: Any, top: Any) -> None:
+    widest()
+    integer._write(x, residual, codes, top, 4, True)
+
+
+def e5m2_codes(x: Any, residual: Any, codes: Any, peak: Any) -> None:
+    widest()
+    float8._write(x, residual, codes, peak, float8.E5M2)
+
+
 def largest(x: Any) -> Any:
     widest()
     return top_of(x, 256)
@@ -148,6 +163,9 @@ PIECES: dict[str, Piece] = {
     "int8, int4: largest magnitude": Piece(largest, (FLOATS,), reads=1),
     "int8: codes and residual": Piece(int8_codes, (FLOATS, FLOATS, BYTES, types.int32), stores=1),
     "int4: codes and residual": Piece(int4_codes, (FLOATS, FLOATS, BYTES, types.int32), stores=1),
+    "int8(stochastic): codes and residual": Piece(int8_random_codes, (FLOATS, FLOATS, BYTES, types.int32), stores=1),
+    "int4(stochastic): codes and residual": Piece(int4_random_codes, (FLOATS, FLOATS, BYTES, types.int32), stores=1),
+    "fp8(e5m2): codes and residual": Piece(e5m2_codes, (FLOATS, FLOATS, BYTES, F), stores=1),
     "sign: bits": Piece(sign_bits, (FLOATS, BYTES, F), reads=1),
     "sign: residual": Piece(sign_residual, (FLOATS, FLOATS, BYTES, F), stores=1),
     "topk with feedback: sum": Piece(topk_remember, (FLOATS,) * 3, stores=2),
@@ -161,12 +179,17 @@ SUM, WRITTEN = "all with feedback: x + residual", "all: write past the caches"
 ROWS: dict[tuple[str, str], tuple[str, ...]] = {
     ("int8", "feedback"): (SUM, "int8, int4: largest magnitude", "int8: codes and residual"),
     ("int4", "feedback"): (SUM, "int8, int4: largest magnitude", "int4: codes and residual"),
+    ("int8(stochastic)", "feedback"): (SUM, "int8, int4: largest magnitude", "int8(stochastic): codes and residual"),
+    ("int4(stochastic)", "feedback"): (SUM, "int8, int4: largest magnitude", "int4(stochastic): codes and residual"),
+    ("fp8(e5m2)", "feedback"): (SUM, "int8, int4: largest magnitude", "fp8(e5m2): codes and residual"),
     ("sign", "feedback"): (SUM, "sign, int2: mean size", "sign: bits", "sign: residual"),
     ("int2", "feedback"): (SUM, "sign, int2: mean size", "int2: bits and both sizes", "int2: residual"),
+    ("topk(0.1)|sign", "feedback"): ("topk with feedback: sum", "topk: comparison"),
     ("topk(0.01)|int4", "feedback"): ("topk with feedback: sum", "topk: comparison"),
     ("int8", "decode"): ("int8: decode", WRITTEN),
     ("int4", "decode"): ("int4: decode", WRITTEN),
     ("sign", "decode"): ("sign: decode", WRITTEN),
+    ("topk(0.1)|sign", "decode"): (WRITTEN,),
     ("topk(0.01)|int4", "decode"): (WRITTEN,),
 }
 """By spec and action the pieces that every value goes through. The few values that top-k sends go through more."""

@@ -1,6 +1,7 @@
 """Compiles pieces of the hot loops for processors: `NUMBA_OPT=0 python pieces.py '{"haswell": "x86_64-linux-gnu"}' top_of`.
 
-It takes processors with their triples, and names of pieces, and prints LLVM's optimised code by processor and piece, as JSON.
+It takes processors with their triples, and names of pieces, and prints by processor and piece, as JSON, LLVM's optimised code
+and the machine code that is made of it.
 Each kind of processor has a process of its own, which lowers the pieces as the loops are written for that kind.
 """
 
@@ -16,7 +17,7 @@ from numba import types
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from compiled_for import kind_of, lowered, optimised, write_for
+from compiled_for import both, kind_of, lowered, write_for
 
 from commpress.kernels.cpu import (
     cast,
@@ -33,13 +34,14 @@ from commpress.kernels.cpu import (
     topk,
     two_bit,
 )
-from commpress.kernels.cpu.blocks import block_of, put_block, top_of
+from commpress.kernels.cpu.blocks import block_of, put_block, run_prologue, top_of
 from commpress.kernels.cpu.instructions import sum_magnitudes, widest
 
 FLOATS, BYTES = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
 BFLOATS, HALVES = types.Array(types.uint16, 1, "C"), types.Array(types.int16, 1, "C")
 INTS, WORDS = types.Array(types.int32, 1, "C"), types.Array(types.uint32, 1, "C")
 LONGS, KEPT = types.Array(types.int64, 1, "C"), types.Array(types.int8, 1, "C")
+MATRIX, BATCH = types.Array(types.float32, 2, "C"), types.Array(types.float32, 3, "C")
 F, INT, NONE = types.float32, types.int64, types.none
 STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
 
@@ -152,19 +154,29 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "rotate collect": (rotate._collect, (FLOATS, FLOATS)),
     "rotate last": (rotate._last, (FLOATS, FLOATS, FLOATS)),
     "rotate settle": (rotate._settle, (FLOATS, FLOATS, FLOATS)),
-    "powersgd write, feedback": (low_rank._write_and_keep, (FLOATS,) * 6 + (F,) * 4),
-    "powersgd add, feedback": (low_rank._add_and_take, (FLOATS,) * 6 + (F,) * 4),
+    "project": (low_rank._project, (FLOATS, NONE, MATRIX, MATRIX, INT, INT, INT)),
+    "project, feedback": (low_rank._project, (FLOATS, FLOATS, MATRIX, MATRIX, INT, INT, INT)),
+    "project_back": (low_rank._project_back, (FLOATS, MATRIX, MATRIX, INT, INT, INT)),
+    "orthonormalize": (low_rank._orthonormalize, (BATCH,)),
+    "expand, first rows": (low_rank._write, (FLOATS,) * 5 + (F,) * 4),
+    "expand, first rows and feedback": (low_rank._write_and_keep, (FLOATS,) * 6 + (F,) * 4),
+    "expand, further rows": (low_rank._add, (FLOATS,) * 5 + (F,) * 4),
+    "expand, further rows and feedback": (low_rank._add_and_take, (FLOATS,) * 6 + (F,) * 4),
+    "prologue": (run_prologue, (FLOATS, STEPS)),
     "apply_update": (optim.LOOPS["apply_update"].py_func, (FLOATS, FLOATS, FLOATS, F, F)),
     "local_step": (optim.LOOPS["local_step"].py_func, (FLOATS,) * 6 + (F,) * 5),
     "sync_payload": (optim.LOOPS["sync_payload"].py_func, (FLOATS,) * 5 + (F,) * 5),
     "sync_apply": (optim.LOOPS["sync_apply"].py_func, (FLOATS,) * 6 + (F,) * 3),
+    "restore_local": (optim.LOOPS["restore_local"].py_func, (FLOATS,) * 3 + (F,)),
+    "estimate_momentum": (optim.LOOPS["estimate_momentum"].py_func, (FLOATS, BFLOATS, F, F)),
+    "add_scaled": (optim.LOOPS["add_scaled"].py_func, (FLOATS, BFLOATS, F)),
     "momentum_correction": (optim.LOOPS["momentum_correction"].py_func, (FLOATS,) * 3 + (F,) * 3),
     "momentum_ahead": (optim.LOOPS["momentum_ahead"].py_func, (FLOATS,) * 2 + (F,)),
     "fingerprint": (fingerprint._hash, (WORDS, WORDS, INT)),
     "keep, 2 bytes": (model._keep, (HALVES, KEPT)),
     "keep, 4 bytes": (model._keep, (INTS, KEPT)),
-    "count pruned, 2 bytes": (model._count, (HALVES, KEPT, INT)),
-    "count pruned, 4 bytes": (model._count, (INTS, KEPT, INT)),
+    "count_pruned, 2 bytes": (model._count, (HALVES, KEPT, types.int16)),
+    "count_pruned, 4 bytes": (model._count, (INTS, KEPT, types.int32)),
     "randomk all finite": (random_k._all_finite, (FLOATS, FLOATS)),
     "topk search": (topk.kth_largest, (INTS, INT, types.int32)),
     "a sum in order": (in_order, (FLOATS, NONE)),
@@ -204,13 +216,28 @@ WHOLE: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 """Whole loops, with feedback and a prologue where they take them. A last, shorter block goes value by value in most."""
 
 
-def compiled(processors: dict[str, str], names: list[str]) -> dict[str, dict[str, str]]:
-    """By processor and piece: the code for processors of one kind. Runs in a process of its own."""
+WRITTEN = {
+    "remainders": """
+        define void @remainders(ptr %x, ptr %i) {
+          %a = load <8 x float>, ptr %x
+          %b = frem <8 x float> %a, <float 3.0, float 5.0, float 3.0, float 5.0, float 3.0, float 5.0, float 3.0, float 5.0>
+          store <8 x float> %b, ptr %x
+          %c = load <8 x i32>, ptr %i
+          %d = udiv <8 x i32> <i32 77, i32 77, i32 77, i32 77, i32 77, i32 77, i32 77, i32 77>, %c
+          store <8 x i32> %d, ptr %i
+          ret void
+        }""",
+}
+"""Vectors in LLVM's code, for which processors have no instructions."""
+
+
+def compiled(processors: dict[str, str], names: list[str]) -> dict[str, dict[str, tuple[str, str]]]:
+    """By processor and piece: both codes for processors of one kind. Runs in a process of its own."""
     (kind,) = {kind_of(*one) for one in processors.items()}
     write_for(kind)
-    once = {name: lowered(*(PIECES | WHOLE)[name]) for name in names}
+    once = {name: WRITTEN.get(name) or lowered(*(PIECES | WHOLE)[name]) for name in names}
     return {
-        processor: {name: optimised(code, processor, triple) for name, code in once.items()}
+        processor: {name: both(code, processor, triple) for name, code in once.items()}
         for processor, triple in processors.items()
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_accesses import too_narrow
+from triton_accesses import too_narrow, unused
 
 HERE = Path(__file__).parent
 CODE = HERE / "triton_code.py"
@@ -58,8 +58,9 @@ def test_machine_code_spills_nothing_fuses_nothing_and_moves_16_bytes_at_once(ca
         assert row["fused"] == 0, row
         assert row["shared"] <= SHARED, row
         assert (row["wide"] > 0) == any("16" in sizes for sizes in row["accesses"].values()), row
-    if capability == "90":
-        assert too_narrow(rows) == []
+    assert too_narrow(rows) == []
+    if capability == "90":  # with the ops on all dtypes
+        assert unused(rows) == []
 
 
 @pytest.mark.slow

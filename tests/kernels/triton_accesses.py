@@ -9,6 +9,7 @@ import ast
 import inspect
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,16 +212,33 @@ def origin(pointer: str, origins: dict[str, set[str]], names: list[str]) -> str:
 
 
 def too_narrow(rows: list[dict[str, Any]]) -> list[str]:
-    """What differs from NARROW in some kernels' accesses (`triton_code.py` prints these rows)."""
-    found: dict[Narrow, set[int]] = {}
+    """Accesses of fewer than 16 bytes that NARROW does not have, in rows of some kernels (`triton_code.py` prints them)."""
     wrong = []
     for row in rows:
-        for name, sizes in row["accesses"].items():
-            narrow = {int(size) for size in sizes if int(size) < 16}
-            where = f"{row['function']} {name.rpartition(' ')[0]}"
-            known = [entry for entry in NARROW if narrow <= entry.sizes and re.fullmatch(entry.pattern, where)]
+        for where, sizes, narrow in arrays_of(row):
+            known = entries_of(where, narrow)
             if (narrow and not known) or any(entry.beside and len(narrow) == len(sizes) for entry in known):
-                wrong.append(f"{row['kernel']}: {where}: {sizes}")
-            for entry in known:
+                wrong.append(f"{row['kernel']} for {row['capability']}: {where}: {sizes}")
+    return wrong
+
+
+def unused(rows: list[dict[str, Any]]) -> list[str]:
+    """Entries of NARROW, some of whose sizes no kernel has: rows of ops on all dtypes are expected."""
+    found: dict[Narrow, set[int]] = {}
+    for row in rows:
+        for where, _, narrow in arrays_of(row):
+            for entry in entries_of(where, narrow):
                 found.setdefault(entry, set()).update(narrow)
-    return wrong + [f"{entry.pattern}: is {found.get(entry)}" for entry in NARROW if found.get(entry) != entry.sizes]
+    return [f"{entry.pattern}: is {found.get(entry)}" for entry in NARROW if found.get(entry) != entry.sizes]
+
+
+def arrays_of(row: dict[str, Any]) -> Iterator[tuple[str, dict[str, int], set[int]]]:
+    """Yield "MODULE.FUNCTION ARGUMENT" of each array of a row, its accesses by their bytes, and those below 16 bytes."""
+    for name, sizes in row["accesses"].items():
+        narrow = {int(size) for size in sizes if int(size) < 16}
+        yield f"{row['function']} {name.rpartition(' ')[0]}", sizes, narrow
+
+
+def entries_of(where: str, narrow: set[int]) -> list[Narrow]:
+    """The entries of NARROW that allow such accesses of an array."""
+    return [entry for entry in NARROW if narrow <= entry.sizes and re.fullmatch(entry.pattern, where)]

@@ -9,6 +9,8 @@ from torch import Tensor
 from commpress.kernels.compiled import loop
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+BLOCK = 4096
+"""How many values are counted in 32 bits."""
 
 
 @loop
@@ -19,10 +21,14 @@ def _keep(bits: "np.ndarray[Any, Any]", kept: "np.ndarray[Any, Any]") -> None:
 
 
 @loop
-def _count(bits: "np.ndarray[Any, Any]", kept: "np.ndarray[Any, Any]", but_sign: int) -> int:
-    found = 0
-    for i in range(bits.size):
-        found += (bits[i] & but_sign != 0) & (kept[i] == 0)
+def _count(bits: "np.ndarray[Any, Any]", kept: "np.ndarray[Any, Any]", but_sign: Any) -> Any:
+    found = np.int64(0)
+    for o in range(0, bits.size, BLOCK):
+        block, beside = bits[o : o + BLOCK], kept[o : o + BLOCK]
+        of_block = np.int32(0)  # 64 bits for each value would be taken apart byte by byte on ARM
+        for i in range(block.size):
+            of_block = np.int32(of_block + np.int32((block[i] & but_sign != 0) & (beside[i] == 0)))
+        found += of_block
     return found
 
 
@@ -33,8 +39,9 @@ def keep(x: Tensor, kept: Tensor) -> None:
 
 def count_pruned(x: Tensor, kept: Tensor) -> int:
     """`count_pruned` of the table."""
-    but_sign = 2 ** (8 * x.element_size() - 1) - 1
-    return int(_count(_bits(x), kept.view(-1).view(torch.int8).numpy(), but_sign))
+    bits = _bits(x)
+    but_sign = np.iinfo(bits.dtype).max
+    return int(_count(bits, kept.view(-1).view(torch.int8).numpy(), bits.dtype.type(but_sign)))
 
 
 def _bits(x: Tensor) -> "np.ndarray[Any, Any]":
