@@ -241,6 +241,7 @@ class Collectives:
             buffer=buffer,
             backend_bytes=backend,
             plain=None if buffer is not None or override.computes else (full.nbytes, label),
+            reads=(full,),
         )
 
     def all_gather(
@@ -300,6 +301,7 @@ class Collectives:
             *("parameters", name, plan, given.numel(), given.dtype, given, index, dense, exchange, compared),
             buffer=buffer,
             plain=None if buffer is not None else (out.nbytes, label),
+            reads=(shard,),
         )
 
     def all_to_all(
@@ -333,7 +335,7 @@ class Collectives:
             exchange = all_to_all(x, sizes, out, arriving, Encoder(codec), buffer, self._wire, label)
         dense = x.element_size() * (x.numel() - sizes[self.rank])
         return self.traffic.submit(
-            *("updates", "all_to_all", plan, n, x.dtype, out, index, dense, exchange), buffer=buffer
+            *("updates", "all_to_all", plan, n, x.dtype, out, index, dense, exchange), buffer=buffer, reads=(x,)
         )
 
     def broadcast(
@@ -369,6 +371,7 @@ class Collectives:
             *(self.role, "broadcast", plan, x.numel(), x.dtype, x, index, dense, exchange),
             buffer=buffer,
             step=Step(self.meter.steps),
+            reads=() if base is None else (base,),
         )
 
     def follow_scale(self) -> None:

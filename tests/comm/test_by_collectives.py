@@ -16,6 +16,7 @@ from torch import Tensor
 from unseen import values_are_unseen
 
 from commpress.comm.codecs import parse
+from commpress.comm.collectives import Collectives
 from commpress.comm.encoder import Encoder
 from commpress.comm.error import ErrorWatch
 from commpress.comm.exchange import Labels, Transfer, Wire, all_reduce_found_inf, named
@@ -25,6 +26,9 @@ from commpress.comm.exchange.all_gather_changes_unseen import all_gather_changes
 from commpress.comm.exchange.all_to_all import all_to_all, all_to_all_bytes
 from commpress.comm.exchange.reduce_scatter import reduce_scatter, reduce_scatter_bytes
 from commpress.comm.feedback import Memory
+from commpress.comm.node import Node
+from commpress.comm.plan import Plan
+from commpress.comm.segments import Segment
 from commpress.comm.verify import Comparison
 from commpress.comm.versions import Version
 
@@ -247,3 +251,73 @@ def test_without_an_exchange_all_skip_what_one_must_and_nobody_waits_for_a_value
         expected = gradient(300, rank).to(dtype)
         assert torch.equal(kept[8:], expected[8:])
         assert kept.isfinite().all()
+
+
+class SideStream:
+    """What stands for a stream of an accelerator: it is entered, waits for others, and has no order of its own."""
+
+    def __enter__(self) -> None:
+        """Work from here on is the stream's."""
+
+    def __exit__(self, *_: object) -> None:
+        """Work from here on is the caller's."""
+
+    def wait_stream(self, _: object) -> None:
+        """All has been done already."""
+
+
+def held_for_the_stream(spec: str, parameters: str, sends: str) -> tuple[set[str], set[str]]:
+    """Which tensors of the caller a collective on a side stream uses, and which of them that stream has recorded.
+
+    The memory of a tensor that it has not recorded is allocated anew once the caller drops it.
+    """
+    collectives = Collectives(dist.group.WORLD, CPU, Plan.of(spec), Plan.of(parameters, None), verify=0)
+    collectives.traffic.wire.by_message = False
+    collectives.traffic._sequencer._stream = SideStream()  # type: ignore[assignment]
+    me, W, n = collectives.rank, collectives.world_size, 512
+    whole = (Segment("w", W * n),) if sends != "reduce_scatter" else tuple(Segment(str(r), n) for r in range(W))
+    full, part, base = gradient(W * n, me), gradient(n, me), torch.zeros(n)
+    rows = list(torch.zeros(W, n))
+    calls = {
+        "all_reduce": (lambda: collectives.all_reduce(full, whole, 0), [full]),
+        "reduce_scatter": (lambda: collectives.reduce_scatter(full, part, whole, 0), [full, part]),
+        "all_gather": (lambda: collectives.all_gather(part, full, 0, "", whole), [part, full]),
+        "all_to_all": (
+            lambda: collectives.all_to_all(full, [n] * W, base.repeat(W), [n] * W, whole, 0, parse(spec)),
+            [full],
+        ),
+        "broadcast": (lambda: collectives.broadcast(part, 0, 0, "w", base=base, sizes=[n]), [part, base]),
+        "rows of a node": (lambda: Node(collectives).all_gather(rows, "rows"), rows),
+    }
+    recorded: set[int] = set()
+
+    def note(x: Tensor, _: object) -> None:
+        recorded.add(x.untyped_storage().data_ptr())
+
+    start, used = calls[sends]
+    with (
+        mock.patch.object(torch.accelerator, "current_stream", return_value=None),
+        mock.patch.object(Tensor, "record_stream", note),
+    ):
+        start().wait()
+    places = {str(i): x.untyped_storage().data_ptr() for i, x in enumerate(used)}
+    return set(places), {name for name, place in places.items() if place in recorded}
+
+
+KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "rows of a node")
+
+
+def all_held() -> dict[str, tuple[set[str], set[str]]]:
+    """By collective and specs, what the side stream uses, and what it has recorded."""
+    specs = (("int4", "int4"), ("none", "none"), ("int4", "delta|int4"))
+    return {
+        f"{sends} of {spec}, {parameters}": held_for_the_stream(spec, parameters, sends)
+        for spec, parameters in specs
+        for sends in KINDS
+        if not (sends == "broadcast" and spec == "none")
+    }
+
+
+def test_a_side_stream_records_all_that_it_uses_of_the_callers() -> None:
+    for found in run(2, all_held):
+        assert {case: used - recorded for case, (used, recorded) in found.items() if used - recorded} == {}
