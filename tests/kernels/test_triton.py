@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from triton_accesses import too_narrow
+from unseen import SeenError, nothing_is_asked
 
 HERE = Path(__file__).parent
 CODE = HERE / "triton_code.py"
@@ -191,9 +192,11 @@ def test_what_starts_the_kernels_asks_for_no_value_of_a_tensor() -> None:
     with triton_code.instead_of_launching(90, lambda *_, **__: None):
         for op, run in triton_code.ops(5000):
             names: set[str] = set()
-            with Ran():
+            with Ran(), nothing_is_asked():  # what torch runs of `tolist` or `numpy` on a CPU shows in no name
                 run()
             waiting[op] = names & WAITS
+    with pytest.raises(SeenError), nothing_is_asked():
+        torch.ones(2).tolist()
     with Ran():
         torch.ones(2).nonzero()[0].item()
     assert names >= {"aten::nonzero", "aten::_local_scalar_dense"}
