@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.coding import warm_up
+from commpress.comm.coding import gradient_dtypes, warm_up
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import NO_EXCHANGE, Label, Transfer, all_reduce_found_inf, single_rank
 from commpress.comm.exchange.all_gather import all_gather, native_all_gather
@@ -109,7 +109,8 @@ class Collectives:
         if self.world_size > 1:
             self._wire = self.traffic.wire
             for plan in (gradients, parameters):
-                warm_up(plan.codec, device)
+                for dtype in gradient_dtypes(device):
+                    warm_up(plan.codec, device, dtype)
                 plan.join(self._wire)
 
     def all_reduce(

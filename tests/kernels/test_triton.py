@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import slow
 from triton_accesses import too_narrow
 from unseen import SeenError, nothing_is_asked
 
@@ -152,6 +153,17 @@ def test_no_kernel_of_a_code_of_blocks_is_compiled_again_for_a_payload_behind_an
     blocks = [op for op in known if op.startswith(("int", "fp8", "sign", "rotate"))]
     assert len(blocks) > 40
     assert [op for op in blocks if found[op] != known[op]] == []
+
+
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16, slow(torch.float16)])
+def test_a_warm_up_compiles_what_any_part_of_a_gradient_needs(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    import triton_code
+
+    for spec in triton_code.FAMILIES:
+        warm, needed = triton_code.warm_keys(spec, dtype), triton_code.parts_keys(spec, dtype)
+        assert len(needed) > 2
+        assert needed - warm == set(), spec
 
 
 def test_no_kernel_takes_an_integer_for_which_it_would_be_compiled_again() -> None:
