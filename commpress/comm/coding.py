@@ -4,6 +4,7 @@ Each checks its arguments, then asks the table of kernels (`commpress/kernels/ta
 the device the codec's definition runs, which gives the same bytes.
 """
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,31 +121,42 @@ def clear(codec: "Codec", payload: Tensor, values: Tensor) -> None:
         values.zero_()
 
 
+def gradient_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of gradients and parameters for which a session compiles kernels before it knows theirs.
+
+    On CPU it is float32 alone: each of the other loops takes seconds to compile, and the hooks ask for those that they need.
+    """
+    return FLOAT_DTYPES[:1] if device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
+
+
 def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.float32, prologue: bool = False) -> None:
     """Compile a codec's kernels now, not in the middle of the first step.
 
-    `dtype` is that of the gradients; with `prologue`, the kernels for one are compiled, too.
+    `dtype` is that of the gradients; with `prologue`, the kernels for one are compiled, too. Triton compiles anew for tensors
+    that begin at no multiple of 16 bytes: a payload behind another (`randomk` has its values 8 bytes behind its start), chunks
+    of a gradient and of its residual anywhere.
     """
     if not codec.flat:
         factors.warm_up(device)
         return
-    x = torch.linspace(-1, 1, WARM_UP_VALUES, dtype=torch.float32, device=device)
-    residual, nbytes = torch.zeros_like(x), codec.nbytes(WARM_UP_VALUES)
-    update = Prologue(x, x, 1.0, 0.5, 0.5)
-    # Triton compiles anew for a payload that begins behind another, at no multiple of 16 bytes
-    for start in (0, 4):
+    n, nbytes = WARM_UP_VALUES, codec.nbytes(WARM_UP_VALUES)
+    values = torch.linspace(-1, 1, n + 1, dtype=torch.float32, device=device)
+    for start, x_at, kept_at in product((0, 4, 8), (0, 1), (0, 1)):
+        x, out = values.to(dtype, copy=True)[x_at:][:n], torch.empty(n + 1, dtype=dtype, device=device)[x_at:][:n]
+        residual, inverse = torch.zeros_like(values)[kept_at:][:n], values.clone()[kept_at:][:n]
         payload = torch.empty(start + nbytes, dtype=torch.uint8, device=device)[start:]
-        encode(codec, x.to(dtype), out=payload)
-        encode(codec, x.to(dtype), residual, out=payload)
+        encode(codec, x, out=payload)
+        encode(codec, x, residual, out=payload)
+        clear(codec, payload, residual)
         if prologue:
-            encode(codec, x.to(dtype), residual, update, out=payload)
+            update = Prologue(inverse, inverse, 1.0, 0.5, 0.5)
+            encode(codec, x, residual, update, out=payload)
+            update.apply(residual)
         payloads = torch.empty(start + 2 * nbytes, dtype=torch.uint8, device=device)[start:]
         payloads.view(2, nbytes).copy_(payload)
-        recode(codec, payloads, WARM_UP_VALUES, 2, residual, out=payload)
-        recode(codec, payloads, WARM_UP_VALUES, 2, out=payload)
-        mean(codec, payloads, WARM_UP_VALUES, 2, torch.empty_like(x, dtype=dtype))
-    if prologue:
-        update.apply(residual)
+        recode(codec, payloads, n, 2, residual, out=payload)
+        recode(codec, payloads, n, 2, out=payload)
+        mean(codec, payloads, n, 2, out)
 
 
 # --- the definitions ----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.coding import warm_up
+from commpress.comm.coding import gradient_dtypes, warm_up
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import NO_EXCHANGE, Label, Transfer, all_reduce_found_inf, single_rank
 from commpress.comm.exchange.all_gather import all_gather, native_all_gather
@@ -109,7 +109,8 @@ class Collectives:
         if self.world_size > 1:
             self._wire = self.traffic.wire
             for plan in (gradients, parameters):
-                warm_up(plan.codec, device)
+                for dtype in gradient_dtypes(device):
+                    warm_up(plan.codec, device, dtype)
                 plan.join(self._wire)
 
     def all_reduce(
@@ -241,6 +242,7 @@ class Collectives:
             buffer=buffer,
             backend_bytes=backend,
             plain=None if buffer is not None or override.computes else (full.nbytes, label),
+            reads=(full,),
         )
 
     def all_gather(
@@ -300,6 +302,7 @@ class Collectives:
             *("parameters", name, plan, given.numel(), given.dtype, given, index, dense, exchange, compared),
             buffer=buffer,
             plain=None if buffer is not None else (out.nbytes, label),
+            reads=(shard,),
         )
 
     def all_to_all(
@@ -333,7 +336,7 @@ class Collectives:
             exchange = all_to_all(x, sizes, out, arriving, Encoder(codec), buffer, self._wire, label)
         dense = x.element_size() * (x.numel() - sizes[self.rank])
         return self.traffic.submit(
-            *("updates", "all_to_all", plan, n, x.dtype, out, index, dense, exchange), buffer=buffer
+            *("updates", "all_to_all", plan, n, x.dtype, out, index, dense, exchange), buffer=buffer, reads=(x,)
         )
 
     def broadcast(
@@ -369,6 +372,7 @@ class Collectives:
             *(self.role, "broadcast", plan, x.numel(), x.dtype, x, index, dense, exchange),
             buffer=buffer,
             step=Step(self.meter.steps),
+            reads=() if base is None else (base,),
         )
 
     def follow_scale(self) -> None:

@@ -50,4 +50,4 @@ class Node:
 
         plan = BucketPlan(DENSE, NO_EXCHANGE, False, "stays inside the node")
         named = ("updates", "all_gather", plan, mine.numel(), mine.dtype, mine)
-        return traffic.submit(*named, 0, 0, exchange(), step=Step(traffic.meter.steps))
+        return traffic.submit(*named, 0, 0, exchange(), step=Step(traffic.meter.steps), reads=tuple(rows))

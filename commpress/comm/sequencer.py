@@ -60,6 +60,8 @@ class Job:
     """Bytes that the group itself would send uncompressed, if they are not `dense_bytes`."""
     starts_at_once: Callable[[], bool] | None = None
     """Whether its first transfer can start now, without computing and without waiting for other ranks. None: it cannot."""
+    reads: tuple[Tensor, ...] = ()
+    """Other tensors of the caller that it uses, and that the caller may drop before the end."""
 
 
 def make_future(device: torch.device) -> "torch.futures.Future[Any]":
@@ -94,10 +96,12 @@ class Sequencer:
                 lines.given += 1
                 lines.encoding.put(job)
             return
-        # the side stream sees the gradient, the caller's stream sees the mean (the future records it)
+        # the side stream sees the gradient, the caller's stream sees the mean (the future records it). What the caller drops
+        # while the side stream still uses it must not be allocated anew meanwhile
         self._stream.wait_stream(torch.accelerator.current_stream(job.bucket.device))
         with self._stream:
-            job.bucket.record_stream(self._stream)
+            for used in (job.bucket, *job.reads):
+                used.record_stream(self._stream)
             try:
                 if self._lines.error is not None:
                     raise self._lines.error

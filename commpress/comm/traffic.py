@@ -170,11 +170,13 @@ class Traffic:
         last: bool = False,
         then: Callable[[BaseException | None], None] | None = None,
         plain: tuple[int, Label] | None = None,
+        reads: tuple[Tensor, ...] = (),
     ) -> Work:
         """Run an exchange that leaves its result in `out`, and count it. `buffer`, of `scratch`, is free afterwards.
 
         `compared` is the name of a result that must have the same bits on all ranks, else "". `plain` is given if the exchange
-        is one collective with no computation before it: the collective's bytes and label.
+        is one collective with no computation before it: the collective's bytes and label. `reads` are all other tensors of the
+        caller that the exchange uses: on an accelerator it goes on after this call, and the caller may drop them at once.
         """
         rules, goes_on = ({}, False) if step is None else (step.rules, step.goes_on)
         row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role, rules)
@@ -196,6 +198,7 @@ class Traffic:
                     goes_on=goes_on,
                     backend_bytes=backend_bytes,
                     starts_at_once=None if plain is None else partial(self.wire.starts_at_once, *plain),
+                    reads=reads,
                 )
             )
         return work

@@ -16,6 +16,7 @@ from torch import Tensor
 from unseen import values_are_unseen
 
 from commpress.comm.codecs import parse
+from commpress.comm.collectives import Collectives
 from commpress.comm.encoder import Encoder
 from commpress.comm.error import ErrorWatch
 from commpress.comm.exchange import Labels, Transfer, Wire, all_reduce_found_inf, named
@@ -23,8 +24,12 @@ from commpress.comm.exchange.all_gather import all_gather
 from commpress.comm.exchange.all_gather_changes import all_gather_changes
 from commpress.comm.exchange.all_gather_changes_unseen import all_gather_changes_bytes
 from commpress.comm.exchange.all_to_all import all_to_all, all_to_all_bytes
+from commpress.comm.exchange.broadcast import broadcast
 from commpress.comm.exchange.reduce_scatter import reduce_scatter, reduce_scatter_bytes
 from commpress.comm.feedback import Memory
+from commpress.comm.node import Node
+from commpress.comm.plan import Plan
+from commpress.comm.segments import Segment
 from commpress.comm.verify import Comparison
 from commpress.comm.versions import Version
 
@@ -38,6 +43,8 @@ LENGTHS = (
     (5, torch.float32),
 )
 """Among them chunks of one length, and chunks of none."""
+UNSEEN = ("int4", "sign", "bf16", "none")
+"""Those whose definitions in plain torch look at no value; the others' kernels for CUDA are tested for that."""
 STEPS = 2
 Said = list[tuple[Tensor, int, int]]
 
@@ -49,8 +56,11 @@ def wires() -> list[Wire]:
     return found
 
 
-def carried_out(wire: Wire, exchange: Iterator[Transfer]) -> tuple[int, int, int]:
-    """Carry an exchange out: the bytes that it sent and received, and those that stayed in the node."""
+def carried_out(wire: Wire, exchange: Iterator[Transfer], sees: bool = True) -> tuple[int, int, int]:
+    """Carry an exchange out: the bytes that it sent and received, and those that stayed in the node.
+
+    Unless it `sees`, a collective must ask for no value of a tensor: on an accelerator the host would wait.
+    """
     sent = received = inside = 0
 
     def refused(*_: Any, **__: Any) -> None:
@@ -59,6 +69,8 @@ def carried_out(wire: Wire, exchange: Iterator[Transfer]) -> tuple[int, int, int
     with contextlib.ExitStack() as patched:
         for name in () if wire.by_message else ("isend", "irecv", "send", "recv", "batch_isend_irecv"):
             patched.enter_context(mock.patch.object(dist, name, refused))
+        if not (sees or wire.by_message):
+            patched.enter_context(values_are_unseen())
         for transfer in exchange:
             transfer.wait()
             sent, received = sent + transfer.sent, received + transfer.received
@@ -77,10 +89,8 @@ def means(wire: Wire, exchange: str, spec: str, n: int, dtype: torch.dtype) -> l
         memory.owner_residual = None if chunk is None else torch.zeros(chunk[1] - chunk[0])
     for step in range(STEPS):
         x = gradient(n, 10 * wire.rank + step).to(dtype)
-        found.append(
-            carried_out(wire, chosen.run(x, Encoder(codec.drawn(step), memory), wire, labels.next("a bucket")))
-        )
-        found.append(x)
+        run = chosen.run(x, Encoder(codec.drawn(step), memory), wire, labels.next("a bucket"))
+        found += [carried_out(wire, run, spec not in UNSEEN), x]
     return [*found, *memory.tensors().values()]
 
 
@@ -121,11 +131,12 @@ def shards(spec: str) -> list[list[Tensor]]:
             buffer = torch.empty(reduce_scatter_bytes(cuts, codec, me), dtype=torch.uint8)
             encoder = Encoder(codec, Memory(torch.zeros(cuts[-1])))
             more = (wire, labels.next("a chunk"))
-            carried_out(wire, reduce_scatter(full, cuts, out, dist.ReduceOp.AVG, encoder, buffer, *more))
+            sent = reduce_scatter(full, cuts, out, dist.ReduceOp.AVG, encoder, buffer, *more)
+            carried_out(wire, sent, spec not in UNSEEN)
             results += [out, encoder.memory.residual]
         whole, buffer = torch.empty(W * 1000), torch.empty(W * codec.nbytes(1000), dtype=torch.uint8)
         more = (wire, labels.next("a shard"))
-        carried_out(wire, all_gather(gradient(1000, me), whole, Encoder(codec), buffer, *more))
+        carried_out(wire, all_gather(gradient(1000, me), whole, Encoder(codec), buffer, *more), spec not in UNSEEN)
         version, buffer = Version(), torch.empty(all_gather_changes_bytes(1000, codec, W), dtype=torch.uint8)
         for step in (
             0,
@@ -160,7 +171,7 @@ def swapped(spec: str) -> list[list[Tensor]]:
         x, out = gradient(sum(sizes), me), torch.full((sum(arriving),), torch.nan)
         buffer = torch.empty(all_to_all_bytes(sizes, arriving, codec, me), dtype=torch.uint8)
         more = (Encoder(codec), buffer, wire, labels.next("parts"))
-        sent, received, _ = carried_out(wire, all_to_all(x, sizes, out, arriving, *more))
+        sent, received, _ = carried_out(wire, all_to_all(x, sizes, out, arriving, *more), sees=False)
         assert sent == sum(codec.nbytes(n) for r, n in enumerate(sizes) if n and r != me)
         assert received == sum(codec.nbytes(n) for r, n in enumerate(arriving) if n and r != me)
         found.append([x, out, gradient(sum(sizes), me)])
@@ -181,6 +192,34 @@ def test_parts_arrive_as_their_senders_know_them(spec: str) -> None:
             assert same(arrived, known)
             coded = codec.decode(codec.encode(exact), exact.numel()) if len(exact) and source != target else exact
             assert same(known, coded)
+
+
+def broadcasts() -> list[list[Tensor]]:
+    """By both ways: what all ranks hold after two broadcasts of changes, and the version that was sent."""
+    found, codec, sizes = [], parse("int8"), [300, 500, 7]
+    for wire in wires():
+        base, labels = torch.zeros(sum(sizes)), Labels()
+        for step in (1, 2):
+            x = gradient(sum(sizes), 10 * wire.rank + step)
+            x[300:800].abs_().mul_(1e-3)  # as a variance: the version gets nothing below 0 either
+            x[3] = -torch.inf
+            payload = torch.zeros(codec.nbytes(sum(sizes)) + len(sizes), dtype=torch.uint8)
+            more = (payload, wire, 1, labels.next("changes"))
+            carried_out(wire, broadcast(x, sizes, base, Encoder(codec), *more), sees=False)
+        found.append([x, base])
+    return found
+
+
+def test_changes_are_broadcast_without_a_wait_and_what_is_never_negative_stays_so() -> None:
+    ranks = run(2, broadcasts)
+    for by_message, by_collective in ranks:
+        for x, y in zip(by_message, by_collective, strict=True):
+            assert same(x, y)
+    (received, base), (_, known) = (by_collective for _, by_collective in ranks)
+    assert same(base, known)
+    assert same(received, base)
+    assert (base[300:800] >= 0).all()
+    assert (base[:300] < 0).any()
 
 
 def compared(bad_rank: int | None) -> str:
@@ -247,3 +286,73 @@ def test_without_an_exchange_all_skip_what_one_must_and_nobody_waits_for_a_value
         expected = gradient(300, rank).to(dtype)
         assert torch.equal(kept[8:], expected[8:])
         assert kept.isfinite().all()
+
+
+class SideStream:
+    """What stands for a stream of an accelerator: it is entered, waits for others, and has no order of its own."""
+
+    def __enter__(self) -> None:
+        """Work from here on is the stream's."""
+
+    def __exit__(self, *_: object) -> None:
+        """Work from here on is the caller's."""
+
+    def wait_stream(self, _: object) -> None:
+        """All has been done already."""
+
+
+def held_for_the_stream(spec: str, parameters: str, sends: str) -> tuple[set[str], set[str]]:
+    """Which tensors of the caller a collective on a side stream uses, and which of them that stream has recorded.
+
+    The memory of a tensor that it has not recorded is allocated anew once the caller drops it.
+    """
+    collectives = Collectives(dist.group.WORLD, CPU, Plan.of(spec), Plan.of(parameters, None), verify=0)
+    collectives.traffic.wire.by_message = False
+    collectives.traffic._sequencer._stream = SideStream()  # type: ignore[assignment]
+    me, W, n = collectives.rank, collectives.world_size, 512
+    whole = (Segment("w", W * n),) if sends != "reduce_scatter" else tuple(Segment(str(r), n) for r in range(W))
+    full, part, base = gradient(W * n, me), gradient(n, me), torch.zeros(n)
+    rows = list(torch.zeros(W, n))
+    calls = {
+        "all_reduce": (lambda: collectives.all_reduce(full, whole, 0), [full]),
+        "reduce_scatter": (lambda: collectives.reduce_scatter(full, part, whole, 0), [full, part]),
+        "all_gather": (lambda: collectives.all_gather(part, full, 0, "", whole), [part, full]),
+        "all_to_all": (
+            lambda: collectives.all_to_all(full, [n] * W, base.repeat(W), [n] * W, whole, 0, parse(spec)),
+            [full],
+        ),
+        "broadcast": (lambda: collectives.broadcast(part, 0, 0, "w", base=base, sizes=[n]), [part, base]),
+        "rows of a node": (lambda: Node(collectives).all_gather(rows, "rows"), rows),
+    }
+    recorded: set[int] = set()
+
+    def note(x: Tensor, _: object) -> None:
+        recorded.add(x.untyped_storage().data_ptr())
+
+    start, used = calls[sends]
+    with (
+        mock.patch.object(torch.accelerator, "current_stream", return_value=None),
+        mock.patch.object(Tensor, "record_stream", note),
+    ):
+        start().wait()
+    places = {str(i): x.untyped_storage().data_ptr() for i, x in enumerate(used)}
+    return set(places), {name for name, place in places.items() if place in recorded}
+
+
+KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "rows of a node")
+
+
+def all_held() -> dict[str, tuple[set[str], set[str]]]:
+    """By collective and specs, what the side stream uses, and what it has recorded."""
+    specs = (("int4", "int4"), ("none", "none"), ("int4", "delta|int4"))
+    return {
+        f"{sends} of {spec}, {parameters}": held_for_the_stream(spec, parameters, sends)
+        for spec, parameters in specs
+        for sends in KINDS
+        if not (sends == "broadcast" and spec == "none")
+    }
+
+
+def test_a_side_stream_records_all_that_it_uses_of_the_callers() -> None:
+    for found in run(2, all_held):
+        assert {case: used - recorded for case, (used, recorded) in found.items() if used - recorded} == {}

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import slow
 from triton_accesses import too_narrow, unused
+from unseen import SeenError, nothing_is_asked
 
 HERE = Path(__file__).parent
 CODE = HERE / "triton_code.py"
@@ -154,6 +156,17 @@ def test_no_kernel_of_a_code_of_blocks_is_compiled_again_for_a_payload_behind_an
     assert [op for op in blocks if found[op] != known[op]] == []
 
 
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16, slow(torch.float16)])
+def test_a_warm_up_compiles_what_any_part_of_a_gradient_needs(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    import triton_code
+
+    for spec in triton_code.FAMILIES:
+        warm, needed = triton_code.warm_keys(spec, dtype), triton_code.parts_keys(spec, dtype)
+        assert len(needed) > 2
+        assert needed - warm == set(), spec
+
+
 def test_no_kernel_takes_an_integer_for_which_it_would_be_compiled_again() -> None:
     pytest.importorskip("triton")
     import triton_code
@@ -192,9 +205,11 @@ def test_what_starts_the_kernels_asks_for_no_value_of_a_tensor() -> None:
     with triton_code.instead_of_launching(90, lambda *_, **__: None):
         for op, run in triton_code.ops(5000):
             names: set[str] = set()
-            with Ran():
+            with Ran(), nothing_is_asked():  # what torch runs of `tolist` or `numpy` on a CPU shows in no name
                 run()
             waiting[op] = names & WAITS
+    with pytest.raises(SeenError), nothing_is_asked():
+        torch.ones(2).tolist()
     with Ran():
         torch.ones(2).nonzero()[0].item()
     assert names >= {"aten::nonzero", "aten::_local_scalar_dense"}

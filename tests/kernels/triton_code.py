@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton_accesses import accesses, function_of
 
+from commpress.comm import coding
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
 from commpress.kernels.triton import (
@@ -44,6 +45,7 @@ from commpress.kernels.triton import (
     random_k,
     rotate,
     sign,
+    table,
     topk,
     two_bit,
 )
@@ -147,6 +149,50 @@ def keys(n: int, count: int = 4, start: int = 0) -> dict[str, list[tuple[object,
         for name, run in ops(n, count, start):
             found[name] = []
             run()
+    return found
+
+
+@contextlib.contextmanager
+def noted_keys() -> Iterator[set[tuple[object, ...]]]:
+    """Run the operations of codecs on CPU tensors as on CUDA, but only note what Triton compiles for them."""
+    found: set[tuple[object, ...]] = set()
+
+    def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        binder = kernel.device_caches[90][-1]
+        _, specialization, _ = binder(*arguments, **(launch.OPTIONS | constants))
+        found.add((kernel.fn.__module__, kernel.fn.__name__, *map(str, specialization)))
+
+    def looked_up(op: str, word: str | None, device: str) -> Any:
+        return table.KERNELS.get((op, word, "cuda"))
+
+    with instead_of_launching(90, note), mock.patch.object(coding, "lookup", looked_up):
+        yield found
+
+
+def warm_keys(spec: str, dtype: torch.dtype) -> set[tuple[object, ...]]:
+    """What a warm-up compiles for gradients of a dtype."""
+    with noted_keys() as found:
+        coding.warm_up(parse(spec), torch.device("cpu"), dtype, prologue=True)
+    return found
+
+
+def parts_keys(spec: str, dtype: torch.dtype, n: int = 5000) -> set[tuple[object, ...]]:
+    """What is compiled for parts of a gradient and of its memory that begin anywhere, and payloads behind one another."""
+    codec, places = parse(spec), (0, 1, 4)
+    x, out = torch.zeros(n + 8, dtype=dtype), torch.zeros(n + 8, dtype=dtype)
+    residual, inverse, average = torch.zeros(3, n + 8)
+    with noted_keys() as found:
+        for x_at, kept_at, start in product(places, places, (0, 4, 8)):
+            payloads = torch.zeros(start + 3 * codec.nbytes(n), dtype=torch.uint8)[start:]
+            payload = payloads[: codec.nbytes(n)]
+            part, kept = x[x_at : x_at + n], slice(kept_at, kept_at + n)
+            before = Prologue(inverse, average, 1.0, 0.5, 0.5)[kept]
+            for memory, update in ((None, None), (residual[kept], None), (residual[kept], before)):
+                coding.encode(codec, part, memory, update, payload)
+            coding.mean(codec, payloads, n, 3, out[x_at : x_at + n])
+            coding.recode(codec, payloads, n, 3, residual[:n], payload)
+            coding.recode(codec, payloads, n, 3, None, payload)
+            coding.clear(codec, payload, residual[kept])
     return found
 
 

@@ -5,7 +5,8 @@
     rank 2  x2/3 --/
 
 Each rank sends 2 (W - 1) / W * nbytes(n). `none` divides by W first and sums the tensor's own dtype in place, as DDP does, so
-it has DDP's bits. With a random codec all ranks must have drawn by the same number, which the headers of the sum contain.
+it has DDP's bits. With a random codec all ranks must have drawn by the same number. On CPU the headers of the sum contain it;
+on an accelerator there are none, and ranks compare it only when they restore a state.
 """
 
 from collections.abc import Iterator

@@ -42,9 +42,9 @@ def broadcast(
     step = torch.empty_like(base)
     encoder.decode(coded, x.numel(), out=step)
     base.add_(torch.where(step.isfinite(), step, 0.0))  # NaN would stay in base for good
-    for part, clamps in zip(base.split(list(sizes)), positive.tolist(), strict=True):
-        if clamps:
-            part.clamp_(min=0)
+    least = torch.where(positive != 0, 0.0, -torch.inf)  # on the device: the host does not wait for the answers
+    for part, bound in zip(base.split(list(sizes)), least, strict=True):
+        part.clamp_(min=bound)
     if wire.rank != source:
         x.copy_(base)
 

@@ -1,6 +1,7 @@
 """randomk: which values it sends, how long the others wait, sums of payloads, and what ranks make of different draws."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from battery import EXAMPLES, gradient, normal, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import run
+from ranks import outcome, run
 from torch import Tensor
 
 from commpress.comm import coding
@@ -167,6 +168,30 @@ def test_each_step_draws_anew_and_a_restart_goes_on_with_the_next_draw(exchange:
     for whole, again in run(2, draws_of, "randomk(0.1)", exchange):
         assert all(torch.equal(a, b) for a, b in zip(whole[3:], again, strict=True))
         assert len({tuple(mean.nonzero().view(-1).tolist()) for mean in whole}) == 6
+
+
+def restored_behind_other_draws() -> tuple[str, str]:
+    """What ranks say to a state of another number of draws on rank 1 alone, and to one that only rank 1 has."""
+    said = []
+    for only_one in (False, True):
+        session = replicas_session("randomk(0.1)", dist.group.WORLD, CPU)  # type: ignore[arg-type]
+        x = gradient(5000, session.rank)
+        session.step_buffer.submit(x, (Segment("p", 5000),), 0, last=True).wait()  # type: ignore[union-attr]
+        state = session.state_dict()
+        if session.rank == 1 and not only_one:
+            state["memories"][0][0]["draws"] = 7
+        if session.rank == 0 and only_one:
+            state = session.state_dict() | {"memories": [[]]}
+        said.append(outcome(partial(session.load_state_dict, state)))
+    return said[0], said[1]
+
+
+def test_a_state_with_other_draws_on_one_rank_is_refused_on_all() -> None:
+    # before a sum: on an accelerator nothing compares the draws there
+    for other, none in run(2, restored_behind_other_draws):
+        assert "cannot restore: rank 1's state has layouts" in other
+        assert "'draws': 7" in other
+        assert "cannot restore: rank 1's state has layouts" in none
 
 
 def test_a_new_layout_goes_on_with_the_largest_number() -> None:
