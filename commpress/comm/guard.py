@@ -10,10 +10,12 @@ hurts is not tried for a while, which is longer each time.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from commpress.comm.said import Figures
+from commpress.comm.choice import Trial
+from commpress.comm.said import Figures, worse
 
 BUDGET = 0.5
 """The largest error of a spec in two steps, one after the other."""
@@ -118,6 +120,16 @@ class Guard:
         again = finite and spec in self.causes(figures) and self._doubted != spec
         self._doubted = spec if again else None
         return again
+
+    def checked(self, trials: Iterable[Trial], figures: Figures) -> list[Trial]:
+        """Return trials with the worst errors and residuals so far, and which of them have hurt."""
+        found = [replace(t, hurt=t.hurt or t.spec in self.hurt) for t in trials]
+        for t in found:
+            if t.spec in figures["errors"]:
+                t.error = worse(figures["errors"][t.spec], t.error)
+            if t.spec in figures["residuals"]:
+                t.residual = worse(figures["residuals"][t.spec], t.residual)
+        return found
 
     def blame(self, loss: str, specs: Iterable[str]) -> dict[str, str]:
         """Return the last, coarsest of the specs that were in use, and what was wrong with the loss; nothing if nothing was."""

