@@ -26,7 +26,7 @@ from torch import Tensor
 
 from commpress.comm.again import SHARE, Again
 from commpress.comm.choice import Choice, Trial
-from commpress.comm.duel import CLOSE, Duel
+from commpress.comm.duel import CLOSE, Duel, rivals_of
 from commpress.comm.guard import BUDGET, Guard, of_same_codec
 from commpress.comm.said import Figures, Said, fastest_turns, mean_loss, mean_medians, means, medians, quickest, worst
 
@@ -340,6 +340,8 @@ class Search:
         choice.trials = [replace(t, measured=seconds.get(t.spec, t.measured)) for t in choice.trials]
         if duel.winner() != choice.spec:
             self.choices.append(Choice(duel.winner(), self.steps, choice.trials))
+            left = rivals_of(duel.winner(), self._rivals, choice.trials, self.codec, WORTH)
+            self._rivals = [spec for spec in left if self._guard.allows(spec, self.steps)]
         self._next_duel()
 
     def _look(self, everyone: Sequence[Said], wrong: str) -> None:

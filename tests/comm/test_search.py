@@ -310,6 +310,23 @@ def test_a_duel_that_was_dear_delays_the_next_search() -> None:
     assert [choice.spec for choice in world.searches[0].choices] == ["int4"]
 
 
+def test_the_winner_of_a_duel_meets_its_own_pieces_and_no_others() -> None:
+    def near(spec: str, step: int) -> float:
+        later = 0.24 if step < 60 else 0.229  # the search finds int4 as fast as int8, and the duel finds it ahead
+        return link(none=0.3, bf16=0.266, int8=0.242, int4=later)(spec, step)
+
+    said = {PLAIN: 1.0, "bf16": 0.85, f"bf16{PIECES}": 0.9, "int8": 0.79, f"int8{PIECES}": 0.75}
+    said |= {"int4": 0.7, f"int4{PIECES}": 0.66}
+    world = in_pieces(near, 0.9)
+    for search in world.searches:
+        search.predict = lambda everyone, plain: {spec: share * plain for spec, share in said.items()}
+    world.run(400)
+    assert world.searches[0].choices[0].spec == "int8"
+    assert world.chosen == f"int4{PIECES}"
+    won = next(choice.step for choice in world.searches[0].choices if choice.spec == "int4")
+    assert f"int8{PIECES}" not in world.specs[won:]
+
+
 def test_steps_that_swing_by_themselves_are_looked_into_less_and_less() -> None:
     def seconds(spec: str, step: int) -> float:
         return PAYS(spec, step) * (1.5 if step // 200 % 2 else 1.0)
