@@ -149,11 +149,12 @@ class Search:
             if exchange is not None:
                 self._exchanges.setdefault(spec, []).append(exchange)
         found = {key: {spec: of} for key, of in (("errors", error), ("residuals", residual)) if of is not None}
-        if kind == CHECKED and self._guard.doubts(spec, found):
+        sure = self._guard.confirmed(spec, found) if kind == CHECKED else found
+        if sure is None:
             self._steps_to_come.appendleft((spec, CHECKED))
-        elif found:
-            self._figures = worst([self._figures, found])
-            if hurt := self._guard.causes(found):  # all ranks hold the same figures, so all find this at the same step
+        elif sure:
+            self._figures = worst([self._figures, sure])
+            if hurt := self._guard.causes(sure):  # all ranks hold the same figures, so all find this at the same step
                 hurt = of_same_codec(hurt, self._order(), self.codec)
                 left = [one for one in self._steps_to_come if one[0] not in hurt]
                 self._steps_to_come = deque(left if self._state == "trying" else ())
@@ -193,8 +194,9 @@ class Search:
         """
         self.steps += 1
         self._again.count(self.spec)
-        wrong = self._guard.loss.note(mean_loss(everyone))
-        if wrong and self._state != "chosen":  # of which of the specs in turn is not known
+        in_use = self._in_use() if self._state == "chosen" else ()
+        wrong = self._guard.loss.note(mean_loss(everyone), in_use)
+        if wrong and not in_use:  # of which of the specs in turn is not known
             self._guard.loss.forget()
         if self._state == "plain":
             self._rank(everyone)

@@ -88,6 +88,14 @@ def test_one_step_of_a_large_residual_does_not_count() -> None:
     assert [(choice.spec, choice.cause) for choice in world.searches[0].choices] == [("int4", "")]
 
 
+def test_an_error_and_a_residual_that_are_too_large_in_different_steps_do_not_count() -> None:
+    odd: Errors = lambda spec, step: 9.0 if spec == "int4" and step % 2 else 0.1  # noqa: E731
+    even: Errors = lambda spec, step: 9.0 if spec == "int4" and step % 2 == 0 else 0.1  # noqa: E731
+    world = World(PAYS, predicted=predicted(PAYS), errors=odd, residuals=even).run(2000)
+    assert [(choice.spec, choice.cause) for choice in world.searches[0].choices] == [("int4", "")]
+    assert world.specs.count("int4") > 1800
+
+
 def jumps(at: int, to: float, until: int = 10**9) -> Losses:
     """A loss of about 2, and higher from a step on under int4."""
     return lambda spec, step, rank: (to if spec == "int4" and at <= step < until else 2.0) + 0.1 * rank
@@ -136,6 +144,21 @@ def test_a_loss_that_rises_while_specs_are_tried_is_not_blamed_on_the_chosen_one
     since[0] = len(world.specs) + 2
     world.run(400)
     assert {choice.cause for choice in world.searches[0].choices} == {""}
+
+
+def test_a_loss_that_stops_being_finite_while_specs_are_tried_is_not_blamed_on_the_chosen_one() -> None:
+    """A spec that was tried may have done it, and weights that are NaN stay so under each."""
+    nan = float("nan")
+    world = World(PAYS, predicted=predicted(PAYS), losses=lambda spec, step, rank: 2.0 if step < 15 else nan).run(300)
+    assert {choice.cause for choice in world.searches[0].choices} == {""}
+    assert world.chosen == "int4"
+
+
+def test_a_loss_that_was_finite_again_under_the_chosen_spec_is_its_own() -> None:
+    nan = float("nan")
+    broken: Losses = lambda spec, step, rank: nan if 15 <= step < 60 or 200 <= step < 240 else 2.0  # noqa: E731
+    world = World(PAYS, predicted=predicted(PAYS), losses=broken).run(300)
+    assert [choice.cause for choice in world.searches[0].choices if choice.cause] == ["the loss was nan under int4"]
 
 
 def test_a_loss_that_falls_or_swings_is_no_reason() -> None:
