@@ -138,6 +138,8 @@ class Auto:
         self._links = Links.measured(collectives.traffic.wire) if collectives.world_size > 1 else Links()
         self.search = Search(self._predicted, budget, codec=without_pieces)
         self._began: float | None = None
+        self._busy = 0.0
+        """The seconds in which an exchange was running, before this step."""
         self._asked = 0.0
         """Seconds that the last comparison of the ranks took on this rank."""
         self._question: Question | None = None
@@ -162,7 +164,7 @@ class Auto:
         if collectives.world_size == 1:
             return
         now = time.perf_counter()
-        figures = () if self.watch is None else (self.watch.error(), self.watch.residual())
+        error, residual = (None, None) if self.watch is None else (self.watch.error(), self.watch.residual())
         chosen: list[Choice] = []
         if self._question is not None:
             choices = len(self.search.choices)
@@ -173,7 +175,7 @@ class Auto:
             self._asked += time.perf_counter() - now
         elif self._began is not None:
             warms_up = self.search.state == "warm up"
-            if self.search.note(now - self._began, *figures):
+            if self.search.note(now - self._began, error, residual, self._exchanged()):
                 self._question = collectives.traffic.send_question(self._said(), "how long the steps took")
                 self._asked = time.perf_counter() - now
             elif warms_up:
@@ -182,6 +184,7 @@ class Auto:
         collectives.gradients = plan
         self.watch = ErrorWatch(plan.codec) if self.search.checks else None
         self._buckets.clear()
+        self._busy = collectives.traffic.spent("gradients")[1]
         self._began = time.perf_counter()
         warn_of(chosen, collectives.rank == 0)  # last: a warning may be an error
 
@@ -234,6 +237,13 @@ class Auto:
                 "speeds": {spec: asdict(speed) for spec, speed in self._speeds.items()},
             }
         return said
+
+    def _exchanged(self) -> float | None:
+        """Return the seconds in which an exchange of this step was running; None on an accelerator, where the host does not see
+        them."""
+        if self._collectives.device.type != "cpu":
+            return None
+        return self._collectives.traffic.spent("gradients")[1] - self._busy
 
     def _ranks_here(self) -> int:
         hosts = self._collectives.traffic.wire.board.hosts

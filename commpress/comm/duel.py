@@ -4,8 +4,10 @@ A ........ B ........ | B ........ A ........ | A ........ B ........ | over if 
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+
+from commpress.comm.choice import Trial
 
 CLOSE = 1.06
 """A spec meets the chosen one in a duel if its steps took less than this times the step time at which it would win."""
@@ -47,3 +49,17 @@ class Duel:
 
     def _won(self) -> list[bool]:
         return [theirs < self.limit * mine for mine, theirs in self.bouts]
+
+
+def rivals_of(
+    winner: str, left: Iterable[str], trials: Iterable[Trial], codec: Callable[[str], str], worth: float
+) -> list[str]:
+    """Return whom the winner of a duel meets: the rivals that are left, without pieces of other codecs, and its own pieces.
+
+    Its pieces must be untried, and predicted to take less than `worth` times the seconds of its whole buckets.
+    """
+    mine, predicted = codec(winner), {trial.spec: trial.predicted or 0.0 for trial in trials}
+    kept = [spec for spec in left if codec(spec) in (spec, mine)]
+    untried = [trial.spec for trial in trials if trial.measured is None and codec(trial.spec) == mine != trial.spec]
+    ahead = [spec for spec in untried if spec not in kept and predicted[spec] < worth * predicted[mine]]
+    return kept + ahead

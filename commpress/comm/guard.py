@@ -10,10 +10,12 @@ hurts is not tried for a while, which is longer each time.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from commpress.comm.said import Figures
+from commpress.comm.choice import Trial
+from commpress.comm.said import Figures, worse
 
 BUDGET = 0.5
 """The largest error of a spec in two steps, one after the other."""
@@ -58,19 +60,25 @@ class LossWatch:
 
     def forget(self) -> None:
         """Start anew: what comes next is the usual loss."""
-        self._mean, self._spread, self._looks, self._was_finite = 0.0, 0.0, 0, True
+        self._mean, self._spread, self._looks = 0.0, 0.0, 0
+        self._broke_under: tuple[str, ...] | None = None
+        """The specs under which it was not finite first; None if it was finite in the last look."""
 
-    def note(self, loss: float | None) -> str:
+    def note(self, loss: float | None, specs: tuple[str, ...]) -> str:
         """Note the mean of all ranks since the last look; None if nobody told it. Returns what is wrong with it, or "".
 
-        One look with a loss that is not finite is no reason: a GradScaler skips such a step.
+        `specs` are those in use since then; () while specs are tried, when nobody can say which one did it. One look with a
+        loss that is not finite is no reason: a GradScaler skips such a step. If other specs were in use when it stopped being
+        finite, those of now are not blamed: weights with NaN keep it.
         """
         if loss is None:
             return ""
-        finite, before = math.isfinite(loss), self._was_finite
-        self._was_finite = finite
-        if not finite:
-            return "" if before else f"the loss was {loss}"
+        if not math.isfinite(loss):
+            if self._broke_under is None:
+                self._broke_under = specs
+                return ""
+            return f"the loss was {loss}" if specs and specs == self._broke_under else ""
+        self._broke_under = None
         above = loss - self._mean
         if self._looks >= SETTLED and above > max(RISE * abs(self._mean), SPREADS * self._spread):
             return f"the loss rose to {loss:.3g} from a mean of {self._mean:.3g}"
@@ -92,8 +100,8 @@ class Guard:
         """The step before which a spec is not tried again."""
         self._setbacks: dict[str, int] = {}
         """How often each spec has hurt."""
-        self._doubted: str | None = None
-        """The spec whose last step was beyond a bound, and whose present step is measured again for that."""
+        self._doubted: set[tuple[str, str]] = set()
+        """The spec whose present step is measured again, with the kinds of its figures that were beyond their bounds before."""
 
     def causes(self, figures: Figures) -> dict[str, str]:
         """Return the specs that hurt by these figures, and how. NaN is beyond every bound."""
@@ -108,16 +116,31 @@ class Guard:
             if not times <= RESIDUAL
         }
 
-    def doubts(self, spec: str, figures: Figures) -> bool:
-        """Return whether the next step is to be measured, too, before figures of a spec that are beyond a bound count.
+    def confirmed(self, spec: str, figures: Figures) -> Figures | None:
+        """Return the figures of a step that count; None if the next step is to be measured, too, before any do.
 
-        A step of small gradients after one of large ones has figures that are large for once: the residual is that of the step
-        before, and its mean contains it. Those of a codec that hurts are as large in the next step.
+        A step of small gradients after one of large ones has figures that are large for once: the residual is that of the
+        step before, and its mean contains it. Those of a codec that hurts are as large in the next step. So a figure beyond its
+        bound counts only if the same one was beyond it in the step before.
         """
-        finite = all(math.isfinite(one) for of in figures.values() for one in of.values())
-        again = finite and spec in self.causes(figures) and self._doubted != spec
-        self._doubted = spec if again else None
-        return again
+        beyond = {(spec, kind) for kind, of in figures.items() if spec in self.causes({kind: of})}
+        before, self._doubted = {one for one in self._doubted if one[0] == spec}, set()
+        if not beyond or not all(math.isfinite(one) for of in figures.values() for one in of.values()):
+            return figures
+        if not before:
+            self._doubted = beyond
+            return None
+        return {kind: of for kind, of in figures.items() if (spec, kind) not in beyond - before}
+
+    def checked(self, trials: Iterable[Trial], figures: Figures) -> list[Trial]:
+        """Return trials with the worst errors and residuals so far, and which of them have hurt."""
+        found = [replace(t, hurt=t.hurt or t.spec in self.hurt) for t in trials]
+        for t in found:
+            if t.spec in figures["errors"]:
+                t.error = worse(figures["errors"][t.spec], t.error)
+            if t.spec in figures["residuals"]:
+                t.residual = worse(figures["residuals"][t.spec], t.residual)
+        return found
 
     def blame(self, loss: str, specs: Iterable[str]) -> dict[str, str]:
         """Return the last, coarsest of the specs that were in use, and what was wrong with the loss; nothing if nothing was."""

@@ -2,12 +2,26 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 Said = Mapping[str, object]
 """One rank's figures: those of `Search.said`, and further ones that the prediction needs."""
 Figures = Mapping[str, Mapping[str, float]]
 """What was measured of specs, `errors` and `residuals`, each by spec."""
+
+
+def means(of: Mapping[str, Sequence[float]], period: Callable[[str], int]) -> dict[str, list[float]]:
+    """Return the mean of each period of a spec's figures, by spec; `period` is the number of steps of one."""
+    each = {spec: period(spec) for spec in of}
+    return {
+        spec: [statistics.fmean(figures[i : i + each[spec]]) for i in range(0, len(figures), each[spec])]
+        for spec, figures in of.items()
+    }
+
+
+def medians(of: Mapping[str, Sequence[float]], period: Callable[[str], int]) -> dict[str, float]:
+    """Return the median of the periods of a spec's figures, by spec."""
+    return {spec: statistics.median(figures) for spec, figures in means(of, period).items()}
 
 
 def worse(one: float, other: float | None) -> float:
@@ -48,3 +62,17 @@ def mean_medians(everyone: Sequence[Said]) -> dict[str, float]:
     medians = [said["medians"] for said in everyone]
     assert all(isinstance(mine, Mapping) for mine in medians)
     return {spec: statistics.fmean(mine[spec] for mine in medians) for spec in medians[0]}  # type: ignore[attr-defined, index]
+
+
+def quickest(everyone: Sequence[Said]) -> dict[str, float]:
+    """Return the seconds of a step's exchanges on the rank where they are shortest, by spec, as far as all ranks know them.
+
+    That is the rank whose backward ends last. On the others they contain the wait for it.
+    """
+    found: dict[str, list[float]] = {}
+    for said in everyone:
+        mine = said.get("exchanges", {})
+        assert isinstance(mine, Mapping)
+        for spec, seconds in mine.items():
+            found.setdefault(spec, []).append(seconds)
+    return {spec: min(of) for spec, of in found.items() if len(of) == len(everyone)}

@@ -18,17 +18,17 @@ process group: its owner gives it the seconds of a step, and the ranks' figures.
 """
 
 import math
-import statistics
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from commpress.comm.again import SHARE, Again
 from commpress.comm.choice import Choice, Trial
-from commpress.comm.duel import CLOSE, Duel
+from commpress.comm.duel import CLOSE, Duel, rivals_of
 from commpress.comm.guard import BUDGET, Guard, of_same_codec
-from commpress.comm.said import Figures, Said, fastest_turns, mean_loss, mean_medians, worse, worst
+from commpress.comm.said import Figures, Said, fastest_turns, mean_loss, mean_medians, means, medians, quickest, worst
 
 PLAIN = "none"
 SKIPPED, CHECKED, TIMED = "skipped", "checked", "timed"
@@ -52,14 +52,8 @@ FAR_BEHIND = 1.25
 """A spec is dropped after a round if its fastest step takes this times as long as the best spec's."""
 WORTH = 0.98
 """A spec is chosen only if its steps take less than this share of the time of any gentler spec's."""
-DRIFT = 1.2
-"""A new search begins if steps take this times as long as before, or the inverse."""
 LOOK = 16
 """The fewest steps from one check to the next."""
-SHARE = 0.01
-"""The share of the time that checks may take."""
-AGAIN = 3000
-"""The fewest steps from one search to the next, if the steps do not drift."""
 
 
 @dataclass
@@ -88,6 +82,8 @@ class Search:
         self._tried: list[str] = [PLAIN]
         self._predicted: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {}
+        self._exchanges: dict[str, list[float]] = {}
+        """Seconds of the exchanges of the same steps, as far as they are known."""
         self._figures: Figures = {}
         """The largest errors and residuals since the search began, or since the last check."""
         self._guard = Guard(self.budget)
@@ -95,13 +91,9 @@ class Search:
         """Specs that are still to meet the chosen one in a duel."""
         self._duel: Duel | None = None
         self._round = 0
-        self._since = 0
-        """The step before which the search began."""
         self._longest = 1
         """The longest period of the specs that this search has tried, dropped ones included."""
-        self._patience = 1
-        self._looks = 0
-        self._next_search = 0
+        self._again = Again()
 
     @property
     def choice(self) -> Choice | None:
@@ -136,22 +128,33 @@ class Search:
         """Compare the coming losses with each other only: another phase of training begins."""
         self._guard.loss.forget()
 
-    def note(self, seconds: float, error: float | None = None, residual: float | None = None) -> bool:
-        """Note the seconds of a step, and the error of its means and the residual if they were measured.
+    def note(
+        self,
+        seconds: float,
+        error: float | None = None,
+        residual: float | None = None,
+        exchange: float | None = None,
+    ) -> bool:
+        """Note the seconds of a step, and if they were measured the error of its means, the residual, and the seconds in which
+        an exchange was running.
 
         Returns whether the ranks must compare now: they exchange their figures during one more step, which does not count, and
         call `compare` after it.
         """
         self.steps += 1
         spec, kind = self._steps_to_come.popleft()
+        self._again.count(spec)
         if kind == TIMED:
             self._seconds.setdefault(spec, []).append(seconds)
+            if exchange is not None:
+                self._exchanges.setdefault(spec, []).append(exchange)
         found = {key: {spec: of} for key, of in (("errors", error), ("residuals", residual)) if of is not None}
-        if kind == CHECKED and self._guard.doubts(spec, found):
+        sure = self._guard.confirmed(spec, found) if kind == CHECKED else found
+        if sure is None:
             self._steps_to_come.appendleft((spec, CHECKED))
-        elif found:
-            self._figures = worst([self._figures, found])
-            if hurt := self._guard.causes(found):  # all ranks hold the same figures, so all find this at the same step
+        elif sure:
+            self._figures = worst([self._figures, sure])
+            if hurt := self._guard.causes(sure):  # all ranks hold the same figures, so all find this at the same step
                 hurt = of_same_codec(hurt, self._order(), self.codec)
                 left = [one for one in self._steps_to_come if one[0] not in hurt]
                 self._steps_to_come = deque(left if self._state == "trying" else ())
@@ -161,10 +164,11 @@ class Search:
             return False
         if self._state == "warm up":
             self._state = "plain"
+            self._again.begin(self.steps)
             self._begin([(PLAIN, TIMED)] * FIRST_TURN)
             return False
         if self._state == "plain" and self.holds:
-            self._since = self.steps
+            self._again.begin(self.steps)
             self._begin([(PLAIN, TIMED)] * FIRST_TURN)
             return False
         self._steps_to_come = deque([(PLAIN if spec in self._guard.causes(self._figures) else spec, SKIPPED)])
@@ -173,25 +177,15 @@ class Search:
     def said(self) -> dict[str, object]:
         """Return what this rank tells the others: figures since the search began, or since the last check, by spec, and the
         mean of its losses since it told them last."""
-        return {"medians": self.medians(), "turns": self.turns(), **self._figures, "loss": self._guard.loss.mean()}
+        seconds, exchanges = (medians(of, self.period) for of in (self._seconds, self._exchanges))
+        told = {"medians": seconds, "turns": self.turns(), "exchanges": exchanges}
+        return {**told, **self._figures, "loss": self._guard.loss.mean()}
 
     def turns(self) -> dict[str, list[float]]:
         """Return the fastest step of each turn in the rounds so far, by spec: a pause of the machine does not shift it."""
-        each = TURN - 1  # steps, or periods
-        rounds = {spec: seconds[-(self._round + 1) * each :] for spec, seconds in self._means().items()}
+        each, of = TURN - 1, means(self._seconds, self.period)  # steps, or periods
+        rounds = {spec: seconds[-(self._round + 1) * each :] for spec, seconds in of.items()}
         return {spec: [min(s[i : i + each]) for i in range(0, len(s), each)] for spec, s in rounds.items()}
-
-    def medians(self) -> dict[str, float]:
-        """Return the medians that this rank has measured since the search began, or since the last check: seconds by spec."""
-        return {spec: statistics.median(seconds) for spec, seconds in self._means().items()}
-
-    def _means(self) -> dict[str, list[float]]:
-        """Return the mean step of each timed period, in seconds, by spec."""
-        periods = {spec: self.period(spec) for spec in self._seconds}
-        return {
-            spec: [statistics.fmean(seconds[i : i + periods[spec]]) for i in range(0, len(seconds), periods[spec])]
-            for spec, seconds in self._seconds.items()
-        }
 
     def compare(self, everyone: Sequence[Said]) -> None:
         """Continue with what each rank has `said`, and with the seconds that its last comparison took (`asked`).
@@ -199,8 +193,10 @@ class Search:
         They were sent one step ago: the step during which they arrived ends here.
         """
         self.steps += 1
-        wrong = self._guard.loss.note(mean_loss(everyone))
-        if wrong and self._state != "chosen":  # of which of the specs in turn is not known
+        self._again.count(self.spec)
+        in_use = self._in_use() if self._state == "chosen" else ()
+        wrong = self._guard.loss.note(mean_loss(everyone), in_use)
+        if wrong and not in_use:  # of which of the specs in turn is not known
             self._guard.loss.forget()
         if self._state == "plain":
             self._rank(everyone)
@@ -212,10 +208,10 @@ class Search:
     def _begin(self, steps: Sequence[tuple[str, str]], keep: bool = False) -> None:
         self._steps_to_come = deque(step for step in steps for _ in range(self.period(step[0])))
         if not keep:
-            self._seconds, self._figures = {}, {}
+            self._seconds, self._exchanges, self._figures = {}, {}, {}
 
     def _rank(self, everyone: Sequence[Said]) -> None:
-        plain = mean_medians(everyone)[PLAIN]
+        plain, self._again.ranked = mean_medians(everyone)[PLAIN], self.steps
         self._predicted = dict(self.predict(everyone, plain))
         whole = [s for s in self._predicted if self.codec(s) == s != PLAIN]
         others = [s for s in whole if self._predicted[s] < HOPELESS * plain]
@@ -251,7 +247,9 @@ class Search:
         still_open = self._round < ROUNDS
         if not still_open:  # else only the undecided specs go on
             contenders = [self._best(everyone), *self._ahead_by_median(everyone)]
-            ends = self.steps - self._since + TURN * sum(map(self.period, contenders)) + 1  # the ranks tell each other
+            ends = (
+                self.steps - self._again.since + TURN * sum(map(self.period, contenders)) + 1
+            )  # the ranks tell each other
             still_open = len(contenders) > 1 and ends <= LATEST * self._longest
             self._tried = [spec for spec in self._tried if spec in contenders] if still_open else self._tried
         if still_open and len(self._tried) > 1:
@@ -287,14 +285,10 @@ class Search:
         found, best = mean_medians(everyone), self._best(everyone)
         trials = [Trial(spec, self._predicted.get(spec), found.get(spec)) for spec in self._order()]
         same = bool(self.choices) and self.codec(self.choices[-1].spec) == best
-        self._patience = 2 * self._patience if same else 1
         causes = "; ".join(dict.fromkeys(self._guard.hurt.values()))
-        self.choices.append(Choice(best, self.steps, self._checked(trials, everyone), causes))
-        lost = sum(len(s) * max(0.0, found[spec] - found[best]) for spec, s in self._seconds.items())
-        self._next_search = self.steps + max(AGAIN, math.ceil(lost / SHARE / found[best]))
-        ends = [step for step in self._guard.until.values() if step > self.steps]
-        self._next_search = min([self._next_search, *ends])
-        self._state, self._looks = "chosen", 0
+        self.choices.append(Choice(best, self.steps, self._guard.checked(trials, worst(everyone)), causes))
+        self._again.found(self.steps, self.choices[-1], same)
+        self._state = "chosen"
         self._rivals = self._close_to(best, found)
         self._next_duel()
         self._watch(everyone, found[best])
@@ -335,6 +329,11 @@ class Search:
         order = self._order()
         return WORTH if order.index(chosen) < order.index(rival) else 1 / WORTH
 
+    def _in_use(self) -> tuple[str, ...]:
+        """Return the chosen spec and its rival in a duel, the gentlest first."""
+        in_use = (self.choices[-1].spec,) if self._duel is None else self._duel.turns()
+        return tuple(sorted(in_use, key=self._order().index))
+
     def _end_bout(self, duel: Duel, everyone: Sequence[Said]) -> None:
         """Count a bout; after the last one the winner is the choice."""
         if not duel.count(mean_medians(everyone)):
@@ -343,46 +342,36 @@ class Search:
         choice.trials = [replace(t, measured=seconds.get(t.spec, t.measured)) for t in choice.trials]
         if duel.winner() != choice.spec:
             self.choices.append(Choice(duel.winner(), self.steps, choice.trials))
+            left = rivals_of(duel.winner(), self._rivals, choice.trials, self.codec, WORTH)
+            self._rivals = [spec for spec in left if self._guard.allows(spec, self.steps)]
         self._next_duel()
 
     def _look(self, everyone: Sequence[Said], wrong: str) -> None:
         """Compare steps, figures and losses. `wrong` says what is wrong with the loss, if anything is."""
         choice = self.choices[-1]
-        in_use = (choice.spec,) if self._duel is None else self._duel.turns()
-        hurt = self._guard.blame(wrong, sorted(in_use, key=self._order().index))
+        hurt = self._guard.blame(wrong, self._in_use())
         hurt = of_same_codec(hurt | self._guard.causes(worst(everyone)), self._order(), self.codec)
         hurt.pop(PLAIN, None)  # it is the gentlest: a loss that rises under it is not a codec's
         self._guard.ban(hurt, self.steps)
-        choice.trials, then = self._checked(choice.trials, everyone), choice.seconds(choice.spec)
+        choice.trials, then = self._guard.checked(choice.trials, worst(everyone)), choice.seconds(choice.spec)
         if choice.spec in hurt:
             self._back_off(everyone)
             return
-        self._looks += 1
         assert then is not None
         if hurt:  # a rival, whose turn has ended
-            self._next_search = min([self._next_search, *(self._guard.until[spec] for spec in hurt)])
             self._next_duel()
             self._watch(everyone, then)
             return
         now = mean_medians(everyone)[choice.spec]
-        drifted = not then / DRIFT < now < then * DRIFT
-        if (drifted and self._looks >= self._patience) or self.steps >= self._next_search:
-            self._state, self._since, self._duel = "plain", self.steps, None
+        exchange, comes_back = quickest(everyone).get(choice.spec), self._guard.until.values()
+        if self._again.is_due(self.steps, choice, now, exchange, comes_back):
+            self._state, self._duel = "plain", None
+            self._again.begin(self.steps)
             self._begin([(PLAIN, SKIPPED)] + [(PLAIN, TIMED)] * (TURN - 1))
             return
         if self._duel is not None:
             self._end_bout(self._duel, everyone)
         self._watch(everyone, now)
-
-    def _checked(self, trials: Sequence[Trial], everyone: Sequence[Said]) -> list[Trial]:
-        """Return trials with the worst errors and residuals of all ranks so far, and which of them have hurt."""
-        figures, found = worst(everyone), [replace(t, hurt=t.hurt or t.spec in self._guard.hurt) for t in trials]
-        for t in found:
-            if t.spec in figures["errors"]:
-                t.error = worse(figures["errors"][t.spec], t.error)
-            if t.spec in figures["residuals"]:
-                t.residual = worse(figures["residuals"][t.spec], t.residual)
-        return found
 
     def _order(self) -> list[str]:
         """Return all specs, the gentlest first."""
@@ -395,6 +384,5 @@ class Search:
         left = {t.spec: t.measured for t in before.trials if t.measured is not None and t.spec in gentler}
         spec = min((one for one in left if one not in hurt), key=left.__getitem__)
         self.choices.append(Choice(spec, self.steps, before.trials, hurt[before.spec]))
-        self._next_search = min(until for until in map(self._guard.until.__getitem__, hurt) if until > self.steps)
-        self._looks, self._duel = 0, None
+        self._duel = None
         self._watch(everyone, left[spec])

@@ -109,6 +109,8 @@ class ShardedAuto:
         self._waited = dict.fromkeys(self._plans, 0.0)
         """Seconds that training waited for the framework's own exchanges, by role."""
         self._mark = self._totals()
+        self._exchanged = 0.0
+        """Seconds that training had waited for exchanges before this step."""
 
     @property
     def spec(self) -> str:
@@ -135,7 +137,8 @@ class ShardedAuto:
             self._asked += time.perf_counter() - now
         elif self._began is not None:
             warms_up = self.search.state == "warm up"
-            if self.search.note(now - self._began):
+            exchanged = sum(self._totals()[1:]) - self._exchanged
+            if self.search.note(now - self._began, exchange=exchanged):
                 self._ask([self._said()])
                 self._asked = time.perf_counter() - now
             elif warms_up:
@@ -146,6 +149,7 @@ class ShardedAuto:
             if self._plans["parameters"]:
                 one.parameters = self._plans["parameters"][parameters]
         self._noted.clear()
+        self._exchanged = sum(self._totals()[1:])
         self._began = time.perf_counter()
         warn_of(self.search.choices[choices:], self._steered[0].rank == 0)  # last: a warning may be an error
 

@@ -32,16 +32,17 @@ def test_one_step_beyond_the_budget_is_looked_at_again_and_does_not_count() -> N
 
 
 def test_it_comes_back_when_it_hurts_no_more() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100, 300)).run(700)
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100, 300)).run(1500)
     assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", "int4"]
 
 
 def test_what_hurts_for_ever_is_tried_ever_more_rarely() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(6000)
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(12_000)
     assert world.chosen == "int8"
     tried = [step for step, spec in enumerate(world.specs) if spec == "int4" and step > 150]
     times = tried[::3]  # three steps each
-    assert len(times) >= 3
+    assert len(times) >= 4
+    times = times[1:]  # the first one waits for the search before to be paid
     assert all(c - b > 1.5 * (b - a) for a, b, c in zip(times, times[1:], times[2:], strict=False))
 
 
@@ -54,11 +55,11 @@ def test_an_error_that_is_no_number_is_beyond_every_budget(error: float) -> None
 
 
 def test_what_hurts_while_it_is_tried_is_told_with_its_cause_and_tried_again_later() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0, 100)).run(600)
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0, 100)).run(1500)
     first, second = world.searches[0].choices
     assert (first.spec, second.spec) == ("int8", "int4")
     assert first.cause == "the means of int4 were off by 0.90 of the dense ones, more than 0.5"
-    assert first.step + 280 <= second.step <= first.step + 350
+    assert first.step + 280 <= second.step <= first.step + 1200
 
 
 def test_a_drift_does_not_bring_back_what_hurts_before_its_time() -> None:
@@ -87,18 +88,26 @@ def test_one_step_of_a_large_residual_does_not_count() -> None:
     assert [(choice.spec, choice.cause) for choice in world.searches[0].choices] == [("int4", "")]
 
 
+def test_an_error_and_a_residual_that_are_too_large_in_different_steps_do_not_count() -> None:
+    odd: Errors = lambda spec, step: 9.0 if spec == "int4" and step % 2 else 0.1  # noqa: E731
+    even: Errors = lambda spec, step: 9.0 if spec == "int4" and step % 2 == 0 else 0.1  # noqa: E731
+    world = World(PAYS, predicted=predicted(PAYS), errors=odd, residuals=even).run(2000)
+    assert [(choice.spec, choice.cause) for choice in world.searches[0].choices] == [("int4", "")]
+    assert world.specs.count("int4") > 1800
+
+
 def jumps(at: int, to: float, until: int = 10**9) -> Losses:
     """A loss of about 2, and higher from a step on under int4."""
     return lambda spec, step, rank: (to if spec == "int4" and at <= step < until else 2.0) + 0.1 * rank
 
 
 def test_a_loss_that_rises_gives_way_to_a_gentler_spec_and_comes_back() -> None:
-    world = World(PAYS, predicted=predicted(PAYS), losses=jumps(150, 5.0, 300)).run(800)
+    world = World(PAYS, predicted=predicted(PAYS), losses=jumps(150, 5.0, 300)).run(1500)
     first, second, third = world.searches[0].choices
     assert (first.spec, second.spec, third.spec) == ("int4", "int8", "int4")
     assert re.fullmatch(r"the loss rose to [\d.]+ from a mean of 2.1 under int4", second.cause)
     assert 150 <= second.step <= 150 + 2 * LOOK + 5
-    assert 280 <= third.step - second.step <= 350
+    assert 280 <= third.step - second.step <= 1200
     assert all(choice.cause == "" for choice in (first, third))
 
 
@@ -135,6 +144,21 @@ def test_a_loss_that_rises_while_specs_are_tried_is_not_blamed_on_the_chosen_one
     since[0] = len(world.specs) + 2
     world.run(400)
     assert {choice.cause for choice in world.searches[0].choices} == {""}
+
+
+def test_a_loss_that_stops_being_finite_while_specs_are_tried_is_not_blamed_on_the_chosen_one() -> None:
+    """A spec that was tried may have done it, and weights that are NaN stay so under each."""
+    nan = float("nan")
+    world = World(PAYS, predicted=predicted(PAYS), losses=lambda spec, step, rank: 2.0 if step < 15 else nan).run(300)
+    assert {choice.cause for choice in world.searches[0].choices} == {""}
+    assert world.chosen == "int4"
+
+
+def test_a_loss_that_was_finite_again_under_the_chosen_spec_is_its_own() -> None:
+    nan = float("nan")
+    broken: Losses = lambda spec, step, rank: nan if 15 <= step < 60 or 200 <= step < 240 else 2.0  # noqa: E731
+    world = World(PAYS, predicted=predicted(PAYS), losses=broken).run(300)
+    assert [choice.cause for choice in world.searches[0].choices if choice.cause] == ["the loss was nan under int4"]
 
 
 def test_a_loss_that_falls_or_swings_is_no_reason() -> None:

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from search_world import DOES_NOT, PAYS, SPECS, Seconds, World, hurts, link, predicted
+from search_world import DOES_NOT, PAYS, SPECS, Errors, Seconds, World, hurts, link, predicted
 
 from commpress.comm.search import LATEST, LOOK, PLAIN
 
@@ -223,9 +223,12 @@ def test_pauses_between_steps_change_nothing() -> None:
     assert len(world.searches[0].choices) == 1
 
 
+SLOW = link(none=5.0, bf16=2.6, int8=1.4, int4=0.8)
+
+
 def test_a_link_that_slows_down_is_noticed_and_one_that_recovers_too() -> None:
     def seconds(spec: str, step: int) -> float:
-        return (link(none=5.0, bf16=2.6, int8=1.4, int4=0.8) if 100 <= step < 300 else DOES_NOT)(spec, step)
+        return (SLOW if 100 <= step < 300 else DOES_NOT)(spec, step)
 
     world = World(seconds, predicted=predicted(PAYS)).run(180)
     assert [choice.spec for choice in world.searches[0].choices] == [PLAIN, "int4"]
@@ -233,6 +236,95 @@ def test_a_link_that_slows_down_is_noticed_and_one_that_recovers_too() -> None:
     world.run(220)
     assert world.chosen == PLAIN
     assert world.specs[-50:] == [PLAIN] * 50
+
+
+@pytest.mark.parametrize("before", [DOES_NOT, PAYS])
+def test_a_link_that_slows_down_is_noticed_also_after_tens_of_thousands_of_steps(before: Seconds) -> None:
+    world = World(lambda spec, step: (before if step < 30_000 else SLOW)(spec, step), predicted=predicted(PAYS))
+    world.run(30_000)
+    searched = world.searches[0].choices[-1].step
+    world.run(200)
+    assert world.searches[0].choices[-1].step > searched
+    assert world.chosen == "int4"
+    assert world.specs[30_100:] == ["int4"] * 100
+
+
+def test_a_link_that_slows_down_is_noticed_also_after_a_spec_that_hurts_was_tried_again_and_again() -> None:
+    always: Errors = lambda spec, step: 0.9 if spec == "int4" else 0.1  # noqa: E731
+    seconds: Seconds = lambda spec, step: (PAYS if step < 30_000 else DOES_NOT)(spec, step)  # noqa: E731
+    world = World(seconds, predicted=predicted(PAYS), errors=always).run(30_200)
+    assert world.chosen == PLAIN
+
+
+HIDDEN = link(none=0.194, bf16=0.194, int8=0.194, int4=0.192)
+"""Steps of a long backward, which hides the exchange."""
+SHOWS = link(none=0.230, bf16=0.219, int8=0.203, int4=0.192)
+"""The same on a link a tenth as fast."""
+
+
+def with_exchanges(before: float, after: float, since: int = 500) -> World:
+    """A long backward on a link that slows down, where the exchanges of `none` take so many seconds."""
+    return World(
+        lambda spec, step: (HIDDEN if step < since else SHOWS)(spec, step),
+        predicted=predicted(SHOWS),
+        exchanges=lambda spec, step: (before if step < since else after) / (1 if spec == PLAIN else 8),
+    )
+
+
+def test_a_link_that_slows_down_behind_a_long_backward_is_noticed_by_the_exchanges() -> None:
+    world = with_exchanges(0.012, 0.065).run(450)
+    assert world.chosen == PLAIN
+    world.run(300)
+    assert world.chosen == "int4"
+    assert world.specs[600:].count("int4") > 100
+
+
+def test_exchanges_that_are_a_small_share_of_a_step_may_swing() -> None:
+    world = with_exchanges(0.001, 0.008)
+    world.seconds = HIDDEN
+    world.run(450)
+    choices = len(world.searches[0].choices)
+    assert len(world.run(1500).searches[0].choices) == choices
+
+
+def test_exchanges_that_drift_and_change_nothing_are_looked_into_ever_more_rarely() -> None:
+    swings: Seconds = lambda spec, step: 0.06 * (3 if step // 200 % 2 else 1)  # noqa: E731
+    world = World(PAYS, predicted=predicted(PAYS), exchanges=swings).run(4000)
+    assert {choice.spec for choice in world.searches[0].choices} == {"int4"}
+    assert len(world.searches[0].choices) < 12
+    assert world.time < 1.03 * 4000 * 0.3
+
+
+@pytest.mark.parametrize("steps", [500, 1000, 2000, 4000])
+def test_what_hurts_is_tried_again_only_where_that_takes_a_hundredth_of_the_time(steps: int) -> None:
+    far = link(none=6.0, bf16=3.1, int8=1.6, int4=0.95)
+    world = World(far, predicted=predicted(far), errors=lambda spec, step: 0.9 if spec == "int4" else 0.1).run(60)
+    assert world.chosen == "int8"
+    before = world.time
+    world.run(steps)
+    assert world.time - before < 1.01 * steps * 1.6
+
+
+def test_a_duel_that_was_dear_delays_the_next_search() -> None:
+    world = in_pieces(PAYS, 20.0).run(7000)
+    assert [choice.spec for choice in world.searches[0].choices] == ["int4"]
+
+
+def test_the_winner_of_a_duel_meets_its_own_pieces_and_no_others() -> None:
+    def near(spec: str, step: int) -> float:
+        later = 0.24 if step < 60 else 0.229  # the search finds int4 as fast as int8, and the duel finds it ahead
+        return link(none=0.3, bf16=0.266, int8=0.242, int4=later)(spec, step)
+
+    said = {PLAIN: 1.0, "bf16": 0.85, f"bf16{PIECES}": 0.9, "int8": 0.79, f"int8{PIECES}": 0.75}
+    said |= {"int4": 0.7, f"int4{PIECES}": 0.66}
+    world = in_pieces(near, 0.9)
+    for search in world.searches:
+        search.predict = lambda everyone, plain: {spec: share * plain for spec, share in said.items()}
+    world.run(400)
+    assert world.searches[0].choices[0].spec == "int8"
+    assert world.chosen == f"int4{PIECES}"
+    won = next(choice.step for choice in world.searches[0].choices if choice.spec == "int4")
+    assert f"int8{PIECES}" not in world.specs[won:]
 
 
 def test_steps_that_swing_by_themselves_are_looked_into_less_and_less() -> None:

@@ -30,9 +30,10 @@ class World:
         residuals: Errors | None = None,
         losses: Losses | None = None,
         codec: Callable[[str], str] = lambda spec: spec,
+        exchanges: Seconds | None = None,
     ) -> None:
         self.seconds, self.noise, self.asked = seconds, noise, asked
-        self.errors, self.residuals, self.losses = errors, residuals, losses
+        self.errors, self.residuals, self.losses, self.exchanges = errors, residuals, losses, exchanges
         said = dict.fromkeys(SPECS, 0.5) if predicted is None else predicted
         self.searches = [
             Search(lambda everyone, plain: {s: f * plain for s, f in said.items()}, period=period, codec=codec)
@@ -55,6 +56,7 @@ class World:
             self.time += took
             checked, step = self.searches[0].checks, len(self.specs)
             figures = [of(spec, step) if of and checked else None for of in (self.errors, self.residuals)]
+            figures.append(self.exchanges(spec, step) if self.exchanges else None)
             for rank, search in enumerate(self.searches):
                 if self.losses is not None and (loss := self.losses(spec, step, rank)) is not None:
                     search.note_loss(loss)
