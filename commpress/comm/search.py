@@ -285,7 +285,7 @@ class Search:
 
     def _choose(self, everyone: Sequence[Said]) -> None:
         found, best = mean_medians(everyone), self._best(everyone)
-        trials = [Trial(spec, self._predicted.get(spec), found.get(spec)) for spec in self._order()]
+        trials = [Trial(spec, self._predicted.get(spec), found.get(spec), step=self.steps) for spec in self._order()]
         same = bool(self.choices) and self.codec(self.choices[-1].spec) == best
         self._patience = 2 * self._patience if same else 1
         causes = "; ".join(dict.fromkeys(self._guard.hurt.values()))
@@ -340,7 +340,7 @@ class Search:
         if not duel.count(mean_medians(everyone)):
             return
         choice, seconds = self.choices[-1], duel.seconds()
-        choice.trials = [replace(t, measured=seconds.get(t.spec, t.measured)) for t in choice.trials]
+        choice.trials = choice.with_seconds(seconds, self.steps)
         if duel.winner() != choice.spec:
             self.choices.append(Choice(duel.winner(), self.steps, choice.trials))
         self._next_duel()
