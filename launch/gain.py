@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from commpress.comm.auto import without_pieces
+from commpress.comm.choice import Choice, cause_of
 from commpress.comm.meter import SPEC_IS_NONE
 from commpress.launch.records import Record
 
@@ -72,7 +73,8 @@ def _subject(name: str, run: Record) -> str:
         return name
     spec = chosen(run)
     if spec == PLAIN:
-        return f"{name} chose {PLAIN}, since no spec was faster on this link"
+        choices = [Choice.of(one) for one in run["report"].get("choices", ())]
+        return f"{name} chose {PLAIN}, since {cause_of(choices) or 'no spec was faster on this link'}"
     return f"{name} chose {spec}" if spec else f"{name} was still looking after {run['steps_done']} steps"
 
 

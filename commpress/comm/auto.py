@@ -201,13 +201,21 @@ class Auto:
         table = explained(self.search, self._collectives.world_size, self._collectives.device)
         return f"{table}{self._links}" if self.search.choices else table
 
-    def break_even(self) -> float | None:
-        """Return the bytes a second of a link above which `none` is predicted to be faster than the choice."""
-        if self.search.choice is None or self.search.choice.spec == PLAIN or self._model is None:
-            return None
-        name, model = self.search.choice.spec, self._model
-        if model.cluster.ranks_per_host >= model.cluster.world_size:
+    def break_even(self) -> tuple[str, float] | None:
+        """Return the choice and the bytes a second of a link above which `none` is predicted to be faster than it. If `none` is
+        the choice, return the spec that is predicted to pay first on slower links: at most below this link's bandwidth."""
+        choice, model = self.search.choice, self._model
+        if choice is None or model is None or model.cluster.ranks_per_host >= model.cluster.world_size:
             return None  # there is no link between hosts
+        if choice.spec != PLAIN:
+            found = self._break_even_of(choice.spec, model)
+            return None if found is None else (choice.spec, found)
+        others = [t for t in choice.trials if t.spec != PLAIN and self.search.codec(t.spec) == t.spec and not t.hurt]
+        found_by = {t.spec: at for t in others if (at := self._break_even_of(t.spec, model)) is not None}
+        first = max(found_by, key=found_by.__getitem__, default=None)
+        return None if first is None else (first, min(found_by[first], model.cluster.bandwidth))
+
+    def _break_even_of(self, name: str, model: _Model) -> float | None:
         speed, dense = model.speeds[without_pieces(name)], model.speeds[PLAIN]
         arguments = model.cluster, model.compute, model.itemsize
         return cost.break_even(self._plans[name], model.exchanges(name), speed, dense, *arguments)

@@ -1,7 +1,7 @@
 """The result of a search: the chosen spec, and all tried ones."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from commpress.notice import warn
@@ -13,7 +13,8 @@ HEAD = ("spec", "predicted ms a step", "measured ms a step", "error", "residual"
 @dataclass
 class Trial:
     """One spec: its predicted step and the median of its measured steps, in seconds, and its largest measured error and
-    residual; None if there is none. `hurt` says that it was replaced or dropped because it hurt."""
+    residual; None if there is none. `hurt` says that it was replaced or dropped because it hurt. `step` is the last step of the
+    search or the duel whose seconds these are."""
 
     spec: str
     predicted: float | None = None
@@ -21,6 +22,7 @@ class Trial:
     error: float | None = None
     residual: float | None = None
     hurt: bool = False
+    step: int | None = None
 
 
 @dataclass
@@ -40,6 +42,10 @@ class Choice:
         """Return the choice of a report's dict."""
         return cls(**{**saved, "trials": [Trial(**trial) for trial in saved["trials"]]})
 
+    def trial(self, spec: str) -> Trial | None:
+        """Return the trial of a spec; None if the search did not know it."""
+        return next((trial for trial in self.trials if trial.spec == spec), None)
+
     def seconds(self, spec: str) -> float | None:
         """Return the measured step of a spec; None if it was not tried."""
         return next((trial.measured for trial in self.trials if trial.spec == spec), None)
@@ -47,6 +53,10 @@ class Choice:
     def error(self, spec: str) -> float | None:
         """Return the largest error of a spec; None if none was measured."""
         return next((trial.error for trial in self.trials if trial.spec == spec), None)
+
+    def with_seconds(self, found: Mapping[str, float], step: int) -> list[Trial]:
+        """Return the trials, those of these specs with new seconds, measured up to `step`."""
+        return [replace(t, measured=found[t.spec], step=step) if t.spec in found else t for t in self.trials]
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the cells of a table of the trials, under `HEAD`: the prediction beside the measurement."""
@@ -61,6 +71,19 @@ class Choice:
         if trial.hurt:
             return "hurt"
         return "not tried" if trial.measured is None else ""
+
+
+def cause_of(choices: Sequence[Choice]) -> str:
+    """Return how specs hurt that the last choice does without; "" if time alone has decided.
+
+    The specs count as good again once a later search has measured them and they did not hurt.
+    """
+    good: set[str] = set()
+    for choice in reversed(choices):
+        if choice.cause and not {trial.spec for trial in choice.trials if trial.hurt} <= good:
+            return choice.cause
+        good |= {trial.spec for trial in choice.trials if trial.measured is not None and not trial.hurt}
+    return ""
 
 
 def history(choices: Sequence[Choice]) -> str:

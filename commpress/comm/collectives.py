@@ -166,7 +166,7 @@ class Collectives:
 
         dense = ring_bytes(x.nbytes, W) if dense_bytes is None else dense_bytes
         is_complex = given.is_complex() or bool(segments and segments[0].name in self.pairs)
-        whole = x.numel() if step is None else step.piece_of or x.numel()
+        whole = x.numel() if step is None or plan.reason else step.piece_of or x.numel()
         dtype, count = (x.dtype.to_complex(), whole // 2) if is_complex else (x.dtype, whole)
         name, compared = plan.exchange.name, f"the mean of bucket {index}" if override.codec is not None else ""
         return self.traffic.submit(

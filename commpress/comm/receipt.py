@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
-from commpress.comm.choice import Choice
+from commpress.comm.choice import Choice, cause_of
 from commpress.comm.codecs import AUTO
-from commpress.comm.meter import NOT_SENT, SPEC_IS_NONE, Report, dense_in
+from commpress.comm.meter import NOT_SENT, SPEC_IS_NONE, Report, Row, dense_in
 from commpress.comm.search import PLAIN
 
 
@@ -24,20 +24,28 @@ class Receipt:
     link_bytes: float | None = None
     """Bytes that this rank's host has sent, all programs together, by the kernel's count; None where it is not known."""
     seconds: float | None = None
-    """Seconds of a step at present; None if they were not measured."""
+    """Seconds of a step by the spec, up to step `step`: when it was chosen, or compared with the next one. None if they were
+    not measured."""
     plain_seconds: float | None = None
-    """Seconds of a step whose gradients are sent uncompressed, by `none`, measured in the same run; None if they were not."""
+    """Seconds of a step whose gradients are sent uncompressed, by `none`, measured in the same run, up to step `plain_step`;
+    None if they were not."""
+    step: int | None = None
+    plain_step: int | None = None
     whole: bool = True
     """Whether `auto` decides for all that is compressed. If not, values with a spec of their own are compressed in plain
     steps, too."""
     break_even: float | None = None
-    """Bytes a second of a link on which this spec is predicted to take as long as `none`; None if not known."""
+    """Bytes a second of a link on which `break_even_spec` is predicted to take as long as `none`; None if not known."""
+    break_even_spec: str = ""
+    """The chosen spec; if that is `none`, the one that is predicted to pay first where links are slower."""
     uncompressed: dict[str, int] = field(default_factory=dict)
     """Values of a step that were not compressed, by reason."""
+    cause: str = ""
+    """How specs hurt that `auto` does without; empty if time alone has decided."""
 
     @property
     def is_off(self) -> bool:
-        """Return whether nothing is compressed, because it would not pay."""
+        """Return whether `auto` compresses nothing: it would not pay, or it hurt (`cause`)."""
         return self.spec == PLAIN and self.plain_seconds is not None
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +63,7 @@ class Receipt:
     def summary(self) -> str:
         """Return one line about bytes and, if measured, speed: the last line of the receipt."""
         if self.is_off:
-            speed = "compression does not pay here, it is off"
+            speed = self._off
         elif self.seconds is None or self.plain_seconds is None:
             speed = "steps without compression were not measured (attach(model) measures them)"
         else:
@@ -63,24 +71,41 @@ class Receipt:
         return f"commpress {self.spec}: {self._bytes()}; {speed}"
 
     @property
+    def _off(self) -> str:
+        return f"compression is off: {self.cause}" if self.cause else "compression does not pay here, it is off"
+
+    @property
     def _plain(self) -> str:
         return "without compression" if self.whole else f"with none in the place of {AUTO}"
 
     def _time(self) -> list[str]:
         if self.is_off:
-            return [f"commpress: compression does not pay here, it is off: a step takes {self.plain_seconds:.4f} s"]
+            told = f"commpress: {self._off}: a step takes {self.plain_seconds:.4f} s{self._when(self.plain_step)}"
+            return [told if self.cause else told + self._pays]
         if self.seconds is None or self.plain_seconds is None:
             return []
         times = self.plain_seconds / self.seconds
-        told = (
+        return [
             f"commpress {self.spec}: a step takes {self.seconds:.4f} s, {self._plain} {self.plain_seconds:.4f} s "
-            f"(both measured in this run): {times:.2f} times as fast"
-        )
+            f"(both measured in this run{self._when(self.step, self.plain_step)}): {times:.2f} times as fast"
+            + self._pays
+        ]
+
+    @property
+    def _pays(self) -> str:
+        """Where it is predicted to pay."""
         if self.break_even is None:
-            return [told]
+            return ""
         if self.break_even == float("inf"):
-            return [f"{told}; predicted to pay on a link of any speed"]
-        return [f"{told}; predicted to pay on links below {self.break_even * 8 / 1e9:.2g} Gbit/s"]
+            return "; predicted to pay on a link of any speed"
+        by = f", by {self.break_even_spec}" if self.is_off else ""
+        return f"; predicted to pay on links below {self.break_even * 8 / 1e9:.2g} Gbit/s{by}"
+
+    @staticmethod
+    def _when(*steps: int | None) -> str:
+        """Return up to which steps seconds were measured, in words; nothing if it is not known."""
+        known = dict.fromkeys(str(step) for step in steps if step is not None)
+        return f", up to step{'s' * (len(known) > 1)} {' and '.join(known)}" if known else ""
 
     def _bytes(self) -> str:
         def against(dense: float) -> str:
@@ -97,20 +122,33 @@ class Receipt:
         return [f"not compressed: {values:,} values a step, {why}" for why, values in self.uncompressed.items()]
 
 
+def _left_exact(row: Row) -> dict[str, int]:
+    """Return the values of a row that were sent uncompressed, by reason. Of those whose spec is none, only those that a rule
+    leaves exact count, with the rule as the reason: the others are nobody's wish, or on trial by `auto`."""
+    if not row.reason or row.exchange == NOT_SENT:
+        return {}
+    if row.reason != SPEC_IS_NONE:
+        return {row.reason: row.values}
+    real = sum(row.rules.values())  # complex values are two of them
+    return {rule: row.values * n // real for rule, n in row.rules.items() if n and rule.endswith(f": {PLAIN}")}
+
+
 def receipt(
     report: Report,
     choice: Choice | None,
     spec: str,
     counted: int | None,
-    break_even: float | None,
+    break_even: tuple[str, float] | None,
     whole: bool = True,
 ) -> Receipt:
-    """Make the receipt from a report; `counted` are the kernel's bytes since the session began, `whole` as in `Receipt`."""
+    """Make the receipt from a report; `counted` are the kernel's bytes since the session began, `break_even` is a spec and
+    its bytes a second, `whole` as in `Receipt`."""
     steps = max(1, report.steps)
+    mine, plain = (None if choice is None else choice.trial(spec) for spec in (choice.spec if choice else "", PLAIN))
     uncompressed: dict[str, int] = {}
-    for row in report.rows:
-        if row.reason and row.exchange != NOT_SENT and report.world_size > 1 and row.reason != SPEC_IS_NONE:
-            uncompressed[row.reason] = uncompressed.get(row.reason, 0) + row.values * row.steps
+    for row in report.rows if report.world_size > 1 else ():
+        for why, values in _left_exact(row).items():
+            uncompressed[why] = uncompressed.get(why, 0) + values * row.steps
     return Receipt(
         spec,
         report.steps,
@@ -118,9 +156,13 @@ def receipt(
         sum(dense_in(row, 4) for row in report.rows) / steps,
         sum(dense_in(row, 2) for row in report.rows) / steps,
         link_bytes=None if counted is None else counted / steps,
-        seconds=None if choice is None else choice.seconds(choice.spec),
-        plain_seconds=None if choice is None else choice.seconds(PLAIN),
+        seconds=None if mine is None else mine.measured,
+        plain_seconds=None if plain is None else plain.measured,
+        step=None if mine is None else mine.step,
+        plain_step=None if plain is None else plain.step,
         whole=whole,
-        break_even=break_even,
+        break_even=None if break_even is None else break_even[1],
+        break_even_spec="" if break_even is None else break_even[0],
         uncompressed={why: -(-values // steps) for why, values in uncompressed.items()},
+        cause=cause_of(report.choices),
     )

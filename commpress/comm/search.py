@@ -283,7 +283,7 @@ class Search:
 
     def _choose(self, everyone: Sequence[Said]) -> None:
         found, best = mean_medians(everyone), self._best(everyone)
-        trials = [Trial(spec, self._predicted.get(spec), found.get(spec)) for spec in self._order()]
+        trials = [Trial(spec, self._predicted.get(spec), found.get(spec), step=self.steps) for spec in self._order()]
         same = bool(self.choices) and self.codec(self.choices[-1].spec) == best
         causes = "; ".join(dict.fromkeys(self._guard.hurt.values()))
         self.choices.append(Choice(best, self.steps, self._guard.checked(trials, worst(everyone)), causes))
@@ -339,7 +339,7 @@ class Search:
         if not duel.count(mean_medians(everyone)):
             return
         choice, seconds = self.choices[-1], duel.seconds()
-        choice.trials = [replace(t, measured=seconds.get(t.spec, t.measured)) for t in choice.trials]
+        choice.trials = choice.with_seconds(seconds, self.steps)
         if duel.winner() != choice.spec:
             self.choices.append(Choice(duel.winner(), self.steps, choice.trials))
             left = rivals_of(duel.winner(), self._rivals, choice.trials, self.codec, WORTH)

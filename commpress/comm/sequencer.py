@@ -53,8 +53,8 @@ class Job:
     last: bool
     """Whether it is the last bucket of its backward."""
     finished: Callable[[BaseException | None], None]
-    goes_on: bool = False
-    """Whether it is a further piece of the bucket before it."""
+    piece: bool = False
+    """Whether it is a piece of a bucket: those of one step and row count as one."""
     submitted: float = field(default_factory=time.perf_counter)
     backend_bytes: int | None = None
     """Bytes that the group itself would send uncompressed, if they are not `dense_bytes`."""
@@ -166,6 +166,9 @@ class _Lines:
         self.closed = False
         self.busy = 0.0  # seconds of this step in which a bucket was being exchanged
         self.landed = 0.0  # when the last exchange ended
+        self.counted: dict[
+            int, int
+        ] = {}  # the last step of each row that counts pieces, by the row's id: the meter keeps rows
 
     @contextlib.contextmanager
     def timed(self, job: Job, phase: str) -> Iterator[None]:
@@ -188,7 +191,9 @@ class _Lines:
         job.row.received_bytes += transfer.received
 
     def finish(self, job: Job, error: BaseException | None) -> None:
-        job.row.steps += not job.goes_on
+        job.row.steps += not (job.piece and self.counted.get(id(job.row)) == job.step)
+        if job.piece:
+            self.counted[id(job.row)] = job.step
         job.row.dense_bytes += job.dense_bytes
         job.row.backend_bytes += job.dense_bytes if job.backend_bytes is None else job.backend_bytes
         now = time.perf_counter()

@@ -172,7 +172,7 @@ class ShardedAuto:
         """Return the specs that were tried last, and their steps, as a table."""
         return explained(self.search, self.world_size, self._compared[0].device)
 
-    def break_even(self) -> float | None:
+    def break_even(self) -> None:
         """Return None: the model has no link, so it knows no bandwidth above which `none` would be faster."""
         return None
 

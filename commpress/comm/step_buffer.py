@@ -221,8 +221,7 @@ class StepBuffer:
         ended = when_all_end(len(pieces), whole.finish if then is None else then)
         parts = real_view(x).view(-1).split([sum(sizes(piece)) for piece in pieces])
         for values, piece in zip(parts, pieces, strict=True):
-            ends, goes_on = last and piece is pieces[-1], piece is not pieces[0]
-            step = replace(self._current, piece_of=real_view(x).numel(), goes_on=goes_on)
+            step, ends = replace(self._current, piece_of=real_view(x).numel()), last and piece is pieces[-1]
             self.collectives.all_reduce(values, piece, index, step=step, last=ends, then=ended)
         return whole
 

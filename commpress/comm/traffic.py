@@ -30,8 +30,8 @@ class Step:
     """A step whose collectives belong together.
 
     It has its number, the comparison of its results and the watch over its error, if there are such in this step. `rules` are
-    the rules by which it sends, and how many values each has. A piece of a bucket is `piece_of` so many real values, and
-    `goes_on` if it is not the first one; in the report all of them are one bucket.
+    the rules by which it sends, and how many values each has. A piece of a bucket is `piece_of` so many real values; in the
+    report all that are compressed are one bucket, and one that is not has a row of its own.
     """
 
     number: int
@@ -39,7 +39,6 @@ class Step:
     error: ErrorWatch | None = None
     rules: dict[str, int] = field(default_factory=dict)
     piece_of: int = 0
-    goes_on: bool = False
 
 
 class Traffic:
@@ -178,7 +177,7 @@ class Traffic:
         is one collective with no computation before it: the collective's bytes and label. `reads` are all other tensors of the
         caller that the exchange uses: on an accelerator it goes on after this call, and the caller may drop them at once.
         """
-        rules, goes_on = ({}, False) if step is None else (step.rules, step.goes_on)
+        rules, piece = ({}, False) if step is None else (step.rules, step.piece_of > 0 and not plan.reason)
         row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role, rules)
         number = self._number(role, index) if step is None else step.number
         work = Work(out, partial(self._note_waiting, role) if step is None else not_counted)
@@ -188,14 +187,14 @@ class Traffic:
         finished = partial(self._finish, work, buffer, role if step is None else None, then)
         if self.world_size == 1:
             next(exchange, None)
-            row.steps += not goes_on
+            row.steps += 1
             self.meter.steps += last
             finished(None)
         else:
             self._sequencer.submit(
                 Job(
                     *(out, exchange, row, number, dense_bytes, last, finished),
-                    goes_on=goes_on,
+                    piece=piece,
                     backend_bytes=backend_bytes,
                     starts_at_once=None if plain is None else partial(self.wire.starts_at_once, *plain),
                     reads=reads,

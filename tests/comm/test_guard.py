@@ -6,6 +6,7 @@ import re
 import pytest
 from search_world import DOES_NOT, PAYS, Errors, Losses, World, hurts, predicted
 
+from commpress.comm.choice import cause_of
 from commpress.comm.search import LOOK, PLAIN
 
 
@@ -34,6 +35,23 @@ def test_one_step_beyond_the_budget_is_looked_at_again_and_does_not_count() -> N
 def test_it_comes_back_when_it_hurts_no_more() -> None:
     world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100, 300)).run(1500)
     assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", "int4"]
+
+
+def test_what_leaves_only_none_is_told_until_all_have_been_measured_again() -> None:
+    """All specs hurt for a while; when they come back, they take longer than `none`."""
+    all_hurt: Errors = lambda spec, step: 0.9 if 100 <= step < 200 else 0.1  # noqa: E731
+    world = World(
+        lambda spec, step: (PAYS if step < 200 else DOES_NOT)(spec, step), predicted=predicted(PAYS), errors=all_hurt
+    )
+    choices = world.searches[0].choices
+    assert cause_of(world.run(90).searches[0].choices) == ""
+    world.run(200)  # the plain steps drift, and the search that begins has only `none` left
+    assert [choice.spec for choice in choices][-1] == PLAIN
+    assert choices[-1].cause == ""
+    assert cause_of(choices) == "the means of int8 were off by 0.90 of the dense ones, more than 0.5"
+    world.run(400)  # both are tried again
+    assert world.chosen == PLAIN
+    assert cause_of(choices) == ""
 
 
 def test_what_hurts_for_ever_is_tried_ever_more_rarely() -> None:

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from clocked import by_clock
 from ranks import outcome, run
 from scripted import Scripted
 from tiers import slow
@@ -23,6 +24,8 @@ import commpress
 from commpress.comm import auto, coding
 from commpress.comm.auto import explained
 from commpress.comm.choice import Choice, Trial, history
+from commpress.comm.cost import Speed
+from commpress.comm.receipt import Receipt
 from commpress.comm.replicas import replicas_session
 from commpress.comm.search import FIRST_TURN, WARM_UP, Search
 
@@ -80,15 +83,70 @@ def test_all_ranks_choose_the_same_and_hold_the_same_bits(world_size: int) -> No
     assert first["report"]["spec"] == f"auto: {first['receipt']['spec']}"
 
 
-def test_the_receipt_says_what_was_measured_and_what_was_sent() -> None:
-    got = run(2, searched, 50)[0]
-    receipt, report = json.loads(json.dumps(got["receipt"])), got["report"]
-    assert receipt["plain_seconds"] > 0
-    assert receipt["sent_bytes"] == report["sent_bytes"] / 50
-    assert receipt["fp32_bytes"] == report["dense_bytes"] / 50 == 2 * receipt["bf16_bytes"]
-    assert receipt["is_off"] == (receipt["spec"] == "none")
-    said = "it is off" if receipt["is_off"] else "both measured in this run"
-    assert said in got["text"]
+FAST, SLOW = Speed(0.0, (0.0, 0.0), (0.0, 0.0)), Speed(1e-6, (1e-7, 1e-7), (1e-6, 1e-7))
+"""Codecs that take no time, and some that take a microsecond a value."""
+
+
+def told(seconds: dict[str, float], coding: Speed, hosts: int) -> tuple[Receipt, float]:
+    """The receipt of a run by a clock, with ranks on so many hosts and codecs of that speed; and its link's bytes a second,
+    as the plain steps show it."""
+    host = {"COMMPRESS_HOST": f"host {dist.get_rank() % hosts}"}
+    known = {spec: FAST if spec == "none" else coding for spec in auto.SPECS}
+    with (
+        mock.patch.dict(os.environ, host),
+        mock.patch.object(auto, "speeds", return_value=known),
+        by_clock(seconds.__getitem__),
+    ):
+        model = replica()
+        session = commpress.attach(model)
+        train(model, range(60))
+    assert session.step_buffer is not None
+    assert session.step_buffer.auto is not None
+    assert session.step_buffer.auto._model is not None
+    report, receipt = session.report(), session.receipt()
+    assert receipt.sent_bytes == report.sent_bytes / 60
+    assert receipt.fp32_bytes == report.dense_bytes / 60 == 2 * receipt.bf16_bytes
+    json.dumps(receipt.to_dict())
+    return receipt, session.step_buffer.auto._model.cluster.bandwidth
+
+
+PAYS = {"none": 1.0, "bf16": 0.9, "int8": 0.6, "int4": 0.5}
+DOES_NOT = {"none": 0.5, "bf16": 0.6, "int8": 0.55, "int4": 0.7}
+
+
+def test_the_receipt_says_what_was_measured_and_below_which_bandwidth_it_pays() -> None:
+    receipt, _ = run(2, told, PAYS, SLOW, 2)[0]
+    assert (receipt.spec, receipt.is_off, receipt.seconds, receipt.plain_seconds) == ("int4", False, 0.5, 1.0)
+    assert receipt.break_even is not None
+    assert receipt.break_even_spec == "int4"
+    first = str(receipt).splitlines()[0]
+    measured = f"(both measured in this run, up to step {receipt.step}): 2.00 times as fast"
+    assert first == (
+        f"commpress int4: a step takes 0.5000 s, without compression 1.0000 s {measured}; "
+        f"predicted to pay on links below {receipt.break_even * 8 / 1e9:.2g} Gbit/s"
+    )
+
+
+@pytest.mark.slow
+def test_where_it_does_not_pay_the_receipt_says_below_which_bandwidth_it_would() -> None:
+    receipt, bandwidth = run(2, told, DOES_NOT, SLOW, 2)[0]
+    assert (receipt.spec, receipt.is_off, receipt.seconds, receipt.plain_seconds) == ("none", True, 0.5, 0.5)
+    assert receipt.break_even is not None
+    assert 0 < receipt.break_even <= bandwidth
+    assert receipt.break_even_spec in PAYS
+    first = str(receipt).splitlines()[0]
+    off = f"commpress: compression does not pay here, it is off: a step takes 0.5000 s, up to step {receipt.plain_step}"
+    assert first.startswith(f"{off}; predicted to pay on links below ")
+    assert first.endswith(f" Gbit/s, by {receipt.break_even_spec}")
+
+
+@pytest.mark.slow
+def test_codecs_that_take_no_time_pay_on_any_link_and_on_one_host_there_is_none() -> None:
+    receipt, _ = run(2, told, PAYS, FAST, 2)[0]
+    assert str(receipt).splitlines()[0].endswith("; predicted to pay on a link of any speed")
+    receipt, _ = run(2, told, PAYS, FAST, 1)[0]
+    assert receipt.break_even is None
+    assert "predicted" not in str(receipt)
 
 
 def test_the_report_has_what_explain_shows() -> None:
@@ -104,7 +162,7 @@ def test_the_report_has_what_explain_shows() -> None:
     assert f"Choices of auto: {history(choices)}" in " ".join(got["printed"].split())
 
 
-def predicted_on_unequal_hosts() -> list[float | None]:
+def predicted_on_unequal_hosts() -> dict[str, float | None]:
     """The predictions of this rank, where ranks 0 and 1 share a host, and the others have one each."""
     with mock.patch.dict(os.environ, {"COMMPRESS_HOST": f"host {max(1, dist.get_rank())}"}):
         model = replica()
@@ -114,13 +172,15 @@ def predicted_on_unequal_hosts() -> list[float | None]:
     assert session.step_buffer.auto is not None
     choice = session.step_buffer.auto.search.choice
     assert choice is not None
-    return [trial.predicted for trial in choice.trials]
+    return {trial.spec: trial.predicted for trial in choice.trials}
 
 
 @pytest.mark.slow
 def test_ranks_of_hosts_of_unequal_size_predict_the_same() -> None:
     first, *others = run(4, predicted_on_unequal_hosts)
     assert all(other == first for other in others)
+    assert {"none", "bf16", "int8", "int4"} <= set(first)
+    assert len(set(first.values())) == len(first)  # each spec has a prediction of its own
 
 
 def summed(sizes: tuple[int, ...], *specs: str) -> tuple[Tensor, Tensor, list[tuple[str, int, int]]]:

@@ -58,9 +58,10 @@ def test_small_tensors_are_exact_where_all_others_are_coded_coarsely(given: dict
 
 
 def exact_biases() -> tuple[Any, ...]:
-    """What is left after a few steps by `*: sign`, and the rows of the report by rule."""
-    trained, report = trained_by({"*": "sign"})
-    return trained.parameters, report["rules"]
+    """What is left after a few steps by `*: sign`, the rows of the report by rule, and the values that were not compressed."""
+    model = replica()
+    session = commpress.attach(model, {"*": "sign"})
+    return train(model, range(6)).parameters, session.report().to_dict()["rules"], session.receipt().uncompressed
 
 
 def test_biases_have_their_own_row_beside_a_coarse_spec() -> None:
@@ -70,6 +71,7 @@ def test_biases_have_their_own_row_beside_a_coarse_spec() -> None:
     assert first[1]["norms, biases and small tensors: none"]["values"] == biases
     assert first[1]["norms, biases and small tensors: none"]["ratio"] == 1
     assert first[1]["*: sign"]["ratio"] > 10
+    assert first[2]["norms, biases and small tensors: none"] == biases
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,14 @@ def test_bytes_are_those_of_what_auto_chose_though_it_tries_another_spec_until_t
     assert told.startswith("auto chose int8: 3.1x fewer bytes a step (8.0x with its search)")  # 10,000 to 3,250
 
 
+def test_what_the_guard_has_turned_off_is_told_with_its_cause() -> None:
+    run = compared("auto", 1000, 2.5, 0.2, "auto: none")
+    trials = [{"spec": "none", "measured": 0.2}, {"spec": "int4", "measured": 0.1, "hurt": True}]
+    run["report"]["choices"] = [{"spec": "none", "step": 9, "trials": trials, "cause": "the loss was nan under int4"}]
+    told = gain.headline([("none", PLAIN), ("auto", run)])
+    assert told.startswith("auto chose none, since the loss was nan under int4: the same bytes a step")
+
+
 def test_of_several_runs_the_fastest_that_keeps_the_loss_is_told_and_others_models_say_nothing() -> None:
     fast, kept, other = (
         compared("sign", 30, 3.0, 0.05),
