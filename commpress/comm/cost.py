@@ -9,7 +9,7 @@ share the rank's cores. Pure functions: no process group, and nothing is measure
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -195,6 +195,12 @@ def break_even(
         plain = step(DENSE, buckets, dense, there, compute, itemsize)
         return plain.seconds - step(plan, buckets, speed, there, compute, itemsize).seconds
 
+    return end_of(gain)
+
+
+def end_of(gain: Callable[[float], float]) -> float | None:
+    """Return the bandwidth at which a gain, in seconds by bandwidth, falls to 0: infinite if it never does, None if there is
+    no gain on the slowest link."""
     low, high = SLOWEST, FASTEST
     if gain(high) >= 0:
         return math.inf
