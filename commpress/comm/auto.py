@@ -31,7 +31,7 @@ from commpress.comm.error import ErrorWatch
 from commpress.comm.guard import BUDGET
 from commpress.comm.links import Counted, LinkCounter, Links
 from commpress.comm.parts import pieces
-from commpress.comm.plain_steps import Part, PlainSteps
+from commpress.comm.plain_steps import Part, PlainSteps, slowest_ready, told
 from commpress.comm.plan import Override, Plan
 from commpress.comm.question import Question
 from commpress.comm.said import Said
@@ -99,19 +99,23 @@ def without_pieces(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Model:
-    """The figures behind a prediction: the values of each bucket and of each piece, the codecs' speeds, the cluster, the
-    seconds of computation in a step, and the bytes of a value."""
+    """The figures behind a prediction: the values of each bucket, and of the pieces of each, when each bucket is ready (empty
+    if not known), the codecs' speeds, the cluster, the seconds of computation in a step, and the bytes of a value."""
 
     buckets: list[int]
-    pieces: list[int]
+    pieces: list[list[int]]
+    ready: list[float]
     speeds: dict[str, Speed]
     cluster: Cluster
     compute: float
     itemsize: int
 
-    def exchanges(self, name: str) -> list[int]:
-        """Return the values of each exchange of a step by this candidate."""
-        return self.pieces if name.endswith(IN_PIECES) else self.buckets
+    def exchanges(self, name: str) -> tuple[list[int], list[float]]:
+        """Return the values of each exchange of a step by this candidate, and when it is ready."""
+        if not name.endswith(IN_PIECES):
+            return self.buckets, self.ready
+        ready = [at for pieces, at in zip(self.pieces, self.ready, strict=False) for _ in pieces]
+        return [n for pieces in self.pieces for n in pieces], ready
 
 
 class Auto:
@@ -201,9 +205,12 @@ class Auto:
         return pieces(segments, PIECE // itemsize) if self.search.spec.endswith(IN_PIECES) else [segments]
 
     def explain(self) -> str:
-        """Return the specs that were tried last, and their steps, as a table; then what the links do."""
+        """Return the specs that were tried last, and their steps, as a table; then what the links do, and when buckets are
+        ready."""
         table = explained(self.search, self._collectives.world_size, self._collectives.device)
-        return f"{table}{self._links}" if self.search.choices else table
+        if not self.search.choices:
+            return table
+        return f"{table}{self._links}{'' if self._model is None else told(self._model.ready)}"
 
     def break_even(self) -> float | None:
         """Return the bytes a second of a link above which `none` is predicted to be faster than the choice."""
@@ -241,6 +248,8 @@ class Auto:
                 "busy": busy,
                 "cores": self._cores(),
                 "ranks here": self._ranks_here(),
+                # on an accelerator the host only sees when a bucket was enqueued
+                "ready": self._plain.ready() if self._collectives.device.type == "cpu" else [],
                 "link": self._counter.rates() if self._collectives.traffic.wire.by_message else None,
                 "speeds": {spec: asdict(speed) for spec, speed in self._speeds.items()},
             }
@@ -258,22 +267,18 @@ class Auto:
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
         """Return the predicted seconds of a step by spec: the model's, scaled so that it is right for the plain step."""
         W, found = self._collectives.world_size, [_Told(said) for said in everyone]
-        own = [part for part in self._plain.parts() if part.codec is None]
+        parts = self._plain.parts()
+        own = [(i, part) for i, part in parts if part.codec is None]
         if not own:
             return {PLAIN: plain}
         # hosts may have different numbers of ranks: all ranks predict from one figure
         ranks_per_host = max(one.ranks_here for one in found)
         of_auto, by_rules = (
-            [
-                m
-                for part in self._plain.parts()
-                if (part.codec is None) == mine
-                for m in self._messages(part, ranks_per_host)
-            ]
+            [m for _, part in parts if (part.codec is None) == mine for m in self._messages(part, ranks_per_host)]
             for mine in (True, False)
         )
         sent = of_auto + by_rules
-        busy, exposed = (statistics.fmean(getattr(one, key) for one in found) for key in ("busy", "exposed"))
+        busy = statistics.fmean(one.busy for one in found)
         crossing, moved = sum(m.crossing for m in sent) * cost.FRAME, _moved(sent)
         latency = self._links.latency
         moving = max(busy / 2, busy - latency * sum(m.rounds for m in sent if m.crossing))
@@ -289,13 +294,22 @@ class Auto:
         slowest = {
             spec: max((one.speeds[spec] for one in found), key=lambda speed: speed.encode) for spec in self._speeds
         }
-        # the wait for what rules send stays, whatever auto chooses: it counts as computation
-        compute = max(0.0, plain - exposed * _moved(of_auto) / max(1, moved))
-        buckets, cut = [part.values for part in own], [n for part in own for n in self._piece_values(part)]
-        self._model = _Model(buckets, cut, slowest, cluster, compute, max(part.itemsize for part in own))
+        # the slowest rank waits least, and the wait for what rules send stays whatever auto chooses: both count as computation
+        exposed = min(one.exposed for one in found) * _moved(of_auto) / max(1, moved)
+        compute = max(0.0, plain - exposed)
+        at = slowest_ready([one.ready for one in found], len(self._plain), compute)
+        self._model = _Model(
+            [part.values for _, part in own],
+            [self._piece_values(part) for _, part in own],
+            [at[i] for i, _ in own] if at else [],
+            slowest,
+            cluster,
+            compute,
+            max(part.itemsize for _, part in own),
+        )
         self._links = self._links.with_load([one.link for one in found], crossing / plain)
         seconds = {spec: self._step_seconds(spec, cluster) for spec in self._plans}
-        if len(cut) == len(buckets):  # nothing to cut
+        if all(len(of) == 1 for of in self._model.pieces):  # nothing to cut
             seconds = {name: of for name, of in seconds.items() if not name.endswith(IN_PIECES)}
         return {spec: plain * of / seconds[PLAIN] for spec, of in seconds.items()}
 
@@ -315,8 +329,9 @@ class Auto:
         """Return the seconds of a step by the last model, which must exist, on a cluster."""
         assert self._model is not None
         model, speed = self._model, self._model.speeds[without_pieces(name)]
-        exchanges, cluster = cost.joined(model.exchanges(name), cluster)
-        return cost.step(self._plans[name], exchanges, speed, cluster, model.compute, model.itemsize).seconds
+        values, ready = model.exchanges(name)
+        values, cluster, ready = cost.joined(values, cluster, ready)
+        return cost.step(self._plans[name], values, speed, cluster, model.compute, model.itemsize, ready).seconds
 
 
 def _moved(messages: Sequence[Transfer]) -> int:
@@ -331,6 +346,7 @@ class _Told:
         self.busy, self.exposed, self.cores = (float(str(said[key])) for key in ("busy", "exposed", "cores"))
         self.ranks_here = int(str(said["ranks here"]))
         self.link: Counted = said["link"]  # type: ignore[assignment]
+        self.ready: list[float] = said["ready"]  # type: ignore[assignment]
         rows = said["speeds"]
         assert isinstance(rows, Mapping)
         self.speeds = {

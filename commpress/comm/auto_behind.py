@@ -80,13 +80,19 @@ class AutoBehind(Auto):
         model, candidate = self._model, self._candidates[name]
         buckets, total = model.buckets, sum(model.buckets)
         turns: list[list[int]] = [[] for _ in range(candidate.now)]
+        ready: list[list[float]] = [[] for _ in turns]
         start = 0
-        for n in buckets:
-            turns[start * candidate.now // total].append(n)
+        for i, n in enumerate(buckets):
+            turn = start * candidate.now // total
+            turns[turn].append(n)
+            ready[turn] += model.ready[i : i + 1]
             start += n
         plan, speed, of = (
             self._plans[name],
             model.speeds[candidate.spec],
             (cluster, model.compute, model.itemsize),
         )
-        return fmean(cost.step(plan, turn, speed, *of).seconds if turn else model.compute for turn in turns)
+        return fmean(
+            cost.step(plan, turn, speed, *of, at).seconds if turn else model.compute
+            for turn, at in zip(turns, ready, strict=True)
+        )

@@ -1,6 +1,7 @@
 """What `auto` predicts from, on real ranks: the bytes that plain steps send, and when."""
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -103,10 +104,40 @@ def in_pieces() -> tuple[float | None, Any]:
 def test_pieces_break_even_with_dense_buckets_that_are_whole() -> None:
     even, model = run(2, in_pieces)[0]
     assert even is not None
-    assert len(model.pieces) > len(model.buckets)
+    assert len(model.exchanges("int4" + IN_PIECES)[0]) > len(model.buckets)
     there = replace(model.cluster, bandwidth=even)
-    dense, pieces = (
-        cost.step(auto.Plan.of(spec), exchanges, model.speeds[spec], there, model.compute).seconds
-        for spec, exchanges in (("none", model.buckets), ("int4", model.pieces))
-    )
-    assert pieces == pytest.approx(dense, rel=0.05)
+    seconds = []
+    for spec, name in (("none", "none"), ("int4", "int4" + IN_PIECES)):
+        values, ready = model.exchanges(name)
+        of = cost.step(auto.Plan.of(spec), values, model.speeds[spec], there, model.compute, ready=ready)
+        seconds.append(of.seconds)
+    assert seconds[1] == pytest.approx(seconds[0], rel=0.05)
+
+
+PAUSE = 0.05
+"""Seconds that the backward of one layer waits on one rank."""
+
+
+def held_up() -> tuple[list[float], str]:
+    """When buckets are ready, and what is told of it, if rank 1 is slow before the last bucket, which holds the first layer."""
+    model = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    session = commpress.attach(model)
+    if dist.get_rank() == 1:
+        model.module[1].register_full_backward_hook(
+            lambda module, into, out: time.sleep(PAUSE)
+        )  # before the first layer's
+    train(model, range(60))
+    found = auto_of(session)._model
+    assert found is not None
+    return found.ready, session.explain()
+
+
+def test_a_bucket_is_ready_when_the_slowest_rank_has_it() -> None:
+    (ready, told), other = run(2, held_up)
+    assert other[0] == ready  # the same on all ranks
+    first, *between, last = ready
+    assert first == 0
+    assert between == sorted(between)
+    assert last > between[-1] + 0.8 * PAUSE
+    times = ", ".join(f"{at * 1e3:.3g}" for at in ready)
+    assert f"buckets: {len(ready)}, ready {times} ms after the first one in the plain steps" in told
