@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -24,18 +24,19 @@ from rich.table import Table
 
 from commpress.comm import cost
 from commpress.comm.choice import HEAD, Choice, history, warn_of
-from commpress.comm.codecs import AUTO, parse
+from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.coding import FLOAT_DTYPES, warm_up
-from commpress.comm.cost import Cluster, Speed, transfers
+from commpress.comm.cost import Cluster, Speed, Transfer, transfers
 from commpress.comm.error import ErrorWatch
 from commpress.comm.guard import BUDGET
 from commpress.comm.links import Counted, LinkCounter, Links
 from commpress.comm.parts import pieces
-from commpress.comm.plan import Plan
+from commpress.comm.plain_steps import Part, PlainSteps, slowest_ready, told
+from commpress.comm.plan import Override, Plan
 from commpress.comm.question import Question
 from commpress.comm.said import Said
 from commpress.comm.search import PLAIN, Search
-from commpress.comm.segments import Segments, sizes
+from commpress.comm.segments import Segments
 from commpress.comm.speed import measure
 from commpress.kernels.cpu.slices import cores
 
@@ -98,19 +99,23 @@ def without_pieces(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Model:
-    """The figures behind a prediction: the values of each bucket and of each piece, the codecs' speeds, the cluster, the
-    seconds of computation in a step, and the bytes of a value."""
+    """The figures behind a prediction: the values of each bucket, and of the pieces of each, when each bucket is ready (empty
+    if not known), the codecs' speeds, the cluster, the seconds of computation in a step, and the bytes of a value."""
 
     buckets: list[int]
-    pieces: list[int]
+    pieces: list[list[int]]
+    ready: list[float]
     speeds: dict[str, Speed]
     cluster: Cluster
     compute: float
     itemsize: int
 
-    def exchanges(self, name: str) -> list[int]:
-        """Return the values of each exchange of a step by this candidate."""
-        return self.pieces if name.endswith(IN_PIECES) else self.buckets
+    def exchanges(self, name: str) -> tuple[list[int], list[float]]:
+        """Return the values of each exchange of a step by this candidate, and when it is ready."""
+        if not name.endswith(IN_PIECES):
+            return self.buckets, self.ready
+        ready = [at for pieces, at in zip(self.pieces, self.ready, strict=False) for _ in pieces]
+        return [n for pieces in self.pieces for n in pieces], ready
 
 
 class Auto:
@@ -146,8 +151,7 @@ class Auto:
         """The question by which the ranks exchange their figures in the present step; None in most steps."""
         self.watch: ErrorWatch | None = None
         """The watch that measures the error of the present step; None if it is not measured."""
-        self._buckets: list[tuple[Segments, int]] = []
-        """The buckets of this step, and the bytes of their values."""
+        self._plain = PlainSteps()
         self._mark = (0, 0.0, 0.0)
         self._model: _Model | None = None
         """The last prediction; None before the first one."""
@@ -175,6 +179,8 @@ class Auto:
             self._asked += time.perf_counter() - now
         elif self._began is not None:
             warms_up = self.search.state == "warm up"
+            if self.search.state == "plain":
+                self._plain.end_step()
             if self.search.note(now - self._began, error, residual, self._exchanged()):
                 self._question = collectives.traffic.send_question(self._said(), "how long the steps took")
                 self._asked = time.perf_counter() - now
@@ -183,23 +189,31 @@ class Auto:
         plan = self._plans[self.search.spec]
         collectives.gradients = plan
         self.watch = ErrorWatch(plan.codec) if self.search.checks else None
-        self._buckets.clear()
         self._busy = collectives.traffic.spent("gradients")[1]
+        self._plain.begin_step()
         self._began = time.perf_counter()
         warn_of(chosen, collectives.rank == 0)  # last: a warning may be an error
 
-    def note_bucket(self, segments: Segments, itemsize: int) -> None:
-        """Note a bucket of this step, and the bytes of one of its values."""
-        self._buckets.append((segments, itemsize))
+    def note_bucket(self, parts: Sequence[tuple[Segments, Codec | None]], itemsize: int) -> None:
+        """Note a bucket of this step that is sent now: its parts, each with its rule's codec, or None where `auto` decides, and
+        the bytes of one of its values."""
+        collectives = self._collectives
+        if self.search.state != "plain" or self._question is not None or collectives.send_dense:
+            return
+        values = collectives.feedback.masks.total
+        self._plain.note([Part(segments, values(segments), itemsize, codec) for segments, codec in parts])
 
     def cut(self, segments: Segments, itemsize: int) -> list[Segments]:
         """Return the pieces in which a bucket of this step is sent."""
         return pieces(segments, PIECE // itemsize) if self.search.spec.endswith(IN_PIECES) else [segments]
 
     def explain(self) -> str:
-        """Return the specs that were tried last, and their steps, as a table; then what the links do."""
+        """Return the specs that were tried last, and their steps, as a table; then what the links do, and when buckets are
+        ready."""
         table = explained(self.search, self._collectives.world_size, self._collectives.device)
-        return f"{table}{self._links}" if self.search.choices else table
+        if not self.search.choices:
+            return table
+        return f"{table}{self._links}{'' if self._model is None else told(self._model.ready)}"
 
     def break_even(self) -> tuple[str, float] | None:
         """Return the choice and the bytes a second of a link above which `none` is predicted to be faster than it. If `none` is
@@ -216,9 +230,11 @@ class Auto:
         return None if first is None else (first, min(found_by[first], model.cluster.bandwidth))
 
     def _break_even_of(self, name: str, model: _Model) -> float | None:
-        speed, dense = model.speeds[without_pieces(name)], model.speeds[PLAIN]
-        arguments = model.cluster, model.compute, model.itemsize
-        return cost.break_even(self._plans[name], model.exchanges(name), speed, dense, *arguments)
+        def gain(bandwidth: float) -> float:
+            there = replace(model.cluster, bandwidth=bandwidth)
+            return self._step_seconds(PLAIN, there) - self._step_seconds(name, there)
+
+        return cost.end_of(gain)
 
     # the figures that the ranks exchange
 
@@ -226,6 +242,7 @@ class Auto:
         """Begin to count the seconds and the link's bytes of a turn."""
         self._mark = self._totals()
         self._counter.start()
+        self._plain.clear()
 
     def _totals(self) -> tuple[int, float, float]:
         return self.search.steps, *self._collectives.traffic.spent("gradients")
@@ -241,6 +258,8 @@ class Auto:
                 "busy": busy,
                 "cores": self._cores(),
                 "ranks here": self._ranks_here(),
+                # on an accelerator the host only sees when a bucket was enqueued
+                "ready": self._plain.ready() if self._collectives.device.type == "cpu" else [],
                 "link": self._counter.rates() if self._collectives.traffic.wire.by_message else None,
                 "speeds": {spec: asdict(speed) for spec, speed in self._speeds.items()},
             }
@@ -265,20 +284,21 @@ class Auto:
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
         """Return the predicted seconds of a step by spec: the model's, scaled so that it is right for the plain step."""
         W, found = self._collectives.world_size, [_Told(said) for said in everyone]
-        if not self._buckets:
+        parts = self._plain.parts()
+        own = [(i, part) for i, part in parts if part.codec is None]
+        if not own:
             return {PLAIN: plain}
-        buckets, itemsize = [sum(sizes(of)) for of, _ in self._buckets], max(size for _, size in self._buckets)
         # hosts may have different numbers of ranks: all ranks predict from one figure
         ranks_per_host = max(one.ranks_here for one in found)
-        dense = [
-            m
-            for n, (_, size) in zip(buckets, self._buckets, strict=True)
-            for m in transfers(self._plans[PLAIN].choose(n, size, W), n, size, W, 0, ranks_per_host)
-        ]
-        busy, exposed = (statistics.fmean(getattr(one, key) for one in found) for key in ("busy", "exposed"))
-        crossing, moved = sum(m.crossing for m in dense) * cost.FRAME, sum(m.sent + m.received for m in dense)
+        of_auto, by_rules = (
+            [m for _, part in parts if (part.codec is None) == mine for m in self._messages(part, ranks_per_host)]
+            for mine in (True, False)
+        )
+        sent = of_auto + by_rules
+        busy = statistics.fmean(one.busy for one in found)
+        crossing, moved = sum(m.crossing for m in sent) * cost.FRAME, _moved(sent)
         latency = self._links.latency
-        moving = max(busy / 2, busy - latency * sum(m.rounds for m in dense if m.crossing))
+        moving = max(busy / 2, busy - latency * sum(m.rounds for m in sent if m.crossing))
         cluster = Cluster(
             W,
             bandwidth=crossing / moving if crossing and moving else cost.FASTEST,
@@ -291,20 +311,49 @@ class Auto:
         slowest = {
             spec: max((one.speeds[spec] for one in found), key=lambda speed: speed.encode) for spec in self._speeds
         }
-        piece_values = [sum(sizes(piece)) for of, size in self._buckets for piece in pieces(of, PIECE // size)]
-        self._model = _Model(buckets, piece_values, slowest, cluster, max(0.0, plain - exposed), itemsize)
+        # the slowest rank waits least, and the wait for what rules send stays whatever auto chooses: both count as computation
+        exposed = min(one.exposed for one in found) * _moved(of_auto) / max(1, moved)
+        compute = max(0.0, plain - exposed)
+        at = slowest_ready([one.ready for one in found], len(self._plain), compute)
+        self._model = _Model(
+            [part.values for _, part in own],
+            [self._piece_values(part) for _, part in own],
+            [at[i] for i, _ in own] if at else [],
+            slowest,
+            cluster,
+            compute,
+            max(part.itemsize for _, part in own),
+        )
         self._links = self._links.with_load([one.link for one in found], crossing / plain)
-        seconds = {spec: self._step_seconds(spec) for spec in self._plans}
-        if len(piece_values) == len(buckets):  # nothing to cut
+        seconds = {spec: self._step_seconds(spec, cluster) for spec in self._plans}
+        if all(len(of) == 1 for of in self._model.pieces):  # nothing to cut
             seconds = {name: of for name, of in seconds.items() if not name.endswith(IN_PIECES)}
         return {spec: plain * of / seconds[PLAIN] for spec, of in seconds.items()}
 
-    def _step_seconds(self, name: str) -> float:
-        """Return the seconds of a step by the last model, which must exist."""
+    def _messages(self, part: Part, ranks_per_host: int) -> tuple[Transfer, ...]:
+        """Return the messages of a part of a bucket in a plain step."""
+        W, n, itemsize = self._collectives.world_size, part.values, part.itemsize
+        override = None if part.codec is None else Override(part.codec)
+        choice = self._plans[PLAIN].choose(n, itemsize, W, override, part.segments)
+        return transfers(choice, n, itemsize, W, 0, ranks_per_host)
+
+    def _piece_values(self, part: Part) -> list[int]:
+        """Return the values of the pieces of a bucket; those that masks leave empty are not sent."""
+        masks = self._collectives.feedback.masks
+        return [n for piece in pieces(part.segments, PIECE // part.itemsize) if (n := masks.total(piece))]
+
+    def _step_seconds(self, name: str, cluster: Cluster) -> float:
+        """Return the seconds of a step by the last model, which must exist, on a cluster."""
         assert self._model is not None
         model, speed = self._model, self._model.speeds[without_pieces(name)]
-        exchanges, cluster = cost.joined(model.exchanges(name), model.cluster)
-        return cost.step(self._plans[name], exchanges, speed, cluster, model.compute, model.itemsize).seconds
+        values, ready = model.exchanges(name)
+        values, cluster, ready = cost.joined(values, cluster, ready)
+        return cost.step(self._plans[name], values, speed, cluster, model.compute, model.itemsize, ready).seconds
+
+
+def _moved(messages: Sequence[Transfer]) -> int:
+    """Return the bytes that a rank sends and receives by these messages."""
+    return sum(m.sent + m.received for m in messages)
 
 
 class _Told:
@@ -314,6 +363,7 @@ class _Told:
         self.busy, self.exposed, self.cores = (float(str(said[key])) for key in ("busy", "exposed", "cores"))
         self.ranks_here = int(str(said["ranks here"]))
         self.link: Counted = said["link"]  # type: ignore[assignment]
+        self.ready: list[float] = said["ready"]  # type: ignore[assignment]
         rows = said["speeds"]
         assert isinstance(rows, Mapping)
         self.speeds = {

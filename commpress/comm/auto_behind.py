@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from commpress.comm import cost
 from commpress.comm.auto import Auto, _Model
+from commpress.comm.cost import Cluster
 from commpress.comm.optimizer_hooks import Candidate, OptimizerHooks
 from commpress.comm.plan import Plan
 from commpress.comm.said import Said
@@ -69,20 +70,26 @@ class AutoBehind(Auto):
         self._look_up()
         return super()._predicted(everyone, plain)
 
-    def _step_seconds(self, name: str) -> float:
-        """Return the seconds of a step by the last model; with local steps the mean over an interval, in which each bucket is
-        sent once."""
+    def _step_seconds(self, name: str, cluster: Cluster) -> float:
+        """Return the seconds of a step by the last model, on a cluster; with local steps the mean over an interval, in which
+        each bucket is sent once."""
         assert self._model is not None
         model, candidate = self._model, self._candidates[name]
         buckets, total = model.buckets, sum(model.buckets)
         turns: list[list[int]] = [[] for _ in range(candidate.now)]
+        ready: list[list[float]] = [[] for _ in turns]
         start = 0
-        for n in filter(None, buckets):
-            turns[start * candidate.now // total].append(n)
+        for i, n in enumerate(buckets):
+            turn = start * candidate.now // total
+            turns[turn].append(n)
+            ready[turn] += model.ready[i : i + 1]
             start += n
         plan, speed, of = (
             self._plans[name],
             model.speeds[candidate.spec],
-            (model.cluster, model.compute, model.itemsize),
+            (cluster, model.compute, model.itemsize),
         )
-        return fmean(cost.step(plan, turn, speed, *of).seconds if turn else model.compute for turn in turns)
+        return fmean(
+            cost.step(plan, turn, speed, *of, at).seconds if turn else model.compute
+            for turn, at in zip(turns, ready, strict=True)
+        )

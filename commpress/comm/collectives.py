@@ -160,9 +160,9 @@ class Collectives:
         exchange = self._overridden(override, x, segments, memory, encoder, exchange, sees_all)
         collective = plan.exchange is not NO_EXCHANGE or self.grad_scaler is not None
         if step is not None and step.error is not None and W > 1 and collective:
-            sampled = DENSE if named or kept_index is not None else plan.codec  # pruned values are 0, not a mean
+            sampled = DENSE if named else plan.codec
             told = self.traffic.labels.next(f"a sample of bucket {index}")
-            exchange = step.error.watch(exchange, x, sampled, memory, self._wire, told)
+            exchange = step.error.watch(exchange, x, sampled, memory, self._wire, told, kept_index)
 
         dense = ring_bytes(x.nbytes, W) if dense_bytes is None else dense_bytes
         is_complex = given.is_complex() or bool(segments and segments[0].name in self.pairs)

@@ -9,7 +9,7 @@ share the rank's cores. Pure functions: no process group, and nothing is measure
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
@@ -140,28 +140,47 @@ def feedback_bytes(plan: Plan, buckets: Sequence[int], world_size: int, itemsize
 
 
 def step(
-    plan: Plan, buckets: Sequence[int], speed: Speed, cluster: Cluster, compute: float = 0.0, itemsize: int = 4
+    plan: Plan,
+    buckets: Sequence[int],
+    speed: Speed,
+    cluster: Cluster,
+    compute: float = 0.0,
+    itemsize: int = 4,
+    ready: Sequence[float] = (),
 ) -> Step:
     """Predict a step whose computation takes `compute` seconds; with 0 only the communication, all buckets ready at once.
 
-    `buckets` are the numbers of values in each. A plan of `none` is plain DDP.
+    `buckets` are the numbers of values in each. A plan of `none` is plain DDP. `ready` are the seconds at which each bucket is
+    ready, from any moment of backward on, if they were measured; else backward takes `BACKWARD` of the computation, and each
+    bucket its share of the values.
     """
     W = cluster.world_size
     if W == 1:
         return Step(compute, 0.0, 0)
-    backward, total = BACKWARD * compute, sum(buckets)
-    jobs = [_job(plan.choose(n, itemsize, W), n, itemsize, speed, cluster, backward * n / total) for n in buckets]
+    if ready:
+        backward, fills = ready[-1], [after - before for before, after in itertools.pairwise((0.0, *ready))]
+    else:
+        backward, total = BACKWARD * compute, sum(buckets)
+        fills = [backward * n / total for n in buckets]
+    jobs = [
+        _job(plan.choose(n, itemsize, W), n, itemsize, speed, cluster, fill)
+        for n, fill in zip(buckets, fills, strict=True)
+    ]
     end = _Simulation(jobs, cluster).run()
     filled = jobs[-1].fill.finished
     assert filled is not None
     return Step(compute - backward + end, end - filled, sent_bytes(plan, buckets, W, 0, itemsize))
 
 
-def joined(buckets: Sequence[int], cluster: Cluster) -> tuple[list[int], Cluster]:
-    """Return at most MOST_BUCKETS buckets, each several of these if they are more, and the cluster with their latencies."""
+def joined(
+    buckets: Sequence[int], cluster: Cluster, ready: Sequence[float] = ()
+) -> tuple[list[int], Cluster, list[float]]:
+    """Return at most MOST_BUCKETS buckets, each several of these if they are more, the cluster with their latencies, and when
+    each is ready, if `ready` has that."""
     each = max(1, -(-len(buckets) // MOST_BUCKETS))
     together = [sum(buckets[i : i + each]) for i in range(0, len(buckets), each)]
-    return together, replace(cluster, latency=cluster.latency * each)
+    ends = [max(ready[i : i + each]) for i in range(0, len(ready), each)]
+    return together, replace(cluster, latency=cluster.latency * each), ends
 
 
 def slowest(median: float, upper_quartile: float, world_size: int) -> float:
@@ -188,13 +207,19 @@ def break_even(
     Infinite if no link is fast enough for that, None if the plan is faster on none. `cluster.bandwidth` does not matter.
     With very many buckets, several are simulated as one, with their latencies.
     """
-    buckets, cluster = joined(buckets, cluster)
+    buckets, cluster, _ = joined(buckets, cluster)
 
     def gain(bandwidth: float) -> float:
         there = replace(cluster, bandwidth=bandwidth)
         plain = step(DENSE, buckets, dense, there, compute, itemsize)
         return plain.seconds - step(plan, buckets, speed, there, compute, itemsize).seconds
 
+    return end_of(gain)
+
+
+def end_of(gain: Callable[[float], float]) -> float | None:
+    """Return the bandwidth at which a gain, in seconds by bandwidth, falls to 0: infinite if it never does, None if there is
+    no gain on the slowest link."""
     low, high = SLOWEST, FASTEST
     if gain(high) >= 0:
         return math.inf

@@ -20,7 +20,7 @@ process group: its owner gives it the seconds of a step, and the ranks' figures.
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 

@@ -193,7 +193,7 @@ class Session:
             return receipt(self.report(), None, self._spec, counted, None)
         whole = budget(self._spec) is not None
         spec = auto.search.named if whole else f"{self._spec} ({auto.search.named})"
-        return receipt(self.report(), auto.search.choice, spec, counted, auto.break_even(), whole)
+        return receipt(self.report(), auto.search.choice, spec, counted, auto.break_even() if whole else None, whole)
 
     def report(self) -> Report:
         """Return bytes and seconds so far, on this rank, and what `auto` has chosen. Gradients and parameters have separate

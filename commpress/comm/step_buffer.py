@@ -86,8 +86,6 @@ class StepBuffer:
         if self._begins:
             self._begin()
         self._begins = last
-        if self.auto is not None:
-            self.auto.note_bucket(segments, real_view(bucket).element_size())
         if self.optimizer is not None:
             self.optimizer.on_bucket(bucket, segments)
         if last and self._backward_started is not None:
@@ -184,6 +182,10 @@ class StepBuffer:
     ) -> Work:
         """Exchange a bucket, or the parts of it that are sent in this step, by the optimizer's override for each."""
         collectives, step, optimizer = self.collectives, self._current, self.optimizer
+        if self.auto is not None:
+            rules = self.rules
+            apart = None if rules is None else rules.parts(segments, self.step_of_run)
+            self.auto.note_bucket(apart or [(segments, None)], real_view(x).element_size())
         if self.rules is not None:
             return self._send_by_rules(self.rules, x, segments, index, last, then)
         if optimizer is None:

@@ -143,6 +143,29 @@ def test_two_buckets_by_hand() -> None:
     assert (shared.seconds, shared.exposed) == (pytest.approx(2 + 10.5), pytest.approx(5.5))
 
 
+def test_buckets_whose_time_is_known_by_hand() -> None:
+    """As above, but the second bucket is ready 3 s after the first one. When backward began does not matter:
+
+    backward 0-3   encode 0-1 3-4   link 1-4 4-7   decode 4-4.5 7-7.5
+    """
+    n, plan = 1_000_000, Plan.of("int8", "one_shot")
+    speed = Speed(1e-6, (0.3e-6, 0.2e-6), (0.0, 0.0))
+    there = Cluster(2, plan.codec.nbytes(n) * cost.FRAME / 3)
+    for began in (0.0, 2.0):
+        got = cost.step(plan, [n, n], speed, there, 6.0, ready=[began, began + 3])
+        assert (got.seconds, got.exposed) == (pytest.approx(6 - 3 + 7.5), pytest.approx(4.5))
+    by_shares = cost.step(plan, [n, n], speed, there, 6.0)
+    assert cost.step(plan, [n, n], speed, there, 6.0, ready=[2.0, 4.0]) == by_shares
+
+
+def test_very_many_buckets_are_simulated_as_a_few_that_are_ready_with_their_last() -> None:
+    n, there = 2 * cost.MOST_BUCKETS, Cluster(2, 1e9, latency=1e-3)
+    values, cluster, ready = cost.joined([5] * n, there, [0.1 * i for i in range(n)])
+    assert (len(values), sum(values), cluster.latency) == (cost.MOST_BUCKETS, 5 * n, 2e-3)
+    assert ready == pytest.approx([0.1 * i for i in range(1, n, 2)])
+    assert cost.joined([5, 5], there) == ([5, 5], there, [])
+
+
 def test_cores_are_shared_so_that_no_work_is_lost() -> None:
     """On one core a step cannot be shorter than all of its work, and with cores to spare nothing is taken from backward."""
     plan, total = Plan.of("int4"), sum(MODEL)

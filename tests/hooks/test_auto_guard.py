@@ -37,24 +37,32 @@ def parameters_of_gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def watched(spec: str) -> tuple[float | None, float]:
-    """The error of a step's means as it is noted, and what it is."""
+def prune(session: commpress.Session, model: DistributedDataParallel) -> Tensor:
+    """Prune half of all matrices; returns which values are kept, as `parameters_of_gradient` has them."""
+    kept = {name: p > 0 if p.dim() > 1 else torch.ones_like(p).bool() for name, p in model.module.named_parameters()}
+    session.set_masks({name: mask for name, mask in kept.items() if mask.dim() > 1})
+    return torch.cat([mask.flatten() for mask in kept.values()])
+
+
+def watched(spec: str, masked: bool) -> tuple[float | None, float]:
+    """The error of a step's means as it is noted, and what it is of the values that are sent."""
     model, plain = replica(), replica()
     session = commpress.attach(model)
+    kept = prune(session, model) if masked else slice(None)
     auto, search = auto_of(session), Scripted(spec, spec)
     search.checks = True
     auto.search = search  # type: ignore[assignment]
     for one in (model, plain):
         loss_of(one, 0).backward()
-    got, dense = (parameters_of_gradient(one) for one in (model, plain))
+    got, dense = (parameters_of_gradient(one)[kept] for one in (model, plain))
     assert auto.watch is not None
     return auto.watch.error(), float((got - dense).norm() / dense.norm())
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_error_that_is_noted_is_that_of_the_means(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "masked"), [(2, False), (3, False), slow(2, True), (3, True)])
+def test_the_error_that_is_noted_is_that_of_the_means(world_size: int, masked: bool) -> None:
     for spec in ("int4", "int8", "bf16"):
-        for noted, true in run(world_size, watched, spec):
+        for noted, true in run(world_size, watched, spec, masked):
             assert noted == pytest.approx(true, rel=0.2)  # it has a sample of each bucket
 
 
@@ -79,10 +87,11 @@ def test_gradients_that_are_not_finite_say_nothing_of_a_codec() -> None:
         assert run(2, overflown, spec) == [None, None]
 
 
-def watched_residual(spec: str) -> tuple[float | None, float]:
+def watched_residual(spec: str, masked: bool) -> tuple[float | None, float]:
     """The residual as it is noted on this rank, and what it is of all ranks together."""
     model = replica()
     session = commpress.attach(model)
+    kept = prune(session, model) if masked else slice(None)
     auto, search = auto_of(session), Scripted(*[spec] * 5)
     search.checks = True
     auto.search = search  # type: ignore[assignment]
@@ -95,16 +104,16 @@ def watched_residual(spec: str) -> tuple[float | None, float]:
     bare = network()
     bare.load_state_dict(model.module.state_dict())
     loss_of(bare, 3).backward()
-    squares = torch.stack([held, parameters_of_gradient(bare).double().square().sum()])
+    squares = torch.stack([held, parameters_of_gradient(bare)[kept].double().square().sum()])
     loss_of(model, 3).backward()
     dist.all_reduce(squares)
     assert auto.watch is not None
     return auto.watch.residual(), float((squares[0] / squares[1]).sqrt())
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_residual_that_is_noted_is_that_of_all_ranks_together(world_size: int) -> None:
-    found = run(world_size, watched_residual, "int4")
+@pytest.mark.parametrize(("world_size", "masked"), [(2, False), (3, False), (2, True), slow(3, True)])
+def test_the_residual_that_is_noted_is_that_of_all_ranks_together(world_size: int, masked: bool) -> None:
+    found = run(world_size, watched_residual, "int4", masked)
     assert len({noted for noted, _ in found}) == 1
     for noted, true in found:
         assert noted == pytest.approx(true, rel=0.2)
