@@ -177,9 +177,13 @@ class Search:
     def said(self) -> dict[str, object]:
         """Return what this rank tells the others: figures since the search began, or since the last check, by spec, and the
         mean of its losses since it told them last."""
-        seconds, exchanges = (medians(of, self.period) for of in (self._seconds, self._exchanges))
-        told = {"medians": seconds, "turns": self.turns(), "exchanges": exchanges}
+        exchanges = medians(self._exchanges, self.period)
+        told = {"medians": self.medians(), "turns": self.turns(), "exchanges": exchanges}
         return {**told, **self._figures, "loss": self._guard.loss.mean()}
+
+    def medians(self) -> dict[str, float]:
+        """Return the median seconds of a step, by spec."""
+        return medians(self._seconds, self.period)
 
     def turns(self) -> dict[str, list[float]]:
         """Return the fastest step of each turn in the rounds so far, by spec: a pause of the machine does not shift it."""

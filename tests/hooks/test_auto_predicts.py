@@ -87,7 +87,7 @@ def test_a_break_even_is_only_told_where_auto_decides_for_all() -> None:
     assert by_rules.break_even is None
 
 
-def in_pieces() -> tuple[float | None, Any]:
+def in_pieces() -> tuple[tuple[str, float] | None, Any]:
     with mock.patch.object(auto, "PIECE", 4000):
         model = DistributedDataParallel(network())  # one bucket
         session = commpress.attach(model)
@@ -102,8 +102,10 @@ def in_pieces() -> tuple[float | None, Any]:
 
 
 def test_pieces_break_even_with_dense_buckets_that_are_whole() -> None:
-    even, model = run(2, in_pieces)[0]
-    assert even is not None
+    found, model = run(2, in_pieces)[0]
+    assert found is not None
+    spec, even = found
+    assert spec == "int4" + IN_PIECES
     assert len(model.exchanges("int4" + IN_PIECES)[0]) > len(model.buckets)
     there = replace(model.cluster, bandwidth=even)
     seconds = []

@@ -19,6 +19,6 @@ class Scripted:
 
     choice = None
 
-    def note(self, seconds: float, *figures: float | None) -> bool:
+    def note(self, seconds: float, *figures: float | None, exchange: float | None = None) -> bool:
         self.steps += 1
         return False
