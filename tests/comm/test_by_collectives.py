@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -306,7 +307,9 @@ def held_for_the_stream(spec: str, parameters: str, sends: str) -> tuple[set[str
 
     The memory of a tensor that it has not recorded is allocated anew once the caller drops it.
     """
-    collectives = Collectives(dist.group.WORLD, CPU, Plan.of(spec), Plan.of(parameters, None), verify=0)
+    of_parameters = Plan.of(parameters.removeprefix("delta|"), None)
+    of_parameters = replace(of_parameters, delta=parameters.startswith("delta|"))
+    collectives = Collectives(dist.group.WORLD, CPU, Plan.of(spec), of_parameters, verify=0)
     collectives.traffic.wire.by_message = False
     collectives.traffic._sequencer._stream = SideStream()  # type: ignore[assignment]
     me, W, n = collectives.rank, collectives.world_size, 512

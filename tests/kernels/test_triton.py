@@ -202,7 +202,7 @@ def test_what_starts_the_kernels_asks_for_no_value_of_a_tensor() -> None:
             return function(*args, **(kwargs or {}))
 
     waiting: dict[str, set[str]] = {}
-    with triton_code.instead_of_launching(90, lambda *_, **__: None):
+    with triton_code.as_on_cuda(lambda *_, **__: None):
         for op, run in triton_code.ops(5000):
             names: set[str] = set()
             with Ran(), nothing_is_asked():  # what torch runs of `tolist` or `numpy` on a CPU shows in no name

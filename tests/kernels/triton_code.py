@@ -153,8 +153,19 @@ def keys(n: int, count: int = 4, start: int = 0) -> dict[str, list[tuple[object,
 
 
 @contextlib.contextmanager
+def as_on_cuda(note: Callable[..., object]) -> Iterator[None]:
+    """Run the operations of codecs on CPU tensors as on CUDA, and give `note` what is to be launched."""
+
+    def looked_up(op: str, word: str | None, device: str) -> Any:
+        return table.KERNELS.get((op, word, "cuda"))
+
+    with instead_of_launching(90, note), mock.patch.object(coding, "lookup", looked_up):
+        yield
+
+
+@contextlib.contextmanager
 def noted_keys() -> Iterator[set[tuple[object, ...]]]:
-    """Run the operations of codecs on CPU tensors as on CUDA, but only note what Triton compiles for them."""
+    """Run as on CUDA, but only note what Triton compiles."""
     found: set[tuple[object, ...]] = set()
 
     def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
@@ -162,10 +173,7 @@ def noted_keys() -> Iterator[set[tuple[object, ...]]]:
         _, specialization, _ = binder(*arguments, **(launch.OPTIONS | constants))
         found.add((kernel.fn.__module__, kernel.fn.__name__, *map(str, specialization)))
 
-    def looked_up(op: str, word: str | None, device: str) -> Any:
-        return table.KERNELS.get((op, word, "cuda"))
-
-    with instead_of_launching(90, note), mock.patch.object(coding, "lookup", looked_up):
+    with as_on_cuda(note):
         yield found
 
 
