@@ -48,7 +48,7 @@ class Again:
         self._last: Choice | None = None
         """The choice that was in use at the last check."""
         self._exchange: float | None = None
-        """Seconds of a step's exchanges at the first check of that choice."""
+        """Seconds of a step's exchanges when that choice was made or, where they were not known then, at its first check."""
 
     def begin(self, step: int) -> None:
         """Note that a search begins after this step."""
@@ -59,13 +59,19 @@ class Again:
         """Count a step by this spec."""
         self._steps[spec] += 1
 
-    def found(self, step: int, choice: Choice, same: bool) -> None:
-        """Note the result of a search at this step: the codec of before, or another."""
+    def found(self, step: int, choice: Choice, same: bool, exchange: float | None) -> None:
+        """Note the result of a search at this step: what it found before, or another codec. A step's exchanges took so many
+        seconds."""
+        self.compare_with(choice, exchange)
         if not same:
             self._wait, self._drifts_from = 0, 0
         elif self._by_drift:
             self._wait = min(max(FIRST_WAIT, 2 * self._wait), max(WAIT, self._paid(choice)))
             self._drifts_from = step + self._wait
+
+    def compare_with(self, choice: Choice, exchange: float | None) -> None:
+        """Compare the coming steps with this choice, whose exchanges take so many seconds a step; None if that is not known."""
+        self._last, self._exchange = choice, exchange
 
     def is_due(
         self, step: int, choice: Choice, seconds: float, exchange: float | None, comes_back: Iterable[int]
@@ -84,8 +90,8 @@ class Again:
     def _has_drifted(self, choice: Choice, seconds: float, exchange: float | None) -> bool:
         then = choice.seconds(choice.spec)
         assert then is not None
-        if choice is not self._last:
-            self._last, self._exchange = choice, exchange
+        if choice is not self._last or self._exchange is None:
+            self.compare_with(choice, exchange)
         if not then / DRIFT < seconds < then * DRIFT:
             return True
         before = self._exchange

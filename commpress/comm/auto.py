@@ -30,7 +30,7 @@ from commpress.comm.cost import Cluster, Speed, Transfer, transfers
 from commpress.comm.error import ErrorWatch
 from commpress.comm.guard import BUDGET
 from commpress.comm.links import Counted, LinkCounter, Links
-from commpress.comm.parts import pieces
+from commpress.comm.parts import IN_PIECES, PIECE, pieces, without_pieces
 from commpress.comm.plain_steps import Part, PlainSteps, slowest_ready, told
 from commpress.comm.plan import Override, Plan
 from commpress.comm.question import Question
@@ -45,10 +45,6 @@ if TYPE_CHECKING:
 
 SPECS = (PLAIN, "bf16", "int8", "int4")
 """The specs that `auto` may choose, the gentlest first."""
-PIECE = 4_000_000
-"""The bytes of a piece of a bucket, about."""
-IN_PIECES = f" in {PIECE / 1e6:g} MB"
-"""What is added to the name of a spec whose buckets are sent in pieces."""
 TIMED = 2**20
 """The number of values with which a codec is timed when a session is made."""
 UNSEEN = (
@@ -90,11 +86,6 @@ def compile_loops(device: torch.device, dtypes: Collection[torch.dtype]) -> None
     for dtype in (dtype for dtype in FLOAT_DTYPES if dtype in dtypes):
         for spec in SPECS:
             warm_up(parse(spec), device, dtype)
-
-
-def without_pieces(name: str) -> str:
-    """Return the spec of a candidate, such as `int4` of `int4 in 4 MB`."""
-    return name.removesuffix(IN_PIECES)
 
 
 @dataclass(frozen=True)
@@ -223,7 +214,7 @@ class Auto:
             return None  # there is no link between hosts
         if choice.spec != PLAIN:
             found = self._break_even_of(choice.spec, model)
-            return None if found is None else (choice.spec, found)
+            return None if found is None else (choice.spec, max(found, model.cluster.bandwidth))  # it was measured here
         others = [t for t in choice.trials if t.spec != PLAIN and self.search.codec(t.spec) == t.spec and not t.hurt]
         found_by = {t.spec: at for t in others if (at := self._break_even_of(t.spec, model)) is not None}
         first = max(found_by, key=found_by.__getitem__, default=None)

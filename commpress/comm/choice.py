@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from commpress.comm.parts import without_pieces
 from commpress.notice import warn
 
 HEAD = ("spec", "predicted ms a step", "measured ms a step", "error", "residual", "")
@@ -13,8 +14,8 @@ HEAD = ("spec", "predicted ms a step", "measured ms a step", "error", "residual"
 @dataclass
 class Trial:
     """One spec: its predicted step and the median of its measured steps, in seconds, and its largest measured error and
-    residual; None if there is none. `hurt` says that it was replaced or dropped because it hurt. `step` is the last step of the
-    search or the duel whose seconds these are."""
+    residual; None if there is none. `hurt` says that it was replaced or dropped because it hurt, `banned` that the search might
+    not try it since it had hurt before. `step` is the last step of the search or the duel whose seconds these are."""
 
     spec: str
     predicted: float | None = None
@@ -23,6 +24,7 @@ class Trial:
     residual: float | None = None
     hurt: bool = False
     step: int | None = None
+    banned: bool = False
 
 
 @dataclass
@@ -76,13 +78,13 @@ class Choice:
 def cause_of(choices: Sequence[Choice]) -> str:
     """Return how specs hurt that the last choice does without; "" if time alone has decided.
 
-    The specs count as good again once a later search has measured them and they did not hurt.
+    The codecs count as good again once a later search might try them and they did not hurt.
     """
     good: set[str] = set()
     for choice in reversed(choices):
-        if choice.cause and not {trial.spec for trial in choice.trials if trial.hurt} <= good:
+        if choice.cause and not {without_pieces(trial.spec) for trial in choice.trials if trial.hurt} <= good:
             return choice.cause
-        good |= {trial.spec for trial in choice.trials if trial.measured is not None and not trial.hurt}
+        good |= {without_pieces(trial.spec) for trial in choice.trials if not (trial.hurt or trial.banned)}
     return ""
 
 

@@ -15,7 +15,7 @@ of them. Uncompressed sharded traffic uses the group's own collective and has it
 reduce-scatter covers the whole gradient on every rank: W m values of float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -75,7 +75,8 @@ class Collectives:
 
     `gradients` is the plan of all_reduce and reduce_scatter, `parameters` that of all_gather and broadcast. `role` is the
     name of all_reduce's traffic in the report. Every `verify` steps (0: never), and in the first three, the ranks compare
-    hashes of the results, and payloads have checksums. Under a `grad_scaler` feedback follows its scale.
+    hashes of the results, and payloads have checksums. Under a `grad_scaler` feedback follows its scale. Kernels are compiled
+    for gradients of `dtypes`; without any, for those that the device may have.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Collectives:
         role: str = "gradients",
         verify: int = EVERY,
         grad_scaler: GradScaler | None = None,
+        dtypes: Collection[torch.dtype] = (),
     ) -> None:
         self.group, self.device = group, device
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -109,7 +111,7 @@ class Collectives:
         if self.world_size > 1:
             self._wire = self.traffic.wire
             for plan in (gradients, parameters):
-                for dtype in gradient_dtypes(device):
+                for dtype in dtypes or gradient_dtypes(device):
                     warm_up(plan.codec, device, dtype)
                 plan.join(self._wire)
 

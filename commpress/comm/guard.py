@@ -61,7 +61,7 @@ class LossWatch:
     def forget(self) -> None:
         """Start anew: what comes next is the usual loss."""
         self._mean, self._spread, self._looks = 0.0, 0.0, 0
-        self._broke_under: tuple[str, ...] | None = None
+        self.broke_under: tuple[str, ...] | None = None
         """The specs under which it was not finite first; None if it was finite in the last look."""
 
     def note(self, loss: float | None, specs: tuple[str, ...]) -> str:
@@ -74,11 +74,11 @@ class LossWatch:
         if loss is None:
             return ""
         if not math.isfinite(loss):
-            if self._broke_under is None:
-                self._broke_under = specs
+            if self.broke_under is None:
+                self.broke_under = specs
                 return ""
-            return f"the loss was {loss}" if specs and specs == self._broke_under else ""
-        self._broke_under = None
+            return f"the loss was {loss}" if specs and specs == self.broke_under else ""
+        self.broke_under = None
         above = loss - self._mean
         if self._looks >= SETTLED and above > max(RISE * abs(self._mean), SPREADS * self._spread):
             return f"the loss rose to {loss:.3g} from a mean of {self._mean:.3g}"
@@ -146,7 +146,9 @@ class Guard:
         """Return the last, coarsest of the specs that were in use, and what was wrong with the loss; nothing if nothing was."""
         if not loss:
             return {}
+        broke_under = self.loss.broke_under
         self.loss.forget()  # or it would be wrong under the next spec, too
+        self.loss.broke_under = broke_under  # weights with NaN keep it: no other spec is blamed
         *_, coarsest = specs
         return {coarsest: f"{loss} under {coarsest}"}
 

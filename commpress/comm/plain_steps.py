@@ -64,7 +64,9 @@ class PlainSteps:
         self._now.append((tuple(part for part in parts if part.values), perf_counter()))
 
     def end_step(self) -> None:
-        """End a step that counts."""
+        """End a step that counts; one of which nothing was noted, since its values were sent exactly, does not."""
+        if not self._now:
+            return
         buckets = [parts for parts, _ in self._now]
         if buckets != self._buckets:
             self.clear()

@@ -74,10 +74,11 @@ def replicas_session(
     if optimizer is not None:
         require_flat(plan.codec, f"{name} sends no gradients, or shares a pass over them")
     behind = () if optimizer is None or allowed is None else optimizer.candidates()
-    collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler)
+    readable = set(dtypes) | {torch.float32}
+    collectives = Collectives(group, device, plan, verify=verify, grad_scaler=grad_scaler, dtypes=readable)
     if collectives.world_size > 1:
         for dtype, codec in product(
-            set(dtypes) | {torch.float32},
+            readable,
             {plan.codec, *(() if rules is None else rules.lossy), *(parse(one.spec) for one in behind)},
         ):
             warm_up(codec, device, dtype, prologue=optimizer is not None)

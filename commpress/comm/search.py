@@ -82,6 +82,8 @@ class Search:
         self._tried: list[str] = [PLAIN]
         self._predicted: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {}
+        self._found = ""
+        """What the last search found; a duel may have overruled it."""
         self._exchanges: dict[str, list[float]] = {}
         """Seconds of the exchanges of the same steps, as far as they are known."""
         self._figures: Figures = {}
@@ -287,11 +289,16 @@ class Search:
 
     def _choose(self, everyone: Sequence[Said]) -> None:
         found, best = mean_medians(everyone), self._best(everyone)
-        trials = [Trial(spec, self._predicted.get(spec), found.get(spec), step=self.steps) for spec in self._order()]
-        same = bool(self.choices) and self.codec(self.choices[-1].spec) == best
+        allowed = {spec for spec in self._order() if self._guard.allows(spec, self.steps)}
+        trials = [
+            Trial(spec, self._predicted.get(spec), found.get(spec), step=self.steps, banned=spec not in allowed)
+            for spec in self._order()
+        ]
+        same = bool(self.choices) and best in (self.codec(self.choices[-1].spec), self._found)
+        self._found = best
         causes = "; ".join(dict.fromkeys(self._guard.hurt.values()))
         self.choices.append(Choice(best, self.steps, self._guard.checked(trials, worst(everyone)), causes))
-        self._again.found(self.steps, self.choices[-1], same)
+        self._again.found(self.steps, self.choices[-1], same, quickest(everyone).get(best))
         self._state = "chosen"
         self._rivals = self._close_to(best, found)
         self._next_duel()
@@ -346,6 +353,7 @@ class Search:
         choice.trials = choice.with_seconds(seconds, self.steps)
         if duel.winner() != choice.spec:
             self.choices.append(Choice(duel.winner(), self.steps, choice.trials))
+            self._again.compare_with(self.choices[-1], quickest(everyone).get(duel.winner()))
             left = rivals_of(duel.winner(), self._rivals, choice.trials, self.codec, WORTH)
             self._rivals = [spec for spec in left if self._guard.allows(spec, self.steps)]
         self._next_duel()

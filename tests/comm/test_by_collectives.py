@@ -315,7 +315,7 @@ def held_for_the_stream(spec: str, parameters: str, sends: str) -> tuple[set[str
     me, W, n = collectives.rank, collectives.world_size, 512
     whole = (Segment("w", W * n),) if sends != "reduce_scatter" else tuple(Segment(str(r), n) for r in range(W))
     full, part, base = gradient(W * n, me), gradient(n, me), torch.zeros(n)
-    rows = list(torch.zeros(W, n))
+    rows = [torch.zeros(n) for _ in range(W)]
     calls = {
         "all_reduce": (lambda: collectives.all_reduce(full, whole, 0), [full]),
         "reduce_scatter": (lambda: collectives.reduce_scatter(full, part, whole, 0), [full, part]),

@@ -15,8 +15,9 @@ from training import SMALL_BUCKETS, network, train
 
 import commpress
 from commpress.comm import auto, cost
-from commpress.comm.auto import IN_PIECES, Auto
+from commpress.comm.auto import Auto
 from commpress.comm.links import Links
+from commpress.comm.parts import IN_PIECES
 from commpress.comm.search import FIRST_TURN, WARM_UP, Search
 
 PLAIN_STEPS = WARM_UP + FIRST_TURN
