@@ -179,6 +179,13 @@ def test_a_loss_that_was_finite_again_under_the_chosen_spec_is_its_own() -> None
     assert [choice.cause for choice in world.searches[0].choices if choice.cause] == ["the loss was nan under int4"]
 
 
+def test_weights_that_stay_nan_are_blamed_on_the_spec_that_was_in_use_when_they_broke_and_on_no_other() -> None:
+    world = World(
+        PAYS, predicted=predicted(PAYS), losses=lambda spec, step, rank: 2.0 if step < 200 else float("nan")
+    ).run(1200)
+    assert [choice.cause for choice in world.searches[0].choices if choice.cause] == ["the loss was nan under int4"]
+
+
 def test_a_loss_that_falls_or_swings_is_no_reason() -> None:
     noise = random.Random(1)
     for loss in (

@@ -32,6 +32,11 @@ def test_steps_of_another_layout_do_not_count() -> None:
     assert [(i, part.values) for i, part in found.parts()] == [(0, 8), (1, 8)]  # nothing is sent of the biases
 
 
+def test_a_step_in_which_nothing_is_noted_leaves_what_is_known() -> None:
+    found = stepped((7.0, 8.0, 9.5), ())
+    assert (len(found), found.ready()) == (3, [0.0, 1.0, 2.5])
+
+
 def test_all_ranks_wait_for_the_slowest() -> None:
     assert slowest_ready([[0.0, 2.0, 3.0], [0.0, 1.0, 9.0]], 3, most=5.0) == [0.0, 2.0, 5.0]
     assert slowest_ready([[0.0, 2.0, 3.0], []], 3, most=5.0) == []

@@ -5,6 +5,7 @@ import random
 import pytest
 from search_world import DOES_NOT, PAYS, SPECS, Errors, Seconds, World, hurts, link, predicted
 
+from commpress.comm.choice import cause_of
 from commpress.comm.search import LATEST, LOOK, PLAIN
 
 
@@ -325,6 +326,40 @@ def test_the_winner_of_a_duel_meets_its_own_pieces_and_no_others() -> None:
     assert world.chosen == f"int4{PIECES}"
     won = next(choice.step for choice in world.searches[0].choices if choice.spec == "int4")
     assert f"int8{PIECES}" not in world.specs[won:]
+
+
+def test_pieces_that_are_not_measured_again_do_not_keep_a_cause() -> None:
+    """Time alone decides against a codec once it was measured whole and did not hurt."""
+    world = in_pieces(lambda spec, step: (PAYS if step < 400 else DOES_NOT)(spec, step), 1.08)
+    world.errors = lambda spec, step: 0.9 if spec.startswith("int4") and 100 <= step < 200 else 0.1
+    world.run(300)
+    assert cause_of(world.searches[0].choices).startswith("the means of int4 were off")
+    assert world.run(1500).chosen == PLAIN
+    assert cause_of(world.searches[0].choices) == ""
+
+
+def test_steps_that_swing_are_looked_into_less_and_less_also_if_a_duel_overrules_each_search() -> None:
+    def seconds(spec: str, step: int) -> float:
+        turn = len(world.searches[0].choices) % 2  # while a search goes on int8 leads, and in the duel after it int4
+        near = {**dict(none=6.0, bf16=3.0, int8=0.95), "int4": 0.96 if turn == 0 else 0.90}
+        return near[spec] * (1.5 if step // 200 % 2 else 1.0)
+
+    world = World(seconds, predicted=dict(none=1.0, bf16=0.5, int8=0.158, int4=0.16))
+    world.run(6000)
+    assert {choice.spec for choice in world.searches[0].choices} >= {"int8", "int4"}
+    assert world.specs.count(PLAIN) < 0.01 * 6000
+
+
+def test_exchanges_are_compared_with_those_of_the_search_not_of_the_first_look_after_it() -> None:
+    world = with_exchanges(0.06, 0.18)
+    world.asked = 3.0  # the ranks look every thousand steps
+    world.run(40)
+    slow = world.exchanges
+    world.exchanges = lambda spec, step: 0.18
+    searched = len(world.searches[0].choices)
+    world.run(3000)
+    assert slow is not None
+    assert len(world.searches[0].choices) > searched
 
 
 def test_steps_that_swing_by_themselves_are_looked_into_less_and_less() -> None:
