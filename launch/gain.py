@@ -10,9 +10,8 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
-from commpress.comm.choice import Choice, cause_of
+from commpress.comm.choice import Choice, cause_of, without_pieces
 from commpress.comm.meter import SPEC_IS_NONE
-from commpress.comm.parts import without_pieces
 from commpress.launch.records import Record
 
 PLAIN, AUTO = "none", "auto"

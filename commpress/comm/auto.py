@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from commpress.comm import cost
-from commpress.comm.choice import HEAD, Choice, history, warn_of
+from commpress.comm.choice import HEAD, IN_PIECES, PIECE, Choice, history, warn_of, without_pieces
 from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.coding import FLOAT_DTYPES, warm_up
 from commpress.comm.cost import Cluster, Speed, Transfer, transfers
 from commpress.comm.error import ErrorWatch
 from commpress.comm.guard import BUDGET
 from commpress.comm.links import Counted, LinkCounter, Links
-from commpress.comm.parts import IN_PIECES, PIECE, pieces, without_pieces
+from commpress.comm.parts import pieces
 from commpress.comm.plain_steps import Part, PlainSteps, slowest_ready, told
 from commpress.comm.plan import Override, Plan
 from commpress.comm.question import Question

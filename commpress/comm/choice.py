@@ -4,11 +4,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from commpress.comm.parts import without_pieces
 from commpress.notice import warn
 
 HEAD = ("spec", "predicted ms a step", "measured ms a step", "error", "residual", "")
 """The head of the table of a choice."""
+PIECE = 4_000_000
+"""The bytes of a piece of a bucket, about, where `auto` sends pieces."""
+IN_PIECES = f" in {PIECE / 1e6:g} MB"
+"""What is added to the name of a spec whose buckets are sent in pieces."""
+
+
+def without_pieces(name: str) -> str:
+    """Return the spec of a candidate of `auto`, such as `int4` of `int4 in 4 MB`."""
+    return name.removesuffix(IN_PIECES)
 
 
 @dataclass

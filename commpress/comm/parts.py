@@ -14,16 +14,7 @@ from torch import Tensor
 
 from commpress.comm.segments import Segment, Segments, sizes
 
-PIECE = 4_000_000
-"""The bytes of a piece of a bucket, about, where `auto` sends pieces."""
-IN_PIECES = f" in {PIECE / 1e6:g} MB"
-"""What is added to the name of a spec whose buckets are sent in pieces."""
 Finished = Callable[[BaseException | None], None]
-
-
-def without_pieces(name: str) -> str:
-    """Return the spec of a candidate of `auto`, such as `int4` of `int4 in 4 MB`."""
-    return name.removesuffix(IN_PIECES)
 
 
 def taken_apart(

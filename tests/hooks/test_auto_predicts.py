@@ -17,8 +17,8 @@ from training import SMALL_BUCKETS, network, train
 import commpress
 from commpress.comm import auto, cost
 from commpress.comm.auto import Auto
+from commpress.comm.choice import IN_PIECES
 from commpress.comm.links import Links
-from commpress.comm.parts import IN_PIECES
 from commpress.comm.search import FIRST_TURN, WARM_UP
 
 PLAIN_STEPS = WARM_UP + FIRST_TURN
