@@ -9,6 +9,9 @@ Said = Mapping[str, object]
 Figures = Mapping[str, Mapping[str, float]]
 """What was measured of specs, `errors` and `residuals`, each by spec."""
 
+PAUSE = 3.0
+"""A step that takes this times the lower median contains a pause of training; of two steps it would shift the median."""
+
 
 def means(of: Mapping[str, Sequence[float]], period: Callable[[str], int]) -> dict[str, list[float]]:
     """Return the mean of each period of a spec's figures, by spec; `period` is the number of steps of one."""
@@ -20,8 +23,10 @@ def means(of: Mapping[str, Sequence[float]], period: Callable[[str], int]) -> di
 
 
 def medians(of: Mapping[str, Sequence[float]], period: Callable[[str], int]) -> dict[str, float]:
-    """Return the median of the periods of a spec's figures, by spec."""
-    return {spec: statistics.median(figures) for spec, figures in means(of, period).items()}
+    """Return the median of the periods of a spec's figures, by spec, without pauses, as for a validation."""
+    found = means(of, period)
+    lows = {spec: statistics.median_low(figures) for spec, figures in found.items()}
+    return {spec: statistics.median(f for f in found[spec] if f <= PAUSE * low) for spec, low in lows.items()}
 
 
 def worse(one: float, other: float | None) -> float:

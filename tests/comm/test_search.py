@@ -434,3 +434,16 @@ def test_while_a_search_is_held_the_plain_steps_go_on() -> None:
     assert world.chosen == "int4"
     trials = {trial.spec: trial.measured for trial in world.searches[0].choices[0].trials}
     assert trials[PLAIN] == pytest.approx(0.7)  # the last of them count
+
+
+@pytest.mark.parametrize("first", range(10))
+def test_a_pause_now_and_then_as_of_a_validation_shifts_no_spec(first: int) -> None:
+    near = link(none=0.7, bf16=0.45, int8=0.32, int4=0.3)
+    world = World(
+        lambda spec, step: near(spec, step) + (20.0 if step % 10 == first else 0.0),
+        predicted=predicted(near),
+        errors=lambda spec, step: 0.1,
+    ).run(300)
+    assert world.chosen == "int4"
+    measured = {t.spec: t.measured for t in world.searches[0].choices[-1].trials if t.measured}
+    assert measured == {spec: pytest.approx(near(spec, 0)) for spec in measured}
