@@ -109,7 +109,7 @@ class ShardedAuto:
         self._waited = dict.fromkeys(self._plans, 0.0)
         """Seconds that training waited for the framework's own exchanges, by role."""
         self._mark = self._totals()
-        self._waited = 0.0
+        self._before = 0.0
         """Seconds that training had waited for exchanges before this step."""
 
     @property
@@ -137,7 +137,7 @@ class ShardedAuto:
             self._asked += time.perf_counter() - now
         elif self._began is not None:
             warms_up = self.search.state == "warm up"
-            waited = sum(self._totals()[1:]) - self._waited
+            waited = sum(self._totals()[1:]) - self._before
             known = self._steered[0].device.type == "cpu"  # elsewhere the host waits for other things, too
             if self.search.note(now - self._began, exchange=waited if known else None):
                 self._ask([self._said()])
@@ -150,7 +150,7 @@ class ShardedAuto:
             if self._plans["parameters"]:
                 one.parameters = self._plans["parameters"][parameters]
         self._noted.clear()
-        self._waited = sum(self._totals()[1:])
+        self._before = sum(self._totals()[1:])
         self._began = time.perf_counter()
         warn_of(self.search.choices[choices:], self._steered[0].rank == 0)  # last: a warning may be an error
 
