@@ -129,6 +129,11 @@ def gradient_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return FLOAT_DTYPES[:1] if device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
 
 
+def compiles_by_place(device: torch.device) -> bool:
+    """Return whether kernels are compiled anew for tensors that begin elsewhere in memory: those of Triton are."""
+    return device.type != "cpu"
+
+
 def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.float32, prologue: bool = False) -> None:
     """Compile a codec's kernels now, not in the middle of the first step.
 
@@ -141,14 +146,14 @@ def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.flo
         return
     n, nbytes = WARM_UP_VALUES, codec.nbytes(WARM_UP_VALUES)
     values = torch.linspace(-1, 1, n + 1, dtype=torch.float32, device=device)
-    on_cpu = device.type == "cpu"
-    for start, x_at, kept_at in [(0, 0, 0)] if on_cpu else product((0, 4, 8), (0, 1), (0, 1)):
+    by_triton = compiles_by_place(device)
+    for start, x_at, kept_at in product((0, 4, 8), (0, 1), (0, 1)) if by_triton else [(0, 0, 0)]:
         x, out = values.to(dtype, copy=True)[x_at:][:n], torch.empty(n + 1, dtype=dtype, device=device)[x_at:][:n]
         residual, inverse = torch.zeros_like(values)[kept_at:][:n], values.clone()[kept_at:][:n]
         payload = torch.empty(start + nbytes, dtype=torch.uint8, device=device)[start:]
         encode(codec, x, out=payload)
         encode(codec, x, residual, out=payload)
-        if prologue or not on_cpu:  # those who clear have a prologue
+        if prologue or by_triton:  # on CPU those who clear have a prologue
             clear(codec, payload, residual)
         if prologue:
             update = Prologue(inverse, inverse, 1.0, 0.5, 0.5)

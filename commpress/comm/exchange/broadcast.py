@@ -42,7 +42,8 @@ def broadcast(
     step = torch.empty_like(base)
     encoder.decode(coded, x.numel(), out=step)
     base.add_(torch.where(step.isfinite(), step, 0.0))  # NaN would stay in base for good
-    least = torch.where(positive != 0, 0.0, -torch.inf)  # on the device: the host does not wait for the answers
+    free = torch.full((len(sizes),), -torch.inf, dtype=base.dtype, device=base.device)
+    least = free.masked_fill(positive != 0, 0.0)  # on the device: the host does not wait for the answers
     for part, bound in zip(base.split(list(sizes)), least, strict=True):
         part.clamp_(min=bound)
     if wire.rank != source:
