@@ -158,7 +158,8 @@ ONE_BY_ONE = {
 COPIES = ("project", "project, feedback", "project_back")
 """Pieces that copy their factors, which are small, value by value, once a call, and compute nothing value by value."""
 SPARE = 7
-"""How much more of single values machine code may have than LLVM's code: it copies the ends of loops. Twice in whole loops."""
+"""How much more of single values machine code may have than LLVM's code: it copies the ends of loops. Twice in whole loops and
+where a piece has loops that go value by value."""
 STRAIGHT = 16
 """How many operations on single floats may stand outside the innermost loops: a block's scale, the last value."""
 ARITHMETIC = r"= f(?:add|sub|mul|div|neg)(?: [a-z]+)* float "
@@ -211,7 +212,8 @@ def missing(codes: dict[str, Code], triple: str) -> list[str]:
 
 def apart(codes: dict[str, Code], triple: str) -> dict[str, list[str]]:
     """By piece what of its vectors has been taken apart in machine code."""
-    found = {piece: taken_apart(code, triple, SPARE * (2 if piece in WHOLE else 1)) for piece, code in codes.items()}
+    large = WHOLE.keys() | ONE_BY_ONE.keys()
+    found = {piece: taken_apart(code, triple, SPARE * (2 if piece in large else 1)) for piece, code in codes.items()}
     return {piece: lines for piece, lines in found.items() if lines}
 
 
