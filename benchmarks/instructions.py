@@ -76,24 +76,12 @@ def topk_remember(x: Any, residual: Any, old: Any) -> Any:
     return topk._remember(x, residual, old, 256)
 
 
-def int8_codes(x: Any, residual: Any, codes: Any, top: Any) -> None:
-    widest()
-    integer._write(x, residual, codes, top, 8, False)
+def codes_of(bits: int, stochastic: bool = False) -> Callable[..., None]:
+    def write(x: Any, residual: Any, codes: Any, top: Any) -> None:
+        widest()
+        integer._write(x, residual, codes, top, bits, stochastic)
 
-
-def int4_codes(x: Any, residual: Any, codes: Any, top: Any) -> None:
-    widest()
-    integer._write(x, residual, codes, top, 4, False)
-
-
-def int8_random_codes(x: Any, residual: Any, codes: Any, top: Any) -> None:
-    widest()
-    integer._write(x, residual, codes, top, 8, True)
-
-
-def int4_random_codes(x: Any, residual: Any, codes: Any, top: Any) -> None:
-    widest()
-    integer._write(x, residual, codes, top, 4, True)
+    return write
 
 
 def e5m2_codes(x: Any, residual: Any, codes: Any, peak: Any) -> None:
@@ -116,14 +104,12 @@ def sign_residual(x: Any, residual: Any, codes: Any, scale: Any) -> None:
     sign._write(x, residual, codes, scale)
 
 
-def int8_decode(scale: Any, codes: Any, out: Any) -> None:
-    widest()
-    integer._add(scale, codes, np.float32(1), 8, True, out)
+def decoding_of(bits: int) -> Callable[..., None]:
+    def decode(scale: Any, codes: Any, out: Any) -> None:
+        widest()
+        integer._add(scale, codes, np.float32(1), bits, True, out)
 
-
-def int4_decode(scale: Any, codes: Any, out: Any) -> None:
-    widest()
-    integer._add(scale, codes, np.float32(1), 4, True, out)
+    return decode
 
 
 def sign_decode(pf: Any, pu: Any, out: Any) -> None:
@@ -161,17 +147,17 @@ PIECES: dict[str, Piece] = {
     "int2: bits and both sizes": Piece(int2_pack, (FLOATS, F, BYTES, BYTES), whole=SIGN_BLOCK),
     "int2: residual": Piece(int2_residual, (FLOATS, FLOATS, F, F, F), stores=1),
     "int8, int4: largest magnitude": Piece(largest, (FLOATS,), reads=1),
-    "int8: codes and residual": Piece(int8_codes, (FLOATS, FLOATS, BYTES, types.int32), stores=1),
-    "int4: codes and residual": Piece(int4_codes, (FLOATS, FLOATS, BYTES, types.int32), stores=1),
-    "int8(stochastic): codes and residual": Piece(int8_random_codes, (FLOATS, FLOATS, BYTES, types.int32), stores=1),
-    "int4(stochastic): codes and residual": Piece(int4_random_codes, (FLOATS, FLOATS, BYTES, types.int32), stores=1),
+    "int8: codes and residual": Piece(codes_of(8), (FLOATS, FLOATS, BYTES, types.int32), stores=1),
+    "int4: codes and residual": Piece(codes_of(4), (FLOATS, FLOATS, BYTES, types.int32), stores=1),
+    "int8(stochastic): codes and residual": Piece(codes_of(8, True), (FLOATS, FLOATS, BYTES, types.int32), stores=1),
+    "int4(stochastic): codes and residual": Piece(codes_of(4, True), (FLOATS, FLOATS, BYTES, types.int32), stores=1),
     "fp8(e5m2): codes and residual": Piece(e5m2_codes, (FLOATS, FLOATS, BYTES, F), stores=1),
     "sign: bits": Piece(sign_bits, (FLOATS, BYTES, F), reads=1),
     "sign: residual": Piece(sign_residual, (FLOATS, FLOATS, BYTES, F), stores=1),
     "topk with feedback: sum": Piece(topk_remember, (FLOATS,) * 3, stores=2),
     "topk: comparison": Piece(topk_compare, (FLOATS, types.int32), whole=64),
-    "int8: decode": Piece(int8_decode, (F, BYTES, FLOATS), stores=1),
-    "int4: decode": Piece(int4_decode, (F, BYTES, FLOATS), stores=1),
+    "int8: decode": Piece(decoding_of(8), (F, BYTES, FLOATS), stores=1),
+    "int4: decode": Piece(decoding_of(4), (F, BYTES, FLOATS), stores=1),
     "sign: decode": Piece(sign_decode, (FLOATS, BYTES, FLOATS), stores=1),
     "all: write past the caches": Piece(streamed, (FLOATS, types.int64, FLOATS), stores=1),
 }

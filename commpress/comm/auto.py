@@ -201,7 +201,7 @@ class Auto:
     def explain(self) -> str:
         """Return the specs that were tried last, and their steps, as a table; then what the links do, and when buckets are
         ready."""
-        table = explained(self.search, self._collectives.world_size, self._collectives.device)
+        table = explained(self.search, self._collectives.world_size, self._collectives.traffic.on_host)
         if not self.search.choices:
             return table
         return f"{table}{self._links}{'' if self._model is None else told(self._model.ready)}"
@@ -213,16 +213,21 @@ class Auto:
         if choice is None or model is None or model.cluster.ranks_per_host >= model.cluster.world_size:
             return None  # there is no link between hosts
         if choice.spec != PLAIN:
-            found = self._break_even_of(choice.spec, model)
+            found = self._break_even_of(choice.spec)
             return None if found is None else (choice.spec, max(found, model.cluster.bandwidth))  # it was measured here
         others = [t for t in choice.trials if t.spec != PLAIN and self.search.codec(t.spec) == t.spec and not t.hurt]
-        found_by = {t.spec: at for t in others if (at := self._break_even_of(t.spec, model)) is not None}
+        found_by = {t.spec: at for t in others if (at := self._break_even_of(t.spec)) is not None}
         first = max(found_by, key=found_by.__getitem__, default=None)
         return None if first is None else (first, min(found_by[first], model.cluster.bandwidth))
 
-    def _break_even_of(self, name: str, model: _Model) -> float | None:
+    def _break_even_of(self, name: str) -> float | None:
+        """Return the bytes a second of a link on which a candidate is predicted to take as long as `none`, by the last model,
+        which must exist; None if the model does not fit."""
+        assert self._model is not None
+        cluster = self._model.cluster
+
         def gain(bandwidth: float) -> float:
-            there = replace(model.cluster, bandwidth=bandwidth)
+            there = replace(cluster, bandwidth=bandwidth)
             return self._step_seconds(PLAIN, there) - self._step_seconds(name, there)
 
         return cost.end_of(gain)
@@ -250,7 +255,7 @@ class Auto:
                 "cores": self._cores(),
                 "ranks here": self._ranks_here(),
                 # on an accelerator the host only sees when a bucket was enqueued
-                "ready": self._plain.ready() if self._collectives.device.type == "cpu" else [],
+                "ready": self._plain.ready() if self._collectives.traffic.on_host else [],
                 "link": self._counter.rates() if self._collectives.traffic.wire.by_message else None,
                 "speeds": {spec: asdict(speed) for spec, speed in self._speeds.items()},
             }
@@ -259,7 +264,7 @@ class Auto:
     def _exchanged(self) -> float | None:
         """Return the seconds in which an exchange of this step was running; None on an accelerator, where the host does not see
         them."""
-        if self._collectives.device.type != "cpu":
+        if not self._collectives.traffic.on_host:
             return None
         return self._collectives.traffic.spent("gradients")[1] - self._busy
 
@@ -268,7 +273,7 @@ class Auto:
         return hosts.count(hosts[self._collectives.rank])
 
     def _cores(self) -> float:
-        if self._collectives.device.type != "cpu":
+        if not self._collectives.traffic.on_host:
             return float("inf")
         return max(1.0, cores() / self._ranks_here())
 
@@ -297,7 +302,7 @@ class Auto:
             ranks_per_host=ranks_per_host,
             cores=min(one.cores for one in found),
             stack=0.0 if crossing else busy / max(1, moved),
-            lines=self._collectives.device.type == "cpu",
+            lines=self._collectives.traffic.on_host,
         )
         slowest = {
             spec: max((one.speeds[spec] for one in found), key=lambda speed: speed.encode) for spec in self._speeds
@@ -363,7 +368,7 @@ class _Told:
         }
 
 
-def explained(search: Search, world_size: int, device: torch.device) -> str:
+def explained(search: Search, world_size: int, on_host: bool) -> str:
     """Return the specs of the last search, and their steps, as a table; a sentence if there is none yet."""
     if world_size == 1:
         return "one rank: nothing to send, so nothing to choose"
@@ -380,4 +385,4 @@ def explained(search: Search, world_size: int, device: torch.device) -> str:
         table.add_row(*cells)
     text = StringIO()
     Console(file=text, width=100).print(table)
-    return text.getvalue() + ("" if device.type == "cpu" else UNSEEN)
+    return text.getvalue() + ("" if on_host else UNSEEN)

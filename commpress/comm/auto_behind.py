@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from commpress.comm import cost
-from commpress.comm.auto import Auto, _Model
+from commpress.comm.auto import Auto
 from commpress.comm.cost import Cluster
 from commpress.comm.optimizer_hooks import Candidate, OptimizerHooks
 from commpress.comm.plan import Plan
@@ -61,10 +61,10 @@ class AutoBehind(Auto):
         self._counts = own is None or (own == PLAIN and search.state in ("warm up", "plain"))
         self._optimizer.take(self._candidates[search.spec])
 
-    def _break_even_of(self, name: str, model: _Model) -> float | None:
+    def _break_even_of(self, name: str) -> float | None:
         if name not in self._plans or self._candidates[name].sync_every > 1:
             return None  # the model assumes that all buckets are sent in every step
-        return super()._break_even_of(name, model)
+        return super()._break_even_of(name)
 
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
         self._look_up()

@@ -58,11 +58,11 @@ class Choice:
 
     def seconds(self, spec: str) -> float | None:
         """Return the measured step of a spec; None if it was not tried."""
-        return next((trial.measured for trial in self.trials if trial.spec == spec), None)
+        return None if (trial := self.trial(spec)) is None else trial.measured
 
     def error(self, spec: str) -> float | None:
         """Return the largest error of a spec; None if none was measured."""
-        return next((trial.error for trial in self.trials if trial.spec == spec), None)
+        return None if (trial := self.trial(spec)) is None else trial.error
 
     def with_seconds(self, found: Mapping[str, float], step: int) -> list[Trial]:
         """Return the trials, those of these specs with new seconds, measured up to `step`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from commpress.comm import factors
 from commpress.comm.prologue import Prologue
-from commpress.kernels.table import lookup
+from commpress.kernels.table import compiles_by_place, lookup
 
 if TYPE_CHECKING:
     from commpress.comm.codecs.base import Codec
@@ -119,19 +119,6 @@ def clear(codec: "Codec", payload: Tensor, values: Tensor) -> None:
         values[index] = 0
     else:  # it names all of them
         values.zero_()
-
-
-def gradient_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of gradients and parameters for which a session compiles kernels before it knows theirs.
-
-    On CPU it is float32 alone: each of the other loops takes seconds to compile, and the hooks ask for those that they need.
-    """
-    return FLOAT_DTYPES[:1] if device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
-
-
-def compiles_by_place(device: torch.device) -> bool:
-    """Return whether kernels are compiled anew for tensors that begin elsewhere in memory: those of Triton are."""
-    return device.type != "cpu"
 
 
 def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.float32, prologue: bool = False) -> None:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
-from commpress.comm.coding import gradient_dtypes, warm_up
+from commpress.comm.coding import warm_up
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange import NO_EXCHANGE, Label, Transfer, all_reduce_found_inf, single_rank
 from commpress.comm.exchange.all_gather import all_gather, native_all_gather
@@ -55,6 +55,7 @@ from commpress.comm.traffic import Step, Traffic
 from commpress.comm.verify import EVERY
 from commpress.comm.versions import Versions
 from commpress.comm.work import Work
+from commpress.kernels.table import compiled_dtypes
 
 ALIGNED = 64
 """Bytes; the parts of a buffer start at multiples of this."""
@@ -111,7 +112,7 @@ class Collectives:
         if self.world_size > 1:
             self._wire = self.traffic.wire
             for plan in (gradients, parameters):
-                for dtype in dtypes or gradient_dtypes(device):
+                for dtype in dtypes or compiled_dtypes(device):
                     warm_up(plan.codec, device, dtype)
                 plan.join(self._wire)
 

@@ -28,6 +28,7 @@ from commpress.comm.auto import SPECS, budget, compile_loops, explained, speeds
 from commpress.comm.choice import warn_of
 from commpress.comm.codecs import AUTO, Codec
 from commpress.comm.cost import Speed, transfers
+from commpress.comm.exchange.reduce_scatter import native_times
 from commpress.comm.plan import Plan
 from commpress.comm.question import ROOM, Question
 from commpress.comm.rules import Spec
@@ -138,7 +139,7 @@ class ShardedAuto:
         elif self._began is not None:
             warms_up = self.search.state == "warm up"
             waited = sum(self._totals()[1:]) - self._before
-            known = self._steered[0].device.type == "cpu"  # elsewhere the host waits for other things, too
+            known = self._compared[0].traffic.on_host  # elsewhere the host waits for other things, too
             if self.search.note(now - self._began, exchange=waited if known else None):
                 self._ask([self._said()])
                 self._asked = time.perf_counter() - now
@@ -171,7 +172,7 @@ class ShardedAuto:
 
     def explain(self) -> str:
         """Return the specs that were tried last, and their steps, as a table."""
-        return explained(self.search, self.world_size, self._compared[0].device)
+        return explained(self.search, self.world_size, self._compared[0].traffic.on_host)
 
     def break_even(self) -> None:
         """Return None: the model has no link, so it knows no bandwidth above which `none` would be faster."""
@@ -205,7 +206,7 @@ class ShardedAuto:
     def _cost(self, role: str, plan: Plan) -> tuple[int, float]:
         """Return the bytes that this rank sends by `plan` in a step of the noted exchanges, and the seconds of its codec."""
         own = self._compared[-1 if role == "gradients" else 0]
-        W, native = own.world_size, 2 if own.device.type == "cpu" else 1
+        W, native = own.world_size, native_times(own.device)
         speed, sent, coding = self._speeds[str(plan.codec)], 0, 0.0
         for n, itemsize in ((n, size) for of, n, size in self._noted.elements() if of == role):
             if role == "gradients" and len(self._compared) > 1:

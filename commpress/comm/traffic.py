@@ -46,6 +46,8 @@ class Traffic:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, scratch: ScratchPool, verify: int) -> None:
         self.world_size = dist.get_world_size(group)
+        self.on_host = device.type == "cpu"
+        """Whether codecs and exchanges run on the host, which sees how long they take; on an accelerator it enqueues them."""
         self.meter, self.labels = Meter(), Labels()
         self._scratch, self._verify = scratch, verify
         self._counts: dict[int, int] = {}

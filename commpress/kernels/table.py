@@ -136,3 +136,16 @@ def devices() -> list[str]:
         _add_triton()
     known = dict.fromkeys(device for _, _, device in KERNELS)
     return [device for device in known if device == "cpu" or torch.get_device_module(device).is_available()]
+
+
+def compiled_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of gradients and parameters for which a session compiles kernels before it knows theirs.
+
+    On CPU it is float32 alone: each of the other loops takes seconds to compile, and the hooks ask for those that they need.
+    """
+    return (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
+
+
+def compiles_by_place(device: torch.device) -> bool:
+    """Return whether kernels are compiled anew for tensors that begin elsewhere in memory: those of Triton are."""
+    return device.type != "cpu"

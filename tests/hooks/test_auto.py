@@ -380,7 +380,7 @@ def test_no_loop_is_compiled_when_a_spec_has_its_turn() -> None:
 
 def test_on_an_accelerator_explain_says_what_the_prediction_is_worth() -> None:
     search = Search(lambda everyone, plain: {}, choices=[Choice("none", 9, [Trial("none", 1.0, 1.0)])])
-    found = {name: explained(search, 2, torch.device(name)) for name in ("cpu", "cuda")}
+    found = {name: explained(search, 2, on_host=name == "cpu") for name in ("cpu", "cuda")}
     assert "Predicted from what the host sees" in found["cuda"]
     assert found["cuda"].startswith(found["cpu"])
     assert "host" not in found["cpu"]

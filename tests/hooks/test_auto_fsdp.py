@@ -1,13 +1,11 @@
 """`attach(model)` under FSDP2, without a spec: plain at first, one choice on all ranks, nothing lost when the spec changes."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from clocked import by_clock
 from ranks import outcome, run
 from scripted import Scripted
 from test_auto import PLAIN_STEPS, encoded
@@ -20,7 +18,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from training import Trained, loss_of, network, same, same_training, sgd
 
 import commpress
-from commpress.comm.search import Search
 from commpress.comm.sharded_auto import PATIENCE, ShardedAuto, decides
 
 
@@ -52,25 +49,14 @@ def test_the_first_steps_have_the_bits_of_plain_training(
 
 PAIRS = {"none": 1.0, "int4": 0.7, "none, parameters int8": 0.8, "int4, parameters int8": 0.5}
 """Seconds of a step by candidate, as far as the ranks of a test say."""
-
-
-@contextlib.contextmanager
-def by_clock(clock: dict[str, float]) -> Iterator[None]:
-    """While the block runs, candidates take these seconds, and are predicted to."""
-    with (
-        mock.patch.object(Search, "medians", lambda self: {spec: clock[spec] for spec in self._seconds}),
-        mock.patch.object(
-            Search, "turns", lambda self: {spec: [clock[spec]] * (self._round + 1) for spec in self._seconds}
-        ),
-        mock.patch.object(ShardedAuto, "_predicted", return_value=clock),
-    ):
-        yield
+HOPELESS = 9.0
+"""Those of all other candidates."""
 
 
 def searched(replicas: bool = False, parameters: str | None = None) -> dict[str, Any]:
     """What ranks choose whose clocks say which is the fastest, and what they say of it."""
     model, clock = by_two() if replicas else sharded(), CLOCK if parameters is None else PAIRS
-    with by_clock(clock):
+    with by_clock(lambda name: clock.get(name, HOPELESS), ShardedAuto):
         session = commpress.attach(model, parameters=parameters)
         trained(model, 60)
     full = [p.full_tensor() for p in model.parameters()]
@@ -251,7 +237,7 @@ def test_a_saved_state_goes_on_with_auto_and_looks_anew(world_size: int, replica
 
 
 def beside_a_spec() -> tuple[str, str]:
-    with by_clock(CLOCK):
+    with by_clock(CLOCK.__getitem__, ShardedAuto):
         model = sharded()
         session = commpress.attach(model, parameters="bf16")
         trained(model, 60)

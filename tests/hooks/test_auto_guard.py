@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from clocked import by_clock
 from ranks import outcome, run
 from scripted import Scripted
 from tiers import slow
@@ -19,7 +20,7 @@ from training import SMALL_BUCKETS, loss_of, network, parameters_of, same, sgd, 
 
 import commpress
 from commpress.comm.auto import Auto
-from commpress.comm.search import LOOK, Search
+from commpress.comm.search import LOOK
 from commpress.kernels import table
 
 
@@ -153,15 +154,11 @@ CLOCK = {"none": 1.0, "bf16": 0.9, "int8": 0.6, "int4": 0.5}
 
 
 @contextlib.contextmanager
-def by_clock() -> Iterator[list[str]]:
+def warned_of() -> Iterator[list[str]]:
     """While the block runs, `auto` finds int4 the fastest; what it warns of is kept."""
     warned: list[str] = []
     with (
-        mock.patch.object(Search, "medians", lambda self: {spec: CLOCK[spec] for spec in self._seconds}),
-        mock.patch.object(
-            Search, "turns", lambda self: {spec: [CLOCK[spec]] * (self._round + 1) for spec in self._seconds}
-        ),
-        mock.patch.object(Auto, "_predicted", return_value=CLOCK),
+        by_clock(CLOCK.__getitem__),
         mock.patch.dict(table.KERNELS),
         warnings.catch_warnings(record=True) as caught,
     ):
@@ -173,7 +170,7 @@ def by_clock() -> Iterator[list[str]]:
 def breaks(spec: str | None, at: int, steps: int) -> dict[str, Any]:
     """Train on, when nothing has begun to arrive by int4; what came of it, beside plain training."""
     model, plain = replica(), replica()
-    with by_clock() as said:
+    with warned_of() as said:
         session, optimizer = commpress.attach(model, spec), sgd(model, lr=0.02)
         train(model, range(at), optimizer=optimizer)
         sound = table.KERNELS["mean", "int4", "cpu"].run
@@ -209,7 +206,7 @@ def hurt(how: str, at: int) -> dict[str, Any]:
     """Train while int4 hurts from step `at` on: rank 1 keeps too much as its residual, the means have the wrong sign in all
     steps whose error is not measured, or the loss of rank 1 is not finite."""
     model = replica()
-    with by_clock() as said:
+    with warned_of() as said:
         session, optimizer = commpress.attach(model), sgd(model, lr=0.02)
         auto = auto_of(session)
         encode, mean = (table.KERNELS[op, "int4", "cpu"].run for op in ("encode", "mean"))

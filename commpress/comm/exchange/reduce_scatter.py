@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -87,11 +88,16 @@ def needed_bytes(out: Tensor, world_size: int) -> int:
 
 
 def native_bytes(out: Tensor, world_size: int) -> int:
-    """Return the bytes that each rank sends in the group's own reduce-scatter to `out` ([m]).
+    """Return the bytes that each rank sends in the group's own reduce-scatter to `out` ([m])."""
+    return needed_bytes(out, world_size) * native_times(out.device)
+
+
+def native_times(device: torch.device) -> int:
+    """Return how many times the needed bytes the group's own reduce-scatter sends.
 
     Gloo, on CPU, all-reduces and keeps one chunk: twice the needed bytes, by the kernel's counters with 2, 3 and 4 ranks.
     """
-    return needed_bytes(out, world_size) * (2 if out.device.type == "cpu" else 1)
+    return 2 if device.type == "cpu" else 1
 
 
 def over_mean(op: Op, world_size: int) -> float:
