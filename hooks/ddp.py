@@ -62,6 +62,8 @@ class CommState:
         self.session: Session | None = None
         self._buckets: StepBuffer | None = None
         self._names: dict[Tensor, str] = {}
+        self._layouts: dict[tuple[int, ...], Segments] = {}
+        """The segments of each bucket so far, by the ids of its parameters, which `_names` keeps alive."""
         self._optimizer: CompressedOptimizer | None = None
         self._binding: object = None
         self._arguments = (spec, group, exchange, error_feedback, grad_scaler, verify)
@@ -75,7 +77,7 @@ class CommState:
         return {"arguments": (spec, None, exchange, error_feedback, None, verify), "lost": " and ".join(lost)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.session, self._buckets, self._names = None, None, {}
+        self.session, self._buckets, self._names, self._layouts = None, None, {}, {}
         self._optimizer, self._binding = None, None
         self._arguments, self._lost = state["arguments"], state["lost"]
 
@@ -143,12 +145,16 @@ class CommState:
 
     def segments(self, parameters: list[Tensor]) -> Segments:
         """Return the names and sizes of a bucket's parameters. Without a model they are numbered in order of first use."""
+        ids = tuple(map(id, parameters))
+        if (known := self._layouts.get(ids)) is not None:
+            return known
         for p in parameters:
             if p not in self._names:
                 self._names[p] = f"parameter {len(self._names)}"
             if p.is_complex() and self._buckets is not None:
                 self._buckets.collectives.pairs.add(self._names[p])
-        return tuple(Segment.whole(self._names[p], p) for p in parameters)
+        found = self._layouts[ids] = tuple(Segment.whole(self._names[p], p) for p in parameters)
+        return found
 
 
 def comm_hook(state: CommState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

@@ -25,6 +25,7 @@ class Work(dist.Work):
         self.submitted = time.perf_counter()
         self.out, self._waited = out, waited
         self._future = make_future(out.device)
+        self._raising: Future[Tensor] | None = None
 
     def wait(self, timeout: Any = None) -> bool:
         """Return when the result is there; on an accelerator the current stream waits for it instead.
@@ -39,8 +40,10 @@ class Work(dist.Work):
         return True
 
     def future(self) -> "Future[Tensor]":
-        """Return a future of `out` that raises the error of the exchange. It does not keep a collective alive."""
-        return self._future.then(partial(_result, self.out))
+        """Return the future of `out` that raises the error of the exchange. It does not keep a collective alive."""
+        if self._raising is None:
+            self._raising = self._future.then(partial(_result, self.out))
+        return self._raising
 
     def finish(self, error: BaseException | None) -> None:
         """Note that the result has arrived, or the error that prevents it."""
