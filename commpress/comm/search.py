@@ -232,10 +232,10 @@ class Search:
         self._next_round()
 
     def _may_be_worth(self, spec: str) -> bool:
-        """Whether a spec's predicted step is shorter than those of all gentler specs by at least the share of `WORTH`."""
+        """Whether a spec's predicted step is shorter than those of all gentler specs; by how much is measured."""
         order = list(self._predicted)
         gentler = [self._predicted[one] for one in order[: order.index(spec)] if self.codec(one) == one]
-        return self._predicted[spec] < WORTH * min(gentler)
+        return self._predicted[spec] < min(gentler)
 
     def _next_round(self) -> None:
         timed = [TIMED] * (TURN - 1)
@@ -305,14 +305,15 @@ class Search:
         self._watch(everyone, found[best])
 
     def _close_to(self, best: str, found: Mapping[str, float]) -> list[str]:
-        """Return the specs that are to meet the best one in a duel: close ones, and untried ones that were predicted to lead.
+        """Return the specs that are to meet the best one in a duel: close ones, and untried ones that were predicted to be as
+        fast, or as pieces faster.
 
         If `none` is the best one, the predictions were wrong, and untried specs are left out.
         """
         near = [s for s in found if s != best and found[s] < CLOSE * self._limit(best, s) * found[best]]
         leads = self._predicted[best] if best in self._predicted and best != PLAIN else 0.0
         untried = [s for s in self._predicted if s not in found and self.codec(s) in (s, best)]
-        ahead = [s for s in untried if self._predicted[s] < leads * (1.0 if self.codec(s) == s else WORTH)]
+        ahead = [s for s in untried if self._predicted[s] < leads * (1 / WORTH if self.codec(s) == s else WORTH)]
         return [s for s in sorted(near, key=found.__getitem__) + ahead if self._guard.allows(s, self.steps)]
 
     def _watch(self, everyone: Sequence[Said], seconds: float) -> None:
