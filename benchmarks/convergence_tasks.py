@@ -12,8 +12,8 @@ from commpress.launch.model import GPT, Shape
 SHAPE, BATCH = Shape(layers=4, width=128, heads=4, context=64), 4
 IMAGES = 32
 """Digits a rank and step."""
-HELD_OUT = 64
-"""Windows of text in a validation."""
+HELD_OUT = 1024
+"""Windows of text in a validation. With 64 the order of close rows is chance: it moved by 2 % from seed to seed."""
 
 
 class Text:

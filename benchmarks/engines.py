@@ -32,6 +32,8 @@ from commpress.optim import OneBitAdamW, ZeroOneAdamW
 
 LARGE, BATCH, WARM_UP = Shape(layers=5, width=528, heads=8, context=64), 2, 4
 LOSS_RATE, LOSS_BATCH, SEEDS = 1.5e-3, 4, (0, 1)
+HELD_OUT = 128
+"""Windows of text in a validation."""
 ONE_BIT, SHARDED, ZERO_ONE = "OneBitAdamW sign", "OneBitAdamW sign, parameters int4", "ZeroOneAdamW sign, every 4"
 WAYS: tuple[tuple[int, str, dict[str, Any] | None], ...] = (
     (0, "DeepSpeed", None),
@@ -100,7 +102,7 @@ def timed(way: tuple[int, str, dict[str, Any] | None], text: data.Text, rounds: 
 
 def learned(way: tuple[int, str, dict[str, Any] | None], text: data.Text, steps: int) -> tuple[str, ...]:
     """Held-out losses of both seeds."""
-    starts = data.validation_starts(text.validation, 2 * convergence_tasks.HELD_OUT, LARGE.context)
+    starts = data.validation_starts(text.validation, HELD_OUT, LARGE.context)
     x, y = data.windows(text.validation, starts, LARGE.context)
     losses = []
     for seed in SEEDS:
