@@ -103,6 +103,8 @@ class Collectives:
         self.meter = self.traffic.meter
         self.send_dense = False
         """Whether all gradients are sent exactly, also those of pruned weights, to choose weights that grow again."""
+        self.behind = ""
+        """The name of the optimizer whose own values are sent in place of gradients; empty if there is none."""
         self.may_undo = False
         """Whether an exchange may turn out to be unused, so that the residual must be restored."""
         self.pairs: set[str] = set()
@@ -377,6 +379,15 @@ class Collectives:
             step=Step(self.meter.steps),
             reads=() if base is None else (base,),
         )
+
+    def set_dense(self, on: bool) -> None:
+        """Send all gradients exactly while `on`. Raises ValueError if others are sent: an optimizer would take one for them."""
+        if on and self.behind:
+            raise ValueError(
+                f"send_dense(True): {self.behind} is sent its own values in place of gradients, and cannot use a gradient; "
+                "expected an optimizer of torch, as in attach(model, spec)"
+            )
+        self.send_dense = on
 
     def follow_scale(self) -> None:
         """Begin a step: multiply the memories, which hold gradients times the loss scale, by the scale's change."""

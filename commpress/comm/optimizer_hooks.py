@@ -86,6 +86,9 @@ class OptimizerHooks(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
 
+    def load_with_session(self, state_dict: dict[str, Any]) -> None:
+        """Restore it as a part of the session's state, which stays if the same is loaded again before the next backward."""
+
     def own_state(self) -> dict[str, Any]:
         """Return the part of the state that is this rank's own."""
 

@@ -142,9 +142,10 @@ class Session:
             collectives.versions.clear()
 
     def send_dense(self, on: bool) -> None:
-        """Send the exact gradients of all values while `on`, also of pruned ones: they show which weights should regrow."""
+        """Send the exact gradients of all values while `on`, also of pruned ones: they show which weights should regrow.
+        Raises ValueError if an optimizer's own values are sent in place of gradients."""
         for collectives in self.collectives:
-            collectives.send_dense = on
+            collectives.set_dense(on)
 
     def phase(self, name: str) -> None:
         """Call the report's rows by this name from now on."""
@@ -307,7 +308,7 @@ class Session:
             raise refusal
         optimizer = self._optimizer
         if optimizer is not None and isinstance(state, RankState) and state.loaded_shared is not None:
-            optimizer.load_state_dict(state.loaded_shared)
+            optimizer.load_with_session(state.loaded_shared)
         old = int(str(first["world_size"]))
         if old == self.world_size:
             self.restore(mine[0])

@@ -60,6 +60,7 @@ class StepBuffer:
     ) -> None:
         self.collectives, self.optimizer, self.parameters = collectives, optimizer, parameters
         self.auto, self.rules, self.warmup = auto, rules, warmup
+        collectives.behind = "" if optimizer is None else type(optimizer).__name__
         collectives.may_undo = optimizer is not None and collectives.grad_scaler is not None
         self.replicas: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
         """Returns tensors, by name, that should have the same bits on all ranks when a step begins; by default none."""

@@ -22,6 +22,7 @@ from commpress.comm.step_buffer import StepBuffer
 from commpress.optim import loops
 from commpress.optim.gradient_watch import GradientWatch
 from commpress.optim.settings import plain, require_in_range
+from commpress.optim.with_session import came, steps_of
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -65,6 +66,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._scale = 1.0
         self._clip = 1.0
         self._proven: object = None
+        self._brought: int | None = None  # steps of the state that a session has restored since the last backward
         self.watch = GradientWatch()
         self._speaks = True
         self.binding: object = None
@@ -180,7 +182,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Note that a backward starts, whose gradients are multiplied by `scale`. Returns whether a step has used the exchange
         before it."""
         used, self._awaits_step = not self._awaits_step, True
-        self._received, self._scale, self._clip = [], scale, 1.0
+        self._received, self._scale, self._clip, self._brought = [], scale, 1.0, None
         self.watch.forget()
         self._find_places()
         self._frozen = frozenset(name for name, (p, _) in self._places.items() if not p.requires_grad)
@@ -375,26 +377,20 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     parts[segment.name] = part.as_strided(p.shape, p.stride()) / self._scale
         return parts
 
-    def came_with_session(self, state_dict: dict[str, Any]) -> bool:
-        """Whether this state lacks its tensors, and the session, loaded before it, has restored them.
+    def load_with_session(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state that a session's checkpoint holds; `load_state_dict` then ignores one of as many steps (`came`)."""
+        self._brought = None
+        self.load_state_dict(state_dict)
+        self._brought = steps_of(state_dict)
 
-        torch.distributed.checkpoint reads no tensors for an optimizer that has not stepped. Raises ValueError if the session
-        has not restored them. For optimizers that keep state of each parameter and count `steps`.
-        """
-        steps = state_dict["param_groups"][0].get("steps", 0)
-        if not steps or state_dict["state"]:
-            return False
-        if self.state and self.param_groups[0]["steps"] == steps:
-            return True
-        raise ValueError(
-            f"{type(self).__name__}: a state of {steps} steps without tensors; expected the session to be loaded, too: "
-            'torch.distributed.checkpoint.load({"optimizer": optimizer, "commpress": session}, ...)'
-        )
+    def came_with_session(self, state_dict: dict[str, Any]) -> bool:
+        """Whether the session has restored this state (`with_session.came`)."""
+        return came(self, state_dict, self._brought)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; the ranks compare their states at the next backward."""
         super().load_state_dict(state_dict)
-        self._proven = None
+        self._proven = self._brought = None
         for p, state in self.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():

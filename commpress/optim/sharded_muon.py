@@ -210,7 +210,12 @@ class ShardedMuon:
 
     @torch.no_grad()
     def step(self, updates: Updates) -> None:
-        """Step the matrices that have gradients."""
+        """Step the matrices that have gradients. Raises ValueError for one that came to the optimizer after `attach`."""
+        if late := sorted(updates.keys() - {matrix.holder for matrix in self._matrices}):
+            raise ValueError(
+                f"EF21Muon: matrix {late[0]!r} came to the optimizer after attach, so no rank owns it; expected all that are "
+                "ever trained in its groups before attach, frozen ones too"
+            )
         moved = [matrix for matrix in self._matrices if matrix.holder in updates]
         rows = {matrix.name: self._rows(matrix, *updates[matrix.holder]) for matrix in moved}
         for of in rows.values():

@@ -153,6 +153,9 @@ class ZeroOneAdamW(FrozenAdamW):
 
         After another order the next backward raises an error, or warns.
         """
+        if self.came_with_session(state_dict):
+            self._stand()  # the model was loaded between the two
+            return
         super().load_state_dict(state_dict)
         self._turns, self._loaded = {}, True
         anchors = {name: self._anchor(name) for name in self._own}

@@ -332,6 +332,7 @@ def attach_partitions(
         assert momentum is not None
         _shard_muon(optimizer, partitions, momentum)
     elif optimizer is not None:
+        shards.behind = type(optimizer).__name__
         partitions.sharded = ShardedOneBitAdamW(
             optimizer,
             shards,

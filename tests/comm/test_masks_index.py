@@ -244,6 +244,22 @@ def test_look_sends_all_gradients_exactly():
     assert all(exact and masked for exact, masked in run(2, looking))
 
 
+def looking_behind(kind: str) -> str:
+    """What is said to a look at all gradients where an optimizer is sent other values."""
+    model = network()
+    wrapped = ddp(model)
+    optimizer = getattr(commpress.optim, kind)(model if kind == "EF21Muon" else model.parameters(), lr=1e-3)
+    session = commpress.attach(wrapped, "sign", optimizer=optimizer)
+    session.send_dense(False)
+    return outcome(lambda: session.send_dense(True))
+
+
+def test_a_look_is_refused_where_an_optimizer_is_sent_other_values() -> None:
+    for kind in ("EF21Muon", "OneBitAdamW"):
+        (said,) = run(1, looking_behind, kind)
+        assert said.startswith(f"ValueError: send_dense(True): {kind} is sent its own values in place of gradients")
+
+
 def behind(kind: str) -> tuple[list[torch.Tensor], bool]:
     """A compressed optimizer under masks that come in its compressed phase."""
     model = network()

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, Trained, by_dimensions, loss_of, network, same_training, sgd, train
+from training import SMALL_BUCKETS, WIDTH, Trained, by_dimensions, loss_of, network, same_training, sgd, train
 
 import commpress
 from commpress.optim import DGC, EF21Muon, OneBitAdamW, ZeroOneAdamW
+from commpress.optim.eigenbasis import LONG
 
 HOST = socket.gethostname()
 PATIENT = 300.0
@@ -163,20 +164,25 @@ KINDS: dict[str, Any] = {
     "ZeroOneAdamW": lambda p: ZeroOneAdamW(p, lr=1e-3, warmup_steps=2, sync_every=2),
     "DGC": lambda p: DGC(p, lr=0.05),
     "EF21Muon": lambda p: EF21Muon(by_dimensions(p), lr=0.01),
+    "EF21Muon, coordinates": lambda p: EF21Muon(by_dimensions(p), lr=0.01),
 }
 SPECS = {
     "EF21Muon": "sign",
+    "EF21Muon, coordinates": "int4",
     "SGD": "int4",
     "SGD, factors": "powersgd(2)",
     "OneBitAdamW": "sign",
     "ZeroOneAdamW": "sign",
     "DGC": "topk(0.1)",
 }
+SAVED = {"EF21Muon, coordinates": 14}
+"""Steps before a checkpoint, if not 4."""
 
 
 def started(kind: str, seed: int) -> tuple[Any, Any, Any]:
     """A DDP network, its optimizer and session."""
-    ddp = DistributedDataParallel(network(seed), bucket_cap_mb=SMALL_BUCKETS)
+    model = network(seed, width=LONG if kind in SAVED else WIDTH)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKETS)
     if (make := KINDS[kind]) is None:
         return ddp, sgd(ddp), commpress.attach(ddp, SPECS[kind])
     optimizer = make(ddp.parameters())
@@ -184,9 +190,10 @@ def started(kind: str, seed: int) -> tuple[Any, Any, Any]:
 
 
 def save(kind: str, folder: str, asynchronously: bool = False) -> tuple[Trained, Trained, float, dict[str, Tensor]]:
-    """Four steps and a checkpoint; the four that follow; the total of what feedback keeps, as it counts in a mean; factors."""
+    """Steps and a checkpoint; the four that follow; the total of what feedback keeps, as it counts in a mean; factors."""
     ddp, optimizer, session = started(kind, 0)
-    before = train(ddp, range(4), optimizer=optimizer)
+    at = SAVED.get(kind, 4)
+    before = train(ddp, range(at), optimizer=optimizer)
     content = {
         "model": ddp.module,
         "commpress": session,
@@ -200,7 +207,7 @@ def save(kind: str, folder: str, asynchronously: bool = False) -> tuple[Trained,
         torch.save(optimizer.state_dict(), f"{folder}.pt")
     dist.barrier()
     kept, factors = withheld(session), factors_of(session)
-    return before, train(ddp, range(4, 8), optimizer=optimizer), kept, factors
+    return before, train(ddp, range(at, at + 4), optimizer=optimizer), kept, factors
 
 
 class Plain:
@@ -228,7 +235,8 @@ def load(kind: str, folder: str) -> tuple[Trained, float, dict[str, Tensor]]:
     else:  # whose state comes with the session
         dcp.load({"commpress": session, "optimizer": optimizer}, checkpoint_id=folder)
     kept, factors = withheld(session), factors_of(session)
-    return train(ddp, range(4, 8), optimizer=optimizer), kept, factors
+    at = SAVED.get(kind, 4)
+    return train(ddp, range(at, at + 4), optimizer=optimizer), kept, factors
 
 
 def factors_of(session: Any) -> dict[str, Tensor]:
@@ -262,9 +270,37 @@ def test_a_session_goes_on_bit_for_bit_from_torchs_distributed_checkpoint(
         assert same_training(after, again)
 
 
+def rolled_back(kind: str, folder: str, young: int | None) -> tuple[Trained, Trained, int]:
+    """Four steps behind a checkpoint, and again after it was loaded into the same objects, or into those of a training that is
+    `young` steps old; matrices in other coordinates."""
+    ddp, optimizer, session = started(kind, 0)
+    at = SAVED.get(kind, 4)
+    train(ddp, range(at), optimizer=optimizer)
+    dcp.save({"model": ddp, "commpress": session, "optimizer": optimizer}, checkpoint_id=folder)
+    first = train(ddp, range(at, at + 4), optimizer=optimizer)
+    if young is not None:
+        ddp, optimizer, session = started(kind, 99)
+        train(ddp, range(young), optimizer=optimizer)
+    dcp.load({"model": ddp, "commpress": session, "optimizer": optimizer}, checkpoint_id=folder)
+    again = train(ddp, range(at, at + 4), optimizer=optimizer)
+    return first, again, sum("basis_vectors" in state for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize(("kind", "young"), [
+    ("EF21Muon", None), slow("EF21Muon, coordinates", None), ("EF21Muon, coordinates", 2), slow("OneBitAdamW", None),
+    slow("ZeroOneAdamW", None), slow("DGC", None), slow("EF21Muon", 1), slow("OneBitAdamW", 3), slow("ZeroOneAdamW", 3),
+    slow("DGC", 1),
+])  # fmt: skip
+def test_objects_that_train_take_a_checkpoint_back(kind: str, young: int | None, tmp_path: Path) -> None:
+    """In DCP's order: the session, which has all, before the optimizer, of which DCP reads what it has now."""
+    for first, again, turned in run(2, rolled_back, kind, str(tmp_path / "c"), young):
+        assert same_training(first, again)
+        assert turned == (3 if kind == "EF21Muon, coordinates" else 0)
+
+
 @pytest.mark.parametrize(("old", "new", "kind"), [
     (3, 2, "SGD"), slow(2, 3, "SGD"), slow(2, 1, "SGD"), (3, 2, "OneBitAdamW"), slow(2, 3, "ZeroOneAdamW"),
-    (2, 3, "SGD, factors"), slow(3, 2, "SGD, factors"),
+    (2, 3, "SGD, factors"), slow(3, 2, "SGD, factors"), slow(3, 2, "EF21Muon, coordinates"),
 ])  # fmt: skip
 def test_another_number_of_ranks_loads_it_and_nothing_is_lost(old: int, new: int, kind: str, tmp_path: Path) -> None:
     saved = run(old, save, kind, str(tmp_path / "c"))

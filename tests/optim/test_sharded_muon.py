@@ -55,9 +55,12 @@ def sharded(model: Any = None, **settings: Any) -> Any:
     return fully_shard(model, **settings)
 
 
-def attached(model: Any, spec: str, **settings: Any) -> tuple[EF21Muon, commpress.Session]:
-    """A model's optimizer and session."""
-    optimizer = EF21Muon(model, **{"lr": LR, "momentum": 0.95, "nesterov": True, "others_spec": "none", **settings})
+def attached(model: Any, spec: str, held: Any = None, **settings: Any) -> tuple[EF21Muon, commpress.Session]:
+    """A model's optimizer, of all of it or of the groups `held`, and its session."""
+    optimizer = EF21Muon(
+        model if held is None else held,
+        **{"lr": LR, "momentum": 0.95, "nesterov": True, "others_spec": "none", **settings},
+    )
     return optimizer, commpress.attach(model, spec, optimizer=optimizer)
 
 
@@ -347,6 +350,25 @@ def test_ranks_that_differ_are_an_error_on_all() -> None:
     for settings, state in run(2, differing):
         assert "rank 1 has optimizer's groups" in settings
         assert "EF21Muon: the state that was loaded has no sent_momentum of '" in state
+
+
+def late() -> str:
+    """What is said to a matrix that was frozen, and held by no group, when the session was attached."""
+    model = sharded()
+    weight = model[2].weight.requires_grad_(False)
+    held = [
+        {"params": [p for p in model.parameters() if (p.dim() == 2) == two and p is not weight], "muon": two}
+        for two in (True, False)
+    ]
+    optimizer, _ = attached(model, "sign", held)
+    train(model, optimizer, range(2))
+    optimizer.add_param_group({"params": [weight.requires_grad_(True)], "muon": True})
+    return outcome(lambda: train(model, optimizer, range(2, 3)))
+
+
+def test_a_matrix_that_comes_after_attach_says_so() -> None:
+    for said in run(2, late):
+        assert said.startswith("ValueError: EF21Muon: matrix '2.weight' came to the optimizer after attach")
 
 
 def refusals() -> dict[str, str]:
