@@ -83,6 +83,12 @@ class Memory:
             self.residual[self.owner_start : stop].add_(self.owner_residual, alpha=world_size)
             self.owner_residual.zero_()
 
+    def decay(self, share: float) -> None:
+        """Multiply all that was left out, also that of the slice and the chunk."""
+        for values in (self.residual, self.slice_residual, self.owner_residual):
+            if values is not None and share != 1:
+                values.mul_(share)
+
     def give_back(self, world_size: int) -> None:
         """Fold, and drop the slice and the chunk: this rank no longer encodes them."""
         self.fold(world_size)

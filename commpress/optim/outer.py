@@ -276,8 +276,7 @@ class Outer:
         decay = self.settings.decay
 
         def prepare(bucket: Tensor, memory: Memory) -> None:
-            if decay < 1 and memory.residual is not None:
-                memory.residual.mul_(decay)
+            memory.decay(decay)
 
         dense = (self._steps - fragment.synced_at) * fragment.dense_bytes
         override = Override(self._collectives.gradients.codec, prepare=prepare)

@@ -144,6 +144,33 @@ def test_equals_the_reference(world_size: int, spec: str, settings: dict[str, An
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+def syncs_alike(spec: str, decay: float) -> tuple[Tensor, Tensor]:
+    """What arrives at two syncs of the same parameters: outer steps of length 0 do not move the anchor."""
+    model, _, outer = started(spec, lr=0.0, momentum=0.5, decay=decay)
+    start = parameters_of(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(dist.get_rank())))
+    drifted = parameters_of(model)
+    momenta = []
+    for _ in range(2):
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), drifted, strict=True):
+                p.copy_(value)
+        outer.sync()
+        momenta.append(torch.cat([fragment["momentum"].clone() for fragment in outer.state_dict()["fragments"]]))
+    assert same(parameters_of(model), start)
+    return momenta[0], momenta[1] - 0.5 * momenta[0]
+
+
+@pytest.mark.parametrize(("spec", "world_size"), [("int2", 3), slow("sign", 3), slow("topk(0.1)|int2", 2)])
+def test_a_decay_of_0_forgets_all_that_was_left_out(spec: str, world_size: int) -> None:
+    """What a worker left out of its differences, and what an owner left out of the mean."""
+    for decay, alike in ((0.0, True), (1.0, False)):
+        for first, second in run(world_size, syncs_alike, spec, decay):
+            assert torch.allclose(first, second, rtol=1e-4, atol=1e-6) == alike
+
+
 def local_sgd_every_step() -> tuple[list[Tensor], list[Tensor]]:
     rank = dist.get_rank()
     model = network()
