@@ -29,7 +29,8 @@ FINE = 8
 WHOLE = 2**16
 """Values of whose payload the bits are counted."""
 FIRST, EVERY = 10, 25
-"""Coordinates are chosen after the update of this number, when an estimate says something, and then every so many updates."""
+"""Matrix 0 chooses coordinates after the update of this number, when an estimate says something, matrix 1 after the next; each
+chooses again every so many updates."""
 LONG = 128
 """A matrix needs directions of so many values: in a block of 256, as most codecs have, there are then no more than two."""
 FLOOR = 1e-3
@@ -113,7 +114,7 @@ def is_coarse(codec: Codec) -> bool:
 
 def is_due(step: int, number: int) -> bool:
     """Whether matrix `number` gets new coordinates after update `step`, counted from 1; all in one step would make it long."""
-    return step == FIRST or (step > FIRST and (step - number) % EVERY == 0)
+    return step >= FIRST and (step - FIRST - number) % EVERY == 0
 
 
 def _exactly(x: Tensor) -> torch.autocast:

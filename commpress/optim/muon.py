@@ -247,7 +247,8 @@ class EF21Muon(CompressedOptimizer):
             self._prune_estimates(matrices)
             moves = [Move(p, group, moved, masks.places(name)) for name, (p, group, moved) in matrices.items()]
             self._step_matrices(moves, self._products)
-            numbers = {name: number for number, name in enumerate(self._bound)}
+            hidden = [name for name, (_, group) in self._places.items() if group["muon"]]
+            numbers = {name: number for number, name in enumerate(hidden)}
             self._turn([name for name, (_, group, _) in matrices.items() if is_due(group["steps"] + 1, numbers[name])])
         else:
             if self.must_verify():

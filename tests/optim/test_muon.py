@@ -113,7 +113,7 @@ def against_reference(spec: str, settings: dict[str, Any]) -> tuple[list[Tensor]
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("world_size", [2, slow(3)])
 def test_it_is_ef21_muon(spec: str, settings: dict[str, Any], world_size: int) -> None:
-    """In the coordinates that it has chosen, from step 10 on, but for int8.
+    """In the coordinates that it has chosen, from steps 10, 11 and 12 on, but for int8.
 
     Some values are so small that rounding decides on their code, and Newton-Schulz enlarges that; in the matrices' own
     coordinates the distance would be 0.2 to 0.5.

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, adrift, finite, parameters_of, same, train
 
 import commpress
-from commpress.optim.eigenbasis import FLOOR, LONG, Basis
+from commpress.optim.eigenbasis import EVERY, FIRST, FLOOR, LONG, Basis, is_due
 
 
 @pytest.mark.parametrize("shape", [(8, 300), (300, 8), (256, 256), (1, 256)])
@@ -41,6 +41,15 @@ def test_a_matrix_that_is_short_or_zero_or_not_finite_stays_in_its_own() -> None
     assert Basis.of(torch.full((8, 300), torch.nan)) is None
 
 
+def test_coordinates_are_chosen_in_turn() -> None:
+    """Each choice is an eigendecomposition on every rank: 50 of them in one step would make it long."""
+    due = [[number for number in range(2 * EVERY) if is_due(step, number)] for step in range(FIRST + 2 * EVERY)]
+    assert not any(due[:FIRST])
+    assert all(len(numbers) == 2 for numbers in due[FIRST:])
+    assert due[FIRST][0] == 0
+    assert {number for numbers in due[FIRST : FIRST + EVERY] for number in numbers} == set(range(2 * EVERY))
+
+
 def coded(spec: str, exchange: str, steps: int) -> tuple[float, float, int]:
     """How far estimate and residuals together, and the estimate alone, are from the mean momentum; matrices in other ones."""
     ddp, optimizer, session = attached(spec, exchange=exchange, width=WIDE)
@@ -54,8 +63,8 @@ def coded(spec: str, exchange: str, steps: int) -> tuple[float, float, int]:
     slow("int2", "hierarchical(2)", 4),
 ], ids=str)  # fmt: skip
 def test_a_change_of_coordinates_loses_nothing(spec: str, exchange: str, world_size: int) -> None:
-    """They change behind steps 10 and 25, with all that has been left out so far."""
-    for off, alone, turned in run(world_size, coded, spec, exchange, 27):
+    """They change behind steps 10, 11 and 12, and the first again behind 35, with all that has been left out so far."""
+    for off, alone, turned in run(world_size, coded, spec, exchange, 36):
         assert off < 1e-5 < 1e-2 < alone
         assert turned == 3
 
@@ -67,17 +76,17 @@ def test_fine_codes_need_none() -> None:
 def resumed() -> tuple[list[Tensor], list[Tensor], int]:
     """Parameters of a training over two changes of coordinates, and of one that was restarted between them."""
     ddp, optimizer, session = attached("int4", exchange="two_shot", width=WIDE)
-    train(ddp, range(12), optimizer=optimizer)
+    train(ddp, range(34), optimizer=optimizer)
     model, states = (
         copy.deepcopy(ddp.module.state_dict()),
         copy.deepcopy((optimizer.state_dict(), session.state_dict())),
     )
-    train(ddp, range(12, 28), optimizer=optimizer)
+    train(ddp, range(34, 37), optimizer=optimizer)
     again, following, later = attached("int4", exchange="two_shot", width=WIDE)
     again.module.load_state_dict(model)
     following.load_state_dict(states[0])
     later.load_state_dict(states[1])
-    train(again, range(12, 28), optimizer=following)
+    train(again, range(34, 37), optimizer=following)
     turned = sum("basis_vectors" in state for state in following.state.values())
     return parameters_of(ddp.module), parameters_of(again.module), turned
 

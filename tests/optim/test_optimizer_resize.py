@@ -9,17 +9,22 @@ from ranks import outcome, run
 from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, Trained, network, same_training, train
+from training import SMALL_BUCKETS, WIDTH, Trained, adrift, network, same_training, train
 
 import commpress
 from commpress import optim
+from commpress.optim.eigenbasis import BASIS, LONG
 
 STEPS = 7
+COORDINATES = "EF21Muon in other coordinates"
+LATE = 13
+"""Steps after which all of its three matrices are in other coordinates."""
 
 
 def started(name: str, spec: str, exchange: str | None) -> tuple[DistributedDataParallel, torch.optim.Optimizer, Any]:
     """A model, its optimizer and its session."""
-    ddp = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
+    model = network(width=LONG if name == COORDINATES else WIDTH)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKETS)
     optimizer: torch.optim.Optimizer
     if name == "OneBitAdamW":
         optimizer = optim.OneBitAdamW(ddp.parameters(), lr=0.01, warmup_steps=3)
@@ -27,7 +32,7 @@ def started(name: str, spec: str, exchange: str | None) -> tuple[DistributedData
         optimizer = optim.ZeroOneAdamW(ddp.parameters(), lr=0.01, warmup_steps=3, sync_every=4)
     elif name == "DGC":
         optimizer = optim.DGC(ddp.parameters(), lr=0.05)
-    elif name == "EF21Muon":
+    elif name in ("EF21Muon", COORDINATES):
         optimizer = optim.EF21Muon(ddp, lr=0.01)
     else:
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9)
@@ -38,7 +43,7 @@ def started(name: str, spec: str, exchange: str | None) -> tuple[DistributedData
 def before(name: str, spec: str, exchange: str | None, folder: str) -> None:
     """A few steps, and what every rank saves."""
     ddp, optimizer, session = started(name, spec, exchange)
-    train(ddp, range(STEPS), optimizer=optimizer)
+    train(ddp, range(LATE if name == COORDINATES else STEPS), optimizer=optimizer)
     saved = {"model": ddp.module.state_dict(), "optimizer": optimizer.state_dict(), "session": session.state_dict()}
     torch.save(saved, f"{folder}/{session.rank}.pt")
 
@@ -51,7 +56,14 @@ def after(name: str, spec: str, exchange: str | None, folder: str, ranks: int) -
     optimizer.load_state_dict(states[-1]["optimizer"])
     session.load_state_dict([state["session"] for state in states])
     taken = session.state_dict()
-    return taken, train(ddp, range(STEPS, STEPS + 4), optimizer=optimizer)
+    at = LATE if name == COORDINATES else STEPS
+    trained = train(ddp, range(at, at + 4), optimizer=optimizer)
+    if name == COORDINATES:
+        own, saved = (state["state"].values() for state in (optimizer.state_dict(), states[-1]["optimizer"]))
+        kept = [torch.equal(a[key], b[key]) for a, b in zip(own, saved, strict=True) for key in BASIS if key in b]
+        assert kept == [True] * 6  # of three matrices
+        assert adrift(ddp, optimizer, session)[0] < 1e-5
+    return taken, trained
 
 
 def refusals(folder: str) -> dict[str, str]:
@@ -84,6 +96,7 @@ def totals(states: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
     ("ZeroOneAdamW", "sign", "two_shot", 2, 3), slow("ZeroOneAdamW", "topk(0.1)|int4", None, 4, 2),
     ("DGC", "sign", "two_shot", 4, 2), slow("DGC", "topk(0.1)|int4", None, 2, 3),
     ("EF21Muon", "sign", "two_shot", 3, 2), slow("EF21Muon", "topk(0.1)|sign", None, 2, 3),
+    slow(COORDINATES, "int4", "two_shot", 3, 2), slow(COORDINATES, "sign", "one_shot", 2, 3),
     ("SGD", "sign", "two_shot", 2, 3), slow("SGD", "topk(0.1)|int4", None, 4, 2),
 ])  # fmt: skip
 def test_nothing_is_lost(name: str, spec: str, exchange: str | None, old: int, new: int, tmp_path: Path) -> None:
@@ -96,7 +109,9 @@ def test_nothing_is_lost(name: str, spec: str, exchange: str | None, old: int, n
         assert there.keys() == here.keys()
         for bucket in there:
             torch.testing.assert_close(here[bucket], there[bucket], rtol=1e-5, atol=1e-6)
-        assert any(bool(t.any()) for t in there.values()) == (key == "residual" or name in ("DGC", "EF21Muon"))
+        assert any(bool(t.any()) for t in there.values()) == (
+            key == "residual" or name in ("DGC", "EF21Muon", COORDINATES)
+        )
     assert not any(bucket["owner_residual"] is not None for state in states for bucket in state["memories"][0])
     if name == "ZeroOneAdamW":  # a rank's own drift becomes the mean of all
         for part, values in states[0]["optimizer"]["0.weight"].items():

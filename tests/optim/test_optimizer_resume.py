@@ -13,11 +13,23 @@ from ranks import outcome, run
 from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, Trained, finite, gradients_of, loss_of, network, parameters_of, same, same_training
+from training import (
+    SMALL_BUCKETS,
+    WIDTH,
+    Trained,
+    finite,
+    gradients_of,
+    loss_of,
+    network,
+    parameters_of,
+    same,
+    same_training,
+)
 
 import commpress
 from commpress.optim import DGC, EF21Muon, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.base import CompressedOptimizer
+from commpress.optim.eigenbasis import LONG
 
 WARM_UP = 3
 AFTER = 6
@@ -38,6 +50,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "dgc warming up": {"warmup_steps": 15, "nesterov": True, "max_norm": 0.3},
     "muon": {},
     "muon clipped": {"max_norm": 0.3, "others_spec": "none"},
+    "muon in other coordinates": {"others_spec": "none"},
 }
 """Settings by name; its first words say which optimizer."""
 
@@ -46,7 +59,8 @@ def started(
     way: str, spec: str, seed: int = 0, exchange: str | None = None, **attaching: Any
 ) -> tuple[DistributedDataParallel, CompressedOptimizer, commpress.Session]:
     """A network, its optimizer in two groups, and its session."""
-    ddp = DistributedDataParallel(network(seed), bucket_cap_mb=SMALL_BUCKETS)
+    model = network(seed, width=LONG if way == "muon in other coordinates" else WIDTH)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKETS)
     if way.startswith("muon"):
         muon = EF21Muon(ddp, lr=0.01, **WAYS[way])
         return ddp, muon, commpress.attach(ddp, spec, optimizer=muon, exchange=exchange, **attaching)
@@ -93,7 +107,8 @@ def interrupted(way: str, spec: str, exchange: str | None, ats: Sequence[int], f
     schedule = decaying(optimizer)
     parts = {"model": ddp.module, "optimizer": optimizer, "session": session, "schedule": schedule}
     whole = []
-    for step in range(min(11, max(ats) + AFTER)):
+    last = 17 if way == "muon in other coordinates" else 11
+    for step in range(min(last, max(ats) + AFTER)):
         if step in ats:
             torch.save(
                 {name: part.state_dict() for name, part in parts.items()}, f"{folder}/{step}.{dist.get_rank()}.pt"
@@ -116,7 +131,7 @@ def interrupted(way: str, spec: str, exchange: str | None, ats: Sequence[int], f
                 said = outcome(lambda ddp=ddp: loss_of(ddp, at).backward())  # type: ignore[misc]  # noqa: B023
                 assert "a state was loaded without the session's" in said
                 continue
-            pieced.append(trained(ddp, optimizer, schedule, range(at, min(11, at + (AFTER if complete else 4)))))
+            pieced.append(trained(ddp, optimizer, schedule, range(at, min(last, at + (AFTER if complete else 4)))))
         steps = [whole[at : at + len(part.gradients) // 2] for part in pieced]
         starts = [Trained(part[-1].parameters, [g for one in part for g in one.gradients]) for part in steps]
         same_without = len(pieced) > 1 and same_training(starts[1], pieced[1])
@@ -143,6 +158,7 @@ def interrupted(way: str, spec: str, exchange: str | None, ats: Sequence[int], f
     ("muon", "sign", None, [3], 2),
     slow("muon", "topk(0.1)|sign", None, [4], 3),
     slow("muon clipped", "int2", "two_shot", [5], 3),
+    slow("muon in other coordinates", "int4", "two_shot", [11, 13], 3),  # some of its matrices are in them, then all
 ])  # fmt: skip
 def test_resumed_is_unbroken(
     way: str, spec: str, exchange: str | None, ats: list[int], world_size: int, tmp_path: Path

@@ -381,12 +381,14 @@ class Ef21Muon:
         """What arrives of matrices, in their own coordinates."""
         if not self.turns:
             return self.codec.decode(self.codec.encode(ahead), ahead.numel())
-        wide = {
-            name: self.turns[name][0] @ (x.T if _is_tall(x) else x) for name, x in bucket.parts(ahead, values).items()
-        }
-        decoded = self.codec.decode(self.codec.encode(bucket.flat(wide)), ahead.numel())
-        back = {name: self.turns[name][1] @ y for name, y in bucket.parts(decoded, wide).items()}
-        return bucket.flat({name: y.T if _is_tall(values[name]) else y for name, y in back.items()})
+        there = bucket.parts(ahead, values)
+        for name, (turn, _) in self.turns.items():
+            there[name] = turn @ (there[name].T if _is_tall(there[name]) else there[name])
+        decoded = self.codec.decode(self.codec.encode(bucket.flat(there)), ahead.numel())
+        back = bucket.parts(decoded, there)
+        for name, (_, turn) in self.turns.items():
+            back[name] = (turn @ back[name]).T if _is_tall(values[name]) else turn @ back[name]
+        return bucket.flat(back)
 
 
 def _is_tall(x: Tensor) -> bool:
