@@ -33,7 +33,7 @@ class Compression:
     what has changed; auto needs --compress auto. None: the recipe's spec, or none."""
     optimizer: str = "AdamW"
     """AdamW and SGD step on the mean gradient; OneBitAdamW, ZeroOneAdamW and DGC send their update; EF21Muon sends how
-    far its momentum has moved."""
+    far its momentum has moved, or takes local steps of Muon under local_sgd and diloco."""
     optimizer_warmup: int | None = None
     """Steps until OneBitAdamW, ZeroOneAdamW or DGC compresses fully. None: twice --warmup-steps, at most a quarter of
     --steps."""
@@ -195,7 +195,7 @@ STRATEGIES = ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco")
 EXCHANGE_UNDER = {
     "OneBitAdamW": ("ddp", "deepspeed"),
     "ZeroOneAdamW": ("ddp", "deepspeed"),
-    "EF21Muon": ("ddp", "fsdp", "deepspeed"),
+    "EF21Muon": ("ddp", "fsdp", "deepspeed", "local_sgd", "diloco"),
     "DGC": ("ddp", "deepspeed"),
 }
 """The values of --parallel under which an optimizer that exchanges by itself can run."""

@@ -41,6 +41,7 @@ RUNS = {
     "fsdp:AdamW:int4": 4.7,  # gradients by int4, parameters by int8, twice a step and in validations
     "local_sgd:AdamW:int8": 11.8,  # four syncs in twelve steps
     "diloco:AdamW:topk(0.1)|int2": 131,
+    "diloco:EF21Muon:sign": 94,
 }
 """How the model is spread, optimizer and spec, and how many times fewer bytes they send in all."""
 AFTER_A_START = {"fsdp:EF21Muon:int4": 2 * 98_304}
@@ -309,8 +310,12 @@ def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path, text: Path) -> 
         (["--zero-stage", 4], "--zero-stage 4: expected 0, 1, 2 or 3"),
         (["--parallel", "fsdp", "--optimizer", "DGC"], "DGC exchanges by itself: expected --parallel ddp or deepspeed"),
         (
-            ["--parallel", "diloco", "--optimizer", "EF21Muon"],
-            "expected --parallel ddp or fsdp or deepspeed, got diloco",
+            ["--parallel", "diloco", "--optimizer", "OneBitAdamW"],
+            "OneBitAdamW exchanges by itself: expected --parallel ddp or deepspeed, got diloco",
+        ),
+        (
+            ["--parallel", "diloco", "--optimizer", "EF21Muon", "--compress", "auto"],
+            "--compress auto: expected --parallel ddp, fsdp or deepspeed",
         ),
         (
             ["--optimizer-warmup", 2, "--optimizer", "EF21Muon"],

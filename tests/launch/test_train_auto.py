@@ -111,6 +111,7 @@ def test_parameters_are_found_beside_gradients(tmp_path: Path) -> None:
         ({"optimizer": "EF21Muon"}, "auto"),
         ({"optimizer": "OneBitAdamW", "parallel": "deepspeed", "parameters": "int8"}, "int4"),
         ({"optimizer": "EF21Muon", "parallel": "fsdp"}, "int4"),
+        ({"optimizer": "EF21Muon", "parallel": "diloco"}, "int4"),
         *(({"parallel": parallel}, "auto") for parallel in ("fsdp", "deepspeed")),
         *(({"parallel": parallel}, "int4") for parallel in ("local_sgd", "diloco")),
     ],
