@@ -139,7 +139,8 @@ def what_is_known() -> tuple[list[float], list[float], float]:
     """How near each rank's part of what all know of the momentum is to it: the cosine, by group. The most that is known after a
     step at next to no rate, in which the differences are what was withheld; and the loss that follows."""
     e = engine(2, optimizer=in_groups, zero={"reduce_bucket_size": 3000})
-    attach(e, "sign", parameters="int8")
+    session = attach(e, "sign", parameters="int8")
+    assert "OneBitAdamW is sent its own values" in outcome(lambda: session.send_dense(True))
     train(e, range(WARM + 10))
     states = [s for s in e.basic_optimizer.state.values() if s["known"].numel()]
     cosines = [float(torch.cosine_similarity(s["known"], s["exp_avg"], dim=0)) for s in states]

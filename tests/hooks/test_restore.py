@@ -298,6 +298,23 @@ def test_objects_that_train_take_a_checkpoint_back(kind: str, young: int | None,
         assert turned == (3 if kind == "EF21Muon, coordinates" else 0)
 
 
+def back_to_the_start(folder: str) -> tuple[Trained, Trained]:
+    """Steps behind an early checkpoint, over the choice of coordinates, and again after it was loaded without the optimizer."""
+    ddp, optimizer, session = started("EF21Muon, coordinates", 0)
+    train(ddp, range(2), optimizer=optimizer)
+    content = {"model": ddp, "commpress": session}
+    dcp.save(content, checkpoint_id=folder)
+    first = train(ddp, range(2, 14), optimizer=optimizer)
+    dcp.load(content, checkpoint_id=folder)
+    return first, train(ddp, range(2, 14), optimizer=optimizer)
+
+
+@pytest.mark.slow
+def test_the_sessions_part_of_a_checkpoint_is_enough(tmp_path: Path) -> None:
+    for first, again in run(2, back_to_the_start, str(tmp_path / "c")):
+        assert same_training(first, again)
+
+
 @pytest.mark.parametrize(("old", "new", "kind"), [
     (3, 2, "SGD"), slow(2, 3, "SGD"), slow(2, 1, "SGD"), (3, 2, "OneBitAdamW"), slow(2, 3, "ZeroOneAdamW"),
     (2, 3, "SGD, factors"), slow(3, 2, "SGD, factors"), slow(3, 2, "EF21Muon, coordinates"),
