@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ import gpu_worker
 import passes
 
 from commpress.comm.codecs import parse
-from commpress.comm.exchange import Transfer
+from commpress.comm.exchange import Transfer, TwoShot
 from commpress.kernels import table
 from commpress.launch import gpu_record, report
 
@@ -215,6 +217,7 @@ class Nobody:
     """The wire of a rank that has no peers: nothing travels."""
 
     rank, world_size, device, by_message, peers = 0, 1, CPU, True, ()
+    board = SimpleNamespace(explain=lambda error: error)
 
     def __init__(self, *_: object) -> None: ...
 
@@ -222,7 +225,7 @@ class Nobody:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *_, **settings: Transfer([], 0, 0, True)
+        return lambda *_, last=True, **settings: Transfer([], 0, 0, last)
 
 
 def test_one_rank_alone_runs_every_exchange_and_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +239,35 @@ def test_one_rank_alone_runs_every_exchange_and_a_wrong_result_is_named(monkeypa
 
     monkeypatch.setitem(table.KERNELS, ("mean", "int4", "cpu"), dataclasses.replace(right, run=wrong))
     with pytest.raises(gpu_ranks.ItemError, match=r"int4 by one_shot, 64 KB, one rank: the result is off by 2 of x"):
+        gpu_ranks.exchanged_alone(CPU, 65536)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_an_exchange_on_one_rank_that_writes_nothing_back_or_too_little_is_named(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: TwoShot, x: Tensor, encoder: Any, *_: Any) -> Iterator[Transfer]:
+        encoder.encode(x, slice(None), out=torch.empty(encoder.codec.nbytes(x.numel()), dtype=torch.uint8))
+        yield Transfer([], 0, 0, True)
+        x.mul_(share)
+
+    monkeypatch.setattr(gpu_ranks, "Wire", Nobody)
+    monkeypatch.setattr(gpu_ranks, "SPECS", ("bf16", "int8"))
+    monkeypatch.setattr(TwoShot, "run", wrong)
+    with pytest.raises(gpu_ranks.ItemError, match=r"int8 by two_shot, 64 KB, one rank: \d+ of 16384 values are not those"):
+        gpu_ranks.exchanged_alone(CPU, 65536)
+
+
+def test_an_exchange_on_one_rank_goes_through_the_sequencer_and_its_error_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("no such kernel")
+
+    monkeypatch.setattr(gpu_ranks, "Wire", Nobody)
+    right = table.KERNELS["recode", "fp8", "cpu"]
+    monkeypatch.setitem(table.KERNELS, ("recode", "fp8", "cpu"), dataclasses.replace(right, run=failing))
+    with pytest.raises(RuntimeError, match=r"fp8 by two_shot, 64 KB, one rank: ZeroDivisionError: no such kernel"):
         gpu_ranks.exchanged_alone(CPU, 65536)
 
 
