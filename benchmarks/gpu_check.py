@@ -28,6 +28,7 @@ import gpu_parts
 import torch
 from codec_cases import MB, SPECS
 from gpu_ranks import COLLECTIVES, EXCHANGED, RUNS, SIZES, STEPS
+from gpu_ranks import SPECS as SPECS_OF_RANKS
 from gpu_worker import PASSES, Job
 from rich.console import Console
 from rich.markup import escape
@@ -41,7 +42,14 @@ Record = dict[str, Any]
 BENCHMARKS = Path(__file__).parent
 LIMIT_SECONDS = 450.0
 """For all parts; what starts late gets what is left of it."""
-BYTES_SECONDS, RATES_SECONDS, CPU_SECONDS, RANKS_SECONDS, PROGRAM_SECONDS = 170.0, 90.0, 100.0, 75.0, 60.0
+COMPILE_SECONDS, BYTES_SECONDS, RATES_SECONDS, CPU_SECONDS, RANKS_SECONDS, PROGRAM_SECONDS = (
+    75.0,
+    170.0,
+    90.0,
+    100.0,
+    75.0,
+    60.0,
+)
 CODECS, PASSES_PART = "codecs", "passes"
 MOST_PROCESSES = 8
 TOLERANCE, TOLERANCE_BFLOAT16 = 5e-3, 2e-2
@@ -52,6 +60,10 @@ EVERY = tuple(sorted({*gpu_bytes.battery.SPECS, *SPECS}, key=lambda spec: (list(
 """Specs to compare: one family after another."""
 
 
+COMPILED = (*SPECS_OF_RANKS, "powersgd(2)", PASSES)
+"""What ranks use: sessions compile it."""
+
+
 @dataclass(frozen=True)
 class Check:
     """What is tried, and on what. Fields are smaller in a test."""
@@ -59,6 +71,7 @@ class Check:
     device: str = "cuda"
     specs: tuple[str, ...] = EVERY
     timed: tuple[str, ...] = SPECS
+    compiled: tuple[str, ...] = COMPILED
     passes: bool = True
     runs: tuple[str, ...] = tuple(RUNS)
     small: bool = False
@@ -94,16 +107,10 @@ def say(text: str) -> None:
 def codecs_and_passes(check: Check) -> tuple[float | None, list[Record]]:
     """The median copy's seconds, and rows of the codecs and the passes: bytes, then rates."""
     passes = [PASSES] if check.passes else []
-    items, count = [*check.specs, *passes], min(MOST_PROCESSES, cores(), len(check.specs))
-    say(f"bytes of {len(check.specs)} codecs against their definitions, in {count} processes")
-    jobs = [Job("bytes", items[i::count], [check.first], small=check.small) for i in range(count)]
-    with ThreadPoolExecutor(count) as pool:
-        started = [pool.submit(check.work_off, job, f"bytes{i}", BYTES_SECONDS) for i, job in enumerate(jobs)]
-        try:
-            compared = {record["item"]: record for future in started for record in future.result()}
-        except BaseException:
-            gpu_parts.stopped.set()
-            raise
+    say("kernels that ranks need are compiled, so that none of them waits for that")
+    side_by_side(check, "compile", check.compiled, COMPILE_SECONDS)  # what fails here fails where it is needed, too
+    say(f"bytes of {len(check.specs)} codecs against their definitions")
+    compared = side_by_side(check, "bytes", (*check.specs, *passes), BYTES_SECONDS)
     timed = [*check.timed, *passes]
     say(f"rates of {len(check.timed)} codecs against a copy on the device")
     job = Job("rates", timed, [check.first], values=int(check.mb * 1e6 / 4), repeat=check.repeat)
@@ -118,6 +125,19 @@ def codecs_and_passes(check: Check) -> tuple[float | None, list[Record]]:
     if passes:
         rows += passes_rows(compared[PASSES], rates[PASSES])
     return (copies[len(copies) // 2] if copies else None), rows
+
+
+def side_by_side(check: Check, kind: str, items: tuple[str, ...], seconds: float) -> dict[str, Record]:
+    """Work off items in as many processes as there are cores. Returns the records by item."""
+    count = min(MOST_PROCESSES, cores(), len(items))
+    jobs = [Job(kind, list(items[i::count]), [check.first], small=check.small) for i in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        started = [pool.submit(check.work_off, job, f"{kind}{i}", seconds) for i, job in enumerate(jobs)]
+        try:
+            return {record["item"]: record for future in started for record in future.result()}
+        except BaseException:
+            gpu_parts.stopped.set()
+            raise
 
 
 def passes_rows(compared: Record, rates: Record) -> list[Record]:

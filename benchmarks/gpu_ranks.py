@@ -18,11 +18,17 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import commpress
+from commpress.comm import coding
+from commpress.comm.codecs import Codec
 from commpress.comm.encoder import Encoder
-from commpress.comm.exchange import EXCHANGES, Hierarchical, Wire
+from commpress.comm.exchange import EXCHANGES, Exchange, Hierarchical, Wire
 from commpress.comm.exchange.label import Labels
+from commpress.comm.meter import Meter, Row
 from commpress.comm.plan import Plan, fits
 from commpress.comm.replicas import replicas_session
+from commpress.comm.sequencer import Job as SequencerJob
+from commpress.comm.sequencer import Sequencer
+from commpress.comm.work import Work, not_counted
 from commpress.launch.model import GPT, Shape
 from commpress.optim import OneBitAdamW
 
@@ -94,6 +100,9 @@ RUNS: dict[str, Callable[[torch.device], Trained]] = {
     "OneBitAdamW, sign": one_bit,
 }
 EXCHANGED, COLLECTIVES = "every exchange", "torch's collectives"
+ALONE = "a rank alone, by the side stream"
+NOTHING_SENT = "one rank: nothing is compressed"
+"""What is said of a training on one rank."""
 
 
 def trained(name: str, device: torch.device, steps: int) -> dict[str, Any]:
@@ -115,7 +124,8 @@ def trained(name: str, device: torch.device, steps: int) -> dict[str, Any]:
     dist.all_reduce(mean)
     if isinstance(model, DistributedDataParallel):
         require_same_bits([p.detach() for p in model.parameters()])
-    return {"losses": (mean / dist.get_world_size()).tolist(), "sent_bytes": session.report().sent_bytes}
+    found = {"losses": (mean / dist.get_world_size()).tolist(), "sent_bytes": session.report().sent_bytes}
+    return found | ({"text": NOTHING_SENT} if dist.get_world_size() == 1 else {})
 
 
 def require_same_bits(tensors: list[Tensor]) -> None:
@@ -155,8 +165,12 @@ def exchanged(device: torch.device, sizes: tuple[int, ...]) -> dict[str, Any]:
 
 
 def exchanged_alone(device: torch.device, size: int) -> dict[str, Any]:
-    """Run each exchange on a group of one rank, which a session leaves out. Raises ItemError if a result is wrong."""
+    """Run each exchange on a group of one rank, which a session leaves out, by a sequencer: on a GPU beside the current stream.
+
+    Raises ItemError if a result has other bits than the codec's own encode and decode give.
+    """
     wire, labels, failed, count = Wire(dist.group.WORLD, device), Labels(), [], 0
+    sequencer = Sequencer(wire, Meter())
     for spec in SPECS:
         codec = commpress.parse(spec)
         x = torch.randn(size // 4, generator=torch.Generator().manual_seed(0)).to(device)
@@ -164,17 +178,32 @@ def exchanged_alone(device: torch.device, size: int) -> dict[str, Any]:
             if not fits(exchange, codec):
                 continue
             found, where = x.clone(), f"{spec} by {exchange}, {bandwidth.shown(size)}, one rank"
+            transfers = exchange.run(found, Encoder(codec), wire, labels.next(where))
+            work = Work(found, not_counted)
+            row = Row(count, x.numel(), "float32", spec, str(exchange), "")
+            sequencer.submit(SequencerJob(found, transfers, row, count, x.nbytes, True, work.finish))
             try:
-                for transfer in exchange.run(found, Encoder(codec), wire, labels.next(where)):
-                    transfer.wait()
+                work.wait()  # on a GPU the current stream waits, the host does not
             except Exception as error:
                 raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
+            coded = coded_alone(codec, exchange, x)
             if not (found - x).norm() < x.norm():
                 failed.append(f"{where}: the result is off by {(found - x).norm() / x.norm():.2g} of x")
+            elif not torch.equal(found, coded):
+                unequal = int((found != coded).sum())
+                failed.append(f"{where}: {unequal} of {x.numel()} values are not those that the codec decodes to")
             count += 1
     if failed:
         raise ItemError("; ".join(failed))
-    return {"comparisons": count}
+    return {"comparisons": count, "text": ALONE}
+
+
+def coded_alone(codec: Codec, exchange: Exchange, x: Tensor) -> Tensor:
+    """Return what a rank alone gets of x: its own payload decoded, encoded a second time where the exchange does that."""
+    n, payload = x.numel(), coding.encode(codec, x)
+    if exchange.chunk(n, codec, 0, 1) is not None:
+        payload = coding.recode(codec, payload, n, 1)
+    return codec.decode(payload, n)
 
 
 def collectives(device: torch.device) -> dict[str, Any]:
@@ -195,9 +224,9 @@ def collectives(device: torch.device) -> dict[str, Any]:
             ("all_reduce", _all_reduce, total),
             ("broadcast", _broadcast, of(0)),
             ("all_gather", _all_gather, of(*everyone)),
-            ("all_gather_into_tensor", _all_gather_into_tensor, of(*everyone)),
+            ("all_gather_single", _all_gather_single, of(*everyone)),
             ("all_to_all_single", _all_to_all_single, of(*everyone)),
-            ("reduce_scatter_tensor", _reduce_scatter_tensor, total),
+            ("reduce_scatter_single", _reduce_scatter_single, total),
         ):
             try:
                 if not torch.equal(call(of(rank), W), expected):
@@ -225,9 +254,9 @@ def _all_gather(x: Tensor, W: int) -> Tensor:
     return torch.cat(out)
 
 
-def _all_gather_into_tensor(x: Tensor, W: int) -> Tensor:
+def _all_gather_single(x: Tensor, W: int) -> Tensor:
     out = torch.empty(W * x.numel(), dtype=x.dtype, device=x.device)
-    dist.all_gather_into_tensor(out, x)
+    dist.all_gather_single(out, x)
     return out
 
 
@@ -238,9 +267,9 @@ def _all_to_all_single(x: Tensor, W: int) -> Tensor:
     return out
 
 
-def _reduce_scatter_tensor(x: Tensor, W: int) -> Tensor:
+def _reduce_scatter_single(x: Tensor, W: int) -> Tensor:
     out = torch.empty_like(x)
-    dist.reduce_scatter_tensor(out, x.repeat(W))
+    dist.reduce_scatter_single(out, x.repeat(W))
     return out
 
 

@@ -24,8 +24,10 @@ from passes import normal
 from passes import rows_of as rows_of_passes
 
 import commpress
-from commpress.kernels.table import lookup
+from commpress.comm import coding
+from commpress.kernels.table import compiled_dtypes, lookup
 from commpress.launch.runtime import sentence
+from commpress.optim import loops
 
 Record = dict[str, Any]
 PASSES = "passes of optimizers, masks and factors"
@@ -40,7 +42,7 @@ class Job:
     """The items of a part, for one process, or for as many ranks as there are devices."""
 
     kind: str
-    """bytes, rates or ranks."""
+    """compile, bytes, rates or ranks."""
     items: list[str]
     devices: list[str]
     """By rank, such as cuda:0."""
@@ -53,6 +55,16 @@ class Job:
     steps: int = 0
     sizes: tuple[int, ...] = ()
     """Bytes of the gradients that ranks exchange."""
+
+
+def compiled(item: str, job: Job, device: torch.device) -> Record:
+    """Compile a codec's kernels, or those of the optimizers' passes, as sessions do: Triton keeps them on disk."""
+    if item == PASSES:
+        loops.warm_up(device)
+        return {}
+    for dtype in compiled_dtypes(device):
+        coding.warm_up(commpress.parse(item), device, dtype, prologue=True)
+    return {}
 
 
 def compared(item: str, job: Job, device: torch.device) -> Record:
@@ -69,6 +81,8 @@ def compared(item: str, job: Job, device: torch.device) -> Record:
     except Exception as found:  # a kernel that cannot be compiled or started, no memory
         error = f"{item}: {comparison.doing}: {sentence(found)}"
     kernel = gpu_bytes.has_kernels(comparison.codec, device.type)
+    if not error and (ops := gpu_bytes.lacking(comparison.codec.word, device.type)):
+        error = f"{item}: no kernel on {device.type} for {', '.join(ops)}: plain torch has run"
     return {"comparisons": comparison.count, "kernel": kernel, "error": error}
 
 
@@ -101,7 +115,9 @@ def has_kernel(spec: str, action: str, device: str) -> bool:
 
 def alone(job: Job, device: torch.device) -> Iterator[Record]:
     """Yield a record for each item of a part that one process does. Stops behind one that has lost the device."""
-    work: Callable[[str, Job, torch.device], Record] = compared if job.kind == "bytes" else timed
+    kinds: dict[str, Callable[[str, Job, torch.device], Record]]
+    kinds = {"compile": compiled, "bytes": compared, "rates": timed}
+    work = kinds[job.kind]
     for item in job.items:
         start = time.perf_counter()
         record: Record = {"item": item, "error": ""}

@@ -51,13 +51,20 @@ def normal(n: int, seed: int, device: torch.device) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(device)
 
 
+def spoilt(x: Tensor) -> Tensor:
+    """Return x ([n]) with a NaN and an Inf in it, where it is long enough: what a gradient may have."""
+    x[7:9] = x.new_tensor([torch.nan, torch.inf])[: max(0, x.numel() - 7)]
+    return x
+
+
 def passes(n: int, device: torch.device) -> list[Pass]:
     """All passes over n values."""
     a, b, c, d, e, f = (normal(n, seed, device) for seed in range(6))
     inverse, half = 0.5 + b.abs(), c.bfloat16()
     return [
-        *optimizers_passes(n, [a, b, c, d, e, f], inverse, half),
+        *optimizers_passes(n, [spoilt(a), spoilt(b), c, d, e, f], inverse, half),
         *masks_passes(n, device),
+        fingerprint_pass(n, device),
         *factors_passes(n, device),
     ]
 
@@ -73,7 +80,6 @@ def optimizers_passes(n: int, values: list[Tensor], inverse: Tensor, half: Tenso
         *extra: Tensor,
         count: int = 0,
         exact: bool = False,
-        pair: str = "",
     ) -> Pass:
         tensors = [x.clone() for x in (*values[:count], *extra)]
         return Pass(op, lambda: run(*tensors), tensors, round(words * word), exact)
@@ -118,12 +124,12 @@ def masks_passes(n: int, device: torch.device) -> list[Pass]:
     made = []
     for dtype in (torch.float32, torch.bfloat16):
         x, wide, packed = (
-            normal(n, 8, device).to(dtype),
+            spoilt(normal(n, 8, device)).to(dtype),
             normal(n, 9, device).to(dtype),
-            normal(k, 10, device).to(dtype),
+            spoilt(normal(k, 10, device)).to(dtype),
         )
-        narrow, size, name = torch.empty_like(packed), x.element_size(), str(dtype).removeprefix("torch.")
-        spoilt = x.clone()
+        narrow, size, name = torch.zeros_like(packed), x.element_size(), str(dtype).removeprefix("torch.")
+        pruned = x.clone()
         made += [
             Pass("pack", lambda x=x, out=narrow: pack(x, places, out), [narrow], (4 + 2 * size) * k, True, name),
             Pass(
@@ -134,7 +140,7 @@ def masks_passes(n: int, device: torch.device) -> list[Pass]:
                 True,
                 name,
             ),
-            Pass("keep", lambda x=spoilt: keep_(x, kept), [spoilt], n + 2 * size * n, True, name),
+            Pass("keep", lambda x=pruned: keep_(x, kept), [pruned], n + 2 * size * n, True, name),
             Pass("count_pruned", lambda x=x: count_pruned(x, kept), [x], n + size * n, True, name),
         ]
     return made

@@ -145,7 +145,7 @@ def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.flo
         if prologue:
             update = Prologue(inverse, inverse, 1.0, 0.5, 0.5)
             encode(codec, x, residual, update, out=payload)
-            update.apply(residual)
+            update.apply(values.clone()[x_at:][:n])
         payloads = torch.empty(start + 2 * nbytes, dtype=torch.uint8, device=device)[start:]
         payloads.view(2, nbytes).copy_(payload)
         recode(codec, payloads, n, 2, residual, out=payload)

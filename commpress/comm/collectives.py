@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commpress.comm import fingerprint
 from commpress.comm.codecs import Codec
 from commpress.comm.coding import warm_up
 from commpress.comm.encoder import Encoder
@@ -117,6 +118,8 @@ class Collectives:
                 for dtype in dtypes or compiled_dtypes(device):
                     warm_up(plan.codec, device, dtype)
                 plan.join(self._wire)
+            if parameters.delta:
+                fingerprint.warm_up(device)
 
     def all_reduce(
         self,

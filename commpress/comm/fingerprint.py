@@ -6,10 +6,12 @@ A value is a word, one of eight bytes is two. One changed value always shows; se
 it only with other hashes of the same dtype. `kernels/cpu/fingerprint.py` has the hash for numbers that the host compares.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
-from commpress.kernels.table import lookup
+from commpress.kernels.table import compiled_dtypes, compiles_by_place, lookup
 
 WORD = 0xFFFFFFFF
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -26,3 +28,9 @@ def fingerprint_on_device(x: Tensor) -> Tensor:
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & WORD
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & WORD
     return (h ^ (h >> 16)).sum()
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile the kernels of an accelerator now, not in the middle of a step, for tensors that begin anywhere."""
+    for dtype, at in product(compiled_dtypes(device), (0, 1)) if compiles_by_place(device) else ():
+        fingerprint_on_device(torch.zeros(2, dtype=dtype, device=device)[at:])

@@ -8,6 +8,7 @@ All ranks have the same masks (they compare hashes), so each rank knows where a 
 
 import hashlib
 from collections.abc import Mapping
+from itertools import product
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from commpress.comm.agreement import Settings
 from commpress.comm.segments import Segments, sizes
-from commpress.kernels.table import lookup
+from commpress.kernels.table import compiled_dtypes, compiles_by_place, lookup
 
 
 class MaskIndex:
@@ -37,10 +38,8 @@ class MaskIndex:
                 self._in[name] = torch.nn.functional.pad(
                     self._in[name], (0, short), value=-1
                 )  # -1 is no place: a padding zero
-        for places in list(self._in.values())[:1]:  # compiles the loops now, not in the middle of a step
-            one = torch.zeros(1, dtype=torch.float32, device=places.device)
-            pack(one, torch.zeros(1, dtype=torch.int32, device=places.device), one.clone())
-            unpack(one, torch.zeros(1, dtype=torch.int32, device=places.device), one.clone())
+        for places in list(self._in.values())[:1]:
+            warm_up(places.device)
 
     def __contains__(self, name: str) -> bool:
         return name in self._in
@@ -109,6 +108,16 @@ def unpack(packed: Tensor, places: Tensor, out: Tensor) -> None:
     else:
         there = places >= 0
         out.zero_().index_copy_(0, places[there].long(), packed[there])
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile the loops now, not in the middle of a step: for tensors that begin anywhere, where that makes a difference."""
+    first = torch.zeros(1, dtype=torch.int32, device=device)
+    places = list(product((0, 1), repeat=2)) if compiles_by_place(device) else [(0, 0)]
+    for dtype, (x_at, out_at) in product(compiled_dtypes(device), places):
+        x, out = (torch.zeros(2, dtype=dtype, device=device)[at:][:1] for at in (x_at, out_at))
+        pack(x, first, out)
+        unpack(x, first, out)
 
 
 def zero_others(x: Tensor, places: Tensor) -> None:

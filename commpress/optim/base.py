@@ -365,9 +365,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Return the exchanged values of parameters that no rank used: DDP leaves their `grad` None or 0."""
         if not self._received:
             return {}
-        unused = {
-            key for key, (p, _) in moving.items() if p.grad is None or (self._may_be_unused and not bool(p.grad.any()))
-        }
+        unused = {key for key, (p, _) in moving.items() if p.grad is None}
+        grads = {key: p.grad for key, (p, _) in moving.items() if p.grad is not None and self._may_be_unused}
+        if grads:
+            found = [grad.any() for grad in grads.values()]
+            used = torch.stack([one.to(found[0].device) for one in found]).tolist()  # the host waits once
+            unused |= {key for key, one in zip(grads, used, strict=True) if not one}
         parts: dict[str, Tensor] = {}
         for bucket, segments in self._received if unused else ():
             for segment, part in zip(segments, bucket.split(sizes(segments)), strict=True):

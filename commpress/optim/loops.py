@@ -3,10 +3,12 @@
 Tensors of one call have one shape and are dense in one order. Both ways agree to rounding.
 """
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
-from commpress.kernels.table import Kernel, lookup
+from commpress.kernels.table import Kernel, compiles_by_place, lookup
 
 ROW = 4096
 """Values in a row: so few that torch sums them in one thread."""
@@ -150,17 +152,26 @@ def total(x: Tensor) -> Tensor:
 
 
 def warm_up(device: torch.device) -> None:
-    """Compile the loops for a device now, not in the middle of a step."""
-    x, y, z, p, q, r = (torch.ones(1, dtype=torch.float32, device=device) for _ in range(6))
-    apply_update(x, y, z, 1.0, 1.0)
-    local_step(x, y, z, p, q, r, 1.0, 0.5, 1.0, 1.0, 1.0)
-    sync_payload(x, y, z, p, q, 1.0, 0.5, 0.5, 1.0, 1.0)
-    sync_apply(x, y, z, p, q, r, 1.0, 1.0, 1.0)
-    restore_local(x, y, z, 1.0)
-    momentum_correction(x, y, z, 0.5, 0.5, False)
-    momentum_ahead(x, y, 0.5)
-    estimate_momentum(x, y.bfloat16(), 1.0, 1.0)
-    add_scaled(x, y.bfloat16(), 1.0)
+    """Compile the loops for a device now, not in the middle of a step.
+
+    Triton compiles anew for tensors that begin at no multiple of 16 bytes: gradients are views of a bucket, momenta and
+    estimates have parts for those of a bucket, and a parameter may be a view of a flat one.
+    """
+    places = product((0, 1), repeat=3) if compiles_by_place(device) else [(0, 0, 0)]
+    for g_at, part_at, p_at in places:
+        g, part, p, r, s, t = (
+            torch.ones(2, dtype=torch.float32, device=device)[at:][:1] for at in (g_at, part_at, p_at, 0, 0, 0)
+        )
+        known = torch.ones(2, dtype=torch.bfloat16, device=device)[part_at:][:1]
+        apply_update(p, g, r, 1.0, 1.0)
+        local_step(g, r, s, t, torch.ones_like(r), p, 1.0, 0.5, 1.0, 1.0, 1.0)
+        sync_payload(g, r, s, t, part, 1.0, 0.5, 0.5, 1.0, 1.0)
+        sync_apply(p, g, r, s, t, part, 1.0, 1.0, 1.0)
+        restore_local(p, r, s, 1.0)
+        momentum_correction(g, part, p, 0.5, 0.5, False)
+        momentum_ahead(g, part, 0.5)
+        estimate_momentum(g, known, 1.0, 1.0)
+        add_scaled(g, known, 1.0)
 
 
 def flat(*tensors: Tensor) -> list[Tensor]:

@@ -3,8 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +26,7 @@ import gpu_worker
 import passes
 
 from commpress.comm.codecs import parse
-from commpress.comm.exchange import Transfer
+from commpress.comm.exchange import Transfer, TwoShot
 from commpress.kernels import table
 from commpress.launch import gpu_record, report
 
@@ -91,6 +94,118 @@ def test_a_kernel_that_fails_is_named_with_its_op_dtype_and_length(monkeypatch: 
     assert gpu_worker.compared("int4", job, CPU)["error"].startswith(said)
     with pytest.raises(RuntimeError, match="recode 4, float32, n = 4096: ZeroDivisionError: no such kernel"):
         gpu_worker.timed("int4", job, CPU)
+
+
+UNALIGNED: dict[tuple[str, str], str] = {
+    ("encode", "x"): r"int4: encode, float32, n = 300, unaligned, 'gradient': ",
+    ("encode", "residual"): r"int4: encode with feedback, float32, n = 300, unaligned, 'gradient': ",
+    ("encode", "payload"): r"int4: encode, float32, n = 300, unaligned, 'gradient': ",
+    ("mean", "payloads"): r"int4: decode, float32, n = 300, unaligned, 'gradient': ",
+    ("mean", "out"): r"int4: decode, float32, n = 300, unaligned, 'gradient': ",
+    ("recode", "residual"): r"int4: recode with feedback, float32, n = 300, unaligned, 3 payloads: ",
+    ("recode", "payload"): r"int4: recode, float32, n = 300, unaligned, 3 payloads: ",
+}
+
+
+@pytest.mark.parametrize(("op", "what"), UNALIGNED)
+def test_a_kernel_that_is_wrong_where_a_tensor_is_not_aligned_is_found(
+    op: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = table.KERNELS[op, "int4", "cpu"]
+    places = {"encode": {"x": 1, "residual": 2, "payload": 4}, "mean": {"payloads": 1, "out": 3}}
+    place = (places | {"recode": {"residual": 4, "payload": 5}})[op][what]
+
+    def wrong(*arguments: Any) -> None:
+        right(*arguments)
+        if (at := arguments[place]) is not None and at.data_ptr() % 16:
+            arguments[3 if op == "mean" else -1][-8:].zero_().add_(1)
+
+    monkeypatch.setitem(table.KERNELS, (op, "int4", "cpu"), dataclasses.replace(right, run=wrong))
+    inputs = gpu_bytes.Inputs(lengths=(257,), short=(), named=(), unaligned=(300,), large=1025)
+    with pytest.raises(gpu_bytes.UnequalError, match=UNALIGNED[op, what]):
+        gpu_bytes.Comparison(parse("int4"), CPU).all(inputs)
+
+
+@pytest.mark.parametrize("spec", ["int4", "topk(0.1)|int4"])
+def test_all_ops_are_replayed_in_a_graph_and_one_that_another_run_changes_is_named(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = gpu_bytes.Comparison(parse(spec), CPU)
+    comparison.in_a_graph(1025)
+    assert comparison.count == 10
+    noted: list[tuple[str, bool, bool]] = []
+    word = parse(spec).word
+    for op in ("encode", "mean", "recode", "clear"):
+        if (right := table.KERNELS.get((op, word, "cpu"))) is not None:
+
+            def note(codec: Any, *rest: Any, op: str = op, right: table.Kernel = right) -> None:
+                noted.append(
+                    (op, op in ("encode", "recode") and rest[-2 - (op == "encode")] is not None, rest[-2] is None)
+                )
+                right(codec, *rest)
+
+            monkeypatch.setitem(table.KERNELS, (op, word, "cpu"), dataclasses.replace(right, run=note))
+    comparison.in_a_graph(1025)
+    assert {(op, kept) for op, kept, _ in noted} >= {("encode", False), ("encode", True), ("mean", False)}
+    assert spec != "int4" or ("recode", True) in {(op, kept) for op, kept, _ in noted}
+    assert spec == "int4" or "clear" in {op for op, *_ in noted}
+    monkeypatch.setattr(gpu_bytes, "captured", lambda run, device: lambda: None)  # a graph that has lost all
+    with pytest.raises(gpu_bytes.UnequalError, match=r"payload of encode, .* in a CUDA graph, n = 1025: \d+ of "):
+        comparison.in_a_graph(1025)
+    rows = {row["op"]: row["error"] for row in gpu_bytes.compare_passes(CPU, (7,))}
+    graphs = [op for op, error in rows.items() if "in a CUDA graph, tensor " in error]
+    assert {"pack", "unpack", "keep", "local_step", "prologue", "project", "orthonormalize"} <= set(graphs)
+    assert not rows["count_pruned"]
+
+
+def test_where_triton_is_missing_every_op_that_should_have_a_kernel_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = torch.device("cuda")
+    from_cpu = {key: kernel for key, kernel in table.KERNELS.items() if key[2] == "cpu"}
+    monkeypatch.setattr(table, "KERNELS", from_cpu)
+    monkeypatch.setattr(gpu_bytes, "KERNELS", from_cpu)
+    monkeypatch.setattr(table, "_add_triton", lambda: None)
+    monkeypatch.setattr(gpu_bytes.Comparison, "all", lambda self, inputs: 1)
+    job = gpu_worker.Job("bytes", ["int4"], ["cuda:0"])
+    errors = {
+        spec: gpu_worker.compared(spec, job, cuda)["error"] for spec in ("int4", "topk(0.1)|int4", "randomk(0.1)")
+    }
+    assert errors["int4"] == "int4: no kernel on cuda for encode, mean, recode: plain torch has run"
+    assert "for encode, mean, clear: " in errors["topk(0.1)|int4"]
+    assert (
+        "for encode, mean, clear: " in errors["randomk(0.1)"]
+    )  # re-encoded by a mean and an encode, as docs/gpu.md says
+    assert gpu_bytes.lacking(None, "cuda")[:3] == ["prologue", "pack", "unpack"]
+    assert gpu_bytes.lacking("powersgd", "cuda") == ["project", "orthonormalize", "project_back", "expand"]
+    assert gpu_bytes.lacking("int4", "cpu") == []
+
+
+def test_with_triton_no_op_lacks_a_kernel() -> None:
+    pytest.importorskip("triton")
+    for word in {word for _, word, device in list(table.KERNELS) if device == "cpu"}:
+        assert gpu_bytes.lacking(word, "cuda") == []
+
+
+def test_passes_meet_nan_and_inf_and_one_that_loses_them_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(9))
+    right = passes.loops.momentum_ahead
+
+    def wrong(x: Tensor, momentum: Tensor, fresh: float) -> None:
+        right(x, momentum, fresh)
+        if not next(calls):
+            x.nan_to_num_(0, 0, 0)
+
+    monkeypatch.setattr(passes.loops, "momentum_ahead", wrong)
+    rows = {row["op"]: row["error"] for row in gpu_bytes.compare_passes(CPU, (1025,))}
+    assert rows["momentum_ahead"].startswith(
+        "momentum_ahead, float32, n = 1025, tensor 0: 2 of 1025 values differ, the first at 7"
+    )
+    assert [op for op, error in rows.items() if error] == ["momentum_ahead"]
+    for each in passes.passes(1025, CPU)[:-4]:
+        each.call()
+        floats = [x for x in each.tensors if x.is_floating_point()]
+        assert not floats or not all(x.isfinite().all() for x in floats), each.op
 
 
 def test_passes_are_compared_and_a_wrong_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +330,7 @@ class Nobody:
     """The wire of a rank that has no peers: nothing travels."""
 
     rank, world_size, device, by_message, peers = 0, 1, CPU, True, ()
+    board = SimpleNamespace(explain=lambda error: error)
 
     def __init__(self, *_: object) -> None: ...
 
@@ -222,7 +338,7 @@ class Nobody:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *_, **settings: Transfer([], 0, 0, True)
+        return lambda *_, last=True, **settings: Transfer([], 0, 0, last)
 
 
 def test_one_rank_alone_runs_every_exchange_and_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +352,37 @@ def test_one_rank_alone_runs_every_exchange_and_a_wrong_result_is_named(monkeypa
 
     monkeypatch.setitem(table.KERNELS, ("mean", "int4", "cpu"), dataclasses.replace(right, run=wrong))
     with pytest.raises(gpu_ranks.ItemError, match=r"int4 by one_shot, 64 KB, one rank: the result is off by 2 of x"):
+        gpu_ranks.exchanged_alone(CPU, 65536)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_an_exchange_on_one_rank_that_writes_nothing_back_or_too_little_is_named(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: TwoShot, x: Tensor, encoder: Any, *_: Any) -> Iterator[Transfer]:
+        encoder.encode(x, slice(None), out=torch.empty(encoder.codec.nbytes(x.numel()), dtype=torch.uint8))
+        yield Transfer([], 0, 0, True)
+        x.mul_(share)
+
+    monkeypatch.setattr(gpu_ranks, "Wire", Nobody)
+    monkeypatch.setattr(gpu_ranks, "SPECS", ("bf16", "int8"))
+    monkeypatch.setattr(TwoShot, "run", wrong)
+    with pytest.raises(
+        gpu_ranks.ItemError, match=r"int8 by two_shot, 64 KB, one rank: \d+ of 16384 values are not those"
+    ):
+        gpu_ranks.exchanged_alone(CPU, 65536)
+
+
+def test_an_exchange_on_one_rank_goes_through_the_sequencer_and_its_error_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("no such kernel")
+
+    monkeypatch.setattr(gpu_ranks, "Wire", Nobody)
+    right = table.KERNELS["recode", "fp8", "cpu"]
+    monkeypatch.setitem(table.KERNELS, ("recode", "fp8", "cpu"), dataclasses.replace(right, run=failing))
+    with pytest.raises(RuntimeError, match=r"fp8 by two_shot, 64 KB, one rank: ZeroDivisionError: no such kernel"):
         gpu_ranks.exchanged_alone(CPU, 65536)
 
 
@@ -260,6 +407,38 @@ def test_without_a_gpu_it_says_so_in_one_sentence_and_ends_with_code_2(monkeypat
     assert found.err == (
         f"error: torch {torch.__version__} finds no GPU on this machine; --device cpu rehearses the check without one\n"
     )
+
+
+def test_kernels_that_ranks_need_are_compiled_side_by_side_before_there_are_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[gpu_worker.Job] = []
+
+    def failing(job: gpu_worker.Job, *_: Any) -> list[Record]:
+        jobs.append(job)
+        return [{"item": item, "error": f"{item}: killed"} for item in job.items]
+
+    monkeypatch.setattr(gpu_check.gpu_parts, "work_off", failing)
+    rows = gpu_check.run(gpu_check.Check("cpu", folder=tmp_path))["rows"]
+    kinds = [job.kind for job in jobs]
+    assert list(dict.fromkeys(kinds)) == ["compile", "bytes", "rates", "ranks"]
+    items = [item for job in jobs if job.kind == "compile" for item in job.items]
+    assert sorted(items) == sorted({*gpu_ranks.SPECS, "powersgd(2)", gpu_worker.PASSES})
+    words = {parse(item).word for item in items if item != gpu_worker.PASSES}
+    assert {parse(re.findall(r"[\w().|]+", name)[-1].removeprefix("delta|")).word for name in gpu_ranks.RUNS} <= words
+    assert all(row["error"] for row in rows)
+
+
+def test_what_is_compiled_for_ranks_is_what_their_sessions_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, torch.dtype, bool]] = []
+    monkeypatch.setattr(
+        gpu_worker.coding, "warm_up", lambda codec, device, dtype, prologue: asked.append((str(codec), dtype, prologue))
+    )
+    monkeypatch.setattr(gpu_worker, "compiled_dtypes", lambda device: (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(gpu_worker.loops, "warm_up", lambda device: asked.append(("passes", torch.float32, True)))
+    job = gpu_worker.Job("compile", ["int4", gpu_worker.PASSES], ["cpu"])
+    assert [record["error"] for record in gpu_worker.alone(job, CPU)] == ["", ""]
+    assert asked == [("int4", torch.float32, True), ("int4", torch.bfloat16, True), ("passes", torch.float32, True)]
 
 
 def sample(**changes: object) -> Record:
@@ -337,13 +516,13 @@ def test_the_report_reads_the_record(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_whole_program_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LIMIT", "BYTES", "RATES", "CPU", "RANKS", "PROGRAM"):  # other tests run beside it
+    for name in ("LIMIT", "COMPILE", "BYTES", "RATES", "CPU", "RANKS", "PROGRAM"):  # other tests run beside it
         monkeypatch.setattr(gpu_check, f"{name}_SECONDS", 5 * getattr(gpu_check, f"{name}_SECONDS"))
     monkeypatch.setattr(gpu_check.gpu_parts, "STALL_SECONDS", 450.0)
     few = ("int4", "topk(0.1)|int4")
     small: dict[str, Any] = {"mb": 0.4, "repeat": 1, "steps": 3, "sizes": (65536,), "small": True}
     runs = ("DDP, int4", "FSDP2, int4, parameters int8")
-    check = gpu_check.Check("cpu", specs=few, timed=few, runs=runs, folder=tmp_path, **small)
+    check = gpu_check.Check("cpu", specs=few, timed=few, compiled=few, runs=runs, folder=tmp_path, **small)
     record = gpu_check.run(check)
     assert [(row["name"], row["error"]) for row in record["rows"] if row["error"]] == []
     parts = [row["part"] for row in record["rows"]]

@@ -78,7 +78,6 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (FLOATS, STEPS, FLOATS, INT, FLOATS),
     ),
     "block_of, bfloat16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (BFLOATS, INT, FLOATS)),
-    "block_of, float16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (HALVES, INT, FLOATS)),
     "put_block": (lambda out, o, block: put_block(out, o, block, 256), (FLOATS, INT, FLOATS)),
     "widest": (widely, (FLOATS, FLOATS, INT, FLOATS)),
     "int8 write": (lambda x, c, top: integer._write(x, None, c, top, 8, False), (FLOATS, BYTES, types.int32)),

@@ -37,7 +37,6 @@ PIECES = {
     "block_of, feedback": [FLOAT_ADD, PUT_FLOATS],
     "block_of, feedback and prologue": [FLOAT_ADD, FLOAT_MUL, PUT_FLOATS],
     "block_of, bfloat16": ["shl", PUT_FLOATS],
-    "block_of, float16": [PUT_FLOATS],
     "put_block": [PUT_FLOATS],
     "widest": [FLOAT_ADD, PUT_FLOATS],
     "int8 write": [FLOAT_MUL, FLOAT_ADD, PUT_BYTES],

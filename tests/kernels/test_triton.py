@@ -167,6 +167,15 @@ def test_a_warm_up_compiles_what_any_part_of_a_gradient_needs(dtype: torch.dtype
         assert needed - warm == set(), spec
 
 
+def test_warm_ups_compile_the_passes_for_gradients_and_parameters_that_begin_anywhere() -> None:
+    pytest.importorskip("triton")
+    import triton_code
+
+    warm, needed = triton_code.warm_passes_keys(), triton_code.placed_passes_keys()
+    assert len(needed) > 50
+    assert needed - warm == set()
+
+
 def test_no_kernel_takes_an_integer_for_which_it_would_be_compiled_again() -> None:
     pytest.importorskip("triton")
     import triton_code

@@ -27,7 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton_accesses import accesses, function_of
 
-from commpress.comm import coding
+from commpress.comm import coding, masks_index
+from commpress.comm import fingerprint as on_device
+from commpress.comm import prologue as prologues
 from commpress.comm.codecs import parse
 from commpress.comm.prologue import Prologue
 from commpress.kernels.triton import (
@@ -49,6 +51,7 @@ from commpress.kernels.triton import (
     topk,
     two_bit,
 )
+from commpress.optim import loops
 
 N = 1 << 20
 """How many values the kernels are given."""
@@ -154,12 +157,14 @@ def keys(n: int, count: int = 4, start: int = 0) -> dict[str, list[tuple[object,
 
 @contextlib.contextmanager
 def as_on_cuda(note: Callable[..., object]) -> Iterator[None]:
-    """Run the operations of codecs on CPU tensors as on CUDA, and give `note` what is to be launched."""
+    """Run the operations of codecs and the passes on CPU tensors as on CUDA, and give `note` what is to be launched."""
 
     def looked_up(op: str, word: str | None, device: str) -> Any:
         return table.KERNELS.get((op, word, "cuda"))
 
-    with instead_of_launching(90, note), mock.patch.object(coding, "lookup", looked_up):
+    with instead_of_launching(90, note), contextlib.ExitStack() as patched:
+        for module in (coding, prologues, loops, masks_index, on_device):
+            patched.enter_context(mock.patch.object(module, "lookup", looked_up))
         yield
 
 
@@ -188,7 +193,7 @@ def parts_keys(spec: str, dtype: torch.dtype, n: int = 5000) -> set[tuple[object
     """What is compiled for parts of a gradient and of its memory that begin anywhere, and payloads behind one another."""
     codec, places = parse(spec), (0, 1, 4)
     x, out = torch.zeros(n + 8, dtype=dtype), torch.zeros(n + 8, dtype=dtype)
-    residual, inverse, average = torch.zeros(3, n + 8)
+    residual, inverse, average, floats = torch.zeros(4, n + 8)
     with noted_keys() as found:
         for x_at, kept_at, start in product(places, places, (0, 4, 8)):
             payloads = torch.zeros(start + 3 * codec.nbytes(n), dtype=torch.uint8)[start:]
@@ -201,6 +206,47 @@ def parts_keys(spec: str, dtype: torch.dtype, n: int = 5000) -> set[tuple[object
             coding.recode(codec, payloads, n, 3, residual[:n], payload)
             coding.recode(codec, payloads, n, 3, None, payload)
             coding.clear(codec, payload, residual[kept])
+            before.apply(floats[x_at : x_at + n])
+    return found
+
+
+def warm_passes_keys() -> set[tuple[object, ...]]:
+    """What warm-ups compile of the passes that belong to no codec."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    with noted_keys() as found, contextlib.ExitStack() as patched:
+        for module in (loops, masks_index, on_device):
+            patched.enter_context(mock.patch.object(module, "compiles_by_place", return_value=True))
+        for module in (masks_index, on_device):
+            patched.enter_context(mock.patch.object(module, "compiled_dtypes", return_value=dtypes))
+        for each in (loops, masks_index, on_device):
+            each.warm_up(torch.device("cpu"))
+    return found
+
+
+def placed_passes_keys(n: int = 5000) -> set[tuple[object, ...]]:
+    """What is compiled of them for gradients, parts for those of a bucket, and parameters that begin anywhere."""
+
+    def at(place: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(n + 8, dtype=dtype)[place : place + n]
+
+    with noted_keys() as found:
+        for g_at, part_at, p_at in product((0, 1, 4), repeat=3):
+            g, part, p, known = at(g_at), at(part_at), at(p_at), at(part_at, torch.bfloat16)
+            states = [torch.zeros(n) for _ in range(4)]
+            loops.apply_update(p, g, states[0], 0.9, 0.1)
+            loops.local_step(g, *states, p, 1.0, 0.9, 0.9, 0.1, 1.0)
+            loops.sync_payload(g, *states[:3], part, 1.0, 0.1, 0.9, 0.5, 2.0)
+            loops.sync_apply(p, g, *states[:3], part, 0.9, 0.1, 2.0)
+            loops.restore_local(p, *states[:2], 0.9)
+            loops.momentum_correction(g, part, p, 0.9, 0.1, True)
+            loops.momentum_ahead(g, part, 0.1)
+            loops.estimate_momentum(g, known, 0.5, 1.0)
+            loops.add_scaled(g, known, 0.5)
+        for dtype, x_at, out_at in product((torch.float32, torch.bfloat16, torch.float16), (0, 1, 8), (0, 1, 8)):
+            places = torch.zeros(n, dtype=torch.int32)
+            masks_index.pack(at(x_at, dtype), places, at(out_at, dtype))
+            masks_index.unpack(at(x_at, dtype), places, at(out_at, dtype))
+            on_device.fingerprint_on_device(at(x_at, dtype))
     return found
 
 

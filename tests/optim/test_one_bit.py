@@ -1,8 +1,10 @@
 """1-bit Adam: AdamW first, then what the paper's formula gives, the same bits on every rank."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -254,6 +256,35 @@ def unused_with_zeros(set_to_none: bool) -> list[Tensor]:
         loss_of(ddp, step).backward()
         optimizer.step()
     return parameters_of(model)
+
+
+def asked_in_a_step() -> list[str]:
+    """What a step behind the warm-up asks of tensors, where a branch is not used."""
+    model = Branches()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = OneBitAdamW([p for p in ddp.parameters() if p.requires_grad], lr=LR, warmup_steps=2)
+    commpress.attach(ddp, "sign", optimizer=optimizer)
+    asked: list[str] = []
+    with contextlib.ExitStack() as patched:
+        for step in range(4):
+            model.uses = "first" if step == 3 else "both"
+            optimizer.zero_grad(set_to_none=False)
+            loss_of(ddp, step).backward()
+            if step == 3:
+                for name in ("__bool__", "tolist", "item"):
+                    asks = getattr(Tensor, name)
+
+                    def noted(x: Tensor, name: str = name, asks: Any = asks) -> Any:
+                        asked.append(name)
+                        return asks(x)
+
+                    patched.enter_context(mock.patch.object(Tensor, name, noted))
+            optimizer.step()
+    return asked
+
+
+def test_the_host_asks_once_a_step_which_gradients_are_zero() -> None:
+    assert run(2, asked_in_a_step) == [["tolist"], ["tolist"]]
 
 
 def branching(when: str, spec: str, views: bool) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:

@@ -3,8 +3,9 @@ the L1 cache.
 
 Arrays are 1-D and contiguous. A payload comes twice, as float32 (`pf`) and as bytes (`pu`) of the same memory;
 `W` payloads of one length stand one behind the other (`row` bytes each). `residual` is None without feedback, `prologue` None
-where x is coded as it is; else it has the fields of `Prologue`. A gradient is float32, or the bits of bfloat16 (uint16) or of
-float16 (int16). Numba compiles a loop for each of these types, so none of it is asked for while it runs.
+where x is coded as it is; else it has the fields of `Prologue`. A gradient is float32, or the bits of bfloat16 (uint16); one of
+float16 is copied to float32 before. In a payload of `fp16` int16 are the bits of float16. Numba compiles a loop for each of
+these types, so none of it is asked for while it runs.
 The formulas and layouts stand in `commpress/comm/codecs`; what stands here is how to reach memory speed:
 
 - a full block of ordinary values is read where it lies, twice if need be (the second time it is in the L1 cache), by loops of
@@ -162,7 +163,7 @@ def _spread_float16(half):
 
 @by_type
 def real(value: Any) -> Any:
-    """The float32 of an element of a gradient."""
+    """The float32 of an element of a gradient, or of a payload of `bf16` or `fp16`."""
     if value == types.float32:
         return lambda value: value
     if value == types.uint16:
