@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commpress
 from commpress.launch.model import GPT, Shape
 from commpress.launch.run_record import machine
-from commpress.optim.eigenbasis import EVERY, Basis
+from commpress.optim.eigenbasis import EVERY, SIDE, Basis
 from commpress.optim.muon_groups import groups
 from commpress.optim.newton_schulz import newton_schulz
 from commpress.optim.shared_products import SharedProducts, multiply_adds
@@ -98,7 +98,9 @@ def main() -> None:
         print(f"shared out: {both * 1e3:.0f} ms, of which the gather {statistics.median(gathers[2:]) * 1e3:.0f} ms")
         print(f"shared out it is {one / both:.2f} times as fast")
         print(f"coordinates of coarse codes: {moved * 1e3:.0f} ms a step to enter and leave them on each rank, and")
-        print(f"{chosen_in * 1e3:.0f} ms to choose those of all matrices, which each rank does once in {EVERY} steps")
+        print(
+            f"{chosen_in * 1e3:.0f} ms to choose those of all matrices, each once in k / {SIDE} steps, at least {EVERY}"
+        )
     dist.barrier()
     dist.destroy_process_group()
 

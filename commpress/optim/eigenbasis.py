@@ -28,9 +28,11 @@ FINE = 8
 """Bits a value from which on the error of a code is too small to need other coordinates."""
 WHOLE = 2**16
 """Values of whose payload the bits are counted."""
-FIRST, EVERY = 10, 25
+FIRST, EVERY = 10, 5
 """Matrix 0 chooses coordinates after the update of this number, when an estimate says something, matrix 1 after the next; each
-chooses again every so many updates."""
+chooses again every so many updates: later, the estimate's directions are others."""
+SIDE = 64
+"""A matrix of k directions chooses again only every k / SIDE updates, if that is later: the work grows with the cube of k."""
 LONG = 128
 """A matrix needs directions of so many values: in a block of 256, as most codecs have, there are then no more than two."""
 FLOOR = 1e-3
@@ -112,9 +114,9 @@ def is_coarse(codec: Codec) -> bool:
     return codec.lossy and 8 * codec.nbytes(WHOLE) < FINE * WHOLE
 
 
-def is_due(step: int, number: int) -> bool:
+def is_due(step: int, number: int, directions: int) -> bool:
     """Whether matrix `number` gets new coordinates after update `step`, counted from 1; all in one step would make it long."""
-    return step >= FIRST and (step - FIRST - number) % EVERY == 0
+    return step >= FIRST and (step - FIRST - number) % max(EVERY, directions // SIDE) == 0
 
 
 def _exactly(x: Tensor) -> torch.autocast:

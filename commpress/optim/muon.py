@@ -249,7 +249,9 @@ class EF21Muon(CompressedOptimizer):
             self._step_matrices(moves, self._products)
             hidden = [name for name, (_, group) in self._places.items() if group["muon"]]
             numbers = {name: number for number, name in enumerate(hidden)}
-            self._turn([name for name, (_, group, _) in matrices.items() if is_due(group["steps"] + 1, numbers[name])])
+            short = {name: min(p.shape[0], p[0].numel()) for name, (p, _, _) in matrices.items()}
+            due = [n for n, (_, group, _) in matrices.items() if is_due(group["steps"] + 1, numbers[n], short[n])]
+            self._turn(due)
         else:
             if self.must_verify():
                 self._sharded.begin(self.replicated_state())

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SMALL_BUCKETS, adrift, finite, parameters_of, same, train
 
 import commpress
-from commpress.optim.eigenbasis import EVERY, FIRST, FLOOR, LONG, Basis, is_due
+from commpress.optim.eigenbasis import EVERY, FIRST, FLOOR, LONG, SIDE, Basis, is_due
 
 
 @pytest.mark.parametrize("shape", [(8, 300), (300, 8), (256, 256), (1, 256)])
@@ -41,13 +41,15 @@ def test_a_matrix_that_is_short_or_zero_or_not_finite_stays_in_its_own() -> None
     assert Basis.of(torch.full((8, 300), torch.nan)) is None
 
 
-def test_coordinates_are_chosen_in_turn() -> None:
-    """Each choice is an eigendecomposition on every rank: 50 of them in one step would make it long."""
-    due = [[number for number in range(2 * EVERY) if is_due(step, number)] for step in range(FIRST + 2 * EVERY)]
+@pytest.mark.parametrize(("directions", "every"), [(LONG, EVERY), (4096, 4096 // SIDE)])
+def test_coordinates_are_chosen_in_turn_and_large_ones_more_rarely(directions: int, every: int) -> None:
+    """Each choice is an eigendecomposition on every rank: many of them in one step would make it long."""
+    numbers, steps = range(2 * every), range(FIRST + 2 * every)
+    due = [[number for number in numbers if is_due(step, number, directions)] for step in steps]
     assert not any(due[:FIRST])
     assert all(len(numbers) == 2 for numbers in due[FIRST:])
     assert due[FIRST][0] == 0
-    assert {number for numbers in due[FIRST : FIRST + EVERY] for number in numbers} == set(range(2 * EVERY))
+    assert {number for numbers in due[FIRST : FIRST + every] for number in numbers} == set(numbers)
 
 
 def coded(spec: str, exchange: str, steps: int) -> tuple[float, float, int]:
