@@ -82,8 +82,6 @@ class Search:
         self._tried: list[str] = [PLAIN]
         self._predicted: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {}
-        self._found = ""
-        """What the last search found; a duel may have overruled it."""
         self._exchanges: dict[str, list[float]] = {}
         """Seconds of the exchanges of the same steps, as far as they are known."""
         self._figures: Figures = {}
@@ -294,11 +292,10 @@ class Search:
             Trial(spec, self._predicted.get(spec), found.get(spec), step=self.steps, banned=spec not in allowed)
             for spec in self._order()
         ]
-        same = bool(self.choices) and best in (self.codec(self.choices[-1].spec), self._found)
-        self._found = best
+        before = self.codec(self.choices[-1].spec) if self.choices else ""
         causes = "; ".join(dict.fromkeys(self._guard.hurt.values()))
         self.choices.append(Choice(best, self.steps, self._guard.checked(trials, worst(everyone)), causes))
-        self._again.found(self.steps, self.choices[-1], same, quickest(everyone).get(best))
+        self._again.found(self.steps, self.choices[-1], before, quickest(everyone).get(best))
         self._state = "chosen"
         self._rivals = self._close_to(best, found)
         self._next_duel()
