@@ -58,7 +58,6 @@ def say_what_became(run: "Run") -> None:
             f"{small['times_smaller']:.1f} times smaller than in float32; read back its validation loss is "
             f"{small['validation_loss']:.4f}"
         )
-    say(str(run.strategy.session.receipt()))
 
 
 class Display:

@@ -2,7 +2,8 @@
 
     auto chose int4: 7.8x fewer bytes a step (5.7x with its search), 1.83x faster, same loss (2.518, plain 2.537)
 
-Seconds are those of the median step. Bytes are, too, but for auto: those are of the steps by the spec that it has chosen.
+Seconds are those of the median step. Bytes are, too, but for auto where it decides for gradients alone: those are of the steps
+by the spec that it has chosen.
 Losses count as the same if they differ by SAME_LOSS at most.
 """
 
@@ -14,7 +15,7 @@ from commpress.comm.choice import Choice, cause_of, without_pieces
 from commpress.comm.meter import SPEC_IS_NONE
 from commpress.launch.records import Record
 
-PLAIN, AUTO = "none", "auto"
+PLAIN, AUTO, LOOKING = "none", "auto", ", still looking"
 SAME_LOSS = 0.02
 """As a share of plain training's. Of the demo, 200 steps with seeds 0 to 3: `none` ends between 2.482 and 2.578, 4 %;
 `int4` ends -0.6 % to +2.1 % from `none` of the same seed."""
@@ -58,8 +59,8 @@ def sentence(name: str, run: Record, plain: Record) -> str:
 
 def chosen(run: Record) -> str:
     """Return the spec that auto has chosen; empty if it is still looking, or the run is not auto's."""
-    found = str(run.get("report", {}).get("spec", ""))
-    return found.removeprefix(f"{AUTO}: ") if found.startswith(f"{AUTO}: ") and "," not in found else ""
+    _, by_auto, spec = str(run.get("report", {}).get("spec", "")).rpartition(f"{AUTO}: ")
+    return spec if by_auto and not spec.endswith(LOOKING) else ""
 
 
 def times(ratio: float) -> str:
@@ -89,9 +90,12 @@ def _bytes(run: Record) -> str:
 
 
 def _of_chosen(run: Record) -> float | None:
-    """Dense bytes over sent ones in the steps by the spec that auto has chosen, whatever it tried before or behind them."""
+    """Dense bytes over sent ones in the steps by the spec that auto has chosen, whatever it tried before or behind them; None
+    where parameters are exchanged beside the gradients, by a spec of their own."""
     report, spec = run.get("report", {}), without_pieces(chosen(run))
     rows = report.get("rows", [])
+    if any(row.get("role") == "parameters" for row in rows):
+        return None
     mine = [row for row in rows if row["spec"] == spec]
     steps = max((row["steps"] for row in mine), default=0)
     if not steps:

@@ -168,6 +168,13 @@ def require_same_flags(mine: dict[str, object], device: torch.device) -> None:
                 raise kind(f"{who} has {flag} {here}, rank 0 has {flag} {there}: all ranks need the same")
 
 
+def or_too_coarse(session: Any) -> str:
+    """Return the end of a sentence that names the lossy codecs by which a session sends now; empty if there are none."""
+    plans = [plan for one in getattr(session, "collectives", ()) for plan in (one.gradients, one.parameters)]
+    lossy = dict.fromkeys(str(plan.codec) for plan in plans if plan.codec.lossy)
+    return f", or {' and '.join(lossy)} too coarse" if lossy else ""
+
+
 def ranks_without(good: bool, device: torch.device) -> str:
     """Return the ranks on which `good` is false, in words; "" if it is false on none or on all. Collective."""
     group = dist.distributed_c10d._get_default_group()

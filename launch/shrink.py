@@ -180,7 +180,7 @@ class Shrink:
                 inputs, targets = tuple(x.to(device) for x in inputs), targets.to(device)
                 output = wrapped(*inputs)
                 loss = usual_loss(output, targets)(output, targets)
-                _require_finite(loss.item(), step + 1, device)
+                _require_finite(loss.item(), step + 1, device, session)
                 scheduler.loss(loss, output, *inputs).backward()
                 optimizer.step()
                 scheduler.step()
@@ -194,7 +194,7 @@ class Shrink:
         return scheduler
 
 
-def _require_finite(loss: float, step: int, device: torch.device) -> None:
+def _require_finite(loss: float, step: int, device: torch.device, session: Any) -> None:
     """Raise TrainingError on all ranks, with those whose loss it is, if one's is not finite. Collective."""
     bad = torch.tensor(float(not math.isfinite(loss)), dtype=torch.float32, device=device)
     dist.all_reduce(bad)
@@ -202,6 +202,7 @@ def _require_finite(loss: float, step: int, device: torch.device) -> None:
         where = runtime.ranks_without(math.isfinite(loss), device)
         raise TrainingError(
             f"step {step}: the loss is not finite{f' on {where}' if where else f', but {loss}'}; --lr is probably too high"
+            f"{runtime.or_too_coarse(session)}"
         )
 
 

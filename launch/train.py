@@ -204,7 +204,7 @@ def step(run: Run, stop: runtime.Stop) -> tuple[float, bool]:
         raise TrainingError(
             f"step {run.done + 1}: the loss is {train_loss} and the gradient's norm {norm_of_all}"
             f"{f' (a loss that is not finite on {where})' if where else ''}, expected finite numbers; "
-            f"--lr {settings.lr} is probably too high"
+            f"--lr {settings.lr} is probably too high{runtime.or_too_coarse(strategy.session)}"
         )
     strategy.step()
     if run.scheduler is not None:
@@ -229,8 +229,11 @@ def finish(run: Run) -> None:
     run.write_record()
     run.save()
     say_what_became(run)
-    if scheduler is not None:
-        endings.write(run, full)
+    try:
+        if scheduler is not None:
+            endings.write(run, full)
+    finally:
+        say(str(run.strategy.session.receipt()))
 
 
 def held_out(run: Run) -> float:

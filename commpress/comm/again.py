@@ -1,7 +1,8 @@
 """When `auto` searches again: steps or exchanges have drifted, a spec that hurt may come back, or many steps have passed.
 
-    drift     at once. If the search finds the same codec, the next drift must wait, twice as long each time, until such
-              searches take `SHARE` of the time. A search that finds another codec ends the wait.
+    drift     at once. If the search finds the codec in use, or one that the last searches have found, the next drift must wait,
+              twice as long each time, until such searches take `SHARE` of the time. A search that finds a codec that is new
+              among them ends the wait.
     others    at the step for which they are scheduled, but not before the last search has cost less than `SHARE` of the time
               since it began. They change no wait.
 
@@ -10,7 +11,7 @@ longer.
 """
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from commpress.comm.choice import Choice
@@ -26,8 +27,11 @@ SHARE = 0.01
 AGAIN = 3000
 """The fewest steps from one search to the next, if nothing else calls for one."""
 FIRST_WAIT, WAIT = 32, 256
-"""Steps after a search that a drift began and that found the same codec, until a drift may begin another: the fewest, and
-the most where searches cost nothing."""
+"""Steps after a search that a drift began and that found nothing new, until a drift may begin another: the fewest, and the
+most where searches cost nothing."""
+REMEMBERED = 3
+"""The number of searches, the last ones, among whose results a codec is not new. On a link that swings, two or three of them
+take the lead in turns."""
 
 
 class Again:
@@ -42,6 +46,8 @@ class Again:
         """Steps since the last search began, by spec."""
         self._by_drift = False
         """Whether the last search began for a drift."""
+        self._found: deque[str] = deque(maxlen=REMEMBERED)
+        """What the last searches found; duels may have overruled them."""
         self._wait = 0
         self._drifts_from = 0
         """The step from which a drift begins a search."""
@@ -59,11 +65,13 @@ class Again:
         """Count a step by this spec."""
         self._steps[spec] += 1
 
-    def found(self, step: int, choice: Choice, same: bool, exchange: float | None) -> None:
-        """Note the result of a search at this step: what it found before, or another codec. A step's exchanges took so many
-        seconds."""
+    def found(self, step: int, choice: Choice, before: str, exchange: float | None) -> None:
+        """Note the result of a search at this step, `before` which another codec was in use, or the same; empty if none was. A
+        step's exchanges took so many seconds."""
         self.compare_with(choice, exchange)
-        if not same:
+        new = choice.spec not in (before, *self._found)
+        self._found.append(choice.spec)
+        if new:
             self._wait, self._drifts_from = 0, 0
         elif self._by_drift:
             self._wait = min(max(FIRST_WAIT, 2 * self._wait), max(WAIT, self._paid(choice)))

@@ -9,7 +9,7 @@ hurts is not tried for a while, which is longer each time.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -158,6 +158,15 @@ class Guard:
             before = self._setbacks.get(spec, 0)
             self.until[spec], self._setbacks[spec] = step + RETRY * 2**before, before + 1
         self.hurt |= causes
+
+    def kept(self, step: int) -> dict[str, list[int]]:
+        """Return for each spec that has hurt the steps from now on until it may be tried again, and how often it has hurt."""
+        return {spec: [max(0, until - step), self._setbacks[spec]] for spec, until in self.until.items()}
+
+    def restore(self, kept: Mapping[str, Sequence[int]], step: int) -> None:
+        """Continue from what `kept` returned."""
+        for spec, (left, setbacks) in kept.items():
+            self.until[spec], self._setbacks[spec] = step + left, setbacks
 
     def allows(self, spec: str, step: int) -> bool:
         """Return whether a spec may be tried."""

@@ -9,6 +9,9 @@ from commpress.comm.codecs import AUTO
 from commpress.comm.meter import NOT_SENT, SPEC_IS_NONE, Report, Row, dense_in
 from commpress.comm.search import PLAIN
 
+GIVEN = "steps without compression were not measured (attach(model) measures them)"
+"""Why no seconds are known of a spec that was given."""
+
 
 @dataclass
 class Receipt:
@@ -42,6 +45,8 @@ class Receipt:
     """Values of a step that were not compressed, by reason."""
     cause: str = ""
     """How specs hurt that `auto` does without; empty if time alone has decided."""
+    unmeasured: str = GIVEN
+    """Why seconds are not known, if they are not."""
 
     @property
     def is_off(self) -> bool:
@@ -65,7 +70,7 @@ class Receipt:
         if self.is_off:
             speed = self._off
         elif self.seconds is None or self.plain_seconds is None:
-            speed = "steps without compression were not measured (attach(model) measures them)"
+            speed = self.unmeasured
         else:
             speed = f"{self.plain_seconds / self.seconds:.2f} times as fast as {self._plain}"
         return f"commpress {self.spec}: {self._bytes()}; {speed}"
@@ -140,9 +145,10 @@ def receipt(
     counted: int | None,
     break_even: tuple[str, float] | None,
     whole: bool = True,
+    searches: bool = False,
 ) -> Receipt:
     """Make the receipt from a report; `counted` are the kernel's bytes since the session began, `break_even` is a spec and
-    its bytes a second, `whole` as in `Receipt`."""
+    its bytes a second, `whole` as in `Receipt`; `searches` says whether `auto` makes the choice."""
     steps = max(1, report.steps)
     mine, plain = (None if choice is None else choice.trial(spec) for spec in (choice.spec if choice else "", PLAIN))
     uncompressed: dict[str, int] = {}
@@ -165,4 +171,12 @@ def receipt(
         break_even_spec="" if break_even is None else break_even[0],
         uncompressed={why: -(-values // steps) for why, values in uncompressed.items()},
         cause=cause_of(report.choices),
+        unmeasured=_unmeasured(report.world_size, searches and choice is None),
     )
+
+
+def _unmeasured(world_size: int, looks: bool) -> str:
+    """Return why no seconds are known: there is one rank, `auto` looks for its first choice, or a spec was given."""
+    if world_size == 1:
+        return "one rank: nothing to send"
+    return f"{AUTO} is still looking" if looks else GIVEN

@@ -82,13 +82,11 @@ class Search:
         self._tried: list[str] = [PLAIN]
         self._predicted: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {}
-        self._found = ""
-        """What the last search found; a duel may have overruled it."""
         self._exchanges: dict[str, list[float]] = {}
         """Seconds of the exchanges of the same steps, as far as they are known."""
         self._figures: Figures = {}
         """The largest errors and residuals since the search began, or since the last check."""
-        self._guard = Guard(self.budget)
+        self.guard = Guard(self.budget)
         self._rivals: list[str] = []
         """Specs that are still to meet the chosen one in a duel."""
         self._duel: Duel | None = None
@@ -124,11 +122,11 @@ class Search:
 
     def note_loss(self, loss: float | Tensor) -> None:
         """Note the loss of a step on this rank; a tensor has no dimensions."""
-        self._guard.loss.add(loss)
+        self.guard.loss.add(loss)
 
     def expect_another_loss(self) -> None:
         """Compare the coming losses with each other only: another phase of training begins."""
-        self._guard.loss.forget()
+        self.guard.loss.forget()
 
     def note(
         self,
@@ -151,17 +149,17 @@ class Search:
             if exchange is not None:
                 self._exchanges.setdefault(spec, []).append(exchange)
         found = {key: {spec: of} for key, of in (("errors", error), ("residuals", residual)) if of is not None}
-        sure = self._guard.confirmed(spec, found) if kind == CHECKED else found
+        sure = self.guard.confirmed(spec, found) if kind == CHECKED else found
         if sure is None:
             self._steps_to_come.appendleft((spec, CHECKED))
         elif sure:
             self._figures = worst([self._figures, sure])
-            if hurt := self._guard.causes(sure):  # all ranks hold the same figures, so all find this at the same step
+            if hurt := self.guard.causes(sure):  # all ranks hold the same figures, so all find this at the same step
                 hurt = of_same_codec(hurt, self._order(), self.codec)
                 left = [one for one in self._steps_to_come if one[0] not in hurt]
                 self._steps_to_come = deque(left if self._state == "trying" else ())
                 if self._state == "trying":
-                    self._guard.ban(hurt, self.steps)
+                    self.guard.ban(hurt, self.steps)
         if self._steps_to_come:
             return False
         if self._state == "warm up":
@@ -173,7 +171,7 @@ class Search:
             self._again.begin(self.steps)
             self._begin([(PLAIN, TIMED)] * FIRST_TURN)
             return False
-        self._steps_to_come = deque([(PLAIN if spec in self._guard.causes(self._figures) else spec, SKIPPED)])
+        self._steps_to_come = deque([(PLAIN if spec in self.guard.causes(self._figures) else spec, SKIPPED)])
         return True
 
     def said(self) -> dict[str, object]:
@@ -181,7 +179,7 @@ class Search:
         mean of its losses since it told them last."""
         exchanges = medians(self._exchanges, self.period)
         told = {"medians": self.medians(), "turns": self.turns(), "exchanges": exchanges}
-        return {**told, **self._figures, "loss": self._guard.loss.mean()}
+        return {**told, **self._figures, "loss": self.guard.loss.mean()}
 
     def medians(self) -> dict[str, float]:
         """Return the median seconds of a step, by spec."""
@@ -201,9 +199,9 @@ class Search:
         self.steps += 1
         self._again.count(self.spec)
         in_use = self._in_use() if self._state == "chosen" else ()
-        wrong = self._guard.loss.note(mean_loss(everyone), in_use)
+        wrong = self.guard.loss.note(mean_loss(everyone), in_use)
         if wrong and not in_use:  # of which of the specs in turn is not known
-            self._guard.loss.forget()
+            self.guard.loss.forget()
         if self._state == "plain":
             self._rank(everyone)
         elif self._state == "trying":
@@ -221,10 +219,10 @@ class Search:
         self._predicted = dict(self.predict(everyone, plain))
         whole = [s for s in self._predicted if self.codec(s) == s != PLAIN]
         others = [s for s in whole if self._predicted[s] < HOPELESS * plain]
-        others = [s for s in others if self._guard.allows(s, self.steps)]
+        others = [s for s in others if self.guard.allows(s, self.steps)]
         self._tried = [PLAIN, *sorted(others, key=lambda s: (not self._may_be_worth(s), self._predicted[s]))[:MOST]]
         self._longest = max(map(self.period, self._tried))
-        self._round, self._guard.hurt = 0, {}
+        self._round, self.guard.hurt = 0, {}
         if len(self._tried) == 1:
             self._choose(everyone)
             return
@@ -247,7 +245,7 @@ class Search:
 
     def _end_round(self, everyone: Sequence[Said]) -> None:
         turns, self._round = fastest_turns(everyone), self._round + 1
-        within = [spec for spec in self._tried if spec not in self._guard.hurt]
+        within = [spec for spec in self._tried if spec not in self.guard.hurt]
         best = min(min(turns[spec]) for spec in within)
         self._tried = [spec for spec in within if min(turns[spec]) < FAR_BEHIND * best]
         still_open = self._round < ROUNDS
@@ -289,16 +287,15 @@ class Search:
 
     def _choose(self, everyone: Sequence[Said]) -> None:
         found, best = mean_medians(everyone), self._best(everyone)
-        allowed = {spec for spec in self._order() if self._guard.allows(spec, self.steps)}
+        allowed = {spec for spec in self._order() if self.guard.allows(spec, self.steps)}
         trials = [
             Trial(spec, self._predicted.get(spec), found.get(spec), step=self.steps, banned=spec not in allowed)
             for spec in self._order()
         ]
-        same = bool(self.choices) and best in (self.codec(self.choices[-1].spec), self._found)
-        self._found = best
-        causes = "; ".join(dict.fromkeys(self._guard.hurt.values()))
-        self.choices.append(Choice(best, self.steps, self._guard.checked(trials, worst(everyone)), causes))
-        self._again.found(self.steps, self.choices[-1], same, quickest(everyone).get(best))
+        before = self.codec(self.choices[-1].spec) if self.choices else ""
+        causes = "; ".join(dict.fromkeys(self.guard.hurt.values()))
+        self.choices.append(Choice(best, self.steps, self.guard.checked(trials, worst(everyone)), causes))
+        self._again.found(self.steps, self.choices[-1], before, quickest(everyone).get(best))
         self._state = "chosen"
         self._rivals = self._close_to(best, found)
         self._next_duel()
@@ -314,7 +311,7 @@ class Search:
         leads = self._predicted[best] if best in self._predicted and best != PLAIN else 0.0
         untried = [s for s in self._predicted if s not in found and self.codec(s) in (s, best)]
         ahead = [s for s in untried if self._predicted[s] < leads * (1 / WORTH if self.codec(s) == s else WORTH)]
-        return [s for s in sorted(near, key=found.__getitem__) + ahead if self._guard.allows(s, self.steps)]
+        return [s for s in sorted(near, key=found.__getitem__) + ahead if self.guard.allows(s, self.steps)]
 
     def _watch(self, everyone: Sequence[Said], seconds: float) -> None:
         spec = self.choices[-1].spec
@@ -356,17 +353,17 @@ class Search:
             self.choices.append(Choice(duel.winner(), self.steps, choice.trials))
             self._again.compare_with(self.choices[-1], quickest(everyone).get(duel.winner()))
             left = rivals_of(duel.winner(), self._rivals, choice.trials, self.codec, WORTH)
-            self._rivals = [spec for spec in left if self._guard.allows(spec, self.steps)]
+            self._rivals = [spec for spec in left if self.guard.allows(spec, self.steps)]
         self._next_duel()
 
     def _look(self, everyone: Sequence[Said], wrong: str) -> None:
         """Compare steps, figures and losses. `wrong` says what is wrong with the loss, if anything is."""
         choice = self.choices[-1]
-        hurt = self._guard.blame(wrong, self._in_use())
-        hurt = of_same_codec(hurt | self._guard.causes(worst(everyone)), self._order(), self.codec)
+        hurt = self.guard.blame(wrong, self._in_use())
+        hurt = of_same_codec(hurt | self.guard.causes(worst(everyone)), self._order(), self.codec)
         hurt.pop(PLAIN, None)  # it is the gentlest: a loss that rises under it is not a codec's
-        self._guard.ban(hurt, self.steps)
-        choice.trials, then = self._guard.checked(choice.trials, worst(everyone)), choice.seconds(choice.spec)
+        self.guard.ban(hurt, self.steps)
+        choice.trials, then = self.guard.checked(choice.trials, worst(everyone)), choice.seconds(choice.spec)
         if choice.spec in hurt:
             self._back_off(everyone)
             return
@@ -376,7 +373,7 @@ class Search:
             self._watch(everyone, then)
             return
         now = mean_medians(everyone)[choice.spec]
-        exchange, comes_back = quickest(everyone).get(choice.spec), self._guard.until.values()
+        exchange, comes_back = quickest(everyone).get(choice.spec), self.guard.until.values()
         if self._again.is_due(self.steps, choice, now, exchange, comes_back):
             self._state, self._duel = "plain", None
             self._again.begin(self.steps)
@@ -392,7 +389,7 @@ class Search:
 
     def _back_off(self, everyone: Sequence[Said]) -> None:
         """Choose the fastest of the tried specs that are gentler and have not hurt, at worst `none`."""
-        before, order, hurt = self.choices[-1], self._order(), self._guard.hurt
+        before, order, hurt = self.choices[-1], self._order(), self.guard.hurt
         gentler = order[: order.index(before.spec)]
         left = {t.spec: t.measured for t in before.trials if t.measured is not None and t.spec in gentler}
         spec = min((one for one in left if one not in hurt), key=left.__getitem__)

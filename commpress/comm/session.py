@@ -193,8 +193,10 @@ class Session:
         if auto is None:
             return receipt(self.report(), None, self._spec, counted, None)
         whole = budget(self._spec) is not None
-        spec = auto.search.named if whole else f"{self._spec} ({auto.search.named})"
-        return receipt(self.report(), auto.search.choice, spec, counted, auto.break_even() if whole else None, whole)
+        choice, spec = auto.search.choice, self._spec
+        if choice is not None:
+            spec = choice.spec if whole else f"{spec} ({choice.spec})"
+        return receipt(self.report(), choice, spec, counted, auto.break_even() if whole else None, whole, True)
 
     def report(self) -> Report:
         """Return bytes and seconds so far, on this rank, and what `auto` has chosen. Gradients and parameters have separate
@@ -254,7 +256,7 @@ class Session:
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's residuals and their layout. Every rank saves its own. Call it between steps.
+        """Return this rank's residuals and their layout, and what has hurt. Every rank saves its own. Call it between steps.
 
         DDP rebuilds its buckets between its first and its second step. A state that is saved between them continues with the
         first layout: nothing is lost, but the run does not continue bit for bit.
@@ -272,6 +274,8 @@ class Session:
             "versions": [collectives.versions.state_dict() for collectives in self.collectives],
             "side traffic": [other.state_dict() for other in self.side_traffic],
         }
+        if self._auto is not None:
+            content["guard"] = self._auto.search.guard.kept(self._auto.search.steps)
         shared = None if optimizer is None else optimizer.state_dict()
         return RankState(content, self._values or sum(sizes(self._parameters)), shared)
 
@@ -338,6 +342,8 @@ class Session:
             self._optimizer.load_own_state(state["optimizer"])
         for other, saved in zip(self.side_traffic, state["side traffic"], strict=False):
             other.load_state_dict(saved)
+        if self._auto is not None:
+            self._auto.search.guard.restore(state.get("guard", {}), self._auto.search.steps)
 
     def require_own(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state belongs to another version, plan, rank, number of ranks or model."""

@@ -109,6 +109,10 @@ class ShardedAuto:
         """The number of this step's exchanges by role, values and bytes a value."""
         self._waited = dict.fromkeys(self._plans, 0.0)
         """Seconds that training waited for the framework's own exchanges, by role."""
+        self._evaluates_from: tuple[float, float] | None = None
+        """The seconds that were waited, by role, when the present forward began, if it trains nothing; else None."""
+        self._left_out = (0.0, 0.0)
+        """The seconds of waiting, by role, in forwards that train nothing."""
         self._mark = self._totals()
         self._before = 0.0
         """Seconds that training had waited for exchanges before this step."""
@@ -162,9 +166,21 @@ class ShardedAuto:
             return False
         return self.due
 
+    def begin_forward(self, trains: bool) -> None:
+        """Note that a forward begins. What one that trains nothing exchanges, such as a validation's, belongs to no step."""
+        self._evaluates_from = None if trains else self._totals()[1:]
+
+    def end_forward(self) -> None:
+        """Note that a forward ends."""
+        if self._evaluates_from is not None:
+            gradients, parameters = (b - a for a, b in zip(self._evaluates_from, self._totals()[1:], strict=True))
+            self._left_out = (self._left_out[0] + gradients, self._left_out[1] + parameters)
+            self._evaluates_from = None
+
     def note(self, role: str, n: int, itemsize: int) -> None:
         """Note an exchange of this step: n values of a gradient before it is reduced, or of a shard that is gathered."""
-        self._noted[role, n, itemsize] += 1
+        if self._evaluates_from is None:
+            self._noted[role, n, itemsize] += 1
 
     def note_waiting(self, role: str, seconds: float) -> None:
         """Note the seconds that training has waited for an exchange of the framework's own."""
@@ -201,7 +217,7 @@ class ShardedAuto:
         """Return the steps so far, and the seconds that training has waited for gradients and for parameters."""
         own = {"gradients": self._compared[-1], "parameters": self._compared[0]}
         gradients, parameters = (one.traffic.spent(role)[0] + self._waited[role] for role, one in own.items())
-        return self.search.steps, gradients, parameters
+        return self.search.steps, gradients - self._left_out[0], parameters - self._left_out[1]
 
     def _cost(self, role: str, plan: Plan) -> tuple[int, float]:
         """Return the bytes that this rank sends by `plan` in a step of the noted exchanges, and the seconds of its codec."""
@@ -241,12 +257,24 @@ def begins_steps(auto: ShardedAuto) -> Callable[..., None]:
     """Return a forward pre-hook for a model: it begins a step in the first training forward after one became due."""
 
     def before(module: Any, arguments: Any) -> None:
-        if auto.due and module.training and torch.is_grad_enabled() and auto.may_begin():
+        trains = module.training and torch.is_grad_enabled()
+        auto.begin_forward(trains)
+        if auto.due and trains and auto.may_begin():
             # must not be compiled; torch.compiler is slow to import, so it is used only if it is there
             (torch.compiler.disable(auto.begin_step) if "torch._dynamo" in sys.modules else auto.begin_step)()
 
     before._torchdynamo_disable = True  # type: ignore[attr-defined]
     return before
+
+
+def ends_forwards(auto: ShardedAuto) -> Callable[..., None]:
+    """Return a forward hook for a model, which `begins_steps` needs."""
+
+    def behind(module: Any, arguments: Any, output: Any) -> None:
+        auto.end_forward()
+
+    behind._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return behind
 
 
 def follows_backwards(auto: ShardedAuto) -> Callable[..., None]:

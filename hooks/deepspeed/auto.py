@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from commpress.comm.sharded_auto import ShardedAuto, begins_steps
+from commpress.comm.sharded_auto import ShardedAuto, begins_steps, ends_forwards
 
 
 def follow_steps(engine: Any, auto: ShardedAuto) -> None:
@@ -21,6 +21,7 @@ def follow_steps(engine: Any, auto: ShardedAuto) -> None:
 
     engine.optimizer.step = partial(step, engine.optimizer.step)
     engine.module.register_forward_pre_hook(begins_steps(auto), prepend=True)  # before ZeRO 3's hooks, which gather
+    engine.module.register_forward_hook(ends_forwards(auto))
 
 
 class TimedHandle:

@@ -32,7 +32,7 @@ from commpress.comm.parameters import unfit_dtype
 from commpress.comm.plan import plans, sharded_settings, sharded_spec
 from commpress.comm.search import PLAIN
 from commpress.comm.session import Session
-from commpress.comm.sharded_auto import ShardedAuto, begins_steps, decides, follows_backwards
+from commpress.comm.sharded_auto import ShardedAuto, begins_steps, decides, ends_forwards, follows_backwards
 from commpress.comm.verify import EVERY, require_interval
 from commpress.hooks.fsdp import muon
 from commpress.hooks.fsdp.comms import Gather, Reduce, Replicas
@@ -230,4 +230,5 @@ def _watch(model: nn.Module, session: Session, auto: ShardedAuto | None) -> None
     model.register_forward_pre_hook(before)
     if auto is not None:
         model.register_forward_pre_hook(begins_steps(auto), prepend=True)  # before FSDP's own hook, which gathers
+        model.register_forward_hook(ends_forwards(auto))
         model.register_forward_hook(follows_backwards(auto))

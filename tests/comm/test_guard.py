@@ -32,6 +32,23 @@ def test_one_step_beyond_the_budget_is_looked_at_again_and_does_not_count() -> N
     assert max(trial.error or 0.0 for trial in world.searches[0].choices[0].trials) == 0.1
 
 
+def test_a_run_that_goes_on_does_not_try_it_earlier_and_remembers_how_often_it_has_hurt() -> None:
+    before = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(200).searches[0]
+    kept = before.guard.kept(before.steps)
+    left, setbacks = kept["int4"]
+    assert 150 < left < 300
+    assert setbacks == 1
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0))
+    for search in world.searches:
+        search.guard.restore(kept, search.steps)
+    world.run(1200)
+    tried = [step for step, spec in enumerate(world.specs) if spec == "int4"]
+    assert min(tried) >= left
+    assert len(tried) == 3  # it hurts again, and for 600 steps it is not tried
+    search = world.searches[0]
+    assert search.guard.kept(search.steps)["int4"][1] == 2
+
+
 def test_it_comes_back_when_it_hurts_no_more() -> None:
     world = World(PAYS, predicted=predicted(PAYS), errors=hurts(100, 300)).run(1500)
     assert [choice.spec for choice in world.searches[0].choices] == ["int4", "int8", "int4"]

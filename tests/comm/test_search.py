@@ -372,6 +372,29 @@ def test_steps_that_swing_by_themselves_are_looked_into_less_and_less() -> None:
     assert world.time < 1.03 * ideal
 
 
+@pytest.mark.parametrize("leads", [("int4", "int8"), ("int4", "int8", "bf16")])
+def test_steps_that_swing_are_looked_into_less_and_less_also_if_another_codec_leads_each_time(
+    leads: tuple[str, ...],
+) -> None:
+    def seconds(spec: str, step: int) -> float:
+        swing = step // 200
+        ahead = 0.9 if spec == leads[swing % len(leads)] else 1.0
+        return {"none": 6.0}.get(spec, 1.0) * ahead * (1.5 if swing % 2 else 1.0)
+
+    world = World(seconds, predicted={"none": 1.0, "bf16": 0.162, "int8": 0.16, "int4": 0.155}).run(4000)
+    assert {choice.spec for choice in world.searches[0].choices} >= set(leads[:2])
+    assert world.specs.count(PLAIN) < 0.015 * 4000
+
+
+def test_a_link_that_changes_every_few_hundred_steps_is_followed_at_once_at_first_both_ways() -> None:
+    def seconds(spec: str, step: int) -> float:
+        return (SLOW if step // 300 % 2 else DOES_NOT)(spec, step)
+
+    world = World(seconds, predicted=predicted(PAYS)).run(1200)
+    for swing, spec in enumerate((PLAIN, "int4", PLAIN, "int4")):
+        assert world.specs[300 * swing + 100 : 300 * (swing + 1)].count(spec) > 190
+
+
 def test_looking_takes_at_most_a_hundredth_of_the_time() -> None:
     world = World(link(**dict.fromkeys(SPECS, 0.002)), asked=0.001).run(5000)
     assert world.asks * 0.001 < 0.011 * 5000 * 0.002

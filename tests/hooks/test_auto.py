@@ -25,6 +25,7 @@ from commpress.comm import auto, coding
 from commpress.comm.auto import explained
 from commpress.comm.choice import Choice, Trial, history
 from commpress.comm.cost import Speed
+from commpress.comm.guard import RETRY
 from commpress.comm.receipt import Receipt
 from commpress.comm.replicas import replicas_session
 from commpress.comm.search import FIRST_TURN, LATEST, WARM_UP, Search
@@ -333,6 +334,29 @@ def test_a_saved_state_goes_on_with_auto_and_looks_anew() -> None:
         assert spec == "auto: none, still looking"
 
 
+def saved_with_a_setback() -> dict[str, Any]:
+    model = replica()
+    session = commpress.attach(model)
+    train(model, range(3))
+    assert session._auto is not None
+    search = session._auto.search
+    search.guard.ban({"int4": "it hurt"}, search.steps)
+    return dict(session.state_dict())
+
+
+def what_had_hurt(states: list[dict[str, Any]]) -> dict[str, list[int]]:
+    session = commpress.attach(replica())
+    session.load_state_dict(states[dist.get_rank()] if len(states) == dist.get_world_size() else states)
+    assert session._auto is not None
+    return session._auto.search.guard.kept(0)
+
+
+@pytest.mark.parametrize("world_size", [2, slow(3)])
+def test_a_saved_state_has_what_has_hurt_also_for_another_number_of_ranks(world_size: int) -> None:
+    states = run(2, saved_with_a_setback)
+    assert run(world_size, what_had_hurt, states) == [{"int4": [RETRY, 1]}] * world_size
+
+
 def alone() -> tuple[str, str]:
     model = replica()
     session = commpress.attach(model)
@@ -340,10 +364,18 @@ def alone() -> tuple[str, str]:
     return session.explain(), str(session.receipt())
 
 
+def test_before_the_first_choice_the_receipt_says_that_auto_is_still_looking() -> None:
+    for said, receipt in run(2, alone):
+        assert said == "after 2 steps the choice is still open"
+        assert receipt.startswith("commpress auto: ")
+        assert receipt.endswith("; auto is still looking")
+
+
 def test_one_rank_has_nothing_to_choose() -> None:
     explained, receipt = run(1, alone)[0]
     assert explained == "one rank: nothing to send, so nothing to choose"
-    assert "steps without compression were not measured" in receipt
+    assert receipt.startswith("commpress auto: ")
+    assert receipt.endswith("; one rank: nothing to send")
 
 
 @contextlib.contextmanager

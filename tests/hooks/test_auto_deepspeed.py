@@ -10,6 +10,7 @@ from engines import RANKS, adamw, config, engine, fresh, same_on_all_ranks, trai
 from ranks import outcome, run
 from scripted import Scripted
 from test_auto import PLAIN_STEPS
+from test_auto_fsdp import evaluated
 from tiers import slowly
 from torch import nn
 from training import batch, network, same
@@ -84,6 +85,27 @@ def test_all_ranks_choose_the_same_for_gradients_and_parameters(stage: int) -> N
         assert other["plain at first"]
         assert other["explained"] == first["explained"]
         assert other["predicted"] == first["predicted"]
+
+
+def with_evaluations() -> tuple[list[Any], list[Any]]:
+    e = engine(3, SPLIT)
+    session = attach(e, "auto", parameters="auto")
+
+    def evaluate() -> None:
+        e.eval()
+        with torch.no_grad():
+            e(batch(0, 0)[0])
+        e.train()
+
+    return evaluated(e, session, lambda steps: train(e, range(steps)), evaluate)
+
+
+@pytest.mark.slow
+def test_an_evaluation_between_two_steps_is_no_part_of_their_traffic() -> None:
+    for (before, behind, again), (later, waited) in run(RANKS, with_evaluations, timeout=120):
+        assert behind == before == again
+        assert later["parameters"]["costs"]["none"][0] > 0
+        assert waited > 0  # training counts again
 
 
 def one_layer() -> nn.Module:

@@ -157,6 +157,46 @@ def test_on_a_slow_link_what_sends_least_is_tried_first() -> None:
         assert order[-1] == "none"
 
 
+def evaluated(model: Any, session: Any, train: Any, evaluate: Any) -> tuple[list[Any], list[Any]]:
+    """What the ranks would tell each other of the plain steps before and behind 20 evaluations, and after two more."""
+    auto, told = session._auto, []
+    train(PLAIN_STEPS - 2)
+    for evaluations in (0, 20, 0):
+        for _ in range(evaluations):
+            evaluate()
+        told.append(auto._said()["roles"])
+    waited = auto._totals()[2]
+    train(2)  # ZeRO 3 gathers nothing in a step behind an evaluation
+    return told, [auto._said()["roles"], auto._totals()[2] - waited]
+
+
+def with_evaluations(replicas: bool) -> tuple[list[Any], list[Any]]:
+    model = by_two() if replicas else sharded()
+    session = commpress.attach(model, parameters="auto")
+
+    def evaluate() -> None:
+        model.eval()
+        with torch.no_grad():
+            loss_of(model, 0)
+        model.train()
+        with torch.no_grad():
+            loss_of(model, 1)
+        model.eval()
+        loss_of(model, 2)
+        model.train()
+
+    return evaluated(model, session, lambda steps: trained(model, steps), evaluate)
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(2, False), slow(4, True)])
+def test_an_evaluation_between_two_steps_is_no_part_of_their_traffic(world_size: int, replicas: bool) -> None:
+    for (before, behind, again), (later, waited) in run(world_size, with_evaluations, replicas):
+        assert behind == before == again
+        assert before["parameters"]["costs"]["none"][0] > 0
+        assert later["gradients"]["costs"] == before["gradients"]["costs"]
+        assert waited > 0  # training counts again
+
+
 def summed(replicas: bool, *specs: str) -> tuple[Tensor, Tensor]:
     """The sum of the means that arrived in so many steps of one gradient, and what it should be."""
     shape = (dist.get_world_size(), 1) if replicas else (1, dist.get_world_size())

@@ -225,6 +225,7 @@ def test_what_a_rank_meets_in_the_middle_ends_all(tmp_path: Path, text: Path, ho
     if how == "nan":
         assert "step 3: the loss is nan" in ends[0][2]
         assert f"not finite on {who}" in ends[0][2]
+        assert ends[0][2].endswith(f" is probably too high, or {spec} too coarse\n")
     if how == "dies":
         assert ends[1 - rank][2].startswith(f"error: {other}")
     shutil.rmtree(tmp_path / "out")

@@ -38,6 +38,18 @@ from commpress.launch.records import Record
             "auto was still looking after 20 steps: 4.0x fewer bytes a step, 2x faster, same loss",
         ),
         (
+            compared("auto", 125, 2.5, 0.1, "auto: int4, parameters int8"),
+            "auto chose int4, parameters int8: 8.0x fewer bytes a step, 2x faster, same loss",
+        ),
+        (
+            compared("auto", 125, 2.5, 0.1, "gradients auto, parameters int8; auto: int4"),
+            "auto chose int4: 8.0x fewer bytes a step, 2x faster, same loss",
+        ),
+        (
+            compared("auto", 250, 2.5, 0.1, "auto: int4, parameters int8, still looking"),
+            "auto was still looking after 20 steps: 4.0x fewer bytes a step",
+        ),
+        (
             compared("auto", 125, 2.5, 0.1, "auto: int4") | {"traffic": {**PLAIN["traffic"], "ratio": 5.0}},
             "auto chose int4: 8.0x fewer bytes a step (5.0x with its search), 2x faster, same loss",
         ),
@@ -66,6 +78,14 @@ def test_bytes_are_those_of_what_auto_chose_though_it_tries_another_spec_until_t
     run["report"] |= {"steps": 20, "rows": rows}
     told = gain.headline([("none", PLAIN), ("auto", run)])
     assert told.startswith("auto chose int8: 3.1x fewer bytes a step (8.0x with its search)")  # 10,000 to 3,250
+
+
+def test_bytes_of_parameters_that_are_exchanged_too_are_not_left_out() -> None:
+    run = compared("auto", 250, 2.5, 0.1, "auto: int4")
+    row = {"spec": "int4", "role": "gradients", "reason": "", "steps": 20, "dense_bytes": 10_000, "sent_bytes": 1_250}
+    beside = {"spec": "none", "role": "parameters", "reason": "spec is none", "sent_bytes": 3_750}
+    run["report"] |= {"steps": 20, "rows": [row, row | beside]}
+    assert gain.headline([("none", PLAIN), ("auto", run)]).startswith("auto chose int4: 4.0x fewer bytes a step, ")
 
 
 def test_what_the_guard_has_turned_off_is_told_with_its_cause() -> None:

@@ -311,7 +311,7 @@ def test_the_recipe_says_what_travels_unless_a_flag_does(tmp_path: Path) -> None
 
 
 def test_what_a_recipe_exports_is_written_when_the_run_ends_and_once_more_if_that_was_cut_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     recipe, out = tmp_path / "recipe.toml", tmp_path / "run"
@@ -321,6 +321,10 @@ def test_what_a_recipe_exports_is_written_when_the_run_ends_and_once_more_if_tha
         train.TrainingError, match=r"export: integer cannot be written: .*; the run itself has finished, in "
     ):
         train.train(train.Settings(**settings))
+    before, begins, receipt = capsys.readouterr().out.strip().rpartition("\ncommpress none: sent ")
+    assert "model.safetensors" in before
+    assert begins
+    assert "\n" not in receipt  # it comes last
     own, exported = (stored.load(out / name / "model.safetensors").state_dict() for name in (".", "exported"))
     torch.testing.assert_close(own, exported, rtol=0, atol=0)
     assert json.loads((out / "record.json").read_text())["steps_done"] == 2

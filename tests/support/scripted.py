@@ -1,5 +1,7 @@
 """A search of `auto` whose outcome a test writes down."""
 
+from commpress.comm.guard import Guard
+
 
 class Scripted:
     """Has each step take the spec that stands at its place, and decides nothing."""
@@ -7,7 +9,7 @@ class Scripted:
     checks, state, choices, holds = False, "chosen", (), False
 
     def __init__(self, *specs: str) -> None:
-        self.specs, self.steps = specs, 0
+        self.specs, self.steps, self.guard = specs, 0, Guard(1.0)
 
     @property
     def spec(self) -> str:
