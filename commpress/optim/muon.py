@@ -49,8 +49,8 @@ from commpress.optim.uncompressed import begin_adamw, step_adamw
 GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
 """Codecs of gradients that keep AdamW's loss; `others_spec` must be one of them."""
 SPECS = ("none", "int8")
-"""The specs that `auto` may choose, the gentlest first. With `int4` a GPT of 0.9 M parameters ended 1.0 % above exact Muon's
-loss (benchmarks/convergence.py, three seeds), with `rotate|sign` 4.6 %: step time alone must not decide on that."""
+"""The specs that `auto` may choose, the gentlest first. With `int4` a GPT of 0.9 M parameters ended 0.6 % above exact Muon's
+loss (benchmarks/convergence.py, three seeds), with `rotate|sign` 3.4 %: step time alone must not decide on that."""
 
 
 @dataclass(frozen=True)
