@@ -6,7 +6,7 @@ from commpress.kernels.compiled import loop
 from commpress.kernels.cpu.blocks import put_block
 from commpress.kernels.cpu.instructions import settle_streams
 
-SHARED_SHA256 = "b3c9e927d4b25bf4"
+SHARED_SHA256 = "014f540495344da0"
 """The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 ZEROS = 256
 
