@@ -56,12 +56,13 @@ def after(name: str, spec: str, exchange: str | None, folder: str, ranks: int) -
     optimizer.load_state_dict(states[-1]["optimizer"])
     session.load_state_dict([state["session"] for state in states])
     taken = session.state_dict()
-    at = LATE if name == COORDINATES else STEPS
-    trained = train(ddp, range(at, at + 4), optimizer=optimizer)
     if name == COORDINATES:
         own, saved = (state["state"].values() for state in (optimizer.state_dict(), states[-1]["optimizer"]))
         kept = [torch.equal(a[key], b[key]) for a, b in zip(own, saved, strict=True) for key in BASIS if key in b]
         assert kept == [True] * 6  # of three matrices
+    at = LATE if name == COORDINATES else STEPS
+    trained = train(ddp, range(at, at + 4), optimizer=optimizer)  # in which a matrix changes its coordinates again
+    if name == COORDINATES:
         assert adrift(ddp, optimizer, session)[0] < 1e-5
     return taken, trained
 
