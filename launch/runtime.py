@@ -170,6 +170,9 @@ def require_same_flags(mine: dict[str, object], device: torch.device) -> None:
 
 def or_too_coarse(session: Any) -> str:
     """Return the end of a sentence that names the lossy codecs by which a session sends now; empty if there are none."""
+    optimizer = getattr(getattr(session, "step_buffer", None), "optimizer", None)
+    if optimizer is not None and optimizer.own_spec() is not None:  # it has not begun to send by the session's
+        return ""
     plans = [plan for one in getattr(session, "collectives", ()) for plan in (one.gradients, one.parameters)]
     lossy = dict.fromkeys(str(plan.codec) for plan in plans if plan.codec.lossy)
     return f", or {' and '.join(lossy)} too coarse" if lossy else ""

@@ -94,7 +94,7 @@ class StepBuffer:
             self._backward_started = None
         waits = self.restored or self._compared is not None
         if waits or (self.optimizer is not None and self.optimizer.needs_all_buckets()):
-            work = Work(bucket, not_counted)
+            work = _whole(bucket)
             self._pending.append(PendingBucket(bucket, segments, index, work))
             if last:
                 self.flush()
@@ -203,7 +203,7 @@ class StepBuffer:
         if not parts:
             override = Override(None, "nothing in it is trained")
             return collectives.all_reduce(x, segments, index, override=override, step=step, last=last, then=then)
-        whole = Work(x, not_counted)
+        whole = _whole(x)
         finished = whole.finish if then is None else then
         for flat, part, done in taken_apart(x, segments, parts, finished):
             override = optimizer.override(part, codec)
@@ -220,7 +220,7 @@ class StepBuffer:
         then: Callable[[BaseException | None], None] | None,
     ) -> Work:
         """Exchange a bucket in pieces, each as soon as the link is free."""
-        whole = Work(x, not_counted)
+        whole = _whole(x)
         ended = when_all_end(len(pieces), whole.finish if then is None else then)
         parts = real_view(x).view(-1).split([sum(sizes(piece)) for piece in pieces])
         for values, piece in zip(parts, pieces, strict=True):
@@ -242,7 +242,7 @@ class StepBuffer:
         if len(parts) == 1:
             step = replace(self._current, rules=rules.shares(segments))
             return send(x, segments, index, override=_by_rule(parts[0][1]), step=step, last=last, then=then)
-        whole, flat = Work(x, not_counted), real_view(x).view(-1)
+        whole, flat = _whole(x), real_view(x).view(-1)
         apart = taken_apart(flat, segments, [part for part, _ in parts], whole.finish if then is None else then)
         for (values, part, done), (_, codec) in zip(apart, parts, strict=True):
             ends = last and part is parts[-1][0]
@@ -294,6 +294,13 @@ class StepBuffer:
     def timeline_starts(self) -> None:
         """Begin a timeline, between two steps."""
         self._backward_started = None
+
+
+def _whole(x: Tensor) -> Work:
+    """Return the work of a bucket that is sent in parts, or later, with the future that a hook returns (`Traffic.submit`)."""
+    work = Work(x, not_counted)
+    work.future()
+    return work
 
 
 def _by_rule(codec: Codec | None) -> Override | None:

@@ -183,7 +183,7 @@ class Traffic:
         row = self.meter.row(index, values, dtype_name(dtype), str(plan.codec), name, plan.reason, role, rules)
         number = self._number(role, index) if step is None else step.number
         work = Work(out, partial(self._note_waiting, role) if step is None else not_counted)
-        if step is not None:
+        if step is not None and then is None:
             work.future()  # a hook returns it; to make it releases the GIL, which a thread that is awake by then would take
         exchange = self._compared(exchange, out, compared, number, step, last)
         if out.is_inference():

@@ -387,8 +387,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
         self._brought = steps_of(state_dict)
 
     def came_with_session(self, state_dict: dict[str, Any]) -> bool:
-        """Whether the session has restored this state (`with_session.came`)."""
-        return came(self, state_dict, self._brought)
+        """Whether the session has restored this state (`with_session.came`); a second one is another."""
+        brought, self._brought = self._brought, None
+        return came(self, state_dict, brought)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; the ranks compare their states at the next backward."""

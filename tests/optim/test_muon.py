@@ -1,5 +1,6 @@
 """EF21-Muon: torch's Muon and AdamW as long as nothing is left out, the paper's formula once something is."""
 
+import copy
 from typing import Any
 from unittest import mock
 
@@ -312,3 +313,21 @@ def test_newton_schulz_makes_singular_values_of_about_one(shape: tuple[int, ...]
     cosine = (found * (u @ v)).sum(dim=(1, 2)) / found.flatten(1).norm(dim=1) / (u @ v).flatten(1).norm(dim=1)
     assert cosine.min() > 0.95
     assert newton_schulz(torch.zeros(shape)).abs().max() == 0
+
+
+def test_after_a_checkpoint_another_state_of_as_many_steps_is_loaded() -> None:
+    """A distributed checkpoint brings one state twice, by the session and for the optimizer; what comes later is another."""
+
+    def stepped(estimate: float) -> tuple[EF21Muon, dict[str, Any]]:
+        p = nn.Parameter(torch.zeros(8, 8))
+        optimizer = EF21Muon([{"params": [p], "muon": True}])
+        optimizer.state[p]["momentum_buffer"] = torch.full_like(p, estimate)
+        optimizer.param_groups[0]["steps"] = 7
+        return optimizer, copy.deepcopy(optimizer.state_dict())
+
+    (live, first), (_, second) = stepped(1.0), stepped(2.0)
+    live.load_with_session(second)
+    live.load_state_dict(first)  # ignored: the session has brought what belongs to this checkpoint
+    assert torch.equal(live.state_dict()["state"][0]["momentum_buffer"], second["state"][0]["momentum_buffer"])
+    live.load_state_dict(first)
+    assert torch.equal(live.state_dict()["state"][0]["momentum_buffer"], first["state"][0]["momentum_buffer"])
