@@ -23,7 +23,6 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,11 +61,6 @@ class Job:
     """Whether its first transfer can start now, without computing and without waiting for other ranks. None: it cannot."""
     reads: tuple[Tensor, ...] = ()
     """Other tensors of the caller that it uses, and that the caller may drop before the end."""
-
-
-def make_future(device: torch.device) -> "torch.futures.Future[Any]":
-    """Return a future for the end of a job; on an accelerator it knows the streams of `device`."""
-    return torch.futures.Future(devices=None if device.type == "cpu" else [device])
 
 
 class Sequencer:

@@ -26,6 +26,7 @@ class Work(dist.Work):
         self.out, self._waited = out, waited
         self._future = make_future(out.device)
         self._raising: Future[Tensor] | None = None
+        """The future that `future` returns, once it is made."""
 
     def wait(self, timeout: Any = None) -> bool:
         """Return when the result is there; on an accelerator the current stream waits for it instead.
