@@ -1,14 +1,12 @@
 """Compiles pieces of the hot loops for processors: `NUMBA_OPT=0 python pieces.py '{"haswell": "x86_64-linux-gnu"}' top_of`.
 
-It takes processors with their triples, and names of pieces, and prints by processor and piece, as JSON, LLVM's optimised code
-and the machine code that is made of it.
-Each kind of processor has a process of its own, which lowers the pieces as the loops are written for that kind.
+It takes processors of one kind with their triples, and names of pieces, and prints by processor and piece, as JSON, LLVM's
+optimised code and the machine code that is made of it. A process lowers the pieces as the loops are written for one kind.
 """
 
 import json
 import sys
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -230,28 +228,17 @@ WRITTEN = {
 """Vectors in LLVM's code, for which processors have no instructions."""
 
 
-def compiled(processors: dict[str, str], names: list[str]) -> dict[str, dict[str, tuple[str, str]]]:
-    """By processor and piece: both codes for processors of one kind. Runs in a process of its own."""
+def main() -> None:
+    """Compile the pieces that are asked for."""
+    processors: dict[str, str] = json.loads(sys.argv[1])
     (kind,) = {kind_of(*one) for one in processors.items()}
     write_for(kind)
-    once = {name: WRITTEN.get(name) or lowered(*(PIECES | WHOLE)[name]) for name in names}
-    return {
+    once = {name: WRITTEN.get(name) or lowered(*(PIECES | WHOLE)[name]) for name in sys.argv[2:]}
+    found = {
         processor: {name: both(code, processor, triple) for name, code in once.items()}
         for processor, triple in processors.items()
     }
-
-
-def main() -> None:
-    """Compile the pieces that are asked for."""
-    kinds: dict[Any, dict[str, str]] = {}
-    for processor, triple in json.loads(sys.argv[1]).items():
-        kinds.setdefault(kind_of(processor, triple), {})[processor] = triple
-    if len(kinds) == 1:
-        found = [compiled(*kinds.values(), sys.argv[2:])]
-    else:
-        with get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-            found = pool.starmap(compiled, [(alike, sys.argv[2:]) for alike in kinds.values()], chunksize=1)
-    print(json.dumps({processor: codes for alike in found for processor, codes in alike.items()}))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 from loops_of import Loop, innermost
 from packed import ARM, X86, Code, not_packed, taken_apart
+from shared import filled
 
 from commpress.kernels.table import KERNELS
 
 PROCESSORS = {"haswell": X86, "znver3": X86, "skylake-avx512": X86, "sapphirerapids": X86, "neoverse-v2": ARM}
+KINDS = {"narrow": ("haswell", "neoverse-v2"), "zen": ("znver3",), "wide": ("skylake-avx512", "sapphirerapids")}
+"""Processors for which the loops are written alike."""
 WIDTH = {X86: 8, ARM: 4}
 """How many 32-bit lanes a vector must have."""
 FLOAT_ADD, FLOAT_MUL, FLOAT_SUB = "fadd", "fmul", "fsub"
@@ -168,20 +171,38 @@ SINGLE = re.compile(
 """Arithmetic, reads and writes of one value of a gradient, a residual or a payload, and sums in the order of the values."""
 
 
+@pytest.fixture(scope="module", params=PROCESSORS)
+def processor(request: pytest.FixtureRequest) -> str:
+    """Each processor in turn."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, Code]]:
-    """By processor and piece: LLVM's code, optimised for it, and machine code."""
-    return compile_for(PROCESSORS, [*PIECES, SCALAR, BESIDE, REMAINDERS])
+def codes(processor: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Code]:
+    """All pieces for a processor. Those of a kind are compiled once, for all workers."""
+    (kind,) = [kind for kind, alike in KINDS.items() if processor in alike]
+    names = [*PIECES, SCALAR, BESIDE, REMAINDERS]
+    place = filled(
+        tmp_path_factory,
+        f"pieces-{kind}",
+        lambda folder: (folder / "codes").write_bytes(compile_for(KINDS[kind], names)),
+    )
+    return read((place / "codes").read_bytes())[processor]
 
 
-def compile_for(processors: dict[str, str], pieces: Sequence[str]) -> dict[str, dict[str, Code]]:
-    """Compile pieces in a process for each kind of processor, where Numba optimises nothing."""
+def compile_for(processors: Sequence[str], pieces: Sequence[str]) -> bytes:
+    """Compile pieces for processors of one kind in a process of their own, where Numba optimises nothing."""
     script = Path(__file__).with_name("pieces.py")
     environment = {**os.environ, "NUMBA_OPT": "0", "NUMBA_DISABLE_JIT": "0"}
-    command = [sys.executable, str(script), json.dumps(processors), *pieces]
-    run = subprocess.run(command, env=environment, capture_output=True, timeout=250)
+    command = [sys.executable, str(script), json.dumps({one: PROCESSORS[one] for one in processors}), *pieces]
+    run = subprocess.run(command, env=environment, capture_output=True, timeout=280)
     assert run.returncode == 0, run.stderr.decode()
-    found = json.loads(run.stdout)
+    return run.stdout
+
+
+def read(printed: bytes) -> dict[str, dict[str, Code]]:
+    """Give by processor and piece what has been compiled: LLVM's code, optimised for it, and machine code."""
+    found = json.loads(printed)
     return {processor: {piece: Code(*both) for piece, both in codes.items()} for processor, codes in found.items()}
 
 
@@ -233,7 +254,7 @@ def singles(loop: Loop) -> list[str]:
 
 
 def test_some_pieces_compute_with_vectors_and_nothing_value_by_value() -> None:
-    (codes,) = compile_for({"haswell": X86}, [*QUICK, BESIDE, REMAINDERS]).values()
+    (codes,) = read(compile_for(["haswell"], [*QUICK, BESIDE, REMAINDERS])).values()
     assert not missing(codes, X86)
     assert {piece for piece, code in codes.items() if one_by_one(code.llvm)} == {BESIDE}
     assert set(apart(codes, X86)) == {REMAINDERS}
@@ -247,36 +268,34 @@ def test_the_loops_of_every_op_are_pieces_or_are_named_with_a_reason() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_each_piece_of_a_loop_computes_with_vectors(compiled: dict[str, dict[str, Code]], processor: str) -> None:
+def test_each_piece_of_a_loop_computes_with_vectors(codes: dict[str, Code], processor: str) -> None:
     triple = PROCESSORS[processor]
-    assert not missing(compiled[processor], triple), f"no vectors of {WIDTH[triple]} lanes on {processor}"
+    assert not missing(codes, triple), f"no vectors of {WIDTH[triple]} lanes on {processor}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_no_processor_takes_vectors_apart(compiled: dict[str, dict[str, Code]], processor: str) -> None:
-    found = apart(compiled[processor], PROCESSORS[processor])
+def test_no_processor_takes_vectors_apart(codes: dict[str, Code], processor: str) -> None:
+    found = apart(codes, PROCESSORS[processor])
     assert found.pop(REMAINDERS), f"single remainders were not found on {processor}"
     assert not found, f"vectors that {processor} has no instructions for"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("op", ["encode", "mean", "recode"])
-def test_whole_loops_of_every_family_compute_with_vectors(op: str) -> None:
+def test_whole_loops_of_every_family_compute_with_vectors(op: str, kind: str) -> None:
     names = [name for name in WHOLE if name.endswith(f" {op}")]
     words = {word for kind, word, device in KERNELS if (kind, device) == (op, "cpu")}
     assert {f"{'e4m3' if word == 'fp8' else word} {op}" for word in words - ALIKE[op]} == set(names)
-    for processor, codes in compile_for(PROCESSORS, names).items():
+    for processor, codes in read(compile_for(KINDS[kind], names)).items():
         triple = PROCESSORS[processor]
         assert not missing(codes, triple), f"no vectors of {WIDTH[triple]} lanes on {processor}"
         assert not apart(codes, triple), f"vectors that {processor} has no instructions for"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_no_loop_beside_the_vectors_goes_value_by_value(compiled: dict[str, dict[str, Code]], processor: str) -> None:
-    found = {piece: one_by_one(code.llvm) for piece, code in compiled[processor].items() if piece not in ONE_BY_ONE}
+def test_no_loop_beside_the_vectors_goes_value_by_value(codes: dict[str, Code], processor: str) -> None:
+    found = {piece: one_by_one(code.llvm) for piece, code in codes.items() if piece not in ONE_BY_ONE}
     assert found.pop(SCALAR), f"a sum in order was not found on {processor}"
     for piece in COPIES:
         found[piece] = [line for line in found[piece] if not re.search(r"= load |^store ", line)]
@@ -285,36 +304,30 @@ def test_no_loop_beside_the_vectors_goes_value_by_value(compiled: dict[str, dict
 
 
 @pytest.mark.slow
-def test_a_block_of_a_long_mean_goes_past_the_caches(compiled: dict[str, dict[str, Code]]) -> None:
-    for processor in PROCESSORS:
-        assert re.search(r"store <64 x float> .*, align 64.*, !nontemporal", compiled[processor]["put_block"].llvm)
+def test_a_block_of_a_long_mean_goes_past_the_caches(codes: dict[str, Code]) -> None:
+    assert re.search(r"store <64 x float> .*, align 64.*, !nontemporal", codes["put_block"].llvm)
 
 
 @pytest.mark.slow
-def test_a_block_is_asked_for_before_it_is_read_where_that_helps(compiled: dict[str, dict[str, Code]]) -> None:
-    for processor in PROCESSORS:
-        for piece, streams in (("block_of, feedback", 2), ("block_of, feedback and prologue", 4)):
-            asked = compiled[processor][piece].llvm.count("call void @llvm.prefetch")
-            assert not asked if processor == "znver3" else asked >= streams
+def test_a_block_is_asked_for_before_it_is_read_where_that_helps(codes: dict[str, Code], processor: str) -> None:
+    for piece, streams in (("block_of, feedback", 2), ("block_of, feedback and prologue", 4)):
+        asked = codes[piece].llvm.count("call void @llvm.prefetch")
+        assert not asked if processor == "znver3" else asked >= streams
 
 
 @pytest.mark.slow
-def test_each_processor_packs_as_many_lanes_as_its_registers_hold(compiled: dict[str, dict[str, Code]]) -> None:
-    wide = {"skylake-avx512", "sapphirerapids"}  # whatever the machine that compiles has
-    for processor in PROCESSORS:
-        code = compiled[processor]["int2 pack"].llvm
-        assert set(re.findall(r"@llvm\.ctpop\.v(\d+)i32", code)) == {"64" if processor in wide else "16"}
+def test_each_processor_packs_as_many_lanes_as_its_registers_hold(codes: dict[str, Code], processor: str) -> None:
+    lanes = "64" if processor in KINDS["wide"] else "16"  # whatever the machine that compiles has
+    assert set(re.findall(r"@llvm\.ctpop\.v(\d+)i32", codes["int2 pack"].llvm)) == {lanes}
 
 
 @pytest.mark.slow
-def test_loops_take_the_widest_vectors_that_there_are(compiled: dict[str, dict[str, Code]]) -> None:
-    for processor, lanes in (("haswell", 8), ("skylake-avx512", 16), ("sapphirerapids", 16)):
-        assert vectors(compiled[processor]["widest"].llvm, FLOAT_ADD, lanes)
+def test_loops_take_the_widest_vectors_that_there_are(codes: dict[str, Code], processor: str) -> None:
+    lanes = 16 if processor in KINDS["wide"] else WIDTH[PROCESSORS[processor]]
+    assert vectors(codes["widest"].llvm, FLOAT_ADD, lanes)
 
 
 @pytest.mark.slow
-def test_a_loop_of_single_values_is_found_out(compiled: dict[str, dict[str, Code]]) -> None:
-    for processor in PROCESSORS:
-        code = compiled[processor][SCALAR].llvm
-        assert "fadd" in code
-        assert not vectors(code, FLOAT_ADD, 2)
+def test_a_loop_of_single_values_is_found_out(codes: dict[str, Code]) -> None:
+    assert "fadd" in codes[SCALAR].llvm
+    assert not vectors(codes[SCALAR].llvm, FLOAT_ADD, 2)
