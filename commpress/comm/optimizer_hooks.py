@@ -58,8 +58,8 @@ class OptimizerHooks(Protocol):
     def needs_all_buckets(self) -> bool:
         """Whether no bucket of this step may be sent before `on_all_buckets` has seen them all."""
 
-    def on_all_buckets(self, gradients: list[Tensor]) -> None:
-        """Take all buckets of this step, before any of them is sent."""
+    def on_all_buckets(self) -> None:
+        """Note that all buckets of this step have come, and that none of them has been sent."""
 
     def split(self, segments: Segments) -> list[Segments]:
         """Return the parts of a bucket that are sent in this step, each with its own override; the same on every rank."""

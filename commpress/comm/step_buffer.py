@@ -108,7 +108,7 @@ class StepBuffer:
         pending, layouts = self._pending, self.restored
         self._pending, self.restored = [], []
         if not layouts or {one.segments for one in pending} == set(layouts):
-            self._on_all_buckets([one.bucket for one in pending])
+            self._on_all_buckets()
             for one in pending:
                 self._send(one.bucket, one.segments, one.index, one is pending[-1], one.work.finish)
             return
@@ -133,7 +133,7 @@ class StepBuffer:
                 places[segment.name].copy_(part)
             ended(error)
 
-        self._on_all_buckets(flats)
+        self._on_all_buckets()
         for index, (layout, flat) in enumerate(zip(layouts, flats, strict=True)):
             self._send(flat, layout, index, index == len(layouts) - 1, partial(finished, layout, flat))
 
@@ -166,12 +166,12 @@ class StepBuffer:
         elif (frozen := optimizer.frozen_parameters()) is not None:
             self._compared = compare({"frozen parameters": frozen}, "frozen parameters to compare")
 
-    def _on_all_buckets(self, gradients: list[Tensor]) -> None:
+    def _on_all_buckets(self) -> None:
         if self._compared is not None:
             compared, self._compared = self._compared, None
             compared()
         if self.optimizer is not None:
-            self.optimizer.on_all_buckets(gradients)
+            self.optimizer.on_all_buckets()
 
     def _send(
         self,

@@ -218,17 +218,19 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Whether no bucket of this step may be sent before `on_all_buckets` has seen them all."""
         return False
 
-    def on_all_buckets(self, gradients: list[Tensor]) -> None:
-        """Take all buckets of this step, this rank's own gradients, and compute the factor by which `max_norm` clips them.
+    def on_all_buckets(self) -> None:
+        """Compute the factor by which `max_norm` clips this rank's own gradients, which are in all buckets now.
 
         A rank's norm may be sqrt(W) times that of the mean, since the noise of one of W ranks is so much larger (Deep Gradient
-        Compression, section 3.2, has the same for sums).
+        Compression, section 3.2, has the same for sums). It is a norm of the parameters' norms in the order of their names: the
+        same bits in whatever buckets they are, as in the first step of a resumed run.
         """
         if (most := self.param_groups[0]["max_norm"]) is not None and self.needs_all_buckets():
-            norm = float(
-                torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
-            )
-            bound = most * self._world_size**0.5 * self._scale
+            parts: dict[str, Tensor] = {}
+            for bucket, segments in self._received:
+                parts |= zip((one.name for one in segments), bucket.float().split(sizes(segments)), strict=True)
+            norms = torch.stack([torch.linalg.vector_norm(parts[name]) for name in sorted(parts)])
+            norm, bound = float(torch.linalg.vector_norm(norms)), most * self._world_size**0.5 * self._scale
             self._clip = bound / norm if norm > bound and norm < float("inf") else 1.0
 
     def clip(self, bucket: Tensor) -> None:

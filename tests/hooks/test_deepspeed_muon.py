@@ -12,7 +12,7 @@ from ranks import outcome, run
 from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from training import adrift, by_dimensions, network, same
+from training import adrift, by_dimensions, exact_products, network, same
 from training import train as train_ddp
 
 import commpress
@@ -48,6 +48,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 
 
+@exact_products
 def beside_ddp(names: list[str]) -> list[tuple[str, float, bool]]:
     """How far engines in which nothing is left out are from DDP, and whether their ranks have the same bits."""
     found = []

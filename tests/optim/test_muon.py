@@ -13,7 +13,7 @@ from scripted import Scripted
 from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, finite, loss_of, network, parameters_of, same, train
+from training import PRODUCTS, SMALL_BUCKETS, exact_products, finite, loss_of, network, parameters_of, same, train
 
 import commpress
 from commpress.comm.codecs import parse
@@ -44,8 +44,9 @@ def attached(
     return ddp, optimizer, commpress.attach(ddp, spec, optimizer=optimizer, exchange=exchange)
 
 
+@exact_products
 def beside_torch(settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters after some steps, and those of torch's Muon and AdamW."""
+    """Parameters after some steps, and those of torch's Muon and AdamW, all in float32."""
     mine, optimizer, _ = attached("none", **{**TORCHS, **settings})
     theirs = DistributedDataParallel(network(), bucket_cap_mb=SMALL_BUCKETS)
     matrices, others = ([p for p in theirs.parameters() if (p.dim() == 2) == two] for two in (True, False))
@@ -85,6 +86,7 @@ def test_exact_it_is_torchs_muon(settings: dict[str, Any], world_size: int) -> N
         assert distance(mine, theirs) < 1e-3
 
 
+@exact_products
 def against_reference(spec: str, settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     ddp, optimizer, session = attached(
         spec, bucket_cap_mb=25, exchange="one_shot", unused=True, width=LONG, **settings
@@ -302,10 +304,13 @@ def test_what_is_wrong_with_groups_says_so() -> None:
     assert "momentum 1.0: expected a number in [0, 1)" in outcome(lambda: EF21Muon(model, momentum=1.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 40), (2, 40, 5), (1, 1, 9)])
-def test_newton_schulz_makes_singular_values_of_about_one(shape: tuple[int, ...]) -> None:
+def test_newton_schulz_makes_singular_values_of_about_one(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = newton_schulz(1000 * x)
+    with mock.patch(PRODUCTS, dtype):
+        found = newton_schulz(1000 * x)
+    assert found.dtype == torch.float32
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.5
     assert values.max() < 1.3

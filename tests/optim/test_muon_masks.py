@@ -10,7 +10,7 @@ from references import gradients
 from tiers import slow
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import SMALL_BUCKETS, network, parameters_of, same, train
+from training import SMALL_BUCKETS, exact_products, network, parameters_of, same, train
 
 import commpress
 from commpress.optim import EF21Muon
@@ -77,6 +77,7 @@ def test_what_masks_prune_stays_0_and_replicas_hold_the_same_bits(spec: str, wor
         assert not same(found["history"][-1], found["history"][-2])
 
 
+@exact_products
 def against_torch() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Parameters of a masked training by `none`, those of masked Muon in plain torch, and those of it without masks."""
     return masked("none")["history"][-1], in_torch(True), in_torch(False)

@@ -27,6 +27,7 @@ from training import (
 )
 
 import commpress
+from commpress.comm.segments import Segment
 from commpress.optim import DGC, EF21Muon, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.eigenbasis import LONG
@@ -318,3 +319,20 @@ def test_all_skip_though_parameters_are_not_used() -> None:
         assert scales == [1024.0 / 2 ** ((step + 1) // 2) for step in range(12)]
         assert all(same(one, other) for one, other in zip(history, results[0][0], strict=True))
         assert finite(history[-1])
+
+
+def test_max_norm_clips_by_the_same_bits_in_all_layouts() -> None:
+    """The first step of a resumed run may have other buckets than the same step of the unbroken one."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        parts = {f"{name}.weight": torch.randn(1000, generator=draw) for name in "abcd"}
+        found = set()
+        for layout in (["abcd"], ["d", "c", "b", "a"], ["ac", "bd"]):
+            optimizer = EF21Muon([{"params": [nn.Parameter(torch.zeros(2, 2))], "muon": True}], max_norm=1.0)
+            for names in layout:
+                segments = tuple(Segment(f"{name}.weight", 1000) for name in names)
+                optimizer.on_bucket(torch.cat([parts[one.name] for one in segments]), segments)
+            optimizer.on_all_buckets()
+            found.add(optimizer._clip)
+        assert len(found) == 1
+        assert min(found) < 1

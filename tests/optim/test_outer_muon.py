@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training import finite, network, parameters_of, same
+from training import exact_products, finite, network, parameters_of, same
 
 import commpress
 from commpress.optim import EF21Muon
@@ -40,6 +40,7 @@ def started(spec: str, seed: int = 0, way: str = "diloco", **settings: Any) -> t
     return model, optimizer, getattr(commpress, way)(model, optimizer, spec, **{"every": EVERY, **settings})
 
 
+@exact_products
 def trained(settings: dict[str, Any], by: str) -> list[Tensor]:
     """Parameters after some steps by EF21Muon, or by torch's two optimizers, either of which steps last."""
     if by == "EF21Muon":
@@ -68,6 +69,7 @@ def test_it_is_torchs_muon_and_adamw_between_syncs(world_size: int, settings: di
         assert distance(mine, parameters_of(reference.models[rank])) < 1e-3
 
 
+@exact_products
 def plain_steps(settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Steps on gradients that do not depend on the parameters: of EF21Muon between syncs, and of torch's optimizers."""
     mine, theirs = network(), network()

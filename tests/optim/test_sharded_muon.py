@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
-from training import CLASSES, INPUTS, WIDTH, finite, loss_of, network, same
+from training import CLASSES, INPUTS, WIDTH, exact_products, finite, loss_of, network, same
 
 import commpress
 from commpress.comm.codecs import parse
@@ -102,6 +102,7 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 
 
+@exact_products
 def beside_ddp(name: str) -> tuple[float, list[Tensor]]:
     """How far a training in which nothing is left out is from that of DDP."""
     way = EXACT[name]
@@ -124,6 +125,7 @@ def test_exact_it_steps_as_under_ddp(name: str, world_size: int) -> None:
         assert same(parameters, ranks[0][1])
 
 
+@exact_products
 def against_reference(spec: str) -> tuple[float, list[Tensor]]:
     W = dist.get_world_size()
     model, reference = sharded(), network()
@@ -217,6 +219,7 @@ def test_owners_have_about_the_same_work() -> None:
     assert owners(matrices, 1) == dict.fromkeys("abcde", 0)
 
 
+@exact_products
 def clipped() -> list[float]:
     """How far `max_norm` is from torch's clipping of the mean gradient, and both from none."""
     found = []
