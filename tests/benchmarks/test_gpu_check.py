@@ -514,7 +514,7 @@ def test_the_report_reads_the_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_whole_program_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LIMIT", "COMPILE", "BYTES", "RATES", "CPU", "RANKS", "PROGRAM"):  # other tests run beside it
         monkeypatch.setattr(gpu_check, f"{name}_SECONDS", 5 * getattr(gpu_check, f"{name}_SECONDS"))

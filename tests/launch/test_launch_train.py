@@ -444,7 +444,7 @@ def test_a_stopped_demo_leaves_no_process_and_no_network(tmp_path: Path, shaped:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("shaped", OVER)
 def test_the_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shaped: bool

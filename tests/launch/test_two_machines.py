@@ -54,7 +54,7 @@ def together(hosts: list[lab.Host], code: str, folder: Path, names: str = "127.0
             )
         )
     try:
-        said = [process.communicate(timeout=120)[0] for process in running]
+        said = [process.communicate(timeout=280)[0] for process in running]
     finally:
         for process in running:
             process.kill()
@@ -62,7 +62,11 @@ def together(hosts: list[lab.Host], code: str, folder: Path, names: str = "127.0
     return said
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(lab.missing()), reason=lab.missing())]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # beside other tests; alone each takes half a minute at most
+    pytest.mark.skipif(bool(lab.missing()), reason=lab.missing()),
+]
 
 
 def test_the_static_way_trains(hosts: list[lab.Host], tmp_path: Path) -> None:
