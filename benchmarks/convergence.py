@@ -75,7 +75,7 @@ def zero_one(spec: str, every: int, seeds: int = 1, **options: Any) -> Way:
 
 
 def muon(spec: str, seeds: int = 1, others: str = "int4") -> Way:
-    """EF21Muon with a spec; its other parameters are AdamW's, whose gradients travel by `others`."""
+    """EF21Muon with a spec; the gradients of its other parameters, which are AdamW's, are sent by `others`."""
     return Way(f"EF21Muon {spec}", "GPT", "EF21Muon", spec, seeds, {"others_spec": others})
 
 
@@ -100,7 +100,7 @@ WAYS = (
     muon("int2", 3),
     muon("sign", 3),
     muon("rotate|int2", 3),
-    muon("rotate|sign", 3),
+    muon("rotate|sign", 3, others="rotate|int2"),
     muon("topk(0.1)|sign"),
     Way("SGD", "digits", "SGD", seeds=3),
     Way("SGD, topk(0.01) gradients", "digits", "SGD", "topk(0.01)", 3),

@@ -1,4 +1,4 @@
-"""The parameters of a model that Muon steps, and those that it leaves to AdamW."""
+"""The parameters of a model that Muon steps, those that it leaves to AdamW, and the codecs for the gradients of these."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from commpress.comm.codecs import Codec, parse
+from commpress.comm.codecs.rotate import Rotate
 from commpress.comm.parameters import bare_name
+
+GENTLE = ("none", "bf16", "fp16", "fp8", "int8", "int4")
+"""Codecs of gradients that keep AdamW's loss, rotated or not."""
+COARSEST = "rotate|int2"
+"""The coarsest of all, for gradients that have error feedback. For a GPT's embeddings and head it cost no more loss than `int4`
+(benchmarks/convergence.py, `rotate|sign` for the hidden matrices, three seeds)."""
 
 
 def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -38,3 +46,15 @@ def groups(model: nn.Module, others: Sequence[str] = ()) -> list[dict[str, Any]]
         other = any(fnmatch.fnmatchcase(name, pattern) for pattern in others)
         (matrices if p in chosen and not other else rest).append(p)
     return [group for group in ({"params": matrices, "muon": True}, {"params": rest, "muon": False}) if group["params"]]
+
+
+def others_codec(spec: str, feedback: bool = True) -> Codec:
+    """Return the codec of an `others_spec`. Raises ValueError for one by whose gradients AdamW trains worse."""
+    codec = parse(spec)
+    values = codec.values if isinstance(codec, Rotate) else codec
+    if values.word in GENTLE or (feedback and str(codec) == COARSEST):
+        return codec
+    known = ", ".join(GENTLE)
+    if not feedback:
+        raise ValueError(f"others_spec {spec!r}: sharded gradients have no error feedback; expected one of {known}")
+    raise ValueError(f"others_spec {spec!r}: AdamW trains worse with it; expected one of {known}, {COARSEST}")

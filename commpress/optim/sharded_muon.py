@@ -32,6 +32,7 @@ from commpress.comm.collectives import Collectives
 from commpress.comm.plan import DENSE, require_flat
 from commpress.comm.rules import Spec, open_refusal
 from commpress.comm.segments import Segment
+from commpress.optim.muon_groups import others_codec
 from commpress.optim.newton_schulz import newton_schulz
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def owners(matrices: Sequence[Matrix], world_size: int) -> dict[str, int]:
 def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> Codec:
     """Return the codec of the momentum.
 
-    Raises TypeError for `auto` and for patterns, ValueError for an unknown spec and for `error_feedback=False`.
+    Raises TypeError for `auto` and for patterns, ValueError for an unknown spec, `error_feedback=False`, and an `others_spec`
+    that needs error feedback.
     """
     if spec == AUTO:
         raise TypeError(
@@ -124,6 +126,7 @@ def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> C
             "error_feedback out (where it is sharded, gradients have no feedback)"
         )
     assert isinstance(spec, str | Codec)
+    others_codec(optimizer.param_groups[0]["others_spec"], feedback=False)
     require_flat(codec := parse(spec), "the momentum of a sharded matrix goes to its owner as rows")
     return codec
 

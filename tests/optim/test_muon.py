@@ -300,6 +300,11 @@ def test_what_is_wrong_with_groups_says_so() -> None:
     assert "the hidden matrices are torch.bfloat16, expected float32" in outcome(
         lambda: EF21Muon(Language().bfloat16())
     )
+    assert "others_spec 'int2': AdamW trains worse with it; expected one of none, bf16" in outcome(
+        lambda: EF21Muon(model, others_spec="int2")
+    )
+    for spec in ("rotate|int2", "rotate|int4"):
+        assert EF21Muon(model, others_spec=spec).param_groups[0]["others_spec"] == spec
     assert "others_spec 'topk(0.1)'" in outcome(lambda: EF21Muon(model, others_spec="topk(0.1)"))
     assert "momentum 1.0: expected a number in [0, 1)" in outcome(lambda: EF21Muon(model, momentum=1.0))
 

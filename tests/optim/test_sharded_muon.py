@@ -394,6 +394,7 @@ def refusals() -> dict[str, str]:
         "factors": attach(model, "powersgd(4)"),
         "parameters by auto": attach(model, "sign", parameters="auto"),
         "feedback": attach(model, "sign", error_feedback=False),
+        "others": attach(model, "sign", optimizer=EF21Muon(model, lr=LR, others_spec="rotate|int2")),
         "not held": attach(model, "sign", optimizer=part),
         "another": attach(model, "sign", optimizer=OneBitAdamW(model.parameters(), lr=LR)),
     }
@@ -415,6 +416,7 @@ def test_what_is_not_possible_says_so() -> None:
     assert "powersgd(4) sends whole matrices as factors" in one["factors"]
     assert "expected auto for the gradients, too, or a spec of the parameters" in one["parameters by auto"]
     assert one["feedback"].startswith("ValueError: error_feedback=False: EF21Muon adds up what it receives")
+    assert "'rotate|int2': sharded gradients have no error feedback; expected one of none" in one["others"]
     assert "is trained, but the optimizer does not hold it" in one["not held"]
     assert "OneBitAdamW does not work on sharded parameters; expected DistributedDataParallel" in one["another"]
     assert one["masks"].startswith(
