@@ -35,14 +35,7 @@ RATES = {"AdamW": (2e-3, 4e-3), "EF21Muon": (6e-3, 1.2e-2, 2.4e-2)}
 SEARCH, STEPS, SEEDS, PIECE = 1500, 6000, (0, 1, 2), 250
 OUTER = {"lr": 0.7, "momentum": 0.6}
 DENSE = "DDP"
-OPTIONS: dict[str, dict[str, Any]] = {
-    "AdamW": {},
-    "EF21Muon": {
-        "momentum": 0.95,
-        "nesterov": True,
-        "others_spec": "none",
-    },  # torch.optim.Muon's, as the tables of docs/outer.md
-}
+OPTIONS: dict[str, dict[str, Any]] = {"AdamW": {}, "EF21Muon": {"others_spec": "none"}}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ noise of its code:
     p <- (1 - lr wd) p - 0.2 lr sqrt(max(rows, columns)) NewtonSchulz(E + beta mean of c)
 
 The code sends each step's move of the momentum with error feedback. The residual is then m - e, so e itself is not kept.
-Nesterov's E + beta mean of c has about twice the error of E, so it is off by default.
+Nesterov's E + beta mean of c has about twice the error of E, so `nesterov=None` leaves it out, but for the local steps between
+outer syncs, in which nothing is coded.
 
 With a code of fewer than 8 bits a value, m, e and E are kept in other coordinates, in which the code's error is a similar share
 of each direction of the matrix (`eigenbasis.py`); Newton-Schulz gets E in the matrix's own coordinates.
@@ -40,7 +41,7 @@ from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.eigenbasis import Basis, in_own, is_coarse, is_due, keep, move
 from commpress.optim.muon_groups import groups, others_codec
-from commpress.optim.newton_schulz import newton_schulz
+from commpress.optim.newton_schulz import ON_CPU, newton_schulz
 from commpress.optim.settings import require_in_range
 from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon
 from commpress.optim.shared_products import SharedProducts
@@ -78,8 +79,9 @@ class EF21Muon(CompressedOptimizer):
     Hidden matrices are float32 and have two dimensions or more (all but the first are flattened). Embeddings are not among
     them, nor is the model's last matrix if it has the shape of an embedding, as a head does. `others` holds patterns of
     further names for AdamW. Updates are scaled to the size of AdamW's, so one `lr` serves both. `momentum`, `nesterov` and
-    `weight_decay` mean what they mean in torch.optim.Muon, whose defaults are 0.95, True and 0.1. `max_norm` clips each rank's
-    gradient to max_norm sqrt(W) before it is sent, and then no bucket is sent before backward is over.
+    `weight_decay` mean what they mean in torch.optim.Muon, whose defaults are 0.95, True and 0.1; `nesterov=None` is True in
+    local steps, else False. `max_norm` clips each rank's gradient to max_norm sqrt(W) before it is sent, and then no bucket is
+    sent before backward is over.
 
     Under FSDP2 and ZeRO 1 and 2 it is sharded (`sharded_muon.py`): all gradients are sent by `others_spec`, not by
     `rotate|int2`, since they have no error feedback, and `max_norm` clips their mean.
@@ -104,7 +106,7 @@ class EF21Muon(CompressedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         *,
-        nesterov: bool = False,
+        nesterov: bool | None = None,
         others: Sequence[str] = (),
         others_spec: str = "int8",
         max_norm: float | None = None,
@@ -177,7 +179,7 @@ class EF21Muon(CompressedOptimizer):
             return super().replicated_state()
         device = next(iter(self._bound.values())).device
         ranks = 1 if self._products is None else len(self._products.node.ranks)
-        how = f"{PROCESSOR}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        how = f"{PROCESSOR}, {torch.backends.cpu.get_cpu_capability()}, {ON_CPU}, {torch.get_num_threads()} threads"
         how = f"{how}, {ranks} ranks a node"
         if device.type == "cuda":
             how = torch.cuda.get_device_name(device)
@@ -384,5 +386,6 @@ class EF21Muon(CompressedOptimizer):
     def _direction(self, one: Move) -> Tensor:
         """Return the input of Newton-Schulz for a matrix: [rows, columns]."""
         estimate, basis = self._estimate(one.p), self._basis(one.p)
-        direction = estimate.add(one.moved, alpha=one.group["momentum"]) if one.group["nesterov"] else estimate
+        nesterov = self._alone if one.group["nesterov"] is None else one.group["nesterov"]
+        direction = estimate.add(one.moved, alpha=one.group["momentum"]) if nesterov else estimate
         return direction.reshape(one.shape) if basis is None else basis.leave(direction, one.shape)

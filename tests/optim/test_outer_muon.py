@@ -76,7 +76,7 @@ def plain_steps(settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     optimizer = EF21Muon(mine, lr=LR, **{**TORCHS, **settings})
     commpress.local_sgd(mine, optimizer, "none", every=100)
     muon, adamw = muon_and_adamw(theirs)
-    muon.param_groups[0].update(settings)
+    muon.param_groups[0].update({key: value for key, value in settings.items() if value is not None})
     draw = torch.Generator().manual_seed(0)
     with mock.patch("torch.optim._muon._zeropower_via_newtonschulz", in_float32):
         for _ in range(10):
@@ -88,7 +88,7 @@ def plain_steps(settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     return parameters_of(mine), parameters_of(theirs)
 
 
-@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"momentum": 0.5}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"momentum": 0.5, "nesterov": None}], ids=str)
 def test_a_step_is_torchs(settings: dict[str, Any]) -> None:
     ((mine, theirs),) = run(1, plain_steps, settings)
     for ours, other in zip(mine, theirs, strict=True):
