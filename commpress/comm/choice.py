@@ -22,24 +22,25 @@ def without_pieces(name: str) -> str:
 @dataclass
 class Trial:
     """One spec: its predicted step and the median of its measured steps, in seconds, and its largest measured error and
-    residual; None if there is none. `hurt` says that it was replaced or dropped because it hurt, `banned` that the search might
-    not try it since it had hurt before. `step` is the last step of the search or the duel whose seconds these are."""
+    residual; None if there is none. `hurt` says how it hurt, if it was replaced or dropped for that, or if the search might not
+    try it since it had hurt before; else it is empty. `step` is the last step of the search or the duel whose seconds these
+    are."""
 
     spec: str
     predicted: float | None = None
     measured: float | None = None
     error: float | None = None
     residual: float | None = None
-    hurt: bool = False
+    hurt: str = ""
     step: int | None = None
-    banned: bool = False
 
 
 @dataclass
 class Choice:
     """The result of a search or a check: `spec`, chosen at the end of step `step` among the tried ones.
 
-    `cause` says how other specs hurt, if that decided: the one before it, or some that were tried.
+    `cause` says how other specs hurt, if that decided: the one before it, or some that were tried, or, where a run goes on with
+    its first choice, some that may not be tried.
     """
 
     spec: str
@@ -86,14 +87,14 @@ class Choice:
 def cause_of(choices: Sequence[Choice]) -> str:
     """Return how specs hurt that the last choice does without; "" if time alone has decided.
 
-    The codecs count as good again once a later search might try them and they did not hurt.
+    They count as good again once a later search might try them and they did not hurt.
     """
-    good: set[str] = set()
-    for choice in reversed(choices):
-        if choice.cause and not {without_pieces(trial.spec) for trial in choice.trials if trial.hurt} <= good:
-            return choice.cause
-        good |= {without_pieces(trial.spec) for trial in choice.trials if not (trial.hurt or trial.banned)}
-    return ""
+    return joined(trial.hurt for trial in choices[-1].trials) if choices else ""
+
+
+def joined(causes: Iterable[str]) -> str:
+    """Return different causes in one line, without empty ones."""
+    return "; ".join(dict.fromkeys(filter(None, causes)))
 
 
 def history(choices: Sequence[Choice]) -> str:

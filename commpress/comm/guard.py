@@ -10,7 +10,8 @@ hurts is not tried for a while, which is longer each time.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -89,6 +90,15 @@ class LossWatch:
         return ""
 
 
+@dataclass
+class Ban:
+    """A spec has hurt `setbacks` times, the last time as `cause` says, and is not tried before the step `until`."""
+
+    until: int
+    setbacks: int
+    cause: str
+
+
 class Guard:
     """Which specs hurt, and until when they are not tried again. `budget` is the largest error."""
 
@@ -96,10 +106,8 @@ class Guard:
         self.budget, self.loss = budget, LossWatch()
         self.hurt: dict[str, str] = {}
         """Specs that have hurt since the search began, and how."""
-        self.until: dict[str, int] = {}
-        """The step before which a spec is not tried again."""
-        self._setbacks: dict[str, int] = {}
-        """How often each spec has hurt."""
+        self.bans: dict[str, Ban] = {}
+        """Specs that have ever hurt, in the runs before, too."""
         self._doubted: set[tuple[str, str]] = set()
         """The spec whose present step is measured again, with the kinds of its figures that were beyond their bounds before."""
 
@@ -132,9 +140,9 @@ class Guard:
             return None
         return {kind: of for kind, of in figures.items() if (spec, kind) not in beyond - before}
 
-    def checked(self, trials: Iterable[Trial], figures: Figures) -> list[Trial]:
-        """Return trials with the worst errors and residuals so far, and which of them have hurt."""
-        found = [replace(t, hurt=t.hurt or t.spec in self.hurt) for t in trials]
+    def checked(self, trials: Iterable[Trial], figures: Figures, step: int) -> list[Trial]:
+        """Return trials with the worst errors and residuals so far, and how those have hurt that may not be tried."""
+        found = [replace(t, hurt=self.cause(t.spec, step) or t.hurt) for t in trials]
         for t in found:
             if t.spec in figures["errors"]:
                 t.error = worse(figures["errors"][t.spec], t.error)
@@ -154,20 +162,29 @@ class Guard:
 
     def ban(self, causes: Mapping[str, str], step: int) -> None:
         """Do not try these specs again for a while."""
-        for spec in causes:
-            before = self._setbacks.get(spec, 0)
-            self.until[spec], self._setbacks[spec] = step + RETRY * 2**before, before + 1
+        for spec, cause in causes.items():
+            before = self.bans[spec].setbacks if spec in self.bans else 0
+            self.bans[spec] = Ban(step + RETRY * 2**before, before + 1, cause)
         self.hurt |= causes
 
-    def kept(self, step: int) -> dict[str, list[int]]:
-        """Return for each spec that has hurt the steps from now on until it may be tried again, and how often it has hurt."""
-        return {spec: [max(0, until - step), self._setbacks[spec]] for spec, until in self.until.items()}
+    def kept(self, step: int) -> dict[str, list[Any]]:
+        """Return for each spec that has hurt the steps from now on until it may be tried again, how often it hurt, and how."""
+        return {spec: [max(0, ban.until - step), ban.setbacks, ban.cause] for spec, ban in self.bans.items()}
 
-    def restore(self, kept: Mapping[str, Sequence[int]], step: int) -> None:
+    def restore(self, kept: Mapping[str, Sequence[Any]], step: int) -> None:
         """Continue from what `kept` returned."""
-        for spec, (left, setbacks) in kept.items():
-            self.until[spec], self._setbacks[spec] = step + left, setbacks
+        for spec, (left, setbacks, cause) in kept.items():
+            self.bans[spec] = Ban(step + left, setbacks, cause)
+
+    def ends(self) -> list[int]:
+        """Return the steps at which specs that have hurt may be tried again."""
+        return [ban.until for ban in self.bans.values()]
 
     def allows(self, spec: str, step: int) -> bool:
         """Return whether a spec may be tried."""
-        return self.until.get(spec, 0) <= step
+        return not self.cause(spec, step)
+
+    def cause(self, spec: str, step: int) -> str:
+        """Return how a spec has hurt that may not be tried; "" if it may."""
+        ban = self.bans.get(spec)
+        return ban.cause if ban is not None and ban.until > step else ""

@@ -21,11 +21,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from commpress.comm.again import SHARE, Again
-from commpress.comm.choice import Choice, Trial
+from commpress.comm.choice import Choice, Trial, joined
 from commpress.comm.duel import CLOSE, Duel, rivals_of
 from commpress.comm.guard import BUDGET, Guard, of_same_codec
 from commpress.comm.said import Figures, Said, fastest_turns, mean_loss, mean_medians, means, medians, quickest, worst
@@ -74,7 +75,7 @@ class Search:
     choices: list[Choice] = field(default_factory=list)
     """The choices so far, in order."""
     steps: int = 0
-    """Steps that have ended."""
+    """Steps of the run that have ended."""
 
     def __post_init__(self) -> None:
         self._state = "warm up"
@@ -128,12 +129,17 @@ class Search:
         """Compare the coming losses with each other only: another phase of training begins."""
         self.guard.loss.forget()
 
+    def kept(self) -> dict[str, Any]:
+        """Return what a run that goes on needs to know: its steps, the last one included, and which specs have hurt."""
+        return {"step": self.steps + 1, "guard": self.guard.kept(self.steps + 1)}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Continue from what `kept` returned. A search that has begun keeps its own count of steps."""
+        self.steps = self.steps or kept["step"]
+        self.guard.restore(kept["guard"], self.steps)
+
     def note(
-        self,
-        seconds: float,
-        error: float | None = None,
-        residual: float | None = None,
-        exchange: float | None = None,
+        self, seconds: float, error: float | None = None, residual: float | None = None, exchange: float | None = None
     ) -> bool:
         """Note the seconds of a step, and if they were measured the error of its means, the residual, and the seconds in which
         an exchange was running.
@@ -162,12 +168,8 @@ class Search:
                     self.guard.ban(hurt, self.steps)
         if self._steps_to_come:
             return False
-        if self._state == "warm up":
+        if self._state == "warm up" or (self._state == "plain" and self.holds):
             self._state = "plain"
-            self._again.begin(self.steps)
-            self._begin([(PLAIN, TIMED)] * FIRST_TURN)
-            return False
-        if self._state == "plain" and self.holds:
             self._again.begin(self.steps)
             self._begin([(PLAIN, TIMED)] * FIRST_TURN)
             return False
@@ -251,9 +253,8 @@ class Search:
         still_open = self._round < ROUNDS
         if not still_open:  # else only the undecided specs go on
             contenders = [self._best(everyone), *self._ahead_by_median(everyone)]
-            ends = (
-                self.steps - self._again.since + TURN * sum(map(self.period, contenders)) + 1
-            )  # the ranks tell each other
+            turns_and_telling = TURN * sum(map(self.period, contenders)) + 1
+            ends = self.steps - self._again.since + turns_and_telling
             still_open = len(contenders) > 1 and ends <= LATEST * self._longest
             self._tried = [spec for spec in self._tried if spec in contenders] if still_open else self._tried
         if still_open and len(self._tried) > 1:
@@ -287,14 +288,13 @@ class Search:
 
     def _choose(self, everyone: Sequence[Said]) -> None:
         found, best = mean_medians(everyone), self._best(everyone)
-        allowed = {spec for spec in self._order() if self.guard.allows(spec, self.steps)}
-        trials = [
-            Trial(spec, self._predicted.get(spec), found.get(spec), step=self.steps, banned=spec not in allowed)
-            for spec in self._order()
-        ]
+        trials = [Trial(spec, self._predicted.get(spec), found.get(spec), step=self.steps) for spec in self._order()]
+        trials = self.guard.checked(trials, worst(everyone), self.steps)
         before = self.codec(self.choices[-1].spec) if self.choices else ""
-        causes = "; ".join(dict.fromkeys(self.guard.hurt.values()))
-        self.choices.append(Choice(best, self.steps, self.guard.checked(trials, worst(everyone)), causes))
+        news = (
+            self.guard.hurt.values() if self.choices else [t.hurt for t in trials]
+        )  # the first tells the bans of runs before
+        self.choices.append(Choice(best, self.steps, trials, joined(news)))
         self._again.found(self.steps, self.choices[-1], before, quickest(everyone).get(best))
         self._state = "chosen"
         self._rivals = self._close_to(best, found)
@@ -363,7 +363,8 @@ class Search:
         hurt = of_same_codec(hurt | self.guard.causes(worst(everyone)), self._order(), self.codec)
         hurt.pop(PLAIN, None)  # it is the gentlest: a loss that rises under it is not a codec's
         self.guard.ban(hurt, self.steps)
-        choice.trials, then = self.guard.checked(choice.trials, worst(everyone)), choice.seconds(choice.spec)
+        choice.trials = self.guard.checked(choice.trials, worst(everyone), self.steps)
+        then = choice.seconds(choice.spec)
         if choice.spec in hurt:
             self._back_off(everyone)
             return
@@ -373,7 +374,7 @@ class Search:
             self._watch(everyone, then)
             return
         now = mean_medians(everyone)[choice.spec]
-        exchange, comes_back = quickest(everyone).get(choice.spec), self.guard.until.values()
+        exchange, comes_back = quickest(everyone).get(choice.spec), self.guard.ends()
         if self._again.is_due(self.steps, choice, now, exchange, comes_back):
             self._state, self._duel = "plain", None
             self._again.begin(self.steps)

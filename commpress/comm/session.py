@@ -275,7 +275,7 @@ class Session:
             "side traffic": [other.state_dict() for other in self.side_traffic],
         }
         if self._auto is not None:
-            content["guard"] = self._auto.search.guard.kept(self._auto.search.steps)
+            content["search"] = self._auto.search.kept()
         shared = None if optimizer is None else optimizer.state_dict()
         return RankState(content, self._values or sum(sizes(self._parameters)), shared)
 
@@ -342,8 +342,8 @@ class Session:
             self._optimizer.load_own_state(state["optimizer"])
         for other, saved in zip(self.side_traffic, state["side traffic"], strict=False):
             other.load_state_dict(saved)
-        if self._auto is not None:
-            self._auto.search.guard.restore(state.get("guard", {}), self._auto.search.steps)
+        if self._auto is not None and "search" in state:
+            self._auto.search.restore(state["search"])
 
     def require_own(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state belongs to another version, plan, rank, number of ranks or model."""

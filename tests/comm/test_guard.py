@@ -4,10 +4,20 @@ import random
 import re
 
 import pytest
-from search_world import DOES_NOT, PAYS, Errors, Losses, World, hurts, predicted
+from search_world import DOES_NOT, PAYS, Errors, Losses, Seconds, World, hurts, predicted
 
 from commpress.comm.choice import cause_of
-from commpress.comm.search import LOOK, PLAIN
+from commpress.comm.search import LOOK, PLAIN, Search
+
+HURT = "the means of {} were off by 0.90 of the dense ones, more than 0.5"
+
+
+def resumed(search: Search, seconds: Seconds, errors: Errors) -> World:
+    """Ranks that go on from what a search has kept."""
+    world, kept = World(seconds, predicted=predicted(PAYS), errors=errors), search.kept()
+    for one in world.searches:
+        one.restore(kept)
+    return world
 
 
 def test_what_hurts_later_gives_way_to_a_gentler_spec_with_a_cause() -> None:
@@ -34,19 +44,54 @@ def test_one_step_beyond_the_budget_is_looked_at_again_and_does_not_count() -> N
 
 def test_a_run_that_goes_on_does_not_try_it_earlier_and_remembers_how_often_it_has_hurt() -> None:
     before = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(200).searches[0]
-    kept = before.guard.kept(before.steps)
-    left, setbacks = kept["int4"]
+    left, setbacks, cause = before.kept()["guard"]["int4"]
     assert 150 < left < 300
     assert setbacks == 1
-    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0))
-    for search in world.searches:
-        search.guard.restore(kept, search.steps)
-    world.run(1200)
+    assert cause == HURT.format("int4")
+    world = resumed(before, PAYS, hurts(0)).run(1200)
     tried = [step for step, spec in enumerate(world.specs) if spec == "int4"]
     assert min(tried) >= left
     assert len(tried) == 3  # it hurts again, and for 600 steps it is not tried
+    assert world.searches[0].kept()["guard"]["int4"][1] == 2
+
+
+def test_a_run_that_goes_on_says_what_has_hurt_as_the_unbroken_one_does() -> None:
+    """Two specs hurt; then the steps drift, and both runs search while these may not be tried."""
+    both_hurt: Errors = lambda spec, step: 0.9 if step >= 100 and spec in ("int8", "int4") else 0.1  # noqa: E731
+    seconds: Errors = lambda spec, step: (PAYS if step < 200 else DOES_NOT)(spec, step)  # noqa: E731
+    world = World(seconds, predicted=predicted(PAYS), errors=both_hurt).run(200)
+    again = resumed(world.searches[0], DOES_NOT, lambda spec, step: both_hurt(spec, step + 200)).run(100)
+    unbroken, other = (w.searches[0].choices for w in (world.run(100), again))
+    both = f"{HURT.format('int8')}; {HURT.format('int4')}"
+    for choices in (unbroken, other):
+        assert choices[-1].spec == PLAIN
+        assert {t.spec: t.hurt for t in choices[-1].trials if t.hurt} == {s: HURT.format(s) for s in ("int8", "int4")}
+        assert [row[-1] for row in choices[-1].rows()] == ["chosen", "", "hurt", "hurt"]
+        assert cause_of(choices) == both
+    assert [choice.cause for choice in other] == [both]  # the run that goes on tells it with its first choice
+    assert other[0].step > 200  # steps are those of the run
+
+
+def test_a_search_that_goes_back_keeps_its_own_count_of_steps() -> None:
+    world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0, 100)).run(100)
     search = world.searches[0]
-    assert search.guard.kept(search.steps)["int4"][1] == 2
+    kept, step = search.kept(), world.run(100).searches[0].steps
+    search.restore(kept)
+    assert search.steps == step
+    assert search.kept()["guard"]["int4"][0] == pytest.approx(kept["guard"]["int4"][0], abs=1)
+
+
+def test_only_what_is_still_not_tried_is_told() -> None:
+    """int4 may be tried again before int8, and then takes longer than `none`."""
+    all_hurt: Errors = lambda spec, step: 0.9 if 100 <= step < 200 else 0.1  # noqa: E731
+    world = World(
+        lambda spec, step: (PAYS if step < 200 else DOES_NOT)(spec, step), predicted=predicted(PAYS), errors=all_hurt
+    ).run(200)
+    for search in world.searches:
+        search.guard.bans["int8"].until = 10**9
+    world.run(800)
+    assert world.chosen == PLAIN
+    assert cause_of(world.searches[0].choices) == HURT.format("int8")
 
 
 def test_it_comes_back_when_it_hurts_no_more() -> None:
@@ -65,7 +110,7 @@ def test_what_leaves_only_none_is_told_until_all_have_been_measured_again() -> N
     world.run(200)  # the plain steps drift, and the search that begins has only `none` left
     assert [choice.spec for choice in choices][-1] == PLAIN
     assert choices[-1].cause == ""
-    assert cause_of(choices) == "the means of int8 were off by 0.90 of the dense ones, more than 0.5"
+    assert cause_of(choices) == f"{HURT.format('int8')}; {HURT.format('int4')}"
     world.run(400)  # both are tried again
     assert world.chosen == PLAIN
     assert cause_of(choices) == ""
@@ -113,7 +158,7 @@ def test_a_residual_that_grows_gives_way_to_a_gentler_spec_with_a_cause() -> Non
     assert (first.spec, second.spec) == ("int4", "int8")
     assert re.fullmatch(r"the residual of int4 was [\d.]+ times the gradient, more than 3", second.cause)
     assert second.step <= 100 + 2 * LOOK + 5
-    assert {t.spec: t.hurt for t in second.trials} == {PLAIN: False, "bf16": False, "int8": False, "int4": True}
+    assert {t.spec: t.hurt for t in second.trials} == {PLAIN: "", "bf16": "", "int8": "", "int4": second.cause}
     assert all((t.residual or 0.0) > 3 for t in second.trials if t.hurt)
 
 

@@ -81,7 +81,11 @@ def test_the_report_of_one_run_opens_with_its_receipt() -> None:
 
 
 def test_what_auto_chose_stands_in_a_table_the_prediction_beside_the_measurement() -> None:
-    trials = [Trial("none", 0.2, 0.21), Trial("int8", 0.1, 0.11, 0.01, 0.02), Trial("int4", 0.09, None, 0.9, hurt=True)]
+    trials = [
+        Trial("none", 0.2, 0.21),
+        Trial("int8", 0.1, 0.11, 0.01, 0.02),
+        Trial("int4", 0.09, None, 0.9, hurt="its error"),
+    ]
     made = [asdict(Choice("int4", 40, trials)), asdict(Choice("int8", 60, trials, "the means of int4 were <b>"))]
     run = compared("auto", 125, 2.51, 0.1, "auto: int8")
     run["report"]["choices"] = made

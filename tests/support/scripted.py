@@ -1,6 +1,7 @@
 """A search of `auto` whose outcome a test writes down."""
 
 from commpress.comm.guard import Guard
+from commpress.comm.search import Search
 
 
 class Scripted:
@@ -20,6 +21,7 @@ class Scripted:
         return self.specs[min(self.steps, len(self.specs) - 1)]
 
     choice = None
+    kept = Search.kept
 
     def note(self, seconds: float, *figures: float | None, exchange: float | None = None) -> bool:
         self.steps += 1
