@@ -109,13 +109,19 @@ class ShardedAuto:
         """The number of this step's exchanges by role, values and bytes a value."""
         self._waited = dict.fromkeys(self._plans, 0.0)
         """Seconds that training waited for the framework's own exchanges, by role."""
-        self._evaluates_from: tuple[float, float] | None = None
+        self._evaluates_from: tuple[float, ...] | None = None
         """The seconds that were waited, by role, when the present forward began, if it trains nothing; else None."""
         self._left_out = (0.0, 0.0)
         """The seconds of waiting, by role, in forwards that train nothing."""
+        self._gathered = False
+        """Whether a forward that trains nothing has gathered parameters which the next one may find gathered."""
+        self._spared = False
+        """Whether this step has found such parameters: it gathers less, and takes less time, than others."""
+        self._passed_over = False
+        """Whether the last step was not counted for that."""
         self._mark = self._totals()
-        self._before = 0.0
-        """Seconds that training had waited for exchanges before this step."""
+        self._start = self._totals()
+        """The totals before this step."""
 
     @property
     def spec(self) -> str:
@@ -140,9 +146,12 @@ class ShardedAuto:
                 self.search.compare(rows)
                 self._mark = self._totals()
             self._asked += time.perf_counter() - now
+        elif self._began is not None and self._is_passed_over():
+            self.search.steps += 1
+            self._mark = tuple(a + b for a, b in zip(self._mark, _since(self._start, self._totals()), strict=True))
         elif self._began is not None:
             warms_up = self.search.state == "warm up"
-            waited = sum(self._totals()[1:]) - self._before
+            waited = sum(_since(self._start, self._totals())[1:])
             known = self._compared[0].traffic.on_host  # elsewhere the host waits for other things, too
             if self.search.note(now - self._began, exchange=waited if known else None):
                 self._ask([self._said()])
@@ -155,7 +164,7 @@ class ShardedAuto:
             if self._plans["parameters"]:
                 one.parameters = self._plans["parameters"][parameters]
         self._noted.clear()
-        self._before = sum(self._totals()[1:])
+        self._spared, self._start = False, self._totals()
         self._began = time.perf_counter()
         warn_of(self.search.choices[choices:], self._steered[0].rank == 0)  # last: a warning may be an error
 
@@ -166,14 +175,23 @@ class ShardedAuto:
             return False
         return self.due
 
+    def _is_passed_over(self) -> bool:
+        """Whether the step that ends does not count: an evaluation has gathered for it. Of such steps in a row each second one
+        counts, or a loop that evaluates before each step would never end its search."""
+        self._passed_over = self._spared and not self._passed_over
+        return self._passed_over
+
     def begin_forward(self, trains: bool) -> None:
-        """Note that a forward begins. What one that trains nothing exchanges, such as a validation's, belongs to no step."""
+        """Note that a forward begins, after `begin_step` if it begins a step. What one that trains nothing exchanges, such as
+        a validation's, belongs to no step."""
         self._evaluates_from = None if trains else self._totals()[1:]
+        if trains and len(self._compared) == 1:  # all ranks gather together; with replicas one may evaluate alone
+            self._spared, self._gathered = self._spared or self._gathered, False
 
     def end_forward(self) -> None:
         """Note that a forward ends."""
         if self._evaluates_from is not None:
-            gradients, parameters = (b - a for a, b in zip(self._evaluates_from, self._totals()[1:], strict=True))
+            gradients, parameters = _since(self._evaluates_from, self._totals()[1:])
             self._left_out = (self._left_out[0] + gradients, self._left_out[1] + parameters)
             self._evaluates_from = None
 
@@ -181,6 +199,8 @@ class ShardedAuto:
         """Note an exchange of this step: n values of a gradient before it is reduced, or of a shard that is gathered."""
         if self._evaluates_from is None:
             self._noted[role, n, itemsize] += 1
+        else:
+            self._gathered = True
 
     def note_waiting(self, role: str, seconds: float) -> None:
         """Note the seconds that training has waited for an exchange of the framework's own."""
@@ -205,15 +225,15 @@ class ShardedAuto:
     def _said(self) -> dict[str, object]:
         said: dict[str, object] = {**self.search.said(), "asked": self._asked}
         if self.search.state == "plain":
-            (before, *then), (after, *now) = self._mark, self._totals()
-            waited = ((b - a) / max(1, after - before) for a, b in zip(then, now, strict=True))
+            steps, *seconds = _since(self._mark, self._totals())
+            waited = (of / max(1, steps) for of in seconds)
             said["roles"] = {
                 role: {"waited": seconds, "costs": {spec: self._cost(role, plan) for spec, plan in plans.items()}}
                 for (role, plans), seconds in zip(self._plans.items(), waited, strict=True)
             }
         return said
 
-    def _totals(self) -> tuple[int, float, float]:
+    def _totals(self) -> tuple[float, ...]:
         """Return the steps so far, and the seconds that training has waited for gradients and for parameters."""
         own = {"gradients": self._compared[-1], "parameters": self._compared[0]}
         gradients, parameters = (one.traffic.spent(role)[0] + self._waited[role] for role, one in own.items())
@@ -258,10 +278,10 @@ def begins_steps(auto: ShardedAuto) -> Callable[..., None]:
 
     def before(module: Any, arguments: Any) -> None:
         trains = module.training and torch.is_grad_enabled()
-        auto.begin_forward(trains)
         if auto.due and trains and auto.may_begin():
             # must not be compiled; torch.compiler is slow to import, so it is used only if it is there
             (torch.compiler.disable(auto.begin_step) if "torch._dynamo" in sys.modules else auto.begin_step)()
+        auto.begin_forward(trains)
 
     before._torchdynamo_disable = True  # type: ignore[attr-defined]
     return before
@@ -292,6 +312,11 @@ def follows_backwards(auto: ShardedAuto) -> Callable[..., None]:
 
     behind._torchdynamo_disable = True  # type: ignore[attr-defined]
     return behind
+
+
+def _since(before: tuple[float, ...], now: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the differences of totals."""
+    return tuple(b - a for a, b in zip(before, now, strict=True))
 
 
 def _named(gradients: str, parameters: str) -> str:

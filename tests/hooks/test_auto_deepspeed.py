@@ -10,7 +10,7 @@ from engines import RANKS, adamw, config, engine, fresh, same_on_all_ranks, trai
 from ranks import outcome, run
 from scripted import Scripted
 from test_auto import PLAIN_STEPS
-from test_auto_fsdp import evaluated
+from test_auto_fsdp import counted_behind_evaluations, evaluated, require_whole_steps
 from tiers import slowly
 from torch import nn
 from training import batch, network, same
@@ -106,6 +106,23 @@ def test_an_evaluation_between_two_steps_is_no_part_of_their_traffic() -> None:
         assert behind == before == again
         assert later["parameters"]["costs"]["none"][0] > 0
         assert waited > 0  # training counts again
+
+
+def counted_behind() -> tuple[list[int], list[int], int]:
+    e = engine(3, SPLIT)
+    session = attach(e, "auto", parameters="auto")
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            e(batch(0, 0)[0])
+
+    return counted_behind_evaluations(session, lambda steps: train(e, range(steps)), evaluate)
+
+
+@pytest.mark.slow
+def test_a_step_that_finds_parameters_which_an_evaluation_has_gathered_does_not_count() -> None:
+    for found in run(RANKS, counted_behind, timeout=120):
+        require_whole_steps(*found)
 
 
 def one_layer() -> nn.Module:

@@ -197,6 +197,63 @@ def test_an_evaluation_between_two_steps_is_no_part_of_their_traffic(world_size:
         assert waited > 0  # training counts again
 
 
+def counted_behind_evaluations(session: Any, train: Any, evaluate: Any) -> tuple[list[int], list[int], int]:
+    """The parameters that were gathered in each step that counts: where some steps are behind an evaluation, and where all are;
+    and the steps of the search."""
+    auto, counted = session._auto, list[int]()
+    assert isinstance(auto, ShardedAuto)
+    train(3)  # DeepSpeed records the order of the modules first
+    auto.search = search = Scripted(*["none"] * 40)  # type: ignore[assignment]
+
+    def note(*figures: Any, **exchange: Any) -> bool:
+        counted.append(sum(times for (role, _, _), times in auto._noted.items() if role == "parameters"))
+        return Scripted.note(search, *figures, **exchange)
+
+    search.note = note  # type: ignore[method-assign]
+    for behind in (False, False, True, False, True, False, False):
+        if behind:
+            evaluate()
+        train(1)
+    some = counted.copy()
+    for _ in range(8):
+        evaluate()
+        train(1)
+    return some, counted[len(some) + 1 :], search.steps
+
+
+def counted_by_fsdp(replicas: bool) -> tuple[list[int], list[int], int]:
+    model = by_two() if replicas else sharded()
+    session = commpress.attach(model, parameters="auto")
+
+    def evaluate() -> None:
+        if replicas and dist.get_rank() >= 2:  # the first replica evaluates alone
+            return
+        with torch.no_grad():
+            loss_of(model, 0)
+
+    return counted_behind_evaluations(session, lambda steps: trained(model, steps), evaluate)
+
+
+def require_whole_steps(some: list[int], all_behind: list[int], steps: int) -> None:
+    """Fail if a step counts that an evaluation has gathered for, or if no step counts where each one is such a step."""
+    assert len(set(some)) == 1
+    assert some[0] > 0
+    assert len(some) == 5  # of 7 that have ended, two of them behind an evaluation
+    assert len(all_behind) == 3  # of 7 that have ended, each second one
+    assert steps == 15
+
+
+def test_a_step_that_finds_parameters_which_an_evaluation_has_gathered_does_not_count() -> None:
+    for found in run(2, counted_by_fsdp, False):
+        require_whole_steps(*found)
+
+
+@pytest.mark.slow
+def test_where_a_replica_evaluates_alone_all_ranks_count_the_same_steps() -> None:
+    for some, all_behind, steps in run(4, counted_by_fsdp, True):
+        assert (len(some), len(all_behind), steps) == (7, 7, 15)
+
+
 def summed(replicas: bool, *specs: str) -> tuple[Tensor, Tensor]:
     """The sum of the means that arrived in so many steps of one gradient, and what it should be."""
     shape = (dist.get_world_size(), 1) if replicas else (1, dist.get_world_size())
