@@ -90,7 +90,10 @@ def test_bytes_of_parameters_that_are_exchanged_too_are_not_left_out() -> None:
 
 def test_what_the_guard_has_turned_off_is_told_with_its_cause() -> None:
     run = compared("auto", 1000, 2.5, 0.2, "auto: none")
-    trials = [{"spec": "none", "measured": 0.2}, {"spec": "int4", "measured": 0.1, "hurt": "the loss was nan under int4"}]
+    trials = [
+        {"spec": "none", "measured": 0.2},
+        {"spec": "int4", "measured": 0.1, "hurt": "the loss was nan under int4"},
+    ]
     run["report"]["choices"] = [{"spec": "none", "step": 9, "trials": trials, "cause": "the loss was nan under int4"}]
     told = gain.headline([("none", PLAIN), ("auto", run)])
     assert told.startswith("auto chose none, since the loss was nan under int4: the same bytes a step")
