@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from convergence import BETAS, CLIP, DECAY, share
+from convergence import BETAS, CLIP, DECAY, mean_over_ranks, share
 from convergence_tasks import Text
 from torch import Tensor, nn
 
@@ -204,25 +204,22 @@ def train(row: Try, task: Text, rate: float, seed: int, steps: int, stop_above: 
         lr = rate * share(done, steps)
         flat.values[: flat.matrices] *= 1 - lr * DECAY
         flat.values.addcdiv_(moment, divisor(before, moment, g).add_(EPS), value=-lr)
-        if done + 1 == steps // 3 and not (third := held_out(task, flat.model)) <= stop_above:
+        if done + 1 == steps // 3 and not (third := mean_over_ranks(task.held_out(flat.model))) <= stop_above:
             break
     require_same(flat.values)
     dense = 2 * (dist.get_world_size() - 1) * 4 * n // dist.get_world_size() * (done + 1)
-    found = {"steps": done + 1, "third": third, "loss": held_out(task, flat.model), "sent_bytes": link.sent}
+    found = {
+        "steps": done + 1,
+        "third": third,
+        "loss": mean_over_ranks(task.held_out(flat.model)),
+        "sent_bytes": link.sent,
+    }
     return {**found, "fewer": dense / link.sent, "seconds": time.perf_counter() - start}
 
 
 def clipped(gradient: Tensor) -> Tensor:
     """The gradient, no longer than CLIP."""
     return gradient * min(1.0, CLIP / (float(gradient.norm()) + 1e-6))
-
-
-@torch.no_grad()
-def held_out(task: Text, model: nn.Module) -> float:
-    """The held-out loss, the mean over the ranks. Collective."""
-    together = torch.tensor(task.held_out(model), dtype=torch.float64)
-    dist.all_reduce(together)
-    return together.item() / dist.get_world_size()
 
 
 def require_same(values: Tensor) -> None:

@@ -198,6 +198,11 @@ def validate(task: Text | Digits, model: nn.Module, optimizer: torch.optim.Optim
     else:
         loss = task.held_out(model)
     model.train()
+    return mean_over_ranks(loss)
+
+
+def mean_over_ranks(loss: float) -> float:
+    """The mean of the ranks' losses. Collective."""
     together = torch.tensor(loss, dtype=torch.float64)
     dist.all_reduce(together)
     return together.item() / dist.get_world_size()

@@ -29,6 +29,7 @@ class Text:
         x, y = data.sample(self.text.train, BATCH, SHAPE.context, windows)
         return nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
+    @torch.no_grad()
     def held_out(self, model: nn.Module) -> float:
         """Nats a byte over fixed windows, this rank's share of them."""
         starts = data.validation_starts(self.text.validation, HELD_OUT, SHAPE.context)
@@ -61,6 +62,7 @@ class Digits:
         shift = torch.randint(-1, 2, (2,), generator=windows).tolist()
         return nn.functional.cross_entropy(model(x[chosen].roll(shift, (2, 3))), y[chosen])
 
+    @torch.no_grad()
     def held_out(self, model: nn.Module) -> float:
         """Mean loss over all held-out images, each moved in nine ways."""
         x, y = self.test

@@ -2,7 +2,7 @@
 
 Both are work of this rank that no link and no codec changes: what is left of a step beside `no communication` is what the
 exchange costs. `no communication` is EF21Muon on each rank's own gradients. `plain DDP` is torch.optim.Muon behind DDP's
-all-reduce; its Newton-Schulz is in bfloat16, that of EF21Muon on a CPU in float32.
+all-reduce.
 """
 
 import contextlib

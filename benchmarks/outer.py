@@ -30,10 +30,13 @@ from torch.nn.parallel import DistributedDataParallel
 import commpress
 from commpress.launch import data
 from commpress.launch.lab import sent_by_kernel
+from commpress.optim.outer import Outer
 
 RATES = {"AdamW": (2e-3, 4e-3), "EF21Muon": (6e-3, 1.2e-2, 2.4e-2)}
 SEARCH, STEPS, SEEDS, PIECE = 1500, 6000, (0, 1, 2), 250
 OUTER = {"lr": 0.7, "momentum": 0.6}
+OTHERS = tuple({"lr": lr, "momentum": mu} for lr, mu in ((1.0, 0.0), (0.7, 0.0), (0.7, 0.8), (1.0, 0.6)))
+"""Rates of the outer step to compare with the defaults."""
 DENSE = "DDP"
 OPTIONS: dict[str, dict[str, Any]] = {"AdamW": {}, "EF21Muon": {"others_spec": "none"}}
 
@@ -47,12 +50,14 @@ class Way:
     seeds: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "AdamW"
+    averaged: bool = False
+    """Whether each sync averages the ranks' momenta, too, exactly: a trial, whose bytes are not counted."""
 
 
-def muon(spec: str, every: int, seeds: int = 1, **settings: Any) -> Way:
+def muon(spec: str, every: int, seeds: int = 1, averaged: bool = False, **settings: Any) -> Way:
     """DiLoCo with Muon inside, at the outer rates that it has by default."""
-    more = "".join(f", {key} {value}" for key, value in settings.items())
-    return Way(f"Muon {spec} every {every}{more}", spec, seeds, {"every": every, **settings}, "EF21Muon")
+    more = "".join(f", {key} {value}" for key, value in settings.items()) + averaged * ", averaged momenta"
+    return Way(f"Muon {spec} every {every}{more}", spec, seeds, {"every": every, **settings}, "EF21Muon", averaged)
 
 
 def diloco(spec: str, every: int, seeds: int = 1, **settings: Any) -> Way:
@@ -81,6 +86,10 @@ WAYS = (
     muon("rotate|sign", 150, 3),
     muon("topk(0.03)|int2", 40),
     muon("sign", 30, fragments=4, delay=5),
+    muon("rotate|sign", 30),
+    *(muon("rotate|sign", every, averaged=True) for every in (30, 150)),
+    muon("rotate|sign", 20),
+    *(muon("rotate|sign", every, **rates) for every in (20, 150) for rates in OTHERS),
 )
 
 
@@ -96,6 +105,8 @@ class Training:
         self.trained, self.outer = self.model, None
         if way.settings:
             self.session = self.outer = commpress.diloco(self.model, self.optimizer, way.spec, **way.settings)
+            if way.averaged:
+                self.optimizer.register_step_post_hook(partial(average_momenta, outer=self.outer))
         else:
             self.trained = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             behind = self.optimizer if way.optimizer == "EF21Muon" else None
@@ -130,6 +141,17 @@ class Training:
         self.session.load_state_dict(state["session"])
         self.windows.set_state(state["windows"])
         self.done, self.before = state["done"], state["before"]
+
+
+def average_momenta(optimizer: torch.optim.Optimizer, *_: Any, outer: Outer) -> None:
+    """Give all ranks the mean of their momenta if they have just synced. Collective."""
+    if outer.steps % outer.settings.every:
+        return
+    for state in optimizer.state.values():
+        for name in ("momentum_buffer", "exp_avg"):
+            if name in state:
+                dist.all_reduce(state[name])
+                state[name] /= dist.get_world_size()
 
 
 def train(way: Way, task: Text, rate: float, seed: int, steps: int, folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -152,13 +152,18 @@ class Auto:
         """Return the spec for the report: the chosen one, or the one on trial before the first choice."""
         return f"{AUTO}: {self.search.named}" + ("" if self.search.choice else ", still looking")
 
+    def kept(self) -> dict[str, Any]:
+        """Return what a run that goes on needs to know of the search. Call it between steps."""
+        return self.search.kept(self.search.steps + (self._began is not None))  # the last step is counted in the next
+
     def begin_step(self) -> None:
         """Set the plan of this step; its first bucket has come. The ranks send their figures in one step and choose in the next
         step, from all figures, so no rank waits here for the others."""
-        collectives = self._collectives
+        collectives, now = self._collectives, time.perf_counter()
         if collectives.world_size == 1:
+            self.search.steps += self._began is not None  # a run that goes on with more ranks needs the number
+            self._began = now
             return
-        now = time.perf_counter()
         error, residual = (None, None) if self.watch is None else (self.watch.error(), self.watch.residual())
         chosen: list[Choice] = []
         if self._question is not None:

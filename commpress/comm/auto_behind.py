@@ -50,6 +50,7 @@ class AutoBehind(Auto):
 
     def begin_step(self) -> None:
         if self._collectives.world_size == 1:
+            super().begin_step()
             return
         own, search = self._optimizer.own_spec(), self.search
         if self._began is not None and not self._counts and self._question is None:

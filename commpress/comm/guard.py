@@ -9,7 +9,7 @@ hurts is not tried for a while, which is longer each time.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,14 +167,15 @@ class Guard:
             self.bans[spec] = Ban(step + RETRY * 2**before, before + 1, cause)
         self.hurt |= causes
 
-    def kept(self, step: int) -> dict[str, list[Any]]:
-        """Return for each spec that has hurt the steps from now on until it may be tried again, how often it hurt, and how."""
-        return {spec: [max(0, ban.until - step), ban.setbacks, ban.cause] for spec, ban in self.bans.items()}
+    def kept(self, step: int) -> dict[str, dict[str, Any]]:
+        """Return the ban of each spec that has hurt; `until` counts the steps from now on."""
+        return {spec: vars(replace(ban, until=max(0, ban.until - step))) for spec, ban in self.bans.items()}
 
-    def restore(self, kept: Mapping[str, Sequence[Any]], step: int) -> None:
+    def restore(self, kept: Mapping[str, Mapping[str, Any]], step: int) -> None:
         """Continue from what `kept` returned."""
-        for spec, (left, setbacks, cause) in kept.items():
-            self.bans[spec] = Ban(step + left, setbacks, cause)
+        for spec, saved in kept.items():
+            ban = Ban(**saved)
+            self.bans[spec] = replace(ban, until=step + ban.until)
 
     def ends(self) -> list[int]:
         """Return the steps at which specs that have hurt may be tried again."""

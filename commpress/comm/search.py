@@ -129,9 +129,9 @@ class Search:
         """Compare the coming losses with each other only: another phase of training begins."""
         self.guard.loss.forget()
 
-    def kept(self) -> dict[str, Any]:
-        """Return what a run that goes on needs to know: its steps, the last one included, and which specs have hurt."""
-        return {"step": self.steps + 1, "guard": self.guard.kept(self.steps + 1)}
+    def kept(self, steps: int) -> dict[str, Any]:
+        """Return what a run that goes on after so many steps needs to know: their number, and which specs have hurt."""
+        return {"step": steps, "guard": self.guard.kept(steps)}
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Continue from what `kept` returned. A search that has begun keeps its own count of steps."""
@@ -291,10 +291,9 @@ class Search:
         trials = [Trial(spec, self._predicted.get(spec), found.get(spec), step=self.steps) for spec in self._order()]
         trials = self.guard.checked(trials, worst(everyone), self.steps)
         before = self.codec(self.choices[-1].spec) if self.choices else ""
-        news = (
-            self.guard.hurt.values() if self.choices else [t.hurt for t in trials]
-        )  # the first tells the bans of runs before
-        self.choices.append(Choice(best, self.steps, trials, joined(news)))
+        # the first choice tells what the runs before have found, too
+        causes = self.guard.hurt.values() if self.choices else [t.hurt for t in trials]
+        self.choices.append(Choice(best, self.steps, trials, joined(causes)))
         self._again.found(self.steps, self.choices[-1], before, quickest(everyone).get(best))
         self._state = "chosen"
         self._rivals = self._close_to(best, found)

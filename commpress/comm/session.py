@@ -40,7 +40,7 @@ from commpress.comm.shared_factors import share_factors
 from commpress.comm.step_buffer import StepBuffer
 from commpress.comm.timeline import Timeline
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 Masks = Mapping[str, Tensor]
 
 
@@ -256,7 +256,8 @@ class Session:
     # state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's residuals and their layout, and what has hurt. Every rank saves its own. Call it between steps.
+        """Return this rank's residuals and their layout, and what `auto` knows of the run. Every rank saves its own. Call it
+        between steps.
 
         DDP rebuilds its buckets between its first and its second step. A state that is saved between them continues with the
         first layout: nothing is lost, but the run does not continue bit for bit.
@@ -275,7 +276,7 @@ class Session:
             "side traffic": [other.state_dict() for other in self.side_traffic],
         }
         if self._auto is not None:
-            content["search"] = self._auto.search.kept()
+            content["search"] = self._auto.kept()
         shared = None if optimizer is None else optimizer.state_dict()
         return RankState(content, self._values or sum(sizes(self._parameters)), shared)
 

@@ -128,14 +128,20 @@ class ShardedAuto:
         """The name of the traffic in a report: the chosen candidate; before the first choice, the present one."""
         return f"{AUTO}: {self.search.named}" + ("" if self.search.choice else ", still looking")
 
+    def kept(self) -> dict[str, Any]:
+        """Return what a run that goes on needs to know of the search. Call it between steps."""
+        return self.search.kept(self.search.steps + (self._began is not None))  # the last step is counted in the next
+
     def begin_step(self) -> None:
         """Set the plans of a step, whose first forward begins. The ranks' figures of one step are read in the next, and then
         sent on to the replicas, if there are any."""
         self.due, self._put_off = False, 0
         self.outstanding.clear()
-        if self.world_size == 1:
-            return
         now, choices = time.perf_counter(), len(self.search.choices)
+        if self.world_size == 1:
+            self.search.steps += self._began is not None  # a run that goes on with more ranks needs the number
+            self._began = now
+            return
         if self._questions:
             rows = [row for told in self._questions[-1].answers() for row in told["rows"]]  # type: ignore[attr-defined]
             if len(self._questions) < len(self._asks):

@@ -24,6 +24,9 @@ from commpress.optim.gradient_watch import GradientWatch
 from commpress.optim.settings import plain, require_in_range
 from commpress.optim.with_session import came, steps_of
 
+ALIGNED = 16
+"""Bytes: a GPU sums the values before a multiple of it apart."""
+
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
@@ -226,11 +229,12 @@ class CompressedOptimizer(torch.optim.Optimizer):
         same bits in whatever buckets they are, as in the first step of a resumed run.
         """
         if (most := self.param_groups[0]["max_norm"]) is not None and self.needs_all_buckets():
-            parts: dict[str, Tensor] = {}
+            norms: dict[str, Tensor] = {}
             for bucket, segments in self._received:
-                parts |= zip((one.name for one in segments), bucket.float().split(sizes(segments)), strict=True)
-            norms = torch.stack([torch.linalg.vector_norm(parts[name]) for name in sorted(parts)])
-            norm, bound = float(torch.linalg.vector_norm(norms)), most * self._world_size**0.5 * self._scale
+                for one, part in zip(segments, bucket.split(sizes(segments)), strict=True):
+                    norms[one.name] = torch.linalg.vector_norm(_aligned(part), dtype=torch.float32)
+            all_norms = torch.stack([norms[name] for name in sorted(norms)])
+            norm, bound = float(torch.linalg.vector_norm(all_norms)), most * self._world_size**0.5 * self._scale
             self._clip = bound / norm if norm > bound and norm < float("inf") else 1.0
 
     def clip(self, bucket: Tensor) -> None:
@@ -403,3 +407,9 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     # the loops need all tensors in one memory order
                     state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self._find_places()
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """Return a part of a bucket, or a copy if it begins where a GPU would sum its first values apart: the bits of a sum must
+    not depend on what lies before it."""
+    return part if part.data_ptr() % ALIGNED == 0 else part.clone()

@@ -41,7 +41,7 @@ from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.eigenbasis import Basis, in_own, is_coarse, is_due, keep, move
 from commpress.optim.muon_groups import groups, others_codec
-from commpress.optim.newton_schulz import ON_CPU, newton_schulz
+from commpress.optim.newton_schulz import CPU_DTYPE, newton_schulz
 from commpress.optim.settings import require_in_range
 from commpress.optim.sharded_muon import AS_ADAMW, ShardedMuon
 from commpress.optim.shared_products import SharedProducts
@@ -180,7 +180,7 @@ class EF21Muon(CompressedOptimizer):
             return super().replicated_state()
         device = next(iter(self._bound.values())).device
         ranks = 1 if self._products is None else len(self._products.node.ranks)
-        how = f"{PROCESSOR}, {torch.backends.cpu.get_cpu_capability()}, {ON_CPU}, {torch.get_num_threads()} threads"
+        how = f"{PROCESSOR}, {torch.backends.cpu.get_cpu_capability()}, {CPU_DTYPE}, {torch.get_num_threads()} threads"
         how = f"{how}, {ranks} ranks a node"
         if device.type == "cuda":
             how = torch.cuda.get_device_name(device)

@@ -14,7 +14,7 @@ HURT = "the means of {} were off by 0.90 of the dense ones, more than 0.5"
 
 def resumed(search: Search, seconds: Seconds, errors: Errors) -> World:
     """Ranks that go on from what a search has kept."""
-    world, kept = World(seconds, predicted=predicted(PAYS), errors=errors), search.kept()
+    world, kept = World(seconds, predicted=predicted(PAYS), errors=errors), search.kept(search.steps)
     for one in world.searches:
         one.restore(kept)
     return world
@@ -44,21 +44,21 @@ def test_one_step_beyond_the_budget_is_looked_at_again_and_does_not_count() -> N
 
 def test_a_run_that_goes_on_does_not_try_it_earlier_and_remembers_how_often_it_has_hurt() -> None:
     before = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(200).searches[0]
-    left, setbacks, cause = before.kept()["guard"]["int4"]
-    assert 150 < left < 300
-    assert setbacks == 1
-    assert cause == HURT.format("int4")
+    ban = before.kept(before.steps)["guard"]["int4"]
+    assert 150 < ban["until"] < 300
+    assert ban["setbacks"] == 1
+    assert ban["cause"] == HURT.format("int4")
     world = resumed(before, PAYS, hurts(0)).run(1200)
     tried = [step for step, spec in enumerate(world.specs) if spec == "int4"]
-    assert min(tried) >= left
+    assert min(tried) >= ban["until"]
     assert len(tried) == 3  # it hurts again, and for 600 steps it is not tried
-    assert world.searches[0].kept()["guard"]["int4"][1] == 2
+    assert world.searches[0].guard.bans["int4"].setbacks == 2
 
 
 def test_a_run_that_goes_on_says_what_has_hurt_as_the_unbroken_one_does() -> None:
     """Two specs hurt; then the steps drift, and both runs search while these may not be tried."""
     both_hurt: Errors = lambda spec, step: 0.9 if step >= 100 and spec in ("int8", "int4") else 0.1  # noqa: E731
-    seconds: Errors = lambda spec, step: (PAYS if step < 200 else DOES_NOT)(spec, step)  # noqa: E731
+    seconds: Seconds = lambda spec, step: (PAYS if step < 200 else DOES_NOT)(spec, step)  # noqa: E731
     world = World(seconds, predicted=predicted(PAYS), errors=both_hurt).run(200)
     again = resumed(world.searches[0], DOES_NOT, lambda spec, step: both_hurt(spec, step + 200)).run(100)
     unbroken, other = (w.searches[0].choices for w in (world.run(100), again))
@@ -75,10 +75,10 @@ def test_a_run_that_goes_on_says_what_has_hurt_as_the_unbroken_one_does() -> Non
 def test_a_search_that_goes_back_keeps_its_own_count_of_steps() -> None:
     world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0, 100)).run(100)
     search = world.searches[0]
-    kept, step = search.kept(), world.run(100).searches[0].steps
+    kept, step = search.kept(search.steps), world.run(100).searches[0].steps
     search.restore(kept)
     assert search.steps == step
-    assert search.kept()["guard"]["int4"][0] == pytest.approx(kept["guard"]["int4"][0], abs=1)
+    assert search.kept(search.steps)["guard"] == kept["guard"]
 
 
 def test_only_what_is_still_not_tried_is_told() -> None:

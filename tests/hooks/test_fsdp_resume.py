@@ -132,7 +132,7 @@ def test_a_state_that_does_not_belong_here_is_refused() -> None:
         assert "'error_feedback': False" in said["feedback"]
         assert said["rank"] == f"ValueError: cannot restore: the saved state has rank {1 - rank}, this run has {rank}"
         assert said["all ranks"].startswith("TypeError: expected the dict that this rank saved, got a list")
-        assert "has version 0, this run has 4" in said["version"]
+        assert "has version 0, this run has 5" in said["version"]
         assert "has holds '2 with 5 values', this run has '6 with 6922 values'" in said["model"]
         assert "has world_size 4, this run has 2" in said["world size"]
         assert said["restored"] == "[True, True, True]"

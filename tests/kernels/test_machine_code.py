@@ -285,7 +285,7 @@ def test_no_processor_takes_vectors_apart(codes: dict[str, Code], processor: str
 @pytest.mark.parametrize("op", ["encode", "mean", "recode"])
 def test_whole_loops_of_every_family_compute_with_vectors(op: str, kind: str) -> None:
     names = [name for name in WHOLE if name.endswith(f" {op}")]
-    words = {word for kind, word, device in KERNELS if (kind, device) == (op, "cpu")}
+    words = {word for known, word, device in KERNELS if (known, device) == (op, "cpu")}
     assert {f"{'e4m3' if word == 'fp8' else word} {op}" for word in words - ALIKE[op]} == set(names)
     for processor, codes in read(compile_for(KINDS[kind], names)).items():
         triple = PROCESSORS[processor]

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 INPUTS, WIDTH, CLASSES = 32, 64, 10
 SMALL_BUCKETS = 0.002
 """`bucket_cap_mb` at which `network()` has three buckets, once DDP has laid them out anew after the first step."""
-PRODUCTS = "commpress.optim.newton_schulz.ON_CPU"
+PRODUCTS = "commpress.optim.newton_schulz.CPU_DTYPE"
 exact_products = mock.patch(PRODUCTS, torch.float32)
 """Has Newton-Schulz in float32 on any processor: bfloat16 makes a difference of one rounding in a gradient a large one."""
 

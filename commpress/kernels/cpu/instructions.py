@@ -22,12 +22,14 @@ PROCESSOR = config.CPU_NAME or llvm.get_host_cpu_name()
 ASKS_AHEAD = not PROCESSOR.startswith("znver")
 """Whether loops ask for a block's memory before they read it. Intel's Emerald Rapids encodes momentum in 0.80 to 0.88 of the
 time with it; AMD's Zen 4, whose own prefetchers follow all streams of a block, takes 1.3 to 1.9 times as long."""
-WIDE = config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("avx512f"))
+FEATURES = llvm.get_host_cpu_features() if config.CPU_NAME is None else {}
+"""The processor's instruction sets, as LLVM names them; none are known of one that is named (NUMBA_CPU_NAME)."""
+WIDE = bool(FEATURES.get("avx512f"))
 """Whether the processor has 32 registers of 16 lanes."""
-CONVERTS_HALVES = platform.machine() == "aarch64" or (
-    config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("f16c"))
-)
+CONVERTS_HALVES = platform.machine() == "aarch64" or bool(FEATURES.get("f16c"))
 """Whether the processor has an instruction for float16: all of x86 since 2013, and of Arm."""
+MULTIPLIES_BFLOATS = bool(FEATURES.get("avx512bf16") or FEATURES.get("amx-bf16"))
+"""Whether it has instructions for products of bfloat16: AMD's since Zen 4, Intel's servers since Sapphire Rapids."""
 
 
 @instruction
