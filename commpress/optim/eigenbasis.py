@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm.codecs import Codec
+from commpress.optim.newton_schulz import product_dtype
 
 BASIS = "basis_vectors", "basis_sizes"
 """The names, in a matrix's state, of the coordinates in which its momentum is coded."""
@@ -53,8 +54,11 @@ class Basis:
 
     @classmethod
     def of(cls, estimate: Tensor) -> "Basis | None":
-        """Return those of an estimate ([rows, columns]), in float32; None for one that is too small, 0, or not finite."""
-        wide = _wide(estimate).double()
+        """Return those of an estimate ([rows, columns]); None for one that is too small, 0, or not finite.
+
+        They are computed in float32: its error is far below FLOOR, and what is kept moves by whatever vectors are found.
+        """
+        wide = _wide(estimate).float()
         if wide.shape[1] < LONG:
             return None
         with _exactly(wide):
@@ -66,7 +70,7 @@ class Basis:
             values, vectors = torch.linalg.eigh(products)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # on all ranks alike: they have the same bits
             return None
-        return cls(vectors.float().contiguous(), values.clamp(min=0).add_(FLOOR * mean).sqrt_().float())
+        return cls(vectors.contiguous(), values.clamp(min=0).add_(FLOOR * mean).sqrt_())
 
     @classmethod
     def kept_in(cls, state: Mapping[str, Tensor]) -> "Basis | None":
@@ -75,13 +79,11 @@ class Basis:
 
     def enter(self, x: Tensor) -> Tensor:
         """Return the coordinates of a matrix ([rows, columns]), in its dtype."""
-        with _exactly(x):
-            return (self.vectors.mT.to(x.dtype) @ _wide(x)).div_(self.sizes[:, None])
+        return _product(self.vectors.mT, _wide(x)).div_(self.sizes[:, None])
 
     def leave(self, y: Tensor, shape: tuple[int, int]) -> Tensor:
         """Return the matrix of this shape that has these coordinates, however they are viewed, in their dtype."""
-        with _exactly(y):
-            wide = self.vectors.to(y.dtype) @ (y.reshape(len(self.sizes), -1) * self.sizes[:, None])
+        wide = _product(self.vectors, y.reshape(len(self.sizes), -1) * self.sizes[:, None])
         return wide if wide.shape == shape else wide.mT
 
 
@@ -119,8 +121,19 @@ def is_due(step: int, number: int, directions: int) -> bool:
     return step >= FIRST and (step - FIRST - number) % max(EVERY, directions // SIDE) == 0
 
 
+def _product(vectors: Tensor, x: Tensor) -> Tensor:
+    """Return a product in the dtype of `x`.
+
+    A gradient that enters and a direction that leaves, for Newton-Schulz, are float32 and are multiplied as Newton-Schulz
+    multiplies: the error is that of a gradient in bfloat16. What is kept is float64, and multiplied so: its error would stay.
+    """
+    dtype = product_dtype(x.device) if x.dtype == torch.float32 else x.dtype
+    with _exactly(x):
+        return (vectors.to(dtype) @ x.to(dtype)).to(x.dtype)
+
+
 def _exactly(x: Tensor) -> torch.autocast:
-    """A context whose products have the dtype of `x`: an error in what is kept would never be repaid."""
+    """A context in which products have the dtype of their factors."""
     return torch.autocast(x.device.type, enabled=False)
 
 

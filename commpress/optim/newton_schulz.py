@@ -13,13 +13,18 @@ CPU_DTYPE = torch.bfloat16 if MULTIPLIES_BFLOATS and torch.backends.mkldnn.is_av
 """The dtype of the products on a CPU. Without oneDNN (mkldnn) torch does not use the instructions for bfloat16."""
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of Muon's matrix products on a device."""
+    return CPU_DTYPE if device.type == "cpu" else torch.bfloat16
+
+
 def newton_schulz(matrices: Tensor) -> Tensor:
     """Return, for each matrix U D V^T in `matrices` ([k, rows, columns], any float dtype), U S V^T: float32, the same shape.
 
     The singular values S are between about 0.7 and 1.2. The products are in bfloat16, but in float32 on a CPU that has no
     instructions for them.
     """
-    x = matrices.to(CPU_DTYPE if matrices.device.type == "cpu" else torch.bfloat16)
+    x = matrices.to(product_dtype(matrices.device))
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

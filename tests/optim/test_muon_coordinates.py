@@ -16,20 +16,24 @@ import commpress
 from commpress.optim.eigenbasis import EVERY, FIRST, FLOOR, LONG, SIDE, Basis, is_due
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-5), (torch.float32, 1e-2)])
 @pytest.mark.parametrize("shape", [(8, 300), (300, 8), (256, 256), (1, 256)])
-def test_all_directions_of_the_estimate_have_one_length_and_the_way_back_is_exact(shape: tuple[int, int]) -> None:
+def test_all_directions_of_the_estimate_have_one_length_and_the_way_back_is_exact_for_what_is_kept(
+    shape: tuple[int, int], dtype: torch.dtype, error: float
+) -> None:
+    """What is kept moves in float64. A gradient, in float32, may be as inexact as one in bfloat16."""
     k, m = sorted(shape)
     wide = torch.randn(k, m, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, k)[:, None]
-    estimate = wide if shape == (k, m) else wide.T.contiguous()
+    estimate = (wide if shape == (k, m) else wide.T.contiguous()).to(dtype)
     basis = Basis.of(estimate)
     assert basis is not None
     y = basis.enter(estimate)
-    assert y.shape == (k, m)
+    assert (y.shape, y.dtype) == ((k, m), dtype)
     squares = torch.linalg.eigvalsh(wide.double() @ wide.double().T)
     expected = torch.diag(squares / (squares + FLOOR * squares.mean()))
-    assert torch.allclose(y.double() @ y.double().T, expected, atol=1e-2)
+    assert torch.allclose(y.double() @ y.double().T, expected, atol=3e-2)
     back = basis.leave(y.view(shape), shape)
-    assert float((back - estimate).norm() / estimate.norm()) < 1e-5
+    assert float((back - estimate).norm() / estimate.norm()) < error
 
 
 def test_a_matrix_that_is_short_or_zero_or_not_finite_stays_in_its_own() -> None:
