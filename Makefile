@@ -9,9 +9,9 @@ TYPES := build/types
 RECORDS := runs/bench
 LAB := $(RUN)/python -m commpress.launch.lab
 STEPS := $(RUN)/python benchmarks/training.py
-FEW := --only 'plain DDP' 'torch fp16' 'PowerSGD rank 4' int8 int4 sign 'topk(0.01)|int4'
+FEW := --only 'plain DDP' 'torch fp16' 'powersgd(4)' int8 int4 sign 'topk(0.01)|int4'
 AUTO := $(RUN)/python benchmarks/auto.py --model deep --steps 100 --others 20
-ADAM := --optimizer adamw --only 'plain DDP' 'PowerSGD rank 4' sign 'OneBitAdamW sign' 'ZeroOneAdamW sign, every 4 steps'
+ADAM := --optimizer adamw --only 'plain DDP' 'powersgd(4)' sign 'OneBitAdamW sign' 'ZeroOneAdamW sign, every 4 steps'
 
 # tests start many processes: without bytecode on disk each of them compiles all of our sources, and pytest all of its own
 warm test test-slow test-triton: export PYTHONDONTWRITEBYTECODE :=

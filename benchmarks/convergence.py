@@ -24,8 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from convergence_tasks import Digits, Text
-from peers import counted
-from powersgd import PowerSGD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -90,7 +88,7 @@ WAYS = (
     Way("AdamW, int4 gradients", "GPT", "AdamW", "int4", 3),
     Way("AdamW, int8 gradients", "GPT", "AdamW", "int8"),
     Way("AdamW, topk(0.01)|int4 gradients", "GPT", "AdamW", "topk(0.01)|int4"),
-    Way("AdamW, PowerSGD rank 4", "GPT", "AdamW", "PowerSGD"),
+    Way("AdamW, powersgd(4) gradients", "GPT", "AdamW", "powersgd(4)"),
     zero_one("sign", 8, 3),
     zero_one("topk(0.1)|sign", 8, 3),
     zero_one("topk(0.03)|sign", 8),
@@ -139,19 +137,18 @@ def optimizer_of(way: Way, model: nn.Module, steps: int) -> torch.optim.Optimize
 def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """One run: its row. Collective."""
     torch.manual_seed(seed)
-    ddp = DistributedDataParallel(task.model(), gradient_as_bucket_view=way.spec != "PowerSGD")
+    ddp = DistributedDataParallel(task.model(), gradient_as_bucket_view=True)
     windows = data.generator(seed, dist.get_rank())
     optimizer = optimizer_of(way, ddp, steps)
-    powersgd = PowerSGD(ddp.parameters(), 4) if way.spec == "PowerSGD" else None
     behind = optimizer if isinstance(optimizer, CompressedOptimizer) else None
-    session = None if powersgd else commpress.attach(ddp, way.spec or "none", optimizer=behind)
-    counts, row = 0, {"steps": [], "loss": [], "sent_bytes": [], "kernel_bytes": []}  # type: ignore[var-annotated]
+    session = commpress.attach(ddp, way.spec or "none", optimizer=behind)
+    row: dict[str, list[Any]] = {"steps": [], "loss": [], "sent_bytes": [], "kernel_bytes": []}
     start, kernel, before = time.perf_counter(), 0, sent_by_kernel()
     for done in range(steps + 1):
         if done % EVERY == 0 or done == steps or done == round(WARM_UP * steps):
             kernel += sent_by_kernel() - before
             loss = validate(task, ddp.module, optimizer)
-            sent = counts if session is None else between_nodes(session.report())
+            sent = between_nodes(session.report())
             for key, value in (("steps", done), ("loss", loss), ("sent_bytes", sent), ("kernel_bytes", kernel)):
                 row[key].append(value)
             before = sent_by_kernel()
@@ -161,15 +158,7 @@ def train(way: Way, task: Text | Digits, rate: float, seed: int, steps: int) -> 
             break
         for group in optimizer.param_groups:
             group["lr"] = rate * share(done, steps)
-        if powersgd is not None:
-            powersgd.carry()
-            with ddp.no_sync():
-                task.loss(ddp, windows).backward()
-            with counted() as each:
-                powersgd.exchange()
-            counts += sum(each)
-        else:
-            task.loss(ddp, windows).backward()
+        task.loss(ddp, windows).backward()
         if behind is None or behind.takes_means:
             nn.utils.clip_grad_norm_(ddp.parameters(), CLIP)
         optimizer.step()

@@ -26,7 +26,7 @@ BLUE, RED, GREEN, PURPLE, GREY = "#1d4ed8", "#c2410c", "#0f766e", "#86198f", "#4
 STYLES: dict[str, tuple[str, str, str]] = {
     "plain DDP": (GREY, "--", "o"),
     "bf16": (GREY, "-", "^"),
-    "PowerSGD rank 4": (GREY, ":", "s"),
+    "powersgd(4)": (PURPLE, "-", "s"),
     "auto": (BLUE, "-", "o"),
     "int8": (GREEN, "-", "D"),
     "int4": (BLUE, "-", "o"),

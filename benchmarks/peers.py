@@ -1,4 +1,4 @@
-"""Alternatives to commpress: torch's own DDP hooks, PowerSGD, and what pip finds for gradient compression.
+"""Alternatives to commpress: torch's own DDP hooks, and what pip finds for gradient compression.
 
 A `Way` averages the gradients of one DDP model; its name is that of a row in the table. What may crash is probed first, in
 two processes of its own, so that the reason becomes the row and the benchmark goes on.
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from powersgd import PowerSGD
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import DDPCommHookType
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
@@ -74,11 +73,7 @@ class Attached:
     session: commpress.Session | None = None
     optimizer: torch.optim.Optimizer | None = None
     """The way's own, if it has one."""
-    before_backward: Callable[[], None] = nothing
-    after_backward: Callable[[], None] = nothing
     after_step: Callable[[], None] = nothing
-    in_backward: bool = True
-    """Whether DDP exchanges in backward; if not, backward runs under `no_sync`."""
     uncounted: int = 0
     """Bytes a step that DDP itself sends, where `counted` does not see them."""
 
@@ -114,10 +109,11 @@ def ways(specs: list[str], adam: bool = False) -> list[Way]:
             found.append(Way(one, "torch", partial(_torch_hook, kind.name), bucket_mb=ONE_BUCKET_MB, probed=True))
     local = f"torch post_localSGD, every {LOCAL_STEPS} steps"
     found.append(Way(local, "torch", _local_sgd, period=LOCAL_STEPS, probed=True))
-    found.append(Way("PowerSGD rank 4", "peer", partial(_powersgd, 4)))
     if find_spec("hivemind") is not None:
         found.append(Way("hivemind uniform 8-bit", "peer", partial(register, hivemind_hook), probed=True))
     found += [Way(spec, "commpress", partial(_commpress, spec)) for spec in specs]
+    matrices = [spec for spec in specs if spec.startswith("powersgd")]
+    found += [Way(f"{s}, one bucket", "commpress", partial(_commpress, s), bucket_mb=ONE_BUCKET_MB) for s in matrices]
     if adam:
         found.append(Way("OneBitAdamW sign", "commpress", partial(_behind, OneBitAdamW, "sign", {})))
         every = {"sync_every": LOCAL_STEPS}
@@ -151,11 +147,6 @@ def _local_sgd(model: DistributedDataParallel) -> Attached:
     model.register_comm_hook(state, post_localSGD_hook)
     averager = PeriodicModelAverager(period=LOCAL_STEPS)
     return Attached(after_step=lambda: averager.average_parameters(model.parameters()))
-
-
-def _powersgd(rank: int, model: DistributedDataParallel) -> Attached:
-    powersgd = PowerSGD(model.parameters(), rank)
-    return Attached(before_backward=powersgd.carry, after_backward=powersgd.exchange, in_backward=False)
 
 
 def _commpress(spec: str, model: DistributedDataParallel) -> Attached:
@@ -209,12 +200,9 @@ def counted() -> Iterator[list[int]]:
         dist.all_reduce, dist.all_gather = all_reduce, all_gather
 
 
-def backward(model: DistributedDataParallel, attached: Attached, x: Tensor, y: Tensor) -> None:
+def backward(model: DistributedDataParallel, x: Tensor, y: Tensor) -> None:
     """Forward, backward and exchange: afterwards the gradients are the means. Bytes int64 [batch, time], and those after."""
-    attached.before_backward()
-    with contextlib.nullcontext() if attached.in_backward else model.no_sync():
-        nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
-    attached.after_backward()
+    nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
 
 
 def probe(way: Way) -> str:
@@ -271,7 +259,7 @@ def _probed(way: Way, rank: int, folder: Path, answer: Connection) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         for _ in range(PROBE_STEPS):
             words = torch.randint(256, (2, PROBE.context))
-            backward(model, attached, words, words)
+            backward(model, words, words)
             optimizer.step()
             attached.after_step()
             optimizer.zero_grad()

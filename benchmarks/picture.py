@@ -12,7 +12,7 @@ from matplotlib import pyplot
 
 from commpress.launch import records, units
 
-SHOWN = ("plain DDP", "PowerSGD rank 4", "int8", "int4", "topk(0.01)|int4")
+SHOWN = ("plain DDP", "powersgd(4)", "int8", "int4", "topk(0.01)|int4")
 """The rows that are drawn."""
 TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50)
 

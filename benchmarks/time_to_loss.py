@@ -1,4 +1,4 @@
-"""Seconds of training to a held-out loss, on links of given speed: `auto` beside plain DDP, `bf16` and PowerSGD.
+"""Seconds of training to a held-out loss, on links of given speed: `auto` beside plain DDP, `bf16` and `powersgd(4)`.
 
     python -m commpress.launch.lab 2 1gbit -- python benchmarks/time_to_loss.py --seconds 40 --json runs/loss-1gbit.json
     python benchmarks/time_to_loss.py --picture docs/time_to_loss.svg runs/loss-*.json
@@ -23,7 +23,8 @@ import commpress
 from commpress.launch import data
 
 AUTO = "auto"
-ROWS = ("plain DDP", "bf16", "PowerSGD rank 4", AUTO)
+SPECS = ["bf16", "powersgd(4)"]
+ROWS = ("plain DDP", *SPECS, AUTO)
 
 
 def train(way: Way, steps: int, seconds: float, text: data.Text) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     names = [name for name in chosen.only if name != AUTO]
-    ways = chosen_ways([name for name in names if name not in ROWS] + ["bf16"], names, names[0], None) if names else []
+    ways = chosen_ways([name for name in names if name not in ROWS] + SPECS, names, names[0], None) if names else []
     if AUTO in chosen.only:
         ways.append(Way(AUTO, "commpress", lambda model: Attached(session=commpress.attach(model))))
     text = data.load(None)

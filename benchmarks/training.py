@@ -51,8 +51,6 @@ OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}
 WARM_UP = 4
 """Steps before the clock starts: DDP lays its buckets out anew after the first, torch's PowerSGD begins in the third."""
 
-LOSS_ROWS = (DENSE, "PowerSGD rank 4")
-"""Rows that are trained with --loss besides commpress's, unless --only says otherwise."""
 RATE, RATES = 0.05, {"sign": 0.01, "topk": 0.1}
 """Highest learning rate: that of rows whose names begin so, and of all others. After the held-out loss of 80 steps, one seed:
 
@@ -100,7 +98,7 @@ class Variant:
             finish(self.device)
             dist.barrier()
             before, start = sent_by_kernel(), time.perf_counter()
-            backward(self.model, self.attached, x, y)
+            backward(self.model, x, y)
             if rate is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
                 self.optimizer.param_groups[0]["lr"] = rate
@@ -298,7 +296,7 @@ def main() -> None:
     chosen.specs = chosen.specs or (MUON_SPECS if chosen.optimizer == "muon" else SPECS)
     specs = [str(commpress.parse(spec)) for spec in chosen.specs]
     try:
-        always, default = (DENSE, LOSS_ROWS) if losses else (FLOOR, None)
+        always, default = (DENSE, (DENSE,)) if losses else (FLOOR, None)
         rows = chosen_ways(specs, chosen.only, always, default, chosen.optimizer)
     except ValueError as error:
         options.error(str(error))

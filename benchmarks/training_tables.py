@@ -46,8 +46,6 @@ def print_steps(record: dict[str, Any]) -> None:
         ]
         table.add_row(row["name"], *times, *mb, *(f"{row[key]:.3f}" for key in apart), *phases)
     Console(width=176 if apart else 144).print(table)
-    if any(row["name"] == "PowerSGD rank 4" for row in ran):
-        print("PowerSGD rank 4: no installable one runs here; this is benchmarks/powersgd.py, after the paper")
     print_failures(record)
     dense = next((r["seconds"] for r in ran if r["name"] == DENSE), None)
     if dense is not None:

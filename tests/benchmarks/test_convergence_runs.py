@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import convergence
 from convergence_tasks import Digits, Text
 
-SHORT = ("OneBitAdamW sign", "ZeroOneAdamW sign every 4", "AdamW, PowerSGD rank 4", "DGC topk(0.01)")
+SHORT = ("OneBitAdamW sign", "ZeroOneAdamW sign every 4", "AdamW, powersgd(4) gradients", "DGC topk(0.01)")
 
 
 def trained(folder: str, names: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 picture = pytest.importorskip("picture", reason="matplotlib is not installed")
 
-ROWS = {"no communication": 0.0, "plain DDP": 32.0, "PowerSGD rank 4": 0.3, "int8": 8.0, "int4": 4.0, "sign": 1.0}
+ROWS = {"no communication": 0.0, "plain DDP": 32.0, "powersgd(4)": 0.3, "int8": 8.0, "int4": 4.0, "sign": 1.0}
 
 
 def record(folder: Path, name: str, rate: str, megabits: float, delay: str = "0ms") -> Path:
@@ -32,7 +32,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         picture.draw(picture.by_rate(files), tmp_path / out)
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text()
-    named = ("plain DDP, 7.4x", "PowerSGD rank 4, 1.1x", "int8, 2.6x", "int4, 1.8x")
+    named = ("plain DDP, 7.4x", "powersgd(4), 1.1x", "int8, 2.6x", "int4, 1.8x")
     for words in (*named, "100 Mbit/s", "1 Gbit/s", "no communication = 1", "step time, lower is better"):
         assert f"<!-- {words} -->" in drawn
     assert "<!-- sign" not in drawn
