@@ -232,7 +232,7 @@ class CompressedOptimizer(torch.optim.Optimizer):
             norms: dict[str, Tensor] = {}
             for bucket, segments in self._received:
                 for one, part in zip(segments, bucket.split(sizes(segments)), strict=True):
-                    norms[one.name] = torch.linalg.vector_norm(_aligned(part), dtype=torch.float32)
+                    norms[one.name] = torch.linalg.vector_norm(_aligned(part.float()))
             all_norms = torch.stack([norms[name] for name in sorted(norms)])
             norm, bound = float(torch.linalg.vector_norm(all_norms)), most * self._world_size**0.5 * self._scale
             self._clip = bound / norm if norm > bound and norm < float("inf") else 1.0

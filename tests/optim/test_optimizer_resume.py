@@ -321,11 +321,12 @@ def test_all_skip_though_parameters_are_not_used() -> None:
         assert finite(history[-1])
 
 
-def test_max_norm_clips_by_the_same_bits_in_all_layouts() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_max_norm_clips_by_the_same_bits_in_all_layouts(dtype: torch.dtype) -> None:
     """The first step of a resumed run may have other buckets than the same step of the unbroken one."""
     draw, lengths = torch.Generator().manual_seed(0), {"a": 1001, "b": 3, "c": 4098, "d": 515}
     for _ in range(20):
-        parts = {f"{name}.weight": torch.randn(n, generator=draw) for name, n in lengths.items()}
+        parts = {f"{name}.weight": torch.randn(n, generator=draw).to(dtype) for name, n in lengths.items()}
         found = set()
         for layout in (["abcd"], ["d", "c", "b", "a"], ["ac", "bd"]):
             optimizer = EF21Muon([{"params": [nn.Parameter(torch.zeros(2, 2))], "muon": True}], max_norm=1.0)
