@@ -21,11 +21,9 @@ from commpress.comm.segments import Segment, Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
 from commpress.optim import loops
 from commpress.optim.gradient_watch import GradientWatch
+from commpress.optim.norm import norm_of
 from commpress.optim.settings import plain, require_in_range
 from commpress.optim.with_session import came, steps_of
-
-ALIGNED = 16
-"""Bytes: a GPU sums the values before a multiple of it apart."""
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -225,16 +223,10 @@ class CompressedOptimizer(torch.optim.Optimizer):
         """Compute the factor by which `max_norm` clips this rank's own gradients, which are in all buckets now.
 
         A rank's norm may be sqrt(W) times that of the mean, since the noise of one of W ranks is so much larger (Deep Gradient
-        Compression, section 3.2, has the same for sums). It is a norm of the parameters' norms in the order of their names: the
-        same bits in whatever buckets they are, as in the first step of a resumed run.
+        Compression, section 3.2, has the same for sums).
         """
         if (most := self.param_groups[0]["max_norm"]) is not None and self.needs_all_buckets():
-            norms: dict[str, Tensor] = {}
-            for bucket, segments in self._received:
-                for one, part in zip(segments, bucket.split(sizes(segments)), strict=True):
-                    norms[one.name] = torch.linalg.vector_norm(_aligned(part.float()))
-            all_norms = torch.stack([norms[name] for name in sorted(norms)])
-            norm, bound = float(torch.linalg.vector_norm(all_norms)), most * self._world_size**0.5 * self._scale
+            norm, bound = norm_of(self._received), most * self._world_size**0.5 * self._scale
             self._clip = bound / norm if norm > bound and norm < float("inf") else 1.0
 
     def clip(self, bucket: Tensor) -> None:
@@ -407,9 +399,3 @@ class CompressedOptimizer(torch.optim.Optimizer):
                     # the loops need all tensors in one memory order
                     state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         self._find_places()
-
-
-def _aligned(part: Tensor) -> Tensor:
-    """Return a part of a bucket, or a copy if it begins where a GPU would sum its first values apart: the bits of a sum must
-    not depend on what lies before it."""
-    return part if part.data_ptr() % ALIGNED == 0 else part.clone()
