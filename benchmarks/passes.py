@@ -20,7 +20,7 @@ from torch import Tensor
 from commpress.comm import factors
 from commpress.comm.fingerprint import fingerprint_on_device
 from commpress.comm.masks_index import pack, unpack
-from commpress.comm.prologue import Prologue
+from commpress.comm.prologue import Ahead, Prologue
 from commpress.model.loops import count_pruned, keep_
 from commpress.optim import loops
 
@@ -112,7 +112,7 @@ def optimizers_passes(n: int, values: list[Tensor], inverse: Tensor, half: Tenso
         made("estimate_momentum", 1.5, lambda x, k: loops.estimate_momentum(x, k, 0.5, 1.0), half, count=1),
         made("add_scaled", 2.5, lambda x, k: loops.add_scaled(x, k, 0.5), half, count=1),
         made("momentum_correction", 5, nesterov, count=3),
-        made("momentum_ahead", 4, lambda x, m: loops.momentum_ahead(x, m, 0.05), count=2),
+        made("momentum_ahead", 4, lambda x, m: Ahead(m, 0.05).apply(x), count=2),
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from commpress.comm import factors
-from commpress.comm.prologue import Prologue
+from commpress.comm.prologue import Ahead, Prologue
 from commpress.kernels.table import compiles_by_place, lookup
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def encode(
     codec: "Codec",
     x: Tensor,
     residual: Tensor | None = None,
-    prologue: Prologue | None = None,
+    prologue: Prologue | Ahead | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Encode `x` ([n], any float dtype), or `x + residual` with error feedback; the payload is uint8 [nbytes(n)].
@@ -41,8 +41,8 @@ def encode(
     if residual is not None:
         _require_values(residual, "residual", n, torch.float32)
     if prologue is not None:
-        _require_values(prologue.inverse, "prologue.inverse", n, torch.float32)
-        _require_values(prologue.average, "prologue.average", n, torch.float32)
+        for name, tensor in prologue.tensors.items():
+            _require_values(tensor, f"prologue.{name}", n, torch.float32)
     payload = torch.empty(codec.nbytes(n), dtype=torch.uint8, device=x.device) if out is None else out
     _require_payload(payload, codec, n)
     if n:
@@ -146,6 +146,9 @@ def warm_up(codec: "Codec", device: torch.device, dtype: torch.dtype = torch.flo
             update = Prologue(inverse, inverse, 1.0, 0.5, 0.5)
             encode(codec, x, residual, update, out=payload)
             update.apply(values.clone()[x_at:][:n])
+            move = Ahead(inverse, 0.5)
+            if not by_triton and move.fits(codec, x):
+                encode(codec, x, residual, move, out=payload)
         payloads = torch.empty(start + 2 * nbytes, dtype=torch.uint8, device=device)[start:]
         payloads.view(2, nbytes).copy_(payload)
         recode(codec, payloads, n, 2, residual, out=payload)
@@ -173,7 +176,9 @@ def defined_mean(codec: "Codec", payloads: Tensor, n: int, count: int) -> Tensor
 # --- after the checks ---------------------------------------------------------------------------------------------
 
 
-def _encode(codec: "Codec", x: Tensor, residual: Tensor | None, prologue: Prologue | None, payload: Tensor) -> None:
+def _encode(
+    codec: "Codec", x: Tensor, residual: Tensor | None, prologue: Prologue | Ahead | None, payload: Tensor
+) -> None:
     if kernel := lookup("encode", codec.word, x.device.type):
         kernel(codec, x if kernel.takes(x) else x.to(torch.float32), residual, prologue, payload)
         return

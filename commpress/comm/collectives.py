@@ -182,7 +182,7 @@ class Collectives:
             step=step,
             last=last,
             then=then,
-            plain=None if values is not x or plan.codec.lossy or override.computes else (x.nbytes, label),
+            plain=None if values is not x or plan.codec.lossy or override.prepare is not None else (x.nbytes, label),
         )
 
     def reduce_scatter(
@@ -249,7 +249,7 @@ class Collectives:
             *("gradients", name, plan, given.numel(), given.dtype, target, index, dense_bytes, exchange),
             buffer=buffer,
             backend_bytes=backend,
-            plain=None if buffer is not None or override.computes else (full.nbytes, label),
+            plain=None if buffer is not None or override.prepare is not None else (full.nbytes, label),
             reads=(full,),
         )
 
@@ -467,12 +467,12 @@ class Collectives:
         before: list[Callable[[], None]] = []
         if self.may_undo:
             before.append(partial(self.feedback.snapshot, segments, memory))
-        if override.prepare is not None:
-            before.append(partial(override.prepare, x, memory))
-        if not before and override.prologue is None and override.finish is None:
+        prepare = None if override.prepare is None else partial(override.prepare, x, memory)
+        if not before and prepare is None and override.finish is None:
             return exchange
-        fused = encoder if sees_all and encoder.codec.lossy and self.world_size > 1 else None
-        return prepared(exchange, x, before, override.prologue, fused, override.finish)
+        encodes_all = sees_all and encoder.codec.lossy and encoder.codec.flat
+        fused = encoder if encodes_all and self.world_size > 1 else None
+        return prepared(exchange, x, before, prepare, fused, override.finish)
 
 
 def _fits(segments: Segments, full: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from commpress.comm import coding
 from commpress.comm.codecs import Codec
 from commpress.comm.feedback import Memory
-from commpress.comm.prologue import Prologue
+from commpress.comm.prologue import Ahead, Prologue
 from commpress.comm.scratch import Scratch
 
 
@@ -32,7 +32,7 @@ class Encoder:
         masks_momentum: bool = False,
     ) -> None:
         self.codec, self.masks_momentum = codec, masks_momentum
-        self.prologue: Prologue | None = None
+        self.prologue: Prologue | Ahead | None = None
         self.memory = Memory() if memory is None else memory
         self.scratch = Scratch() if scratch is None else scratch
 

@@ -11,7 +11,7 @@ from commpress.comm.coding import FLOAT_DTYPES
 from commpress.comm.exchange import EXCHANGES, NO_EXCHANGE, Exchange, Wire, named
 from commpress.comm.feedback import Memory, NodeSlice
 from commpress.comm.meter import SPEC_IS_NONE, dtype_name
-from commpress.comm.prologue import Prologue
+from commpress.comm.prologue import Ahead, Prologue
 from commpress.comm.segments import Segments
 
 FEWEST_VALUES = 256
@@ -45,26 +45,20 @@ class BucketPlan:
 class Override:
     """An optimizer's wishes for a bucket in this step: `codec` codes it.
 
-    With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare`, then
-    `prologue`, turn the bucket's gradient, in place, into the values to send; `momentum` keeps this rank's own momentum, and
-    `masks_momentum` clears it where values were sent.
+    With a `reason` it is not compressed: the mean is exact, or, without a codec, the bucket stays on its rank. `prepare` turns
+    the bucket's gradient, in place, into the values to send, or returns the prologue that does the rest; `momentum` keeps this
+    rank's own momentum, and `masks_momentum` clears it where values were sent.
     `finish` turns the mean, in place, into the final values of the bucket. `bypass_feedback`: the residual is of another
     kind, and is not added.
     """
 
     codec: Codec | None
     reason: str = ""
-    prepare: Callable[[Tensor, Memory], None] | None = None
-    prologue: Prologue | None = None
+    prepare: Callable[[Tensor, Memory], Prologue | Ahead | None] | None = None
     finish: Callable[[Tensor], None] | None = None
     momentum: bool = False
     masks_momentum: bool = False
     bypass_feedback: bool = False
-
-    @property
-    def computes(self) -> bool:
-        """Return whether something must be computed before the bucket is coded."""
-        return self.prepare is not None or self.prologue is not None
 
 
 @dataclass(frozen=True)

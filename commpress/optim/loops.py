@@ -8,6 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from commpress.comm.prologue import Ahead
 from commpress.kernels.table import Kernel, compiles_by_place, lookup
 
 ROW = 4096
@@ -132,16 +133,6 @@ def momentum_correction(x: Tensor, momentum: Tensor, p: Tensor, beta: float, dec
     x.copy_(x + beta * momentum if nesterov else momentum)
 
 
-def momentum_ahead(x: Tensor, momentum: Tensor, fresh: float) -> None:
-    """x <- fresh * (x - momentum), momentum <- momentum + x, in place: x becomes the move of a momentum on a gradient."""
-    x, momentum = flat(x, momentum)
-    if kernel := _kernel("momentum_ahead", x, momentum):
-        kernel(x, momentum, fresh)
-        return
-    x.sub_(momentum).mul_(fresh)
-    momentum.add_(x)
-
-
 def total(x: Tensor) -> Tensor:
     """Return the sum of a tensor: float64 []. One thread sums each row, so the bits do not depend on the number of threads."""
     rest = flat(x)[0].to(torch.float64)
@@ -169,7 +160,7 @@ def warm_up(device: torch.device) -> None:
         sync_apply(p, g, r, s, t, part, 1.0, 1.0, 1.0)
         restore_local(p, r, s, 1.0)
         momentum_correction(g, part, p, 0.5, 0.5, False)
-        momentum_ahead(g, part, 0.5)
+        Ahead(part, 0.5).apply(g)
         estimate_momentum(g, known, 1.0, 1.0)
         add_scaled(g, known, 1.0)
 

@@ -34,10 +34,10 @@ from commpress.comm.feedback import Memory
 from commpress.comm.masks_index import MaskIndex, zero_others
 from commpress.comm.optimizer_hooks import Candidate
 from commpress.comm.plan import Override
+from commpress.comm.prologue import Ahead
 from commpress.comm.segments import Segments, sizes
 from commpress.comm.step_buffer import StepBuffer
 from commpress.kernels.cpu.instructions import PROCESSOR
-from commpress.optim import loops
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.eigenbasis import Basis, in_own, is_coarse, is_due, keep, move
 from commpress.optim.muon_groups import groups, others_codec
@@ -206,17 +206,17 @@ class EF21Muon(CompressedOptimizer):
         names = {segment.name for segment in segments}
         self._coarse = self._coarse | names if is_coarse(codec) else self._coarse - names
 
-        def prepare(bucket: Tensor, memory: Memory) -> None:
+        def prepare(bucket: Tensor, memory: Memory) -> Ahead | None:
             assert memory.momentum is not None
             self.clip(bucket)
             self._enter(bucket, segments)
-            index, fresh = memory.kept_index, 1 - group["momentum"]
+            ahead, index = Ahead(memory.momentum, 1 - group["momentum"]), memory.kept_index
             if index is None:
-                loops.momentum_ahead(bucket, memory.momentum, fresh)
-                return
+                return ahead  # in the pass that encodes
             kept = bucket[index]
-            loops.momentum_ahead(kept, memory.momentum, fresh)
+            ahead.apply(kept)
             bucket[index] = kept
+            return None
 
         return Override(codec, prepare=prepare, momentum=True)
 

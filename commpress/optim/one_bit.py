@@ -66,15 +66,16 @@ class OneBitAdamW(FrozenAdamW):
         else:
             prologue = None
 
-        def prepare(bucket: Tensor, memory: Memory) -> None:
+        def prepare(bucket: Tensor, memory: Memory) -> Prologue | None:
             self.convert_feedback(memory, segments)
             self.clip(bucket)
             if prologue is None:
                 for (state, group), part in zip(held, bucket.split(sizes(segments)), strict=True):
                     inverse, average = loops.flat(state["inverse"], state["exp_avg"])
                     self._prologue(inverse, average, group).apply(part)
+            return prologue
 
-        return Override(codec, prepare=prepare, prologue=prologue)
+        return Override(codec, prepare=prepare)
 
     def _prologue(self, inverse: Tensor, average: Tensor, group: dict[str, Any]) -> Prologue:
         beta1 = group["betas"][0]

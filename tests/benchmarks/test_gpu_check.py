@@ -189,14 +189,14 @@ def test_with_triton_no_op_lacks_a_kernel() -> None:
 
 def test_passes_meet_nan_and_inf_and_one_that_loses_them_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(9))
-    right = passes.loops.momentum_ahead
+    right = passes.Ahead.apply
 
-    def wrong(x: Tensor, momentum: Tensor, fresh: float) -> None:
-        right(x, momentum, fresh)
+    def wrong(ahead: passes.Ahead, x: Tensor) -> None:
+        right(ahead, x)
         if not next(calls):
             x.nan_to_num_(0, 0, 0)
 
-    monkeypatch.setattr(passes.loops, "momentum_ahead", wrong)
+    monkeypatch.setattr(passes.Ahead, "apply", wrong)
     rows = {row["op"]: row["error"] for row in gpu_bytes.compare_passes(CPU, (1025,))}
     assert rows["momentum_ahead"].startswith(
         "momentum_ahead, float32, n = 1025, tensor 0: 2 of 1025 values differ, the first at 7"

@@ -6,7 +6,7 @@ from battery import gradient, normal
 
 from commpress.comm.codecs import parse
 from commpress.comm.coding import encode
-from commpress.comm.prologue import Prologue
+from commpress.comm.prologue import Ahead, Prologue
 
 N = 1000
 
@@ -55,3 +55,22 @@ def test_one_of_another_length_is_refused() -> None:
         encode(codec, gradient(N), prologue=a_prologue(N - 1))
     with pytest.raises(TypeError, match=r"prologue.average has dtype torch.float64, expected torch.float32"):
         encode(codec, gradient(N), prologue=Prologue(torch.ones(N), torch.ones(N).double(), 1.0, 0.1, 0.9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_move_of_a_momentum(dtype: torch.dtype) -> None:
+    gradient, before = normal(N).to(dtype), normal(N, 1).to(dtype)
+    x, ahead = gradient.clone(), Ahead(before.clone(), fresh=0.1)
+    for part in (slice(0, 300), slice(300, N)):
+        ahead[part].apply(x[part])
+    torch.testing.assert_close(ahead.momentum, 0.9 * before + 0.1 * gradient, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x, ahead.momentum - before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pass_that_reads_values_twice_does_not_move_a_momentum() -> None:
+    ahead, x = Ahead(torch.ones(N), 0.1), normal(N)
+    fit = {
+        spec: ahead.fits(parse(spec), x) for spec in ("int4", "sign", "rotate|sign", "topk(0.1)|sign", "randomk(0.1)")
+    }
+    assert fit == {"int4": True, "sign": True, "rotate|sign": True, "topk(0.1)|sign": False, "randomk(0.1)": False}
+    assert not ahead.fits(parse("int4"), x.double())

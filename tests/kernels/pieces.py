@@ -41,7 +41,7 @@ INTS, WORDS = types.Array(types.int32, 1, "C"), types.Array(types.uint32, 1, "C"
 LONGS, KEPT = types.Array(types.int64, 1, "C"), types.Array(types.int8, 1, "C")
 MATRIX, BATCH = types.Array(types.float32, 2, "C"), types.Array(types.float32, 3, "C")
 F, INT, NONE = types.float32, types.int64, types.none
-STEPS = types.Tuple((FLOATS, FLOATS, F, F, F))
+STEPS, AHEAD = types.Tuple((FLOATS, FLOATS, F, F, F)), types.Tuple((FLOATS, F))
 
 
 def in_order(x: Any, residual: Any) -> Any:
@@ -74,6 +74,10 @@ PIECES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "block_of, feedback and prologue": (
         lambda x, p, r, o, s: block_of(x, p, r, o, 256, s)[7],
         (FLOATS, STEPS, FLOATS, INT, FLOATS),
+    ),
+    "block_of, feedback and a momentum": (
+        lambda x, p, r, o, s: block_of(x, p, r, o, 256, s)[7],
+        (FLOATS, AHEAD, FLOATS, INT, FLOATS),
     ),
     "block_of, bfloat16": (lambda x, o, s: block_of(x, None, None, o, 256, s)[7], (BFLOATS, INT, FLOATS)),
     "put_block": (lambda out, o, block: put_block(out, o, block, 256), (FLOATS, INT, FLOATS)),

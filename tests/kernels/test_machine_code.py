@@ -39,6 +39,7 @@ PIECES = {
     "top_of": [LARGEST],
     "block_of, feedback": [FLOAT_ADD, PUT_FLOATS],
     "block_of, feedback and prologue": [FLOAT_ADD, FLOAT_MUL, PUT_FLOATS],
+    "block_of, feedback and a momentum": [FLOAT_ADD, FLOAT_MUL, FLOAT_SUB, PUT_FLOATS],
     "block_of, bfloat16": ["shl", PUT_FLOATS],
     "put_block": [PUT_FLOATS],
     "widest": [FLOAT_ADD, PUT_FLOATS],

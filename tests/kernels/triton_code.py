@@ -239,7 +239,7 @@ def placed_passes_keys(n: int = 5000) -> set[tuple[object, ...]]:
             loops.sync_apply(p, g, *states[:3], part, 0.9, 0.1, 2.0)
             loops.restore_local(p, *states[:2], 0.9)
             loops.momentum_correction(g, part, p, 0.9, 0.1, True)
-            loops.momentum_ahead(g, part, 0.1)
+            prologues.Ahead(part, 0.1).apply(g)
             loops.estimate_momentum(g, known, 0.5, 1.0)
             loops.add_scaled(g, known, 0.5)
         for dtype, x_at, out_at in product((torch.float32, torch.bfloat16, torch.float16), (0, 1, 8), (0, 1, 8)):

@@ -16,7 +16,6 @@ PASSES: dict[str, tuple[int, Callable[[list[Tensor]], None]]] = {
     "stand": (3, lambda t: loops.restore_local(*t, decay=0.97)),
     "correct": (3, lambda t: loops.momentum_correction(*t, beta=0.9, decay=0.01, nesterov=False)),
     "correct, Nesterov's": (3, lambda t: loops.momentum_correction(*t, beta=0.9, decay=0.01, nesterov=True)),
-    "ahead": (2, lambda t: loops.momentum_ahead(*t, fresh=0.1)),
 }
 """How many tensors each takes, and the pass."""
 

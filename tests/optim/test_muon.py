@@ -18,6 +18,7 @@ from training import PRODUCTS, SMALL_BUCKETS, exact_products, finite, loss_of, n
 import commpress
 from commpress.comm.codecs import parse
 from commpress.comm.meter import Report
+from commpress.comm.prologue import Ahead
 from commpress.optim import EF21Muon
 from commpress.optim.muon_groups import groups
 from commpress.optim.newton_schulz import newton_schulz
@@ -146,6 +147,20 @@ def test_matrices_and_others_have_rows_of_their_own() -> None:
         sent = {row.spec: row for row in report.rows}
         assert sent.keys() == {"sign", "none"}  # the biases are too few for a code
         assert sent["sign"].values == 32 * 64 + 64 * 64 + 64 * 10
+
+
+def passes_before_the_code(spec: str, steps: int) -> int:
+    """How often a momentum was moved in a pass of its own."""
+    ddp, optimizer, _ = attached(spec, bucket_cap_mb=25, width=LONG, others_spec="int8")
+    with mock.patch.object(Ahead, "apply", autospec=True, side_effect=Ahead.apply) as applied:
+        train(ddp, range(steps), optimizer=optimizer)
+    return applied.call_count
+
+
+@pytest.mark.parametrize(("spec", "passes"), [("int8", 0), slow("rotate|sign", 0), ("topk(0.1)|sign", 12)])
+def test_the_pass_that_encodes_moves_the_momentum(spec: str, passes: int) -> None:
+    """In other coordinates, too, which the matrices have from the 11th step on. top-k reads values twice, and cannot."""
+    assert run(2, passes_before_the_code, spec, 12) == [passes] * 2
 
 
 def switched(*specs: str) -> dict[str, float]:

@@ -25,7 +25,7 @@ from commpress.comm.codecs.base import Codec
 from commpress.comm.codecs.random_k import RandomK
 from commpress.comm.codecs.topk import TopK
 from commpress.comm.coding import FLOAT_DTYPES, encode, recode
-from commpress.comm.prologue import Prologue
+from commpress.comm.prologue import Ahead, Prologue
 from commpress.kernels import table
 
 CODECS: dict[str, float] = {
@@ -431,6 +431,26 @@ def a_prologue_is_coded_as_what_it_makes_of_the_values(subject: Subject) -> None
                     assert same_bits(after, expected_after), f"residual of {name}, n = {n}"
 
 
+def the_move_of_a_momentum_is_coded_as_in_a_pass_before(subject: Subject) -> None:
+    codec = subject.codec
+    for n in (1, 7, 257, 1024, 5000):
+        for name, x in subject.inputs(n).items():
+            fused, before = (Ahead(normal(n, 1).to(subject.device), 0.1) for _ in range(2))
+            if not fused.fits(codec, x):
+                continue
+            values = x.clone()
+            before.apply(values)
+            for memory in memories_at(n):
+                residual = subject.before(n, name, memory)
+                assert residual is not None
+                after, expected_after = residual.clone(), residual.clone()
+                expected = encode(codec, values.clone(), expected_after)
+                fused.momentum.copy_(normal(n, 1))
+                assert torch.equal(encode(codec, x.clone(), after, fused), expected), f"{name}, n = {n}"
+                assert same_bits(after, expected_after), f"residual of {name}, n = {n}"
+                assert same_bits(fused.momentum, before.momentum), f"momentum of {name}, n = {n}"
+
+
 def residual_is_what_the_payload_misses(subject: Subject) -> None:
     """x + residual before = decode + residual after, to the rounding of one float32 subtraction."""
     for n in LENGTHS:
@@ -735,6 +755,7 @@ CODEC_CHECKS: tuple[Check, ...] = (
     kernels_recode_to_the_bytes_of_the_definition,
     recode_is_encode_of_the_mean,
     a_prologue_is_coded_as_what_it_makes_of_the_values,
+    the_move_of_a_momentum_is_coded_as_in_a_pass_before,
     mean_of_equal_payloads_is_what_one_decodes_to,
     residual_is_what_the_payload_misses,
     nan_and_inf_arrive_where_they_stood,

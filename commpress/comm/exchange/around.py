@@ -7,24 +7,26 @@ from torch import Tensor
 
 from commpress.comm.encoder import Encoder
 from commpress.comm.exchange.wire import Transfer
-from commpress.comm.prologue import Prologue
+from commpress.comm.prologue import Ahead, Prologue
 
 
 def prepared(
     exchange: Iterator[Transfer],
     x: Tensor,
     before: list[Callable[[], None]],
-    prologue: Prologue | None = None,
+    prepare: Callable[[], Prologue | Ahead | None] | None = None,
     fused: Encoder | None = None,
     finish: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Transfer]:
     """Turn the gradient in `x` into the values to send, run the exchange, and turn the mean into the final values of `x`.
 
-    If there is a `fused` encoder, which encodes for `exchange`, it runs the `prologue`: this saves a pass over memory.
+    If there is a `fused` encoder, which encodes for `exchange`, it runs the prologue that `prepare` returns, if it can: this
+    saves a pass over memory.
     """
     for call in before:
         call()
-    if fused is not None:
+    prologue = None if prepare is None else prepare()
+    if prologue is not None and fused is not None and prologue.fits(fused.codec, x):
         fused.prologue = prologue
     elif prologue is not None:
         prologue.apply(x)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-Steps = tuple[Floats, Floats, np.float32, np.float32, np.float32]
+Steps = tuple[Floats, Floats, np.float32, np.float32, np.float32] | tuple[Floats, np.float32]
 
 Values = Floats | npt.NDArray[np.uint16]
 
@@ -29,9 +29,11 @@ def floats(x: Tensor | None) -> Floats | None:
 
 
 def steps(prologue: Any) -> Steps | None:
-    """Return the tensors and numbers of a `Prologue`, in float32; None for None."""
+    """Return the tensors and numbers of a `Prologue` or an `Ahead`, in float32; None for None."""
     if prologue is None:
         return None
+    if hasattr(prologue, "momentum"):
+        return prologue.momentum.numpy(), np.float32(prologue.fresh)
     scalars = np.float32(prologue.limit), np.float32(prologue.fresh), np.float32(prologue.kept)
     return prologue.inverse.numpy(), prologue.average.numpy(), *scalars
 

@@ -3,7 +3,8 @@ the L1 cache.
 
 Arrays are 1-D and contiguous. A payload comes twice, as float32 (`pf`) and as bytes (`pu`) of the same memory;
 `W` payloads of one length stand one behind the other (`row` bytes each). `residual` is None without feedback, `prologue` None
-where x is coded as it is; else it has the fields of `Prologue`. A gradient is float32, or the bits of bfloat16 (uint16); one of
+where x is coded as it is; else it has the fields of `Prologue`, or those of `Ahead`, which moves its momentum when a value is
+read: a loop for it reads each value once. A gradient is float32, or the bits of bfloat16 (uint16); one of
 float16 is copied to float32 before. In a payload of `fp16` int16 are the bits of float16. Numba compiles a loop for each of
 these types, so none of it is asked for while it runs.
 The formulas and layouts stand in `commpress/comm/codecs`; what stands here is how to reach memory speed:
@@ -65,6 +66,11 @@ PLACES = np.array(
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
+def _is_ahead(prologue: Any) -> bool:
+    """Whether a prologue of this type is an `Ahead`: (momentum, fresh)."""
+    return isinstance(prologue, types.BaseTuple) and len(prologue) == 2
+
+
 @by_type
 def fetch(x: Any, o: Any, size: Any) -> Any:
     """Have x[o : o + size] brought to the caches, of a gradient, a residual or a prologue's tensors, where that helps."""
@@ -78,6 +84,9 @@ def fetch(x: Any, o: Any, size: Any) -> Any:
                 prefetch(x, o + k * step)
 
         return fetched
+
+    if _is_ahead(x):
+        return lambda x, o, size: fetch(x[0], o, size)
 
     def both(x, o, size):
         fetch(x[0], o, size)
@@ -279,6 +288,9 @@ def part_of(whole: Any, o: Any, size: Any) -> Any:
     if isinstance(whole, types.Array):
         return lambda whole, o, size: whole[o : o + size]
 
+    if _is_ahead(whole):
+        return lambda whole, o, size: (whole[0][o : o + size], whole[1])
+
     def cut(whole, o, size):
         inverse, average, limit, fresh, kept = whole
         return inverse[o : o + size], average[o : o + size], limit, fresh, kept
@@ -306,13 +318,26 @@ def total(x, prologue, residual, i):
     return value if residual is None else np.float32(value + residual[i])
 
 
-@part
-def value_of(x, prologue, i):
+@by_type
+def value_of(x: Any, prologue: Any, i: Any) -> Any:
     """One value of a gradient, behind its prologue."""
-    if prologue is None:
-        return real(x[i])
-    inverse, average, limit, fresh, kept = prologue
-    return prologue_value(real(x[i]), inverse[i], average[i], limit, fresh, kept)
+    if isinstance(prologue, types.NoneType):
+        return lambda x, prologue, i: real(x[i])
+    if _is_ahead(prologue):
+
+        def moved(x, prologue, i):
+            momentum, fresh = prologue
+            move = fresh * (real(x[i]) - momentum[i])
+            momentum[i] += move
+            return move
+
+        return moved
+
+    def made(x, prologue, i):
+        inverse, average, limit, fresh, kept = prologue
+        return prologue_value(real(x[i]), inverse[i], average[i], limit, fresh, kept)
+
+    return made
 
 
 @part
