@@ -154,7 +154,11 @@ class Auto:
 
     def kept(self) -> dict[str, Any]:
         """Return what a run that goes on needs to know of the search. Call it between steps."""
-        return self.search.kept(self.search.steps + (self._began is not None))  # the last step is counted in the next
+        return self.search.kept(self._began is not None)
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Continue from what `kept` returned. Call it between steps."""
+        self.search.restore(kept, self._began is not None)
 
     def begin_step(self) -> None:
         """Set the plan of this step; its first bucket has come. The ranks send their figures in one step and choose in the next

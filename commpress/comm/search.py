@@ -129,14 +129,19 @@ class Search:
         """Compare the coming losses with each other only: another phase of training begins."""
         self.guard.loss.forget()
 
-    def kept(self, steps: int) -> dict[str, Any]:
-        """Return what a run that goes on after so many steps needs to know: their number, and which specs have hurt."""
+    def kept(self, began: bool) -> dict[str, Any]:
+        """Return what a run that goes on needs to know: the number of steps, and which specs have hurt.
+
+        `began` says whether a step has begun that is not counted yet: the last one, until the next begins.
+        """
+        steps = self.steps + began
         return {"step": steps, "guard": self.guard.kept(steps)}
 
-    def restore(self, kept: Mapping[str, Any]) -> None:
+    def restore(self, kept: Mapping[str, Any], began: bool) -> None:
         """Continue from what `kept` returned. A search that has begun keeps its own count of steps."""
-        self.steps = self.steps or kept["step"]
-        self.guard.restore(kept["guard"], self.steps)
+        if not self.steps + began:
+            self.steps = kept["step"]
+        self.guard.restore(kept["guard"], self.steps + began)
 
     def note(
         self, seconds: float, error: float | None = None, residual: float | None = None, exchange: float | None = None

@@ -344,7 +344,7 @@ class Session:
         for other, saved in zip(self.side_traffic, state["side traffic"], strict=False):
             other.load_state_dict(saved)
         if self._auto is not None and "search" in state:
-            self._auto.search.restore(state["search"])
+            self._auto.restore(state["search"])
 
     def require_own(self, state: dict[str, Any]) -> None:
         """Raise ValueError if a state belongs to another version, plan, rank, number of ranks or model."""

@@ -15,8 +15,10 @@ only the measured step times decide.) No rank holds a whole sharded mean, so no 
 
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from math import prod
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -130,7 +132,11 @@ class ShardedAuto:
 
     def kept(self) -> dict[str, Any]:
         """Return what a run that goes on needs to know of the search. Call it between steps."""
-        return self.search.kept(self.search.steps + (self._began is not None))  # the last step is counted in the next
+        return self.search.kept(self._began is not None)
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Continue from what `kept` returned. Call it between steps."""
+        self.search.restore(kept, self._began is not None)
 
     def begin_step(self) -> None:
         """Set the plans of a step, whose first forward begins. The ranks' figures of one step are read in the next, and then
@@ -303,18 +309,26 @@ def ends_forwards(auto: ShardedAuto) -> Callable[..., None]:
     return behind
 
 
-def follows_backwards(auto: ShardedAuto) -> Callable[..., None]:
-    """Return a forward hook for a model: a forward is outstanding until a backward reaches its output."""
+def follows_backwards(auto: ShardedAuto, makes_due: Callable[[], bool]) -> Callable[..., None]:
+    """Return a forward hook for a model: a forward is outstanding until a backward reaches its output.
+
+    `makes_due` says whether this backward itself makes a step due, as on one rank, where no gradient is exchanged.
+    """
+    outstanding, told = auto.outstanding, weakref.ref(auto)  # the graph keeps a gradient's hook alive
+
+    def ran(forward: object, gradient: Tensor) -> None:
+        outstanding.discard(forward)
+        if (auto := told()) is not None and makes_due():
+            auto.due = True
 
     def behind(module: Any, arguments: Any, output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        # not `auto` itself: the graph keeps a gradient's hook alive
-        forward, outstanding = object(), auto.outstanding
+        forward = object()
         for one in torch.utils._pytree.tree_leaves(output):
             if isinstance(one, Tensor) and one.requires_grad and not one.is_leaf:  # a leaf would keep the hook for good
                 outstanding.add(forward)
-                one.register_hook(lambda gradient: outstanding.discard(forward))
+                one.register_hook(partial(ran, forward))
 
     behind._torchdynamo_disable = True  # type: ignore[attr-defined]
     return behind

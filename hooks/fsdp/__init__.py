@@ -122,7 +122,7 @@ def attach(
     saved = sharded_settings(plan[0], plan[1], described, by_auto, momentum)
     spec = sharded_spec(plan[0], plan[1], by_auto, momentum)
     session = _session(held, shards, replicas, spec, saved, auto, optimizer)
-    _watch(model, session, auto)
+    _watch(model, held, session, auto)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
     return session
 
@@ -216,7 +216,7 @@ def _require_one_mesh(held: list[Unit]) -> None:
         )
 
 
-def _watch(model: nn.Module, session: Session, auto: ShardedAuto | None) -> None:
+def _watch(model: nn.Module, held: list[Unit], session: Session, auto: ShardedAuto | None) -> None:
     """Have the session follow the loss scale at every forward, and `auto` begin its steps there."""
     is_root = root(model)
 
@@ -231,4 +231,7 @@ def _watch(model: nn.Module, session: Session, auto: ShardedAuto | None) -> None
     if auto is not None:
         model.register_forward_pre_hook(begins_steps(auto), prepend=True)  # before FSDP's own hook, which gathers
         model.register_forward_hook(ends_forwards(auto))
-        model.register_forward_hook(follows_backwards(auto))
+        groups = (
+            [unit.group for unit in held] if session.world_size == 1 else []
+        )  # one rank copies, and exchanges nothing
+        model.register_forward_hook(follows_backwards(auto, lambda: any(group.reduce_grads for group in groups)))

@@ -14,9 +14,9 @@ HURT = "the means of {} were off by 0.90 of the dense ones, more than 0.5"
 
 def resumed(search: Search, seconds: Seconds, errors: Errors) -> World:
     """Ranks that go on from what a search has kept."""
-    world, kept = World(seconds, predicted=predicted(PAYS), errors=errors), search.kept(search.steps)
+    world, kept = World(seconds, predicted=predicted(PAYS), errors=errors), search.kept(began=False)
     for one in world.searches:
-        one.restore(kept)
+        one.restore(kept, began=False)
     return world
 
 
@@ -44,7 +44,7 @@ def test_one_step_beyond_the_budget_is_looked_at_again_and_does_not_count() -> N
 
 def test_a_run_that_goes_on_does_not_try_it_earlier_and_remembers_how_often_it_has_hurt() -> None:
     before = World(PAYS, predicted=predicted(PAYS), errors=hurts(100)).run(200).searches[0]
-    ban = before.kept(before.steps)["guard"]["int4"]
+    ban = before.kept(began=False)["guard"]["int4"]
     assert 150 < ban["until"] < 300
     assert ban["setbacks"] == 1
     assert ban["cause"] == HURT.format("int4")
@@ -75,10 +75,10 @@ def test_a_run_that_goes_on_says_what_has_hurt_as_the_unbroken_one_does() -> Non
 def test_a_search_that_goes_back_keeps_its_own_count_of_steps() -> None:
     world = World(PAYS, predicted=predicted(PAYS), errors=hurts(0, 100)).run(100)
     search = world.searches[0]
-    kept, step = search.kept(search.steps), world.run(100).searches[0].steps
-    search.restore(kept)
+    kept, step = search.kept(began=False), world.run(100).searches[0].steps
+    search.restore(kept, began=False)
     assert search.steps == step
-    assert search.kept(search.steps)["guard"] == kept["guard"]
+    assert search.kept(began=False)["guard"] == kept["guard"]
 
 
 def test_only_what_is_still_not_tried_is_told() -> None:

@@ -429,3 +429,30 @@ def loops_of_bfloat16() -> tuple[Any, Any]:
 def test_no_loop_is_compiled_when_a_spec_has_its_turn() -> None:
     for ahead, used in run(2, loops_of_bfloat16):
         assert {("int4", torch.bfloat16, True), ("int8", torch.bfloat16, False)} <= used <= ahead
+
+
+def saved(steps: int) -> dict[str, Any]:
+    model = sharded()
+    session = commpress.attach(model)
+    for step in range(2 * steps):  # two forwards a step
+        model.set_requires_gradient_sync(step % 2 == 1)
+        loss_of(model, step).backward()
+    return dict(session.state_dict())
+
+
+def gone_on(states: list[dict[str, Any]]) -> list[Any]:
+    """The number of steps in a state that is saved after a restored one, and after one more step."""
+    session = commpress.attach(model := sharded())
+    session.load_state_dict(states[dist.get_rank()])
+    found = [session.state_dict()["search"]["step"]]
+    loss_of(model, 0).backward()
+    found.append(session.state_dict()["search"]["step"])
+    session.load_state_dict(session.state_dict())  # back to itself: the run keeps its count
+    return [*found, session.state_dict()["search"]["step"]]
+
+
+@pytest.mark.parametrize("ranks", [1, slow(2)])
+def test_steps_are_counted_on_any_number_of_ranks(ranks: int) -> None:
+    states = run(ranks, saved, 3)
+    assert [state["search"]["step"] for state in states] == [3] * ranks
+    assert run(ranks, gone_on, states) == [[3, 4, 4]] * ranks
