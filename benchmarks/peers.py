@@ -63,7 +63,7 @@ if find_spec("hivemind") is None:
 
 
 def nothing() -> None:
-    """Do nothing, as most ways have nothing to do outside backward."""
+    """Do nothing, as most ways need nothing after a step."""
 
 
 @dataclass
@@ -201,7 +201,7 @@ def counted() -> Iterator[list[int]]:
 
 
 def backward(model: DistributedDataParallel, x: Tensor, y: Tensor) -> None:
-    """Forward, backward and exchange: afterwards the gradients are the means. Bytes int64 [batch, time], and those after."""
+    """Forward, backward and exchange: the gradients become the means. `x` and `y` are bytes, int64 [batch, time]."""
     nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
 
 

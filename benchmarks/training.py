@@ -56,7 +56,7 @@ RATE, RATES = 0.05, {"sign": 0.01, "topk": 0.1}
 
              0.01   0.015  0.03   0.05   0.1    0.3
 plain DDP           2.935  2.852  2.813  2.946  3.639    (int8 and int4 take its rate)
-PowerSGD 4                 2.868         2.872           (0.05 lies between)
+powersgd(4)                2.868         2.872           (by a re-implementation; 0.05 lies between)
 sign         3.227         3.320         4.350
 topk(0.01)|int4            3.093         3.045  3.017    (0.3 rises first: 3.880 after 40)
 topk(0.001)|int4                         3.177  3.234

@@ -21,8 +21,7 @@ def product_dtype(device: torch.device) -> torch.dtype:
 def newton_schulz(matrices: Tensor) -> Tensor:
     """Return, for each matrix U D V^T in `matrices` ([k, rows, columns], any float dtype), U S V^T: float32, the same shape.
 
-    The singular values S are between about 0.7 and 1.2. The products are in bfloat16, but in float32 on a CPU that has no
-    instructions for them.
+    The singular values S are between about 0.7 and 1.2. The products have the `product_dtype` of the device.
     """
     x = matrices.to(product_dtype(matrices.device))
     tall = x.shape[1] > x.shape[2]

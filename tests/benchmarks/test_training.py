@@ -16,7 +16,7 @@ import torch.distributed as dist
 from commands import started_by_torchrun
 from ranks import run
 
-from commpress.launch.model import Shape
+from commpress.launch.model import GPT, Shape
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -47,9 +47,17 @@ def rows_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in record["rows"]}
 
 
+def powersgd_bytes(rank: int, shape: Shape) -> int:
+    """4 r (rows + columns) for each matrix, as the paper has it, and vectors as they are."""
+    sent = 0
+    for p in GPT(shape).parameters():
+        sent += p.numel() if p.dim() == 1 else min(rank * (len(p) + p[0].numel()), p.numel())
+    return 4 * sent
+
+
 @pytest.mark.slow
 def test_a_step_time_record_holds_what_it_promises_and_a_hook_that_fails_says_why(tmp_path: Path) -> None:
-    names = ("plain DDP", "torch bf16", "powersgd(4)", "int4", "bagua")
+    names = ("plain DDP", "torch bf16", "powersgd(4)", "powersgd(4), one bucket", "int4", "bagua")
     record = run_tiny(tmp_path, "int4", "powersgd(4)", "--rounds", "1", "--steps", "2", "--only", *names)
     rows, printed = rows_of(record), record["printed"]
     assert record["what"] == "step times"
@@ -67,6 +75,8 @@ def test_a_step_time_record_holds_what_it_promises_and_a_hook_that_fails_says_wh
     assert rows["no communication"]["sent_bytes"] == 0
     assert rows["plain DDP"]["sent_bytes"] == 4 * record["parameters"]
     assert rows["int4"]["sent_bytes"] < 0.6 * record["parameters"]
+    sent = {rows[name]["sent_bytes"] for name in ("powersgd(4)", "powersgd(4), one bucket")}
+    assert sent == {powersgd_bytes(4, Shape(layers=1, width=32, heads=2, context=16))}
     assert set(rows["int4"]["phases"]) == {"encode", "wire", "decode", "exposed", "hidden"}
     assert "NCCL" in rows["torch bf16"]["error"]
     assert "setuptools_rust" in rows["bagua"]["error"]

@@ -12,7 +12,7 @@ OTHERS = {
     "plain DDP": ("torch", 32.0),
     "fp16 hook": ("torch", 16.0),
     "PowerSGD rank 1 hook, one bucket": ("torch", 0.9),
-    "PowerSGD rank 4": ("peer", 0.25),
+    "powersgd(4)": ("commpress", 0.25),
 }
 PARAMETERS = 16_800_000
 LSCPU = {"name": "AMD EPYC", "family": "25", "model": "17", "simd": ["avx2", "avx512f"], "l2_kib": 1024, "l3_kib": None}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from training import (
 
 import commpress
 from commpress.comm.segments import Segment
-from commpress.optim import DGC, EF21Muon, OneBitAdamW, ZeroOneAdamW
+from commpress.optim import DGC, EF21Muon, OneBitAdamW, ZeroOneAdamW, norm
 from commpress.optim.base import CompressedOptimizer
 from commpress.optim.eigenbasis import LONG
 
@@ -337,3 +338,19 @@ def test_max_norm_clips_by_the_same_bits_in_all_layouts(dtype: torch.dtype) -> N
             found.add(optimizer._clip)
         assert len(found) == 1
         assert min(found) < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_part_is_summed_from_a_place_of_its_own(dtype: torch.dtype) -> None:
+    """A GPU sums the values before a multiple of 16 bytes apart; a CPU gives the same bits from anywhere."""
+    segments = tuple(Segment(str(number), n) for number, n in enumerate((1001, 3, 98)))
+    bucket, summed = torch.ones(1102, dtype=dtype), []
+
+    def noted(values: Tensor) -> Tensor:
+        summed.append(values.data_ptr() % norm.ALIGNED)
+        return values.square().sum().sqrt()
+
+    with mock.patch.object(torch.linalg, "vector_norm", noted):
+        assert norm.norm_of([(bucket, segments)]) == pytest.approx(1102**0.5)
+    assert bucket[1001:].data_ptr() % norm.ALIGNED
+    assert summed == [0] * 4

@@ -6,7 +6,7 @@ from commpress.kernels.compiled import loop, part
 from commpress.kernels.cpu.blocks import ONES, PLACES
 from commpress.kernels.cpu.instructions import put_word
 
-SHARED_SHA256 = "13c7dd53680a0fe9"
+SHARED_SHA256 = "5d1d88ea2ebdd3a9"
 """The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 
 

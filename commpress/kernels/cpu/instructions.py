@@ -23,7 +23,7 @@ ASKS_AHEAD = not PROCESSOR.startswith("znver")
 """Whether loops ask for a block's memory before they read it. Intel's Emerald Rapids encodes momentum in 0.80 to 0.88 of the
 time with it; AMD's Zen 4, whose own prefetchers follow all streams of a block, takes 1.3 to 1.9 times as long."""
 FEATURES = llvm.get_host_cpu_features() if config.CPU_NAME is None else {}
-"""The processor's instruction sets, as LLVM names them; none are known of one that is named (NUMBA_CPU_NAME)."""
+"""The processor's instruction sets, as LLVM names them. Empty if NUMBA_CPU_NAME names another one, whose sets are not known."""
 WIDE = bool(FEATURES.get("avx512f"))
 """Whether the processor has 32 registers of 16 lanes."""
 CONVERTS_HALVES = platform.machine() == "aarch64" or bool(FEATURES.get("f16c"))

@@ -6,7 +6,7 @@ from commpress.kernels.compiled import loop
 from commpress.kernels.cpu.blocks import put_block
 from commpress.kernels.cpu.instructions import settle_streams
 
-SHARED_SHA256 = "13c7dd53680a0fe9"
+SHARED_SHA256 = "5d1d88ea2ebdd3a9"
 """The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 ZEROS = 256
 

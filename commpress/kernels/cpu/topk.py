@@ -15,7 +15,7 @@ from commpress.kernels.cpu.instructions import popcount, prefetch, reach_mask, t
 from commpress.kernels.cpu.scatter import ZEROS, fill_zeros, scatter_add
 from commpress.kernels.cpu.slices import in_slices
 
-SHARED_SHA256 = "13c7dd53680a0fe9"
+SHARED_SHA256 = "5d1d88ea2ebdd3a9"
 """The hash of `blocks.py` and `instructions.py`, which are compiled in: Numba's cache checks only this file's time stamp."""
 KEEP_BLOCK = 256
 SOON = 64
