@@ -27,7 +27,7 @@ class Compression:
     compress: str | None = None
     """Spec: none, bf16, int8, int4, sign, topk(0.01), topk(0.01)|int4, topk(0.25->0.01, 500), ...; auto finds one during
     training; or a .toml or .json file with specs by patterns of parameter names (for ddp with AdamW or SGD). None: the
-    recipe's spec; else auto under ddp, fsdp and deepspeed, unless OneBitAdamW or EF21Muon is sharded; else int4."""
+    recipe's spec; else auto under ddp, fsdp and deepspeed, unless OneBitAdamW is sharded; else int4."""
     parameters: str | None = None
     """Spec of the parameters that fsdp and deepspeed's ZeRO gather: none, bf16, int8, int4; delta|int4 under fsdp sends
     what has changed; auto needs --compress auto. None: the recipe's spec, or none."""
@@ -145,8 +145,8 @@ class Settings(Files, Training, Model, Parallel, Compression):  # fields come in
     @property
     def takes_auto(self) -> bool:
         """Return whether a spec may be found during training."""
-        shards_optimizer = self.optimizer not in PLAIN and self.parameters not in (None, "none")
-        return self.parallel in ("ddp", "fsdp", "deepspeed") and not shards_optimizer and not self.shards_muon
+        shards_optimizer = self.optimizer not in (*PLAIN, "EF21Muon") and self.parameters not in (None, "none")
+        return self.parallel in ("ddp", "fsdp", "deepspeed") and not shards_optimizer
 
     @property
     def shards_muon(self) -> bool:

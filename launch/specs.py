@@ -30,6 +30,11 @@ def require_specs(settings: "Settings") -> None:
         raise TrainingError(
             f"--parameters auto: one search finds both specs; expected --compress auto, got {settings.spec}"
         )
+    if settings.parameters == AUTO and settings.shards_muon:
+        raise TrainingError(
+            "--parameters auto: under --optimizer EF21Muon auto finds the spec of the momentum alone; expected a spec, such as "
+            "int8"
+        )
     if settings.compress is None or not is_open(settings.gradients):
         return
     if (warmup := ratio_warmup(settings.gradients)) is not None:
@@ -46,12 +51,6 @@ def require_specs(settings: "Settings") -> None:
         raise TrainingError(
             f"--compress {settings.compress}: expected --parallel ddp and --optimizer AdamW or SGD, got "
             f"{settings.parallel} and {settings.optimizer}"
-        )
-    if settings.shards_muon:
-        stage = f" --zero-stage {settings.zero_stage}" if settings.parallel == "deepspeed" else ""
-        raise TrainingError(
-            f"--compress {settings.compress}: auto cannot choose for EF21Muon where its matrices are sharded (--parallel "
-            f"{settings.parallel}{stage}); expected a spec, such as int4"
         )
     if not settings.takes_auto:
         raise TrainingError(

@@ -204,11 +204,11 @@ def sharded_settings(
     parameters: Plan,
     holds: str,
     by_auto: tuple[bool, bool] = (False, False),
-    momentum: Codec | None = None,
+    momentum: str | None = None,
 ) -> dict[str, object]:
     """Return the settings that saved states of a sharded model must share; `holds` describes what the ranks hold, in words.
 
-    `by_auto` says whether `auto` decides for gradients, and for parameters. `momentum` is the codec of an optimizer's traffic.
+    `by_auto` says whether `auto` decides for gradients, and for parameters. `momentum` is the spec of an optimizer's traffic.
     """
     settings: dict[str, object] = {
         "kind": "sharded",
@@ -216,11 +216,11 @@ def sharded_settings(
         "parameters": parameters.settings(),
         "holds": holds,
     }
-    settings |= {} if momentum is None else {"momentum": str(momentum)}
+    settings |= {} if momentum is None else {"momentum": momentum}
     return settings | ({"auto": "gradients and parameters" if by_auto[1] else True} if by_auto[0] else {})
 
 
-def sharded_spec(gradients: Plan, parameters: Plan, by_auto: tuple[bool, bool], momentum: Codec | None = None) -> str:
+def sharded_spec(gradients: Plan, parameters: Plan, by_auto: tuple[bool, bool], momentum: str | None = None) -> str:
     """Return the name of a sharded model's traffic in reports; it is `auto` if `auto` decides for everything compressed."""
     if by_auto[0] and (by_auto[1] or not parameters.codec.lossy):
         return AUTO

@@ -8,6 +8,9 @@ A candidate is a pair of specs, such as `int4, parameters int8`; with `none` not
 ranks exchange their figures among the shards first, and a step later among the replicas, so that all have the same ones. No
 rank waits for this (`question.py`): one rank may be in its forward while another is in a collective of the user's own.
 
+Where an optimizer steps whole matrices of sharded parameters (EF21Muon), the spec of its moves is searched for instead of that
+of gradients.
+
 Training waits for each exchange when it has started it. So the model that ranks candidates is a sum: for each role, the seconds
 of waiting shrink with the bytes, and the codec's seconds are added. (On an accelerator the host does not see the waiting; there
 only the measured step times decide.) No rank holds a whole sharded mean, so no error is measured.
@@ -21,14 +24,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from math import prod
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from commpress.comm.auto import SPECS, budget, compile_loops, explained, speeds
 from commpress.comm.choice import warn_of
-from commpress.comm.codecs import AUTO, Codec
+from commpress.comm.codecs import AUTO, Codec, parse
 from commpress.comm.cost import Speed, transfers
 from commpress.comm.exchange.reduce_scatter import native_times
 from commpress.comm.plan import Plan
@@ -65,13 +68,28 @@ def decides(gradients: Spec, parameters: str | Codec | None) -> tuple[bool, bool
     return found[0], found[1]
 
 
+class Moves(Protocol):
+    """What an optimizer sends to the owners of matrices, and gets back from them."""
+
+    specs: tuple[str, ...]
+    """The specs that `auto` may choose, the gentlest first."""
+    back: str
+    """The spec of what comes back, if what is sent is coded."""
+    values: int
+    """The number of values of all matrices."""
+
+    def take(self, codec: Codec) -> None:
+        """Send by this codec from now on."""
+
+
 class ShardedAuto:
     """The choice of the plans of a sharded model's traffic, step by step. `error_feedback` is as in `attach`.
 
     `steered` are the collectives whose plans change. `compared` are this rank's: first those of the shards, which gather the
     parameters, then those of the replicas, if there are any. The last of them compress the gradients. `parameters` says whether
-    a spec of the parameters is searched for, too; `dtypes` are those of the exchanged tensors. `begin_step` is called at the
-    same place on every rank, and waits for no other rank.
+    a spec of the parameters is searched for, too; `dtypes` are those of the exchanged tensors. If there are
+    `moves`, their spec is searched for, and the plan of the gradients stays. `begin_step` is called at the same place on every
+    rank, and waits for no other rank.
     """
 
     def __init__(
@@ -81,19 +99,23 @@ class ShardedAuto:
         error_feedback: bool,
         parameters: bool = False,
         dtypes: Collection[torch.dtype] = (),
+        moves: Moves | None = None,
     ) -> None:
-        self._steered, self._compared = steered, compared
+        self._steered, self._compared, self._moves = steered, compared, moves
+        self._role = "gradients" if moves is None else "updates"
+        """The role of the traffic whose spec is searched for, in the report."""
+        specs = SPECS if moves is None else moves.specs
         self.world_size = prod(one.world_size for one in compared)
         self._plans = {
-            "gradients": {spec: Plan.of(spec, None, error_feedback) for spec in SPECS},
+            self._role: {spec: Plan.of(spec, None, error_feedback) for spec in specs},
             "parameters": {spec: Plan.of(spec) for spec in PARAMETER_SPECS if parameters},
         }
         # the gentlest first, as a search wants them
-        self._pairs = {_named(spec, other): (spec, other) for other in PARAMETER_SPECS for spec in SPECS}
+        self._pairs = {_named(spec, other): (spec, other) for other in PARAMETER_SPECS for spec in specs}
         if not parameters:
-            self._pairs = {spec: (spec, PLAIN) for spec in SPECS}
-        self._speeds = speeds(compared[0].device, SPECS) if self.world_size > 1 else {}
-        if self.world_size > 1:
+            self._pairs = {spec: (spec, PLAIN) for spec in specs}
+        self._speeds = speeds(compared[0].device, specs) if self.world_size > 1 else {}
+        if self.world_size > 1 and moves is None:
             compile_loops(compared[0].device, dtypes)
         self.search = Search(self._predicted)
         self.due = True
@@ -170,9 +192,11 @@ class ShardedAuto:
                 self._asked = time.perf_counter() - now
             elif warms_up:
                 self._mark = self._totals()
-        gradients, parameters = self._pairs[self.search.spec]
-        for one in self._steered:
-            one.gradients = self._plans["gradients"][gradients]
+        sent, parameters = self._pairs[self.search.spec]
+        if self._moves is not None:
+            self._moves.take(self._plans[self._role][sent].codec)
+        for one in self._steered if self._moves is None else ():
+            one.gradients = self._plans[self._role][sent]
             if self._plans["parameters"]:
                 one.parameters = self._plans["parameters"][parameters]
         self._noted.clear()
@@ -216,7 +240,8 @@ class ShardedAuto:
 
     def note_waiting(self, role: str, seconds: float) -> None:
         """Note the seconds that training has waited for an exchange of the framework's own."""
-        self._waited[role] += seconds
+        if role in self._waited:
+            self._waited[role] += seconds
 
     def explain(self) -> str:
         """Return the specs that were tried last, and their steps, as a table."""
@@ -246,13 +271,15 @@ class ShardedAuto:
         return said
 
     def _totals(self) -> tuple[float, ...]:
-        """Return the steps so far, and the seconds that training has waited for gradients and for parameters."""
-        own = {"gradients": self._compared[-1], "parameters": self._compared[0]}
+        """Return the steps so far, and the seconds that training has waited for gradients, or moves, and for parameters."""
+        own = {self._role: self._compared[-1], "parameters": self._compared[0]}
         gradients, parameters = (one.traffic.spent(role)[0] + self._waited[role] for role, one in own.items())
         return self.search.steps, gradients - self._left_out[0], parameters - self._left_out[1]
 
     def _cost(self, role: str, plan: Plan) -> tuple[int, float]:
         """Return the bytes that this rank sends by `plan` in a step of the noted exchanges, and the seconds of its codec."""
+        if role == "updates":
+            return self._cost_of_moves(plan.codec)
         own = self._compared[-1 if role == "gradients" else 0]
         W, native = own.world_size, native_times(own.device)
         speed, sent, coding = self._speeds[str(plan.codec)], 0, 0.0
@@ -276,6 +303,17 @@ class ShardedAuto:
             else:
                 coding += m * speed.encode + W * m * speed.mean[0]
         return sent, coding
+
+    def _cost_of_moves(self, codec: Codec) -> tuple[int, float]:
+        """Return the same of moves, which this rank sends to owners and gets back from them; both ends decode them."""
+        assert self._moves is not None
+        W, speed = self.world_size, self._speeds[str(codec)]
+        n = self._moves.values // W * (W - 1) // W
+        if not codec.lossy:
+            return 2 * 4 * n, 0.0
+        back = self._speeds[self._moves.back]
+        coding = sum(one.encode + 2 * one.mean[0] for one in (speed, back))
+        return codec.nbytes(n) + parse(self._moves.back).nbytes(n), n * coding
 
     def _predicted(self, everyone: Sequence[Said], plain: float) -> Mapping[str, float]:
         """Return the predicted seconds of a step by candidate: a plain step, minus the saved waiting, plus the coding."""

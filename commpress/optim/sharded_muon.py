@@ -31,6 +31,7 @@ from commpress.comm.coding import warm_up
 from commpress.comm.collectives import Collectives
 from commpress.comm.plan import DENSE, require_flat
 from commpress.comm.rules import Spec, open_refusal
+from commpress.comm.search import PLAIN
 from commpress.comm.segments import Segment
 from commpress.optim.muon_groups import others_codec
 from commpress.optim.newton_schulz import newton_schulz
@@ -108,16 +109,13 @@ def owners(matrices: Sequence[Matrix], world_size: int) -> dict[str, int]:
 
 
 def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> Codec:
-    """Return the codec of the momentum.
+    """Return the codec of the momentum; under `auto` that of the first steps.
 
-    Raises TypeError for `auto` and for patterns, ValueError for an unknown spec, `error_feedback=False`, and an `others_spec`
-    that needs error feedback.
+    Raises TypeError for patterns and for a budget of `auto`, ValueError for an unknown spec, `error_feedback=False`, and an
+    `others_spec` that needs error feedback.
     """
     if spec == AUTO:
-        raise TypeError(
-            'EF21Muon: auto cannot choose where it is sharded; expected one of "none", "int4", "int2", "sign", as in '
-            'attach(model, "int4", optimizer=optimizer)'
-        )
+        spec = PLAIN
     if (refusal := open_refusal(spec, optimizer, None, error_feedback)) is not None:
         raise refusal
     if not error_feedback:
@@ -147,7 +145,7 @@ class ShardedMuon:
     """The matrices of an EF21Muon that hold its shards, and their traffic. Collective over the ranks of `collectives`.
 
     `holders` are the tensors that hold this rank's parts, by name; `local` returns this rank's part of one that is a DTensor.
-    `momentum` codes the moves of the momentum.
+    `momentum` codes the moves of the momentum, until another codec is taken.
     """
 
     def __init__(
@@ -159,9 +157,11 @@ class ShardedMuon:
         momentum: Codec,
         local: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
-        self._optimizer, self._collectives, self._codec, self._local = optimizer, collectives, momentum, local
-        self._back = BACK if momentum.lossy else DENSE
+        self._optimizer, self._collectives, self._local = optimizer, collectives, local
+        self.take(momentum)
+        self.values = sum(prod(matrix.shape) for matrix in matrices)
         self._holders = dict(holders)
+        self.specs, self.back = tuple(candidate.spec for candidate in optimizer.candidates()), str(BACK)
         self._owner = owners(matrices, collectives.world_size)
         self._matrices = sorted(matrices, key=lambda matrix: self._owner[matrix.name])
         """The matrices in the order of their owners, in which they are sent."""
@@ -169,10 +169,14 @@ class ShardedMuon:
         """E and K of the matrices that this rank owns, in the matrices' shapes, by name."""
         if collectives.world_size > 1:
             warm_up(momentum, collectives.device)
-            warm_up(self._back, collectives.device)
+            warm_up(BACK, collectives.device)
         for holder in dict.fromkeys(matrix.holder for matrix in matrices):  # a checkpoint is loaded into what is there
             for key in KEYS:
                 optimizer.state[self._holders[holder]].setdefault(key, torch.zeros_like(self._holders[holder]))
+
+    def take(self, codec: Codec) -> None:
+        """Send moves by this codec from now on; all ranks take it before the same step."""
+        self._codec, self._back = codec, BACK if codec.lossy else DENSE
 
     @torch.no_grad()
     def clip(self, gradients: Sequence[Tensor]) -> None:

@@ -107,6 +107,7 @@ def attach(
     by_auto = (False, False)
     plans: tuple[Plan, Plan] | None = None
     momentum: Codec | None = None
+    moves = str(gradients) if sharded and isinstance(optimizer, EF21Muon) else None
     if refusal is None:
         try:
             if sharded and isinstance(optimizer, EF21Muon):
@@ -124,7 +125,7 @@ def attach(
     known = bare_parameters(engine.module).items()
     names: dict[Any, str] = {p: name for name, p in known if p.requires_grad and _numel(p)}
     settings: dict[str, object] = {"ZeRO stage": stage, "optimizer": type(optimizer).__name__ if optimizer else None}
-    settings |= {"sharded": sharded, "verify": verify, "momentum": str(momentum)}
+    settings |= {"sharded": sharded, "verify": verify, "momentum": moves}
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
     if plans is not None:
         settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
@@ -135,7 +136,7 @@ def attach(
         engine.commpress = attach_replicas(engine, plans[0], found, names, optimizer, verify)
     else:
         holds = str(settings["parameters"])
-        engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, momentum, holds, verify)
+        engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, momentum, moves, holds, verify)
     if optimizer is None:
         _advise(engine, speaks(group))
     return engine.commpress  # type: ignore[no-any-return]
@@ -159,6 +160,7 @@ def _shard(
     names: dict[Any, str],
     optimizer: CompressedOptimizer | None,
     momentum: Codec | None,
+    moves: str | None,
     holds: str,
     verify: int,
 ) -> Session:
@@ -173,12 +175,14 @@ def _shard(
     else:
         assert optimizer is None or isinstance(optimizer, OneBitAdamW | EF21Muon)
         held = attach_partitions(engine, shards, names, optimizer, momentum, auto)
+        if moves == AUTO:
+            auto = ShardedAuto([shards], [shards], True, moves=held.muon)
     if auto is not None:
         follow_steps(engine, auto)
-    values, settings = sum(_numel(p) for p in names), sharded_settings(*plans, holds, by_auto, momentum)
+    values, settings = sum(_numel(p) for p in names), sharded_settings(*plans, holds, by_auto, moves)
     return Session(
         shards,
-        spec=sharded_spec(*plans, by_auto, momentum),
+        spec=sharded_spec(*plans, by_auto, moves),
         settings=settings,
         auto=auto,
         masks=lambda masks: [held.mask_index(masks)],

@@ -42,6 +42,8 @@ class Partitions:
     auto: ShardedAuto | None = None
     coded: str = ""
     """The name of the optimizer whose momentum is sent, if there is one."""
+    muon: ShardedMuon | None = None
+    """The matrices of an EF21Muon."""
     _layouts: dict[tuple[int, ...], OwnedBucket] = field(default_factory=dict)
     _masks: MaskIndex | None = None
     """The masks by which layouts were made."""
@@ -365,7 +367,8 @@ def _shard_muon(optimizer: EF21Muon, partitions: Partitions, momentum: Codec) ->
     holders = {_partition(i): flat for i, flat in enumerate(flats)}
     optimizer.bind(holders, shards.world_size, may_be_unused=True)
     hidden = {i for i, group in enumerate(optimizer.param_groups) if group["muon"]}
-    optimizer.hold_shards(ShardedMuon(optimizer, shards, list(partitions.matrices(hidden)), holders, momentum))
+    partitions.muon = ShardedMuon(optimizer, shards, list(partitions.matrices(hidden)), holders, momentum)
+    optimizer.hold_shards(partitions.muon)
     gradients: list[Tensor] = []
 
     def step(group: int) -> None:

@@ -82,6 +82,7 @@ def attach(
     device = held[0].device
     plan: Any = None
     momentum: Codec | None = None
+    moves: str | None = None if optimizer is None else str(gradients)
     by_auto = (False, False)
     refusal = not_taken("buffers", buffers, "FSDP sends none")
     refusal = refusal or not_taken("exchange", exchange, "FSDP's are a reduce-scatter and an all-gather")
@@ -104,7 +105,7 @@ def attach(
     described = f"{sum(len(unit.names) for unit in held)} with {sum(unit.values for unit in held)} values"
     settings: dict[str, object] = {"parameters": f"{described} in {len(held)} modules"}
     settings |= {"scaler": grad_scaler is not None, "verify": verify}
-    settings |= {"optimizer": None if optimizer is None else type(optimizer).__name__, "momentum": str(momentum)}
+    settings |= {"optimizer": None if optimizer is None else type(optimizer).__name__, "momentum": moves}
     settings |= _planned(plan, by_auto)
     agree_on_all(settings, [*inner.values(), *outer.values()], device, refusal)
 
@@ -117,10 +118,11 @@ def attach(
     own, of_all = [first, *replicas.values()], [*shards.values(), *replicas.values()]
     auto = ShardedAuto(of_all, own, error_feedback, by_auto[1], dtypes) if by_auto[0] else None
     if optimizer is not None and momentum is not None:
-        muon.shard(optimizer, first, held, momentum)
+        sharded = muon.shard(optimizer, first, held, momentum)
+        auto = ShardedAuto([first], [first], True, moves=sharded) if moves == AUTO else None
     _stand_in(held, shards, replicas, auto)
-    saved = sharded_settings(plan[0], plan[1], described, by_auto, momentum)
-    spec = sharded_spec(plan[0], plan[1], by_auto, momentum)
+    saved = sharded_settings(plan[0], plan[1], described, by_auto, moves)
+    spec = sharded_spec(plan[0], plan[1], by_auto, moves)
     session = _session(held, shards, replicas, spec, saved, auto, optimizer)
     _watch(model, held, session, auto)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)

@@ -42,7 +42,7 @@ def refusal(held: list[Unit], optimizer: EF21Muon) -> Exception | None:
     return None
 
 
-def shard(optimizer: EF21Muon, shards: Collectives, held: list[Unit], momentum: Codec) -> None:
+def shard(optimizer: EF21Muon, shards: Collectives, held: list[Unit], momentum: Codec) -> ShardedMuon:
     """Have a bound optimizer step these shards. `momentum` is the codec by which a matrix's momentum is sent to its owner."""
     hidden = {p for group in optimizer.param_groups if group["muon"] for p in group["params"]}
     matrices = []
@@ -51,7 +51,9 @@ def shard(optimizer: EF21Muon, shards: Collectives, held: list[Unit], momentum: 
         for name in (name for name in unit.names if parameters[name] in hidden):
             shape = tuple(shapes[name])
             matrices.append(Matrix(name, shape, shape, *unit.lengths(name), holder=name))
-    optimizer.hold_shards(ShardedMuon(optimizer, shards, matrices, _holders(held), momentum, local))
+    sharded = ShardedMuon(optimizer, shards, matrices, _holders(held), momentum, local)
+    optimizer.hold_shards(sharded)
+    return sharded
 
 
 def local(x: Tensor) -> Tensor:

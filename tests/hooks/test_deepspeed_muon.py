@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from engines import RANKS, engine, rows, same_on_all_ranks, train, weights
 from ranks import outcome, run
+from scripted import Scripted
 from tiers import slow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -116,6 +118,27 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
+def by_script(stage: int) -> tuple[set[tuple[str, str]], str, bool]:
+    """The specs of what was sent by role, the spec of the report, and whether all ranks have the same bits, by `auto`."""
+    e = engine(stage, optimizer=partial(muon, others_spec="int8"))
+    session = attach(e)
+    assert session._auto is not None
+    session._auto.search = Scripted("none", "none", "int8", "int8", "int8")  # type: ignore[assignment]
+    train(e, range(5))
+    report = session.report()
+    return {(row.role, row.spec) for row in report.rows}, report.spec, same_on_all_ranks(weights(e))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_auto_finds_the_spec_of_the_momentum(stage: int) -> None:
+    for sent, spec, same_bits in run(RANKS, by_script, stage, timeout=120):
+        assert {("updates", "none"), ("updates", "int8")} <= sent
+        assert {of for role, of in sent if role == "gradients"} <= {"int8", "none"}
+        assert spec == "momentum auto, gradients int8, parameters none; auto: int8, still looking"
+        assert same_bits
+
+
 def resumed(folder: str, names: list[str]) -> list[tuple[str, bool]]:
     """Whether a run goes on as the unbroken one."""
     found = []
@@ -176,7 +199,7 @@ def refused() -> list[str]:
     """What does not work, in its own words."""
     said = [
         outcome(lambda: attach(engine(3, optimizer=muon), "sign")),
-        outcome(lambda: attach(engine(2, optimizer=muon), "auto")),
+        outcome(lambda: attach(engine(2, optimizer=muon), "auto(error=0.3)")),
         outcome(lambda: attach(engine(1, optimizer=muon), "sign", error_feedback=False)),
         outcome(lambda: attach(engine(2, optimizer=muon), "sign", exchange="one_shot")),
     ]
@@ -187,7 +210,7 @@ def test_what_is_not_possible_says_so() -> None:
     of_ranks = run(RANKS, refused, timeout=120)
     stage, auto, feedback, exchange = of_ranks[0]
     assert "EF21Muon under ZeRO 3: expected ZeRO 0, 1 or 2" in stage
-    assert auto.startswith("TypeError: EF21Muon: auto cannot choose")
+    assert "auto(error=0.3)" in auto
     assert "error_feedback=False: EF21Muon adds up what it receives" in feedback
     assert "exchange 'one_shot': ZeRO 2 sends each part of a gradient to its owner" in exchange
     assert all(found == of_ranks[0] for found in of_ranks)

@@ -302,8 +302,8 @@ def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path, text: Path) -> 
         (["--warmup-compress", "int5"], "unknown codec 'int5'"),
         (["--optimizer", "Adam"], "--optimizer Adam: expected one of AdamW, OneBitAdamW, ZeroOneAdamW, EF21Muon"),
         (
-            ["--parallel", "fsdp", "--optimizer", "EF21Muon", "--compress", "auto"],
-            "auto cannot choose for EF21Muon where its matrices are sharded (--parallel fsdp); expected a spec",
+            ["--parallel", "fsdp", "--optimizer", "EF21Muon", "--parameters", "auto"],
+            "--parameters auto: under --optimizer EF21Muon auto finds the spec of the momentum alone",
         ),
         (
             ["--parallel", "deepspeed", "--optimizer", "EF21Muon", "--zero-stage", 3],

@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from clocked import by_clock
 from ranks import Died, outcome, run
 from references import ShardedEf21Muon
+from scripted import Scripted
 from tiers import slow
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -21,6 +23,7 @@ from training import CLASSES, INPUTS, WIDTH, exact_products, finite, loss_of, ne
 
 import commpress
 from commpress.comm.codecs import parse
+from commpress.comm.sharded_auto import ShardedAuto
 from commpress.optim import EF21Muon, OneBitAdamW
 from commpress.optim.sharded_muon import SENT, UPDATE, Matrix, owners
 
@@ -123,6 +126,59 @@ def test_exact_it_steps_as_under_ddp(name: str, world_size: int) -> None:
     for apart, parameters in ranks:
         assert apart < 1e-4
         assert same(parameters, ranks[0][1])
+
+
+# --- the spec is searched for ------------------------------------------------------------------------------------
+
+
+def by_script(specs: list[str]) -> dict[str, Any]:
+    """What is left of the momenta that owners do not know, and the rows of the report, after steps by these specs."""
+    model = sharded(Odd())
+    optimizer, session = attached(model, "auto", others_spec="int8")
+    assert session._auto is not None
+    session._auto.search = Scripted(*specs)  # type: ignore[assignment]
+    train(model, optimizer, range(len(specs)))
+    states = [state for state in optimizer.state.values() if SENT in state]
+    ahead = [(state["momentum_buffer"] - state[SENT]).to_local().norm() for state in states]
+    report = session.report()
+    return {
+        "ahead": float(sum(ahead) / sum(state["momentum_buffer"].to_local().norm() for state in states)),
+        "rows": {(row.role, row.spec) for row in report.rows if row.role == "updates"},
+        "gradients": {row.spec for row in report.rows if row.role == "gradients"},
+        "spec": report.spec,
+        "parameters": whole(model),
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, slow(3)])
+def test_a_spec_that_changes_leaves_nothing_out(world_size: int) -> None:
+    ranks = run(world_size, by_script, ["none", "none", *["int8"] * 5])
+    assert ranks[0]["spec"] == "momentum auto, gradients int8, parameters none; auto: int8, still looking"
+    assert ranks[0]["rows"] == {("updates", spec) for spec in ("none", "int8")}
+    assert ranks[0]["gradients"] <= {"int8", "none"}
+    assert max(of["ahead"] for of in ranks) > 1e-4
+    assert all(same(of["parameters"], ranks[0]["parameters"]) for of in ranks)
+    again = run(world_size, by_script, ["none", "none", *["int8"] * 5, "none"])
+    assert max(of["ahead"] for of in again) < 1e-6
+
+
+def by_clock_of(seconds: dict[str, float]) -> tuple[str, str, list[str]]:
+    """What auto has chosen by clocks that show these seconds, the receipt, and the specs of all choices."""
+    model = sharded()
+    with by_clock(lambda name: seconds[name], ShardedAuto):
+        optimizer, session = attached(model, "auto", others_spec="int8")
+        train(model, optimizer, range(60))
+    return session.report().spec, session.explain(), [choice.spec for choice in session.report().choices]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"), [({"none": 1.0, "int8": 0.5}, "int8"), slow({"none": 1.0, "int8": 1.5}, "none")]
+)
+def test_auto_chooses_what_is_faster(seconds: dict[str, float], chosen: str) -> None:
+    for spec, explained, choices in run(2, by_clock_of, seconds):
+        assert choices == [chosen]
+        assert spec.endswith(f"auto: {chosen}")
+        assert "int8" in explained
 
 
 @exact_products
@@ -240,22 +296,22 @@ def test_max_norm_is_of_the_mean_gradient() -> None:
 # --- checkpoints -------------------------------------------------------------------------------------------------
 
 
-def saved(folder: str, steps: int) -> None:
+def saved(folder: str, steps: int, spec: str = "sign") -> None:
     """Train, and save."""
     model = sharded(Odd())
-    optimizer, session = attached(model, "sign", others_spec="int8")
+    optimizer, session = attached(model, spec, others_spec="int8")
     train(model, optimizer, range(steps))
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments, "commpress": session}, checkpoint_id=folder)
 
 
-def loaded(folder: str) -> tuple[Any, EF21Muon]:
+def loaded(folder: str, spec: str = "sign") -> tuple[Any, EF21Muon]:
     """A new model and optimizer with what was saved."""
     with torch.random.fork_rng():
         model = sharded(Odd())
     for p in model.parameters():
         nn.init.zeros_(p)
-    optimizer, session = attached(model, "sign", others_spec="int8", lr=0.5)
+    optimizer, session = attached(model, spec, others_spec="int8", lr=0.5)
     weights, moments = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": moments, "commpress": session}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -268,21 +324,22 @@ def states(model: nn.Module, optimizer: EF21Muon) -> list[Tensor]:
     return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in kept]
 
 
-def resumed(folder: str) -> tuple[list[Tensor], list[Tensor]]:
+def resumed(folder: str, spec: str) -> tuple[list[Tensor], list[Tensor]]:
     """Six steps unbroken; three steps, a checkpoint on disk, and three more by new objects."""
     model = sharded(Odd())
-    optimizer, _ = attached(model, "sign", others_spec="int8")
+    optimizer, _ = attached(model, spec, others_spec="int8")
     train(model, optimizer, range(6))
     unbroken = [*whole(model), *states(model, optimizer)]
-    saved(folder, 3)
-    model, optimizer = loaded(folder)
+    saved(folder, 3, spec)
+    model, optimizer = loaded(folder, spec)
     train(model, optimizer, range(3, 6))
     return unbroken, [*whole(model), *states(model, optimizer)]
 
 
-@pytest.mark.parametrize("world_size", [2, slow(3)])
-def test_a_resumed_training_goes_on_bit_for_bit(world_size: int, tmp_path: Path) -> None:
-    for unbroken, pieced in run(world_size, resumed, str(tmp_path)):
+@pytest.mark.parametrize(("spec", "world_size"), [("sign", 2), slow("sign", 3), slow("auto", 2)])
+def test_a_resumed_training_goes_on_bit_for_bit(spec: str, world_size: int, tmp_path: Path) -> None:
+    """By auto, too, whose first steps are plain ones."""
+    for unbroken, pieced in run(world_size, resumed, str(tmp_path), spec):
         assert same(unbroken, pieced)
 
 
@@ -388,7 +445,7 @@ def refusals() -> dict[str, str]:
     said = {
         "replicas": attach(sharded(mesh=mesh), "sign"),
         "offloaded": attach(sharded(offload_policy=CPUOffloadPolicy(pin_memory=False)), "sign"),
-        "auto": attach(model),
+        "budget": attach(model, "auto(error=0.3)"),
         "patterns": attach(model, {"*": "sign"}),
         "unknown": attach(model, "int5"),
         "factors": attach(model, "powersgd(4)"),
@@ -410,7 +467,7 @@ def test_what_is_not_possible_says_so() -> None:
     assert one == other
     assert "expected one mesh of one dimension for all modules" in one["replicas"]
     assert "leave offload_policy out" in one["offloaded"]
-    assert one["auto"].startswith("TypeError: EF21Muon: auto cannot choose")
+    assert "auto(error=0.3)" in one["budget"]
     assert "EF21Muon needs one spec of the gradients, as in" in one["patterns"]
     assert one["unknown"].startswith("ValueError: spec 'int5': unknown codec 'int5'")
     assert "powersgd(4) sends whole matrices as factors" in one["factors"]
