@@ -108,13 +108,22 @@ def owners(matrices: Sequence[Matrix], world_size: int) -> dict[str, int]:
     return found
 
 
-def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> Codec:
-    """Return the codec of the momentum; under `auto` that of the first steps.
+@dataclass(frozen=True)
+class Momentum:
+    """The spec of a momentum, which may be `auto`, and its codec, under `auto` that of the first steps."""
+
+    spec: str
+    codec: Codec
+
+
+def momentum_of(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> Momentum:
+    """Return how the momentum is sent.
 
     Raises TypeError for patterns and for a budget of `auto`, ValueError for an unknown spec, `error_feedback=False`, and an
     `others_spec` that needs error feedback.
     """
-    if spec == AUTO:
+    by_auto = spec == AUTO
+    if by_auto:
         spec = PLAIN
     if (refusal := open_refusal(spec, optimizer, None, error_feedback)) is not None:
         raise refusal
@@ -126,7 +135,7 @@ def momentum_codec(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> C
     assert isinstance(spec, str | Codec)
     others_codec(optimizer.param_groups[0]["others_spec"], feedback=False)
     require_flat(codec := parse(spec), "the momentum of a sharded matrix goes to its owner as rows")
-    return codec
+    return Momentum(AUTO if by_auto else str(codec), codec)
 
 
 @dataclass

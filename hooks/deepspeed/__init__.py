@@ -52,7 +52,7 @@ from commpress.hooks.parameters import bare_parameters, not_taken
 from commpress.notice import speaks
 from commpress.optim import DGC, CompressedOptimizer, EF21Muon, OneBitAdamW, ZeroOneAdamW
 from commpress.optim.advice import advise
-from commpress.optim.sharded_muon import momentum_codec
+from commpress.optim.sharded_muon import Momentum, momentum_of
 
 KEYS = ("gradients", "parameters", "exchange", "error_feedback", "verify")
 """Keys of a `commpress` block in a DeepSpeed config."""
@@ -106,12 +106,11 @@ def attach(
     found: Spec | None = None
     by_auto = (False, False)
     plans: tuple[Plan, Plan] | None = None
-    momentum: Codec | None = None
-    moves = str(gradients) if sharded and isinstance(optimizer, EF21Muon) else None
+    momentum: Momentum | None = None
     if refusal is None:
         try:
             if sharded and isinstance(optimizer, EF21Muon):
-                momentum = momentum_codec(gradients, optimizer, error_feedback)
+                momentum = momentum_of(gradients, optimizer, error_feedback)
                 gradients, error_feedback = optimizer.param_groups[0]["others_spec"], False
             found = gradients if is_open(gradients) else None
             by_name = gradients if found is None else PLAIN
@@ -125,7 +124,7 @@ def attach(
     known = bare_parameters(engine.module).items()
     names: dict[Any, str] = {p: name for name, p in known if p.requires_grad and _numel(p)}
     settings: dict[str, object] = {"ZeRO stage": stage, "optimizer": type(optimizer).__name__ if optimizer else None}
-    settings |= {"sharded": sharded, "verify": verify, "momentum": moves}
+    settings |= {"sharded": sharded, "verify": verify, "momentum": None if momentum is None else momentum.spec}
     settings["parameters"] = f"{len(names)} with {sum(_numel(p) for p in names)} values"
     if plans is not None:
         settings |= {"gradients' plan": plans[0].settings(), "parameters' plan": plans[1].settings()}
@@ -136,7 +135,7 @@ def attach(
         engine.commpress = attach_replicas(engine, plans[0], found, names, optimizer, verify)
     else:
         holds = str(settings["parameters"])
-        engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, momentum, moves, holds, verify)
+        engine.commpress = _shard(engine, stage, plans, by_auto, names, optimizer, momentum, holds, verify)
     if optimizer is None:
         _advise(engine, speaks(group))
     return engine.commpress  # type: ignore[no-any-return]
@@ -159,8 +158,7 @@ def _shard(
     by_auto: tuple[bool, bool],
     names: dict[Any, str],
     optimizer: CompressedOptimizer | None,
-    momentum: Codec | None,
-    moves: str | None,
+    momentum: Momentum | None,
     holds: str,
     verify: int,
 ) -> Session:
@@ -174,15 +172,16 @@ def _shard(
         held = attach_gathered(engine, shards, names, auto)
     else:
         assert optimizer is None or isinstance(optimizer, OneBitAdamW | EF21Muon)
-        held = attach_partitions(engine, shards, names, optimizer, momentum, auto)
-        if moves == AUTO:
+        held = attach_partitions(engine, shards, names, optimizer, None if momentum is None else momentum.codec, auto)
+        if momentum is not None and momentum.spec == AUTO:
             auto = ShardedAuto([shards], [shards], True, moves=held.muon)
     if auto is not None:
         follow_steps(engine, auto)
-    values, settings = sum(_numel(p) for p in names), sharded_settings(*plans, holds, by_auto, moves)
+    sent = None if momentum is None else momentum.spec
+    values, settings = sum(_numel(p) for p in names), sharded_settings(*plans, holds, by_auto, sent)
     return Session(
         shards,
-        spec=sharded_spec(*plans, by_auto, moves),
+        spec=sharded_spec(*plans, by_auto, sent),
         settings=settings,
         auto=auto,
         masks=lambda masks: [held.mask_index(masks)],

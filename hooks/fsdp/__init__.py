@@ -42,7 +42,7 @@ from commpress.hooks.fsdp.units import Unit, ranks, root, units
 from commpress.hooks.parameters import not_taken
 from commpress.optim.advice import advise
 from commpress.optim.muon import EF21Muon
-from commpress.optim.sharded_muon import momentum_codec
+from commpress.optim.sharded_muon import Momentum, momentum_of
 
 
 def attach(
@@ -78,19 +78,17 @@ def attach(
     and for `exchange`; RuntimeError for a module that is not the root, and for one that already has custom collectives. FSDP
     finds the root in the first forward: if the model has not run yet, that forward raises.
     """
-    held = units(model)
-    device = held[0].device
     plan: Any = None
-    momentum: Codec | None = None
-    moves: str | None = None if optimizer is None else str(gradients)
-    by_auto = (False, False)
+    momentum: Momentum | None = None
+    by_auto, held = (False, False), units(model)
+    device = held[0].device
     refusal = not_taken("buffers", buffers, "FSDP sends none")
     refusal = refusal or not_taken("exchange", exchange, "FSDP's are a reduce-scatter and an all-gather")
     refusal = refusal or _refusal(model, held, optimizer)
     if refusal is None:
         try:
             if optimizer is not None:
-                momentum = momentum_codec(gradients, optimizer, error_feedback)
+                momentum = momentum_of(gradients, optimizer, error_feedback)
                 gradients, error_feedback = optimizer.param_groups[0]["others_spec"], False
             by_auto = decides(gradients, parameters)
             if by_auto[0]:
@@ -104,8 +102,8 @@ def attach(
     outer = {ranks(group): group for unit in held if (group := unit.replica_group) is not None}
     described = f"{sum(len(unit.names) for unit in held)} with {sum(unit.values for unit in held)} values"
     settings: dict[str, object] = {"parameters": f"{described} in {len(held)} modules"}
-    settings |= {"scaler": grad_scaler is not None, "verify": verify}
-    settings |= {"optimizer": None if optimizer is None else type(optimizer).__name__, "momentum": moves}
+    sent, by = None if momentum is None else momentum.spec, None if optimizer is None else type(optimizer).__name__
+    settings |= {"scaler": grad_scaler is not None, "verify": verify, "optimizer": by, "momentum": sent}
     settings |= _planned(plan, by_auto)
     agree_on_all(settings, [*inner.values(), *outer.values()], device, refusal)
 
@@ -118,11 +116,11 @@ def attach(
     own, of_all = [first, *replicas.values()], [*shards.values(), *replicas.values()]
     auto = ShardedAuto(of_all, own, error_feedback, by_auto[1], dtypes) if by_auto[0] else None
     if optimizer is not None and momentum is not None:
-        sharded = muon.shard(optimizer, first, held, momentum)
-        auto = ShardedAuto([first], [first], True, moves=sharded) if moves == AUTO else None
+        sharded = muon.shard(optimizer, first, held, momentum.codec)
+        auto = ShardedAuto([first], [first], True, moves=sharded) if sent == AUTO else None
     _stand_in(held, shards, replicas, auto)
-    saved = sharded_settings(plan[0], plan[1], described, by_auto, moves)
-    spec = sharded_spec(plan[0], plan[1], by_auto, moves)
+    saved = sharded_settings(plan[0], plan[1], described, by_auto, sent)
+    spec = sharded_spec(plan[0], plan[1], by_auto, sent)
     session = _session(held, shards, replicas, spec, saved, auto, optimizer)
     _watch(model, held, session, auto)
     advise(plan[0].codec, {p for unit in held for p in unit.trained_parameters()}, session.rank == 0)
