@@ -164,7 +164,7 @@ class Collectives:
         exchange = self._mean(values, op, override, plan, encoder, label)
         if kept_index is not None and values is not x:
             exchange = packed(x, kept_index, values, exchange)
-        sees_all = kept_index is None and plan.exchange.share() == 1
+        sees_all = kept_index is None and plan.exchange.encodes_bucket
         exchange = self._overridden(override, x, segments, memory, encoder, exchange, sees_all)
         collective = plan.exchange is not NO_EXCHANGE or self.grad_scaler is not None
         if step is not None and step.error is not None and W > 1 and collective:
@@ -470,8 +470,7 @@ class Collectives:
         prepare = None if override.prepare is None else partial(override.prepare, x, memory)
         if not before and prepare is None and override.finish is None:
             return exchange
-        encodes_all = sees_all and encoder.codec.lossy and encoder.codec.flat
-        fused = encoder if encodes_all and self.world_size > 1 else None
+        fused = encoder if sees_all and encoder.codec.lossy and self.world_size > 1 else None
         return prepared(exchange, x, before, prepare, fused, override.finish)
 
 

@@ -119,7 +119,7 @@ class Momentum:
 def momentum_of(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> Momentum:
     """Return how the momentum is sent.
 
-    Raises TypeError for patterns and for a budget of `auto`, ValueError for an unknown spec, `error_feedback=False`, and an
+    Raises TypeError for patterns, ValueError for an unknown spec, a budget of `auto`, `error_feedback=False`, and an
     `others_spec` that needs error feedback.
     """
     by_auto = spec == AUTO

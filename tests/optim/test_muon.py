@@ -163,6 +163,17 @@ def test_the_pass_that_encodes_moves_the_momentum(spec: str, passes: int) -> Non
     assert run(2, passes_before_the_code, spec, 12) == [passes] * 2
 
 
+def by_exchange(exchange: str | None) -> list[Tensor]:
+    ddp, optimizer, _ = attached("int8", exchange=exchange, others_spec="int8")
+    return train(ddp, range(8), optimizer=optimizer).parameters
+
+
+def test_a_node_of_one_rank_sends_what_a_rank_does() -> None:
+    """`hierarchical` encodes by an encoder of its own, which knows no momentum."""
+    for nodes, ranks in zip(run(2, by_exchange, "hierarchical(1)"), run(2, by_exchange, "one_shot"), strict=True):
+        assert same(nodes, ranks)
+
+
 def switched(*specs: str) -> dict[str, float]:
     """How far, in units of the mean momentum, the estimate is from it after steps by these specs; and how far each rank's
     momentum is from one that is kept here, and the ranks' estimates from each other."""

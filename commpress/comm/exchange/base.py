@@ -50,6 +50,9 @@ class Exchange(ABC):
     def join(self, wire: Wire) -> None:  # noqa: B027
         """Make the groups of some of the wire's ranks that it needs. Collective."""
 
+    encodes_bucket: ClassVar[bool] = True
+    """Whether the encoder that it is given encodes the values of the bucket, and so can run a prologue on them."""
+
     @abstractmethod
     def run(self, x: Tensor, encoder: Encoder, wire: Wire, label: Label) -> Iterator[Transfer]:
         """Replace `x` ([n], any float dtype) by its mean over the ranks."""

@@ -42,6 +42,7 @@ class Hierarchical(Exchange):
     """A dense reduce-scatter inside each node, a compressed mean of each slice between nodes, a dense all-gather inside."""
 
     name: ClassVar[str] = "hierarchical"
+    encodes_bucket: ClassVar[bool] = False
     ranks_per_node: int = 0
     """The number of ranks on each node; 0 if it is not known yet."""
 

@@ -63,6 +63,7 @@ class LowRank(Exchange):
     whole: tuple[tuple[int, int], ...] = ()
 
     name: ClassVar[str] = "low_rank"
+    encodes_bucket: ClassVar[bool] = False
     flat: ClassVar[bool] = False
 
     def laid_out(self, n: int, segments: Segments, codec: Codec) -> Exchange:
