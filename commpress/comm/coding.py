@@ -43,6 +43,8 @@ def encode(
     if prologue is not None:
         for name, tensor in prologue.tensors.items():
             _require_values(tensor, f"prologue.{name}", n, torch.float32)
+        if not prologue.fits(codec, x):
+            raise ValueError(f"{codec} cannot apply this {type(prologue).__name__} as it encodes: apply it to x before")
     payload = torch.empty(codec.nbytes(n), dtype=torch.uint8, device=x.device) if out is None else out
     _require_payload(payload, codec, n)
     if n:

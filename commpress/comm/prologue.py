@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from commpress.kernels.table import lookup
+from commpress.kernels.table import encodes_moves, lookup
 
 if TYPE_CHECKING:
     from commpress.comm.codecs.base import Codec
@@ -70,7 +70,7 @@ class Ahead:
 
     def fits(self, codec: "Codec", x: Tensor) -> bool:
         """Return whether the pass that encodes x by `codec` can apply it: that of a sparse codec reads values twice."""
-        return x.device.type == "cpu" and not codec.sparse and x.dtype == self.momentum.dtype == torch.float32
+        return encodes_moves(x.device) and not codec.sparse and x.dtype == self.momentum.dtype == torch.float32
 
     def apply(self, x: Tensor) -> None:
         """Apply the operation to x ([n], contiguous, any float dtype), in place."""

@@ -130,17 +130,13 @@ class Search:
         self.guard.loss.forget()
 
     def kept(self, began: bool) -> dict[str, Any]:
-        """Return what a run that goes on needs to know: the number of steps, and which specs have hurt.
-
-        `began` says whether a step has begun that is not counted yet: the last one, until the next begins.
-        """
-        steps = self.steps + began
-        return {"step": steps, "guard": self.guard.kept(steps)}
+        """Return what a run that goes on needs to know: the steps, with one that `began` and is not counted yet, and bans."""
+        return {"step": self.steps + began, "guard": self.guard.kept(self.steps + began)}
 
     def restore(self, kept: Mapping[str, Any], began: bool) -> None:
         """Continue from what `kept` returned. A search that has begun keeps its own count of steps."""
-        if not self.steps + began:
-            self.steps = kept["step"]
+        if not self.steps:
+            self.steps = max(0, kept["step"] - began)
         self.guard.restore(kept["guard"], self.steps + began)
 
     def note(

@@ -69,7 +69,7 @@ def decides(gradients: Spec, parameters: str | Codec | None) -> tuple[bool, bool
 
 
 class Moves(Protocol):
-    """What an optimizer sends to the owners of matrices, and gets back from them."""
+    """The traffic between the ranks that hold rows of matrices and the owners that step them."""
 
     specs: tuple[str, ...]
     """The specs that `auto` may choose, the gentlest first."""
@@ -114,7 +114,8 @@ class ShardedAuto:
         self._pairs = {_named(spec, other): (spec, other) for other in PARAMETER_SPECS for spec in specs}
         if not parameters:
             self._pairs = {spec: (spec, PLAIN) for spec in specs}
-        self._speeds = speeds(compared[0].device, specs) if self.world_size > 1 else {}
+        timed = specs if moves is None else tuple(dict.fromkeys((*specs, moves.back)))
+        self._speeds = speeds(compared[0].device, timed) if self.world_size > 1 else {}
         if self.world_size > 1 and moves is None:
             compile_loops(compared[0].device, dtypes)
         self.search = Search(self._predicted)

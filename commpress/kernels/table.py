@@ -146,6 +146,11 @@ def compiled_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
 
 
+def encodes_moves(device: torch.device) -> bool:
+    """Return whether the loops that encode can move a momentum (`Ahead`): those of Numba do, those of Triton do not."""
+    return device.type == "cpu"
+
+
 def compiles_by_place(device: torch.device) -> bool:
     """Return whether kernels are compiled anew for tensors that begin elsewhere in memory: those of Triton are."""
     return device.type != "cpu"

@@ -39,8 +39,8 @@ LONG = 128
 FLOOR = 1e-3
 """Share of the mean eigenvalue that is added to each, so that no direction is enlarged without bound."""
 IN_SINGLE = 1024
-"""Directions up to which float32 is exact enough: its error is a share of the largest eigenvalue, which may be k times the
-mean. At 1,024, with a third of the estimate in one direction, it is 0.2 of what FLOOR adds; at 2,048 all of that."""
+"""Directions up to which float32 is used: its error is a share of the largest eigenvalue, which may be k times the mean, so
+with more directions it would come near to what FLOOR adds."""
 LEAST = 1e-30
 """An estimate whose mean eigenvalue is smaller, as of a matrix that is not trained, keeps the coordinates it has."""
 

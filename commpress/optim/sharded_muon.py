@@ -116,12 +116,16 @@ class Momentum:
     codec: Codec
 
 
-def momentum_of(spec: Spec, optimizer: "EF21Muon", error_feedback: bool) -> Momentum:
+def momentum_of(spec: Spec, optimizer: "EF21Muon", error_feedback: bool, parameters: object) -> Momentum:
     """Return how the momentum is sent.
 
-    Raises TypeError for patterns, ValueError for an unknown spec, a budget of `auto`, `error_feedback=False`, and an
-    `others_spec` that needs error feedback.
+    Raises TypeError for patterns, ValueError for an unknown spec, a budget of `auto`, `error_feedback=False`, an
+    `others_spec` that needs error feedback, and `parameters` by `auto`.
     """
+    if parameters == AUTO:
+        raise ValueError(
+            "parameters: auto: beside EF21Muon auto finds the spec of the momentum alone; expected a spec, such as 'int8'"
+        )
     by_auto = spec == AUTO
     if by_auto:
         spec = PLAIN

@@ -110,7 +110,7 @@ def attach(
     if refusal is None:
         try:
             if sharded and isinstance(optimizer, EF21Muon):
-                momentum = momentum_of(gradients, optimizer, error_feedback)
+                momentum = momentum_of(gradients, optimizer, error_feedback, parameters)
                 gradients, error_feedback = optimizer.param_groups[0]["others_spec"], False
             found = gradients if is_open(gradients) else None
             by_name = gradients if found is None else PLAIN

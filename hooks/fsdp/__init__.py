@@ -69,7 +69,7 @@ def attach(
     `error_feedback` takes a float32 for every value of the whole model on every rank. `grad_scaler` is the run's, if it has
     one. Every `verify` steps (0: never) the ranks compare hashes of the gathered values, and payloads have checksums.
 
-    `optimizer` is an EF21Muon of the sharded parameters. Then `gradients` is the spec of its momentum, gradients are sent by
+    `optimizer` is an EF21Muon of the shards. Then `gradients` is the spec of its momentum (default: `auto`), gradients go by
     its `others_spec`, and memory grows only by shards and by the matrices that a rank owns (`commpress.optim.sharded_muon`).
 
     Raises on all ranks: ValueError if a spec is unknown, if the ranks differ, or if a trained parameter has a dtype whose
@@ -88,7 +88,7 @@ def attach(
     if refusal is None:
         try:
             if optimizer is not None:
-                momentum = momentum_of(gradients, optimizer, error_feedback)
+                momentum = momentum_of(gradients, optimizer, error_feedback, parameters)
                 gradients, error_feedback = optimizer.param_groups[0]["others_spec"], False
             by_auto = decides(gradients, parameters)
             if by_auto[0]:
@@ -231,7 +231,6 @@ def _watch(model: nn.Module, held: list[Unit], session: Session, auto: ShardedAu
     if auto is not None:
         model.register_forward_pre_hook(begins_steps(auto), prepend=True)  # before FSDP's own hook, which gathers
         model.register_forward_hook(ends_forwards(auto))
-        groups = (
-            [unit.group for unit in held] if session.world_size == 1 else []
-        )  # one rank copies, and exchanges nothing
+        # one rank copies, and exchanges nothing that would make a step due
+        groups = [unit.group for unit in held] if session.world_size == 1 else []
         model.register_forward_hook(follows_backwards(auto, lambda: any(group.reduce_grads for group in groups)))

@@ -81,6 +81,14 @@ def test_a_search_that_goes_back_keeps_its_own_count_of_steps() -> None:
     assert search.kept(began=False)["guard"] == kept["guard"]
 
 
+@pytest.mark.parametrize("began", [False, True])
+def test_a_state_that_is_loaded_before_or_after_the_first_step_brings_its_count(began: bool) -> None:
+    search = World(PAYS, predicted=predicted(PAYS)).searches[0]
+    kept = {"step": 1000, "guard": {"int4": {"until": 50, "setbacks": 1, "cause": "it hurt"}}}
+    search.restore(kept, began)
+    assert search.kept(began) == kept
+
+
 def test_only_what_is_still_not_tried_is_told() -> None:
     """int4 may be tried again before int8, and then takes longer than `none`."""
     all_hurt: Errors = lambda spec, step: 0.9 if 100 <= step < 200 else 0.1  # noqa: E731

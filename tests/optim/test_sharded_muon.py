@@ -467,11 +467,11 @@ def test_what_is_not_possible_says_so() -> None:
     assert one == other
     assert "expected one mesh of one dimension for all modules" in one["replicas"]
     assert "leave offload_policy out" in one["offloaded"]
-    assert "auto(error=0.3)" in one["budget"]
+    assert "expected auto without a budget" in one["budget"]
     assert "EF21Muon needs one spec of the gradients, as in" in one["patterns"]
     assert one["unknown"].startswith("ValueError: spec 'int5': unknown codec 'int5'")
     assert "powersgd(4) sends whole matrices as factors" in one["factors"]
-    assert "expected auto for the gradients, too, or a spec of the parameters" in one["parameters by auto"]
+    assert "parameters: auto: beside EF21Muon auto finds the spec of the momentum alone" in one["parameters by auto"]
     assert one["feedback"].startswith("ValueError: error_feedback=False: EF21Muon adds up what it receives")
     assert "'rotate|int2': sharded gradients have no error feedback; expected one of none" in one["others"]
     assert "is trained, but the optimizer does not hold it" in one["not held"]
